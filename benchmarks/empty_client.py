@@ -1,0 +1,23 @@
+"""A ClientApp that answers at once: what is left is the engine's own cost."""
+
+import os
+import time
+
+from flwr.app import ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Send the content back. FEDLORA_FAULT=die:N, hang:N or raise:N makes partition N misbehave (for tests)."""
+    what, _, where = os.environ.get("FEDLORA_FAULT", "").partition(":")
+    if where and int(where) == context.node_config["partition-id"]:
+        if what == "die":
+            os._exit(9)
+        if what == "hang":
+            time.sleep(3600)
+        raise ValueError("as asked")
+    context.state["pid"] = ConfigRecord({"pid": os.getpid()})
+    return Message(message.content, reply_to=message)

@@ -1,0 +1,68 @@
+"""The Flower ClientApp of an institution: unpack, call, pack. Errors leave as codes."""
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+import fedlora
+from client import institution, training
+from fedlora import config as configuration
+from fedlora import trainable, wire
+from fedlora.errors import InputError, Refusal
+
+log = logging.getLogger("fedlora.client")
+app = ClientApp()
+
+
+@app.query()
+def hello(message: Message, context: Context) -> Message:
+    """Who this institution is, and whether the whole run fits its budget."""
+    return _guarded(message, context, _hello)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round of local training."""
+    return _guarded(message, context, _train)
+
+
+def _hello(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
+    query = wire.unpack_query(content)
+    who = institution.locate(config, index)
+    fits = True
+    if config.privacy.enabled:
+        shard = trainable.records(config).train(index)
+        plan = institution.budget(config, training.count_units(shard), query.participations)
+        with institution.open_ledger(who, config, shard, create=query.first) as ledger:
+            fits = query.run in ledger.runs() or institution.fits(ledger, plan)
+    return wire.pack_hello(wire.Hello(institution=who.name, version=fedlora.__version__, fits=fits))
+
+
+def _train(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
+    order = wire.unpack_order(content)
+    return wire.pack_update(institution.answer(institution.locate(config, index), order, config))
+
+
+def _guarded(
+    message: Message,
+    context: Context,
+    work: Callable[[configuration.RunConfig, RecordDict, int], RecordDict],
+) -> Message:
+    """Run ``work``; whatever goes wrong leaves as a code, the rest goes to this institution's log."""
+    index = int(context.node_config.get("partition-id", -1))
+    try:
+        config = configuration.from_flat(context.run_config)
+        reply = work(config, message.content, index)
+    except Refusal as refusal:
+        log.warning("institution %d refused: %s", index, refusal)
+        reply = wire.pack_refusal(refusal.code)
+    except InputError as error:
+        log.error("institution %d cannot follow this configuration: %s", index, error)
+        reply = wire.pack_refusal("bad-configuration")
+    except Exception:
+        log.exception("institution %d failed", index)
+        reply = wire.pack_refusal("failed")
+    return Message(reply, reply_to=message)
+

@@ -1,0 +1,184 @@
+"""DP-SGD around per-example gradients: Poisson sampling, clipping, noise, and a check after each of them.
+
+Opacus supplies the optimizer's order of events (`DPOptimizer`), the sampler's contract and the accountants. What is
+ours: noise and sampling come from one keyed `RandomSource`, clipping works in place, and every step is checked. A
+check that fails ends the training with a `Refusal`; nothing is released.
+
+Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. (2022), arXiv 2206.07136.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch.utils.data import Sampler
+
+from fedlora.errors import Refusal
+from fedlora.streams import RandomSource
+
+NORM_SLACK = 1e-4
+"""Relative rounding allowed on a clipped norm (float32)."""
+
+NOISE_SIGMAS = 7.0
+"""A step's noise may be off by this many standard errors; a false alarm has probability below 1e-11."""
+
+AUTOMATIC_GAMMA = 0.01
+"""Stabiliser of automatic clipping, as in Bu et al."""
+
+
+class PoissonSampler(UniformWithReplacementSampler):
+    """Opacus' Poisson sampler, drawing from a `RandomSource`: each unit is in each batch with ``sample_rate``.
+
+    Args:
+        units: Number of units.
+        sample_rate: Probability in (0, 1].
+        steps: Batches to draw.
+        source: Where the draws come from.
+    """
+
+    def __init__(self, *, units: int, sample_rate: float, steps: int, source: RandomSource) -> None:
+        super().__init__(num_samples=units, sample_rate=sample_rate, steps=steps)
+        self._source = source
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            yield np.flatnonzero(self._source.uniform(self.num_samples) < self.sample_rate).tolist()
+
+
+def check_sampler(sampler: Sampler[list[int]]) -> None:
+    """Refuse any sampler whose batches the accountant's formula does not cover."""
+    if not isinstance(sampler, UniformWithReplacementSampler):
+        raise Refusal(
+            "guard-not-poisson",
+            f"batches come from {type(sampler).__name__}, but the accounting holds for Poisson sampling only",
+        )
+
+
+class PrivateOptimizer(DPOptimizer):
+    r"""`DPOptimizer` with keyed noise and a check on every step.
+
+    Guarantee: the gradient handed to the wrapped optimizer is
+    :math:`\frac{1}{L}(\sum_u \mathrm{clip}(g_u) + \mathcal N(0, \sigma^2 C^2 I))`, where each unit's clipped gradient
+    has norm at most C (checked), and the noise has the planned deviation (checked). A unit whose gradient is not
+    finite contributes zero, so that no abort tells anything about a record. L is a public constant.
+
+    Args:
+        optimizer: Over exactly the parameters that are trained.
+        names: Parameter -> name, for errors.
+        noise_multiplier: :math:`\sigma > 0`.
+        max_grad_norm: C.
+        normaliser: L, the public expected number of units a step.
+        clipping: ``flat`` scales a gradient down to C when it is longer; ``automatic`` scales each to nearly C.
+            Both have sensitivity C under adding or removing one unit.
+        source: Where the noise comes from.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        names: Mapping[torch.nn.Parameter, str],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        normaliser: float,
+        clipping: str,
+        source: RandomSource,
+    ) -> None:
+        if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
+            raise Refusal("guard-no-noise", f"noise multiplier is {noise_multiplier}; DP needs one above 0")
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=normaliser,  # pyright: ignore[reportArgumentType]
+        )
+        self._names = names
+        self._clipping = clipping
+        self._source = source
+
+    def clip_and_accumulate(self) -> None:
+        """Clip ``p.grad_sample`` (units, *shape) in place and add its sum to ``p.summed_grad``."""
+        units = len(self.params[0].grad_sample)
+        if units:
+            norms = _norms([p.grad_sample for p in self.params])
+            bad = ~torch.isfinite(norms)
+            if bad.any():
+                for p in self.params:
+                    p.grad_sample[bad] = 0.0
+                norms = norms.masked_fill(bad, 0.0)
+            for p in self.params:
+                factor = self._factors(norms).to(p.grad_sample.dtype)
+                p.grad_sample.mul_(factor.view(-1, *[1] * (p.grad_sample.dim() - 1)))
+            self._check_norms(_norms([p.grad_sample for p in self.params]))
+        for p in self.params:
+            total = p.grad_sample.sum(0)
+            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
+
+    def _factors(self, norms: torch.Tensor) -> torch.Tensor:
+        """Scale of each unit's gradient. ``norms`` (units,) float32, finite."""
+        if self._clipping == "automatic":
+            return self.max_grad_norm / (norms + AUTOMATIC_GAMMA)
+        return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+
+    def _check_norms(self, norms: torch.Tensor) -> None:
+        bound = self.max_grad_norm * (1 + NORM_SLACK)
+        if not bool((norms <= bound).all()):
+            raise Refusal(
+                "guard-not-clipped",
+                f"after clipping a gradient has norm {float(norms.max()):.6g}; the bound is {self.max_grad_norm:g}",
+            )
+
+    def add_noise(self) -> None:
+        """``p.grad`` = ``p.summed_grad`` + noise, added in float64 and rounded once."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        noise = self._draw(sum(p.numel() for p in self.params)) * deviation
+        check_noise(noise, deviation)
+        start = 0
+        for p in self.params:
+            part = torch.from_numpy(noise[start : start + p.numel()]).view(p.shape).to(p.device)
+            p.grad = (p.summed_grad.double() + part).to(p.dtype)
+            start += p.numel()
+
+    def _draw(self, count: int) -> np.ndarray:
+        return self._source.normal(count)
+
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One Opacus step; when the weights were to change, check that each did."""
+        for p in self.params:
+            if getattr(p, "grad_sample", None) is None:
+                raise Refusal("guard-no-gradient", f"{self._names[p]} has no per-example gradient")
+        before = [p.detach().clone() for p in self.params] if not self._check_skip_next_step(False) else None
+        super().step()
+        if before is not None:
+            for p, old in zip(self.params, before, strict=True):
+                if torch.equal(p.detach(), old):
+                    raise Refusal("guard-no-step", f"the step left {self._names[p]} unchanged")
+
+
+def check_noise(noise: np.ndarray, deviation: float) -> None:
+    """Refuse noise whose measured mean square does not fit ``deviation``.
+
+    Under the right noise, n (mean square / deviation^2) is chi-square with n degrees of freedom; its Wilson-Hilferty
+    transform is standard normal, and 7 standard errors are a false alarm of below 1e-11 a step.
+
+    Args:
+        noise: (n,) float64.
+        deviation: Planned standard deviation.
+    """
+    n = noise.size
+    ratio = float(np.mean(np.square(noise))) / deviation**2
+    z = (np.cbrt(ratio) - (1 - 2 / (9 * n))) / math.sqrt(2 / (9 * n))
+    if not abs(z) <= NOISE_SIGMAS:
+        raise Refusal(
+            "guard-noise",
+            f"noise has deviation {math.sqrt(ratio) * deviation:.6g}; {deviation:.6g} was planned",
+        )
+
+
+def _norms(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """(units,) norms over all parameters."""
+    squares = [g.reshape(len(g), -1).norm(2, dim=1).square() for g in gradients]
+    return torch.stack([s.to(squares[0].device) for s in squares]).sum(0).sqrt()

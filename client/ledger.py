@@ -1,0 +1,321 @@
+"""An institution's privacy ledger: what its records have spent, on its own disk.
+
+One SQLite file that outlives every process. Spending is written, and on the disk, *before* the
+steps run; nothing is ever refunded. An answer is stored before it is sent. So at whatever point a
+machine dies, the ledger says at least what left it.
+
+Guaranteed: charges of any number of processes never add up to more than the limit, at the ledger's
+own delta, over all runs ever made on these records. What voids it: putting an older copy of the
+file back, separating it from its ``-wal`` file while that exists, or a second ledger for the same
+records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sqlite3
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client import ledger_file
+from fedlora import accounting
+from fedlora.accounting import Event, History
+from fedlora.errors import InputError, Refusal
+from fedlora.streams import KEY_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charge:
+    """What a charge allows.
+
+    Args:
+        key: 32 bytes from which the round's noise and sampling are drawn; empty when the round was
+            answered before.
+        answer: The stored answer to send again instead of training, or None.
+    """
+
+    key: bytes
+    answer: bytes | None
+
+
+class Ledger:
+    """An open ledger; use it as a context manager, in the process and thread that opened it.
+
+    Args:
+        connection: From :meth:`open`.
+        path: Of the file.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+        limits = connection.execute("SELECT max_epsilon, delta, accountant FROM ledger").fetchone()
+        self.max_epsilon: float = limits[0]
+        self.delta: float = limits[1]
+        self.accountant: str = limits[2]
+
+    @classmethod
+    def create(
+        cls, path: Path | str, *, max_epsilon: float, delta: float, accountant: str = "prv"
+    ) -> None:
+        """Make an empty ledger, readable by its owner only. It appears whole or not at all.
+
+        Args:
+            path: A file that does not exist yet; its directory does.
+            max_epsilon: What these records may ever spend.
+            delta: At which it is reckoned; below 1 / records.
+            accountant: ``"prv"`` or ``"rdp"``.
+
+        Raises:
+            InputError: If a value is out of bounds, the file exists, or it cannot be written.
+        """
+        if not 0 < max_epsilon < float("inf"):
+            raise InputError(f"max-epsilon is {max_epsilon}, but must be a finite number above 0")
+        accounting.epsilon((), delta, accountant)  # checks both
+        ledger_file.write(Path(path), max_epsilon=max_epsilon, delta=delta, accountant=accountant)
+
+    @classmethod
+    def open(cls, path: Path | str) -> Ledger:
+        """Open a ledger and check it whole (:meth:`verify`).
+
+        Raises:
+            Refusal: ``ledger-missing``, ``ledger-corrupt`` (damaged or altered), ``ledger-foreign``
+                (another program's file, or another version), ``ledger-locked`` (busy for longer
+                than half a minute) or ``ledger-unusable`` (not readable or not writable).
+        """
+        path = Path(path)
+        return cls(ledger_file.connect(path), path)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
+    def bind(self, fingerprint: str, unit: str) -> None:
+        """Fix whose ledger this is on first use; afterwards check it.
+
+        Args:
+            fingerprint: Digest of the records and their units.
+            unit: ``"record"``, or the column that names whom one unit of privacy covers.
+
+        Raises:
+            Refusal: ``ledger-foreign`` if it belongs to other records or another unit.
+        """
+        with self._transaction() as db:
+            bound = db.execute("SELECT fingerprint, unit FROM ledger").fetchone()
+            if bound == (None, None):
+                db.execute("UPDATE ledger SET fingerprint = ?, unit = ?", (fingerprint, unit))
+            elif bound != (fingerprint, unit):
+                raise Refusal(
+                    "ledger-foreign",
+                    f"{self._path} belongs to records {bound[0][:12]} by {bound[1]}, "
+                    f"not {fingerprint[:12]} by {unit}",
+                )
+
+    def charge(
+        self,
+        *,
+        run_id: str,
+        round: int,
+        order_digest: str,
+        event: Event,
+        planned: Sequence[Event],
+        max_steps_of_run: int,
+        extra_events: Sequence[Event] = (),
+        key: bytes | None = None,
+    ) -> Charge:
+        """Pay for a round before it runs, or say that it was paid for or answered already.
+
+        One immediate transaction, on the disk when this returns:
+
+        1. The round was answered: the same order gets the stored answer, nothing is charged.
+        2. The same order was charged and not answered: nothing left this machine, so the round may
+           run again under the same key, as the same release; nothing is charged.
+        3. Otherwise it is charged, with a fresh key, if it fits.
+
+        Args:
+            run_id: The run.
+            round: Its round.
+            order_digest: Digest of everything that determines the release: the order and the
+                configuration.
+            event: The round's steps.
+            planned: Everything the whole run may spend, ``extra_events`` included. It never forbids
+                anything; if all of it fits, rounds within it need no evaluation of their own, and
+                one result serves the whole run.
+            max_steps_of_run: Steps that the noise was planned for.
+            extra_events: Releases that the run makes once, such as its noised size. The run's first
+                charge pays them.
+            key: Instead of a key from the operating system: 32 bytes for a reproducible simulation.
+
+        Raises:
+            Refusal: ``round-already-answered`` (with another order, or the answer is gone),
+                ``participation-cap``, ``budget-exhausted``, ``ledger-foreign`` (not bound yet),
+                ``ledger-locked``, ``ledger-corrupt``, ``ledger-unusable``.
+        """
+        with self._transaction() as db:
+            answer = ledger_file.answered(db, run_id, round, order_digest)
+            if answer is not None:
+                return Charge(key=b"", answer=answer)
+            paid = db.execute(
+                "SELECT key FROM charges WHERE (run, round, digest) = (?, ?, ?)"
+                " AND (noise_multiplier, sample_rate, steps) = (?, ?, ?) ORDER BY id DESC LIMIT 1",
+                (run_id, round, order_digest, *dataclasses.astuple(event)),
+            ).fetchone()
+            if paid is not None:
+                return Charge(key=paid[0], answer=None)
+            if db.execute("SELECT fingerprint FROM ledger").fetchone() == (None,):
+                raise Refusal("ledger-foreign", f"{self._path} was never bound to records")
+            used, count = db.execute(
+                "SELECT coalesce(sum(steps), 0), count(*) FROM charges WHERE run = ?",
+                (run_id,),
+            ).fetchone()
+            if used + event.steps > max_steps_of_run:
+                raise Refusal(
+                    "participation-cap",
+                    f"run {run_id} took {used} of the {max_steps_of_run} steps it was planned for",
+                )
+            extra = () if count else tuple(extra_events)
+            self._check_budget(db, run_id, (event, *extra), planned)
+            fresh = os.urandom(KEY_BYTES) if key is None else key
+            ledger_file.append(db, run_id, round, order_digest, event, extra, fresh)
+        return Charge(key=fresh, answer=None)
+
+    def _check_budget(
+        self, db: sqlite3.Connection, run: str, cost: Sequence[Event], planned: Sequence[Event]
+    ) -> None:
+        before, others = ledger_file.events(db), ledger_file.events(db, other_than=run)
+        with_cost = accounting.compose((*before, *cost))
+        whole = accounting.compose((*others, *planned))
+        # Epsilon grows with every step, so what is part of a whole that fits, fits.
+        if _within(with_cost, whole) and self._epsilon(whole) <= self.max_epsilon:
+            return
+        needed = self._epsilon(with_cost)
+        if needed > self.max_epsilon:
+            raise Refusal(
+                "budget-exhausted",
+                f"{self._path} allows epsilon {self.max_epsilon:g} at delta {self.delta:g}; "
+                f"{self._epsilon(before):.4g} is spent and this round would make it {needed:.4g}",
+            )
+
+    def store_answer(self, run_id: str, round: int, order_digest: str, answer: bytes) -> None:
+        """Keep a round's answer, which may be sent once this returns.
+
+        The same transaction wipes the round's key and drops the answers of the run's earlier
+        rounds.
+
+        Raises:
+            Refusal: ``round-already-answered`` by another process, or ``ledger-*``.
+            ValueError: If the round was not charged.
+        """
+        with self._transaction() as db:
+            if ledger_file.answered(db, run_id, round, order_digest) is not None:
+                raise Refusal(
+                    "round-already-answered", f"round {round} of run {run_id} has its answer"
+                )
+            charged = db.execute(
+                "SELECT count(*) FROM charges WHERE (run, round, digest) = (?, ?, ?)",
+                (run_id, round, order_digest),
+            ).fetchone()[0]
+            if not charged:
+                raise ValueError(f"round {round} of run {run_id} was never charged")
+            db.execute("UPDATE charges SET key = NULL WHERE (run, round) = (?, ?)", (run_id, round))
+            db.execute("DELETE FROM answers WHERE run = ? AND round < ?", (run_id, round))
+            db.execute(
+                "INSERT INTO answers VALUES (?, ?, ?, ?)", (run_id, round, order_digest, answer)
+            )
+
+    def released_size(self, run_id: str, noised: float) -> float:
+        """Remember the noised size that a run releases; the first one given stays.
+
+        Args:
+            run_id: The run, in which a charge paid for the release.
+            noised: A candidate, used only if the run has none yet.
+
+        Returns:
+            The one value that may leave in this run.
+        """
+        with self._transaction() as db:
+            db.execute("INSERT INTO sizes VALUES (?, ?) ON CONFLICT DO NOTHING", (run_id, noised))
+            return db.execute("SELECT size FROM sizes WHERE run = ?", (run_id,)).fetchone()[0]
+
+    def history(self, run_id: str | None = None) -> History:
+        """Everything charged, by all runs or by one, in canonical form."""
+        with ledger_file.refusing(self._path):
+            return ledger_file.events(self._connection, only=run_id)
+
+    def runs(self) -> tuple[str, ...]:
+        """The runs that were charged, sorted."""
+        with ledger_file.refusing(self._path):
+            rows = self._connection.execute("SELECT DISTINCT run FROM charges ORDER BY run")
+            return tuple(row[0] for row in rows)
+
+    def spent(self) -> float:
+        """Epsilon of everything charged, at the ledger's delta."""
+        return self._epsilon(self.history())
+
+    def show(self) -> dict[str, Any]:
+        """The ledger in plain values, for people and for JSON."""
+        with ledger_file.refusing(self._path):
+            fingerprint, unit = self._connection.execute(
+                "SELECT fingerprint, unit FROM ledger"
+            ).fetchone()
+            rows = self._connection.execute(
+                f"SELECT {ledger_file.COLUMNS}, key IS NULL FROM charges ORDER BY id"
+            ).fetchall()
+        return {
+            "epsilon": self.spent(),
+            "delta": self.delta,
+            "limit": self.max_epsilon,
+            "accountant": self.accountant,
+            "unit": unit,
+            "fingerprint": fingerprint,
+            "entries": [
+                {
+                    "run": run,
+                    "round": round,
+                    "noise_multiplier": sigma,
+                    "sample_rate": rate,
+                    "steps": steps,
+                    "extra": json.loads(extra),
+                    "at": at,
+                    "answered": bool(answered),
+                }
+                for _, run, round, _, sigma, rate, steps, extra, at, answered in rows
+            ],
+        }
+
+    def verify(self) -> list[str]:
+        """Say what is wrong with the file, such as a charge that was altered or removed."""
+        with ledger_file.refusing(self._path):
+            return ledger_file.problems(self._connection)
+
+    def _epsilon(self, events: Sequence[Event]) -> float:
+        return accounting.epsilon(events, self.delta, self.accountant)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Generator[sqlite3.Connection]:
+        with ledger_file.refusing(self._path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+
+def _within(part: History, whole: History) -> bool:
+    """Whether every mechanism of one canonical history has at least as many steps in the other."""
+    steps = {(e.noise_multiplier, e.sample_rate): e.steps for e in whole}
+    return all(e.steps <= steps.get((e.noise_multiplier, e.sample_rate), 0) for e in part)

@@ -1,0 +1,214 @@
+"""An institution's local steps, with and without DP. Nothing here touches the network or the ledger."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from client.dp_sgd import PoissonSampler, PrivateOptimizer, check_sampler
+from fedlora import tasks
+from fedlora.shards import Shard
+from fedlora.streams import RandomSource
+from fedlora.trainable import Trainable, training_mode
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPlan:
+    """What one round of local training does.
+
+    Args:
+        steps: Optimizer steps.
+        physical_batch: Records in memory at a time.
+        optimizer: A key of ``OPTIMIZERS``.
+        learning_rate: Its step size.
+    """
+
+    steps: int
+    physical_batch: int
+    optimizer: str
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyMechanism:
+    """The sampled Gaussian mechanism that every step of a private round is.
+
+    Args:
+        noise_multiplier: Standard deviation of the noise over ``max_grad_norm``.
+        sample_rate: Probability of a unit to be in a step's batch.
+        normaliser: Public expected number of units a step; the gradient sum is divided by it.
+        max_grad_norm: Clipping bound.
+        clipping: ``flat`` or ``automatic``.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    normaliser: float
+    max_grad_norm: float
+    clipping: str
+
+
+def train(trainable: Trainable, shard: Shard, plan: LocalPlan, batch_size: int, source: RandomSource) -> float:
+    """Plain steps over shuffled records.
+
+    Args:
+        trainable: Holds the global adapter; holds the trained one afterwards.
+        shard: The institution's records.
+        plan: Steps, memory, optimizer.
+        batch_size: Records a step; at most the shard's.
+        source: Shuffling and dropout.
+
+    Returns:
+        Mean training loss over all records seen.
+    """
+    parameters = list(trainable.parameters().values())
+    optimizer = OPTIMIZERS[plan.optimizer](parameters, lr=plan.learning_rate)
+    size = min(batch_size, len(shard))
+    total = 0.0
+    with _training(trainable, source):
+        for rows in _shuffled(len(shard), size, plan.steps, source.child("shuffle")):
+            optimizer.zero_grad()
+            for micro in tasks.micro_batches(shard.lengths, rows, plan.physical_batch):
+                losses = _losses(trainable, shard, micro)
+                (losses.sum() / len(rows)).backward()
+                total += float(losses.detach().sum())
+            optimizer.step()
+    return total / (size * plan.steps)
+
+
+def train_privately(
+    trainable: Trainable,
+    shard: Shard,
+    plan: LocalPlan,
+    mechanism: PrivacyMechanism,
+    source: RandomSource,
+    sampler: torch.utils.data.Sampler[list[int]] | None = None,
+) -> None:
+    """DP-SGD steps: the trained adapter is the only thing that comes out.
+
+    Guarantee: with ``source`` keyed by the operating system the adapter afterwards is the output of ``plan.steps``
+    sampled Gaussian mechanisms under adding or removing one unit of ``shard`` (a record, or all records that share
+    a unit), and of post-processing.
+
+    Args:
+        trainable: Holds the global adapter; holds the trained one afterwards.
+        shard: The institution's records.
+        plan: Steps, memory, optimizer.
+        mechanism: Noise, sampling, clipping.
+        source: Sampling, noise, dropout.
+        sampler: Batches of unit numbers; by default Poisson over the shard's units.
+
+    Raises:
+        Refusal: When a guard trips (``guard-*``). The adapter must not be released then.
+    """
+    named = trainable.parameters()
+    unit_rows = _rows_of_units(shard)
+    sampler = sampler or PoissonSampler(
+        units=len(unit_rows), sample_rate=mechanism.sample_rate, steps=plan.steps, source=source.child("sampling")
+    )
+    check_sampler(sampler)
+    optimizer = PrivateOptimizer(
+        OPTIMIZERS[plan.optimizer](list(named.values()), lr=plan.learning_rate),
+        names={p: name for name, p in named.items()},
+        noise_multiplier=mechanism.noise_multiplier,
+        max_grad_norm=mechanism.max_grad_norm,
+        normaliser=mechanism.normaliser,
+        clipping=mechanism.clipping,
+        source=source.child("noise"),
+    )
+    with _training(trainable, source):
+        for units in sampler:
+            optimizer.zero_grad()
+            for group in _groups([unit_rows[u] for u in units], shard.lengths, plan.physical_batch):
+                _unit_gradients(trainable, shard, group, plan.physical_batch)
+                optimizer.signal_skip_step(True)  # clip and accumulate only
+                optimizer.step()
+                optimizer.zero_grad()
+            for p in named.values():  # the step itself: noise on what was accumulated, also when nobody was drawn
+                p.grad_sample = p.new_zeros((0, *p.shape))  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.signal_skip_step(False)
+            optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _unit_gradients(
+    trainable: Trainable, shard: Shard, group: Sequence[np.ndarray], physical_batch: int
+) -> None:
+    """Leave each unit's summed gradient (units, *shape) in ``grad_sample``; memory holds ``physical_batch`` records."""
+    rows = np.concatenate(group)
+    unit_of_row = np.repeat(np.arange(len(group)), [len(r) for r in group])
+    single = len(rows) == len(group)
+    sums: list[torch.Tensor] | None = None
+    for start in range(0, len(rows), physical_batch):  # more than one turn only for a unit larger than that
+        part = slice(start, start + physical_batch)
+        index = None if single else torch.from_numpy(unit_of_row[part])
+        with trainable.per_sample.expanded(len(group), index):
+            _losses(trainable, shard, rows[part]).sum().backward()
+            trainable.per_sample.collect()
+        gradients = [p.grad_sample for p in trainable.parameters().values()]  # pyright: ignore
+        sums = gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
+    for p, total in zip(trainable.parameters().values(), sums or [], strict=True):
+        p.grad_sample = total  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _groups(units: Sequence[np.ndarray], lengths: np.ndarray, physical_batch: int) -> Iterator[list[np.ndarray]]:
+    """Pack whole units, similar lengths together, into groups of at most ``physical_batch`` records.
+
+    A unit with more records than that is a group of its own.
+    """
+    group: list[np.ndarray] = []
+    held = 0
+    for rows in sorted(units, key=lambda rows: (int(lengths[rows].max()), int(rows[0]))):
+        if group and held + len(rows) > physical_batch:
+            yield group
+            group, held = [], 0
+        group.append(rows)
+        held += len(rows)
+    if group:
+        yield group
+
+
+def _rows_of_units(shard: Shard) -> list[np.ndarray]:
+    """Unit number -> its rows, in a fixed order."""
+    order = np.argsort(shard.units, kind="stable")
+    _, starts = np.unique(shard.units[order], return_index=True)
+    return np.split(order, starts[1:])
+
+
+def count_units(shard: Shard) -> int:
+    """Number of units of privacy in a shard."""
+    return len(np.unique(shard.units))
+
+
+def _shuffled(records: int, size: int, steps: int, source: RandomSource) -> Iterator[np.ndarray]:
+    """``steps`` batches of ``size`` rows, walking through fresh permutations."""
+    queue = np.empty(0, dtype=np.int64)
+    for _ in range(steps):
+        while len(queue) < size:
+            queue = np.concatenate([queue, source.permutation(records)])
+        batch, queue = queue[:size], queue[size:]
+        yield batch
+
+
+def _losses(trainable: Trainable, shard: Shard, rows: np.ndarray) -> torch.Tensor:
+    task = trainable.task
+    batch = task.collate(shard, rows)
+    return task.losses(trainable.model, batch, trainable.labels)
+
+
+@contextlib.contextmanager
+def _training(trainable: Trainable, source: RandomSource) -> Iterator[None]:
+    """Adapter dropout on, its randomness from ``source``, the process's own random state untouched."""
+    seed = int.from_bytes(source.child("dropout").key[:7], "big")
+    training_mode(trainable.model, True)
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        training_mode(trainable.model, False)
+

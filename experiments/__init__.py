@@ -1,0 +1,1 @@
+"""The command line, simulation engines, and everything that measures a run."""

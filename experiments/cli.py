@@ -1,0 +1,331 @@
+"""The command line: ``fedlora run | evaluate | predict | merge | config | plan | ledger``.
+
+Exit codes: 0 done, 1 failed midway (what was finished is kept), 2 bad input (nothing was written).
+"""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fedlora
+from experiments import simulate
+from fedlora import config as configuration
+from fedlora.errors import InputError, Refusal
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated LoRA under differential privacy, for institutions that may not share their data.",
+)
+ledger_app = typer.Typer(no_args_is_help=True, help="An institution's privacy ledger.")
+app.add_typer(ledger_app, name="ledger")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+ERRORS = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def _clean(command: Callable[P, T]) -> Callable[P, T]:
+    """Bad input is one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return command(*args, **kwargs)
+        except InputError as error:
+            ERRORS.print(f"error: {error}")
+            raise typer.Exit(2) from None
+        except Refusal as refusal:
+            ERRORS.print(f"error: {refusal}")
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Federated LoRA under differential privacy."""
+    simulate.quiet_libraries()
+    if version:
+        print(fedlora.__version__)
+        raise typer.Exit
+
+
+@app.command()
+@_clean
+def run(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file; `fedlora config` lists its keys.")] = None,
+    assign: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME-TIME.")] = None,
+    engine: Annotated[Literal["ray", "inline"], typer.Option(help="Worker processes, or this process.")] = "ray",
+    ray_address: Annotated[str, typer.Option(help="A Ray cluster to join.")] = "",
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+    max_epsilon: Annotated[
+        float | None, typer.Option(help="Lifetime limit of ledgers that this simulation creates.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
+) -> None:
+    """Run a federation on this machine or on a Ray cluster."""
+    overrides: dict[str, Any] = dict(configuration.parse_overrides(assign or []))
+    if ray_address:
+        overrides["engine.ray-address"] = ray_address
+    if max_epsilon is not None:
+        overrides["privacy.max-epsilon"] = max_epsilon
+    resolved = _resolve(config, overrides, out, resume)
+    console = Console(quiet=quiet or as_json)
+    if not resolved.privacy.enabled:
+        console.print("privacy.epsilon is inf: differential privacy is off, this run protects nobody", style="red")
+    result = _simulate(resolved, engine, console)
+    if as_json:
+        print(json.dumps(result))
+    elif not quiet:
+        from experiments import live
+
+        live.summary(resolved, result, console)
+
+
+def _resolve(
+    path: Path | None, overrides: dict[str, Any], out: Path | None, resume: Path | None
+) -> configuration.RunConfig:
+    """The configuration of this run with an absolute run directory that is free, or is the one to resume."""
+    if resume is not None:
+        if out is not None:
+            raise InputError("--out and --resume exclude each other; a resumed run stays where it is")
+        if not (resume / "config.toml").exists():
+            raise InputError(f"{resume} holds no run (no config.toml); give the directory that a run printed")
+        path = path or resume / "config.toml"
+    elif path is None:
+        raise InputError("no config was given; try `fedlora run experiments/configs/demo.toml`")
+    loaded = configuration.load(path, overrides)
+    name = path.parent.name if path.name == "config.toml" else path.stem
+    chosen = resume or out or Path(loaded.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if resume is None and (chosen / "config.toml").exists():
+        raise InputError(f"{chosen} holds another run; give another --out, or continue it with --resume {chosen}")
+    if resume is not None and (resume / "result.json").exists():
+        raise InputError(f"{resume} is complete; there is nothing to resume (see its result.json)")
+    if resume is not None:
+        from server.run_directory import changes
+
+        changed = changes(configuration.load(resume / "config.toml"), loaded)
+        if changed:
+            raise InputError(
+                f"{resume} was run with another configuration ({'; '.join(changed)}); resume it unchanged, or start anew"
+            )
+    values: dict[str, Any] = {"run-dir": str(chosen.absolute())}
+    if loaded.privacy.ledger:
+        values["privacy.ledger"] = str(Path(loaded.privacy.ledger).absolute())
+    for key in ("data.source", "data.test-source", "model.name"):
+        value = str(loaded.flat()[key])
+        if value and Path(value).exists():
+            values[key] = str(Path(value).absolute())
+    return loaded.replace(values)
+
+
+def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> dict[str, Any]:
+    """Run to the end; a failure midway exits 1 and says how to go on."""
+    from experiments import live
+
+    with console.status("reading records"):
+        records = simulate.prepare(config)
+    console.print(f"{len(records.names)} institutions, {records.counts['rows']:,} rows; results in {config.run_dir}", highlight=False)
+    try:
+        with simulate.engine(kind, config, len(records.names)) as grid, live.progress(config, grid, console):
+            simulate.run(config, grid)
+    except (InputError, Refusal):
+        raise
+    except KeyboardInterrupt:
+        _interrupted(config, "interrupted")
+    except Exception as error:
+        _interrupted(config, f"{type(error).__name__}: {error}" if type(error).__name__ != "RunFailed" else str(error))
+    return json.loads((Path(config.run_dir) / "result.json").read_text(encoding="utf-8"))
+
+
+def _interrupted(config: configuration.RunConfig, what: str) -> None:
+    directory = Path(config.run_dir)
+    ERRORS.print(f"error: {what}")
+    if (directory / "institutions.log").exists():
+        ERRORS.print(f"what institutions logged: {directory / 'institutions.log'}")
+    if (directory / "checkpoints").exists():
+        ERRORS.print(f"every finished round is kept; continue with: fedlora run --resume {directory}")
+    raise typer.Exit(1)
+
+
+@app.command()
+@_clean
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    data: Annotated[str, typer.Option(help="A source, as in data.source.")],
+    as_json: Json = False,
+) -> None:
+    """Measure a run's adapter on other data."""
+    from experiments import released
+
+    result = released.evaluate(run_dir, data)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(show_header=False)
+    for key, value in result.items():
+        if key != "per_class":
+            table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    for label, counts in result.get("per_class", {}).items():
+        table.add_row(label, f"{counts['correct']} of {counts['truth']} right, {counts['predicted']} predicted")
+    Console().print(table)
+
+
+@app.command()
+@_clean
+def predict(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    text: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a run's adapter makes of a text."""
+    from experiments import released
+
+    answers = released.predict(run_dir, text)
+    if as_json:
+        print(json.dumps([{"text": t, "answer": a} for t, a in zip(text, answers, strict=True)]))
+        return
+    for one, answer in zip(text, answers, strict=True):
+        Console(soft_wrap=True, highlight=False, markup=False).print(f"{answer}\t{one}")
+
+
+@app.command()
+@_clean
+def merge(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    out_dir: Annotated[Path, typer.Argument(help="Where the merged model goes; must not exist.")],
+) -> None:
+    """Fold a run's adapter into its base: one safetensors model directory."""
+    from experiments import released
+
+    released.merge(run_dir, out_dir)
+    Console(soft_wrap=True, highlight=False).print(f"merged model in {out_dir}")
+
+
+@app.command("config")
+@_clean
+def show_config(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file; without one, all keys.")] = None,
+    assign: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """All keys with types, defaults and meaning; or what a file resolves to."""
+    if config is not None:
+        resolved = configuration.load(config, configuration.parse_overrides(assign or []))
+        print(json.dumps(resolved.flat()) if as_json else resolved.to_toml(), end="" if not as_json else "\n")
+        return
+    rows = configuration.describe()
+    if as_json:
+        print(json.dumps([dict(zip(("key", "type", "default", "help"), row, strict=True)) for row in rows]))
+        return
+    table = Table("key", "type", "default", "what it is")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command()
+@_clean
+def plan(
+    records: Annotated[int, typer.Option(help="Records, or units, of the institution.")],
+    batch_size: Annotated[int, typer.Option(help="Expected records a step.")],
+    steps: Annotated[int, typer.Option(help="Steps of the whole plan, all rounds together.")],
+    epsilon: Annotated[float | None, typer.Option(help="Budget; gives the noise multiplier.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Noise; gives epsilon.")] = None,
+    delta: Annotated[float | None, typer.Option(help="By default 1 / (10 x records).")] = None,
+    accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
+    table: Annotated[bool, typer.Option("--table", help="Epsilon against noise and against steps.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Noise for a budget over a whole plan, or the budget that a noise spends."""
+    from experiments import planning
+
+    result = planning.plan(
+        records=records,
+        batch_size=batch_size,
+        steps=steps,
+        epsilon=epsilon,
+        noise_multiplier=noise_multiplier,
+        delta=delta,
+        accountant=accountant,
+    )
+    if table:
+        result["table"] = planning.table(result)
+    if as_json:
+        print(json.dumps(result))
+        return
+    planning.show(result, Console(highlight=False))
+
+
+@ledger_app.command("init")
+@_clean
+def ledger_init(
+    path: Annotated[Path, typer.Argument(help="File to create; it must not exist.")],
+    max_epsilon: Annotated[float, typer.Option(help="Lifetime limit over all runs on these records.")],
+    delta: Annotated[float, typer.Option(help="The delta at which the limit holds.")],
+    accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
+) -> None:
+    """Create a ledger with a limit that no server can raise."""
+    from client.ledger import Ledger
+
+    Ledger.create(path, max_epsilon=max_epsilon, delta=delta, accountant=accountant)
+    print(f"{path}: limit epsilon {max_epsilon:g} at delta {delta:g}, nothing spent")
+
+
+@ledger_app.command("show")
+@_clean
+def ledger_show(path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False) -> None:
+    """What a ledger has spent."""
+    from client.ledger import Ledger
+
+    with Ledger.open(path) as ledger:
+        shown = ledger.show()
+    if as_json:
+        print(json.dumps(shown))
+        return
+    entries = shown.pop("entries")
+    for key, value in shown.items():
+        print(f"{key:12} {value}")
+    lines = Table("run", "round", "noise", "sample rate", "steps", "charged")
+    for entry in entries:
+        lines.add_row(
+            str(entry["run_id"])[:12],
+            str(entry["round"]),
+            f"{entry['noise_multiplier']:.4f}",
+            f"{entry['sample_rate']:.4f}",
+            str(entry["steps"]),
+            str(entry["charged_at"]),
+        )
+    Console().print(lines)
+
+
+@ledger_app.command("verify")
+@_clean
+def ledger_verify(path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False) -> None:
+    """Whether a ledger is whole; exit code 1 when it is not."""
+    from client.ledger import Ledger
+
+    with Ledger.open(path) as ledger:
+        problems = ledger.verify()
+    print(json.dumps({"ok": not problems, "problems": problems}) if as_json else "\n".join(problems) or "ledger is whole")
+    if problems:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,101 @@
+"""What our Flower Grids share: virtual nodes, message ids, and a reply for every message.
+
+Flower keeps the identity of a message's sender in a private class and lets only its own SuperLink set message ids; both
+are used here (flwr is pinned to the version this was tested with).
+"""
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+WORKER_DIED, TIMEOUT = 100, 101
+"""Error codes of replies, beside Flower's own."""
+
+Fault = Callable[[int, Message], None]
+
+
+class SimulationGrid(Grid):
+    """A Grid of ``institutions`` virtual nodes; node ``i + 1`` is partition ``i``.
+
+    Args:
+        institutions: Number of nodes.
+        run_config: Flower's run config for every app.
+    """
+
+    def __init__(self, institutions: int, run_config: Mapping[str, Any]) -> None:
+        identify()
+        self._contexts = {
+            index + 1: Context(
+                run_id=RUN_ID,
+                node_id=index + 1,
+                node_config={"partition-id": index, "num-partitions": institutions},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for index in range(institutions)
+        }
+        self.pushed = self.answered = 0  # of the round in progress, for a progress display
+
+    def set_run(self, run: Any) -> None:
+        """Nothing to set: there is one run."""
+
+    @property
+    def run(self) -> Any:
+        """Flower's record of the run; a simulation has none."""
+        return None
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message to one node; ``ttl`` is the time in seconds that its handling may take."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes: virtual ones are always there."""
+        return list(self._contexts)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push, then pull until every reply is here."""
+        waiting = set(self.push_messages(messages))
+        replies: list[Message] = []
+        while waiting:
+            for reply in self.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+        return replies
+
+
+def identify() -> None:
+    """Tell Flower who sends messages from this process."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
+
+
+def stamp(message: Message) -> str:
+    """Give a message its id, as a SuperLink would."""
+    message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+    return message.metadata.message_id
+
+
+def error_reply(message: Message, code: int, reason: str) -> Message:
+    """The reply to a message that could not be handled."""
+    return Message(Error(code=code, reason=reason), reply_to=message)
+
+
+def run_server(app: ServerApp, grid: SimulationGrid, run_config: Mapping[str, Any]) -> None:
+    """Run a ServerApp on a grid in this process; its exceptions come through."""
+    context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
+    app(grid, context)
+
+
+def call(app: ClientApp, message: Message, context: Context) -> Message:
+    """Let a ClientApp handle a message; an exception becomes the reply that Flower's engines give."""
+    try:
+        return app(message, context)
+    except Exception as error:
+        return error_reply(message, 2, type(error).__name__)

@@ -1,0 +1,123 @@
+"""What a person sees while a run goes on and when it ends. Reads the run directory; asks the run nothing."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from experiments.engines.grid import SimulationGrid
+from fedlora.config import RunConfig
+from server.run_directory import read_records
+
+
+@contextlib.contextmanager
+def progress(config: RunConfig, grid: SimulationGrid, console: Console) -> Iterator[None]:
+    """Show round, institutions done, accuracy, epsilon and seconds left until the block ends.
+
+    On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run.
+    """
+    done = threading.Event()
+    started = time.monotonic()
+    first = len(read_records(Path(config.run_dir)))
+
+    def line() -> tuple[int, str]:
+        records = read_records(Path(config.run_dir))
+        return len(records), describe(
+            config, records, grid.answered, grid.pushed, time.monotonic() - started, len(records) - first
+        )
+
+    def redraw() -> None:
+        with Live(console=console, refresh_per_second=4, transient=True) as live:
+            while not done.wait(0.25):
+                live.update(Text(line()[1]))
+
+    def report() -> None:
+        every, shown = max(1, config.federation.rounds // 10), first
+        while not done.wait(0.25):
+            finished, text = line()
+            if finished >= shown + every or (finished and not shown):
+                console.print(text, highlight=False)
+                shown = finished
+
+    thread = threading.Thread(target=redraw if console.is_terminal else report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def describe(
+    config: RunConfig,
+    records: list[dict[str, Any]],
+    answered: int,
+    pushed: int,
+    elapsed: float,
+    fresh: int,
+) -> str:
+    """One line on where a run is.
+
+    Args:
+        config: The run.
+        records: Its rounds so far.
+        answered: Institutions done in the round in progress.
+        pushed: Institutions asked in it.
+        elapsed: Seconds since this process started the run.
+        fresh: Rounds done since then.
+    """
+    total = config.federation.rounds
+    if not records:
+        return f"starting: base model and {pushed or 'the'} institutions ({elapsed:.0f} s)"
+    parts = [f"round {min(len(records) + 1, total)}/{total}", f"institutions {answered}/{pushed}"]
+    measured = next((r["metrics"] for r in reversed(records) if r["metrics"]), {})
+    for key in ("accuracy", "token_loss"):
+        if key in measured:
+            parts.append(f"{key.replace('_', ' ')} {measured[key]:.3f}")
+    spent = records[-1]["epsilon_max"]
+    parts.append("no DP (epsilon inf)" if spent == "inf" else f"epsilon {spent or 0:.2f}")
+    if fresh > 1:
+        pace = sum(r["seconds"] for r in records[-fresh:]) / fresh
+        parts.append(f"{pace * (total - len(records)):.0f} s left")
+    return " · ".join(parts)
+
+
+def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> None:
+    """The table at the end of a run, and where everything is."""
+    run_dir = Path(config.run_dir)
+    privacy = json.loads((run_dir / "privacy.json").read_text(encoding="utf-8"))
+    table = Table(title="Federated run", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name in ("accuracy", "macro_f1", "token_loss", "perplexity", "exact_match", "unparseable"):
+        if name in result:
+            value = result[name]
+            table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    counts = result["counts"]
+    table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")
+    institutions = result["institutions"]
+    if institutions:
+        low, high = min(institutions, key=institutions.get), max(institutions, key=institutions.get)
+        table.add_row("institutions", f"{len(institutions)}: worst {low} {institutions[low]:.3f}, best {high} {institutions[high]:.3f}")
+    table.add_row("rounds", f"{result['rounds']} in {result['seconds']:.0f} s")
+    table.add_row("trained", f"{result['trained_parameters']:,} parameters ({config.adapter.method}, rank {config.adapter.rank})")
+    if counts.get("truncated"):
+        table.add_row("cut to length", f"{counts['truncated']} texts longer than {config.training.max_length} tokens")
+    if config.privacy.enabled:
+        table.add_row(
+            "privacy", f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, per {config.privacy.unit}, each institution"
+        )
+    protects_nobody = not config.privacy.enabled or config.privacy.noise == "seeded"
+    table.add_row("protects", Text(privacy["protects"], style="bold red" if protects_nobody else "green"))
+    console.print(table)
+    console.print(f"adapter        {run_dir / 'adapter'}", highlight=False, soft_wrap=True)
+    console.print(f"privacy        {run_dir / 'privacy.json'}", highlight=False, soft_wrap=True)
+    console.print(f"every round    {run_dir / 'rounds.jsonl'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,66 @@
+"""Using a finished run: evaluate its adapter on other data, predict, merge it into its base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedlora import adapters, data, trainable
+from fedlora import config as configuration
+from fedlora.errors import InputError
+from fedlora.trainable import Trainable
+
+
+def _open(run_dir: Path) -> tuple[configuration.RunConfig, Trainable]:
+    """A run's base with its released adapter in place.
+
+    Raises:
+        InputError: If the run is not complete, or its base is another one now.
+    """
+    if not (run_dir / "result.json").exists():
+        raise InputError(
+            f"{run_dir} holds no complete run (no result.json); give the directory that a finished run printed, "
+            f"or continue it with `fedlora run --resume {run_dir}`"
+        )
+    config = configuration.load(run_dir / "config.toml")
+    result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    work = trainable.load(config, tuple(result["labels"]))
+    if work.base.digest != result["base"]["digest"]:
+        raise InputError(
+            f"model.name {config.model.name} is not the base that {run_dir} was trained on (weights differ); "
+            "restore that base or run again"
+        )
+    adapters.AdapterState.open(run_dir / "adapter").load_into(work.model)
+    return config, work
+
+
+def evaluate(run_dir: Path, source: str) -> dict[str, Any]:
+    """Metrics of a run's adapter on all rows of ``source``, with the run's own text and label columns."""
+    config, work = _open(run_dir)
+    shard = data.load_shard(
+        source, text=config.data.text, label=config.data.label, labels=work.labels, encode=work.task.encode
+    )
+    result = work.task.evaluate(work.model, shard, work.labels)
+    return {key: value for key, value in result.items() if key != "by_owner"}
+
+
+def predict(run_dir: Path, texts: list[str]) -> list[str]:
+    """One answer for each text."""
+    _, work = _open(run_dir)
+    return work.task.answer(work.model, texts, work.labels)
+
+
+def merge(run_dir: Path, out_dir: Path) -> None:
+    """Write the base with the adapter folded in, as safetensors with its tokenizer.
+
+    Raises:
+        InputError: If ``out_dir`` exists.
+    """
+    if out_dir.exists():
+        raise InputError(f"{out_dir} exists; give a directory that is not there")
+    _, work = _open(run_dir)
+    merged = adapters.merge(work.model)
+    temporary = out_dir.with_name(f".{out_dir.name}.tmp")
+    merged.save_pretrained(temporary, safe_serialization=True)
+    work.base.tokenizer.save_pretrained(temporary)
+    temporary.rename(out_dir)
+

@@ -1,0 +1,235 @@
+"""How much noise a whole plan needs, which delta, and which size may be public.
+
+The figures rest on :mod:`fedlora.composition`; docs/privacy-accounting.md works an example by hand.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fedlora.composition import Event, History, compose, epsilon
+from fedlora.errors import InputError, Refusal
+
+__all__ = [
+    "Event",
+    "History",
+    "PrivacyPlan",
+    "check_delta",
+    "compose",
+    "default_delta",
+    "epsilon",
+    "noise_multiplier",
+    "plan",
+    "public_delta",
+    "public_size",
+]
+
+_MAX_SIGMA = 1e6
+_bound = epsilon  # below, ``epsilon`` names the target
+
+
+def noise_multiplier(
+    *,
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: str = "prv",
+    history: Iterable[Event] = (),
+) -> float:
+    """Find the least noise with which a plan, on top of a history, stays within epsilon.
+
+    Guarantee: ``epsilon(history + plan)`` is at most the target with the returned value, and above
+    it with a value 0.1 percent smaller.
+
+    Args:
+        epsilon: Target for the history and the plan together, > 0.
+        delta: In (0, 1).
+        sample_rate: In (0, 1].
+        steps: Steps of the plan, >= 1.
+        accountant: ``"prv"`` or ``"rdp"``.
+        history: What was released about the same data before.
+
+    Raises:
+        InputError: If a value is out of bounds, or the accountant cannot certify so small an
+            epsilon with any noise.
+        Refusal: ``budget-exhausted`` if the history alone exceeds the target.
+    """
+    if not 0 < epsilon < math.inf:
+        raise InputError(f"epsilon is {epsilon}, but must be a finite number above 0")
+    before = compose(history)
+    spent = _bound(before, delta, accountant)
+    if spent >= epsilon:
+        raise Refusal(
+            "budget-exhausted",
+            f"epsilon {spent:.4g} of {epsilon:.4g} was already spent on these records",
+        )
+
+    def excess(sigma: float) -> float:
+        """Log of epsilon over target: nearly linear in log sigma, at most 0 where it fits."""
+        plan = Event(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)
+        try:
+            value = _bound((*before, plan), delta, accountant)
+        except InputError:
+            return math.inf  # so little noise that no finite epsilon exists
+        return math.log(max(value, 1e-300) / epsilon)
+
+    # First guess: the Gaussian mechanism with the mean square of the sampled steps.
+    guess = 0.5 + sample_rate * math.sqrt(2 * steps * math.log(1.25 / delta)) / epsilon
+    low, high = guess / 1.5, guess
+    while (over := excess(high)) > 0:
+        if high > _MAX_SIGMA:
+            raise InputError(
+                f"epsilon is {epsilon:g}, but at delta {delta:g} the {accountant} accountant "
+                f"cannot certify {steps} steps that low with any noise; raise epsilon or delta"
+            )
+        low, high = high, high * 2
+    while (under := excess(low)) <= 0:
+        low, high, over = low / 1.5, low, under
+    return _shrink(excess, low, high, under, over)
+
+
+def _shrink(
+    excess: Callable[[float], float], low: float, high: float, under: float, over: float
+) -> float:
+    """Narrow ``excess(low) > 0 >= excess(high)`` to 0.1 percent; return the safe end."""
+    tolerance = 1e-3
+    for turn in range(200):
+        if high <= low * (1 + tolerance):
+            return high
+        # The secant in log sigma, but every third turn halves, so that the loop is sure to end.
+        secant = turn % 3 < 2 and math.isfinite(under)
+        share = under / (under - over) if secant else 0.5
+        middle = low * (high / low) ** share
+        # Step just past the crossing, toward the end that is farther off, so that one more turn
+        # encloses it.
+        middle *= (1 + tolerance / 3) if middle * middle < low * high else 1 / (1 + tolerance / 3)
+        middle = min(max(middle, low * (1 + tolerance / 4)), high / (1 + tolerance / 4))
+        value = excess(middle)
+        if value > 0:
+            low, under = middle, value
+        else:
+            high, over = middle, value
+    raise AssertionError("every third turn halves the interval")
+
+
+def default_delta(records: int) -> float:
+    """Return 1 / (10 x records): what a report uses when no delta was chosen."""
+    return 1 / (10 * _positive(records))
+
+
+def public_delta(records: int) -> float:
+    """Return the largest power of ten not above 1 / (10 x records).
+
+    Training uses it in place of :func:`default_delta`, because the noise follows from delta and
+    would otherwise tell the exact number of records.
+    """
+    return float(f"1e-{len(str(10 * _positive(records) - 1))}")
+
+
+def public_size(records: int) -> int:
+    """Return the size class: the largest power of two not above the number of records.
+
+    It is treated as public, and is the only size that influences anything released under DP.
+    """
+    return 1 << (_positive(records).bit_length() - 1)
+
+
+def check_delta(delta: float, records: int) -> None:
+    """Check that delta is below 1 / records.
+
+    Above it, publishing one whole record would count as private.
+
+    Raises:
+        InputError: If it is not, or not positive.
+    """
+    if not 0 < delta < 1 / _positive(records):
+        raise InputError(
+            f"privacy.delta is {delta:g}, but must be above 0 and below 1 / {records} records = "
+            f"{1 / records:.3g}; {public_delta(records):g} would do"
+        )
+
+
+def _positive(records: int) -> int:
+    if records < 1:
+        raise InputError(f"the number of records is {records}, but must be at least 1")
+    return records
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What one institution will spend in a run if it takes part in every round it may.
+
+    Args:
+        epsilon: Target for the whole run; the plan's own epsilon is at most this.
+        delta: Failure probability.
+        noise_multiplier: Deviation of the noise of a step divided by the clipping norm.
+        sample_rate: Probability that a unit takes part in a step.
+        steps_per_round: Local steps a round.
+        rounds: Rounds it takes part in, at most.
+        accountant: ``"prv"`` or ``"rdp"``.
+        size_noise: Deviation of the noise on the released number of units; 0: it is not released.
+    """
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps_per_round: int
+    rounds: int
+    accountant: str
+    size_noise: float = 0.0
+
+    @property
+    def max_steps(self) -> int:
+        """Steps of the whole run, at most."""
+        return self.steps_per_round * self.rounds
+
+
+def plan(
+    *,
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps_per_round: int,
+    rounds: int,
+    accountant: str = "prv",
+    size_noise: float = 0.0,
+    history: Iterable[Event] = (),
+) -> PrivacyPlan:
+    """Choose the noise of a whole run: every round, and the noised size where one is released.
+
+    Args:
+        epsilon: Target for the history and the run together.
+        delta: Failure probability.
+        sample_rate: Probability that a unit takes part in a step.
+        steps_per_round: Local steps a round, >= 1.
+        rounds: Rounds the institution takes part in, at most, >= 1.
+        accountant: ``"prv"`` or ``"rdp"``.
+        size_noise: Deviation of the noise on the number of units (a Gaussian mechanism of
+            sensitivity 1); 0: none.
+        history: What was released about the same data before.
+
+    Raises:
+        InputError: If a value is out of bounds or the target cannot be met.
+        Refusal: ``budget-exhausted`` if the history, with the noised size, exceeds the target.
+    """
+    size = (Event(noise_multiplier=size_noise, sample_rate=1.0, steps=1),) if size_noise else ()
+    sigma = noise_multiplier(
+        epsilon=epsilon,
+        delta=delta,
+        sample_rate=sample_rate,
+        steps=steps_per_round * rounds,
+        accountant=accountant,
+        history=(*history, *size),
+    )
+    return PrivacyPlan(
+        epsilon=epsilon,
+        delta=delta,
+        noise_multiplier=sigma,
+        sample_rate=sample_rate,
+        steps_per_round=steps_per_round,
+        rounds=rounds,
+        accountant=accountant,
+        size_noise=size_noise,
+    )

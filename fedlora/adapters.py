@@ -1,0 +1,381 @@
+"""LoRA, rsLoRA and DoRA on a frozen base, and the values of their factors as they travel and are saved.
+
+Everything here speaks PEFT's own names and files, so that what a run saves opens with
+``PeftModel.from_pretrained`` and nothing of this project.
+"""
+
+import copy
+import difflib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+from fedlora.models import HEAD, Base
+from fedlora.streams import RandomSource
+
+Method = Literal["lora", "rslora", "dora", "dora-rslora"]
+Part = Literal["A", "B", "magnitude", "head"]
+METHODS: tuple[Method, ...] = ("lora", "rslora", "dora", "dora-rslora")
+ADAPTER = "default"  # PEFT's name for the only adapter of a model
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+# The query and value projections (Hu et al. 2021, section 7.1), or the fused projection that contains them.
+TARGETS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "albert"), ("query", "value")),
+    "distilbert": ("q_lin", "v_lin"),
+    "mpnet": ("attn.q", "attn.v"),
+    "modernbert": ("Wqkv",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gpt2": ("c_attn",),
+    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
+    "phi3": ("qkv_proj",),
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "smollm3")
+        + ("olmo", "olmo2", "granite", "cohere", "stablelm", "gptj", "gpt_neo", "opt"),
+        ("q_proj", "v_proj"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """What is trained: low-rank factors on some linear layers of the base.
+
+    Args:
+        method: ``lora`` (W + s B A); ``rslora`` has s = alpha / sqrt(rank) instead of alpha / rank; ``dora`` also
+            learns the norm of each output row (Liu et al. 2024, arXiv 2402.09353); ``dora-rslora`` both.
+        rank: Rank of B A, at least 1.
+        alpha: Above 0.
+        dropout: On the input of A, in [0, 1).
+        target_modules: Last parts of layer names; empty for the default of the architecture (`TARGETS`).
+
+    Raises:
+        InputError: For a value out of bounds.
+    """
+
+    method: Method
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"adapter.method is {self.method!r}; choose one of {', '.join(METHODS)} (perhaps {near!r})"
+            )
+        if self.rank < 1:
+            raise InputError(f"adapter.rank is {self.rank}, but must be at least 1; 8 is usual")
+        if not 0 < self.alpha < float("inf"):
+            raise InputError(f"adapter.alpha is {self.alpha}, but must be above 0; twice the rank is usual")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"adapter.dropout is {self.dropout}, but must be in [0, 1); 0 switches it off")
+
+
+def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
+    """Put a fresh adapter on a base; the model computes what the base computes until it is trained.
+
+    B is zero, A uniform in +-1/sqrt(d_in) as in PEFT but from named streams (the same on every machine, whatever
+    the order of layers), DoRA's magnitudes are the row norms of the base. Adapters are float32. On an encoder
+    the head is trained too. The base's own modules become part of the result.
+
+    Args:
+        base: Its model must carry no adapter yet.
+        spec: What to train.
+        seed: Of the initial A.
+
+    Raises:
+        InputError: If a target module is not in the model or is not a linear layer.
+    """
+    targets = _targets(base.model, spec.target_modules)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=cast(int, spec.alpha),  # PEFT computes with it as a float
+        lora_dropout=spec.dropout,
+        target_modules=list(targets),
+        use_rslora=spec.method.endswith("rslora"),
+        use_dora=spec.method.startswith("dora"),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in _matching(base.model, targets)),
+        modules_to_save=[HEAD] if base.kind == "encoder" else None,
+        task_type="CAUSAL_LM" if base.kind == "causal" else None,
+    )
+    config.base_model_name_or_path = base.name
+    with torch.random.fork_rng(devices=[]):
+        model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
+    config.base_model_name_or_path = base.name  # PEFT overwrites it with the directory
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)
+            stream = RandomSource.seeded("adapter-init", seed, name)
+            values = torch.from_numpy(stream.uniform(a.numel())).view(a.shape)
+            a.copy_((2 * values - 1) / a.shape[1] ** 0.5)
+            if ADAPTER in layer.lora_magnitude_vector:
+                magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
+                magnitude.copy_(dense_weight(layer.get_base_layer()).norm(dim=1))
+    return model
+
+
+def _targets(model: nn.Module, asked: tuple[str, ...]) -> tuple[str, ...]:
+    kind = str(getattr(model.config, "model_type", ""))
+    layers = [name for name, module in model.named_modules() if is_linear(module) and name != HEAD]
+    endings = sorted({name.rpartition(".")[2] for name in layers})
+    targets = asked or TARGETS.get(kind, ())
+    if not targets:
+        raise InputError(
+            f"adapter.target-modules is empty and there is no default for {kind!r}; "
+            f"name some of its linear layers: {', '.join(endings)}"
+        )
+    for target in targets:
+        found = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found or not set(found) <= set(layers):
+            near = difflib.get_close_matches(target, endings, n=1)
+            raise InputError(
+                f"adapter.target-modules has {target!r}, which is "
+                f"{'not a linear layer' if found else 'no layer'} of this {kind} model; "
+                + (f"perhaps {near[0]!r}" if near else f"it has {', '.join(endings)}")
+            )
+    return targets
+
+
+def _matching(model: nn.Module, targets: tuple[str, ...]) -> Iterator[nn.Module]:
+    for name, module in model.named_modules():
+        if any(name == target or name.endswith(f".{target}") for target in targets):
+            yield module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a layer that adapters here can sit on: Linear, bitsandbytes' two, or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers with low-rank factors, with their module paths, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as float32 ``(d_out, d_in)``, dequantised where it is quantised."""
+    weight = cast(Any, layer.weight)
+    if hasattr(weight, "quant_state"):  # bitsandbytes Linear4bit
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    if hasattr(weight, "SCB"):  # Linear8bitLt: int8 rows times their largest magnitude / 127
+        scale = weight.SCB if weight.SCB is not None else cast(Any, layer.state).SCB
+        return weight.data.float() * (scale.float()[:, None] / 127)
+    return (weight.detach().T if isinstance(layer, Conv1D) else weight.detach()).float()
+
+
+@torch.no_grad()
+def merge(model: PeftModel) -> PreTrainedModel:
+    """Fold the adapter into the base: a plain model that ``save_pretrained`` writes and transformers opens.
+
+    Consumes ``model``: its layers are replaced one by one, so that the peak is about one layer above the result. A
+    quantised base is dequantised to the dtype of its activations.
+
+    Returns:
+        The base model with merged weights, frozen, in evaluation mode.
+    """
+    plain = cast(PreTrainedModel, model.get_base_model())
+    dtype = plain.dtype  # of the embeddings, which are never quantised
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            plain.set_submodule(name, _dense(base, _folded_weight(module), dtype))
+        elif isinstance(module, ModulesToSaveWrapper):
+            plain.set_submodule(name, cast(nn.Module, module.modules_to_save[ADAPTER]))
+    for name, module in list(plain.named_modules()):
+        if _is_quantized(module):
+            plain.set_submodule(name, _dense(module, dense_weight(module), dtype))
+    marks = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
+    for module in plain.modules():
+        for mark in (*marks, "peft_config"):
+            module.__dict__.pop(mark, None)
+    plain.config.__dict__.pop("quantization_config", None)
+    return cast(PreTrainedModel, plain.requires_grad_(False).eval())
+
+
+def _folded_weight(layer: LoraLayer) -> torch.Tensor:
+    """``c * (W + s B A)`` float32 ``(d_out, d_in)``; c is 1, for DoRA magnitude / row norm ``(d_out, 1)``."""
+    a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)
+    b = cast(nn.Parameter, layer.lora_B[ADAPTER].weight)
+    weight = dense_weight(layer.get_base_layer()) + layer.scaling[ADAPTER] * (b @ a)
+    if ADAPTER in layer.lora_magnitude_vector:
+        magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
+        weight *= (magnitude / weight.norm(dim=1))[:, None]
+    return weight
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return is_linear(module) and (hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB"))
+
+
+def _dense(like: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    """A plain layer of the kind of ``like`` with this weight ``(d_out, d_in)`` and the bias of ``like``."""
+    bias = cast(torch.Tensor | None, like.bias)
+    layer: nn.Module
+    if isinstance(like, Conv1D):
+        layer = Conv1D(weight.shape[0], weight.shape[1])
+        layer.weight = nn.Parameter(weight.T.contiguous().to(dtype))
+    else:
+        layer = nn.Linear(1, 1, bias=bias is not None)
+        layer.in_features, layer.out_features = weight.shape[1], weight.shape[0]
+        layer.weight = nn.Parameter(weight.to(dtype))
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(dtype))
+    return layer
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters under the names that PEFT saves them by, in the model's order."""
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if f".modules_to_save.{ADAPTER}." in name:
+            found[name.replace(f".modules_to_save.{ADAPTER}.", ".")] = parameter
+        elif f".lora_magnitude_vector.{ADAPTER}.weight" in name:
+            found[name.removesuffix(f".{ADAPTER}.weight")] = parameter
+        elif f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name:
+            found[name.replace(f".{ADAPTER}.", ".")] = parameter
+    return found
+
+
+def kind(name: str) -> Part:
+    """What a saved tensor is: ``A`` (rank, d_in), ``B`` (d_out, rank), ``magnitude`` (d_out,) or ``head``."""
+    if name.endswith(".lora_A.weight"):
+        return "A"
+    if name.endswith(".lora_B.weight"):
+        return "B"
+    return "magnitude" if name.endswith(".lora_magnitude_vector") else "head"
+
+
+def layer(name: str) -> str:
+    """The path of the layer that a saved tensor belongs to, the same for its A, B and magnitude."""
+    return name.partition(".lora_")[0] if kind(name) != "head" else name.rpartition(".")[0]
+
+
+class AdapterState(Mapping[str, torch.Tensor]):
+    """Values of everything that is trained: name -> float32 CPU tensor, sorted by name.
+
+    Names are those of PEFT's ``adapter_model.safetensors``. Tensors are held, not copied.
+
+    Args:
+        tensors: By name, in any order.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = {name: tensors[name] for name in sorted(tensors)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @classmethod
+    def read(cls, model: nn.Module) -> Self:
+        """A copy of the adapter in the model."""
+        found = parameters(model).items()
+        return cls({name: p.detach().to("cpu", torch.float32, copy=True) for name, p in found})
+
+    @torch.no_grad()
+    def load_into(self, model: nn.Module) -> None:
+        """Copy these values into the model's adapter, in place.
+
+        Raises:
+            ValueError: If names or shapes differ from the model's; nothing is copied then.
+        """
+        targets = parameters(model)
+        if problem := _difference(self, targets):
+            raise ValueError(f"the adapter does not fit the model: {problem}")
+        for name, parameter in targets.items():
+            parameter.copy_(self[name])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.values())
+
+    def copy(self) -> Self:
+        """Equal values in memory of their own."""
+        return type(self)({name: tensor.clone() for name, tensor in self.items()})
+
+    def zeros_like(self) -> Self:
+        """Zeros of the same names and shapes."""
+        return type(self)({name: torch.zeros_like(tensor) for name, tensor in self.items()})
+
+    def validate_against(self, reference: "AdapterState") -> str | None:
+        """Say what makes this adapter unusable beside ``reference``, or None.
+
+        Checked: names, shapes, float32, all values finite.
+        """
+        if problem := _difference(self, reference):
+            return problem
+        for name, tensor in self.items():
+            if tensor.dtype != torch.float32:
+                return f"{name} is {tensor.dtype}, expected torch.float32"
+            if not torch.isfinite(tensor).all():
+                return f"{name} has values that are not finite"
+        return None
+
+    def save(self, directory: Path, model: PeftModel) -> None:
+        """Write the two files that ``PeftModel.from_pretrained`` opens, each whole or not at all.
+
+        Args:
+            directory: Made if missing.
+            model: The model that the adapter belongs to; its PEFT configuration is saved.
+        """
+        config = copy.copy(model.peft_config[ADAPTER])
+        config.inference_mode = True
+        with tempfile.TemporaryDirectory() as scratch:
+            config.save_pretrained(scratch)
+            write_atomic(directory / CONFIG_FILE, (Path(scratch) / CONFIG_FILE).read_bytes())
+        tensors = {name: tensor.contiguous() for name, tensor in self.items()}
+        write_atomic(directory / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read the tensors that `save` wrote.
+
+        Raises:
+            InputError: If the file is missing or damaged.
+        """
+        try:
+            return cls(safetensors.torch.load_file(directory / WEIGHTS_FILE))
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{directory / WEIGHTS_FILE} cannot be read ({type(error).__name__}); "
+                "give the directory of a finished run's adapter"
+            ) from None
+
+
+def _difference(state: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> str | None:
+    if missing := sorted(set(reference) - set(state)):
+        return f"{missing[0]} is missing ({len(missing)} in all)"
+    if extra := sorted(set(state) - set(reference)):
+        return f"{extra[0]} is not expected ({len(extra)} in all)"
+    for name, tensor in reference.items():
+        if state[name].shape != tensor.shape:
+            return f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+    return None

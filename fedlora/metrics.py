@@ -1,0 +1,76 @@
+"""Classification metrics by hand: no scikit-learn at run time, one definition for every task."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+
+def accuracy(truth: Sequence[str], predicted: Sequence[str | None]) -> float:
+    """Share of rows whose prediction is the truth, in [0, 1]; nan without rows."""
+    if not truth:
+        return float("nan")
+    return sum(t == p for t, p in zip(truth, predicted, strict=True)) / len(truth)
+
+
+def macro_f1(truth: Sequence[str], predicted: Sequence[str | None]) -> float:
+    """Mean F1 over the classes that occur in truth or prediction, in [0, 1]; nan without rows.
+
+    The same as scikit-learn's ``f1_score(average="macro")``. ``None`` is no class: it lowers the
+    recall of the true class and nobody's precision.
+    """
+    f1 = [
+        2 * counts["correct"] / (counts["truth"] + counts["predicted"])
+        for counts in per_class(truth, predicted).values()
+    ]
+    return sum(f1) / len(f1) if f1 else float("nan")
+
+
+def per_class(
+    truth: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str] = ()
+) -> dict[str, dict[str, int]]:
+    """Rows by class.
+
+    Args:
+        truth: The class of each row.
+        predicted: The predicted class of each row, ``None`` where the model named none.
+        labels: Classes to list first, in this order, also when no row has them.
+
+    Returns:
+        For each class that was asked for or occurs: rows that are it (``truth``), rows said to be
+        it (``predicted``), rows where both agree (``correct``).
+    """
+    is_it, said, right = Counter(truth), Counter(predicted), Counter[str]()
+    right.update(t for t, p in zip(truth, predicted, strict=True) if t == p)
+    found = {name for name in (*is_it, *said) if name is not None} - set(labels)
+    return {
+        name: {"truth": is_it[name], "predicted": said[name], "correct": right[name]}
+        for name in (*labels, *sorted(found))
+    }
+
+
+def classification(
+    truth: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str] = ()
+) -> dict[str, Any]:
+    """``n``, ``accuracy``, ``macro_f1`` and ``per_class`` in one dictionary that JSON can hold."""
+    return {
+        "n": len(truth),
+        "accuracy": accuracy(truth, predicted),
+        "macro_f1": macro_f1(truth, predicted),
+        "per_class": per_class(truth, predicted, labels),
+    }
+
+
+def leading_answer(text: str, answers: Sequence[str]) -> str | None:
+    """Reads which of the ``answers`` a generated ``text`` gives.
+
+    Case, surrounding blanks and what follows the answer's last word are ignored: "Positive." gives
+    "positive". The answer has to come first; of two that fit, the longer one counts. Anything else
+    is ``None``, unparseable: it is never turned into a class.
+    """
+    said = text.strip().casefold()
+    fitting = [
+        answer
+        for answer in answers
+        if said.startswith(answer.casefold()) and not said[len(answer.casefold()) :][:1].isalnum()
+    ]
+    return max(fitting, key=len, default=None)

@@ -1,0 +1,483 @@
+"""Base models: found by hub name, directory or Python package, checked, then loaded frozen in one dtype.
+
+`resolve` is cheap: it imports neither torch nor transformers and says what is wrong before anything is loaded.
+Weights come from safetensors only (a pickle can run code when opened), and no code of a model repository is run.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Kind = Literal["encoder", "causal"]
+Dtype = Literal["auto", "fp32", "bf16"]
+Quantization = Literal["none", "nf4", "int8"]
+Task = Literal["classification", "sft"]
+
+HEAD = "classifier"  # attribute of the head of an EncoderClassifier
+CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")  # endings of class names in config.json
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A base model on this machine's disk, checked but not loaded.
+
+    Args:
+        name: As the user wrote it.
+        path: Directory with ``config.json``, the weights and the tokenizer.
+        weights: Its safetensors files, sorted by name.
+        kind: ``causal`` for a language model with a head, ``encoder`` for everything that returns hidden states.
+        model_type: The architecture, as ``config.json`` names it.
+    """
+
+    name: str
+    path: Path
+    weights: tuple[Path, ...]
+    kind: Kind
+    model_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A frozen base model with its tokenizer.
+
+    Args:
+        model: `EncoderClassifier` or a causal language model; no parameter requires a gradient.
+        tokenizer: With a padding token.
+        kind: See `ModelFiles`.
+        dtype: Of the frozen weights that are not quantised, and of the activations.
+        digest: SHA-256 (hex) of the weight files; equal digests mean equal weights.
+        name: As the user wrote it.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    kind: Kind
+    dtype: "torch.dtype"
+    digest: str
+    name: str
+
+
+def resolve(name: str) -> ModelFiles:
+    """Find a base model and check its files; downloads it when it is a hub name and the hub can be reached.
+
+    Args:
+        name: ``package:NAME``, a directory, or a hub name such as ``org/model``.
+
+    Raises:
+        InputError: If it is not there, is not readable, or holds pickles instead of safetensors.
+    """
+    if name.startswith("package:"):
+        return _inspect(name, _package_directory(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _inspect(name, path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(
+            f"model.name is {name!r}, which is no directory here; give a directory with config.json "
+            "and *.safetensors, a hub name, or package:NAME"
+        )
+    return _from_hub(name)
+
+
+def _package_directory(name: str) -> Path:
+    package = name.removeprefix("package:")
+    module = package.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"model.name is {name!r}, but no Python package {package!r} is installed; "
+            f"run: pip install {package}"
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    for config in sorted(root.rglob("config.json"), key=lambda file: (len(file.parts), file)):
+        if any(config.parent.glob("*.safetensors")):
+            return config.parent
+    raise InputError(
+        f"model.name is {name!r}, but that package ships no directory with config.json and "
+        "*.safetensors; name one that does"
+    )
+
+
+def _from_hub(name: str) -> ModelFiles:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    def snapshot(*, local_files_only: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                local_files_only=local_files_only,
+                allow_patterns=HUB_FILES,
+                etag_timeout=HUB_SECONDS,
+            )
+        )
+
+    hint = f"download it where there is a network (hf download {name}) or give a directory"
+    try:
+        return _inspect(name, snapshot(local_files_only=True))
+    except HFValidationError:
+        raise InputError(
+            f"model.name is {name!r}, which is neither a directory here nor a hub name; "
+            "give a directory, org/model, or package:NAME"
+        ) from None
+    except (OSError, InputError):
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"model.name is {name!r}, which is neither a directory nor in the hub cache of "
+                f"this machine, and HF_HUB_OFFLINE is set; {hint}"
+            ) from None
+    try:
+        listed = {file.rfilename for file in HfApi().model_info(name, timeout=HUB_SECONDS).siblings or ()}
+        if not any(file.endswith(".safetensors") for file in listed):
+            raise _no_safetensors(name, pickled=any(Path(file).match(p) for file in listed for p in PICKLES))
+        return _inspect(name, snapshot(local_files_only=False))
+    except InputError:
+        raise
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"model.name is {name!r}, which the hub does not have or does not show without a login; "
+            "check the name, or run: hf auth login"
+        ) from None
+    except Exception as error:  # every transport has errors of its own
+        raise InputError(
+            f"model.name is {name!r}, which is not on this machine, and the hub cannot be reached "
+            f"({type(error).__name__}); {hint}"
+        ) from None
+
+
+def _no_safetensors(name: str, *, pickled: bool) -> InputError:
+    if pickled:
+        return InputError(
+            f"model.name is {name!r}, whose weights are pickles only, which can run code when opened; "
+            "convert them (save_pretrained writes safetensors) or choose another model"
+        )
+    return InputError(
+        f"model.name is {name!r}, which holds no *.safetensors; give a directory with config.json "
+        "and model.safetensors"
+    )
+
+
+def _inspect(name: str, path: Path) -> ModelFiles:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.name is {name!r}, whose config.json cannot be read ({type(error).__name__}); "
+            f"it belongs into {path}"
+        ) from None
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        weights = (path / "model.safetensors",)
+    elif index.is_file():
+        shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weights = tuple(path / file for file in sorted(set(shards.values())))
+    else:
+        raise _no_safetensors(name, pickled=any(any(path.glob(p)) for p in PICKLES))
+    if missing := [file.name for file in weights if not file.is_file()]:
+        raise InputError(
+            f"model.name is {name!r}, which lacks {', '.join(missing)} in {path}; download it again"
+        )
+    if config.get("is_encoder_decoder"):
+        raise InputError(
+            f"model.name is {name!r}, an encoder-decoder ({config.get('model_type')}); "
+            "choose an encoder or a causal language model"
+        )
+    architectures: list[str] = config.get("architectures") or []
+    causal = any(item.endswith(CAUSAL_ARCHITECTURES) for item in architectures)
+    return ModelFiles(
+        name=name,
+        path=path,
+        weights=weights,
+        kind="causal" if causal else "encoder",
+        model_type=str(config.get("model_type", "")),
+    )
+
+
+def digest(weights: tuple[Path, ...]) -> str:
+    """SHA-256 (hex) over the weight files; of a file already seen with this size and time it is remembered."""
+    digests = [_file_digest(file.resolve()) for file in weights]
+    if len(digests) == 1:
+        return digests[0]
+    lines = "".join(f"{file.name} {value}\n" for file, value in zip(weights, digests, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    stat = file.stat()
+    key = hashlib.sha256(f"{file}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()
+    remembered = Path.home() / ".cache" / "fedlora" / "digests" / key
+    try:
+        return remembered.read_text(encoding="ascii")
+    except OSError:
+        pass
+    with file.open("rb") as stream:
+        value = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        write_atomic(remembered, value.encode())
+    except OSError:
+        pass  # a read-only home costs time, not correctness
+    return value
+
+
+@cache
+def fast_bf16(device: str) -> bool:
+    """Whether bf16 matrix products are native on this device (AMX or AVX512-bf16; a GPU from Ampere on)."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def kind(name: str, task: Task) -> Kind:
+    """The kind of a base model, without loading it.
+
+    Raises:
+        InputError: As `resolve`, and for a task that the model cannot do.
+    """
+    found = resolve(name).kind
+    if task == "sft" and found != "causal":
+        raise InputError(
+            f"model.name is {name!r}, an encoder, which cannot write the responses of task sft; "
+            "choose a causal language model or model.task = 'classification'"
+        )
+    return found
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a base model, with a padding token.
+
+    Raises:
+        InputError: As `resolve`, and if the directory holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    files = resolve(name)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(files.path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_open(files, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _cannot_open(files: ModelFiles, error: Exception) -> InputError:
+    why = (str(error).splitlines() or [""])[0]
+    return InputError(
+        f"model.name is {files.name!r}, which transformers cannot open ({type(error).__name__}: {why}); "
+        f"check the files in {files.path}"
+    )
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: Dtype,
+    quantization: Quantization,
+    task: Task,
+    num_labels: int,
+    device: str = "cpu",
+) -> Base:
+    """Load a base model, frozen, in evaluation mode.
+
+    Args:
+        name: See `resolve`.
+        dtype: Of weights and activations; ``auto`` is bf16 where `fast_bf16`, else fp32.
+        quantization: ``nf4`` or ``int8`` store the linear layers in 4 or 8 bits (bitsandbytes). int8 runs without
+            the outlier columns of LLM.int8(), which are picked over the whole batch and so couple its examples.
+        task: ``classification`` puts mean pooling and a zero float32 head on an encoder (a causal model scores
+            label words, without a head); ``sft`` needs a causal model.
+        num_labels: Classes of the head of an encoder; not used for a causal model.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: As `resolve`, for an architecture that transformers does not know, and for an encoder with sft.
+    """
+    files = resolve(name)
+    kind(name, task)
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    weights_dtype = torch.float32
+    if dtype == "bf16" or (dtype == "auto" and fast_bf16(device)):
+        weights_dtype = torch.bfloat16
+    options: dict[str, Any] = {
+        "dtype": weights_dtype,
+        "local_files_only": True,
+        "use_safetensors": True,
+    }
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=quantization == "nf4",
+            load_in_8bit=quantization == "int8",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=weights_dtype,
+            llm_int8_threshold=0.0,
+        )
+    if device != "cpu":
+        options["device_map"] = {"": device}
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line per layer and forward
+    tokenizer = load_tokenizer(name)
+    with _quiet():
+        try:
+            if files.kind == "causal":
+                model: Any = AutoModelForCausalLM.from_pretrained(files.path, **options)
+            else:
+                model = _load_encoder(files, num_labels=num_labels, options=options)
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise _cannot_open(files, error) from error
+    for module in model.modules():
+        # bitsandbytes repacks a 4-bit weight at the first evaluation on a CPU and then no longer differentiates
+        # through the layer, so training after an evaluation would silently lose gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False).eval()
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        kind=files.kind,
+        dtype=weights_dtype,
+        digest=digest(files.weights),
+        name=name,
+    )
+
+
+@cache
+def _encoder_classifier() -> "type[PreTrainedModel]":
+    """`EncoderClassifier`, made on first use, because its base class imports torch."""
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    class EncoderClassifier(PreTrainedModel):
+        """An encoder, mean pooling over the mask, and a linear head: token ids ``(b, t)`` to logits.
+
+        The encoder sits under the name its own family uses (``bert``, ``roberta``, ``model``), so that a
+        saved classifier also opens with ``AutoModel``. Pooling and head are float32 whatever the encoder is.
+
+        Args:
+            config: Of the encoder; the number of classes is its ``num_labels``.
+            encoder: A loaded one; without it a fresh one is built, for ``from_pretrained`` to fill.
+        """
+
+        supports_gradient_checkpointing = True
+        _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # the encoder decides
+        _supports_attention_backend = True
+        _keep_in_fp32_modules_strict = {HEAD}  # noqa: RUF012  (transformers expects a plain set)
+
+        def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
+            if encoder is None:
+                encoder = AutoModel.from_config(config, **_no_pooler(config))
+            assert encoder is not None
+            super().__init__(config)
+            self.base_model_prefix = encoder.base_model_prefix
+            setattr(self, self.base_model_prefix, encoder)
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels, dtype=torch.float32)
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            """Nothing: the encoder comes loaded and the head starts at zero."""
+
+        @classmethod
+        def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
+            """As in transformers; the encoder's own configuration class is found by ``AutoConfig``."""
+            if options.get("config") is None:
+                options["config"] = AutoConfig.from_pretrained(path, local_files_only=True)
+            return super().from_pretrained(path, *args, **options)
+
+        def forward(
+            self,
+            input_ids: torch.Tensor | None = None,
+            attention_mask: torch.Tensor | None = None,
+            **encoder_inputs: Any,
+        ) -> SequenceClassifierOutput:
+            """Logits ``(b, num_labels)`` float32; ``attention_mask`` ``(b, t)`` is 0 at padding."""
+            encoder = getattr(self, self.base_model_prefix)
+            output = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
+            hidden = output[0].float()  # (b, t, hidden)
+            if attention_mask is None:
+                pooled = hidden.mean(1)
+            else:
+                mask = attention_mask.to(hidden.dtype)[..., None]  # (b, t, 1)
+                pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+            return SequenceClassifierOutput(logits=self.classifier(pooled))
+
+    EncoderClassifier.__qualname__ = "EncoderClassifier"
+    return EncoderClassifier
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EncoderClassifier":
+        return _encoder_classifier()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _no_pooler(config: Any) -> dict[str, bool]:
+    """The argument that leaves out the unused pooler of BERT and its relatives, where the class has one."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    encoder: Any = MODEL_MAPPING[type(config)]
+    known = "add_pooling_layer" in inspect.signature(encoder.__init__).parameters
+    return {"add_pooling_layer": False} if known else {}
+
+
+def _load_encoder(files: ModelFiles, *, num_labels: int, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModel
+
+    classifier: Any = _encoder_classifier()
+    config: Any = AutoConfig.from_pretrained(files.path, local_files_only=True)
+    if classifier.__name__ in (config.architectures or ()):  # a merged run: it brings its head
+        if config.num_labels != num_labels:
+            raise InputError(
+                f"model.name is {files.name!r}, a classifier of {config.num_labels} classes, but the data "
+                f"have {num_labels}; take its base model or data with those classes"
+            )
+        return classifier.from_pretrained(files.path, config=config, **options)
+    encoder: Any = AutoModel.from_pretrained(files.path, **_no_pooler(config), **options)
+    encoder.config.num_labels = num_labels
+    model: Any = classifier(encoder.config, encoder)
+    model.classifier.to(encoder.device)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # PEFT looks here for its bitsandbytes layers
+        setattr(model, flag, getattr(encoder, flag, False))
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no notes about unused weights while a model is loaded."""
+    from transformers.utils import logging as notes
+
+    verbosity, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
+    notes.set_verbosity_error()
+    notes.disable_progress_bar()
+    try:
+        yield
+    finally:
+        notes.set_verbosity(verbosity)
+        if bars:
+            notes.enable_progress_bar()

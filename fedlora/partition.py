@@ -1,0 +1,305 @@
+"""Which rows are held out, and which institution holds which row.
+
+Every function is pure: the same rows and seed give the same answer. The partitions themselves come
+from ``flwr-datasets``, which is imported only here and only while a federation is built.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import math
+import re
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.errors import InputError
+from fedlora.streams import RandomSource
+
+USAGE = (
+    "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or size:linear|square|exponential"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Who holds what.
+
+    ``train`` and ``held_out`` are int64, one entry a row: the index into ``names``, or -1 for a row
+    that no institution of this federation holds. ``dropped`` counts institutions left out.
+    """
+
+    names: tuple[str, ...]
+    train: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    dropped: int = 0
+
+
+def normalise(text: str) -> str:
+    """Return the form in which texts are compared: NFKC, case folded, only words and numbers."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+", folded)) or folded
+
+
+def parse(spec: str) -> tuple[str, str]:
+    """Split a partition into scheme and argument.
+
+    Raises:
+        InputError: If the scheme is unknown or its argument is missing or out of bounds.
+    """
+    scheme, _, argument = spec.partition(":")
+    valid = {
+        "iid": spec == "iid",
+        "natural": argument != "",
+        "dirichlet": _number(argument) > 0,
+        "pathological": argument.isdecimal() and int(argument) > 0,
+        "size": argument in ("linear", "square", "exponential"),
+    }
+    if not valid.get(scheme, False):
+        raise InputError(
+            f"data.partition is {spec!r}; it must be {USAGE} with ALPHA > 0 and CLASSES >= 1"
+        )
+    return scheme, argument
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def hold_out(
+    texts: Sequence[str], *, fraction: float, seed: int, labels: Sequence[str] | None
+) -> NDArray[np.bool_]:
+    """Choose the held-out rows by text.
+
+    A text is held out when a hash of it and the seed falls below the fraction. So equal texts share
+    a side, also between institutions that split their data apart from each other, and new rows move
+    no old one.
+
+    Args:
+        texts: One a row.
+        fraction: Expected share of distinct texts held out, in [0, 1).
+        seed: Another seed is another split.
+        labels: One a row where each label must keep a training text: of a label that would lose
+            them all, the text with the greatest hash stays. None where the label set is known
+            without the rows.
+
+    Returns:
+        bool (n,), True where held out.
+    """
+    keys = [normalise(text) for text in texts]
+    draw = {key: _uniform(seed, key) for key in keys}
+    held = {key for key, value in draw.items() if value < fraction}
+    if labels is not None:
+        by_label: dict[str, set[str]] = {}
+        for key, label in zip(keys, labels, strict=True):
+            by_label.setdefault(label, set()).add(key)
+        for label in sorted(by_label):
+            if by_label[label] <= held:
+                held.discard(max(by_label[label], key=lambda key: (draw[key], key)))
+    return np.fromiter((key in held for key in keys), dtype=np.bool_, count=len(keys))
+
+
+def _uniform(seed: int, key: str) -> float:
+    digest = hashlib.sha256(f"held-out\0{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def by_column(
+    column: str,
+    train: Sequence[str],
+    held_out: Sequence[str],
+    *,
+    institutions: int,
+    min_records: int,
+) -> Assignment:
+    """Give each value of a column its own institution.
+
+    Args:
+        column: Its name, for messages.
+        train: The column's value of each training row.
+        held_out: The same of each held-out row.
+        institutions: How many of the largest to keep (ties by value); 0 keeps all.
+        min_records: Values with fewer training rows are left out; at least one is always needed.
+
+    Returns:
+        Institutions sorted by name; names are the values, made safe for file names and unique.
+
+    Raises:
+        InputError: If no value has enough rows, or fewer than ``institutions`` have.
+    """
+    least = max(1, min_records)
+    sizes = Counter(train)
+    values = sorted({*train, *held_out})
+    kept = sorted((v for v in sizes if sizes[v] >= least), key=lambda v: (-sizes[v], v))
+    if not kept or len(kept) < institutions:
+        wish = (
+            f"data.institutions is {institutions}"
+            if institutions
+            else f"data.min-records is {min_records}"
+        )
+        raise InputError(
+            f"{wish}, but only {len(kept)} of {len(values)} values of {column!r} have {least} or "
+            f"more training rows (the most is {max(sizes.values(), default=0)}); lower it"
+            + (f" or data.min-records (now {min_records})" if institutions else "")
+        )
+    safe = file_names(values)
+    name_of = {value: safe[value] for value in kept[: institutions or len(kept)]}
+    names = tuple(sorted(name_of.values()))
+    rows = np.flatnonzero(
+        np.fromiter((v in name_of for v in train), dtype=np.bool_, count=len(train))
+    )
+    owner = np.full(len(train), -1, dtype=np.int64)
+    natural = _partitioners().NaturalIdPartitioner(partition_by="name")
+    owner[rows] = _through_flower(natural, {"name": [name_of[train[row]] for row in rows.tolist()]})
+    index = {value: names.index(name) for value, name in name_of.items()}
+    held = np.fromiter((index.get(v, -1) for v in held_out), dtype=np.int64, count=len(held_out))
+    return Assignment(names=names, train=owner, held_out=held, dropped=len(values) - len(names))
+
+
+def by_scheme(
+    spec: str,
+    train: NDArray[np.int64] | int,
+    held_out: NDArray[np.int64] | int,
+    *,
+    institutions: int,
+    min_records: int,
+    seed: int,
+) -> Assignment:
+    """Deal rows to a number of made-up institutions.
+
+    Training rows follow the scheme. Held-out rows follow them: those of a class are dealt in
+    proportion to each institution's training rows of that class, so that it is tested on what it
+    trains on. A class that nobody trains on is dealt in proportion to size.
+
+    Args:
+        spec: A partition other than natural.
+        train: int64 (n,) class index of each training row; or n alone, where rows have no classes.
+        held_out: The same of the held-out rows.
+        institutions: How many.
+        min_records: Every institution gets at least this many training rows, and at least one.
+        seed: Of the partition.
+
+    Raises:
+        InputError: If there are more institutions than rows, the scheme needs classes and there are
+            none, or it cannot give every institution ``min_records`` rows.
+    """
+    scheme, argument = parse(spec)
+    classes = train if isinstance(train, np.ndarray) else None
+    targets = np.zeros(train, dtype=np.int64) if isinstance(train, int) else train
+    held = np.zeros(held_out, dtype=np.int64) if isinstance(held_out, int) else held_out
+    least = max(1, min_records)
+    if institutions < 1:
+        raise InputError(
+            f"data.institutions is {institutions}; partition {spec} needs at least 1: set it"
+        )
+    if institutions > len(targets):
+        raise InputError(
+            f"data.institutions is {institutions}, but there are only {len(targets)} training "
+            "rows; lower it"
+        )
+    if classes is None and scheme in ("dirichlet", "pathological"):
+        raise InputError(
+            f"data.partition is {spec!r}, which needs classes; use iid, natural or size for sft"
+        )
+    source = RandomSource.seeded("partition", seed)
+    order = source.child("order").permutation(len(targets))
+    draw = int(source.child("flower").words(1)[0])
+    flower = _partitioners()
+    try:
+        if scheme == "iid":
+            partitioner = flower.IidPartitioner(institutions)
+        elif scheme == "dirichlet":
+            partitioner = flower.DirichletPartitioner(
+                institutions, "target", float(argument), min_partition_size=least, seed=draw
+            )
+        elif scheme == "pathological":
+            partitioner = flower.PathologicalPartitioner(
+                institutions, "target", int(argument), "first-deterministic", seed=draw
+            )
+        else:
+            partitioner = getattr(flower, f"{argument.capitalize()}Partitioner")(institutions)
+        owner = np.empty(len(targets), dtype=np.int64)
+        owner[order] = _through_flower(partitioner, {"target": targets[order]})
+    except ValueError as error:
+        raise InputError(
+            f"data.partition {spec} cannot give {institutions} institutions {least} or more of "
+            f"{len(targets)} training rows each ({' '.join(str(error).split())[:200]}); lower "
+            "data.institutions or data.min-records, or choose a milder partition"
+        ) from None
+    sizes = np.bincount(owner[owner >= 0], minlength=institutions)
+    if sizes.min() < least:
+        raise InputError(
+            f"data.min-records is {min_records}, but partition {spec} gives institution "
+            f"{int(sizes.argmin())} only {sizes.min()} of {len(targets)} training rows; lower it "
+            f"or data.institutions (now {institutions})"
+        )
+    width = max(2, len(str(institutions - 1)))
+    names = tuple(f"institution-{index:0{width}d}" for index in range(institutions))
+    return Assignment(names=names, train=owner, held_out=_deal(held, targets, owner, sizes, source))
+
+
+def _deal(
+    held: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    owner: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    source: RandomSource,
+) -> NDArray[np.int64]:
+    dealt = np.empty(len(held), dtype=np.int64)
+    for target in np.unique(held):
+        rows = np.flatnonzero(held == target)
+        rows = rows[source.child("held-out", int(target)).permutation(len(rows))]
+        share = np.bincount(owner[(targets == target) & (owner >= 0)], minlength=len(sizes))
+        share = share if share.any() else sizes
+        # Row j of m goes to the institution whose slice of [0, 1] holds (j + 1/2) / m.
+        edges = np.cumsum(share) / share.sum()
+        dealt[rows] = np.searchsorted(
+            edges[:-1], (np.arange(len(rows)) + 0.5) / len(rows), side="right"
+        )
+    return dealt
+
+
+def _partitioners() -> Any:
+    return importlib.import_module("flwr_datasets.partitioner")
+
+
+def _through_flower(partitioner: Any, columns: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Return the partition of each row, int64 (n,), -1 for none, without bars and warnings."""
+    datasets: Any = importlib.import_module("datasets")
+    rows = len(next(iter(columns.values())))
+    partitioner.dataset = datasets.Dataset.from_dict({**columns, "row": np.arange(rows)})
+    owner = np.full(rows, -1, dtype=np.int64)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for index in range(partitioner.num_partitions):
+            owner[partitioner.load_partition(index)[:]["row"]] = index
+    return owner
+
+
+def file_names(values: Sequence[str]) -> dict[str, str]:
+    """Return a name for each value, safe as a file name: ``[A-Za-z0-9_-]``, short, and unique.
+
+    Names that would collide, also where case is ignored, all get a hash of their value.
+    """
+    plain: dict[str, str] = {}
+    for value in values:
+        ascii_only = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
+        plain[value] = re.sub(r"[^A-Za-z0-9_]+", "-", ascii_only)[:64].strip("-") or "institution"
+    uses = Counter(name.casefold() for name in plain.values())
+    return {
+        value: name
+        if uses[name.casefold()] == 1
+        else f"{name}-{hashlib.sha256(value.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+        for value, name in plain.items()
+    }

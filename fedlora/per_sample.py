@@ -1,0 +1,325 @@
+r"""Exact per-example gradients for LoRA, rsLoRA and DoRA on any frozen base.
+
+Opacus records activations with hooks, which fails for DoRA. Here each trained layer gets a forward of its own, and
+in expanded mode every trained parameter stands in as a leaf of shape ``(units, *shape)`` whose gradient autograd
+keeps per unit. The base is only called, never looked into, so quantised bases work the same.
+
+With ``u = s x A^T`` the low-rank update of example i is ``u_i B^T``, and for its output gradient ``g_i``
+
+    dB_i = g_i^T u_i        dA_i = s (g_i B)^T x_i        dx_i = s (g_i B) A
+
+so the forward is one product for the whole batch, and only dA and dB are made per example (batched products of the
+same number of operations as their sum). Inputs are kept in the base's dtype and the update is computed in float32.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+from fedlora.adapters import ADAPTER, dense_weight, is_linear
+from fedlora.errors import Refusal
+from fedlora.models import HEAD
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """``base + s x A^T B^T`` with gradients of A and B summed over the batch, per example, or per unit.
+
+    Args of ``apply``:
+        x: ``(n, ..., d_in)``, any float dtype.
+        base: ``(n, ..., d_out)``; the result has its dtype.
+        a: float32 ``(r, d_in)``, or ``(units, r, d_in)`` with equal values for every unit.
+        b: float32 ``(d_out, r)``, or ``(units, d_out, r)`` likewise.
+        scaling: s.
+        unit: The unit of each example ``(n,)`` int64; None when example i is unit i.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        base: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        unit: torch.Tensor | None,
+    ) -> torch.Tensor:
+        a0, b0 = (a[0], b[0]) if a.dim() == 3 else (a, b)
+        u = x.reshape(-1, x.shape[-1]).float() @ a0.T
+        u *= scaling
+        ctx.save_for_backward(x, u, a, b)
+        ctx.scaling, ctx.unit = scaling, unit
+        rows = base.reshape(-1, base.shape[-1])
+        if rows.dtype == torch.float32:
+            out = torch.addmm(rows, u, b0.T)
+        else:
+            out = rows + (u @ b0.T).to(rows.dtype)
+        return out.view(base.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, u, a, b = cast(tuple[torch.Tensor, ...], ctx.saved_tensors)
+        per_unit = a.dim() == 3
+        a0, b0 = (a[0], b[0]) if per_unit else (a, b)
+        g = grads[0].reshape(-1, grads[0].shape[-1]).float()
+        x32 = x.reshape(-1, x.shape[-1]).float()
+        gu = g @ b0
+        gu *= ctx.scaling
+        grad_x = (gu @ a0).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
+        if per_unit:
+            n, units = len(x), len(a)
+            grad_a = _outer(gu, x32, n, units, ctx.unit)
+            grad_b = _outer(g, u, n, units, ctx.unit)
+        else:
+            grad_a, grad_b = gu.T @ x32, g.T @ u
+        return grad_x, grads[0], grad_a, grad_b, None, None
+
+
+def _outer(
+    left: torch.Tensor, right: torch.Tensor, n: int, units: int, unit: torch.Tensor | None
+) -> torch.Tensor:
+    """Sum ``left_t^T right_t`` over the rows t of each unit.
+
+    Args:
+        left: ``(n * t, p)``, the rows of example 0 first.
+        right: ``(n * t, q)``.
+        n: Number of examples.
+        units: Number of units.
+        unit: Unit of each example ``(n,)``; None when example i is unit i.
+
+    Returns:
+        ``(units, p, q)``.
+    """
+    each = torch.bmm(left.view(n, -1, left.shape[-1]).mT, right.view(n, -1, right.shape[-1]))
+    if unit is None:
+        return each
+    return each.new_zeros(units, *each.shape[1:]).index_add_(0, unit, each)
+
+
+@dataclass
+class _Mode:
+    """What all trained layers of one model look at in their forward.
+
+    Args:
+        leaves: Parameter -> its leaf ``(units, *shape)``; empty in plain mode.
+        examples: First dimension that every input must have.
+        unit: Unit of each example ``(examples,)``; None when example i is unit i.
+    """
+
+    leaves: dict[nn.Parameter, torch.Tensor]
+    examples: int = 0
+    unit: torch.Tensor | None = None
+
+    def of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The leaf of a parameter, or in plain mode the parameter."""
+        return self.leaves.get(parameter, parameter)
+
+    def by_example(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The leaf with a row for each example ``(examples, *shape)``."""
+        leaf = self.leaves[parameter]
+        return leaf if self.unit is None else leaf[self.unit]
+
+    def check(self, name: str, x: torch.Tensor, flat: bool) -> None:
+        """Refuse an input in which an example is not one entry of the first dimension."""
+        if self.leaves and (x.shape[0] != self.examples or (x.dim() < 3 and not flat)):
+            raise Refusal(
+                "guard-batch-coupled",
+                f"{name} got an input of shape {tuple(x.shape)} for {self.examples} examples; per-example "
+                "gradients need inputs (examples, tokens, features): choose other adapter.target-modules",
+            )
+
+
+class _AdaptedLayer:
+    """The forward of a linear layer with low-rank factors, equal to PEFT's."""
+
+    def __init__(self, name: str, layer: LoraLayer, mode: _Mode) -> None:
+        self.name, self.layer, self.mode = name, cast(Any, layer), mode
+        self.base = layer.get_base_layer()
+        self.flat = name.rpartition(".")[2] == HEAD  # pooled: one row an example
+        self.a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)
+        self.b = cast(nn.Parameter, layer.lora_B[ADAPTER].weight)
+        self.magnitude: nn.Parameter | None = None
+        if ADAPTER in layer.lora_magnitude_vector:
+            self.magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
+        self._norm: tuple[object, torch.Tensor] | None = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in (self.a, self.b, self.magnitude) if p is not None]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        result = cast(torch.Tensor, self.base(x))
+        if self.layer.disable_adapters:
+            return result
+        self.mode.check(self.name, x, self.flat)
+        dropout = cast(nn.Module, self.layer.lora_dropout[ADAPTER])
+        dropped = None
+        if self.layer.training and not isinstance(dropout, nn.Identity):
+            dropped = cast(torch.Tensor, dropout(x.float()))
+        if self.magnitude is None:
+            return self._update(x if dropped is None else dropped, result)
+        return self._dora(x, dropped, result, self.magnitude)
+
+    def _update(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        a, b = self.mode.of(self.a), self.mode.of(self.b)
+        scaling = cast(float, self.layer.scaling[ADAPTER])
+        return cast(torch.Tensor, _LowRankUpdate.apply(x, base, a, b, scaling, self.mode.unit))
+
+    def _dora(
+        self, x: torch.Tensor, dropped: torch.Tensor | None, result: torch.Tensor, magnitude: nn.Parameter
+    ) -> torch.Tensor:
+        """``m / |W + sBA| * (W + sBA) x + bias``; with dropout only the change to the base's output sees it."""
+        bias = cast(torch.Tensor | None, self.base.bias)
+        if dropped is None:
+            x_update, linear, kept = x, result.float(), bias
+        else:
+            x_update, linear = dropped, cast(torch.Tensor, self.base(dropped.to(x.dtype))).float()
+        if bias is not None:
+            linear = linear - bias.float()
+        if dropped is not None:
+            kept = result.float() - linear
+        m = magnitude if not self.mode.leaves else self.mode.by_example(magnitude)
+        scale = m / self.weight_norm()  # (d_out,) or (n, d_out)
+        if self.mode.leaves:
+            scale = scale.view(len(x), *[1] * (x.dim() - 2), -1)
+        out = scale * self._update(x_update, linear)
+        return (out if kept is None else out + kept).to(result.dtype)
+
+    @torch.no_grad()
+    def weight_norm(self) -> torch.Tensor:
+        """Row norms of W + sBA, float32 ``(d_out,)``, a constant to autograd as in DoRA (section 4.3).
+
+        Kept until A or B changes: every in-place change of a tensor counts up its version.
+        """
+        key = (self.a.data_ptr(), self.b.data_ptr(), self.a._version, self.b._version)
+        if self._norm is None or self._norm[0] != key:
+            scaling = cast(float, self.layer.scaling[ADAPTER])
+            weight = torch.addmm(dense_weight(self.base), self.b, self.a, alpha=scaling)
+            self._norm = (key, weight.norm(dim=1))
+        return self._norm[1]
+
+
+class _Head:
+    """The forward of a trained linear head on ``(n, d_in)`` or ``(n, t, d_in)``."""
+
+    def __init__(self, name: str, layer: nn.Linear, mode: _Mode) -> None:
+        self.name, self.layer, self.mode = name, layer, mode
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.layer.parameters())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.layer.weight, cast(nn.Parameter | None, self.layer.bias)
+        if not self.mode.leaves:
+            return F.linear(x, weight, bias)
+        self.mode.check(self.name, x, flat=True)
+        rows = x.view(len(x), -1, x.shape[-1])
+        out = torch.bmm(rows, self.mode.by_example(weight).mT)
+        if bias is not None:
+            out = out + self.mode.by_example(bias)[:, None]
+        return out.view(*x.shape[:-1], -1)
+
+
+class PerSampleAdapters:
+    """Replaces the forward of every trained layer, so that one model trains with and without per-example gradients.
+
+    In plain mode autograd fills ``p.grad`` as always. In expanded mode::
+
+        with per_sample.expanded(len(batch)):
+            losses(model, batch).sum().backward()
+            per_sample.collect()  # p.grad_sample (units, *shape) of each trained parameter
+
+    What is guaranteed: ``grad_sample[k]`` is the gradient of the summed losses of unit k's examples, as if each had
+    been computed alone; anything this cannot be true for is refused. What voids it: a loss that mixes
+    examples, or a change of parameters through ``.data`` (DoRA's norms would be those of before).
+
+    Args:
+        model: With an adapter attached; its trained layers are changed.
+
+    Raises:
+        Refusal: ``guard-no-gradient`` if something else is trained; ``guard-batch-coupled`` if a layer
+            computes with statistics of the batch.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self._mode = _Mode({})
+        self._named: dict[str, nn.Parameter] = {}
+        covered: set[nn.Parameter] = set()
+        for name, module in model.named_modules():
+            if _couples_examples(module):
+                raise Refusal(
+                    "guard-batch-coupled",
+                    f"{name} ({type(module).__name__}) computes with statistics of the whole batch, so an "
+                    "example's gradient depends on others; choose a model without it",
+                )
+            forward: _AdaptedLayer | _Head | None = None
+            if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
+                forward = _AdaptedLayer(name, module, self._mode)
+            elif isinstance(module, ModulesToSaveWrapper):
+                module = cast(nn.Module, module.modules_to_save[ADAPTER])  # noqa: PLW2901
+                if isinstance(module, nn.Linear):
+                    forward = _Head(name, module, self._mode)
+            if forward is not None:
+                cast(Any, module).forward = forward
+                covered.update(forward.parameters())
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                if parameter not in covered:
+                    raise Refusal(
+                        "guard-no-gradient",
+                        f"{name} is trained but no layer gives its per-example gradient; freeze it",
+                    )
+                self._named[name] = parameter
+
+    @contextmanager
+    def expanded(self, n_units: int, unit_of_example: torch.Tensor | None = None) -> Iterator[None]:
+        """Give every trained parameter a leaf per unit; forward, backward and `collect` belong inside.
+
+        Args:
+            n_units: Number of units of privacy in the batch.
+            unit_of_example: Unit of each example, int64 ``(b,)`` in [0, n_units); None when example i is unit i.
+        """
+        device = next(iter(self._named.values())).device
+        unit = None if unit_of_example is None else unit_of_example.to(device)
+        for parameter in self._named.values():
+            leaf = parameter.detach().expand(n_units, *parameter.shape).requires_grad_()
+            self._mode.leaves[parameter] = leaf
+        self._mode.examples = n_units if unit is None else len(unit)
+        self._mode.unit = unit
+        try:
+            yield
+        finally:
+            self._mode.leaves.clear()
+            self._mode.unit = None
+
+    def collect(self) -> None:
+        """Set ``p.grad_sample``, float32 ``(units, *shape)``, on each trained parameter.
+
+        Raises:
+            Refusal: ``guard-no-gradient`` if one got no gradient; nothing is set then.
+        """
+        for name, parameter in self._named.items():
+            if parameter not in self._mode.leaves or self._mode.leaves[parameter].grad is None:
+                raise Refusal(
+                    "guard-no-gradient",
+                    f"{name} got no per-example gradient; call collect after backward, inside expanded, "
+                    "with a loss that depends on it",
+                )
+        for parameter, leaf in self._mode.leaves.items():
+            cast(Any, parameter).grad_sample = leaf.grad
+            leaf.grad = None
+
+
+def _couples_examples(module: nn.Module) -> bool:
+    """BatchNorm, or LLM.int8() with outlier columns, which are picked over all rows of the batch."""
+    state = getattr(module, "state", None)
+    return isinstance(module, _BatchNorm) or getattr(state, "threshold", 0.0) > 0

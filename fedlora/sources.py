@@ -1,0 +1,287 @@
+"""Rows of named text columns from files, Python packages and the Hugging Face Hub.
+
+A source is one string: the path of a ``.csv``, ``.jsonl`` or ``.parquet`` file,
+``package:NAME/FILE`` for such a file inside an installed package, ``package:edgartools`` for the
+us-gaap concepts that edgartools ships, or ``hub:NAME[:CONFIG]``. Every value comes back as text; a
+missing value is the empty text. The heavy readers are imported by the function that needs them, so
+that a federation that is already cached opens without them.
+"""
+
+import csv
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from fedlora.errors import InputError
+
+Rows = dict[str, list[str]]
+"""Columns of equal length, every value text."""
+
+US_GAAP = "package:edgartools"
+"""Columns: text (a concept's words), label (its statement), industry (one that reports it)."""
+
+
+def read(source: str, wanted: Mapping[str, str], split: str = "train") -> Rows:
+    """Read the wanted columns of a source.
+
+    Args:
+        source: See the module.
+        wanted: Column name -> the config key that names it, for error messages.
+        split: Which split of a Hub data set; files have none.
+
+    Raises:
+        InputError: If the source is not there or not readable, or a column is missing; the message
+            names the columns that are there.
+    """
+    if source.startswith("hub:"):
+        return _read_hub(source, wanted, split)
+    path = locate(source)
+    if source == US_GAAP:
+        return _read_us_gaap(path, wanted)
+    return _READERS[_suffix(source)](source, path, wanted)
+
+
+def digest(source: str, split: str = "train") -> str:
+    """Return a sha256 that changes whenever `read` would return something else.
+
+    A Hub data set is downloaded if it is not here yet; afterwards its digest names the revisions in
+    the local cache of ``datasets``, so that a later run needs neither the network nor that import.
+    """
+    if source.startswith("hub:"):
+        revisions = _hub_revisions(source)
+        if not revisions:
+            _load_hub(source, split)
+            revisions = _hub_revisions(source)
+        return hashlib.sha256(json.dumps([source, split, revisions]).encode()).hexdigest()
+    path = locate(source)
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    kind = source if source == US_GAAP else _suffix(source)
+    return hashlib.sha256(json.dumps([kind, content]).encode()).hexdigest()
+
+
+def locate(source: str) -> Path:
+    """Return the file of a path or ``package:`` source; packages are found without an import."""
+    if source == US_GAAP:
+        path = _in_package("edgar", "xbrl/standardization/gaap_mappings.json")
+        if path is None:
+            raise InputError(
+                f"data source {source!r} needs the package edgartools, which is not installed or "
+                'has no us-gaap mapping; pip install edgartools (or pip install "fedlora[demo]")'
+            )
+        return path
+    if source.startswith("package:"):
+        package, slash, relative = source.removeprefix("package:").partition("/")
+        if not slash or not relative:
+            raise InputError(
+                f"data source {source!r} names no file; write package:NAME/path/to/file.csv"
+            )
+        path = _in_package(package.replace("-", "_"), relative)
+        if path is None:
+            raise InputError(
+                f"data source {source!r} is not there; pip install {package}, or mend the path"
+            )
+        return path
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"data source {source!r} is not a file; give a .csv, .jsonl or .parquet file, "
+            "hub:NAME or package:NAME/FILE"
+        )
+    return path
+
+
+def _in_package(package: str, relative: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        path = Path(folder, relative)
+        if path.is_file():
+            return path
+    return None
+
+
+def _suffix(source: str) -> str:
+    suffix = Path(source).suffix.lower()
+    if suffix not in _READERS:
+        raise InputError(
+            f"data source {source!r} ends in {suffix!r}; it must be {', '.join(_READERS)}"
+        )
+    return suffix
+
+
+def _check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]) -> None:
+    """Raise an InputError for the first wanted column that is not present."""
+    columns = list(dict.fromkeys(present))
+    if not columns:
+        raise InputError(f"data source {source!r} is empty; give one that has rows")
+    for column, key in wanted.items():
+        if column in columns:
+            continue
+        remedy = f"set {key} to one of them"
+        if {"context", "target"} <= set(columns):
+            remedy = 'these are FinLoRA rows: set data.text to "context" and data.label to "target"'
+        names = ", ".join(columns[:30]) + (", ..." if len(columns) > 30 else "")
+        raise InputError(f"{key} is {column!r}, but {source} has the columns {names}; {remedy}")
+
+
+def _unreadable(source: str, error: Exception) -> InputError:
+    # Arrow quotes the offending row after its column count; rows are private and may span lines.
+    reason = re.sub(r"(got \d+):.*", r"\1", str(error), flags=re.DOTALL)
+    return InputError(
+        f"data source {source!r} cannot be read: {' '.join(reason.split())[:300]}; mend the file"
+    )
+
+
+def _text(value: Any, source: str, column: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    raise InputError(
+        f"column {column!r} of {source} holds a {type(value).__name__}; it must hold one text or "
+        "number a row: flatten it"
+    )
+
+
+def _read_csv(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
+    arrow_csv: Any = importlib.import_module("pyarrow.csv")
+    arrow: Any = importlib.import_module("pyarrow")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header: list[str] = next(csv.reader(file), list[str]())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _unreadable(source, error) from None
+    _check_columns(source, wanted, header)
+    for column in wanted:
+        if header.count(column) > 1:
+            raise InputError(
+                f"{source} has {header.count(column)} columns named {column!r}; rename all but one"
+            )
+    try:
+        table = arrow_csv.read_csv(
+            path,
+            # A block must hold a whole row, however many lines that spans; with one thread errors
+            # tell the row's number.
+            read_options=arrow_csv.ReadOptions(use_threads=False, block_size=1 << 28),
+            parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
+            convert_options=arrow_csv.ConvertOptions(
+                include_columns=list(wanted), column_types=dict.fromkeys(wanted, arrow.string())
+            ),
+        )
+    except arrow.ArrowInvalid as error:
+        raise _unreadable(source, error) from None
+    return {column: table.column(column).to_pylist() for column in wanted}
+
+
+def _read_jsonl(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
+    records: list[dict[str, Any]] = []
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    record: Any = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError(f"line {number} is not an object")
+                    records.append(cast(dict[str, Any], record))
+    except json.JSONDecodeError as error:
+        raise _unreadable(source, ValueError(f"line {number}: {error.msg}")) from None
+    except ValueError as error:
+        raise _unreadable(source, error) from None
+    _check_columns(source, wanted, (column for record in records for column in record))
+    return {c: [_text(record.get(c), source, c) for record in records] for c in wanted}
+
+
+def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    arrow: Any = importlib.import_module("pyarrow")
+    try:
+        file = parquet.ParquetFile(path)
+        _check_columns(source, wanted, file.schema_arrow.names)
+        table = file.read(columns=list(wanted))
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise _unreadable(source, error) from None
+    return {c: [_text(v, source, c) for v in table.column(c).to_pylist()] for c in wanted}
+
+
+def _read_us_gaap(path: Path, wanted: Mapping[str, str]) -> Rows:
+    """Make a row of each concept and industry that reports it; some have no statement: skipped."""
+    _check_columns(US_GAAP, wanted, ("text", "label", "industry"))
+    rows: Rows = {"text": [], "label": [], "industry": []}
+    for concept, entry in json.loads(path.read_bytes()).items():
+        statement = entry.get("statement")
+        if not statement:
+            continue
+        for industry in sorted(entry.get("industry_overrides") or ()):
+            rows["text"].append(_words(concept))
+            rows["label"].append(statement)
+            rows["industry"].append(industry)
+    return {column: rows[column] for column in wanted}
+
+
+def _words(camel_case: str) -> str:
+    """Split ``NetIncomeLossUSGovernment1`` into ``Net Income Loss US Government 1``."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", camel_case))
+
+
+def _load_hub(source: str, split: str) -> Any:
+    datasets: Any = importlib.import_module("datasets")
+    name, _, config = source.removeprefix("hub:").partition(":")
+    try:
+        return datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"data source {source!r} (split {split}) cannot be loaded from the Hub: "
+            f"{type(error).__name__}: {reason}; check the name, the network and HF_TOKEN, or give "
+            "a local file"
+        ) from None
+
+
+def _hub_revisions(source: str) -> list[str]:
+    """Name the config/version/revision folders that ``datasets`` keeps for a data set, sorted."""
+    name = source.removeprefix("hub:").partition(":")[0]
+    home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", f"{home}/huggingface")
+    root = Path(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets")).expanduser()
+
+    def plain(text: str) -> str:  # datasets writes owner/camelCase as owner___camel_case
+        return text.lower().replace("_", "").replace("/", "")
+
+    folders = [folder for folder in root.glob("*") if plain(folder.name) == plain(name)]
+    return sorted(
+        str(info.parent.relative_to(root))
+        for f in folders
+        for info in f.glob("*/*/*/dataset_info.json")
+    )
+
+
+def _read_hub(source: str, wanted: Mapping[str, str], split: str) -> Rows:
+    dataset = _load_hub(source, split)
+    _check_columns(source, wanted, dataset.column_names)
+    rows: Rows = {}
+    for column in wanted:
+        values: list[Any] = list(dataset[column])
+        names: list[str] | None = getattr(dataset.features[column], "names", None)
+        if names is not None:  # a ClassLabel: -1 means no label
+            values = [
+                names[value] if value is not None and value >= 0 else None for value in values
+            ]
+        rows[column] = [_text(value, source, column) for value in values]
+    return rows
+
+
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -1,0 +1,309 @@
+"""Every record key that crosses the wire, and the typed packages that are packed into and out of them.
+
+Nothing outside this module spells a record key. All packages are plain data; whoever receives one validates it:
+an institution checks an order against its own limits, a strategy checks an update against the global adapter.
+"""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedlora.adapters import AdapterState
+from fedlora.errors import Refusal
+
+_T = typing.TypeVar("_T")
+
+_ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY = (
+    "adapter",
+    "order",
+    "update",
+    "privacy",
+    "metrics",
+    "refused",
+    "hello",
+    "query",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """What an institution says of itself before the first round.
+
+    Args:
+        institution: Its name; unique in the federation.
+        version: Its fedlora version.
+        fits: Whether the whole run fits what its privacy ledger has left.
+    """
+
+    institution: str
+    version: str
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What the server asks before the first round.
+
+    Args:
+        run: Identity of the run; the same after a resume.
+        first: Whether this is the run's first start, not a resume.
+        participations: The most rounds that the institution will be asked for.
+    """
+
+    run: str
+    first: bool
+    participations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOrder:
+    """What the server asks of one institution in one round.
+
+    Args:
+        run: Identity of the run; the same after a resume.
+        round: From 1.
+        participations: The most rounds of this run that the institution will be asked for. It plans its noise
+            for that many and enforces the number.
+        base: SHA-256 of the base model's weights as the server holds them.
+        report: Extra figures that are asked for (``loss``, ``records``). Under DP any is refused.
+        adapter: The global adapter to start from.
+    """
+
+    run: str
+    round: int
+    participations: int
+    base: str
+    report: tuple[str, ...]
+    adapter: AdapterState
+
+    def digest(self, config_fingerprint: str) -> str:
+        """SHA-256 (hex) that binds the order's every part and the configuration it came with."""
+        head = [self.run, self.round, self.participations, self.base, self.report, config_fingerprint]
+        hasher = hashlib.sha256(json.dumps(head).encode())
+        for name, tensor in self.adapter.items():
+            hasher.update(json.dumps([name, list(tensor.shape)]).encode())
+            hasher.update(tensor.numpy().tobytes())
+        return hasher.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySpent:
+    """What an institution has spent, in figures that depend on public values only.
+
+    Args:
+        unit: ``record``, or the column whose values are protected.
+        epsilon: Spent by this run so far, at ``delta``.
+        delta: The run's delta.
+        noise_multiplier: Standard deviation of the noise over ``max_grad_norm``.
+        sample_rate: Probability that a unit is in a step's batch.
+        steps: Steps taken in this run.
+        accountant: ``prv`` or ``rdp``.
+        noise: ``secure`` or ``seeded``.
+        max_grad_norm: Clipping bound.
+        clipping: ``flat`` or ``automatic``.
+        size_noise: Deviation of the noise on the released record count; 0 when none was released.
+        ledger_epsilon: Spent on these records by all runs ever, at ``ledger_delta``.
+        ledger_delta: The ledger's delta.
+        ledger_limit: The limit that the institution set itself.
+    """
+
+    unit: str
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    accountant: str
+    noise: str
+    max_grad_norm: float
+    clipping: str
+    size_noise: float
+    ledger_epsilon: float
+    ledger_delta: float
+    ledger_limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """An institution's answer to a `TrainOrder`.
+
+    Args:
+        institution: Who answers.
+        round: The order's round.
+        adapter: The adapter after local training.
+        size: What the weighting asked for: a size class, a noised or an exact count; 0 for uniform weights.
+        privacy: What was spent; None without DP.
+        metrics: The figures that ``report`` asked for; empty under DP.
+    """
+
+    institution: str
+    round: int
+    adapter: AdapterState
+    size: float = 0.0
+    privacy: PrivacySpent | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+
+
+def arrays(state: AdapterState) -> ArrayRecord:
+    """An adapter as Flower sends it: float32, names as PEFT saves them."""
+    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
+
+
+def _state(record: ArrayRecord) -> AdapterState:
+    # np.load without pickle; a copy, since torch wants writable memory
+    return AdapterState({name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()})
+
+
+def _plain(package: Any, *skip: str) -> ConfigRecord:
+    fields = [f.name for f in dataclasses.fields(package) if f.name not in skip]
+    values = {name: getattr(package, name) for name in fields}
+    return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+
+
+def _config(content: RecordDict, key: str) -> dict[str, Any]:
+    record = content.config_records.get(key)
+    if record is None:
+        raise Refusal("malformed-message", f"the message has no {key!r} record")
+    return dict(typing.cast(dict[str, Any], record))
+
+
+def pack_query(query: Query) -> RecordDict:
+    """A `Query` as records."""
+    return RecordDict({_QUERY: _plain(query)})
+
+
+def unpack_query(content: RecordDict) -> Query:
+    """The `Query` in a message. Raises `Refusal` when it is not one."""
+    return _build(Query, _config(content, _QUERY))
+
+
+def pack_hello(hello: Hello) -> RecordDict:
+    """A `Hello` as the reply to a query."""
+    return RecordDict({_HELLO: _plain(hello)})
+
+
+def unpack_hello(content: RecordDict) -> Hello:
+    """The `Hello` in a reply. Raises `Refusal` when it is not one, or when the institution refused."""
+    _raise_refusal(content)
+    return _build(Hello, _config(content, _HELLO))
+
+
+def pack_order(order: TrainOrder, adapter: ArrayRecord) -> RecordDict:
+    """An order around the round's one `ArrayRecord`, so that engines can share it between institutions."""
+    return RecordDict({_ORDER: _plain(order, "adapter"), _ADAPTER: adapter})
+
+
+def unpack_order(content: RecordDict) -> TrainOrder:
+    """The `TrainOrder` in a message. Raises `Refusal` when it is not one."""
+    values = _config(content, _ORDER)
+    values["report"] = tuple(values.get("report", ()))
+    return _build(TrainOrder, values | {"adapter": _adapter(content)})
+
+
+def pack_update(update: ClientUpdate) -> RecordDict:
+    """An institution's answer as records."""
+    content = RecordDict(
+        {
+            _UPDATE: _plain(update, "adapter", "privacy", "metrics"),
+            _ADAPTER: arrays(update.adapter),
+            _METRICS: MetricRecord(dict(update.metrics)),
+        }
+    )
+    if update.privacy is not None:
+        content[_PRIVACY] = _plain(update.privacy)
+    return content
+
+
+def unpack_update(content: RecordDict) -> ClientUpdate:
+    """The `ClientUpdate` in a reply.
+
+    Raises:
+        Refusal: With the institution's own code when it refused, or ``malformed-message``.
+    """
+    _raise_refusal(content)
+    privacy = None
+    if _PRIVACY in content.config_records:
+        privacy = _build(PrivacySpent, _config(content, _PRIVACY))
+    metrics = dict(content.metric_records.get(_METRICS, MetricRecord()))
+    values = _config(content, _UPDATE)
+    return _build(
+        ClientUpdate, values | {"adapter": _adapter(content), "privacy": privacy, "metrics": metrics}
+    )
+
+
+def pack_refusal(code: str) -> RecordDict:
+    """A refusal: its code and nothing else."""
+    return RecordDict({_REFUSED: ConfigRecord({"code": code})})
+
+
+def _raise_refusal(content: RecordDict) -> None:
+    if _REFUSED in content.config_records:
+        code = str(content.config_records[_REFUSED].get("code", ""))
+        raise Refusal(code[:64] or "refused", "the institution refused")
+
+
+def adapter_bytes(content: RecordDict) -> int:
+    """Bytes of the adapter in a message, as Flower counts them."""
+    record = content.array_records.get(_ADAPTER)
+    return 0 if record is None else sum(len(array.data) for array in record.values())
+
+
+def share_key(message: Message) -> str | None:
+    """The key of the record that many messages of a round share, or None."""
+    return _ADAPTER if message.has_content() and _ADAPTER in message.content.array_records else None
+
+
+def _adapter(content: RecordDict) -> AdapterState:
+    record = content.array_records.get(_ADAPTER)
+    if record is None:
+        raise Refusal("malformed-message", "the message has no adapter")
+    try:
+        return _state(record)
+    except (TypeError, ValueError) as error:
+        raise Refusal("malformed-message", f"the adapter cannot be read: {error}") from None
+
+
+def _build(cls: type[_T], values: dict[str, Any]) -> _T:
+    """The package with exactly its fields, each of its declared scalar type."""
+    hints = typing.get_type_hints(cls)
+    for name, kind in hints.items():
+        if kind in (int, float, str) and (
+            not isinstance(values.get(name), (int, float) if kind is float else kind)
+            or isinstance(values.get(name), bool)
+        ):
+            raise Refusal("malformed-message", f"{cls.__name__}.{name} is {values.get(name)!r}, not a {kind.__name__}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise Refusal("malformed-message", str(error)) from None
+
+
+def update_to_bytes(update: ClientUpdate) -> bytes:
+    """An update as one safetensors blob, for the institution's own store of answers."""
+    fields = {
+        "institution": update.institution,
+        "round": update.round,
+        "size": update.size,
+        "privacy": None if update.privacy is None else dataclasses.asdict(update.privacy),
+        "metrics": dict(update.metrics),
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in update.adapter.items()}
+    return safetensors.torch.save(tensors, {_UPDATE: json.dumps(fields)})
+
+
+def update_from_bytes(blob: bytes) -> ClientUpdate:
+    """The update that `update_to_bytes` wrote; every figure comes back to the last bit."""
+    size = int.from_bytes(blob[:8], "little")
+    fields = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"][_UPDATE])
+    if fields["privacy"] is not None:
+        fields["privacy"] = PrivacySpent(**fields["privacy"])
+    return ClientUpdate(adapter=AdapterState(safetensors.torch.load(blob)), **fields)

@@ -1,0 +1,1 @@
+"""The aggregator: a Flower ServerApp, its rounds and its run directory."""

@@ -1,0 +1,15 @@
+"""The Flower ServerApp: read the configuration, run the rounds."""
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora import config as configuration
+from server import rounds
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run every round that is left. Raises on failure: Flower counts a plain exit as success."""
+    rounds.run(grid, configuration.from_flat(context.run_config))

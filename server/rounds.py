@@ -1,0 +1,378 @@
+"""The federation's rounds: who is asked, what counts, what is kept. One round reads top to bottom in `_round`."""
+
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+import fedlora
+from fedlora import accounting, metrics, trainable, wire
+from fedlora.adapters import AdapterState
+from fedlora.config import RunConfig
+from fedlora.shards import Federation
+from fedlora.errors import InputError, Refusal
+from fedlora.trainable import Trainable
+from server.exchange import exchange
+from server.privacy_statement import statement
+from server.run_directory import RunDirectory, RunState
+from strategies import STRATEGIES, base, server_optimizer
+
+log = logging.getLogger("fedlora.server")
+
+OUT_OF_BUDGET = ("budget-exhausted", "participation-cap")
+NODES_TIMEOUT = 60.0  # seconds to wait for the first institutions
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on. Its last checkpoint is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the institutions of one round sent.
+
+    Args:
+        updates: Valid updates, sorted by institution.
+        failed: Institution -> reason.
+        received: Institution -> bytes of its adapter.
+    """
+
+    updates: list[wire.ClientUpdate]
+    failed: dict[str, str]
+    received: dict[str, int]
+
+
+def preflight(config: RunConfig, names: tuple[str, ...], units: Iterable[int]) -> None:
+    """Check what can be known once the records are counted, before any model is loaded.
+
+    Args:
+        config: The run.
+        names: The institutions.
+        units: Number of privacy units of each.
+
+    Raises:
+        InputError: Naming value, bound and remedy.
+    """
+    federation = config.federation
+    for key, wanted in (
+        ("institutions-per-round", federation.institutions_per_round),
+        ("min-updates", federation.min_updates),
+    ):
+        if wanted > len(names):
+            raise InputError(
+                f"federation.{key} is {wanted}, but only {len(names)} institutions have data; "
+                f"lower it or lower data.min-records (now {config.data.min_records})"
+            )
+    if config.privacy.enabled and config.privacy.delta:
+        accounting.check_delta(config.privacy.delta, max(units))
+
+
+def run(grid: Grid, config: RunConfig) -> None:
+    """Run, or continue, the whole federation and write its results.
+
+    Raises:
+        InputError: Before anything is written, when the configuration does not fit the data or the budget.
+        RunFailed: When no institution is left; the last checkpoint stays.
+    """
+    records = trainable.records(config)
+    preflight(config, records.names, (len(np.unique(records.train(i).units)) for i in range(len(records.names))))
+    work = trainable.load(config, records.labels)
+    directory = RunDirectory(Path(config.run_dir))
+    resumed = directory.claim(config)
+    state = (directory.latest() if resumed else None) or RunState(
+        run=uuid.uuid4().hex,
+        round=0,
+        adapter=work.start,
+        moments={},
+        asked={},
+        average={},
+        averaged=0,
+        privacy={},
+        seconds=0.0,
+    )
+    if not resumed:
+        directory.save(state)
+    cap = base.participations(
+        config.federation.rounds, len(records.names), config.federation.institutions_per_round
+    )
+    roster = _Roster(grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap))
+    roster.wait()
+    if config.privacy.enabled and state.round == 0:
+        _check_budgets(config, roster)
+    while state.round < config.federation.rounds:
+        state, record = _round(grid, config, roster, state, cap, work, records)
+        directory.append(record)
+        directory.save(state)
+        if not record["updates"]:
+            raise RunFailed(
+                f"round {state.round}: no institution sent a valid update ({_reasons(record['failed'])}); "
+                "the last checkpoint is kept"
+            )
+    _finish(directory, config, state, work, records)
+
+
+def _round(
+    grid: Grid,
+    config: RunConfig,
+    roster: "_Roster",
+    state: RunState,
+    cap: int,
+    work: Trainable,
+    records: Federation,
+) -> tuple[RunState, dict[str, Any]]:
+    """One round: choose, ask, collect, aggregate, evaluate."""
+    started, number, federation = time.monotonic(), state.round + 1, config.federation
+
+    # 1. Choose, among those that are here.
+    nodes = roster.online()
+    asked = {name: state.asked.get(name, 0) for name in nodes}
+    chosen = base.sample(
+        asked, per_round=federation.institutions_per_round, cap=cap, seed=config.seed, round=number
+    )
+
+    # 2. Ask. One array record, shared by all messages.
+    arrays = wire.arrays(state.adapter)
+    order = wire.TrainOrder(
+        run=state.run,
+        round=number,
+        participations=cap,
+        base=work.base.digest,
+        report=() if config.privacy.enabled else ("loss",),
+        adapter=state.adapter,
+    )
+    orders = [
+        grid.create_message(
+            wire.pack_order(order, arrays), MessageType.TRAIN, nodes[name], str(number), federation.timeout
+        )
+        for name in chosen
+    ]
+    sent = wire.adapter_bytes(orders[0].content) if orders else 0
+
+    # 3. Collect. Whatever is wrong with one answer concerns that institution only.
+    outcome = _collect(grid, config, orders, {nodes[name]: name for name in chosen}, order)
+
+    # 4. Aggregate.
+    skipped = len(outcome.updates) < federation.min_updates
+    adapter, moments = state.adapter, state.moments
+    if outcome.updates and not skipped:
+        shares = base.weights(outcome.updates, federation.weighting)
+        aggregated = STRATEGIES[federation.strategy].aggregate(outcome.updates, shares)
+        adapter, moments = server_optimizer.step(
+            federation.server_optimizer, federation.server_learning_rate, state.adapter, aggregated, moments
+        )
+    average, averaged = dict(state.average), state.averaged
+    if number > federation.rounds - round(federation.average_last * federation.rounds):
+        averaged += 1
+        average = {k: average.get(k, 0.0) + v.double() for k, v in adapter.items()}
+
+    # 5. Evaluate and record.
+    spent = {**state.privacy, **{u.institution: _spent(u) for u in outcome.updates if u.privacy}}
+    new = dataclasses.replace(
+        state,
+        round=number,
+        adapter=adapter,
+        moments=moments,
+        asked={**state.asked, **{name: state.asked.get(name, 0) + 1 for name in chosen}},
+        average=average,
+        averaged=averaged,
+        privacy=spent,
+    )
+    measured: dict[str, Any] = {}
+    every = federation.evaluate_every
+    if every and (number % every == 0 or number == federation.rounds):
+        measured = evaluate(work, final_adapter(new), records)
+    seconds = time.monotonic() - started
+    record = {
+        "round": number,
+        "seconds": round(seconds, 4),
+        "asked": len(chosen),
+        "updates": len(outcome.updates),
+        "skipped": skipped,
+        "failed": outcome.failed,
+        "metrics": {k: v for k, v in measured.items() if k != "institutions"},
+        "epsilon_max": max((p["epsilon"] for p in spent.values()), default=None)
+        if config.privacy.enabled
+        else "inf",
+        "institutions": {
+            name: {
+                "sent": sent,
+                "received": outcome.received.get(name, 0),
+                **({"epsilon": spent[name]["epsilon"]} if name in spent else {}),
+                **({"accuracy": measured["institutions"][name]} if name in measured.get("institutions", {}) else {}),
+            }
+            for name in chosen
+        },
+        "reported": {u.institution: dict(u.metrics) for u in outcome.updates if u.metrics},
+    }
+    return dataclasses.replace(new, seconds=state.seconds + seconds), record
+
+
+def _collect(
+    grid: Grid, config: RunConfig, orders: list[Message], names: Mapping[int, str], order: wire.TrainOrder
+) -> Outcome:
+    updates: list[wire.ClientUpdate] = []
+    failed: dict[str, str] = {}
+    received: dict[str, int] = {}
+    for node, reply in exchange(grid, orders, config.federation.timeout + NODES_TIMEOUT):
+        name = names[node]
+        try:
+            content = _content(reply)
+            received[name] = wire.adapter_bytes(content)
+            update = wire.unpack_update(content)
+            base.validate(update, institution=name, round=order.round, reference=order.adapter)
+            if config.privacy.enabled and update.privacy is None:
+                raise Refusal("no-privacy-record", "DP is on, but the update does not say what was spent")
+            updates.append(update)
+        except Refusal as refusal:
+            failed[name] = refusal.code
+            log.warning("round %d, %s: %s", order.round, name, refusal)
+    updates.sort(key=lambda u: u.institution)  # floating-point sums follow the order
+    return Outcome(updates=updates, failed=dict(sorted(failed.items())), received=received)
+
+
+def _content(reply: Message | None) -> Any:
+    if reply is None:
+        raise Refusal("no-answer", "nothing arrived in time")
+    if reply.has_error():
+        # reasons may quote what the institution holds: only the number is kept
+        raise Refusal(_FLOWER_ERRORS.get(reply.error.code, f"error-{reply.error.code}"), "Flower reports an error")
+    return reply.content
+
+
+_FLOWER_ERRORS = {
+    1: "load-error",
+    2: "client-crashed",
+    3: "message-lost",
+    4: "reply-lost",
+    5: "node-unavailable",
+    100: "worker-died",
+    101: "timeout",
+}
+
+
+class _Roster:
+    """Node id -> institution, asked once of each node that shows up."""
+
+    def __init__(self, grid: Grid, config: RunConfig, query: wire.Query) -> None:
+        self._grid, self._config, self._query = grid, config, query
+        self._known: dict[int, wire.Hello] = {}
+        self.refused: dict[int, str] = {}
+
+    def online(self) -> dict[str, int]:
+        """Institution -> node, of those that are connected now."""
+        present = sorted(self._grid.get_node_ids())
+        content = wire.pack_query(self._query)
+        timeout = self._config.federation.timeout
+        fresh = [
+            self._grid.create_message(content, MessageType.QUERY, node, "hello", timeout)
+            for node in present
+            if node not in self._known and node not in self.refused
+        ]
+        for node, reply in exchange(self._grid, fresh, timeout) if fresh else ():
+            try:
+                hello = wire.unpack_hello(_content(reply))
+                if hello.version != fedlora.__version__:
+                    raise Refusal(
+                        "version-mismatch",
+                        f"{hello.institution} runs fedlora {hello.version}, the server {fedlora.__version__}",
+                    )
+                if hello.institution in {h.institution for h in self._known.values()}:
+                    raise Refusal("name-taken", f"two nodes call themselves {hello.institution}")
+                self._known[node] = hello
+            except Refusal as refusal:
+                self.refused[node] = refusal.code
+                log.warning("node %d: %s", node, refusal)
+        return {self._known[node].institution: node for node in present if node in self._known}
+
+    def wait(self) -> None:
+        """Wait until enough institutions are here to hold a round."""
+        deadline = time.monotonic() + NODES_TIMEOUT
+        while len(self.online()) < max(1, self._config.federation.min_updates):
+            if self.refused or time.monotonic() > deadline:
+                codes = {str(node): code for node, code in self.refused.items()}
+                raise RunFailed(
+                    f"{len(self._known)} institutions are ready and {len(self.refused)} refuse "
+                    f"({_reasons(codes)}); federation.min-updates is {self._config.federation.min_updates}"
+                )
+            time.sleep(1.0)
+
+    def within_budget(self) -> int:
+        """How many institutions have budget for the whole run."""
+        return sum(hello.fits for hello in self._known.values())
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def _check_budgets(config: RunConfig, roster: _Roster) -> None:
+    """Refuse a run that would run dry, before anybody spends anything on it."""
+    if roster.within_budget() < config.federation.min_updates:
+        raise InputError(
+            f"budget exhausted: {len(roster) - roster.within_budget()} of {len(roster)} institutions have too little "
+            f"left in their ledgers for a run at privacy.epsilon {config.privacy.epsilon:g}, and federation.min-updates "
+            f"is {config.federation.min_updates}; lower privacy.epsilon or use other records "
+            "(`fedlora ledger show` tells what is left)"
+        )
+
+
+def final_adapter(state: RunState) -> AdapterState:
+    """The adapter that a run releases: the last one, or the mean of the last ones."""
+    if not state.averaged:
+        return state.adapter
+    return AdapterState({k: (v / state.averaged).float() for k, v in state.average.items()})
+
+
+def evaluate(work: Trainable, adapter: AdapterState, records: Federation) -> dict[str, Any]:
+    """Metrics on the pooled held-out rows, and each institution's accuracy on its own.
+
+    This is the experimenter's measurement on rows that are set aside. It is not part of the protocol and says nothing
+    of training records.
+    """
+    shard, owner = records.pooled_held_out()
+    adapter.load_into(work.model)
+    result = work.task.evaluate(work.model, shard, work.labels, owner=owner)
+    result["institutions"] = {records.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()}
+    return result
+
+
+def _finish(
+    directory: RunDirectory, config: RunConfig, state: RunState, work: Trainable, records: Federation
+) -> None:
+    adapter = final_adapter(state)
+    measured = evaluate(work, adapter, records)
+    adapter.save(directory.path / "adapter", work.model)
+    privacy = statement(config, records.names, state)
+    spent = [p["epsilon"] for p in state.privacy.values()]
+    result = {
+        **measured,
+        "epsilon_max": max(spent, default=0.0) if config.privacy.enabled else float("inf"),
+        "delta": max((p["delta"] for p in state.privacy.values()), default=None),
+        "rounds": state.round,
+        "seconds": round(state.seconds, 2),
+        "run_dir": str(directory.path),
+        "base": {"name": config.model.name, "digest": work.base.digest},
+        "labels": list(work.labels),
+        "trained_parameters": sum(t.numel() for t in adapter.values()),
+        "counts": dict(records.counts),
+    }
+    directory.write_result(result, privacy)
+
+
+def _spent(update: wire.ClientUpdate) -> dict[str, Any]:
+    return dataclasses.asdict(update.privacy) if update.privacy else {}
+
+
+def _reasons(failed: Mapping[str, str]) -> str:
+    counts: dict[str, int] = {}
+    for reason in failed.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return ", ".join(f"{reason} x {n}" for reason, n in sorted(counts.items())) or "no reason given"

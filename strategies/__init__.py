@@ -1,0 +1,6 @@
+"""Aggregation: one paper, one file, one pure ``aggregate`` each; `base` holds what they share."""
+
+from strategies import fedavg
+from strategies.base import Strategy
+
+STRATEGIES: dict[str, Strategy] = {"fedavg": fedavg.STRATEGY}

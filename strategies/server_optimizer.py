@@ -1,0 +1,66 @@
+r"""Optimizers on the aggregated update :math:`\Delta_t = \bar w_t - w_t`, which they treat as a descent direction.
+
+Under DP they see noised updates only, so they are post-processing. Averaging comes before the adaptive step: the noise
+shrinks by the square root of the cohort first.
+
+Reference: Reddi et al. (2021), Adaptive Federated Optimization, arXiv 2003.00295.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from fedlora.adapters import AdapterState
+
+BETA1, BETA2, TAU = 0.9, 0.99, 1e-8
+
+Moments = Mapping[str, torch.Tensor]
+"""Optimizer state: ``m/NAME`` and ``v/NAME`` float32 tensors of each parameter's shape, ``step`` int64 ()."""
+
+
+def step(
+    kind: str, learning_rate: float, before: AdapterState, aggregated: AdapterState, state: Moments
+) -> tuple[AdapterState, dict[str, torch.Tensor]]:
+    r"""One server step from ``before`` towards ``aggregated``.
+
+    Moments are corrected for their start at zero as in Adam (Kingma & Ba), since runs here have tens of rounds.
+
+    Args:
+        kind: ``none`` (:math:`w + \eta \Delta`), ``momentum``, ``adam``, ``yogi`` or ``adagrad``.
+        learning_rate: :math:`\eta`.
+        before: The global adapter.
+        aggregated: The strategy's result.
+        state: From the last step; empty at first.
+
+    Returns:
+        The new global adapter and the new state. The inputs are not modified.
+    """
+    new: dict[str, torch.Tensor] = {}
+    moments: dict[str, torch.Tensor] = {}
+    t = int(state.get("step", torch.zeros((), dtype=torch.int64))) + 1
+    for name, old in before.items():
+        delta = aggregated[name] - old
+        if kind == "none":
+            new[name] = old + learning_rate * delta
+            continue
+        m = BETA1 * state.get(f"m/{name}", torch.zeros_like(old)) + (1 - BETA1) * delta
+        moments[f"m/{name}"] = m
+        if kind == "momentum":
+            new[name] = old + learning_rate * m / (1 - BETA1**t)
+            continue
+        v = state.get(f"v/{name}", torch.zeros_like(old))
+        square = delta * delta
+        if kind == "adam":
+            v = BETA2 * v + (1 - BETA2) * square
+            scale = v / (1 - BETA2**t)
+        elif kind == "yogi":
+            v = v - (1 - BETA2) * square * torch.sign(v - square)
+            scale = v / (1 - BETA2**t)
+        else:
+            v = v + square
+            scale = v
+        moments[f"v/{name}"] = v
+        new[name] = old + learning_rate * (m / (1 - BETA1**t)) / (scale.sqrt() + TAU)
+    if kind != "none":
+        moments["step"] = torch.tensor(t, dtype=torch.int64)
+    return AdapterState(new), moments

@@ -1,0 +1,147 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from opacus.optimizers import DPOptimizer
+from scipy import stats
+from torch.utils.data import BatchSampler, RandomSampler
+
+from client.dp_sgd import PoissonSampler, PrivateOptimizer, check_noise, check_sampler
+from fedlora.errors import Refusal
+from fedlora.streams import RandomSource
+
+
+def _optimizer(parameters, *, sigma=1.0, clipping="flat", bound=1.0, lr=1.0, cls=PrivateOptimizer):
+    return cls(
+        torch.optim.SGD(parameters, lr=lr),
+        names={p: f"p{i}" for i, p in enumerate(parameters)},
+        noise_multiplier=sigma,
+        max_grad_norm=bound,
+        normaliser=4.0,
+        clipping=clipping,
+        source=RandomSource.seeded("test", 0),
+    )
+
+
+def _parameters():
+    return [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(5))]
+
+
+def _gradients(units, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(units, 3, 2, generator=generator), scale * torch.randn(units, 5, generator=generator)]
+
+
+def test_flat_clipping_is_opacus_own():
+    ours, theirs = _parameters(), _parameters()
+    mine = _optimizer(ours)
+    reference = DPOptimizer(torch.optim.SGD(theirs, lr=1.0), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+    for seed, scale in ((1, 5.0), (2, 0.01)):  # longer and shorter than the bound
+        for p, q, g in zip(ours, theirs, _gradients(6, scale, seed), strict=True):
+            p.grad_sample, q.grad_sample = g.clone(), g.clone()
+        for optimizer in (mine, reference):
+            optimizer.signal_skip_step(True)
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.summed_grad, q.summed_grad)
+
+
+def test_automatic_clipping_normalises_by_norm_plus_gamma():
+    (p,) = parameters = [torch.nn.Parameter(torch.zeros(2))]
+    p.grad_sample = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    _optimizer(parameters, clipping="automatic", bound=2.0).clip_and_accumulate()
+    torch.testing.assert_close(p.summed_grad, torch.tensor([3.0, 4.0]) * 2.0 / 5.01)
+
+
+def test_a_unit_whose_gradient_is_not_finite_contributes_zero():
+    (p,) = parameters = [torch.nn.Parameter(torch.zeros(2))]
+    p.grad_sample = torch.tensor([[math.nan, 1.0], [0.3, 0.4], [math.inf, 0.0]])
+    _optimizer(parameters).clip_and_accumulate()
+    torch.testing.assert_close(p.summed_grad, torch.tensor([0.3, 0.4]))
+
+
+def test_the_step_is_minus_the_noised_sum_over_the_normaliser():
+    parameters = _parameters()
+    optimizer = _optimizer(parameters, sigma=2.0, bound=0.5)
+    for p, g in zip(parameters, _gradients(3, 0.01), strict=True):
+        p.grad_sample = g.clone()
+    optimizer.step()
+    noise = torch.from_numpy(RandomSource.seeded("test", 0).normal(11)) * 2.0 * 0.5
+    for p, g, n in zip(parameters, _gradients(3, 0.01), (noise[:6].view(3, 2), noise[6:]), strict=True):
+        torch.testing.assert_close(p.detach(), (1 - (g.sum(0) + n) / 4.0).float())
+
+
+def test_a_missing_per_example_gradient_ends_the_run():
+    parameters = _parameters()
+    parameters[0].grad_sample = torch.zeros(2, 3, 2)
+    with pytest.raises(Refusal, match="guard-no-gradient: p1"):
+        _optimizer(parameters).step()
+
+
+def test_a_norm_above_the_bound_after_clipping_ends_the_run():
+    class Unclipped(PrivateOptimizer):
+        def _factors(self, norms):
+            return torch.ones_like(norms)
+
+    parameters = _parameters()
+    for p, g in zip(parameters, _gradients(2, 10.0), strict=True):
+        p.grad_sample = g
+    with pytest.raises(Refusal, match="guard-not-clipped"):
+        _optimizer(parameters, cls=Unclipped).step()
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
+def test_noise_of_another_deviation_ends_the_run(factor):
+    class Off(PrivateOptimizer):
+        def _draw(self, count):
+            return factor * super()._draw(count)
+
+    parameters = [torch.nn.Parameter(torch.ones(1000))]
+    parameters[0].grad_sample = torch.zeros(0, 1000)
+    with pytest.raises(Refusal, match="guard-noise"):
+        _optimizer(parameters, cls=Off).step()
+
+
+def test_the_noise_guard_passes_right_noise():
+    # 7 standard errors each: over 300 draws a false alarm has probability below 1e-8
+    source = RandomSource.seeded("guard", 3)
+    for size in (20, 1000, 20_000):
+        for _ in range(100):
+            check_noise(source.normal(size) * 0.7, 0.7)
+
+
+def test_a_step_that_leaves_a_weight_unchanged_ends_the_run():
+    parameters = [torch.nn.Parameter(torch.full((4,), 1e9))]  # the step is far below float32 resolution
+    parameters[0].grad_sample = torch.zeros(1, 4)
+    with pytest.raises(Refusal, match="guard-no-step: the step left p0 unchanged"):
+        _optimizer(parameters, lr=1e-6).step()
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
+def test_a_noise_multiplier_that_is_no_noise_is_refused(sigma):
+    with pytest.raises(Refusal, match="guard-no-noise"):
+        _optimizer(_parameters(), sigma=sigma)
+
+
+def test_a_sampler_that_is_not_poisson_is_refused():
+    shuffled = BatchSampler(RandomSampler(range(10)), batch_size=2, drop_last=False)
+    with pytest.raises(Refusal, match="guard-not-poisson"):
+        check_sampler(shuffled)
+    check_sampler(PoissonSampler(units=10, sample_rate=0.5, steps=1, source=RandomSource.secure()))
+
+
+def test_poisson_batches_have_the_right_distribution():
+    steps, units, rate = 2000, 50, 0.1
+    sampler = PoissonSampler(units=units, sample_rate=rate, steps=steps, source=RandomSource.seeded("poisson", 1))
+    batches = list(sampler)
+    sizes = np.bincount([len(b) for b in batches], minlength=units + 1)
+    # sizes are Binomial(50, 0.1); chi-square over pooled cells, and each unit's own count; both at 1e-6 false alarm
+    expected = stats.binom.pmf(np.arange(units + 1), units, rate) * steps
+    cells = expected > 5
+    statistic = ((sizes[cells] - expected[cells]) ** 2 / expected[cells]).sum()
+    assert statistic < stats.chi2.isf(1e-6, cells.sum())
+    counts = np.bincount(np.concatenate([np.array(b, dtype=int) for b in batches]), minlength=units)
+    z = (counts - steps * rate) / math.sqrt(steps * rate * (1 - rate))
+    assert np.abs(z).max() < stats.norm.isf(1e-6 / (2 * units))

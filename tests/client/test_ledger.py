@@ -1,0 +1,478 @@
+"""The privacy ledger: charged before, never refunded, whatever dies and whoever races."""
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from client import ledger_file
+from client.ledger import Ledger
+from fedlora import accounting
+from fedlora.accounting import Event, epsilon
+from fedlora.errors import InputError, Refusal
+from fedlora.streams import RandomSource
+
+DELTA = 1e-5
+STEP = Event(noise_multiplier=2.0, sample_rate=0.25, steps=1)
+SIZE = Event(noise_multiplier=30.0, sample_rate=1.0, steps=1)
+# Forking keeps the warm accountant; the children touch nothing but the ledger.
+forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def steps(n: int) -> Event:
+    return Event(noise_multiplier=2.0, sample_rate=0.25, steps=n)
+
+
+def limit_for(n: int) -> float:
+    """A limit that n steps fit and n + 1 do not."""
+    return (epsilon([steps(n)], DELTA) + epsilon([steps(n + 1)], DELTA)) / 2
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return new(tmp_path / "bank.db", limit_for(5))
+
+
+def new(path: Path, limit: float) -> Path:
+    Ledger.create(path, max_epsilon=limit, delta=DELTA)
+    with Ledger.open(path) as ledger:
+        ledger.bind("f" * 64, "record")
+    return path
+
+
+def charge(ledger: Ledger, round: int = 1, digest: str = "order", **changes):
+    arguments = {
+        "run_id": "run",
+        "round": round,
+        "order_digest": digest,
+        "event": STEP,
+        "planned": (),
+        "max_steps_of_run": 100,
+    }
+    return ledger.charge(**(arguments | changes))
+
+
+def refused(call, *arguments, **named) -> str:
+    with pytest.raises(Refusal) as refusal:
+        call(*arguments, **named)
+    return refusal.value.code
+
+
+def test_a_new_ledger_is_its_owners_alone_and_has_spent_nothing(path: Path) -> None:
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with Ledger.open(path) as ledger:
+        assert (ledger.spent(), ledger.history(), ledger.runs()) == (0.0, (), ())
+        assert ledger.verify() == []
+    assert [entry.name for entry in path.parent.iterdir()] == ["bank.db"]
+
+
+def test_a_ledger_is_never_overwritten(path: Path) -> None:
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="exists; a ledger is never overwritten"):
+        Ledger.create(path, max_epsilon=100, delta=DELTA)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ({"max_epsilon": 0}, "max-epsilon is 0"),
+        ({"max_epsilon": float("inf")}, "max-epsilon is inf"),
+        ({"delta": 1.0}, "delta is 1.0"),
+        ({"accountant": "gdp"}, "accountant is 'gdp'"),
+    ],
+)
+def test_a_limit_out_of_bounds_makes_no_file(tmp_path: Path, value, named) -> None:
+    with pytest.raises(InputError, match=named):
+        Ledger.create(tmp_path / "x.db", **({"max_epsilon": 10, "delta": DELTA} | value))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spending_is_on_the_disk_when_charge_returns_and_stays(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        charge(ledger, 1)
+        with Ledger.open(path) as other:
+            assert other.history() == (STEP,)
+        charge(ledger, 2)
+    with Ledger.open(path) as ledger:
+        assert ledger.history() == (steps(2),)
+        assert ledger.spent() == epsilon([steps(2)], DELTA)
+
+
+def test_the_round_that_does_not_fit_is_refused_and_costs_nothing(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        for round in range(1, 6):
+            charge(ledger, round)
+        assert refused(charge, ledger, 6) == "budget-exhausted"
+        assert refused(charge, ledger, 1, run_id="another run") == "budget-exhausted"
+        assert ledger.history() == (steps(5),)
+        assert ledger.spent() <= ledger.max_epsilon
+
+
+def test_runs_with_other_noise_and_rates_compose_in_one_budget(tmp_path: Path) -> None:
+    first = Event(noise_multiplier=1.5, sample_rate=0.1, steps=30)
+    second = Event(noise_multiplier=3.0, sample_rate=0.5, steps=20)
+    path = new(tmp_path / "x.db", epsilon([first, second], DELTA) * 1.001)
+    with Ledger.open(path) as ledger:
+        charge(ledger, run_id="a", event=first)
+        charge(ledger, run_id="b", event=second)
+        assert ledger.spent() == epsilon([first, second], DELTA)
+        assert (ledger.history("a"), ledger.runs()) == ((first,), ("a", "b"))
+        assert refused(charge, ledger, run_id="c", event=second) == "budget-exhausted"
+
+
+def test_a_plan_that_fits_is_evaluated_once_for_all_its_rounds(path: Path, monkeypatch) -> None:
+    asked = []
+
+    def count(history, delta, accountant):
+        asked.append(accounting.compose(history))
+        return 0.0
+
+    monkeypatch.setattr("fedlora.accounting.epsilon", count)
+    with Ledger.open(path) as ledger:
+        for round in (1, 2, 4, 5):  # it was not drawn for round 3
+            charge(ledger, round, planned=(steps(5),))
+    assert set(asked) == {(steps(5),)}
+
+
+def test_a_plan_that_fits_does_not_cover_what_is_not_in_it(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        loud = Event(noise_multiplier=0.5, sample_rate=0.25, steps=1)
+        assert refused(charge, ledger, event=loud, planned=(steps(5),)) == "budget-exhausted"
+        charge(ledger, 1, event=steps(5), planned=(steps(5),))
+        assert refused(charge, ledger, 2, planned=(steps(5),)) == "budget-exhausted"
+
+
+def test_a_plan_that_does_not_fit_still_gets_the_rounds_that_do(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        for round in range(1, 6):
+            charge(ledger, round, planned=(steps(40),))
+        assert refused(charge, ledger, 6, planned=(steps(40),)) == "budget-exhausted"
+
+
+def test_a_run_gets_no_more_steps_than_its_noise_was_planned_for(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        for round in (1, 2):
+            charge(ledger, round, max_steps_of_run=2)
+        assert refused(charge, ledger, 3, max_steps_of_run=2) == "participation-cap"
+        charge(ledger, 3, max_steps_of_run=2, run_id="another run")
+
+
+def test_an_answered_round_gets_its_stored_answer_without_spending(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        assert charge(ledger).answer is None
+        ledger.store_answer("run", 1, "order", b"update")
+    with Ledger.open(path) as ledger:
+        again = charge(ledger)
+        assert (again.answer, again.key) == (b"update", b"")
+        assert ledger.history() == (STEP,)
+
+
+def test_an_answered_round_answers_no_other_order(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        charge(ledger)
+        ledger.store_answer("run", 1, "order", b"update")
+        assert refused(charge, ledger, digest="other order") == "round-already-answered"
+        assert refused(ledger.store_answer, "run", 1, "order", b"new") == "round-already-answered"
+
+
+def test_the_answers_of_earlier_rounds_are_dropped_and_not_made_again(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        for round in (1, 2):
+            charge(ledger, round)
+            ledger.store_answer("run", round, "order", b"update %d" % round)
+        assert charge(ledger, 2).answer == b"update 2"
+        assert refused(charge, ledger, 1) == "round-already-answered"
+        assert refused(charge, ledger, 1, digest="other order") == "round-already-answered"
+
+
+def test_an_answer_without_a_charge_is_a_programming_error(path: Path) -> None:
+    with Ledger.open(path) as ledger, pytest.raises(ValueError, match="never charged"):
+        ledger.store_answer("run", 1, "order", b"update")
+
+
+def test_an_interrupted_order_runs_again_under_its_key_and_another_order_does_not(path) -> None:
+    with Ledger.open(path) as ledger:
+        first = charge(ledger)
+        assert charge(ledger) == first
+        assert ledger.history() == (STEP,)
+        other = charge(ledger, digest="other order")
+        louder = charge(ledger, event=steps(2))
+        assert len({first.key, other.key, louder.key}) == 3
+        assert ledger.history() == (steps(4),)
+
+
+def test_a_rounds_key_is_gone_from_the_disk_once_it_is_answered(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        key = charge(ledger).key
+    assert key in path.read_bytes()
+    with Ledger.open(path) as ledger:
+        ledger.store_answer("run", 1, "order", b"update")
+    assert key not in path.read_bytes()
+
+
+def test_a_simulation_may_bring_its_own_key(path: Path) -> None:
+    key = RandomSource.seeded("privacy", 1, 1, "bank").key
+    with Ledger.open(path) as ledger:
+        assert charge(ledger, key=key).key == key
+        assert charge(ledger, 2).key != charge(ledger, 3).key
+
+
+def test_what_a_run_releases_once_is_paid_once_and_stays_the_same(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        for round in (1, 2, 3):
+            charge(ledger, round, extra_events=(SIZE,))
+            assert ledger.released_size("run", 500.0 + round) == 501.0
+        charge(ledger, 1, run_id="second", extra_events=(SIZE,))
+        assert ledger.released_size("second", 498.0) == 498.0
+        assert ledger.history("run") == (steps(3), SIZE)
+        assert ledger.history() == accounting.compose([steps(4), SIZE, SIZE])
+
+
+def test_the_once_released_size_counts_against_the_limit(tmp_path: Path) -> None:
+    path = new(tmp_path / "x.db", epsilon([STEP], DELTA) * 1.0001)
+    loud = Event(noise_multiplier=1.0, sample_rate=1.0, steps=1)
+    with Ledger.open(path) as ledger:
+        assert refused(charge, ledger, extra_events=(loud,)) == "budget-exhausted"
+        charge(ledger)
+
+
+def test_a_ledger_belongs_to_the_first_records_and_unit_it_is_bound_to(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        ledger.bind("f" * 64, "record")
+        assert refused(ledger.bind, "e" * 64, "record") == "ledger-foreign"
+        assert refused(ledger.bind, "f" * 64, "customer") == "ledger-foreign"
+
+
+def test_a_ledger_that_was_never_bound_pays_for_nothing(tmp_path: Path) -> None:
+    Ledger.create(tmp_path / "x.db", max_epsilon=10, delta=DELTA)
+    with Ledger.open(tmp_path / "x.db") as ledger:
+        assert refused(charge, ledger) == "ledger-foreign"
+
+
+def test_a_missing_ledger_is_refused_and_not_made(tmp_path: Path) -> None:
+    assert refused(Ledger.open, tmp_path / "none.db") == "ledger-missing"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("not a database, but long enough to hold a header" * 50)
+    assert refused(Ledger.open, tmp_path / "text.db") == "ledger-corrupt"
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE t (x)")
+    other.close()
+    assert refused(Ledger.open, tmp_path / "other.db") == "ledger-foreign"
+    (tmp_path / "empty.db").touch()
+    assert refused(Ledger.open, tmp_path / "empty.db") == "ledger-foreign"
+
+
+def test_a_truncated_ledger_is_corrupt(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        charge(ledger)
+    path.write_bytes(path.read_bytes()[:-4096])
+    assert refused(Ledger.open, path) == "ledger-corrupt"
+
+
+@pytest.mark.parametrize(
+    "tampering",
+    [
+        "UPDATE charges SET steps = 1 WHERE id = 2",
+        "UPDATE charges SET noise_multiplier = 20.0 WHERE id = 3",
+        "UPDATE charges SET extra = '[]' WHERE id = 1",
+        "DELETE FROM charges WHERE id = 1",
+        "DELETE FROM charges WHERE id = 3",
+        "DELETE FROM charges",
+        "UPDATE ledger SET max_epsilon = 1000.0",
+        "UPDATE ledger SET delta = 0.1",
+        "DELETE FROM ledger",
+        "DROP TABLE charges",
+    ],
+)
+def test_an_edited_or_removed_entry_is_noticed(tmp_path: Path, tampering: str) -> None:
+    path = new(tmp_path / "x.db", 50.0)
+    with Ledger.open(path) as ledger:
+        for round in (1, 2, 3):
+            charge(ledger, round, event=steps(2), extra_events=(SIZE,))
+        assert ledger.verify() == []
+    with sqlite3.connect(path) as hand:
+        hand.execute(tampering)
+    hand.close()
+    assert refused(Ledger.open, path) == "ledger-corrupt"
+
+
+def test_a_ledger_that_stays_locked_is_refused(path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ledger_file, "BUSY_SECONDS", 0.05)
+    with Ledger.open(path) as ledger:
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        assert refused(charge, ledger) == "ledger-locked"
+        holder.execute("ROLLBACK")
+        holder.close()
+        charge(ledger)
+
+
+def test_show_tells_each_entry_and_the_total(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        charge(ledger, extra_events=(SIZE,))
+        ledger.store_answer("run", 1, "order", b"update")
+        charge(ledger, 2)
+        shown = ledger.show()
+        assert shown["epsilon"] == ledger.spent() == epsilon([steps(2), SIZE], DELTA)
+    assert (shown["delta"], shown["limit"]) == (DELTA, limit_for(5))
+    assert (shown["unit"], shown["fingerprint"]) == ("record", "f" * 64)
+    assert [entry["answered"] for entry in shown["entries"]] == [True, False]
+    assert shown["entries"][0] | {"at": ""} == {
+        "run": "run",
+        "round": 1,
+        "noise_multiplier": 2.0,
+        "sample_rate": 0.25,
+        "steps": 1,
+        "extra": [[30.0, 1.0, 1]],
+        "at": "",
+        "answered": True,
+    }
+
+
+def play_round(path: Path, out: Path, die_at: str) -> None:
+    """One order at an institution: charge, train, store, reply. Dies at the named point."""
+
+    def point(name: str) -> None:
+        if name == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with Ledger.open(path) as ledger:
+        point("before the charge")
+        paid = charge(ledger, planned=(steps(5),))
+        point("after the charge")
+        update = paid.answer
+        if update is None:
+            update = RandomSource(paid.key).normal(8).tobytes()  # the noisy release
+            (out / "trained").write_bytes(update)
+            point("after training")
+            ledger.store_answer("run", 1, "order", update)
+            point("after storing the answer")
+        (out / "reply").write_bytes(update)
+        point("after the reply")
+
+
+def play_in_child(path: Path, out: Path, die_at: str) -> int | None:
+    child = multiprocessing.get_context("fork").Process(target=play_round, args=(path, out, die_at))
+    child.start()
+    child.join(30)
+    return child.exitcode
+
+
+@forks
+@pytest.mark.parametrize(
+    "point",
+    [
+        "before the charge",
+        "after the charge",
+        "after training",
+        "after storing the answer",
+        "after the reply",
+    ],
+)
+def test_a_kill_at_any_point_leaves_the_ledger_at_or_above_true_spending(path, tmp_path, point):
+    epsilon([steps(5)], DELTA)  # warm, so that the children need not start the accountant
+    assert play_in_child(path, tmp_path, point) == -signal.SIGKILL
+    trained = tmp_path / "trained"
+    with Ledger.open(path) as ledger:
+        spent = sum(event.steps for event in ledger.history())
+    assert spent == (0 if point == "before the charge" else 1)
+    assert spent >= trained.exists()
+    first = trained.read_bytes() if trained.exists() else None
+    # The same order again is the same release, paid once.
+    assert play_in_child(path, tmp_path, "") == 0
+    reply = (tmp_path / "reply").read_bytes()
+    assert first in (None, reply)
+    with Ledger.open(path) as ledger:
+        assert ledger.history() == (STEP,)
+        assert charge(ledger).answer == reply
+
+
+@forks
+def test_kills_at_random_moments_never_lose_a_charge_that_was_reported(
+    path: Path, tmp_path
+) -> None:
+    path = new(tmp_path / "busy.db", limit_for(150))
+
+    def spend(log: Path) -> None:
+        with Ledger.open(path) as ledger, log.open("ab", buffering=0) as written:
+            for round in range(50):
+                charge(
+                    ledger, round, f"{os.getpid()}", run_id=f"{os.getpid()}", planned=(steps(150),)
+                )
+                written.write(b".")
+
+    epsilon([steps(150)], DELTA)
+    log, reported = tmp_path / "log", 0
+    log.touch()
+    for delay in (0.0, 0.003, 0.01):
+        child = multiprocessing.get_context("fork").Process(target=spend, args=(log,))
+        child.start()
+        while log.stat().st_size == reported and child.is_alive():
+            pass
+        time.sleep(delay)
+        child.kill()
+        child.join()
+        assert log.stat().st_size > reported
+        reported = log.stat().st_size
+    with Ledger.open(path) as ledger:
+        assert sum(event.steps for event in ledger.history()) >= reported
+        assert ledger.verify() == []
+
+
+@forks
+def test_two_processes_racing_on_one_ledger_spend_its_budget_and_no_more(tmp_path: Path) -> None:
+    path = new(tmp_path / "race.db", limit_for(30))
+    for count in range(1, 32):
+        epsilon([steps(count)], DELTA)
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.SimpleQueue()
+
+    def spend(name: str) -> None:
+        with Ledger.open(path) as ledger:
+            barrier.wait(30)
+            paid = 0
+            try:
+                for round in range(100):
+                    charge(ledger, round, run_id=name)
+                    paid += 1
+            except Refusal as refusal:
+                results.put((paid, refusal.code))
+
+    racers = [context.Process(target=spend, args=(name,)) for name in ("a", "b")]
+    for racer in racers:
+        racer.start()
+    outcomes = [results.get() for _ in racers]
+    for racer in racers:
+        racer.join(30)
+    assert [code for _, code in outcomes] == ["budget-exhausted"] * 2
+    assert sum(paid for paid, _ in outcomes) == 30
+    with Ledger.open(path) as ledger:
+        assert ledger.history() == (steps(30),)
+        assert ledger.verify() == []
+
+
+@forks
+def test_opening_a_ledger_while_another_process_writes_finds_no_fault(tmp_path: Path) -> None:
+    path = new(tmp_path / "x.db", limit_for(200))
+    everything = (steps(200),)
+    epsilon(everything, DELTA)
+
+    def spend() -> None:
+        with Ledger.open(path) as ledger:
+            for round in range(150):
+                charge(ledger, round, planned=everything, max_steps_of_run=200)
+
+    child = multiprocessing.get_context("fork").Process(target=spend)
+    child.start()
+    while child.is_alive():
+        Ledger.open(path).close()
+    assert child.exitcode == 0

@@ -1,0 +1,121 @@
+"""What many tests need: a tiny encoder on disk, a small table of records, a configuration over both."""
+
+import csv
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from experiments import simulate
+
+simulate.quiet_libraries()
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TOPICS = {
+    "loan": ["mortgage", "interest", "lender", "repay", "collateral"],
+    "card": ["plastic", "swipe", "chargeback", "limit", "cashback"],
+    "fraud": ["stolen", "phishing", "scam", "identity", "forged"],
+}
+FILLER = ["the", "bank", "my", "about", "please", "account", "today", "help", "with", "a"]
+BANKS = ["Alpha", "Beta", "Gamma", "Delta"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Tests neither read nor fill the user's cache."""
+    os.environ["FEDLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory) -> Path:
+    """A directory with a random BERT of two layers and a word tokenizer, as safetensors."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = sorted({w for ws in TOPICS.values() for w in ws} | set(FILLER))
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    directory = tmp_path_factory.mktemp("tiny-encoder")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=64, **size)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def complaints(tmp_path_factory) -> Path:
+    """A table of 480 short complaints to four banks, 120 each."""
+    draw = random.Random(7)
+    path = tmp_path_factory.mktemp("data") / "complaints.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label", "bank", "customer"])
+        for i in range(480):
+            topic = draw.choice(list(TOPICS))
+            words = draw.choices(TOPICS[topic], k=3) + draw.choices(FILLER, k=draw.randint(2, 6))
+            draw.shuffle(words)
+            rows.writerow([" ".join(words), topic, BANKS[i % 4], f"c{i % 160}"])
+    return path
+
+
+@pytest.fixture
+def tiny_config(tmp_path, tiny_encoder, complaints):
+    """Makes a RunConfig over the tiny encoder and the complaints; keyword values win."""
+    from fedlora import config
+
+    def make(**values):
+        base = {
+            "run-dir": str(tmp_path / "run"),
+            "model.name": str(tiny_encoder),
+            "model.dtype": "fp32",
+            "data.source": str(complaints),
+            "data.partition": "natural:bank",
+            "training.local-steps": 1,
+            "training.sample-rate": 0.25,
+            "training.max-length": 16,
+            "federation.rounds": 3,
+            "federation.server-optimizer": "adam",
+            "federation.server-learning-rate": 0.01,
+            "privacy.noise": "seeded",
+            "privacy.delta": 1e-4,
+            "privacy.accountant": "rdp",
+        }
+        return config.from_flat(base | values)
+
+    return make
+
+
+@pytest.fixture
+def simulate_run():
+    """Runs a configuration and gives the result.json that it wrote."""
+
+    def go(config, engine="inline"):
+        records = simulate.prepare(config)
+        with simulate.engine(engine, config, len(records.names)) as grid:
+            simulate.run(config, grid)
+        return json.loads((Path(config.run_dir) / "result.json").read_text())
+
+    return go
+
+
+def shared_data(name: str) -> Path:
+    """A real data set beside the checkout; the test is skipped where there is none."""
+    folder = Path(os.environ.get("FEDLORA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / name).exists():
+        pytest.skip(f"{name} is not in {folder}; set FEDLORA_SHARED_DATA to where it is")
+    return folder / name

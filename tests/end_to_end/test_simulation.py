@@ -1,0 +1,234 @@
+"""Whole runs on a tiny encoder: what a user gets, from both engines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.ledger import Ledger
+from fedlora import adapters, models, trainable
+from fedlora.adapters import AdapterState
+from fedlora.errors import InputError
+from server.run_directory import read_records
+
+
+def _adapter(config) -> AdapterState:
+    return AdapterState.open(Path(config.run_dir) / "adapter")
+
+
+def _same(a: AdapterState, b: AdapterState) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_without_dp_learns_and_leaves_a_complete_directory(tiny_config, simulate_run):
+    config = tiny_config(**{
+        "privacy.epsilon": float("inf"),
+        "federation.rounds": 12,
+        "training.local-steps": 5,
+        "training.learning-rate": 0.02,
+        "training.optimizer": "adam",
+        "federation.server-optimizer": "none",
+        "federation.server-learning-rate": 1.0,
+    })
+    result = simulate_run(config)
+    assert result["accuracy"] > 0.9  # majority is about 0.35
+    run = Path(config.run_dir)
+    records = read_records(run)
+    assert [r["round"] for r in records] == list(range(1, 13))
+    assert records[-1]["metrics"]["accuracy"] == result["accuracy"]
+    assert records[0]["reported"].keys() == {"Alpha", "Beta", "Delta", "Gamma"}
+    assert all(i["sent"] > 0 and i["received"] > 0 for i in records[0]["institutions"].values())
+    assert "protects nobody" in json.loads((run / "privacy.json").read_text())["protects"]
+    assert {"config.toml", "environment.json", "rounds.jsonl", "checkpoints", "adapter", "privacy.json", "result.json"} <= {
+        p.name for p in run.iterdir()
+    }
+
+
+def test_the_adapter_opens_with_peft_and_gives_the_same_outputs(tiny_config, simulate_run):
+    from peft import PeftModel
+
+    config = tiny_config()
+    simulate_run(config)
+    records = trainable.records(config)
+    work = trainable.load(config, records.labels)
+    _adapter(config).load_into(work.model)
+    shard, _ = records.pooled_held_out()
+    batch = work.task.collate(shard, range(8))
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    base = models.load_base(config.model.name, dtype="fp32", quantization="none", task="classification", num_labels=3)
+    opened = PeftModel.from_pretrained(base.model, Path(config.run_dir) / "adapter").eval()
+    work.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(opened(**inputs).logits, work.model(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert adapters is not None
+
+
+def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(tiny_config, simulate_run, tmp_path):
+    made = []
+    for name, engine, workers in (("inline", "inline", 1), ("one", "ray", 1), ("three", "ray", 3)):
+        config = tiny_config(**{"run-dir": str(tmp_path / name), "engine.workers": workers, "adapter.dropout": 0.1})
+        simulate_run(config, engine)
+        made.append(_adapter(config))
+    assert _same(made[0], made[1]) and _same(made[0], made[2])
+
+
+def test_secure_noise_is_never_the_same_twice(tiny_config, simulate_run, tmp_path):
+    made = []
+    for name in ("a", "b"):
+        config = tiny_config(**{"run-dir": str(tmp_path / name), "privacy.noise": "secure", "federation.rounds": 1})
+        simulate_run(config)
+        made.append(_adapter(config))
+    assert not _same(*made)
+
+
+def test_privacy_json_and_ledgers_agree_to_the_last_digit(tiny_config, simulate_run):
+    config = tiny_config(**{"privacy.noise": "secure"})
+    result = simulate_run(config)
+    run = Path(config.run_dir)
+    statement = json.loads((run / "privacy.json").read_text())
+    assert len(statement["institutions"]) == 4
+    for name, said in statement["institutions"].items():
+        with Ledger.open(run / "ledgers" / f"{name}.db") as ledger:
+            shown = ledger.show()
+            assert ledger.verify() == []
+        assert said["epsilon"] == shown["epsilon"] == said["ledger_epsilon"]
+        assert said["delta"] == shown["delta"]
+        assert 0 < said["epsilon"] <= shown["limit"] == 8.0
+        assert said["steps"] == 3 == sum(e["steps"] for e in shown["entries"])
+    assert result["epsilon_max"] == max(i["epsilon"] for i in statement["institutions"].values())
+    assert result["epsilon_max"] > 7.5  # the plan uses the budget it was given
+
+
+def test_a_seeded_run_says_that_it_protects_nobody(tiny_config, simulate_run):
+    config = tiny_config(**{"federation.rounds": 1})
+    simulate_run(config)
+    assert "protects nobody" in json.loads((Path(config.run_dir) / "privacy.json").read_text())["protects"]
+
+
+def test_a_second_run_on_the_same_ledgers_is_refused_before_it_spends(tiny_config, simulate_run, tmp_path):
+    shared = {"privacy.ledger": str(tmp_path / "ledgers"), "privacy.max-epsilon": 10.0}
+    simulate_run(tiny_config(**shared, **{"run-dir": str(tmp_path / "first")}))
+    path = tmp_path / "ledgers" / "Alpha.db"
+    with Ledger.open(path) as ledger:
+        before = ledger.show()
+    with pytest.raises(InputError, match="budget exhausted: 4 of 4"):
+        simulate_run(tiny_config(**shared, **{"run-dir": str(tmp_path / "second")}))
+    with Ledger.open(path) as ledger:
+        assert ledger.show() == before
+
+
+def test_an_institution_without_budget_drops_out_and_the_federation_goes_on(tiny_config, simulate_run, tmp_path):
+    shared = {"privacy.ledger": str(tmp_path / "ledgers"), "run-dir": str(tmp_path / "run")}
+    config = tiny_config(**shared)
+    (tmp_path / "ledgers").mkdir()
+    Ledger.create(tmp_path / "ledgers" / "Beta.db", max_epsilon=5.0, delta=1e-4, accountant="rdp")
+    simulate_run(config)
+    failed = [r["failed"].get("Beta") for r in read_records(tmp_path / "run")]
+    assert failed[0] is None and failed[-1] == "budget-exhausted"
+    assert read_records(tmp_path / "run")[-1]["updates"] == 3
+    with Ledger.open(tmp_path / "ledgers" / "Beta.db") as ledger:
+        assert 0 < ledger.spent() <= 5.0
+
+
+@pytest.mark.parametrize("weighting", ["public-size", "noised-size"])
+def test_sizes_are_rounded_or_noised_and_paid(tiny_config, simulate_run, weighting):
+    config = tiny_config(**{"federation.weighting": weighting, "federation.rounds": 2})
+    simulate_run(config)
+    statement = json.loads((Path(config.run_dir) / "privacy.json").read_text())
+    for name, said in statement["institutions"].items():
+        with Ledger.open(Path(config.run_dir) / "ledgers" / f"{name}.db") as ledger:
+            entries = ledger.show()["entries"]
+        assert said["epsilon"] <= 8.0
+        assert said["size_noise"] == (10.0 if weighting == "noised-size" else 0.0)
+        assert sum(e["sample_rate"] == 1.0 for e in entries) == (1 if weighting == "noised-size" else 0)
+
+
+def test_units_of_a_column_are_protected_together(tiny_config, simulate_run):
+    config = tiny_config(**{"privacy.unit": "customer", "training.physical-batch": 2, "federation.rounds": 2})
+    result = simulate_run(config)
+    said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
+    assert "customer" in said["protects"] or "seed" in said["protects"]
+    assert {i["unit"] for i in said["institutions"].values()} == {"customer"}
+    assert result["epsilon_max"] <= 8.0
+
+
+def test_the_physical_batch_changes_no_result(tiny_config, simulate_run, tmp_path):
+    made = []
+    for size in (3, 64):
+        config = tiny_config(**{"run-dir": str(tmp_path / str(size)), "training.physical-batch": size})
+        simulate_run(config)
+        made.append(_adapter(config))
+    for name in made[0]:
+        torch.testing.assert_close(made[0][name], made[1][name], rtol=1e-3, atol=1e-4)
+
+
+CHILD = """
+import sys
+from experiments.cli import app
+app(sys.argv[1:])
+"""
+
+
+def _start(*arguments):
+    command = [sys.executable, "-c", CHILD, "run", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _wait_for_round(run: Path, number: int, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while len(read_records(run)) < number:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", ["seeded", "off"])
+def test_a_run_killed_at_any_moment_resumes_to_the_same_adapter(tiny_config, simulate_run, tmp_path, noise):
+    values = {"federation.rounds": 8, "privacy.epsilon": float("inf") if noise == "off" else 8.0}
+    undisturbed = tiny_config(**values, **{"run-dir": str(tmp_path / "calm")})
+    simulate_run(undisturbed)
+    file, run = tmp_path / "x.toml", tmp_path / "killed"
+    file.write_text(tiny_config(**values, **{"run-dir": ""}).to_toml())
+    process = _start(file, "--out", run, "--engine", "ray", "--quiet")
+    for number in (2, 5):
+        _wait_for_round(run, number, process)
+        time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process = _start("--resume", run, "--quiet")
+    assert process.wait() == 0, process.communicate()[1]
+    resumed = AdapterState.open(run / "adapter")
+    assert _same(resumed, _adapter(undisturbed))
+    assert [r["round"] for r in read_records(run)] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_its_institution_tried_again(tiny_config, simulate_run, tmp_path):
+    import threading
+
+    from experiments import simulate
+
+    calm = tiny_config(**{"federation.rounds": 6, "run-dir": str(tmp_path / "calm")})
+    simulate_run(calm)
+    config = calm.replace({"run-dir": str(tmp_path / "run"), "engine.workers": 2})
+    simulate.prepare(config)
+    with simulate.engine("ray", config, 4) as grid:
+        victims = grid.worker_pids()
+
+        def kill():
+            while len(read_records(tmp_path / "run")) < 2:
+                time.sleep(0.01)
+            os.kill(victims[0], signal.SIGKILL)
+
+        threading.Thread(target=kill).start()
+        simulate.run(config, grid)
+        assert victims[0] not in grid.worker_pids()
+    assert all(r["updates"] == 4 for r in read_records(tmp_path / "run"))
+    assert _same(_adapter(config), _adapter(calm))

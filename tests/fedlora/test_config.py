@@ -1,0 +1,88 @@
+import math
+
+import pytest
+
+from fedlora import config
+from fedlora.errors import InputError
+
+
+def test_a_configuration_survives_toml_and_flowers_flat_form(tmp_path):
+    made = config.from_flat(
+        {
+            "privacy.epsilon": math.inf,
+            "adapter.target-modules": ["q_proj", "v_proj"],
+            "data.labels": ['with "quotes"', "a, comma"],
+            "training.batch-size": 7,
+        }
+    )
+    file = tmp_path / "x.toml"
+    file.write_text(made.to_toml())
+    assert config.load(file) == made
+    assert config.from_flat(made.flat()) == made
+
+
+def test_every_key_is_described_with_its_default():
+    described = {key for key, *_ in config.describe()}
+    assert described == set(config.RunConfig().flat())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("adapter.rank", 0, ["adapter.rank", "0", "at least 1"]),
+        ("adapter.rank", 2.5, ["adapter.rank", "2.5", "whole number"]),
+        ("privacy.epsilon", -1, ["privacy.epsilon", "-1", "above 0"]),
+        ("privacy.epsilon", "nan", ["privacy.epsilon", "nan", "above 0"]),
+        ("privacy.delta", 1.0, ["privacy.delta", "1", "below 1"]),
+        ("adapter.method", "lorra", ["lorra", "lora", "did you mean 'lora'"]),
+        ("adapter.methd", "lora", ["adapter.methd", "did you mean adapter.method"]),
+        ("training.batch-size", True, ["training.batch-size", "True", "whole number"]),
+        ("seed", "x", ["seed", "'x'", "whole number"]),
+        ("data.partition", "dirichlet:0", ["data.partition", "dirichlet:ALPHA"]),
+        ("data.partition", "iid", ["data.institutions", "0", "1 or more"]),
+        ("training.gradient-checkpointing", 3, ["true or false"]),
+    ],
+)
+def test_a_bad_value_is_named_with_its_bound(key, value, words):
+    with pytest.raises(InputError) as caught:
+        config.from_flat({key: value})
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_values_that_exclude_each_other_are_refused():
+    with pytest.raises(InputError, match="exact counts may not leave under DP"):
+        config.from_flat({"federation.weighting": "records"})
+    with pytest.raises(InputError, match="no budget to pay it from"):
+        config.from_flat({"federation.weighting": "noised-size", "privacy.epsilon": math.inf})
+    with pytest.raises(InputError, match="below privacy.epsilon"):
+        config.from_flat({"privacy.max-epsilon": 2.0})
+
+
+def test_overrides_win_over_the_file_and_read_as_text(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("[privacy]\nepsilon = 3.0\n")
+    overrides = config.parse_overrides(["privacy.epsilon=inf", "adapter.target-modules=a,b"])
+    resolved = config.load(file, overrides)
+    assert resolved.privacy.epsilon == math.inf
+    assert resolved.adapter.target_modules == ("a", "b")
+    with pytest.raises(InputError, match="--set KEY=VALUE"):
+        config.parse_overrides(["privacy.epsilon"])
+
+
+def test_files_that_are_missing_or_not_toml_are_named(tmp_path):
+    with pytest.raises(InputError, match="cannot read the config"):
+        config.load(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("= 3")
+    with pytest.raises(InputError, match="not valid TOML"):
+        config.load(broken)
+
+
+def test_the_fingerprint_ignores_where_a_run_runs_and_nothing_else():
+    made = config.RunConfig()
+    moved = made.replace({"run-dir": "/elsewhere", "engine.workers": 7, "engine.ray-address": "auto"})
+    assert moved.fingerprint() == made.fingerprint()
+    for key, value in (("seed", 2), ("privacy.noise", "seeded"), ("federation.rounds", 3)):
+        assert made.replace({key: value}).fingerprint() != made.fingerprint()

@@ -1,0 +1,435 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora import data
+from fedlora.data import Federation, Shard
+from fedlora.encoding import Encoded
+from fedlora.errors import InputError
+from fedlora.partition import normalise
+
+COLUMNS = ("text", "label", "bank", "customer")
+
+
+def encode(texts: list[str], answers: list[str], labels: tuple[str, ...]) -> Encoded:
+    """A tokeniser that can be read back: a token is a character, at most 60 of them."""
+    return Encoded(
+        ids=[[ord(c) for c in text[:60]] for text in texts],
+        targets=[labels.index(a) if labels else len(a) for a in answers],
+        truncated=sum(len(text) > 60 for text in texts),
+    )
+
+
+def read_back(shard: Shard) -> list[str]:
+    return ["".join(map(chr, shard.row(i))) for i in range(len(shard))]
+
+
+def write(path: Path, rows: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -> str:
+    lines = (json.dumps(dict(zip(columns, row, strict=False))) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+def prepare(tmp_path: Path, source: str, **changes: Any) -> Federation:
+    values: dict[str, Any] = {
+        "source": source,
+        "test_source": "",
+        "text": "text",
+        "label": "label",
+        "labels": (),
+        "unit": "record",
+        "partition": "natural:bank",
+        "institutions": 0,
+        "min_records": 1,
+        "test_fraction": 0.2,
+        "seed": 0,
+        "task": "classification",
+        "encode": encode,
+        "encoding_key": "characters",
+        "cache_dir": tmp_path / "cache",
+    }
+    return data.prepare(**{**values, **changes})
+
+
+def fixed(
+    tmp_path: Path, train: list[tuple[str, ...]], test: list[tuple[str, ...]], **changes: Any
+):
+    """Prepare rows whose sides are given."""
+    source, test_source = write(tmp_path / "a.jsonl", train), write(tmp_path / "b.jsonl", test)
+    return prepare(tmp_path, source, test_source=test_source, **changes)
+
+
+TRAIN = [
+    ("up", "good", "North", "1"),
+    ("down", "bad", "South", "2"),
+    ("flat", "good", "South", "1"),
+    ("dip", "bad", "South", "2"),
+]
+TEST = [("rise", "good", "South", "3")]
+
+
+def where_rows_went(counts: Any) -> int:
+    left_out = ("empty", "without_institution", "duplicates_removed", "rows_dropped")
+    return sum(counts[name] for name in ("train", "held_out", *left_out))
+
+
+def test_rows_reach_their_institution_with_target_and_unit(tmp_path: Path) -> None:
+    fed = fixed(tmp_path, TRAIN, [("rise", "good", "South")], unit="customer")
+    assert (fed.names, fed.labels) == (("North", "South"), ("bad", "good"))
+    assert read_back(fed.train(0)) == ["up"]
+    assert read_back(fed.train(1)) == ["down", "flat", "dip"]
+    assert fed.train(1).targets.tolist() == [0, 1, 0]
+    assert fed.train(0).units.tolist() == [0]
+    assert fed.train(1).units.tolist() == [1, 0, 1]  # customers 2, 1, 2, numbered within South
+    assert read_back(fed.held_out(0)) == []
+    assert read_back(fed.held_out(1)) == ["rise"]
+    assert fed.counts["rows"], fed.counts["test_rows"] == (4, 1)
+
+
+def test_the_unit_record_numbers_the_rows_of_each_institution(tmp_path: Path) -> None:
+    fed = fixed(tmp_path, TRAIN, [("rise", "good", "South"), ("sink", "bad", "North")])
+    assert fed.train(1).units.tolist() == [0, 1, 2]
+    assert fed.all_held_out.units.tolist() == [0, 0]
+
+
+def test_training_rows_whose_text_is_tested_on_are_removed_and_counted(tmp_path: Path) -> None:
+    train = [
+        *TRAIN,
+        ("RISE!", "good", "North"),
+        (" rise", "bad", "South"),
+        ("rises", "bad", "South"),
+    ]
+    fed = fixed(tmp_path, train, [("rise", "good", "South")])
+    assert fed.counts["duplicates_removed"] == 2
+    assert read_back(fed.all_train) == ["up", "down", "flat", "dip", "rises"]
+    assert read_back(fed.all_held_out) == ["rise"]
+
+
+def test_rows_without_text_label_or_institution_are_dropped_and_counted(tmp_path: Path) -> None:
+    train = [*TRAIN, (" ", "good", "North"), ("x", "", "North"), ("y", "bad", " ")]
+    fed = fixed(
+        tmp_path, train, [("rise", "good", ""), ("", "bad", "South"), ("z", "bad", "South")]
+    )
+    assert {k: v for k, v in fed.counts.items() if v} == {
+        "rows": 7,
+        "test_rows": 3,
+        "empty": 3,
+        "without_institution": 2,
+        "train": 4,
+        "held_out": 1,
+    }
+
+
+def test_small_institutions_go_with_their_held_out_rows(tmp_path: Path) -> None:
+    fed = fixed(tmp_path, TRAIN, [("rise", "good", "South"), ("z", "bad", "North")], min_records=2)
+    assert fed.names == ("South",)
+    assert (fed.counts["institutions_dropped"], fed.counts["rows_dropped"]) == (1, 2)
+    assert read_back(fed.all_held_out) == ["rise"]
+
+
+def test_several_text_columns_are_joined(tmp_path: Path) -> None:
+    fed = fixed(tmp_path, [*TRAIN, ("", "bad", "North", "9")], TEST, text="text, customer")
+    assert read_back(fed.train(0)) == ["up | 1", "9"]
+
+
+def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
+    fed = fixed(tmp_path, TRAIN, [("x" * 61, "good", "South"), ("x" * 60, "bad", "South")])
+    assert fed.counts["truncated"] == 1
+    assert fed.all_held_out.lengths.tolist() == [60, 60]
+
+
+def test_given_labels_keep_their_order(tmp_path: Path) -> None:
+    fed = fixed(tmp_path, TRAIN, TEST, labels=("good", "mixed", "bad"))
+    assert fed.labels == ("good", "mixed", "bad")
+    assert fed.train(1).targets.tolist() == [2, 0, 2]
+
+
+def test_instruction_pairs_have_no_classes(tmp_path: Path) -> None:
+    fed = fixed(tmp_path, TRAIN, [("hm", "a reply", "South")], task="sft")
+    assert fed.labels == ()
+    assert fed.train(0).targets.tolist() == [4]  # where the fake tokeniser starts a response
+    flat = fixed(tmp_path, TRAIN, [("hm", "a reply")], task="sft", partition="iid", institutions=2)
+    assert np.diff(flat.train_bounds).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partition": "natural:town"}, "data.partition is 'town', .* has the columns text, label"),
+        ({"label": "mood"}, "data.label is 'mood', but .* text, label, bank, customer"),
+        ({"text": "text,title"}, "data.text is 'title'"),
+        ({"unit": "person"}, "privacy.unit is 'person'"),
+        ({"unit": "customer"}, "privacy.unit is 'customer', but 1 training rows have nothing in"),
+        ({"labels": ("good", "fine")}, r"label 'bad' \(2 rows of .*a.jsonl\) is none of good"),
+        ({"labels": ("good", "bad", "good")}, "data.labels has 'good' twice"),
+        ({"label": "same"}, "there is only one label, x"),
+        ({"partition": "iid", "institutions": 6}, "institutions is 6, but there are only 5"),
+        ({"institutions": 3}, "data.institutions is 3, but only 2 of 2 values of 'bank'"),
+        ({"partition": "by-size"}, "data.partition is 'by-size'; it must be iid, "),
+        ({"source": "gone.csv"}, "'gone.csv' is not a file"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line_before_anything_is_tokenised_or_written(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    def never(*_: object) -> Encoded:
+        raise AssertionError("tokenised")
+
+    rows = [(*row, "x") for row in TRAIN] + [("more", "good", "South", "", "x")]
+    source = write(tmp_path / "a.jsonl", rows, (*COLUMNS, "same"))
+    other = write(tmp_path / "b.jsonl", [("zz", "good", "South", "x")], (*COLUMNS[:3], "same"))
+    with pytest.raises(InputError, match=message) as error:
+        prepare(tmp_path, **{"source": source, "test_source": other, "encode": never, **changes})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_label_that_only_the_test_rows_have_is_named(tmp_path: Path) -> None:
+    test = [("z", "odd", "South"), ("y", "good", "South")]
+    with pytest.raises(
+        InputError, match=r"label 'odd' \(1 rows of .*b.jsonl\) is none of bad, good"
+    ):
+        fixed(tmp_path, TRAIN, test)
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.sampled_from(["", "a", "A ", "b", "c", "d!", "d", "e", "f", "g", "h", "i"]),
+        st.sampled_from(["yes", "no", ""]),
+        st.sampled_from(["North", "South", "West", ""]),
+        st.sampled_from(["1", "2", "3"]),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=ROWS,
+    test=st.none() | ROWS,
+    seed=st.integers(0, 3),
+    unit=st.sampled_from(["record", "customer"]),
+    partition=st.sampled_from(["natural:bank", "iid", "dirichlet:1", "pathological:1"]),
+)
+def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[str, ...]],
+    test: list[tuple[str, ...]] | None,
+    seed: int,
+    unit: str,
+    partition: str,
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("rows")
+    start = [(f"{y} {i}", y, "North", "1") for y in ("yes", "no") for i in range(10)]
+    source = write(tmp_path / "a.jsonl", [*start, *rows])
+    test_source = (
+        "" if test is None else write(tmp_path / "b.jsonl", [("stop", "no", "West"), *test])
+    )
+    fed, again = (
+        prepare(
+            tmp_path,
+            source,
+            test_source=test_source,
+            unit=unit,
+            partition=partition,
+            institutions=0 if partition.startswith("natural") else 2,
+            test_fraction=0.3,
+            seed=seed,
+            cache_dir=tmp_path / cache,
+        )
+        for cache in ("one", "two")
+    )
+    train, held_out = read_back(fed.all_train), read_back(fed.all_held_out)
+    assert set(map(normalise, train)).isdisjoint(map(normalise, held_out))
+    assert fed.counts["rows"] + fed.counts["test_rows"] == where_rows_went(fed.counts)
+    assert (len(train), len(held_out)) == (fed.counts["train"], fed.counts["held_out"])
+    assert not Counter(train) - Counter(text.strip() for text, *_ in [*start, *rows])
+    for index in range(len(fed.names)):
+        shard = fed.train(index)
+        assert len(shard) >= 1
+        assert set(shard.units.tolist()) == set(range(shard.units.max() + 1))
+        assert shard.fingerprint() == again.train(index).fingerprint()
+        assert read_back(fed.held_out(index)) == read_back(again.held_out(index))
+
+
+def test_the_second_time_nothing_is_read_or_tokenised(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def counting(texts: list[str], answers: list[str], labels: tuple[str, ...]) -> Encoded:
+        calls.append(len(texts))
+        return encode(texts, answers, labels)
+
+    def run(**changes: Any) -> int:
+        source = write(tmp_path / "a.jsonl", rows)
+        prepare(tmp_path, source, **{"encode": counting, "test_fraction": 0.0, **changes})
+        return len(calls)
+
+    rows = list(TRAIN)
+    assert [run(), run()] == [1, 1]
+    for number, changed in enumerate(
+        [
+            {"seed": 1},
+            {"encoding_key": "other"},
+            {"unit": "customer"},
+            {"labels": ("bad", "good")},
+            {"partition": "iid", "institutions": 2},
+            {"min_records": 2},
+            {"test_fraction": 0.1},
+            {"text": "text,bank"},
+            {"task": "sft"},
+        ],
+        start=2,
+    ):
+        assert [run(**changed), run(**changed)] == [number, number], changed
+    rows.append(("more", "good", "South", "3"))
+    assert [run(), run()] == [11, 11]
+    for entry in (tmp_path / "cache").glob("[!.]*"):
+        (entry / "train_tokens.npy").write_bytes(b"damaged")
+    assert [run(), run()] == [12, 12]
+
+
+def test_the_cache_is_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "there"))
+    prepare(tmp_path, write(tmp_path / "a.jsonl", TRAIN), cache_dir=None)
+    assert len(list((tmp_path / "there").glob("*/meta.json"))) == 1
+
+
+def test_the_fingerprint_of_an_institution_outlives_a_change_of_tokeniser(tmp_path: Path) -> None:
+    def other(texts: list[str], answers: list[str], labels: tuple[str, ...]) -> Encoded:
+        return encode([text[::-1] for text in texts], answers, labels)
+
+    source = write(tmp_path / "a.jsonl", TRAIN)
+    one = prepare(tmp_path, source)
+    two = prepare(tmp_path, source, encode=other, encoding_key="reversed")
+    assert read_back(one.train(1)) != read_back(two.train(1))
+    assert one.train(1).fingerprint() == two.train(1).fingerprint() != one.train(0).fingerprint()
+
+
+def test_one_source_can_be_read_for_evaluation(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [*TRAIN, ("", "good")])
+    common: dict[str, Any] = {"source": source, "text": "text", "label": "label", "encode": encode}
+    known = data.load_shard(**common, labels=("good", "bad"), task="classification")
+    assert read_back(known) == ["up", "down", "flat", "dip"]
+    assert known.targets.tolist() == [0, 1, 0, 1]
+    with pytest.raises(InputError, match=r"label 'bad' \(2 rows of .* is none of good; the model"):
+        data.load_shard(**common, labels=("good",), task="classification")
+    with pytest.raises(InputError, match="has no row with a text and a label"):
+        empty = write(tmp_path / "b.jsonl", [("", "good")])
+        data.load_shard(**{**common, "source": empty}, labels=(), task="sft")
+
+
+needs_edgartools = pytest.mark.skipif(
+    not importlib.util.find_spec("edgar"), reason="edgartools is not installed"
+)
+
+SCRIPT = """
+import sys, time
+from fedlora.data import prepare
+seconds = []
+for _ in range(3):
+    start = time.perf_counter()
+    fed = prepare(source="package:edgartools", test_source="", text="text", label="label",
+        labels=(), unit="record", partition="natural:industry", institutions=0, min_records=50,
+        test_fraction=0.2, seed=0, task="classification", encode=None, encoding_key="characters",
+        cache_dir=sys.argv[1])
+    for index in range(len(fed.names)):
+        fed.train(index), fed.held_out(index)
+    seconds.append(time.perf_counter() - start)
+heavy = {"datasets", "flwr_datasets", "pandas", "pyarrow", "torch", "transformers", "edgar"}
+print(len(fed.names), min(seconds), sorted(heavy & set(sys.modules)))
+"""
+
+
+@needs_edgartools
+def test_cached_us_gaap_opens_at_once_without_heavy_imports(tmp_path: Path) -> None:
+    fed = prepare(tmp_path, "package:edgartools", partition="natural:industry", min_records=50)
+    assert len(fed.names) >= 35
+    assert where_rows_went(fed.counts) == fed.counts["rows"] == 10_073
+    train, held_out = (Counter(read_back(s)) for s in (fed.all_train, fed.pooled_held_out()[0]))
+    whole = {text for text in train if len(text) < 60}  # the fake tokeniser cuts at 60
+    assert len(whole) > 400
+    assert not whole & set(held_out)
+    assert max(held_out.values()) > 5  # concepts that industries share, held out in all of them
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "cache")]
+    root = Path(__file__).parents[2]
+    out = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    institutions, seconds, heavy = out.split(maxsplit=2)
+    assert (int(institutions), heavy.strip()) == (len(fed.names), "[]")
+    assert float(seconds) < 0.2
+
+
+def shared(relative: str) -> str:
+    default = Path(__file__).parents[2] / "../shared/data"
+    path = Path(os.environ.get("FEDLORA_SHARED_DATA", default)) / relative
+    if not path.is_file():
+        pytest.skip(f"{path} is not there; set FEDLORA_SHARED_DATA to run this")
+    return str(path)
+
+
+def test_fpb_is_dealt_to_four_institutions(tmp_path: Path) -> None:
+    fed = prepare(tmp_path, shared("fpb/fpb.csv"), partition="dirichlet:0.5", institutions=4)
+    assert (len(fed.names), fed.labels) == (4, ("negative", "neutral", "positive"))
+    assert fed.counts["train"] + fed.counts["held_out"] == 4846
+    assert abs(fed.counts["held_out"] / 4846 - 0.2) < 0.02
+
+
+def test_cfpb_companies_are_institutions(tmp_path: Path) -> None:
+    # Ten companies have 49 rows or more; without held-out rows all of them train.
+    fed = prepare(
+        tmp_path,
+        shared("cfpb/complaints.csv"),
+        text="narrative",
+        label="product",
+        partition="natural:company",
+        min_records=49,
+        test_fraction=0.0,
+    )
+    assert len(fed.names) == 10
+    assert "CITIBANK-N-A" in fed.names
+
+
+def test_sentfin_entities_are_institutions(tmp_path: Path) -> None:
+    fed = prepare(
+        tmp_path,
+        shared("sentfin/sentfin_long.csv"),
+        text="text,entity",
+        partition="natural:entity",
+        min_records=20,
+        test_fraction=0.0,
+    )
+    assert len(fed.names) == 96
+
+
+def test_banking77_and_tfns_keep_their_own_test_rows(tmp_path: Path) -> None:
+    banking = prepare(
+        tmp_path,
+        shared("banking77/train.csv"),
+        test_source=shared("banking77/test.csv"),
+        label="category",
+        partition="iid",
+        institutions=8,
+    )
+    assert (len(banking.labels), banking.counts["held_out"]) == (77, 3080)
+    tfns = prepare(
+        tmp_path,
+        shared("tfns/train.csv"),
+        test_source=shared("tfns/valid.csv"),
+        partition="dirichlet:0.5",
+        institutions=8,
+    )
+    assert (tfns.labels, tfns.counts["held_out"]) == (("0", "1", "2"), 2388)
+    assert tfns.counts["duplicates_removed"] >= 12
+    for fed in (banking, tfns):
+        assert fed.counts["train"] + fed.counts["duplicates_removed"] == fed.counts["rows"]
