@@ -40,7 +40,7 @@ def collate(shard: Shard, indices: Sequence[int] | Int64, pad_id: int, side: Sid
 def pad(
     tokens: Sequence[NDArray[np.int32]], rows: Int64, targets: Int64, pad_id: int, side: Side
 ) -> Batch:
-    """The batch of these token ids, padded to the longest; ``rows`` and ``targets`` are ``(b,)``."""
+    """Pads token ids to the longest of them; ``rows`` and ``targets`` are ``(b,)``."""
     width = max((len(row) for row in tokens), default=0)
     ids = np.full((len(tokens), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)

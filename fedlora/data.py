@@ -139,12 +139,11 @@ def prepare(
 
 
 def load_shard(
-    *,
     source: str,
+    *,
     text: str,
     label: str,
     labels: tuple[str, ...],
-    task: str,
     encode: Encode,
     split: str = "test",
 ) -> Shard:
@@ -155,7 +154,6 @@ def load_shard(
         text: As for `prepare`.
         label: As for `prepare`.
         labels: The classes that the model knows; empty for sft.
-        task: "classification" or "sft".
         encode: The tokeniser.
         split: Which split of a Hub data set.
 
@@ -165,7 +163,7 @@ def load_shard(
     table = _read(source, text, label, {}, split)
     if not table.texts:
         raise InputError(f"{source} has no row with a text and a label; give one that has")
-    if task == "classification":
+    if labels:
         _check_labels(table.labels, labels, source, "the model was trained on no other")
     return _shard(encode(table.texts, table.labels, labels), table.texts, table.labels)
 

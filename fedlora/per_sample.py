@@ -151,7 +151,7 @@ class _AdaptedLayer:
         self.magnitude: nn.Parameter | None = None
         if ADAPTER in layer.lora_magnitude_vector:
             self.magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
-        self._norm: tuple[object, torch.Tensor] | None = None
+        self._norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # of which A and B
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in (self.a, self.b, self.magnitude) if p is not None]
@@ -198,14 +198,15 @@ class _AdaptedLayer:
     def weight_norm(self) -> torch.Tensor:
         """Row norms of W + sBA, float32 ``(d_out,)``, a constant to autograd as in DoRA (section 4.3).
 
-        Kept until A or B changes: every in-place change of a tensor counts up its version.
+        Kept until A or B changes, by value: fused optimizers write without counting up a tensor's version.
         """
-        key = (self.a.data_ptr(), self.b.data_ptr(), self.a._version, self.b._version)
-        if self._norm is None or self._norm[0] != key:
+        if self._norm is None or not (
+            torch.equal(self._norm[0], self.a) and torch.equal(self._norm[1], self.b)
+        ):
             scaling = cast(float, self.layer.scaling[ADAPTER])
             weight = torch.addmm(dense_weight(self.base), self.b, self.a, alpha=scaling)
-            self._norm = (key, weight.norm(dim=1))
-        return self._norm[1]
+            self._norm = (self.a.clone(), self.b.clone(), weight.norm(dim=1))
+        return self._norm[2]
 
 
 class _Head:
@@ -222,7 +223,7 @@ class _Head:
         if not self.mode.leaves:
             return F.linear(x, weight, bias)
         self.mode.check(self.name, x, flat=True)
-        rows = x.view(len(x), -1, x.shape[-1])
+        rows = x.reshape(len(x), -1, x.shape[-1])
         out = torch.bmm(rows, self.mode.by_example(weight).mT)
         if bias is not None:
             out = out + self.mode.by_example(bias)[:, None]
@@ -239,8 +240,8 @@ class PerSampleAdapters:
             per_sample.collect()  # p.grad_sample (units, *shape) of each trained parameter
 
     What is guaranteed: ``grad_sample[k]`` is the gradient of the summed losses of unit k's examples, as if each had
-    been computed alone; anything this cannot be true for is refused. What voids it: a loss that mixes
-    examples, or a change of parameters through ``.data`` (DoRA's norms would be those of before).
+    been computed alone; layers and inputs this cannot be true for are refused. What voids it: a loss that mixes
+    examples.
 
     Args:
         model: With an adapter attached; its trained layers are changed.

@@ -2,8 +2,8 @@
 
 A cache entry is a directory of ``.npy`` arrays, ``meta.json`` and a checksum over both. It is
 written under another name and renamed under a lock, so that processes that race for one entry all
-end up with a whole one. An entry that does not match its checksum counts as absent. Importing this module and
-opening an entry loads numpy and nothing heavier.
+end up with a whole one. An entry that does not match its checksum counts as absent. Importing this
+module and opening an entry loads numpy and nothing heavier.
 """
 
 import fcntl

@@ -144,7 +144,8 @@ class Classification(Task):
     def predict(  # noqa: D102
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...], physical_batch: int = 64
     ) -> list[str]:
-        return [labels[int(i)] for i in self._scores(model, shard, labels, physical_batch).argmax(1)]
+        scores = self._scores(model, shard, labels, physical_batch)
+        return [labels[int(i)] for i in scores.argmax(1)]
 
     def evaluate(
         self,

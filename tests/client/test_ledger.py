@@ -397,20 +397,15 @@ def test_a_kill_at_any_point_leaves_the_ledger_at_or_above_true_spending(path, t
 
 
 @forks
-def test_kills_at_random_moments_never_lose_a_charge_that_was_reported(
-    path: Path, tmp_path
-) -> None:
-    path = new(tmp_path / "busy.db", limit_for(150))
+def test_kills_at_random_moments_never_lose_a_charge_that_was_reported(tmp_path: Path) -> None:
+    path = new(tmp_path / "busy.db", limit_for(160))
 
     def spend(log: Path) -> None:
         with Ledger.open(path) as ledger, log.open("ab", buffering=0) as written:
             for round in range(50):
-                charge(
-                    ledger, round, f"{os.getpid()}", run_id=f"{os.getpid()}", planned=(steps(150),)
-                )
+                charge(ledger, round, run_id=f"{os.getpid()}", planned=(steps(50),))
                 written.write(b".")
 
-    epsilon([steps(150)], DELTA)
     log, reported = tmp_path / "log", 0
     log.touch()
     for delay in (0.0, 0.003, 0.01):

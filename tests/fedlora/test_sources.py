@@ -128,6 +128,7 @@ def test_a_missing_column_is_answered_with_the_ones_that_are_there(tmp_path: Pat
         ("package:fedlora/no.csv", "is not there"),
         ("package:fedlora", "names no file"),
         ("package:../x/a.csv", "is not there"),
+        ("package:__main__/a.csv", "is not there"),
     ],
 )
 def test_a_source_that_is_not_there_says_what_to_do(source: str, message: str) -> None:
