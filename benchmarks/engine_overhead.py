@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import psutil
-from flwr.app import Array, ArrayRecord, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
 from experiments.engines.ray import RayGrid
 from server.exchange import exchange
@@ -25,16 +25,21 @@ def main() -> None:
     arguments = parser.parse_args()
     n = arguments.institutions
     process = psutil.Process()
-    with RayGrid("benchmarks.empty_client:app", n, {}, workers=arguments.workers, threads=1) as grid:
+    with RayGrid(
+        "benchmarks.empty_client:app", n, {}, workers=arguments.workers, threads=1
+    ) as grid:
         seconds, memory = [], []
         for number in range(arguments.rounds):
             record = ArrayRecord({"w": Array(np.zeros(arguments.floats, dtype=np.float32))})
             started = time.perf_counter()
             messages = [
-                grid.create_message(RecordDict({"adapter": record}), MessageType.TRAIN, node, str(number), 60.0)
+                Message(RecordDict({"adapter": record}), node, MessageType.TRAIN, ttl=60.0)
                 for node in grid.get_node_ids()
             ]
-            replies = sum(reply is not None and reply.has_content() for _, reply in exchange(grid, messages, 60.0))
+            replies = sum(
+                reply is not None and reply.has_content()
+                for _, reply in exchange(grid, messages, 60.0)
+            )
             assert replies == n, replies
             seconds.append(time.perf_counter() - started)
             memory.append(process.memory_info().rss / 2**20)
@@ -43,7 +48,9 @@ def main() -> None:
             {
                 "institutions": n,
                 "rounds": arguments.rounds,
-                "milliseconds_per_institution_round": round(1000 * statistics.median(seconds[1:]) / n, 3),
+                "milliseconds_per_institution_round": round(
+                    1000 * statistics.median(seconds[1:]) / n, 3
+                ),
                 "first_round_seconds": round(seconds[0], 2),
                 "driver_mib_first_last": [round(memory[0]), round(memory[-1])],
             }

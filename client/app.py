@@ -1,8 +1,10 @@
 """The Flower ClientApp of an institution: unpack, call, pack. Errors leave as codes."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -42,7 +44,20 @@ def _hello(config: configuration.RunConfig, content: RecordDict, index: int) -> 
 
 def _train(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
     order = wire.unpack_order(content)
-    return wire.pack_update(institution.answer(institution.locate(config, index), order, config))
+    who = institution.locate(config, index)
+    with _threads(config.engine.threads):
+        return wire.pack_update(institution.answer(who, order, config))
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Sums in floating point follow the number of threads: it is the same in every engine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _guarded(
@@ -53,7 +68,7 @@ def _guarded(
     """Run ``work``; whatever goes wrong leaves as a code, the rest goes to this institution's log."""
     index = int(context.node_config.get("partition-id", -1))
     try:
-        config = configuration.from_flat(context.run_config)
+        config = configuration.from_context(context.run_config, context.run_id)
         reply = work(config, message.content, index)
     except Refusal as refusal:
         log.warning("institution %d refused: %s", index, refusal)
@@ -65,4 +80,3 @@ def _guarded(
         log.exception("institution %d failed", index)
         reply = wire.pack_refusal("failed")
     return Message(reply, reply_to=message)
-

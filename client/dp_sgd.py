@@ -88,7 +88,9 @@ class PrivateOptimizer(DPOptimizer):
         source: RandomSource,
     ) -> None:
         if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
-            raise Refusal("guard-no-noise", f"noise multiplier is {noise_multiplier}; DP needs one above 0")
+            raise Refusal(
+                "guard-no-noise", f"noise multiplier is {noise_multiplier}; DP needs one above 0"
+            )
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -150,7 +152,11 @@ class PrivateOptimizer(DPOptimizer):
         for p in self.params:
             if getattr(p, "grad_sample", None) is None:
                 raise Refusal("guard-no-gradient", f"{self._names[p]} has no per-example gradient")
-        before = [p.detach().clone() for p in self.params] if not self._check_skip_next_step(False) else None
+        before = (
+            [p.detach().clone() for p in self.params]
+            if not self._check_skip_next_step(False)
+            else None
+        )
         super().step()
         if before is not None:
             for p, old in zip(self.params, before, strict=True):

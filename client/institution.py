@@ -13,8 +13,8 @@ from client.ledger import Charge, Ledger
 from fedlora import accounting, trainable, wire
 from fedlora.accounting import Event, PrivacyPlan
 from fedlora.config import PrivacyConfig, RunConfig
-from fedlora.shards import Shard
 from fedlora.errors import Refusal
+from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
 
@@ -122,7 +122,9 @@ def _budget(
     return Budget(plan=plan, public_size=public, normaliser=rate * public)
 
 
-def open_ledger(institution: Institution, config: RunConfig, shard: Shard, *, create: bool) -> Ledger:
+def open_ledger(
+    institution: Institution, config: RunConfig, shard: Shard, *, create: bool
+) -> Ledger:
     """The institution's ledger, bound to its records.
 
     Args:
@@ -154,7 +156,9 @@ def fits(ledger: Ledger, plan: Budget) -> bool:
     return planned <= ledger.max_epsilon
 
 
-def answer(institution: Institution, order: wire.TrainOrder, config: RunConfig) -> wire.ClientUpdate:
+def answer(
+    institution: Institution, order: wire.TrainOrder, config: RunConfig
+) -> wire.ClientUpdate:
     """Train one round and account for it.
 
     Raises:
@@ -164,14 +168,21 @@ def answer(institution: Institution, order: wire.TrainOrder, config: RunConfig) 
     shard = records.train(institution.index)
     work = trainable.load(config, records.labels)
     if order.base != work.base.digest:
-        raise Refusal("base-mismatch", "the server trains another base model than model.name gives here")
+        raise Refusal(
+            "base-mismatch", "the server trains another base model than model.name gives here"
+        )
     problem = order.adapter.validate_against(work.start)
     if problem:
-        raise Refusal("adapter-mismatch", f"the order's adapter does not fit this configuration: {problem}")
+        raise Refusal(
+            "adapter-mismatch", f"the order's adapter does not fit this configuration: {problem}"
+        )
     if not config.privacy.enabled:
         return _plain(institution, order, config, work, shard)
     if order.report:
-        raise Refusal("metrics-not-allowed", f"the server asks for {', '.join(order.report)}; under DP none leaves")
+        raise Refusal(
+            "metrics-not-allowed",
+            f"the server asks for {', '.join(order.report)}; under DP none leaves",
+        )
     return _private(institution, order, config, work, shard)
 
 

@@ -52,7 +52,9 @@ class PrivacyMechanism:
     clipping: str
 
 
-def train(trainable: Trainable, shard: Shard, plan: LocalPlan, batch_size: int, source: RandomSource) -> float:
+def train(
+    trainable: Trainable, shard: Shard, plan: LocalPlan, batch_size: int, source: RandomSource
+) -> float:
     """Plain steps over shuffled records.
 
     Args:
@@ -108,7 +110,10 @@ def train_privately(
     named = trainable.parameters()
     unit_rows = _rows_of_units(shard)
     sampler = sampler or PoissonSampler(
-        units=len(unit_rows), sample_rate=mechanism.sample_rate, steps=plan.steps, source=source.child("sampling")
+        units=len(unit_rows),
+        sample_rate=mechanism.sample_rate,
+        steps=plan.steps,
+        source=source.child("sampling"),
     )
     check_sampler(sampler)
     optimizer = PrivateOptimizer(
@@ -128,7 +133,9 @@ def train_privately(
                 optimizer.signal_skip_step(True)  # clip and accumulate only
                 optimizer.step()
                 optimizer.zero_grad()
-            for p in named.values():  # the step itself: noise on what was accumulated, also when nobody was drawn
+            for p in (
+                named.values()
+            ):  # the step itself: noise on what was accumulated, also when nobody was drawn
                 p.grad_sample = p.new_zeros((0, *p.shape))  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.signal_skip_step(False)
             optimizer.step()
@@ -143,19 +150,25 @@ def _unit_gradients(
     unit_of_row = np.repeat(np.arange(len(group)), [len(r) for r in group])
     single = len(rows) == len(group)
     sums: list[torch.Tensor] | None = None
-    for start in range(0, len(rows), physical_batch):  # more than one turn only for a unit larger than that
+    for start in range(
+        0, len(rows), physical_batch
+    ):  # more than one turn only for a unit larger than that
         part = slice(start, start + physical_batch)
         index = None if single else torch.from_numpy(unit_of_row[part])
         with trainable.per_sample.expanded(len(group), index):
             _losses(trainable, shard, rows[part]).sum().backward()
             trainable.per_sample.collect()
         gradients = [p.grad_sample for p in trainable.parameters().values()]  # pyright: ignore
-        sums = gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
+        sums = (
+            gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
+        )
     for p, total in zip(trainable.parameters().values(), sums or [], strict=True):
         p.grad_sample = total  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _groups(units: Sequence[np.ndarray], lengths: np.ndarray, physical_batch: int) -> Iterator[list[np.ndarray]]:
+def _groups(
+    units: Sequence[np.ndarray], lengths: np.ndarray, physical_batch: int
+) -> Iterator[list[np.ndarray]]:
     """Pack whole units, similar lengths together, into groups of at most ``physical_batch`` records.
 
     A unit with more records than that is a group of its own.
@@ -211,4 +224,3 @@ def _training(trainable: Trainable, source: RandomSource) -> Iterator[None]:
             yield
     finally:
         training_mode(trainable.model, False)
-

@@ -66,10 +66,18 @@ def main(
 @app.command()
 @_clean
 def run(
-    config: Annotated[Path | None, typer.Argument(help="A TOML file; `fedlora config` lists its keys.")] = None,
-    assign: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME-TIME.")] = None,
-    engine: Annotated[Literal["ray", "inline"], typer.Option(help="Worker processes, or this process.")] = "ray",
+    config: Annotated[
+        Path | None, typer.Argument(help="A TOML file; `fedlora config` lists its keys.")
+    ] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; by default runs/NAME-TIME.")
+    ] = None,
+    engine: Annotated[
+        Literal["ray", "inline"], typer.Option(help="Worker processes, or this process.")
+    ] = "ray",
     ray_address: Annotated[str, typer.Option(help="A Ray cluster to join.")] = "",
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
     max_epsilon: Annotated[
@@ -87,7 +95,10 @@ def run(
     resolved = _resolve(config, overrides, out, resume)
     console = Console(quiet=quiet or as_json)
     if not resolved.privacy.enabled:
-        console.print("privacy.epsilon is inf: differential privacy is off, this run protects nobody", style="red")
+        console.print(
+            "privacy.epsilon is inf: differential privacy is off, this run protects nobody",
+            style="red",
+        )
     result = _simulate(resolved, engine, console)
     if as_json:
         print(json.dumps(result))
@@ -103,17 +114,25 @@ def _resolve(
     """The configuration of this run with an absolute run directory that is free, or is the one to resume."""
     if resume is not None:
         if out is not None:
-            raise InputError("--out and --resume exclude each other; a resumed run stays where it is")
+            raise InputError(
+                "--out and --resume exclude each other; a resumed run stays where it is"
+            )
         if not (resume / "config.toml").exists():
-            raise InputError(f"{resume} holds no run (no config.toml); give the directory that a run printed")
+            raise InputError(
+                f"{resume} holds no run (no config.toml); give the directory that a run printed"
+            )
         path = path or resume / "config.toml"
     elif path is None:
         raise InputError("no config was given; try `fedlora run experiments/configs/demo.toml`")
     loaded = configuration.load(path, overrides)
     name = path.parent.name if path.name == "config.toml" else path.stem
-    chosen = resume or out or Path(loaded.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    chosen = (
+        resume or out or Path(loaded.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    )
     if resume is None and (chosen / "config.toml").exists():
-        raise InputError(f"{chosen} holds another run; give another --out, or continue it with --resume {chosen}")
+        raise InputError(
+            f"{chosen} holds another run; give another --out, or continue it with --resume {chosen}"
+        )
     if resume is not None and (resume / "result.json").exists():
         raise InputError(f"{resume} is complete; there is nothing to resume (see its result.json)")
     if resume is not None:
@@ -140,16 +159,27 @@ def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> d
 
     with console.status("reading records"):
         records = simulate.prepare(config)
-    console.print(f"{len(records.names)} institutions, {records.counts['rows']:,} rows; results in {config.run_dir}", highlight=False)
+    console.print(
+        f"{len(records.names)} institutions, {records.counts['rows']:,} rows; results in {config.run_dir}",
+        highlight=False,
+    )
     try:
-        with simulate.engine(kind, config, len(records.names)) as grid, live.progress(config, grid, console):
+        with (
+            simulate.engine(kind, config, len(records.names)) as grid,
+            live.progress(config, grid, console),
+        ):
             simulate.run(config, grid)
     except (InputError, Refusal):
         raise
     except KeyboardInterrupt:
         _interrupted(config, "interrupted")
     except Exception as error:
-        _interrupted(config, f"{type(error).__name__}: {error}" if type(error).__name__ != "RunFailed" else str(error))
+        _interrupted(
+            config,
+            f"{type(error).__name__}: {error}"
+            if type(error).__name__ != "RunFailed"
+            else str(error),
+        )
     return json.loads((Path(config.run_dir) / "result.json").read_text(encoding="utf-8"))
 
 
@@ -159,7 +189,9 @@ def _interrupted(config: configuration.RunConfig, what: str) -> None:
     if (directory / "institutions.log").exists():
         ERRORS.print(f"what institutions logged: {directory / 'institutions.log'}")
     if (directory / "checkpoints").exists():
-        ERRORS.print(f"every finished round is kept; continue with: fedlora run --resume {directory}")
+        ERRORS.print(
+            f"every finished round is kept; continue with: fedlora run --resume {directory}"
+        )
     raise typer.Exit(1)
 
 
@@ -180,9 +212,14 @@ def evaluate(
     table = Table(show_header=False)
     for key, value in result.items():
         if key != "per_class":
-            table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+            table.add_row(
+                key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
+            )
     for label, counts in result.get("per_class", {}).items():
-        table.add_row(label, f"{counts['correct']} of {counts['truth']} right, {counts['predicted']} predicted")
+        table.add_row(
+            label,
+            f"{counts['correct']} of {counts['truth']} right, {counts['predicted']} predicted",
+        )
     Console().print(table)
 
 
@@ -220,18 +257,29 @@ def merge(
 @app.command("config")
 @_clean
 def show_config(
-    config: Annotated[Path | None, typer.Argument(help="A TOML file; without one, all keys.")] = None,
-    assign: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="A TOML file; without one, all keys.")
+    ] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """All keys with types, defaults and meaning; or what a file resolves to."""
     if config is not None:
         resolved = configuration.load(config, configuration.parse_overrides(assign or []))
-        print(json.dumps(resolved.flat()) if as_json else resolved.to_toml(), end="" if not as_json else "\n")
+        print(
+            json.dumps(resolved.flat()) if as_json else resolved.to_toml(),
+            end="" if not as_json else "\n",
+        )
         return
     rows = configuration.describe()
     if as_json:
-        print(json.dumps([dict(zip(("key", "type", "default", "help"), row, strict=True)) for row in rows]))
+        print(
+            json.dumps(
+                [dict(zip(("key", "type", "default", "help"), row, strict=True)) for row in rows]
+            )
+        )
         return
     table = Table("key", "type", "default", "what it is")
     for row in rows:
@@ -245,11 +293,15 @@ def plan(
     records: Annotated[int, typer.Option(help="Records, or units, of the institution.")],
     batch_size: Annotated[int, typer.Option(help="Expected records a step.")],
     steps: Annotated[int, typer.Option(help="Steps of the whole plan, all rounds together.")],
-    epsilon: Annotated[float | None, typer.Option(help="Budget; gives the noise multiplier.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Budget; gives the noise multiplier.")
+    ] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Noise; gives epsilon.")] = None,
     delta: Annotated[float | None, typer.Option(help="By default 1 / (10 x records).")] = None,
     accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
-    table: Annotated[bool, typer.Option("--table", help="Epsilon against noise and against steps.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Epsilon against noise and against steps.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Noise for a budget over a whole plan, or the budget that a noise spends."""
@@ -276,7 +328,9 @@ def plan(
 @_clean
 def ledger_init(
     path: Annotated[Path, typer.Argument(help="File to create; it must not exist.")],
-    max_epsilon: Annotated[float, typer.Option(help="Lifetime limit over all runs on these records.")],
+    max_epsilon: Annotated[
+        float, typer.Option(help="Lifetime limit over all runs on these records.")
+    ],
     delta: Annotated[float, typer.Option(help="The delta at which the limit holds.")],
     accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
 ) -> None:
@@ -289,7 +343,9 @@ def ledger_init(
 
 @ledger_app.command("show")
 @_clean
-def ledger_show(path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False) -> None:
+def ledger_show(
+    path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False
+) -> None:
     """What a ledger has spent."""
     from client.ledger import Ledger
 
@@ -316,13 +372,19 @@ def ledger_show(path: Annotated[Path, typer.Argument(help="A ledger.")], as_json
 
 @ledger_app.command("verify")
 @_clean
-def ledger_verify(path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False) -> None:
+def ledger_verify(
+    path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False
+) -> None:
     """Whether a ledger is whole; exit code 1 when it is not."""
     from client.ledger import Ledger
 
     with Ledger.open(path) as ledger:
         problems = ledger.verify()
-    print(json.dumps({"ok": not problems, "problems": problems}) if as_json else "\n".join(problems) or "ledger is whole")
+    print(
+        json.dumps({"ok": not problems, "problems": problems})
+        if as_json
+        else "\n".join(problems) or "ledger is whole"
+    )
     if problems:
         raise typer.Exit(1)
 

@@ -31,7 +31,12 @@ def progress(config: RunConfig, grid: SimulationGrid, console: Console) -> Itera
     def line() -> tuple[int, str]:
         records = read_records(Path(config.run_dir))
         return len(records), describe(
-            config, records, grid.answered, grid.pushed, time.monotonic() - started, len(records) - first
+            config,
+            records,
+            grid.answered,
+            grid.pushed,
+            time.monotonic() - started,
+            len(records) - first,
         )
 
     def redraw() -> None:
@@ -100,23 +105,37 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
     for name in ("accuracy", "macro_f1", "token_loss", "perplexity", "exact_match", "unparseable"):
         if name in result:
             value = result[name]
-            table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+            table.add_row(
+                name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
+            )
     counts = result["counts"]
     table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")
     institutions = result["institutions"]
     if institutions:
         low, high = min(institutions, key=institutions.get), max(institutions, key=institutions.get)
-        table.add_row("institutions", f"{len(institutions)}: worst {low} {institutions[low]:.3f}, best {high} {institutions[high]:.3f}")
+        table.add_row(
+            "institutions",
+            f"{len(institutions)}: worst {low} {institutions[low]:.3f}, best {high} {institutions[high]:.3f}",
+        )
     table.add_row("rounds", f"{result['rounds']} in {result['seconds']:.0f} s")
-    table.add_row("trained", f"{result['trained_parameters']:,} parameters ({config.adapter.method}, rank {config.adapter.rank})")
+    table.add_row(
+        "trained",
+        f"{result['trained_parameters']:,} parameters ({config.adapter.method}, rank {config.adapter.rank})",
+    )
     if counts.get("truncated"):
-        table.add_row("cut to length", f"{counts['truncated']} texts longer than {config.training.max_length} tokens")
+        table.add_row(
+            "cut to length",
+            f"{counts['truncated']} texts longer than {config.training.max_length} tokens",
+        )
     if config.privacy.enabled:
         table.add_row(
-            "privacy", f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, per {config.privacy.unit}, each institution"
+            "privacy",
+            f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, per {config.privacy.unit}, each institution",
         )
     protects_nobody = not config.privacy.enabled or config.privacy.noise == "seeded"
-    table.add_row("protects", Text(privacy["protects"], style="bold red" if protects_nobody else "green"))
+    table.add_row(
+        "protects", Text(privacy["protects"], style="bold red" if protects_nobody else "green")
+    )
     console.print(table)
     console.print(f"adapter        {run_dir / 'adapter'}", highlight=False, soft_wrap=True)
     console.print(f"privacy        {run_dir / 'privacy.json'}", highlight=False, soft_wrap=True)

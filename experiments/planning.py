@@ -29,7 +29,9 @@ def plan(
         InputError: If not exactly one is given, or a value is out of bounds.
     """
     if (epsilon is None) == (noise_multiplier is None):
-        raise InputError("give one of --epsilon (for the noise) and --noise-multiplier (for epsilon)")
+        raise InputError(
+            "give one of --epsilon (for the noise) and --noise-multiplier (for epsilon)"
+        )
     for name, value in (("records", records), ("batch-size", batch_size), ("steps", steps)):
         if value < 1:
             raise InputError(f"--{name} is {value}; it must be at least 1")
@@ -43,7 +45,9 @@ def plan(
             epsilon=epsilon, delta=delta, sample_rate=rate, steps=steps, accountant=accountant
         )
     sigma = noise_multiplier or 0.0
-    spent = accounting.epsilon((Event(noise_multiplier=sigma, sample_rate=rate, steps=steps),), delta, accountant)
+    spent = accounting.epsilon(
+        (Event(noise_multiplier=sigma, sample_rate=rate, steps=steps),), delta, accountant
+    )
     return {
         "noise_multiplier": sigma,
         "epsilon": spent,
@@ -66,7 +70,9 @@ def table(result: dict[str, Any]) -> list[dict[str, float]]:
 
     sigma, steps = result["noise_multiplier"], result["steps"]
     rows = [at(sigma * factor, steps) for factor in NOISE_FACTORS]
-    return rows + [at(sigma, max(1, round(steps * factor))) for factor in STEP_FACTORS if factor != 1.0]
+    return rows + [
+        at(sigma, max(1, round(steps * factor))) for factor in STEP_FACTORS if factor != 1.0
+    ]
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -79,5 +85,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     if "table" in result:
         rows = Table("noise multiplier", "steps", "epsilon")
         for row in result["table"]:
-            rows.add_row(f"{row['noise_multiplier']:.4f}", str(row["steps"]), f"{row['epsilon']:.4f}")
+            rows.add_row(
+                f"{row['noise_multiplier']:.4f}", str(row["steps"]), f"{row['epsilon']:.4f}"
+            )
         console.print(rows)

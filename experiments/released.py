@@ -37,7 +37,11 @@ def evaluate(run_dir: Path, source: str) -> dict[str, Any]:
     """Metrics of a run's adapter on all rows of ``source``, with the run's own text and label columns."""
     config, work = _open(run_dir)
     shard = data.load_shard(
-        source, text=config.data.text, label=config.data.label, labels=work.labels, encode=work.task.encode
+        source,
+        text=config.data.text,
+        label=config.data.label,
+        labels=work.labels,
+        encode=work.task.encode,
     )
     result = work.task.evaluate(work.model, shard, work.labels)
     return {key: value for key, value in result.items() if key != "by_owner"}
@@ -63,4 +67,3 @@ def merge(run_dir: Path, out_dir: Path) -> None:
     merged.save_pretrained(temporary, safe_serialization=True)
     work.base.tokenizer.save_pretrained(temporary)
     temporary.rename(out_dir)
-

@@ -32,7 +32,7 @@ def engine(kind: str, config: RunConfig, institutions: int) -> "Iterator[Simulat
         from experiments.engines.inline import InlineGrid
 
         with _logging_to(log):
-            yield InlineGrid(app, institutions, config.flat(), settings.threads)
+            yield InlineGrid(app, institutions, config.flat())
     else:
         from experiments.engines.ray import RayGrid
 
@@ -83,7 +83,9 @@ def _logging_to(path: str) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Settings that libraries read when they are imported."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at import
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it warns of optional kernels at import
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

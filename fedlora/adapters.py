@@ -1,8 +1,11 @@
-"""LoRA, rsLoRA and DoRA on a frozen base, and the values of their factors as they travel and are saved.
+"""LoRA, rsLoRA and DoRA on a frozen base, and their factors as they travel and are saved.
 
 Everything here speaks PEFT's own names and files, so that what a run saves opens with
 ``PeftModel.from_pretrained`` and nothing of this project.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 import copy
 import difflib
@@ -34,9 +37,12 @@ ADAPTER = "default"  # PEFT's name for the only adapter of a model
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
-# The query and value projections (Hu et al. 2021, section 7.1), or the fused projection that contains them.
+# The query and value projections (Hu et al. 2021, section 7.1), or the fused projection that
+# contains them.
 TARGETS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "albert"), ("query", "value")),
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "camembert", "electra", "albert"), ("query", "value")
+    ),
     "distilbert": ("q_lin", "v_lin"),
     "mpnet": ("attn.q", "attn.v"),
     "modernbert": ("Wqkv",),
@@ -45,11 +51,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
     "phi3": ("qkv_proj",),
     **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "smollm3")
-        + ("olmo", "olmo2", "granite", "cohere", "stablelm", "gptj", "gpt_neo", "opt"),
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi",
+         "smollm3", "olmo", "olmo2", "granite", "cohere", "stablelm", "gptj", "gpt_neo", "opt"),
         ("q_proj", "v_proj"),
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +63,14 @@ class LoraSpec:
     """What is trained: low-rank factors on some linear layers of the base.
 
     Args:
-        method: ``lora`` (W + s B A); ``rslora`` has s = alpha / sqrt(rank) instead of alpha / rank; ``dora`` also
-            learns the norm of each output row (Liu et al. 2024, arXiv 2402.09353); ``dora-rslora`` both.
+        method: ``lora`` (W + s B A); ``rslora`` has s = alpha / sqrt(rank) instead of alpha / rank;
+            ``dora`` also learns the norm of each output row (Liu et al. 2024, arXiv 2402.09353);
+            ``dora-rslora`` both.
         rank: Rank of B A, at least 1.
         alpha: Above 0.
         dropout: On the input of A, in [0, 1).
-        target_modules: Last parts of layer names; empty for the default of the architecture (`TARGETS`).
+        target_modules: Last parts of layer names; empty for the default of the architecture
+            (`TARGETS`).
 
     Raises:
         InputError: For a value out of bounds.
@@ -78,22 +86,28 @@ class LoraSpec:
         if self.method not in METHODS:
             near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"adapter.method is {self.method!r}; choose one of {', '.join(METHODS)} (perhaps {near!r})"
+                f"adapter.method is {self.method!r}; choose one of {', '.join(METHODS)} "
+                f"(perhaps {near!r})"
             )
         if self.rank < 1:
             raise InputError(f"adapter.rank is {self.rank}, but must be at least 1; 8 is usual")
         if not 0 < self.alpha < float("inf"):
-            raise InputError(f"adapter.alpha is {self.alpha}, but must be above 0; twice the rank is usual")
+            raise InputError(
+                f"adapter.alpha is {self.alpha}, but must be above 0; twice the rank is usual"
+            )
         if not 0 <= self.dropout < 1:
-            raise InputError(f"adapter.dropout is {self.dropout}, but must be in [0, 1); 0 switches it off")
+            raise InputError(
+                f"adapter.dropout is {self.dropout}, but must be in [0, 1); 0 switches it off"
+            )
 
 
 def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
     """Put a fresh adapter on a base; the model computes what the base computes until it is trained.
 
-    B is zero, A uniform in +-1/sqrt(d_in) as in PEFT but from named streams (the same on every machine, whatever
-    the order of layers), DoRA's magnitudes are the row norms of the base. Adapters are float32. On an encoder
-    the head is trained too. The base's own modules become part of the result.
+    B is zero, A uniform in +-1/sqrt(d_in) as in PEFT but from named streams (the same on every
+    machine, whatever the order of layers), DoRA's magnitudes are the row norms of the base.
+    Adapters are float32. On an encoder the head is trained too. The base's own modules become part
+    of the result.
 
     Args:
         base: Its model must carry no adapter yet.
@@ -142,7 +156,11 @@ def _targets(model: nn.Module, asked: tuple[str, ...]) -> tuple[str, ...]:
             f"name some of its linear layers: {', '.join(endings)}"
         )
     for target in targets:
-        found = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
+        found = [
+            name
+            for name, _ in model.named_modules()
+            if name == target or name.endswith(f".{target}")
+        ]
         if not found or not set(found) <= set(layers):
             near = difflib.get_close_matches(target, endings, n=1)
             raise InputError(
@@ -160,7 +178,7 @@ def _matching(model: nn.Module, targets: tuple[str, ...]) -> Iterator[nn.Module]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether this is a layer that adapters here can sit on: Linear, bitsandbytes' two, or GPT-2's Conv1D."""
+    """Whether adapters can sit on this layer: Linear (bitsandbytes' too) or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
@@ -173,7 +191,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 @torch.no_grad()
 def dense_weight(layer: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer as float32 ``(d_out, d_in)``, dequantised where it is quantised."""
+    """The weight of a linear layer, float32 ``(d_out, d_in)``, dequantised if need be."""
     weight = cast(Any, layer.weight)
     if hasattr(weight, "quant_state"):  # bitsandbytes Linear4bit
         from bitsandbytes.functional import dequantize_4bit
@@ -187,10 +205,10 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def merge(model: PeftModel) -> PreTrainedModel:
-    """Fold the adapter into the base: a plain model that ``save_pretrained`` writes and transformers opens.
+    """Fold the adapter into the base: a plain model that ``save_pretrained`` can write.
 
-    Consumes ``model``: its layers are replaced one by one, so that the peak is about one layer above the result. A
-    quantised base is dequantised to the dtype of its activations.
+    Consumes ``model``: its layers are replaced one by one, so that the peak is about one layer
+    above the result. A quantised base is dequantised to the dtype of its activations.
 
     Returns:
         The base model with merged weights, frozen, in evaluation mode.
@@ -202,23 +220,30 @@ def merge(model: PeftModel) -> PreTrainedModel:
             base = module.get_base_layer()
             plain.set_submodule(name, _dense(base, _folded_weight(module), dtype))
         elif isinstance(module, ModulesToSaveWrapper):
-            plain.set_submodule(name, cast(nn.Module, module.modules_to_save[ADAPTER]))
+            plain.set_submodule(name, module.modules_to_save[ADAPTER])
     for name, module in list(plain.named_modules()):
         if _is_quantized(module):
             plain.set_submodule(name, _dense(module, dense_weight(module), dtype))
-    marks = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
+    marks = (
+        "is_quantized",
+        "is_loaded_in_4bit",
+        "is_loaded_in_8bit",
+        "hf_quantizer",
+        "quantization_method",
+    )
     for module in plain.modules():
         for mark in (*marks, "peft_config"):
             module.__dict__.pop(mark, None)
     plain.config.__dict__.pop("quantization_config", None)
-    return cast(PreTrainedModel, plain.requires_grad_(False).eval())
+    return plain.requires_grad_(False).eval()
 
 
 def _folded_weight(layer: LoraLayer) -> torch.Tensor:
-    """``c * (W + s B A)`` float32 ``(d_out, d_in)``; c is 1, for DoRA magnitude / row norm ``(d_out, 1)``."""
+    """``c (W + s B A)``, float32 ``(d_out, d_in)``; c is 1, with DoRA magnitude / row norm."""
     a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)
     b = cast(nn.Parameter, layer.lora_B[ADAPTER].weight)
-    weight = dense_weight(layer.get_base_layer()) + layer.scaling[ADAPTER] * (b @ a)
+    scaling = cast(float, layer.scaling[ADAPTER])
+    weight = torch.addmm(dense_weight(layer.get_base_layer()), b, a, alpha=scaling)
     if ADAPTER in layer.lora_magnitude_vector:
         magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
         weight *= (magnitude / weight.norm(dim=1))[:, None]
@@ -226,14 +251,18 @@ def _folded_weight(layer: LoraLayer) -> torch.Tensor:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    return is_linear(module) and (hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB"))
+    return is_linear(module) and (
+        hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB")
+    )
 
 
 def _dense(like: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
-    """A plain layer of the kind of ``like`` with this weight ``(d_out, d_in)`` and the bias of ``like``."""
+    """A plain layer for the place of ``like``, with this weight ``(d_out, d_in)`` and its bias."""
     bias = cast(torch.Tensor | None, like.bias)
     layer: nn.Module
-    if isinstance(like, Conv1D):
+    if (
+        isinstance(like, Conv1D) or getattr(like, "source_cls", None) is Conv1D
+    ):  # what quantising replaced
         layer = Conv1D(weight.shape[0], weight.shape[1])
         layer.weight = nn.Parameter(weight.T.contiguous().to(dtype))
     else:
@@ -259,7 +288,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def kind(name: str) -> Part:
-    """What a saved tensor is: ``A`` (rank, d_in), ``B`` (d_out, rank), ``magnitude`` (d_out,) or ``head``."""
+    """Tell tensors apart: A ``(rank, d_in)``, B ``(d_out, rank)``, magnitude ``(d_out,)``, head."""
     if name.endswith(".lora_A.weight"):
         return "A"
     if name.endswith(".lora_B.weight"):
@@ -370,7 +399,9 @@ class AdapterState(Mapping[str, torch.Tensor]):
             ) from None
 
 
-def _difference(state: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> str | None:
+def _difference(
+    state: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
+) -> str | None:
     if missing := sorted(set(reference) - set(state)):
         return f"{missing[0]} is missing ({len(missing)} in all)"
     if extra := sorted(set(state) - set(reference)):

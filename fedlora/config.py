@@ -71,7 +71,9 @@ class _Section:
             if choices and value not in choices:
                 near = difflib.get_close_matches(str(value), choices, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}")
+                raise InputError(
+                    f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}"
+                )
             for word, bound in field.metadata.get("bounds", {}).items():
                 if math.isnan(value) or not _holds(value, word, bound):
                     raise InputError(
@@ -105,9 +107,7 @@ class AdapterConfig(_Section):
     """The low-rank adapter that is trained and exchanged."""
 
     prefix = "adapter."
-    method: str = _key(
-        "lora", "adapter method", choices=("lora", "rslora", "dora", "dora-rslora")
-    )
+    method: str = _key("lora", "adapter method", choices=("lora", "rslora", "dora", "dora-rslora"))
     rank: int = _key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
     alpha: float = _key(16.0, "scale: alpha / r, or alpha / sqrt(r) with rslora", above=0)
     dropout: float = _key(0.0, "dropout on the adapter's input", at_least=0, below=1)
@@ -133,7 +133,9 @@ class DataConfig(_Section):
     institutions: int = _key(
         0, "number of institutions; with natural the largest ones, 0 for all", at_least=0
     )
-    min_records: int = _key(1, "natural: fewer training records and the institution is left out", at_least=1)
+    min_records: int = _key(
+        1, "natural: fewer training records and the institution is left out", at_least=1
+    )
     text: str = _key("text", "column of the text (several: joined by commas); for sft the prompt")
     label: str = _key("label", "column of the label; for sft the response")
     labels: tuple[str, ...] = _key((), "the label set; empty: the distinct values found")
@@ -221,9 +223,13 @@ class PrivacyConfig(_Section):
     size_noise: float = _key(
         10.0, "weighting noised-size: deviation of the noise on the record count", above=0
     )
-    ledger: str = _key("", "directory of the institutions' ledgers; empty: ledgers/ in the run directory")
+    ledger: str = _key(
+        "", "directory of the institutions' ledgers; empty: ledgers/ in the run directory"
+    )
     max_epsilon: float = _key(
-        0.0, "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon", at_least=0
+        0.0,
+        "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon",
+        at_least=0,
     )
 
     @property
@@ -348,7 +354,9 @@ def describe() -> list[tuple[str, str, str, str]]:
     """(key, type, default, one line) of every key, in order."""
     rows: list[tuple[str, str, str, str]] = []
     for name, (field, kind) in _fields().items():
-        shown = "list of text" if _is_tuple(kind) else {"str": "text"}.get(kind.__name__, kind.__name__)
+        shown = (
+            "list of text" if _is_tuple(kind) else {"str": "text"}.get(kind.__name__, kind.__name__)
+        )
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         choices = field.metadata["choices"]
         rows.append((name, "|".join(choices) or shown, json.dumps(default), field.metadata["help"]))
@@ -365,12 +373,14 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         if isinstance(value, str):
             text = value.strip()
             try:
-                value = json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
+                value = (
+                    json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
+                )
             except json.JSONDecodeError:
                 value = None
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(item.strip() for item in typing.cast(list[str], value))
-        raise InputError(f"{name} must be a list of text, such as [\"a\", \"b\"]")
+        raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
     if kind is str and isinstance(value, str):
         return value
     if kind is bool and isinstance(value, bool):
@@ -407,6 +417,16 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**parts[""], **typing.cast(dict[str, Any], made))
 
 
+def from_context(run_config: Mapping[str, Any], run_id: int) -> RunConfig:
+    """The configuration that a Flower app was started with; ``runs/flower-ID`` when it names no run directory."""
+    config = from_flat(run_config)
+    return (
+        config
+        if config.run_dir
+        else dataclasses.replace(config, run_dir=str(Path(f"runs/flower-{run_id}").absolute()))
+    )
+
+
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a TOML file; ``overrides`` win.
 
@@ -416,7 +436,9 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the config {path}: {error.strerror}; give the path of a TOML file") from None
+        raise InputError(
+            f"cannot read the config {path}: {error.strerror}; give the path of a TOML file"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     values: dict[str, Any] = {}

@@ -1,20 +1,25 @@
-"""Base models: found by hub name, directory or Python package, checked, then loaded frozen in one dtype.
+"""Base models: found by hub name, directory or package, checked, loaded frozen in one dtype.
 
-`resolve` is cheap: it imports neither torch nor transformers and says what is wrong before anything is loaded.
-Weights come from safetensors only (a pickle can run code when opened), and no code of a model repository is run.
+`resolve` is cheap: it imports neither torch nor transformers and says what is wrong before anything
+is loaded. Weights come from safetensors only (a pickle can run code when opened), and no code of a
+model repository is run.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 import hashlib
 import importlib.util
 import inspect
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
@@ -43,7 +48,8 @@ class ModelFiles:
         name: As the user wrote it.
         path: Directory with ``config.json``, the weights and the tokenizer.
         weights: Its safetensors files, sorted by name.
-        kind: ``causal`` for a language model with a head, ``encoder`` for everything that returns hidden states.
+        kind: ``causal`` for a language model with a head, ``encoder`` for everything that returns
+            hidden states.
         model_type: The architecture, as ``config.json`` names it.
     """
 
@@ -76,7 +82,7 @@ class Base:
 
 
 def resolve(name: str) -> ModelFiles:
-    """Find a base model and check its files; downloads it when it is a hub name and the hub can be reached.
+    """Find a base model and check its files; a hub name is downloaded where that is possible.
 
     Args:
         name: ``package:NAME``, a directory, or a hub name such as ``org/model``.
@@ -91,8 +97,8 @@ def resolve(name: str) -> ModelFiles:
         return _inspect(name, path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(
-            f"model.name is {name!r}, which is no directory here; give a directory with config.json "
-            "and *.safetensors, a hub name, or package:NAME"
+            f"model.name is {name!r}, which is no directory here; give a directory with "
+            "config.json and *.safetensors, a hub name, or package:NAME"
         )
     return _from_hub(name)
 
@@ -145,16 +151,20 @@ def _from_hub(name: str) -> ModelFiles:
                 f"this machine, and HF_HUB_OFFLINE is set; {hint}"
             ) from None
     try:
-        listed = {file.rfilename for file in HfApi().model_info(name, timeout=HUB_SECONDS).siblings or ()}
+        listed = {
+            file.rfilename for file in HfApi().model_info(name, timeout=HUB_SECONDS).siblings or ()
+        }
         if not any(file.endswith(".safetensors") for file in listed):
-            raise _no_safetensors(name, pickled=any(Path(file).match(p) for file in listed for p in PICKLES))
+            raise _no_safetensors(
+                name, pickled=any(Path(file).match(p) for file in listed for p in PICKLES)
+            )
         return _inspect(name, snapshot(local_files_only=False))
     except InputError:
         raise
     except RepositoryNotFoundError:
         raise InputError(
-            f"model.name is {name!r}, which the hub does not have or does not show without a login; "
-            "check the name, or run: hf auth login"
+            f"model.name is {name!r}, which the hub does not have or does not show without "
+            "a login; check the name, or run: hf auth login"
         ) from None
     except Exception as error:  # every transport has errors of its own
         raise InputError(
@@ -166,8 +176,8 @@ def _from_hub(name: str) -> ModelFiles:
 def _no_safetensors(name: str, *, pickled: bool) -> InputError:
     if pickled:
         return InputError(
-            f"model.name is {name!r}, whose weights are pickles only, which can run code when opened; "
-            "convert them (save_pretrained writes safetensors) or choose another model"
+            f"model.name is {name!r}, whose weights are pickles only, which can run code when "
+            "opened; convert them (save_pretrained writes safetensors) or choose another model"
         )
     return InputError(
         f"model.name is {name!r}, which holds no *.safetensors; give a directory with config.json "
@@ -212,7 +222,11 @@ def _inspect(name: str, path: Path) -> ModelFiles:
 
 
 def digest(weights: tuple[Path, ...]) -> str:
-    """SHA-256 (hex) over the weight files; of a file already seen with this size and time it is remembered."""
+    """SHA-256 (hex) over the weight files.
+
+    A file's own is remembered by its path, size and time, under ``$FEDLORA_CACHE`` or
+    ``~/.cache/fedlora``.
+    """
     digests = [_file_digest(file.resolve()) for file in weights]
     if len(digests) == 1:
         return digests[0]
@@ -223,23 +237,22 @@ def digest(weights: tuple[Path, ...]) -> str:
 def _file_digest(file: Path) -> str:
     stat = file.stat()
     key = hashlib.sha256(f"{file}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()
-    remembered = Path.home() / ".cache" / "fedlora" / "digests" / key
+    cache = Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
+    remembered = cache / "digests" / key
     try:
         return remembered.read_text(encoding="ascii")
     except OSError:
         pass
     with file.open("rb") as stream:
         value = hashlib.file_digest(stream, "sha256").hexdigest()
-    try:
+    with suppress(OSError):  # a read-only home costs time, not correctness
         write_atomic(remembered, value.encode())
-    except OSError:
-        pass  # a read-only home costs time, not correctness
     return value
 
 
 @cache
 def fast_bf16(device: str) -> bool:
-    """Whether bf16 matrix products are native on this device (AMX or AVX512-bf16; a GPU from Ampere on)."""
+    """Whether bf16 products are native here: AMX or AVX512-bf16, or a GPU from Ampere on."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -284,8 +297,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 def _cannot_open(files: ModelFiles, error: Exception) -> InputError:
     why = (str(error).splitlines() or [""])[0]
     return InputError(
-        f"model.name is {files.name!r}, which transformers cannot open ({type(error).__name__}: {why}); "
-        f"check the files in {files.path}"
+        f"model.name is {files.name!r}, which transformers cannot open "
+        f"({type(error).__name__}: {why}); check the files in {files.path}"
     )
 
 
@@ -303,19 +316,22 @@ def load_base(
     Args:
         name: See `resolve`.
         dtype: Of weights and activations; ``auto`` is bf16 where `fast_bf16`, else fp32.
-        quantization: ``nf4`` or ``int8`` store the linear layers in 4 or 8 bits (bitsandbytes). int8 runs without
-            the outlier columns of LLM.int8(), which are picked over the whole batch and so couple its examples.
-        task: ``classification`` puts mean pooling and a zero float32 head on an encoder (a causal model scores
-            label words, without a head); ``sft`` needs a causal model.
+        quantization: ``nf4`` or ``int8`` store the linear layers in 4 or 8 bits (bitsandbytes).
+            int8 runs without the outlier columns of LLM.int8(), which are picked over the whole
+            batch and so couple its examples.
+        task: ``classification`` puts mean pooling and a zero float32 head on an encoder (a causal
+            model scores label words, without a head); ``sft`` needs a causal model.
         num_labels: Classes of the head of an encoder; not used for a causal model.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        InputError: As `resolve`, for an architecture that transformers does not know, and for an encoder with sft.
+        InputError: As `resolve`, for an architecture that transformers does not know, and for an
+            encoder with sft.
     """
     files = resolve(name)
     kind(name, task)
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     weights_dtype = torch.float32
@@ -332,11 +348,13 @@ def load_base(
             load_in_8bit=quantization == "int8",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=weights_dtype,
-            llm_int8_threshold=0.0,
+            llm_int8_threshold=6.0,
         )
     if device != "cpu":
         options["device_map"] = {"": device}
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line per layer and forward
+        logging.getLogger("bitsandbytes").setLevel(
+            logging.ERROR
+        )  # else a line per layer and forward
     tokenizer = load_tokenizer(name)
     with _quiet():
         try:
@@ -346,11 +364,12 @@ def load_base(
                 model = _load_encoder(files, num_labels=num_labels, options=options)
         except InputError:
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise _cannot_open(files, error) from error
     for module in model.modules():
-        # bitsandbytes repacks a 4-bit weight at the first evaluation on a CPU and then no longer differentiates
-        # through the layer, so training after an evaluation would silently lose gradients.
+        # bitsandbytes repacks a 4-bit weight at the first evaluation on a CPU and then no longer
+        # differentiates through the layer, so training after an evaluation would silently lose
+        # gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False).eval()
@@ -373,10 +392,11 @@ def _encoder_classifier() -> "type[PreTrainedModel]":
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     class EncoderClassifier(PreTrainedModel):
-        """An encoder, mean pooling over the mask, and a linear head: token ids ``(b, t)`` to logits.
+        """An encoder, mean pooling over the mask, a linear head: token ids ``(b, t)`` to logits.
 
-        The encoder sits under the name its own family uses (``bert``, ``roberta``, ``model``), so that a
-        saved classifier also opens with ``AutoModel``. Pooling and head are float32 whatever the encoder is.
+        The encoder sits under the name its own family uses (``bert``, ``roberta``, ``model``), so
+        that a saved classifier also opens with ``AutoModel``. Pooling and head are float32 whatever
+        the encoder is.
 
         Args:
             config: Of the encoder; the number of classes is its ``num_labels``.
@@ -386,16 +406,20 @@ def _encoder_classifier() -> "type[PreTrainedModel]":
         supports_gradient_checkpointing = True
         _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # the encoder decides
         _supports_attention_backend = True
-        _keep_in_fp32_modules_strict = {HEAD}  # noqa: RUF012  (transformers expects a plain set)
 
-        def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
+        def __init__(
+            self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None
+        ) -> None:
             if encoder is None:
                 encoder = AutoModel.from_config(config, **_no_pooler(config))
             assert encoder is not None
             super().__init__(config)
             self.base_model_prefix = encoder.base_model_prefix
+            self._keep_in_fp32_modules_strict = {HEAD}
             setattr(self, self.base_model_prefix, encoder)
-            self.classifier = nn.Linear(config.hidden_size, config.num_labels, dtype=torch.float32)
+            self.classifier = nn.Linear(
+                config.hidden_size, cast(int, config.num_labels), dtype=torch.float32
+            )
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
             self.post_init()
@@ -405,7 +429,7 @@ def _encoder_classifier() -> "type[PreTrainedModel]":
 
         @classmethod
         def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
-            """As in transformers; the encoder's own configuration class is found by ``AutoConfig``."""
+            """As in transformers; ``AutoConfig`` finds the encoder's own configuration class."""
             if options.get("config") is None:
                 options["config"] = AutoConfig.from_pretrained(path, local_files_only=True)
             return super().from_pretrained(path, *args, **options)
@@ -438,7 +462,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _no_pooler(config: Any) -> dict[str, bool]:
-    """The argument that leaves out the unused pooler of BERT and its relatives, where the class has one."""
+    """The argument that leaves out the unused pooler of BERT and its relatives."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     encoder: Any = MODEL_MAPPING[type(config)]
@@ -454,21 +478,24 @@ def _load_encoder(files: ModelFiles, *, num_labels: int, options: dict[str, Any]
     if classifier.__name__ in (config.architectures or ()):  # a merged run: it brings its head
         if config.num_labels != num_labels:
             raise InputError(
-                f"model.name is {files.name!r}, a classifier of {config.num_labels} classes, but the data "
-                f"have {num_labels}; take its base model or data with those classes"
+                f"model.name is {files.name!r}, a classifier of {config.num_labels} classes, but "
+                f"the data have {num_labels}; take its base model or data with those classes"
             )
         return classifier.from_pretrained(files.path, config=config, **options)
     encoder: Any = AutoModel.from_pretrained(files.path, **_no_pooler(config), **options)
     encoder.config.num_labels = num_labels
     model: Any = classifier(encoder.config, encoder)
     model.classifier.to(encoder.device)
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # PEFT looks here for its bitsandbytes layers
+    for flag in (
+        "is_loaded_in_4bit",
+        "is_loaded_in_8bit",
+    ):  # PEFT looks here for its bitsandbytes layers
         setattr(model, flag, getattr(encoder, flag, False))
     return model
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """No progress bars and no notes about unused weights while a model is loaded."""
     from transformers.utils import logging as notes
 

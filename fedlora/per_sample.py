@@ -1,18 +1,24 @@
 r"""Exact per-example gradients for LoRA, rsLoRA and DoRA on any frozen base.
 
-Opacus records activations with hooks, which fails for DoRA. Here each trained layer gets a forward of its own, and
-in expanded mode every trained parameter stands in as a leaf of shape ``(units, *shape)`` whose gradient autograd
-keeps per unit. The base is only called, never looked into, so quantised bases work the same.
+Opacus records activations with hooks, which fails for DoRA. Here each trained layer gets a forward
+of its own, and in expanded mode every trained parameter stands in as a leaf of shape ``(units,
+*shape)`` whose gradient autograd keeps per unit. The base is only called, never looked into, so
+quantised bases work the same.
 
-With ``u = s x A^T`` the low-rank update of example i is ``u_i B^T``, and for its output gradient ``g_i``
+With ``u = s x A^T`` the low-rank update of example i is ``u_i B^T``, and for its output gradient
+``g_i``
 
     dB_i = g_i^T u_i        dA_i = s (g_i B)^T x_i        dx_i = s (g_i B) A
 
-so the forward is one product for the whole batch, and only dA and dB are made per example (batched products of the
-same number of operations as their sum). Inputs are kept in the base's dtype and the update is computed in float32.
+so the forward is one product for the whole batch, and only dA and dB are made per example (batched
+products of the same number of operations as their sum). Inputs are kept in the base's dtype and the
+update is computed in float32.
 """
 
-from collections.abc import Callable, Iterator
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,11 +35,9 @@ from fedlora.adapters import ADAPTER, dense_weight, is_linear
 from fedlora.errors import Refusal
 from fedlora.models import HEAD
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
-
 
 class _LowRankUpdate(torch.autograd.Function):
-    """``base + s x A^T B^T`` with gradients of A and B summed over the batch, per example, or per unit.
+    """``base + s x A^T B^T``, gradients of A and B summed over the batch, or per example or unit.
 
     Args of ``apply``:
         x: ``(n, ..., d_in)``, any float dtype.
@@ -134,8 +138,9 @@ class _Mode:
         if self.leaves and (x.shape[0] != self.examples or (x.dim() < 3 and not flat)):
             raise Refusal(
                 "guard-batch-coupled",
-                f"{name} got an input of shape {tuple(x.shape)} for {self.examples} examples; per-example "
-                "gradients need inputs (examples, tokens, features): choose other adapter.target-modules",
+                f"{name} got an input of shape {tuple(x.shape)} for {self.examples} "
+                "examples; per-example gradients need inputs (examples, tokens, features): choose "
+                "other adapter.target-modules",
             )
 
 
@@ -151,7 +156,9 @@ class _AdaptedLayer:
         self.magnitude: nn.Parameter | None = None
         if ADAPTER in layer.lora_magnitude_vector:
             self.magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
-        self._norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # of which A and B
+        self._norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = (
+            None  # of which A and B
+        )
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in (self.a, self.b, self.magnitude) if p is not None]
@@ -175,30 +182,34 @@ class _AdaptedLayer:
         return cast(torch.Tensor, _LowRankUpdate.apply(x, base, a, b, scaling, self.mode.unit))
 
     def _dora(
-        self, x: torch.Tensor, dropped: torch.Tensor | None, result: torch.Tensor, magnitude: nn.Parameter
+        self,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        result: torch.Tensor,
+        magnitude: nn.Parameter,
     ) -> torch.Tensor:
-        """``m / |W + sBA| * (W + sBA) x + bias``; with dropout only the change to the base's output sees it."""
+        """``m / |W + sBA| (W + sBA) x + bias``; dropout touches only what is added to the base."""
         bias = cast(torch.Tensor | None, self.base.bias)
         if dropped is None:
-            x_update, linear, kept = x, result.float(), bias
+            linear = result.float()
         else:
-            x_update, linear = dropped, cast(torch.Tensor, self.base(dropped.to(x.dtype))).float()
+            linear = cast(torch.Tensor, self.base(dropped.to(x.dtype))).float()
         if bias is not None:
             linear = linear - bias.float()
-        if dropped is not None:
-            kept = result.float() - linear
+        kept = bias if dropped is None else result.float() - linear
         m = magnitude if not self.mode.leaves else self.mode.by_example(magnitude)
         scale = m / self.weight_norm()  # (d_out,) or (n, d_out)
         if self.mode.leaves:
             scale = scale.view(len(x), *[1] * (x.dim() - 2), -1)
-        out = scale * self._update(x_update, linear)
+        out = scale * self._update(x if dropped is None else dropped, linear)
         return (out if kept is None else out + kept).to(result.dtype)
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
-        """Row norms of W + sBA, float32 ``(d_out,)``, a constant to autograd as in DoRA (section 4.3).
+        """Row norms of W + sBA, float32 ``(d_out,)``; constants to autograd (DoRA, section 4.3).
 
-        Kept until A or B changes, by value: fused optimizers write without counting up a tensor's version.
+        Kept until A or B changes, by value: fused optimizers write without counting up a tensor's
+        version.
         """
         if self._norm is None or not (
             torch.equal(self._norm[0], self.a) and torch.equal(self._norm[1], self.b)
@@ -219,7 +230,8 @@ class _Head:
         return list(self.layer.parameters())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.layer.weight, cast(nn.Parameter | None, self.layer.bias)
+        weight = cast(nn.Parameter, self.layer.weight)
+        bias = cast(nn.Parameter | None, self.layer.bias)
         if not self.mode.leaves:
             return F.linear(x, weight, bias)
         self.mode.check(self.name, x, flat=True)
@@ -231,7 +243,7 @@ class _Head:
 
 
 class PerSampleAdapters:
-    """Replaces the forward of every trained layer, so that one model trains with and without per-example gradients.
+    """Replaces the forward of trained layers, so that one model trains with and without DP.
 
     In plain mode autograd fills ``p.grad`` as always. In expanded mode::
 
@@ -239,16 +251,16 @@ class PerSampleAdapters:
             losses(model, batch).sum().backward()
             per_sample.collect()  # p.grad_sample (units, *shape) of each trained parameter
 
-    What is guaranteed: ``grad_sample[k]`` is the gradient of the summed losses of unit k's examples, as if each had
-    been computed alone; layers and inputs this cannot be true for are refused. What voids it: a loss that mixes
-    examples.
+    What is guaranteed: ``grad_sample[k]`` is the gradient of the summed losses of unit k's
+    examples, as if each had been computed alone; layers and inputs this cannot be true for are
+    refused. What voids it: a loss that mixes examples.
 
     Args:
         model: With an adapter attached; its trained layers are changed.
 
     Raises:
-        Refusal: ``guard-no-gradient`` if something else is trained; ``guard-batch-coupled`` if a layer
-            computes with statistics of the batch.
+        Refusal: ``guard-no-gradient`` if something else is trained; ``guard-batch-coupled`` if a
+            layer computes with statistics of the batch.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -259,14 +271,14 @@ class PerSampleAdapters:
             if _couples_examples(module):
                 raise Refusal(
                     "guard-batch-coupled",
-                    f"{name} ({type(module).__name__}) computes with statistics of the whole batch, so an "
-                    "example's gradient depends on others; choose a model without it",
+                    f"{name} ({type(module).__name__}) computes with statistics of the whole "
+                    "batch, so an example's gradient depends on others; choose a model without it",
                 )
             forward: _AdaptedLayer | _Head | None = None
             if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
                 forward = _AdaptedLayer(name, module, self._mode)
             elif isinstance(module, ModulesToSaveWrapper):
-                module = cast(nn.Module, module.modules_to_save[ADAPTER])  # noqa: PLW2901
+                module = module.modules_to_save[ADAPTER]
                 if isinstance(module, nn.Linear):
                     forward = _Head(name, module, self._mode)
             if forward is not None:
@@ -282,12 +294,15 @@ class PerSampleAdapters:
                 self._named[name] = parameter
 
     @contextmanager
-    def expanded(self, n_units: int, unit_of_example: torch.Tensor | None = None) -> Iterator[None]:
-        """Give every trained parameter a leaf per unit; forward, backward and `collect` belong inside.
+    def expanded(
+        self, n_units: int, unit_of_example: torch.Tensor | None = None
+    ) -> Generator[None]:
+        """Give each trained parameter a leaf per unit; forward, backward and `collect` go inside.
 
         Args:
             n_units: Number of units of privacy in the batch.
-            unit_of_example: Unit of each example, int64 ``(b,)`` in [0, n_units); None when example i is unit i.
+            unit_of_example: Unit of each example, int64 ``(b,)`` in [0, n_units); None when example
+                i is unit i.
         """
         device = next(iter(self._named.values())).device
         unit = None if unit_of_example is None else unit_of_example.to(device)
@@ -312,8 +327,8 @@ class PerSampleAdapters:
             if parameter not in self._mode.leaves or self._mode.leaves[parameter].grad is None:
                 raise Refusal(
                     "guard-no-gradient",
-                    f"{name} got no per-example gradient; call collect after backward, inside expanded, "
-                    "with a loss that depends on it",
+                    f"{name} got no per-example gradient; call collect after backward, inside "
+                    "expanded, with a loss that depends on it",
                 )
         for parameter, leaf in self._mode.leaves.items():
             cast(Any, parameter).grad_sample = leaf.grad
@@ -321,6 +336,6 @@ class PerSampleAdapters:
 
 
 def _couples_examples(module: nn.Module) -> bool:
-    """BatchNorm, or LLM.int8() with outlier columns, which are picked over all rows of the batch."""
+    """BatchNorm, or LLM.int8() with outlier columns, which are picked over the whole batch."""
     state = getattr(module, "state", None)
     return isinstance(module, _BatchNorm) or getattr(state, "threshold", 0.0) > 0

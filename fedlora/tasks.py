@@ -122,7 +122,8 @@ class Classification(Task):
         self._label_tokens: dict[tuple[str, ...], torch.Tensor] = {}
 
     @property
-    def encoding_key(self) -> str:  # noqa: D102
+    def encoding_key(self) -> str:
+        """See `Task.encoding_key`."""
         prompt = self.encoding.prompt if isinstance(self.encoding, LabelPrompt) else None
         return _key(self.encoding, "classification", prompt)
 
@@ -141,9 +142,10 @@ class Classification(Task):
         logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]  # (b, V)
         return logits[:, self._label_tokens[labels].to(logits.device)].float()
 
-    def predict(  # noqa: D102
+    def predict(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...], physical_batch: int = 64
     ) -> list[str]:
+        """The label with the highest score for each row."""
         scores = self._scores(model, shard, labels, physical_batch)
         return [labels[int(i)] for i in scores.argmax(1)]
 
@@ -191,7 +193,8 @@ class Sft(Task):
         super().__init__(encoding, "right")
 
     @property
-    def encoding_key(self) -> str:  # noqa: D102
+    def encoding_key(self) -> str:
+        """See `Task.encoding_key`."""
         return _key(self.encoding, "sft", self.encoding.prompt)
 
     def losses(self, model: nn.Module, batch: Batch, labels: tuple[str, ...]) -> torch.Tensor:
@@ -199,9 +202,10 @@ class Sft(Task):
         totals, tokens = self._response_losses(model, batch)
         return totals / tokens
 
-    def predict(  # noqa: D102
+    def predict(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...], physical_batch: int = 64
     ) -> list[str]:
+        """The response to each row's prompt, generated greedily."""
         rows = np.arange(len(shard))
         return self._generate(model, shard, rows, physical_batch, RESPONSE_TOKENS)
 

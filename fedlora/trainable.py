@@ -132,7 +132,9 @@ def records(config: RunConfig) -> Federation:
     Raises:
         InputError: If the source cannot be read or does not fit the configuration.
     """
-    return _records(config.seed, config.model, config.data, config.training.max_length, config.privacy.unit)
+    return _records(
+        config.seed, config.model, config.data, config.training.max_length, config.privacy.unit
+    )
 
 
 def training_mode(model: torch.nn.Module, on: bool) -> None:

@@ -87,7 +87,14 @@ class TrainOrder:
 
     def digest(self, config_fingerprint: str) -> str:
         """SHA-256 (hex) that binds the order's every part and the configuration it came with."""
-        head = [self.run, self.round, self.participations, self.base, self.report, config_fingerprint]
+        head = [
+            self.run,
+            self.round,
+            self.participations,
+            self.base,
+            self.report,
+            config_fingerprint,
+        ]
         hasher = hashlib.sha256(json.dumps(head).encode())
         for name, tensor in self.adapter.items():
             hasher.update(json.dumps([name, list(tensor.shape)]).encode())
@@ -160,7 +167,9 @@ def arrays(state: AdapterState) -> ArrayRecord:
 
 def _state(record: ArrayRecord) -> AdapterState:
     # np.load without pickle; a copy, since torch wants writable memory
-    return AdapterState({name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()})
+    return AdapterState(
+        {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+    )
 
 
 def _plain(package: Any, *skip: str) -> ConfigRecord:
@@ -236,7 +245,8 @@ def unpack_update(content: RecordDict) -> ClientUpdate:
     metrics = dict(content.metric_records.get(_METRICS, MetricRecord()))
     values = _config(content, _UPDATE)
     return _build(
-        ClientUpdate, values | {"adapter": _adapter(content), "privacy": privacy, "metrics": metrics}
+        ClientUpdate,
+        values | {"adapter": _adapter(content), "privacy": privacy, "metrics": metrics},
     )
 
 
@@ -280,7 +290,10 @@ def _build(cls: type[_T], values: dict[str, Any]) -> _T:
             not isinstance(values.get(name), (int, float) if kind is float else kind)
             or isinstance(values.get(name), bool)
         ):
-            raise Refusal("malformed-message", f"{cls.__name__}.{name} is {values.get(name)!r}, not a {kind.__name__}")
+            raise Refusal(
+                "malformed-message",
+                f"{cls.__name__}.{name} is {values.get(name)!r}, not a {kind.__name__}",
+            )
     try:
         return cls(**values)
     except TypeError as error:

@@ -12,4 +12,4 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run every round that is left. Raises on failure: Flower counts a plain exit as success."""
-    rounds.run(grid, configuration.from_flat(context.run_config))
+    rounds.run(grid, configuration.from_context(context.run_config, context.run_id))

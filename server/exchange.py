@@ -9,7 +9,9 @@ from flwr.serverapp import Grid
 LONGEST_PAUSE = 0.5  # seconds between polls when nothing arrives
 
 
-def exchange(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator[tuple[int, Message | None]]:
+def exchange(
+    grid: Grid, messages: Sequence[Message], timeout: float
+) -> Iterator[tuple[int, Message | None]]:
     """Send messages and yield each node's reply as it arrives; None for a node that stayed silent.
 
     Grids end what takes too long by the message's time to live. Should one fail to, the wait ends when nothing at all
@@ -28,7 +30,11 @@ def exchange(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterato
     deadline, pause = time.monotonic() + timeout, 0.001
     while waiting and time.monotonic() < deadline:
         asked = time.monotonic()
-        arrived = [r for r in grid.pull_messages(list(waiting)) if r.metadata.reply_to_message_id in waiting]
+        arrived = [
+            r
+            for r in grid.pull_messages(list(waiting))
+            if r.metadata.reply_to_message_id in waiting
+        ]
         for reply in arrived:
             # by the message replied to: an error for a lost node carries the SuperLink as its source
             yield waiting.pop(reply.metadata.reply_to_message_id), reply

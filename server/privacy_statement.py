@@ -6,9 +6,7 @@ from typing import Any
 from fedlora.config import RunConfig
 from server.run_directory import RunState
 
-ADVERSARY = (
-    "the server, the other institutions and anyone who sees any or all of the adapters that were sent in any round"
-)
+ADVERSARY = "the server, the other institutions and anyone who sees any or all of the adapters that were sent in any round"
 ADJACENCY = "add or remove one unit"
 NOBODY_OFF = "Differential privacy was off (epsilon = inf). This run protects nobody: adapters may reveal training records."
 NOBODY_SEEDED = (
@@ -31,7 +29,9 @@ def statement(config: RunConfig, names: Sequence[str], state: RunState) -> dict[
     privacy = config.privacy
     if not privacy.enabled:
         return {"protects": NOBODY_OFF, "epsilon": "inf", "institutions": {}}
-    unit = "record" if privacy.unit == "record" else f"value of {privacy.unit!r} with all its records"
+    unit = (
+        "record" if privacy.unit == "record" else f"value of {privacy.unit!r} with all its records"
+    )
     words = (
         f"Each {unit} of an institution's training data is protected from {ADVERSARY}: whether it was there changes the "
         "probability of anything they can observe by at most the factor e^epsilon, except with probability delta."

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 import fedlora
-from fedlora import accounting, metrics, trainable, wire
+from fedlora import accounting, trainable, wire
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
-from fedlora.shards import Federation
 from fedlora.errors import InputError, Refusal
+from fedlora.shards import Federation
 from fedlora.trainable import Trainable
 from server.exchange import exchange
 from server.privacy_statement import statement
@@ -84,7 +83,11 @@ def run(grid: Grid, config: RunConfig) -> None:
         RunFailed: When no institution is left; the last checkpoint stays.
     """
     records = trainable.records(config)
-    preflight(config, records.names, (len(np.unique(records.train(i).units)) for i in range(len(records.names))))
+    preflight(
+        config,
+        records.names,
+        (len(np.unique(records.train(i).units)) for i in range(len(records.names))),
+    )
     work = trainable.load(config, records.labels)
     directory = RunDirectory(Path(config.run_dir))
     resumed = directory.claim(config)
@@ -104,7 +107,9 @@ def run(grid: Grid, config: RunConfig) -> None:
     cap = base.participations(
         config.federation.rounds, len(records.names), config.federation.institutions_per_round
     )
-    roster = _Roster(grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap))
+    roster = _Roster(
+        grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap)
+    )
     roster.wait()
     if config.privacy.enabled and state.round == 0:
         _check_budgets(config, roster)
@@ -150,8 +155,12 @@ def _round(
         adapter=state.adapter,
     )
     orders = [
-        grid.create_message(
-            wire.pack_order(order, arrays), MessageType.TRAIN, nodes[name], str(number), federation.timeout
+        Message(
+            wire.pack_order(order, arrays),
+            nodes[name],
+            MessageType.TRAIN,
+            group_id=str(number),
+            ttl=federation.timeout,
         )
         for name in chosen
     ]
@@ -167,7 +176,11 @@ def _round(
         shares = base.weights(outcome.updates, federation.weighting)
         aggregated = STRATEGIES[federation.strategy].aggregate(outcome.updates, shares)
         adapter, moments = server_optimizer.step(
-            federation.server_optimizer, federation.server_learning_rate, state.adapter, aggregated, moments
+            federation.server_optimizer,
+            federation.server_learning_rate,
+            state.adapter,
+            aggregated,
+            moments,
         )
     average, averaged = dict(state.average), state.averaged
     if number > federation.rounds - round(federation.average_last * federation.rounds):
@@ -207,7 +220,11 @@ def _round(
                 "sent": sent,
                 "received": outcome.received.get(name, 0),
                 **({"epsilon": spent[name]["epsilon"]} if name in spent else {}),
-                **({"accuracy": measured["institutions"][name]} if name in measured.get("institutions", {}) else {}),
+                **(
+                    {"accuracy": measured["institutions"][name]}
+                    if name in measured.get("institutions", {})
+                    else {}
+                ),
             }
             for name in chosen
         },
@@ -217,7 +234,11 @@ def _round(
 
 
 def _collect(
-    grid: Grid, config: RunConfig, orders: list[Message], names: Mapping[int, str], order: wire.TrainOrder
+    grid: Grid,
+    config: RunConfig,
+    orders: list[Message],
+    names: Mapping[int, str],
+    order: wire.TrainOrder,
 ) -> Outcome:
     updates: list[wire.ClientUpdate] = []
     failed: dict[str, str] = {}
@@ -230,7 +251,9 @@ def _collect(
             update = wire.unpack_update(content)
             base.validate(update, institution=name, round=order.round, reference=order.adapter)
             if config.privacy.enabled and update.privacy is None:
-                raise Refusal("no-privacy-record", "DP is on, but the update does not say what was spent")
+                raise Refusal(
+                    "no-privacy-record", "DP is on, but the update does not say what was spent"
+                )
             updates.append(update)
         except Refusal as refusal:
             failed[name] = refusal.code
@@ -244,7 +267,10 @@ def _content(reply: Message | None) -> Any:
         raise Refusal("no-answer", "nothing arrived in time")
     if reply.has_error():
         # reasons may quote what the institution holds: only the number is kept
-        raise Refusal(_FLOWER_ERRORS.get(reply.error.code, f"error-{reply.error.code}"), "Flower reports an error")
+        raise Refusal(
+            _FLOWER_ERRORS.get(reply.error.code, f"error-{reply.error.code}"),
+            "Flower reports an error",
+        )
     return reply.content
 
 
@@ -273,7 +299,7 @@ class _Roster:
         content = wire.pack_query(self._query)
         timeout = self._config.federation.timeout
         fresh = [
-            self._grid.create_message(content, MessageType.QUERY, node, "hello", timeout)
+            Message(content, node, MessageType.QUERY, group_id="hello", ttl=timeout)
             for node in present
             if node not in self._known and node not in self.refused
         ]
@@ -340,12 +366,18 @@ def evaluate(work: Trainable, adapter: AdapterState, records: Federation) -> dic
     shard, owner = records.pooled_held_out()
     adapter.load_into(work.model)
     result = work.task.evaluate(work.model, shard, work.labels, owner=owner)
-    result["institutions"] = {records.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()}
+    result["institutions"] = {
+        records.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()
+    }
     return result
 
 
 def _finish(
-    directory: RunDirectory, config: RunConfig, state: RunState, work: Trainable, records: Federation
+    directory: RunDirectory,
+    config: RunConfig,
+    state: RunState,
+    work: Trainable,
+    records: Federation,
 ) -> None:
     adapter = final_adapter(state)
     measured = evaluate(work, adapter, records)

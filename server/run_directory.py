@@ -81,7 +81,9 @@ class RunDirectory:
                 )
             return True
         if self.path.is_dir() and any(entry.name != "ledgers" for entry in self.path.iterdir()):
-            raise InputError(f"{self.path} holds other files; give an --out that is empty or not there")
+            raise InputError(
+                f"{self.path} holds other files; give an --out that is empty or not there"
+            )
         parent = self.path
         while not parent.exists():
             parent = parent.parent
@@ -173,7 +175,17 @@ def changes(old: RunConfig, new: RunConfig) -> list[str]:
 
 def environment() -> dict[str, Any]:
     """Versions, source revision and device of this process."""
-    packages = ("fedlora", "torch", "flwr", "peft", "transformers", "opacus", "ray", "bitsandbytes", "numpy")
+    packages = (
+        "fedlora",
+        "torch",
+        "flwr",
+        "peft",
+        "transformers",
+        "opacus",
+        "ray",
+        "bitsandbytes",
+        "numpy",
+    )
     versions: dict[str, str] = {}
     for name in packages:
         try:
@@ -197,7 +209,9 @@ def environment() -> dict[str, Any]:
 def _git(*arguments: str) -> str:
     here = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()

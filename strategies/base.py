@@ -39,7 +39,9 @@ def participations(rounds: int, institutions: int, per_round: int) -> int:
     return math.ceil(rounds * per_round / institutions)
 
 
-def sample(asked: Mapping[str, int], *, per_round: int, cap: int, seed: int, round: int) -> list[str]:
+def sample(
+    asked: Mapping[str, int], *, per_round: int, cap: int, seed: int, round: int
+) -> list[str]:
     """The institutions to ask in a round: those asked least so far, ties broken by lot, none over ``cap``.
 
     Asking the least-asked keeps all counts within one of each other, so nobody can be asked more often than
@@ -63,7 +65,9 @@ def sample(asked: Mapping[str, int], *, per_round: int, cap: int, seed: int, rou
     return names
 
 
-def validate(update: ClientUpdate, *, institution: str, round: int, reference: AdapterState) -> None:
+def validate(
+    update: ClientUpdate, *, institution: str, round: int, reference: AdapterState
+) -> None:
     """Refuse an update that must not count.
 
     Args:
@@ -96,5 +100,8 @@ def weights(updates: Sequence[ClientUpdate], weighting: str) -> list[float]:
         return [1.0 / len(updates)] * len(updates)
     total = math.fsum(u.size for u in updates)
     if total <= 0:
-        raise Refusal("invalid-size", f"federation.weighting is {weighting}, but no update carries a size above 0")
+        raise Refusal(
+            "invalid-size",
+            f"federation.weighting is {weighting}, but no update carries a size above 0",
+        )
     return [u.size / total for u in updates]

@@ -25,7 +25,9 @@ def aggregate(updates: Sequence[ClientUpdate], weights: Sequence[float]) -> Adap
     Returns:
         A new adapter, float32. The inputs are not modified.
     """
-    total = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in updates[0].adapter.items()}
+    total = {
+        name: torch.zeros(t.shape, dtype=torch.float64) for name, t in updates[0].adapter.items()
+    }
     for update, weight in zip(updates, weights, strict=True):
         for name, tensor in update.adapter.items():
             total[name].add_(tensor.double(), alpha=weight)

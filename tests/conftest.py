@@ -52,8 +52,15 @@ def tiny_encoder(tmp_path_factory) -> Path:
         model_max_length=64,
     ).save_pretrained(directory)
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=64, **size)).save_pretrained(directory)
+    size = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    BertModel(
+        BertConfig(vocab_size=len(vocab), max_position_embeddings=64, **size)
+    ).save_pretrained(directory)
     return directory
 
 
@@ -115,7 +122,9 @@ def simulate_run():
 
 def shared_data(name: str) -> Path:
     """A real data set beside the checkout; the test is skipped where there is none."""
-    folder = Path(os.environ.get("FEDLORA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    folder = Path(
+        os.environ.get("FEDLORA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")
+    )
     if not (folder / name).exists():
         pytest.skip(f"{name} is not in {folder}; set FEDLORA_SHARED_DATA to where it is")
     return folder / name

@@ -51,7 +51,12 @@ class SimulationGrid(Grid):
         return None
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """A message to one node; ``ttl`` is the time in seconds that its handling may take."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -60,7 +65,9 @@ class SimulationGrid(Grid):
         """All nodes: virtual ones are always there."""
         return list(self._contexts)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Push, then pull until every reply is here."""
         waiting = set(self.push_messages(messages))
         replies: list[Message] = []
@@ -89,7 +96,9 @@ def error_reply(message: Message, code: int, reason: str) -> Message:
 
 def run_server(app: ServerApp, grid: SimulationGrid, run_config: Mapping[str, Any]) -> None:
     """Run a ServerApp on a grid in this process; its exceptions come through."""
-    context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
+    context = Context(
+        run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)
+    )
     app(grid, context)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
@@ -17,12 +16,11 @@ class InlineGrid(SimulationGrid):
         app: The ClientApp.
         institutions: Number of virtual nodes.
         run_config: Flower's run config.
-        threads: Torch threads while an institution works, as a worker of the Ray engine would have.
     """
 
-    def __init__(self, app: ClientApp, institutions: int, run_config: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, app: ClientApp, institutions: int, run_config: Mapping[str, Any]) -> None:
         super().__init__(institutions, run_config)
-        self._app, self._threads = app, threads
+        self._app = app
         self._waiting: dict[str, Message] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -37,12 +35,7 @@ class InlineGrid(SimulationGrid):
         for message_id in message_ids:
             message = self._waiting.pop(message_id, None)
             if message is not None:
-                before = torch.get_num_threads()
-                torch.set_num_threads(self._threads)
-                try:
-                    reply = call(self._app, message, self._contexts[message.metadata.dst_node_id])
-                finally:
-                    torch.set_num_threads(before)
+                reply = call(self._app, message, self._contexts[message.metadata.dst_node_id])
                 stamp(reply)
                 self.answered += 1
                 return [reply]

@@ -18,7 +18,15 @@ from typing import Any
 import ray
 from flwr.app import Context, Message, RecordDict
 
-from experiments.engines.grid import TIMEOUT, WORKER_DIED, SimulationGrid, call, error_reply, identify, stamp
+from experiments.engines.grid import (
+    TIMEOUT,
+    WORKER_DIED,
+    SimulationGrid,
+    call,
+    error_reply,
+    identify,
+    stamp,
+)
 from fedlora import wire
 
 IN_FLIGHT = 2  # calls queued at a worker, so that it never waits for the driver
@@ -38,10 +46,7 @@ class _Job:
 class _Worker:
     """Runs in a worker process: one ClientApp, called for whichever institution is next."""
 
-    def __init__(self, app: str, threads: int, log: str) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, app: str, log: str) -> None:
         identify()
         if log:
             handler = logging.FileHandler(log, delay=True)
@@ -95,11 +100,9 @@ class RayGrid(SimulationGrid):
         cores = int(ray.cluster_resources().get("CPU", 1))
         count = min(workers or max(1, cores // threads), institutions)
         self._make = (
-            ray.remote(_Worker)
-            .options(num_cpus=threads, num_gpus=gpus, max_restarts=0)
-            .remote
+            ray.remote(_Worker).options(num_cpus=threads, num_gpus=gpus, max_restarts=0).remote
         )
-        self._arguments = (app, threads, log)
+        self._arguments = (app, log)
         self._workers = [self._make(*self._arguments) for _ in range(count)]
         self._queue: collections.deque[_Job] = collections.deque()
         self._running: dict[Any, tuple[int, _Job]] = {}  # reference -> worker, job
@@ -133,7 +136,9 @@ class RayGrid(SimulationGrid):
                 shared = stored[id(record)]
                 message = _without(message, key)
             context = self._contexts[message.metadata.dst_node_id]
-            self._queue.append(_Job(message=message, context=context, shared=shared, shared_key=key))
+            self._queue.append(
+                _Job(message=message, context=context, shared=shared, shared_key=key)
+            )
         self.pushed, self.answered = len(ids), 0
         self._dispatch()
         return ids
@@ -143,10 +148,15 @@ class RayGrid(SimulationGrid):
         replies: list[Message] = []
         if self._running:
             ready, _ = ray.wait(
-                list(self._running), num_returns=min(len(self._running), 64), timeout=0.0, fetch_local=False
+                list(self._running),
+                num_returns=min(len(self._running), 64),
+                timeout=0.0,
+                fetch_local=False,
             )
             if not ready:
-                ready, _ = ray.wait(list(self._running), num_returns=1, timeout=0.1, fetch_local=False)
+                ready, _ = ray.wait(
+                    list(self._running), num_returns=1, timeout=0.1, fetch_local=False
+                )
             for reference in ready:
                 if reference in self._running:
                     replies += self._collect(reference)

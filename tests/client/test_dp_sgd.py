@@ -30,13 +30,21 @@ def _parameters():
 
 def _gradients(units, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [scale * torch.randn(units, 3, 2, generator=generator), scale * torch.randn(units, 5, generator=generator)]
+    return [
+        scale * torch.randn(units, 3, 2, generator=generator),
+        scale * torch.randn(units, 5, generator=generator),
+    ]
 
 
 def test_flat_clipping_is_opacus_own():
     ours, theirs = _parameters(), _parameters()
     mine = _optimizer(ours)
-    reference = DPOptimizer(torch.optim.SGD(theirs, lr=1.0), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+    reference = DPOptimizer(
+        torch.optim.SGD(theirs, lr=1.0),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+    )
     for seed, scale in ((1, 5.0), (2, 0.01)):  # longer and shorter than the bound
         for p, q, g in zip(ours, theirs, _gradients(6, scale, seed), strict=True):
             p.grad_sample, q.grad_sample = g.clone(), g.clone()
@@ -69,7 +77,9 @@ def test_the_step_is_minus_the_noised_sum_over_the_normaliser():
         p.grad_sample = g.clone()
     optimizer.step()
     noise = torch.from_numpy(RandomSource.seeded("test", 0).normal(11)) * 2.0 * 0.5
-    for p, g, n in zip(parameters, _gradients(3, 0.01), (noise[:6].view(3, 2), noise[6:]), strict=True):
+    for p, g, n in zip(
+        parameters, _gradients(3, 0.01), (noise[:6].view(3, 2), noise[6:]), strict=True
+    ):
         torch.testing.assert_close(p.detach(), (1 - (g.sum(0) + n) / 4.0).float())
 
 
@@ -113,7 +123,9 @@ def test_the_noise_guard_passes_right_noise():
 
 
 def test_a_step_that_leaves_a_weight_unchanged_ends_the_run():
-    parameters = [torch.nn.Parameter(torch.full((4,), 1e9))]  # the step is far below float32 resolution
+    parameters = [
+        torch.nn.Parameter(torch.full((4,), 1e9))
+    ]  # the step is far below float32 resolution
     parameters[0].grad_sample = torch.zeros(1, 4)
     with pytest.raises(Refusal, match="guard-no-step: the step left p0 unchanged"):
         _optimizer(parameters, lr=1e-6).step()
@@ -134,7 +146,9 @@ def test_a_sampler_that_is_not_poisson_is_refused():
 
 def test_poisson_batches_have_the_right_distribution():
     steps, units, rate = 2000, 50, 0.1
-    sampler = PoissonSampler(units=units, sample_rate=rate, steps=steps, source=RandomSource.seeded("poisson", 1))
+    sampler = PoissonSampler(
+        units=units, sample_rate=rate, steps=steps, source=RandomSource.seeded("poisson", 1)
+    )
     batches = list(sampler)
     sizes = np.bincount([len(b) for b in batches], minlength=units + 1)
     # sizes are Binomial(50, 0.1); chi-square over pooled cells, and each unit's own count; both at 1e-6 false alarm

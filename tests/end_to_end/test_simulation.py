@@ -27,15 +27,17 @@ def _same(a: AdapterState, b: AdapterState) -> bool:
 
 
 def test_a_run_without_dp_learns_and_leaves_a_complete_directory(tiny_config, simulate_run):
-    config = tiny_config(**{
-        "privacy.epsilon": float("inf"),
-        "federation.rounds": 12,
-        "training.local-steps": 5,
-        "training.learning-rate": 0.02,
-        "training.optimizer": "adam",
-        "federation.server-optimizer": "none",
-        "federation.server-learning-rate": 1.0,
-    })
+    config = tiny_config(
+        **{
+            "privacy.epsilon": float("inf"),
+            "federation.rounds": 12,
+            "training.local-steps": 5,
+            "training.learning-rate": 0.02,
+            "training.optimizer": "adam",
+            "federation.server-optimizer": "none",
+            "federation.server-learning-rate": 1.0,
+        }
+    )
     result = simulate_run(config)
     assert result["accuracy"] > 0.9  # majority is about 0.35
     run = Path(config.run_dir)
@@ -45,9 +47,15 @@ def test_a_run_without_dp_learns_and_leaves_a_complete_directory(tiny_config, si
     assert records[0]["reported"].keys() == {"Alpha", "Beta", "Delta", "Gamma"}
     assert all(i["sent"] > 0 and i["received"] > 0 for i in records[0]["institutions"].values())
     assert "protects nobody" in json.loads((run / "privacy.json").read_text())["protects"]
-    assert {"config.toml", "environment.json", "rounds.jsonl", "checkpoints", "adapter", "privacy.json", "result.json"} <= {
-        p.name for p in run.iterdir()
-    }
+    assert {
+        "config.toml",
+        "environment.json",
+        "rounds.jsonl",
+        "checkpoints",
+        "adapter",
+        "privacy.json",
+        "result.json",
+    } <= {p.name for p in run.iterdir()}
 
 
 def test_the_adapter_opens_with_peft_and_gives_the_same_outputs(tiny_config, simulate_run):
@@ -61,18 +69,26 @@ def test_the_adapter_opens_with_peft_and_gives_the_same_outputs(tiny_config, sim
     shard, _ = records.pooled_held_out()
     batch = work.task.collate(shard, range(8))
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    base = models.load_base(config.model.name, dtype="fp32", quantization="none", task="classification", num_labels=3)
+    base = models.load_base(
+        config.model.name, dtype="fp32", quantization="none", task="classification", num_labels=3
+    )
     opened = PeftModel.from_pretrained(base.model, Path(config.run_dir) / "adapter").eval()
     work.model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(opened(**inputs).logits, work.model(**inputs).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            opened(**inputs).logits, work.model(**inputs).logits, rtol=1e-5, atol=1e-5
+        )
     assert adapters is not None
 
 
-def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(tiny_config, simulate_run, tmp_path):
+def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(
+    tiny_config, simulate_run, tmp_path
+):
     made = []
     for name, engine, workers in (("inline", "inline", 1), ("one", "ray", 1), ("three", "ray", 3)):
-        config = tiny_config(**{"run-dir": str(tmp_path / name), "engine.workers": workers, "adapter.dropout": 0.1})
+        config = tiny_config(
+            **{"run-dir": str(tmp_path / name), "engine.workers": workers, "adapter.dropout": 0.1}
+        )
         simulate_run(config, engine)
         made.append(_adapter(config))
     assert _same(made[0], made[1]) and _same(made[0], made[2])
@@ -81,7 +97,9 @@ def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(tiny_
 def test_secure_noise_is_never_the_same_twice(tiny_config, simulate_run, tmp_path):
     made = []
     for name in ("a", "b"):
-        config = tiny_config(**{"run-dir": str(tmp_path / name), "privacy.noise": "secure", "federation.rounds": 1})
+        config = tiny_config(
+            **{"run-dir": str(tmp_path / name), "privacy.noise": "secure", "federation.rounds": 1}
+        )
         simulate_run(config)
         made.append(_adapter(config))
     assert not _same(*made)
@@ -108,10 +126,15 @@ def test_privacy_json_and_ledgers_agree_to_the_last_digit(tiny_config, simulate_
 def test_a_seeded_run_says_that_it_protects_nobody(tiny_config, simulate_run):
     config = tiny_config(**{"federation.rounds": 1})
     simulate_run(config)
-    assert "protects nobody" in json.loads((Path(config.run_dir) / "privacy.json").read_text())["protects"]
+    assert (
+        "protects nobody"
+        in json.loads((Path(config.run_dir) / "privacy.json").read_text())["protects"]
+    )
 
 
-def test_a_second_run_on_the_same_ledgers_is_refused_before_it_spends(tiny_config, simulate_run, tmp_path):
+def test_a_second_run_on_the_same_ledgers_is_refused_before_it_spends(
+    tiny_config, simulate_run, tmp_path
+):
     shared = {"privacy.ledger": str(tmp_path / "ledgers"), "privacy.max-epsilon": 10.0}
     simulate_run(tiny_config(**shared, **{"run-dir": str(tmp_path / "first")}))
     path = tmp_path / "ledgers" / "Alpha.db"
@@ -123,7 +146,9 @@ def test_a_second_run_on_the_same_ledgers_is_refused_before_it_spends(tiny_confi
         assert ledger.show() == before
 
 
-def test_an_institution_without_budget_drops_out_and_the_federation_goes_on(tiny_config, simulate_run, tmp_path):
+def test_an_institution_without_budget_drops_out_and_the_federation_goes_on(
+    tiny_config, simulate_run, tmp_path
+):
     shared = {"privacy.ledger": str(tmp_path / "ledgers"), "run-dir": str(tmp_path / "run")}
     config = tiny_config(**shared)
     (tmp_path / "ledgers").mkdir()
@@ -146,11 +171,15 @@ def test_sizes_are_rounded_or_noised_and_paid(tiny_config, simulate_run, weighti
             entries = ledger.show()["entries"]
         assert said["epsilon"] <= 8.0
         assert said["size_noise"] == (10.0 if weighting == "noised-size" else 0.0)
-        assert sum(e["sample_rate"] == 1.0 for e in entries) == (1 if weighting == "noised-size" else 0)
+        assert sum(e["sample_rate"] == 1.0 for e in entries) == (
+            1 if weighting == "noised-size" else 0
+        )
 
 
 def test_units_of_a_column_are_protected_together(tiny_config, simulate_run):
-    config = tiny_config(**{"privacy.unit": "customer", "training.physical-batch": 2, "federation.rounds": 2})
+    config = tiny_config(
+        **{"privacy.unit": "customer", "training.physical-batch": 2, "federation.rounds": 2}
+    )
     result = simulate_run(config)
     said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
     assert "customer" in said["protects"] or "seed" in said["protects"]
@@ -161,7 +190,9 @@ def test_units_of_a_column_are_protected_together(tiny_config, simulate_run):
 def test_the_physical_batch_changes_no_result(tiny_config, simulate_run, tmp_path):
     made = []
     for size in (3, 64):
-        config = tiny_config(**{"run-dir": str(tmp_path / str(size)), "training.physical-batch": size})
+        config = tiny_config(
+            **{"run-dir": str(tmp_path / str(size)), "training.physical-batch": size}
+        )
         simulate_run(config)
         made.append(_adapter(config))
     for name in made[0]:
@@ -190,7 +221,9 @@ def _wait_for_round(run: Path, number: int, process, seconds=120):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", ["seeded", "off"])
-def test_a_run_killed_at_any_moment_resumes_to_the_same_adapter(tiny_config, simulate_run, tmp_path, noise):
+def test_a_run_killed_at_any_moment_resumes_to_the_same_adapter(
+    tiny_config, simulate_run, tmp_path, noise
+):
     values = {"federation.rounds": 8, "privacy.epsilon": float("inf") if noise == "off" else 8.0}
     undisturbed = tiny_config(**values, **{"run-dir": str(tmp_path / "calm")})
     simulate_run(undisturbed)
@@ -210,7 +243,9 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_adapter(tiny_config, sim
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_its_institution_tried_again(tiny_config, simulate_run, tmp_path):
+def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
+    tiny_config, simulate_run, tmp_path
+):
     import threading
 
     from experiments import simulate

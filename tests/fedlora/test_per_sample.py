@@ -17,16 +17,17 @@ from fedlora.per_sample import PerSampleAdapters
 
 CONFIGS = {
     "bert": BertConfig(
-        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, architectures=["BertModel"],
+        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        architectures=["BertModel"],
     ),
     "llama": LlamaConfig(
-        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128,
+        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=128,
     ),
     "gpt2": GPT2Config(
-        vocab_size=60, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        vocab_size=60, n_embd=64, n_layer=2, n_head=4, n_positions=32,
+        bos_token_id=0, eos_token_id=0, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
     ),
 }  # fmt: skip
 CLASSES = 3
@@ -52,8 +53,8 @@ def no_tokenizer(monkeypatch):
 def build(directory, method="lora", quantization="none", dtype="fp32", dropout=0.0, dense=False):
     """A model with every trained value away from its start, in training mode.
 
-    The scaling 7/3 is no power of two: with one, PEFT's results and ours can agree to the last bit, and
-    a table of zeros shows nothing. ``dense`` puts plain layers in place of the quantised ones.
+    The scaling 7/3 is no power of two: with one, PEFT's results and ours can agree to the last
+    bit, and a table of zeros shows nothing. ``dense`` puts plain layers in place of int8 ones.
     """
     task = "classification" if directory.name == "bert" else "sft"
     base = models.load_base(
@@ -73,6 +74,11 @@ def build(directory, method="lora", quantization="none", dtype="fp32", dropout=0
         for p in adapters.parameters(model).values():
             p += 0.1 * torch.randn(p.shape, generator=generator)
     return model.train()
+
+
+def with_adapters(directory, **options):
+    model = build(directory, **options)
+    return model, PerSampleAdapters(model)
 
 
 def batch():
@@ -120,8 +126,8 @@ def worst_error(found, expected):
 def reference(directory, **options):
     """Outputs and gradients of PEFT's own forward.
 
-    PEFT cannot train DoRA on int8 on a CPU; there the reference is PEFT on the same weights, dequantised, which
-    is what bitsandbytes multiplies by when it trains on a CPU.
+    PEFT cannot train DoRA on int8 on a CPU; there the reference is PEFT on the same weights,
+    dequantised, which is what bitsandbytes multiplies by when it trains on a CPU.
     """
     fails = options.get("quantization") == "int8" and options["method"].startswith("dora")
     model = build(directory, dense=fails, **options)
@@ -130,35 +136,34 @@ def reference(directory, **options):
     return outputs, one_by_one(model, batch()), "PEFT, dequantised" if fails else "PEFT"
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_gradients_are_exact_for_every_method(directories, family, quantization):
-    for method in METHODS:
-        options = {"method": method, "quantization": quantization}
-        outputs, expected, source = reference(directories / family, **options)
-        model = build(directories / family, **options)
-        per_sample = PerSampleAdapters(model)
-        with torch.no_grad():
-            torch.testing.assert_close(losses(model, *batch()), outputs, rtol=1e-6, atol=1e-6)
-        error = worst_error(all_at_once(model, per_sample, batch()), expected)
-        print(f"{family:6} {quantization:5} fp32 {method:12} {error:.1e}  against {source}")
-        assert error <= 1e-5
+def test_gradients_are_exact_for_every_method(directories, family, quantization, method):
+    options = {"method": method, "quantization": quantization}
+    outputs, expected, source = reference(directories / family, **options)
+    model, per_sample = with_adapters(directories / family, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(losses(model, *batch()), outputs, rtol=1e-6, atol=1e-6)
+    error = worst_error(all_at_once(model, per_sample, batch()), expected)
+    print(f"{family:6} {quantization:5} fp32 {method:12} {error:.1e}  against {source}")
+    assert error <= 1e-5
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_gradients_are_exact_within_rounding_on_a_bf16_base(directories, family):
-    for method in METHODS:
-        expected = reference(directories / family, method=method, dtype="bf16")
-        model = build(directories / family, method=method, dtype="bf16")
-        error = worst_error(all_at_once(model, PerSampleAdapters(model), batch()), expected[1])
-        print(f"{family:6} none  bf16 {method:12} {error:.1e}  against PEFT")
-        assert error <= 2e-2
+def test_gradients_are_exact_within_rounding_on_a_bf16_base(directories, family, method):
+    _, expected, _ = reference(directories / family, method=method, dtype="bf16")
+    model, per_sample = with_adapters(directories / family, method=method, dtype="bf16")
+    error = worst_error(all_at_once(model, per_sample, batch()), expected)
+    print(f"{family:6} none  bf16 {method:12} {error:.1e}  against PEFT")
+    assert error <= 2e-2
 
 
 def test_peft_still_fails_for_dora_on_int8_so_its_reference_is_dequantised(directories):
     if torch.cuda.is_available():
         pytest.skip("on a GPU PEFT runs it")
-    with pytest.raises(Exception) as failure:  # noqa: PT011 - whatever it is, it is not ours
+    with pytest.raises(Exception) as failure:
         one_by_one(build(directories / "llama", method="dora", quantization="int8"), batch())
     print(repr(failure.value)[:300])
 
@@ -171,11 +176,6 @@ def test_gradients_are_as_near_to_float64_as_pefts_own(directories, family, meth
     truth = one_by_one(double, batch())
     assert next(iter(truth.values())).dtype == torch.float64
     assert 0 < worst_error({n: g.double() for n, g in found.items()}, truth) <= 1e-5
-
-
-def with_adapters(directory, **options):
-    model = build(directory, **options)
-    return model, PerSampleAdapters(model)
 
 
 class FeatureMask(nn.Module):
@@ -236,8 +236,9 @@ def test_gradients_of_a_unit_are_the_sums_over_its_examples(directories, family,
 @pytest.mark.parametrize("method", METHODS)
 def test_plain_mode_gives_pefts_gradients(directories, family, method):
     found, expected = {}, {}
-    for model, grads in ((build(directories / family, method=method), expected),
-                         (with_adapters(directories / family, method=method)[0], found)):  # fmt: skip
+    peft = build(directories / family, method=method)
+    ours, _ = with_adapters(directories / family, method=method)
+    for model, grads in ((peft, expected), (ours, found)):
         losses(model, *batch()).sum().backward()
         grads.update({n: p.grad for n, p in adapters.parameters(model).items()})
     assert worst_error(found, expected) <= 1e-5
@@ -253,7 +254,7 @@ def test_an_evaluation_between_steps_does_not_change_gradients(directories, quan
 
 
 def test_dora_norms_follow_every_kind_of_change_to_the_factors(directories):
-    model, per_sample = with_adapters(directories / "bert", method="dora")
+    model, _ = with_adapters(directories / "bert", method="dora")
     trained = adapters.parameters(model)
     fresh = adapters.AdapterState.read(model)
     for change in (
@@ -320,7 +321,9 @@ def test_batch_norm_is_refused(directories, norm):
 def test_int8_with_outlier_columns_is_refused_and_is_not_how_we_load(directories):
     model = build(directories / "llama", quantization="int8")
     PerSampleAdapters(model)
-    layer = next(m for m in model.modules() if type(m).__name__ == "Linear8bitLt" and hasattr(m, "state"))
+    layer = next(
+        m for m in model.modules() if type(m).__name__ == "Linear8bitLt" and hasattr(m, "state")
+    )
     layer.state.threshold = 6.0
     with pytest.raises(Refusal, match="statistics") as refusal:
         PerSampleAdapters(model)

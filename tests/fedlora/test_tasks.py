@@ -256,6 +256,18 @@ def test_a_label_prompt_ends_where_the_answer_begins_and_never_shows_it(chat: st
     ]
 
 
+def test_a_prompt_is_the_same_tokens_whichever_label_would_follow() -> None:
+    labels = ("positive", "zebra")  # the blank before an answer joins the first, not the second
+    prompts = [
+        tasks.make("classification", "causal", byte_tokenizer(), prompt=prompt, max_length=99)
+        .encode(["ok"], [label], labels)
+        .ids
+        for prompt in ("{text} Category:", "{text} Category:  ")
+        for label in labels
+    ]
+    assert all(ids == prompts[0] for ids in prompts)
+
+
 def test_labels_that_begin_alike_become_lettered_options() -> None:
     tokenizer = byte_tokenizer()
     task = label_task(tokenizer)
@@ -332,6 +344,24 @@ def test_truncation_cuts_the_text_from_its_end_before_it_touches_the_response(
     if len(cut) - start < len(full) - full_start:  # the response was cut, so no text can be left
         fixed = tasks.make("sft", "causal", tokenizer, prompt=prompt, max_length=10_000)
         assert cut[:start] == fixed.encode([""], [response], ()).ids[0][:start]
+
+
+def test_what_goes_first_is_the_end_of_the_text_then_the_end_of_the_response() -> None:
+    tokenizer = byte_tokenizer(chat=CHAT)
+    text, response = "fell rose flat ok x", "negative neutral positive"
+    room = len(sft_task(tokenizer).encode([text], [response], ()).ids[0])
+
+    def decoded(less: int, text: str = text) -> tuple[str, str, int]:
+        encoded = sft_task(tokenizer, room - less).encode([text], [response], ())
+        (ids,), (start,) = encoded.ids, encoded.targets
+        return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:]), encoded.truncated
+
+    before, after = "<|user|>\n", "<|end|>\n<|assistant|>\n"
+    assert decoded(0) == (before + text + after, response + "<|end|>", 0)
+    assert decoded(2) == (before + "fell rose flat" + after, response + "<|end|>", 1)
+    assert decoded(5) == (before + after, response + "<|end|>", 1)
+    assert decoded(7) == (before + after, "negative neutral", 1)
+    assert decoded(7, text="") == (before + after, "negative neutral", 1)
 
 
 @pytest.mark.parametrize("make", [label_task, sft_task])

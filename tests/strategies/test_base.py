@@ -15,7 +15,12 @@ A = "base_model.model.layer.q.lora_A.weight"
 
 
 def _update(name="bank", value=1.0, size=0.0, round=1, shape=(2, 3)):
-    return ClientUpdate(institution=name, round=round, size=size, adapter=AdapterState({A: torch.full(shape, value)}))
+    return ClientUpdate(
+        institution=name,
+        round=round,
+        size=size,
+        adapter=AdapterState({A: torch.full(shape, value)}),
+    )
 
 
 def _validate(update):
@@ -69,7 +74,9 @@ def test_fedavg_is_the_weighted_mean_by_hand():
 
 
 @given(
-    st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, 40))),
+    st.integers(1, 30).flatmap(
+        lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, 40))
+    ),
     st.integers(0, 3),
 )
 def test_nobody_is_asked_more_often_than_the_cap_and_every_round_is_full(sizes, seed):
@@ -90,4 +97,6 @@ def test_the_lot_depends_on_seed_and_round_only():
     draw = {"per_round": 5, "cap": 9}
     first = base.sample(asked, **draw, seed=1, round=1)
     assert first == base.sample(backwards, **draw, seed=1, round=1)
-    assert first != base.sample(asked, **draw, seed=1, round=2) or first != base.sample(asked, **draw, seed=2, round=1)
+    assert first != base.sample(asked, **draw, seed=1, round=2) or first != base.sample(
+        asked, **draw, seed=2, round=1
+    )

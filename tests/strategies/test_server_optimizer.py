@@ -21,7 +21,12 @@ def test_none_moves_by_the_learning_rate_times_the_update():
 def test_adam_is_torchs_adam_on_the_negated_update():
     deltas = [[1.0, -2.0], [0.5, 0.1], [-0.3, 0.7]]
     p = torch.nn.Parameter(torch.zeros(2))
-    reference = torch.optim.Adam([p], lr=0.1, betas=(server_optimizer.BETA1, server_optimizer.BETA2), eps=server_optimizer.TAU)
+    reference = torch.optim.Adam(
+        [p],
+        lr=0.1,
+        betas=(server_optimizer.BETA1, server_optimizer.BETA2),
+        eps=server_optimizer.TAU,
+    )
     for delta in deltas:
         p.grad = -torch.tensor(delta)
         reference.step()
@@ -33,11 +38,21 @@ def test_momentum_yogi_and_adagrad_by_hand():
     m1 = (1 - b1) * 1.0
     m2 = b1 * m1 + (1 - b1) * 3.0
     torch.testing.assert_close(
-        _run("momentum", [[1.0, 1.0], [3.0, 3.0]])[0].item(), 0.1 * (m1 / (1 - b1) + m2 / (1 - b1**2)), rtol=1e-5, atol=0
+        _run("momentum", [[1.0, 1.0], [3.0, 3.0]])[0].item(),
+        0.1 * (m1 / (1 - b1) + m2 / (1 - b1**2)),
+        rtol=1e-5,
+        atol=0,
     )
     v1 = (1 - b2) * 1.0
     v2 = v1 + (1 - b2) * 9.0
-    expected = 0.1 * (m1 / (1 - b1)) / (v1 / (1 - b2)) ** 0.5 + 0.1 * (m2 / (1 - b1**2)) / (v2 / (1 - b2**2)) ** 0.5
-    torch.testing.assert_close(_run("yogi", [[1.0, 1.0], [3.0, 3.0]])[0].item(), expected, rtol=1e-5, atol=0)
+    expected = (
+        0.1 * (m1 / (1 - b1)) / (v1 / (1 - b2)) ** 0.5
+        + 0.1 * (m2 / (1 - b1**2)) / (v2 / (1 - b2**2)) ** 0.5
+    )
+    torch.testing.assert_close(
+        _run("yogi", [[1.0, 1.0], [3.0, 3.0]])[0].item(), expected, rtol=1e-5, atol=0
+    )
     expected = 0.1 * 1.0 / 1.0 + 0.1 * (m2 / (1 - b1**2)) / 10.0**0.5
-    torch.testing.assert_close(_run("adagrad", [[1.0, 1.0], [3.0, 3.0]])[0].item(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        _run("adagrad", [[1.0, 1.0], [3.0, 3.0]])[0].item(), expected, rtol=1e-5, atol=0
+    )

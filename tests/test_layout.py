@@ -1,0 +1,49 @@
+"""The rule on imports, and what Flower must find in pyproject.toml."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedlora import config
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "fedlora": {"fedlora"},
+    "client": {"client", "fedlora"},
+    "strategies": {"strategies", "fedlora"},
+    "server": {"server", "strategies", "fedlora"},
+    "experiments": {"experiments", "server", "strategies", "client", "fedlora"},
+}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_go_one_way(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                top = name.partition(".")[0]
+                assert top not in ALLOWED or top in ALLOWED[package], f"{file} imports {name}"
+
+
+def test_flower_finds_the_demo_in_pyproject():
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    flat = {k: v for k, v in app["config"].items() if not isinstance(v, dict)}
+    for section, values in app["config"].items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+    assert flat == config.load(ROOT / "experiments/configs/demo.toml").flat()
+    assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments/configs").glob("*.toml")), ids=lambda f: f.stem)
+def test_every_ready_configuration_is_valid(file):
+    config.load(file)
