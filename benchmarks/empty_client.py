@@ -11,7 +11,10 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Send the content back. FEDLORA_FAULT=die:N, hang:N or raise:N makes partition N misbehave (for tests)."""
+    """Send the content back.
+
+    FEDLORA_FAULT=die:N, hang:N or raise:N makes partition N misbehave (for tests).
+    """
     what, _, where = os.environ.get("FEDLORA_FAULT", "").partition(":")
     if where and int(where) == context.node_config["partition-id"]:
         if what == "die":

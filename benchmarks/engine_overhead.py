@@ -29,7 +29,7 @@ def main() -> None:
         "benchmarks.empty_client:app", n, {}, workers=arguments.workers, threads=1
     ) as grid:
         seconds, memory = [], []
-        for number in range(arguments.rounds):
+        for _ in range(arguments.rounds):
             record = ArrayRecord({"w": Array(np.zeros(arguments.floats, dtype=np.float32))})
             started = time.perf_counter()
             messages = [

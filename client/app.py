@@ -65,7 +65,7 @@ def _guarded(
     context: Context,
     work: Callable[[configuration.RunConfig, RecordDict, int], RecordDict],
 ) -> Message:
-    """Run ``work``; whatever goes wrong leaves as a code, the rest goes to this institution's log."""
+    """Run ``work``; what goes wrong leaves as a code, the rest goes to this institution's log."""
     index = int(context.node_config.get("partition-id", -1))
     try:
         config = configuration.from_context(context.run_config, context.run_id)

@@ -1,14 +1,17 @@
-"""DP-SGD around per-example gradients: Poisson sampling, clipping, noise, and a check after each of them.
+"""DP-SGD around per-example gradients: Poisson sampling, clipping, noise, a check after each.
 
-Opacus supplies the optimizer's order of events (`DPOptimizer`), the sampler's contract and the accountants. What is
-ours: noise and sampling come from one keyed `RandomSource`, clipping works in place, and every step is checked. A
-check that fails ends the training with a `Refusal`; nothing is released.
+Opacus supplies the optimizer's order of events (`DPOptimizer`), the sampler's contract and the
+accountants. What is ours: noise and sampling come from one keyed `RandomSource`, clipping works in
+place, and every step is checked. A check that fails ends the training with a `Refusal`; nothing is
+released.
 
-Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. (2022), arXiv 2206.07136.
+Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. (2022), arXiv
+2206.07136.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +26,16 @@ NORM_SLACK = 1e-4
 """Relative rounding allowed on a clipped norm (float32)."""
 
 NOISE_SIGMAS = 7.0
-"""A step's noise may be off by this many standard errors; a false alarm has probability below 1e-11."""
+"""A step's noise may be off by this many standard errors; false alarms are rarer than 1e-11."""
 
 AUTOMATIC_GAMMA = 0.01
 """Stabiliser of automatic clipping, as in Bu et al."""
 
 
 class PoissonSampler(UniformWithReplacementSampler):
-    """Opacus' Poisson sampler, drawing from a `RandomSource`: each unit is in each batch with ``sample_rate``.
+    """Opacus' Poisson sampler, drawing from a `RandomSource`.
+
+    Each unit is in each batch with probability ``sample_rate``.
 
     Args:
         units: Number of units.
@@ -53,7 +58,8 @@ def check_sampler(sampler: Sampler[list[int]]) -> None:
     if not isinstance(sampler, UniformWithReplacementSampler):
         raise Refusal(
             "guard-not-poisson",
-            f"batches come from {type(sampler).__name__}, but the accounting holds for Poisson sampling only",
+            f"batches come from {type(sampler).__name__}, but the accounting holds for Poisson "
+            "sampling only",
         )
 
 
@@ -61,9 +67,10 @@ class PrivateOptimizer(DPOptimizer):
     r"""`DPOptimizer` with keyed noise and a check on every step.
 
     Guarantee: the gradient handed to the wrapped optimizer is
-    :math:`\frac{1}{L}(\sum_u \mathrm{clip}(g_u) + \mathcal N(0, \sigma^2 C^2 I))`, where each unit's clipped gradient
-    has norm at most C (checked), and the noise has the planned deviation (checked). A unit whose gradient is not
-    finite contributes zero, so that no abort tells anything about a record. L is a public constant.
+    :math:`\frac{1}{L}(\sum_u \mathrm{clip}(g_u) + \mathcal N(0, \sigma^2 C^2 I))`, where each
+    unit's clipped gradient has norm at most C (checked), and the noise has the planned deviation
+    (checked). A unit whose gradient is not finite contributes zero, so that no abort tells anything
+    about a record. L is a public constant.
 
     Args:
         optimizer: Over exactly the parameters that are trained.
@@ -71,8 +78,8 @@ class PrivateOptimizer(DPOptimizer):
         noise_multiplier: :math:`\sigma > 0`.
         max_grad_norm: C.
         normaliser: L, the public expected number of units a step.
-        clipping: ``flat`` scales a gradient down to C when it is longer; ``automatic`` scales each to nearly C.
-            Both have sensitivity C under adding or removing one unit.
+        clipping: ``flat`` scales a gradient down to C when it is longer; ``automatic`` scales each
+            to nearly C. Both have sensitivity C under adding or removing one unit.
         source: Where the noise comes from.
     """
 
@@ -103,19 +110,20 @@ class PrivateOptimizer(DPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Clip ``p.grad_sample`` (units, *shape) in place and add its sum to ``p.summed_grad``."""
-        units = len(self.params[0].grad_sample)
+        params: list[Any] = self.params
+        units = len(params[0].grad_sample)
         if units:
-            norms = _norms([p.grad_sample for p in self.params])
+            norms = _norms([p.grad_sample for p in params])
             bad = ~torch.isfinite(norms)
             if bad.any():
-                for p in self.params:
+                for p in params:
                     p.grad_sample[bad] = 0.0
                 norms = norms.masked_fill(bad, 0.0)
-            for p in self.params:
+            for p in params:
                 factor = self._factors(norms).to(p.grad_sample.dtype)
                 p.grad_sample.mul_(factor.view(-1, *[1] * (p.grad_sample.dim() - 1)))
-            self._check_norms(_norms([p.grad_sample for p in self.params]))
-        for p in self.params:
+            self._check_norms(_norms([p.grad_sample for p in params]))
+        for p in params:
             total = p.grad_sample.sum(0)
             p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
 
@@ -130,16 +138,18 @@ class PrivateOptimizer(DPOptimizer):
         if not bool((norms <= bound).all()):
             raise Refusal(
                 "guard-not-clipped",
-                f"after clipping a gradient has norm {float(norms.max()):.6g}; the bound is {self.max_grad_norm:g}",
+                f"after clipping a gradient has norm {float(norms.max()):.6g}; "
+                f"the bound is {self.max_grad_norm:g}",
             )
 
     def add_noise(self) -> None:
         """``p.grad`` = ``p.summed_grad`` + noise, added in float64 and rounded once."""
         deviation = self.noise_multiplier * self.max_grad_norm
-        noise = self._draw(sum(p.numel() for p in self.params)) * deviation
+        params: list[Any] = self.params
+        noise = self._draw(sum(p.numel() for p in params)) * deviation
         check_noise(noise, deviation)
         start = 0
-        for p in self.params:
+        for p in params:
             part = torch.from_numpy(noise[start : start + p.numel()]).view(p.shape).to(p.device)
             p.grad = (p.summed_grad.double() + part).to(p.dtype)
             start += p.numel()
@@ -167,8 +177,9 @@ class PrivateOptimizer(DPOptimizer):
 def check_noise(noise: np.ndarray, deviation: float) -> None:
     """Refuse noise whose measured mean square does not fit ``deviation``.
 
-    Under the right noise, n (mean square / deviation^2) is chi-square with n degrees of freedom; its Wilson-Hilferty
-    transform is standard normal, and 7 standard errors are a false alarm of below 1e-11 a step.
+    Under the right noise, n (mean square / deviation^2) is chi-square with n degrees of freedom;
+    its Wilson-Hilferty transform is standard normal, and 7 standard errors are a false alarm of
+    below 1e-11 a step.
 
     Args:
         noise: (n,) float64.

@@ -1,7 +1,8 @@
 """How an institution answers an order: its own records, its own budget, its own refusals.
 
-The order of events is what the privacy claim rests on: plan, *charge*, train, *store the answer*, send. Whatever is
-killed in between, the ledger never says less than what was released (docs/threat-model.md).
+The order of events is what the privacy claim rests on: plan, *charge*, train, *store the answer*,
+send. Whatever is killed in between, the ledger never says less than what was released
+(docs/threat-model.md).
 """
 
 import functools

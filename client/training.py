@@ -1,4 +1,4 @@
-"""An institution's local steps, with and without DP. Nothing here touches the network or the ledger."""
+"""An institution's local steps, with and without DP; neither network nor ledger is touched here."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -92,9 +92,9 @@ def train_privately(
 ) -> None:
     """DP-SGD steps: the trained adapter is the only thing that comes out.
 
-    Guarantee: with ``source`` keyed by the operating system the adapter afterwards is the output of ``plan.steps``
-    sampled Gaussian mechanisms under adding or removing one unit of ``shard`` (a record, or all records that share
-    a unit), and of post-processing.
+    Guarantee: with ``source`` keyed by the operating system the adapter afterwards is the output of
+    ``plan.steps`` sampled Gaussian mechanisms under adding or removing one unit of ``shard`` (a
+    record, or all records that share a unit), and of post-processing.
 
     Args:
         trainable: Holds the global adapter; holds the trained one afterwards.
@@ -133,9 +133,8 @@ def train_privately(
                 optimizer.signal_skip_step(True)  # clip and accumulate only
                 optimizer.step()
                 optimizer.zero_grad()
-            for p in (
-                named.values()
-            ):  # the step itself: noise on what was accumulated, also when nobody was drawn
+            # the step itself: noise on what was accumulated, also when nobody was drawn
+            for p in named.values():
                 p.grad_sample = p.new_zeros((0, *p.shape))  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.signal_skip_step(False)
             optimizer.step()
@@ -145,14 +144,16 @@ def train_privately(
 def _unit_gradients(
     trainable: Trainable, shard: Shard, group: Sequence[np.ndarray], physical_batch: int
 ) -> None:
-    """Leave each unit's summed gradient (units, *shape) in ``grad_sample``; memory holds ``physical_batch`` records."""
+    """Leave each unit's summed gradient (units, *shape) in ``grad_sample``.
+
+    Memory holds ``physical_batch`` records at a time.
+    """
     rows = np.concatenate(group)
     unit_of_row = np.repeat(np.arange(len(group)), [len(r) for r in group])
     single = len(rows) == len(group)
     sums: list[torch.Tensor] | None = None
-    for start in range(
-        0, len(rows), physical_batch
-    ):  # more than one turn only for a unit larger than that
+    # more than one turn only for a unit larger than physical_batch
+    for start in range(0, len(rows), physical_batch):
         part = slice(start, start + physical_batch)
         index = None if single else torch.from_numpy(unit_of_row[part])
         with trainable.per_sample.expanded(len(group), index):
@@ -215,7 +216,7 @@ def _losses(trainable: Trainable, shard: Shard, rows: np.ndarray) -> torch.Tenso
 
 @contextlib.contextmanager
 def _training(trainable: Trainable, source: RandomSource) -> Iterator[None]:
-    """Adapter dropout on, its randomness from ``source``, the process's own random state untouched."""
+    """Adapter dropout on, drawn from ``source``; the process's own random state stays untouched."""
     seed = int.from_bytes(source.child("dropout").key[:7], "big")
     training_mode(trainable.model, True)
     try:

@@ -348,7 +348,7 @@ def load_base(
             load_in_8bit=quantization == "int8",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=weights_dtype,
-            llm_int8_threshold=6.0,
+            llm_int8_threshold=0.0,
         )
     if device != "cpu":
         options["device_map"] = {"": device}
