@@ -5,8 +5,8 @@ accountants. What is ours: noise and sampling come from one keyed `RandomSource`
 place, and every step is checked. A check that fails ends the training with a `Refusal`; nothing is
 released.
 
-Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. (2022), arXiv
-2206.07136.
+Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. (2022),
+arXiv 2206.07136.
 """
 
 import math

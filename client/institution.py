@@ -93,8 +93,15 @@ def budget(config: RunConfig, units: int, participations: int) -> Budget:
     Raises:
         InputError: If delta is not below 1 / units, or no noise reaches the budget.
     """
-    return _budget(config.privacy, config.training.local_steps, config.training.batch_size,
-                   config.training.sample_rate, config.federation.weighting, units, participations)  # fmt: skip
+    return _budget(
+        config.privacy,
+        config.training.local_steps,
+        config.training.batch_size,
+        config.training.sample_rate,
+        config.federation.weighting,
+        units,
+        participations,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,7 +139,8 @@ def open_ledger(
         institution: Whose.
         config: The run; a new ledger takes its limit and delta from it.
         shard: The records that the ledger is about.
-        create: Make it when there is none. Only a simulation does, and only when a run first starts.
+        create: Make it when there is none. Only a simulation does, and only when a run first
+            starts.
 
     Raises:
         Refusal: ``ledger-*`` when it is missing, locked, corrupt or about other records.

@@ -170,7 +170,7 @@ def _unit_gradients(
 def _groups(
     units: Sequence[np.ndarray], lengths: np.ndarray, physical_batch: int
 ) -> Iterator[list[np.ndarray]]:
-    """Pack whole units, similar lengths together, into groups of at most ``physical_batch`` records.
+    """Pack whole units, similar lengths together, into groups of up to ``physical_batch`` records.
 
     A unit with more records than that is a group of its own.
     """

@@ -24,7 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Federated LoRA under differential privacy, for institutions that may not share their data.",
+    help="Federated LoRA under differential privacy, "
+    "for institutions that may not share their data.",
 )
 ledger_app = typer.Typer(no_args_is_help=True, help="An institution's privacy ledger.")
 app.add_typer(ledger_app, name="ledger")
@@ -111,7 +112,7 @@ def run(
 def _resolve(
     path: Path | None, overrides: dict[str, Any], out: Path | None, resume: Path | None
 ) -> configuration.RunConfig:
-    """The configuration of this run with an absolute run directory that is free, or is the one to resume."""
+    """This run's configuration; its run directory is absolute, and free or the one to resume."""
     if resume is not None:
         if out is not None:
             raise InputError(
@@ -141,7 +142,8 @@ def _resolve(
         changed = changes(configuration.load(resume / "config.toml"), loaded)
         if changed:
             raise InputError(
-                f"{resume} was run with another configuration ({'; '.join(changed)}); resume it unchanged, or start anew"
+                f"{resume} was run with another configuration ({'; '.join(changed)}); "
+                "resume it unchanged, or start anew"
             )
     values: dict[str, Any] = {"run-dir": str(chosen.absolute())}
     if loaded.privacy.ledger:
@@ -160,7 +162,8 @@ def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> d
     with console.status("reading records"):
         records = simulate.prepare(config)
     console.print(
-        f"{len(records.names)} institutions, {records.counts['rows']:,} rows; results in {config.run_dir}",
+        f"{len(records.names)} institutions, {records.counts['rows']:,} rows; "
+        f"results in {config.run_dir}",
         highlight=False,
     )
     try:
@@ -360,12 +363,12 @@ def ledger_show(
     lines = Table("run", "round", "noise", "sample rate", "steps", "charged")
     for entry in entries:
         lines.add_row(
-            str(entry["run_id"])[:12],
+            str(entry["run"])[:12],
             str(entry["round"]),
             f"{entry['noise_multiplier']:.4f}",
             f"{entry['sample_rate']:.4f}",
             str(entry["steps"]),
-            str(entry["charged_at"]),
+            str(entry["at"]),
         )
     Console().print(lines)
 

@@ -1,4 +1,7 @@
-"""What a person sees while a run goes on and when it ends. Reads the run directory; asks the run nothing."""
+"""What a person sees while a run goes on and when it ends.
+
+Reads the run directory; asks the run nothing.
+"""
 
 import contextlib
 import json
@@ -115,12 +118,14 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
         low, high = min(institutions, key=institutions.get), max(institutions, key=institutions.get)
         table.add_row(
             "institutions",
-            f"{len(institutions)}: worst {low} {institutions[low]:.3f}, best {high} {institutions[high]:.3f}",
+            f"{len(institutions)}: worst {low} {institutions[low]:.3f}, "
+            f"best {high} {institutions[high]:.3f}",
         )
     table.add_row("rounds", f"{result['rounds']} in {result['seconds']:.0f} s")
     table.add_row(
         "trained",
-        f"{result['trained_parameters']:,} parameters ({config.adapter.method}, rank {config.adapter.rank})",
+        f"{result['trained_parameters']:,} parameters "
+        f"({config.adapter.method}, rank {config.adapter.rank})",
     )
     if counts.get("truncated"):
         table.add_row(
@@ -130,7 +135,8 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
     if config.privacy.enabled:
         table.add_row(
             "privacy",
-            f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, per {config.privacy.unit}, each institution",
+            f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, "
+            f"per {config.privacy.unit}, each institution",
         )
     protects_nobody = not config.privacy.enabled or config.privacy.noise == "seeded"
     table.add_row(

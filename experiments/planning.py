@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora import accounting
-from fedlora.accounting import Accountant, Event
+from fedlora.accounting import Event
 from fedlora.errors import InputError
 
 NOISE_FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -21,7 +21,7 @@ def plan(
     epsilon: float | None,
     noise_multiplier: float | None,
     delta: float | None,
-    accountant: Accountant,
+    accountant: str,
 ) -> dict[str, Any]:
     """Solve for the one of ``epsilon`` and ``noise_multiplier`` that is None.
 
@@ -78,9 +78,10 @@ def table(result: dict[str, Any]) -> list[dict[str, float]]:
 def show(result: dict[str, Any], console: Console) -> None:
     """Print a plan, and its table when it has one."""
     console.print(
-        f"noise multiplier {result['noise_multiplier']:.4f} spends epsilon {result['epsilon']:.4f} at delta "
-        f"{result['delta']:g}: {result['steps']} steps at sample rate {result['sample_rate']:.5f} "
-        f"({result['batch_size']} of {result['records']} records), {result['accountant'].upper()} accountant"
+        f"noise multiplier {result['noise_multiplier']:.4f} spends epsilon "
+        f"{result['epsilon']:.4f} at delta {result['delta']:g}: {result['steps']} steps "
+        f"at sample rate {result['sample_rate']:.5f} ({result['batch_size']} of "
+        f"{result['records']} records), {result['accountant'].upper()} accountant"
     )
     if "table" in result:
         rows = Table("noise multiplier", "steps", "epsilon")

@@ -18,23 +18,23 @@ def _open(run_dir: Path) -> tuple[configuration.RunConfig, Trainable]:
     """
     if not (run_dir / "result.json").exists():
         raise InputError(
-            f"{run_dir} holds no complete run (no result.json); give the directory that a finished run printed, "
-            f"or continue it with `fedlora run --resume {run_dir}`"
+            f"{run_dir} holds no complete run (no result.json); give the directory that a "
+            f"finished run printed, or continue it with `fedlora run --resume {run_dir}`"
         )
     config = configuration.load(run_dir / "config.toml")
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     work = trainable.load(config, tuple(result["labels"]))
     if work.base.digest != result["base"]["digest"]:
         raise InputError(
-            f"model.name {config.model.name} is not the base that {run_dir} was trained on (weights differ); "
-            "restore that base or run again"
+            f"model.name {config.model.name} is not the base that {run_dir} was trained on "
+            "(weights differ); restore that base or run again"
         )
     adapters.AdapterState.open(run_dir / "adapter").load_into(work.model)
     return config, work
 
 
 def evaluate(run_dir: Path, source: str) -> dict[str, Any]:
-    """Metrics of a run's adapter on all rows of ``source``, with the run's own text and label columns."""
+    """Metrics of a run's adapter on all rows of ``source``, by the run's text and label columns."""
     config, work = _open(run_dir)
     shard = data.load_shard(
         source,

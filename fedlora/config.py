@@ -1,8 +1,8 @@
 """One run's configuration: frozen dataclasses <-> TOML <-> Flower's flat run config.
 
-Keys are kebab-case and spelled ``section.key`` on the command line and in Flower's run config. Every section
-checks itself when it is made, so a `RunConfig` that exists is valid; each bad value is one `InputError` that
-names the key, the value, the bound and the remedy.
+Keys are kebab-case and spelled ``section.key`` on the command line and in Flower's run config.
+Every section checks itself when it is made, so a `RunConfig` that exists is valid; each bad value
+is one `InputError` that names the key, the value, the bound and the remedy.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from fedlora.errors import InputError
 Scalar = str | int | float | bool
 
 ENGINE_ONLY = ("run-dir", "engine.")
-"""Keys that may differ between a run and its resumption: they change where and how fast, never what."""
+"""Keys that may differ between a run and its resumption: they change where and how fast only."""
 
 
 def _key(
@@ -67,7 +67,7 @@ class _Section:
         for field in dataclasses.fields(typing.cast(Any, self)):
             name = self.prefix + _kebab(field.name)
             value = getattr(self, field.name)
-            choices = field.metadata.get("choices", ())
+            choices: tuple[str, ...] = field.metadata.get("choices", ())
             if choices and value not in choices:
                 near = difflib.get_close_matches(str(value), choices, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -123,12 +123,14 @@ class DataConfig(_Section):
     prefix = "data."
     source: str = _key(
         "package:edgartools",
-        "a .csv, .jsonl or .parquet file, hub:NAME[:CONFIG], package:NAME/FILE, or package:edgartools",
+        "a .csv, .jsonl or .parquet file, hub:NAME[:CONFIG], package:NAME/FILE, "
+        "or package:edgartools",
     )
     test_source: str = _key("", "held-out rows of their own; empty: split from data.source")
     partition: str = _key(
         "natural:industry",
-        "who holds what: iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES, size:linear|square|exponential",
+        "who holds what: iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES, "
+        "size:linear|square|exponential",
     )
     institutions: int = _key(
         0, "number of institutions; with natural the largest ones, 0 for all", at_least=0
@@ -272,8 +274,8 @@ class RunConfig(_Section):
         ):
             raise InputError(
                 f"federation.min-updates is {federation.min_updates}, but only "
-                f"{federation.institutions_per_round} institutions are asked a round; lower it or raise "
-                "federation.institutions-per-round"
+                f"{federation.institutions_per_round} institutions are asked a round; lower it "
+                "or raise federation.institutions-per-round"
             )
         if privacy.enabled and federation.weighting == "records":
             raise InputError(
@@ -282,8 +284,8 @@ class RunConfig(_Section):
             )
         if not privacy.enabled and federation.weighting == "noised-size":
             raise InputError(
-                "federation.weighting is 'noised-size', but privacy.epsilon is inf, so there is no budget "
-                "to pay it from; use uniform, public-size or records"
+                "federation.weighting is 'noised-size', but privacy.epsilon is inf, so there is "
+                "no budget to pay it from; use uniform, public-size or records"
             )
         if 0 < privacy.max_epsilon < privacy.epsilon and privacy.enabled:
             raise InputError(
@@ -301,7 +303,7 @@ class RunConfig(_Section):
         for name, value in _walk(self):
             section, _, key = name.rpartition(".")
             target = tree.setdefault(section, {}) if section else tree
-            target[key] = list(value) if isinstance(value, tuple) else value
+            target[key] = list(typing.cast(Any, value)) if isinstance(value, tuple) else value
         return tomli_w.dumps(tree)
 
     def fingerprint(self) -> str:
@@ -354,12 +356,9 @@ def describe() -> list[tuple[str, str, str, str]]:
     """(key, type, default, one line) of every key, in order."""
     rows: list[tuple[str, str, str, str]] = []
     for name, (field, kind) in _fields().items():
-        shown = (
-            "list of text" if _is_tuple(kind) else {"str": "text"}.get(kind.__name__, kind.__name__)
-        )
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
-        choices = field.metadata["choices"]
-        rows.append((name, "|".join(choices) or shown, json.dumps(default), field.metadata["help"]))
+        word = "text" if kind is str else kind.__name__
+        shown = "|".join(field.metadata["choices"]) or ("list of text" if _is_tuple(kind) else word)
+        rows.append((name, shown, json.dumps(field.default), field.metadata["help"]))
     return rows
 
 
@@ -378,8 +377,10 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
                 )
             except json.JSONDecodeError:
                 value = None
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(item.strip() for item in typing.cast(list[str], value))
+        if isinstance(value, list | tuple):
+            items = typing.cast(list[Any], value)
+            if all(isinstance(item, str) for item in items):
+                return tuple(item.strip() for item in items)
         raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
     if kind is str and isinstance(value, str):
         return value
@@ -418,7 +419,10 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
 
 
 def from_context(run_config: Mapping[str, Any], run_id: int) -> RunConfig:
-    """The configuration that a Flower app was started with; ``runs/flower-ID`` when it names no run directory."""
+    """The configuration that a Flower app was started with.
+
+    When it names no run directory, that is ``runs/flower-ID``.
+    """
     config = from_flat(run_config)
     return (
         config
@@ -468,7 +472,10 @@ def parse_overrides(items: Iterable[str]) -> dict[str, str]:
 def _check_partition(data: DataConfig) -> None:
     """The partition's own words, and that it says how many institutions there are."""
     scheme, _, argument = data.partition.partition(":")
-    usage = "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or size:linear|square|exponential"
+    usage = (
+        "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or "
+        "size:linear|square|exponential"
+    )
     good = {
         "iid": argument == "",
         "dirichlet": _positive(argument),
@@ -480,8 +487,8 @@ def _check_partition(data: DataConfig) -> None:
         raise InputError(f"data.partition is {data.partition!r}; it must be {usage}")
     if scheme != "natural" and data.institutions < 1:
         raise InputError(
-            f"data.institutions is {data.institutions}, but partition {data.partition} needs to know how "
-            "many there are; set data.institutions to 1 or more"
+            f"data.institutions is {data.institutions}, but partition {data.partition} needs to "
+            "know how many there are; set data.institutions to 1 or more"
         )
 
 

@@ -2,13 +2,14 @@
 
 
 class InputError(ValueError):
-    """A value that the user can mend. One line: name, value, bound, remedy. The command exits with 2."""
+    """A value that the user can mend. One line: name, value, bound, remedy. The command exits 2."""
 
 
 class Refusal(RuntimeError):
     """An institution says no, or one of its guards tripped.
 
-    Only ``code`` leaves the institution; ``detail`` may quote private facts and stays in its own log.
+    Only ``code`` leaves the institution; ``detail`` may quote private facts and stays in its own
+    log.
 
     Args:
         code: A short fixed word such as ``budget-exhausted``.

@@ -12,7 +12,8 @@ def write_atomic(path: Path, content: bytes) -> None:
         OSError: If the disk is full or the directory cannot be written; the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -20,10 +21,10 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 is for secrets
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 

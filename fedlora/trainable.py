@@ -1,12 +1,12 @@
-"""What a process keeps in memory: one base model with one adapter slot, its task, and the tokenised records.
+"""What a process keeps in memory: a base model with one adapter slot, its task, tokenised records.
 
-Both sides use it: an institution trains in it, the server starts from it and evaluates in it. Loading is the slow
-part of a round, so each process loads once and swaps adapters.
+Both sides use it: an institution trains in it, the server starts from it and evaluates in it.
+Loading is the slow part of a round, so each process loads once and swaps adapters.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -24,7 +24,8 @@ class Trainable:
 
     Args:
         base: The frozen base, its tokenizer, kind and weight digest.
-        model: The base wrapped by PEFT; only the adapter (and a head, where the task has one) requires gradients.
+        model: The base wrapped by PEFT; only the adapter (and a head, where the task has one)
+            requires gradients.
         per_sample: The layers that give per-example gradients.
         task: Losses, predictions, metrics.
         labels: The label set; empty for sft.
@@ -50,8 +51,16 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
         InputError: If the base model is not there, is pickle-only, or cannot take the adapter.
     """
     device = "cuda" if config.engine.gpus > 0 and torch.cuda.is_available() else "cpu"
-    return _load(config.seed, config.model, config.adapter, config.data.prompt, config.training.max_length,
-                 config.training.gradient_checkpointing, labels, device)  # fmt: skip
+    return _load(
+        config.seed,
+        config.model,
+        config.adapter,
+        config.data.prompt,
+        config.training.max_length,
+        config.training.gradient_checkpointing,
+        labels,
+        device,
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,7 +91,7 @@ def _load(
     )
     peft_model = adapters.attach(base, spec, seed)
     if checkpointing:
-        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        cast(Any, base.model).gradient_checkpointing_enable({"use_reentrant": False})
     return Trainable(
         base=base,
         model=peft_model,
@@ -93,15 +102,17 @@ def _load(
     )
 
 
-def _task(model: Any, prompt: str, max_length: int, kind: str, tokenizer: Any) -> tasks.Task:
+def _task(
+    model: Any, prompt: str, max_length: int, kind: models.Kind, tokenizer: Any
+) -> tasks.Task:
     return tasks.make(model.task, kind, tokenizer, prompt=prompt, max_length=max_length)
 
 
 def task(config: RunConfig) -> tasks.Task:
     """The task alone: enough to encode text, without loading the base's weights."""
     tokenizer = models.load_tokenizer(config.model.name)
-    return _task(config.model, config.data.prompt, config.training.max_length,
-                 models.kind(config.model.name, config.model.task), tokenizer)  # fmt: skip
+    kind = models.kind(config.model.name, cast(models.Task, config.model.task))
+    return _task(config.model, config.data.prompt, config.training.max_length, kind, tokenizer)
 
 
 @functools.lru_cache(maxsize=1)
@@ -138,11 +149,12 @@ def records(config: RunConfig) -> Federation:
 
 
 def training_mode(model: torch.nn.Module, on: bool) -> None:
-    """Switch adapter dropout (and checkpointing) on or off; the frozen base's own dropout stays off.
+    """Switch adapter dropout (and checkpointing) on or off; the frozen base's dropout stays off.
 
-    A frozen base has nothing to regularise, and under DP its dropout would only add noise that nobody accounts.
+    A frozen base has nothing to regularise, and under DP its dropout would only add noise that
+    nobody accounts.
     """
     model.eval()
-    for name, module in model.named_modules():
+    for name, module in cast(Any, model).named_modules():
         if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
             module.training = on

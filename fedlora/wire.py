@@ -1,7 +1,8 @@
-"""Every record key that crosses the wire, and the typed packages that are packed into and out of them.
+"""Every record key that crosses the wire, and the typed packages that such records carry.
 
-Nothing outside this module spells a record key. All packages are plain data; whoever receives one validates it:
-an institution checks an order against its own limits, a strategy checks an update against the global adapter.
+Nothing outside this module spells a record key. All packages are plain data; whoever receives one
+validates it: an institution checks an order against its own limits, a strategy checks an update
+against the global adapter.
 """
 
 import dataclasses
@@ -71,8 +72,8 @@ class TrainOrder:
     Args:
         run: Identity of the run; the same after a resume.
         round: From 1.
-        participations: The most rounds of this run that the institution will be asked for. It plans its noise
-            for that many and enforces the number.
+        participations: The most rounds of this run that the institution will be asked for. It plans
+            its noise for that many and enforces the number.
         base: SHA-256 of the base model's weights as the server holds them.
         report: Extra figures that are asked for (``loss``, ``records``). Under DP any is refused.
         adapter: The global adapter to start from.
@@ -147,7 +148,8 @@ class ClientUpdate:
         institution: Who answers.
         round: The order's round.
         adapter: The adapter after local training.
-        size: What the weighting asked for: a size class, a noised or an exact count; 0 for uniform weights.
+        size: What the weighting asked for: a size class, a noised or an exact count; 0 for uniform
+            weights.
         privacy: What was spent; None without DP.
         metrics: The figures that ``report`` asked for; empty under DP.
     """
@@ -168,14 +170,16 @@ def arrays(state: AdapterState) -> ArrayRecord:
 def _state(record: ArrayRecord) -> AdapterState:
     # np.load without pickle; a copy, since torch wants writable memory
     return AdapterState(
-        {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+        {name: torch.as_tensor(np.array(array.numpy())) for name, array in record.items()}
     )
 
 
 def _plain(package: Any, *skip: str) -> ConfigRecord:
     fields = [f.name for f in dataclasses.fields(package) if f.name not in skip]
     values = {name: getattr(package, name) for name in fields}
-    return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+    return ConfigRecord(
+        {k: list(typing.cast(Any, v)) if isinstance(v, tuple) else v for k, v in values.items()}
+    )
 
 
 def _config(content: RecordDict, key: str) -> dict[str, Any]:
@@ -201,13 +205,13 @@ def pack_hello(hello: Hello) -> RecordDict:
 
 
 def unpack_hello(content: RecordDict) -> Hello:
-    """The `Hello` in a reply. Raises `Refusal` when it is not one, or when the institution refused."""
+    """The `Hello` in a reply. Raises `Refusal` when it is none, or when the institution refused."""
     _raise_refusal(content)
     return _build(Hello, _config(content, _HELLO))
 
 
 def pack_order(order: TrainOrder, adapter: ArrayRecord) -> RecordDict:
-    """An order around the round's one `ArrayRecord`, so that engines can share it between institutions."""
+    """An order around the round's one `ArrayRecord`, so that engines can share it."""
     return RecordDict({_ORDER: _plain(order, "adapter"), _ADAPTER: adapter})
 
 

@@ -14,8 +14,8 @@ def exchange(
 ) -> Iterator[tuple[int, Message | None]]:
     """Send messages and yield each node's reply as it arrives; None for a node that stayed silent.
 
-    Grids end what takes too long by the message's time to live. Should one fail to, the wait ends when nothing at all
-    has arrived for ``timeout`` seconds.
+    Grids end what takes too long by the message's time to live. Should one fail to, the wait ends
+    when nothing at all has arrived for ``timeout`` seconds.
 
     Args:
         grid: Any Flower Grid.
@@ -36,7 +36,7 @@ def exchange(
             if r.metadata.reply_to_message_id in waiting
         ]
         for reply in arrived:
-            # by the message replied to: an error for a lost node carries the SuperLink as its source
+            # by the message replied to: the source of an error for a lost node is the SuperLink
             yield waiting.pop(reply.metadata.reply_to_message_id), reply
         if arrived:
             deadline, pause = time.monotonic() + timeout, 0.001

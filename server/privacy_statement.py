@@ -6,12 +6,18 @@ from typing import Any
 from fedlora.config import RunConfig
 from server.run_directory import RunState
 
-ADVERSARY = "the server, the other institutions and anyone who sees any or all of the adapters that were sent in any round"
+ADVERSARY = (
+    "the server, the other institutions and anyone who sees any or all of the adapters that were "
+    "sent in any round"
+)
 ADJACENCY = "add or remove one unit"
-NOBODY_OFF = "Differential privacy was off (epsilon = inf). This run protects nobody: adapters may reveal training records."
+NOBODY_OFF = (
+    "Differential privacy was off (epsilon = inf). This run protects nobody: adapters may reveal "
+    "training records."
+)
 NOBODY_SEEDED = (
-    "The noise came from a seed in the configuration. This run protects nobody: whoever has the configuration "
-    "can subtract the noise. It is a simulation."
+    "The noise came from a seed in the configuration. This run protects nobody: whoever has the "
+    "configuration can subtract the noise. It is a simulation."
 )
 
 
@@ -24,7 +30,8 @@ def statement(config: RunConfig, names: Sequence[str], state: RunState) -> dict[
         state: After the last round.
 
     Returns:
-        ``protects`` in words, and for each institution what it last reported (see docs/privacy-accounting.md).
+        ``protects`` in words, and for each institution what it last reported (see
+        docs/privacy-accounting.md).
     """
     privacy = config.privacy
     if not privacy.enabled:
@@ -33,8 +40,9 @@ def statement(config: RunConfig, names: Sequence[str], state: RunState) -> dict[
         "record" if privacy.unit == "record" else f"value of {privacy.unit!r} with all its records"
     )
     words = (
-        f"Each {unit} of an institution's training data is protected from {ADVERSARY}: whether it was there changes the "
-        "probability of anything they can observe by at most the factor e^epsilon, except with probability delta."
+        f"Each {unit} of an institution's training data is protected from {ADVERSARY}: whether it "
+        "was there changes the probability of anything they can observe by at most the factor "
+        "e^epsilon, except with probability delta."
     )
     return {
         "protects": NOBODY_SEEDED if privacy.noise == "seeded" else words,

@@ -1,4 +1,7 @@
-"""The federation's rounds: who is asked, what counts, what is kept. One round reads top to bottom in `_round`."""
+"""The federation's rounds: who is asked, what counts, what is kept.
+
+One round reads top to bottom in `_round`.
+"""
 
 import dataclasses
 import logging
@@ -79,7 +82,8 @@ def run(grid: Grid, config: RunConfig) -> None:
     """Run, or continue, the whole federation and write its results.
 
     Raises:
-        InputError: Before anything is written, when the configuration does not fit the data or the budget.
+        InputError: Before anything is written, when the configuration does not fit the data or the
+            budget.
         RunFailed: When no institution is left; the last checkpoint stays.
     """
     records = trainable.records(config)
@@ -119,8 +123,8 @@ def run(grid: Grid, config: RunConfig) -> None:
         directory.save(state)
         if not record["updates"]:
             raise RunFailed(
-                f"round {state.round}: no institution sent a valid update ({_reasons(record['failed'])}); "
-                "the last checkpoint is kept"
+                f"round {state.round}: no institution sent a valid update "
+                f"({_reasons(record['failed'])}); the last checkpoint is kept"
             )
     _finish(directory, config, state, work, records)
 
@@ -309,7 +313,8 @@ class _Roster:
                 if hello.version != fedlora.__version__:
                     raise Refusal(
                         "version-mismatch",
-                        f"{hello.institution} runs fedlora {hello.version}, the server {fedlora.__version__}",
+                        f"{hello.institution} runs fedlora {hello.version}, "
+                        f"the server {fedlora.__version__}",
                     )
                 if hello.institution in {h.institution for h in self._known.values()}:
                     raise Refusal("name-taken", f"two nodes call themselves {hello.institution}")
@@ -327,7 +332,8 @@ class _Roster:
                 codes = {str(node): code for node, code in self.refused.items()}
                 raise RunFailed(
                     f"{len(self._known)} institutions are ready and {len(self.refused)} refuse "
-                    f"({_reasons(codes)}); federation.min-updates is {self._config.federation.min_updates}"
+                    f"({_reasons(codes)}); federation.min-updates is "
+                    f"{self._config.federation.min_updates}"
                 )
             time.sleep(1.0)
 
@@ -343,9 +349,10 @@ def _check_budgets(config: RunConfig, roster: _Roster) -> None:
     """Refuse a run that would run dry, before anybody spends anything on it."""
     if roster.within_budget() < config.federation.min_updates:
         raise InputError(
-            f"budget exhausted: {len(roster) - roster.within_budget()} of {len(roster)} institutions have too little "
-            f"left in their ledgers for a run at privacy.epsilon {config.privacy.epsilon:g}, and federation.min-updates "
-            f"is {config.federation.min_updates}; lower privacy.epsilon or use other records "
+            f"budget exhausted: {len(roster) - roster.within_budget()} of {len(roster)} "
+            "institutions have too little left in their ledgers for a run at privacy.epsilon "
+            f"{config.privacy.epsilon:g}, and federation.min-updates is "
+            f"{config.federation.min_updates}; lower privacy.epsilon or use other records "
             "(`fedlora ledger show` tells what is left)"
         )
 
@@ -360,8 +367,8 @@ def final_adapter(state: RunState) -> AdapterState:
 def evaluate(work: Trainable, adapter: AdapterState, records: Federation) -> dict[str, Any]:
     """Metrics on the pooled held-out rows, and each institution's accuracy on its own.
 
-    This is the experimenter's measurement on rows that are set aside. It is not part of the protocol and says nothing
-    of training records.
+    This is the experimenter's measurement on rows that are set aside. It is not part of the
+    protocol and says nothing of training records.
     """
     shard, owner = records.pooled_held_out()
     adapter.load_into(work.model)

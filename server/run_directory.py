@@ -1,4 +1,7 @@
-"""A run on disk: what ran, where it is, and what a resume needs. Every file is written whole or not at all."""
+"""A run on disk: what ran, where it is, and what a resume needs.
+
+Every file is written whole or not at all.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -90,8 +93,8 @@ class RunDirectory:
         free = shutil.disk_usage(parent).free
         if free < FREE_BYTES:
             raise InputError(
-                f"{parent} has {free / 2**20:.0f} MiB free; a run needs at least {FREE_BYTES / 2**20:.0f} MiB: "
-                "free some or give another --out"
+                f"{parent} has {free / 2**20:.0f} MiB free; a run needs at least "
+                f"{FREE_BYTES / 2**20:.0f} MiB: free some or give another --out"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._json("environment.json", environment())
@@ -122,7 +125,8 @@ class RunDirectory:
         parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "moments": {}, "average": {}}
         with safetensors.safe_open(found[-1], "pt") as file:  # pyright: ignore[reportUnknownVariableType]
             plain = json.loads(file.metadata()["state"])
-            for key in file.keys():
+            keys: list[str] = file.keys()
+            for key in keys:
                 part, _, name = key.partition("/")
                 parts[part][name] = file.get_tensor(key)
         lines = [json.dumps(r) for r in self.records() if r["round"] <= plain["round"]]
@@ -136,7 +140,7 @@ class RunDirectory:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line to ``rounds.jsonl``."""
-        with open(self.path / "rounds.jsonl", "a", encoding="utf-8") as file:
+        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -146,7 +150,7 @@ class RunDirectory:
         return read_records(self.path)
 
     def write_result(self, result: Mapping[str, Any], privacy: Mapping[str, Any]) -> None:
-        """Write ``privacy.json`` and, last of all, ``result.json``: a run that has one is complete."""
+        """Write ``privacy.json`` and, last, ``result.json``: a run that has one is complete."""
         self._json("privacy.json", privacy)
         self._json("result.json", result)
 

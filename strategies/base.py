@@ -1,4 +1,4 @@
-"""What every strategy shares: its shape, who is asked in a round, what an update must look like, weights."""
+"""What every strategy shares: its shape, who is asked in a round, which updates count, weights."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,9 @@ class Strategy:
     """A way to make one adapter of many.
 
     Args:
-        aggregate: Pure. Takes updates sorted by institution and their weights, which sum to 1; returns the new
-            adapter. It reads nothing but the updates, so under DP it is post-processing: it spends no privacy.
+        aggregate: Pure. Takes updates sorted by institution and their weights, which sum to 1;
+            returns the new adapter. It reads nothing but the updates, so under DP it is
+            post-processing: it spends no privacy.
         reference: The paper.
     """
 
@@ -27,7 +28,7 @@ class Strategy:
 
 
 def participations(rounds: int, institutions: int, per_round: int) -> int:
-    """The most rounds that `sample` can ask one institution for: every round, or an even share of them.
+    """The most rounds that `sample` can ask one institution for: every one, or an even share.
 
     Args:
         rounds: Rounds of the run.
@@ -42,10 +43,11 @@ def participations(rounds: int, institutions: int, per_round: int) -> int:
 def sample(
     asked: Mapping[str, int], *, per_round: int, cap: int, seed: int, round: int
 ) -> list[str]:
-    """The institutions to ask in a round: those asked least so far, ties broken by lot, none over ``cap``.
+    """The institutions to ask in a round.
 
-    Asking the least-asked keeps all counts within one of each other, so nobody can be asked more often than
-    `participations` says, and each can plan its noise for that many rounds.
+    Those asked least so far, ties broken by lot, none over ``cap``. Asking the least-asked keeps
+    all counts within one of each other, so nobody can be asked more often than `participations`
+    says, and each can plan its noise for that many rounds.
 
     Args:
         asked: Institution -> rounds it was asked for so far. Only these can be asked.

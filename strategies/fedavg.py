@@ -1,9 +1,11 @@
-r"""Federated averaging of the factors: :math:`A = \sum_k p_k A_k`, :math:`B = \sum_k p_k B_k`, magnitudes alike.
+r"""Federated averaging of the factors: :math:`A = \sum_k p_k A_k`, :math:`B = \sum_k p_k B_k`.
 
-Averaging A and B apart is not averaging BA: the difference is a product of the institutions' deviations, small when
-they take few local steps from a common start. DoRA's magnitude is a plain vector and its mean is exact.
+Averaging A and B apart is not averaging BA: the difference is a product of the institutions'
+deviations, small when they take few local steps from a common start. Magnitudes are averaged alike:
+DoRA's is a plain vector and its mean is exact.
 
-Reference: McMahan et al. (2017), arXiv 1602.05629; for LoRA under DP: Liu et al. (2023), DP-LoRA, arXiv 2312.17493.
+Reference: McMahan et al. (2017), arXiv 1602.05629; for LoRA under DP: Liu et al. (2023), DP-LoRA,
+arXiv 2312.17493.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
-r"""Optimizers on the aggregated update :math:`\Delta_t = \bar w_t - w_t`, which they treat as a descent direction.
+r"""Optimizers on the aggregated update :math:`\Delta_t = \bar w_t - w_t`.
 
-Under DP they see noised updates only, so they are post-processing. Averaging comes before the adaptive step: the noise
-shrinks by the square root of the cohort first.
+They treat the update as a descent direction. Under DP they see noised updates only, so they are
+post-processing. Averaging comes before the adaptive step: the noise shrinks by the square root of
+the cohort first.
 
 Reference: Reddi et al. (2021), Adaptive Federated Optimization, arXiv 2003.00295.
 """
@@ -15,7 +16,7 @@ from fedlora.adapters import AdapterState
 BETA1, BETA2, TAU = 0.9, 0.99, 1e-8
 
 Moments = Mapping[str, torch.Tensor]
-"""Optimizer state: ``m/NAME`` and ``v/NAME`` float32 tensors of each parameter's shape, ``step`` int64 ()."""
+"""Optimizer state: ``m/NAME``, ``v/NAME`` float32 of each parameter's shape, ``step`` int64 ()."""
 
 
 def step(
@@ -23,7 +24,8 @@ def step(
 ) -> tuple[AdapterState, dict[str, torch.Tensor]]:
     r"""One server step from ``before`` towards ``aggregated``.
 
-    Moments are corrected for their start at zero as in Adam (Kingma & Ba), since runs here have tens of rounds.
+    Moments are corrected for their start at zero as in Adam (Kingma & Ba), since runs here have
+    tens of rounds.
 
     Args:
         kind: ``none`` (:math:`w + \eta \Delta`), ``momentum``, ``adam``, ``yogi`` or ``adagrad``.

@@ -1,4 +1,4 @@
-"""What many tests need: a tiny encoder on disk, a small table of records, a configuration over both."""
+"""What many tests need: a tiny encoder on disk, a few records, a configuration over both."""
 
 import csv
 import json

@@ -44,6 +44,8 @@ def test_flower_finds_the_demo_in_pyproject():
     assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "experiments/configs").glob("*.toml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "experiments/configs").glob("*.toml")), ids=lambda f: f.stem
+)
 def test_every_ready_configuration_is_valid(file):
     config.load(file)

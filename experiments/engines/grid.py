@@ -1,7 +1,7 @@
 """What our Flower Grids share: virtual nodes, message ids, and a reply for every message.
 
-Flower keeps the identity of a message's sender in a private class and lets only its own SuperLink set message ids; both
-are used here (flwr is pinned to the version this was tested with).
+Flower keeps the identity of a message's sender in a private class and lets only its own SuperLink
+set message ids; both are used here (flwr is pinned to the version this was tested with).
 """
 
 import uuid
@@ -103,7 +103,7 @@ def run_server(app: ServerApp, grid: SimulationGrid, run_config: Mapping[str, An
 
 
 def call(app: ClientApp, message: Message, context: Context) -> Message:
-    """Let a ClientApp handle a message; an exception becomes the reply that Flower's engines give."""
+    """Let a ClientApp handle a message; an exception becomes the reply Flower's engines give."""
     try:
         return app(message, context)
     except Exception as error:

@@ -1,8 +1,8 @@
 """Simulation on Ray core actors: each worker process keeps the base model, adapters come and go.
 
-What a round's messages share (the global adapter) is put into the object store once. Replies are handed over as they
-arrive. A worker that dies, or that an institution keeps for too long, is replaced; an institution whose worker died is
-retried once, then reported as failed for the round.
+What a round's messages share (the global adapter) is put into the object store once. Replies are
+handed over as they arrive. A worker that dies, or that an institution keeps for too long, is
+replaced; an institution whose worker died is retried once, then reported as failed for the round.
 """
 
 import collections
@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from flwr.app import Context, Message, RecordDict
+from ray.exceptions import RayActorError, RayTaskError
 
 from experiments.engines.grid import (
     TIMEOUT,
@@ -68,7 +69,9 @@ class _Worker:
 
 
 class RayGrid(SimulationGrid):
-    """A Grid on Ray actors. Use it as a context manager: leaving it ends the workers, and Ray when it started it.
+    """A Grid on Ray actors.
+
+    Use it as a context manager: leaving it ends the workers, and Ray when it started it.
 
     Args:
         app: The ClientApp as ``module:name``; workers import it themselves.
@@ -103,7 +106,7 @@ class RayGrid(SimulationGrid):
             ray.remote(_Worker).options(num_cpus=threads, num_gpus=gpus, max_restarts=0).remote
         )
         self._arguments = (app, log)
-        self._workers = [self._make(*self._arguments) for _ in range(count)]
+        self._workers: list[Any] = [self._make(*self._arguments) for _ in range(count)]
         self._queue: collections.deque[_Job] = collections.deque()
         self._running: dict[Any, tuple[int, _Job]] = {}  # reference -> worker, job
         self._load: list[collections.deque[Any]] = [collections.deque() for _ in range(count)]
@@ -170,8 +173,9 @@ class RayGrid(SimulationGrid):
     def _dispatch(self) -> None:
         for index, load in enumerate(self._load):
             while self._queue and len(load) < IN_FLIGHT:
+                # near the end of a round nobody queues behind another while workers are idle
                 if load and len(self._queue) < len(self._load):
-                    break  # near the end of a round nobody queues behind another while workers are idle
+                    break
                 job = self._queue.popleft()
                 job.attempts += 1
                 reference = self._workers[index].handle.remote(
@@ -183,13 +187,13 @@ class RayGrid(SimulationGrid):
                 self._running[reference] = (index, job)
 
     def _collect(self, reference: Any) -> list[Message]:
-        """The reply of a finished call; nothing when its worker died and the institution is tried again."""
+        """The reply of a finished call; none when its worker died and the call is tried again."""
         index, job = self._running.pop(reference)
         try:
             reply, state = ray.get(reference)
-        except ray.exceptions.RayActorError:
+        except RayActorError:
             return self._replace(index, [(reference, job)], WORKER_DIED)
-        except ray.exceptions.RayTaskError:
+        except RayTaskError:
             reply, state = error_reply(job.message, 2, "worker"), None
         self._load[index].remove(reference)
         if self._load[index]:
@@ -238,7 +242,8 @@ class RayGrid(SimulationGrid):
 def _without(message: Message, key: str) -> Message:
     """The same message without one record. Its id stays."""
     content = RecordDict({k: v for k, v in message.content.items() if k != key})
-    return Message(content, metadata=message.metadata)
+    make: Any = Message  # its published signatures leave metadata out
+    return make(content, metadata=message.metadata)
 
 
 def _start_ray(address: str, cores: int) -> None:

@@ -151,7 +151,8 @@ def test_poisson_batches_have_the_right_distribution():
     )
     batches = list(sampler)
     sizes = np.bincount([len(b) for b in batches], minlength=units + 1)
-    # sizes are Binomial(50, 0.1); chi-square over pooled cells, and each unit's own count; both at 1e-6 false alarm
+    # sizes are Binomial(50, 0.1); chi-square over pooled cells, and each unit's own count;
+    # both at 1e-6 false alarm
     expected = stats.binom.pmf(np.arange(units + 1), units, rate) * steps
     cells = expected > 5
     statistic = ((sizes[cells] - expected[cells]) ** 2 / expected[cells]).sum()

@@ -1,0 +1,196 @@
+"""The command line as a person meets it: outputs, exit codes, one line for each bad input."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import fedlora
+from experiments.cli import app
+
+runner = CliRunner()
+QUIETLY = ("--engine", "inline", "--quiet")
+
+
+def invoke(*arguments):
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+def refused(*arguments, words):
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_config):
+    def write(**values):
+        path = tmp_path / "x.toml"
+        path.write_text(tiny_config(**({"run-dir": "", "federation.rounds": 1} | values)).to_toml())
+        return path
+
+    return write
+
+
+def test_the_version_is_the_packages():
+    assert invoke("--version").stdout.strip() == fedlora.__version__
+
+
+def test_config_lists_every_key_and_resolves_a_file(config_file):
+    rows = json.loads(invoke("config", "--json").stdout)
+    assert {"privacy.epsilon", "adapter.rank"} <= {row["key"] for row in rows}
+    assert "rounds = 7" in invoke("config", config_file(), "--set", "federation.rounds=7").stdout
+
+
+def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
+    out = tmp_path / "out"
+    result = invoke("run", config_file(), "--out", out, "--engine", "inline", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert {"accuracy", "macro_f1", "epsilon_max", "rounds", "seconds", "run_dir"} <= said.keys()
+    assert said["run_dir"] == str(out)
+
+    measured = json.loads(invoke("evaluate", out, "--data", complaints, "--json").stdout)
+    assert measured["n"] == 480
+
+    answers = json.loads(
+        invoke("predict", out, "stolen phishing scam", "mortgage lender", "--json").stdout
+    )
+    assert [a["answer"] in ("loan", "card", "fraud") for a in answers] == [True, True]
+
+    assert invoke("merge", out, tmp_path / "merged").exit_code == 0
+    assert list((tmp_path / "merged").glob("*.safetensors"))
+    refused("merge", out, tmp_path / "merged", words=["exists"])
+    refused("run", config_file(), "--out", out, words=["holds another run", "--resume"])
+    refused("run", "--resume", out, words=["is complete"])
+
+
+def test_a_table_and_places_are_printed(config_file, tmp_path):
+    result = invoke("run", config_file(), "--out", tmp_path / "out", "--engine", "inline")
+    assert result.exit_code == 0, result.output
+    text = re.sub(r"\s+", " ", result.stdout)
+    files = ("privacy.json", "rounds.jsonl")
+    for word in ("accuracy", "macro f1", "epsilon", "protects nobody", *files):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("assign", "words"),
+    [
+        ("adapter.rnk=4", ["adapter.rnk", "adapter.rank"]),
+        ("adapter.rank=0", ["adapter.rank", "0", "at least 1"]),
+        ("privacy.epsilon=-2", ["privacy.epsilon", "-2", "above 0"]),
+        ("seed=many", ["seed", "'many'", "whole number"]),
+        ("model.name=nowhere/at-all", ["nowhere/at-all"]),
+        ("model.name=package:no-such-package", ["no-such-package", "install"]),
+        ("data.source=/no/such.csv", ["/no/such.csv"]),
+        ("data.text=body", ["body", "text"]),
+        ("data.labels=loan,card", ["fraud"]),
+        ("data.min-records=100000", ["min-records", "100000"]),
+        ("data.partition=iid", ["data.institutions"]),
+        ("federation.min-updates=9", ["federation.min-updates", "9", "4 institutions"]),
+        (
+            "federation.institutions-per-round=9",
+            ["federation.institutions-per-round", "9", "4 institutions"],
+        ),
+        ("privacy.delta=0.5", ["delta", "0.5"]),
+        ("training.max-length=4096", ["training.max-length", "4096", "64"]),
+        ("adapter.target-modules=nope", ["nope"]),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(config_file, tmp_path, assign, words):
+    out = tmp_path / "out"
+    refused("run", config_file(), "--set", assign, "--out", out, *QUIETLY, words=words)
+    assert not out.exists()
+
+
+def test_pickle_weights_are_refused(config_file, tmp_path, tiny_encoder):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_encoder / name).read_bytes())
+    (folder / "pytorch_model.bin").write_bytes(b"anything")
+    refused("run", config_file(), "--set", f"model.name={folder}", "--quiet", words=["safetensors"])
+
+
+def test_other_files_in_the_run_directory_are_kept(config_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    refused("run", config_file(), "--out", out, *QUIETLY, words=["other files"])
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_is_said_before_the_run(config_file, tmp_path, monkeypatch):
+    from server import run_directory
+
+    monkeypatch.setattr(run_directory, "FREE_BYTES", 2**60)
+    refused("run", config_file(), "--out", tmp_path / "out", *QUIETLY, words=["MiB free"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
+    config_file, tmp_path, monkeypatch
+):
+    from strategies import fedavg
+
+    out, calls = tmp_path / "out", []
+
+    def second_fails(updates, weights):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return fedavg.aggregate(updates, weights)
+
+    import strategies
+    from strategies.base import Strategy
+
+    failing = Strategy(aggregate=second_fails, reference="")
+    monkeypatch.setitem(strategies.STRATEGIES, "fedavg", failing)
+    result = invoke("run", config_file(**{"federation.rounds": 3}), "--out", out, *QUIETLY)
+    assert result.exit_code == 1
+    assert "No space left" in result.stderr and f"--resume {out}" in result.stderr
+    assert (out / "checkpoints" / "round-000001.safetensors").exists()
+
+    changed = invoke("run", config_file(**{"federation.rounds": 4}), "--resume", out)
+    assert changed.exit_code == 2 and "federation.rounds was 3, now 4" in changed.stderr
+    resumed = invoke("run", "--resume", out, "--engine", "inline", "--json")
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads(resumed.stdout)["rounds"] == 3
+
+
+def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():
+    size = ("--records", 3100, "--batch-size", 128, "--steps", 1211)
+    common = (*size, "--delta", 1e-5, "--accountant", "rdp", "--json")
+    forward = json.loads(invoke("plan", *common, "--epsilon", 3).stdout)
+    assert forward["noise_multiplier"] == pytest.approx(2.30, rel=5e-3)
+    sigma = forward["noise_multiplier"]
+    back = json.loads(invoke("plan", *common, "--noise-multiplier", sigma).stdout)
+    assert back["epsilon"] == pytest.approx(forward["epsilon"]) and back["epsilon"] <= 3
+    table = json.loads(invoke("plan", *common, "--epsilon", 3, "--table").stdout)["table"]
+    assert len(table) > 5
+    small = ("plan", "--records", 10, "--steps", 1)
+    refused(*small, "--batch-size", 20, "--epsilon", 1, words=["--batch-size", "20", "10"])
+    refused(*small, "--batch-size", 2, words=["--epsilon", "--noise-multiplier"])
+    refused(*small, "--batch-size", 2, "--epsilon", 1, "--delta", 0.2, words=["delta", "0.2"])
+
+
+def test_a_ledger_is_made_shown_and_verified(tmp_path):
+    path = tmp_path / "bank.db"
+    assert invoke("ledger", "init", path, "--max-epsilon", 10, "--delta", 1e-6).exit_code == 0
+    shown = json.loads(invoke("ledger", "show", path, "--json").stdout)
+    assert (shown["epsilon"], shown["limit"], shown["delta"]) == (0.0, 10.0, 1e-6)
+    assert shown["entries"] == []
+    verified = json.loads(invoke("ledger", "verify", path, "--json").stdout)
+    assert verified == {"ok": True, "problems": []}
+    again = invoke("ledger", "init", path, "--max-epsilon", 99, "--delta", 1e-6)
+    assert again.exit_code == 2 and "ledger" in again.stderr
+    assert invoke("ledger", "show", tmp_path / "none.db").exit_code == 2
+    Path(path).write_bytes(b"no database")
+    assert invoke("ledger", "verify", path).exit_code != 0
