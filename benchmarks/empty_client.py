@@ -13,9 +13,9 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Send the content back.
 
-    FEDLORA_FAULT=die:N, hang:N or raise:N makes partition N misbehave (for tests).
+    The run config's fault = "die:N", "hang:N" or "raise:N" makes partition N misbehave.
     """
-    what, _, where = os.environ.get("FEDLORA_FAULT", "").partition(":")
+    what, _, where = str(context.run_config.get("fault", "")).partition(":")
     if where and int(where) == context.node_config["partition-id"]:
         if what == "die":
             os._exit(9)

@@ -62,6 +62,7 @@ def merge(run_dir: Path, out_dir: Path) -> None:
     if out_dir.exists():
         raise InputError(f"{out_dir} exists; give a directory that is not there")
     _, work = _open(run_dir)
+    trainable.forget()  # merging takes the model apart
     merged = adapters.merge(work.model)
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")
     merged.save_pretrained(temporary, safe_serialization=True)

@@ -108,6 +108,11 @@ def _task(
     return tasks.make(model.task, kind, tokenizer, prompt=prompt, max_length=max_length)
 
 
+def forget() -> None:
+    """Let go of the process's `Trainable`, for whoever is about to take its model apart."""
+    _load.cache_clear()
+
+
 def task(config: RunConfig) -> tasks.Task:
     """The task alone: enough to encode text, without loading the base's weights."""
     tokenizer = models.load_tokenizer(config.model.name)

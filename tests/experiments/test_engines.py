@@ -9,39 +9,23 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
 from benchmarks.empty_client import app
-from experiments.engines.grid import TIMEOUT, WORKER_DIED
 from experiments.engines.inline import InlineGrid
 from experiments.engines.ray import RayGrid
 from server.exchange import exchange
-
-EMPTY = "benchmarks.empty_client:app"
-
-
-def _round(grid, ttl=60.0):
-    record = ArrayRecord({"w": Array(np.arange(6, dtype=np.float32))})
-    messages = [
-        Message(RecordDict({"adapter": record}), node, MessageType.TRAIN, ttl=ttl)
-        for node in grid.get_node_ids()
-    ]
-    return dict(exchange(grid, messages, 120.0))
-
-
-def _right(reply):
-    return reply.has_content() and reply.content["adapter"]["w"].numpy().tolist() == list(range(6))
+from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
 
 
 def test_the_inline_engine_answers_for_every_institution():
-    replies = _round(InlineGrid(app, 5, {}))
+    replies = one_round(InlineGrid(app, 5, {}))
     assert sorted(replies) == [1, 2, 3, 4, 5]
-    assert all(_right(r) for r in replies.values())
+    assert all(right(r) for r in replies.values())
 
 
-def test_the_inline_engine_reports_an_exception_as_flower_does(monkeypatch):
-    monkeypatch.setenv("FEDLORA_FAULT", "raise:1")
-    replies = _round(InlineGrid(app, 3, {}))
+def test_the_inline_engine_reports_an_exception_as_flower_does():
+    replies = one_round(InlineGrid(app, 3, {"fault": "raise:1"}))
     assert replies[2].error.code == 2
     assert "as asked" not in replies[2].error.reason
-    assert _right(replies[1]) and _right(replies[3])
+    assert right(replies[1]) and right(replies[3])
 
 
 def test_silence_is_told_from_an_answer():
@@ -65,9 +49,9 @@ def ray_grid():
 
 def test_the_ray_engine_answers_for_every_institution_and_keeps_its_state(ray_grid):
     for _ in range(2):
-        replies = _round(ray_grid)
+        replies = one_round(ray_grid)
         assert sorted(replies) == list(range(1, 13))
-        assert all(_right(r) for r in replies.values())
+        assert all(right(r) for r in replies.values())
     pids = {ray_grid._contexts[node].state["pid"]["pid"] for node in range(1, 13)}
     assert pids <= set(ray_grid.worker_pids())
     assert ray_grid.answered == ray_grid.pushed == 12
@@ -77,33 +61,6 @@ def test_a_worker_killed_between_rounds_is_replaced(ray_grid):
     victim = ray_grid.worker_pids()[0]
     os.kill(victim, signal.SIGKILL)
     time.sleep(0.5)
-    replies = _round(ray_grid)
-    assert all(_right(r) for r in replies.values())
+    replies = one_round(ray_grid)
+    assert all(right(r) for r in replies.values())
     assert victim not in ray_grid.worker_pids()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "code"), [("die:4", WORKER_DIED), ("hang:4", TIMEOUT), ("raise:4", 2)]
-)
-def test_one_bad_institution_never_spoils_a_round(monkeypatch, fault, code):
-    monkeypatch.setenv("FEDLORA_FAULT", fault)
-    with RayGrid(EMPTY, 8, {}, workers=2, threads=1) as grid:
-        for _ in range(2):
-            replies = _round(grid, ttl=20.0)
-            assert replies[5].has_error() and replies[5].error.code == code
-            assert all(_right(r) for node, r in replies.items() if node != 5)
-
-
-@pytest.mark.slow
-def test_a_cluster_of_two_nodes_serves_one_run():
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=1)
-        with RayGrid(EMPTY, 6, {}, workers=2, threads=1, address=cluster.address) as grid:
-            assert all(_right(r) for r in _round(grid).values())
-            assert len(set(grid.worker_pids())) == 2
-    finally:
-        cluster.shutdown()

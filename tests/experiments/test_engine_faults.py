@@ -1,0 +1,33 @@
+"""What the Ray engine does when an institution, a worker or a machine misbehaves."""
+
+import pytest
+
+from experiments.engines.grid import TIMEOUT, WORKER_DIED
+from experiments.engines.ray import RayGrid
+from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "code"), [("die:4", WORKER_DIED), ("hang:4", TIMEOUT), ("raise:4", 2)]
+)
+def test_one_bad_institution_never_spoils_aone_round(fault, code):
+    with RayGrid(EMPTY, 8, {"fault": fault}, workers=2, threads=1) as grid:
+        for _ in range(2):
+            replies = one_round(grid, ttl=20.0)
+            assert replies[5].has_error() and replies[5].error.code == code
+            assert all(right(r) for node, r in replies.items() if node != 5)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_two_nodes_serves_one_run():
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        with RayGrid(EMPTY, 6, {}, workers=2, threads=1, address=cluster.address) as grid:
+            assert all(right(r) for r in one_round(grid).values())
+            assert len(set(grid.worker_pids())) == 2
+    finally:
+        cluster.shutdown()
