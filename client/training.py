@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from client.dp_sgd import PoissonSampler, PrivateOptimizer, check_sampler
 from fedlora import tasks
@@ -220,8 +221,11 @@ def _training(trainable: Trainable, source: RandomSource) -> Iterator[None]:
     seed = int.from_bytes(source.child("dropout").key[:7], "big")
     training_mode(trainable.model, True)
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
             torch.manual_seed(seed)
+            if trainable.base.model.device.type == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
     finally:
         training_mode(trainable.model, False)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,8 @@ def _logging_to(path: str) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Settings that libraries read when they are imported."""
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # it warns of optional kernels at import

@@ -129,10 +129,9 @@ def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
         modules_to_save=[HEAD] if base.kind == "encoder" else None,
         task_type="CAUSAL_LM" if base.kind == "causal" else None,
     )
-    config.base_model_name_or_path = base.name
     with torch.random.fork_rng(devices=[]):
         model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
-    config.base_model_name_or_path = base.name  # PEFT overwrites it with the directory
+    config.base_model_name_or_path = base.name  # PEFT takes the directory
     with torch.no_grad():
         for name, layer in lora_layers(model):
             a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)

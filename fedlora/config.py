@@ -160,7 +160,7 @@ class TrainingConfig(_Section):
         at_least=0,
         at_most=1,
     )
-    physical_batch: int = _key(64, "records in memory at a time; changes no result", at_least=1)
+    physical_batch: int = _key(32, "records in memory at a time; changes no result", at_least=1)
     learning_rate: float = _key(1.0, "step size at the institution", above=0)
     optimizer: str = _key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
     max_length: int = _key(128, "tokens of a text; longer ones are cut and counted", at_least=4)
