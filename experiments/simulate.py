@@ -84,7 +84,9 @@ def _logging_to(path: str) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Settings that libraries read when they are imported."""
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR

@@ -32,7 +32,7 @@ from fedlora import wire
 
 WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",  # a worker computes in one thread; more arenas only hold on to freed memory
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "200",  # batches have many shapes, and each kernel kept is memory
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "100",  # batches have many shapes, and each kernel kept is memory
 }
 IN_FLIGHT = 2  # calls queued at a worker, so that it never waits for the driver
 ATTEMPTS = 2
@@ -107,12 +107,14 @@ class RayGrid(SimulationGrid):
         cores = int(ray.cluster_resources().get("CPU", 1))
         count = min(workers or max(1, cores // threads), institutions)
         self._make = (
-            ray.remote(_Worker).options(
+            ray.remote(_Worker)
+            .options(
                 num_cpus=threads,
                 num_gpus=gpus,
                 max_restarts=0,
                 runtime_env={"env_vars": WORKER_ENVIRONMENT},
-            ).remote
+            )
+            .remote
         )
         self._arguments = (app, log)
         self._workers: list[Any] = [self._make(*self._arguments) for _ in range(count)]
