@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -60,6 +61,23 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _only_in_simulation(context: Context) -> None:
+    """Refuse to work for a server on real data: here the server's configuration decides everything.
+
+    In a simulation the experimenter is every institution. Elsewhere an institution must decide for
+    itself where its records and its ledger are, and that DP stays on; that needs settings of its
+    own, which this version does not read. What tells a simulation is local: our inline engine says
+    so to the app, and Ray, ours or Flower's, runs it in one of its workers.
+    """
+    ray = sys.modules.get("ray")
+    if not (context.node_config.get("simulation") is True or (ray and ray.is_initialized())):
+        raise Refusal(
+            "not-a-simulation",
+            "this institution has no local settings that keep its data, ledger and budget out of "
+            "the server's reach; only simulations are served",
+        )
+
+
 def _guarded(
     message: Message,
     context: Context,
@@ -68,11 +86,14 @@ def _guarded(
     """Run ``work``; what goes wrong leaves as a code, the rest goes to this institution's log."""
     index = int(context.node_config.get("partition-id", -1))
     try:
+        _only_in_simulation(context)
         config = configuration.from_context(context.run_config, context.run_id)
         reply = work(config, message.content, index)
     except Refusal as refusal:
         log.warning("institution %d refused: %s", index, refusal)
-        reply = wire.pack_refusal(refusal.code)
+        # one code for all guards: which one tripped may depend on a record
+        code = "guard" if refusal.code.startswith("guard-") else refusal.code
+        reply = wire.pack_refusal(code)
     except InputError as error:
         log.error("institution %d cannot follow this configuration: %s", index, error)
         reply = wire.pack_refusal("bad-configuration")

@@ -28,6 +28,9 @@ NORM_SLACK = 1e-4
 NOISE_SIGMAS = 7.0
 """A step's noise may be off by this many standard errors; false alarms are rarer than 1e-11."""
 
+LONGEST = 1e12
+"""A longer gradient counts as not finite: scaling it down would lose float32 precision."""
+
 AUTOMATIC_GAMMA = 0.01
 """Stabiliser of automatic clipping, as in Bu et al."""
 
@@ -114,7 +117,7 @@ class PrivateOptimizer(DPOptimizer):
         units = len(params[0].grad_sample)
         if units:
             norms = _norms([p.grad_sample for p in params])
-            bad = ~torch.isfinite(norms)
+            bad = ~(norms <= LONGEST)  # also nan and inf
             if bad.any():
                 for p in params:
                     p.grad_sample[bad] = 0.0
@@ -124,11 +127,11 @@ class PrivateOptimizer(DPOptimizer):
                 p.grad_sample.mul_(factor.view(-1, *[1] * (p.grad_sample.dim() - 1)))
             self._check_norms(_norms([p.grad_sample for p in params]))
         for p in params:
-            total = p.grad_sample.sum(0)
+            total = p.grad_sample.sum(0, dtype=torch.float64)
             p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
 
     def _factors(self, norms: torch.Tensor) -> torch.Tensor:
-        """Scale of each unit's gradient. ``norms`` (units,) float32, finite."""
+        """Scale of each unit's gradient. ``norms`` (units,) float64, finite."""
         if self._clipping == "automatic":
             return self.max_grad_norm / (norms + AUTOMATIC_GAMMA)
         return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
@@ -196,6 +199,9 @@ def check_noise(noise: np.ndarray, deviation: float) -> None:
 
 
 def _norms(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """(units,) norms over all parameters."""
-    squares = [g.reshape(len(g), -1).norm(2, dim=1).square() for g in gradients]
-    return torch.stack([s.to(squares[0].device) for s in squares]).sum(0).sqrt()
+    """(units,) norms over all parameters, accumulated in float64: nothing overflows or vanishes."""
+    norms = [
+        torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=torch.float64)
+        for g in gradients
+    ]
+    return torch.stack([n.to(norms[0].device) for n in norms]).square().sum(0).sqrt()

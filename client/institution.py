@@ -91,7 +91,8 @@ def budget(config: RunConfig, units: int, participations: int) -> Budget:
         participations: Rounds it may be asked for, at most.
 
     Raises:
-        InputError: If delta is not below 1 / units, or no noise reaches the budget.
+        InputError: If delta is not below 1 / (the most units of its size class), or no noise
+            reaches the budget.
     """
     return _budget(
         config.privacy,
@@ -114,9 +115,8 @@ def _budget(
     units: int,
     participations: int,
 ) -> Budget:
-    delta = privacy.delta or accounting.public_delta(units)
-    accounting.check_delta(delta, units)
     public = accounting.public_size(units)
+    delta = _delta(privacy, units)
     rate = sample_rate or min(1.0, batch_size / public)
     plan = accounting.plan(
         epsilon=privacy.epsilon,
@@ -128,6 +128,14 @@ def _budget(
         size_noise=privacy.size_noise if weighting == "noised-size" else 0.0,
     )
     return Budget(plan=plan, public_size=public, normaliser=rate * public)
+
+
+def _delta(privacy: PrivacyConfig, units: int) -> float:
+    """The run's delta, checked against the size class: a check against the count would tell it."""
+    most = 2 * accounting.public_size(units) - 1
+    delta = privacy.delta or accounting.public_delta(most)
+    accounting.check_delta(delta, most)
+    return delta
 
 
 def open_ledger(
@@ -151,7 +159,7 @@ def open_ledger(
         Ledger.create(
             institution.ledger,
             max_epsilon=config.privacy.max_epsilon or config.privacy.epsilon,
-            delta=config.privacy.delta or accounting.public_delta(units),
+            delta=_delta(config.privacy, units),
             accountant=config.privacy.accountant,
         )
     ledger = Ledger.open(institution.ledger)

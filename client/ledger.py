@@ -159,8 +159,9 @@ class Ledger:
 
         Raises:
             Refusal: ``round-already-answered`` (with another order, or the answer is gone),
-                ``participation-cap``, ``budget-exhausted``, ``ledger-foreign`` (not bound yet),
-                ``ledger-locked``, ``ledger-corrupt``, ``ledger-unusable``.
+                ``participation-cap``, ``run-changed`` (other noise, sampling rate, steps or one-off
+                releases than the run's first charge), ``budget-exhausted``, ``ledger-foreign`` (not
+                bound yet), ``ledger-locked``, ``ledger-corrupt``, ``ledger-unusable``.
         """
         with self._transaction() as db:
             answer = ledger_file.answered(db, run_id, round, order_digest)
@@ -184,6 +185,7 @@ class Ledger:
                     "participation-cap",
                     f"run {run_id} took {used} of the {max_steps_of_run} steps it was planned for",
                 )
+            ledger_file.check_same_run(db, run_id, event, extra_events)
             extra = () if count else tuple(extra_events)
             self._check_budget(db, run_id, (event, *extra), planned)
             fresh = os.urandom(KEY_BYTES) if key is None else key

@@ -135,6 +135,34 @@ def answered(db: sqlite3.Connection, run: str, round: int, digest: str) -> bytes
     return None
 
 
+def check_same_run(
+    db: sqlite3.Connection, run: str, event: Event, extra_events: Sequence[Event]
+) -> None:
+    """Refuse a charge that is not of the run's first charge's kind.
+
+    What a run does to the data is fixed by its first charge. A server that changed its mind between
+    rounds could otherwise have a one-off release made that nobody paid for, or choose the next
+    noise after seeing the last answer, which numerical composition does not cover.
+    """
+    first = db.execute(
+        "SELECT noise_multiplier, sample_rate, steps, extra FROM charges "
+        "WHERE run = ? ORDER BY id LIMIT 1",
+        (run,),
+    ).fetchone()
+    wanted = (
+        event.noise_multiplier,
+        event.sample_rate,
+        event.steps,
+        json.dumps([[e.noise_multiplier, e.sample_rate, e.steps] for e in extra_events]),
+    )
+    if first is not None and tuple(first) != wanted:
+        raise Refusal(
+            "run-changed",
+            f"run {run} began with (noise, rate, steps, one-off releases) {tuple(first)} and now "
+            f"asks for {wanted}",
+        )
+
+
 def append(
     db: sqlite3.Connection,
     run: str,

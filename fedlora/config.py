@@ -109,7 +109,9 @@ class AdapterConfig(_Section):
     prefix = "adapter."
     method: str = _key("lora", "adapter method", choices=("lora", "rslora", "dora", "dora-rslora"))
     rank: int = _key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
-    alpha: float = _key(16.0, "scale: alpha / r, or alpha / sqrt(r) with rslora", above=0)
+    alpha: float = _key(
+        16.0, "scale: alpha / r, or alpha / sqrt(r) with rslora", above=0, at_most=1e4
+    )
     dropout: float = _key(0.0, "dropout on the adapter's input", at_least=0, below=1)
     target_modules: tuple[str, ...] = _key(
         (), "names of the layers that get an adapter; empty: the architecture's usual ones"
@@ -161,7 +163,7 @@ class TrainingConfig(_Section):
         at_most=1,
     )
     physical_batch: int = _key(32, "records in memory at a time; changes no result", at_least=1)
-    learning_rate: float = _key(1.0, "step size at the institution", above=0)
+    learning_rate: float = _key(1.0, "step size at the institution", above=0, at_most=1e4)
     optimizer: str = _key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
     max_length: int = _key(128, "tokens of a text; longer ones are cut and counted", at_least=4)
     gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
@@ -211,7 +213,9 @@ class PrivacyConfig(_Section):
     delta: float = _key(
         0.0, "0: the largest power of ten not above 1 / (10 x records)", at_least=0, below=1
     )
-    max_grad_norm: float = _key(1.0, "clipping bound C on one unit's gradient", above=0)
+    max_grad_norm: float = _key(
+        1.0, "clipping bound C on one unit's gradient", at_least=1e-6, at_most=1e6
+    )
     clipping: str = _key(
         "flat", "flat: scale down to C; automatic: normalise to C", choices=("flat", "automatic")
     )

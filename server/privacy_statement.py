@@ -36,6 +36,10 @@ def statement(config: RunConfig, names: Sequence[str], state: RunState) -> dict[
     privacy = config.privacy
     if not privacy.enabled:
         return {"protects": NOBODY_OFF, "epsilon": "inf", "institutions": {}}
+
+    def asked(name: str) -> int:
+        return state.asked.get(name, 0)
+
     unit = (
         "record" if privacy.unit == "record" else f"value of {privacy.unit!r} with all its records"
     )
@@ -49,7 +53,12 @@ def statement(config: RunConfig, names: Sequence[str], state: RunState) -> dict[
         "adversary": ADVERSARY,
         "adjacency": ADJACENCY,
         "institutions": {
-            name: {**state.privacy[name], "rounds_asked": state.asked.get(name, 0)}
+            name: {
+                **state.privacy[name],
+                "rounds_asked": asked(name),
+                "unreported_steps": asked(name) * config.training.local_steps
+                - state.privacy[name]["steps"],
+            }
             for name in names
             if name in state.privacy
         },

@@ -46,11 +46,13 @@ class Outcome:
         updates: Valid updates, sorted by institution.
         failed: Institution -> reason.
         received: Institution -> bytes of its adapter.
+        privacy: Institution -> what it says it has spent, also where the update does not count.
     """
 
     updates: list[wire.ClientUpdate]
     failed: dict[str, str]
     received: dict[str, int]
+    privacy: dict[str, dict[str, Any]]
 
 
 def preflight(config: RunConfig, names: tuple[str, ...], units: Iterable[int]) -> None:
@@ -75,7 +77,8 @@ def preflight(config: RunConfig, names: tuple[str, ...], units: Iterable[int]) -
                 f"lower it or lower data.min-records (now {config.data.min_records})"
             )
     if config.privacy.enabled and config.privacy.delta:
-        accounting.check_delta(config.privacy.delta, max(units))
+        most = 2 * accounting.public_size(max(units)) - 1  # institutions know their size class only
+        accounting.check_delta(config.privacy.delta, most)
 
 
 def run(grid: Grid, config: RunConfig) -> None:
@@ -192,7 +195,7 @@ def _round(
         average = {k: average.get(k, 0.0) + v.double() for k, v in adapter.items()}
 
     # 5. Evaluate and record.
-    spent = {**state.privacy, **{u.institution: _spent(u) for u in outcome.updates if u.privacy}}
+    spent = {**state.privacy, **outcome.privacy}
     new = dataclasses.replace(
         state,
         round=number,
@@ -247,12 +250,15 @@ def _collect(
     updates: list[wire.ClientUpdate] = []
     failed: dict[str, str] = {}
     received: dict[str, int] = {}
+    privacy: dict[str, dict[str, Any]] = {}
     for node, reply in exchange(grid, orders, config.federation.timeout + NODES_TIMEOUT):
         name = names[node]
         try:
             content = _content(reply)
             received[name] = wire.adapter_bytes(content)
             update = wire.unpack_update(content)
+            if update.privacy is not None and update.institution == name:
+                privacy[name] = dataclasses.asdict(update.privacy)
             base.validate(update, institution=name, round=order.round, reference=order.adapter)
             if config.privacy.enabled and update.privacy is None:
                 raise Refusal(
@@ -263,7 +269,12 @@ def _collect(
             failed[name] = refusal.code
             log.warning("round %d, %s: %s", order.round, name, refusal)
     updates.sort(key=lambda u: u.institution)  # floating-point sums follow the order
-    return Outcome(updates=updates, failed=dict(sorted(failed.items())), received=received)
+    return Outcome(
+        updates=updates,
+        failed=dict(sorted(failed.items())),
+        received=received,
+        privacy=privacy,
+    )
 
 
 def _content(reply: Message | None) -> Any:
@@ -404,10 +415,6 @@ def _finish(
         "counts": dict(records.counts),
     }
     directory.write_result(result, privacy)
-
-
-def _spent(update: wire.ClientUpdate) -> dict[str, Any]:
-    return dataclasses.asdict(update.privacy) if update.privacy else {}
 
 
 def _reasons(failed: Mapping[str, str]) -> str:

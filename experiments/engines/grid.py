@@ -34,7 +34,11 @@ class SimulationGrid(Grid):
             index + 1: Context(
                 run_id=RUN_ID,
                 node_id=index + 1,
-                node_config={"partition-id": index, "num-partitions": institutions},
+                node_config={
+                    "partition-id": index,
+                    "num-partitions": institutions,
+                    "simulation": True,
+                },
                 state=RecordDict(),
                 run_config=dict(run_config),
             )

@@ -31,8 +31,8 @@ from experiments.engines.grid import (
 from fedlora import wire
 
 WORKER_ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",  # a worker computes in one thread; more arenas only hold on to freed memory
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "100",  # batches have many shapes, and each kernel kept is memory
+    "MALLOC_ARENA_MAX": "1",  # more arenas only hold on to freed memory
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "100",  # batches have many shapes; kept kernels are memory
 }
 IN_FLIGHT = 2  # calls queued at a worker, so that it never waits for the driver
 ATTEMPTS = 2

@@ -1,5 +1,6 @@
 """The privacy ledger: charged before, never refunded, whatever dies and whoever races."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -145,7 +146,18 @@ def test_a_plan_that_fits_does_not_cover_what_is_not_in_it(path: Path) -> None:
         loud = Event(noise_multiplier=0.5, sample_rate=0.25, steps=1)
         assert refused(charge, ledger, event=loud, planned=(steps(5),)) == "budget-exhausted"
         charge(ledger, 1, event=steps(5), planned=(steps(5),))
-        assert refused(charge, ledger, 2, planned=(steps(5),)) == "budget-exhausted"
+        assert refused(charge, ledger, 2, event=steps(5), planned=(steps(5),)) == "budget-exhausted"
+
+
+def test_a_run_cannot_change_its_noise_rate_steps_or_one_off_releases(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        charge(ledger)
+        for field, value in (("noise_multiplier", 3.0), ("sample_rate", 0.1), ("steps", 2)):
+            changed = dataclasses.replace(STEP, **{field: value})
+            assert refused(charge, ledger, 2, event=changed) == "run-changed"
+        # a size that nobody paid for must not be released later
+        assert refused(charge, ledger, 2, extra_events=(SIZE,)) == "run-changed"
+        assert ledger.history() == (STEP,)
 
 
 def test_a_plan_that_does_not_fit_still_gets_the_rounds_that_do(path: Path) -> None:
@@ -202,9 +214,9 @@ def test_an_interrupted_order_runs_again_under_its_key_and_another_order_does_no
         assert charge(ledger) == first
         assert ledger.history() == (STEP,)
         other = charge(ledger, digest="other order")
-        louder = charge(ledger, event=steps(2))
-        assert len({first.key, other.key, louder.key}) == 3
-        assert ledger.history() == (steps(4),)
+        assert refused(charge, ledger, event=steps(2)) == "run-changed"
+        assert first.key != other.key
+        assert ledger.history() == (steps(2),)
 
 
 def test_a_rounds_key_is_gone_from_the_disk_once_it_is_answered(path: Path) -> None:
@@ -320,7 +332,7 @@ def test_show_tells_each_entry_and_the_total(path: Path) -> None:
     with Ledger.open(path) as ledger:
         charge(ledger, extra_events=(SIZE,))
         ledger.store_answer("run", 1, "order", b"update")
-        charge(ledger, 2)
+        charge(ledger, 2, extra_events=(SIZE,))
         shown = ledger.show()
         assert shown["epsilon"] == ledger.spent() == epsilon([steps(2), SIZE], DELTA)
     assert (shown["delta"], shown["limit"]) == (DELTA, limit_for(5))
