@@ -19,7 +19,7 @@ test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
 
 exactness: $(READY)  ## per-example gradients against one backward pass per example, as a table
-	$(BIN)/pytest -m "not gpu" tests/fedlora/test_per_sample.py -rP
+	$(BIN)/pytest -s -k exact tests/fedlora/test_per_sample.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -211,7 +211,10 @@ class PrivacyConfig(_Section):
         8.0, "budget of one run at each institution; inf switches DP off", above=0
     )
     delta: float = _key(
-        0.0, "0: the largest power of ten not above 1 / (10 x records)", at_least=0, below=1
+        0.0,
+        "0: the largest power of ten not above 1 / (10 x the size class's most records)",
+        at_least=0,
+        below=1,
     )
     max_grad_norm: float = _key(
         1.0, "clipping bound C on one unit's gradient", at_least=1e-6, at_most=1e6

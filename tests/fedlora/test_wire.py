@@ -1,0 +1,98 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from flwr.app import ConfigRecord
+
+from fedlora import wire
+from fedlora.adapters import AdapterState
+from fedlora.errors import Refusal
+
+STATE = AdapterState({"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(4, 2)})
+ORDER = wire.TrainOrder(
+    run="r", round=2, participations=9, base="b", report=("loss",), adapter=STATE
+)
+SPENT = wire.PrivacySpent(
+    unit="record",
+    epsilon=1 / 3,
+    delta=1e-5,
+    noise_multiplier=math.pi,
+    sample_rate=0.25,
+    steps=3,
+    accountant="prv",
+    noise="secure",
+    max_grad_norm=1.0,
+    clipping="flat",
+    size_noise=0.0,
+    ledger_epsilon=0.1 + 0.2,
+    ledger_delta=1e-5,
+    ledger_limit=8.0,
+)
+UPDATE = wire.ClientUpdate(
+    institution="bank", round=2, adapter=STATE, size=128.0, privacy=SPENT, metrics={"loss": 0.5}
+)
+
+
+def _same(a, b):
+    assert {k: v for k, v in vars(a).items() if k != "adapter"} == {
+        k: v for k, v in vars(b).items() if k != "adapter"
+    }
+    assert all(torch.equal(a.adapter[k], b.adapter[k]) for k in a.adapter)
+
+
+def test_packages_come_back_to_the_last_bit():
+    _same(wire.unpack_order(wire.pack_order(ORDER, wire.arrays(STATE))), ORDER)
+    _same(wire.unpack_update(wire.pack_update(UPDATE)), UPDATE)
+    _same(wire.update_from_bytes(wire.update_to_bytes(UPDATE)), UPDATE)
+    plain = dataclasses.replace(UPDATE, privacy=None, metrics={})
+    _same(wire.unpack_update(wire.pack_update(plain)), plain)
+    _same(wire.update_from_bytes(wire.update_to_bytes(plain)), plain)
+
+
+def test_every_part_of_an_order_changes_its_digest():
+    digest = ORDER.digest("config")
+    moved = AdapterState({k: v + 1e-6 for k, v in STATE.items()})
+    renamed = AdapterState({k.replace("x", "y"): v for k, v in STATE.items()})
+    changed = [
+        dataclasses.replace(ORDER, **{field: value})
+        for field, value in (
+            ("run", "s"),
+            ("round", 3),
+            ("participations", 10),
+            ("base", "c"),
+            ("report", ()),
+            ("adapter", moved),
+            ("adapter", renamed),
+        )
+    ]
+    digests = {order.digest("config") for order in changed} | {ORDER.digest("other")}
+    assert digest not in digests and len(digests) == 8
+    assert digest == ORDER.digest("config")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda c: c.pop("update"),
+        lambda c: c.pop("adapter"),
+        lambda c: c["update"].pop("institution"),
+        lambda c: c["update"].update({"round": "two"}),
+        lambda c: c["update"].update({"extra": 1}),
+        lambda c: c["privacy"].update({"epsilon": "none"}),
+    ],
+)
+def test_a_malformed_update_is_refused(spoil):
+    content = wire.pack_update(UPDATE)
+    spoil(content)
+    with pytest.raises(Refusal, match="malformed-message"):
+        wire.unpack_update(content)
+
+
+def test_a_refusal_carries_its_code_and_nothing_else():
+    content = wire.pack_refusal("budget-exhausted")
+    assert list(content) == ["refused"]
+    assert content["refused"] == ConfigRecord({"code": "budget-exhausted"})
+    with pytest.raises(Refusal) as caught:
+        wire.unpack_update(content)
+    assert caught.value.code == "budget-exhausted"
