@@ -11,6 +11,10 @@ ADVERSARY = (
     "sent in any round"
 )
 ADJACENCY = "add or remove one unit"
+ASSUMES = (
+    "The server sends the adapters that the protocol makes. Against crafted ones see "
+    'docs/threat-model.md, "A server that cheats".'
+)
 NOBODY_OFF = (
     "Differential privacy was off (epsilon = inf). This run protects nobody: adapters may reveal "
     "training records."
@@ -52,6 +56,7 @@ def statement(config: RunConfig, names: Sequence[str], state: RunState) -> dict[
         "protects": NOBODY_SEEDED if privacy.noise == "seeded" else words,
         "adversary": ADVERSARY,
         "adjacency": ADJACENCY,
+        "assumes": ASSUMES,
         "institutions": {
             name: {
                 **state.privacy[name],
