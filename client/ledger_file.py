@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
 import tempfile
 from collections.abc import Generator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from fedlora.accounting import Event, History, compose
 from fedlora.errors import InputError, Refusal
+from fedlora.files import sync_directory
 
 _APPLICATION = 0x66646C64  # "fdld": what `file` and PRAGMA application_id show
 _VERSION = 1
@@ -62,7 +62,7 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
                 db.execute(f"PRAGMA application_id={_APPLICATION}")
                 db.execute(f"PRAGMA user_version={_VERSION}")
             path.hardlink_to(draft)  # unlike a rename, it fails where a file is
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except FileExistsError:
         raise InputError(
             f"{path} exists; a ledger is never overwritten, because what it records stays spent"
@@ -243,11 +243,3 @@ def _genesis(max_epsilon: float, delta: float, accountant: str) -> str:
 
 def _link(previous: str, *values: object) -> str:
     return hashlib.sha256(json.dumps([previous, *values]).encode()).hexdigest()
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

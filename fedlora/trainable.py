@@ -113,13 +113,6 @@ def forget() -> None:
     _load.cache_clear()
 
 
-def task(config: RunConfig) -> tasks.Task:
-    """The task alone: enough to encode text, without loading the base's weights."""
-    tokenizer = models.load_tokenizer(config.model.name)
-    kind = models.kind(config.model.name, cast(models.Task, config.model.task))
-    return _task(config.model, config.data.prompt, config.training.max_length, kind, tokenizer)
-
-
 @functools.lru_cache(maxsize=1)
 def _records(seed: int, model: Any, source: Any, max_length: int, unit: str) -> Federation:
     tokenizer = models.load_tokenizer(model.name)

@@ -30,7 +30,6 @@ from strategies import STRATEGIES, base, server_optimizer
 
 log = logging.getLogger("fedlora.server")
 
-OUT_OF_BUDGET = ("budget-exhausted", "participation-cap")
 NODES_TIMEOUT = 60.0  # seconds to wait for the first institutions
 
 

@@ -5,7 +5,7 @@ set message ids; both are used here (flwr is pinned to the version this was test
 """
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -16,8 +16,6 @@ from flwr.supercore.task_identity import TaskIdentity
 RUN_ID = 1
 WORKER_DIED, TIMEOUT = 100, 101
 """Error codes of replies, beside Flower's own."""
-
-Fault = Callable[[int, Message], None]
 
 
 class SimulationGrid(Grid):
