@@ -126,11 +126,12 @@ def train_privately(
         clipping=mechanism.clipping,
         source=source.child("noise"),
     )
+    shapes = trainable.task.shapes(shard)
     with _training(trainable, source):
         for units in sampler:
             optimizer.zero_grad()
-            for group in _groups([unit_rows[u] for u in units], shard.lengths, plan.physical_batch):
-                _unit_gradients(trainable, shard, group, plan.physical_batch)
+            for group in _groups([unit_rows[u] for u in units], shapes, plan.physical_batch):
+                _unit_gradients(trainable, shard, group, shapes, plan.physical_batch)
                 optimizer.signal_skip_step(True)  # clip and accumulate only
                 optimizer.step()
                 optimizer.zero_grad()
@@ -143,24 +144,27 @@ def train_privately(
 
 
 def _unit_gradients(
-    trainable: Trainable, shard: Shard, group: Sequence[np.ndarray], physical_batch: int
+    trainable: Trainable,
+    shard: Shard,
+    group: Sequence[np.ndarray],
+    shapes: np.ndarray,
+    physical_batch: int,
 ) -> None:
     """Leave each unit's summed gradient (units, *shape) in ``grad_sample``.
 
-    Memory holds ``physical_batch`` records at a time.
+    A unit's gradient is the same to the last bit whatever other units are there: all passes have
+    ``physical_batch`` rows of one shape, and a unit's rows are summed in an order of their own.
+    Memory holds one pass at a time.
     """
-    rows = np.concatenate(group)
-    unit_of_row = np.repeat(np.arange(len(group)), [len(r) for r in group])
-    single = len(rows) == len(group)
+    single = all(len(rows) == 1 for rows in group)
     sums: list[torch.Tensor] | None = None
-    # more than one turn only for a unit larger than physical_batch
-    for start in range(0, len(rows), physical_batch):
-        part = slice(start, start + physical_batch)
-        index = None if single else torch.from_numpy(unit_of_row[part])
-        with trainable.per_sample.expanded(len(group), index):
-            _losses(trainable, shard, rows[part]).sum().backward()
+    for rows, unit_of_row, width in _passes(group, shapes, physical_batch):
+        # rows that only fill the pass belong to a unit after the last
+        index = None if single else torch.from_numpy(unit_of_row)
+        with trainable.per_sample.expanded(physical_batch if single else len(group) + 1, index):
+            _losses(trainable, shard, rows, width).sum().backward()
             trainable.per_sample.collect()
-        gradients = [p.grad_sample for p in trainable.parameters().values()]  # pyright: ignore
+        gradients = [p.grad_sample[: len(group)] for p in trainable.parameters().values()]  # pyright: ignore
         sums = (
             gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
         )
@@ -169,22 +173,64 @@ def _unit_gradients(
 
 
 def _groups(
-    units: Sequence[np.ndarray], lengths: np.ndarray, physical_batch: int
+    units: Sequence[np.ndarray], shapes: np.ndarray, physical_batch: int
 ) -> Iterator[list[np.ndarray]]:
-    """Pack whole units, similar lengths together, into groups of up to ``physical_batch`` records.
+    """Groups of up to ``physical_batch`` units whose gradients are in memory together.
 
-    A unit with more records than that is a group of its own.
+    Units of one record each are grouped by its shape, so that a group is one pass.
     """
+    single = all(len(rows) == 1 for rows in units)
     group: list[np.ndarray] = []
-    held = 0
-    for rows in sorted(units, key=lambda rows: (int(lengths[rows].max()), int(rows[0]))):
-        if group and held + len(rows) > physical_batch:
+    for rows in sorted(units, key=lambda rows: (*shapes[rows[0]], int(rows[0]))):
+        other = single and group and tuple(shapes[rows[0]]) != tuple(shapes[group[0][0]])
+        if len(group) == physical_batch or other:
             yield group
-            group, held = [], 0
+            group = []
         group.append(rows)
-        held += len(rows)
     if group:
         yield group
+
+
+def _passes(
+    group: Sequence[np.ndarray], shapes: np.ndarray, physical_batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Passes of exactly ``physical_batch`` rows of one shape through the model.
+
+    A unit's rows of one shape are in one pass as far as they fit into one, so which of them are
+    added to which follows from the unit alone. A pass that is not full repeats its rows.
+
+    Yields:
+        Rows of the shard (physical_batch,), the unit of each, where ``len(group)`` says that a row
+        only fills, and the width to pad to.
+    """
+    blocks: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+    for unit, rows in enumerate(group):
+        for shape in sorted({tuple(map(int, shapes[row])) for row in rows}):
+            alike = rows[(shapes[rows] == shape).all(1)]
+            for start in range(0, len(alike), physical_batch):
+                block = (unit, alike[start : start + physical_batch])
+                blocks.setdefault(shape, []).append(block)
+    for shape in sorted(blocks):
+        for held in _packed(blocks[shape], physical_batch):
+            rows = np.concatenate([part for _, part in held])
+            units = np.repeat([unit for unit, _ in held], [len(part) for _, part in held])
+            filler = np.full(physical_batch - len(rows), len(group))
+            yield np.resize(rows, physical_batch), np.concatenate([units, filler]), shape[0]
+
+
+def _packed(
+    blocks: Sequence[tuple[int, np.ndarray]], physical_batch: int
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Blocks of up to ``physical_batch`` rows in lists of up to as many rows; none is split."""
+    held: list[tuple[int, np.ndarray]] = []
+    count = 0
+    for block in blocks:
+        if count + len(block[1]) > physical_batch:
+            yield held
+            held, count = [], 0
+        held.append(block)
+        count += len(block[1])
+    yield held
 
 
 def _rows_of_units(shard: Shard) -> list[np.ndarray]:
@@ -209,9 +255,9 @@ def _shuffled(records: int, size: int, steps: int, source: RandomSource) -> Iter
         yield batch
 
 
-def _losses(trainable: Trainable, shard: Shard, rows: np.ndarray) -> torch.Tensor:
+def _losses(trainable: Trainable, shard: Shard, rows: np.ndarray, width: int = 0) -> torch.Tensor:
     task = trainable.task
-    batch = task.collate(shard, rows)
+    batch = task.collate(shard, rows, width)
     return task.losses(trainable.model, batch, trainable.labels)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedlora import metrics
-from fedlora.batches import Batch, Int64, Side, collate, distinct, micro_batches, pad
+from fedlora.batches import Batch, Int64, Side, collate, distinct, micro_batches, pad, rounded
 from fedlora.data import Shard
 from fedlora.encoding import (
     LABEL_PROMPT,
@@ -61,9 +61,17 @@ class Task(ABC):
         """Tokens and targets of rows; see the encodings in `fedlora.encoding`."""
         return self.encoding.encode(texts, answers, labels)
 
-    def collate(self, shard: Shard, indices: Sequence[int] | Int64) -> Batch:
-        """The batch of these rows as `losses` wants it."""
-        return collate(shard, indices, self._pad_id, self._side)
+    def collate(self, shard: Shard, indices: Sequence[int] | Int64, width: int = 0) -> Batch:
+        """The batch of these rows as `losses` wants it, padded to ``width`` or to the longest."""
+        return collate(shard, indices, self._pad_id, self._side, width)
+
+    def shapes(self, shard: Shard) -> Int64:
+        """What decides the shape of each row's computation, ``(n, k)``; first its padded width.
+
+        Batches of equally many rows of one shape are computed by the very same kernels, so that a
+        row's result does not depend on which others are there.
+        """
+        return rounded(shard.lengths, self.encoding.max_length)[:, None]
 
     @property
     @abstractmethod
@@ -202,6 +210,11 @@ class Sft(Task):
         totals, tokens = self._response_losses(model, batch)
         return totals / tokens
 
+    def shapes(self, shard: Shard) -> Int64:
+        """Padded width and padded response of each row, ``(n, 2)``."""
+        responses = rounded(shard.lengths - shard.targets, self.encoding.max_length)
+        return np.column_stack([super().shapes(shard), responses])
+
     def predict(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...], physical_batch: int = 64
     ) -> list[str]:
@@ -255,14 +268,20 @@ class Sft(Task):
         """Sum of the response tokens' losses and their number, float32 ``(b,)`` each."""
         inputs = _inputs(model, batch)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        position = torch.arange(ids.shape[1], device=ids.device)
-        first = batch.targets.to(ids.device)[:, None]
+        b, width = ids.shape
+        first, last = batch.targets.to(ids.device)[:, None], mask.sum(1, keepdim=True)
         # A position's logits predict the token after it: from before the first to before the last.
-        looks = (position >= first - 1) & (position < mask.sum(1, keepdim=True) - 1)  # (b, T)
-        logits = model(**inputs, use_cache=False, logits_to_keep=looks).logits  # (tokens, V)
-        nll = functional.cross_entropy(logits.float(), ids[:, 1:][looks[:, :-1]], reduction="none")
-        totals = nll.new_zeros(len(ids)).index_add(0, looks.nonzero()[:, 0], nll)
-        return totals, looks.sum(1).to(nll.dtype)
+        # Every row gets logits at equally many positions, those of the longest response, rounded.
+        most = rounded((last - first).amax(0).cpu().numpy(), self.encoding.max_length)
+        r = min(int(most[0]), width)
+        looks = (first - 1).clamp(max=width - r) + torch.arange(r, device=ids.device)  # (b, r)
+        kept = torch.zeros_like(mask, dtype=torch.bool).scatter_(1, looks, True)
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits  # (b * r, V)
+        following = ids.gather(1, (looks + 1).clamp(max=width - 1))
+        nll = functional.cross_entropy(logits.float(), following.flatten(), reduction="none")
+        counts = (looks >= first - 1) & (looks < last - 1)
+        totals = nll.view(b, r).masked_fill(~counts, 0.0).sum(1)
+        return totals, counts.sum(1).to(nll.dtype)
 
     def _token_loss(self, model: nn.Module, shard: Shard, physical_batch: int) -> tuple[float, int]:
         first, copy_of = distinct(

