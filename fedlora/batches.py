@@ -32,14 +32,15 @@ class Batch:
 
 
 def rounded(lengths: Int64, at_most: int) -> Int64:
-    """The size that each row is padded to whatever its companions are: up to a quarter more, or up to 8 tokens.
+    """The size that each row is padded to whatever its companions are.
 
     Args:
         lengths: Tokens of each row ``(n,)``, at most ``at_most``.
         at_most: ``training.max-length``.
 
     Returns:
-        ``(n,)``: the next multiple of 8 up to 64, of 16 up to 128, of 32 up to 256 and so on.
+        ``(n,)``: the next multiple of 8 up to 64, of 16 up to 128, of 32 up to 256 and so on, so
+        that shapes are few and at most a quarter is padding once rows are longer than 32.
     """
     powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
     steps = 2 ** np.maximum(powers - 3, 3)

@@ -241,10 +241,31 @@ class PrivacyConfig(_Section):
         at_least=0,
     )
 
+    institution_epsilon: float = _key(
+        math.inf,
+        "budget of one run for hiding an institution as a whole from those who see global "
+        "adapters; inf switches it off",
+        above=0,
+    )
+    institution_delta: float = _key(
+        0.0,
+        "its delta; 0: the largest power of ten not above 1 / (10 x institutions)",
+        at_least=0,
+        below=1,
+    )
+    institution_max_norm: float = _key(
+        1.0, "clipping bound on one institution's update of a round", at_least=1e-6, at_most=1e6
+    )
+
     @property
     def enabled(self) -> bool:
         """Whether institutions train under DP."""
         return math.isfinite(self.epsilon)
+
+    @property
+    def hides_institutions(self) -> bool:
+        """Whether the server clips and noises updates (institution-level DP)."""
+        return math.isfinite(self.institution_epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +309,12 @@ class RunConfig(_Section):
             raise InputError(
                 "federation.weighting is 'records', but exact counts may not leave under DP; "
                 "use uniform, public-size or noised-size"
+            )
+        if privacy.hides_institutions and federation.weighting != "uniform":
+            raise InputError(
+                f"federation.weighting is {federation.weighting!r}, but "
+                "privacy.institution-epsilon bounds every institution's influence alike; "
+                "use uniform"
             )
         if not privacy.enabled and federation.weighting == "noised-size":
             raise InputError(

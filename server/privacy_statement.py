@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.config import RunConfig
+from server.institution_privacy import InstitutionMechanism
 from server.run_directory import RunState
 
 ADVERSARY = (
@@ -11,13 +12,14 @@ ADVERSARY = (
     "sent in any round"
 )
 ADJACENCY = "add or remove one unit"
-ASSUMES = (
-    "The server sends the adapters that the protocol makes. Against crafted ones see "
-    'docs/threat-model.md, "A server that cheats".'
-)
 NOBODY_OFF = (
     "Differential privacy was off (epsilon = inf). This run protects nobody: adapters may reveal "
     "training records."
+)
+INSTITUTIONS_ONLY = (
+    "Differential privacy of records was off (privacy.epsilon = inf): the server saw updates that "
+    "may reveal training records. What an institution's data did to the global adapters is "
+    'protected from those who see only these, as "institution_level" says.'
 )
 NOBODY_SEEDED = (
     "The noise came from a seed in the configuration. This run protects nobody: whoever has the "
@@ -25,21 +27,35 @@ NOBODY_SEEDED = (
 )
 
 
-def statement(config: RunConfig, names: Sequence[str], state: RunState) -> dict[str, Any]:
+def statement(
+    config: RunConfig,
+    names: Sequence[str],
+    state: RunState,
+    mechanism: InstitutionMechanism | None,
+) -> dict[str, Any]:
     """The content of privacy.json.
 
     Args:
         config: The run.
         names: All institutions.
         state: After the last round.
+        mechanism: Of institution-level DP, when it is on.
 
     Returns:
         ``protects`` in words, and for each institution what it last reported (see
         docs/privacy-accounting.md).
     """
     privacy = config.privacy
+    institution_level = (
+        {}
+        if mechanism is None
+        else {"institution_level": mechanism.statement(state.asked.values())}
+    )
     if not privacy.enabled:
-        return {"protects": NOBODY_OFF, "epsilon": "inf", "institutions": {}}
+        words = INSTITUTIONS_ONLY if mechanism is not None else NOBODY_OFF
+        if mechanism is not None and privacy.noise == "seeded":
+            words = NOBODY_SEEDED
+        return {"protects": words, "epsilon": "inf", "institutions": {}, **institution_level}
 
     def asked(name: str) -> int:
         return state.asked.get(name, 0)
@@ -56,7 +72,6 @@ def statement(config: RunConfig, names: Sequence[str], state: RunState) -> dict[
         "protects": NOBODY_SEEDED if privacy.noise == "seeded" else words,
         "adversary": ADVERSARY,
         "adjacency": ADJACENCY,
-        "assumes": ASSUMES,
         "institutions": {
             name: {
                 **state.privacy[name],
@@ -67,5 +82,6 @@ def statement(config: RunConfig, names: Sequence[str], state: RunState) -> dict[
             for name in names
             if name in state.privacy
         },
+        **institution_level,
         "without_report": [n for n in names if n not in state.privacy and state.asked.get(n)],
     }

@@ -23,7 +23,9 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.shards import Federation
 from fedlora.trainable import Trainable
+from server import institution_privacy
 from server.exchange import exchange
+from server.institution_privacy import InstitutionMechanism
 from server.privacy_statement import statement
 from server.run_directory import RunDirectory, RunState
 from strategies import STRATEGIES, base, server_optimizer
@@ -113,6 +115,7 @@ def run(grid: Grid, config: RunConfig) -> None:
     cap = base.participations(
         config.federation.rounds, len(records.names), config.federation.institutions_per_round
     )
+    mechanism = institution_privacy.plan(config, len(records.names), cap)
     roster = _Roster(
         grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap)
     )
@@ -120,7 +123,7 @@ def run(grid: Grid, config: RunConfig) -> None:
     if config.privacy.enabled and state.round == 0:
         _check_budgets(config, roster)
     while state.round < config.federation.rounds:
-        state, record = _round(grid, config, roster, state, cap, work, records)
+        state, record = _round(grid, config, roster, state, cap, mechanism, work, records)
         directory.append(record)
         directory.save(state)
         if not record["updates"]:
@@ -128,7 +131,7 @@ def run(grid: Grid, config: RunConfig) -> None:
                 f"round {state.round}: no institution sent a valid update "
                 f"({_reasons(record['failed'])}); the last checkpoint is kept"
             )
-    _finish(directory, config, state, work, records)
+    _finish(directory, config, state, mechanism, work, records)
 
 
 def _round(
@@ -137,6 +140,7 @@ def _round(
     roster: "_Roster",
     state: RunState,
     cap: int,
+    mechanism: InstitutionMechanism | None,
     work: Trainable,
     records: Federation,
 ) -> tuple[RunState, dict[str, Any]]:
@@ -157,7 +161,7 @@ def _round(
         round=number,
         participations=cap,
         base=work.base.digest,
-        report=() if config.privacy.enabled else ("loss",),
+        report=() if config.privacy.enabled or config.privacy.hides_institutions else ("loss",),
         adapter=state.adapter,
     )
     orders = [
@@ -179,8 +183,11 @@ def _round(
     skipped = len(outcome.updates) < federation.min_updates
     adapter, moments = state.adapter, state.moments
     if outcome.updates and not skipped:
-        shares = base.weights(outcome.updates, federation.weighting)
-        aggregated = STRATEGIES[federation.strategy].aggregate(outcome.updates, shares)
+        if mechanism is not None:
+            aggregated = mechanism.aggregate(state.adapter, outcome.updates, number)
+        else:
+            shares = base.weights(outcome.updates, federation.weighting)
+            aggregated = STRATEGIES[federation.strategy].aggregate(outcome.updates, shares)
         adapter, moments = server_optimizer.step(
             federation.server_optimizer,
             federation.server_learning_rate,
@@ -221,6 +228,11 @@ def _round(
         "epsilon_max": max((p["epsilon"] for p in spent.values()), default=None)
         if config.privacy.enabled
         else "inf",
+        **(
+            {"institution_epsilon": mechanism.spent(new.asked.values())}
+            if mechanism is not None
+            else {}
+        ),
         "institutions": {
             name: {
                 "sent": sent,
@@ -393,13 +405,14 @@ def _finish(
     directory: RunDirectory,
     config: RunConfig,
     state: RunState,
+    mechanism: InstitutionMechanism | None,
     work: Trainable,
     records: Federation,
 ) -> None:
     adapter = final_adapter(state)
     measured = evaluate(work, adapter, records)
     adapter.save(directory.path / "adapter", work.model)
-    privacy = statement(config, records.names, state)
+    privacy = statement(config, records.names, state, mechanism)
     spent = [p["epsilon"] for p in state.privacy.values()]
     result = {
         **measured,

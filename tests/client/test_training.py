@@ -80,10 +80,12 @@ def test_batches_padded_to_their_longest_row_would_let_others_in(minilm):
     short, *longer = np.argsort(shard.lengths)[[0, -1, -2, -3]]
 
     def gradient(rows):
-        with training._training(work, RandomSource.seeded("test", 1)):
-            with work.per_sample.expanded(len(rows), None):
-                training._losses(work, shard, np.array(rows)).sum().backward()
-                work.per_sample.collect()
+        with (
+            training._training(work, RandomSource.seeded("test", 1)),
+            work.per_sample.expanded(len(rows), None),
+        ):
+            training._losses(work, shard, np.array(rows)).sum().backward()
+            work.per_sample.collect()
         return torch.cat([p.grad_sample[0].flatten() for p in work.parameters().values()])
 
     alone, together = gradient([short]), gradient([short, *longer])

@@ -1,0 +1,125 @@
+"""The server's own budget: the plan and the accountant of institution-level DP."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora import accounting
+from fedlora.accounting import Event
+from fedlora.adapters import AdapterState
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+from fedlora.streams import RandomSource
+from fedlora.wire import ClientUpdate
+from strategies import institution_dp
+
+ADVERSARY = (
+    "the other institutions and anyone who sees any or all of the global adapters; not the server, "
+    "which sees every update"
+)
+ADJACENCY = (
+    "one institution's updates, in all rounds, replaced by zero; that it takes part is public"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstitutionMechanism:
+    """Gaussian noise on the sum of clipped updates, planned for the whole run.
+
+    Being asked by lot earns no discount, so every round an institution is asked for counts in full.
+
+    Args:
+        noise_multiplier: Deviation of the noise over ``max_norm``.
+        max_norm: Clipping bound of an institution's update.
+        delta: Of the whole run.
+        accountant: ``prv`` or ``rdp``.
+        seed: The run's seed for noise that a simulation can repeat; None for noise that is keyed by
+            the operating system.
+    """
+
+    noise_multiplier: float
+    max_norm: float
+    delta: float
+    accountant: str
+    seed: int | None
+
+    def aggregate(
+        self, before: AdapterState, updates: list[ClientUpdate], round: int
+    ) -> AdapterState:
+        """One round's noised mean; see `strategies.institution_dp`."""
+        source = (
+            RandomSource.secure()
+            if self.seed is None
+            else RandomSource.seeded("institution-noise", self.seed, round)
+        )
+        return institution_dp.aggregate(
+            before,
+            updates,
+            max_norm=self.max_norm,
+            noise_multiplier=self.noise_multiplier,
+            source=source,
+        )
+
+    def spent(self, asked: Iterable[int]) -> float:
+        """Epsilon of the institution that was asked most often.
+
+        Args:
+            asked: Rounds that each institution was asked for; whether it answered is not looked at.
+        """
+        steps = max(asked, default=0)
+        if not steps:
+            return 0.0
+        event = Event(noise_multiplier=self.noise_multiplier, sample_rate=1.0, steps=steps)
+        return accounting.epsilon((event,), self.delta, self.accountant)
+
+    def statement(self, asked: Iterable[int]) -> dict[str, Any]:
+        """What privacy.json says of it."""
+        most = max(asked, default=0)
+        return {
+            "unit": "institution",
+            "adversary": ADVERSARY,
+            "adjacency": ADJACENCY,
+            "epsilon": self.spent([most]),
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "sample_rate": 1.0,
+            "steps": most,
+            "accountant": self.accountant,
+            "max_norm": self.max_norm,
+            "noise": "secure" if self.seed is None else "seeded",
+        }
+
+
+def plan(config: RunConfig, institutions: int, participations: int) -> InstitutionMechanism | None:
+    """The mechanism for a run, or None when institution-level DP is off.
+
+    Args:
+        config: The run.
+        institutions: How many take part.
+        participations: Rounds that one of them can be asked for, at most.
+
+    Raises:
+        InputError: If delta is not below 1 / institutions, or no noise reaches the budget.
+    """
+    privacy = config.privacy
+    if not privacy.hides_institutions:
+        return None
+    delta = privacy.institution_delta or accounting.public_delta(institutions)
+    if delta >= 1 / institutions:
+        raise InputError(
+            f"privacy.institution-delta is {delta:g}, but must be below 1 / institutions "
+            f"({1 / institutions:g} for {institutions}); lower it or leave it at 0"
+        )
+    return InstitutionMechanism(
+        noise_multiplier=accounting.noise_multiplier(
+            epsilon=privacy.institution_epsilon,
+            delta=delta,
+            sample_rate=1.0,
+            steps=participations,
+            accountant=privacy.accountant,
+        ),
+        max_norm=privacy.institution_max_norm,
+        delta=delta,
+        accountant=privacy.accountant,
+        seed=config.seed if privacy.noise == "seeded" else None,
+    )

@@ -1,0 +1,70 @@
+r"""Institution-level DP: what one institution's whole data do to the global adapter is hidden.
+
+With updates :math:`\Delta_k = w_k - w`, each clipped to norm C, and m institutions that answered,
+
+.. math::
+    w' = w + \frac1m \Big(\sum_k \Delta_k \min(1, C / |\Delta_k|)
+    + \mathcal N(0, \sigma^2 C^2 I)\Big)
+
+Guarantee: w' is one Gaussian mechanism of noise multiplier sigma under replacing one institution's
+update by zero; that it takes part, and so m, is public. It holds for those who see global adapters,
+not for the server, which sees the updates. Weights are equal: a weight of its own would raise an
+institution's influence above C / m. The noise is that of the sum, so a smaller cohort than planned
+gets more of it in the mean, never less. What voids it: a seed that others know.
+
+Reference: McMahan et al. (2018), Learning Differentially Private Recurrent Language Models,
+arXiv 1710.06963; zero-out adjacency: Kairouz et al. (2021), arXiv 2103.00039.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from fedlora.adapters import AdapterState
+from fedlora.errors import Refusal
+from fedlora.streams import RandomSource
+from fedlora.wire import ClientUpdate
+
+
+def aggregate(
+    before: AdapterState,
+    updates: Sequence[ClientUpdate],
+    *,
+    max_norm: float,
+    noise_multiplier: float,
+    source: RandomSource,
+) -> AdapterState:
+    """The noised mean of clipped updates.
+
+    Args:
+        before: The global adapter that the institutions started from.
+        updates: At least one, validated (finite, same keys and shapes), sorted by institution.
+        max_norm: C, over all tensors of an update together (L2).
+        noise_multiplier: sigma > 0.
+        source: Of the noise; fresh for every round.
+
+    Returns:
+        A new adapter, float32. Sums and noise are float64, rounded once.
+
+    Raises:
+        Refusal: ``guard-no-noise`` for a noise multiplier that is not above 0.
+    """
+    if not noise_multiplier > 0:
+        raise Refusal(
+            "guard-no-noise", f"noise multiplier is {noise_multiplier}; DP needs one above 0"
+        )
+    total = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in before.items()}
+    for update in updates:
+        delta = {name: update.adapter[name].double() - t.double() for name, t in before.items()}
+        norm = float(torch.stack([d.square().sum() for d in delta.values()]).sum().sqrt())
+        share = min(1.0, max_norm / norm) if norm > 0 else 0.0
+        for name, tensor in delta.items():
+            total[name].add_(tensor, alpha=share)
+    noise = torch.as_tensor(source.normal(sum(t.numel() for t in total.values())))
+    start, result = 0, dict[str, torch.Tensor]()
+    for name, tensor in total.items():
+        part = noise[start : start + tensor.numel()].view(tensor.shape)
+        start += tensor.numel()
+        mean = (tensor + noise_multiplier * max_norm * part) / len(updates)
+        result[name] = (before[name].double() + mean).float()
+    return AdapterState(result)
