@@ -2,10 +2,10 @@
 
 Usage: python -m benchmarks.dp_step [--model NAME] [--method lora|dora] [--rows 64] [--tokens 40]
 
-Both sides take one optimizer step on the same rows, in micro-batches of the same size, with the same
-base in the same dtype; the DP side clips, adds noise and checks. With ``--tokens 0`` rows have the
-lengths of the demo's records: then the DP side also pays for passes of fixed shape (a row's result
-must not depend on who else was drawn), which the plain side does not need.
+Both sides take one optimizer step on the same rows, in micro-batches of the same size, with the
+same base in the same dtype; the DP side clips, adds noise and checks. With ``--tokens 0`` rows have
+the lengths of the demo's records: then the DP side also pays for passes of fixed shape (a row's
+result must not depend on who else was drawn), which the plain side does not need.
 """
 
 import argparse

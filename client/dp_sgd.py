@@ -22,8 +22,9 @@ from torch.utils.data import Sampler
 from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 
-NORM_SLACK = 1e-4
-"""Relative rounding allowed on a clipped norm (float32)."""
+HEADROOM = 1 - 4e-7
+"""Gradients are scaled to this share of the bound, so that rounding (two float32 products, 1.2e-7)
+never takes one above it."""
 
 NOISE_SIGMAS = 7.0
 """A step's noise may be off by this many standard errors; false alarms are rarer than 1e-11."""
@@ -133,12 +134,11 @@ class PrivateOptimizer(DPOptimizer):
     def _factors(self, norms: torch.Tensor) -> torch.Tensor:
         """Scale of each unit's gradient. ``norms`` (units,) float64, finite."""
         if self._clipping == "automatic":
-            return self.max_grad_norm / (norms + AUTOMATIC_GAMMA)
-        return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+            return self.max_grad_norm * HEADROOM / (norms + AUTOMATIC_GAMMA)
+        return (self.max_grad_norm * HEADROOM / (norms + 1e-6)).clamp(max=1.0)
 
     def _check_norms(self, norms: torch.Tensor) -> None:
-        bound = self.max_grad_norm * (1 + NORM_SLACK)
-        if not bool((norms <= bound).all()):
+        if not bool((norms <= self.max_grad_norm).all()):
             raise Refusal(
                 "guard-not-clipped",
                 f"after clipping a gradient has norm {float(norms.max()):.6g}; "

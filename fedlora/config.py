@@ -298,8 +298,8 @@ class RunConfig(_Section):
         _check_partition(self.data)
         if self.model.task == "sft" and self.data.partition.startswith(("dirichlet", "pathol")):
             raise InputError(
-                f"data.partition is {self.data.partition!r}, which deals out classes, but model.task "
-                "is 'sft', which has none; use iid, natural:COLUMN or size:linear"
+                f"data.partition is {self.data.partition!r}, which deals out classes, but "
+                "model.task is 'sft', which has none; use iid, natural:COLUMN or size:linear"
             )
         federation, privacy = self.federation, self.privacy
         if federation.institutions_per_round and (

@@ -10,7 +10,6 @@ model repository is run.
 
 import hashlib
 import importlib.util
-import inspect
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
@@ -33,7 +32,7 @@ Dtype = Literal["auto", "fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8"]
 Task = Literal["classification", "sft"]
 
-HEAD = "classifier"  # attribute of the head of an EncoderClassifier
+HEAD = "classifier"  # attribute of the head of an `EncoderClassifier`
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")  # endings of class names in config.json
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -334,6 +333,8 @@ def load_base(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from fedlora import encoder
+
     weights_dtype = torch.float32
     if dtype == "bf16" or (dtype == "auto" and fast_bf16(device)):
         weights_dtype = torch.bfloat16
@@ -361,7 +362,7 @@ def load_base(
             if files.kind == "causal":
                 model: Any = AutoModelForCausalLM.from_pretrained(files.path, **options)
             else:
-                model = _load_encoder(files, num_labels=num_labels, options=options)
+                model = encoder.load(files.path, name=name, num_labels=num_labels, options=options)
         except InputError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -381,117 +382,6 @@ def load_base(
         digest=digest(files.weights),
         name=name,
     )
-
-
-@cache
-def _encoder_classifier() -> "type[PreTrainedModel]":
-    """`EncoderClassifier`, made on first use, because its base class imports torch."""
-    import torch
-    from torch import nn
-    from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import SequenceClassifierOutput
-
-    class EncoderClassifier(PreTrainedModel):
-        """An encoder, mean pooling over the mask, a linear head: token ids ``(b, t)`` to logits.
-
-        The encoder sits under the name its own family uses (``bert``, ``roberta``, ``model``), so
-        that a saved classifier also opens with ``AutoModel``. Pooling and head are float32 whatever
-        the encoder is.
-
-        Args:
-            config: Of the encoder; the number of classes is its ``num_labels``.
-            encoder: A loaded one; without it a fresh one is built, for ``from_pretrained`` to fill.
-        """
-
-        supports_gradient_checkpointing = True
-        _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # the encoder decides
-        _supports_attention_backend = True
-
-        def __init__(
-            self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None
-        ) -> None:
-            if encoder is None:
-                encoder = AutoModel.from_config(config, **_no_pooler(config))
-            assert encoder is not None
-            super().__init__(config)
-            self.base_model_prefix = encoder.base_model_prefix
-            self._keep_in_fp32_modules_strict = {HEAD}
-            setattr(self, self.base_model_prefix, encoder)
-            self.classifier = nn.Linear(
-                config.hidden_size, cast(int, config.num_labels), dtype=torch.float32
-            )
-            nn.init.zeros_(self.classifier.weight)
-            nn.init.zeros_(self.classifier.bias)
-            self.post_init()
-
-        def _init_weights(self, module: nn.Module) -> None:
-            """Nothing: the encoder comes loaded and the head starts at zero."""
-
-        @classmethod
-        def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
-            """As in transformers; ``AutoConfig`` finds the encoder's own configuration class."""
-            if options.get("config") is None:
-                options["config"] = AutoConfig.from_pretrained(path, local_files_only=True)
-            return super().from_pretrained(path, *args, **options)
-
-        def forward(
-            self,
-            input_ids: torch.Tensor | None = None,
-            attention_mask: torch.Tensor | None = None,
-            **encoder_inputs: Any,
-        ) -> SequenceClassifierOutput:
-            """Logits ``(b, num_labels)`` float32; ``attention_mask`` ``(b, t)`` is 0 at padding."""
-            encoder = getattr(self, self.base_model_prefix)
-            output = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
-            hidden = output[0].float()  # (b, t, hidden)
-            if attention_mask is None:
-                pooled = hidden.mean(1)
-            else:
-                mask = attention_mask.to(hidden.dtype)[..., None]  # (b, t, 1)
-                pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-            return SequenceClassifierOutput(logits=self.classifier(pooled))
-
-    EncoderClassifier.__qualname__ = "EncoderClassifier"
-    return EncoderClassifier
-
-
-def __getattr__(name: str) -> Any:
-    if name == "EncoderClassifier":
-        return _encoder_classifier()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _no_pooler(config: Any) -> dict[str, bool]:
-    """The argument that leaves out the unused pooler of BERT and its relatives."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    encoder: Any = MODEL_MAPPING[type(config)]
-    known = "add_pooling_layer" in inspect.signature(encoder.__init__).parameters
-    return {"add_pooling_layer": False} if known else {}
-
-
-def _load_encoder(files: ModelFiles, *, num_labels: int, options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig, AutoModel
-
-    classifier: Any = _encoder_classifier()
-    config: Any = AutoConfig.from_pretrained(files.path, local_files_only=True)
-    if classifier.__name__ in (config.architectures or ()):  # a merged run: it brings its head
-        if config.num_labels != num_labels:
-            raise InputError(
-                f"model.name is {files.name!r}, a classifier of {config.num_labels} classes, but "
-                f"the data have {num_labels}; take its base model or data with those classes"
-            )
-        return classifier.from_pretrained(files.path, config=config, **options)
-    encoder: Any = AutoModel.from_pretrained(files.path, **_no_pooler(config), **options)
-    encoder.config.num_labels = num_labels
-    model: Any = classifier(encoder.config, encoder)
-    model.classifier.to(encoder.device)
-    for flag in (
-        "is_loaded_in_4bit",
-        "is_loaded_in_8bit",
-    ):  # PEFT looks here for its bitsandbytes layers
-        setattr(model, flag, getattr(encoder, flag, False))
-    return model
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from flwr.app import Context, Message, RecordDict
 from ray.exceptions import RayActorError, RayTaskError
 
 from experiments.engines.grid import (
+    RUN_ID,
     TIMEOUT,
     WORKER_DIED,
     SimulationGrid,
@@ -49,10 +50,17 @@ class _Job:
 
 
 class _Worker:
-    """Runs in a worker process: one ClientApp, called for whichever institution is next."""
+    """Runs in a worker process: one ClientApp, called for whichever institution is next.
 
-    def __init__(self, app: str, log: str) -> None:
+    Args:
+        app: The ClientApp as ``module:name``.
+        log: File for the institutions' own messages; empty for none.
+        run_config: Flower's run config; it is here so that not every call has to bring it.
+    """
+
+    def __init__(self, app: str, log: str, run_config: Mapping[str, Any]) -> None:
         identify()
+        self._run_config = dict(run_config)
         if log:
             handler = logging.FileHandler(log, delay=True)
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -64,10 +72,22 @@ class _Worker:
         return os.getpid()
 
     def handle(
-        self, message: Message, context: Context, key: str | None, shared: Any
+        self,
+        message: Message,
+        node_config: Mapping[str, Any],
+        state: RecordDict,
+        key: str | None,
+        shared: Any,
     ) -> tuple[Message, RecordDict | None]:
         if key is not None:
             message.content[key] = shared
+        context = Context(
+            run_id=RUN_ID,
+            node_id=message.metadata.dst_node_id,
+            node_config=dict(node_config),
+            state=state,
+            run_config=self._run_config,
+        )
         reply = call(self._app, message, context)
         return reply, context.state if len(context.state) else None
 
@@ -116,7 +136,7 @@ class RayGrid(SimulationGrid):
             )
             .remote
         )
-        self._arguments = (app, log)
+        self._arguments = (app, log, dict(run_config))
         self._workers: list[Any] = [self._make(*self._arguments) for _ in range(count)]
         self._queue: collections.deque[_Job] = collections.deque()
         self._running: dict[Any, tuple[int, _Job]] = {}  # reference -> worker, job
@@ -190,7 +210,11 @@ class RayGrid(SimulationGrid):
                 job = self._queue.popleft()
                 job.attempts += 1
                 reference = self._workers[index].handle.remote(
-                    job.message, job.context, job.shared_key, job.shared
+                    job.message,
+                    job.context.node_config,
+                    job.context.state,
+                    job.shared_key,
+                    job.shared,
                 )
                 if not load:
                     job.started = time.monotonic()

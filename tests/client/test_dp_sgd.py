@@ -3,6 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from opacus.optimizers import DPOptimizer
 from scipy import stats
 from torch.utils.data import BatchSampler, RandomSampler
@@ -172,3 +174,17 @@ def test_clipping_holds_at_the_edges_of_what_a_configuration_may_ask(bound, scal
     _optimizer(parameters, clipping=clipping, bound=bound).clip_and_accumulate()
     norm = math.sqrt(sum(float(p.summed_grad.square().sum()) for p in parameters))
     assert norm <= bound * (1 + 1e-6)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(-5, 11),
+    st.floats(1e-6, 1e6),
+    st.sampled_from(["flat", "automatic"]),
+)
+def test_no_rounding_takes_a_clipped_gradient_above_the_bound(seed, exponent, bound, clipping):
+    draw = torch.Generator().manual_seed(seed)
+    (p,) = parameters = [torch.nn.Parameter(torch.zeros(50))]
+    p.grad_sample = torch.randn(8, 50, generator=draw) * 10.0**exponent
+    _optimizer(parameters, clipping=clipping, bound=bound).clip_and_accumulate()  # refuses if so
+    assert float(torch.linalg.vector_norm(p.grad_sample.double(), dim=1).max()) <= bound

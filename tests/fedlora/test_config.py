@@ -52,6 +52,10 @@ def test_a_bad_value_is_named_with_its_bound(key, value, words):
 
 
 def test_values_that_exclude_each_other_are_refused():
+    with pytest.raises(InputError, match="deals out classes, but model"):
+        config.from_flat(
+            {"model.task": "sft", "data.partition": "dirichlet:0.5", "data.institutions": 4}
+        )
     with pytest.raises(InputError, match="exact counts may not leave under DP"):
         config.from_flat({"federation.weighting": "records"})
     with pytest.raises(InputError, match="no budget to pay it from"):

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from fedlora import models
+from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 
 SIZES = {"vocab_size": 20, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -76,7 +77,7 @@ def test_a_directory_resolves_to_its_weights_and_kind(encoder, causal):
 
 def test_resolving_imports_neither_torch_nor_transformers(encoder):
     code = (
-        "import sys; from fedlora import models; models.resolve(sys.argv[1]); "
+        "import sys; from fedlora import encoder, models; models.resolve(sys.argv[1]); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(encoder)], check=False).returncode == 0
@@ -227,7 +228,7 @@ def test_a_saved_classifier_opens_again_with_its_head_and_only_for_its_classes(e
     base = load(encoder)
     torch.nn.init.normal_(base.model.classifier.weight)
     save(base.model, tmp_path)
-    for again in (load(tmp_path).model, models.EncoderClassifier.from_pretrained(tmp_path)):
+    for again in (load(tmp_path).model, EncoderClassifier.from_pretrained(tmp_path)):
         assert torch.equal(again.eval()(IDS, MASK).logits, base.model(IDS, MASK).logits)
     plain = BertModel.from_pretrained(tmp_path, add_pooling_layer=False)  # as any tool opens it
     assert torch.equal(plain(IDS, MASK)[0], base.model.bert(IDS, MASK)[0])

@@ -1,0 +1,118 @@
+"""Classification on an encoder: mean pooling and a linear head, saved and loaded as one model.
+
+Under DP mean pooling beats a pretrained pooler by far (15 points on the Financial PhraseBank).
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+import inspect
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from fedlora.errors import InputError
+from fedlora.models import HEAD
+
+
+class EncoderClassifier(PreTrainedModel):
+    """An encoder, mean pooling over the mask, a linear head: token ids ``(b, t)`` to logits.
+
+    The encoder sits under the name its own family uses (``bert``, ``roberta``, ``model``), so
+    that a saved classifier also opens with ``AutoModel``. Pooling and head are float32 whatever
+    the encoder is.
+
+    Args:
+        config: Of the encoder; the number of classes is its ``num_labels``.
+        encoder: A loaded one; without it a fresh one is built, for ``from_pretrained`` to fill.
+    """
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # the encoder decides
+    _supports_attention_backend = True
+
+    def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
+        if encoder is None:
+            encoder = AutoModel.from_config(config, **_no_pooler(config))
+        assert encoder is not None
+        super().__init__(config)
+        self.base_model_prefix = encoder.base_model_prefix
+        self._keep_in_fp32_modules_strict = {HEAD}
+        setattr(self, self.base_model_prefix, encoder)
+        self.classifier = nn.Linear(
+            config.hidden_size, cast(int, config.num_labels), dtype=torch.float32
+        )
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the encoder comes loaded and the head starts at zero."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
+        """As in transformers; ``AutoConfig`` finds the encoder's own configuration class."""
+        if options.get("config") is None:
+            options["config"] = AutoConfig.from_pretrained(path, local_files_only=True)
+        return super().from_pretrained(path, *args, **options)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **encoder_inputs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits ``(b, num_labels)`` float32; ``attention_mask`` ``(b, t)`` is 0 at padding."""
+        encoder = getattr(self, self.base_model_prefix)
+        output = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
+        hidden = output[0].float()  # (b, t, hidden)
+        if attention_mask is None:
+            pooled = hidden.mean(1)
+        else:
+            mask = attention_mask.to(hidden.dtype)[..., None]  # (b, t, 1)
+            pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return SequenceClassifierOutput(logits=self.classifier(pooled))
+
+
+def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> EncoderClassifier:
+    """An encoder with a head, or a saved `EncoderClassifier` with its own.
+
+    Args:
+        path: Directory of the model.
+        name: As the user wrote it.
+        num_labels: Classes of the head.
+        options: Of ``from_pretrained``.
+
+    Raises:
+        InputError: If a saved classifier has another number of classes.
+    """
+    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    if EncoderClassifier.__name__ in (config.architectures or ()):  # merged: has a head
+        if config.num_labels != num_labels:
+            raise InputError(
+                f"model.name is {name!r}, a classifier of {config.num_labels} classes, but "
+                f"the data have {num_labels}; take its base model or data with those classes"
+            )
+        return EncoderClassifier.from_pretrained(path, config=config, **options)
+    encoder: Any = AutoModel.from_pretrained(path, **_no_pooler(config), **options)
+    encoder.config.num_labels = num_labels
+    model: Any = EncoderClassifier(encoder.config, encoder)
+    model.classifier.to(encoder.device)
+    for flag in (
+        "is_loaded_in_4bit",
+        "is_loaded_in_8bit",
+    ):  # PEFT looks here for its bitsandbytes layers
+        setattr(model, flag, getattr(encoder, flag, False))
+    return model
+
+
+def _no_pooler(config: Any) -> dict[str, bool]:
+    """The argument that leaves out the unused pooler of BERT and its relatives."""
+    encoder: Any = MODEL_MAPPING[type(config)]
+    known = "add_pooling_layer" in inspect.signature(encoder.__init__).parameters
+    return {"add_pooling_layer": False} if known else {}
