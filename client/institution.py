@@ -151,8 +151,10 @@ def open_ledger(
             starts.
 
     Raises:
-        Refusal: ``ledger-*`` when it is missing, locked, corrupt or about other records.
+        Refusal: ``ledger-*`` when it is missing, locked, corrupt, about other records, or reckons
+            at a delta that means nothing for so many units.
     """
+    most = 2 * accounting.public_size(training.count_units(shard)) - 1
     if create and not institution.ledger.exists():
         units = training.count_units(shard)
         institution.ledger.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -163,6 +165,13 @@ def open_ledger(
             accountant=config.privacy.accountant,
         )
     ledger = Ledger.open(institution.ledger)
+    if ledger.delta >= 1 / most:
+        ledger.close()
+        raise Refusal(
+            "ledger-delta",
+            f"{institution.ledger} reckons at delta {ledger.delta:g}; it must be below 1 / units "
+            f"({1 / most:g} for this size class): make another with a smaller --delta",
+        )
     ledger.bind(shard.fingerprint(), config.privacy.unit)
     return ledger
 

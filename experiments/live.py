@@ -138,7 +138,16 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
             f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, "
             f"per {config.privacy.unit}, each institution",
         )
-    protects_nobody = not config.privacy.enabled or config.privacy.noise == "seeded"
+    if "institution_level" in privacy:
+        level = privacy["institution_level"]
+        table.add_row(
+            "",
+            f"epsilon {level['epsilon']:.3f} at delta {level['delta']:g}, per institution, "
+            "against those who see global adapters only",
+        )
+    protects_nobody = config.privacy.noise == "seeded" or not (
+        config.privacy.enabled or config.privacy.hides_institutions
+    )
     table.add_row(
         "protects", Text(privacy["protects"], style="bold red" if protects_nobody else "green")
     )

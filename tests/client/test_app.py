@@ -97,3 +97,16 @@ def test_delta_is_checked_against_the_size_class_never_the_count(tiny_config):
     fine = tiny_config(**{"privacy.delta": 1 / 128})
     plans = {institution.budget(fine, units, 3) for units in (64, 99, 127)}
     assert len(plans) == 1
+
+
+def test_a_ledger_whose_delta_means_nothing_for_its_records_is_refused(tiny_config):
+    from client.ledger import Ledger
+    from fedlora import trainable
+
+    config = tiny_config()
+    who = institution.locate(config, 0)
+    who.ledger.parent.mkdir(parents=True)
+    Ledger.create(who.ledger, max_epsilon=8.0, delta=0.02)
+    shard = trainable.records(config).train(0)
+    with pytest.raises(Refusal, match="ledger-delta"):
+        institution.open_ledger(who, config, shard, create=False)

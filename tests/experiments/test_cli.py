@@ -193,4 +193,7 @@ def test_a_ledger_is_made_shown_and_verified(tmp_path):
     assert again.exit_code == 2 and "ledger" in again.stderr
     assert invoke("ledger", "show", tmp_path / "none.db").exit_code == 2
     Path(path).write_bytes(b"no database")
-    assert invoke("ledger", "verify", path).exit_code != 0
+    damaged = invoke("ledger", "verify", path, "--json")
+    assert damaged.exit_code == 1
+    assert not json.loads(damaged.stdout)["ok"] and json.loads(damaged.stdout)["problems"]
+    assert invoke("ledger", "verify", tmp_path / "none.db").exit_code == 2
