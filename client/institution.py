@@ -202,6 +202,7 @@ def answer(
         raise Refusal(
             "adapter-mismatch", f"the order's adapter does not fit this configuration: {problem}"
         )
+    work.train_only(order.parts)
     if not config.privacy.enabled:
         return _plain(institution, order, config, work, shard)
     if order.report:
@@ -238,7 +239,7 @@ def _plain(
     return wire.ClientUpdate(
         institution=institution.name,
         round=order.round,
-        adapter=trainable.AdapterState.read(work.model),
+        adapter=trainable.AdapterState.read(work.model).only(order.parts),
         size=size,
         metrics={name: known[name] for name in order.report if name in known},
     )
@@ -284,7 +285,7 @@ def _private(
         update = wire.ClientUpdate(
             institution=institution.name,
             round=order.round,
-            adapter=trainable.AdapterState.read(work.model),
+            adapter=trainable.AdapterState.read(work.model).only(order.parts),
             size=_released_size(config, ledger, order.run, shard, plan, charge),
             privacy=_spent(config, ledger, order.run, plan),
         )

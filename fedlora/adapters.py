@@ -10,7 +10,7 @@ Everything here speaks PEFT's own names and files, so that what a run saves open
 import copy
 import difflib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -32,6 +32,7 @@ from fedlora.streams import RandomSource
 
 Method = Literal["lora", "rslora", "dora", "dora-rslora"]
 Part = Literal["A", "B", "magnitude", "head"]
+PARTS: tuple[Part, ...] = ("A", "B", "magnitude", "head")
 METHODS: tuple[Method, ...] = ("lora", "rslora", "dora", "dora-rslora")
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -344,6 +345,14 @@ class AdapterState(Mapping[str, torch.Tensor]):
     def num_bytes(self) -> int:
         """Size of the tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.values())
+
+    def only(self, parts: Sequence[str]) -> Self:
+        """The tensors of the given parts (see `kind`), not copied."""
+        return type(self)({name: t for name, t in self.items() if kind(name) in parts})
+
+    def updated(self, other: Mapping[str, torch.Tensor]) -> Self:
+        """These tensors with those of ``other`` in their place, not copied."""
+        return type(self)({**self, **other})
 
     def copy(self) -> Self:
         """Equal values in memory of their own."""

@@ -175,7 +175,11 @@ class FederationConfig(_Section):
 
     prefix = "federation."
     rounds: int = _key(40, "rounds", at_least=1)
-    strategy: str = _key("fedavg", "aggregation strategy", choices=("fedavg",))
+    strategy: str = _key(
+        "fedavg",
+        "aggregation: fedavg; ffa (A frozen, exact); rolora (A and B in turn, exact)",
+        choices=("fedavg", "ffa", "rolora"),
+    )
     institutions_per_round: int = _key(0, "institutions asked each round; 0: all", at_least=0)
     min_updates: int = _key(1, "fewer valid updates and the round changes nothing", at_least=1)
     weighting: str = _key(

@@ -43,7 +43,7 @@ class _LowRankUpdate(torch.autograd.Function):
         x: ``(n, ..., d_in)``, any float dtype.
         base: ``(n, ..., d_out)``; the result has its dtype.
         a: float32 ``(r, d_in)``, or ``(units, r, d_in)`` with equal values for every unit.
-        b: float32 ``(d_out, r)``, or ``(units, d_out, r)`` likewise.
+        b: float32 ``(d_out, r)``, or ``(units, d_out, r)`` likewise. Either may be frozen.
         scaling: s.
         unit: The unit of each example ``(n,)`` int64; None when example i is unit i.
     """
@@ -58,7 +58,7 @@ class _LowRankUpdate(torch.autograd.Function):
         scaling: float,
         unit: torch.Tensor | None,
     ) -> torch.Tensor:
-        a0, b0 = (a[0], b[0]) if a.dim() == 3 else (a, b)
+        a0, b0 = _first(a), _first(b)
         u = x.reshape(-1, x.shape[-1]).float() @ a0.T
         u *= scaling
         ctx.save_for_backward(x, u, a, b)
@@ -73,20 +73,34 @@ class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         x, u, a, b = cast(tuple[torch.Tensor, ...], ctx.saved_tensors)
-        per_unit = a.dim() == 3
-        a0, b0 = (a[0], b[0]) if per_unit else (a, b)
+        for_x, _, for_a, for_b, *_ = cast(tuple[bool, ...], ctx.needs_input_grad)
         g = grads[0].reshape(-1, grads[0].shape[-1]).float()
-        x32 = x.reshape(-1, x.shape[-1]).float()
-        gu = g @ b0
-        gu *= ctx.scaling
-        grad_x = (gu @ a0).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
-        if per_unit:
-            n, units = len(x), len(a)
-            grad_a = _outer(gu, x32, n, units, ctx.unit)
-            grad_b = _outer(g, u, n, units, ctx.unit)
-        else:
-            grad_a, grad_b = gu.T @ x32, g.T @ u
+        grad_x = grad_a = grad_b = None
+        if for_x or for_a:
+            gu = g @ _first(b)
+            gu *= ctx.scaling
+            if for_x:
+                grad_x = (gu @ _first(a)).to(x.dtype).view(x.shape)
+            if for_a:
+                x32 = x.reshape(-1, x.shape[-1]).float()
+                grad_a = _factor_gradient(gu, x32, len(x), a, ctx.unit)
+        if for_b:
+            grad_b = _factor_gradient(g, u, len(x), b, ctx.unit)
         return grad_x, grads[0], grad_a, grad_b, None, None
+
+
+def _first(factor: torch.Tensor) -> torch.Tensor:
+    """A factor's values, whether it is expanded or not."""
+    return factor[0] if factor.dim() == 3 else factor
+
+
+def _factor_gradient(
+    left: torch.Tensor, right: torch.Tensor, n: int, factor: torch.Tensor, unit: torch.Tensor | None
+) -> torch.Tensor:
+    """Gradient of a factor: per unit if it is expanded, else summed over all rows."""
+    if factor.dim() == 2:
+        return left.T @ right
+    return _outer(left, right, n, len(factor), unit)
 
 
 def _outer(
@@ -129,7 +143,9 @@ class _Mode:
         return self.leaves.get(parameter, parameter)
 
     def by_example(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The leaf with a row for each example ``(examples, *shape)``."""
+        """A row for each example ``(examples, *shape)``: of the leaf, or of a frozen parameter."""
+        if parameter not in self.leaves:
+            return parameter.expand(self.examples, *parameter.shape)
         leaf = self.leaves[parameter]
         return leaf if self.unit is None else leaf[self.unit]
 
@@ -306,7 +322,7 @@ class PerSampleAdapters:
         """
         device = next(iter(self._named.values())).device
         unit = None if unit_of_example is None else unit_of_example.to(device)
-        for parameter in self._named.values():
+        for parameter in self._trained().values():
             leaf = parameter.detach().expand(n_units, *parameter.shape).requires_grad_()
             self._mode.leaves[parameter] = leaf
         self._mode.examples = n_units if unit is None else len(unit)
@@ -317,13 +333,16 @@ class PerSampleAdapters:
             self._mode.leaves.clear()
             self._mode.unit = None
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._named.items() if p.requires_grad}
+
     def collect(self) -> None:
         """Set ``p.grad_sample``, float32 ``(units, *shape)``, on each trained parameter.
 
         Raises:
             Refusal: ``guard-no-gradient`` if one got no gradient; nothing is set then.
         """
-        for name, parameter in self._named.items():
+        for name, parameter in self._trained().items():
             if parameter not in self._mode.leaves or self._mode.leaves[parameter].grad is None:
                 raise Refusal(
                     "guard-no-gradient",

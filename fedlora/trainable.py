@@ -5,6 +5,7 @@ Loading is the slow part of a round, so each process loads once and swaps adapte
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from peft import PeftModel
 from fedlora import adapters, data, models, tasks
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
+from fedlora.errors import Refusal
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.shards import Federation
 
@@ -38,6 +40,23 @@ class Trainable:
     task: tasks.Task
     labels: tuple[str, ...]
     start: AdapterState
+
+    def train_only(self, parts: Sequence[str]) -> None:
+        """Freeze every part of the adapter but these, until the next call.
+
+        Raises:
+            Refusal: ``malformed-message`` for a part that there is not, or when none is left.
+        """
+        named = adapters.parameters(self.model)
+        kinds = {name: adapters.kind(name) for name in named}
+        if not set(parts) <= set(adapters.PARTS) or not set(parts) & set(kinds.values()):
+            raise Refusal(
+                "malformed-message",
+                f"the order trains {', '.join(parts) or 'nothing'}; parts are "
+                f"{', '.join(sorted(set(kinds.values())))}",
+            )
+        for name, parameter in named.items():
+            parameter.requires_grad_(kinds[name] in parts)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Name -> every parameter that is trained."""

@@ -76,6 +76,7 @@ class TrainOrder:
             its noise for that many and enforces the number.
         base: SHA-256 of the base model's weights as the server holds them.
         report: Extra figures that are asked for (``loss``, ``records``). Under DP any is refused.
+        parts: What is trained and sent back (`fedlora.adapters.PARTS`); the rest stays as it comes.
         adapter: The global adapter to start from.
     """
 
@@ -84,6 +85,7 @@ class TrainOrder:
     participations: int
     base: str
     report: tuple[str, ...]
+    parts: tuple[str, ...]
     adapter: AdapterState
 
     def digest(self, config_fingerprint: str) -> str:
@@ -94,6 +96,7 @@ class TrainOrder:
             self.participations,
             self.base,
             self.report,
+            self.parts,
             config_fingerprint,
         ]
         hasher = hashlib.sha256(json.dumps(head).encode())
@@ -147,7 +150,7 @@ class ClientUpdate:
     Args:
         institution: Who answers.
         round: The order's round.
-        adapter: The adapter after local training.
+        adapter: What was trained, after local training.
         size: What the weighting asked for: a size class, a noised or an exact count; 0 for uniform
             weights.
         privacy: What was spent; None without DP.
@@ -218,7 +221,8 @@ def pack_order(order: TrainOrder, adapter: ArrayRecord) -> RecordDict:
 def unpack_order(content: RecordDict) -> TrainOrder:
     """The `TrainOrder` in a message. Raises `Refusal` when it is not one."""
     values = _config(content, _ORDER)
-    values["report"] = tuple(values.get("report", ()))
+    for name in ("report", "parts"):
+        values[name] = tuple(values.get(name, ()))
     return _build(TrainOrder, values | {"adapter": _adapter(content)})
 
 

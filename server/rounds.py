@@ -156,12 +156,14 @@ def _round(
 
     # 2. Ask. One array record, shared by all messages.
     arrays = wire.arrays(state.adapter)
+    parts = STRATEGIES[federation.strategy].parts(number)
     order = wire.TrainOrder(
         run=state.run,
         round=number,
         participations=cap,
         base=work.base.digest,
         report=() if config.privacy.enabled or config.privacy.hides_institutions else ("loss",),
+        parts=parts,
         adapter=state.adapter,
     )
     orders = [
@@ -184,7 +186,8 @@ def _round(
     adapter, moments = state.adapter, state.moments
     if outcome.updates and not skipped:
         if mechanism is not None:
-            aggregated = mechanism.aggregate(state.adapter, outcome.updates, number)
+            before = state.adapter.only(parts)
+            aggregated = mechanism.aggregate(before, outcome.updates, number)
         else:
             shares = base.weights(outcome.updates, federation.weighting)
             aggregated = STRATEGIES[federation.strategy].aggregate(outcome.updates, shares)
@@ -262,6 +265,7 @@ def _collect(
     failed: dict[str, str] = {}
     received: dict[str, int] = {}
     privacy: dict[str, dict[str, Any]] = {}
+    reference = order.adapter.only(order.parts)
     for node, reply in exchange(grid, orders, config.federation.timeout + NODES_TIMEOUT):
         name = names[node]
         try:
@@ -270,7 +274,7 @@ def _collect(
             update = wire.unpack_update(content)
             if update.privacy is not None and update.institution == name:
                 privacy[name] = dataclasses.asdict(update.privacy)
-            base.validate(update, institution=name, round=order.round, reference=order.adapter)
+            base.validate(update, institution=name, round=order.round, reference=reference)
             if config.privacy.enabled and update.privacy is None:
                 raise Refusal(
                     "no-privacy-record", "DP is on, but the update does not say what was spent"

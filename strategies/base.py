@@ -4,12 +4,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlora.adapters import AdapterState
+from fedlora.adapters import PARTS, AdapterState, Part
 from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 from fedlora.wire import ClientUpdate
 
 Aggregate = Callable[[Sequence[ClientUpdate], Sequence[float]], AdapterState]
+
+
+def all_parts(round: int) -> tuple[Part, ...]:
+    """Everything is trained in every round."""
+    return PARTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +26,13 @@ class Strategy:
             returns the new adapter. It reads nothing but the updates, so under DP it is
             post-processing: it spends no privacy.
         reference: The paper.
+        parts: Round (from 1) -> what institutions train and send in it; the rest of the global
+            adapter stays.
     """
 
     aggregate: Aggregate
     reference: str
+    parts: Callable[[int], tuple[Part, ...]] = all_parts
 
 
 def participations(rounds: int, institutions: int, per_round: int) -> int:

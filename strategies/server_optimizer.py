@@ -16,7 +16,7 @@ from fedlora.adapters import AdapterState
 BETA1, BETA2, TAU = 0.9, 0.99, 1e-8
 
 Moments = Mapping[str, torch.Tensor]
-"""Optimizer state: ``m/NAME``, ``v/NAME`` float32 of each parameter's shape, ``step`` int64 ()."""
+"""Optimizer state of each NAME: ``m/``, ``v/`` float32 of its shape, ``t/`` int64 (), its steps."""
 
 
 def step(
@@ -31,20 +31,23 @@ def step(
         kind: ``none`` (:math:`w + \eta \Delta`), ``momentum``, ``adam``, ``yogi`` or ``adagrad``.
         learning_rate: :math:`\eta`.
         before: The global adapter.
-        aggregated: The strategy's result.
+        aggregated: The strategy's result. What it does not hold stays as it is, its state too: a
+            factor that is trained every other round takes every other step.
         state: From the last step; empty at first.
 
     Returns:
         The new global adapter and the new state. The inputs are not modified.
     """
     new: dict[str, torch.Tensor] = {}
-    moments: dict[str, torch.Tensor] = {}
-    t = int(state.get("step", torch.zeros((), dtype=torch.int64))) + 1
-    for name, old in before.items():
-        delta = aggregated[name] - old
+    moments = dict(state)
+    for name, target in aggregated.items():
+        old = before[name]
+        delta = target - old
         if kind == "none":
             new[name] = old + learning_rate * delta
             continue
+        t = int(state.get(f"t/{name}", torch.zeros((), dtype=torch.int64))) + 1
+        moments[f"t/{name}"] = torch.tensor(t, dtype=torch.int64)
         m = BETA1 * state.get(f"m/{name}", torch.zeros_like(old)) + (1 - BETA1) * delta
         moments[f"m/{name}"] = m
         if kind == "momentum":
@@ -63,6 +66,4 @@ def step(
             scale = v
         moments[f"v/{name}"] = v
         new[name] = old + learning_rate * (m / (1 - BETA1**t)) / (scale.sqrt() + TAU)
-    if kind != "none":
-        moments["step"] = torch.tensor(t, dtype=torch.int64)
-    return AdapterState(new), moments
+    return before.updated(new), moments

@@ -69,6 +69,7 @@ def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
         participations=3,
         base=work.base.digest,
         report=("loss",),
+        parts=adapters.PARTS,
         adapter=work.start,
     )
     who = institution.locate(config, 0)

@@ -11,7 +11,13 @@ from fedlora.errors import Refusal
 
 STATE = AdapterState({"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(4, 2)})
 ORDER = wire.TrainOrder(
-    run="r", round=2, participations=9, base="b", report=("loss",), adapter=STATE
+    run="r",
+    round=2,
+    participations=9,
+    base="b",
+    report=("loss",),
+    parts=("A", "B"),
+    adapter=STATE,
 )
 SPENT = wire.PrivacySpent(
     unit="record",

@@ -1,0 +1,21 @@
+r"""RoLoRA: B and A are trained and averaged in alternate rounds.
+
+In each round one factor is the same for all, so averaging is exact as in FFA-LoRA, and yet both
+are learned. B goes first: as long as it is zero, A has no gradient. DoRA's magnitude and a head are
+trained in every round.
+
+Reference: Chen et al. (2024), Robust Federated Finetuning of LLMs via Alternating Optimization of
+LoRA, arXiv 2409.02346.
+"""
+
+from fedlora.adapters import Part
+from strategies.base import Strategy
+from strategies.fedavg import aggregate
+
+
+def parts(round: int) -> tuple[Part, ...]:
+    """B in odd rounds, A in even ones."""
+    return ("B" if round % 2 else "A", "magnitude", "head")
+
+
+STRATEGY = Strategy(aggregate=aggregate, reference="arXiv 2409.02346", parts=parts)
