@@ -72,11 +72,13 @@ def train(
     optimizer = OPTIMIZERS[plan.optimizer](parameters, lr=plan.learning_rate)
     size = min(batch_size, len(shard))
     total = 0.0
-    with _training(trainable, source):
-        for rows in _shuffled(len(shard), size, plan.steps, source.child("shuffle")):
+    with _training(trainable, private=False):
+        batches = _shuffled(len(shard), size, plan.steps, source.child("shuffle"))
+        for step, rows in enumerate(batches):
+            dropout = source.child("dropout", step)
             optimizer.zero_grad()
             for micro in tasks.micro_batches(shard.lengths, rows, plan.physical_batch):
-                losses = _losses(trainable, shard, micro)
+                losses = _losses(trainable, shard, micro, dropout)
                 (losses.sum() / len(rows)).backward()
                 total += float(losses.detach().sum())
             optimizer.step()
@@ -127,11 +129,12 @@ def train_privately(
         source=source.child("noise"),
     )
     shapes = trainable.task.shapes(shard)
-    with _training(trainable, source):
-        for units in sampler:
+    with _training(trainable, private=True):
+        for step, units in enumerate(sampler):
+            dropout = source.child("dropout", step)
             optimizer.zero_grad()
             for group in _groups([unit_rows[u] for u in units], shapes, plan.physical_batch):
-                _unit_gradients(trainable, shard, group, shapes, plan.physical_batch)
+                _unit_gradients(trainable, shard, group, shapes, plan.physical_batch, dropout)
                 optimizer.signal_skip_step(True)  # clip and accumulate only
                 optimizer.step()
                 optimizer.zero_grad()
@@ -149,6 +152,7 @@ def _unit_gradients(
     group: Sequence[np.ndarray],
     shapes: np.ndarray,
     physical_batch: int,
+    dropout: RandomSource,
 ) -> None:
     """Leave each unit's summed gradient (units, *shape) in ``grad_sample``.
 
@@ -156,13 +160,15 @@ def _unit_gradients(
     ``physical_batch`` rows of one shape, and a unit's rows are summed in an order of their own.
     Memory holds one pass at a time.
     """
-    single = all(len(rows) == 1 for rows in group)
+    everyone = np.arange(len(group))
     sums: list[torch.Tensor] | None = None
     for rows, unit_of_row, width in _passes(group, shapes, physical_batch):
-        # rows that only fill the pass belong to a unit after the last
-        index = None if single else torch.from_numpy(unit_of_row)
-        with trainable.per_sample.expanded(physical_batch if single else len(group) + 1, index):
-            _losses(trainable, shard, rows, width).sum().backward()
+        # Row i is unit i, or an index says whose it is; rows that only fill the pass are a unit
+        # after the last.
+        plain = np.array_equal(unit_of_row[unit_of_row < len(group)], everyone)
+        index = None if plain else torch.from_numpy(unit_of_row)
+        with trainable.per_sample.expanded(physical_batch if plain else len(group) + 1, index):
+            _losses(trainable, shard, rows, dropout, width).sum().backward()
             trainable.per_sample.collect()
         gradients = [p.grad_sample[: len(group)] for p in trainable.parameters().values()]  # pyright: ignore
         sums = (
@@ -255,23 +261,28 @@ def _shuffled(records: int, size: int, steps: int, source: RandomSource) -> Iter
         yield batch
 
 
-def _losses(trainable: Trainable, shard: Shard, rows: np.ndarray, width: int = 0) -> torch.Tensor:
+def _losses(
+    trainable: Trainable, shard: Shard, rows: np.ndarray, dropout: RandomSource, width: int = 0
+) -> torch.Tensor:
+    if trainable.per_sample.has_dropout:
+        trainable.per_sample.draw_dropout([dropout.child("row", int(row)) for row in rows])
     task = trainable.task
     batch = task.collate(shard, rows, width)
     return task.losses(trainable.model, batch, trainable.labels)
 
 
 @contextlib.contextmanager
-def _training(trainable: Trainable, source: RandomSource) -> Iterator[None]:
-    """Adapter dropout on, drawn from ``source``; the process's own random state stays untouched."""
-    seed = int.from_bytes(source.child("dropout").key[:7], "big")
+def _training(trainable: Trainable, *, private: bool) -> Iterator[None]:
+    """Training mode; under DP attention by plain products, whose result for a row is its own.
+
+    Fused kernels differ with the mask, which transformers leaves out when no row of a batch is
+    padded. On a CPU plain products are faster in training anyway.
+    """
+    plain = private or trainable.base.model.device.type == "cpu"
     training_mode(trainable.model, True)
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
-            torch.manual_seed(seed)
-            if trainable.base.model.device.type == "cpu":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
             yield
     finally:
+        trainable.per_sample.draw_dropout(())
         training_mode(trainable.model, False)

@@ -52,7 +52,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
     "phi3": ("qkv_proj",),
     **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi",
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi",
          "smollm3", "olmo", "olmo2", "granite", "cohere", "stablelm", "gptj", "gpt_neo", "opt"),
         ("q_proj", "v_proj"),
     ),

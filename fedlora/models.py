@@ -331,6 +331,7 @@ def load_base(
     kind(name, task)
     import torch
     from safetensors import SafetensorError
+    from torch.nn import Dropout
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from fedlora import encoder
@@ -373,6 +374,10 @@ def load_base(
         # gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        # A frozen base has nothing to regularise; its dropout would tie a row to its place.
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or type(module) is Dropout):
+                setattr(module, name, 0.0)
     model.requires_grad_(False).eval()
     return Base(
         model=model,

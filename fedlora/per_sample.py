@@ -18,11 +18,13 @@ update is computed in float32.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -34,6 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from fedlora.adapters import ADAPTER, dense_weight, is_linear
 from fedlora.errors import Refusal
 from fedlora.models import HEAD
+from fedlora.streams import RandomSource
 
 
 class _LowRankUpdate(torch.autograd.Function):
@@ -132,11 +135,13 @@ class _Mode:
         leaves: Parameter -> its leaf ``(units, *shape)``; empty in plain mode.
         examples: First dimension that every input must have.
         unit: Unit of each example ``(examples,)``; None when example i is unit i.
+        rows: Where the dropout of each example of a batch is drawn from; empty: no dropout.
     """
 
     leaves: dict[nn.Parameter, torch.Tensor]
     examples: int = 0
     unit: torch.Tensor | None = None
+    rows: Sequence[RandomSource] = ()
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor:
         """The leaf of a parameter, or in plain mode the parameter."""
@@ -160,12 +165,23 @@ class _Mode:
             )
 
 
+def dropout_mask(source: RandomSource, shape: Sequence[int], rate: float) -> torch.Tensor:
+    """Draw a mask, float32 of ``shape``: 0 with probability ``rate``, else 1 / (1 - rate).
+
+    The probability is met to 1 / 65536.
+    """
+    n = math.prod(shape)
+    kept = source.words(-(-n // 4)).view(np.uint16)[:n] >= round(rate * 65536)
+    return torch.from_numpy(kept.astype(np.float32) / np.float32(1 - rate)).view(*shape)
+
+
 class _AdaptedLayer:
     """The forward of a linear layer with low-rank factors, equal to PEFT's."""
 
     def __init__(self, name: str, layer: LoraLayer, mode: _Mode) -> None:
         self.name, self.layer, self.mode = name, cast(Any, layer), mode
         self.base = layer.get_base_layer()
+        self.dropout = cast(float, getattr(layer.lora_dropout[ADAPTER], "p", 0.0))
         self.flat = name.rpartition(".")[2] == HEAD  # pooled: one row an example
         self.a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)
         self.b = cast(nn.Parameter, layer.lora_B[ADAPTER].weight)
@@ -184,10 +200,12 @@ class _AdaptedLayer:
         if self.layer.disable_adapters:
             return result
         self.mode.check(self.name, x, self.flat)
-        dropout = cast(nn.Module, self.layer.lora_dropout[ADAPTER])
         dropped = None
-        if self.layer.training and not isinstance(dropout, nn.Identity):
-            dropped = cast(torch.Tensor, dropout(x.float()))
+        if self.dropout and self.mode.rows:
+            masks = [
+                dropout_mask(r.child(self.name), x.shape[1:], self.dropout) for r in self.mode.rows
+            ]
+            dropped = x.float() * torch.stack(masks).to(x.device)
         if self.magnitude is None:
             return self._update(x if dropped is None else dropped, result)
         return self._dora(x, dropped, result, self.magnitude)
@@ -281,8 +299,15 @@ class PerSampleAdapters:
 
     def __init__(self, model: PeftModel) -> None:
         self._mode = _Mode({})
+        self._has_dropout = False
         self._named: dict[str, nn.Parameter] = {}
         covered: set[nn.Parameter] = set()
+        if experts := [key for key in MIXTURES if getattr(model.config, key, None)]:
+            raise Refusal(
+                "guard-batch-coupled",
+                f"the base routes tokens to experts ({experts[0]}), whose products have as many "
+                "rows as tokens came, so a gradient depends on other examples; choose a dense one",
+            )
         for name, module in model.named_modules():
             if _couples_examples(module):
                 raise Refusal(
@@ -293,6 +318,7 @@ class PerSampleAdapters:
             forward: _AdaptedLayer | _Head | None = None
             if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
                 forward = _AdaptedLayer(name, module, self._mode)
+                self._has_dropout |= forward.dropout > 0
             elif isinstance(module, ModulesToSaveWrapper):
                 module = module.modules_to_save[ADAPTER]
                 if isinstance(module, nn.Linear):
@@ -333,6 +359,22 @@ class PerSampleAdapters:
             self._mode.leaves.clear()
             self._mode.unit = None
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether some layer drops features once `draw_dropout` says from where."""
+        return self._has_dropout
+
+    def draw_dropout(self, rows: Sequence[RandomSource]) -> None:
+        """Draw dropout for the coming batches from a source for each row, until told otherwise.
+
+        A row's mask then depends on its source and the layer only, not on its place in a batch,
+        and is the same again when activations are recomputed.
+
+        Args:
+            rows: One for each example of a batch; empty switches dropout off.
+        """
+        self._mode.rows = rows
+
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._named.items() if p.requires_grad}
 
@@ -352,6 +394,10 @@ class PerSampleAdapters:
         for parameter, leaf in self._mode.leaves.items():
             cast(Any, parameter).grad_sample = leaf.grad
             leaf.grad = None
+
+
+MIXTURES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations call the number of experts in a mixture."""
 
 
 def _couples_examples(module: nn.Module) -> bool:

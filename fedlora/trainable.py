@@ -166,12 +166,8 @@ def records(config: RunConfig) -> Federation:
 
 
 def training_mode(model: torch.nn.Module, on: bool) -> None:
-    """Switch adapter dropout (and checkpointing) on or off; the frozen base's dropout stays off.
-
-    A frozen base has nothing to regularise, and under DP its dropout would only add noise that
-    nobody accounts.
-    """
+    """Switch gradient checkpointing on or off: modules recompute only when they train."""
     model.eval()
-    for name, module in cast(Any, model).named_modules():
-        if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
+    for module in cast(Any, model).modules():
+        if getattr(module, "gradient_checkpointing", False):
             module.training = on

@@ -6,7 +6,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from client import app as client_app
 from client import institution
 from experiments.engines.grid import identify
-from fedlora import wire
+from fedlora import adapters, wire
 from fedlora.errors import InputError, Refusal
 
 
@@ -84,7 +84,13 @@ def test_an_order_for_another_base_is_refused(tiny_config):
     config = tiny_config()
     work = trainable.load(config, trainable.records(config).labels)
     order = wire.TrainOrder(
-        run="r", round=1, participations=3, base="0" * 64, report=(), adapter=work.start
+        run="r",
+        round=1,
+        participations=3,
+        base="0" * 64,
+        report=(),
+        parts=adapters.PARTS,
+        adapter=work.start,
     )
     with pytest.raises(Refusal, match="base-mismatch"):
         institution.answer(institution.locate(config, 0), order, config)

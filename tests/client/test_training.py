@@ -9,6 +9,7 @@ from fedlora import config as configuration
 from fedlora import trainable
 from fedlora.streams import RandomSource
 
+DROPOUT = RandomSource.seeded("test", 1)
 CASES = [
     ("lora", "none", "bf16"),
     ("dora", "none", "bf16"),
@@ -30,6 +31,7 @@ def minilm(request):
             "model.quantization": quantization,
             "model.dtype": dtype,
             "data.institutions": 2,
+            "adapter.dropout": 0.2 if method == "dora" else 0.0,
             "training.max-length": 40,
         }
     )
@@ -46,13 +48,19 @@ def minilm(request):
 def _gradients(work, shard, units, physical_batch):
     shapes = work.task.shapes(shard)
     found = {}
-    with training._training(work, RandomSource.seeded("test", 1)):
+    with training._training(work, private=True):
         for group in training._groups(units, shapes, physical_batch):
-            training._unit_gradients(work, shard, group, shapes, physical_batch)
+            training._unit_gradients(work, shard, group, shapes, physical_batch, DROPOUT)
             for index, rows in enumerate(group):
                 parts = [p.grad_sample[index].flatten() for p in work.parameters().values()]
                 found[tuple(rows)] = torch.cat(parts)
     return found
+
+
+def _unpadded(work, shard, others):
+    """Rows exactly as long as they are padded to."""
+    exact = np.flatnonzero(shard.lengths == work.task.shapes(shard)[:, 0])
+    return np.setdiff1d(exact, others)[:9]
 
 
 @pytest.mark.parametrize("minilm", CASES, indirect=True, ids="-".join)
@@ -63,13 +71,16 @@ def test_a_units_gradient_does_not_depend_on_the_others_drawn(minilm):
     for units in (
         [np.array([row]) for row in rows],  # records
         [np.sort(part) for part in np.array_split(rows, 9)],  # customers with four records each
+        # customers with one record or several, and rows that are not padded beside ones that are
+        [rows[:3], rows[3:5], *rows[5:, None], *_unpadded(work, shard, rows)[:, None]],
     ):
         together = _gradients(work, shard, units, 8)
         some = [units[i] for i in draw.permutation(len(units))[: len(units) // 2]]
         for key, gradient in _gradients(work, shard, some, 8).items():
             assert torch.equal(gradient, together[key])
-        alone = _gradients(work, shard, units[:1], 8)
-        assert torch.equal(alone[tuple(units[0])], together[tuple(units[0])])
+        for unit in (units[0], units[-1]):
+            alone = _gradients(work, shard, [unit], 8)
+            assert torch.equal(alone[tuple(unit)], together[tuple(unit)])
         assert torch.isfinite(gradient).all() and gradient.norm() > 0
 
 
@@ -81,10 +92,10 @@ def test_batches_padded_to_their_longest_row_would_let_others_in(minilm):
 
     def gradient(rows):
         with (
-            training._training(work, RandomSource.seeded("test", 1)),
+            training._training(work, private=True),
             work.per_sample.expanded(len(rows), None),
         ):
-            training._losses(work, shard, np.array(rows)).sum().backward()
+            training._losses(work, shard, np.array(rows), DROPOUT).sum().backward()
             work.per_sample.collect()
         return torch.cat([p.grad_sample[0].flatten() for p in work.parameters().values()])
 

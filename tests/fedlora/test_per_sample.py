@@ -13,7 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
 from fedlora import adapters, models
 from fedlora.adapters import METHODS, LoraSpec
 from fedlora.errors import Refusal
-from fedlora.per_sample import PerSampleAdapters
+from fedlora.per_sample import PerSampleAdapters, dropout_mask
+from fedlora.streams import RandomSource
 
 CONFIGS = {
     "bert": BertConfig(
@@ -178,27 +179,61 @@ def test_gradients_are_as_near_to_float64_as_pefts_own(directories, family, meth
     assert 0 < worst_error({n: g.double() for n, g in found.items()}, truth) <= 1e-5
 
 
-class FeatureMask(nn.Module):
-    """Stands in for dropout: the same features are dropped in every call, whatever the batch."""
+class RowMask(nn.Module):
+    """PEFT's dropout, drawn as ours is: from the row's source and the layer's name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.row = name, 0
 
     def forward(self, x):
-        keep = torch.arange(x.shape[-1]) % 3 != 0
-        return x * keep.to(x.dtype) * 1.5
+        assert len(x) == 1  # one example at a time
+        return x * dropout_mask(row_sources()[self.row].child(self.name), x.shape[1:], 0.3)
+
+
+def row_sources():
+    return [RandomSource.seeded("dropout", i) for i in range(BATCH)]
+
+
+def one_by_one_with_dropout(model, inputs):
+    masks = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            masks.append(RowMask(name))
+            module.lora_dropout["default"] = masks[-1]
+    rows = []
+    for i in range(BATCH):
+        for mask in masks:
+            mask.row = i
+        rows.append(one_by_one(model, tuple(x[i : i + 1] for x in inputs)))
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_are_exact_with_dropout_on_the_adapter(directories, family, method):
-    peft = build(directories / family, method=method, dropout=0.1)
-    ours = build(directories / family, method=method, dropout=0.1)
-    for model in (peft, ours):
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module.lora_dropout["default"] = FeatureMask()
-    expected = one_by_one(peft, batch())
-    without = one_by_one(build(directories / family, method=method), batch())
+    expected = one_by_one_with_dropout(
+        build(directories / family, method=method, dropout=0.3), batch()
+    )
+    model, per_sample = with_adapters(directories / family, method=method, dropout=0.3)
+    without = all_at_once(model, per_sample, batch())
     assert worst_error(without, expected) > 1e-2  # the mask does matter
-    assert worst_error(all_at_once(ours, PerSampleAdapters(ours), batch()), expected) <= 1e-5
+    per_sample.draw_dropout(row_sources())
+    assert worst_error(all_at_once(model, per_sample, batch()), expected) <= 1e-5
+
+
+def test_a_dropout_mask_keeps_its_share_and_the_mean():
+    # 200,000 draws; a false alarm has probability below 1e-6 (five standard deviations)
+    mask = dropout_mask(RandomSource.seeded("mask", 1), (200, 1000), 0.3)
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert abs(float((mask == 0).float().mean()) - 0.3) < 5 * (0.3 * 0.7 / 200_000) ** 0.5 + 1e-5
+
+
+def test_a_mixture_of_experts_is_refused(directories):
+    model = build(directories / "llama")
+    model.config.num_local_experts = 8
+    with pytest.raises(Refusal, match="routes tokens to experts"):
+        PerSampleAdapters(model)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -338,3 +373,22 @@ def test_an_input_that_is_not_one_entry_an_example_is_refused(directories, shape
     with per_sample.expanded(BATCH), pytest.raises(Refusal, match="shape") as refusal:
         layer(torch.zeros(shape))
     assert refusal.value.code == "guard-batch-coupled"
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("frozen", ["A", "B", "magnitude"])
+def test_a_frozen_part_changes_no_gradient_of_the_others(directories, family, method, frozen):
+    expected = one_by_one(build(directories / family, method=method), batch())
+    model, per_sample = with_adapters(directories / family, method=method)
+    for name, parameter in adapters.parameters(model).items():
+        parameter.requires_grad_(adapters.kind(name) != frozen)
+    with per_sample.expanded(BATCH):
+        losses(model, *batch()).sum().backward()
+        per_sample.collect()
+    for name, parameter in adapters.parameters(model).items():
+        if parameter.requires_grad:
+            error = (parameter.grad_sample - expected[name]).norm() / expected[name].norm()
+            assert error <= 1e-5
+        else:
+            assert getattr(parameter, "grad_sample", None) is None and parameter.grad is None

@@ -68,6 +68,7 @@ def test_every_part_of_an_order_changes_its_digest():
             ("participations", 10),
             ("base", "c"),
             ("report", ()),
+            ("parts", ("B",)),
             ("adapter", moved),
             ("adapter", renamed),
         )
