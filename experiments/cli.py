@@ -135,15 +135,6 @@ def _resolve(
         )
     if resume is not None and (resume / "result.json").exists():
         raise InputError(f"{resume} is complete; there is nothing to resume (see its result.json)")
-    if resume is not None:
-        from server.run_directory import changes
-
-        changed = changes(configuration.load(resume / "config.toml"), loaded)
-        if changed:
-            raise InputError(
-                f"{resume} was run with another configuration ({'; '.join(changed)}); "
-                "resume it unchanged, or start anew"
-            )
     values: dict[str, Any] = {"run-dir": str(chosen.absolute())}
     if loaded.privacy.ledger:
         values["privacy.ledger"] = str(Path(loaded.privacy.ledger).absolute())
@@ -151,7 +142,11 @@ def _resolve(
         value = str(loaded.flat()[key])
         if value and Path(value).exists():
             values[key] = str(Path(value).absolute())
-    return loaded.replace(values)
+    resolved = loaded.replace(values)
+    from server.run_directory import RunDirectory
+
+    RunDirectory(chosen.absolute()).check(resolved)
+    return resolved
 
 
 def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> dict[str, Any]:

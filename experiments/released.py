@@ -1,6 +1,7 @@
 """Using a finished run: evaluate its adapter on other data, predict, merge it into its base."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ def _open(run_dir: Path) -> tuple[configuration.RunConfig, Trainable]:
             f"finished run printed, or continue it with `fedlora run --resume {run_dir}`"
         )
     config = configuration.load(run_dir / "config.toml")
-    result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    try:
+        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{run_dir / 'result.json'} cannot be read ({type(error).__name__}); "
+            "restore it, or run again"
+        ) from None
     work = trainable.load(config, tuple(result["labels"]))
     if work.base.digest != result["base"]["digest"]:
         raise InputError(
@@ -43,8 +50,7 @@ def evaluate(run_dir: Path, source: str) -> dict[str, Any]:
         labels=work.labels,
         encode=work.task.encode,
     )
-    result = work.task.evaluate(work.model, shard, work.labels)
-    return {key: value for key, value in result.items() if key != "by_owner"}
+    return work.task.evaluate(work.model, shard, work.labels)
 
 
 def predict(run_dir: Path, texts: list[str]) -> list[str]:
@@ -61,6 +67,9 @@ def merge(run_dir: Path, out_dir: Path) -> None:
     """
     if out_dir.exists():
         raise InputError(f"{out_dir} exists; give a directory that is not there")
+    parent = out_dir.absolute().parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{parent} is no directory that can be written to; give another place")
     _, work = _open(run_dir)
     trainable.forget()  # merging takes the model apart
     merged = adapters.merge(work.model)

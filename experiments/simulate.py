@@ -56,10 +56,29 @@ def prepare(config: RunConfig) -> "Federation":
     Raises:
         InputError: Naming value, bound and remedy.
     """
-    from fedlora import models, trainable
+    from client import institution, training
+    from fedlora import accounting, models, trainable
+    from fedlora.errors import InputError
+    from strategies import base
 
     models.resolve(config.model.name)
-    return trainable.records(config)
+    records = trainable.records(config)
+    if not config.privacy.enabled:
+        return records
+    institutions = len(records.names)
+    units = (training.count_units(records.train(i)) for i in range(institutions))
+    federation = config.federation
+    cap = base.participations(federation.rounds, institutions, federation.institutions_per_round)
+    for size in sorted({accounting.public_size(count) for count in units}):
+        institution.budget(config, size, cap)
+    place = Path(config.privacy.ledger or config.run_dir or ".").absolute()
+    while not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise InputError(
+            f"privacy.ledger needs a directory to write to, but {place} is none; give another"
+        )
+    return records
 
 
 def run(config: RunConfig, grid: "SimulationGrid") -> None:

@@ -24,7 +24,7 @@ from fedlora.errors import InputError
 
 Scalar = str | int | float | bool
 
-ENGINE_ONLY = ("run-dir", "engine.")
+ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
 
 
@@ -37,10 +37,11 @@ def _key(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    infinite: bool = False,
 ) -> Any:
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     given = {word: bound for word, bound in bounds.items() if bound is not None}
-    metadata = {"help": help, "choices": choices, "bounds": given}
+    metadata = {"help": help, "choices": choices, "bounds": given, "infinite": infinite}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -74,6 +75,8 @@ class _Section:
                 raise InputError(
                     f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}"
                 )
+            if isinstance(value, float) and math.isinf(value) and not field.metadata["infinite"]:
+                raise InputError(f"{name} is {value:g}; it must be finite: give a number")
             for word, bound in field.metadata.get("bounds", {}).items():
                 if math.isnan(value) or not _holds(value, word, bound):
                     raise InputError(
@@ -193,7 +196,7 @@ class FederationConfig(_Section):
         "optimizer on the aggregated update (Reddi et al.)",
         choices=("none", "momentum", "adam", "yogi", "adagrad"),
     )
-    server_learning_rate: float = _key(1.0, "its step size", above=0)
+    server_learning_rate: float = _key(1.0, "its step size", above=0, at_most=1e4)
     average_last: float = _key(
         0.0,
         "share of the last rounds whose adapters are averaged into the final one; costs no privacy",
@@ -212,7 +215,7 @@ class PrivacyConfig(_Section):
 
     prefix = "privacy."
     epsilon: float = _key(
-        8.0, "budget of one run at each institution; inf switches DP off", above=0
+        8.0, "budget of one run at each institution; inf switches DP off", above=0, infinite=True
     )
     delta: float = _key(
         0.0,
@@ -250,6 +253,7 @@ class PrivacyConfig(_Section):
         "budget of one run for hiding an institution as a whole from those who see global "
         "adapters; inf switches it off",
         above=0,
+        infinite=True,
     )
     institution_delta: float = _key(
         0.0,
@@ -274,7 +278,7 @@ class PrivacyConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(_Section):
-    """Where a simulation runs. None of these keys changes a result."""
+    """Where a simulation runs. Threads and GPUs change rounding, the rest no result."""
 
     prefix = "engine."
     workers: int = _key(0, "worker processes; 0: one per engine.threads cores", at_least=0)
@@ -523,7 +527,7 @@ def _check_partition(data: DataConfig) -> None:
         "iid": argument == "",
         "dirichlet": _positive(argument),
         "natural": argument != "",
-        "pathological": argument.isdigit() and int(argument) > 0,
+        "pathological": argument.isascii() and argument.isdigit() and int(argument) > 0,
         "size": argument in ("linear", "square", "exponential"),
     }.get(scheme, False)
     if not good:

@@ -306,6 +306,6 @@ def _shard(encoded: Encoded, texts: Sequence[str], answers: Sequence[str]) -> Sh
 def _code_digest() -> str:
     """Return a sha256 of the modules that decide what a cache entry holds."""
     digest = hashlib.sha256()
-    for module in ("data.py", "partition.py", "shards.py", "sources.py"):
+    for module in ("data.py", "partition.py", "shards.py", "sources.py", "streams.py"):
         digest.update(hashlib.sha256(Path(__file__).with_name(module).read_bytes()).digest())
     return digest.hexdigest()

@@ -74,7 +74,10 @@ def encoding_key(directory: Path, *, task: str, prompt: str | None, max_length: 
     default = LABEL_PROMPT if task == "classification" else RESPONSE_PROMPT
     digest.update(json.dumps([VERSION, task, prompt or default, max_length]).encode())
     if not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"{directory} holds no tokenizer.json")
+        raise InputError(
+            f"model.name has no tokenizer.json in {directory}; save its tokenizer in fast form "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained) or use another model"
+        )
     for name in _FILES:
         file = directory / name
         content = file.read_bytes() if file.is_file() else b""

@@ -49,14 +49,14 @@ class ModelFiles:
         weights: Its safetensors files, sorted by name.
         kind: ``causal`` for a language model with a head, ``encoder`` for everything that returns
             hidden states.
-        model_type: The architecture, as ``config.json`` names it.
+        positions: The most tokens of a row that it can place; 0 when ``config.json`` sets no limit.
     """
 
     name: str
     path: Path
     weights: tuple[Path, ...]
     kind: Kind
-    model_type: str
+    positions: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,9 @@ def _no_safetensors(name: str, *, pickled: bool) -> InputError:
 
 def _inspect(name: str, path: Path) -> ModelFiles:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if type(config) is not dict:
+            raise ValueError("no object")
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.name is {name!r}, whose config.json cannot be read ({type(error).__name__}); "
@@ -196,7 +198,12 @@ def _inspect(name: str, path: Path) -> ModelFiles:
     if (path / "model.safetensors").is_file():
         weights = (path / "model.safetensors",)
     elif index.is_file():
-        shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"model.name is {name!r}, whose {index.name} cannot be read; download it again"
+            ) from None
         weights = tuple(path / file for file in sorted(set(shards.values())))
     else:
         raise _no_safetensors(name, pickled=any(any(path.glob(p)) for p in PICKLES))
@@ -216,7 +223,7 @@ def _inspect(name: str, path: Path) -> ModelFiles:
         path=path,
         weights=weights,
         kind="causal" if causal else "encoder",
-        model_type=str(config.get("model_type", "")),
+        positions=int(config.get("max_position_embeddings") or config.get("n_positions") or 0),
     )
 
 
@@ -375,9 +382,9 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         # A frozen base has nothing to regularise; its dropout would tie a row to its place.
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or type(module) is Dropout):
-                setattr(module, name, 0.0)
+        for key, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in key or type(module) is Dropout):
+                setattr(module, key, 0.0)
     model.requires_grad_(False).eval()
     return Base(
         model=model,

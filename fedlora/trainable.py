@@ -15,7 +15,7 @@ from peft import PeftModel
 from fedlora import adapters, data, models, tasks
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
-from fedlora.errors import Refusal
+from fedlora.errors import InputError, Refusal
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.shards import Federation
 
@@ -124,6 +124,12 @@ def _load(
 def _task(
     model: Any, prompt: str, max_length: int, kind: models.Kind, tokenizer: Any
 ) -> tasks.Task:
+    positions = models.resolve(model.name).positions
+    if positions and max_length > positions:
+        raise InputError(
+            f"training.max-length is {max_length}, but {model.name} has {positions} positions; "
+            "lower it"
+        )
     return tasks.make(model.task, kind, tokenizer, prompt=prompt, max_length=max_length)
 
 

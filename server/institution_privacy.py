@@ -44,7 +44,7 @@ class InstitutionMechanism:
     seed: int | None
 
     def aggregate(
-        self, before: AdapterState, updates: list[ClientUpdate], round: int
+        self, before: AdapterState, updates: list[ClientUpdate], answered: int, round: int
     ) -> AdapterState:
         """One round's noised mean; see `strategies.institution_dp`."""
         source = (
@@ -57,6 +57,7 @@ class InstitutionMechanism:
             updates,
             max_norm=self.max_norm,
             noise_multiplier=self.noise_multiplier,
+            answered=answered,
             source=source,
         )
 

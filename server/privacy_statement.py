@@ -1,8 +1,10 @@
 """privacy.json: who is protected, from whom, by how much, in figures and in words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedlora import accounting
+from fedlora.accounting import Event
 from fedlora.config import RunConfig
 from server.institution_privacy import InstitutionMechanism
 from server.run_directory import RunState
@@ -42,7 +44,7 @@ def statement(
         mechanism: Of institution-level DP, when it is on.
 
     Returns:
-        ``protects`` in words, and for each institution what it last reported (see
+        ``protects`` in words, and for each institution what it has spent at most (see
         docs/privacy-accounting.md).
     """
     privacy = config.privacy
@@ -57,9 +59,6 @@ def statement(
             words = NOBODY_SEEDED
         return {"protects": words, "epsilon": "inf", "institutions": {}, **institution_level}
 
-    def asked(name: str) -> int:
-        return state.asked.get(name, 0)
-
     unit = (
         "record" if privacy.unit == "record" else f"value of {privacy.unit!r} with all its records"
     )
@@ -73,15 +72,55 @@ def statement(
         "adversary": ADVERSARY,
         "adjacency": ADJACENCY,
         "institutions": {
-            name: {
-                **state.privacy[name],
-                "rounds_asked": asked(name),
-                "unreported_steps": asked(name) * config.training.local_steps
-                - state.privacy[name]["steps"],
-            }
+            name: _spent(state.privacy[name], state.asked.get(name, 0), config.training.local_steps)
             for name in names
             if name in state.privacy
         },
         **institution_level,
-        "without_report": [n for n in names if n not in state.privacy and state.asked.get(n)],
+        "without_report": {
+            name: {
+                "rounds_asked": state.asked[name],
+                "epsilon_at_most": config.privacy.epsilon,
+            }
+            for name in names
+            if name not in state.privacy and state.asked.get(name)
+        },
     }
+
+
+def _spent(reported: Mapping[str, Any], rounds_asked: int, steps_per_round: int) -> dict[str, Any]:
+    """What an institution reported last, with every round counted that it was asked for.
+
+    An institution may have been charged, and its answer seen on the way, although nothing arrived
+    here in time. The later of both counts.
+    """
+    steps = max(reported["steps"], rounds_asked * steps_per_round)
+    spent = dict(reported)
+    if steps > reported["steps"]:
+        events = [
+            Event(
+                noise_multiplier=reported["noise_multiplier"],
+                sample_rate=reported["sample_rate"],
+                steps=steps,
+            )
+        ]
+        if reported["size_noise"]:
+            events.append(Event(noise_multiplier=reported["size_noise"], sample_rate=1.0, steps=1))
+        spent["epsilon"] = accounting.epsilon(events, reported["delta"], reported["accountant"])
+    return {
+        **spent,
+        "steps": steps,
+        "rounds_asked": rounds_asked,
+        "unreported_steps": steps - reported["steps"],
+    }
+
+
+def largest_epsilon(statement: Mapping[str, Any]) -> float:
+    """The most that any institution may have spent, by its statement."""
+    return max(
+        (
+            *(spent["epsilon"] for spent in statement["institutions"].values()),
+            *(spent["epsilon_at_most"] for spent in statement.get("without_report", {}).values()),
+        ),
+        default=0.0,
+    )

@@ -4,6 +4,7 @@ One round reads top to bottom in `_round`.
 """
 
 import dataclasses
+import hashlib
 import logging
 import time
 import uuid
@@ -26,7 +27,7 @@ from fedlora.trainable import Trainable
 from server import institution_privacy
 from server.exchange import exchange
 from server.institution_privacy import InstitutionMechanism
-from server.privacy_statement import statement
+from server.privacy_statement import largest_epsilon, statement
 from server.run_directory import RunDirectory, RunState
 from strategies import STRATEGIES, base, server_optimizer
 
@@ -45,24 +46,29 @@ class Outcome:
 
     Args:
         updates: Valid updates, sorted by institution.
+        invalid: How many answered with an update that does not count.
         failed: Institution -> reason.
         received: Institution -> bytes of its adapter.
         privacy: Institution -> what it says it has spent, also where the update does not count.
     """
 
     updates: list[wire.ClientUpdate]
+    invalid: int
     failed: dict[str, str]
     received: dict[str, int]
     privacy: dict[str, dict[str, Any]]
 
 
-def preflight(config: RunConfig, names: tuple[str, ...], units: Iterable[int]) -> None:
+def preflight(
+    config: RunConfig, names: tuple[str, ...], units: Iterable[int], held_out: int
+) -> None:
     """Check what can be known once the records are counted, before any model is loaded.
 
     Args:
         config: The run.
         names: The institutions.
         units: Number of privacy units of each.
+        held_out: Held-out rows of all institutions together.
 
     Raises:
         InputError: Naming value, bound and remedy.
@@ -77,6 +83,11 @@ def preflight(config: RunConfig, names: tuple[str, ...], units: Iterable[int]) -
                 f"federation.{key} is {wanted}, but only {len(names)} institutions have data; "
                 f"lower it or lower data.min-records (now {config.data.min_records})"
             )
+    if not held_out:
+        raise InputError(
+            "there are 0 held-out rows to measure on; raise data.test-fraction "
+            f"(now {config.data.test_fraction:g}) or give more data"
+        )
     if config.privacy.enabled and config.privacy.delta:
         most = 2 * accounting.public_size(max(units)) - 1  # institutions know their size class only
         accounting.check_delta(config.privacy.delta, most)
@@ -95,12 +106,19 @@ def run(grid: Grid, config: RunConfig) -> None:
         config,
         records.names,
         (len(np.unique(records.train(i).units)) for i in range(len(records.names))),
+        held_out=len(records.all_held_out),
     )
-    work = trainable.load(config, records.labels)
+    cap = base.participations(
+        config.federation.rounds, len(records.names), config.federation.institutions_per_round
+    )
+    mechanism = institution_privacy.plan(config, len(records.names), cap)
     directory = RunDirectory(Path(config.run_dir))
-    resumed = directory.claim(config)
+    resumed = directory.check(config)
+    work = trainable.load(config, records.labels)
+    inputs = _inputs(work, records)
     state = (directory.latest() if resumed else None) or RunState(
         run=uuid.uuid4().hex,
+        inputs=inputs,
         round=0,
         adapter=work.start,
         moments={},
@@ -110,20 +128,34 @@ def run(grid: Grid, config: RunConfig) -> None:
         privacy={},
         seconds=0.0,
     )
-    if not resumed:
-        directory.save(state)
-    cap = base.participations(
-        config.federation.rounds, len(records.names), config.federation.institutions_per_round
-    )
-    mechanism = institution_privacy.plan(config, len(records.names), cap)
+    if state.inputs != inputs:
+        raise InputError(
+            f"{directory.path} was run on other records or base weights than data.source and "
+            "model.name hold now; restore them, or start anew with another --out"
+        )
     roster = _Roster(
         grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap)
     )
     roster.wait()
-    if config.privacy.enabled and state.round == 0:
-        _check_budgets(config, roster)
+    if state.round == 0:
+        if config.privacy.enabled:
+            _check_budgets(config, roster)
+        directory.create(config)
+        directory.save(state)
+    measured: dict[str, Any] = {}
     while state.round < config.federation.rounds:
-        state, record = _round(grid, config, roster, state, cap, mechanism, work, records)
+        nodes = roster.online()
+        chosen = _choose(config, nodes, state, cap)
+        if nodes and not chosen:
+            log.warning(
+                "the run ends after round %d: every institution that is here was asked for the "
+                "%d rounds that it planned for",
+                state.round,
+                cap,
+            )
+            break
+        orders = {nodes[name]: name for name in chosen}
+        state, record, measured = _round(grid, config, orders, state, cap, mechanism, work, records)
         directory.append(record)
         directory.save(state)
         if not record["updates"]:
@@ -131,30 +163,60 @@ def run(grid: Grid, config: RunConfig) -> None:
                 f"round {state.round}: no institution sent a valid update "
                 f"({_reasons(record['failed'])}); the last checkpoint is kept"
             )
-    _finish(directory, config, state, mechanism, work, records)
+    _finish(directory, config, state, mechanism, work, records, measured)
+
+
+def _choose(config: RunConfig, nodes: Mapping[str, int], state: RunState, cap: int) -> list[str]:
+    """The institutions of the next round, among those that are here."""
+    return base.sample(
+        {name: state.asked.get(name, 0) for name in nodes},
+        per_round=config.federation.institutions_per_round,
+        cap=cap,
+        seed=config.seed,
+        round=state.round + 1,
+    )
+
+
+def _inputs(work: Trainable, records: Federation) -> str:
+    """SHA-256 (hex) of what a run works on: base weights, training and held-out rows."""
+    parts = (
+        work.base.digest,
+        *records.names,
+        records.train_bounds.tobytes().hex(),
+        records.all_train.fingerprint(),
+        records.all_held_out.fingerprint(),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _round(
     grid: Grid,
     config: RunConfig,
-    roster: "_Roster",
+    nodes: Mapping[int, str],
     state: RunState,
     cap: int,
     mechanism: InstitutionMechanism | None,
     work: Trainable,
     records: Federation,
-) -> tuple[RunState, dict[str, Any]]:
-    """One round: choose, ask, collect, aggregate, evaluate."""
+) -> tuple[RunState, dict[str, Any], dict[str, Any]]:
+    """One round: ask, collect, aggregate, evaluate.
+
+    Args:
+        grid: To the institutions.
+        config: The run.
+        nodes: Node -> name of the institutions to ask.
+        state: After the last round.
+        cap: The most rounds that an institution is asked for.
+        mechanism: Of institution-level DP, when it is on.
+        work: The base model, for evaluation.
+        records: Held-out rows, for evaluation.
+
+    Returns:
+        The state after this round, its line of ``rounds.jsonl``, and what was measured, if it was.
+    """
     started, number, federation = time.monotonic(), state.round + 1, config.federation
 
-    # 1. Choose, among those that are here.
-    nodes = roster.online()
-    asked = {name: state.asked.get(name, 0) for name in nodes}
-    chosen = base.sample(
-        asked, per_round=federation.institutions_per_round, cap=cap, seed=config.seed, round=number
-    )
-
-    # 2. Ask. One array record, shared by all messages.
+    # 1. Ask. One array record, shared by all messages.
     arrays = wire.arrays(state.adapter)
     parts = STRATEGIES[federation.strategy].parts(number)
     order = wire.TrainOrder(
@@ -169,25 +231,26 @@ def _round(
     orders = [
         Message(
             wire.pack_order(order, arrays),
-            nodes[name],
+            node,
             MessageType.TRAIN,
             group_id=str(number),
             ttl=federation.timeout,
         )
-        for name in chosen
+        for node in nodes
     ]
     sent = wire.adapter_bytes(orders[0].content) if orders else 0
 
-    # 3. Collect. Whatever is wrong with one answer concerns that institution only.
-    outcome = _collect(grid, config, orders, {nodes[name]: name for name in chosen}, order)
+    # 2. Collect. Whatever is wrong with one answer concerns that institution only.
+    outcome = _collect(grid, config, orders, nodes, order)
 
-    # 4. Aggregate.
+    # 3. Aggregate.
     skipped = len(outcome.updates) < federation.min_updates
     adapter, moments = state.adapter, state.moments
     if outcome.updates and not skipped:
         if mechanism is not None:
             before = state.adapter.only(parts)
-            aggregated = mechanism.aggregate(before, outcome.updates, number)
+            answered = len(outcome.updates) + outcome.invalid
+            aggregated = mechanism.aggregate(before, outcome.updates, answered, number)
         else:
             shares = base.weights(outcome.updates, federation.weighting)
             aggregated = STRATEGIES[federation.strategy].aggregate(outcome.updates, shares)
@@ -198,19 +261,24 @@ def _round(
             aggregated,
             moments,
         )
+        if problem := adapter.validate_against(state.adapter):
+            raise RunFailed(
+                f"round {number}: the server optimizer left {problem}; lower "
+                "federation.server-learning-rate. The last checkpoint is kept"
+            )
     average, averaged = dict(state.average), state.averaged
     if number > federation.rounds - round(federation.average_last * federation.rounds):
         averaged += 1
         average = {k: average.get(k, 0.0) + v.double() for k, v in adapter.items()}
 
-    # 5. Evaluate and record.
+    # 4. Evaluate and record.
     spent = {**state.privacy, **outcome.privacy}
     new = dataclasses.replace(
         state,
         round=number,
         adapter=adapter,
         moments=moments,
-        asked={**state.asked, **{name: state.asked.get(name, 0) + 1 for name in chosen}},
+        asked={**state.asked, **{name: state.asked.get(name, 0) + 1 for name in nodes.values()}},
         average=average,
         averaged=averaged,
         privacy=spent,
@@ -223,7 +291,7 @@ def _round(
     record = {
         "round": number,
         "seconds": round(seconds, 4),
-        "asked": len(chosen),
+        "asked": len(nodes),
         "updates": len(outcome.updates),
         "skipped": skipped,
         "failed": outcome.failed,
@@ -247,11 +315,11 @@ def _round(
                     else {}
                 ),
             }
-            for name in chosen
+            for name in nodes.values()
         },
         "reported": {u.institution: dict(u.metrics) for u in outcome.updates if u.metrics},
     }
-    return dataclasses.replace(new, seconds=state.seconds + seconds), record
+    return dataclasses.replace(new, seconds=state.seconds + seconds), record, measured
 
 
 def _collect(
@@ -266,6 +334,7 @@ def _collect(
     received: dict[str, int] = {}
     privacy: dict[str, dict[str, Any]] = {}
     reference = order.adapter.only(order.parts)
+    invalid = 0
     for node, reply in exchange(grid, orders, config.federation.timeout + NODES_TIMEOUT):
         name = names[node]
         try:
@@ -274,18 +343,21 @@ def _collect(
             update = wire.unpack_update(content)
             if update.privacy is not None and update.institution == name:
                 privacy[name] = dataclasses.asdict(update.privacy)
+            invalid += 1  # until it is found to be valid
             base.validate(update, institution=name, round=order.round, reference=reference)
             if config.privacy.enabled and update.privacy is None:
                 raise Refusal(
                     "no-privacy-record", "DP is on, but the update does not say what was spent"
                 )
             updates.append(update)
+            invalid -= 1
         except Refusal as refusal:
             failed[name] = refusal.code
             log.warning("round %d, %s: %s", order.round, name, refusal)
     updates.sort(key=lambda u: u.institution)  # floating-point sums follow the order
     return Outcome(
         updates=updates,
+        invalid=invalid,
         failed=dict(sorted(failed.items())),
         received=received,
         privacy=privacy,
@@ -412,15 +484,15 @@ def _finish(
     mechanism: InstitutionMechanism | None,
     work: Trainable,
     records: Federation,
+    measured: dict[str, Any],
 ) -> None:
     adapter = final_adapter(state)
-    measured = evaluate(work, adapter, records)
+    measured = measured or evaluate(work, adapter, records)
     adapter.save(directory.path / "adapter", work.model)
     privacy = statement(config, records.names, state, mechanism)
-    spent = [p["epsilon"] for p in state.privacy.values()]
     result = {
         **measured,
-        "epsilon_max": max(spent, default=0.0) if config.privacy.enabled else float("inf"),
+        "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
         "delta": max((p["delta"] for p in state.privacy.values()), default=None),
         "rounds": state.round,
         "seconds": round(state.seconds, 2),

@@ -20,6 +20,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from fedlora import config as configuration
 from fedlora.adapters import AdapterState
@@ -28,6 +29,8 @@ from fedlora.errors import InputError
 from fedlora.files import write_atomic
 
 KEPT_CHECKPOINTS = 2
+BESIDE = ("ledgers", "institutions.log")
+"""What institutions may put into a run's directory before the run begins."""
 FREE_BYTES = 100 * 2**20
 """Free disk space below which a run does not start."""
 
@@ -38,6 +41,7 @@ class RunState:
 
     Args:
         run: Identity of the run; survives a resume.
+        inputs: SHA-256 (hex) of base weights and records.
         round: The last round done; 0 before the first.
         adapter: The global adapter.
         moments: State of the server optimizer.
@@ -49,6 +53,7 @@ class RunState:
     """
 
     run: str
+    inputs: str
     round: int
     adapter: AdapterState
     moments: Mapping[str, torch.Tensor]
@@ -65,11 +70,8 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def claim(self, config: RunConfig) -> bool:
-        """Make the directory for ``config``, or find that it already holds this very run.
-
-        Returns:
-            Whether there is a run to continue.
+    def check(self, config: RunConfig) -> bool:
+        """Whether the directory holds this very run, to be continued, or is free for it.
 
         Raises:
             InputError: If it holds another run or other files, or the disk is nearly full.
@@ -83,23 +85,30 @@ class RunDirectory:
                     "give another --out, or resume it unchanged"
                 )
             return True
-        if self.path.is_dir() and any(entry.name != "ledgers" for entry in self.path.iterdir()):
+        if self.path.exists() and (
+            not self.path.is_dir() or any(e.name not in BESIDE for e in self.path.iterdir())
+        ):
             raise InputError(
                 f"{self.path} holds other files; give an --out that is empty or not there"
             )
         parent = self.path
-        while not parent.exists():
+        while not parent.is_dir():
             parent = parent.parent
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"{parent} is not writable; give another --out")
         free = shutil.disk_usage(parent).free
         if free < FREE_BYTES:
             raise InputError(
                 f"{parent} has {free / 2**20:.0f} MiB free; a run needs at least "
                 f"{FREE_BYTES / 2**20:.0f} MiB: free some or give another --out"
             )
+        return False
+
+    def create(self, config: RunConfig) -> None:
+        """Make the directory, with what runs in it and on what."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._json("environment.json", environment())
-        write_atomic(existing, config.to_toml().encode())
-        return False
+        write_atomic(self.path / "config.toml", config.to_toml().encode())
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint, then drop the oldest."""
@@ -118,18 +127,32 @@ class RunDirectory:
             old.unlink()
 
     def latest(self) -> RunState | None:
-        """The newest checkpoint, or None. ``rounds.jsonl`` is cut back to it."""
-        found = sorted((self.path / "checkpoints").glob("round-*.safetensors"))
-        if not found:
-            return None
+        """The newest checkpoint that can be read, or None. ``rounds.jsonl`` is cut back to it.
+
+        Raises:
+            InputError: If there are checkpoints and none can be read.
+        """
+        found = sorted((self.path / "checkpoints").glob("round-*.safetensors"), reverse=True)
+        for file in found:
+            try:
+                return self._read(file)
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                continue  # a damaged file; the one before it is whole
+        if found:
+            raise InputError(
+                f"no checkpoint in {found[0].parent} can be read; start anew with another --out"
+            )
+        return None
+
+    def _read(self, path: Path) -> RunState:
         parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "moments": {}, "average": {}}
-        with safetensors.safe_open(found[-1], "pt") as file:  # pyright: ignore[reportUnknownVariableType]
+        with safetensors.safe_open(path, "pt") as file:  # pyright: ignore[reportUnknownVariableType]
             plain = json.loads(file.metadata()["state"])
             keys: list[str] = file.keys()
             for key in keys:
                 part, _, name = key.partition("/")
                 parts[part][name] = file.get_tensor(key)
-        lines = [json.dumps(r) for r in self.records() if r["round"] <= plain["round"]]
+        lines = [json.dumps(r) for r in read_records(self.path) if r["round"] <= plain["round"]]
         write_atomic(self.path / "rounds.jsonl", "".join(f"{line}\n" for line in lines).encode())
         return RunState(
             adapter=AdapterState(parts["adapter"]),
@@ -144,10 +167,6 @@ class RunDirectory:
             file.write(json.dumps(_finite(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of ``rounds.jsonl``; a half-written last one is left out."""
-        return read_records(self.path)
 
     def write_result(self, result: Mapping[str, Any], privacy: Mapping[str, Any]) -> None:
         """Write ``privacy.json`` and, last, ``result.json``: a run that has one is complete."""

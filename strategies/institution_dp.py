@@ -32,6 +32,7 @@ def aggregate(
     *,
     max_norm: float,
     noise_multiplier: float,
+    answered: int,
     source: RandomSource,
 ) -> AdapterState:
     """The noised mean of clipped updates.
@@ -41,6 +42,8 @@ def aggregate(
         updates: At least one, validated (finite, same keys and shapes), sorted by institution.
         max_norm: C, over all tensors of an update together (L2).
         noise_multiplier: sigma > 0.
+        answered: m, at least the number of updates: an answer that is not valid counts as zero, so
+            that m does not tell whether it was.
         source: Of the noise; fresh for every round.
 
     Returns:
@@ -65,6 +68,6 @@ def aggregate(
     for name, tensor in total.items():
         part = noise[start : start + tensor.numel()].view(tensor.shape)
         start += tensor.numel()
-        mean = (tensor + noise_multiplier * max_norm * part) / len(updates)
+        mean = (tensor + noise_multiplier * max_norm * part) / answered
         result[name] = (before[name].double() + mean).float()
     return AdapterState(result)

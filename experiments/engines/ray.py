@@ -30,6 +30,7 @@ from experiments.engines.grid import (
     stamp,
 )
 from fedlora import wire
+from fedlora.errors import InputError
 
 WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",  # more arenas only hold on to freed memory
@@ -124,8 +125,8 @@ class RayGrid(SimulationGrid):
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _start_ray(address, max(workers * threads, os.cpu_count() or 1))
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        count = min(workers or max(1, cores // threads), institutions)
+        count = min(_places(threads, gpus), institutions)
+        count = min(workers, count) if workers else count
         self._make = (
             ray.remote(_Worker)
             .options(
@@ -272,6 +273,25 @@ class RayGrid(SimulationGrid):
             else:
                 self._queue.appendleft(job)
         return replies
+
+
+def _places(threads: int, gpus: float) -> int:
+    """How many workers the cluster has room for.
+
+    Raises:
+        InputError: If there is none for even one.
+    """
+    cluster = ray.cluster_resources()
+    cores, cards = int(cluster.get("CPU", 0)), cluster.get("GPU", 0.0)
+    places = cores // threads
+    if gpus:  # a share below 1 stays on one card
+        places = min(places, int(cards * int(1 / gpus)) if gpus <= 1 else int(cards // gpus))
+    if places < 1:
+        raise InputError(
+            f"engine.threads is {threads} and engine.gpus {gpus:g}, but there are {cores} cores "
+            f"and {cards:g} GPUs; lower them"
+        )
+    return places
 
 
 def _without(message: Message, key: str) -> Message:

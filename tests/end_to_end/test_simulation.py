@@ -8,14 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from client.ledger import Ledger
-from fedlora import models, trainable
-from fedlora.adapters import AdapterState
+from fedlora import accounting, models, trainable
+from fedlora.accounting import Event
+from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
-from server.run_directory import read_records
+from server.privacy_statement import NOBODY_SEEDED, largest_epsilon, statement
+from server.run_directory import RunState, read_records
 
 
 def _adapter(config) -> AdapterState:
@@ -141,6 +144,7 @@ def test_a_second_run_on_the_same_ledgers_is_refused_before_it_spends(
         before = ledger.show()
     with pytest.raises(InputError, match="budget exhausted: 4 of 4"):
         simulate_run(tiny_config(**shared, **{"run-dir": str(tmp_path / "second")}))
+    assert not (tmp_path / "second").exists() or not any((tmp_path / "second").iterdir())
     with Ledger.open(path) as ledger:
         assert ledger.show() == before
 
@@ -179,7 +183,12 @@ def test_units_of_a_column_are_protected_together(tiny_config, simulate_run):
     )
     result = simulate_run(config)
     said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
-    assert "customer" in said["protects"] or "seed" in said["protects"]
+    assert said["protects"] == NOBODY_SEEDED
+    records = trainable.records(config)
+    for i, name in enumerate(records.names):  # 160 customers in all, each at one bank or several
+        units = len(np.unique(records.train(i).units))
+        assert units < len(records.train(i))  # rows are joined
+        assert said["institutions"][name]["steps"] == 2
     assert {i["unit"] for i in said["institutions"].values()} == {"customer"}
     assert result["epsilon_max"] <= 8.0
 
@@ -264,3 +273,79 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
         assert victims[0] not in grid.worker_pids()
     assert all(r["updates"] == 4 for r in read_records(tmp_path / "run"))
     assert _same(_adapter(config), _adapter(calm))
+
+
+def test_a_run_ends_when_everybody_left_has_had_its_planned_rounds(
+    tiny_config, simulate_run, tmp_path
+):
+    """One of four refuses; each round asks one, and nobody may be asked for more than its share."""
+    config = tiny_config(
+        **{
+            "federation.rounds": 8,
+            "federation.institutions-per-round": 1,
+            "privacy.ledger": str(tmp_path / "ledgers"),
+        }
+    )
+    (tmp_path / "ledgers").mkdir()
+    (tmp_path / "ledgers" / "Beta.db").write_bytes(b"no database")
+    result = simulate_run(config)
+    assert result["rounds"] == 6  # three of them, two rounds each
+    assert (Path(config.run_dir) / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complaints, tmp_path):
+    copy = tmp_path / "copy.csv"
+    copy.write_text(complaints.read_text())
+    config = tiny_config(**{"data.source": str(copy), "privacy.epsilon": float("inf")})
+    simulate_run(config)
+    (Path(config.run_dir) / "result.json").unlink()
+    copy.write_text("".join(complaints.read_text().splitlines(keepends=True)[:-5]))
+    trainable._records.cache_clear()  # as in a new process
+    with pytest.raises(InputError, match="other records or base weights"):
+        simulate_run(config)
+
+
+def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
+    spent = {
+        "epsilon": 1.0,
+        "steps": 2,
+        "noise_multiplier": 2.0,
+        "sample_rate": 0.25,
+        "size_noise": 0.0,
+        "delta": 1e-5,
+        "accountant": "rdp",
+    }
+    config = tiny_config()
+    state = RunState(
+        run="r",
+        inputs="",
+        round=3,
+        adapter=AdapterState({}),
+        moments={},
+        asked={"Alpha": 3, "Beta": 2},
+        average={},
+        averaged=0,
+        privacy={"Alpha": spent},
+        seconds=0.0,
+    )
+    said = statement(config, ["Alpha", "Beta"], state, None)
+    event = Event(noise_multiplier=2.0, sample_rate=0.25, steps=3)
+    alpha = said["institutions"]["Alpha"]
+    assert (alpha["steps"], alpha["unreported_steps"]) == (3, 1)
+    assert alpha["epsilon"] == accounting.epsilon((event,), 1e-5, "rdp")
+    assert said["without_report"] == {"Beta": {"rounds_asked": 2, "epsilon_at_most": 8.0}}
+    assert largest_epsilon(said) == 8.0
+
+
+@pytest.mark.parametrize("strategy", ["ffa", "rolora"])
+def test_a_strategy_that_freezes_a_factor_trains_and_sends_the_rest_only(
+    tiny_config, simulate_run, strategy
+):
+    config = tiny_config(**{"federation.strategy": strategy, "federation.rounds": 4})
+    simulate_run(config)
+    start = trainable.load(config, trainable.records(config).labels).start
+    end = _adapter(config)
+    moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
+    assert moved == ({"B", "head"} if strategy == "ffa" else {"A", "B", "head"})
+    rounds = read_records(Path(config.run_dir))
+    assert all(i["received"] < 0.7 * i["sent"] for r in rounds for i in r["institutions"].values())

@@ -102,11 +102,31 @@ def test_a_table_and_places_are_printed(config_file, tmp_path):
         ("privacy.delta=0.5", ["delta", "0.5"]),
         ("training.max-length=4096", ["training.max-length", "4096", "64"]),
         ("adapter.target-modules=nope", ["nope"]),
+        ("privacy.epsilon=1e-9", ["epsilon", "1e-09", "raise"]),
+        ("privacy.ledger=/dev/null", ["privacy.ledger", "/dev/null"]),
+        (
+            "privacy.institution-delta=0.3 privacy.institution-epsilon=1",
+            ["institution-delta", "0.3"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(config_file, tmp_path, assign, words):
     out = tmp_path / "out"
-    refused("run", config_file(), "--set", assign, "--out", out, *QUIETLY, words=words)
+    pairs = [part for one in assign.split() for part in ("--set", one)]
+    refused("run", config_file(), *pairs, "--out", out, *QUIETLY, words=words)
+    assert not out.exists()
+
+
+def test_a_file_in_place_of_the_run_directory_is_refused(config_file, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    refused("run", config_file(), "--out", tmp_path / "out", *QUIETLY, words=["other files"])
+
+
+def test_data_too_small_to_hold_anything_out_is_refused(config_file, tmp_path):
+    path, out = tmp_path / "few.csv", tmp_path / "out"
+    path.write_text("text,label,bank\na loan,loan,A\na card,card,A\n")
+    sets = ("--set", f"data.source={path}", "--set", "data.test-fraction=0.01")
+    refused("run", config_file(), *sets, "--out", out, *QUIETLY, words=["0 held-out rows"])
     assert not out.exists()
 
 
@@ -116,7 +136,7 @@ def test_pickle_weights_are_refused(config_file, tmp_path, tiny_encoder):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_encoder / name).read_bytes())
     (folder / "pytorch_model.bin").write_bytes(b"anything")
-    refused("run", config_file(), "--set", f"model.name={folder}", "--quiet", words=["safetensors"])
+    refused("run", config_file(), "--set", f"model.name={folder}", "--quiet", words=["pickles"])
 
 
 def test_other_files_in_the_run_directory_are_kept(config_file, tmp_path):
@@ -158,6 +178,8 @@ def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
     assert "No space left" in result.stderr and f"--resume {out}" in result.stderr
     assert (out / "checkpoints" / "round-000001.safetensors").exists()
 
+    newest = out / "checkpoints" / "round-000001.safetensors"
+    (out / "checkpoints" / "round-000002.safetensors").write_bytes(newest.read_bytes()[:100])
     changed = invoke("run", config_file(**{"federation.rounds": 4}), "--resume", out)
     assert changed.exit_code == 2 and "federation.rounds was 3, now 4" in changed.stderr
     resumed = invoke("run", "--resume", out, "--engine", "inline", "--json")

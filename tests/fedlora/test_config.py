@@ -41,6 +41,9 @@ def test_every_key_is_described_with_its_default():
         ("data.partition", "dirichlet:0", ["data.partition", "dirichlet:ALPHA"]),
         ("data.partition", "iid", ["data.institutions", "0", "1 or more"]),
         ("training.gradient-checkpointing", 3, ["true or false"]),
+        ("federation.server-learning-rate", "inf", ["server-learning-rate", "inf", "finite"]),
+        ("privacy.max-epsilon", "inf", ["privacy.max-epsilon", "inf", "finite"]),
+        ("data.partition", "pathological:²", ["data.partition", "pathological:CLASSES"]),
     ],
 )
 def test_a_bad_value_is_named_with_its_bound(key, value, words):

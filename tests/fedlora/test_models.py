@@ -70,7 +70,8 @@ def load(directory, **changes):
 
 def test_a_directory_resolves_to_its_weights_and_kind(encoder, causal):
     found = models.resolve(str(encoder))
-    assert (found.kind, found.model_type, found.path) == ("encoder", "bert", encoder)
+    assert (found.kind, found.path) == ("encoder", encoder)
+    assert found.positions == SIZES.get("max_position_embeddings", 512)
     assert found.weights == (encoder / "model.safetensors",)
     assert models.resolve(str(causal)).kind == models.kind(str(causal), "sft") == "causal"
 

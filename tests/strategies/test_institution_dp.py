@@ -16,12 +16,13 @@ def _update(name, **tensors):
     return ClientUpdate(institution=name, round=1, adapter=AdapterState(tensors))
 
 
-def _aggregate(before, updates, *, sigma=1e-12, bound=1.0, seed=0):
+def _aggregate(before, updates, *, sigma=1e-12, bound=1.0, seed=0, invalid=0):
     return institution_dp.aggregate(
         before,
         updates,
         max_norm=bound,
         noise_multiplier=sigma,
+        answered=len(updates) + invalid,
         source=RandomSource.seeded("test", seed),
     )
 
@@ -66,3 +67,9 @@ def test_no_noise_is_refused():
     before = AdapterState({"a": torch.zeros(2)})
     with pytest.raises(Refusal, match="guard-no-noise"):
         _aggregate(before, [_update("x", a=torch.zeros(2))], sigma=0.0)
+
+
+def test_an_invalid_answer_counts_as_zero():
+    before = AdapterState({"a": torch.zeros(1)})
+    new = _aggregate(before, [_update("x", a=torch.tensor([0.6]))], invalid=2)
+    assert float(new["a"]) == pytest.approx(0.2)
