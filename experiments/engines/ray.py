@@ -9,6 +9,7 @@ import collections
 import importlib
 import logging
 import os
+import pickle
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",  # more arenas only hold on to freed memory
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "100",  # batches have many shapes; kept kernels are memory
 }
-IN_FLIGHT = 2  # calls queued at a worker, so that it never waits for the driver
+HELD = 8  # shared records of earlier pushes that a worker keeps
+IN_FLIGHT = 4  # calls queued at a worker when they are short, so that it never waits for the driver
+SHORT = 0.02  # seconds
 ATTEMPTS = 2
 
 
@@ -44,7 +47,7 @@ ATTEMPTS = 2
 class _Job:
     message: Message
     context: Context
-    shared: Any  # reference to the record in the object store
+    shared: int | None  # number of the record that the message is to get back
     shared_key: str | None
     attempts: int = 0
     started: float = 0.0
@@ -62,6 +65,7 @@ class _Worker:
     def __init__(self, app: str, log: str, run_config: Mapping[str, Any]) -> None:
         identify()
         self._run_config = dict(run_config)
+        self._held: dict[int, Any] = {}
         if log:
             handler = logging.FileHandler(log, delay=True)
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -72,25 +76,24 @@ class _Worker:
     def pid(self) -> int:
         return os.getpid()
 
-    def handle(
-        self,
-        message: Message,
-        node_config: Mapping[str, Any],
-        state: RecordDict,
-        key: str | None,
-        shared: Any,
-    ) -> tuple[Message, RecordDict | None]:
-        if key is not None:
-            message.content[key] = shared
+    def hold(self, numbers: list[int], *records: Any) -> None:
+        """Keep the records that the coming messages share; those of the push before may go on."""
+        self._held = {n: r for n, r in self._held.items() if n >= numbers[0] - HELD}
+        self._held.update(zip(numbers, records, strict=True))
+
+    def handle(self, work: bytes) -> bytes:
+        message, node_config, state, key, shared = pickle.loads(work)
+        if key is not None and shared is not None:
+            message.content[key] = self._held[shared]
         context = Context(
             run_id=RUN_ID,
             node_id=message.metadata.dst_node_id,
-            node_config=dict(node_config),
+            node_config=node_config,
             state=state,
             run_config=self._run_config,
         )
         reply = call(self._app, message, context)
-        return reply, context.state if len(context.state) else None
+        return pickle.dumps((reply, context.state if len(context.state) else None))
 
 
 class RayGrid(SimulationGrid):
@@ -139,6 +142,10 @@ class RayGrid(SimulationGrid):
         )
         self._arguments = (app, log, dict(run_config))
         self._workers: list[Any] = [self._make(*self._arguments) for _ in range(count)]
+        self._depth = 1  # calls at a worker at a time
+        self._seconds: dict[int, float] = {}  # node -> how long its last call took
+        self._records = 0  # shared so far
+        self._shared: dict[int, Any] = {}  # number -> reference in the object store
         self._queue: collections.deque[_Job] = collections.deque()
         self._running: dict[Any, tuple[int, _Job]] = {}  # reference -> worker, job
         self._load: list[collections.deque[Any]] = [collections.deque() for _ in range(count)]
@@ -157,8 +164,12 @@ class RayGrid(SimulationGrid):
         return ray.get([worker.pid.remote() for worker in self._workers])
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue messages; the record that they share goes into the object store once."""
-        stored: dict[int, Any] = {}
+        """Queue messages; the record that they share goes into the object store once.
+
+        Each worker takes it from there once, too.
+        """
+        numbers: dict[int, int] = {}  # id of a record -> its number
+        fresh: dict[int, Any] = {}
         ids: list[str] = []
         for message in messages:
             ids.append(stamp(message))
@@ -166,14 +177,25 @@ class RayGrid(SimulationGrid):
             shared = None
             if key is not None:
                 record = message.content[key]
-                if id(record) not in stored:
-                    stored[id(record)] = ray.put(record)
-                shared = stored[id(record)]
+                if id(record) not in numbers:
+                    numbers[id(record)] = shared = self._records
+                    fresh[shared] = ray.put(record)
+                    self._records += 1
+                shared = numbers[id(record)]
                 message = _without(message, key)
             context = self._contexts[message.metadata.dst_node_id]
             self._queue.append(
                 _Job(message=message, context=context, shared=shared, shared_key=key)
             )
+        if fresh:
+            oldest = min(fresh) - HELD
+            self._shared = {n: r for n, r in self._shared.items() if n >= oldest} | fresh
+            for worker in self._workers:
+                worker.hold.remote(list(fresh), *fresh.values())
+        # the longest first, so that none of them begins when all others are done
+        self._queue = collections.deque(
+            sorted(self._queue, key=lambda j: -self._seconds.get(j.message.metadata.dst_node_id, 0))
+        )
         self.pushed, self.answered = len(ids), 0
         self._dispatch()
         return ids
@@ -203,19 +225,28 @@ class RayGrid(SimulationGrid):
         return replies
 
     def _dispatch(self) -> None:
-        for index, load in enumerate(self._load):
-            while self._queue and len(load) < IN_FLIGHT:
-                # near the end of a round nobody queues behind another while workers are idle
-                if load and len(self._queue) < len(self._load):
-                    break
+        """Give idle workers work; where calls are short, queue some behind those that run."""
+        for depth in range(1, self._depth + 1):
+            for index, load in enumerate(self._load):
+                # near the end of a round nobody queues behind another
+                if not self._queue or (depth > 1 and len(self._queue) < len(self._load)):
+                    return
+                if len(load) >= depth:
+                    continue
                 job = self._queue.popleft()
                 job.attempts += 1
+                context = job.context
                 reference = self._workers[index].handle.remote(
-                    job.message,
-                    job.context.node_config,
-                    job.context.state,
-                    job.shared_key,
-                    job.shared,
+                    # plain pickle: Ray's own way of packing objects takes several times as long
+                    pickle.dumps(
+                        (
+                            job.message,
+                            context.node_config,
+                            context.state,
+                            job.shared_key,
+                            job.shared,
+                        )
+                    )
                 )
                 if not load:
                     job.started = time.monotonic()
@@ -226,11 +257,14 @@ class RayGrid(SimulationGrid):
         """The reply of a finished call; none when its worker died and the call is tried again."""
         index, job = self._running.pop(reference)
         try:
-            reply, state = ray.get(reference)
+            reply, state = pickle.loads(ray.get(reference))
         except RayActorError:
             return self._replace(index, [(reference, job)], WORKER_DIED)
         except RayTaskError:
             reply, state = error_reply(job.message, 2, "worker"), None
+        seconds = time.monotonic() - job.started
+        self._seconds[job.message.metadata.dst_node_id] = seconds
+        self._depth = IN_FLIGHT if seconds < SHORT else 1
         self._load[index].remove(reference)
         if self._load[index]:
             _, following = self._running[self._load[index][0]]
@@ -256,6 +290,8 @@ class RayGrid(SimulationGrid):
         """A fresh worker in place of a dead one; its calls are tried again or reported."""
         ray.kill(self._workers[index])
         self._workers[index] = self._make(*self._arguments)
+        if self._shared:
+            self._workers[index].hold.remote(list(self._shared), *self._shared.values())
         guilty = lost[0][1] if not self._load[index] or lost[0][0] == self._load[index][0] else None
         for reference in self._load[index]:
             if reference in self._running:
