@@ -52,7 +52,7 @@ def _work(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         units=np.arange(arguments.rows),
     )
     plan = training.LocalPlan(
-        steps=1, physical_batch=arguments.physical_batch, optimizer="sgd", learning_rate=1e-6
+        steps=1, physical_batch=arguments.physical_batch, optimizer="sgd", learning_rate=1e-3
     )
     return work, shard, plan
 
@@ -89,7 +89,7 @@ def _peaks(arguments: argparse.Namespace) -> dict[str, float]:
         queue = context.Queue()
         process = context.Process(target=_peak, args=(side, arguments, queue))
         process.start()
-        found[side] = queue.get()
+        found[side] = queue.get(timeout=300)
         process.join()
     return found
 
