@@ -10,7 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import fedlora
-from client import institution, training
+from client import institution
 from fedlora import config as configuration
 from fedlora import trainable, wire
 from fedlora.errors import InputError, Refusal
@@ -37,7 +37,7 @@ def _hello(config: configuration.RunConfig, content: RecordDict, index: int) -> 
     fits = True
     if config.privacy.enabled:
         shard = trainable.records(config).train(index)
-        plan = institution.budget(config, training.count_units(shard), query.participations)
+        plan = institution.budget(config, shard.num_units, query.participations)
         with institution.open_ledger(who, config, shard, create=query.first) as ledger:
             fits = query.run in ledger.runs() or institution.fits(ledger, plan)
     return wire.pack_hello(wire.Hello(institution=who.name, version=fedlora.__version__, fits=fits))

@@ -132,7 +132,7 @@ def _budget(
 
 def _delta(privacy: PrivacyConfig, units: int) -> float:
     """The run's delta, checked against the size class: a check against the count would tell it."""
-    most = 2 * accounting.public_size(units) - 1
+    most = accounting.most_of_class(units)
     delta = privacy.delta or accounting.public_delta(most)
     accounting.check_delta(delta, most)
     return delta
@@ -154,9 +154,8 @@ def open_ledger(
         Refusal: ``ledger-*`` when it is missing, locked, corrupt, about other records, or reckons
             at a delta that means nothing for so many units.
     """
-    most = 2 * accounting.public_size(training.count_units(shard)) - 1
+    units = shard.num_units
     if create and not institution.ledger.exists():
-        units = training.count_units(shard)
         institution.ledger.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         Ledger.create(
             institution.ledger,
@@ -165,6 +164,7 @@ def open_ledger(
             accountant=config.privacy.accountant,
         )
     ledger = Ledger.open(institution.ledger)
+    most = accounting.most_of_class(units)
     if ledger.delta >= 1 / most:
         ledger.close()
         raise Refusal(
@@ -253,7 +253,7 @@ def _private(
     shard: Shard,
 ) -> wire.ClientUpdate:
     """A round under DP: plan, charge, train, store, and only then return."""
-    plan = budget(config, training.count_units(shard), order.participations)
+    plan = budget(config, shard.num_units, order.participations)
     with open_ledger(institution, config, shard, create=False) as ledger:
         digest = order.digest(config.fingerprint())
         charge = ledger.charge(
@@ -307,7 +307,7 @@ def _released_size(
         return float(plan.public_size)
     if config.federation.weighting == "noised-size":
         draw = float(RandomSource(charge.key).child("size").normal(1)[0])
-        noised = max(1.0, training.count_units(shard) + plan.plan.size_noise * draw)
+        noised = max(1.0, shard.num_units + plan.plan.size_noise * draw)
         return ledger.released_size(run, noised)
     return 0.0
 

@@ -246,11 +246,6 @@ def _rows_of_units(shard: Shard) -> list[np.ndarray]:
     return np.split(order, starts[1:])
 
 
-def count_units(shard: Shard) -> int:
-    """Number of units of privacy in a shard."""
-    return len(np.unique(shard.units))
-
-
 def _shuffled(records: int, size: int, steps: int, source: RandomSource) -> Iterator[np.ndarray]:
     """``steps`` batches of ``size`` rows, walking through fresh permutations."""
     queue = np.empty(0, dtype=np.int64)

@@ -56,9 +56,10 @@ def prepare(config: RunConfig) -> "Federation":
     Raises:
         InputError: Naming value, bound and remedy.
     """
-    from client import institution, training
+    from client import institution
     from fedlora import accounting, models, trainable
     from fedlora.errors import InputError
+    from fedlora.files import existing_parent
     from strategies import base
 
     models.resolve(config.model.name)
@@ -66,18 +67,17 @@ def prepare(config: RunConfig) -> "Federation":
     if not config.privacy.enabled:
         return records
     institutions = len(records.names)
-    units = (training.count_units(records.train(i)) for i in range(institutions))
+    units = (records.train(i).num_units for i in range(institutions))
     federation = config.federation
     cap = base.participations(federation.rounds, institutions, federation.institutions_per_round)
     for size in sorted({accounting.public_size(count) for count in units}):
         institution.budget(config, size, cap)
-    place = Path(config.privacy.ledger or config.run_dir or ".").absolute()
-    while not place.exists():
-        place = place.parent
-    if not (place.is_dir() and os.access(place, os.W_OK)):
+    try:
+        existing_parent(Path(config.privacy.ledger or config.run_dir))
+    except OSError as error:
         raise InputError(
-            f"privacy.ledger needs a directory to write to, but {place} is none; give another"
-        )
+            f"privacy.ledger needs a directory to write to, but {error}; give another"
+        ) from None
     return records
 
 

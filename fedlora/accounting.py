@@ -135,6 +135,11 @@ def public_size(records: int) -> int:
     return 1 << (_positive(records).bit_length() - 1)
 
 
+def most_of_class(records: int) -> int:
+    """Return the most records that the size class of :func:`public_size` holds."""
+    return 2 * public_size(records) - 1
+
+
 def check_delta(delta: float, records: int) -> None:
     """Check that delta is below 1 / records.
 

@@ -29,6 +29,23 @@ def write_atomic(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def existing_parent(path: Path) -> Path:
+    """The nearest directory at or above ``path`` that exists: where making it would begin.
+
+    Raises:
+        NotADirectoryError: If a file is in the way.
+        PermissionError: If that directory cannot be written.
+    """
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{place} is not writable")
+    return place
+
+
 def sync_directory(path: Path) -> None:
     """Make renames in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)

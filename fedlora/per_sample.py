@@ -299,7 +299,7 @@ class PerSampleAdapters:
 
     def __init__(self, model: PeftModel) -> None:
         self._mode = _Mode({})
-        self._has_dropout = False
+        self.has_dropout = False  # whether `draw_dropout` has an effect
         self._named: dict[str, nn.Parameter] = {}
         covered: set[nn.Parameter] = set()
         if experts := [key for key in MIXTURES if getattr(model.config, key, None)]:
@@ -318,7 +318,7 @@ class PerSampleAdapters:
             forward: _AdaptedLayer | _Head | None = None
             if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
                 forward = _AdaptedLayer(name, module, self._mode)
-                self._has_dropout |= forward.dropout > 0
+                self.has_dropout |= forward.dropout > 0
             elif isinstance(module, ModulesToSaveWrapper):
                 module = module.modules_to_save[ADAPTER]
                 if isinstance(module, nn.Linear):
@@ -358,11 +358,6 @@ class PerSampleAdapters:
         finally:
             self._mode.leaves.clear()
             self._mode.unit = None
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether some layer drops features once `draw_dropout` says from where."""
-        return self._has_dropout
 
     def draw_dropout(self, rows: Sequence[RandomSource]) -> None:
         """Draw dropout for the coming batches from a source for each row, until told otherwise.

@@ -59,6 +59,11 @@ class Shard:
         """Tokens of each row, int64 (n,)."""
         return np.diff(self.offsets)
 
+    @property
+    def num_units(self) -> int:
+        """Number of units of privacy."""
+        return len(np.unique(self.units))
+
     def row(self, index: int) -> NDArray[np.int32]:
         """Return the token ids of one row, int32, without copying."""
         if not 0 <= index < len(self):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
@@ -89,7 +88,7 @@ def preflight(
             f"(now {config.data.test_fraction:g}) or give more data"
         )
     if config.privacy.enabled and config.privacy.delta:
-        most = 2 * accounting.public_size(max(units)) - 1  # institutions know their size class only
+        most = accounting.most_of_class(max(units))  # institutions look at their size class only
         accounting.check_delta(config.privacy.delta, most)
 
 
@@ -105,7 +104,7 @@ def run(grid: Grid, config: RunConfig) -> None:
     preflight(
         config,
         records.names,
-        (len(np.unique(records.train(i).units)) for i in range(len(records.names))),
+        (records.train(i).num_units for i in range(len(records.names))),
         held_out=len(records.all_held_out),
     )
     cap = base.participations(

@@ -26,7 +26,7 @@ from fedlora import config as configuration
 from fedlora.adapters import AdapterState
 from fedlora.config import ENGINE_ONLY, RunConfig
 from fedlora.errors import InputError
-from fedlora.files import write_atomic
+from fedlora.files import existing_parent, write_atomic
 
 KEPT_CHECKPOINTS = 2
 BESIDE = ("ledgers", "institutions.log")
@@ -91,11 +91,10 @@ class RunDirectory:
             raise InputError(
                 f"{self.path} holds other files; give an --out that is empty or not there"
             )
-        parent = self.path
-        while not parent.is_dir():
-            parent = parent.parent
-        if not os.access(parent, os.W_OK):
-            raise InputError(f"{parent} is not writable; give another --out")
+        try:
+            parent = existing_parent(self.path)
+        except OSError as error:
+            raise InputError(f"{error}; give another --out") from None
         free = shutil.disk_usage(parent).free
         if free < FREE_BYTES:
             raise InputError(

@@ -178,8 +178,8 @@ class RayGrid(SimulationGrid):
             if key is not None:
                 record = message.content[key]
                 if id(record) not in numbers:
-                    numbers[id(record)] = shared = self._records
-                    fresh[shared] = ray.put(record)
+                    numbers[id(record)] = self._records
+                    fresh[self._records] = ray.put(record)
                     self._records += 1
                 shared = numbers[id(record)]
                 message = _without(message, key)

@@ -1,5 +1,7 @@
 """What leaves an institution when it says no: a code, and nothing else."""
 
+import dataclasses
+
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 
@@ -28,6 +30,19 @@ def _code(reply) -> str:
     with pytest.raises(Refusal) as caught:
         wire.unpack_hello(reply.content)
     return caught.value.code
+
+
+def _order(work, **changes):
+    order = wire.TrainOrder(
+        run="r",
+        round=1,
+        participations=3,
+        base=work.base.digest,
+        report=(),
+        parts=adapters.PARTS,
+        adapter=work.start,
+    )
+    return dataclasses.replace(order, **changes)
 
 
 def test_outside_a_simulation_every_order_is_refused(tiny_config, monkeypatch):
@@ -63,15 +78,7 @@ def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
 
     config = tiny_config()
     work = trainable.load(config, trainable.records(config).labels)
-    order = wire.TrainOrder(
-        run="r",
-        round=1,
-        participations=3,
-        base=work.base.digest,
-        report=("loss",),
-        parts=adapters.PARTS,
-        adapter=work.start,
-    )
+    order = _order(work, report=("loss",))
     who = institution.locate(config, 0)
     with pytest.raises(Refusal, match="metrics-not-allowed"):
         institution.answer(who, order, config)
@@ -83,15 +90,7 @@ def test_an_order_for_another_base_is_refused(tiny_config):
 
     config = tiny_config()
     work = trainable.load(config, trainable.records(config).labels)
-    order = wire.TrainOrder(
-        run="r",
-        round=1,
-        participations=3,
-        base="0" * 64,
-        report=(),
-        parts=adapters.PARTS,
-        adapter=work.start,
-    )
+    order = _order(work, base="0" * 64)
     with pytest.raises(Refusal, match="base-mismatch"):
         institution.answer(institution.locate(config, 0), order, config)
 
