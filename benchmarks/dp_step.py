@@ -72,7 +72,8 @@ def _step(side: str, work: Any, shard: Any, plan: Any) -> None:
             max_grad_norm=1.0,
             clipping="flat",
         )
-        training.train_privately(work, shard, plan, mechanism, source)
+        participant = training.Participant(shard=shard, mechanism=mechanism, source=source)
+        training.train_privately(work, [participant], plan)
 
 
 def _peak(side: str, arguments: argparse.Namespace, queue: Any) -> None:

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -13,22 +14,48 @@ import fedlora
 from client import institution
 from fedlora import config as configuration
 from fedlora import trainable, wire
+from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
 
 log = logging.getLogger("fedlora.client")
-app = ClientApp()
+T = TypeVar("T")
+
+COHORT_BYTES = 512 * 2**20
+"""Adapters, sums and answers of the institutions that train together stay below this."""
+
+
+class InstitutionApp(ClientApp):
+    """A ClientApp that can also answer for several institutions of a simulation at once."""
+
+    def together(self, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
+        """The replies to train messages, each the very one that it would get by itself.
+
+        Institutions that follow one order of one DP step train in shared passes: each has its own
+        records, ledger, sampling, clipped sum and noise, and what is shared is the base model's
+        arithmetic. The others train one by one.
+        """
+        each = 4 * max(wire.adapter_bytes(message.content) for message, _ in calls)
+        size = max(1, COHORT_BYTES // max(1, each))
+        return [
+            reply
+            for start in range(0, len(calls), size)
+            for reply in _train_cohort(calls[start : start + size])
+        ]
+
+
+app = InstitutionApp()
 
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Who this institution is, and whether the whole run fits its budget."""
-    return _guarded(message, context, _hello)
+    return Message(_guarded(message, context, _hello), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
-    return _guarded(message, context, _train)
+    return Message(_guarded(message, context, _train), reply_to=message)
 
 
 def _hello(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
@@ -48,6 +75,60 @@ def _train(config: configuration.RunConfig, content: RecordDict, index: int) -> 
     who = institution.locate(config, index)
     with _threads(config.engine.threads):
         return wire.pack_update(institution.answer(who, order, config))
+
+
+def _train_cohort(calls: Sequence[tuple[Message, Context]]) -> list[Message]:
+    replies: list[RecordDict | None] = []
+    charged: dict[int, institution.ChargedRound] = {}
+
+    def begin(
+        config: configuration.RunConfig, content: RecordDict, index: int
+    ) -> RecordDict | None:
+        if not config.privacy.enabled or config.training.local_steps > 1:
+            return _train(config, content, index)
+        order = wire.unpack_order(content)
+        who = institution.locate(config, index)
+        institution.accept(who, order, config)
+        started = institution.charge(who, order, config)
+        if isinstance(started, wire.ClientUpdate):
+            return wire.pack_update(started)
+        ledgers.enter_context(started.ledger)
+        charged[len(replies)] = started
+        return None
+
+    with contextlib.ExitStack() as ledgers:
+        for message, context in calls:
+            replies.append(_guarded(message, context, begin))
+        for number, adapter in _trained(charged).items():
+            message, context = calls[number]
+
+            def end(
+                *_: object, number: int = number, adapter: AdapterState = adapter
+            ) -> RecordDict:
+                return wire.pack_update(institution.release(charged[number], adapter))
+
+            replies[number] = _guarded(message, context, end)
+    # What is left was charged and not trained: its round runs again under the same key.
+    return [
+        Message(_guarded(message, context, _train) if reply is None else reply, reply_to=message)
+        for reply, (message, context) in zip(replies, calls, strict=True)
+    ]
+
+
+def _trained(charged: Mapping[int, institution.ChargedRound]) -> dict[int, AdapterState]:
+    """The trained adapters of those rounds that follow the same order as the first one."""
+    if not charged:
+        return {}
+    first = next(iter(charged.values()))
+    cohort = {n: started for n, started in charged.items() if started.digest == first.digest}
+    work = trainable.load(first.config, trainable.records(first.config).labels)
+    try:
+        with _threads(first.config.engine.threads):
+            trained = institution.train_charged(list(cohort.values()), work)
+    except Exception:  # whose it is shows when each trains by itself
+        log.exception("training %d institutions together failed", len(cohort))
+        return {}
+    return dict(zip(cohort, trained, strict=True))
 
 
 @contextlib.contextmanager
@@ -81,23 +162,22 @@ def _only_in_simulation(context: Context) -> None:
 def _guarded(
     message: Message,
     context: Context,
-    work: Callable[[configuration.RunConfig, RecordDict, int], RecordDict],
-) -> Message:
-    """Run ``work``; what goes wrong leaves as a code, the rest goes to this institution's log."""
+    work: Callable[[configuration.RunConfig, RecordDict, int], T],
+) -> T | RecordDict:
+    """What ``work`` gives; an error leaves as a code, its text goes to this institution's log."""
     index = int(context.node_config.get("partition-id", -1))
     try:
         _only_in_simulation(context)
         config = configuration.from_context(context.run_config, context.run_id)
-        reply = work(config, message.content, index)
+        return work(config, message.content, index)
     except Refusal as refusal:
         log.warning("institution %d refused: %s", index, refusal)
         # one code for all guards: which one tripped may depend on a record
         code = "guard" if refusal.code.startswith("guard-") else refusal.code
-        reply = wire.pack_refusal(code)
+        return wire.pack_refusal(code)
     except InputError as error:
         log.error("institution %d cannot follow this configuration: %s", index, error)
-        reply = wire.pack_refusal("bad-configuration")
+        return wire.pack_refusal("bad-configuration")
     except Exception:
         log.exception("institution %d failed", index)
-        reply = wire.pack_refusal("failed")
-    return Message(reply, reply_to=message)
+        return wire.pack_refusal("failed")

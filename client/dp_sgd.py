@@ -10,7 +10,8 @@ arXiv 2206.07136.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,54 @@ def check_sampler(sampler: Sampler[list[int]]) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clipping:
+    """How a unit's gradient is kept to norm C; both kinds have sensitivity C.
+
+    Args:
+        max_grad_norm: C.
+        kind: ``flat`` scales a gradient down to C when it is longer; ``automatic`` scales each to
+            nearly C.
+    """
+
+    max_grad_norm: float
+    kind: str
+
+    def clip(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Clip in place. A unit whose gradient is not finite, or absurdly long, becomes zero.
+
+        Args:
+            gradients: ``(units, *shape)`` of each parameter; a unit's norm is over all of them.
+
+        Raises:
+            Refusal: ``guard-not-clipped`` if a norm is above C afterwards.
+        """
+        if not len(gradients[0]):
+            return
+        norms = _norms(gradients)
+        bad = ~(norms <= LONGEST)  # also nan and inf
+        if bad.any():
+            for g in gradients:
+                g[bad] = 0.0
+            norms = norms.masked_fill(bad, 0.0)
+        factors = self.factors(norms)
+        for g in gradients:
+            g.mul_(factors.to(g.device, g.dtype).view(-1, *[1] * (g.dim() - 1)))
+        norms = _norms(gradients)
+        if not bool((norms <= self.max_grad_norm).all()):
+            raise Refusal(
+                "guard-not-clipped",
+                f"after clipping a gradient has norm {float(norms.max()):.6g}; "
+                f"the bound is {self.max_grad_norm:g}",
+            )
+
+    def factors(self, norms: torch.Tensor) -> torch.Tensor:
+        """Scale of each unit's gradient. ``norms`` (units,) float64, finite."""
+        if self.kind == "automatic":
+            return self.max_grad_norm * HEADROOM / (norms + AUTOMATIC_GAMMA)
+        return (self.max_grad_norm * HEADROOM / (norms + 1e-6)).clamp(max=1.0)
+
+
 class PrivateOptimizer(DPOptimizer):
     r"""`DPOptimizer` with keyed noise and a check on every step.
 
@@ -80,10 +129,8 @@ class PrivateOptimizer(DPOptimizer):
         optimizer: Over exactly the parameters that are trained.
         names: Parameter -> name, for errors.
         noise_multiplier: :math:`\sigma > 0`.
-        max_grad_norm: C.
+        clipping: C, and how a unit's gradient is kept to it.
         normaliser: L, the public expected number of units a step.
-        clipping: ``flat`` scales a gradient down to C when it is longer; ``automatic`` scales each
-            to nearly C. Both have sensitivity C under adding or removing one unit.
         source: Where the noise comes from.
     """
 
@@ -93,9 +140,8 @@ class PrivateOptimizer(DPOptimizer):
         *,
         names: Mapping[torch.nn.Parameter, str],
         noise_multiplier: float,
-        max_grad_norm: float,
+        clipping: Clipping,
         normaliser: float,
-        clipping: str,
         source: RandomSource,
     ) -> None:
         if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
@@ -105,7 +151,7 @@ class PrivateOptimizer(DPOptimizer):
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=clipping.max_grad_norm,
             expected_batch_size=normaliser,  # pyright: ignore[reportArgumentType]
         )
         self._names = names
@@ -115,35 +161,10 @@ class PrivateOptimizer(DPOptimizer):
     def clip_and_accumulate(self) -> None:
         """Clip ``p.grad_sample`` (units, *shape) in place and add its sum to ``p.summed_grad``."""
         params: list[Any] = self.params
-        units = len(params[0].grad_sample)
-        if units:
-            norms = _norms([p.grad_sample for p in params])
-            bad = ~(norms <= LONGEST)  # also nan and inf
-            if bad.any():
-                for p in params:
-                    p.grad_sample[bad] = 0.0
-                norms = norms.masked_fill(bad, 0.0)
-            for p in params:
-                factor = self._factors(norms).to(p.grad_sample.dtype)
-                p.grad_sample.mul_(factor.view(-1, *[1] * (p.grad_sample.dim() - 1)))
-            self._check_norms(_norms([p.grad_sample for p in params]))
+        self._clipping.clip([p.grad_sample for p in params])
         for p in params:
             total = p.grad_sample.sum(0, dtype=torch.float64)
             p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
-
-    def _factors(self, norms: torch.Tensor) -> torch.Tensor:
-        """Scale of each unit's gradient. ``norms`` (units,) float64, finite."""
-        if self._clipping == "automatic":
-            return self.max_grad_norm * HEADROOM / (norms + AUTOMATIC_GAMMA)
-        return (self.max_grad_norm * HEADROOM / (norms + 1e-6)).clamp(max=1.0)
-
-    def _check_norms(self, norms: torch.Tensor) -> None:
-        if not bool((norms <= self.max_grad_norm).all()):
-            raise Refusal(
-                "guard-not-clipped",
-                f"after clipping a gradient has norm {float(norms.max()):.6g}; "
-                f"the bound is {self.max_grad_norm:g}",
-            )
 
     def add_noise(self) -> None:
         """``p.grad`` = ``p.summed_grad`` + noise, added in float64 and rounded once."""
@@ -198,7 +219,7 @@ def check_noise(noise: np.ndarray, deviation: float) -> None:
         )
 
 
-def _norms(gradients: list[torch.Tensor]) -> torch.Tensor:
+def _norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """(units,) norms over all parameters, accumulated in float64: nothing overflows or vanishes."""
     norms = [
         torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=torch.float64)

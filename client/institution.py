@@ -6,11 +6,12 @@ send. Whatever is killed in between, the ledger never says less than what was re
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from client import training
-from client.ledger import Charge, Ledger
+from client.ledger import Ledger
 from fedlora import accounting, trainable, wire
 from fedlora.accounting import Event, PrivacyPlan
 from fedlora.config import PrivacyConfig, RunConfig
@@ -190,9 +191,26 @@ def answer(
     Raises:
         Refusal: With the code that may leave.
     """
-    records = trainable.records(config)
-    shard = records.train(institution.index)
-    work = trainable.load(config, records.labels)
+    work = accept(institution, order, config)
+    if not config.privacy.enabled:
+        return _plain(institution, order, config, work)
+    started = charge(institution, order, config)
+    if isinstance(started, wire.ClientUpdate):
+        return started
+    with started.ledger:
+        (trained,) = train_charged([started], work)
+        return release(started, trained)
+
+
+def accept(
+    institution: Institution, order: wire.TrainOrder, config: RunConfig
+) -> trainable.Trainable:
+    """Check an order and make the base ready for what it trains.
+
+    Raises:
+        Refusal: If the order does not fit this configuration, or asks for what may not leave.
+    """
+    work = trainable.load(config, trainable.records(config).labels)
     if order.base != work.base.digest:
         raise Refusal(
             "base-mismatch", "the server trains another base model than model.name gives here"
@@ -202,15 +220,13 @@ def answer(
         raise Refusal(
             "adapter-mismatch", f"the order's adapter does not fit this configuration: {problem}"
         )
-    work.train_only(order.parts)
-    if not config.privacy.enabled:
-        return _plain(institution, order, config, work, shard)
-    if order.report:
+    if config.privacy.enabled and order.report:
         raise Refusal(
             "metrics-not-allowed",
             f"the server asks for {', '.join(order.report)}; under DP none leaves",
         )
-    return _private(institution, order, config, work, shard)
+    work.train_only(order.parts)
+    return work
 
 
 def _plain(
@@ -218,9 +234,9 @@ def _plain(
     order: wire.TrainOrder,
     config: RunConfig,
     work: trainable.Trainable,
-    shard: Shard,
 ) -> wire.ClientUpdate:
     """A round without DP."""
+    shard = trainable.records(config).train(institution.index)
     order.adapter.load_into(work.model)
     rate = config.training.sample_rate
     loss = training.train(
@@ -245,18 +261,48 @@ def _plain(
     )
 
 
-def _private(
-    institution: Institution,
-    order: wire.TrainOrder,
-    config: RunConfig,
-    work: trainable.Trainable,
-    shard: Shard,
-) -> wire.ClientUpdate:
-    """A round under DP: plan, charge, train, store, and only then return."""
+@dataclass(frozen=True, kw_only=True)
+class ChargedRound:
+    """A private round that is paid for: what trains it and what its answer says.
+
+    Args:
+        institution: Whose.
+        order: What the server asked for.
+        config: The run.
+        shard: Its records.
+        budget: Its plan for the run.
+        ledger: Open; whoever holds this closes it.
+        digest: Of order and configuration, as the ledger knows them.
+        key: From which the round's noise and sampling are drawn.
+    """
+
+    institution: Institution
+    order: wire.TrainOrder
+    config: RunConfig
+    shard: Shard
+    budget: Budget
+    ledger: Ledger
+    digest: str
+    key: bytes
+
+
+def charge(
+    institution: Institution, order: wire.TrainOrder, config: RunConfig
+) -> ChargedRound | wire.ClientUpdate:
+    """Plan a private round and charge the ledger for it; a round that was answered is not charged.
+
+    Returns:
+        The round with its ledger open, or the answer that is stored for it.
+
+    Raises:
+        Refusal: When the ledger says no (``budget-exhausted``, ``ledger-*`` and others).
+    """
+    shard = trainable.records(config).train(institution.index)
     plan = budget(config, shard.num_units, order.participations)
-    with open_ledger(institution, config, shard, create=False) as ledger:
+    ledger = open_ledger(institution, config, shard, create=False)
+    try:
         digest = order.digest(config.fingerprint())
-        charge = ledger.charge(
+        charged = ledger.charge(
             run_id=order.run,
             round=order.round,
             order_digest=digest,
@@ -266,30 +312,62 @@ def _private(
             key=_key(config, institution, order),
             extra_events=plan.size_events,
         )
-        if charge.answer is not None:
-            return wire.update_from_bytes(charge.answer)
-        order.adapter.load_into(work.model)
-        training.train_privately(
-            work,
-            shard,
-            _local_plan(config),
-            training.PrivacyMechanism(
-                noise_multiplier=plan.plan.noise_multiplier,
-                sample_rate=plan.plan.sample_rate,
-                normaliser=plan.normaliser,
-                max_grad_norm=config.privacy.max_grad_norm,
-                clipping=config.privacy.clipping,
+    except BaseException:
+        ledger.close()
+        raise
+    if charged.answer is not None:
+        ledger.close()
+        return wire.update_from_bytes(charged.answer)
+    return ChargedRound(
+        institution=institution,
+        order=order,
+        config=config,
+        shard=shard,
+        budget=plan,
+        ledger=ledger,
+        digest=digest,
+        key=charged.key,
+    )
+
+
+def train_charged(
+    rounds: Sequence[ChargedRound], work: trainable.Trainable
+) -> list[trainable.AdapterState]:
+    """The trained adapter of each round; several must follow equal orders of one step.
+
+    Raises:
+        Refusal: When a guard trips; nothing may be released then.
+    """
+    rounds[0].order.adapter.load_into(work.model)
+    privacy = rounds[0].config.privacy
+    participants = [
+        training.Participant(
+            shard=each.shard,
+            mechanism=training.PrivacyMechanism(
+                noise_multiplier=each.budget.plan.noise_multiplier,
+                sample_rate=each.budget.plan.sample_rate,
+                normaliser=each.budget.normaliser,
+                max_grad_norm=privacy.max_grad_norm,
+                clipping=privacy.clipping,
             ),
-            RandomSource(charge.key),
+            source=RandomSource(each.key),
         )
-        update = wire.ClientUpdate(
-            institution=institution.name,
-            round=order.round,
-            adapter=trainable.AdapterState.read(work.model).only(order.parts),
-            size=_released_size(config, ledger, order.run, shard, plan, charge),
-            privacy=_spent(config, ledger, order.run, plan),
-        )
-        ledger.store_answer(order.run, order.round, digest, wire.update_to_bytes(update))
+        for each in rounds
+    ]
+    return training.train_privately(work, participants, _local_plan(rounds[0].config))
+
+
+def release(done: ChargedRound, trained: trainable.AdapterState) -> wire.ClientUpdate:
+    """Store a round's answer in the ledger; what is returned may leave."""
+    order, config, plan = done.order, done.config, done.budget
+    update = wire.ClientUpdate(
+        institution=done.institution.name,
+        round=order.round,
+        adapter=trained.only(order.parts),
+        size=_released_size(done),
+        privacy=_spent(config, done.ledger, order.run, plan),
+    )
+    done.ledger.store_answer(order.run, order.round, done.digest, wire.update_to_bytes(update))
     return update
 
 
@@ -300,15 +378,14 @@ def _key(config: RunConfig, institution: Institution, order: wire.TrainOrder) ->
     return RandomSource.seeded("privacy", config.seed, order.round, institution.name).key
 
 
-def _released_size(
-    config: RunConfig, ledger: Ledger, run: str, shard: Shard, plan: Budget, charge: Charge
-) -> float:
-    if config.federation.weighting == "public-size":
-        return float(plan.public_size)
-    if config.federation.weighting == "noised-size":
-        draw = float(RandomSource(charge.key).child("size").normal(1)[0])
-        noised = max(1.0, shard.num_units + plan.plan.size_noise * draw)
-        return ledger.released_size(run, noised)
+def _released_size(done: ChargedRound) -> float:
+    weighting = done.config.federation.weighting
+    if weighting == "public-size":
+        return float(done.budget.public_size)
+    if weighting == "noised-size":
+        draw = float(RandomSource(done.key).child("size").normal(1)[0])
+        noised = max(1.0, done.shard.num_units + done.budget.plan.size_noise * draw)
+        return done.ledger.released_size(done.order.run, noised)
     return 0.0
 
 

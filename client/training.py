@@ -1,16 +1,18 @@
 """An institution's local steps, with and without DP; neither network nor ledger is touched here."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from client.dp_sgd import PoissonSampler, PrivateOptimizer, check_sampler
+from client.dp_sgd import Clipping, PoissonSampler, PrivateOptimizer, check_sampler
 from fedlora import tasks
-from fedlora.shards import Shard
+from fedlora.adapters import AdapterState
+from fedlora.shards import Shard, concatenate
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable, training_mode
 
@@ -53,6 +55,23 @@ class PrivacyMechanism:
     clipping: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Participant:
+    """An institution in a private round.
+
+    Args:
+        shard: Its records.
+        mechanism: Its noise, sampling, clipping.
+        source: Of its sampling, noise, dropout.
+        sampler: Batches of unit numbers; None for Poisson over the shard's units.
+    """
+
+    shard: Shard
+    mechanism: PrivacyMechanism
+    source: RandomSource
+    sampler: torch.utils.data.Sampler[list[int]] | None = None
+
+
 def train(
     trainable: Trainable, shard: Shard, plan: LocalPlan, batch_size: int, source: RandomSource
 ) -> float:
@@ -75,7 +94,7 @@ def train(
     with _training(trainable, private=False):
         batches = _shuffled(len(shard), size, plan.steps, source.child("shuffle"))
         for step, rows in enumerate(batches):
-            dropout = source.child("dropout", step)
+            dropout = functools.partial(source.child("dropout", step).child, "row")
             optimizer.zero_grad()
             for micro in tasks.micro_batches(shard.lengths, rows, plan.physical_batch):
                 losses = _losses(trainable, shard, micro, dropout)
@@ -86,75 +105,132 @@ def train(
 
 
 def train_privately(
-    trainable: Trainable,
-    shard: Shard,
-    plan: LocalPlan,
-    mechanism: PrivacyMechanism,
-    source: RandomSource,
-    sampler: torch.utils.data.Sampler[list[int]] | None = None,
-) -> None:
-    """DP-SGD steps: the trained adapter is the only thing that comes out.
+    trainable: Trainable, participants: Sequence[Participant], plan: LocalPlan
+) -> list[AdapterState]:
+    """DP-SGD steps of one institution, or the same single step of several in shared passes.
 
-    Guarantee: with ``source`` keyed by the operating system the adapter afterwards is the output of
-    ``plan.steps`` sampled Gaussian mechanisms under adding or removing one unit of ``shard`` (a
-    record, or all records that share a unit), and of post-processing.
+    Guarantee: with ``source`` keyed by the operating system an adapter that comes out is the output
+    of ``plan.steps`` sampled Gaussian mechanisms under adding or removing one unit of that
+    participant's ``shard`` (a record, or all records that share a unit), and of post-processing.
+    Each adapter is the same to the last bit whoever else takes part.
 
     Args:
-        trainable: Holds the global adapter; holds the trained one afterwards.
-        shard: The institution's records.
+        trainable: Holds the adapter that all start from, and holds it afterwards.
+        participants: At least one; all with the same clipping. Several take one step each: after a
+            step their adapters differ, and passes can no longer be shared.
         plan: Steps, memory, optimizer.
-        mechanism: Noise, sampling, clipping.
-        source: Sampling, noise, dropout.
-        sampler: Batches of unit numbers; by default Poisson over the shard's units.
+
+    Returns:
+        The trained adapter of each.
 
     Raises:
-        Refusal: When a guard trips (``guard-*``). The adapter must not be released then.
+        Refusal: When a guard trips (``guard-*``). No adapter must be released then.
+        ValueError: For several participants with more than one step or different clipping.
     """
+    start = AdapterState.read(trainable.model)
     named = trainable.parameters()
-    unit_rows = _rows_of_units(shard)
-    sampler = sampler or PoissonSampler(
-        units=len(unit_rows),
-        sample_rate=mechanism.sample_rate,
-        steps=plan.steps,
-        source=source.child("sampling"),
-    )
-    check_sampler(sampler)
-    optimizer = PrivateOptimizer(
-        OPTIMIZERS[plan.optimizer](list(named.values()), lr=plan.learning_rate),
-        names={p: name for name, p in named.items()},
-        noise_multiplier=mechanism.noise_multiplier,
-        max_grad_norm=mechanism.max_grad_norm,
-        normaliser=mechanism.normaliser,
-        clipping=mechanism.clipping,
-        source=source.child("noise"),
-    )
-    shapes = trainable.task.shapes(shard)
+    runs = [_Run(participant, named, plan) for participant in participants]
+    if len(runs) > 1 and (plan.steps > 1 or len({r.clipping for r in runs}) > 1):
+        raise ValueError("several participants can share one step with one clipping only")
+    trained: list[AdapterState] = []
     with _training(trainable, private=True):
-        for step, units in enumerate(sampler):
-            dropout = source.child("dropout", step)
-            optimizer.zero_grad()
-            for group in _groups([unit_rows[u] for u in units], shapes, plan.physical_batch):
-                _unit_gradients(trainable, shard, group, shapes, plan.physical_batch, dropout)
-                optimizer.signal_skip_step(True)  # clip and accumulate only
-                optimizer.step()
-                optimizer.zero_grad()
-            # the step itself: noise on what was accumulated, also when nobody was drawn
-            for p in named.values():
-                p.grad_sample = p.new_zeros((0, *p.shape))  # pyright: ignore[reportAttributeAccessIssue]
-            optimizer.signal_skip_step(False)
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        for step in range(plan.steps):
+            sums = _clipped_sums(trainable, named, runs, plan.physical_batch, step)
+            for index, run in enumerate(runs):
+                for p, total in zip(named.values(), sums, strict=True):
+                    p.summed_grad = total[index]  # pyright: ignore[reportAttributeAccessIssue]
+                    p.grad_sample = p.new_zeros((0, *p.shape))  # pyright: ignore[reportAttributeAccessIssue]
+                run.optimizer.step()  # noise on the sum, also when nobody was drawn
+                run.optimizer.zero_grad(set_to_none=True)
+                if step == plan.steps - 1:
+                    trained.append(AdapterState.read(trainable.model))
+                    start.load_into(trainable.model)
+    return trained
+
+
+class _Run:
+    """What a participant keeps through the steps of a round."""
+
+    def __init__(
+        self, participant: Participant, named: dict[str, torch.nn.Parameter], plan: LocalPlan
+    ) -> None:
+        self.shard, mechanism, source = participant.shard, participant.mechanism, participant.source
+        self.source = source
+        self.rows_of_units = _rows_of_units(self.shard)
+        sampler = participant.sampler or PoissonSampler(
+            units=len(self.rows_of_units),
+            sample_rate=mechanism.sample_rate,
+            steps=plan.steps,
+            source=source.child("sampling"),
+        )
+        check_sampler(sampler)
+        self.draws = iter(sampler)
+        self.clipping = Clipping(max_grad_norm=mechanism.max_grad_norm, kind=mechanism.clipping)
+        self.optimizer = PrivateOptimizer(
+            OPTIMIZERS[plan.optimizer](list(named.values()), lr=plan.learning_rate),
+            names={p: name for name, p in named.items()},
+            noise_multiplier=mechanism.noise_multiplier,
+            clipping=self.clipping,
+            normaliser=mechanism.normaliser,
+            source=source.child("noise"),
+        )
+
+
+def _clipped_sums(
+    trainable: Trainable,
+    named: dict[str, torch.nn.Parameter],
+    runs: Sequence[_Run],
+    physical_batch: int,
+    step: int,
+) -> list[torch.Tensor]:
+    """Draw everyone's units and sum their clipped gradients: float64 ``(runs, *shape)`` each.
+
+    A participant's units are added one after the other in an order of its own, so that its sum does
+    not depend, in any bit, on the others.
+    """
+    # One shard of what was drawn, participant after participant, rows in their own order.
+    units: list[np.ndarray] = []  # rows of that shard
+    owner: list[int] = []  # whose unit it is
+    parts: list[Shard] = []
+    dropout: list[RandomSource] = []  # of each row, where there is any
+    rows_so_far = 0
+    for index, run in enumerate(runs):
+        drawn = [run.rows_of_units[unit] for unit in next(run.draws)]
+        rows = np.sort(np.concatenate([np.empty(0, np.int64), *drawn]))
+        parts.append(run.shard.select(rows))
+        units += [rows_so_far + np.searchsorted(rows, unit) for unit in drawn]
+        owner += [index] * len(drawn)
+        if trainable.per_sample.has_dropout:
+            source = run.source.child("dropout", step)
+            dropout += [source.child("row", int(row)) for row in rows]
+        rows_so_far += len(rows)
+    shard = concatenate(parts)
+    shapes = trainable.task.shapes(shard)
+    clipping = runs[0].clipping
+
+    sums = [p.new_zeros((len(runs), *p.shape), dtype=torch.float64) for p in named.values()]
+    for group in _groups(units, shapes, physical_batch):
+        of_group = [units[i] for i in group]
+        gradients = _unit_gradients(
+            trainable, named, shard, of_group, shapes, physical_batch, dropout.__getitem__
+        )
+        clipping.clip(gradients)
+        whose = torch.tensor([owner[i] for i in group], device=sums[0].device)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.index_add_(0, whose, gradient.double())  # one unit after the other
+    return sums
 
 
 def _unit_gradients(
     trainable: Trainable,
+    named: dict[str, torch.nn.Parameter],
     shard: Shard,
     group: Sequence[np.ndarray],
     shapes: np.ndarray,
     physical_batch: int,
-    dropout: RandomSource,
-) -> None:
-    """Leave each unit's summed gradient (units, *shape) in ``grad_sample``.
+    dropout: Callable[[int], RandomSource],
+) -> list[torch.Tensor]:
+    """Each unit's summed gradient, float32 ``(units, *shape)`` for each parameter.
 
     A unit's gradient is the same to the last bit whatever other units are there: all passes have
     ``physical_batch`` rows of one shape, and a unit's rows are summed in an order of their own.
@@ -170,29 +246,30 @@ def _unit_gradients(
         with trainable.per_sample.expanded(physical_batch if plain else len(group) + 1, index):
             _losses(trainable, shard, rows, dropout, width).sum().backward()
             trainable.per_sample.collect()
-        gradients = [p.grad_sample[: len(group)] for p in trainable.parameters().values()]  # pyright: ignore
+        gradients = [p.grad_sample[: len(group)] for p in named.values()]  # pyright: ignore
         sums = (
             gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
         )
-    for p, total in zip(trainable.parameters().values(), sums or [], strict=True):
-        p.grad_sample = total  # pyright: ignore[reportAttributeAccessIssue]
+    assert sums is not None, "a group has at least one unit with at least one row"
+    return sums
 
 
 def _groups(
     units: Sequence[np.ndarray], shapes: np.ndarray, physical_batch: int
-) -> Iterator[list[np.ndarray]]:
-    """Groups of up to ``physical_batch`` units whose gradients are in memory together.
+) -> Iterator[list[int]]:
+    """Numbers of up to ``physical_batch`` units whose gradients are in memory together.
 
     Units of one record each are grouped by its shape, so that a group is one pass.
     """
     single = all(len(rows) == 1 for rows in units)
-    group: list[np.ndarray] = []
-    for rows in sorted(units, key=lambda rows: (*shapes[rows[0]], int(rows[0]))):
-        other = single and group and tuple(shapes[rows[0]]) != tuple(shapes[group[0][0]])
+    first = [int(rows[0]) for rows in units]
+    group: list[int] = []
+    for unit in sorted(range(len(units)), key=lambda u: (*shapes[first[u]], first[u])):
+        other = single and group and tuple(shapes[first[unit]]) != tuple(shapes[first[group[0]]])
         if len(group) == physical_batch or other:
             yield group
             group = []
-        group.append(rows)
+        group.append(unit)
     if group:
         yield group
 
@@ -257,10 +334,15 @@ def _shuffled(records: int, size: int, steps: int, source: RandomSource) -> Iter
 
 
 def _losses(
-    trainable: Trainable, shard: Shard, rows: np.ndarray, dropout: RandomSource, width: int = 0
+    trainable: Trainable,
+    shard: Shard,
+    rows: np.ndarray,
+    dropout: Callable[[int], RandomSource],
+    width: int = 0,
 ) -> torch.Tensor:
+    """Losses of the given rows ``(b,)``; ``dropout`` gives the source of a row's masks."""
     if trainable.per_sample.has_dropout:
-        trainable.per_sample.draw_dropout([dropout.child("row", int(row)) for row in rows])
+        trainable.per_sample.draw_dropout([dropout(int(row)) for row in rows])
     task = trainable.task
     batch = task.collate(shard, rows, width)
     return task.losses(trainable.model, batch, trainable.labels)

@@ -115,6 +115,17 @@ class Shard:
         return hashlib.sha256(json.dumps(content).encode()).digest()
 
 
+def concatenate(parts: Sequence[Shard]) -> Shard:
+    """The rows of all parts in turn; units keep their numbers, digests of records are left out."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    return Shard(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        targets=np.concatenate([part.targets for part in parts]),
+        units=np.concatenate([part.units for part in parts]),
+    )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Federation:
     """Every institution's shards, memory-mapped.

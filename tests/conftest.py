@@ -12,6 +12,7 @@ from experiments import simulate
 
 simulate.quiet_libraries()
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; threads that wait for others cost more
 
 TOPICS = {
     "loan": ["mortgage", "interest", "lender", "repay", "collateral"],

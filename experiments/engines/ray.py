@@ -6,8 +6,10 @@ replaced; an institution whose worker died is retried once, then reported as fai
 """
 
 import collections
+import heapq
 import importlib
 import logging
+import math
 import os
 import pickle
 import time
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from ray.exceptions import RayActorError, RayTaskError
 
 from experiments.engines.grid import (
@@ -38,19 +40,40 @@ WORKER_ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "100",  # batches have many shapes; kept kernels are memory
 }
 HELD = 8  # shared records of earlier pushes that a worker keeps
-IN_FLIGHT = 4  # calls queued at a worker when they are short, so that it never waits for the driver
-SHORT = 0.02  # seconds
+TOGETHER = 32  # messages of a call, at most
+IN_FLIGHT = 2  # calls queued at a worker when they are short, so that it never waits for the driver
+SHORT = 0.5  # seconds
 ATTEMPTS = 2
 
 
 @dataclass(kw_only=True)
 class _Job:
+    """One message. ``seconds`` is what its node took last time; 0: not known."""
+
     message: Message
     context: Context
     shared: int | None  # number of the record that the message is to get back
     shared_key: str | None
+    seconds: float
     attempts: int = 0
+
+
+@dataclass(kw_only=True)
+class _Call:
+    """Messages that a worker gets at once; a lone one is tried again when its worker dies."""
+
+    jobs: list[_Job]
     started: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long it may take, by what its nodes took last time."""
+        return sum(job.seconds for job in self.jobs)
+
+    @property
+    def limit(self) -> float:
+        """How long it is let run."""
+        return min(job.message.metadata.ttl for job in self.jobs)
 
 
 class _Worker:
@@ -82,18 +105,30 @@ class _Worker:
         self._held.update(zip(numbers, records, strict=True))
 
     def handle(self, work: bytes) -> bytes:
-        message, node_config, state, key, shared = pickle.loads(work)
-        if key is not None and shared is not None:
-            message.content[key] = self._held[shared]
-        context = Context(
-            run_id=RUN_ID,
-            node_id=message.metadata.dst_node_id,
-            node_config=node_config,
-            state=state,
-            run_config=self._run_config,
+        calls: list[tuple[Message, Context]] = []
+        for message, node_config, state, key, shared in pickle.loads(work):
+            if key is not None and shared is not None:
+                message.content[key] = self._held[shared]
+            context = Context(
+                run_id=RUN_ID,
+                node_id=message.metadata.dst_node_id,
+                node_config=node_config,
+                state=state,
+                run_config=self._run_config,
+            )
+            calls.append((message, context))
+        together = getattr(self._app, "together", None)
+        train = all(m.metadata.message_type == MessageType.TRAIN for m, _ in calls)
+        if together is not None and train and len(calls) > 1:
+            replies = together(calls)
+        else:
+            replies = [call(self._app, message, context) for message, context in calls]
+        return pickle.dumps(
+            [
+                (reply, context.state if len(context.state) else None)
+                for reply, (_, context) in zip(replies, calls, strict=True)
+            ]
         )
-        reply = call(self._app, message, context)
-        return pickle.dumps((reply, context.state if len(context.state) else None))
 
 
 class RayGrid(SimulationGrid):
@@ -142,12 +177,11 @@ class RayGrid(SimulationGrid):
         )
         self._arguments = (app, log, dict(run_config))
         self._workers: list[Any] = [self._make(*self._arguments) for _ in range(count)]
-        self._depth = 1  # calls at a worker at a time
-        self._seconds: dict[int, float] = {}  # node -> how long its last call took
+        self._seconds: dict[tuple[int, str], float] = {}  # node, type -> what its last one took
         self._records = 0  # shared so far
         self._shared: dict[int, Any] = {}  # number -> reference in the object store
-        self._queue: collections.deque[_Job] = collections.deque()
-        self._running: dict[Any, tuple[int, _Job]] = {}  # reference -> worker, job
+        self._queue: collections.deque[_Call] = collections.deque()
+        self._running: dict[Any, tuple[int, _Call]] = {}  # reference -> worker, call
         self._load: list[collections.deque[Any]] = [collections.deque() for _ in range(count)]
 
     def __enter__(self) -> "RayGrid":
@@ -170,9 +204,9 @@ class RayGrid(SimulationGrid):
         """
         numbers: dict[int, int] = {}  # id of a record -> its number
         fresh: dict[int, Any] = {}
-        ids: list[str] = []
+        jobs: list[_Job] = []
         for message in messages:
-            ids.append(stamp(message))
+            stamp(message)
             key = wire.share_key(message)
             shared = None
             if key is not None:
@@ -182,23 +216,24 @@ class RayGrid(SimulationGrid):
                     fresh[self._records] = ray.put(record)
                     self._records += 1
                 shared = numbers[id(record)]
-                message = _without(message, key)
-            context = self._contexts[message.metadata.dst_node_id]
-            self._queue.append(
-                _Job(message=message, context=context, shared=shared, shared_key=key)
+            jobs.append(
+                _Job(
+                    message=message if key is None else _without(message, key),
+                    context=self._contexts[message.metadata.dst_node_id],
+                    shared=shared,
+                    shared_key=key,
+                    seconds=self._seconds.get(_kind(message), 0.0),
+                )
             )
         if fresh:
             oldest = min(fresh) - HELD
             self._shared = {n: r for n, r in self._shared.items() if n >= oldest} | fresh
             for worker in self._workers:
                 worker.hold.remote(list(fresh), *fresh.values())
-        # the longest first, so that none of them begins when all others are done
-        self._queue = collections.deque(
-            sorted(self._queue, key=lambda j: -self._seconds.get(j.message.metadata.dst_node_id, 0))
-        )
-        self.pushed, self.answered = len(ids), 0
+        self._queue.extend(_calls(jobs, len(self._workers)))
+        self.pushed, self.answered = len(jobs), 0
         self._dispatch()
-        return ids
+        return [job.message.metadata.message_id for job in jobs]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that have arrived; waits up to a tenth of a second for the first."""
@@ -225,90 +260,122 @@ class RayGrid(SimulationGrid):
         return replies
 
     def _dispatch(self) -> None:
-        """Give idle workers work; where calls are short, queue some behind those that run."""
-        for depth in range(1, self._depth + 1):
+        """Give idle workers work; where calls are short, queue one behind that which runs."""
+        for depth in range(1, IN_FLIGHT + 1):
             for index, load in enumerate(self._load):
-                # near the end of a round nobody queues behind another
-                if not self._queue or (depth > 1 and len(self._queue) < len(self._load)):
+                if not self._queue or (depth > 1 and self._queue[0].seconds > SHORT):
                     return
                 if len(load) >= depth:
                     continue
-                job = self._queue.popleft()
-                job.attempts += 1
-                context = job.context
+                todo = self._queue.popleft()
+                if len(todo.jobs) == 1:
+                    todo.jobs[0].attempts += 1
                 reference = self._workers[index].handle.remote(
                     # plain pickle: Ray's own way of packing objects takes several times as long
                     pickle.dumps(
-                        (
-                            job.message,
-                            context.node_config,
-                            context.state,
-                            job.shared_key,
-                            job.shared,
-                        )
+                        [
+                            (
+                                job.message,
+                                job.context.node_config,
+                                job.context.state,
+                                job.shared_key,
+                                job.shared,
+                            )
+                            for job in todo.jobs
+                        ]
                     )
                 )
                 if not load:
-                    job.started = time.monotonic()
+                    todo.started = time.monotonic()
                 load.append(reference)
-                self._running[reference] = (index, job)
+                self._running[reference] = (index, todo)
 
     def _collect(self, reference: Any) -> list[Message]:
-        """The reply of a finished call; none when its worker died and the call is tried again."""
-        index, job = self._running.pop(reference)
+        """The replies of a finished call; none when its worker died and it is tried again."""
+        index, done = self._running.pop(reference)
+        replies: list[tuple[Message, RecordDict | None]]
         try:
-            reply, state = pickle.loads(ray.get(reference))
+            replies = pickle.loads(ray.get(reference))
         except RayActorError:
-            return self._replace(index, [(reference, job)], WORKER_DIED)
+            return self._replace(index, reference, done, WORKER_DIED)
         except RayTaskError:
-            reply, state = error_reply(job.message, 2, "worker"), None
-        seconds = time.monotonic() - job.started
-        self._seconds[job.message.metadata.dst_node_id] = seconds
-        self._depth = IN_FLIGHT if seconds < SHORT else 1
+            replies = [(error_reply(job.message, 2, "worker"), None) for job in done.jobs]
+        seconds, expected = time.monotonic() - done.started, done.seconds
         self._load[index].remove(reference)
         if self._load[index]:
             _, following = self._running[self._load[index][0]]
             following.started = time.monotonic()
-        if state is not None:
-            job.context.state = state
-        return [reply]
+        for job, (_, state) in zip(done.jobs, replies, strict=True):
+            share = job.seconds / expected if expected else 1 / len(done.jobs)
+            self._seconds[_kind(job.message)] = seconds * share
+            if state is not None:
+                job.context.state = state
+        return [reply for reply, _ in replies]
 
     def _end_overdue(self) -> list[Message]:
         now = time.monotonic()
         replies: list[Message] = []
         for index, load in enumerate(self._load):
             if load and load[0] in self._running:
-                _, job = self._running[load[0]]
-                if job.started and now - job.started > job.message.metadata.ttl:
-                    job.attempts = ATTEMPTS  # an institution that hangs would hang again
-                    reference = load[0]
-                    del self._running[reference]
-                    replies += self._replace(index, [(reference, job)], TIMEOUT)
+                _, late = self._running[load[0]]
+                if late.started and now - late.started > late.limit:
+                    if len(late.jobs) == 1:  # an institution that hangs would hang again
+                        late.jobs[0].attempts = ATTEMPTS
+                    del self._running[load[0]]
+                    replies += self._replace(index, load[0], late, TIMEOUT)
         return replies
 
-    def _replace(self, index: int, lost: list[tuple[Any, _Job]], code: int) -> list[Message]:
-        """A fresh worker in place of a dead one; its calls are tried again or reported."""
+    def _replace(self, index: int, reference: Any, lost: _Call, code: int) -> list[Message]:
+        """A fresh worker in place of a dead one.
+
+        The call that ran is split into its messages, or its lone message is tried again or
+        reported; a call behind it had not begun.
+        """
         ray.kill(self._workers[index])
         self._workers[index] = self._make(*self._arguments)
         if self._shared:
             self._workers[index].hold.remote(list(self._shared), *self._shared.values())
-        guilty = lost[0][1] if not self._load[index] or lost[0][0] == self._load[index][0] else None
-        for reference in self._load[index]:
-            if reference in self._running:
-                lost.append((reference, self._running.pop(reference)[1]))
-        if guilty is None:  # a call behind the one that was running reported the death first
-            guilty = next(job for reference, job in lost if reference == self._load[index][0])
+        # A call behind the one that ran may be the first to report the death.
+        calls = [lost if r == reference else self._running.pop(r)[1] for r in self._load[index]]
         self._load[index].clear()
-        replies: list[Message] = []
-        for _, job in reversed(lost):
-            job.started = 0.0
-            if job is not guilty:
-                job.attempts -= 1  # it had not begun
-            if job.attempts >= ATTEMPTS:
-                replies.append(error_reply(job.message, code, "ended"))
-            else:
-                self._queue.appendleft(job)
-        return replies
+        ran, *behind = calls
+        for waiting in reversed(behind):
+            waiting.started = 0.0
+            if len(waiting.jobs) == 1:
+                waiting.jobs[0].attempts -= 1
+            self._queue.appendleft(waiting)
+        if len(ran.jobs) == 1 and ran.jobs[0].attempts >= ATTEMPTS:
+            return [error_reply(ran.jobs[0].message, code, "ended")]
+        self._queue.extendleft(_Call(jobs=[job]) for job in reversed(ran.jobs))
+        return []
+
+
+def _kind(message: Message) -> tuple[int, str]:
+    """What takes about the same time again: a node's messages of one type."""
+    return message.metadata.dst_node_id, message.metadata.message_type
+
+
+def _calls(jobs: list[_Job], workers: int) -> list[_Call]:
+    """Jobs in calls that take workers about equally long, the longest first.
+
+    A node's first message goes alone, since nobody knows what it takes. A call may take half the
+    time that one message is given, so that a hanging one is still noticed in time.
+    """
+    calls = [_Call(jobs=[job]) for job in jobs if not job.seconds]
+    known = sorted((job for job in jobs if job.seconds), key=lambda j: -j.seconds)
+    if known:
+        shortest = min(job.message.metadata.ttl for job in known) / 2
+        needed = max(len(known) / TOGETHER, sum(job.seconds for job in known) / shortest)
+        count = min(len(known), workers * math.ceil(max(1, needed / workers)))
+        shares = [_Call(jobs=[]) for _ in range(count)]
+        heap = [(0.0, number) for number in range(count)]
+        for job in known:
+            seconds, number = heapq.heappop(heap)
+            shares[number].jobs.append(job)
+            if len(shares[number].jobs) < TOGETHER:
+                heapq.heappush(heap, (seconds + job.seconds, number))
+        calls += sorted((share for share in shares if share.jobs), key=lambda c: -c.seconds)
+    return calls
 
 
 def _places(threads: int, gpus: float) -> int:

@@ -9,7 +9,7 @@ from opacus.optimizers import DPOptimizer
 from scipy import stats
 from torch.utils.data import BatchSampler, RandomSampler
 
-from client.dp_sgd import PoissonSampler, PrivateOptimizer, check_noise, check_sampler
+from client.dp_sgd import Clipping, PoissonSampler, PrivateOptimizer, check_noise, check_sampler
 from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 
@@ -19,9 +19,8 @@ def _optimizer(parameters, *, sigma=1.0, clipping="flat", bound=1.0, lr=1.0, cls
         torch.optim.SGD(parameters, lr=lr),
         names={p: f"p{i}" for i, p in enumerate(parameters)},
         noise_multiplier=sigma,
-        max_grad_norm=bound,
+        clipping=Clipping(max_grad_norm=bound, kind=clipping),
         normaliser=4.0,
-        clipping=clipping,
         source=RandomSource.seeded("test", 0),
     )
 
@@ -93,15 +92,12 @@ def test_a_missing_per_example_gradient_ends_the_run():
 
 
 def test_a_norm_above_the_bound_after_clipping_ends_the_run():
-    class Unclipped(PrivateOptimizer):
-        def _factors(self, norms):
+    class Unclipped(Clipping):
+        def factors(self, norms):
             return torch.ones_like(norms)
 
-    parameters = _parameters()
-    for p, g in zip(parameters, _gradients(2, 10.0), strict=True):
-        p.grad_sample = g
     with pytest.raises(Refusal, match="guard-not-clipped"):
-        _optimizer(parameters, cls=Unclipped).step()
+        Unclipped(max_grad_norm=1.0, kind="flat").clip(_gradients(2, 10.0))
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
