@@ -13,10 +13,13 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Send the content back.
 
-    The run config's fault = "die:N", "hang:N" or "raise:N" makes partition N misbehave.
+    The run config's fault = "die:N", "hang:N" or "raise:N" makes partition N misbehave; with "@2"
+    after it, from the second message on.
     """
-    what, _, where = str(context.run_config.get("fault", "")).partition(":")
-    if where and int(where) == context.node_config["partition-id"]:
+    what, _, rest = str(context.run_config.get("fault", "")).partition(":")
+    where, _, since = rest.partition("@")
+    guilty = where and int(where) == context.node_config["partition-id"]
+    if guilty and (not since or "pid" in context.state):
         if what == "die":
             os._exit(9)
         if what == "hang":

@@ -44,6 +44,7 @@ TOGETHER = 32  # messages of a call, at most
 IN_FLIGHT = 2  # calls queued at a worker when they are short, so that it never waits for the driver
 SHORT = 0.5  # seconds
 ATTEMPTS = 2
+START = 60.0  # seconds that a new worker may take beside its first call
 
 
 @dataclass(kw_only=True)
@@ -183,6 +184,7 @@ class RayGrid(SimulationGrid):
         self._queue: collections.deque[_Call] = collections.deque()
         self._running: dict[Any, tuple[int, _Call]] = {}  # reference -> worker, call
         self._load: list[collections.deque[Any]] = [collections.deque() for _ in range(count)]
+        self._new = set(range(count))  # workers that have not answered yet
 
     def __enter__(self) -> "RayGrid":
         return self
@@ -300,6 +302,7 @@ class RayGrid(SimulationGrid):
             return self._replace(index, reference, done, WORKER_DIED)
         except RayTaskError:
             replies = [(error_reply(job.message, 2, "worker"), None) for job in done.jobs]
+        self._new.discard(index)
         seconds, expected = time.monotonic() - done.started, done.seconds
         self._load[index].remove(reference)
         if self._load[index]:
@@ -318,7 +321,8 @@ class RayGrid(SimulationGrid):
         for index, load in enumerate(self._load):
             if load and load[0] in self._running:
                 _, late = self._running[load[0]]
-                if late.started and now - late.started > late.limit:
+                limit = late.limit + (START if index in self._new else 0.0)
+                if late.started and now - late.started > limit:
                     if len(late.jobs) == 1:  # an institution that hangs would hang again
                         late.jobs[0].attempts = ATTEMPTS
                     del self._running[load[0]]
@@ -333,6 +337,7 @@ class RayGrid(SimulationGrid):
         """
         ray.kill(self._workers[index])
         self._workers[index] = self._make(*self._arguments)
+        self._new.add(index)
         if self._shared:
             self._workers[index].hold.remote(list(self._shared), *self._shared.values())
         # A call behind the one that ran may be the first to report the death.

@@ -20,6 +20,16 @@ def test_one_bad_institution_never_spoils_aone_round(fault, code):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("fault", "code"), [("die:4@2", WORKER_DIED), ("hang:4@2", TIMEOUT)])
+def test_one_bad_institution_never_spoils_those_that_share_its_call(fault, code):
+    with RayGrid(EMPTY, 8, {"fault": fault}, workers=2, threads=1) as grid:
+        assert all(right(r) for r in one_round(grid, ttl=10.0).values())
+        replies = one_round(grid, ttl=10.0)  # now four institutions a call
+        assert replies[5].has_error() and replies[5].error.code == code
+        assert all(right(r) for node, r in replies.items() if node != 5)
+
+
+@pytest.mark.slow
 def test_a_cluster_of_two_nodes_serves_one_run():
     from ray.cluster_utils import Cluster
 

@@ -9,8 +9,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
 from benchmarks.empty_client import app
+from experiments.engines.grid import identify
 from experiments.engines.inline import InlineGrid
-from experiments.engines.ray import RayGrid
+from experiments.engines.ray import TOGETHER, RayGrid, _calls, _Job
 from server.exchange import exchange
 from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
 
@@ -39,6 +40,41 @@ def test_silence_is_told_from_an_answer():
     replies = dict(exchange(grid, messages, 0.5))
     assert replies[2] is None
     assert replies[1].has_content() and replies[3].has_content()
+
+
+def _jobs(*seconds, ttl=60.0):
+    identify()
+    record = RecordDict({"adapter": ArrayRecord({"w": Array(np.zeros(1, dtype=np.float32))})})
+    return [
+        _Job(
+            message=Message(record, node, MessageType.TRAIN, ttl=ttl),
+            context=None,
+            shared=None,
+            shared_key=None,
+            seconds=s,
+        )
+        for node, s in enumerate(seconds, start=1)
+    ]
+
+
+def test_a_message_whose_time_is_not_known_goes_alone():
+    calls = _calls(_jobs(0.0, 1.0, 0.0, 1.0), workers=1)
+    assert sorted(len(c.jobs) for c in calls) == [1, 1, 2]
+    assert all(c.seconds == 0 for c in calls if len(c.jobs) == 1)
+
+
+def test_calls_take_workers_about_equally_long():
+    draw = np.random.default_rng(1)
+    calls = _calls(_jobs(*draw.uniform(0.5, 2.0, 39)), workers=2)
+    assert [len(c.jobs) for c in calls] and sum(len(c.jobs) for c in calls) == 39
+    assert len(calls) == 2
+    assert abs(calls[0].seconds - calls[1].seconds) < 2.0  # at most one message apart
+
+
+def test_a_call_holds_few_messages_and_leaves_time_to_notice_that_one_hangs():
+    assert max(len(c.jobs) for c in _calls(_jobs(*[0.001] * 1000), workers=2)) <= TOGETHER
+    calls = _calls(_jobs(*[10.0] * 12, ttl=60.0), workers=2)
+    assert max(c.seconds for c in calls) <= 30.0 and len(calls) == 4
 
 
 @pytest.fixture(scope="module")
