@@ -85,6 +85,7 @@ def test_a_table_and_places_are_printed(config_file, tmp_path):
     [
         ("adapter.rnk=4", ["adapter.rnk", "adapter.rank"]),
         ("adapter.rank=0", ["adapter.rank", "0", "at least 1"]),
+        ("adapter.rank=33", ["adapter.rank", "33", "query", "at most 32"]),
         ("privacy.epsilon=-2", ["privacy.epsilon", "-2", "above 0"]),
         ("seed=many", ["seed", "'many'", "whole number"]),
         ("model.name=nowhere/at-all", ["nowhere/at-all"]),
