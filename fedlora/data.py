@@ -148,7 +148,7 @@ def load_shard(
     labels: tuple[str, ...],
     encode: Encode,
     split: str = "test",
-) -> Shard:
+) -> tuple[Shard, int]:
     """Read all rows of one source, uncached; rows without text or label are left out.
 
     Args:
@@ -159,6 +159,9 @@ def load_shard(
         encode: The tokeniser.
         split: Which split of a Hub data set.
 
+    Returns:
+        The rows, and how many of them were cut to length.
+
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
     """
@@ -167,7 +170,8 @@ def load_shard(
         raise InputError(f"{source} has no row with a text and a label; give one that has")
     if labels:
         _check_labels(table.labels, labels, source, "the model was trained on no other")
-    return _shard(encode(table.texts, table.labels, labels), table.texts, table.labels)
+    encoded = encode(table.texts, table.labels, labels)
+    return _shard(encoded, table.texts, table.labels), encoded.truncated
 
 
 @dataclass(frozen=True, kw_only=True)
