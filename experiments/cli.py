@@ -97,7 +97,9 @@ def run(
     console = Console(quiet=quiet or as_json)
     if not resolved.privacy.enabled:
         console.print(
-            "privacy.epsilon is inf: no record is protected by differential privacy", style="red"
+            "privacy.epsilon is inf: no record is protected by differential privacy",
+            style="red",
+            soft_wrap=True,
         )
     result = _simulate(resolved, engine, console)
     if as_json:
@@ -159,6 +161,7 @@ def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> d
         f"{len(records.names)} institutions, {records.counts['rows']:,} rows; "
         f"results in {config.run_dir}",
         highlight=False,
+        soft_wrap=True,
     )
     try:
         with (

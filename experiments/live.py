@@ -52,7 +52,7 @@ def progress(config: RunConfig, grid: SimulationGrid, console: Console) -> Itera
         while not done.wait(0.25):
             finished, text = line()
             if finished >= shown + every or (finished and not shown):
-                console.print(text, highlight=False)
+                console.print(text, highlight=False, soft_wrap=True)
                 shown = finished
 
     thread = threading.Thread(target=redraw if console.is_terminal else report, daemon=True)

@@ -80,10 +80,16 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     refused("run", "--resume", out, words=["is complete"])
 
 
-def test_a_table_and_places_are_printed(config_file, tmp_path):
-    result = invoke("run", config_file(), "--out", tmp_path / "out", "--engine", "inline")
+def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
+    config_file, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    monkeypatch.setenv("COLUMNS", "50")
+    result = invoke("run", config_file(), "--out", out, "--engine", "inline")
     assert result.exit_code == 0, result.output
-    text = re.sub(r"\s+", " ", result.stdout)
+    assert f"results in {out}\n" in result.stdout
+    assert f"every round    {out / 'rounds.jsonl'}\n" in result.stdout
+    text = re.sub(r"[\s│]+", " ", result.stdout)
     files = ("privacy.json", "rounds.jsonl")
     for word in ("accuracy", "macro f1", "epsilon", "protects nobody", *files):
         assert word in text
