@@ -14,6 +14,7 @@ import multiprocessing
 import resource
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -76,22 +77,20 @@ def _step(side: str, work: Any, shard: Any, plan: Any) -> None:
         training.train_privately(work, [participant], plan)
 
 
-def _peak(side: str, arguments: argparse.Namespace, queue: Any) -> None:
+def _peak(side: str, arguments: argparse.Namespace) -> float:
     work, shard, plan = _work(arguments)
     for _ in range(3):
         _step(side, work, shard, plan)
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _peaks(arguments: argparse.Namespace) -> dict[str, float]:
+    """MiB of each side, from a process of its own; one that dies ends the benchmark at once."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, float] = {}
     for side in ("plain", "dp"):
-        queue = context.Queue()
-        process = context.Process(target=_peak, args=(side, arguments, queue))
-        process.start()
-        found[side] = queue.get(timeout=300)
-        process.join()
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            found[side] = process.submit(_peak, side, arguments).result()
     return found
 
 

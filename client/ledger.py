@@ -81,7 +81,7 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path | str) -> Ledger:
-        """Open a ledger and check it whole (:meth:`verify`).
+        """Open a ledger and check all of it: its limits, and that no charge was altered or removed.
 
         Raises:
             Refusal: ``ledger-missing``, ``ledger-corrupt`` (damaged or altered), ``ledger-foreign``
@@ -295,11 +295,6 @@ class Ledger:
                 for _, run, round, _, sigma, rate, steps, extra, at, answered in rows
             ],
         }
-
-    def verify(self) -> list[str]:
-        """Say what is wrong with the file, such as a charge that was altered or removed."""
-        with ledger_file.refusing(self._path):
-            return ledger_file.problems(self._connection)
 
     def _epsilon(self, events: Sequence[Event]) -> float:
         return accounting.epsilon(events, self.delta, self.accountant)

@@ -97,7 +97,9 @@ def run(
     console = Console(quiet=quiet or as_json)
     if not resolved.privacy.enabled:
         console.print(
-            "privacy.epsilon is inf: no record is protected by differential privacy", style="red"
+            "privacy.epsilon is inf: no record is protected by differential privacy",
+            style="red",
+            soft_wrap=True,
         )
     result = _simulate(resolved, engine, console)
     if as_json:
@@ -159,6 +161,7 @@ def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> d
         f"{len(records.names)} institutions, {records.counts['rows']:,} rows; "
         f"results in {config.run_dir}",
         highlight=False,
+        soft_wrap=True,
     )
     try:
         with (
@@ -200,18 +203,21 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a run's adapter on other data."""
-    from experiments import released
+    from experiments import live, released
 
     result = released.evaluate(run_dir, data)
     if as_json:
         print(json.dumps(result))
         return
     table = Table(show_header=False)
+    truncated, max_length = result.pop("truncated"), result.pop("max_length")
     for key, value in result.items():
         if key != "per_class":
             table.add_row(
                 key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
             )
+    if truncated:
+        table.add_row("cut to length", live.longer(truncated, max_length))
     for label, counts in result.get("per_class", {}).items():
         table.add_row(
             label,
@@ -228,14 +234,18 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Say what a run's adapter makes of a text."""
-    from experiments import released
+    from experiments import live, released
 
-    answers = released.predict(run_dir, text)
+    result = released.predict(run_dir, text)
     if as_json:
-        print(json.dumps([{"text": t, "answer": a} for t, a in zip(text, answers, strict=True)]))
+        print(json.dumps(result))
         return
-    for one, answer in zip(text, answers, strict=True):
-        Console(soft_wrap=True, highlight=False, markup=False).print(f"{answer}\t{one}")
+    for one in result["answers"]:
+        Console(soft_wrap=True, highlight=False, markup=False).print(
+            f"{one['answer']}\t{one['text']}"
+        )
+    if result["truncated"]:
+        ERRORS.print(f"cut to length: {live.longer(result['truncated'], result['max_length'])}")
 
 
 @app.command()

@@ -52,7 +52,7 @@ def progress(config: RunConfig, grid: SimulationGrid, console: Console) -> Itera
         while not done.wait(0.25):
             finished, text = line()
             if finished >= shown + every or (finished and not shown):
-                console.print(text, highlight=False)
+                console.print(text, highlight=False, soft_wrap=True)
                 shown = finished
 
     thread = threading.Thread(target=redraw if console.is_terminal else report, daemon=True)
@@ -98,6 +98,11 @@ def describe(
     return " · ".join(parts)
 
 
+def longer(truncated: int, max_length: int) -> str:
+    """How many texts were cut, in words."""
+    return f"{truncated} text{'s' * (truncated != 1)} longer than {max_length} tokens"
+
+
 def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> None:
     """The table at the end of a run, and where everything is."""
     run_dir = Path(config.run_dir)
@@ -111,7 +116,6 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
             table.add_row(
                 name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
             )
-    counts = result["counts"]
     table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")
     institutions = result["institutions"]
     if institutions:
@@ -127,11 +131,9 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
         f"{result['trained_parameters']:,} parameters "
         f"({config.adapter.method}, rank {config.adapter.rank})",
     )
-    if counts.get("truncated"):
-        table.add_row(
-            "cut to length",
-            f"{counts['truncated']} texts longer than {config.training.max_length} tokens",
-        )
+    truncated = result["counts"]["truncated"]
+    if truncated:
+        table.add_row("cut to length", longer(truncated, config.training.max_length))
     if config.privacy.enabled:
         table.add_row(
             "privacy",

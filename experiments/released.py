@@ -41,22 +41,31 @@ def _open(run_dir: Path) -> tuple[configuration.RunConfig, Trainable]:
 
 
 def evaluate(run_dir: Path, source: str) -> dict[str, Any]:
-    """Metrics of a run's adapter on all rows of ``source``, by the run's text and label columns."""
+    """Metrics of a run's adapter on all rows of ``source``, by the run's text and label columns.
+
+    With them ``truncated``, how many texts were longer than ``max_length`` tokens and were cut.
+    """
     config, work = _open(run_dir)
-    shard = data.load_shard(
+    shard, truncated = data.load_shard(
         source,
         text=config.data.text,
         label=config.data.label,
         labels=work.labels,
         encode=work.task.encode,
     )
-    return work.task.evaluate(work.model, shard, work.labels)
+    measured = work.task.evaluate(work.model, shard, work.labels)
+    return measured | {"truncated": truncated, "max_length": config.training.max_length}
 
 
-def predict(run_dir: Path, texts: list[str]) -> list[str]:
-    """One answer for each text."""
-    _, work = _open(run_dir)
-    return work.task.answer(work.model, texts, work.labels)
+def predict(run_dir: Path, texts: list[str]) -> dict[str, Any]:
+    """``answers``, one to each text in turn, and as in `evaluate` what was cut."""
+    config, work = _open(run_dir)
+    answers, truncated = work.task.answer(work.model, texts, work.labels)
+    return {
+        "answers": [{"text": t, "answer": a} for t, a in zip(texts, answers, strict=True)],
+        "truncated": truncated,
+        "max_length": config.training.max_length,
+    }
 
 
 def merge(run_dir: Path, out_dir: Path) -> None:

@@ -116,9 +116,11 @@ def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
         seed: Of the initial A.
 
     Raises:
-        InputError: If a target module is not in the model or is not a linear layer.
+        InputError: If a target module is not in the model or is not a linear layer, or the rank is
+            above what one of these layers can have.
     """
     targets = _targets(base.model, spec.target_modules)
+    _check_rank(base.model, spec.rank, targets)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=cast(int, spec.alpha),  # PEFT computes with it as a float
@@ -126,7 +128,9 @@ def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
         target_modules=list(targets),
         use_rslora=spec.method.endswith("rslora"),
         use_dora=spec.method.startswith("dora"),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in _matching(base.model, targets)),
+        fan_in_fan_out=any(
+            isinstance(layer, Conv1D) for _, layer in _matching(base.model, targets)
+        ),
         modules_to_save=[HEAD] if base.kind == "encoder" else None,
         task_type="CAUSAL_LM" if base.kind == "causal" else None,
     )
@@ -171,10 +175,29 @@ def _targets(model: nn.Module, asked: tuple[str, ...]) -> tuple[str, ...]:
     return targets
 
 
-def _matching(model: nn.Module, targets: tuple[str, ...]) -> Iterator[nn.Module]:
+def _check_rank(model: nn.Module, rank: int, targets: tuple[str, ...]) -> None:
+    """Refuse a rank above ``min(d_in, d_out)``, which no product B A has."""
+    limit, narrowest = min((min(_widths(layer)), name) for name, layer in _matching(model, targets))
+    if rank > limit:
+        raise InputError(
+            f"adapter.rank is {rank}, but {narrowest} can have at most {limit} "
+            "(the smaller of its inputs and outputs); lower it, or leave that layer out of "
+            "adapter.target-modules"
+        )
+
+
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs, in no order; a quantised weight is packed and has no such shape."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    rows, columns = cast(nn.Parameter, layer.weight).shape
+    return rows, columns
+
+
+def _matching(model: nn.Module, targets: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if any(name == target or name.endswith(f".{target}") for target in targets):
-            yield module
+            yield name, module
 
 
 def is_linear(module: nn.Module) -> bool:

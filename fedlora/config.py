@@ -20,6 +20,7 @@ from typing import Any
 
 import tomli_w
 
+from fedlora import schemes
 from fedlora.errors import InputError
 
 Scalar = str | int | float | bool
@@ -132,11 +133,7 @@ class DataConfig(_Section):
         "or package:edgartools",
     )
     test_source: str = _key("", "held-out rows of their own; empty: split from data.source")
-    partition: str = _key(
-        "natural:industry",
-        "who holds what: iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES, "
-        "size:linear|square|exponential",
-    )
+    partition: str = _key("natural:industry", f"who holds what: {schemes.USAGE}")
     institutions: int = _key(
         0, "number of institutions; with natural the largest ones, 0 for all", at_least=0
     )
@@ -303,12 +300,11 @@ class RunConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_partition(self.data)
-        if self.model.task == "sft" and self.data.partition.startswith(("dirichlet", "pathol")):
-            raise InputError(
-                f"data.partition is {self.data.partition!r}, which deals out classes, but "
-                "model.task is 'sft', which has none; use iid, natural:COLUMN or size:linear"
-            )
+        schemes.parse(
+            self.data.partition,
+            institutions=self.data.institutions,
+            has_classes=self.model.task != "sft",
+        )
         federation, privacy = self.federation, self.privacy
         if federation.institutions_per_round and (
             federation.min_updates > federation.institutions_per_round
@@ -514,33 +510,3 @@ def parse_overrides(items: Iterable[str]) -> dict[str, str]:
             raise InputError(f"--set {item} has no value; write --set KEY=VALUE")
         pairs[name.strip()] = value.strip()
     return pairs
-
-
-def _check_partition(data: DataConfig) -> None:
-    """The partition's own words, and that it says how many institutions there are."""
-    scheme, _, argument = data.partition.partition(":")
-    usage = (
-        "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or "
-        "size:linear|square|exponential"
-    )
-    good = {
-        "iid": argument == "",
-        "dirichlet": _positive(argument),
-        "natural": argument != "",
-        "pathological": argument.isascii() and argument.isdigit() and int(argument) > 0,
-        "size": argument in ("linear", "square", "exponential"),
-    }.get(scheme, False)
-    if not good:
-        raise InputError(f"data.partition is {data.partition!r}; it must be {usage}")
-    if scheme != "natural" and data.institutions < 1:
-        raise InputError(
-            f"data.institutions is {data.institutions}, but partition {data.partition} needs to "
-            "know how many there are; set data.institutions to 1 or more"
-        )
-
-
-def _positive(text: str) -> bool:
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import partition as partitions
-from fedlora import shards, sources
+from fedlora import schemes, shards, sources
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.shards import Federation, Int64, Shard
@@ -58,7 +58,7 @@ def prepare(
         label: Column of the label, for sft of the response.
         labels: The classes in index order; empty takes the sorted distinct values. Empty for sft.
         unit: "record", or the column that says whose row it is (the unit of privacy).
-        partition: See `fedlora.partition`.
+        partition: See `fedlora.schemes`.
         institutions: How many; with natural the largest ones, 0 for all.
         min_records: Training rows an institution must have; natural leaves the others out.
         test_fraction: Share of distinct texts held out; a text is held out everywhere or nowhere.
@@ -71,7 +71,9 @@ def prepare(
     Raises:
         InputError: If a source, column, label or partition does not fit; nothing is written then.
     """
-    scheme, argument = partitions.parse(partition)
+    scheme, argument = schemes.parse(
+        partition, institutions=institutions, has_classes=task != "sft"
+    )
     sourced = [sources.digest(source), sources.digest(test_source, "test") if test_source else ""]
     shape = [text, label, labels, unit, partition, institutions, min_records, test_fraction, seed]
     key = json.dumps([sourced, shape, task, encoding_key, _code_digest()])
@@ -146,7 +148,7 @@ def load_shard(
     labels: tuple[str, ...],
     encode: Encode,
     split: str = "test",
-) -> Shard:
+) -> tuple[Shard, int]:
     """Read all rows of one source, uncached; rows without text or label are left out.
 
     Args:
@@ -157,6 +159,9 @@ def load_shard(
         encode: The tokeniser.
         split: Which split of a Hub data set.
 
+    Returns:
+        The rows, and how many of them were cut to length.
+
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
     """
@@ -165,7 +170,8 @@ def load_shard(
         raise InputError(f"{source} has no row with a text and a label; give one that has")
     if labels:
         _check_labels(table.labels, labels, source, "the model was trained on no other")
-    return _shard(encode(table.texts, table.labels, labels), table.texts, table.labels)
+    encoded = encode(table.texts, table.labels, labels)
+    return _shard(encoded, table.texts, table.labels), encoded.truncated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +312,13 @@ def _shard(encoded: Encoded, texts: Sequence[str], answers: Sequence[str]) -> Sh
 def _code_digest() -> str:
     """Return a sha256 of the modules that decide what a cache entry holds."""
     digest = hashlib.sha256()
-    for module in ("data.py", "partition.py", "shards.py", "sources.py", "streams.py"):
+    for module in (
+        "data.py",
+        "partition.py",
+        "schemes.py",
+        "shards.py",
+        "sources.py",
+        "streams.py",
+    ):
         digest.update(hashlib.sha256(Path(__file__).with_name(module).read_bytes()).digest())
     return digest.hexdigest()

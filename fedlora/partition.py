@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import importlib
 import io
-import math
 import re
 import unicodedata
 import warnings
@@ -20,12 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora import schemes
 from fedlora.errors import InputError
 from fedlora.streams import RandomSource
-
-USAGE = (
-    "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or size:linear|square|exponential"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,35 +42,6 @@ def normalise(text: str) -> str:
     """Return the form in which texts are compared: NFKC, case folded, only words and numbers."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", folded)) or folded
-
-
-def parse(spec: str) -> tuple[str, str]:
-    """Split a partition into scheme and argument.
-
-    Raises:
-        InputError: If the scheme is unknown or its argument is missing or out of bounds.
-    """
-    scheme, _, argument = spec.partition(":")
-    valid = {
-        "iid": spec == "iid",
-        "natural": argument != "",
-        "dirichlet": _number(argument) > 0,
-        "pathological": argument.isdecimal() and int(argument) > 0,
-        "size": argument in ("linear", "square", "exponential"),
-    }
-    if not valid.get(scheme, False):
-        raise InputError(
-            f"data.partition is {spec!r}; it must be {USAGE} with ALPHA > 0 and CLASSES >= 1"
-        )
-    return scheme, argument
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
 
 
 def hold_out(
@@ -194,23 +161,16 @@ def by_scheme(
         InputError: If there are more institutions than rows, the scheme needs classes and there are
             none, or it cannot give every institution ``min_records`` rows.
     """
-    scheme, argument = parse(spec)
-    classes = train if isinstance(train, np.ndarray) else None
+    scheme, argument = schemes.parse(
+        spec, institutions=institutions, has_classes=isinstance(train, np.ndarray)
+    )
     targets = np.zeros(train, dtype=np.int64) if isinstance(train, int) else train
     held = np.zeros(held_out, dtype=np.int64) if isinstance(held_out, int) else held_out
     least = max(1, min_records)
-    if institutions < 1:
-        raise InputError(
-            f"data.institutions is {institutions}; partition {spec} needs at least 1: set it"
-        )
     if institutions > len(targets):
         raise InputError(
             f"data.institutions is {institutions}, but there are only {len(targets)} training "
             "rows; lower it"
-        )
-    if classes is None and scheme in ("dirichlet", "pathological"):
-        raise InputError(
-            f"data.partition is {spec!r}, which needs classes; use iid, natural or size for sft"
         )
     source = RandomSource.seeded("partition", seed)
     order = source.child("order").permutation(len(targets))

@@ -36,15 +36,23 @@ def read(source: str, wanted: Mapping[str, str], split: str = "train") -> Rows:
         split: Which split of a Hub data set; files have none.
 
     Raises:
-        InputError: If the source is not there or not readable, or a column is missing; the message
-            names the columns that are there.
+        InputError: If the source is not there or not readable, has no row, or a column is missing;
+            the message names the columns that are there.
     """
     if source.startswith("hub:"):
-        return _read_hub(source, wanted, split)
-    path = locate(source)
-    if source == US_GAAP:
-        return _read_us_gaap(path, wanted)
-    return _READERS[_suffix(source)](source, path, wanted)
+        rows = _read_hub(source, wanted, split)
+    else:
+        path = locate(source)
+        if source == US_GAAP:
+            rows = _read_us_gaap(path, wanted)
+        else:
+            rows = _READERS[_suffix(source)](source, path, wanted)
+    if not any(rows.values()):
+        raise InputError(
+            f"data source {source!r} names its columns, but has no row below them; "
+            "give one that has rows"
+        )
+    return rows
 
 
 def digest(source: str, split: str = "train") -> str:
@@ -162,6 +170,7 @@ def _read_csv(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header: list[str] = next(csv.reader(file), list[str]())
+            has_rows = any(line.strip() for line in file)
     except (UnicodeDecodeError, csv.Error) as error:
         raise _unreadable(source, error) from None
     _check_columns(source, wanted, header)
@@ -170,6 +179,8 @@ def _read_csv(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
             raise InputError(
                 f"{source} has {header.count(column)} columns named {column!r}; rename all but one"
             )
+    if not has_rows:  # Arrow calls that a parse error when the header has no end of line
+        return {column: [] for column in wanted}
     try:
         table = arrow_csv.read_csv(
             path,

@@ -112,11 +112,13 @@ class Task(ABC):
             InputError: If the shard is empty.
         """
 
-    def answer(self, model: nn.Module, texts: Sequence[str], labels: tuple[str, ...]) -> list[str]:
-        """The model's answer to each text."""
+    def answer(
+        self, model: nn.Module, texts: Sequence[str], labels: tuple[str, ...]
+    ) -> tuple[list[str], int]:
+        """The model's answer to each text, and how many texts were cut to length."""
         nothing = labels[0] if labels else ""  # an answer that is not looked at
         encoded = self.encode(list(texts), [nothing] * len(texts), labels)
-        return self.predict(model, _shard(encoded), labels)
+        return self.predict(model, _shard(encoded), labels), encoded.truncated
 
 
 class Classification(Task):

@@ -57,12 +57,21 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     assert said["run_dir"] == str(out)
 
     measured = json.loads(invoke("evaluate", out, "--data", complaints, "--json").stdout)
-    assert measured["n"] == 480
+    assert (measured["n"], measured["truncated"]) == (480, 0)
+    more = tmp_path / "more.csv"
+    more.write_text(f"text,label\n{'stolen ' * 20},fraud\nmortgage lender,loan\n")
+    measured = json.loads(invoke("evaluate", out, "--data", more, "--json").stdout)
+    assert (measured["n"], measured["truncated"], measured["max_length"]) == (2, 1, 16)
+    assert "1 text longer than 16 tokens" in invoke("evaluate", out, "--data", more).stdout
 
-    answers = json.loads(
-        invoke("predict", out, "stolen phishing scam", "mortgage lender", "--json").stdout
-    )
-    assert [a["answer"] in ("loan", "card", "fraud") for a in answers] == [True, True]
+    texts = ("stolen phishing scam", "mortgage " * 20)
+    said = json.loads(invoke("predict", out, *texts, "--json").stdout)
+    assert [a["text"] for a in said["answers"]] == list(texts)
+    assert {a["answer"] for a in said["answers"]} <= {"loan", "card", "fraud"}
+    assert (said["truncated"], said["max_length"]) == (1, 16)
+    plain = invoke("predict", out, *texts)
+    assert len(plain.stdout.splitlines()) == 2
+    assert plain.stderr.strip() == "cut to length: 1 text longer than 16 tokens"
 
     assert invoke("merge", out, tmp_path / "merged").exit_code == 0
     assert list((tmp_path / "merged").glob("*.safetensors"))
@@ -71,10 +80,16 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     refused("run", "--resume", out, words=["is complete"])
 
 
-def test_a_table_and_places_are_printed(config_file, tmp_path):
-    result = invoke("run", config_file(), "--out", tmp_path / "out", "--engine", "inline")
+def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
+    config_file, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    monkeypatch.setenv("COLUMNS", "50")
+    result = invoke("run", config_file(), "--out", out, "--engine", "inline")
     assert result.exit_code == 0, result.output
-    text = re.sub(r"\s+", " ", result.stdout)
+    assert f"results in {out}\n" in result.stdout
+    assert f"every round    {out / 'rounds.jsonl'}\n" in result.stdout
+    text = re.sub(r"[\s│]+", " ", result.stdout)
     files = ("privacy.json", "rounds.jsonl")
     for word in ("accuracy", "macro f1", "epsilon", "protects nobody", *files):
         assert word in text
@@ -85,6 +100,7 @@ def test_a_table_and_places_are_printed(config_file, tmp_path):
     [
         ("adapter.rnk=4", ["adapter.rnk", "adapter.rank"]),
         ("adapter.rank=0", ["adapter.rank", "0", "at least 1"]),
+        ("adapter.rank=33", ["adapter.rank", "33", "query", "at most 32"]),
         ("privacy.epsilon=-2", ["privacy.epsilon", "-2", "above 0"]),
         ("seed=many", ["seed", "'many'", "whole number"]),
         ("model.name=nowhere/at-all", ["nowhere/at-all"]),

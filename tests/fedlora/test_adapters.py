@@ -257,6 +257,24 @@ def test_a_target_that_cannot_be_adapted_is_named(directories, target, message):
         adapters.attach(load(directories / "bert"), spec(target_modules=("query", target)), seed=1)
 
 
+@pytest.mark.parametrize(
+    ("family", "quantization", "limit", "layer"),
+    [
+        ("bert", "none", 64, "layer.0.attention.self.query"),
+        ("bert", "nf4", 64, "layer.0.attention.self.query"),
+        ("llama", "none", 32, "layers.0.self_attn.v_proj"),  # 64 in, 2 heads of 16 out
+        ("gpt2", "none", 64, "h.0.attn.c_attn"),
+    ],
+)
+def test_a_rank_above_what_the_narrowest_layer_can_have_is_refused(
+    directories, family, quantization, limit, layer
+):
+    base = load(directories / family, quantization)
+    with pytest.raises(InputError, match=rf"rank is {limit + 1}, .*{layer} .* at most {limit} "):
+        adapters.attach(base, spec(rank=limit + 1), seed=1)
+    assert adapters.attach(base, spec(rank=limit), seed=1)
+
+
 def test_an_unknown_architecture_asks_for_targets_and_lists_them(directories):
     base = load(directories / "llama")
     base.model.config.model_type = "novel"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.errors import InputError
-from fedlora.partition import by_column, by_scheme, file_names, hold_out, normalise, parse
+from fedlora.partition import by_column, by_scheme, file_names, hold_out, normalise
 
 SCHEMES = ["iid", "dirichlet:0.5", "pathological:2", "size:linear", "size:square"]
 CLASSES = np.repeat(np.arange(3), [60, 90, 30])
@@ -17,33 +17,6 @@ def test_texts_that_differ_in_case_space_or_punctuation_count_as_equal() -> None
     assert normalise("\ufb01nance") == "finance"
     assert normalise("loss") != normalise("loss 1")
     assert normalise("?!") != normalise("!")
-
-
-@pytest.mark.parametrize(
-    ("spec", "parsed"),
-    [
-        ("iid", ("iid", "")),
-        ("dirichlet:0.5", ("dirichlet", "0.5")),
-        ("natural:who: exactly", ("natural", "who: exactly")),
-        ("pathological:2", ("pathological", "2")),
-        ("size:square", ("size", "square")),
-    ],
-)
-def test_a_partition_has_a_scheme_and_its_argument(spec: str, parsed: tuple[str, str]) -> None:
-    assert parse(spec) == parsed
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        *("random", "iid:3", "natural", "natural:", "size", "size:huge"),
-        *("dirichlet", "dirichlet:0", "dirichlet:-1", "dirichlet:nan", "dirichlet:inf"),
-        *("dirichlet:x", "pathological", "pathological:0", "pathological:1.5"),
-    ],
-)
-def test_any_other_partition_is_refused_with_the_list_of_valid_ones(spec: str) -> None:
-    with pytest.raises(InputError, match=f"data.partition is {spec!r}; it must be iid, dirichlet"):
-        parse(spec)
 
 
 @given(
@@ -166,7 +139,6 @@ def test_held_out_rows_of_a_class_that_nobody_trains_on_are_kept() -> None:
 @pytest.mark.parametrize(
     ("spec", "institutions", "min_records", "message"),
     [
-        ("iid", 0, 1, "data.institutions is 0; partition iid needs at least 1"),
         ("iid", 181, 1, "data.institutions is 181, but there are only 180 training rows"),
         ("iid", 90, 3, r"data.min-records is 3, but .* only 2 of 180 .*institutions \(now 90\)"),
         ("dirichlet:0.01", 60, 3, "partition dirichlet:0.01 cannot give 60 institutions 3 or more"),
@@ -185,7 +157,7 @@ def test_a_partition_that_the_rows_cannot_fill_is_an_error(
 
 
 def test_rows_without_classes_cannot_be_dealt_by_class() -> None:
-    with pytest.raises(InputError, match="needs classes; use iid, natural or size for sft"):
+    with pytest.raises(InputError, match="deals out classes, but model"):
         by_scheme("dirichlet:1", 10, 0, institutions=2, min_records=1, seed=0)
 
 

@@ -55,6 +55,8 @@ def test_a_ragged_csv_is_refused_without_quoting_the_private_row(tmp_path: Path)
     ("content", "message"),
     [
         (b"", "is empty; give one that has rows"),
+        (b"text,label", "names its columns, but has no row"),
+        (b"text,label\n\n", "names its columns, but has no row"),
         (b"text,text,label\na,b,c\n", "has 2 columns named 'text'"),
         (b"text,label\n\xff\xfe,a\n", "cannot be read"),
         (b"\xff\xfet\x00e\x00", "cannot be read"),
@@ -110,6 +112,9 @@ def test_parquet_columns_of_any_plain_type_become_text(tmp_path: Path) -> None:
     assert sources.read(source, TEXT_LABEL) == {"text": ["a", "", "a"], "label": ["1", "2", ""]}
     with pytest.raises(InputError, match="holds a list"):
         sources.read(source, {"more": "data.text"})
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+    with pytest.raises(InputError, match="has no row"):
+        sources.read(str(tmp_path / "none.parquet"), TEXT_LABEL)
     with pytest.raises(InputError, match="cannot be read"):
         sources.read(write(tmp_path / "b.parquet", "no parquet"), TEXT_LABEL)
 

@@ -516,7 +516,7 @@ def test_predictions_are_the_same_whatever_the_batch() -> None:
 
 def test_answers_to_texts_are_labels_of_the_set() -> None:
     tokenizer = byte_tokenizer()
-    answers = label_task(tokenizer).answer(llama(len(tokenizer)), TEXTS, LABELS)
+    answers, _ = label_task(tokenizer).answer(llama(len(tokenizer)), TEXTS, LABELS)
     assert len(answers) == 6
     assert set(answers) <= set(LABELS)
 
@@ -549,7 +549,7 @@ def test_a_model_that_learned_its_responses_generates_and_ends_them() -> None:
         optimizer.zero_grad()
         task.losses(model, task.collate(rows, [0, 1, 2]), ()).sum().backward()
         optimizer.step()
-    assert task.answer(model, texts, ()) == answers
+    assert task.answer(model, texts, ()) == (answers, 0)
     result = task.evaluate(model, rows, ())
     assert (result["exact_match"], result["accuracy"], result["unparseable"]) == (1.0, 1.0, 0)
 

@@ -1,0 +1,53 @@
+"""What ``data.partition`` may say, checked before anything is read. Imports nothing heavy."""
+
+import math
+
+from fedlora.errors import InputError
+
+USAGE = (
+    "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or size:linear|square|exponential"
+)
+
+
+def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]:
+    """Split a partition into scheme and argument.
+
+    Args:
+        spec: ``data.partition``.
+        institutions: ``data.institutions``; only with natural do the rows say how many there are.
+        has_classes: Whether rows have classes that can be dealt out; those of sft have none.
+
+    Raises:
+        InputError: If the scheme is unknown, its argument is missing or out of bounds, or it needs
+            what is not there.
+    """
+    scheme, _, argument = spec.partition(":")
+    valid = {
+        "iid": spec == "iid",
+        "natural": argument != "",
+        "dirichlet": _is_positive(argument),
+        "pathological": argument.isdecimal() and int(argument) > 0,
+        "size": argument in ("linear", "square", "exponential"),
+    }
+    if not valid.get(scheme, False):
+        raise InputError(
+            f"data.partition is {spec!r}; it must be {USAGE} with ALPHA > 0 and CLASSES >= 1"
+        )
+    if scheme != "natural" and institutions < 1:
+        raise InputError(
+            f"data.institutions is {institutions}, but partition {spec} needs to know how many "
+            "there are; set data.institutions to 1 or more"
+        )
+    if scheme in ("dirichlet", "pathological") and not has_classes:
+        raise InputError(
+            f"data.partition is {spec!r}, which deals out classes, but model.task is 'sft', which "
+            "has none; use iid, natural:COLUMN or size:linear"
+        )
+    return scheme, argument
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
