@@ -136,6 +136,7 @@ def _from_hub(name: str) -> ModelFiles:
         )
 
     hint = f"download it where there is a network (hf download {name}) or give a directory"
+    incomplete: InputError | None = None  # what is wrong with a copy in the cache
     try:
         return _inspect(name, snapshot(local_files_only=True))
     except HFValidationError:
@@ -143,7 +144,11 @@ def _from_hub(name: str) -> ModelFiles:
             f"model.name is {name!r}, which is neither a directory here nor a hub name; "
             "give a directory, org/model, or package:NAME"
         ) from None
-    except (OSError, InputError):
+    except InputError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise
+        incomplete = error
+    except OSError:
         if constants.HF_HUB_OFFLINE:
             raise InputError(
                 f"model.name is {name!r}, which is neither a directory nor in the hub cache of "
@@ -166,7 +171,7 @@ def _from_hub(name: str) -> ModelFiles:
             "a login; check the name, or run: hf auth login"
         ) from None
     except Exception as error:  # every transport has errors of its own
-        raise InputError(
+        raise incomplete or InputError(
             f"model.name is {name!r}, which is not on this machine, and the hub cannot be reached "
             f"({type(error).__name__}); {hint}"
         ) from None
