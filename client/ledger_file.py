@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedlora.accounting import Event, History, compose
 from fedlora.errors import InputError, Refusal
-from fedlora.files import sync_directory
+from fedlora.files import sync
 
 _APPLICATION = 0x66646C64  # "fdld": what `file` and PRAGMA application_id show
 _VERSION = 1
@@ -54,15 +54,17 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
             draft = Path(scratch) / "ledger.db"
             draft.touch(mode=0o600)
             with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
-                db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; {_SCHEMA}")
+                # Nobody sees the draft: it is synced once, as a whole, not statement by statement.
+                db.executescript(f"PRAGMA synchronous=OFF; PRAGMA journal_mode=WAL; {_SCHEMA}")
                 db.execute(
                     "INSERT INTO ledger VALUES (?, ?, ?, NULL, NULL, 0, ?)",
                     (*limits, _genesis(*limits)),
                 )
                 db.execute(f"PRAGMA application_id={_APPLICATION}")
                 db.execute(f"PRAGMA user_version={_VERSION}")
+            sync(draft)
             path.hardlink_to(draft)  # unlike a rename, it fails where a file is
-        sync_directory(path.parent)
+        sync(path.parent)
     except FileExistsError:
         raise InputError(
             f"{path} exists; a ledger is never overwritten, because what it records stays spent"

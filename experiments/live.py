@@ -9,20 +9,22 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.engines.grid import SimulationGrid
 from fedlora.config import RunConfig
 from server.run_directory import read_records
 
+if TYPE_CHECKING:
+    from experiments.engines.grid import SimulationGrid
+
 
 @contextlib.contextmanager
-def progress(config: RunConfig, grid: SimulationGrid, console: Console) -> Iterator[None]:
+def progress(config: RunConfig, grid: "SimulationGrid", console: Console) -> Iterator[None]:
     """Show round, institutions done, accuracy, epsilon and seconds left until the block ends.
 
     On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run.

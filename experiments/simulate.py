@@ -1,8 +1,14 @@
-"""One simulated run, from a resolved configuration to a complete run directory."""
+"""One simulated run, from a resolved configuration to a complete run directory.
+
+A run that was prepared before starts fast because nothing waits for torch: records that are cached
+open without it, and Ray and its workers come up while this process imports it.
+"""
 
 import contextlib
+import importlib
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +43,7 @@ def engine(kind: str, config: RunConfig, institutions: int) -> "Iterator[Simulat
     else:
         from experiments.engines.ray import RayGrid
 
+        threading.Thread(target=_import_server).start()  # `run` waits for it where it imports
         with RayGrid(
             CLIENT_APP,
             institutions,
@@ -50,42 +57,61 @@ def engine(kind: str, config: RunConfig, institutions: int) -> "Iterator[Simulat
             yield grid
 
 
+def _import_server() -> None:
+    for name in ("server.app", "client.institution"):
+        importlib.import_module(name)
+
+
 def prepare(config: RunConfig) -> "Federation":
-    """Everything that can be known wrong before a model is loaded, and the tokenised records.
+    """The tokenised records; what is wrong with the data or the base model's files shows here.
+
+    Raises:
+        InputError: Naming value, bound and remedy.
+    """
+    from fedlora import records
+    from fedlora.errors import InputError
+    from fedlora.files import existing_parent
+
+    federation = records.load(config)
+    if config.privacy.enabled:
+        try:
+            existing_parent(Path(config.privacy.ledger or config.run_dir))
+        except OSError as error:
+            raise InputError(
+                f"privacy.ledger needs a directory to write to, but {error}; give another"
+            ) from None
+    return federation
+
+
+def check_budgets(config: RunConfig) -> None:
+    """Plan the noise of every size class, so that a budget that fits nobody is known by now.
 
     Raises:
         InputError: Naming value, bound and remedy.
     """
     from client import institution
-    from fedlora import accounting, models, trainable
-    from fedlora.errors import InputError
-    from fedlora.files import existing_parent
+    from fedlora import accounting, records
     from strategies import base
 
-    models.resolve(config.model.name)
-    records = trainable.records(config)
-    if not config.privacy.enabled:
-        return records
-    institutions = len(records.names)
-    units = (records.train(i).num_units for i in range(institutions))
-    federation = config.federation
-    cap = base.participations(federation.rounds, institutions, federation.institutions_per_round)
+    federation = records.load(config)
+    institutions, rounds = len(federation.names), config.federation
+    units = (federation.train(i).num_units for i in range(institutions))
+    cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
     for size in sorted({accounting.public_size(count) for count in units}):
         institution.budget(config, size, cap)
-    try:
-        existing_parent(Path(config.privacy.ledger or config.run_dir))
-    except OSError as error:
-        raise InputError(
-            f"privacy.ledger needs a directory to write to, but {error}; give another"
-        ) from None
-    return records
 
 
 def run(config: RunConfig, grid: "SimulationGrid") -> None:
-    """Run the ServerApp on a grid, in this process."""
+    """Run the ServerApp on a grid, in this process.
+
+    Raises:
+        InputError: Before anything is written, naming value, bound and remedy.
+    """
     from experiments.engines.grid import run_server
     from server.app import app
 
+    if config.privacy.enabled:
+        check_budgets(config)
     run_server(app, grid, config.flat())
 
 
@@ -117,3 +143,4 @@ def quiet_libraries() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else bitsandbytes imports a compiler

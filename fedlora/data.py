@@ -44,7 +44,7 @@ def prepare(
     test_fraction: float,
     seed: int,
     task: str,
-    encode: Encode,
+    encoder: Callable[[], Encode],
     encoding_key: str,
     cache_dir: str | Path | None = None,
 ) -> Federation:
@@ -64,8 +64,8 @@ def prepare(
         test_fraction: Share of distinct texts held out; a text is held out everywhere or nowhere.
         seed: Of split and partition.
         task: "classification" or "sft".
-        encode: The tokeniser; called once, and only if nothing is cached.
-        encoding_key: Names everything that ``encode`` depends on.
+        encoder: Makes the tokeniser; called once, and only if nothing is cached.
+        encoding_key: Names everything that the tokeniser depends on.
         cache_dir: Where shards are kept; default ``$FEDLORA_CACHE`` or ``~/.cache/fedlora/shards``.
 
     Raises:
@@ -81,6 +81,7 @@ def prepare(
     entry = base.expanduser() / hashlib.sha256(key.encode()).hexdigest()
     if (cached := shards.open_entry(entry)) is not None:
         return cached
+    encode = encoder()  # before rows are read: what it has to say about the model is said soon
 
     by_column = {argument: "data.partition"} if scheme == "natural" else {}
     by_unit = {unit: "privacy.unit"} if unit != "record" else {}

@@ -58,13 +58,13 @@ class Encoded:
     truncated: int
 
 
-def encoding_key(directory: Path, *, task: str, prompt: str | None, max_length: int) -> str:
+def encoding_key(directory: Path, *, task: str, prompt: str, max_length: int) -> str:
     """Digest of everything that changes an encoding, but for the labels: a key for cached shards.
 
     Args:
         directory: Where the model's ``config.json`` and tokenizer files are.
         task: ``model.task``.
-        prompt: ``data.prompt``, empty or None for the task's own.
+        prompt: ``data.prompt``, empty for the task's own.
         max_length: ``training.max-length``, in tokens.
 
     Returns:

@@ -26,7 +26,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def existing_parent(path: Path) -> Path:
@@ -46,8 +46,8 @@ def existing_parent(path: Path) -> Path:
     return place
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +29,6 @@ from fedlora.encoding import (
     LabelPrompt,
     PlainText,
     ResponsePrompt,
-    encoding_key,
 )
 from fedlora.errors import InputError
 from fedlora.streams import RandomSource
@@ -72,11 +70,6 @@ class Task(ABC):
         row's result does not depend on which others are there.
         """
         return rounded(shard.lengths, self.encoding.max_length)[:, None]
-
-    @property
-    @abstractmethod
-    def encoding_key(self) -> str:
-        """See `fedlora.encoding.encoding_key`; reads the directory that the tokenizer came from."""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch, labels: tuple[str, ...]) -> torch.Tensor:
@@ -130,12 +123,6 @@ class Classification(Task):
         # On the left, the last position of every row of a batch is where its answer comes next.
         super().__init__(encoding, "left" if isinstance(encoding, LabelPrompt) else "right")
         self._label_tokens: dict[tuple[str, ...], torch.Tensor] = {}
-
-    @property
-    def encoding_key(self) -> str:
-        """See `Task.encoding_key`."""
-        prompt = self.encoding.prompt if isinstance(self.encoding, LabelPrompt) else None
-        return _key(self.encoding, "classification", prompt)
 
     def losses(self, model: nn.Module, batch: Batch, labels: tuple[str, ...]) -> torch.Tensor:
         """Cross-entropy over the classes."""
@@ -201,11 +188,6 @@ class Sft(Task):
 
     def __init__(self, encoding: ResponsePrompt) -> None:
         super().__init__(encoding, "right")
-
-    @property
-    def encoding_key(self) -> str:
-        """See `Task.encoding_key`."""
-        return _key(self.encoding, "sft", self.encoding.prompt)
 
     def losses(self, model: nn.Module, batch: Batch, labels: tuple[str, ...]) -> torch.Tensor:
         """Mean negative log-likelihood of the response tokens, with the end token, in nats."""
@@ -336,6 +318,7 @@ def make(
     *,
     prompt: str,
     max_length: int,
+    positions: int = 0,
 ) -> Task:
     """The task of a configuration.
 
@@ -346,6 +329,7 @@ def make(
         prompt: ``data.prompt``, for causal models only: a template with ``{text}`` once, and
             ``{labels}`` where it lists them; empty for the task's own.
         max_length: ``training.max-length``, in tokens.
+        positions: The most tokens that the model can place; 0 when it sets no limit.
 
     Raises:
         InputError: For a prompt on an encoder, an encoder for sft, a tokenizer without a fast
@@ -356,10 +340,11 @@ def make(
             "model.name has a tokenizer without a fast form (tokenizer.json); "
             "convert it or use another model"
         )
-    if max_length > tokenizer.model_max_length:
+    most = min(tokenizer.model_max_length, positions or max_length)
+    if max_length > most:
         raise InputError(
-            f"training.max-length is {max_length}, but the base model takes at most "
-            f"{tokenizer.model_max_length} tokens; lower it"
+            f"training.max-length is {max_length}, but the base model takes at most {most} tokens; "
+            "lower it"
         )
     if kind == "encoder":
         if task == "sft":
@@ -419,11 +404,6 @@ def _shard(encoded: Encoded) -> Shard:
         targets=np.array(encoded.targets, dtype=np.int64),
         units=np.arange(rows, dtype=np.int64),
     )
-
-
-def _key(encoding: PlainText | LabelPrompt | ResponsePrompt, task: str, prompt: str | None) -> str:
-    directory = Path(encoding.tokenizer.name_or_path)
-    return encoding_key(directory, task=task, prompt=prompt, max_length=encoding.max_length)
 
 
 def _check_rows(shard: Shard) -> None:

@@ -12,12 +12,14 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 
-from fedlora import adapters, data, models, tasks
+from fedlora import adapters, models, tasks
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
-from fedlora.errors import InputError, Refusal
+from fedlora.errors import Refusal
 from fedlora.per_sample import PerSampleAdapters
-from fedlora.shards import Federation
+from fedlora.records import load as records
+
+__all__ = ["AdapterState", "Trainable", "forget", "load", "records", "training_mode"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,60 +117,22 @@ def _load(
         base=base,
         model=peft_model,
         per_sample=PerSampleAdapters(peft_model),
-        task=_task(model, prompt, max_length, base.kind, base.tokenizer),
+        task=tasks.make(
+            model.task,
+            base.kind,
+            base.tokenizer,
+            prompt=prompt,
+            max_length=max_length,
+            positions=models.resolve(model.name).positions,
+        ),
         labels=labels,
         start=AdapterState.read(peft_model),
     )
 
 
-def _task(
-    model: Any, prompt: str, max_length: int, kind: models.Kind, tokenizer: Any
-) -> tasks.Task:
-    positions = models.resolve(model.name).positions
-    if positions and max_length > positions:
-        raise InputError(
-            f"training.max-length is {max_length}, but {model.name} has {positions} positions; "
-            "lower it"
-        )
-    return tasks.make(model.task, kind, tokenizer, prompt=prompt, max_length=max_length)
-
-
 def forget() -> None:
     """Let go of the process's `Trainable`, for whoever is about to take its model apart."""
     _load.cache_clear()
-
-
-@functools.lru_cache(maxsize=1)
-def _records(seed: int, model: Any, source: Any, max_length: int, unit: str) -> Federation:
-    tokenizer = models.load_tokenizer(model.name)
-    work = _task(model, source.prompt, max_length, models.kind(model.name, model.task), tokenizer)
-    return data.prepare(
-        source=source.source,
-        test_source=source.test_source,
-        text=source.text,
-        label=source.label,
-        labels=source.labels,
-        unit=unit,
-        partition=source.partition,
-        institutions=source.institutions,
-        min_records=source.min_records,
-        test_fraction=source.test_fraction,
-        seed=seed,
-        task=model.task,
-        encode=work.encode,
-        encoding_key=work.encoding_key,
-    )
-
-
-def records(config: RunConfig) -> Federation:
-    """Every institution's shard and held-out rows, from the cache when it has them.
-
-    Raises:
-        InputError: If the source cannot be read or does not fit the configuration.
-    """
-    return _records(
-        config.seed, config.model, config.data, config.training.max_length, config.privacy.unit
-    )
 
 
 def training_mode(model: torch.nn.Module, on: bool) -> None:

@@ -2,7 +2,8 @@
 
 Nothing outside this module spells a record key. All packages are plain data; whoever receives one
 validates it: an institution checks an order against its own limits, a strategy checks an update
-against the global adapter.
+against the global adapter. Importing this module loads no torch: an engine starts its workers
+before this process has it.
 """
 
 import dataclasses
@@ -11,15 +12,15 @@ import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors.torch
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
+
+if TYPE_CHECKING:
+    from fedlora.adapters import AdapterState
 
 _T = typing.TypeVar("_T")
 
@@ -86,7 +87,7 @@ class TrainOrder:
     base: str
     report: tuple[str, ...]
     parts: tuple[str, ...]
-    adapter: AdapterState
+    adapter: "AdapterState"
 
     def digest(self, config_fingerprint: str) -> str:
         """SHA-256 (hex) that binds the order's every part and the configuration it came with."""
@@ -159,18 +160,22 @@ class ClientUpdate:
 
     institution: str
     round: int
-    adapter: AdapterState
+    adapter: "AdapterState"
     size: float = 0.0
     privacy: PrivacySpent | None = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
 
 
-def arrays(state: AdapterState) -> ArrayRecord:
+def arrays(state: "AdapterState") -> ArrayRecord:
     """An adapter as Flower sends it: float32, names as PEFT saves them."""
     return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
 
 
-def _state(record: ArrayRecord) -> AdapterState:
+def _state(record: ArrayRecord) -> "AdapterState":
+    import torch
+
+    from fedlora.adapters import AdapterState
+
     # np.load without pickle; a copy, since torch wants writable memory
     return AdapterState(
         {name: torch.as_tensor(np.array(array.numpy())) for name, array in record.items()}
@@ -280,7 +285,7 @@ def share_key(message: Message) -> str | None:
     return _ADAPTER if message.has_content() and _ADAPTER in message.content.array_records else None
 
 
-def _adapter(content: RecordDict) -> AdapterState:
+def _adapter(content: RecordDict) -> "AdapterState":
     record = content.array_records.get(_ADAPTER)
     if record is None:
         raise Refusal("malformed-message", "the message has no adapter")
@@ -292,8 +297,8 @@ def _adapter(content: RecordDict) -> AdapterState:
 
 def _build(cls: type[_T], values: dict[str, Any]) -> _T:
     """The package with exactly its fields, each of its declared scalar type."""
-    hints = typing.get_type_hints(cls)
-    for name, kind in hints.items():
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        name, kind = field.name, typing.cast(Any, field.type)
         if kind in (int, float, str) and (
             not isinstance(values.get(name), (int, float) if kind is float else kind)
             or isinstance(values.get(name), bool)
@@ -310,6 +315,8 @@ def _build(cls: type[_T], values: dict[str, Any]) -> _T:
 
 def update_to_bytes(update: ClientUpdate) -> bytes:
     """An update as one safetensors blob, for the institution's own store of answers."""
+    import safetensors.torch
+
     fields = {
         "institution": update.institution,
         "round": update.round,
@@ -323,6 +330,10 @@ def update_to_bytes(update: ClientUpdate) -> bytes:
 
 def update_from_bytes(blob: bytes) -> ClientUpdate:
     """The update that `update_to_bytes` wrote; every figure comes back to the last bit."""
+    import safetensors.torch
+
+    from fedlora.adapters import AdapterState
+
     size = int.from_bytes(blob[:8], "little")
     fields = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"][_UPDATE])
     if fields["privacy"] is not None:

@@ -1,7 +1,10 @@
 """A run on disk: what ran, where it is, and what a resume needs.
 
-Every file is written whole or not at all.
+Every file is written whole or not at all. Importing this module, checking a directory and reading a
+run's lines load no torch.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
@@ -15,18 +18,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import safetensors
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any
 
 from fedlora import config as configuration
-from fedlora.adapters import AdapterState
 from fedlora.config import ENGINE_ONLY, RunConfig
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedlora.adapters import AdapterState
 
 KEPT_CHECKPOINTS = 2
 BESIDE = ("ledgers", "institutions.log")
@@ -111,6 +113,8 @@ class RunDirectory:
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint, then drop the oldest."""
+        import safetensors.torch
+
         tensors = {f"adapter/{k}": v.contiguous() for k, v in state.adapter.items()}
         tensors |= {f"moments/{k}": v.contiguous() for k, v in state.moments.items()}
         tensors |= {f"average/{k}": v.contiguous() for k, v in state.average.items()}
@@ -131,6 +135,8 @@ class RunDirectory:
         Raises:
             InputError: If there are checkpoints and none can be read.
         """
+        from safetensors import SafetensorError
+
         found = sorted((self.path / "checkpoints").glob("round-*.safetensors"), reverse=True)
         for file in found:
             try:
@@ -144,6 +150,10 @@ class RunDirectory:
         return None
 
     def _read(self, path: Path) -> RunState:
+        import safetensors
+
+        from fedlora.adapters import AdapterState
+
         parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "moments": {}, "average": {}}
         with safetensors.safe_open(path, "pt") as file:  # pyright: ignore[reportUnknownVariableType]
             plain = json.loads(file.metadata()["state"])
@@ -197,6 +207,8 @@ def changes(old: RunConfig, new: RunConfig) -> list[str]:
 
 def environment() -> dict[str, Any]:
     """Versions, source revision and device of this process."""
+    import torch
+
     packages = (
         "fedlora",
         "torch",

@@ -14,6 +14,7 @@ import torch
 
 from client.ledger import Ledger
 from fedlora import accounting, models, trainable
+from fedlora import records as run_records
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
@@ -299,7 +300,7 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
     simulate_run(config)
     (Path(config.run_dir) / "result.json").unlink()
     copy.write_text("".join(complaints.read_text().splitlines(keepends=True)[:-5]))
-    trainable._records.cache_clear()  # as in a new process
+    run_records._load.cache_clear()  # as in a new process
     with pytest.raises(InputError, match="other records or base weights"):
         simulate_run(config)
 

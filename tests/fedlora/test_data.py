@@ -54,7 +54,7 @@ def prepare(tmp_path: Path, source: str, **changes: Any) -> Federation:
         "test_fraction": 0.2,
         "seed": 0,
         "task": "classification",
-        "encode": encode,
+        "encoder": lambda: encode,
         "encoding_key": "characters",
         "cache_dir": tmp_path / "cache",
     }
@@ -189,7 +189,10 @@ def test_what_does_not_fit_is_one_line_before_anything_is_tokenised_or_written(
     source = write(tmp_path / "a.jsonl", rows, (*COLUMNS, "same"))
     other = write(tmp_path / "b.jsonl", [("zz", "good", "South", "x")], (*COLUMNS[:3], "same"))
     with pytest.raises(InputError, match=message) as error:
-        prepare(tmp_path, **{"source": source, "test_source": other, "encode": never, **changes})
+        prepare(
+            tmp_path,
+            **{"source": source, "test_source": other, "encoder": lambda: never, **changes},
+        )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists()
 
@@ -271,7 +274,7 @@ def test_the_second_time_nothing_is_read_or_tokenised(tmp_path: Path) -> None:
 
     def run(**changes: Any) -> int:
         source = write(tmp_path / "a.jsonl", rows)
-        prepare(tmp_path, source, **{"encode": counting, "test_fraction": 0.0, **changes})
+        prepare(tmp_path, source, **{"encoder": lambda: counting, "test_fraction": 0.0, **changes})
         return len(calls)
 
     rows = list(TRAIN)
@@ -312,7 +315,7 @@ def test_the_fingerprint_of_an_institution_outlives_a_change_of_tokeniser(tmp_pa
 
     source = write(tmp_path / "a.jsonl", TRAIN)
     one = prepare(tmp_path, source)
-    two = prepare(tmp_path, source, encode=other, encoding_key="reversed")
+    two = prepare(tmp_path, source, encoder=lambda: other, encoding_key="reversed")
     assert read_back(one.train(1)) != read_back(two.train(1))
     assert one.train(1).fingerprint() == two.train(1).fingerprint() != one.train(0).fingerprint()
 
@@ -342,7 +345,7 @@ for _ in range(3):
     start = time.perf_counter()
     fed = prepare(source="package:edgartools", test_source="", text="text", label="label",
         labels=(), unit="record", partition="natural:industry", institutions=0, min_records=50,
-        test_fraction=0.2, seed=0, task="classification", encode=None, encoding_key="characters",
+        test_fraction=0.2, seed=0, task="classification", encoder=None, encoding_key="characters",
         cache_dir=sys.argv[1])
     for index in range(len(fed.names)):
         fed.train(index), fed.held_out(index)

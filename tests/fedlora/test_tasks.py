@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -380,20 +381,19 @@ def test_impossible_choices_are_refused_before_any_model_is_loaded() -> None:
     tokenizer.model_max_length = 64
     with pytest.raises(InputError, match="max-length is 65, but the base model takes at most 64"):
         tasks.make("sft", "causal", tokenizer, prompt="", max_length=65)
+    with pytest.raises(InputError, match="max-length is 49, but the base model takes at most 48"):
+        tasks.make("sft", "causal", tokenizer, prompt="", max_length=49, positions=48)
 
 
-def test_the_encoding_key_changes_with_whatever_changes_the_encoding(tmp_path: object) -> None:
-    directory = tmp_path  # type: ignore[assignment]
-    byte_tokenizer().save_pretrained(directory)
-    loaded = PreTrainedTokenizerFast.from_pretrained(directory)
+def test_the_encoding_key_changes_with_whatever_changes_the_encoding(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
 
     def key(task: str = "sft", prompt: str = "", max_length: int = 50) -> str:
-        made = tasks.make(task, "causal", loaded, prompt=prompt, max_length=max_length)  # type: ignore[arg-type]
-        return made.encoding_key
+        return encoding.encoding_key(tmp_path, task=task, prompt=prompt, max_length=max_length)
 
     keys = [key(), key("classification"), key(prompt="{text}\n"), key(max_length=51)]
     assert key() == keys[0] == key(prompt="{text}")  # the default, spelled out
-    (directory / "chat_template.jinja").write_text(CHAT)  # type: ignore[operator]
+    (tmp_path / "chat_template.jinja").write_text(CHAT)
     keys.append(key())
     assert len(set(keys)) == 5
 
