@@ -180,8 +180,9 @@ class FederationConfig(_Section):
     rounds: int = _key(40, "rounds", at_least=1)
     strategy: str = _key(
         "fedavg",
-        "aggregation: fedavg; ffa (A frozen, exact); rolora (A and B in turn, exact)",
-        choices=("fedavg", "ffa", "rolora"),
+        "aggregation: fedavg; ffa (A frozen, exact); rolora (A and B in turn, exact); "
+        "svd (mean of the products, cut back to the rank)",
+        choices=("fedavg", "ffa", "rolora", "svd"),
     )
     institutions_per_round: int = _key(0, "institutions asked each round; 0: all", at_least=0)
     min_updates: int = _key(1, "fewer valid updates and the round changes nothing", at_least=1)
@@ -328,6 +329,11 @@ class RunConfig(_Section):
                 f"federation.weighting is {federation.weighting!r}, but "
                 "privacy.institution-epsilon bounds every institution's influence alike; "
                 "use uniform"
+            )
+        if privacy.hides_institutions and federation.strategy == "svd":
+            raise InputError(
+                "federation.strategy is 'svd', but with privacy.institution-epsilon the server "
+                "adds noise to a mean of the factors themselves; use fedavg, ffa or rolora"
             )
         if not privacy.enabled and federation.weighting == "noised-size":
             raise InputError(

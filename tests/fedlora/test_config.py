@@ -63,6 +63,8 @@ def test_values_that_exclude_each_other_are_refused():
         config.from_flat({"federation.weighting": "records"})
     with pytest.raises(InputError, match="no budget to pay it from"):
         config.from_flat({"federation.weighting": "noised-size", "privacy.epsilon": math.inf})
+    with pytest.raises(InputError, match="a mean of the factors themselves"):
+        config.from_flat({"federation.strategy": "svd", "privacy.institution-epsilon": 3.0})
     with pytest.raises(InputError, match=r"below privacy\.epsilon"):
         config.from_flat({"privacy.max-epsilon": 2.0})
 
