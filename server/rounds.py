@@ -28,8 +28,9 @@ from server.institution_privacy import InstitutionMechanism
 from server.privacy_statement import largest_epsilon, statement
 from server.replies import Replies, content
 from server.run_directory import RunDirectory, RunState
-from strategies import STRATEGIES, base, server_optimizer
+from strategies import STRATEGIES, base, robust, server_optimizer
 from strategies.base import Round
+from strategies.diagnostics import Watch
 
 log = logging.getLogger("fedlora.server")
 
@@ -64,6 +65,15 @@ def preflight(
                 f"federation.{key} is {wanted}, but only {len(names)} institutions have data; "
                 f"lower it or lower data.min-records (now {config.data.min_records})"
             )
+    asked = federation.institutions_per_round or len(names)
+    if federation.robust != "none" and not robust.enough(
+        federation.robust, federation.byzantine, asked
+    ):
+        raise InputError(
+            f"federation.byzantine is {federation.byzantine:g}, which is more than "
+            f"{federation.robust} withstands with {asked} institutions a round; lower it or ask "
+            "more institutions"
+        )
     if not held_out:
         raise InputError(
             "there are 0 held-out rows to measure on; raise data.test-fraction "
@@ -239,10 +249,15 @@ def _round(
         private=config.privacy.enabled,
         timeout=federation.timeout + NODES_TIMEOUT,
     )
-    aggregated = _aggregate(federation.strategy, mechanism, this, replies)
+    watch = Watch(this)
+    try:
+        aggregated, rejected = _aggregate(config, mechanism, this, replies, watch)
+        skipped = replies.valid < federation.min_updates
+    except Refusal as refusal:
+        log.warning("round %d changes nothing: %s", number, refusal)
+        aggregated, rejected, skipped = AdapterState({}), {}, True
 
     # 3. Step.
-    skipped = replies.valid < federation.min_updates
     adapter, moments = state.adapter, state.moments
     if not skipped:
         adapter, moments = server_optimizer.step(
@@ -286,6 +301,10 @@ def _round(
         "updates": replies.valid,
         "skipped": skipped,
         "failed": dict(sorted(replies.failed.items())),
+        "aggregation": {
+            **({} if mechanism is not None or skipped else watch.figures(aggregated)),
+            "rejected": dict(sorted({**rejected, **replies.failed}.items())),
+        },
         "metrics": {k: v for k, v in measured.items() if k != "institutions"},
         "epsilon_max": max((p["epsilon"] for p in spent.values()), default=None)
         if config.privacy.enabled
@@ -314,15 +333,38 @@ def _round(
 
 
 def _aggregate(
-    strategy: str, mechanism: InstitutionMechanism | None, round: Round, replies: Replies
-) -> AdapterState:
-    """The new value of what was trained; nothing when no update is valid."""
-    if mechanism is None:
-        return STRATEGIES[strategy].aggregate(round, replies)
-    updates = sorted((update for update, _ in replies), key=lambda u: u.institution)
-    if not updates:
-        return AdapterState({})
-    return mechanism.aggregate(round, updates, answered=replies.valid + replies.invalid)
+    config: RunConfig,
+    mechanism: InstitutionMechanism | None,
+    round: Round,
+    replies: Replies,
+    watch: Watch,
+) -> tuple[AdapterState, dict[str, str]]:
+    """The new value of what was trained, and who had no part in it and why.
+
+    ``watch`` sees the updates, except under institution-level DP, which figures on each of them
+    would bypass.
+
+    Raises:
+        Refusal: ``too-few-updates`` for the robust rule.
+    """
+    federation = config.federation
+    strategy = STRATEGIES[federation.strategy]
+    if mechanism is not None:
+        updates = sorted((update for update, _ in replies), key=lambda u: u.institution)
+        answered = replies.valid + replies.invalid
+        if not updates:
+            return AdapterState({}), {}
+        return mechanism.aggregate(round, updates, answered), {}
+    updates = watch.through(replies)
+    if federation.robust == "none":
+        return strategy.aggregate(round, updates), {}
+    return robust.aggregate(
+        round,
+        updates,
+        rule=federation.robust,
+        byzantine=federation.byzantine,
+        mean=strategy.aggregate,
+    )
 
 
 class _Roster:

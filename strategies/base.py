@@ -1,8 +1,11 @@
 """What every strategy shares: its shape, who is asked in a round, which updates count, weights."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from fedlora.adapters import PARTS, AdapterState, Part
 from fedlora.errors import Refusal
@@ -47,6 +50,11 @@ class Round:
     def grid(self) -> float:
         """Spacing of fixed-point sums: ``asked`` terms of at most ``limit`` stay within 2^62."""
         return 2.0 ** (math.ceil(math.log2(max(self.asked, 1))) - 62) * self.limit
+
+    @functools.cached_property
+    def largest(self) -> float:
+        """The largest magnitude in the global adapter, which may weigh as much as an update."""
+        return max((_largest(tensor) for tensor in self.before.values()), default=0.0)
 
     def weight(self, update: ClientUpdate) -> float:
         """The update's weight beside others: 1, or its size."""
@@ -131,7 +139,8 @@ def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
         update: As it came.
         institution: Whose answer it has to be.
         round: Its number and the global adapter decide: keys, shapes and dtype must be those of the
-            parts that were asked for, and no weighted value may be beyond its limit.
+            parts that were asked for, and no value, nor one of the global adapter, may be beyond
+            the limit under this weight.
 
     Raises:
         Refusal: With the reason as its code.
@@ -146,10 +155,10 @@ def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
     weight = round.weight(update)
     if not (math.isfinite(update.size) and update.size >= 0 and weight > 0):
         raise Refusal("invalid-size", f"size is {update.size}, weighting {round.weighting}")
-    for name, tensor in update.adapter.items():
-        largest = weight * max(float(tensor.max()), -float(tensor.min()))
-        if largest > round.limit:
-            raise Refusal(
-                "too-large",
-                f"{name} has a value that weighs {largest:g}; at most {round.limit:g} counts",
-            )
+    largest = weight * max(round.largest, *(_largest(t) for t in update.adapter.values()))
+    if largest > round.limit:
+        raise Refusal("too-large", f"a value weighs {largest:g}; at most {round.limit:g} counts")
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return max(float(tensor.max()), -float(tensor.min()))

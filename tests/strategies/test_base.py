@@ -63,6 +63,13 @@ def test_where_sizes_weigh_one_without_a_size_is_refused_and_one_that_is_too_hea
         _validate(_update(value=17.0, size=1e6), weighting="records")
 
 
+def test_one_so_heavy_that_the_global_adapter_in_its_place_would_not_fit_is_refused():
+    large = AdapterState({A: torch.zeros(2, 3), B: torch.full((3, 2), -17.0)})
+    _validate(_update(value=0.0, size=9e5), weighting="records", before=large)
+    with pytest.raises(Refusal, match="too-large"):
+        _validate(_update(value=0.0, size=1e6), weighting="records", before=large)
+
+
 def test_other_keys_and_dtypes_are_refused():
     extra = AdapterState({A: torch.zeros(2, 3), B: torch.zeros(3, 2)})  # B was not asked for
     double = AdapterState({A: torch.zeros(2, 3, dtype=torch.float64)})
