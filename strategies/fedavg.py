@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedlora.adapters import AdapterState
@@ -36,29 +37,27 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
         A new adapter, float32. The inputs are not modified. Memory: one update, the sums (twice an
         adapter) and, when the updates are gone, the result.
     """
-    total: dict[str, torch.Tensor] = {}
+    total: dict[str, npt.NDArray[np.int64]] = {}
     weights: list[float] = []
     for update, weight in updates:
         for name, tensor in update.adapter.items():
             if name not in total:
-                total[name] = torch.zeros(tensor.shape, dtype=torch.int64)
-            _add(total[name], tensor, weight / round.grid)
+                total[name] = np.zeros(tensor.shape, np.int64)
+            _add(total[name], tensor.numpy(), weight / round.grid)
         weights.append(weight)
         del update  # before the next one comes
     unit = round.grid / (math.fsum(weights) or 1.0)  # fsum is exact, so it has no order either
-    return AdapterState({name: _value(total.pop(name), unit) for name in list(total)})
+    return AdapterState(
+        {name: torch.as_tensor((total.pop(name) * unit).astype(np.float32)) for name in list(total)}
+    )
 
 
-def _add(total: torch.Tensor, tensor: torch.Tensor, scale: float) -> None:
-    """Add ``scale * tensor``, each value rounded to an integer, to int64 ``total`` in place."""
-    sums, values = total.numpy().reshape(-1), tensor.numpy().reshape(-1)
+def _add(total: npt.NDArray[np.int64], values: npt.NDArray[np.float32], scale: float) -> None:
+    """Add ``scale * values``, each rounded to an integer, to ``total`` in place."""
+    sums, flat = total.reshape(-1), values.reshape(-1)
     for start in range(0, len(sums), CHUNK):
-        term = np.multiply(values[start : start + CHUNK], scale, dtype=np.float64)
+        term = np.multiply(flat[start : start + CHUNK], scale, dtype=np.float64)
         sums[start : start + CHUNK] += np.rint(term, out=term).astype(np.int64)
-
-
-def _value(total: torch.Tensor, unit: float) -> torch.Tensor:
-    return total.double().mul_(unit).float()
 
 
 STRATEGY = Strategy(aggregate=aggregate, reference="arXiv 2312.17493")
