@@ -36,6 +36,8 @@ bench: $(READY)  ## a line of JSON for each measurement; run it on an idle machi
 	$(BIN)/python -m benchmarks.dp_step --method dora
 	$(BIN)/python -m benchmarks.dp_step --dtype fp32
 	$(BIN)/python -m benchmarks.dp_step --tokens 0
+	$(BIN)/python -m benchmarks.aggregation
+	$(BIN)/python -m benchmarks.aggregation --strategy svd
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("fedlora needs Python 3.11 or newer, this is %d.%d; set PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

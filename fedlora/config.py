@@ -25,6 +25,8 @@ from fedlora.errors import InputError
 
 Scalar = str | int | float | bool
 
+ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
+
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
 
@@ -177,8 +179,9 @@ class FederationConfig(_Section):
     rounds: int = _key(40, "rounds", at_least=1)
     strategy: str = _key(
         "fedavg",
-        "aggregation: fedavg; ffa (A frozen, exact); rolora (A and B in turn, exact)",
-        choices=("fedavg", "ffa", "rolora"),
+        "aggregation: fedavg; ffa (A frozen, exact); rolora (A and B in turn, exact); "
+        "svd (mean of the products, cut back to the rank)",
+        choices=("fedavg", "ffa", "rolora", "svd"),
     )
     institutions_per_round: int = _key(0, "institutions asked each round; 0: all", at_least=0)
     min_updates: int = _key(1, "fewer valid updates and the round changes nothing", at_least=1)
@@ -187,6 +190,18 @@ class FederationConfig(_Section):
         "weight of an institution: uniform, public-size (its size class, a power of two), "
         "noised-size (paid from its budget), records (exact; without DP only)",
         choices=("uniform", "public-size", "noised-size", "records"),
+    )
+    robust: str = _key(
+        "none",
+        "rule against bad institutions: median, trimmed-mean (each coordinate by itself); krum, "
+        "multi-krum, norm-bound (by distances of the products)",
+        choices=("none", *ROBUST),
+    )
+    byzantine: float = _key(
+        0.2,
+        "how many bad institutions a robust rule assumes: a number, or below 1 a share of the "
+        "updates that come",
+        at_least=0,
     )
     server_optimizer: str = _key(
         "none",
@@ -325,6 +340,12 @@ class RunConfig(_Section):
                 "privacy.institution-epsilon bounds every institution's influence alike; "
                 "use uniform"
             )
+        if privacy.hides_institutions and federation.strategy == "svd":
+            raise InputError(
+                "federation.strategy is 'svd', but with privacy.institution-epsilon the server "
+                "adds noise to a mean of the factors themselves; use fedavg, ffa or rolora"
+            )
+        _check_robust(federation, privacy)
         if not privacy.enabled and federation.weighting == "noised-size":
             raise InputError(
                 "federation.weighting is 'noised-size', but privacy.epsilon is inf, so there is "
@@ -510,3 +531,31 @@ def parse_overrides(items: Iterable[str]) -> dict[str, str]:
             raise InputError(f"--set {item} has no value; write --set KEY=VALUE")
         pairs[name.strip()] = value.strip()
     return pairs
+
+
+def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
+    """Refuse robust rules where they would not mean what they say."""
+    rule, strategy = federation.robust, federation.strategy
+    if rule == "none":
+        return
+    if federation.byzantine >= 0.5 and federation.byzantine != int(federation.byzantine):
+        raise InputError(
+            f"federation.byzantine is {federation.byzantine:g}; it must be a share below 0.5 or a "
+            "whole number: no rule withstands a majority"
+        )
+    if rule in ("median", "trimmed-mean") and strategy not in ("fedavg", "ffa", "rolora"):
+        raise InputError(
+            f"federation.robust is {rule!r}, which takes each coordinate of the factors by itself, "
+            f"but under federation.strategy {strategy!r} institutions need not share a basis; use "
+            "krum, multi-krum or norm-bound, or fedavg, ffa or rolora"
+        )
+    if rule in ("median", "trimmed-mean", "krum") and federation.weighting != "uniform":
+        raise InputError(
+            f"federation.robust is {rule!r}, which knows no weights, but federation.weighting is "
+            f"{federation.weighting!r}; use uniform, or multi-krum or norm-bound"
+        )
+    if privacy.hides_institutions:
+        raise InputError(
+            f"federation.robust is {rule!r}, but privacy.institution-epsilon needs a mean whose "
+            "sensitivity is known, and itself bounds every institution's influence; use none"
+        )

@@ -12,6 +12,7 @@ from fedlora.errors import InputError
 from fedlora.streams import RandomSource
 from fedlora.wire import ClientUpdate
 from strategies import institution_dp
+from strategies.base import Round
 
 ADVERSARY = (
     "the other institutions and anyone who sees any or all of the global adapters; not the server, "
@@ -43,17 +44,15 @@ class InstitutionMechanism:
     accountant: str
     seed: int | None
 
-    def aggregate(
-        self, before: AdapterState, updates: list[ClientUpdate], answered: int, round: int
-    ) -> AdapterState:
+    def aggregate(self, round: Round, updates: list[ClientUpdate], answered: int) -> AdapterState:
         """One round's noised mean; see `strategies.institution_dp`."""
         source = (
             RandomSource.secure()
             if self.seed is None
-            else RandomSource.seeded("institution-noise", self.seed, round)
+            else RandomSource.seeded("institution-noise", self.seed, round.number)
         )
         return institution_dp.aggregate(
-            before,
+            round.before.only(round.parts),
             updates,
             max_norm=self.max_norm,
             noise_multiplier=self.noise_multiplier,

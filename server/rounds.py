@@ -9,7 +9,6 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,11 @@ from server import institution_privacy
 from server.exchange import exchange
 from server.institution_privacy import InstitutionMechanism
 from server.privacy_statement import largest_epsilon, statement
+from server.replies import Replies, content
 from server.run_directory import RunDirectory, RunState
-from strategies import STRATEGIES, base, server_optimizer
+from strategies import STRATEGIES, base, robust, server_optimizer
+from strategies.base import Round
+from strategies.diagnostics import Watch
 
 log = logging.getLogger("fedlora.server")
 
@@ -37,25 +39,6 @@ NODES_TIMEOUT = 60.0  # seconds to wait for the first institutions
 
 class RunFailed(RuntimeError):
     """The run cannot go on. Its last checkpoint is kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What the institutions of one round sent.
-
-    Args:
-        updates: Valid updates, sorted by institution.
-        invalid: How many answered with an update that does not count.
-        failed: Institution -> reason.
-        received: Institution -> bytes of its adapter.
-        privacy: Institution -> what it says it has spent, also where the update does not count.
-    """
-
-    updates: list[wire.ClientUpdate]
-    invalid: int
-    failed: dict[str, str]
-    received: dict[str, int]
-    privacy: dict[str, dict[str, Any]]
 
 
 def preflight(
@@ -82,6 +65,15 @@ def preflight(
                 f"federation.{key} is {wanted}, but only {len(names)} institutions have data; "
                 f"lower it or lower data.min-records (now {config.data.min_records})"
             )
+    asked = federation.institutions_per_round or len(names)
+    if federation.robust != "none" and not robust.enough(
+        federation.robust, federation.byzantine, asked
+    ):
+        raise InputError(
+            f"federation.byzantine is {federation.byzantine:g}, which is more than "
+            f"{federation.robust} withstands with {asked} institutions a round; lower it or ask "
+            "more institutions"
+        )
     if not held_out:
         raise InputError(
             "there are 0 held-out rows to measure on; raise data.test-fraction "
@@ -198,7 +190,7 @@ def _round(
     work: Trainable,
     records: Federation,
 ) -> tuple[RunState, dict[str, Any], dict[str, Any]]:
-    """One round: ask, collect, aggregate, evaluate.
+    """One round: ask, aggregate what arrives, evaluate.
 
     Args:
         grid: To the institutions.
@@ -239,20 +231,35 @@ def _round(
     ]
     sent = wire.adapter_bytes(orders[0].content) if orders else 0
 
-    # 2. Collect. Whatever is wrong with one answer concerns that institution only.
-    outcome = _collect(grid, config, orders, nodes, order)
+    # 2. Aggregate what arrives. Whatever is wrong with one answer concerns that institution only.
+    this = Round(
+        number=number,
+        asked=len(nodes),
+        before=state.adapter,
+        parts=parts,
+        weighting=federation.weighting,
+        alpha=config.adapter.alpha,
+        rslora=config.adapter.method.endswith("rslora"),
+    )
+    replies = Replies(
+        grid,
+        orders,
+        nodes,
+        this,
+        private=config.privacy.enabled,
+        timeout=federation.timeout + NODES_TIMEOUT,
+    )
+    watch = Watch(this)
+    try:
+        aggregated, rejected = _aggregate(config, mechanism, this, replies, watch)
+        skipped = replies.valid < federation.min_updates
+    except Refusal as refusal:
+        log.warning("round %d changes nothing: %s", number, refusal)
+        aggregated, rejected, skipped = AdapterState({}), {}, True
 
-    # 3. Aggregate.
-    skipped = len(outcome.updates) < federation.min_updates
+    # 3. Step.
     adapter, moments = state.adapter, state.moments
-    if outcome.updates and not skipped:
-        if mechanism is not None:
-            before = state.adapter.only(parts)
-            answered = len(outcome.updates) + outcome.invalid
-            aggregated = mechanism.aggregate(before, outcome.updates, answered, number)
-        else:
-            shares = base.weights(outcome.updates, federation.weighting)
-            aggregated = STRATEGIES[federation.strategy].aggregate(outcome.updates, shares)
+    if not skipped:
         adapter, moments = server_optimizer.step(
             federation.server_optimizer,
             federation.server_learning_rate,
@@ -271,7 +278,7 @@ def _round(
         average = {k: average.get(k, 0.0) + v.double() for k, v in adapter.items()}
 
     # 4. Evaluate and record.
-    spent = {**state.privacy, **outcome.privacy}
+    spent = {**state.privacy, **replies.privacy}
     new = dataclasses.replace(
         state,
         round=number,
@@ -291,9 +298,13 @@ def _round(
         "round": number,
         "seconds": round(seconds, 4),
         "asked": len(nodes),
-        "updates": len(outcome.updates),
+        "updates": replies.valid,
         "skipped": skipped,
-        "failed": outcome.failed,
+        "failed": dict(sorted(replies.failed.items())),
+        "aggregation": {
+            **({} if mechanism is not None or skipped else watch.figures(aggregated)),
+            "rejected": dict(sorted({**rejected, **replies.failed}.items())),
+        },
         "metrics": {k: v for k, v in measured.items() if k != "institutions"},
         "epsilon_max": max((p["epsilon"] for p in spent.values()), default=None)
         if config.privacy.enabled
@@ -306,7 +317,7 @@ def _round(
         "institutions": {
             name: {
                 "sent": sent,
-                "received": outcome.received.get(name, 0),
+                "received": replies.received.get(name, 0),
                 **({"epsilon": spent[name]["epsilon"]} if name in spent else {}),
                 **(
                     {"accuracy": measured["institutions"][name]}
@@ -316,74 +327,44 @@ def _round(
             }
             for name in nodes.values()
         },
-        "reported": {u.institution: dict(u.metrics) for u in outcome.updates if u.metrics},
+        "reported": dict(sorted(replies.reported.items())),
     }
     return dataclasses.replace(new, seconds=state.seconds + seconds), record, measured
 
 
-def _collect(
-    grid: Grid,
+def _aggregate(
     config: RunConfig,
-    orders: list[Message],
-    names: Mapping[int, str],
-    order: wire.TrainOrder,
-) -> Outcome:
-    updates: list[wire.ClientUpdate] = []
-    failed: dict[str, str] = {}
-    received: dict[str, int] = {}
-    privacy: dict[str, dict[str, Any]] = {}
-    reference = order.adapter.only(order.parts)
-    invalid = 0
-    for node, reply in exchange(grid, orders, config.federation.timeout + NODES_TIMEOUT):
-        name = names[node]
-        try:
-            content = _content(reply)
-            received[name] = wire.adapter_bytes(content)
-            update = wire.unpack_update(content)
-            if update.privacy is not None and update.institution == name:
-                privacy[name] = dataclasses.asdict(update.privacy)
-            invalid += 1  # until it is found to be valid
-            base.validate(update, institution=name, round=order.round, reference=reference)
-            if config.privacy.enabled and update.privacy is None:
-                raise Refusal(
-                    "no-privacy-record", "DP is on, but the update does not say what was spent"
-                )
-            updates.append(update)
-            invalid -= 1
-        except Refusal as refusal:
-            failed[name] = refusal.code
-            log.warning("round %d, %s: %s", order.round, name, refusal)
-    updates.sort(key=lambda u: u.institution)  # floating-point sums follow the order
-    return Outcome(
-        updates=updates,
-        invalid=invalid,
-        failed=dict(sorted(failed.items())),
-        received=received,
-        privacy=privacy,
+    mechanism: InstitutionMechanism | None,
+    round: Round,
+    replies: Replies,
+    watch: Watch,
+) -> tuple[AdapterState, dict[str, str]]:
+    """The new value of what was trained, and who had no part in it and why.
+
+    ``watch`` sees the updates, except under institution-level DP, which figures on each of them
+    would bypass.
+
+    Raises:
+        Refusal: ``too-few-updates`` for the robust rule.
+    """
+    federation = config.federation
+    strategy = STRATEGIES[federation.strategy]
+    if mechanism is not None:
+        updates = sorted((update for update, _ in replies), key=lambda u: u.institution)
+        answered = replies.valid + replies.invalid
+        if not updates:
+            return AdapterState({}), {}
+        return mechanism.aggregate(round, updates, answered), {}
+    updates = watch.through(replies)
+    if federation.robust == "none":
+        return strategy.aggregate(round, updates), {}
+    return robust.aggregate(
+        round,
+        updates,
+        rule=federation.robust,
+        byzantine=federation.byzantine,
+        mean=strategy.aggregate,
     )
-
-
-def _content(reply: Message | None) -> Any:
-    if reply is None:
-        raise Refusal("no-answer", "nothing arrived in time")
-    if reply.has_error():
-        # reasons may quote what the institution holds: only the number is kept
-        raise Refusal(
-            _FLOWER_ERRORS.get(reply.error.code, f"error-{reply.error.code}"),
-            "Flower reports an error",
-        )
-    return reply.content
-
-
-_FLOWER_ERRORS = {
-    1: "load-error",
-    2: "client-crashed",
-    3: "message-lost",
-    4: "reply-lost",
-    5: "node-unavailable",
-    100: "worker-died",
-    101: "timeout",
-}
 
 
 class _Roster:
@@ -397,16 +378,16 @@ class _Roster:
     def online(self) -> dict[str, int]:
         """Institution -> node, of those that are connected now."""
         present = sorted(self._grid.get_node_ids())
-        content = wire.pack_query(self._query)
+        query = wire.pack_query(self._query)
         timeout = self._config.federation.timeout
         fresh = [
-            Message(content, node, MessageType.QUERY, group_id="hello", ttl=timeout)
+            Message(query, node, MessageType.QUERY, group_id="hello", ttl=timeout)
             for node in present
             if node not in self._known and node not in self.refused
         ]
         for node, reply in exchange(self._grid, fresh, timeout) if fresh else ():
             try:
-                hello = wire.unpack_hello(_content(reply))
+                hello = wire.unpack_hello(content(reply))
                 if hello.version != fedlora.__version__:
                     raise Refusal(
                         "version-mismatch",

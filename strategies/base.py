@@ -1,15 +1,71 @@
 """What every strategy shares: its shape, who is asked in a round, which updates count, weights."""
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from fedlora.adapters import PARTS, AdapterState, Part
 from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 from fedlora.wire import ClientUpdate
 
-Aggregate = Callable[[Sequence[ClientUpdate], Sequence[float]], AdapterState]
+Weighted = tuple[ClientUpdate, float]
+"""An update and its weight, not normalised: the total is known only once all have come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What is known of a round before its answers come.
+
+    Args:
+        number: From 1.
+        asked: Institutions that were asked: no more updates than that can come.
+        before: The global adapter that they start from, all parts.
+        parts: What they train and send.
+        weighting: ``uniform``, or anything else for each update's own size.
+        alpha: LoRA's alpha.
+        rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
+    """
+
+    number: int
+    asked: int
+    before: AdapterState
+    parts: tuple[Part, ...] = PARTS
+    weighting: str = "uniform"
+    alpha: float = 1.0
+    rslora: bool = False
+
+    @property
+    def limit(self) -> float:
+        """Largest |weight x value| that counts, so that fixed-point sums cannot overflow.
+
+        1,024 with uniform weights. Otherwise 2^24: a million records with values up to 16.
+        """
+        return 2.0**10 if self.weighting == "uniform" else 2.0**24
+
+    @property
+    def grid(self) -> float:
+        """Spacing of fixed-point sums: ``asked`` terms of at most ``limit`` stay within 2^62."""
+        return 2.0 ** (math.ceil(math.log2(max(self.asked, 1))) - 62) * self.limit
+
+    @functools.cached_property
+    def largest(self) -> float:
+        """The largest magnitude in the global adapter, which may weigh as much as an update."""
+        return max((_largest(tensor) for tensor in self.before.values()), default=0.0)
+
+    def weight(self, update: ClientUpdate) -> float:
+        """The update's weight beside others: 1, or its size."""
+        return 1.0 if self.weighting == "uniform" else update.size
+
+    def scale(self, rank: int) -> float:
+        """The factor s of s B A for factors of this rank."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+Aggregate = Callable[[Round, Iterable[Weighted]], AdapterState]
 
 
 def all_parts(round: int) -> tuple[Part, ...]:
@@ -22,8 +78,9 @@ class Strategy:
     """A way to make one adapter of many.
 
     Args:
-        aggregate: Pure. Takes updates sorted by institution and their weights, which sum to 1;
-            returns the new adapter. It reads nothing but the updates, so under DP it is
+        aggregate: Pure. Takes the round and its valid updates in whatever order they arrive;
+            returns the new adapter, the same to the last bit for every order; of no update an
+            empty one, which changes nothing. It reads nothing else, so under DP it is
             post-processing: it spends no privacy.
         reference: The paper.
         parts: Round (from 1) -> what institutions train and send in it; the rest of the global
@@ -75,43 +132,33 @@ def sample(
     return names
 
 
-def validate(
-    update: ClientUpdate, *, institution: str, round: int, reference: AdapterState
-) -> None:
-    """Refuse an update that must not count.
+def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
+    """Refuse an update that must not count. What others sent plays no part.
 
     Args:
         update: As it came.
         institution: Whose answer it has to be.
-        round: The order's round.
-        reference: The global adapter: its keys, shapes and dtype are the ones allowed.
+        round: Its number and the global adapter decide: keys, shapes and dtype must be those of the
+            parts that were asked for, and no value, nor one of the global adapter, may be beyond
+            the limit under this weight.
 
     Raises:
         Refusal: With the reason as its code.
     """
     if update.institution != institution:
         raise Refusal("wrong-institution", f"{institution} answered as {update.institution}")
-    if update.round != round:
-        raise Refusal("stale-update", f"round {update.round} was answered in round {round}")
-    problem = update.adapter.validate_against(reference)
+    if update.round != round.number:
+        raise Refusal("stale-update", f"round {update.round} was answered in round {round.number}")
+    problem = update.adapter.validate_against(round.before.only(round.parts))
     if problem:
         raise Refusal("invalid-update", problem)
-    if not (math.isfinite(update.size) and update.size >= 0):
-        raise Refusal("invalid-size", f"size is {update.size}")
+    weight = round.weight(update)
+    if not (math.isfinite(update.size) and update.size >= 0 and weight > 0):
+        raise Refusal("invalid-size", f"size is {update.size}, weighting {round.weighting}")
+    largest = weight * max(round.largest, *(_largest(t) for t in update.adapter.values()))
+    if largest > round.limit:
+        raise Refusal("too-large", f"a value weighs {largest:g}; at most {round.limit:g} counts")
 
 
-def weights(updates: Sequence[ClientUpdate], weighting: str) -> list[float]:
-    """Weights that sum to 1: equal ones, or each update's own ``size``.
-
-    Raises:
-        Refusal: If sizes are asked for and none is above 0.
-    """
-    if weighting == "uniform":
-        return [1.0 / len(updates)] * len(updates)
-    total = math.fsum(u.size for u in updates)
-    if total <= 0:
-        raise Refusal(
-            "invalid-size",
-            f"federation.weighting is {weighting}, but no update carries a size above 0",
-        )
-    return [u.size / total for u in updates]
+def _largest(tensor: torch.Tensor) -> float:
+    return max(float(tensor.max()), -float(tensor.min()))

@@ -8,32 +8,56 @@ Reference: McMahan et al. (2017), arXiv 1602.05629; for LoRA under DP: Liu et al
 arXiv 2312.17493.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedlora.adapters import AdapterState
-from fedlora.wire import ClientUpdate
-from strategies.base import Strategy
+from strategies.base import Round, Strategy, Weighted
+
+CHUNK = 1 << 16  # values at a time: the scratch arrays stay in the processor's cache
 
 
-def aggregate(updates: Sequence[ClientUpdate], weights: Sequence[float]) -> AdapterState:
-    """Weighted mean of every tensor, summed in float64 in the order given.
+def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+    """Weighted mean of every tensor, folded in as updates arrive.
+
+    Each weighted value is rounded to a multiple of ``round.grid`` and added to an int64, which is
+    exact: no order of arrival gives another bit. The mean is off by at most ``grid / 2`` over the
+    mean weight before it is rounded to float32: for 128 institutions 7e-15 with uniform weights,
+    2e-10 over the mean size otherwise.
 
     Args:
-        updates: At least one; same keys and shapes, float32.
-        weights: One each, summing to 1.
+        round: Its grid is used, nothing else.
+        updates: Validated: same keys and shapes, float32, no weighted value above ``round.limit``.
 
     Returns:
-        A new adapter, float32. The inputs are not modified.
+        A new adapter, float32. The inputs are not modified. Memory: one update, the sums (twice an
+        adapter) and, when the updates are gone, the result.
     """
-    total = {
-        name: torch.zeros(t.shape, dtype=torch.float64) for name, t in updates[0].adapter.items()
-    }
-    for update, weight in zip(updates, weights, strict=True):
+    total: dict[str, npt.NDArray[np.int64]] = {}
+    weights: list[float] = []
+    for update, weight in updates:
         for name, tensor in update.adapter.items():
-            total[name].add_(tensor.double(), alpha=weight)
-    return AdapterState({name: tensor.float() for name, tensor in total.items()})
+            if name not in total:
+                total[name] = np.zeros(tensor.shape, np.int64)
+            _add(total[name], tensor.numpy(), weight / round.grid)
+        weights.append(weight)
+        del update  # before the next one comes
+    unit = round.grid / (math.fsum(weights) or 1.0)  # fsum is exact, so it has no order either
+    return AdapterState(
+        {name: torch.as_tensor((total.pop(name) * unit).astype(np.float32)) for name in list(total)}
+    )
+
+
+def _add(total: npt.NDArray[np.int64], values: npt.NDArray[np.float32], scale: float) -> None:
+    """Add ``scale * values``, each rounded to an integer, to ``total`` in place."""
+    sums, flat = total.reshape(-1), values.reshape(-1)
+    for start in range(0, len(sums), CHUNK):
+        term = np.multiply(flat[start : start + CHUNK], scale, dtype=np.float64)
+        sums[start : start + CHUNK] += np.rint(term, out=term).astype(np.int64)
 
 
 STRATEGY = Strategy(aggregate=aggregate, reference="arXiv 2312.17493")

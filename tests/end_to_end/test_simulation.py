@@ -275,6 +275,15 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
     assert _same(_adapter(config), _adapter(calm))
 
 
+def test_svd_runs_under_dp_and_moves_every_part(tiny_config, simulate_run):
+    config = tiny_config(**{"federation.strategy": "svd", "adapter.method": "rslora"})
+    simulate_run(config)
+    start = trainable.load(config, trainable.records(config).labels).start
+    end = _adapter(config)
+    moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
+    assert moved == {"A", "B", "head"}
+
+
 def test_a_run_ends_when_everybody_left_has_had_its_planned_rounds(
     tiny_config, simulate_run, tmp_path
 ):

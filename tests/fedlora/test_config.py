@@ -63,8 +63,35 @@ def test_values_that_exclude_each_other_are_refused():
         config.from_flat({"federation.weighting": "records"})
     with pytest.raises(InputError, match="no budget to pay it from"):
         config.from_flat({"federation.weighting": "noised-size", "privacy.epsilon": math.inf})
+    with pytest.raises(InputError, match="a mean of the factors themselves"):
+        config.from_flat({"federation.strategy": "svd", "privacy.institution-epsilon": 3.0})
     with pytest.raises(InputError, match=r"below privacy\.epsilon"):
         config.from_flat({"privacy.max-epsilon": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"federation.robust": "median", "federation.strategy": "svd"}, "share a basis"),
+        ({"federation.robust": "trimmed-mean", "federation.strategy": "svd"}, "share a basis"),
+        ({"federation.robust": "krum", "federation.weighting": "public-size"}, "knows no weights"),
+        ({"federation.robust": "median", "federation.weighting": "public-size"}, "no weights"),
+        ({"federation.robust": "norm-bound", "privacy.institution-epsilon": 3.0}, "sensitivity"),
+        ({"federation.robust": "krum", "federation.byzantine": 0.5}, "withstands a majority"),
+        ({"federation.robust": "krum", "federation.byzantine": 2.5}, "whole number"),
+    ],
+)
+def test_robust_rules_are_refused_where_they_would_not_mean_what_they_say(values, words):
+    with pytest.raises(InputError, match=words):
+        config.from_flat(values)
+
+
+def test_robust_rules_go_with_what_they_can():
+    for rule in ("krum", "multi-krum", "norm-bound"):
+        config.from_flat({"federation.robust": rule, "federation.strategy": "svd"})
+    for rule in ("multi-krum", "norm-bound"):
+        config.from_flat({"federation.robust": rule, "federation.weighting": "public-size"})
+    config.from_flat({"federation.byzantine": 3})
 
 
 def test_overrides_win_over_the_file_and_read_as_text(tmp_path):

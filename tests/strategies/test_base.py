@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.wire import ClientUpdate
-from strategies import base, fedavg
+from strategies import base
+from strategies.base import Round
 
 A = "base_model.model.layer.q.lora_A.weight"
+B = "base_model.model.layer.q.lora_B.weight"
+BEFORE = AdapterState({A: torch.zeros(2, 3), B: torch.zeros(3, 2)})
 
 
 def _update(name="bank", value=1.0, size=0.0, round=1, shape=(2, 3)):
@@ -23,13 +26,15 @@ def _update(name="bank", value=1.0, size=0.0, round=1, shape=(2, 3)):
     )
 
 
-def _validate(update):
-    reference = AdapterState({A: torch.zeros(2, 3)})
-    base.validate(update, institution="bank", round=1, reference=reference)
+def _validate(update, **values):
+    round = Round(**{"number": 1, "asked": 4, "before": BEFORE, "parts": ("A",)} | values)
+    base.validate(update, institution="bank", round=round)
 
 
 def test_a_right_update_passes():
     _validate(_update())
+    _validate(_update(value=1000.0))
+    _validate(_update(value=16.0, size=1e6), weighting="records")
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,7 @@ def test_a_right_update_passes():
         (_update(round=2), "stale-update"),
         (_update(size=-1.0), "invalid-size"),
         (_update(size=math.nan), "invalid-size"),
+        (_update(value=-1025.0), "too-large"),
     ],
 )
 def test_a_wrong_update_is_refused_with_its_reason(update, code):
@@ -50,27 +56,38 @@ def test_a_wrong_update_is_refused_with_its_reason(update, code):
     assert caught.value.code == code
 
 
+def test_where_sizes_weigh_one_without_a_size_is_refused_and_one_that_is_too_heavy():
+    with pytest.raises(Refusal, match="invalid-size"):
+        _validate(_update(size=0.0), weighting="public-size")
+    with pytest.raises(Refusal, match="too-large"):
+        _validate(_update(value=17.0, size=1e6), weighting="records")
+
+
+def test_one_so_heavy_that_the_global_adapter_in_its_place_would_not_fit_is_refused():
+    large = AdapterState({A: torch.zeros(2, 3), B: torch.full((3, 2), -17.0)})
+    _validate(_update(value=0.0, size=9e5), weighting="records", before=large)
+    with pytest.raises(Refusal, match="too-large"):
+        _validate(_update(value=0.0, size=1e6), weighting="records", before=large)
+
+
 def test_other_keys_and_dtypes_are_refused():
-    extra = AdapterState({A: torch.zeros(2, 3), "more": torch.zeros(1)})
+    extra = AdapterState({A: torch.zeros(2, 3), B: torch.zeros(3, 2)})  # B was not asked for
     double = AdapterState({A: torch.zeros(2, 3, dtype=torch.float64)})
     for state in (extra, double, AdapterState({})):
         with pytest.raises(Refusal, match="invalid-update"):
             _validate(ClientUpdate(institution="bank", round=1, adapter=state))
 
 
-def test_weights_sum_to_one_and_follow_sizes():
-    updates = [_update("a", size=100.0), _update("b", size=300.0)]
-    assert base.weights(updates, "uniform") == [0.5, 0.5]
-    assert base.weights(updates, "public-size") == [0.25, 0.75]
-    with pytest.raises(Refusal, match="no update carries a size"):
-        base.weights([_update()], "public-size")
+def test_the_weight_is_one_or_the_size():
+    plain = Round(number=1, asked=2, before=BEFORE)
+    sized = Round(number=1, asked=2, before=BEFORE, weighting="noised-size")
+    assert plain.weight(_update(size=7.5)) == 1.0 and sized.weight(_update(size=7.5)) == 7.5
 
 
-def test_fedavg_is_the_weighted_mean_by_hand():
-    updates = [_update("a", 1.0), _update("b", 5.0)]
-    mean = fedavg.aggregate(updates, [0.75, 0.25])
-    assert torch.equal(mean[A], torch.full((2, 3), 2.0))
-    assert torch.equal(updates[0].adapter[A], torch.ones(2, 3))
+def test_the_scale_follows_the_rank():
+    plain = Round(number=1, asked=2, before=BEFORE, alpha=8.0)
+    assert plain.scale(4) == 2.0
+    assert Round(number=1, asked=2, before=BEFORE, alpha=8.0, rslora=True).scale(4) == 4.0
 
 
 @given(

@@ -1,0 +1,114 @@
+"""The answers of one round as they arrive: each is checked by itself, the valid ones go on."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora import wire
+from fedlora.errors import Refusal
+from server.exchange import exchange
+from strategies import base
+from strategies.base import Round, Weighted
+
+log = logging.getLogger("fedlora.server")
+
+FLOWER_ERRORS = {
+    1: "load-error",
+    2: "client-crashed",
+    3: "message-lost",
+    4: "reply-lost",
+    5: "node-unavailable",
+    100: "worker-died",
+    101: "timeout",
+}
+
+
+class Replies:
+    """Iterate once for the valid updates with their weights; the book of all answers stays.
+
+    Args:
+        grid: To the institutions.
+        orders: One message each.
+        names: Node -> institution.
+        round: What the answers must fit.
+        private: Whether an answer must say what privacy it spent.
+        timeout: Seconds without any answer after which nobody is waited for.
+
+    Attributes:
+        valid: How many updates counted so far.
+        invalid: How many answered with an update that does not count.
+        failed: Institution -> reason.
+        received: Institution -> bytes of its adapter.
+        privacy: Institution -> what it says it has spent, also where the update does not count.
+        reported: Institution -> the figures that the order asked for.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        orders: list[Message],
+        names: Mapping[int, str],
+        round: Round,
+        *,
+        private: bool,
+        timeout: float,
+    ) -> None:
+        self._grid, self._orders, self._names = grid, orders, names
+        self._round, self._private, self._timeout = round, private, timeout
+        self.valid = self.invalid = 0
+        self.failed: dict[str, str] = {}
+        self.received: dict[str, int] = {}
+        self.privacy: dict[str, dict[str, Any]] = {}
+        self.reported: dict[str, dict[str, float]] = {}
+
+    def __iter__(self) -> Iterator[Weighted]:
+        for node, reply in exchange(self._grid, self._orders, self._timeout):
+            name = self._names[node]
+            try:
+                update = self._accepted(name, reply)
+            except Refusal as refusal:
+                self.failed[name] = refusal.code
+                log.warning("round %d, %s: %s", self._round.number, name, refusal)
+                continue
+            del reply  # its adapter is in memory of its own
+            yield update, self._round.weight(update)
+            del update
+
+    def _accepted(self, name: str, reply: Message | None) -> wire.ClientUpdate:
+        message = content(reply)
+        self.received[name] = wire.adapter_bytes(message)
+        update = wire.unpack_update(message)
+        if update.privacy is not None and update.institution == name:
+            self.privacy[name] = dataclasses.asdict(update.privacy)
+        self.invalid += 1  # until it is found to be valid
+        base.validate(update, institution=name, round=self._round)
+        if self._private and update.privacy is None:
+            raise Refusal(
+                "no-privacy-record", "DP is on, but the update does not say what was spent"
+            )
+        self.invalid -= 1
+        self.valid += 1
+        if update.metrics:
+            self.reported[name] = dict(update.metrics)
+        return update
+
+
+def content(reply: Message | None) -> RecordDict:
+    """What a node sent.
+
+    Raises:
+        Refusal: When it sent nothing, or Flower reports an error in its place.
+    """
+    if reply is None:
+        raise Refusal("no-answer", "nothing arrived in time")
+    if reply.has_error():
+        # reasons may quote what the institution holds: only the number is kept
+        raise Refusal(
+            FLOWER_ERRORS.get(reply.error.code, f"error-{reply.error.code}"),
+            "Flower reports an error",
+        )
+    return reply.content

@@ -1,0 +1,79 @@
+"""All updates of a round in a fixed order, for strategies that cannot fold them in one by one."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+import contextlib
+import tempfile
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from fedlora import wire
+from fedlora.wire import ClientUpdate
+from strategies.base import Weighted
+
+IN_MEMORY = 512 * 2**20
+"""Bytes of updates that are held in memory; those that come later wait on disk."""
+
+
+class Collected:
+    """Updates sorted by institution, to be read whole or tensor by tensor.
+
+    Attributes:
+        institutions: Their names, sorted.
+        weights: One each, not normalised.
+    """
+
+    def __init__(self, entries: Sequence[tuple[str, float, ClientUpdate | Path]]) -> None:
+        ordered = sorted(entries, key=lambda entry: entry[0])
+        self.institutions = [name for name, _, _ in ordered]
+        self.weights = [weight for _, weight, _ in ordered]
+        self._held = [held for _, _, held in ordered]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def tensors(self, name: str) -> list[torch.Tensor]:
+        """This tensor of every update, float32."""
+        return [
+            _tensor(held, name) if isinstance(held, Path) else held.adapter[name]
+            for held in self._held
+        ]
+
+    def weighted(self, weights: Sequence[float]) -> Iterator[Weighted]:
+        """The updates under other weights, one at a time; those of weight 0 are left out."""
+        for held, weight in zip(self._held, weights, strict=True):
+            if weight:
+                yield (
+                    wire.update_from_bytes(held.read_bytes()) if isinstance(held, Path) else held,
+                    weight,
+                )
+
+
+@contextlib.contextmanager
+def collect(updates: Iterable[Weighted], in_memory: int = IN_MEMORY) -> Generator[Collected]:
+    """All updates; what does not fit into memory is in a temporary directory until the end.
+
+    Args:
+        updates: Of different institutions, in any order.
+        in_memory: Bytes to hold at most; the rest goes where ``TMPDIR`` says.
+    """
+    entries: list[tuple[str, float, ClientUpdate | Path]] = []
+    with tempfile.TemporaryDirectory(prefix="fedlora-round-") as folder:
+        room = in_memory
+        for update, weight in updates:
+            held: ClientUpdate | Path = update
+            room -= update.adapter.num_bytes
+            if room < 0:
+                held = Path(folder) / str(len(entries))
+                held.write_bytes(wire.update_to_bytes(update))
+            entries.append((update.institution, weight, held))
+            del update, held  # before the next one comes
+        yield Collected(entries)
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)

@@ -1,0 +1,161 @@
+"""Rules that bound what a few bad institutions can do to the global adapter.
+
+- ``median``, ``trimmed-mean`` (Yin et al. 2018, arXiv 1803.01498): each coordinate of each factor
+  by itself, without the f largest and smallest values. They mean something only where all factors
+  share a basis: fedavg, ffa, rolora.
+- ``krum``, ``multi-krum`` (Blanchard et al. 2017, NeurIPS): an update is scored by its squared
+  distances to its n - f - 2 nearest others; krum takes the best one, multi-krum the n - f best.
+- ``norm-bound`` (Sun et al. 2019, arXiv 1911.07963): a change longer than the cohort's median is
+  scaled down to it.
+
+Distances and lengths are those of the products s B A with magnitudes and head (`products`). Krum
+and norm-bound only choose weights; the strategy then takes its mean, so they go with every one. All
+rules read updates and nothing else: under DP they are post-processing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlora.adapters import AdapterState, kind
+from fedlora.errors import Refusal
+from fedlora.wire import ClientUpdate
+from strategies import products
+from strategies.base import Aggregate, Round, Weighted
+from strategies.collected import Collected, collect
+from strategies.products import Floats
+
+
+def tolerated(byzantine: float, updates: int) -> int:
+    """How many bad updates are assumed: a number, or below 1 a share of those that came."""
+    return int(byzantine) if byzantine >= 1 else math.floor(byzantine * updates + 1e-9)
+
+
+def enough(rule: str, byzantine: float, updates: int) -> bool:
+    """Whether the rule holds what it promises: n > 2 f, for krum and multi-krum n >= 2 f + 3."""
+    least = 2 * tolerated(byzantine, updates) + (3 if rule.endswith("krum") else 1)
+    return updates >= least
+
+
+def aggregate(
+    round: Round, updates: Iterable[Weighted], *, rule: str, byzantine: float, mean: Aggregate
+) -> tuple[AdapterState, dict[str, str]]:
+    """One round under a rule.
+
+    Args:
+        round: As for a strategy.
+        updates: As for a strategy.
+        rule: See above.
+        byzantine: See `tolerated`.
+        mean: The strategy's aggregate.
+
+    Returns:
+        The new adapter, and institution -> reason for those that had no weight.
+
+    Raises:
+        Refusal: ``too-few-updates`` when not `enough` came.
+    """
+    with collect(updates) as everyone:
+        count = len(everyone)
+        if not enough(rule, byzantine, count):
+            raise Refusal(
+                "too-few-updates",
+                f"{rule} with federation.byzantine {byzantine:g} means nothing for {count} updates",
+            )
+        bad = tolerated(byzantine, count)
+        if rule in COORDINATE:
+            return _coordinates(round, everyone, COORDINATE[rule], bad), {}
+        changes = _changes(round, everyone)
+        if rule == "norm-bound":
+            return _bounded(round, everyone, products.norms(changes), mean), {}
+        kept = nearest(changes, bad, 1 if rule == "krum" else count - bad)
+        weights = [w if i in kept else 0.0 for i, w in enumerate(everyone.weights)]
+        out = {
+            name: f"not-chosen-by-{rule}"
+            for name, weight in zip(everyone.institutions, weights, strict=True)
+            if not weight
+        }
+        return mean(round, everyone.weighted(weights)), out
+
+
+def _changes(round: Round, everyone: Collected) -> Floats:
+    """Inner products of the updates' changes of the global product, ``(n, n)``."""
+
+    def tensors(name: str) -> list[torch.Tensor]:
+        before = round.before[name]
+        sent = kind(name) in round.parts
+        return [*(everyone.tensors(name) if sent else [before] * len(everyone)), before]
+
+    return products.changes(products.factors(round, tensors) + products.vectors(round, tensors))
+
+
+def nearest(changes: Floats, bad: int, keep: int) -> set[int]:
+    """Krum's choice.
+
+    Args:
+        changes: Inner products, ``(n, n)``.
+        bad: f.
+        keep: How many to choose.
+
+    Returns:
+        Indices of the ``keep`` lowest scores; among equals the first ones.
+    """
+    square = np.diagonal(changes)
+    distances = square[:, None] + square[None, :] - 2 * changes
+    np.fill_diagonal(distances, np.inf)
+    neighbours = max(1, len(changes) - bad - 2)
+    scores = np.sort(distances, axis=1)[:, :neighbours].sum(1)
+    return {int(i) for i in np.argsort(scores, kind="stable")[:keep]}
+
+
+def _bounded(round: Round, everyone: Collected, norms: Floats, mean: Aggregate) -> AdapterState:
+    """The mean of updates scaled towards the global adapter, which joins as one more update.
+
+    c w_k + (1 - c) w has a change c times as long, and the mean of such is that of all w_k under
+    weights c, with w under what is missing.
+    """
+    bound = float(np.median(norms))
+    weights = [
+        weight * (bound / float(norm) if norm > bound else 1.0)
+        for norm, weight in zip(norms, everyone.weights, strict=True)
+    ]
+    before = ClientUpdate(
+        institution="", round=round.number, adapter=round.before.only(round.parts)
+    )
+
+    def updates() -> Iterable[Weighted]:
+        yield before, math.fsum(everyone.weights) - math.fsum(weights)
+        yield from everyone.weighted(weights)
+
+    # twice as many: the global adapter weighs as much as all updates at most
+    return mean(dataclasses.replace(round, asked=2 * len(everyone)), updates())
+
+
+def _median(stack: npt.NDArray[np.float32], bad: int) -> Floats:
+    return np.median(stack.astype(np.float64), axis=0)
+
+
+def _trimmed(stack: npt.NDArray[np.float32], bad: int) -> Floats:
+    middle = np.sort(stack, axis=0)[bad : len(stack) - bad]
+    return middle.mean(axis=0, dtype=np.float64)
+
+
+Coordinates = Callable[[npt.NDArray[np.float32], int], Floats]
+COORDINATE: dict[str, Coordinates] = {"median": _median, "trimmed-mean": _trimmed}
+
+
+def _coordinates(round: Round, everyone: Collected, rule: Coordinates, bad: int) -> AdapterState:
+    names: Sequence[str] = list(round.before.only(round.parts))
+    return AdapterState(
+        {
+            name: torch.tensor(
+                rule(np.stack([t.numpy() for t in everyone.tensors(name)]), bad),
+                dtype=torch.float32,
+            )
+            for name in names
+        }
+    )

@@ -1,0 +1,122 @@
+r"""FlexLoRA: the mean of the products, cut back to rank r.
+
+With weights :math:`p_k`, scales :math:`s_k` and the rank-r truncation of a singular value
+decomposition,
+
+.. math::
+    s B A = \mathrm{SVD}_r\Big(\sum_k p_k s_k B_k A_k\Big) = U S V^\top
+
+It is the best rank-r adapter for the mean that fedavg misses, and institutions may have ranks of
+their own. Among the factors of one product, :math:`A = a Q V^\top` and
+:math:`B = U S Q^\top / (a s)` for any rotation Q, it takes those whose A is nearest to the old A
+(orthogonal Procrustes) and as large (a), so that a server optimizer sees small steps. A direction
+that the mean does not use keeps an A from the old A's row space, and B = 0 there, so that it can
+still be learned.
+
+DoRA's magnitudes and a head are plain tensors: their weighted mean.
+
+Reference: Bai et al. (2024), Federated Fine-tuning of Large Language Models under Heterogeneous
+Tasks and Client Resources (FlexLoRA), arXiv 2402.11505.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from fedlora.adapters import AdapterState, kind
+from strategies.base import Round, Strategy, Weighted
+from strategies.collected import collect
+
+NOTHING = 1e-9  # a singular value is zero below this share of the largest
+
+
+def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+    """The best rank-r approximation of the mean product, layer by layer in float64.
+
+    Args:
+        round: Its global adapter gives rank and old A; its scale is used for every rank r_k.
+        updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
+
+    Returns:
+        A new adapter of the global adapter's shapes, float32. The product is within 1e-5 (relative,
+        Frobenius) of the truncated SVD. Memory: beside the updates (`collected`), a few
+        ``(d, sum r_k)`` matrices of one layer; no ``(d_out, d_in)`` one.
+    """
+    result: dict[str, torch.Tensor] = {}
+    with collect(updates) as everyone:
+        if not len(everyone):
+            return AdapterState({})
+        total = math.fsum(everyone.weights)
+        shares = [weight / total for weight in everyone.weights]
+        for name, old in round.before.items():
+            if kind(name) == "A":
+                other = name.replace(".lora_A.", ".lora_B.")
+                a = everyone.tensors(name)
+                result[name], result[other] = truncated(
+                    [p * round.scale(t.shape[0]) for p, t in zip(shares, a, strict=True)],
+                    everyone.tensors(other),
+                    a,
+                    old,
+                    round.scale(old.shape[0]),
+                )
+            elif kind(name) != "B":
+                parts = zip(shares, everyone.tensors(name), strict=True)
+                mean = torch.zeros(old.shape, dtype=torch.float64)
+                for share, tensor in parts:
+                    mean.add_(tensor.double(), alpha=share)
+                result[name] = mean.float()
+    return AdapterState(result)
+
+
+def truncated(
+    shares: Sequence[float],
+    b: Sequence[torch.Tensor],
+    a: Sequence[torch.Tensor],
+    old: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Factors of rank r of :math:`\frac1s \sum_k c_k B_k A_k` whose A is nearest to the old A.
+
+    Args:
+        shares: c_k, at least one.
+        b: ``(d_out, r_k)`` each.
+        a: ``(r_k, d_in)`` each.
+        old: The old A, ``(r, d_in)``.
+        scale: s of the result.
+
+    Returns:
+        A ``(r, d_in)`` and B ``(d_out, r)``, float32.
+    """
+    left = torch.cat([t.double() * c for c, t in zip(shares, b, strict=True)], dim=1)  # (d_out, R)
+    right = torch.cat([t.double() for t in a])  # (R, d_in)
+    basis, r_left = torch.linalg.qr(left)
+    r_right = torch.linalg.qr(right.T, mode="r")[1]
+    u, s, _ = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    used = min(old.shape[0], int((s > NOTHING * s[0]).sum()))
+    u = basis @ u[:, :used]
+    del basis, r_left, r_right
+    sv = (u.T @ left) @ right  # (used, d_in): singular values times right vectors
+    s = sv.norm(dim=1)
+    old = old.double()
+    v = _completed(sv / s[:, None], old)
+    p, _, t = torch.linalg.svd(old @ v.T, full_matrices=False)
+    rotation = p @ t  # (r, len(v)), orthonormal columns
+    size = float(old.norm()) / math.sqrt(old.shape[0]) or 1.0
+    new_b = (u * s) @ rotation[:, :used].T / (size * scale)
+    return (size * rotation @ v).float(), new_b.float()
+
+
+def _completed(v: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Rows of ``v``, orthonormal, and more from the rows of ``old`` until there are as many."""
+    missing = min(old.shape) - len(v)
+    if not missing:
+        return v
+    rest = old - (old @ v.T) @ v
+    return torch.cat([v, torch.linalg.svd(rest, full_matrices=False)[2][:missing]])
+
+
+STRATEGY = Strategy(aggregate=aggregate, reference="arXiv 2402.11505")

@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.server.strategy.aggregate import aggregate_median, aggregate_trimmed_avg
+from flwr.serverapp.strategy.multikrum import select_multikrum
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.adapters import AdapterState
+from fedlora.errors import Refusal
+from fedlora.wire import ClientUpdate
+from strategies import fedavg, ffa, products, robust, svd
+from strategies.base import Round
+
+A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
+MAGNITUDE, HEAD = "base.q.lora_magnitude_vector", "base.score.weight"
+
+
+def _state(draw, rank=2, near=None, by=1.0):
+    def normal(name, *shape):
+        value = torch.from_numpy(draw.normal(size=shape)).float()
+        return value if near is None else near[name] + by * value
+
+    return AdapterState(
+        {
+            A: normal(A, rank, 7),
+            B: normal(B, 6, rank),
+            MAGNITUDE: normal(MAGNITUDE, 6),
+            HEAD: normal(HEAD, 3, 7),
+        }
+    )
+
+
+def _round(before, **values):
+    return Round(**{"number": 1, "asked": 20, "before": before, "alpha": 8.0} | values)
+
+
+def _updates(states, weights=None):
+    weights = weights or [1.0] * len(states)
+    return [
+        (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state), weight)
+        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
+    ]
+
+
+def _dense(round, state):
+    product = round.scale(len(state[A])) * (state[B].double() @ state[A].double())
+    rest = [state[name].double().flatten() for name in (MAGNITUDE, HEAD)]
+    return torch.cat([product.flatten(), *rest]).numpy()
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans())
+@settings(deadline=None)
+def test_inner_products_from_factors_are_those_of_the_dense_products(seed, ranks, rslora):
+    draw = np.random.default_rng(seed)
+    states = [_state(draw, rank) for rank in ranks]
+    round = _round(states[0], rslora=rslora)
+    dense = np.stack([_dense(round, state) for state in states])
+
+    def tensors(name):
+        return [state[name] for state in states]
+
+    inner = products.factors(round, tensors) + products.vectors(round, tensors)
+    np.testing.assert_allclose(inner, dense @ dense.T, rtol=0, atol=1e-12 * np.abs(inner).max())
+    change = dense[:-1] - dense[-1]
+    np.testing.assert_allclose(
+        products.changes(inner), change @ change.T, rtol=0, atol=1e-12 * np.abs(inner).max()
+    )
+
+
+@given(st.integers(0, 10**6), st.integers(1, 3), st.booleans())
+@settings(deadline=None)
+def test_krum_chooses_what_flowers_krum_chooses_among_the_dense_products(seed, bad, multi):
+    draw = np.random.default_rng(seed)
+    count = 2 * bad + 3 + int(draw.integers(0, 4))
+    before = _state(draw)
+    states = [_state(draw, near=before, by=0.1) for _ in range(count - bad)]
+    states += [_state(draw, near=before, by=5.0) for _ in range(bad)]
+    states = [states[i] for i in draw.permutation(count)]
+    round, keep = _round(before), count - bad if multi else 1
+    contents = [
+        RecordDict({"x": ArrayRecord({"p": Array(_dense(round, s) - _dense(round, before))})})
+        for s in states
+    ]
+    theirs = select_multikrum(contents, bad, keep)
+    expected = {i for i, content in enumerate(contents) if any(content is t for t in theirs)}
+    _, out = robust.aggregate(
+        round,
+        reversed(_updates(states)),
+        rule="multi-krum" if multi else "krum",
+        byzantine=bad,
+        mean=fedavg.aggregate,
+    )
+    assert {f"bank-{i:02}" for i in range(count)} - set(out) == {f"bank-{i:02}" for i in expected}
+
+
+@given(st.integers(0, 10**6), st.integers(3, 9))
+@settings(deadline=None)
+def test_coordinate_rules_are_flowers_own(seed, count):
+    draw = np.random.default_rng(seed)
+    states = [_state(draw) for _ in range(count)]
+    results = [([t.numpy() for t in state.values()], 1) for state in states]
+    bad = (count - 1) // 2
+    for rule, theirs in (
+        ("median", aggregate_median(results)),
+        ("trimmed-mean", aggregate_trimmed_avg(results, (bad + 0.25) / count)),
+    ):
+        mine, _ = robust.aggregate(
+            _round(states[0]), _updates(states), rule=rule, byzantine=bad, mean=fedavg.aggregate
+        )
+        for got, expected in zip(mine.values(), theirs, strict=True):
+            np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["uniform", "records"]))
+@settings(deadline=None)
+def test_norm_bound_under_svd_is_the_mean_of_products_scaled_to_the_median(seed, weighting):
+    draw = np.random.default_rng(seed)
+    before = _state(draw, 4)  # of rank 4: any sum of rank-1 changes of B alone fits it
+    states = [
+        before.updated({B: before[B] + float(draw.uniform(0.1, 50)) * _state(draw, 4)[B]})
+        for _ in range(5)
+    ]
+    weights = [1.0] * 5 if weighting == "uniform" else list(draw.uniform(1, 100, 5))
+    round = _round(before, weighting=weighting)
+    for strategy in (svd, fedavg):  # with one A for all both are exact
+        mine, _ = robust.aggregate(
+            round,
+            _updates(states, weights),
+            rule="norm-bound",
+            byzantine=0.2,
+            mean=strategy.aggregate,
+        )
+        changes = np.stack([_dense(round, s) - _dense(round, before) for s in states])
+        length = np.linalg.norm(changes, axis=1)
+        clipped = changes * np.minimum(1, np.median(length) / length)[:, None]
+        expected = _dense(round, before) + np.average(clipped, axis=0, weights=weights)
+        np.testing.assert_allclose(
+            _dense(round, mine), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+        )
+
+
+def test_norm_bound_keeps_a_cohort_that_did_not_move_where_it_is():
+    before = _state(np.random.default_rng(0))
+    mine, _ = robust.aggregate(
+        _round(before),
+        _updates([before] * 4),
+        rule="norm-bound",
+        byzantine=0.2,
+        mean=fedavg.aggregate,
+    )
+    assert all(torch.equal(mine[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum", "norm-bound"])
+def test_with_a_frozen_factor_the_rules_take_what_was_sent_and_no_order_matters(rule):
+    draw = np.random.default_rng(4)
+    before = _state(draw)
+    parts = ffa.STRATEGY.parts(1)
+    states = [_state(draw, near=before, by=0.1).only(parts) for _ in range(7)]
+    round = _round(before, parts=parts)
+    pairs = _updates(states)
+    both = [
+        robust.aggregate(round, order, rule=rule, byzantine=2, mean=ffa.aggregate)
+        for order in (pairs, pairs[::-1])
+    ]
+    assert both[0][1] == both[1][1]
+    assert A not in both[0][0]
+    assert all(torch.equal(both[0][0][name], both[1][0][name]) for name in states[0])
+
+
+def test_how_many_bad_ones_are_assumed():
+    assert robust.tolerated(0.3, 10) == 3 and robust.tolerated(0.29, 10) == 2
+    assert robust.tolerated(2, 10) == 2 and robust.tolerated(0, 10) == 0
+    assert robust.enough("median", 2, 5) and not robust.enough("median", 2, 4)
+    assert robust.enough("krum", 3, 9) and not robust.enough("multi-krum", 3, 8)
+    with pytest.raises(Refusal, match="too-few-updates"):
+        before = _state(np.random.default_rng(0))
+        robust.aggregate(
+            _round(before), _updates([before] * 4), rule="krum", byzantine=1, mean=fedavg.aggregate
+        )

@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.adapters import AdapterState
+from fedlora.wire import ClientUpdate
+from strategies import collected, svd
+from strategies.base import Round
+
+A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
+MAGNITUDE, HEAD = "base.q.lora_magnitude_vector", "base.score.weight"
+
+
+def _state(draw, rank, d_out=14, d_in=11):
+    def normal(*shape):
+        return torch.from_numpy(draw.normal(size=shape)).float()
+
+    return AdapterState(
+        {
+            A: normal(rank, d_in),
+            B: normal(d_out, rank),
+            MAGNITUDE: normal(d_out),
+            HEAD: normal(3, d_in),
+        }
+    )
+
+
+def _updates(states, weights):
+    return [
+        (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state), weight)
+        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
+    ]
+
+
+def _mean(round, updates):
+    """The dense weighted mean of s_k B_k A_k, float64."""
+    total = sum(weight for _, weight in updates)
+    return sum(
+        weight
+        / total
+        * round.scale(u.adapter[A].shape[0])
+        * (u.adapter[B].double() @ u.adapter[A].double())
+        for u, weight in updates
+    )
+
+
+def _product(round, state):
+    return round.scale(state[A].shape[0]) * (state[B].double() @ state[A].double())
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rank=st.integers(1, 12),
+    ranks=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    same=st.booleans(),
+    rslora=st.booleans(),
+)
+def test_the_product_is_the_truncated_dense_svd(seed, rank, ranks, same, rslora):
+    draw = np.random.default_rng(seed)
+    before = _state(draw, rank)
+    states = [_state(draw, rank if same else r) for r in ranks]
+    updates = _updates(states, draw.uniform(1, 100, len(states)))
+    round = Round(number=1, asked=9, before=before, alpha=16.0, rslora=rslora)
+    new = svd.aggregate(round, updates)
+    u, s, vt = torch.linalg.svd(_mean(round, updates), full_matrices=False)
+    best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    torch.testing.assert_close(_product(round, new), best, rtol=0, atol=1e-5 * float(best.norm()))
+    assert new.validate_against(before) is None
+    assert torch.equal(svd.aggregate(round, reversed(updates))[A], new[A])
+    share = torch.tensor([weight for _, weight in updates]).double()
+    share = share / share.sum()
+    for name in (MAGNITUDE, HEAD):
+        stack = torch.stack([state[name].double() for state in states])
+        torch.testing.assert_close(new[name], torch.einsum("k,k...->...", share, stack).float())
+
+
+def test_when_all_send_the_old_product_the_old_factors_with_orthogonal_rows_come_back():
+    draw = np.random.default_rng(3)
+    state = _state(draw, 4)
+    orthogonal = torch.linalg.qr(state[A].T)[0].T * 0.3
+    before = state.updated({A: orthogonal})
+    round = Round(number=1, asked=3, before=before, alpha=8.0)
+    new = svd.aggregate(round, _updates([before] * 3, [1.0, 1.0, 1.0]))
+    for name in before:
+        torch.testing.assert_close(new[name], before[name], rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None)
+def test_no_other_rotation_brings_a_nearer_to_the_old_one(seed):
+    draw = np.random.default_rng(seed)
+    before = _state(draw, 4)
+    round = Round(number=1, asked=3, before=before)
+    new = svd.aggregate(round, _updates([_state(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0]))
+    gram = new[A].double() @ new[A].double().T
+    size = float(before[A].double().norm()) / 2
+    torch.testing.assert_close(gram, size**2 * torch.eye(4).double(), rtol=1e-5, atol=1e-5)
+    distance = float((new[A] - before[A]).norm())
+    for _ in range(5):
+        turn = torch.linalg.qr(torch.from_numpy(draw.normal(size=(4, 4))))[0].float()
+        assert float((turn @ new[A] - before[A]).norm()) >= distance - 1e-5
+
+
+def test_a_direction_that_nobody_uses_keeps_an_a_and_its_b_is_zero():
+    draw = np.random.default_rng(5)
+    before = _state(draw, 4)
+    one = before.updated({B: before[B] * torch.tensor([1.0, 0.0, 0.0, 0.0])})
+    round = Round(number=1, asked=1, before=before)
+    new = svd.aggregate(round, _updates([one], [1.0]))
+    assert torch.linalg.matrix_rank(new[A]) == 4
+    assert torch.linalg.matrix_rank(new[B], rtol=1e-5) == 1
+    row_space = torch.linalg.qr(before[A].T)[0]
+    torch.testing.assert_close(new[A] @ row_space @ row_space.T, new[A])
+    still = before.updated({B: torch.zeros_like(before[B])})
+    fresh = svd.aggregate(round, _updates([still], [1.0]))
+    assert not fresh[B].any() and torch.linalg.matrix_rank(fresh[A]) == 4
+
+
+def test_of_nothing_comes_nothing():
+    round = Round(number=1, asked=3, before=_state(np.random.default_rng(0), 2))
+    assert len(svd.aggregate(round, [])) == 0
+
+
+@pytest.mark.parametrize("in_memory", [0, 1500, 10**9])
+def test_updates_that_wait_on_disk_come_back_the_same(in_memory):
+    draw = np.random.default_rng(1)
+    updates = _updates([_state(draw, 2) for _ in range(4)], [1.0, 2.0, 3.0, 4.0])
+    with collected.collect(reversed(updates), in_memory=in_memory) as all_of_them:
+        assert all_of_them.institutions == [u.institution for u, _ in updates]
+        assert all_of_them.weights == [1.0, 2.0, 3.0, 4.0]
+        for got, (update, _) in zip(all_of_them.tensors(A), updates, strict=True):
+            assert torch.equal(got, update.adapter[A])
+        again = list(all_of_them.weighted([5.0, 0.0, 7.0, 1.0]))
+    assert [(u.institution, w) for u, w in again] == [
+        ("bank-00", 5.0),
+        ("bank-02", 7.0),
+        ("bank-03", 1.0),
+    ]
+    assert torch.equal(again[1][0].adapter[HEAD], updates[2][0].adapter[HEAD])
