@@ -28,12 +28,16 @@ class LocalPlan:
         physical_batch: Records in memory at a time.
         optimizer: A key of ``OPTIMIZERS``.
         learning_rate: Its step size.
+        proximal: FedProx's mu (Li et al. 2020, arXiv 1812.06127): mu (w - w_global) is added to
+            each step's gradient. Under DP that comes after clipping and noise and follows from
+            what was released before, so it is post-processing.
     """
 
     steps: int
     physical_batch: int
     optimizer: str
     learning_rate: float
+    proximal: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,7 @@ def train(
     """
     parameters = list(trainable.parameters().values())
     optimizer = OPTIMIZERS[plan.optimizer](parameters, lr=plan.learning_rate)
+    pull = _proximal(parameters, plan.proximal)
     size = min(batch_size, len(shard))
     total = 0.0
     with _training(trainable, private=False):
@@ -100,6 +105,7 @@ def train(
                 losses = _losses(trainable, shard, micro, dropout)
                 (losses.sum() / len(rows)).backward()
                 total += float(losses.detach().sum())
+            pull()
             optimizer.step()
     return total / (size * plan.steps)
 
@@ -174,6 +180,22 @@ class _Run:
             normaliser=mechanism.normaliser,
             source=source.child("noise"),
         )
+        pull = _proximal(list(named.values()), plan.proximal)
+        self.optimizer.attach_step_hook(lambda _: pull())  # Opacus calls it once noise is in
+
+
+def _proximal(parameters: Sequence[torch.nn.Parameter], mu: float) -> Callable[[], None]:
+    """A function that adds ``mu (w - w_now)`` to each gradient, with the values of this moment."""
+    if not mu:
+        return lambda: None
+    start = [p.detach().clone() for p in parameters]
+
+    def add() -> None:
+        for p, origin in zip(parameters, start, strict=True):
+            if p.grad is not None:
+                p.grad.add_(p.detach() - origin, alpha=mu)
+
+    return add
 
 
 def _clipped_sums(
