@@ -20,9 +20,6 @@ from fedlora.errors import InputError, Refusal
 log = logging.getLogger("fedlora.client")
 T = TypeVar("T")
 
-COHORT_BYTES = 512 * 2**20
-"""Adapters, sums and answers of the institutions that train together stay below this."""
-
 
 class InstitutionApp(ClientApp):
     """A ClientApp that can also answer for several institutions of a simulation at once."""
@@ -34,12 +31,44 @@ class InstitutionApp(ClientApp):
         records, ledger, sampling, clipped sum and noise, and what is shared is the base model's
         arithmetic. The others train one by one.
         """
-        each = 4 * max(wire.adapter_bytes(message.content) for message, _ in calls)
-        size = max(1, COHORT_BYTES // max(1, each))
+        replies: list[RecordDict | None] = []
+        charged: dict[int, institution.ChargedRound] = {}
+
+        def begin(
+            config: configuration.RunConfig, content: RecordDict, index: int
+        ) -> RecordDict | None:
+            if not config.privacy.enabled or config.training.local_steps > 1:
+                return _train(config, content, index)
+            order = wire.unpack_order(content)
+            who = institution.locate(config, index)
+            if any(other.institution == who for other in charged.values()):
+                return None  # the same order twice: the second gets the answer to the first
+            institution.accept(who, order, config)
+            started = institution.charge(who, order, config)
+            if isinstance(started, wire.ClientUpdate):
+                return wire.pack_update(started)
+            ledgers.enter_context(started.ledger)
+            charged[len(replies)] = started
+            return None
+
+        with contextlib.ExitStack() as ledgers:
+            for message, context in calls:
+                replies.append(_guarded(message, context, begin))
+            for number, adapter in _trained(charged).items():
+                message, context = calls[number]
+
+                def end(
+                    *_: object, number: int = number, adapter: AdapterState = adapter
+                ) -> RecordDict:
+                    return wire.pack_update(institution.release(charged[number], adapter))
+
+                replies[number] = _guarded(message, context, end)
+        # What is left trains by itself; if it was charged, as the same release under the same key.
         return [
-            reply
-            for start in range(0, len(calls), size)
-            for reply in _train_cohort(calls[start : start + size])
+            Message(
+                _guarded(message, context, _train) if reply is None else reply, reply_to=message
+            )
+            for reply, (message, context) in zip(replies, calls, strict=True)
         ]
 
 
@@ -75,44 +104,6 @@ def _train(config: configuration.RunConfig, content: RecordDict, index: int) -> 
     who = institution.locate(config, index)
     with _threads(config.engine.threads):
         return wire.pack_update(institution.answer(who, order, config))
-
-
-def _train_cohort(calls: Sequence[tuple[Message, Context]]) -> list[Message]:
-    replies: list[RecordDict | None] = []
-    charged: dict[int, institution.ChargedRound] = {}
-
-    def begin(
-        config: configuration.RunConfig, content: RecordDict, index: int
-    ) -> RecordDict | None:
-        if not config.privacy.enabled or config.training.local_steps > 1:
-            return _train(config, content, index)
-        order = wire.unpack_order(content)
-        who = institution.locate(config, index)
-        institution.accept(who, order, config)
-        started = institution.charge(who, order, config)
-        if isinstance(started, wire.ClientUpdate):
-            return wire.pack_update(started)
-        ledgers.enter_context(started.ledger)
-        charged[len(replies)] = started
-        return None
-
-    with contextlib.ExitStack() as ledgers:
-        for message, context in calls:
-            replies.append(_guarded(message, context, begin))
-        for number, adapter in _trained(charged).items():
-            message, context = calls[number]
-
-            def end(
-                *_: object, number: int = number, adapter: AdapterState = adapter
-            ) -> RecordDict:
-                return wire.pack_update(institution.release(charged[number], adapter))
-
-            replies[number] = _guarded(message, context, end)
-    # What is left was charged and not trained: its round runs again under the same key.
-    return [
-        Message(_guarded(message, context, _train) if reply is None else reply, reply_to=message)
-        for reply, (message, context) in zip(replies, calls, strict=True)
-    ]
 
 
 def _trained(charged: Mapping[int, institution.ChargedRound]) -> dict[int, AdapterState]:

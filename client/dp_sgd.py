@@ -119,6 +119,10 @@ class Clipping:
 class PrivateOptimizer(DPOptimizer):
     r"""`DPOptimizer` with keyed noise and a check on every step.
 
+    Gradients come in ``p.grad_sample``, or, where several institutions share a pass, as sums of
+    gradients that `Clipping.clip` has clipped, in ``p.summed_grad`` with no unit in
+    ``p.grad_sample``.
+
     Guarantee: the gradient handed to the wrapped optimizer is
     :math:`\frac{1}{L}(\sum_u \mathrm{clip}(g_u) + \mathcal N(0, \sigma^2 C^2 I))`, where each
     unit's clipped gradient has norm at most C (checked), and the noise has the planned deviation

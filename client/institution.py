@@ -165,15 +165,18 @@ def open_ledger(
             accountant=config.privacy.accountant,
         )
     ledger = Ledger.open(institution.ledger)
-    most = accounting.most_of_class(units)
-    if ledger.delta >= 1 / most:
+    try:
+        most = accounting.most_of_class(units)
+        if ledger.delta >= 1 / most:
+            raise Refusal(
+                "ledger-delta",
+                f"{institution.ledger} reckons at delta {ledger.delta:g}; it must be below 1 / "
+                f"units ({1 / most:g} for this size class): make another with a smaller --delta",
+            )
+        ledger.bind(shard.fingerprint(), config.privacy.unit)
+    except BaseException:
         ledger.close()
-        raise Refusal(
-            "ledger-delta",
-            f"{institution.ledger} reckons at delta {ledger.delta:g}; it must be below 1 / units "
-            f"({1 / most:g} for this size class): make another with a smaller --delta",
-        )
-    ledger.bind(shard.fingerprint(), config.privacy.unit)
+        raise
     return ledger
 
 
@@ -338,6 +341,7 @@ def train_charged(
     Raises:
         Refusal: When a guard trips; nothing may be released then.
     """
+    work.train_only(rounds[0].order.parts)
     rounds[0].order.adapter.load_into(work.model)
     privacy = rounds[0].config.privacy
     participants = [

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from client.dp_sgd import Clipping, PoissonSampler, PrivateOptimizer, check_sampler
 from fedlora import tasks
 from fedlora.adapters import AdapterState
+from fedlora.errors import Refusal
 from fedlora.shards import Shard, concatenate
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable, training_mode
 
+GROUPED_QUERIES = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers reads it at every attention
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -237,9 +240,10 @@ def _clipped_sums(
             trainable, named, shard, of_group, shapes, physical_batch, dropout.__getitem__
         )
         clipping.clip(gradients)
-        whose = torch.tensor([owner[i] for i in group], device=sums[0].device)
         for total, gradient in zip(sums, gradients, strict=True):
-            total.index_add_(0, whose, gradient.double())  # one unit after the other
+            precise = gradient.double()
+            for position, unit in enumerate(group):  # one after the other, on a GPU too
+                total[owner[unit]].add_(precise[position])
     return sums
 
 
@@ -268,12 +272,21 @@ def _unit_gradients(
         with trainable.per_sample.expanded(physical_batch if plain else len(group) + 1, index):
             _losses(trainable, shard, rows, dropout, width).sum().backward()
             trainable.per_sample.collect()
-        gradients = [p.grad_sample[: len(group)] for p in named.values()]  # pyright: ignore
+        gradients = [_taken(name, p)[: len(group)] for name, p in named.items()]
         sums = (
             gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
         )
     assert sums is not None, "a group has at least one unit with at least one row"
     return sums
+
+
+def _taken(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The parameter's per-example gradient, which it then has no more."""
+    gradient: torch.Tensor | None = getattr(parameter, "grad_sample", None)
+    if gradient is None:
+        raise Refusal("guard-no-gradient", f"{name} has no per-example gradient")
+    parameter.grad_sample = None  # pyright: ignore[reportAttributeAccessIssue]
+    return gradient
 
 
 def _groups(
@@ -375,13 +388,21 @@ def _training(trainable: Trainable, *, private: bool) -> Iterator[None]:
     """Training mode; under DP attention by plain products, whose result for a row is its own.
 
     Fused kernels differ with the mask, which transformers leaves out when no row of a batch is
-    padded. On a CPU plain products are faster in training anyway.
+    padded; so does its choice of how to share keys between heads (grouped queries), whose gradients
+    round differently in bf16. On a CPU plain products are faster in training anyway.
     """
+    before = os.environ.get(GROUPED_QUERIES)
+    if private:
+        os.environ[GROUPED_QUERIES] = "1"  # always the same way, with and without a mask
     plain = private or trainable.base.model.device.type == "cpu"
     training_mode(trainable.model, True)
     try:
         with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
             yield
     finally:
+        if private:
+            os.environ.pop(GROUPED_QUERIES)
+            if before is not None:
+                os.environ[GROUPED_QUERIES] = before
         trainable.per_sample.draw_dropout(())
         training_mode(trainable.model, False)

@@ -25,6 +25,8 @@ from fedlora.errors import InputError
 
 Scalar = str | int | float | bool
 
+FACTOR_MEANS = ("fedavg", "ffa", "rolora")
+"""Strategies that average each factor by itself; what works on coordinates goes with these only."""
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address")
@@ -346,10 +348,11 @@ class RunConfig(_Section):
                 "privacy.institution-epsilon bounds every institution's influence alike; "
                 "use uniform"
             )
-        if privacy.hides_institutions and federation.strategy == "svd":
+        if privacy.hides_institutions and federation.strategy not in FACTOR_MEANS:
             raise InputError(
-                "federation.strategy is 'svd', but with privacy.institution-epsilon the server "
-                "adds noise to a mean of the factors themselves; use fedavg, ffa or rolora"
+                f"federation.strategy is {federation.strategy!r}, but with "
+                "privacy.institution-epsilon the server adds noise to a mean of the factors "
+                f"themselves; use {', '.join(FACTOR_MEANS)}"
             )
         _check_robust(federation, privacy)
         if not privacy.enabled and federation.weighting == "noised-size":
@@ -549,7 +552,7 @@ def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
             f"federation.byzantine is {federation.byzantine:g}; it must be a share below 0.5 or a "
             "whole number: no rule withstands a majority"
         )
-    if rule in ("median", "trimmed-mean") and strategy not in ("fedavg", "ffa", "rolora"):
+    if rule in ("median", "trimmed-mean") and strategy not in FACTOR_MEANS:
         raise InputError(
             f"federation.robust is {rule!r}, which takes each coordinate of the factors by itself, "
             f"but under federation.strategy {strategy!r} institutions need not share a basis; use "

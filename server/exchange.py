@@ -35,10 +35,12 @@ def exchange(
             for r in grid.pull_messages(list(waiting))
             if r.metadata.reply_to_message_id in waiting
         ]
-        for reply in arrived:
-            # by the message replied to: the source of an error for a lost node is the SuperLink
-            yield waiting.pop(reply.metadata.reply_to_message_id), reply
-        if arrived:
+        came = bool(arrived)
+        while arrived:
+            # By the message replied to: the source of an error for a lost node is the SuperLink.
+            # Nothing here keeps a reply once it is handed over.
+            yield waiting.pop(arrived[-1].metadata.reply_to_message_id), arrived.pop()
+        if came:
             deadline, pause = time.monotonic() + timeout, 0.001
         elif time.monotonic() - asked < pause:  # a grid that waits by itself needs no pause
             time.sleep(pause)

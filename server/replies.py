@@ -16,6 +16,8 @@ from strategies.base import Round, Weighted
 
 log = logging.getLogger("fedlora.server")
 
+OF_RECORDS = ("guard", "failed")
+"""Refusals that may depend on an institution's records."""
 FLOWER_ERRORS = {
     1: "load-error",
     2: "client-crashed",
@@ -40,7 +42,8 @@ class Replies:
 
     Attributes:
         valid: How many updates counted so far.
-        invalid: How many answered with an update that does not count.
+        invalid: Institutions that answered with something that their records may have decided and
+            that does not count: an invalid update, or the news that a guard tripped.
         failed: Institution -> reason.
         received: Institution -> bytes of its adapter.
         privacy: Institution -> what it says it has spent, also where the update does not count.
@@ -59,7 +62,8 @@ class Replies:
     ) -> None:
         self._grid, self._orders, self._names = grid, orders, names
         self._round, self._private, self._timeout = round, private, timeout
-        self.valid = self.invalid = 0
+        self.valid = 0
+        self.invalid: set[str] = set()
         self.failed: dict[str, str] = {}
         self.received: dict[str, int] = {}
         self.privacy: dict[str, dict[str, Any]] = {}
@@ -81,16 +85,21 @@ class Replies:
     def _accepted(self, name: str, reply: Message | None) -> wire.ClientUpdate:
         message = content(reply)
         self.received[name] = wire.adapter_bytes(message)
-        update = wire.unpack_update(message)
+        try:
+            update = wire.unpack_update(message)
+        except Refusal as refusal:
+            if refusal.code in OF_RECORDS:
+                self.invalid.add(name)
+            raise
         if update.privacy is not None and update.institution == name:
             self.privacy[name] = dataclasses.asdict(update.privacy)
-        self.invalid += 1  # until it is found to be valid
+        self.invalid.add(name)  # until it is found to be valid
         base.validate(update, institution=name, round=self._round)
         if self._private and update.privacy is None:
             raise Refusal(
                 "no-privacy-record", "DP is on, but the update does not say what was spent"
             )
-        self.invalid -= 1
+        self.invalid.discard(name)
         self.valid += 1
         if update.metrics:
             self.reported[name] = dict(update.metrics)

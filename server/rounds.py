@@ -70,9 +70,10 @@ def preflight(
         federation.robust, federation.byzantine, asked
     ):
         raise InputError(
-            f"federation.byzantine is {federation.byzantine:g}, which is more than "
-            f"{federation.robust} withstands with {asked} institutions a round; lower it or ask "
-            "more institutions"
+            f"federation.robust is {federation.robust!r} with federation.byzantine "
+            f"{federation.byzantine:g}, which means nothing for {asked} institutions a round "
+            "(median, trimmed-mean and norm-bound need over 2 f of them, krum and multi-krum at "
+            "least 2 f + 3); ask more institutions or lower federation.byzantine"
         )
     if not held_out:
         raise InputError(
@@ -107,7 +108,7 @@ def run(grid: Grid, config: RunConfig) -> None:
     resumed = directory.check(config)
     work = trainable.load(config, records.labels)
     inputs = _inputs(work, records)
-    state = (directory.latest() if resumed else None) or RunState(
+    state = (directory.latest(newest_only=mechanism is not None) if resumed else None) or RunState(
         run=uuid.uuid4().hex,
         inputs=inputs,
         round=0,
@@ -152,7 +153,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         if not record["updates"]:
             raise RunFailed(
                 f"round {state.round}: no institution sent a valid update "
-                f"({_reasons(record['failed'])}); the last checkpoint is kept"
+                f"({_reasons(record['aggregation']['rejected'])}); the last checkpoint is kept"
             )
     _finish(directory, config, state, mechanism, work, records, measured)
 
@@ -247,12 +248,12 @@ def _round(
         nodes,
         this,
         private=config.privacy.enabled,
-        timeout=federation.timeout + NODES_TIMEOUT,
+        timeout=_patience(config),
     )
     watch = Watch(this)
     try:
         aggregated, rejected = _aggregate(config, mechanism, this, replies, watch)
-        skipped = replies.valid < federation.min_updates
+        skipped = _counted(replies, mechanism) < federation.min_updates
     except Refusal as refusal:
         log.warning("round %d changes nothing: %s", number, refusal)
         aggregated, rejected, skipped = AdapterState({}), {}, True
@@ -298,12 +299,15 @@ def _round(
         "round": number,
         "seconds": round(seconds, 4),
         "asked": len(nodes),
-        "updates": replies.valid,
+        "updates": _counted(replies, mechanism),
         "skipped": skipped,
-        "failed": dict(sorted(replies.failed.items())),
         "aggregation": {
             **({} if mechanism is not None or skipped else watch.figures(aggregated)),
-            "rejected": dict(sorted({**rejected, **replies.failed}.items())),
+            "rejected": {
+                name: reason
+                for name, reason in sorted({**replies.failed, **rejected}.items())
+                if mechanism is None or name not in replies.invalid
+            },
         },
         "metrics": {k: v for k, v in measured.items() if k != "institutions"},
         "epsilon_max": max((p["epsilon"] for p in spent.values()), default=None)
@@ -332,6 +336,15 @@ def _round(
     return dataclasses.replace(new, seconds=state.seconds + seconds), record, measured
 
 
+def _counted(replies: Replies, mechanism: InstitutionMechanism | None) -> int:
+    """Updates that make a round: the valid ones.
+
+    Under institution-level DP all that came, since whether one is valid follows from an
+    institution's records; an invalid one counts as zero.
+    """
+    return replies.valid + (0 if mechanism is None else len(replies.invalid))
+
+
 def _aggregate(
     config: RunConfig,
     mechanism: InstitutionMechanism | None,
@@ -351,10 +364,8 @@ def _aggregate(
     strategy = STRATEGIES[federation.strategy]
     if mechanism is not None:
         updates = sorted((update for update, _ in replies), key=lambda u: u.institution)
-        answered = replies.valid + replies.invalid
-        if not updates:
-            return AdapterState({}), {}
-        return mechanism.aggregate(round, updates, answered), {}
+        answered = _counted(replies, mechanism)
+        return mechanism.aggregate(round, updates, answered) if answered else AdapterState({}), {}
     updates = watch.through(replies)
     if federation.robust == "none":
         return strategy.aggregate(round, updates), {}
@@ -385,7 +396,7 @@ class _Roster:
             for node in present
             if node not in self._known and node not in self.refused
         ]
-        for node, reply in exchange(self._grid, fresh, timeout) if fresh else ():
+        for node, reply in exchange(self._grid, fresh, _patience(self._config)) if fresh else ():
             try:
                 hello = wire.unpack_hello(content(reply))
                 if hello.version != fedlora.__version__:
@@ -421,6 +432,15 @@ class _Roster:
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+def _patience(config: RunConfig) -> float:
+    """Seconds without any answer after which nobody is waited for.
+
+    An engine may take an institution's time twice, and a new worker's start with it, before it
+    says which one hangs.
+    """
+    return 2 * (config.federation.timeout + NODES_TIMEOUT)
 
 
 def _check_budgets(config: RunConfig, roster: _Roster) -> None:

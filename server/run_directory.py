@@ -129,16 +129,20 @@ class RunDirectory:
         for old in sorted(folder.glob("round-*.safetensors"))[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
-    def latest(self) -> RunState | None:
+    def latest(self, *, newest_only: bool = False) -> RunState | None:
         """The newest checkpoint that can be read, or None. ``rounds.jsonl`` is cut back to it.
 
+        Args:
+            newest_only: Whether the one before may not take a damaged one's place: the round
+                between them would be released a second time, under fresh noise.
+
         Raises:
-            InputError: If there are checkpoints and none can be read.
+            InputError: If there are checkpoints and none of those allowed can be read.
         """
         from safetensors import SafetensorError
 
         found = sorted((self.path / "checkpoints").glob("round-*.safetensors"), reverse=True)
-        for file in found:
+        for file in found[:1] if newest_only else found:
             try:
                 return self._read(file)
             except (OSError, SafetensorError, ValueError, KeyError, TypeError):

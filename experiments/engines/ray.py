@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 from flwr.app import Context, Message, MessageType, RecordDict
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from experiments.engines.grid import (
     RUN_ID,
@@ -41,6 +41,7 @@ WORKER_ENVIRONMENT = {
 }
 HELD = 8  # shared records of earlier pushes that a worker keeps
 TOGETHER = 32  # messages of a call, at most
+TOGETHER_BYTES = 128 * 2**20  # and of their adapters: sums and answers take several times as much
 IN_FLIGHT = 2  # calls queued at a worker when they are short, so that it never waits for the driver
 SHORT = 0.5  # seconds
 ATTEMPTS = 2
@@ -56,12 +57,13 @@ class _Job:
     shared: int | None  # number of the record that the message is to get back
     shared_key: str | None
     seconds: float
+    adapter_bytes: int
     attempts: int = 0
 
 
 @dataclass(kw_only=True)
 class _Call:
-    """Messages that a worker gets at once; a lone one is tried again when its worker dies."""
+    """Messages that a worker gets at once; when it dies on several, each is tried by itself."""
 
     jobs: list[_Job]
     started: float = 0.0
@@ -225,6 +227,7 @@ class RayGrid(SimulationGrid):
                     shared=shared,
                     shared_key=key,
                     seconds=self._seconds.get(_kind(message), 0.0),
+                    adapter_bytes=wire.adapter_bytes(message.content),
                 )
             )
         if fresh:
@@ -232,6 +235,7 @@ class RayGrid(SimulationGrid):
             self._shared = {n: r for n, r in self._shared.items() if n >= oldest} | fresh
             for worker in self._workers:
                 worker.hold.remote(list(fresh), *fresh.values())
+        self._queue.clear()  # of what nobody waits for any more
         self._queue.extend(_calls(jobs, len(self._workers)))
         self.pushed, self.answered = len(jobs), 0
         self._dispatch()
@@ -265,13 +269,13 @@ class RayGrid(SimulationGrid):
         """Give idle workers work; where calls are short, queue one behind that which runs."""
         for depth in range(1, IN_FLIGHT + 1):
             for index, load in enumerate(self._load):
-                if not self._queue or (depth > 1 and self._queue[0].seconds > SHORT):
+                if not self._queue or (depth > 1 and not 0 < self._queue[0].seconds <= SHORT):
                     return
                 if len(load) >= depth:
                     continue
                 todo = self._queue.popleft()
-                if len(todo.jobs) == 1:
-                    todo.jobs[0].attempts += 1
+                for job in todo.jobs:
+                    job.attempts += 1
                 reference = self._workers[index].handle.remote(
                     # plain pickle: Ray's own way of packing objects takes several times as long
                     pickle.dumps(
@@ -298,7 +302,7 @@ class RayGrid(SimulationGrid):
         replies: list[tuple[Message, RecordDict | None]]
         try:
             replies = pickle.loads(ray.get(reference))
-        except RayActorError:
+        except (RayActorError, OutOfMemoryError):
             return self._replace(index, reference, done, WORKER_DIED)
         except RayTaskError:
             replies = [(error_reply(job.message, 2, "worker"), None) for job in done.jobs]
@@ -323,8 +327,8 @@ class RayGrid(SimulationGrid):
                 _, late = self._running[load[0]]
                 limit = late.limit + (START if index in self._new else 0.0)
                 if late.started and now - late.started > limit:
-                    if len(late.jobs) == 1:  # an institution that hangs would hang again
-                        late.jobs[0].attempts = ATTEMPTS
+                    for job in late.jobs:  # an institution that hangs would hang again
+                        job.attempts += 1
                     del self._running[load[0]]
                     replies += self._replace(index, load[0], late, TIMEOUT)
         return replies
@@ -346,8 +350,8 @@ class RayGrid(SimulationGrid):
         ran, *behind = calls
         for waiting in reversed(behind):
             waiting.started = 0.0
-            if len(waiting.jobs) == 1:
-                waiting.jobs[0].attempts -= 1
+            for job in waiting.jobs:
+                job.attempts -= 1
             self._queue.appendleft(waiting)
         if len(ran.jobs) == 1 and ran.jobs[0].attempts >= ATTEMPTS:
             return [error_reply(ran.jobs[0].message, code, "ended")]
@@ -370,14 +374,15 @@ def _calls(jobs: list[_Job], workers: int) -> list[_Call]:
     known = sorted((job for job in jobs if job.seconds), key=lambda j: -j.seconds)
     if known:
         shortest = min(job.message.metadata.ttl for job in known) / 2
-        needed = max(len(known) / TOGETHER, sum(job.seconds for job in known) / shortest)
+        most = max(1, min(TOGETHER, TOGETHER_BYTES // max(1, *(j.adapter_bytes for j in known))))
+        needed = max(len(known) / most, sum(job.seconds for job in known) / shortest)
         count = min(len(known), workers * math.ceil(max(1, needed / workers)))
         shares = [_Call(jobs=[]) for _ in range(count)]
         heap = [(0.0, number) for number in range(count)]
         for job in known:
             seconds, number = heapq.heappop(heap)
             shares[number].jobs.append(job)
-            if len(shares[number].jobs) < TOGETHER:
+            if len(shares[number].jobs) < most:
                 heapq.heappush(heap, (seconds + job.seconds, number))
         calls += sorted((share for share in shares if share.jobs), key=lambda c: -c.seconds)
     return calls

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from client import app as client_app
@@ -116,3 +117,105 @@ def test_a_ledger_whose_delta_means_nothing_for_its_records_is_refused(tiny_conf
     shard = trainable.records(config).train(0)
     with pytest.raises(Refusal, match="ledger-delta"):
         institution.open_ledger(who, config, shard, create=False)
+
+
+@pytest.fixture
+def ask_banks(tiny_config, tmp_path):
+    """Gives a function that sends train orders to banks and returns what each one answers."""
+    from fedlora import trainable
+
+    identify()
+
+    def ask(name, orders, *, together, **values):
+        config = tiny_config(**{"run-dir": str(tmp_path / name), **values})
+        records = trainable.records(config)
+        work = trainable.load(config, records.labels)
+        for index in range(len(records.names) if config.privacy.enabled else 0):
+            who, shard = institution.locate(config, index), records.train(index)
+            institution.open_ledger(who, config, shard, create=True).close()
+        calls = []
+        for bank, changes in orders:
+            order = _order(work, **changes)
+            content = wire.pack_order(order, wire.arrays(order.adapter))
+            context = Context(
+                run_id=1,
+                node_id=bank + 1,
+                node_config={"partition-id": bank, "num-partitions": 4, "simulation": True},
+                state=RecordDict(),
+                run_config=config.flat(),
+            )
+            calls.append((Message(content, bank + 1, MessageType.TRAIN), context))
+        if together:
+            replies = client_app.app.together(calls)
+        else:
+            replies = [client_app.app(*call) for call in calls]
+        return [reply.content for reply in replies]
+
+    return ask
+
+
+def _same(one, other):
+    one, other = wire.unpack_update(one), wire.unpack_update(other)
+    return one.institution == other.institution and all(
+        torch.equal(one.adapter[name], other.adapter[name]) for name in one.adapter
+    )
+
+
+EVERYBODY = [(bank, {}) for bank in range(4)]
+
+
+def test_answers_given_together_are_those_given_one_by_one(ask_banks):
+    alone = ask_banks("alone", EVERYBODY, together=False)
+    for one, other in zip(alone, ask_banks("both", EVERYBODY, together=True), strict=True):
+        assert _same(one, other)
+        assert wire.unpack_update(other).privacy == wire.unpack_update(one).privacy
+    for plan in ({"training.local-steps": 2}, {"privacy.epsilon": "inf"}):
+        alone = ask_banks(f"alone-{len(plan)}{plan}", EVERYBODY, together=False, **plan)
+        both = ask_banks(f"both-{plan}", EVERYBODY, together=True, **plan)
+        assert all(_same(one, other) for one, other in zip(alone, both, strict=True))
+
+
+def test_different_orders_in_one_call_are_each_followed(ask_banks):
+    orders = [(0, {"parts": ("B",)}), (1, {"parts": ("A",)}), (2, {"parts": ("B",)})]
+    alone = ask_banks("alone", orders, together=False)
+    both = ask_banks("both", orders, together=True)
+    assert all(_same(one, other) for one, other in zip(alone, both, strict=True))
+
+
+def test_the_same_order_twice_in_one_call_gets_the_same_answer(ask_banks):
+    first, other, again = ask_banks("run", [(0, {}), (1, {}), (0, {})], together=True)
+    assert _same(first, again) and not _same(first, other)
+
+
+def test_one_refusal_in_a_call_is_one_refusal(ask_banks):
+    replies = ask_banks("run", [(0, {}), (1, {"base": "0" * 64}), (2, {})], together=True)
+    assert _code_of(replies[1]) == "base-mismatch"
+    alone = ask_banks("alone", [(0, {}), (2, {})], together=False)
+    assert _same(replies[0], alone[0]) and _same(replies[2], alone[1])
+
+
+def test_when_training_together_fails_each_trains_alone_and_is_charged_once(
+    ask_banks, monkeypatch, tmp_path
+):
+    from client import training
+    from client.ledger import Ledger
+
+    alone = ask_banks("alone", EVERYBODY, together=False)
+    whole = training.train_privately
+
+    def fail(work, participants, plan):
+        if len(participants) > 1:
+            raise Refusal("guard-noise", "as asked")
+        return whole(work, participants, plan)
+
+    monkeypatch.setattr(training, "train_privately", fail)
+    replies = ask_banks("both", EVERYBODY, together=True)
+    assert all(_same(one, other) for one, other in zip(alone, replies, strict=True))
+    with Ledger.open(tmp_path / "both" / "ledgers" / "Alpha.db") as ledger:
+        assert [entry["steps"] for entry in ledger.show()["entries"]] == [1]
+
+
+def _code_of(content) -> str:
+    with pytest.raises(Refusal) as caught:
+        wire.unpack_update(content)
+    return caught.value.code

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client import training
 from client.dp_sgd import PoissonSampler
@@ -167,6 +168,50 @@ def test_who_trains_together_changes_no_bit_of_anyones_adapter(minilm):
             assert all(torch.equal(tensor, other[name]) for other in others)
             assert not torch.equal(tensor, before[name])
     assert all(torch.equal(t, before[n]) for n, t in AdapterState.read(work.model).items())
+
+
+@pytest.fixture
+def grouped_queries(tiny_config, tiny_encoder, tmp_path):
+    """A bf16 Llama whose heads share keys, large factors, unpadded rows and padded ones."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 64}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=60, **size, **heads)).save_pretrained(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.save_pretrained(tmp_path / "m")
+    config = tiny_config(
+        **{
+            "model.name": str(tmp_path / "m"),
+            "model.task": "sft",
+            "model.dtype": "bf16",
+            "training.max-length": 10,
+        }
+    )
+    records = trainable.records(config)
+    work = trainable.load(config, records.labels)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in work.parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    shard = records.all_train
+    full, padded = (np.flatnonzero(shard.lengths == n)[:24] for n in (10, 9))
+    yield work, _participant(shard.select(full), "full"), _participant(shard.select(padded), "pad")
+    trainable.forget()
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_padded_rows_of_others_change_nothing_where_heads_share_keys(
+    grouped_queries, monkeypatch, forced
+):
+    """transformers shares keys another way when no row is padded; under DP always the same way."""
+    if not forced:
+        monkeypatch.setattr(training, "GROUPED_QUERIES", "ANOTHER_VARIABLE")
+    work, full, padded = grouped_queries
+    plan = training.LocalPlan(steps=1, physical_batch=8, optimizer="sgd", learning_rate=0.5)
+    (alone,) = training.train_privately(work, [full], plan)
+    together, _ = training.train_privately(work, [full, padded], plan)
+    same = all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
+    assert same == forced
 
 
 @pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)

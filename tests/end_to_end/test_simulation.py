@@ -157,7 +157,7 @@ def test_an_institution_without_budget_drops_out_and_the_federation_goes_on(
     (tmp_path / "ledgers").mkdir()
     Ledger.create(tmp_path / "ledgers" / "Beta.db", max_epsilon=7.0, delta=1e-4, accountant="rdp")
     simulate_run(config)
-    failed = [r["failed"].get("Beta") for r in read_records(tmp_path / "run")]
+    failed = [r["aggregation"]["rejected"].get("Beta") for r in read_records(tmp_path / "run")]
     assert failed[0] is None and failed[-1] == "budget-exhausted"
     assert read_records(tmp_path / "run")[-1]["updates"] == 3
     with Ledger.open(tmp_path / "ledgers" / "Beta.db") as ledger:

@@ -1,8 +1,10 @@
 """The engines alone, with a ClientApp that does nothing (or, when asked, dies, hangs or raises)."""
 
+import gc
 import os
 import signal
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from benchmarks.empty_client import app
 from experiments.engines.grid import identify
 from experiments.engines.inline import InlineGrid
-from experiments.engines.ray import TOGETHER, RayGrid, _calls, _Job
+from experiments.engines.ray import TOGETHER, TOGETHER_BYTES, RayGrid, _calls, _Job
 from server.exchange import exchange
 from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
 
@@ -42,7 +44,7 @@ def test_silence_is_told_from_an_answer():
     assert replies[1].has_content() and replies[3].has_content()
 
 
-def _jobs(*seconds, ttl=60.0):
+def _jobs(*seconds, ttl=60.0, size=1000):
     identify()
     record = RecordDict({"adapter": ArrayRecord({"w": Array(np.zeros(1, dtype=np.float32))})})
     return [
@@ -52,6 +54,7 @@ def _jobs(*seconds, ttl=60.0):
             shared=None,
             shared_key=None,
             seconds=s,
+            adapter_bytes=size,
         )
         for node, s in enumerate(seconds, start=1)
     ]
@@ -66,15 +69,34 @@ def test_a_message_whose_time_is_not_known_goes_alone():
 def test_calls_take_workers_about_equally_long():
     draw = np.random.default_rng(1)
     calls = _calls(_jobs(*draw.uniform(0.5, 2.0, 39)), workers=2)
-    assert [len(c.jobs) for c in calls] and sum(len(c.jobs) for c in calls) == 39
+    assert sum(len(c.jobs) for c in calls) == 39
     assert len(calls) == 2
     assert abs(calls[0].seconds - calls[1].seconds) < 2.0  # at most one message apart
 
 
 def test_a_call_holds_few_messages_and_leaves_time_to_notice_that_one_hangs():
     assert max(len(c.jobs) for c in _calls(_jobs(*[0.001] * 1000), workers=2)) <= TOGETHER
+    heavy = _calls(_jobs(*[0.001] * 8, size=TOGETHER_BYTES // 2), workers=2)
+    assert max(len(c.jobs) for c in heavy) == 2
     calls = _calls(_jobs(*[10.0] * 12, ttl=60.0), workers=2)
     assert max(c.seconds for c in calls) <= 30.0 and len(calls) == 4
+
+
+def test_a_reply_is_let_go_once_it_is_handed_over():
+    class AllAtOnce(InlineGrid):
+        def pull_messages(self, message_ids):
+            return [r for i in list(message_ids) for r in super(AllAtOnce, self).pull_messages([i])]
+
+    grid = AllAtOnce(app, 5, {})
+    record = RecordDict({"adapter": ArrayRecord({"w": Array(np.zeros(1, dtype=np.float32))})})
+    messages = [Message(record, node, MessageType.TRAIN) for node in grid.get_node_ids()]
+    alive = []
+    for _, reply in exchange(grid, messages, 5.0):
+        alive.append(weakref.ref(reply))
+        del reply
+        gc.collect()
+        assert alive[-1]() is None
+    assert len(alive) == 5
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def test_who_did_not_move_has_no_length_and_no_direction():
 
 
 def test_where_updates_are_not_held_the_figures_are_estimates():
-    """Eight layers: one deviation of a norm is 4.5 %; six of them are allowed.
+    """Eight layers: one deviation of a norm is 6.4 %; six of them are allowed.
 
     The draws are fixed, so the test is not a matter of luck; with fresh ones a false alarm of one
     figure would have a probability of 2e-9.
@@ -103,7 +103,7 @@ def test_where_updates_are_not_held_the_figures_are_estimates():
     exact, _ = _figures(round, pairs, fedavg.aggregate)
     estimate, _ = _figures(round, pairs, fedavg.aggregate, exact_bytes=0)
     assert exact["exact"] and not estimate["exact"]
-    allowed = 6 * 0.126 / math.sqrt(8)
+    allowed = 6 * 0.18 / math.sqrt(8)
     for name, norm in exact["norm"].items():
         assert estimate["norm"][name] == pytest.approx(norm, rel=allowed)
         assert estimate["norm"][name] != norm
@@ -111,3 +111,9 @@ def test_where_updates_are_not_held_the_figures_are_estimates():
     assert estimate["error"] == pytest.approx(exact["error"], rel=2 * allowed)
     alone = _figures(round, pairs[:1], fedavg.aggregate, exact_bytes=0)[0]
     assert alone["error"] < 1e-6  # what is zero stays zero
+
+
+def test_many_updates_are_not_compared_row_by_row():
+    before = _state(np.random.default_rng(0))
+    few, many = (Round(number=1, asked=n, before=before) for n in (512, 513))
+    assert Watch(few).exact and not Watch(many).exact  # rank 2
