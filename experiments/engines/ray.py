@@ -41,6 +41,7 @@ WORKER_ENVIRONMENT = {
 }
 HELD = 8  # shared records of earlier pushes that a worker keeps
 TOGETHER = 32  # messages of a call, at most
+FIRST = 8  # the same, as long as nobody knows how long they take
 TOGETHER_BYTES = 128 * 2**20  # and of their adapters: sums and answers take several times as much
 IN_FLIGHT = 2  # calls queued at a worker when they are short, so that it never waits for the driver
 SHORT = 0.5  # seconds
@@ -367,14 +368,16 @@ def _kind(message: Message) -> tuple[int, str]:
 def _calls(jobs: list[_Job], workers: int) -> list[_Call]:
     """Jobs in calls that take workers about equally long, the longest first.
 
-    A node's first message goes alone, since nobody knows what it takes. A call may take half the
-    time that one message is given, so that a hanging one is still noticed in time.
+    Nobody knows what first messages take, so few of them share a call. Others may together take
+    half the time that one message is given, so that a hanging one is still noticed in time.
     """
-    calls = [_Call(jobs=[job]) for job in jobs if not job.seconds]
+    fresh = [job for job in jobs if not job.seconds]
+    few = max(1, min(FIRST, len(fresh) // (2 * workers), _fitting(fresh)))
+    calls = [_Call(jobs=fresh[i : i + few]) for i in range(0, len(fresh), few)]
     known = sorted((job for job in jobs if job.seconds), key=lambda j: -j.seconds)
     if known:
         shortest = min(job.message.metadata.ttl for job in known) / 2
-        most = max(1, min(TOGETHER, TOGETHER_BYTES // max(1, *(j.adapter_bytes for j in known))))
+        most = min(TOGETHER, _fitting(known))
         needed = max(len(known) / most, sum(job.seconds for job in known) / shortest)
         count = min(len(known), workers * math.ceil(max(1, needed / workers)))
         shares = [_Call(jobs=[]) for _ in range(count)]
@@ -386,6 +389,12 @@ def _calls(jobs: list[_Job], workers: int) -> list[_Call]:
                 heapq.heappush(heap, (seconds + job.seconds, number))
         calls += sorted((share for share in shares if share.jobs), key=lambda c: -c.seconds)
     return calls
+
+
+def _fitting(jobs: list[_Job]) -> int:
+    """How many messages a call holds by the size of their adapters, at least one."""
+    largest = max((job.adapter_bytes for job in jobs), default=0)
+    return max(1, TOGETHER_BYTES // max(1, largest))
 
 
 def _places(threads: int, gpus: float) -> int:

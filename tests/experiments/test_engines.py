@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from benchmarks.empty_client import app
 from experiments.engines.grid import identify
 from experiments.engines.inline import InlineGrid
-from experiments.engines.ray import TOGETHER, TOGETHER_BYTES, RayGrid, _calls, _Job
+from experiments.engines.ray import FIRST, TOGETHER, TOGETHER_BYTES, RayGrid, _calls, _Job
 from server.exchange import exchange
 from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
 
@@ -60,10 +60,11 @@ def _jobs(*seconds, ttl=60.0, size=1000):
     ]
 
 
-def test_a_message_whose_time_is_not_known_goes_alone():
-    calls = _calls(_jobs(0.0, 1.0, 0.0, 1.0), workers=1)
-    assert sorted(len(c.jobs) for c in calls) == [1, 1, 2]
-    assert all(c.seconds == 0 for c in calls if len(c.jobs) == 1)
+def test_messages_whose_time_is_not_known_share_calls_with_few_others():
+    calls = _calls(_jobs(*[0.0] * 40, *[1.0] * 4), workers=2)
+    assert [len(c.jobs) for c in calls] == [FIRST] * 5 + [2, 2]
+    assert all((c.seconds == 0) == (len(c.jobs) == FIRST) for c in calls)
+    assert [len(c.jobs) for c in _calls(_jobs(0.0, 0.0), workers=2)] == [1, 1]
 
 
 def test_calls_take_workers_about_equally_long():
