@@ -338,4 +338,5 @@ def _local_plan(config: RunConfig) -> training.LocalPlan:
         physical_batch=config.training.physical_batch,
         optimizer=config.training.optimizer,
         learning_rate=config.training.learning_rate,
+        proximal=config.training.proximal,
     )

@@ -1,7 +1,7 @@
 """An institution's local steps, with and without DP; neither network nor ledger is touched here."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,12 +26,16 @@ class LocalPlan:
         physical_batch: Records in memory at a time.
         optimizer: A key of ``OPTIMIZERS``.
         learning_rate: Its step size.
+        proximal: FedProx's mu (Li et al. 2020, arXiv 1812.06127): mu (w - w_global) is added to
+            each step's gradient. Under DP that comes after clipping and noise and follows from
+            what was released before, so it is post-processing.
     """
 
     steps: int
     physical_batch: int
     optimizer: str
     learning_rate: float
+    proximal: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,7 @@ def train(
     """
     parameters = list(trainable.parameters().values())
     optimizer = OPTIMIZERS[plan.optimizer](parameters, lr=plan.learning_rate)
+    pull = _proximal(parameters, plan.proximal)
     size = min(batch_size, len(shard))
     total = 0.0
     with _training(trainable, private=False):
@@ -81,6 +86,7 @@ def train(
                 losses = _losses(trainable, shard, micro, dropout)
                 (losses.sum() / len(rows)).backward()
                 total += float(losses.detach().sum())
+            pull()
             optimizer.step()
     return total / (size * plan.steps)
 
@@ -128,6 +134,8 @@ def train_privately(
         clipping=mechanism.clipping,
         source=source.child("noise"),
     )
+    pull = _proximal(list(named.values()), plan.proximal)
+    optimizer.attach_step_hook(lambda _: pull())  # Opacus calls it once noise is in the gradient
     shapes = trainable.task.shapes(shard)
     with _training(trainable, private=True):
         for step, units in enumerate(sampler):
@@ -144,6 +152,20 @@ def train_privately(
             optimizer.signal_skip_step(False)
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _proximal(parameters: Sequence[torch.nn.Parameter], mu: float) -> Callable[[], None]:
+    """A function that adds ``mu (w - w_now)`` to each gradient, with the values of this moment."""
+    if not mu:
+        return lambda: None
+    start = [p.detach().clone() for p in parameters]
+
+    def add() -> None:
+        for p, origin in zip(parameters, start, strict=True):
+            if p.grad is not None:
+                p.grad.add_(p.detach() - origin, alpha=mu)
+
+    return add
 
 
 def _unit_gradients(

@@ -170,6 +170,12 @@ class TrainingConfig(_Section):
     physical_batch: int = _key(32, "records in memory at a time; changes no result", at_least=1)
     learning_rate: float = _key(1.0, "step size at the institution", above=0, at_most=1e4)
     optimizer: str = _key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
+    proximal: float = _key(
+        0.0,
+        "FedProx: mu of the pull mu (w - w_global) on every step; 0 switches it off",
+        at_least=0,
+        at_most=1e4,
+    )
     max_length: int = _key(128, "tokens of a text; longer ones are cut and counted", at_least=4)
     gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
 

@@ -117,3 +117,39 @@ def test_a_pass_has_one_shape_and_fillers_belong_to_nobody(minilm):
         assert (shapes[rows, 0] == width).all()
         seen += [(int(u), int(r)) for u, r in zip(unit_of_row, rows, strict=True) if u < 3]
     assert sorted(seen) == [(u, int(r)) for u, rows in enumerate(group) for r in rows]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_fedprox_pulls_towards_the_global_adapter_by_mu_times_the_distance(tiny_config, private):
+    """With sgd the second step differs by exactly learning rate x mu x the first one's move."""
+    config = tiny_config(**{"data.partition": "iid", "data.institutions": 2})
+    records = trainable.records(config)
+    work = trainable.load(config, records.labels)
+    shard = records.train(0)
+
+    def after(steps, mu):
+        work.start.load_into(work.model)
+        plan = training.LocalPlan(
+            steps=steps, physical_batch=8, optimizer="sgd", learning_rate=0.1, proximal=mu
+        )
+        source = RandomSource.seeded("test", 3)
+        if private:
+            mechanism = training.PrivacyMechanism(
+                noise_multiplier=1.0,
+                sample_rate=0.1,
+                normaliser=10.0,
+                max_grad_norm=1.0,
+                clipping="flat",
+            )
+            training.train_privately(work, shard, plan, mechanism, source)
+        else:
+            training.train(work, shard, plan, 16, source)
+        return {name: p.detach().clone() for name, p in work.parameters().items()}
+
+    work.start.load_into(work.model)
+    start = {name: p.detach().clone() for name, p in work.parameters().items()}
+    first, free, pulled = after(1, 5.0), after(2, 0.0), after(2, 5.0)
+    assert any(not torch.equal(first[name], start[name]) for name in start)
+    for name, value in start.items():
+        expected = free[name] - 0.1 * 5.0 * (first[name] - value)
+        torch.testing.assert_close(pulled[name], expected, rtol=1e-4, atol=1e-6)
