@@ -132,7 +132,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
     )
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # it warns of optional kernels at import
@@ -144,3 +143,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else bitsandbytes imports a compiler
+    # Torch's threads spin while they wait, and beside other work on the same cores a pass then
+    # takes up to ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -366,9 +366,7 @@ def load_base(
         )
     if device != "cpu":
         options["device_map"] = {"": device}
-        logging.getLogger("bitsandbytes").setLevel(
-            logging.ERROR
-        )  # else a line per layer and forward
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line per layer and forward
     tokenizer = load_tokenizer(name)
     with _quiet():
         try:

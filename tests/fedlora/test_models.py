@@ -1,6 +1,7 @@
 """Where base models are found, what is refused, and how they are loaded."""
 
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -247,6 +248,12 @@ def test_int8_outputs_of_an_example_do_not_depend_on_its_batch(causal):
     torch.testing.assert_close(
         model(rows).logits[0], model(rows[:1]).logits[0], rtol=1e-5, atol=1e-6
     )
+
+
+def test_an_int8_base_does_not_log_a_line_for_each_layer_and_pass(causal, caplog):
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # as in a worker process
+    load(causal, quantization="int8").model(IDS)
+    assert not caplog.records
 
 
 def test_the_digest_follows_the_weights_and_is_remembered(causal, encoder, tmp_path, monkeypatch):
