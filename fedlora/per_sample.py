@@ -238,6 +238,7 @@ class _AdaptedLayer:
         out = scale * self._update(x if dropped is None else dropped, linear)
         return (out if kept is None else out + kept).to(result.dtype)
 
+    @torch.inference_mode(False)  # what an evaluation keeps here, training must be able to use
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
         """Row norms of W + sBA, float32 ``(d_out,)``; constants to autograd (DoRA, section 4.3).

@@ -288,6 +288,16 @@ def test_an_evaluation_between_steps_does_not_change_gradients(directories, quan
     assert worst_error(all_at_once(model.train(), per_sample, batch()), before) <= 1e-6
 
 
+def test_norms_kept_by_an_evaluation_serve_the_training_after_it(directories):
+    model = build(directories / "bert", method="dora")
+    PerSampleAdapters(model)
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3).long()}
+    with torch.inference_mode():
+        model(**batch)
+    model(**batch).logits.sum().backward()
+    assert all(p.grad is not None for p in adapters.parameters(model).values())
+
+
 def test_dora_norms_follow_every_kind_of_change_to_the_factors(directories):
     model, _ = with_adapters(directories / "bert", method="dora")
     trained = adapters.parameters(model)
