@@ -27,8 +27,8 @@ class InstitutionApp(ClientApp):
     def together(self, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
         """The replies to train messages, each the very one that it would get by itself.
 
-        Institutions that follow one order of one DP step train in shared passes: each has its own
-        records, ledger, sampling, clipped sum and noise, and what is shared is the base model's
+        Institutions that follow equal orders of one DP step train in shared passes: each has its
+        own records, ledger, sampling, clipped sum and noise, and what is shared is the base model's
         arithmetic. The others train one by one.
         """
         replies: list[RecordDict | None] = []
@@ -37,9 +37,9 @@ class InstitutionApp(ClientApp):
         def begin(
             config: configuration.RunConfig, content: RecordDict, index: int
         ) -> RecordDict | None:
-            if not config.privacy.enabled or config.training.local_steps > 1:
-                return _train(config, content, index)
             order = wire.unpack_order(content)
+            if not config.privacy.enabled or config.training.local_steps > 1 or order.kept:
+                return _train(config, content, index)
             who = institution.locate(config, index)
             if any(other.institution == who for other in charged.values()):
                 return None  # the same order twice: the second gets the answer to the first
@@ -87,6 +87,12 @@ def train(message: Message, context: Context) -> Message:
     return Message(_guarded(message, context, _train), reply_to=message)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Metrics of the institution's own adapter, in a simulation."""
+    return Message(_guarded(message, context, _evaluate), reply_to=message)
+
+
 def _hello(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
     query = wire.unpack_query(content)
     who = institution.locate(config, index)
@@ -96,7 +102,14 @@ def _hello(config: configuration.RunConfig, content: RecordDict, index: int) -> 
         plan = institution.budget(config, shard.num_units, query.participations)
         with institution.open_ledger(who, config, shard, create=query.first) as ledger:
             fits = query.run in ledger.runs() or institution.fits(ledger, plan)
-    return wire.pack_hello(wire.Hello(institution=who.name, version=fedlora.__version__, fits=fits))
+    return wire.pack_hello(
+        wire.Hello(
+            institution=who.name,
+            version=fedlora.__version__,
+            fits=fits,
+            rank=institution.ranks(config)[index],
+        )
+    )
 
 
 def _train(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
@@ -106,20 +119,31 @@ def _train(config: configuration.RunConfig, content: RecordDict, index: int) -> 
         return wire.pack_update(institution.answer(who, order, config))
 
 
+def _evaluate(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
+    order = wire.unpack_evaluate(content)
+    who = institution.locate(config, index)
+    with _threads(config.engine.threads):
+        return wire.pack_evaluation(institution.evaluate(who, order, config))
+
+
 def _trained(charged: Mapping[int, institution.ChargedRound]) -> dict[int, AdapterState]:
-    """The trained adapters of those rounds that follow the same order as the first one."""
-    if not charged:
-        return {}
-    first = next(iter(charged.values()))
-    cohort = {n: started for n, started in charged.items() if started.digest == first.digest}
-    work = trainable.load(first.config, trainable.records(first.config).labels)
-    try:
-        with _threads(first.config.engine.threads):
-            trained = institution.train_charged(list(cohort.values()), work)
-    except Exception:  # whose it is shows when each trains by itself
-        log.exception("training %d institutions together failed", len(cohort))
-        return {}
-    return dict(zip(cohort, trained, strict=True))
+    """The trained adapters of the rounds that could be trained, those of equal orders at once."""
+    cohorts: dict[str, list[int]] = {}
+    for number, started in charged.items():
+        cohorts.setdefault(started.digest, []).append(number)
+    found: dict[int, AdapterState] = {}
+    for numbers in cohorts.values():
+        cohort = [charged[number] for number in numbers]
+        config = cohort[0].config
+        try:
+            work = trainable.load(config, trainable.records(config).labels)
+            with _threads(config.engine.threads):
+                trained = institution.train_charged(cohort, work)
+        except Exception:  # whose it is shows when each trains by itself
+            log.exception("training %d institutions together failed", len(cohort))
+            continue
+        found |= zip(numbers, trained, strict=True)
+    return found
 
 
 @contextlib.contextmanager

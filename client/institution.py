@@ -6,15 +6,18 @@ send. Whatever is killed in between, the ledger never says less than what was re
 """
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from client import training
 from client.ledger import Ledger
+from client.personal import Personal
 from fedlora import accounting, trainable, wire
 from fedlora.accounting import Event, PrivacyPlan
-from fedlora.config import PrivacyConfig, RunConfig
+from fedlora.adapters import AdapterState
+from fedlora.config import RESIDUALS, PrivacyConfig, RunConfig
 from fedlora.errors import Refusal
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -28,11 +31,13 @@ class Institution:
         name: Its name in the federation.
         index: Its number in the partition.
         ledger: Path of its privacy ledger.
+        own: Directory of what it keeps of its adapter.
     """
 
     name: str
     index: int
     ledger: Path
+    own: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,20 @@ def locate(config: RunConfig, index: int) -> Institution:
     """The institution with this number in a simulation."""
     name = trainable.records(config).names[index]
     directory = Path(config.privacy.ledger or Path(config.run_dir) / "ledgers")
-    return Institution(name=name, index=index, ledger=directory / f"{name}.db")
+    return Institution(
+        name=name,
+        index=index,
+        ledger=directory / f"{name}.db",
+        own=Path(config.run_dir) / "institutions" / name,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def ranks(config: RunConfig) -> list[int]:
+    """The rank of each institution's factors in a simulation."""
+    federation = trainable.records(config)
+    units = (federation.train(i).num_units for i in range(len(federation.names)))
+    return config.adapter.ranks_of([accounting.public_size(count) for count in units])
 
 
 def budget(config: RunConfig, units: int, participations: int) -> Budget:
@@ -218,7 +236,10 @@ def accept(
         raise Refusal(
             "base-mismatch", "the server trains another base model than model.name gives here"
         )
-    problem = order.adapter.validate_against(work.start)
+    fitting = work.start.cut(ranks(config)[institution.index])
+    problem = order.adapter.validate_against(
+        fitting, residual=config.federation.strategy in RESIDUALS
+    )
     if problem:
         raise Refusal(
             "adapter-mismatch", f"the order's adapter does not fit this configuration: {problem}"
@@ -228,8 +249,43 @@ def accept(
             "metrics-not-allowed",
             f"the server asks for {', '.join(order.report)}; under DP none leaves",
         )
-    work.train_only(order.parts)
+    work.train_only((*order.parts, *order.kept))
     return work
+
+
+def starting_point(institution: Institution, order: wire.TrainOrder) -> AdapterState:
+    """The order's adapter with what the institution keeps in its place.
+
+    Raises:
+        Refusal: ``kept-part-unreadable``.
+    """
+    if not order.kept:
+        return order.adapter
+    kept = Personal(institution.own).latest(order.run, before=order.round)
+    return order.adapter.updated(kept.only(order.kept))
+
+
+def _keep(institution: Institution, order: wire.TrainOrder, trained: AdapterState) -> None:
+    if order.kept:
+        Personal(institution.own).keep(order.run, order.round, trained.only(order.kept))
+
+
+def evaluate(
+    institution: Institution, order: wire.EvaluateOrder, config: RunConfig
+) -> wire.Evaluation:
+    """Judge the institution's own adapter on its held-out rows, and save it for PEFT.
+
+    This is the experimenter's measurement on rows that are set aside, in simulations only.
+    """
+    records = trainable.records(config)
+    work = trainable.load(config, records.labels)
+    kept = Personal(institution.own).latest(order.run, before=order.round + 1)
+    own = order.adapter.updated(kept.only(order.kept))
+    own.load_into(work.model)
+    own.save(institution.own / "adapter", work.model)
+    shard = records.held_out(institution.index)
+    measured = work.task.evaluate(work.model, shard, work.labels) if len(shard) else {}
+    return wire.Evaluation(institution=institution.name, metrics=json.dumps(measured))
 
 
 def _plain(
@@ -240,7 +296,7 @@ def _plain(
 ) -> wire.ClientUpdate:
     """A round without DP."""
     shard = trainable.records(config).train(institution.index)
-    order.adapter.load_into(work.model)
+    starting_point(institution, order).load_into(work.model)
     rate = config.training.sample_rate
     loss = training.train(
         work,
@@ -249,6 +305,8 @@ def _plain(
         max(1, round(rate * len(shard))) if rate else config.training.batch_size,
         RandomSource.seeded("train", config.seed, order.round, institution.name),
     )
+    trained = AdapterState.read(work.model)
+    _keep(institution, order, trained)
     known = {"loss": loss, "records": float(len(shard))}
     size = {
         "uniform": 0.0,
@@ -258,7 +316,7 @@ def _plain(
     return wire.ClientUpdate(
         institution=institution.name,
         round=order.round,
-        adapter=trainable.AdapterState.read(work.model).only(order.parts),
+        adapter=trained.only(order.parts),
         size=size,
         metrics={name: known[name] for name in order.report if name in known},
     )
@@ -333,16 +391,19 @@ def charge(
     )
 
 
-def train_charged(
-    rounds: Sequence[ChargedRound], work: trainable.Trainable
-) -> list[trainable.AdapterState]:
+def train_charged(rounds: Sequence[ChargedRound], work: trainable.Trainable) -> list[AdapterState]:
     """The trained adapter of each round; several must follow equal orders of one step.
+
+    Several must keep nothing, so that all start alike.
 
     Raises:
         Refusal: When a guard trips; nothing may be released then.
     """
-    work.train_only(rounds[0].order.parts)
-    rounds[0].order.adapter.load_into(work.model)
+    order = rounds[0].order
+    if len(rounds) > 1 and order.kept:
+        raise ValueError("institutions that keep a part of their adapter train one by one")
+    work.train_only((*order.parts, *order.kept))
+    starting_point(rounds[0].institution, order).load_into(work.model)
     privacy = rounds[0].config.privacy
     participants = [
         training.Participant(
@@ -361,9 +422,10 @@ def train_charged(
     return training.train_privately(work, participants, _local_plan(rounds[0].config))
 
 
-def release(done: ChargedRound, trained: trainable.AdapterState) -> wire.ClientUpdate:
+def release(done: ChargedRound, trained: AdapterState) -> wire.ClientUpdate:
     """Store a round's answer in the ledger; what is returned may leave."""
     order, config, plan = done.order, done.config, done.budget
+    _keep(done.institution, order, trained)  # before: an answered round is not trained again
     update = wire.ClientUpdate(
         institution=done.institution.name,
         round=order.round,

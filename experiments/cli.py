@@ -33,6 +33,9 @@ app.add_typer(ledger_app, name="ledger")
 P = ParamSpec("P")
 T = TypeVar("T")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Whose = Annotated[
+    str, typer.Option("--institution", help="Whose adapter, where each institution has its own.")
+]
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -200,12 +203,13 @@ def _interrupted(config: configuration.RunConfig, what: str) -> None:
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
     data: Annotated[str, typer.Option(help="A source, as in data.source.")],
+    institution: Whose = "",
     as_json: Json = False,
 ) -> None:
     """Measure a run's adapter on other data."""
     from experiments import live, released
 
-    result = released.evaluate(run_dir, data)
+    result = released.evaluate(run_dir, data, institution)
     if as_json:
         print(json.dumps(result))
         return
@@ -231,12 +235,13 @@ def evaluate(
 def predict(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
     text: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    institution: Whose = "",
     as_json: Json = False,
 ) -> None:
     """Say what a run's adapter makes of a text."""
     from experiments import live, released
 
-    result = released.predict(run_dir, text)
+    result = released.predict(run_dir, text, institution)
     if as_json:
         print(json.dumps(result))
         return
@@ -253,11 +258,12 @@ def predict(
 def merge(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
     out_dir: Annotated[Path, typer.Argument(help="Where the merged model goes; must not exist.")],
+    institution: Whose = "",
 ) -> None:
     """Fold a run's adapter into its base: one safetensors model directory."""
     from experiments import released
 
-    released.merge(run_dir, out_dir)
+    released.merge(run_dir, out_dir, institution)
     Console(soft_wrap=True, highlight=False).print(f"merged model in {out_dir}")
 
 

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.config import RunConfig
+from fedlora.config import PERSONAL, RunConfig
 from server.run_directory import read_records
 
 if TYPE_CHECKING:
@@ -156,6 +156,9 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
         "protects", Text(privacy["protects"], style="bold red" if protects_nobody else "green")
     )
     console.print(table)
-    console.print(f"adapter        {run_dir / 'adapter'}", highlight=False, soft_wrap=True)
+    adapter = run_dir / "adapter"
+    if config.federation.strategy in PERSONAL:
+        adapter = run_dir / "institutions" / "NAME" / "adapter"
+    console.print(f"adapter        {adapter}", highlight=False, soft_wrap=True)
     console.print(f"privacy        {run_dir / 'privacy.json'}", highlight=False, soft_wrap=True)
     console.print(f"every round    {run_dir / 'rounds.jsonl'}", highlight=False, soft_wrap=True)

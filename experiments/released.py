@@ -7,15 +7,22 @@ from typing import Any
 
 from fedlora import adapters, data, trainable
 from fedlora import config as configuration
+from fedlora.adapters import AdapterState
+from fedlora.config import PERSONAL, RESIDUALS
 from fedlora.errors import InputError
 from fedlora.trainable import Trainable
 
 
-def _open(run_dir: Path) -> tuple[configuration.RunConfig, Trainable]:
+def _open(run_dir: Path, institution: str) -> tuple[configuration.RunConfig, Trainable]:
     """A run's base with its released adapter in place.
 
+    Args:
+        run_dir: Of a complete run.
+        institution: Whose adapter, where each has its own; else empty.
+
     Raises:
-        InputError: If the run is not complete, or its base is another one now.
+        InputError: If the run is not complete, its base is another one now, or it has no such
+            adapter.
     """
     if not (run_dir / "result.json").exists():
         raise InputError(
@@ -36,16 +43,31 @@ def _open(run_dir: Path) -> tuple[configuration.RunConfig, Trainable]:
             f"model.name {config.model.name} is not the base that {run_dir} was trained on "
             "(weights differ); restore that base or run again"
         )
-    adapters.AdapterState.open(run_dir / "adapter").load_into(work.model)
+    strategy = config.federation.strategy
+    names = sorted(p.name for p in (run_dir / "institutions").glob("*")) or [""]
+    if institution not in names:
+        raise InputError(
+            f"--institution is {institution!r}, but {run_dir} has "
+            + (
+                f"an adapter for each institution; give one of {', '.join(names)}"
+                if strategy in PERSONAL
+                else "one adapter for all; leave it out"
+            )
+        )
+    folder = run_dir / "institutions" / institution if institution else run_dir
+    adapter = AdapterState.open(folder / "adapter")
+    if strategy in RESIDUALS:
+        adapter = adapter.as_residual(work.start)
+    adapter.load_into(work.model)
     return config, work
 
 
-def evaluate(run_dir: Path, source: str) -> dict[str, Any]:
+def evaluate(run_dir: Path, source: str, institution: str = "") -> dict[str, Any]:
     """Metrics of a run's adapter on all rows of ``source``, by the run's text and label columns.
 
     With them ``truncated``, how many texts were longer than ``max_length`` tokens and were cut.
     """
-    config, work = _open(run_dir)
+    config, work = _open(run_dir, institution)
     shard, truncated = data.load_shard(
         source,
         text=config.data.text,
@@ -57,9 +79,9 @@ def evaluate(run_dir: Path, source: str) -> dict[str, Any]:
     return measured | {"truncated": truncated, "max_length": config.training.max_length}
 
 
-def predict(run_dir: Path, texts: list[str]) -> dict[str, Any]:
+def predict(run_dir: Path, texts: list[str], institution: str = "") -> dict[str, Any]:
     """``answers``, one to each text in turn, and as in `evaluate` what was cut."""
-    config, work = _open(run_dir)
+    config, work = _open(run_dir, institution)
     answers, truncated = work.task.answer(work.model, texts, work.labels)
     return {
         "answers": [{"text": t, "answer": a} for t, a in zip(texts, answers, strict=True)],
@@ -68,7 +90,7 @@ def predict(run_dir: Path, texts: list[str]) -> dict[str, Any]:
     }
 
 
-def merge(run_dir: Path, out_dir: Path) -> None:
+def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     """Write the base with the adapter folded in, as safetensors with its tokenizer.
 
     Raises:
@@ -79,7 +101,7 @@ def merge(run_dir: Path, out_dir: Path) -> None:
     parent = out_dir.absolute().parent
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"{parent} is no directory that can be written to; give another place")
-    _, work = _open(run_dir)
+    _, work = _open(run_dir, institution)
     trainable.forget()  # merging takes the model apart
     merged = adapters.merge(work.model)
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")

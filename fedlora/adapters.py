@@ -10,7 +10,7 @@ Everything here speaks PEFT's own names and files, so that what a run saves open
 import copy
 import difflib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -35,6 +35,7 @@ Part = Literal["A", "B", "magnitude", "head"]
 PARTS: tuple[Part, ...] = ("A", "B", "magnitude", "head")
 METHODS: tuple[Method, ...] = ("lora", "rslora", "dora", "dora-rslora")
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
+RESIDUAL_A, RESIDUAL_B = ".residual_A.weight", ".residual_B.weight"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
@@ -140,13 +141,18 @@ def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
     with torch.no_grad():
         for name, layer in lora_layers(model):
             a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)
-            stream = RandomSource.seeded("adapter-init", seed, name)
-            values = torch.from_numpy(stream.uniform(a.numel())).view(a.shape)
-            a.copy_((2 * values - 1) / a.shape[1] ** 0.5)
+            a.copy_(fresh_a(a.shape, RandomSource.seeded("adapter-init", seed, name)))
             if ADAPTER in layer.lora_magnitude_vector:
                 magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
                 magnitude.copy_(dense_weight(layer.get_base_layer()).norm(dim=1))
     return model
+
+
+def fresh_a(shape: Sequence[int], source: RandomSource) -> torch.Tensor:
+    """A as PEFT starts it: uniform in +-1/sqrt(d_in), float32 ``(rank, d_in)``."""
+    rank, d_in = shape
+    values = torch.from_numpy(source.uniform(rank * d_in)).view(rank, d_in)
+    return ((2 * values - 1) / d_in**0.5).float()
 
 
 def _targets(model: nn.Module, asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -227,6 +233,14 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
+def frozen_weight(layer: LoraLayer) -> torch.Tensor:
+    """What a layer's factors are added to: base weight and residual, float32 ``(d_out, d_in)``."""
+    weight = dense_weight(layer.get_base_layer())
+    pair = residual(layer)
+    return weight if pair is None else torch.addmm(weight, pair[1], pair[0])
+
+
+@torch.no_grad()
 def merge(model: PeftModel) -> PreTrainedModel:
     """Fold the adapter into the base: a plain model that ``save_pretrained`` can write.
 
@@ -262,11 +276,14 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 
 def _folded_weight(layer: LoraLayer) -> torch.Tensor:
-    """``c (W + s B A)``, float32 ``(d_out, d_in)``; c is 1, with DoRA magnitude / row norm."""
+    """``c (W + s B A)``, float32 ``(d_out, d_in)``; c is 1, with DoRA magnitude / row norm.
+
+    W is the base weight with the residual.
+    """
     a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)
     b = cast(nn.Parameter, layer.lora_B[ADAPTER].weight)
     scaling = cast(float, layer.scaling[ADAPTER])
-    weight = torch.addmm(dense_weight(layer.get_base_layer()), b, a, alpha=scaling)
+    weight = torch.addmm(frozen_weight(layer), b, a, alpha=scaling)
     if ADAPTER in layer.lora_magnitude_vector:
         magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
         weight *= (magnitude / weight.norm(dim=1))[:, None]
@@ -310,8 +327,13 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def kind(name: str) -> Part:
-    """Tell tensors apart: A ``(rank, d_in)``, B ``(d_out, rank)``, magnitude ``(d_out,)``, head."""
+def kind(name: str) -> Part | Literal["residual"]:
+    """Tell tensors apart: A ``(rank, d_in)``, B ``(d_out, rank)``, magnitude ``(d_out,)``, head.
+
+    ``residual``: a factor of what a strategy added to the frozen base (`residual_names`).
+    """
+    if name.endswith((RESIDUAL_A, RESIDUAL_B)):
+        return "residual"
     if name.endswith(".lora_A.weight"):
         return "A"
     if name.endswith(".lora_B.weight"):
@@ -321,7 +343,18 @@ def kind(name: str) -> Part:
 
 def layer(name: str) -> str:
     """The path of the layer that a saved tensor belongs to, the same for its A, B and magnitude."""
-    return name.partition(".lora_")[0] if kind(name) != "head" else name.rpartition(".")[0]
+    if kind(name) == "head":
+        return name.rpartition(".")[0]
+    return name.partition(".residual_" if kind(name) == "residual" else ".lora_")[0]
+
+
+def residual_names(layer: str) -> tuple[str, str]:
+    """Names of a layer's residual factors A ``(R, d_in)`` and B ``(d_out, R)``.
+
+    A layer that has them computes with W + B A where it otherwise computes with W; they are frozen,
+    of any rank R, and their scale is 1.
+    """
+    return layer + RESIDUAL_A, layer + RESIDUAL_B
 
 
 class AdapterState(Mapping[str, torch.Tensor]):
@@ -348,19 +381,28 @@ class AdapterState(Mapping[str, torch.Tensor]):
     @classmethod
     def read(cls, model: nn.Module) -> Self:
         """A copy of the adapter in the model."""
-        found = parameters(model).items()
-        return cls({name: p.detach().to("cpu", torch.float32, copy=True) for name, p in found})
+        found: dict[str, torch.Tensor] = {n: p.detach() for n, p in parameters(model).items()}
+        for path, layer in lora_layers(model):
+            if (pair := residual(layer)) is not None:
+                found |= dict(zip(residual_names(path), pair, strict=True))
+        return cls({name: t.to("cpu", torch.float32, copy=True) for name, t in found.items()})
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
-        """Copy these values into the model's adapter, in place.
+        """Copy these values into the model's adapter, in place; its rank becomes theirs.
 
         Raises:
-            ValueError: If names or shapes differ from the model's; nothing is copied then.
+            ValueError: If names or shapes, ranks aside, differ from the model's; nothing is copied
+                then.
         """
         targets = parameters(model)
-        if problem := _difference(self, targets):
+        if problem := _difference(self, targets, any_rank=True, residual=True):
             raise ValueError(f"the adapter does not fit the model: {problem}")
+        for path, layer in lora_layers(model):
+            _set_rank(layer, self[f"{path}.lora_A.weight"].shape[0])
+            device = cast(nn.Parameter, layer.lora_A[ADAPTER].weight).device
+            pair = [self[name].to(device) for name in residual_names(path) if name in self]
+            cast(Any, layer).fedlora_residual = tuple(pair) or None
         for name, parameter in targets.items():
             parameter.copy_(self[name])
 
@@ -377,6 +419,28 @@ class AdapterState(Mapping[str, torch.Tensor]):
         """These tensors with those of ``other`` in their place, not copied."""
         return type(self)({**self, **other})
 
+    def cut(self, rank: int) -> Self:
+        """The first ``rank`` rows of each A and columns of each B, not copied."""
+        cut = dict(self)
+        for name, tensor in self.items():
+            if kind(name) in ("A", "B"):
+                cut[name] = tensor.narrow("AB".index(kind(name)), 0, rank)
+        return type(self)(cut)
+
+    @property
+    def rank(self) -> int:
+        """The rank of its factors; of the first layer, where layers differ."""
+        return next(t.shape[0] for name, t in self.items() if kind(name) == "A")
+
+    def as_residual(self, start: "AdapterState") -> Self:
+        """An adapter of scale 1 as residuals under the factors of ``start``, whose B is zero."""
+        tensors = {n: t for n, t in self.items() if kind(n) in ("magnitude", "head")}
+        for name in self:
+            if kind(name) in ("A", "B"):
+                tensors[name] = start[name]
+                tensors[residual_names(layer(name))["AB".index(kind(name))]] = self[name]
+        return type(self)(tensors)
+
     def copy(self) -> Self:
         """Equal values in memory of their own."""
         return type(self)({name: tensor.clone() for name, tensor in self.items()})
@@ -385,12 +449,16 @@ class AdapterState(Mapping[str, torch.Tensor]):
         """Zeros of the same names and shapes."""
         return type(self)({name: torch.zeros_like(tensor) for name, tensor in self.items()})
 
-    def validate_against(self, reference: "AdapterState") -> str | None:
+    def validate_against(self, reference: "AdapterState", *, residual: bool = False) -> str | None:
         """Say what makes this adapter unusable beside ``reference``, or None.
 
         Checked: names, shapes, float32, all values finite.
+
+        Args:
+            reference: Whose names and shapes count; its residuals do not.
+            residual: Whether layers may have residuals, of any rank.
         """
-        if problem := _difference(self, reference):
+        if problem := _difference(self, reference, residual=residual):
             return problem
         for name, tensor in self.items():
             if tensor.dtype != torch.float32:
@@ -399,6 +467,37 @@ class AdapterState(Mapping[str, torch.Tensor]):
                 return f"{name} has values that are not finite"
         return None
 
+    def single(self, scale: Callable[[int], float]) -> tuple[Self, bool]:
+        """This adapter with its residuals taken into its factors, whose scale is then 1.
+
+        DoRA's norm is that of W + residual + s B A, so its magnitudes stay what they are.
+
+        Args:
+            scale: Rank -> s of s B A.
+
+        Returns:
+            The adapter and whether it had residuals. All layers then have the rank of the largest
+            one; the others are padded with zeros.
+        """
+        layers = [layer(name) for name in self if kind(name) == "A"]
+        if not any(n in self for path in layers for n in residual_names(path)):
+            return self, False
+        tensors = {name: t for name, t in self.items() if kind(name) != "residual"}
+        for path in layers:
+            a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+            first, second = residual_names(path)
+            tensors[b] = self[b] * scale(self[a].shape[0])
+            if first in self:
+                tensors[a] = torch.cat([self[a], self[first]])
+                tensors[b] = torch.cat([tensors[b], self[second]], 1)
+        most = max(tensors[f"{path}.lora_A.weight"].shape[0] for path in layers)
+        for name, tensor in tensors.items():
+            if kind(name) in ("A", "B"):
+                missing = most - tensor.shape["AB".index(kind(name))]
+                sides = (0, 0, 0, missing) if kind(name) == "A" else (0, missing)
+                tensors[name] = nn.functional.pad(tensor, sides)
+        return type(self)(tensors), True
+
     def save(self, directory: Path, model: PeftModel) -> None:
         """Write the two files that ``PeftModel.from_pretrained`` opens, each whole or not at all.
 
@@ -406,12 +505,16 @@ class AdapterState(Mapping[str, torch.Tensor]):
             directory: Made if missing.
             model: The model that the adapter belongs to; its PEFT configuration is saved.
         """
-        config = copy.copy(model.peft_config[ADAPTER])
+        config = cast(LoraConfig, copy.copy(model.peft_config[ADAPTER]))
         config.inference_mode = True
+        whole, scaled = self.single(lambda rank: _scaling(config, rank))
+        if scaled:
+            config.use_rslora, config.lora_alpha = False, whole.rank  # a scale of 1
+        config.r = whole.rank
         with tempfile.TemporaryDirectory() as scratch:
             config.save_pretrained(scratch)
             write_atomic(directory / CONFIG_FILE, (Path(scratch) / CONFIG_FILE).read_bytes())
-        tensors = {name: tensor.contiguous() for name, tensor in self.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
         write_atomic(directory / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
 
     @classmethod
@@ -431,13 +534,51 @@ class AdapterState(Mapping[str, torch.Tensor]):
 
 
 def _difference(
-    state: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
+    state: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+    *,
+    any_rank: bool = False,
+    residual: bool = False,
 ) -> str | None:
-    if missing := sorted(set(reference) - set(state)):
+    """What differs in names or shapes, or None; see `AdapterState.validate_against`."""
+    wanted = {name: tuple(t.shape) for name, t in reference.items() if kind(name) != "residual"}
+    for name in list(wanted):
+        if kind(name) == "A":
+            other = name.replace(".lora_A.", ".lora_B.")
+            if any_rank and name in state and other in wanted:
+                rank = state[name].shape[0]
+                wanted |= {name: (rank, wanted[name][1]), other: (wanted[other][0], rank)}
+            extra = residual_names(layer(name))
+            if residual and any(n in state for n in extra) and other in wanted:
+                rank = state[extra[0]].shape[0] if extra[0] in state else 0
+                wanted |= {extra[0]: (rank, wanted[name][1]), extra[1]: (wanted[other][0], rank)}
+    if missing := sorted(set(wanted) - set(state)):
         return f"{missing[0]} is missing ({len(missing)} in all)"
-    if extra := sorted(set(state) - set(reference)):
+    if extra := sorted(set(state) - set(wanted)):
         return f"{extra[0]} is not expected ({len(extra)} in all)"
-    for name, tensor in reference.items():
-        if state[name].shape != tensor.shape:
-            return f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+    for name, shape in wanted.items():
+        if tuple(state[name].shape) != shape or 0 in shape:
+            return f"{name} has shape {tuple(state[name].shape)}, expected {shape}"
     return None
+
+
+def _scaling(config: LoraConfig, rank: int) -> float:
+    return config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def _set_rank(layer: LoraLayer, rank: int) -> None:
+    """Make room for factors of this rank and scale them as PEFT does; values are not kept."""
+    if rank == layer.r[ADAPTER]:
+        return
+    a, b = (cast(Any, factors[ADAPTER]) for factors in (layer.lora_A, layer.lora_B))
+    a.weight.data = a.weight.new_zeros(rank, a.in_features)
+    b.weight.data = b.weight.new_zeros(b.out_features, rank)
+    a.out_features = b.in_features = layer.r[ADAPTER] = rank
+    alpha = layer.lora_alpha[ADAPTER]
+    rslora = cast(Any, layer).use_rslora[ADAPTER]
+    layer.scaling[ADAPTER] = alpha / (rank**0.5 if rslora else rank)
+
+
+def residual(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A layer's residual factors A ``(R, d_in)`` and B ``(d_out, R)``, float32, if it has any."""
+    return getattr(layer, "fedlora_residual", None)

@@ -13,7 +13,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,14 @@ from fedlora.errors import InputError
 
 Scalar = str | int | float | bool
 
-FACTOR_MEANS = ("fedavg", "ffa", "rolora")
+FACTOR_MEANS = ("fedavg", "ffa", "rolora", "fedsa")
 """Strategies that average each factor by itself; what works on coordinates goes with these only."""
+MIXED_RANKS = ("svd", "stack", "pad")
+"""Strategies under which institutions may have ranks of their own."""
+RESIDUALS = ("stack", "exact")
+"""Strategies that put what the factors do not hold into a frozen residual of the base's layers."""
+PERSONAL = ("fedsa",)
+"""Strategies under which an institution keeps a part of its adapter."""
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address")
@@ -117,6 +123,12 @@ class AdapterConfig(_Section):
     prefix = "adapter."
     method: str = _key("lora", "adapter method", choices=("lora", "rslora", "dora", "dora-rslora"))
     rank: int = _key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
+    ranks: str = _key(
+        "",
+        "ranks of the institutions' own, at most adapter.rank, with svd, stack or pad: one each "
+        "in the order of their names, joined by commas; or size: adapter.rank for the largest size "
+        "class, half of it for half the size and so on; empty: adapter.rank for all",
+    )
     alpha: float = _key(
         16.0, "scale: alpha / r, or alpha / sqrt(r) with rslora", above=0, at_most=1e4
     )
@@ -124,6 +136,38 @@ class AdapterConfig(_Section):
     target_modules: tuple[str, ...] = _key(
         (), "names of the layers that get an adapter; empty: the architecture's usual ones"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranks not in ("", "size"):
+            for text in self.ranks.split(","):
+                if not text.strip().isdigit() or not 1 <= int(text) <= self.rank:
+                    raise InputError(
+                        f"adapter.ranks has {text!r}; it must be size, or whole numbers from 1 to "
+                        f"adapter.rank ({self.rank}) joined by commas: mend it, or raise "
+                        "adapter.rank"
+                    )
+
+    def ranks_of(self, classes: Sequence[int]) -> list[int]:
+        """The rank of each institution.
+
+        Args:
+            classes: Their size classes, powers of two, in the order of their names.
+
+        Raises:
+            InputError: If ``ranks`` lists more or fewer.
+        """
+        if not self.ranks:
+            return [self.rank] * len(classes)
+        if self.ranks == "size":
+            return [max(1, self.rank * size // max(classes)) for size in classes]
+        listed = [int(text) for text in self.ranks.split(",")]
+        if len(listed) != len(classes):
+            raise InputError(
+                f"adapter.ranks lists {len(listed)} ranks for {len(classes)} institutions; "
+                "list one for each, or set it to size"
+            )
+        return listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +232,12 @@ class FederationConfig(_Section):
     strategy: str = _key(
         "fedavg",
         "aggregation: fedavg; ffa (A frozen, exact); rolora (A and B in turn, exact); "
-        "svd (mean of the products, cut back to the rank)",
-        choices=("fedavg", "ffa", "rolora", "svd"),
+        "svd (mean of the products, cut back to the rank); stack, exact (exact, the base carries "
+        "what does not fit); fedsa (only A shared); pad (own ranks, padded)",
+        choices=("fedavg", "ffa", "rolora", "svd", "stack", "exact", "fedsa", "pad"),
+    )
+    residual_rank: int = _key(
+        64, "stack, exact: rank above which what the base carries is cut back to it", at_least=1
     )
     institutions_per_round: int = _key(0, "institutions asked each round; 0: all", at_least=0)
     min_updates: int = _key(1, "fewer valid updates and the round changes nothing", at_least=1)
@@ -355,6 +403,7 @@ class RunConfig(_Section):
                 f"themselves; use {', '.join(FACTOR_MEANS)}"
             )
         _check_robust(federation, privacy)
+        _check_strategy(self.adapter, federation)
         if not privacy.enabled and federation.weighting == "noised-size":
             raise InputError(
                 "federation.weighting is 'noised-size', but privacy.epsilon is inf, so there is "
@@ -542,6 +591,30 @@ def parse_overrides(items: Iterable[str]) -> dict[str, str]:
     return pairs
 
 
+def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> None:
+    """Refuse what would make a strategy something else than it says."""
+    strategy = federation.strategy
+    if adapter.ranks and strategy not in MIXED_RANKS:
+        raise InputError(
+            f"adapter.ranks is {adapter.ranks!r}, but federation.strategy {strategy!r} averages "
+            f"factors of one rank; leave it empty or use {', '.join(MIXED_RANKS)}"
+        )
+    stepped = federation.server_optimizer != "none" or federation.server_learning_rate != 1
+    if strategy in RESIDUALS and stepped:
+        raise InputError(
+            f"federation.server-optimizer is {federation.server_optimizer!r} with "
+            f"server-learning-rate {federation.server_learning_rate:g}, but federation.strategy "
+            f"{strategy!r} takes the exact mean, not a step towards it; use none and 1, and set "
+            "the step with training.learning-rate"
+        )
+    if strategy in RESIDUALS + PERSONAL and federation.average_last:
+        raise InputError(
+            f"federation.average-last is {federation.average_last:g}, but under "
+            f"federation.strategy {strategy!r} adapters of different rounds go with different "
+            "bases or institutions and have no mean; use 0"
+        )
+
+
 def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
     """Refuse robust rules where they would not mean what they say."""
     rule, strategy = federation.robust, federation.strategy
@@ -556,7 +629,12 @@ def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
         raise InputError(
             f"federation.robust is {rule!r}, which takes each coordinate of the factors by itself, "
             f"but under federation.strategy {strategy!r} institutions need not share a basis; use "
-            "krum, multi-krum or norm-bound, or fedavg, ffa or rolora"
+            f"krum, multi-krum or norm-bound, or {', '.join(FACTOR_MEANS)}"
+        )
+    if rule not in ("median", "trimmed-mean") and strategy in PERSONAL:
+        raise InputError(
+            f"federation.robust is {rule!r}, which measures products, but under "
+            f"federation.strategy {strategy!r} institutions keep their B; use median, trimmed-mean"
         )
     if rule in ("median", "trimmed-mean", "krum") and federation.weighting != "uniform":
         raise InputError(

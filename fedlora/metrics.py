@@ -1,7 +1,8 @@
 """Classification metrics by hand: no scikit-learn at run time, one definition for every task."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -18,9 +19,14 @@ def macro_f1(truth: Sequence[str], predicted: Sequence[str | None]) -> float:
     The same as scikit-learn's ``f1_score(average="macro")``. ``None`` is no class: it lowers the
     recall of the true class and nobody's precision.
     """
+    return _mean_f1(per_class(truth, predicted))
+
+
+def _mean_f1(classes: Mapping[str, Mapping[str, int]]) -> float:
     f1 = [
-        2 * counts["correct"] / (counts["truth"] + counts["predicted"])
-        for counts in per_class(truth, predicted).values()
+        2 * counts["correct"] / rows
+        for counts in classes.values()
+        if (rows := counts["truth"] + counts["predicted"])
     ]
     return sum(f1) / len(f1) if f1 else float("nan")
 
@@ -58,6 +64,52 @@ def classification(
         "macro_f1": macro_f1(truth, predicted),
         "per_class": per_class(truth, predicted, labels),
     }
+
+
+def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics of several evaluations as if their rows had been evaluated together.
+
+    Args:
+        results: Each from `fedlora.tasks.Task.evaluate`, all of one task; at least one.
+
+    Returns:
+        The same keys, of all rows.
+    """
+
+    def total(key: str) -> int:
+        return sum(r[key] for r in results)
+
+    def mean(key: str, weight: str) -> float:
+        return sum(r[key] * r[weight] for r in results) / total(weight)
+
+    result: dict[str, Any] = {"n": total("n")}
+    if all("tokens" in r for r in results):
+        loss = mean("token_loss", "tokens")
+        result |= {
+            "tokens": total("tokens"),
+            "token_loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "exact_match": mean("exact_match", "generated"),
+            "generated": total("generated"),
+        }
+    if all("per_class" in r for r in results):
+        rows = "generated" if "generated" in result else "n"
+        classes: dict[str, dict[str, int]] = {}
+        for r in results:
+            for name, counts in r["per_class"].items():
+                mine = classes.setdefault(name, dict.fromkeys(counts, 0))
+                for key, count in counts.items():
+                    mine[key] += count
+        result |= {
+            "accuracy": mean("accuracy", rows),
+            "macro_f1": _mean_f1(classes),
+            "per_class": classes,
+        }
+        if all("unparseable" in r for r in results):
+            result["unparseable"] = total("unparseable")
+    if all("loss" in r for r in results):
+        result["loss"] = mean("loss", "n")
+    return result
 
 
 def leading_answer(text: str, answers: Sequence[str]) -> str | None:

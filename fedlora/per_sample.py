@@ -33,7 +33,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from fedlora.adapters import ADAPTER, dense_weight, is_linear
+from fedlora.adapters import ADAPTER, frozen_weight, is_linear, residual
 from fedlora.errors import Refusal
 from fedlora.models import HEAD
 from fedlora.streams import RandomSource
@@ -188,17 +188,16 @@ class _AdaptedLayer:
         self.magnitude: nn.Parameter | None = None
         if ADAPTER in layer.lora_magnitude_vector:
             self.magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
-        self._norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = (
-            None  # of which A and B
-        )
+        # Of which A, B and residual (which is replaced, never changed).
+        self._norm: tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in (self.a, self.b, self.magnitude) if p is not None]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        result = cast(torch.Tensor, self.base(x))
         if self.layer.disable_adapters:
-            return result
+            return cast(torch.Tensor, self.base(x))
+        result = self._frozen(x)
         self.mode.check(self.name, x, self.flat)
         dropped = None
         if self.dropout and self.mode.rows:
@@ -209,6 +208,14 @@ class _AdaptedLayer:
         if self.magnitude is None:
             return self._update(x if dropped is None else dropped, result)
         return self._dora(x, dropped, result, self.magnitude)
+
+    def _frozen(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layer computes without its factors: the base, and the residual if it has one."""
+        out = cast(torch.Tensor, self.base(x))
+        pair = residual(self.layer)
+        if pair is None:
+            return out
+        return cast(torch.Tensor, _LowRankUpdate.apply(x, out, *pair, 1.0, None))
 
     def _update(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         a, b = self.mode.of(self.a), self.mode.of(self.b)
@@ -224,10 +231,7 @@ class _AdaptedLayer:
     ) -> torch.Tensor:
         """``m / |W + sBA| (W + sBA) x + bias``; dropout touches only what is added to the base."""
         bias = cast(torch.Tensor | None, self.base.bias)
-        if dropped is None:
-            linear = result.float()
-        else:
-            linear = cast(torch.Tensor, self.base(dropped.to(x.dtype))).float()
+        linear = (result if dropped is None else self._frozen(dropped.to(x.dtype))).float()
         if bias is not None:
             linear = linear - bias.float()
         kept = bias if dropped is None else result.float() - linear
@@ -243,16 +247,21 @@ class _AdaptedLayer:
     def weight_norm(self) -> torch.Tensor:
         """Row norms of W + sBA, float32 ``(d_out,)``; constants to autograd (DoRA, section 4.3).
 
+        W is the base weight with the residual.
+
         Kept until A or B changes, by value: fused optimizers write without counting up a tensor's
         version.
         """
+        pair = residual(self.layer)
         if self._norm is None or not (
-            torch.equal(self._norm[0], self.a) and torch.equal(self._norm[1], self.b)
+            torch.equal(self._norm[0], self.a)
+            and torch.equal(self._norm[1], self.b)
+            and self._norm[2] is pair
         ):
             scaling = cast(float, self.layer.scaling[ADAPTER])
-            weight = torch.addmm(dense_weight(self.base), self.b, self.a, alpha=scaling)
-            self._norm = (self.a.clone(), self.b.clone(), weight.norm(dim=1))
-        return self._norm[2]
+            weight = torch.addmm(frozen_weight(self.layer), self.b, self.a, alpha=scaling)
+            self._norm = (self.a.clone(), self.b.clone(), pair, weight.norm(dim=1))
+        return self._norm[3]
 
 
 class _Head:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _T = typing.TypeVar("_T")
 
-_ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY = (
+_ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY, _EVALUATION = (
     "adapter",
     "order",
     "update",
@@ -33,6 +33,7 @@ _ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY = (
     "refused",
     "hello",
     "query",
+    "evaluation",
 )
 
 
@@ -44,11 +45,13 @@ class Hello:
         institution: Its name; unique in the federation.
         version: Its fedlora version.
         fits: Whether the whole run fits what its privacy ledger has left.
+        rank: Of the factors that it trains.
     """
 
     institution: str
     version: str
     fits: bool
+    rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,9 @@ class TrainOrder:
             its noise for that many and enforces the number.
         base: SHA-256 of the base model's weights as the server holds them.
         report: Extra figures that are asked for (``loss``, ``records``). Under DP any is refused.
-        parts: What is trained and sent back (`fedlora.adapters.PARTS`); the rest stays as it comes.
+        parts: What is trained and sent back (`fedlora.adapters.PARTS`).
+        kept: What is trained and kept from round to round, in place of what comes; the rest stays
+            as it comes.
         adapter: The global adapter to start from.
     """
 
@@ -87,6 +92,7 @@ class TrainOrder:
     base: str
     report: tuple[str, ...]
     parts: tuple[str, ...]
+    kept: tuple[str, ...]
     adapter: "AdapterState"
 
     def digest(self, config_fingerprint: str) -> str:
@@ -98,6 +104,7 @@ class TrainOrder:
             self.base,
             self.report,
             self.parts,
+            self.kept,
             config_fingerprint,
         ]
         hasher = hashlib.sha256(json.dumps(head).encode())
@@ -105,6 +112,36 @@ class TrainOrder:
             hasher.update(json.dumps([name, list(tensor.shape)]).encode())
             hasher.update(tensor.numpy().tobytes())
         return hasher.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOrder:
+    """What the server of a simulation asks where institutions keep a part of their adapter.
+
+    Args:
+        run: Identity of the run.
+        round: The last round that was trained.
+        kept: What the institution puts in its place.
+        adapter: The global adapter.
+    """
+
+    run: str
+    round: int
+    kept: tuple[str, ...]
+    adapter: "AdapterState"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """An institution's answer to an `EvaluateOrder`.
+
+    Args:
+        institution: Who answers.
+        metrics: Of its own adapter on its own held-out rows (`fedlora.tasks.Task.evaluate`), JSON.
+    """
+
+    institution: str
+    metrics: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,9 +263,32 @@ def pack_order(order: TrainOrder, adapter: ArrayRecord) -> RecordDict:
 def unpack_order(content: RecordDict) -> TrainOrder:
     """The `TrainOrder` in a message. Raises `Refusal` when it is not one."""
     values = _config(content, _ORDER)
-    for name in ("report", "parts"):
+    for name in ("report", "parts", "kept"):
         values[name] = tuple(values.get(name, ()))
     return _build(TrainOrder, values | {"adapter": _adapter(content)})
+
+
+def pack_evaluate(order: EvaluateOrder, adapter: ArrayRecord) -> RecordDict:
+    """An `EvaluateOrder` around the one `ArrayRecord` that all share."""
+    return RecordDict({_ORDER: _plain(order, "adapter"), _ADAPTER: adapter})
+
+
+def unpack_evaluate(content: RecordDict) -> EvaluateOrder:
+    """The `EvaluateOrder` in a message. Raises `Refusal` when it is not one."""
+    values = _config(content, _ORDER)
+    values["kept"] = tuple(values.get("kept", ()))
+    return _build(EvaluateOrder, values | {"adapter": _adapter(content)})
+
+
+def pack_evaluation(evaluation: Evaluation) -> RecordDict:
+    """An `Evaluation` as a reply."""
+    return RecordDict({_EVALUATION: _plain(evaluation)})
+
+
+def unpack_evaluation(content: RecordDict) -> Evaluation:
+    """The `Evaluation` in a reply. Raises `Refusal` when it is none."""
+    _raise_refusal(content)
+    return _build(Evaluation, _config(content, _EVALUATION))
 
 
 def pack_update(update: ClientUpdate) -> RecordDict:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from flwr.serverapp import Grid
 
 import fedlora
 from fedlora import accounting, trainable, wire
-from fedlora.adapters import AdapterState
-from fedlora.config import RunConfig
+from fedlora.adapters import PARTS, AdapterState
+from fedlora.config import RESIDUALS, RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.shards import Federation
 from fedlora.trainable import Trainable
-from server import institution_privacy
+from server import evaluation, institution_privacy
 from server.exchange import exchange
 from server.institution_privacy import InstitutionMechanism
 from server.privacy_statement import largest_epsilon, statement
@@ -42,7 +42,7 @@ class RunFailed(RuntimeError):
 
 
 def preflight(
-    config: RunConfig, names: tuple[str, ...], units: Iterable[int], held_out: int
+    config: RunConfig, names: tuple[str, ...], units: Sequence[int], held_out: int
 ) -> None:
     """Check what can be known once the records are counted, before any model is loaded.
 
@@ -80,6 +80,7 @@ def preflight(
             "there are 0 held-out rows to measure on; raise data.test-fraction "
             f"(now {config.data.test_fraction:g}) or give more data"
         )
+    config.adapter.ranks_of([accounting.public_size(count) for count in units])
     if config.privacy.enabled and config.privacy.delta:
         most = accounting.most_of_class(max(units))  # institutions look at their size class only
         accounting.check_delta(config.privacy.delta, most)
@@ -97,7 +98,7 @@ def run(grid: Grid, config: RunConfig) -> None:
     preflight(
         config,
         records.names,
-        (records.train(i).num_units for i in range(len(records.names))),
+        [records.train(i).num_units for i in range(len(records.names))],
         held_out=len(records.all_held_out),
     )
     cap = base.participations(
@@ -146,8 +147,10 @@ def run(grid: Grid, config: RunConfig) -> None:
                 cap,
             )
             break
-        orders = {nodes[name]: name for name in chosen}
-        state, record, measured = _round(grid, config, orders, state, cap, mechanism, work, records)
+        asked = {nodes[name]: name for name in chosen}
+        state, record, measured = _round(
+            grid, config, asked, roster, state, cap, mechanism, work, records
+        )
         directory.append(record)
         directory.save(state)
         if not record["updates"]:
@@ -155,6 +158,7 @@ def run(grid: Grid, config: RunConfig) -> None:
                 f"round {state.round}: no institution sent a valid update "
                 f"({_reasons(record['aggregation']['rejected'])}); the last checkpoint is kept"
             )
+    measured = measured or _measured(grid, config, roster, state, work, records)
     _finish(directory, config, state, mechanism, work, records, measured)
 
 
@@ -185,6 +189,7 @@ def _round(
     grid: Grid,
     config: RunConfig,
     nodes: Mapping[int, str],
+    roster: "_Roster",
     state: RunState,
     cap: int,
     mechanism: InstitutionMechanism | None,
@@ -197,6 +202,7 @@ def _round(
         grid: To the institutions.
         config: The run.
         nodes: Node -> name of the institutions to ask.
+        roster: Knows their ranks.
         state: After the last round.
         cap: The most rounds that an institution is asked for.
         mechanism: Of institution-level DP, when it is on.
@@ -208,43 +214,54 @@ def _round(
     """
     started, number, federation = time.monotonic(), state.round + 1, config.federation
 
-    # 1. Ask. One array record, shared by all messages.
-    arrays = wire.arrays(state.adapter)
-    parts = STRATEGIES[federation.strategy].parts(number)
-    order = wire.TrainOrder(
-        run=state.run,
-        round=number,
-        participations=cap,
-        base=work.base.digest,
-        report=() if config.privacy.enabled or config.privacy.hides_institutions else ("loss",),
-        parts=parts,
-        adapter=state.adapter,
+    # 1. Ask. One array record for each rank, shared by all messages.
+    strategy = STRATEGIES[federation.strategy]
+    this = Round(
+        number=number,
+        asked=len(nodes),
+        before=state.adapter,
+        parts=strategy.parts(number),
+        kept=strategy.kept,
+        weighting=federation.weighting,
+        alpha=config.adapter.alpha,
+        rslora=config.adapter.method.endswith("rslora"),
+        residual_rank=federation.residual_rank,
+        seed=config.seed,
     )
-    orders = [
-        Message(
-            wire.pack_order(order, arrays),
+    ranks = {name: roster.rank(node) for node, name in nodes.items()}
+    starts = {rank: strategy.start(this, rank) for rank in sorted(set(ranks.values()))}
+    this = dataclasses.replace(this, sent={name: starts[rank] for name, rank in ranks.items()})
+    hidden = config.privacy.enabled or config.privacy.hides_institutions
+    orders = {
+        rank: wire.TrainOrder(
+            run=state.run,
+            round=number,
+            participations=cap,
+            base=work.base.digest,
+            report=() if hidden else ("loss",),
+            parts=this.parts,
+            kept=this.kept,
+            adapter=start,
+        )
+        for rank, start in starts.items()
+    }
+    arrays = {rank: wire.arrays(start) for rank, start in starts.items()}
+    messages = {
+        name: Message(
+            wire.pack_order(orders[ranks[name]], arrays[ranks[name]]),
             node,
             MessageType.TRAIN,
             group_id=str(number),
             ttl=federation.timeout,
         )
-        for node in nodes
-    ]
-    sent = wire.adapter_bytes(orders[0].content) if orders else 0
+        for node, name in nodes.items()
+    }
+    sent = {name: wire.adapter_bytes(message.content) for name, message in messages.items()}
 
     # 2. Aggregate what arrives. Whatever is wrong with one answer concerns that institution only.
-    this = Round(
-        number=number,
-        asked=len(nodes),
-        before=state.adapter,
-        parts=parts,
-        weighting=federation.weighting,
-        alpha=config.adapter.alpha,
-        rslora=config.adapter.method.endswith("rslora"),
-    )
     replies = Replies(
         grid,
-        orders,
+        list(messages.values()),
         nodes,
         this,
         private=config.privacy.enabled,
@@ -268,7 +285,9 @@ def _round(
             aggregated,
             moments,
         )
-        if problem := adapter.validate_against(state.adapter):
+        if problem := adapter.validate_against(
+            state.adapter, residual=federation.strategy in RESIDUALS
+        ):
             raise RunFailed(
                 f"round {number}: the server optimizer left {problem}; lower "
                 "federation.server-learning-rate. The last checkpoint is kept"
@@ -293,7 +312,8 @@ def _round(
     measured: dict[str, Any] = {}
     every = federation.evaluate_every
     if every and (number % every == 0 or number == federation.rounds):
-        measured = evaluate(work, final_adapter(new), records)
+        measured = _measured(grid, config, roster, new, work, records)
+    figures = {} if mechanism is not None or skipped else watch.figures(aggregated)
     seconds = time.monotonic() - started
     record = {
         "round": number,
@@ -301,8 +321,9 @@ def _round(
         "asked": len(nodes),
         "updates": _counted(replies, mechanism),
         "skipped": skipped,
+        "aggregation_error": figures.pop("error", None),
         "aggregation": {
-            **({} if mechanism is not None or skipped else watch.figures(aggregated)),
+            **figures,
             "rejected": {
                 name: reason
                 for name, reason in sorted({**replies.failed, **rejected}.items())
@@ -320,7 +341,7 @@ def _round(
         ),
         "institutions": {
             name: {
-                "sent": sent,
+                "sent": sent[name],
                 "received": replies.received.get(name, 0),
                 **({"epsilon": spent[name]["epsilon"]} if name in spent else {}),
                 **(
@@ -405,6 +426,15 @@ class _Roster:
                         f"{hello.institution} runs fedlora {hello.version}, "
                         f"the server {fedlora.__version__}",
                     )
+                if not 1 <= hello.rank <= self._config.adapter.rank or (
+                    hello.rank != self._config.adapter.rank and not self._config.adapter.ranks
+                ):
+                    raise Refusal(
+                        "wrong-rank",
+                        f"{hello.institution} has rank {hello.rank}, adapter.rank is "
+                        f"{self._config.adapter.rank}, adapter.ranks "
+                        f"{self._config.adapter.ranks!r}",
+                    )
                 if hello.institution in {h.institution for h in self._known.values()}:
                     raise Refusal("name-taken", f"two nodes call themselves {hello.institution}")
                 self._known[node] = hello
@@ -425,6 +455,10 @@ class _Roster:
                     f"{self._config.federation.min_updates}"
                 )
             time.sleep(1.0)
+
+    def rank(self, node: int) -> int:
+        """Rank of an institution's factors."""
+        return self._known[node].rank
 
     def within_budget(self) -> int:
         """How many institutions have budget for the whole run."""
@@ -462,19 +496,27 @@ def final_adapter(state: RunState) -> AdapterState:
     return AdapterState({k: (v / state.averaged).float() for k, v in state.average.items()})
 
 
-def evaluate(work: Trainable, adapter: AdapterState, records: Federation) -> dict[str, Any]:
+def _measured(
+    grid: Grid,
+    config: RunConfig,
+    roster: _Roster,
+    state: RunState,
+    work: Trainable,
+    records: Federation,
+) -> dict[str, Any]:
     """Metrics on the pooled held-out rows, and each institution's accuracy on its own.
 
     This is the experimenter's measurement on rows that are set aside. It is not part of the
     protocol and says nothing of training records.
     """
-    shard, owner = records.pooled_held_out()
-    adapter.load_into(work.model)
-    result = work.task.evaluate(work.model, shard, work.labels, owner=owner)
-    result["institutions"] = {
-        records.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()
-    }
-    return result
+    kept = STRATEGIES[config.federation.strategy].kept
+    if not kept:
+        return evaluation.of_one(work, final_adapter(state), records)
+    order = wire.EvaluateOrder(run=state.run, round=state.round, kept=kept, adapter=state.adapter)
+    nodes = {node: name for name, node in roster.online().items()}
+    return evaluation.of_each(
+        grid, order, nodes, timeout=config.federation.timeout, patience=_patience(config)
+    )
 
 
 def _finish(
@@ -487,7 +529,6 @@ def _finish(
     measured: dict[str, Any],
 ) -> None:
     adapter = final_adapter(state)
-    measured = measured or evaluate(work, adapter, records)
     adapter.save(directory.path / "adapter", work.model)
     privacy = statement(config, records.names, state, mechanism)
     result = {
@@ -499,7 +540,7 @@ def _finish(
         "run_dir": str(directory.path),
         "base": {"name": config.model.name, "digest": work.base.digest},
         "labels": list(work.labels),
-        "trained_parameters": sum(t.numel() for t in adapter.values()),
+        "trained_parameters": sum(t.numel() for t in adapter.only(PARTS).values()),
         "counts": dict(records.counts),
     }
     directory.write_result(result, privacy)

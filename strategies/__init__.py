@@ -1,6 +1,6 @@
 """Aggregation: one paper, one file, one pure ``aggregate`` each; `base` holds what they share."""
 
-from strategies import fedavg, ffa, rolora, svd
+from strategies import exact, fedavg, fedsa, ffa, pad, rolora, stack, svd
 from strategies.base import Strategy
 
 STRATEGIES: dict[str, Strategy] = {
@@ -8,4 +8,8 @@ STRATEGIES: dict[str, Strategy] = {
     "ffa": ffa.STRATEGY,
     "rolora": rolora.STRATEGY,
     "svd": svd.STRATEGY,
+    "stack": stack.STRATEGY,
+    "exact": exact.STRATEGY,
+    "fedsa": fedsa.STRATEGY,
+    "pad": pad.STRATEGY,
 }

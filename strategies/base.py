@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,20 +23,28 @@ class Round:
     Args:
         number: From 1.
         asked: Institutions that were asked: no more updates than that can come.
-        before: The global adapter that they start from, all parts.
+        before: The global adapter, all parts.
+        sent: Institution -> what it starts from, where that is not the global adapter itself.
         parts: What they train and send.
+        kept: What they train and keep.
         weighting: ``uniform``, or anything else for each update's own size.
         alpha: LoRA's alpha.
         rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
+        residual_rank: The rank above which residuals are cut back.
+        seed: Of what a strategy draws; public.
     """
 
     number: int
     asked: int
     before: AdapterState
+    sent: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
     parts: tuple[Part, ...] = PARTS
+    kept: tuple[Part, ...] = ()
     weighting: str = "uniform"
     alpha: float = 1.0
     rslora: bool = False
+    residual_rank: int = 64
+    seed: int = 0
 
     @property
     def limit(self) -> float:
@@ -54,7 +62,11 @@ class Round:
     @functools.cached_property
     def largest(self) -> float:
         """The largest magnitude in the global adapter, which may weigh as much as an update."""
-        return max((_largest(tensor) for tensor in self.before.values()), default=0.0)
+        return max((_largest(t) for t in self.before.only(PARTS).values()), default=0.0)
+
+    def sent_to(self, institution: str) -> AdapterState:
+        """What an institution starts from."""
+        return self.sent.get(institution, self.before)
 
     def weight(self, update: ClientUpdate) -> float:
         """The update's weight beside others: 1, or its size."""
@@ -66,6 +78,11 @@ class Round:
 
 
 Aggregate = Callable[[Round, Iterable[Weighted]], AdapterState]
+
+
+def the_global_adapter(round: Round, rank: int) -> AdapterState:
+    """Institutions start from the global adapter as it is."""
+    return round.before
 
 
 def all_parts(round: int) -> tuple[Part, ...]:
@@ -82,14 +99,18 @@ class Strategy:
             returns the new adapter, the same to the last bit for every order; of no update an
             empty one, which changes nothing. It reads nothing else, so under DP it is
             post-processing: it spends no privacy.
-        reference: The paper.
         parts: Round (from 1) -> what institutions train and send in it; the rest of the global
             adapter stays.
+        kept: What institutions train and keep to themselves.
+        start: What an institution of a rank starts a round from, as pure as ``aggregate``. Only a
+            strategy that is listed in `fedlora.config.MIXED_RANKS` sees other ranks than the global
+            adapter's.
     """
 
     aggregate: Aggregate
-    reference: str
     parts: Callable[[int], tuple[Part, ...]] = all_parts
+    kept: tuple[Part, ...] = ()
+    start: Callable[[Round, int], AdapterState] = the_global_adapter
 
 
 def participations(rounds: int, institutions: int, per_round: int) -> int:
@@ -138,9 +159,9 @@ def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
     Args:
         update: As it came.
         institution: Whose answer it has to be.
-        round: Its number and the global adapter decide: keys, shapes and dtype must be those of the
-            parts that were asked for, and no value, nor one of the global adapter, may be beyond
-            the limit under this weight.
+        round: Its number and what it sent decide: keys, shapes and dtype must be those of the parts
+            that were asked for, and no value, nor one of the global adapter, may be beyond the
+            limit under this weight and scale.
 
     Raises:
         Refusal: With the reason as its code.
@@ -149,13 +170,16 @@ def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
         raise Refusal("wrong-institution", f"{institution} answered as {update.institution}")
     if update.round != round.number:
         raise Refusal("stale-update", f"round {update.round} was answered in round {round.number}")
-    problem = update.adapter.validate_against(round.before.only(round.parts))
+    sent = round.sent_to(institution)
+    problem = update.adapter.validate_against(sent.only(round.parts))
     if problem:
         raise Refusal("invalid-update", problem)
     weight = round.weight(update)
     if not (math.isfinite(update.size) and update.size >= 0 and weight > 0):
         raise Refusal("invalid-size", f"size is {update.size}, weighting {round.weighting}")
-    largest = weight * max(round.largest, *(_largest(t) for t in update.adapter.values()))
+    stretch = max(1.0, round.scale(sent.rank) / round.scale(round.before.rank))
+    values = (_largest(tensor) for tensor in update.adapter.values())
+    largest = weight * max(round.largest, stretch * max(values))
     if largest > round.limit:
         raise Refusal("too-large", f"a value weighs {largest:g}; at most {round.limit:g} counts")
 

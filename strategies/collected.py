@@ -3,6 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,12 +25,15 @@ class Collected:
     Attributes:
         institutions: Their names, sorted.
         weights: One each, not normalised.
+        shares: The same, so that their sum is 1.
     """
 
     def __init__(self, entries: Sequence[tuple[str, float, ClientUpdate | Path]]) -> None:
         ordered = sorted(entries, key=lambda entry: entry[0])
         self.institutions = [name for name, _, _ in ordered]
         self.weights = [weight for _, weight, _ in ordered]
+        total = math.fsum(self.weights)
+        self.shares = [weight / total for weight in self.weights]
         self._held = [held for _, _, held in ordered]
 
     def __len__(self) -> int:
@@ -41,6 +45,13 @@ class Collected:
             _tensor(held, name) if isinstance(held, Path) else held.adapter[name]
             for held in self._held
         ]
+
+    def mean(self, name: str) -> torch.Tensor:
+        """The weighted mean of this tensor, float32; summed in float64."""
+        return sum(
+            (t.double() * p for p, t in zip(self.shares, self.tensors(name), strict=True)),
+            start=torch.zeros((), dtype=torch.float64),
+        ).float()
 
     def weighted(self, weights: Sequence[float]) -> Iterator[Weighted]:
         """The updates under other weights, one at a time; those of weight 0 are left out."""

@@ -9,18 +9,18 @@ by 18 % (standard deviation), of L layers by 18 % / sqrt(L).
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.adapters import AdapterState, kind
+from fedlora.adapters import RESIDUAL_A, AdapterState, kind, layer, residual_names
 from fedlora.streams import RandomSource
 from strategies import products
 from strategies.base import Round, Weighted
-from strategies.products import Floats
+from strategies.products import Floats, Product
 
 EXACT_BYTES = 512 * 2**20
 EXACT_RANKS = 1024  # of all updates together: the inner products of all their rows are made
@@ -38,19 +38,22 @@ class Watch:
 
     def __init__(self, round: Round, exact_bytes: int = EXACT_BYTES) -> None:
         self._round = round
-        rank = max((len(t) for name, t in round.before.items() if kind(name) == "A"), default=0)
         self.exact = (
             round.asked * round.before.only(round.parts).num_bytes <= exact_bytes
-            and round.asked * rank <= EXACT_RANKS
+            and round.asked * round.before.rank <= EXACT_RANKS
         )
-        self._seen: list[tuple[str, float, AdapterState | _Sketch]] = []
+        self._layers = [layer(name) for name in round.before if kind(name) == "A"]
+        # What institutions keep of a product is not known here: then A is a vector like a head.
+        self._products = "B" not in round.kept
+        self._seen: list[tuple[str, float, _Kept]] = []
 
     def through(self, updates: Iterable[Weighted]) -> Iterator[Weighted]:
         """The same updates."""
         for update, weight in updates:
-            self._seen.append((update.institution, weight, self._kept(update.adapter)))
+            whole = self._round.sent_to(update.institution).updated(update.adapter)
+            self._seen.append((update.institution, weight, self._kept(whole)))
             yield update, weight
-            del update  # before the next one comes
+            del update, whole  # before the next one comes
 
     def figures(self, result: AdapterState) -> dict[str, Any]:
         """What the round's record says of its aggregation.
@@ -60,68 +63,98 @@ class Watch:
 
         Returns:
             ``exact``: whether these are no estimates. ``error``: Frobenius distance of the result's
-            s B A to the weighted mean of all s_k B_k A_k that passed, relative to that mean, over
-            all layers. ``norm``, ``cosine``: institution -> length of its change of s B A,
-            magnitudes and head, and its cosine to the weighted mean change. Exact ones are right to
-            1e-8 of the products' norms; below that they are rounding.
+            s B A, with the change of its residuals, to the weighted mean of all s_k B_k A_k that
+            passed, relative to that mean, over all layers; None where institutions keep their B.
+            ``norm``, ``cosine``: institution -> length of its change of s B A, magnitudes and head,
+            and its cosine to the weighted mean change. Exact ones are right to 1e-8 of the
+            products' norms; below that they are rounding. ``residual_rank``: the largest rank of
+            the result's residuals, if it has any.
         """
+        round = self._round
         seen = sorted(self._seen, key=lambda entry: entry[0])
-        names, before = [name for name, _, _ in seen], self._round.before
+        n, names = len(seen), [name for name, _, _ in seen]
         total = math.fsum(weight for _, weight, _ in seen)
         share = np.array([weight / total for _, weight, _ in seen])
-        kept = [*(state for _, _, state in seen), self._kept(result), self._kept(before)]
-        factors, vectors = self._inner(kept)
-        off = np.array([*-share, 1.0, 0.0])  # result - mean
-        mean = np.array([*share, 0.0, 0.0])
-        change = products.changes(factors + vectors)[:-1, :-1]
+        sent = [round.sent_to(name) for name in names]
+        starts = list({id(state): state for state in sent}.values())
+        position = {id(state): i for i, state in enumerate(starts)}
+        new, old = round.before.updated(result), round.before
+        kept = [kept for _, _, kept in seen] + [self._kept(state) for state in starts]
+        factors, vectors = self._inner(
+            [*kept, self._kept(new), self._kept(new, residual=True), self._kept(old, residual=True)]
+        )
+        both = (factors + vectors)[: len(kept), : len(kept)]
+        change = products.changes(both, [position[id(state)] for state in sent])
         norm = products.norms(change)
         along = change @ share
         length = norm * math.sqrt(max(float(share @ along), 0.0))
-        cosine = np.divide(along, length, out=np.zeros(len(seen)), where=length > 0)
+        cosine = np.divide(along, length, out=np.zeros(n), where=length > 0)
+        mean, off = np.zeros(len(factors)), np.zeros(len(factors))
+        mean[:n], off[:n], off[-3:] = share, -share, (1.0, 1.0, -1.0)
+        error = _ratio(float(off @ factors @ off), float(mean @ factors @ mean))
+        ranks = [len(t) for name, t in new.items() if name.endswith(RESIDUAL_A)]
         return {
             "exact": self.exact,
-            "error": _ratio(float(off @ factors @ off), float(mean @ factors @ mean)),
+            "error": error if self._products else None,
             "norm": dict(zip(names, norm.tolist(), strict=True)),
             "cosine": dict(zip(names, np.clip(cosine, -1, 1).tolist(), strict=True)),
+            **({"residual_rank": max(ranks)} if ranks else {}),
         }
 
-    def _kept(self, state: AdapterState) -> "AdapterState | _Sketch":
-        return state if self.exact else _sketch(self._round, self._round.before.updated(state))
+    def _kept(self, state: AdapterState, *, residual: bool = False) -> "_Kept":
+        """What is looked at of an adapter, or of its residuals alone."""
+        found = self._residuals(state) if residual else self._factors(state)
+        plain = [
+            torch.zeros_like(tensor) if residual else tensor
+            for name, tensor in state.items()
+            if kind(name) in (("magnitude", "head") if self._products else ("A", "head"))
+        ]
+        if self.exact:
+            return _Kept(found, [t.flatten().numpy() for t in plain])
+        sketch = [
+            np.ravel(c * (_directions("B", len(b)).T @ b) @ (a @ _directions("A", a.shape[1])))
+            for c, b, a in found
+        ]
+        seen = [t if t.numel() <= WHOLE else t @ _directions("head", t.shape[-1]) for t in plain]
+        empty = np.zeros(0, np.float32)
+        return _Kept([], [t.flatten().numpy() for t in seen], np.concatenate([empty, *sketch]))
 
-    def _inner(self, kept: "list[AdapterState | _Sketch]") -> tuple[Floats, Floats]:
+    def _factors(self, state: AdapterState) -> list[Product]:
+        if not self._products:
+            return []
+        return [products.product(self._round, state, path) for path in self._layers]
+
+    def _residuals(self, state: AdapterState) -> list[Product]:
+        """A product of zero where a layer has none."""
+        found = self._factors(state)
+        for i, (_, b, a) in enumerate(found):
+            names = residual_names(self._layers[i])
+            if names[0] in state:
+                found[i] = (1.0, state[names[1]], state[names[0]])
+            else:
+                found[i] = (0.0, b[:, :1], a[:1])
+        return found
+
+    def _inner(self, kept: "Sequence[_Kept]") -> tuple[Floats, Floats]:
         """Inner products of the products, and of all else, ``(n, n)`` each."""
-        sketches = [k for k in kept if isinstance(k, _Sketch)]
-        if sketches:
-            parts = [np.stack(v).astype(np.float64) for v in zip(*sketches, strict=True)]
-            return parts[0] @ parts[0].T, parts[1] @ parts[1].T
-        states = [self._round.before.updated(k) for k in kept if isinstance(k, AdapterState)]
-
-        def tensors(name: str) -> list[torch.Tensor]:
-            return [state[name] for state in states]
-
-        return products.factors(self._round, tensors), products.vectors(self._round, tensors)
-
-
-class _Sketch(NamedTuple):
-    """What is kept of an adapter: its products as they are seen, and its magnitudes and head."""
-
-    factors: npt.NDArray[np.float32]
-    vectors: npt.NDArray[np.float32]
+        vectors = np.zeros((len(kept), len(kept)))
+        for rows in zip(*(k.vectors for k in kept), strict=True):
+            stack = np.stack(rows).astype(np.float64)
+            vectors += stack @ stack.T
+        if not self.exact:
+            sketches = np.stack([k.sketch for k in kept]).astype(np.float64)
+            return sketches @ sketches.T, vectors
+        if not self._products:
+            return np.zeros_like(vectors), vectors
+        return products.inner(len(self._layers), lambda i: [k.products[i] for k in kept]), vectors
 
 
-def _sketch(round: Round, state: AdapterState) -> _Sketch:
-    factors, vectors = [torch.zeros(0)], [torch.zeros(0)]
-    for name, tensor in state.items():
-        if kind(name) == "A":
-            b = state[name.replace(".lora_A.", ".lora_B.")]
-            left = _directions("B", len(b)).T @ b  # (32, r)
-            right = tensor @ _directions("A", tensor.shape[1])  # (r, 32)
-            factors.append((round.scale(len(tensor)) * left @ right).flatten())
-        elif kind(name) != "B":
-            whole = tensor.numel() <= WHOLE
-            seen = tensor if whole else tensor @ _directions("head", tensor.shape[-1])
-            vectors.append(seen.flatten())
-    return _Sketch(torch.cat(factors).numpy(), torch.cat(vectors).numpy())
+class _Kept(NamedTuple):
+    """What is kept of an adapter: its products, whole or as they are seen, and all else."""
+
+    products: list[Product]
+    vectors: list[npt.NDArray[np.float32]]
+    sketch: npt.NDArray[np.float32] = np.zeros(0, np.float32)
 
 
 @functools.cache

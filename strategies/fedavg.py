@@ -60,4 +60,4 @@ def _add(total: npt.NDArray[np.int64], values: npt.NDArray[np.float32], scale: f
         sums[start : start + CHUNK] += np.rint(term, out=term).astype(np.int64)
 
 
-STRATEGY = Strategy(aggregate=aggregate, reference="arXiv 2312.17493")
+STRATEGY = Strategy(aggregate=aggregate)

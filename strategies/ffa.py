@@ -18,4 +18,4 @@ def parts(round: int) -> tuple[Part, ...]:
     return ("B", "magnitude", "head")
 
 
-STRATEGY = Strategy(aggregate=aggregate, reference="arXiv 2403.12313", parts=parts)
+STRATEGY = Strategy(aggregate=aggregate, parts=parts)

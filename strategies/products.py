@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.adapters import kind
+from fedlora.adapters import AdapterState, kind, layer
 from strategies.base import Round
 
 Floats = npt.NDArray[np.float64]
 Tensors = Callable[[str], Sequence[torch.Tensor]]
 """The tensor of this name of each of n adapters."""
+Product = tuple[float, torch.Tensor, torch.Tensor]
+"""c, B ``(d_out, R)`` and A ``(R, d_in)`` of a product c B A."""
 
 
 def factors(round: Round, tensors: Tensors) -> Floats:
@@ -35,15 +37,37 @@ def factors(round: Round, tensors: Tensors) -> Floats:
         round: Names of all tensors, and the scale of each rank.
         tensors: Gives A ``(r_k, d_in)`` and B ``(d_out, r_k)``, float32; ranks may differ.
     """
+    layers = [layer(name) for name in round.before if kind(name) == "A"]
+
+    def each(number: int) -> list[Product]:
+        a, b = (tensors(f"{layers[number]}.lora_{factor}.weight") for factor in "AB")
+        return [(round.scale(len(t)), u, t) for t, u in zip(a, b, strict=True)]
+
+    return inner(len(layers), each)
+
+
+def product(round: Round, state: AdapterState, path: str) -> Product:
+    """A layer's s B A."""
+    a = state[f"{path}.lora_A.weight"]
+    return round.scale(len(a)), state[f"{path}.lora_B.weight"], a
+
+
+def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:
+    """Inner products of n products, summed over the layers, float64 ``(n, n)``.
+
+    Args:
+        layers: How many.
+        each: Number of a layer -> the n products there.
+    """
     total: Floats | float = 0.0
-    for name in round.before:
-        if kind(name) == "A":
-            a, b = tensors(name), tensors(name.replace(".lora_A.", ".lora_B."))
-            right = torch.cat(list(a)).double()  # (R, d_in)
-            left = torch.cat([t.T.double() * round.scale(t.shape[1]) for t in b])  # (R, d_out)
-            entries = ((left @ left.T) * (right @ right.T)).numpy()  # (R, R)
-            starts = np.cumsum([0, *(len(t) for t in a[:-1])])
-            total = total + np.add.reduceat(np.add.reduceat(entries, starts, 0), starts, 1)
+    for number in range(layers):
+        found = each(number)
+        ranks = [len(a) for _, _, a in found]
+        right = torch.cat([a for _, _, a in found]).double()  # (R, d_in)
+        left = torch.cat([b.T.double() * c for c, b, _ in found])  # (R, d_out)
+        entries = ((left @ left.T) * (right @ right.T)).numpy()  # (R, R)
+        starts = np.cumsum([0, *ranks[:-1]])
+        total = total + np.add.reduceat(np.add.reduceat(entries, starts, 0), starts, 1)
     return np.asarray(total)
 
 
@@ -51,15 +75,23 @@ def vectors(round: Round, tensors: Tensors) -> Floats:
     """Inner products of n adapters' magnitudes and heads, ``(n, n)``; 0 if they have none."""
     total: Floats | float = 0.0
     for name in round.before:
-        if kind(name) not in ("A", "B"):
+        if kind(name) in ("magnitude", "head"):
             rows = torch.stack([t.flatten() for t in tensors(name)]).double()
             total = total + (rows @ rows.T).numpy()
     return np.asarray(total)
 
 
-def changes(inner: Floats) -> Floats:
-    """Inner products of the first n - 1 adapters' differences to the last, ``(n - 1, n - 1)``."""
-    return inner[:-1, :-1] - inner[:-1, -1:] - inner[-1:, :-1] + inner[-1, -1]
+def changes(inner: Floats, start: Sequence[int]) -> Floats:
+    """Inner products of n adapters' differences to what they started from, ``(n, n)``.
+
+    Args:
+        inner: Of the n adapters and, after them, all starts.
+        start: Which start is each adapter's.
+    """
+    n = len(start)
+    pick = np.eye(len(inner))[:n]
+    pick[np.arange(n), n + np.asarray(start, dtype=int)] = -1.0
+    return pick @ inner @ pick.T
 
 
 def norms(inner: Floats) -> Floats:

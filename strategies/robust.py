@@ -83,14 +83,18 @@ def aggregate(
 
 
 def _changes(round: Round, everyone: Collected) -> Floats:
-    """Inner products of the updates' changes of the global product, ``(n, n)``."""
+    """Inner products of the updates' changes of what they were sent, ``(n, n)``."""
+    sent = [round.sent_to(name) for name in everyone.institutions]
+    starts = list({id(state): state for state in sent}.values())
+    position = {id(state): i for i, state in enumerate(starts)}
 
     def tensors(name: str) -> list[torch.Tensor]:
-        before = round.before[name]
-        sent = kind(name) in round.parts
-        return [*(everyone.tensors(name) if sent else [before] * len(everyone)), before]
+        if kind(name) in round.parts:
+            return [*everyone.tensors(name), *(state[name] for state in starts)]
+        return [state[name] for state in (*sent, *starts)]
 
-    return products.changes(products.factors(round, tensors) + products.vectors(round, tensors))
+    inner = products.factors(round, tensors) + products.vectors(round, tensors)
+    return products.changes(inner, [position[id(state)] for state in sent])
 
 
 def nearest(changes: Floats, bad: int, keep: int) -> set[int]:
@@ -113,7 +117,7 @@ def nearest(changes: Floats, bad: int, keep: int) -> set[int]:
 
 
 def _bounded(round: Round, everyone: Collected, norms: Floats, mean: Aggregate) -> AdapterState:
-    """The mean of updates scaled towards the global adapter, which joins as one more update.
+    """The mean of updates scaled towards the start, which joins as one more update.
 
     c w_k + (1 - c) w has a change c times as long, and the mean of such is that of all w_k under
     weights c, with w under what is missing.

@@ -18,4 +18,4 @@ def parts(round: int) -> tuple[Part, ...]:
     return ("B" if round % 2 else "A", "magnitude", "head")
 
 
-STRATEGY = Strategy(aggregate=aggregate, reference="arXiv 2409.02346", parts=parts)
+STRATEGY = Strategy(aggregate=aggregate, parts=parts)

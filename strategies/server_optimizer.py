@@ -38,14 +38,16 @@ def step(
     Returns:
         The new global adapter and the new state. The inputs are not modified.
     """
+    if kind == "none":
+        if learning_rate == 1:  # residuals have another shape than before
+            return before.updated(aggregated), dict(state)
+        moved = {n: before[n] + learning_rate * (t - before[n]) for n, t in aggregated.items()}
+        return before.updated(moved), dict(state)
     new: dict[str, torch.Tensor] = {}
     moments = dict(state)
     for name, target in aggregated.items():
         old = before[name]
         delta = target - old
-        if kind == "none":
-            new[name] = old + learning_rate * delta
-            continue
         t = int(state.get(f"t/{name}", torch.zeros((), dtype=torch.int64))) + 1
         moments[f"t/{name}"] = torch.tensor(t, dtype=torch.int64)
         m = BETA1 * state.get(f"m/{name}", torch.zeros_like(old)) + (1 - BETA1) * delta

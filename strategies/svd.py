@@ -30,8 +30,7 @@ import torch
 from fedlora.adapters import AdapterState, kind
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import collect
-
-NOTHING = 1e-9  # a singular value is zero below this share of the largest
+from strategies.lowrank import truncated_svd
 
 
 def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
@@ -50,8 +49,7 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
     with collect(updates) as everyone:
         if not len(everyone):
             return AdapterState({})
-        total = math.fsum(everyone.weights)
-        shares = [weight / total for weight in everyone.weights]
+        shares = everyone.shares
         for name, old in round.before.items():
             if kind(name) == "A":
                 other = name.replace(".lora_A.", ".lora_B.")
@@ -64,12 +62,23 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
                     round.scale(old.shape[0]),
                 )
             elif kind(name) != "B":
-                parts = zip(shares, everyone.tensors(name), strict=True)
-                mean = torch.zeros(old.shape, dtype=torch.float64)
-                for share, tensor in parts:
-                    mean.add_(tensor.double(), alpha=share)
-                result[name] = mean.float()
+                result[name] = everyone.mean(name)
     return AdapterState(result)
+
+
+def start(round: Round, rank: int) -> AdapterState:
+    """The best approximation of that rank of the global product, as factors with its own scale."""
+    before = round.before
+    if rank == before.rank:
+        return before
+    cut = dict(before)
+    for name, old in before.items():
+        if kind(name) == "A":
+            other = name.replace(".lora_A.", ".lora_B.")
+            cut[name], cut[other] = truncated(
+                [round.scale(before.rank)], [before[other]], [old], old[:rank], round.scale(rank)
+            )
+    return AdapterState(cut)
 
 
 def truncated(
@@ -91,15 +100,11 @@ def truncated(
     Returns:
         A ``(r, d_in)`` and B ``(d_out, r)``, float32.
     """
-    left = torch.cat([t.double() * c for c, t in zip(shares, b, strict=True)], dim=1)  # (d_out, R)
-    right = torch.cat([t.double() for t in a])  # (R, d_in)
-    basis, r_left = torch.linalg.qr(left)
-    r_right = torch.linalg.qr(right.T, mode="r")[1]
-    u, s, _ = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    used = min(old.shape[0], int((s > NOTHING * s[0]).sum()))
-    u = basis @ u[:, :used]
-    del basis, r_left, r_right
-    sv = (u.T @ left) @ right  # (used, d_in): singular values times right vectors
+    left = torch.cat([t.double() * c for c, t in zip(shares, b, strict=True)], dim=1)
+    right = torch.cat([t.double() for t in a])
+    u, sv = truncated_svd(left, right, old.shape[0])  # (d_out, used), (used, d_in)
+    del left, right
+    used = len(sv)
     s = sv.norm(dim=1)
     old = old.double()
     v = _completed(sv / s[:, None], old)
@@ -119,4 +124,4 @@ def _completed(v: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return torch.cat([v, torch.linalg.svd(rest, full_matrices=False)[2][:missing]])
 
 
-STRATEGY = Strategy(aggregate=aggregate, reference="arXiv 2402.11505")
+STRATEGY = Strategy(aggregate=aggregate, start=start)

@@ -41,6 +41,7 @@ def _order(work, **changes):
         base=work.base.digest,
         report=(),
         parts=adapters.PARTS,
+        kept=(),
         adapter=work.start,
     )
     return dataclasses.replace(order, **changes)

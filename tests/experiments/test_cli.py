@@ -187,7 +187,7 @@ def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
     import strategies
     from strategies.base import Strategy
 
-    failing = Strategy(aggregate=second_fails, reference="")
+    failing = Strategy(aggregate=second_fails)
     monkeypatch.setitem(strategies.STRATEGIES, "fedavg", failing)
     result = invoke("run", config_file(**{"federation.rounds": 3}), "--out", out, *QUIETLY)
     assert result.exit_code == 1

@@ -335,3 +335,46 @@ def test_a_state_that_does_not_match_is_told_apart(change, problem):
     reference = AdapterState({"x": torch.ones(3, 2)})
     found = AdapterState(change(torch.ones(3, 2))).validate_against(reference)
     assert found is None if problem is None else re.search(problem, found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_takes_on_the_rank_of_what_is_loaded(directories, method):
+    model = trained(load(directories / "bert"), method)
+    other = adapters.attach(
+        load(directories / "bert"),
+        LoraSpec(method=method, rank=2, alpha=spec(method).alpha),
+        seed=5,
+    ).eval()
+    with torch.no_grad():
+        for p in adapters.parameters(other).values():
+            p += 0.1
+    theirs, before = AdapterState.read(other), AdapterState.read(model)
+    assert theirs.rank == 2 != before.rank
+    expected = outputs(model)
+    PerSampleAdapters(model)
+    theirs.load_into(model)
+    torch.testing.assert_close(outputs(model), outputs(other), rtol=1e-5, atol=1e-5)
+    before.load_into(model)
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_residuals_are_expected_in_pairs_that_fit_and_only_where_they_may_be(directories):
+    model = trained(load(directories / "bert"))
+    state = AdapterState.read(model)
+    path = next(adapters.lora_layers(model))[0]
+    a, b = adapters.residual_names(path)
+    d_in, d_out = state[f"{path}.lora_A.weight"].shape[1], state[f"{path}.lora_B.weight"].shape[0]
+    good = state.updated({a: torch.ones(4, d_in), b: torch.ones(d_out, 4)})
+    assert good.validate_against(state, residual=True) is None
+    assert state.validate_against(good, residual=True) is None  # the reference's do not count
+    assert "not expected" in good.validate_against(state)
+    assert "missing" in state.updated({a: good[a]}).validate_against(state, residual=True)
+    assert "missing" in state.updated({b: good[b]}).validate_against(state, residual=True)
+    for bad in (torch.ones(d_out, 3), torch.ones(1, 4), torch.ones(d_out)):
+        assert "has shape" in good.updated({b: bad}).validate_against(state, residual=True)
+    nothing = state.updated({a: torch.ones(0, d_in), b: torch.ones(d_out, 0)})
+    assert "has shape" in nothing.validate_against(state, residual=True)
+    infinite = good.updated({a: torch.full((4, d_in), torch.inf)})
+    assert "not finite" in infinite.validate_against(state, residual=True)
+    elsewhere = state.updated({n.replace(path, "other"): good[n] for n in (a, b)})
+    assert "not expected" in elsewhere.validate_against(state, residual=True)

@@ -402,3 +402,32 @@ def test_a_frozen_part_changes_no_gradient_of_the_others(directories, family, me
             assert error <= 1e-5
         else:
             assert getattr(parameter, "grad_sample", None) is None and parameter.grad is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_residual_is_a_part_of_the_frozen_weight(directories, family, method):
+    """Exact: outputs and per-example gradients of PEFT on a base whose weight holds W + B A."""
+    model, per_sample = with_adapters(directories / family, method=method)
+    plain = build(directories / family, method=method)
+    generator = torch.Generator().manual_seed(4)
+    state = dict(adapters.AdapterState.read(model))
+    for path, layer in adapters.lora_layers(plain):
+        weight = layer.get_base_layer().weight
+        dense = adapters.dense_weight(layer.get_base_layer())
+        b = 0.1 * torch.randn(dense.shape[0], 5, generator=generator)
+        a = 0.1 * torch.randn(5, dense.shape[1], generator=generator)
+        state |= dict(zip(adapters.residual_names(path), (a, b), strict=True))
+        weight.data += (b @ a) if weight.shape == dense.shape and family != "gpt2" else (b @ a).T
+    before = losses(model, *batch()).detach()
+    adapters.AdapterState(state).load_into(model)
+    after = losses(model, *batch()).detach()
+    assert (before - after).abs().max() > 1e-3
+    with torch.no_grad():
+        torch.testing.assert_close(after, losses(plain, *batch()), rtol=1e-5, atol=1e-5)
+    found = all_at_once(model, per_sample, batch())
+    assert worst_error(found, one_by_one(plain, batch())) <= 2e-5
+    read = adapters.AdapterState.read(model)
+    assert set(read) == set(state) and all(torch.equal(read[n], state[n]) for n in state)
+    adapters.AdapterState({n: t for n, t in state.items() if "residual" not in n}).load_into(model)
+    torch.testing.assert_close(losses(model, *batch()).detach(), before)

@@ -542,6 +542,21 @@ def test_sft_metrics_weigh_tokens_and_count_unparseable_answers() -> None:
     assert (result["accuracy"], result["exact_match"]) == (0.0, 0.0)
 
 
+def test_pooled_metrics_are_those_of_all_rows_together() -> None:
+    tokenizer = byte_tokenizer()
+    model = llama(len(tokenizer))
+    for task, labels in ((label_task(tokenizer), LABELS), (sft_task(tokenizer), ())):
+        rows = shard(task.encode(TEXTS, ANSWERS, labels))
+        whole = task.evaluate(model, rows, labels)
+        parts = [task.evaluate(model, rows.select(i), labels) for i in ([0], [1, 2], [3, 4, 5])]
+        pooled = metrics.pooled(parts)
+        assert pooled.keys() == whole.keys()
+        for key, value in whole.items():
+            assert pooled[key] == (
+                pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
+            )
+
+
 def test_a_model_that_learned_its_responses_generates_and_ends_them() -> None:
     tokenizer = byte_tokenizer(chat=CHAT)
     task = sft_task(tokenizer)

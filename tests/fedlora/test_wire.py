@@ -17,6 +17,7 @@ ORDER = wire.TrainOrder(
     base="b",
     report=("loss",),
     parts=("A", "B"),
+    kept=(),
     adapter=STATE,
 )
 SPENT = wire.PrivacySpent(

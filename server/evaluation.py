@@ -1,0 +1,81 @@
+"""Measuring a simulation's adapters on held-out rows."""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from fedlora import metrics, wire
+from fedlora.adapters import AdapterState
+from fedlora.errors import Refusal
+from fedlora.shards import Federation
+from fedlora.trainable import Trainable
+from server.exchange import exchange
+from server.replies import content
+
+log = logging.getLogger("fedlora.server")
+
+
+def of_one(work: Trainable, adapter: AdapterState, records: Federation) -> dict[str, Any]:
+    """Metrics of one adapter on all institutions' rows together.
+
+    Returns:
+        What `fedlora.tasks.Task.evaluate` says, and ``institutions``: the accuracy on each one's.
+    """
+    shard, owner = records.pooled_held_out()
+    adapter.load_into(work.model)
+    result = work.task.evaluate(work.model, shard, work.labels, owner=owner)
+    result["institutions"] = {
+        records.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()
+    }
+    return result
+
+
+def of_each(
+    grid: Grid,
+    order: wire.EvaluateOrder,
+    nodes: Mapping[int, str],
+    *,
+    timeout: float,
+    patience: float,
+) -> dict[str, Any]:
+    """The same of each institution's own adapter on its own rows.
+
+    Args:
+        grid: To the institutions.
+        order: What they add their own part to.
+        nodes: Node -> institution.
+        timeout: Seconds that one may take.
+        patience: Seconds without any answer after which nobody is waited for. Who does not answer
+            is left out and logged.
+    """
+    arrays = wire.arrays(order.adapter)
+    messages = [
+        Message(
+            wire.pack_evaluate(order, arrays),
+            node,
+            MessageType.EVALUATE,
+            group_id=str(order.round),
+            ttl=timeout,
+        )
+        for node in nodes
+    ]
+    results: dict[str, dict[str, Any]] = {}
+    for node, reply in exchange(grid, messages, patience):
+        try:
+            answer = wire.unpack_evaluation(content(reply))
+        except Refusal as refusal:
+            log.warning("%s was not evaluated: %s", nodes[node], refusal)
+            continue
+        if measured := json.loads(answer.metrics):
+            results[nodes[node]] = measured
+    if not results:
+        return {}
+    names = sorted(results)
+    return {
+        **metrics.pooled([results[name] for name in names]),
+        "institutions": {n: results[n]["accuracy"] for n in names if "accuracy" in results[n]},
+    }

@@ -1,0 +1,65 @@
+r"""FedEx-LoRA: fedavg, and what it misses goes into a frozen residual of the layer.
+
+The mean of the products is the product of the means and a rest of low rank,
+
+.. math::
+    \sum_k p_k s B_k A_k = s \bar B \bar A + \Big(\sum_k p_k s B_k A_k - s \bar B \bar A\Big)
+
+Institutions go on from the mean factors on a layer that carries the rest. Nothing is written into
+the base, so quantised ones work. When a residual passes ``round.residual_rank`` it is cut back to
+the nearest one of that rank; the round's ``aggregation_error`` is then what was lost.
+
+DoRA's direction is that of W + residual + s B A: its magnitudes and a head are plain tensors, and
+their weighted mean is exact.
+
+Reference: Singhal et al. (2024), FedEx-LoRA: Exact Aggregation for Federated and Efficient
+Fine-Tuning of Foundation Models, arXiv 2410.09432.
+"""
+
+from collections.abc import Iterable
+
+from fedlora.adapters import AdapterState, kind, layer, residual_names
+from strategies import fedavg
+from strategies.base import Round, Strategy, Weighted
+from strategies.collected import collect
+from strategies.lowrank import recompressed
+from strategies.stack import carried
+
+
+def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+    """The mean of every tensor, and residuals with what the means' products miss.
+
+    Args:
+        round: Its global adapter gives the residuals so far, its scale that of s B A.
+        updates: Validated, any order; same keys and shapes.
+
+    Returns:
+        A new adapter with residuals, float32, of rank ``round.residual_rank`` at most; up to that
+        bound its product is exact but for rounding. Memory: beside the updates (`collected`), the
+        sums of fedavg, and a few ``(d, sum r_k)`` matrices of one layer.
+    """
+    with collect(updates) as everyone:
+        if not len(everyone):
+            return AdapterState({})
+        mean = fedavg.aggregate(round, everyone.weighted(everyone.weights))
+        result = dict(mean)
+        for name in mean:
+            if kind(name) == "A":
+                other = name.replace(".lora_A.", ".lora_B.")
+                scale = round.scale(len(mean[name]))
+                each = zip(
+                    everyone.shares, everyone.tensors(other), everyone.tensors(name), strict=True
+                )
+                pair = recompressed(
+                    [
+                        *carried(round, name),
+                        *((p * scale, b, a) for p, b, a in each),
+                        (-scale, mean[other], mean[name]),
+                    ],
+                    round.residual_rank,
+                )
+                result |= dict(zip(residual_names(layer(name)), pair, strict=True))
+    return AdapterState(result)
+
+
+STRATEGY = Strategy(aggregate=aggregate)

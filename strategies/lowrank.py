@@ -1,0 +1,73 @@
+"""Low-rank products without the large matrix: the best approximation of a sum of B A."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from collections.abc import Sequence
+
+import torch
+
+from strategies.products import Product
+
+NOTHING = 1e-9
+"""A singular value is zero below this share of the largest."""
+
+
+def truncated_svd(
+    left: torch.Tensor, right: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""The leading singular triplets of ``left @ right``, which is never made.
+
+    With :math:`R R^\top = W W^\top` (Cholesky) the left singular vectors of L R are those of L W,
+    so the eigenvectors of the small :math:`(LW)^\top L W` give their span. What squaring the
+    singular values costs in precision is mended in that span: there the product itself is
+    decomposed.
+
+    Args:
+        left: ``(d_out, R)`` float64.
+        right: ``(R, d_in)`` float64.
+        rank: How many at most.
+
+    Returns:
+        U ``(d_out, q)``, orthonormal columns, and S V^T ``(q, d_in)``, orthogonal rows by falling
+        length; q is at most ``rank``, fewer where the product has no more.
+    """
+    gram = right @ right.T
+    tiny = 1e-13 * float(gram.diagonal().sum())
+    if not tiny > 0:
+        return left[:, :0], right[:0]
+    gram.diagonal().add_(tiny)
+    w = torch.linalg.cholesky(gram)
+    del gram
+    values = w.T @ (left.T @ left) @ w
+    vectors = torch.linalg.eigh((values + values.T) / 2)[1][:, -rank:]
+    basis = torch.linalg.qr(left @ (w @ vectors))[0]
+    u, s, vt = torch.linalg.svd((basis.T @ left) @ right, full_matrices=False)
+    used = int((s > NOTHING * s[0]).sum()) if float(s[0]) > 0 else 0
+    return basis @ u[:, :used], s[:used, None] * vt[:used]
+
+
+def recompressed(products: Sequence[Product], bound: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pair of factors for a sum of products.
+
+    Args:
+        products: At least one.
+        bound: Largest rank of the result.
+
+    Returns:
+        A ``(R, d_in)`` and B ``(d_out, R)``, float32. Up to the bound the factors are stacked,
+        which is exact; above it they are those of the nearest product of that rank, each taking
+        the root of the singular values.
+    """
+    _, first_b, first_a = products[0]
+    bound = min(bound, first_b.shape[0], first_a.shape[1])
+    kept = [product for product in products if product[0]]
+    left = torch.cat([b.double() * c for c, b, _ in kept], 1)
+    right = torch.cat([a.double() for _, _, a in kept])
+    if len(right) > bound:
+        u, sv = truncated_svd(left, right, bound)
+        if not len(sv):  # a factor of rank 0 cannot travel
+            return right[:1].float(), torch.zeros_like(left[:, :1]).float()
+        root = sv.norm(dim=1).sqrt()
+        left, right = u * root, sv / root[:, None]
+    return right.float(), left.float()

@@ -1,0 +1,72 @@
+r"""HetLoRA: institutions with ranks of their own, by truncation and zero-padding.
+
+An institution of rank k starts from the first k rows of the global A and columns of the global B.
+What it changes there is padded with zeros to the global rank, and then factors are averaged as in
+fedavg. B carries the ratio of the scales, so that s_k B_k A_k is the product it had at home.
+
+The paper pads the factors themselves, so a row that a share q of the institutions holds is
+multiplied by q in every round, whatever they learn. Here the change is padded: who does not hold a
+row has no say in it.
+
+DoRA's magnitudes and a head are plain tensors: their weighted mean.
+
+Reference: Cho et al. (2024), Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation
+Models (HetLoRA), arXiv 2401.06432.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from fedlora.adapters import AdapterState, kind
+from strategies import fedavg
+from strategies.base import Round, Strategy, Weighted
+
+
+def start(round: Round, rank: int) -> AdapterState:
+    """The first ``rank`` rows and columns of the global factors, under the scale of that rank."""
+    if rank == round.before.rank:
+        return round.before
+    return _scaled(round.before.cut(rank), round.scale(round.before.rank) / round.scale(rank))
+
+
+def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+    """Weighted mean of every tensor, with the global adapter's own values where one has no row.
+
+    Args:
+        round: Its global adapter pads.
+        updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
+
+    Returns:
+        A new adapter of the global adapter's shapes, float32. Memory as `fedavg`.
+    """
+    padded = (
+        (dataclasses.replace(update, adapter=_padded(round, update.adapter)), weight)
+        for update, weight in updates
+    )
+    return fedavg.aggregate(round, padded)
+
+
+def _padded(round: Round, state: AdapterState) -> AdapterState:
+    before = round.before
+    if state.rank == before.rank:
+        return state
+    state = _scaled(state, round.scale(state.rank) / round.scale(before.rank))
+    dimension = {"A": 0, "B": 1}
+    return AdapterState(
+        {
+            name: torch.cat([t, before[name].narrow(d, state.rank, before.rank - state.rank)], d)
+            if (d := dimension.get(kind(name))) is not None
+            else t
+            for name, t in state.items()
+        }
+    )
+
+
+def _scaled(state: AdapterState, factor: float) -> AdapterState:
+    """The adapter with its B times a factor."""
+    return AdapterState({n: t * factor if kind(n) == "B" else t for n, t in state.items()})
+
+
+STRATEGY = Strategy(aggregate=aggregate, start=start)

@@ -1,0 +1,81 @@
+r"""FLoRA: factors are stacked, so their sum is exact, and every round starts fresh factors.
+
+With weights :math:`p_k` and scales :math:`s_k` the sum :math:`\sum_k p_k s_k B_k A_k` is the
+product of two stacked matrices. It goes into the layers' residual, a frozen pair of factors that
+the base carries: nothing is written into the base, so quantised ones work. Institutions may have
+ranks of their own. In each round they start from B = 0 and a fresh A, here one that all of a rank
+share, so that it travels as part of the order.
+
+When a residual passes ``round.residual_rank`` it is cut back to the nearest one of that rank; the
+round's ``aggregation_error`` is then what was lost.
+
+DoRA's direction is that of W + residual + s B A: its magnitudes and a head are plain tensors, and
+their weighted mean is exact.
+
+Reference: Wang et al. (2024), FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous
+Low-Rank Adaptations, arXiv 2409.05976.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from fedlora.adapters import AdapterState, fresh_a, kind, layer, residual_names
+from fedlora.streams import RandomSource
+from strategies.base import Round, Strategy, Weighted
+from strategies.collected import collect
+from strategies.lowrank import recompressed
+from strategies.products import Product
+
+
+def start(round: Round, rank: int) -> AdapterState:
+    """Fresh factors of this rank on what the base carries; their product is zero."""
+    tensors = dict(round.before.cut(rank))
+    for name, tensor in tensors.items():
+        if kind(name) == "A":
+            source = RandomSource.seeded("stack", round.seed, round.number, layer(name))
+            tensors[name] = fresh_a(tensor.shape, source)
+        elif kind(name) == "B":
+            tensors[name] = torch.zeros_like(tensor)
+    return AdapterState(tensors)
+
+
+def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+    """The residuals with the stack of all updates, magnitudes and head; the factors stay.
+
+    Args:
+        round: Its global adapter gives the residuals so far; its scale is used for every rank r_k.
+        updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
+
+    Returns:
+        New residuals, float32, of rank ``round.residual_rank`` at most; up to that bound they are
+        exact but for rounding. Memory: beside the updates (`collected`), a few ``(d, sum r_k)``
+        matrices of one layer.
+    """
+    result: dict[str, torch.Tensor] = {}
+    with collect(updates) as everyone:
+        if not len(everyone):
+            return AdapterState({})
+        for name in round.before:
+            if kind(name) == "A":
+                a = everyone.tensors(name)
+                b = everyone.tensors(name.replace(".lora_A.", ".lora_B."))
+                added = [
+                    (p * round.scale(len(t)), u, t)
+                    for p, u, t in zip(everyone.shares, b, a, strict=True)
+                ]
+                names = residual_names(layer(name))
+                pair = recompressed([*carried(round, name), *added], round.residual_rank)
+                result |= dict(zip(names, pair, strict=True))
+            elif kind(name) in ("magnitude", "head"):
+                result[name] = everyone.mean(name)
+    return AdapterState(result)
+
+
+def carried(round: Round, name: str) -> list[Product]:
+    """The residual so far of the layer that a tensor belongs to: none, or one product."""
+    a, b = residual_names(layer(name))
+    return [(1.0, round.before[b], round.before[a])] if a in round.before else []
+
+
+STRATEGY = Strategy(aggregate=aggregate, start=start)

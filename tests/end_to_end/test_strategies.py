@@ -1,0 +1,280 @@
+"""Whole runs under strategies that carry residuals, keep a part or mix ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from experiments import released
+from fedlora import models, trainable
+from fedlora.adapters import AdapterState, kind
+from fedlora.errors import InputError
+from server.run_directory import RunDirectory, read_records
+
+PLAIN = {"federation.server-optimizer": "none", "federation.server-learning-rate": 1.0}
+LEARNING = {
+    **PLAIN,
+    "privacy.epsilon": float("inf"),
+    "training.local-steps": 5,
+    "training.learning-rate": 0.02,
+    "training.optimizer": "adam",
+    "federation.rounds": 12,
+}
+
+
+def _run_dir(config) -> Path:
+    return Path(config.run_dir)
+
+
+def _logits(model, config):
+    records = trainable.records(config)
+    work = trainable.load(config, records.labels)
+    shard, _ = records.pooled_held_out()
+    batch = work.task.collate(shard, range(len(shard)))
+    with torch.no_grad():
+        return model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+
+def _opened(config, adapter):
+    """The base with an adapter, by PEFT alone."""
+    base = models.load_base(
+        config.model.name,
+        dtype="fp32",
+        quantization=config.model.quantization,
+        task="classification",
+        num_labels=3,
+    )
+    return PeftModel.from_pretrained(base.model, adapter)
+
+
+def _accuracy(logits, config):
+    shard, _ = trainable.records(config).pooled_held_out()
+    return float((logits.argmax(1) == torch.tensor(shard.targets)).double().mean())
+
+
+@pytest.mark.parametrize("strategy", ["stack", "exact", "pad", "fedsa", "svd"])
+def test_every_strategy_learns_without_dp(tiny_config, simulate_run, strategy):
+    result = simulate_run(tiny_config(**LEARNING | {"federation.strategy": strategy}))
+    assert result["accuracy"] > 0.9  # majority is about 0.35
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "dora-rslora"])
+@pytest.mark.parametrize("strategy", ["stack", "exact"])
+def test_what_is_carried_by_the_base_is_saved_as_one_plain_adapter(
+    tiny_config, simulate_run, tmp_path, strategy, method, quantization
+):
+    config = tiny_config(
+        **PLAIN,
+        **{
+            "federation.strategy": strategy,
+            "adapter.method": method,
+            "model.quantization": quantization,
+            "adapter.rank": 3,
+            "federation.residual-rank": 20,  # four times three fit, what follows is cut
+            "privacy.epsilon": 100.0,
+        },
+    )
+    result = simulate_run(config)
+    rounds = read_records(_run_dir(config))
+    assert [r["aggregation"]["residual_rank"] for r in rounds][-1] == 20
+    assert rounds[0]["aggregation_error"] == pytest.approx(0, abs=1e-5)
+    assert rounds[-1]["aggregation_error"] > 1e-3  # what the bound cut
+    state = RunDirectory(_run_dir(config)).latest()
+    work = trainable.load(config, trainable.records(config).labels)
+    state.adapter.load_into(work.model)
+    ours = _logits(work.model, config)
+    theirs = _logits(_opened(config, _run_dir(config) / "adapter"), config)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert _accuracy(theirs, config) == pytest.approx(result["accuracy"], abs=0.011)
+    # evaluate and merge open the same thing
+    _, opened = released._open(_run_dir(config), "")
+    torch.testing.assert_close(_logits(opened.model, config), ours, rtol=1e-4, atol=1e-4)
+    if quantization == "none":
+        released.merge(_run_dir(config), tmp_path / "merged")
+        merged = models.load_base(
+            str(tmp_path / "merged"),
+            dtype="fp32",
+            quantization="none",
+            task="classification",
+            num_labels=3,
+        ).model
+        torch.testing.assert_close(_logits(merged, config), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["stack", "pad", "svd"])
+def test_institutions_of_their_own_ranks_train_together_in_both_engines(
+    tiny_config, simulate_run, tmp_path, strategy
+):
+    made = []
+    for engine in ("inline", "ray"):
+        config = tiny_config(
+            **PLAIN,
+            **{
+                "run-dir": str(tmp_path / engine),
+                "federation.strategy": strategy,
+                "adapter.rank": 6,
+                "adapter.ranks": "2,6,2,3",
+                "engine.workers": 2,
+            },
+        )
+        simulate_run(config, engine)
+        made.append(AdapterState.open(_run_dir(config) / "adapter"))
+    assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
+    sent = {n: i["sent"] for n, i in read_records(tmp_path / "ray")[0]["institutions"].items()}
+    assert sent["Alpha"] == sent["Delta"] or sent["Alpha"] == sent["Gamma"]
+    assert max(sent.values()) == sent["Beta"] > min(sent.values())
+
+
+@pytest.mark.parametrize("epsilon", [8.0, float("inf")])
+def test_what_stays_with_an_institution_is_never_sent_and_survives_a_resume(
+    tiny_config, simulate_run, tmp_path, epsilon
+):
+    made = []
+    for name in ("calm", "resumed"):
+        config = tiny_config(
+            **{
+                "run-dir": str(tmp_path / name),
+                "federation.strategy": "fedsa",
+                "adapter.method": "dora",
+                "federation.rounds": 4,
+                "privacy.epsilon": epsilon,
+                "privacy.ledger": str(tmp_path / f"ledgers-{name}"),
+            }
+        )
+        result = simulate_run(config)
+        run = _run_dir(config)
+        if name == "resumed":  # as if the server had died two rounds ago
+            newest = sorted((run / "checkpoints").iterdir())[-1]
+            newest.unlink()
+            (run / "result.json").unlink()
+            result = simulate_run(config)
+        made.append(run)
+    start = trainable.load(config, trainable.records(config).labels).start
+    end = AdapterState.open(run / "adapter")
+    moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
+    assert moved == {"A", "head"}
+    own = [AdapterState.open(run / "institutions" / n / "adapter") for n in ("Alpha", "Beta")]
+    apart = {kind(n) for n in start if not torch.equal(own[0][n], own[1][n])}
+    assert apart == {"B", "magnitude"}
+    for name in ("Alpha", "Beta", "Gamma", "Delta"):
+        calm, again = (AdapterState.open(run / "institutions" / name / "adapter") for run in made)
+        assert all(torch.equal(calm[n], again[n]) for n in calm)
+    kept = [n for n in start if kind(n) in ("B", "magnitude")]
+    received = [i["received"] for i in read_records(run)[0]["institutions"].values()]
+    whole = sum(t.numel() for t in start.values()) * 4
+    assert max(received) < whole - sum(start[n].numel() for n in kept) * 4 + 4096
+    # the pooled accuracy is that of each one's own adapter on its own rows
+    records = trainable.records(config)
+    right = 0
+    for index, name in enumerate(records.names):
+        model = _opened(config, run / "institutions" / name / "adapter")
+        shard = records.held_out(index)
+        batch = trainable.load(config, records.labels).task.collate(shard, range(len(shard)))
+        with torch.no_grad():
+            logits = model.eval()(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask
+            ).logits
+        right += int((logits.argmax(1) == torch.tensor(shard.targets)).sum())
+    assert result["accuracy"] == pytest.approx(right / result["n"], abs=0.011)
+    assert set(result["institutions"]) == set(records.names)
+
+
+def test_an_adapter_of_ones_own_is_asked_for_by_name(tiny_config, simulate_run, complaints):
+    config = tiny_config(**{"federation.strategy": "fedsa", "federation.rounds": 1})
+    simulate_run(config)
+    run = _run_dir(config)
+    with pytest.raises(InputError, match="give one of Alpha, Beta, Delta, Gamma"):
+        released.evaluate(run, str(complaints))
+    with pytest.raises(InputError, match="give one of Alpha"):
+        released.predict(run, ["about my loan"], "Nobody")
+    assert released.evaluate(run, str(complaints), "Beta")["n"] == 480
+    other = tiny_config(**{"federation.rounds": 1, "run-dir": str(run.parent / "other")})
+    simulate_run(other)
+    with pytest.raises(InputError, match="one adapter for all"):
+        released.predict(run.parent / "other", ["about my loan"], "Beta")
+
+
+def test_a_damaged_kept_part_is_not_replaced_by_another(tiny_config, simulate_run, tmp_path):
+    config = tiny_config(
+        **{"federation.strategy": "fedsa", "federation.rounds": 3, "privacy.epsilon": float("inf")}
+    )
+    simulate_run(config)
+    run = _run_dir(config)
+    for file in sorted((run / "checkpoints").iterdir())[-1:]:
+        file.unlink()
+    (run / "result.json").unlink()
+    for file in (run / "institutions" / "Beta").glob("kept-*-000002.safetensors"):
+        file.write_bytes(b"damaged")
+    simulate_run(config)
+    rejected = read_records(run)[-1]["aggregation"]["rejected"]
+    assert rejected == {"Beta": "kept-part-unreadable"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"adapter.ranks": "2,4"}, "adapter.ranks is '2,4', but federation.strategy 'fedavg'"),
+        ({"adapter.ranks": "2,40", "federation.strategy": "pad"}, "'40'; it must be size, or"),
+        ({"federation.strategy": "exact"}, "takes the exact mean, not a step towards it"),
+        (
+            {"federation.strategy": "stack", "federation.average-last": 0.5, **PLAIN},
+            "have no mean; use 0",
+        ),
+        (
+            {"federation.strategy": "fedsa", "federation.robust": "krum"},
+            "institutions keep their B",
+        ),
+        (
+            {"federation.strategy": "stack", "federation.robust": "median", **PLAIN},
+            "need not share a basis",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_reason(tiny_config, values, message):
+    with pytest.raises(InputError) as caught:
+        tiny_config(**values)
+    assert message in str(caught.value)
+
+
+def test_a_list_of_ranks_that_fits_nobody_is_refused_before_anything_is_written(
+    tiny_config, simulate_run
+):
+    config = tiny_config(**{"federation.strategy": "pad", "adapter.ranks": "2,4"})
+    with pytest.raises(InputError, match="lists 2 ranks for 4 institutions"):
+        simulate_run(config)
+    assert not _run_dir(config).exists()
+
+
+def test_ranks_by_size_halve_with_the_size_class(tiny_config):
+    adapter = tiny_config(**{"federation.strategy": "pad", "adapter.ranks": "size"}).adapter
+    assert adapter.ranks_of([1024, 512, 64, 256]) == [8, 4, 1, 2]
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi-krum", "norm-bound"])
+@pytest.mark.parametrize("strategy", ["stack", "exact", "pad"])
+def test_rules_on_products_go_with_every_strategy_that_has_them(
+    tiny_config, simulate_run, strategy, rule
+):
+    config = tiny_config(
+        **LEARNING
+        | {
+            "federation.strategy": strategy,
+            "federation.robust": rule,
+            "federation.byzantine": 0,
+            "federation.rounds": 2,
+        }
+    )
+    simulate_run(config)
+    record = read_records(_run_dir(config))[-1]
+    assert len(record["aggregation"]["rejected"]) == (3 if rule == "krum" else 0)
+
+
+def test_the_released_file_says_the_rank_that_it_has(tiny_config, simulate_run):
+    config = tiny_config(**PLAIN, **{"federation.strategy": "exact", "federation.rounds": 1})
+    simulate_run(config)
+    saved = json.loads((_run_dir(config) / "adapter" / "adapter_config.json").read_text())
+    state = AdapterState.open(_run_dir(config) / "adapter")
+    assert saved["r"] == saved["lora_alpha"] == state.rank > 8 and not saved["use_rslora"]

@@ -1,0 +1,258 @@
+"""stack, exact and pad against dense float64 references, with the scales of mixed ranks."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.adapters import AdapterState, residual_names
+from fedlora.wire import ClientUpdate
+from strategies import STRATEGIES, exact, lowrank, pad, stack
+from strategies.base import Round
+from strategies.diagnostics import Watch
+
+LAYER = "base.q"
+A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
+RA, RB = residual_names(LAYER)
+MAGNITUDE, HEAD = f"{LAYER}.lora_magnitude_vector", "base.score.weight"
+D_OUT, D_IN = 14, 11
+
+
+def _normal(draw, *shape):
+    return torch.from_numpy(draw.normal(size=shape)).float()
+
+
+def _state(draw, rank, residual=0):
+    tensors = {
+        A: _normal(draw, rank, D_IN),
+        B: _normal(draw, D_OUT, rank),
+        MAGNITUDE: _normal(draw, D_OUT),
+        HEAD: _normal(draw, 3, D_IN),
+    }
+    if residual:
+        tensors |= {RA: _normal(draw, residual, D_IN), RB: _normal(draw, D_OUT, residual)}
+    return AdapterState(tensors)
+
+
+def _updates(states, weights):
+    return [
+        (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state), weight)
+        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
+    ]
+
+
+def _product(round, state):
+    """What the layer adds to its base weight, float64."""
+    dense = round.scale(len(state[A])) * (state[B].double() @ state[A].double())
+    return dense + state[RB].double() @ state[RA].double() if RA in state else dense
+
+
+def _mean(round, updates):
+    total = sum(weight for _, weight in updates)
+    return sum(weight / total * _product(round, update.adapter) for update, weight in updates)
+
+
+def _case(seed, strategy, ranks, rslora, residual, bound):
+    draw = np.random.default_rng(seed)
+    rank = max(ranks)
+    round = Round(
+        number=1,
+        asked=9,
+        before=_state(draw, rank, residual),
+        alpha=16.0,
+        rslora=rslora,
+        residual_rank=bound,
+        seed=seed,
+    )
+    starts = {r: strategy.start(round, r) for r in ranks}
+    sent = {f"bank-{i:02}": starts[r] for i, r in enumerate(ranks)}
+    round = dataclasses.replace(round, sent=sent)
+    states = [_state(draw, r) for r in ranks]
+    return round, _updates(states, draw.uniform(1, 100, len(states)))
+
+
+CASES = {
+    "seed": st.integers(0, 10**6),
+    "ranks": st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    "rslora": st.booleans(),
+    "residual": st.sampled_from([0, 1, 6]),
+    "bound": st.sampled_from([3, 64]),
+}
+
+
+@settings(deadline=None)
+@given(**CASES)
+def test_what_stack_adds_to_the_layer_is_the_mean_of_the_products(
+    seed, ranks, rslora, residual, bound
+):
+    round, updates = _case(seed, stack.STRATEGY, ranks, rslora, residual, bound)
+    new = stack.aggregate(round, updates)
+    assert set(new) == {RA, RB, MAGNITUDE, HEAD}
+    old = round.before[RB].double() @ round.before[RA].double() if residual else 0.0
+    _check(new[RB].double() @ new[RA].double(), old + _mean(round, updates), bound, len(new[RA]))
+    _check_order_and_vectors(stack.aggregate, round, updates, new)
+
+
+@settings(deadline=None)
+@given(**CASES)
+def test_what_exact_leaves_in_the_layer_is_the_mean_of_the_products(
+    seed, ranks, rslora, residual, bound
+):
+    ranks = [ranks[0]] * len(ranks)
+    round, updates = _case(seed, exact.STRATEGY, ranks, rslora, residual, bound)
+    new = exact.aggregate(round, updates)
+    old = round.before[RB].double() @ round.before[RA].double() if residual else 0.0
+    factors = round.scale(ranks[0]) * new[B].double() @ new[A].double()
+    rest = old + _mean(round, updates) - factors
+    _check(new[RB].double() @ new[RA].double(), rest, bound, len(new[RA]))
+    assert round.before.updated(new).validate_against(round.before, residual=True) is None
+    _check_order_and_vectors(exact.aggregate, round, updates, new)
+
+
+def _check(found, wanted, bound, rank):
+    """Equal, or where the bound cuts the nearest of that rank."""
+    assert rank <= min(bound, D_OUT, D_IN)
+    u, s, vt = torch.linalg.svd(wanted, full_matrices=False)
+    best = (u[:, :bound] * s[:bound]) @ vt[:bound]
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-5 * max(float(s[0]), 1.0))
+
+
+def _check_order_and_vectors(aggregate, round, updates, new):
+    again = aggregate(round, reversed(updates))
+    assert all(torch.equal(again[name], new[name]) for name in new)
+    share = torch.tensor([weight for _, weight in updates]).double()
+    for name in (MAGNITUDE, HEAD):
+        rows = torch.stack([update.adapter[name].double() for update, _ in updates])
+        mean = torch.einsum("k,k...->...", share / share.sum(), rows).float()
+        torch.testing.assert_close(new[name], mean)
+
+
+@settings(deadline=None)
+@given(seed=CASES["seed"], ranks=CASES["ranks"], rslora=st.booleans())
+def test_pad_averages_what_is_padded_and_each_keeps_its_product(seed, ranks, rslora):
+    round, updates = _case(seed, pad.STRATEGY, ranks, rslora, 0, 64)
+    before, rank = round.before, max(ranks)
+    total = sum(weight for _, weight in updates)
+    mean = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in before.items()}
+    for update, weight in updates:
+        own, r = update.adapter, len(update.adapter[A])
+        ratio = round.scale(r) / round.scale(rank)
+        a, b = before[A].double().clone(), before[B].double().clone()
+        a[:r], b[:, :r] = own[A].double(), own[B].double() * ratio
+        for name, value in {**own, A: a, B: b}.items():
+            mean[name] += weight / total * value.double()
+    new = pad.aggregate(round, updates)
+    for name in before:
+        torch.testing.assert_close(new[name], mean[name].float(), rtol=1e-5, atol=1e-5)
+    backwards = pad.aggregate(round, reversed(updates))
+    assert all(torch.equal(backwards[name], new[name]) for name in new)
+
+
+def test_pad_leaves_a_row_alone_that_nobody_who_answered_holds():
+    draw = np.random.default_rng(3)
+    before = _state(draw, 4)
+    round = Round(number=1, asked=2, before=before, alpha=8.0)
+    sent = pad.start(round, 2)
+    torch.testing.assert_close(
+        _product(round, sent), round.scale(4) * (before[B][:, :2] @ before[A][:2]).double()
+    )
+    same = pad.aggregate(round, _updates([sent, sent], [1.0, 3.0]))
+    for name in before:
+        torch.testing.assert_close(same[name], before[name])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_svd_sends_the_nearest_product_of_a_lower_rank(rank):
+    draw = np.random.default_rng(1)
+    before = _state(draw, 4)
+    round = Round(number=1, asked=2, before=before, alpha=8.0)
+    sent = STRATEGIES["svd"].start(round, rank)
+    assert sent.validate_against(before.cut(rank)) is None
+    u, s, vt = torch.linalg.svd(_product(round, before), full_matrices=False)
+    best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    torch.testing.assert_close(_product(round, sent), best, rtol=0, atol=1e-5 * float(s[0]))
+
+
+def test_stack_starts_from_zero_on_what_the_base_carries_with_another_a_each_round():
+    before = _state(np.random.default_rng(1), 4, residual=2)
+    one, two = (Round(number=n, asked=2, before=before, seed=5) for n in (1, 2))
+    sent = stack.start(one, 3)
+    assert not sent[B].any() and sent[A].shape == (3, D_IN)
+    assert float(sent[A].abs().max()) <= 1 / math.sqrt(D_IN)
+    assert torch.equal(sent[RA], before[RA]) and torch.equal(sent[MAGNITUDE], before[MAGNITUDE])
+    assert torch.equal(stack.start(one, 3)[A], sent[A])
+    assert not torch.equal(stack.start(two, 3)[A], sent[A])
+
+
+@pytest.mark.parametrize("name", ["stack", "exact", "pad", "fedsa"])
+def test_of_nothing_comes_nothing(name):
+    round = Round(number=1, asked=3, before=_state(np.random.default_rng(0), 2))
+    assert len(STRATEGIES[name].aggregate(round, [])) == 0
+
+
+@pytest.mark.parametrize(("name", "bound"), [("stack", 64), ("exact", 64), ("stack", 2)])
+def test_the_error_counts_what_the_residual_changed(name, bound):
+    round, updates = _case(7, STRATEGIES[name], [3, 3, 3], False, 6, bound)
+    if name == "stack":  # the global factors are never trained: their product stays zero
+        before = round.before.updated({B: torch.zeros_like(round.before[B])})
+        round = dataclasses.replace(round, before=before)
+    before = round.before
+    old = before[RB].double() @ before[RA].double()
+    watches = [Watch(round), Watch(round, exact_bytes=0)]
+    new = STRATEGIES[name].aggregate(round, watches[1].through(watches[0].through(updates)))
+    change = _product(round, before.updated(new)) - old
+    mean = _mean(round, updates)
+    true = float((change - mean).norm() / mean.norm())
+    assert (true < 1e-6) == (bound == 64)
+    exactly, estimate = (watch.figures(new) for watch in watches)
+    assert exactly["error"] == pytest.approx(true, rel=1e-4, abs=3e-7)
+    assert exactly["residual_rank"] == min(bound, D_IN)
+    for i, (update, _) in enumerate(updates):
+        sent = round.sent_to(update.institution)
+        dense = _product(round, sent.updated(update.adapter)) - _product(round, sent)
+        rest = torch.cat([(update.adapter[n] - sent[n]).flatten() for n in (MAGNITUDE, HEAD)])
+        norm = math.hypot(float(dense.norm()), float(rest.norm()))
+        assert exactly["norm"][f"bank-{i:02}"] == pytest.approx(norm, rel=1e-5)
+    # Fixed directions; one layer, so one deviation is 18 %.
+    assert estimate["error"] == pytest.approx(true, rel=1.0, abs=1e-5)
+
+
+def test_where_b_is_kept_there_is_no_error_and_a_counts_as_a_vector():
+    draw = np.random.default_rng(2)
+    before = _state(draw, 2)
+    strategy = STRATEGIES["fedsa"]
+    parts = strategy.parts(1)
+    round = Round(number=1, asked=2, before=before, parts=parts, kept=strategy.kept)
+    states = [_state(draw, 2).only(parts) for _ in range(2)]
+    watch = Watch(round)
+    new = strategy.aggregate(round, watch.through(_updates(states, [1.0, 1.0])))
+    figures = watch.figures(new)
+    assert figures["error"] is None
+    for i, state in enumerate(states):
+        change = torch.cat([(state[n].double() - before[n]).flatten() for n in (A, HEAD)])
+        assert figures["norm"][f"bank-{i:02}"] == pytest.approx(float(change.norm()), rel=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    inner=st.integers(1, 30),
+    rank=st.integers(1, 14),
+    fall=st.floats(0, 3),
+)
+def test_the_truncated_svd_is_the_dense_one(seed, inner, rank, fall):
+    """Also where factors are nearly parallel and singular values fall by up to e^-90."""
+    draw = np.random.default_rng(seed)
+    left = torch.from_numpy(draw.normal(size=(D_OUT, inner)) * np.exp(-fall * np.arange(inner)))
+    right = torch.from_numpy(draw.normal(size=(inner, D_IN)))
+    u, sv = lowrank.truncated_svd(left, right, rank)
+    du, s, vt = torch.linalg.svd(left @ right, full_matrices=False)
+    best = (du[:, :rank] * s[:rank]) @ vt[:rank]
+    torch.testing.assert_close(u @ sv, best, rtol=0, atol=1e-6 * float(s[0]))
+    torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1]).double())
+    gram = sv @ sv.T
+    assert float((gram - gram.diag().diag()).abs().max()) <= 1e-9 * float(s[0]) ** 2
