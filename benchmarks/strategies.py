@@ -1,0 +1,142 @@
+"""Accuracy of every strategy on Financial PhraseBank, without DP and at epsilon 8.
+
+Usage: python -m benchmarks.strategies [--seeds 1 2 3] [--only fedavg ffa ...] [--epsilons inf 8]
+
+Each run is `fedlora run experiments/configs/fpb.toml` with the settings below; a seed decides
+split, shards, start and (without DP) everything else. What ran is a line of
+benchmarks/strategies.jsonl and is not run again; the table goes into docs/strategies.md. Settings
+were tuned on seed 11, which the table leaves out.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "strategies.jsonl"
+DOCUMENT = HERE.parent / "docs" / "strategies.md"
+BEGIN, END = "<!-- table: python -m benchmarks.strategies -->", "<!-- end of table -->"
+
+# What a strategy takes in place of fpb.toml's settings: at every epsilon, without DP, at epsilon 8.
+ADAM = {
+    "inf": {"federation.server-learning-rate": "0.008", "federation.average-last": "0.5"},
+    "8": {},
+}
+MEAN = {
+    "federation.server-optimizer": "none",
+    "federation.server-learning-rate": "1",
+    "federation.average-last": "0",
+}
+SETTINGS: dict[str, dict[str, dict[str, str]]] = {
+    "fedavg": ADAM,
+    "ffa": ADAM,
+    "rolora": ADAM,
+    "svd": ADAM,
+    "pad": ADAM,
+    "fedsa": {e: {**values, "federation.average-last": "0"} for e, values in ADAM.items()},
+    "stack": {"inf": MEAN, "8": MEAN},
+    "exact": {"inf": MEAN, "8": MEAN},
+}
+ALWAYS = {"federation.evaluate-every": "0"}
+OWN = {"pad": {"adapter.ranks": "size"}}
+
+
+def run(
+    strategy: str, epsilon: str, seed: int, data: str, runs: Path, more: dict[str, str]
+) -> dict[str, Any]:
+    """One line of the results."""
+    values = {
+        **ALWAYS,
+        **OWN.get(strategy, {}),
+        **SETTINGS[strategy][epsilon],
+        "data.source": data,
+        "federation.strategy": strategy,
+        "privacy.epsilon": epsilon,
+        "seed": str(seed),
+        **more,
+    }
+    name = "-".join([strategy, epsilon, str(seed), *(f"{v}" for v in more.values())])
+    command = [str(Path(sys.executable).with_name("fedlora")), "run"]
+    command += [str(HERE.parent / "experiments" / "configs" / "fpb.toml")]
+    command += [word for k, v in values.items() for word in ("--set", f"{k}={v}")]
+    done = subprocess.run(
+        [*command, "--out", str(runs / name), "--json"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr}")
+    result = json.loads(done.stdout)
+    kept = ("accuracy", "macro_f1", "epsilon_max", "rounds", "seconds")
+    return {
+        "strategy": strategy,
+        "epsilon": epsilon,
+        "seed": seed,
+        "changed": more,
+        **{key: result[key] for key in kept},
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def lines() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds, accuracy and macro-F1 in percent."""
+    rows = ["| strategy | no DP: accuracy | macro-F1 | epsilon 8: accuracy | macro-F1 | seeds |"]
+    rows += ["| --- | --- | --- | --- | --- | --- |"]
+    for strategy in SETTINGS:
+        cells, seeds = [f"`{strategy}`"], list[str]()
+        for epsilon in ("inf", "8"):
+            chosen = [r for r in found if (r["strategy"], r["epsilon"]) == (strategy, epsilon)]
+            seeds.append(str(len(chosen)))
+            for key in ("accuracy", "macro_f1"):
+                values = [100 * r[key] for r in chosen]
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.fmean(values):.1f}{spread}" if values else "not run")
+        rows.append("| " + " | ".join([*cells, ", ".join(dict.fromkeys(seeds))]) + " |")
+    return "\n".join(rows)
+
+
+def write(found: list[dict[str, Any]]) -> None:
+    """Put the table where the document has it."""
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = f"{before}{BEGIN}\n{table(found)}\n{END}{after}"
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--epsilons", nargs="+", choices=["inf", "8"], default=["inf", "8"])
+    parser.add_argument("--data", default="../shared/data/fpb/fpb.csv")
+    parser.add_argument("--runs", type=Path, default=Path("runs/strategies"))
+    parser.add_argument("--tune", nargs="+", default=[], help="KEY=VALUE; printed, not kept")
+    arguments = parser.parse_args()
+    more = dict(item.split("=", 1) for item in arguments.tune)
+    done = {(r["strategy"], r["epsilon"], r["seed"]) for r in lines()}
+    for seed in arguments.seeds:
+        for strategy in arguments.only:
+            for epsilon in arguments.epsilons:
+                if (strategy, epsilon, seed) in done and not more:
+                    continue
+                line = run(strategy, epsilon, seed, arguments.data, arguments.runs, more)
+                print(json.dumps(line), flush=True)
+                if not more and seed != 11:
+                    with RESULTS.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                    write(lines())
+
+
+if __name__ == "__main__":
+    main()
