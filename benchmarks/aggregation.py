@@ -92,7 +92,7 @@ def main() -> None:
     busy = time.process_time() - busy - updates.busy
     peak = resident("VmHWM") - held
     folded = arguments.institutions * before.num_bytes
-    assert result.validate_against(before) is None
+    assert before.updated(result).validate_against(before, residual=True) is None
     print(
         json.dumps(
             {

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from fedlora import wire
 from fedlora.wire import ClientUpdate
-from strategies.base import Weighted
+from strategies.base import Round, Weighted
+from strategies.products import Product
 
 IN_MEMORY = 512 * 2**20
 """Bytes of updates that are held in memory; those that come later wait on disk."""
@@ -44,6 +45,14 @@ class Collected:
         return [
             _tensor(held, name) if isinstance(held, Path) else held.adapter[name]
             for held in self._held
+        ]
+
+    def products(self, round: Round, name: str) -> list[Product]:
+        """Each update's product in the layer of this A, with its share and scale."""
+        a, b = self.tensors(name), self.tensors(name.replace(".lora_A.", ".lora_B."))
+        return [
+            (share * round.scale(len(right)), left, right)
+            for share, left, right in zip(self.shares, b, a, strict=True)
         ]
 
     def mean(self, name: str) -> torch.Tensor:

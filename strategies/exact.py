@@ -46,16 +46,9 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
         for name in mean:
             if kind(name) == "A":
                 other = name.replace(".lora_A.", ".lora_B.")
-                scale = round.scale(len(mean[name]))
-                each = zip(
-                    everyone.shares, everyone.tensors(other), everyone.tensors(name), strict=True
-                )
+                means = (-round.scale(len(mean[name])), mean[other], mean[name])
                 pair = recompressed(
-                    [
-                        *carried(round, name),
-                        *((p * scale, b, a) for p, b, a in each),
-                        (-scale, mean[other], mean[name]),
-                    ],
+                    [*carried(round, name), *everyone.products(round, name), means],
                     round.residual_rank,
                 )
                 result |= dict(zip(residual_names(layer(name)), pair, strict=True))

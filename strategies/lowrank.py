@@ -13,25 +13,23 @@ NOTHING = 1e-9
 """A singular value is zero below this share of the largest."""
 
 
-def truncated_svd(
-    left: torch.Tensor, right: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""The leading singular triplets of ``left @ right``, which is never made.
+def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""The leading singular triplets of a sum of products c B A, which is never made.
 
-    With :math:`R R^\top = W W^\top` (Cholesky) the left singular vectors of L R are those of L W,
-    so the eigenvectors of the small :math:`(LW)^\top L W` give their span. What squaring the
-    singular values costs in precision is mended in that span: there the product itself is
-    decomposed.
+    Stacked, the sum is one product L R of factors with all ranks between them. With
+    :math:`R R^\top = W W^\top` (Cholesky) the left singular vectors of L R are those of L W, so the
+    eigenvectors of the small :math:`(LW)^\top L W` give their span. What squaring the singular
+    values costs in precision is mended in that span: there the product itself is decomposed.
 
     Args:
-        left: ``(d_out, R)`` float64.
-        right: ``(R, d_in)`` float64.
+        products: At least one.
         rank: How many at most.
 
     Returns:
         U ``(d_out, q)``, orthonormal columns, and S V^T ``(q, d_in)``, orthogonal rows by falling
-        length; q is at most ``rank``, fewer where the product has no more.
+        length, float64; q is at most ``rank``, fewer where the sum has no more.
     """
+    left, right = _stacked(products)
     gram = right @ right.T
     tiny = 1e-13 * float(gram.diagonal().sum())
     if not tiny > 0:
@@ -45,6 +43,19 @@ def truncated_svd(
     u, s, vt = torch.linalg.svd((basis.T @ left) @ right, full_matrices=False)
     used = int((s > NOTHING * s[0]).sum()) if float(s[0]) > 0 else 0
     return basis @ u[:, :used], s[:used, None] * vt[:used]
+
+
+def _stacked(products: Sequence[Product]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left ``(d_out, R)`` and right ``(R, d_in)``, float64, whose product is the sum of c B A."""
+    _, b, a = products[0]
+    ranks = [len(each) for _, _, each in products]
+    left = torch.empty(len(b), sum(ranks), dtype=torch.float64)
+    right = torch.empty(sum(ranks), a.shape[1], dtype=torch.float64)
+    columns, rows = left.split(ranks, 1), right.split(ranks)
+    for (c, b, a), column, row in zip(products, columns, rows, strict=True):
+        row.copy_(a)
+        column.copy_(b).mul_(c)
+    return left, right
 
 
 def recompressed(products: Sequence[Product], bound: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,12 +73,11 @@ def recompressed(products: Sequence[Product], bound: int) -> tuple[torch.Tensor,
     _, first_b, first_a = products[0]
     bound = min(bound, first_b.shape[0], first_a.shape[1])
     kept = [product for product in products if product[0]]
-    left = torch.cat([b.double() * c for c, b, _ in kept], 1)
-    right = torch.cat([a.double() for _, _, a in kept])
-    if len(right) > bound:
-        u, sv = truncated_svd(left, right, bound)
-        if not len(sv):  # a factor of rank 0 cannot travel
-            return right[:1].float(), torch.zeros_like(left[:, :1]).float()
-        root = sv.norm(dim=1).sqrt()
-        left, right = u * root, sv / root[:, None]
-    return right.float(), left.float()
+    if sum(len(a) for _, _, a in kept) <= bound:
+        left, right = _stacked(kept)
+        return right.float(), left.float()
+    u, sv = truncated_svd(kept, bound)
+    if not len(sv):  # a factor of rank 0 cannot travel
+        return first_a[:1].clone(), torch.zeros_like(first_b[:, :1])
+    root = sv.norm(dim=1).sqrt()
+    return (sv / root[:, None]).float(), (u * root).float()

@@ -58,12 +58,7 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
             return AdapterState({})
         for name in round.before:
             if kind(name) == "A":
-                a = everyone.tensors(name)
-                b = everyone.tensors(name.replace(".lora_A.", ".lora_B."))
-                added = [
-                    (p * round.scale(len(t)), u, t)
-                    for p, u, t in zip(everyone.shares, b, a, strict=True)
-                ]
+                added = everyone.products(round, name)
                 names = residual_names(layer(name))
                 pair = recompressed([*carried(round, name), *added], round.residual_rank)
                 result |= dict(zip(names, pair, strict=True))

@@ -31,6 +31,7 @@ from fedlora.adapters import AdapterState, kind
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import collect
 from strategies.lowrank import truncated_svd
+from strategies.products import Product
 
 
 def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
@@ -49,17 +50,11 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
     with collect(updates) as everyone:
         if not len(everyone):
             return AdapterState({})
-        shares = everyone.shares
         for name, old in round.before.items():
             if kind(name) == "A":
                 other = name.replace(".lora_A.", ".lora_B.")
-                a = everyone.tensors(name)
                 result[name], result[other] = truncated(
-                    [p * round.scale(t.shape[0]) for p, t in zip(shares, a, strict=True)],
-                    everyone.tensors(other),
-                    a,
-                    old,
-                    round.scale(old.shape[0]),
+                    everyone.products(round, name), old, round.scale(len(old))
                 )
             elif kind(name) != "B":
                 result[name] = everyone.mean(name)
@@ -75,35 +70,25 @@ def start(round: Round, rank: int) -> AdapterState:
     for name, old in before.items():
         if kind(name) == "A":
             other = name.replace(".lora_A.", ".lora_B.")
-            cut[name], cut[other] = truncated(
-                [round.scale(before.rank)], [before[other]], [old], old[:rank], round.scale(rank)
-            )
+            whole = (round.scale(before.rank), before[other], old)
+            cut[name], cut[other] = truncated([whole], old[:rank], round.scale(rank))
     return AdapterState(cut)
 
 
 def truncated(
-    shares: Sequence[float],
-    b: Sequence[torch.Tensor],
-    a: Sequence[torch.Tensor],
-    old: torch.Tensor,
-    scale: float,
+    products: Sequence[Product], old: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Factors of rank r of :math:`\frac1s \sum_k c_k B_k A_k` whose A is nearest to the old A.
 
     Args:
-        shares: c_k, at least one.
-        b: ``(d_out, r_k)`` each.
-        a: ``(r_k, d_in)`` each.
+        products: c_k, B_k ``(d_out, r_k)``, A_k ``(r_k, d_in)`` each; at least one.
         old: The old A, ``(r, d_in)``.
         scale: s of the result.
 
     Returns:
         A ``(r, d_in)`` and B ``(d_out, r)``, float32.
     """
-    left = torch.cat([t.double() * c for c, t in zip(shares, b, strict=True)], dim=1)
-    right = torch.cat([t.double() for t in a])
-    u, sv = truncated_svd(left, right, old.shape[0])  # (d_out, used), (used, d_in)
-    del left, right
+    u, sv = truncated_svd(products, old.shape[0])  # (d_out, used), (used, d_in)
     used = len(sv)
     s = sv.norm(dim=1)
     old = old.double()

@@ -249,7 +249,7 @@ def test_the_truncated_svd_is_the_dense_one(seed, inner, rank, fall):
     draw = np.random.default_rng(seed)
     left = torch.from_numpy(draw.normal(size=(D_OUT, inner)) * np.exp(-fall * np.arange(inner)))
     right = torch.from_numpy(draw.normal(size=(inner, D_IN)))
-    u, sv = lowrank.truncated_svd(left, right, rank)
+    u, sv = lowrank.truncated_svd([(1.0, left, right)], rank)
     du, s, vt = torch.linalg.svd(left @ right, full_matrices=False)
     best = (du[:, :rank] * s[:rank]) @ vt[:rank]
     torch.testing.assert_close(u @ sv, best, rtol=0, atol=1e-6 * float(s[0]))
