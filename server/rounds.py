@@ -154,9 +154,12 @@ def run(grid: Grid, config: RunConfig) -> None:
         directory.append(record)
         directory.save(state)
         if not record["updates"]:
+            rejected: dict[str, str] = record["aggregation"]["rejected"]
+            diverged = "too-large" in rejected.values()
             raise RunFailed(
-                f"round {state.round}: no institution sent a valid update "
-                f"({_reasons(record['aggregation']['rejected'])}); the last checkpoint is kept"
+                f"round {state.round}: no institution sent a valid update ({_reasons(rejected)}); "
+                + ("training diverged: lower the learning rates; " if diverged else "")
+                + "the last checkpoint is kept"
             )
     measured = measured or _measured(grid, config, roster, state, work, records)
     _finish(directory, config, state, mechanism, work, records, measured)

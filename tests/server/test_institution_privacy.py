@@ -1,12 +1,17 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from client import institution
 from fedlora import accounting
 from fedlora.accounting import Event
+from fedlora.adapters import AdapterState
 from fedlora.errors import InputError
 from server import institution_privacy
+from server.run_directory import RunDirectory, read_records
 
 
 def test_the_plan_fits_the_budget_and_counts_what_was_asked(tiny_config):
@@ -47,3 +52,55 @@ def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_r
     rounds = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
     assert rounds[0]["institution_epsilon"] < rounds[-1]["institution_epsilon"] == level["epsilon"]
     assert all(not r["reported"] for r in rounds)  # exact losses would bypass the noise
+
+
+@pytest.mark.parametrize("min_updates", [4, 3])
+def test_an_invalid_update_counts_as_one_of_zero_and_is_not_named(
+    tiny_config, simulate_run, monkeypatch, min_updates
+):
+    """Whether an update is valid may follow from records: neither skipping nor names may tell."""
+    answer = institution.answer
+
+    def spoiled(who, order, config):
+        update = answer(who, order, config)
+        if who.name != "Beta":
+            return update
+        broken = {n: torch.full_like(t, torch.nan) for n, t in update.adapter.items()}
+        return dataclasses.replace(update, adapter=AdapterState(broken))
+
+    monkeypatch.setattr(institution, "answer", spoiled)
+    config = tiny_config(
+        **{"privacy.institution-epsilon": 5.0, "federation.min-updates": min_updates}
+    )
+    simulate_run(config)
+    for record in read_records(Path(config.run_dir)):
+        assert record["updates"] == 4 and not record["skipped"]
+        assert record["aggregation"] == {"rejected": {}}
+        assert record["aggregation_error"] is None
+
+
+def test_a_damaged_newest_checkpoint_is_replaced_only_where_no_round_is_released_twice(
+    tiny_config, simulate_run
+):
+    config = tiny_config()
+    simulate_run(config)
+    directory = RunDirectory(Path(config.run_dir))
+    older, newest = sorted((directory.path / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.raises(InputError, match="no checkpoint"):
+        directory.latest(newest_only=True)
+    state = directory.latest()
+    assert state is not None and state.round == 2 and older.exists()
+
+
+def test_with_institution_level_dp_a_resume_takes_the_newest_checkpoint_or_none(
+    tiny_config, simulate_run
+):
+    config = tiny_config(**{"privacy.institution-epsilon": 5.0})
+    simulate_run(config)
+    run = Path(config.run_dir)
+    (run / "result.json").unlink()
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    newest.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="no checkpoint"):
+        simulate_run(config)
