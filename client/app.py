@@ -43,8 +43,7 @@ class InstitutionApp(ClientApp):
             who = institution.locate(config, index)
             if any(other.institution == who for other in charged.values()):
                 return None  # the same order twice: the second gets the answer to the first
-            institution.accept(who, order, config)
-            started = institution.charge(who, order, config)
+            started = institution.charge(who, institution.accept(who, order, config), config)
             if isinstance(started, wire.ClientUpdate):
                 return wire.pack_update(started)
             ledgers.enter_context(started.ledger)
@@ -134,11 +133,9 @@ def _trained(charged: Mapping[int, institution.ChargedRound]) -> dict[int, Adapt
     found: dict[int, AdapterState] = {}
     for numbers in cohorts.values():
         cohort = [charged[number] for number in numbers]
-        config = cohort[0].config
         try:
-            work = trainable.load(config, trainable.records(config).labels)
-            with _threads(config.engine.threads):
-                trained = institution.train_charged(cohort, work)
+            with _threads(cohort[0].config.engine.threads):
+                trained = institution.train_charged(cohort)
         except Exception:  # whose it is shows when each trains by itself
             log.exception("training %d institutions together failed", len(cohort))
             continue

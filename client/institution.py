@@ -5,8 +5,8 @@ send. Whatever is killed in between, the ledger never says less than what was re
 (docs/threat-model.md).
 """
 
+import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from client.ledger import Ledger
 from client.personal import Personal
 from fedlora import accounting, trainable, wire
 from fedlora.accounting import Event, PrivacyPlan
-from fedlora.adapters import AdapterState
-from fedlora.config import RESIDUALS, PrivacyConfig, RunConfig
+from fedlora.adapters import RESIDUAL_A, AdapterState
+from fedlora.config import KEPT, RESIDUALS, PrivacyConfig, RunConfig
 from fedlora.errors import Refusal
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -212,91 +212,119 @@ def answer(
     Raises:
         Refusal: With the code that may leave.
     """
-    work = accept(institution, order, config)
+    order = accept(institution, order, config)
     if not config.privacy.enabled:
-        return _plain(institution, order, config, work)
+        return _plain(institution, order, config)
     started = charge(institution, order, config)
     if isinstance(started, wire.ClientUpdate):
         return started
     with started.ledger:
-        (trained,) = train_charged([started], work)
+        (trained,) = train_charged([started])
         return release(started, trained)
 
 
-def accept(
-    institution: Institution, order: wire.TrainOrder, config: RunConfig
-) -> trainable.Trainable:
-    """Check an order and make the base ready for what it trains.
+def accept(institution: Institution, order: wire.TrainOrder, config: RunConfig) -> wire.TrainOrder:
+    """Check an order, and put what the institution keeps in the place of what came.
+
+    Returns:
+        The order whose adapter is what training starts from: its digest decides the release.
 
     Raises:
-        Refusal: If the order does not fit this configuration, or asks for what may not leave.
+        Refusal: If the order does not fit this configuration, or asks for what may not leave;
+            ``kept-part-unreadable``.
     """
-    work = trainable.load(config, trainable.records(config).labels)
+    work = _load(config)
     if order.base != work.base.digest:
         raise Refusal(
             "base-mismatch", "the server trains another base model than model.name gives here"
         )
-    fitting = work.start.cut(ranks(config)[institution.index])
-    problem = order.adapter.validate_against(
-        fitting, residual=config.federation.strategy in RESIDUALS
-    )
-    if problem:
+    _check_adapter(institution, order.adapter, config, work)
+    kept = KEPT.get(config.federation.strategy, ())
+    if order.kept != kept or set(order.parts) & set(kept):
         raise Refusal(
-            "adapter-mismatch", f"the order's adapter does not fit this configuration: {problem}"
+            "strategy-mismatch",
+            f"the order asks for {', '.join(order.parts)} and lets the institution keep "
+            f"{', '.join(order.kept) or 'nothing'}; under {config.federation.strategy} it keeps "
+            f"{', '.join(kept) or 'nothing'}",
         )
     if config.privacy.enabled and order.report:
         raise Refusal(
             "metrics-not-allowed",
             f"the server asks for {', '.join(order.report)}; under DP none leaves",
         )
-    work.train_only((*order.parts, *order.kept))
-    return work
+    if not kept:
+        return order
+    own = _own(institution, order.run, config).latest(order.round, order.adapter.only(kept))
+    return dataclasses.replace(order, adapter=order.adapter.updated(own))
 
 
-def starting_point(institution: Institution, order: wire.TrainOrder) -> AdapterState:
-    """The order's adapter with what the institution keeps in its place.
+def _check_adapter(
+    institution: Institution,
+    adapter: AdapterState,
+    config: RunConfig,
+    work: trainable.Trainable,
+) -> None:
+    fitting = work.start.cut(ranks(config)[institution.index])
+    problem = adapter.validate_against(fitting, residual=config.federation.strategy in RESIDUALS)
+    most = max((len(t) for name, t in adapter.items() if name.endswith(RESIDUAL_A)), default=0)
+    if not problem and most > config.federation.residual_rank:
+        problem = f"a residual has rank {most}, above {config.federation.residual_rank}"
+    if problem:
+        raise Refusal(
+            "adapter-mismatch", f"the order's adapter does not fit this configuration: {problem}"
+        )
 
-    Raises:
-        Refusal: ``kept-part-unreadable``.
-    """
-    if not order.kept:
-        return order.adapter
-    kept = Personal(institution.own).latest(order.run, before=order.round)
-    return order.adapter.updated(kept.only(order.kept))
+
+def _load(config: RunConfig) -> trainable.Trainable:
+    return trainable.load(config, trainable.records(config).labels)
 
 
-def _keep(institution: Institution, order: wire.TrainOrder, trained: AdapterState) -> None:
+def _own(institution: Institution, run: str, config: RunConfig) -> Personal:
+    return Personal(institution.own, run, config.fingerprint())
+
+
+def _leaving(
+    institution: Institution, order: wire.TrainOrder, config: RunConfig, update: wire.ClientUpdate
+) -> wire.ClientUpdate:
+    """Keep what stays of a finished round; what is returned may leave."""
     if order.kept:
-        Personal(institution.own).keep(order.run, order.round, trained.only(order.kept))
+        _own(institution, order.run, config).keep(order.round, update.adapter.only(order.kept))
+    return dataclasses.replace(update, adapter=update.adapter.only(order.parts))
 
 
 def evaluate(
     institution: Institution, order: wire.EvaluateOrder, config: RunConfig
 ) -> wire.Evaluation:
-    """Judge the institution's own adapter on its held-out rows, and save it for PEFT.
+    """Judge the institution's own adapter on its held-out rows; save it for PEFT if asked to.
 
     This is the experimenter's measurement on rows that are set aside, in simulations only.
+
+    Raises:
+        Refusal: If the order's adapter does not fit; ``kept-part-unreadable``.
     """
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
-    kept = Personal(institution.own).latest(order.run, before=order.round + 1)
-    own = order.adapter.updated(kept.only(order.kept))
-    own.load_into(work.model)
-    own.save(institution.own / "adapter", work.model)
-    shard = records.held_out(institution.index)
+    work = _load(config)
+    _check_adapter(institution, order.adapter, config, work)
+    kept = order.adapter.only(KEPT.get(config.federation.strategy, ()))
+    own = _own(institution, order.run, config).latest(order.round + 1, kept)
+    adapter = order.adapter.updated(own)
+    adapter.load_into(work.model)
+    if order.save:
+        adapter.save(institution.own / "adapter", work.model)
+    shard = trainable.records(config).held_out(institution.index)
     measured = work.task.evaluate(work.model, shard, work.labels) if len(shard) else {}
-    return wire.Evaluation(institution=institution.name, metrics=json.dumps(measured))
+    return wire.Evaluation(institution=institution.name, metrics=measured)
 
 
 def _plain(
     institution: Institution,
     order: wire.TrainOrder,
     config: RunConfig,
-    work: trainable.Trainable,
 ) -> wire.ClientUpdate:
     """A round without DP."""
+    work = _load(config)
     shard = trainable.records(config).train(institution.index)
-    starting_point(institution, order).load_into(work.model)
+    work.train_only((*order.parts, *order.kept))
+    order.adapter.load_into(work.model)
     rate = config.training.sample_rate
     loss = training.train(
         work,
@@ -305,21 +333,20 @@ def _plain(
         max(1, round(rate * len(shard))) if rate else config.training.batch_size,
         RandomSource.seeded("train", config.seed, order.round, institution.name),
     )
-    trained = AdapterState.read(work.model)
-    _keep(institution, order, trained)
     known = {"loss": loss, "records": float(len(shard))}
     size = {
         "uniform": 0.0,
         "records": float(len(shard)),
         "public-size": float(accounting.public_size(len(shard))),
     }[config.federation.weighting]
-    return wire.ClientUpdate(
+    update = wire.ClientUpdate(
         institution=institution.name,
         round=order.round,
-        adapter=trained.only(order.parts),
+        adapter=AdapterState.read(work.model),
         size=size,
         metrics={name: known[name] for name in order.report if name in known},
     )
+    return _leaving(institution, order, config, update)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +355,7 @@ class ChargedRound:
 
     Args:
         institution: Whose.
-        order: What the server asked for.
+        order: What the server asked for, accepted.
         config: The run.
         shard: Its records.
         budget: Its plan for the run.
@@ -378,7 +405,7 @@ def charge(
         raise
     if charged.answer is not None:
         ledger.close()
-        return wire.update_from_bytes(charged.answer)
+        return _leaving(institution, order, config, wire.update_from_bytes(charged.answer))
     return ChargedRound(
         institution=institution,
         order=order,
@@ -391,19 +418,16 @@ def charge(
     )
 
 
-def train_charged(rounds: Sequence[ChargedRound], work: trainable.Trainable) -> list[AdapterState]:
+def train_charged(rounds: Sequence[ChargedRound]) -> list[AdapterState]:
     """The trained adapter of each round; several must follow equal orders of one step.
-
-    Several must keep nothing, so that all start alike.
 
     Raises:
         Refusal: When a guard trips; nothing may be released then.
     """
     order = rounds[0].order
-    if len(rounds) > 1 and order.kept:
-        raise ValueError("institutions that keep a part of their adapter train one by one")
+    work = _load(rounds[0].config)
     work.train_only((*order.parts, *order.kept))
-    starting_point(rounds[0].institution, order).load_into(work.model)
+    order.adapter.load_into(work.model)
     privacy = rounds[0].config.privacy
     participants = [
         training.Participant(
@@ -425,16 +449,15 @@ def train_charged(rounds: Sequence[ChargedRound], work: trainable.Trainable) -> 
 def release(done: ChargedRound, trained: AdapterState) -> wire.ClientUpdate:
     """Store a round's answer in the ledger; what is returned may leave."""
     order, config, plan = done.order, done.config, done.budget
-    _keep(done.institution, order, trained)  # before: an answered round is not trained again
     update = wire.ClientUpdate(
         institution=done.institution.name,
         round=order.round,
-        adapter=trained.only(order.parts),
+        adapter=trained.only((*order.parts, *order.kept)),
         size=_released_size(done),
         privacy=_spent(config, done.ledger, order.run, plan),
     )
     done.ledger.store_answer(order.run, order.round, done.digest, wire.update_to_bytes(update))
-    return update
+    return _leaving(done.institution, order, config, update)
 
 
 def _key(config: RunConfig, institution: Institution, order: wire.TrainOrder) -> bytes | None:

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.config import PERSONAL, RunConfig
+from fedlora.config import KEPT, RunConfig
 from server.run_directory import read_records
 
 if TYPE_CHECKING:
@@ -118,7 +118,10 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
             table.add_row(
                 name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
             )
-    table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")
+    if "n" in result:
+        table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")
+    if missing := result.get("not_evaluated"):
+        table.add_row("not evaluated", ", ".join(f"{n} ({code})" for n, code in missing.items()))
     institutions = result["institutions"]
     if institutions:
         low, high = min(institutions, key=institutions.get), max(institutions, key=institutions.get)
@@ -157,7 +160,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
     )
     console.print(table)
     adapter = run_dir / "adapter"
-    if config.federation.strategy in PERSONAL:
+    if config.federation.strategy in KEPT:
         adapter = run_dir / "institutions" / "NAME" / "adapter"
     console.print(f"adapter        {adapter}", highlight=False, soft_wrap=True)
     console.print(f"privacy        {run_dir / 'privacy.json'}", highlight=False, soft_wrap=True)

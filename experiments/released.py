@@ -8,7 +8,7 @@ from typing import Any
 from fedlora import adapters, data, trainable
 from fedlora import config as configuration
 from fedlora.adapters import AdapterState
-from fedlora.config import PERSONAL, RESIDUALS
+from fedlora.config import KEPT, RESIDUALS
 from fedlora.errors import InputError
 from fedlora.trainable import Trainable
 
@@ -44,13 +44,14 @@ def _open(run_dir: Path, institution: str) -> tuple[configuration.RunConfig, Tra
             "(weights differ); restore that base or run again"
         )
     strategy = config.federation.strategy
-    names = sorted(p.name for p in (run_dir / "institutions").glob("*")) or [""]
+    own = (run_dir / "institutions").glob("*/adapter")
+    names = sorted(path.parent.name for path in own) if strategy in KEPT else [""]
     if institution not in names:
         raise InputError(
             f"--institution is {institution!r}, but {run_dir} has "
             + (
                 f"an adapter for each institution; give one of {', '.join(names)}"
-                if strategy in PERSONAL
+                if strategy in KEPT
                 else "one adapter for all; leave it out"
             )
         )

@@ -31,8 +31,8 @@ MIXED_RANKS = ("svd", "stack", "pad")
 """Strategies under which institutions may have ranks of their own."""
 RESIDUALS = ("stack", "exact")
 """Strategies that put what the factors do not hold into a frozen residual of the base's layers."""
-PERSONAL = ("fedsa",)
-"""Strategies under which an institution keeps a part of its adapter."""
+KEPT = {"fedsa": ("B", "magnitude")}
+"""Strategy -> parts of the adapter that institutions train and never send, where there are any."""
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address")
@@ -141,7 +141,7 @@ class AdapterConfig(_Section):
         super().__post_init__()
         if self.ranks not in ("", "size"):
             for text in self.ranks.split(","):
-                if not text.strip().isdigit() or not 1 <= int(text) <= self.rank:
+                if not text.strip().isdecimal() or not 1 <= int(text) <= self.rank:
                     raise InputError(
                         f"adapter.ranks has {text!r}; it must be size, or whole numbers from 1 to "
                         f"adapter.rank ({self.rank}) joined by commas: mend it, or raise "
@@ -607,7 +607,7 @@ def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> Non
             f"{strategy!r} takes the exact mean, not a step towards it; use none and 1, and set "
             "the step with training.learning-rate"
         )
-    if strategy in RESIDUALS + PERSONAL and federation.average_last:
+    if (strategy in RESIDUALS or strategy in KEPT) and federation.average_last:
         raise InputError(
             f"federation.average-last is {federation.average_last:g}, but under "
             f"federation.strategy {strategy!r} adapters of different rounds go with different "
@@ -631,7 +631,7 @@ def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
             f"but under federation.strategy {strategy!r} institutions need not share a basis; use "
             f"krum, multi-krum or norm-bound, or {', '.join(FACTOR_MEANS)}"
         )
-    if rule not in ("median", "trimmed-mean") and strategy in PERSONAL:
+    if rule not in ("median", "trimmed-mean") and strategy in KEPT:
         raise InputError(
             f"federation.robust is {rule!r}, which measures products, but under "
             f"federation.strategy {strategy!r} institutions keep their B; use median, trimmed-mean"

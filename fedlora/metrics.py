@@ -67,14 +67,17 @@ def classification(
 
 
 def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Metrics of several evaluations as if their rows had been evaluated together.
+    """Metrics over the rows of several evaluations.
 
     Args:
-        results: Each from `fedlora.tasks.Task.evaluate`, all of one task; at least one.
+        results: Each from `fedlora.tasks.Task.evaluate`, all of one task.
 
     Returns:
-        The same keys, of all rows.
+        The same keys, of all rows; nothing of no result. For sft, answers were read against each
+        evaluation's own references, and at most so many rows of each were generated.
     """
+    if not results:
+        return {}
 
     def total(key: str) -> int:
         return sum(r[key] for r in results)

@@ -61,7 +61,7 @@ class _LowRankUpdate(torch.autograd.Function):
         scaling: float,
         unit: torch.Tensor | None,
     ) -> torch.Tensor:
-        a0, b0 = _first(a), _first(b)
+        a0, b0 = _values(a, 0), _values(b, 1)
         u = x.reshape(-1, x.shape[-1]).float() @ a0.T
         u *= scaling
         ctx.save_for_backward(x, u, a, b)
@@ -80,21 +80,29 @@ class _LowRankUpdate(torch.autograd.Function):
         g = grads[0].reshape(-1, grads[0].shape[-1]).float()
         grad_x = grad_a = grad_b = None
         if for_x or for_a:
-            gu = g @ _first(b)
+            gu = g @ _values(b, 1)
             gu *= ctx.scaling
             if for_x:
-                grad_x = (gu @ _first(a)).to(x.dtype).view(x.shape)
+                grad_x = (gu @ _values(a, 0)).to(x.dtype).view(x.shape)
             if for_a:
                 x32 = x.reshape(-1, x.shape[-1]).float()
-                grad_a = _factor_gradient(gu, x32, len(x), a, ctx.unit)
+                grad_a = _factor_gradient(gu[:, : a.shape[-2]], x32, len(x), a, ctx.unit)
         if for_b:
-            grad_b = _factor_gradient(g, u, len(x), b, ctx.unit)
+            grad_b = _factor_gradient(g, u[:, : b.shape[-1]], len(x), b, ctx.unit)
         return grad_x, grads[0], grad_a, grad_b, None, None
 
 
-def _first(factor: torch.Tensor) -> torch.Tensor:
-    """A factor's values, whether it is expanded or not."""
-    return factor[0] if factor.dim() == 3 else factor
+def _values(factor: torch.Tensor, rank_dim: int) -> torch.Tensor:
+    """A factor's values, whether it is expanded or not, padded with zeros to a rank of 8, 16, ...
+
+    Products with fewer columns are computed by kernels that treat rows differently by their place
+    in a batch, so that a row's result would depend, in its last bits, on the others.
+    """
+    values = factor[0] if factor.dim() == 3 else factor
+    missing = -values.shape[rank_dim] % 8
+    if not missing:
+        return values
+    return F.pad(values, (0, 0, 0, missing) if rank_dim == 0 else (0, missing))
 
 
 def _factor_gradient(

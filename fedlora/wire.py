@@ -9,6 +9,7 @@ before this process has it.
 import dataclasses
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fedlora.adapters import AdapterState
 
 _T = typing.TypeVar("_T")
+_Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder")
 
 _ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY, _EVALUATION = (
     "adapter",
@@ -121,13 +123,13 @@ class EvaluateOrder:
     Args:
         run: Identity of the run.
         round: The last round that was trained.
-        kept: What the institution puts in its place.
-        adapter: The global adapter.
+        save: Whether the institution saves its adapter for use after the run.
+        adapter: The global adapter; the institution puts what it keeps in its place.
     """
 
     run: str
     round: int
-    kept: tuple[str, ...]
+    save: bool
     adapter: "AdapterState"
 
 
@@ -137,11 +139,12 @@ class Evaluation:
 
     Args:
         institution: Who answers.
-        metrics: Of its own adapter on its own held-out rows (`fedlora.tasks.Task.evaluate`), JSON.
+        metrics: Of its own adapter on its own held-out rows (`fedlora.tasks.Task.evaluate`); empty
+            when it has none.
     """
 
     institution: str
-    metrics: str
+    metrics: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +268,7 @@ def unpack_order(content: RecordDict) -> TrainOrder:
     values = _config(content, _ORDER)
     for name in ("report", "parts", "kept"):
         values[name] = tuple(values.get(name, ()))
-    return _build(TrainOrder, values | {"adapter": _adapter(content)})
+    return _identified(_build(TrainOrder, values | {"adapter": _adapter(content)}))
 
 
 def pack_evaluate(order: EvaluateOrder, adapter: ArrayRecord) -> RecordDict:
@@ -276,19 +279,26 @@ def pack_evaluate(order: EvaluateOrder, adapter: ArrayRecord) -> RecordDict:
 def unpack_evaluate(content: RecordDict) -> EvaluateOrder:
     """The `EvaluateOrder` in a message. Raises `Refusal` when it is not one."""
     values = _config(content, _ORDER)
-    values["kept"] = tuple(values.get("kept", ()))
-    return _build(EvaluateOrder, values | {"adapter": _adapter(content)})
+    return _identified(_build(EvaluateOrder, values | {"adapter": _adapter(content)}))
 
 
 def pack_evaluation(evaluation: Evaluation) -> RecordDict:
     """An `Evaluation` as a reply."""
-    return RecordDict({_EVALUATION: _plain(evaluation)})
+    values = {"institution": evaluation.institution, "metrics": json.dumps(evaluation.metrics)}
+    return RecordDict({_EVALUATION: ConfigRecord(typing.cast(Any, values))})
 
 
 def unpack_evaluation(content: RecordDict) -> Evaluation:
     """The `Evaluation` in a reply. Raises `Refusal` when it is none."""
     _raise_refusal(content)
-    return _build(Evaluation, _config(content, _EVALUATION))
+    values = _config(content, _EVALUATION)
+    try:
+        metrics = json.loads(values.get("metrics", ""))
+    except (TypeError, ValueError):
+        metrics = None
+    if not isinstance(metrics, dict):
+        raise Refusal("malformed-message", "the metrics are no JSON object")
+    return _build(Evaluation, values | {"metrics": metrics})
 
 
 def pack_update(update: ClientUpdate) -> RecordDict:
@@ -353,6 +363,13 @@ def _adapter(content: RecordDict) -> "AdapterState":
         return _state(record)
     except (TypeError, ValueError) as error:
         raise Refusal("malformed-message", f"the adapter cannot be read: {error}") from None
+
+
+def _identified(order: _Order) -> _Order:
+    """The order, if its run and round can name files."""
+    if not re.fullmatch("[0-9A-Za-z]{1,64}", order.run) or order.round < 0:
+        raise Refusal("malformed-message", f"run {order.run!r}, round {order.round} name no round")
+    return order
 
 
 def _build(cls: type[_T], values: dict[str, Any]) -> _T:

@@ -1,6 +1,5 @@
 """Measuring a simulation's adapters on held-out rows."""
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -49,8 +48,11 @@ def of_each(
         order: What they add their own part to.
         nodes: Node -> institution.
         timeout: Seconds that one may take.
-        patience: Seconds without any answer after which nobody is waited for. Who does not answer
-            is left out and logged.
+        patience: Seconds without any answer after which nobody is waited for.
+
+    Returns:
+        Besides, ``not_evaluated``: institution -> reason of those whose answer does not count, if
+        there are any; the metrics are then those of the others.
     """
     arrays = wire.arrays(order.adapter)
     messages = [
@@ -64,18 +66,27 @@ def of_each(
         for node in nodes
     ]
     results: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     for node, reply in exchange(grid, messages, patience):
+        name = nodes[node]
         try:
             answer = wire.unpack_evaluation(content(reply))
+            if answer.institution != name:
+                raise Refusal("wrong-institution", f"{name} answered as {answer.institution}")
+            if answer.metrics:  # else it holds no row
+                results[name] = dict(answer.metrics)
         except Refusal as refusal:
-            log.warning("%s was not evaluated: %s", nodes[node], refusal)
-            continue
-        if measured := json.loads(answer.metrics):
-            results[nodes[node]] = measured
-    if not results:
-        return {}
+            failed[name] = refusal.code
+            log.warning("%s was not evaluated: %s", name, refusal)
     names = sorted(results)
+    try:
+        pooled = metrics.pooled([results[name] for name in names])
+        accuracies = {n: float(results[n]["accuracy"]) for n in names if "accuracy" in results[n]}
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        log.warning("round %d: what institutions measured does not add up: %s", order.round, error)
+        pooled, accuracies, failed = {}, {}, failed | dict.fromkeys(names, "malformed-message")
     return {
-        **metrics.pooled([results[name] for name in names]),
-        "institutions": {n: results[n]["accuracy"] for n in names if "accuracy" in results[n]},
+        **pooled,
+        "institutions": accuracies,
+        **({"not_evaluated": dict(sorted(failed.items()))} if failed else {}),
     }

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 import fedlora
 from fedlora import accounting, trainable, wire
 from fedlora.adapters import PARTS, AdapterState
-from fedlora.config import RESIDUALS, RunConfig
+from fedlora.config import KEPT, RESIDUALS, RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.shards import Federation
 from fedlora.trainable import Trainable
@@ -161,7 +161,8 @@ def run(grid: Grid, config: RunConfig) -> None:
                 + ("training diverged: lower the learning rates; " if diverged else "")
                 + "the last checkpoint is kept"
             )
-    measured = measured or _measured(grid, config, roster, state, work, records)
+    if config.federation.strategy in KEPT or not measured:
+        measured = _measured(grid, config, roster, state, work, records, save=True)
     _finish(directory, config, state, mechanism, work, records, measured)
 
 
@@ -294,6 +295,13 @@ def _round(
             raise RunFailed(
                 f"round {number}: the server optimizer left {problem}; lower "
                 "federation.server-learning-rate. The last checkpoint is kept"
+            )
+        largest = dataclasses.replace(this, before=adapter).largest
+        if largest > this.limit:
+            raise RunFailed(
+                f"round {number}: the global adapter reached {largest:g}, and beyond "
+                f"{this.limit:g} no update counts; lower federation.server-learning-rate, or "
+                "training.learning-rate. The last checkpoint is kept"
             )
     average, averaged = dict(state.average), state.averaged
     if number > federation.rounds - round(federation.average_last * federation.rounds):
@@ -506,16 +514,18 @@ def _measured(
     state: RunState,
     work: Trainable,
     records: Federation,
+    *,
+    save: bool = False,
 ) -> dict[str, Any]:
     """Metrics on the pooled held-out rows, and each institution's accuracy on its own.
 
     This is the experimenter's measurement on rows that are set aside. It is not part of the
-    protocol and says nothing of training records.
+    protocol and says nothing of training records. With ``save``, institutions that have an adapter
+    of their own write it down.
     """
-    kept = STRATEGIES[config.federation.strategy].kept
-    if not kept:
+    if config.federation.strategy not in KEPT:
         return evaluation.of_one(work, final_adapter(state), records)
-    order = wire.EvaluateOrder(run=state.run, round=state.round, kept=kept, adapter=state.adapter)
+    order = wire.EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter)
     nodes = {node: name for name, node in roster.online().items()}
     return evaluation.of_each(
         grid, order, nodes, timeout=config.federation.timeout, patience=_patience(config)

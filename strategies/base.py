@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +39,7 @@ class Round:
     before: AdapterState
     sent: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
     parts: tuple[Part, ...] = PARTS
-    kept: tuple[Part, ...] = ()
+    kept: tuple[str, ...] = ()
     weighting: str = "uniform"
     alpha: float = 1.0
     rslora: bool = False
@@ -67,6 +67,13 @@ class Round:
     def sent_to(self, institution: str) -> AdapterState:
         """What an institution starts from."""
         return self.sent.get(institution, self.before)
+
+    def starts(self, institutions: Sequence[str]) -> tuple[list[AdapterState], list[int]]:
+        """The different adapters that these start from, and which of them is each one's."""
+        sent = [self.sent_to(name) for name in institutions]
+        found = {id(state): state for state in sent}
+        numbers = {key: number for number, key in enumerate(found)}
+        return list(found.values()), [numbers[id(state)] for state in sent]
 
     def weight(self, update: ClientUpdate) -> float:
         """The update's weight beside others: 1, or its size."""
@@ -97,19 +104,19 @@ class Strategy:
     Args:
         aggregate: Pure. Takes the round and its valid updates in whatever order they arrive;
             returns the new adapter, the same to the last bit for every order; of no update an
-            empty one, which changes nothing. It reads nothing else, so under DP it is
-            post-processing: it spends no privacy.
+            empty one, which changes nothing. It reads nothing else and draws nothing, so under DP
+            it is post-processing: it spends no privacy.
         parts: Round (from 1) -> what institutions train and send in it; the rest of the global
             adapter stays.
         kept: What institutions train and keep to themselves.
-        start: What an institution of a rank starts a round from, as pure as ``aggregate``. Only a
-            strategy that is listed in `fedlora.config.MIXED_RANKS` sees other ranks than the global
-            adapter's.
+        start: What an institution of a rank starts a round from, pure too, but it may draw from the
+            round's public seed. Only a strategy that is listed in `fedlora.config.MIXED_RANKS` sees
+            other ranks than the global adapter's.
     """
 
     aggregate: Aggregate
     parts: Callable[[int], tuple[Part, ...]] = all_parts
-    kept: tuple[Part, ...] = ()
+    kept: tuple[str, ...] = ()
     start: Callable[[Round, int], AdapterState] = the_global_adapter
 
 

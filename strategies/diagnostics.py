@@ -3,8 +3,8 @@
 All come from the inner products of the round's adapters (`products`), float64. Where that would
 take too much memory or time, each product is seen through fixed Gaussian directions on both sides
 (Johnson & Lindenstrauss 1984), as a 32 x 32 matrix a layer, and the same figures are computed from
-what is seen. As that is linear in the product, what is zero stays zero; a norm of one layer is off
-by 18 % (standard deviation), of L layers by 18 % / sqrt(L).
+what is seen. As that is linear in the product, what is zero stays zero; a norm is off by up to 18 %
+(standard deviation), less where many unrelated layers weigh alike.
 """
 
 import functools
@@ -62,35 +62,35 @@ class Watch:
             result: The strategy's, before any server optimizer.
 
         Returns:
-            ``exact``: whether these are no estimates. ``error``: Frobenius distance of the result's
-            s B A, with the change of its residuals, to the weighted mean of all s_k B_k A_k that
-            passed, relative to that mean, over all layers; None where institutions keep their B.
-            ``norm``, ``cosine``: institution -> length of its change of s B A, magnitudes and head,
-            and its cosine to the weighted mean change. Exact ones are right to 1e-8 of the
-            products' norms; below that they are rounding. ``residual_rank``: the largest rank of
-            the result's residuals, if it has any.
+            ``exact``: whether these are no estimates. ``error``: Frobenius distance of the change
+            of the global s B A, residuals with it, to the weighted mean of the changes of all
+            s_k B_k A_k that passed, relative to the weighted mean of s_k B_k A_k, over all
+            layers; None where institutions keep their B. Where all start from the global
+            adapter that is the distance of the global s B A to that mean. ``norm``, ``cosine``:
+            institution -> length of its change of s B A, magnitudes and head, and its cosine to
+            the weighted mean change. Exact ones are right to 1e-8 of the products' norms; below
+            that they are rounding. ``residual_rank``: the largest rank of the result's
+            residuals, if it has any.
         """
         round = self._round
         seen = sorted(self._seen, key=lambda entry: entry[0])
         n, names = len(seen), [name for name, _, _ in seen]
         total = math.fsum(weight for _, weight, _ in seen)
         share = np.array([weight / total for _, weight, _ in seen])
-        sent = [round.sent_to(name) for name in names]
-        starts = list({id(state): state for state in sent}.values())
-        position = {id(state): i for i, state in enumerate(starts)}
-        new, old = round.before.updated(result), round.before
+        starts, of = round.starts(names)
+        old, new = round.before, round.before.updated(result)
         kept = [kept for _, _, kept in seen] + [self._kept(state) for state in starts]
-        factors, vectors = self._inner(
-            [*kept, self._kept(new), self._kept(new, residual=True), self._kept(old, residual=True)]
-        )
+        whole = [self._kept(s, residual=r) for s in (new, old) for r in (False, True)]
+        factors, vectors = self._inner([*kept, *whole])
         both = (factors + vectors)[: len(kept), : len(kept)]
-        change = products.changes(both, [position[id(state)] for state in sent])
+        change = products.changes(both, of)
         norm = products.norms(change)
         along = change @ share
         length = norm * math.sqrt(max(float(share @ along), 0.0))
         cosine = np.divide(along, length, out=np.zeros(n), where=length > 0)
         mean, off = np.zeros(len(factors)), np.zeros(len(factors))
-        mean[:n], off[:n], off[-3:] = share, -share, (1.0, 1.0, -1.0)
+        mean[:n], off[:n], off[-4:] = share, -share, (1.0, 1.0, -1.0, -1.0)
+        np.add.at(off, n + np.asarray(of, dtype=int), share)
         error = _ratio(float(off @ factors @ off), float(mean @ factors @ mean))
         ranks = [len(t) for name, t in new.items() if name.endswith(RESIDUAL_A)]
         return {

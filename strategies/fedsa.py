@@ -14,6 +14,7 @@ Reference: Guo et al. (2024), Selective Aggregation for Low-Rank Adaptation in F
 """
 
 from fedlora.adapters import Part
+from fedlora.config import KEPT
 from strategies.base import Strategy
 from strategies.fedavg import aggregate
 
@@ -23,4 +24,4 @@ def parts(round: int) -> tuple[Part, ...]:
     return ("A", "head")
 
 
-STRATEGY = Strategy(aggregate=aggregate, parts=parts, kept=("B", "magnitude"))
+STRATEGY = Strategy(aggregate=aggregate, parts=parts, kept=KEPT["fedsa"])

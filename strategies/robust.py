@@ -84,17 +84,15 @@ def aggregate(
 
 def _changes(round: Round, everyone: Collected) -> Floats:
     """Inner products of the updates' changes of what they were sent, ``(n, n)``."""
-    sent = [round.sent_to(name) for name in everyone.institutions]
-    starts = list({id(state): state for state in sent}.values())
-    position = {id(state): i for i, state in enumerate(starts)}
+    starts, of = round.starts(everyone.institutions)
 
     def tensors(name: str) -> list[torch.Tensor]:
-        if kind(name) in round.parts:
-            return [*everyone.tensors(name), *(state[name] for state in starts)]
-        return [state[name] for state in (*sent, *starts)]
+        before = [state[name] for state in starts]
+        sent = kind(name) in round.parts
+        return [*(everyone.tensors(name) if sent else (before[i] for i in of)), *before]
 
     inner = products.factors(round, tensors) + products.vectors(round, tensors)
-    return products.changes(inner, [position[id(state)] for state in sent])
+    return products.changes(inner, of)
 
 
 def nearest(changes: Floats, bad: int, keep: int) -> set[int]:

@@ -6,12 +6,13 @@ decomposition,
 .. math::
     s B A = \mathrm{SVD}_r\Big(\sum_k p_k s_k B_k A_k\Big) = U S V^\top
 
-It is the best rank-r adapter for the mean that fedavg misses, and institutions may have ranks of
-their own. Among the factors of one product, :math:`A = a Q V^\top` and
-:math:`B = U S Q^\top / (a s)` for any rotation Q, it takes those whose A is nearest to the old A
-(orthogonal Procrustes) and as large (a), so that a server optimizer sees small steps. A direction
-that the mean does not use keeps an A from the old A's row space, and B = 0 there, so that it can
-still be learned.
+It is the best rank-r adapter for the mean that fedavg misses. Institutions may have ranks of their
+own; then what one was not sent of the global product is added to what it sends, so that who trains
+nothing changes nothing (the paper leaves it out, which shrinks the global product). Among the
+factors of one product, :math:`A = a Q V^\top` and :math:`B = U S Q^\top / (a s)` for any rotation
+Q, it takes those whose A is nearest to the old A (orthogonal Procrustes) and as large (a), so that
+a server optimizer sees small steps. A direction that the mean does not use keeps an A from the old
+A's row space, and B = 0 there, so that it can still be learned.
 
 DoRA's magnitudes and a head are plain tensors: their weighted mean.
 
@@ -29,7 +30,7 @@ import torch
 
 from fedlora.adapters import AdapterState, kind
 from strategies.base import Round, Strategy, Weighted
-from strategies.collected import collect
+from strategies.collected import Collected, collect
 from strategies.lowrank import truncated_svd
 from strategies.products import Product
 
@@ -54,11 +55,30 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
             if kind(name) == "A":
                 other = name.replace(".lora_A.", ".lora_B.")
                 result[name], result[other] = truncated(
-                    everyone.products(round, name), old, round.scale(len(old))
+                    [*everyone.products(round, name), *_unsent(round, everyone, name)],
+                    old,
+                    round.scale(len(old)),
                 )
             elif kind(name) != "B":
                 result[name] = everyone.mean(name)
     return AdapterState(result)
+
+
+def _unsent(round: Round, everyone: Collected, name: str) -> list[Product]:
+    """What institutions of lower ranks were not sent of the global product, by their shares.
+
+    Added to what they send it leaves their change: none where they trained nothing.
+    """
+    other = name.replace(".lora_A.", ".lora_B.")
+    starts, of = round.starts(everyone.institutions)
+    found: list[Product] = []
+    for number, state in enumerate(starts):
+        share = math.fsum(s for s, i in zip(everyone.shares, of, strict=True) if i == number)
+        if state is not round.before and share:
+            for sign, each in ((1.0, round.before), (-1.0, state)):
+                a = each[name]
+                found.append((sign * share * round.scale(len(a)), each[other], a))
+    return found
 
 
 def start(round: Round, rank: int) -> AdapterState:

@@ -15,7 +15,7 @@ from fedlora.errors import InputError, Refusal
 
 def _ask(config, **node_config):
     identify()
-    query = wire.Query(run="r", first=True, participations=1)
+    query = wire.Query(run="a1", first=True, participations=1)
     message = Message(wire.pack_query(query), 1, MessageType.QUERY)
     context = Context(
         run_id=1,
@@ -35,7 +35,7 @@ def _code(reply) -> str:
 
 def _order(work, **changes):
     order = wire.TrainOrder(
-        run="r",
+        run="a1",
         round=1,
         participations=3,
         base=work.base.digest,

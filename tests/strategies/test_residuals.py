@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, residual_names
+from fedlora.config import MIXED_RANKS
 from fedlora.wire import ClientUpdate
-from strategies import STRATEGIES, exact, lowrank, pad, stack
+from strategies import STRATEGIES, exact, lowrank, pad, robust, stack
 from strategies.base import Round
 from strategies.diagnostics import Watch
 
@@ -177,6 +178,86 @@ def test_svd_sends_the_nearest_product_of_a_lower_rank(rank):
     torch.testing.assert_close(_product(round, sent), best, rtol=0, atol=1e-5 * float(s[0]))
 
 
+def _nobody_moved(name, ranks, rslora=False):
+    """A round in which everybody sends what it was sent."""
+    strategy = STRATEGIES[name]
+    round, updates = _case(5, strategy, ranks, rslora, 0, 64)
+    if name == "stack":
+        round = dataclasses.replace(
+            round, before=round.before.updated({B: torch.zeros_like(round.before[B])})
+        )
+    still = [
+        (dataclasses.replace(u, adapter=round.sent_to(u.institution)), weight)
+        for u, weight in updates
+    ]
+    return round, still
+
+
+@pytest.mark.parametrize("rule", ["none", "krum", "norm-bound"])
+@pytest.mark.parametrize("name", MIXED_RANKS)
+def test_where_nobody_moves_nothing_changes_whatever_the_ranks(name, rule):
+    round, still = _nobody_moved(name, [1, 4, 2, 4, 1])
+    watch, aggregate = Watch(round), STRATEGIES[name].aggregate
+    if rule == "none":
+        new = aggregate(round, watch.through(still))
+    else:
+        new, _ = robust.aggregate(
+            round, watch.through(still), rule=rule, byzantine=0, mean=aggregate
+        )
+    after, before = _product(round, round.before.updated(new)), _product(round, round.before)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5 * max(float(before.norm()), 1))
+    figures = watch.figures(new)
+    assert figures["error"] < 1e-5
+    size = max(float(before.norm()), 1.0)
+    assert all(norm < 1e-5 * size + 1e-5 for norm in figures["norm"].values()) or rule != "none"
+
+
+@settings(deadline=None)
+@given(seed=CASES["seed"], ranks=CASES["ranks"], rslora=st.booleans())
+def test_svd_takes_the_mean_change_of_what_each_was_sent(seed, ranks, rslora):
+    strategy = STRATEGIES["svd"]
+    round, updates = _case(seed, strategy, ranks, rslora, 0, 64)
+    total = sum(weight for _, weight in updates)
+    wanted = _product(round, round.before) + sum(
+        weight
+        / total
+        * (_product(round, u.adapter) - _product(round, round.sent_to(u.institution)))
+        for u, weight in updates
+    )
+    watch = Watch(round)
+    new = strategy.aggregate(round, watch.through(updates))
+    u, s, vt = torch.linalg.svd(wanted, full_matrices=False)
+    rank = max(ranks)
+    best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    torch.testing.assert_close(_product(round, new), best, rtol=0, atol=1e-4 * float(s[0]))
+    lost = float((best - wanted).norm() / _mean(round, updates).norm())
+    assert watch.figures(new)["error"] == pytest.approx(lost, rel=1e-2, abs=1e-5)
+
+
+def test_norm_bound_at_mixed_ranks_keeps_one_who_shouts_to_the_median():
+    round, still = _nobody_moved("pad", [1, 4, 2, 4, 1])
+    loud = [
+        (dataclasses.replace(u, adapter=_moved(u.adapter, 1000.0 if i == 2 else 1.0)), 1.0)
+        for i, (u, _) in enumerate(still)
+    ]
+    new, _ = robust.aggregate(
+        round, loud, rule="norm-bound", byzantine=1, mean=STRATEGIES["pad"].aggregate
+    )
+    plain = STRATEGIES["pad"].aggregate(round, loud)
+    change, unbounded = (
+        float((_product(round, state) - _product(round, round.before)).norm())
+        for state in (new, plain)
+    )
+    watch = Watch(round)
+    list(watch.through(loud))
+    median = sorted(watch.figures(new)["norm"].values())[2]
+    assert change <= 1.5 * median < unbounded
+
+
+def _moved(state, by):
+    return AdapterState({n: t + by * 0.01 if n == B else t for n, t in state.items()})
+
+
 def test_stack_starts_from_zero_on_what_the_base_carries_with_another_a_each_round():
     before = _state(np.random.default_rng(1), 4, residual=2)
     one, two = (Round(number=n, asked=2, before=before, seed=5) for n in (1, 2))
@@ -217,8 +298,8 @@ def test_the_error_counts_what_the_residual_changed(name, bound):
         rest = torch.cat([(update.adapter[n] - sent[n]).flatten() for n in (MAGNITUDE, HEAD)])
         norm = math.hypot(float(dense.norm()), float(rest.norm()))
         assert exactly["norm"][f"bank-{i:02}"] == pytest.approx(norm, rel=1e-5)
-    # Fixed directions; one layer, so one deviation is 18 %.
-    assert estimate["error"] == pytest.approx(true, rel=1.0, abs=1e-5)
+    # Fixed directions; one layer, so one deviation of either norm is 18 %; three are allowed.
+    assert estimate["error"] == pytest.approx(true, rel=0.75, abs=1e-5)
 
 
 def test_where_b_is_kept_there_is_no_error_and_a_counts_as_a_vector():
