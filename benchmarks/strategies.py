@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "strategies.jsonl"
 DOCUMENT = HERE.parent / "docs" / "strategies.md"
@@ -47,46 +45,57 @@ ALWAYS = {"federation.evaluate-every": "0"}
 OWN = {"pad": {"adapter.ranks": "size"}}
 
 
+def settings(strategy: str, epsilon: str) -> dict[str, str]:
+    """What a run changes in fpb.toml, but for the seed."""
+    return {
+        **ALWAYS,
+        **OWN.get(strategy, {}),
+        **SETTINGS[strategy][epsilon],
+        "federation.strategy": strategy,
+        "privacy.epsilon": epsilon,
+    }
+
+
 def run(
     strategy: str, epsilon: str, seed: int, data: str, runs: Path, more: dict[str, str]
 ) -> dict[str, Any]:
     """One line of the results."""
-    values = {
-        **ALWAYS,
-        **OWN.get(strategy, {}),
-        **SETTINGS[strategy][epsilon],
-        "data.source": data,
-        "federation.strategy": strategy,
-        "privacy.epsilon": epsilon,
-        "seed": str(seed),
-        **more,
-    }
-    name = "-".join([strategy, epsilon, str(seed), *(f"{v}" for v in more.values())])
+    values = {**settings(strategy, epsilon), "seed": str(seed), **more}
+    name = "-".join([strategy, epsilon, str(seed), *(f"{k}={v}" for k, v in more.items())])
     command = [str(Path(sys.executable).with_name("fedlora")), "run"]
     command += [str(HERE.parent / "experiments" / "configs" / "fpb.toml")]
-    command += [word for k, v in values.items() for word in ("--set", f"{k}={v}")]
+    values_and_data = {**values, "data.source": data}
+    command += [word for k, v in values_and_data.items() for word in ("--set", f"{k}={v}")]
     done = subprocess.run(
         [*command, "--out", str(runs / name), "--json"], capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
     result = json.loads(done.stdout)
+    environment = json.loads((runs / name / "environment.json").read_text(encoding="utf-8"))
     kept = ("accuracy", "macro_f1", "epsilon_max", "rounds", "seconds")
     return {
         "strategy": strategy,
         "epsilon": epsilon,
         "seed": seed,
-        "changed": more,
+        "settings": values,
         **{key: result[key] for key in kept},
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        "processor": environment["processor"],
+        "git_sha": environment["git_sha"],
     }
 
 
 def lines() -> list[dict[str, Any]]:
-    """What was measured so far."""
-    return (
-        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    )
+    """What was measured so far with the settings of today."""
+    if not RESULTS.exists():
+        return []
+    found = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    return [
+        line
+        for line in found
+        if line["settings"]
+        == settings(line["strategy"], line["epsilon"]) | {"seed": str(line["seed"])}
+    ]
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -348,6 +348,11 @@ def layer(name: str) -> str:
     return name.partition(".residual_" if kind(name) == "residual" else ".lora_")[0]
 
 
+def factor_names(layer: str) -> tuple[str, str]:
+    """Names of a layer's A ``(rank, d_in)`` and B ``(d_out, rank)``."""
+    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+
+
 def residual_names(layer: str) -> tuple[str, str]:
     """Names of a layer's residual factors A ``(R, d_in)`` and B ``(d_out, R)``.
 
@@ -399,7 +404,7 @@ class AdapterState(Mapping[str, torch.Tensor]):
         if problem := _difference(self, targets, any_rank=True, residual=True):
             raise ValueError(f"the adapter does not fit the model: {problem}")
         for path, layer in lora_layers(model):
-            _set_rank(layer, self[f"{path}.lora_A.weight"].shape[0])
+            _set_rank(layer, self[factor_names(path)[0]].shape[0])
             device = cast(nn.Parameter, layer.lora_A[ADAPTER].weight).device
             pair = [self[name].to(device) for name in residual_names(path) if name in self]
             cast(Any, layer).fedlora_residual = tuple(pair) or None
@@ -441,14 +446,6 @@ class AdapterState(Mapping[str, torch.Tensor]):
                 tensors[residual_names(layer(name))["AB".index(kind(name))]] = self[name]
         return type(self)(tensors)
 
-    def copy(self) -> Self:
-        """Equal values in memory of their own."""
-        return type(self)({name: tensor.clone() for name, tensor in self.items()})
-
-    def zeros_like(self) -> Self:
-        """Zeros of the same names and shapes."""
-        return type(self)({name: torch.zeros_like(tensor) for name, tensor in self.items()})
-
     def validate_against(self, reference: "AdapterState", *, residual: bool = False) -> str | None:
         """Say what makes this adapter unusable beside ``reference``, or None.
 
@@ -484,13 +481,13 @@ class AdapterState(Mapping[str, torch.Tensor]):
             return self, False
         tensors = {name: t for name, t in self.items() if kind(name) != "residual"}
         for path in layers:
-            a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+            a, b = factor_names(path)
             first, second = residual_names(path)
             tensors[b] = self[b] * scale(self[a].shape[0])
             if first in self:
                 tensors[a] = torch.cat([self[a], self[first]])
                 tensors[b] = torch.cat([tensors[b], self[second]], 1)
-        most = max(tensors[f"{path}.lora_A.weight"].shape[0] for path in layers)
+        most = max(tensors[factor_names(path)[0]].shape[0] for path in layers)
         for name, tensor in tensors.items():
             if kind(name) in ("A", "B"):
                 missing = most - tensor.shape["AB".index(kind(name))]
@@ -544,7 +541,7 @@ def _difference(
     wanted = {name: tuple(t.shape) for name, t in reference.items() if kind(name) != "residual"}
     for name in list(wanted):
         if kind(name) == "A":
-            other = name.replace(".lora_A.", ".lora_B.")
+            other = factor_names(layer(name))[1]
             if any_rank and name in state and other in wanted:
                 rank = state[name].shape[0]
                 wanted |= {name: (rank, wanted[name][1]), other: (wanted[other][0], rank)}

@@ -258,7 +258,7 @@ def unpack_hello(content: RecordDict) -> Hello:
     return _build(Hello, _config(content, _HELLO))
 
 
-def pack_order(order: TrainOrder, adapter: ArrayRecord) -> RecordDict:
+def pack_order(order: "TrainOrder | EvaluateOrder", adapter: ArrayRecord) -> RecordDict:
     """An order around the round's one `ArrayRecord`, so that engines can share it."""
     return RecordDict({_ORDER: _plain(order, "adapter"), _ADAPTER: adapter})
 
@@ -269,11 +269,6 @@ def unpack_order(content: RecordDict) -> TrainOrder:
     for name in ("report", "parts", "kept"):
         values[name] = tuple(values.get(name, ()))
     return _identified(_build(TrainOrder, values | {"adapter": _adapter(content)}))
-
-
-def pack_evaluate(order: EvaluateOrder, adapter: ArrayRecord) -> RecordDict:
-    """An `EvaluateOrder` around the one `ArrayRecord` that all share."""
-    return RecordDict({_ORDER: _plain(order, "adapter"), _ADAPTER: adapter})
 
 
 def unpack_evaluate(content: RecordDict) -> EvaluateOrder:

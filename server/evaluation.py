@@ -57,7 +57,7 @@ def of_each(
     arrays = wire.arrays(order.adapter)
     messages = [
         Message(
-            wire.pack_evaluate(order, arrays),
+            wire.pack_order(order, arrays),
             node,
             MessageType.EVALUATE,
             group_id=str(order.round),

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from fedlora import wire
+from fedlora.adapters import factor_names, layer
 from fedlora.wire import ClientUpdate
 from strategies.base import Round, Weighted
 from strategies.products import Product
@@ -49,7 +50,7 @@ class Collected:
 
     def products(self, round: Round, name: str) -> list[Product]:
         """Each update's product in the layer of this A, with its share and scale."""
-        a, b = self.tensors(name), self.tensors(name.replace(".lora_A.", ".lora_B."))
+        b, a = self.tensors(factor_names(layer(name))[1]), self.tensors(name)
         return [
             (share * round.scale(len(right)), left, right)
             for share, left, right in zip(self.shares, b, a, strict=True)

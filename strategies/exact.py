@@ -18,12 +18,11 @@ Fine-Tuning of Foundation Models, arXiv 2410.09432.
 
 from collections.abc import Iterable
 
-from fedlora.adapters import AdapterState, kind, layer, residual_names
+from fedlora.adapters import AdapterState, factor_names, kind, layer, residual_names
 from strategies import fedavg
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import collect
-from strategies.lowrank import recompressed
-from strategies.stack import carried
+from strategies.lowrank import carried, recompressed
 
 
 def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
@@ -45,7 +44,7 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
         result = dict(mean)
         for name in mean:
             if kind(name) == "A":
-                other = name.replace(".lora_A.", ".lora_B.")
+                other = factor_names(layer(name))[1]
                 means = (-round.scale(len(mean[name])), mean[other], mean[name])
                 pair = recompressed(
                     [*carried(round, name), *everyone.products(round, name), means],

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fedlora.adapters import layer, residual_names
+from strategies.base import Round
 from strategies.products import Product
 
 NOTHING = 1e-9
@@ -81,3 +83,9 @@ def recompressed(products: Sequence[Product], bound: int) -> tuple[torch.Tensor,
         return first_a[:1].clone(), torch.zeros_like(first_b[:, :1])
     root = sv.norm(dim=1).sqrt()
     return (sv / root[:, None]).float(), (u * root).float()
+
+
+def carried(round: Round, name: str) -> list[Product]:
+    """The residual so far of the layer that a tensor belongs to: none, or one product."""
+    a, b = residual_names(layer(name))
+    return [(1.0, round.before[b], round.before[a])] if a in round.before else []

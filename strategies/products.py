@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.adapters import AdapterState, kind, layer
+from fedlora.adapters import AdapterState, factor_names, kind, layer
 from strategies.base import Round
 
 Floats = npt.NDArray[np.float64]
@@ -40,7 +40,7 @@ def factors(round: Round, tensors: Tensors) -> Floats:
     layers = [layer(name) for name in round.before if kind(name) == "A"]
 
     def each(number: int) -> list[Product]:
-        a, b = (tensors(f"{layers[number]}.lora_{factor}.weight") for factor in "AB")
+        a, b = (tensors(name) for name in factor_names(layers[number]))
         return [(round.scale(len(t)), u, t) for t, u in zip(a, b, strict=True)]
 
     return inner(len(layers), each)
@@ -48,8 +48,8 @@ def factors(round: Round, tensors: Tensors) -> Floats:
 
 def product(round: Round, state: AdapterState, path: str) -> Product:
     """A layer's s B A."""
-    a = state[f"{path}.lora_A.weight"]
-    return round.scale(len(a)), state[f"{path}.lora_B.weight"], a
+    a, b = (state[name] for name in factor_names(path))
+    return round.scale(len(a)), b, a
 
 
 def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:

@@ -24,8 +24,7 @@ from fedlora.adapters import AdapterState, fresh_a, kind, layer, residual_names
 from fedlora.streams import RandomSource
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import collect
-from strategies.lowrank import recompressed
-from strategies.products import Product
+from strategies.lowrank import carried, recompressed
 
 
 def start(round: Round, rank: int) -> AdapterState:
@@ -65,12 +64,6 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
             elif kind(name) in ("magnitude", "head"):
                 result[name] = everyone.mean(name)
     return AdapterState(result)
-
-
-def carried(round: Round, name: str) -> list[Product]:
-    """The residual so far of the layer that a tensor belongs to: none, or one product."""
-    a, b = residual_names(layer(name))
-    return [(1.0, round.before[b], round.before[a])] if a in round.before else []
 
 
 STRATEGY = Strategy(aggregate=aggregate, start=start)

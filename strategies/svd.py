@@ -28,7 +28,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fedlora.adapters import AdapterState, kind
+from fedlora.adapters import AdapterState, factor_names, kind, layer
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import Collected, collect
 from strategies.lowrank import truncated_svd
@@ -53,7 +53,7 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
             return AdapterState({})
         for name, old in round.before.items():
             if kind(name) == "A":
-                other = name.replace(".lora_A.", ".lora_B.")
+                other = factor_names(layer(name))[1]
                 result[name], result[other] = truncated(
                     [*everyone.products(round, name), *_unsent(round, everyone, name)],
                     old,
@@ -69,7 +69,7 @@ def _unsent(round: Round, everyone: Collected, name: str) -> list[Product]:
 
     Added to what they send it leaves their change: none where they trained nothing.
     """
-    other = name.replace(".lora_A.", ".lora_B.")
+    other = factor_names(layer(name))[1]
     starts, of = round.starts(everyone.institutions)
     found: list[Product] = []
     for number, state in enumerate(starts):
@@ -89,7 +89,7 @@ def start(round: Round, rank: int) -> AdapterState:
     cut = dict(before)
     for name, old in before.items():
         if kind(name) == "A":
-            other = name.replace(".lora_A.", ".lora_B.")
+            other = factor_names(layer(name))[1]
             whole = (round.scale(before.rank), before[other], old)
             cut[name], cut[other] = truncated([whole], old[:rank], round.scale(rank))
     return AdapterState(cut)

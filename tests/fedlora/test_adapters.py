@@ -68,6 +68,10 @@ def trained(base, method="lora"):
     return model.eval()
 
 
+def _zeros(state):
+    return AdapterState({name: torch.zeros_like(tensor) for name, tensor in state.items()})
+
+
 @torch.no_grad()
 def outputs(model):
     return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.float()
@@ -114,7 +118,7 @@ def test_saving_again_replaces_the_files_and_leaves_nothing_else(directories, tm
     model = trained(load(directories / "bert"))
     state = AdapterState.read(model)
     state.save(tmp_path, model)
-    state.zeros_like().save(tmp_path, model)
+    _zeros(state).save(tmp_path, model)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -288,20 +292,17 @@ def test_loading_copies_in_place_and_refuses_what_does_not_fit(directories):
     places = {name: p.data_ptr() for name, p in adapters.parameters(model).items()}
     name = next(n for n in state if adapters.kind(n) == "A")
     with pytest.raises(ValueError, match="shape"):  # (1, 64) would broadcast into (3, 64)
-        AdapterState({**state.zeros_like(), name: torch.zeros(1, 64)}).load_into(model)
+        AdapterState({**_zeros(state), name: torch.zeros(1, 64)}).load_into(model)
     assert all(torch.equal(v, state[n]) for n, v in AdapterState.read(model).items())
-    state.zeros_like().load_into(model)
+    _zeros(state).load_into(model)
     assert all((p == 0).all() for p in adapters.parameters(model).values())
     assert {n: p.data_ptr() for n, p in adapters.parameters(model).items()} == places
     assert state[name].abs().sum() > 0  # what was read is a copy
 
 
-def test_a_state_is_sorted_counts_its_bytes_and_copies_deeply():
+def test_a_state_is_sorted_and_counts_its_bytes():
     state = AdapterState({"b": torch.ones(2, 3), "a": torch.ones(4)})
     assert list(state) == ["a", "b"] and state.num_bytes == 40
-    copied = state.copy()
-    copied["a"].zero_()
-    assert state["a"].sum() == 4 and state.zeros_like()["b"].sum() == 0
 
 
 def test_kinds_and_layers_follow_from_the_name(directories):

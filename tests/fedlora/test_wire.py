@@ -109,7 +109,7 @@ def test_a_refusal_carries_its_code_and_nothing_else():
 
 def test_what_an_evaluation_asks_and_answers_comes_back():
     order = wire.EvaluateOrder(run="a1", round=4, save=True, adapter=STATE)
-    _same(wire.unpack_evaluate(wire.pack_evaluate(order, wire.arrays(STATE))), order)
+    _same(wire.unpack_evaluate(wire.pack_order(order, wire.arrays(STATE))), order)
     answer = wire.Evaluation(institution="bank", metrics={"accuracy": 0.1 + 0.2, "n": 3})
     assert wire.unpack_evaluation(wire.pack_evaluation(answer)) == answer
     hello = wire.Hello(institution="bank", version="1", fits=True, rank=4)
@@ -134,4 +134,4 @@ def test_a_run_that_could_name_another_file_is_refused(run):
             wire.unpack_order(order)
     order = wire.EvaluateOrder(run=run, round=1, save=False, adapter=STATE)
     with pytest.raises(Refusal, match="malformed-message"):
-        wire.unpack_evaluate(wire.pack_evaluate(order, wire.arrays(STATE)))
+        wire.unpack_evaluate(wire.pack_order(order, wire.arrays(STATE)))
