@@ -67,10 +67,7 @@ class _LowRankUpdate(torch.autograd.Function):
         ctx.save_for_backward(x, u, a, b)
         ctx.scaling, ctx.unit = scaling, unit
         rows = base.reshape(-1, base.shape[-1])
-        if rows.dtype == torch.float32:
-            out = torch.addmm(rows, u, b0.T)
-        else:
-            out = rows + (u @ b0.T).to(rows.dtype)
+        out = torch.addmm(rows.float(), u, b0.T).to(rows.dtype)  # rounded once, as in PEFT
         return out.view(base.shape)
 
     @staticmethod

@@ -110,4 +110,8 @@ def test_smollm2_learns_under_dp_through_ray_and_its_adapter_opens_with_peft(
     with torch.no_grad():
         ours = work.model(**inputs).logits
         opened = PeftModel.from_pretrained(work.model.unload(), run / "adapter").eval()
-        torch.testing.assert_close(opened(**inputs).logits, ours, rtol=1e-4, atol=1e-4)
+        theirs = opened(**inputs).logits
+    error = float((theirs.float() - ours.float()).norm() / ours.float().norm())
+    bf16 = next(work.base.model.parameters()).dtype == torch.bfloat16
+    print(f"distance of the logits to PEFT's: {error:.1e}, {'bf16' if bf16 else 'fp32'}")
+    assert error < (5e-2 if bf16 else 1e-5)  # PEFT takes the norms of DoRA in bf16, we in fp32
