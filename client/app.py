@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import fedlora
-from client import institution
+from client import institution, settings
 from fedlora import config as configuration
 from fedlora import trainable, wire
 from fedlora.adapters import AdapterState
@@ -35,12 +35,11 @@ class InstitutionApp(ClientApp):
         charged: dict[int, institution.ChargedRound] = {}
 
         def begin(
-            config: configuration.RunConfig, content: RecordDict, index: int
+            config: configuration.RunConfig, content: RecordDict, who: institution.Institution
         ) -> RecordDict | None:
             order = wire.unpack_order(content)
             if not config.privacy.enabled or config.training.local_steps > 1 or order.kept:
-                return _train(config, content, index)
-            who = institution.locate(config, index)
+                return _train(config, content, who)
             if any(other.institution == who for other in charged.values()):
                 return None  # the same order twice: the second gets the answer to the first
             started = institution.charge(who, institution.accept(who, order, config), config)
@@ -92,35 +91,40 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(_guarded(message, context, _evaluate), reply_to=message)
 
 
-def _hello(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
+def _hello(
+    config: configuration.RunConfig, content: RecordDict, who: institution.Institution
+) -> RecordDict:
     query = wire.unpack_query(content)
-    who = institution.locate(config, index)
     fits = True
     if config.privacy.enabled:
-        shard = trainable.records(config).train(index)
+        shard = trainable.records(config).train(who.index)
         plan = institution.budget(config, shard.num_units, query.participations)
-        with institution.open_ledger(who, config, shard, create=query.first) as ledger:
+        with institution.open_ledger(
+            who, config, shard, create=query.first and who.simulated
+        ) as ledger:
             fits = query.run in ledger.runs() or institution.fits(ledger, plan)
     return wire.pack_hello(
         wire.Hello(
             institution=who.name,
             version=fedlora.__version__,
             fits=fits,
-            rank=institution.ranks(config)[index],
+            rank=who.rank,
         )
     )
 
 
-def _train(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
+def _train(
+    config: configuration.RunConfig, content: RecordDict, who: institution.Institution
+) -> RecordDict:
     order = wire.unpack_order(content)
-    who = institution.locate(config, index)
     with _threads(config.engine.threads):
         return wire.pack_update(institution.answer(who, order, config))
 
 
-def _evaluate(config: configuration.RunConfig, content: RecordDict, index: int) -> RecordDict:
+def _evaluate(
+    config: configuration.RunConfig, content: RecordDict, who: institution.Institution
+) -> RecordDict:
     order = wire.unpack_evaluate(content)
-    who = institution.locate(config, index)
     with _threads(config.engine.threads):
         return wire.pack_evaluation(institution.evaluate(who, order, config))
 
@@ -154,42 +158,54 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _only_in_simulation(context: Context) -> None:
-    """Refuse to work for a server on real data: here the server's configuration decides everything.
+def _situation(context: Context) -> tuple[configuration.RunConfig, institution.Institution]:
+    """The configuration as this institution follows it, and who it is.
 
-    In a simulation the experimenter is every institution. Elsewhere an institution must decide for
-    itself where its records and its ledger are, and that DP stays on; that needs settings of its
-    own, which this version does not read. What tells a simulation is local: our inline engine says
-    so to the app, and Ray, ours or Flower's, runs it in one of its workers.
+    In a simulation the experimenter is every institution, and the server's configuration decides
+    everything. Elsewhere an institution's own settings decide where its records and its ledger are
+    and what it takes part in. What tells a simulation is local: our inline engine says so to the
+    app, and Ray, ours or Flower's, runs it in one of its workers.
+
+    Raises:
+        Refusal: ``no-settings`` for a machine that has none, and what the settings forbid.
     """
+    config = configuration.from_context(context.run_config, context.run_id)
     ray = sys.modules.get("ray")
-    if not (context.node_config.get("simulation") is True or (ray and ray.is_initialized())):
+    if context.node_config.get("simulation") is True or (ray and ray.is_initialized()):
+        if config.deployed:
+            raise Refusal("bad-configuration", "data.source is institutions in a simulation")
+        index = int(context.node_config.get("partition-id", -1))
+        return config, institution.locate(config, index)
+    path = context.node_config.get("settings")
+    if not isinstance(path, str):
         raise Refusal(
-            "not-a-simulation",
-            "this institution has no local settings that keep its data, ledger and budget out of "
-            "the server's reach; only simulations are served",
+            "no-settings",
+            "this institution has no settings of its own: give its SuperNode --node-config with "
+            'settings="/path/to/institution.toml"',
         )
+    own = settings.load(path)
+    return settings.apply(own, config), institution.deployed(own, config)
 
 
 def _guarded(
     message: Message,
     context: Context,
-    work: Callable[[configuration.RunConfig, RecordDict, int], T],
+    work: Callable[[configuration.RunConfig, RecordDict, institution.Institution], T],
 ) -> T | RecordDict:
     """What ``work`` gives; an error leaves as a code, its text goes to this institution's log."""
-    index = int(context.node_config.get("partition-id", -1))
+    who = "this institution"
     try:
-        _only_in_simulation(context)
-        config = configuration.from_context(context.run_config, context.run_id)
-        return work(config, message.content, index)
+        config, situated = _situation(context)
+        who = situated.name
+        return work(config, message.content, situated)
     except Refusal as refusal:
-        log.warning("institution %d refused: %s", index, refusal)
+        log.warning("%s refused: %s", who, refusal)
         # one code for all guards: which one tripped may depend on a record
         code = "guard" if refusal.code.startswith("guard-") else refusal.code
         return wire.pack_refusal(code)
     except InputError as error:
-        log.error("institution %d cannot follow this configuration: %s", index, error)
+        log.error("%s cannot follow this configuration: %s", who, error)
         return wire.pack_refusal("bad-configuration")
     except Exception:
-        log.exception("institution %d failed", index)
+        log.exception("%s failed", who)
         return wire.pack_refusal("failed")

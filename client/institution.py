@@ -14,6 +14,7 @@ from pathlib import Path
 from client import training
 from client.ledger import Ledger
 from client.personal import Personal
+from client.settings import Settings
 from fedlora import accounting, trainable, wire
 from fedlora.accounting import Event, PrivacyPlan
 from fedlora.adapters import RESIDUAL_A, AdapterState
@@ -32,12 +33,18 @@ class Institution:
         index: Its number in the partition.
         ledger: Path of its privacy ledger.
         own: Directory of what it keeps of its adapter.
+        rank: Of its factors.
+        report: Figures that may leave where DP is off.
+        simulated: Whether one experimenter is every institution.
     """
 
     name: str
     index: int
     ledger: Path
     own: Path
+    rank: int
+    report: tuple[str, ...] = ("loss", "records")
+    simulated: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +97,25 @@ def locate(config: RunConfig, index: int) -> Institution:
         index=index,
         ledger=directory / f"{name}.db",
         own=Path(config.run_dir) / "institutions" / name,
+        rank=_ranks(config)[index],
+    )
+
+
+def deployed(settings: Settings, config: RunConfig) -> Institution:
+    """The institution of these settings on its own machine."""
+    return Institution(
+        name=settings.name,
+        index=0,
+        ledger=Path(settings.ledger),
+        own=Path(settings.state) / "kept",
+        rank=settings.rank or config.adapter.rank,
+        report=settings.report,
+        simulated=False,
     )
 
 
 @functools.lru_cache(maxsize=1)
-def ranks(config: RunConfig) -> list[int]:
-    """The rank of each institution's factors in a simulation."""
+def _ranks(config: RunConfig) -> list[int]:
     federation = trainable.records(config)
     units = (federation.train(i).num_units for i in range(len(federation.names)))
     return config.adapter.ranks_of([accounting.public_size(count) for count in units])
@@ -247,10 +267,12 @@ def accept(institution: Institution, order: wire.TrainOrder, config: RunConfig) 
             f"{', '.join(order.kept) or 'nothing'}; under {config.federation.strategy} it keeps "
             f"{', '.join(kept) or 'nothing'}",
         )
-    if config.privacy.enabled and order.report:
+    may_leave = () if config.privacy.enabled else institution.report
+    if not set(order.report) <= set(may_leave):
         raise Refusal(
             "metrics-not-allowed",
-            f"the server asks for {', '.join(order.report)}; under DP none leaves",
+            f"the server asks for {', '.join(order.report)}; what may leave is "
+            f"{', '.join(may_leave) or 'nothing'}",
         )
     if not kept:
         return order
@@ -264,7 +286,7 @@ def _check_adapter(
     config: RunConfig,
     work: trainable.Trainable,
 ) -> None:
-    fitting = work.start.cut(ranks(config)[institution.index])
+    fitting = work.start.cut(institution.rank)
     problem = adapter.validate_against(fitting, residual=config.federation.strategy in RESIDUALS)
     most = max((len(t) for name, t in adapter.items() if name.endswith(RESIDUAL_A)), default=0)
     if not problem and most > config.federation.residual_rank:
@@ -302,6 +324,8 @@ def evaluate(
     Raises:
         Refusal: If the order's adapter does not fit; ``kept-part-unreadable``.
     """
+    if not institution.simulated:
+        raise Refusal("metrics-not-allowed", "the server asks for metrics of held-out rows")
     work = _load(config)
     _check_adapter(institution, order.adapter, config, work)
     kept = order.adapter.only(KEPT.get(config.federation.strategy, ()))

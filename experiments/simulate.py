@@ -72,6 +72,10 @@ def prepare(config: RunConfig) -> "Federation":
     from fedlora.errors import InputError
     from fedlora.files import existing_parent
 
+    if config.deployed:
+        raise InputError(
+            "data.source is 'institutions', which is a deployment's; to simulate, name the records"
+        )
     federation = records.load(config)
     if config.privacy.enabled:
         try:

