@@ -15,7 +15,6 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-import fedlora
 from fedlora import trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import KEPT, RESIDUALS, RunConfig
@@ -23,23 +22,17 @@ from fedlora.errors import InputError, Refusal
 from fedlora.trainable import Trainable
 from server import evaluation, institution_privacy
 from server import population as populations
-from server.exchange import exchange
 from server.institution_privacy import InstitutionMechanism
 from server.population import Population
 from server.privacy_statement import largest_epsilon, statement
-from server.replies import Replies, content
+from server.replies import Replies
+from server.roster import Roster, RunFailed, patience, reasons
 from server.run_directory import RunDirectory, RunState
 from strategies import STRATEGIES, base, robust, server_optimizer
 from strategies.base import Round
 from strategies.diagnostics import Watch
 
 log = logging.getLogger("fedlora.server")
-
-NODES_TIMEOUT = 60.0  # seconds to wait for the first institutions
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on. Its last checkpoint is kept."""
 
 
 def run(grid: Grid, config: RunConfig) -> None:
@@ -78,13 +71,13 @@ def run(grid: Grid, config: RunConfig) -> None:
             f"{directory.path} was run on other records or base weights than data.source and "
             "model.name hold now; restore them, or start anew with another --out"
         )
-    roster = _Roster(
+    roster = Roster(
         grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap)
     )
     roster.wait(population.size)
     if state.round == 0:
         if config.privacy.enabled:
-            _check_budgets(config, roster)
+            roster.check_budgets()
         directory.create(config)
         directory.save(state)
     measured: dict[str, Any] = {}
@@ -109,7 +102,7 @@ def run(grid: Grid, config: RunConfig) -> None:
             rejected: dict[str, str] = record["aggregation"]["rejected"]
             diverged = "too-large" in rejected.values()
             raise RunFailed(
-                f"round {state.round}: no institution sent a valid update ({_reasons(rejected)}); "
+                f"round {state.round}: no institution sent a valid update ({reasons(rejected)}); "
                 + ("training diverged: lower the learning rates; " if diverged else "")
                 + "the last checkpoint is kept"
             )
@@ -133,7 +126,7 @@ def _round(
     grid: Grid,
     config: RunConfig,
     nodes: Mapping[int, str],
-    roster: "_Roster",
+    roster: Roster,
     state: RunState,
     cap: int,
     mechanism: InstitutionMechanism | None,
@@ -209,7 +202,7 @@ def _round(
         nodes,
         this,
         private=config.privacy.enabled,
-        timeout=_patience(config),
+        timeout=patience(config),
     )
     watch = Watch(this)
     try:
@@ -350,102 +343,6 @@ def _aggregate(
     )
 
 
-class _Roster:
-    """Node id -> institution, asked once of each node that shows up."""
-
-    def __init__(self, grid: Grid, config: RunConfig, query: wire.Query) -> None:
-        self._grid, self._config, self._query = grid, config, query
-        self._known: dict[int, wire.Hello] = {}
-        self.refused: dict[int, str] = {}
-
-    def online(self) -> dict[str, int]:
-        """Institution -> node, of those that are connected now."""
-        present = sorted(self._grid.get_node_ids())
-        query = wire.pack_query(self._query)
-        timeout = self._config.federation.timeout
-        fresh = [
-            Message(query, node, MessageType.QUERY, group_id="hello", ttl=timeout)
-            for node in present
-            if node not in self._known and node not in self.refused
-        ]
-        for node, reply in exchange(self._grid, fresh, _patience(self._config)) if fresh else ():
-            try:
-                hello = wire.unpack_hello(content(reply))
-                if hello.version != fedlora.__version__:
-                    raise Refusal(
-                        "version-mismatch",
-                        f"{hello.institution} runs fedlora {hello.version}, "
-                        f"the server {fedlora.__version__}",
-                    )
-                if not 1 <= hello.rank <= self._config.adapter.rank or (
-                    hello.rank != self._config.adapter.rank and not self._config.adapter.ranks
-                ):
-                    raise Refusal(
-                        "wrong-rank",
-                        f"{hello.institution} has rank {hello.rank}, adapter.rank is "
-                        f"{self._config.adapter.rank}, adapter.ranks "
-                        f"{self._config.adapter.ranks!r}",
-                    )
-                if hello.institution in {h.institution for h in self._known.values()}:
-                    raise Refusal("name-taken", f"two nodes call themselves {hello.institution}")
-                self._known[node] = hello
-            except Refusal as refusal:
-                self.refused[node] = refusal.code
-                log.warning("node %d: %s", node, refusal)
-        return {self._known[node].institution: node for node in present if node in self._known}
-
-    def wait(self, institutions: int) -> None:
-        """Wait until all institutions have said something, or enough are here for a round.
-
-        Raises:
-            RunFailed: When too few are ready.
-        """
-        deadline = time.monotonic() + NODES_TIMEOUT
-        while len(self.online()) + len(self.refused) < institutions:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(1.0)
-        if len(self) < max(1, self._config.federation.min_updates):
-            codes = {str(node): code for node, code in self.refused.items()}
-            raise RunFailed(
-                f"{len(self._known)} institutions are ready and {len(self.refused)} refuse "
-                f"({_reasons(codes)}); federation.min-updates is "
-                f"{self._config.federation.min_updates}"
-            )
-
-    def rank(self, node: int) -> int:
-        """Rank of an institution's factors."""
-        return self._known[node].rank
-
-    def within_budget(self) -> int:
-        """How many institutions have budget for the whole run."""
-        return sum(hello.fits for hello in self._known.values())
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-
-def _patience(config: RunConfig) -> float:
-    """Seconds without any answer after which nobody is waited for.
-
-    An engine may take an institution's time twice, and a new worker's start with it, before it
-    says which one hangs.
-    """
-    return 2 * (config.federation.timeout + NODES_TIMEOUT)
-
-
-def _check_budgets(config: RunConfig, roster: _Roster) -> None:
-    """Refuse a run that would run dry, before anybody spends anything on it."""
-    if roster.within_budget() < config.federation.min_updates:
-        raise InputError(
-            f"budget exhausted: {len(roster) - roster.within_budget()} of {len(roster)} "
-            "institutions have too little left in their ledgers for a run at privacy.epsilon "
-            f"{config.privacy.epsilon:g}, and federation.min-updates is "
-            f"{config.federation.min_updates}; lower privacy.epsilon or use other records "
-            "(`fedlora ledger show` tells what is left)"
-        )
-
-
 def final_adapter(state: RunState) -> AdapterState:
     """The adapter that a run releases: the last one, or the mean of the last ones."""
     if not state.averaged:
@@ -456,7 +353,7 @@ def final_adapter(state: RunState) -> AdapterState:
 def _measured(
     grid: Grid,
     config: RunConfig,
-    roster: _Roster,
+    roster: Roster,
     state: RunState,
     work: Trainable,
     population: Population,
@@ -474,7 +371,7 @@ def _measured(
     order = wire.EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter)
     nodes = {node: name for name, node in roster.online().items()}
     return evaluation.of_each(
-        grid, order, nodes, timeout=config.federation.timeout, patience=_patience(config)
+        grid, order, nodes, timeout=config.federation.timeout, patience=patience(config)
     )
 
 
@@ -503,10 +400,3 @@ def _finish(
         "counts": dict(population.counts),
     }
     directory.write_result(result, privacy)
-
-
-def _reasons(failed: Mapping[str, str]) -> str:
-    counts: dict[str, int] = {}
-    for reason in failed.values():
-        counts[reason] = counts.get(reason, 0) + 1
-    return ", ".join(f"{reason} x {n}" for reason, n in sorted(counts.items())) or "no reason given"

@@ -75,6 +75,7 @@ def institutions(rows, tiny_encoder):
                 "state": '"state"',
                 "models": f'["{tiny_encoder}"]',
                 "labels": LABELS,
+                "strategies": '["fedavg", "pad"]',
                 "without-dp": "true",
                 **({k.replace("_", "-"): v for k, v in changes.items()} if name == bank else {}),
             }
@@ -256,3 +257,13 @@ def test_a_deployment_must_say_what_nobody_can_count(tiny_config):
     for values in ({"data.labels": LABELS}, {"data.institutions": 4}):
         with pytest.raises(InputError, match=r"list the classes in data\.labels"):
             tiny_config(**{"data.source": configuration.INSTITUTIONS, **values})
+
+
+@pytest.mark.parametrize(("strategy", "refused"), [("pad", False), ("fedavg", True)])
+def test_a_smaller_rank_of_ones_own_is_taken_where_the_strategy_has_a_place_for_it(
+    deployed, institutions, strategy, refused
+):
+    config = deployed(**{"federation.strategy": strategy, "federation.rounds": 1})
+    _run(config, institutions("Beta", rank="3"))
+    (record,) = read_records(Path(config.run_dir))
+    assert ("Beta" not in record["institutions"]) == refused
