@@ -259,7 +259,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
         elif isinstance(module, ModulesToSaveWrapper):
             plain.set_submodule(name, module.modules_to_save[ADAPTER])
     for name, module in list(plain.named_modules()):
-        if _is_quantized(module):
+        if is_quantized(module):
             plain.set_submodule(name, _dense(module, dense_weight(module), dtype))
     marks = (
         "is_quantized",
@@ -290,7 +290,8 @@ def _folded_weight(layer: LoraLayer) -> torch.Tensor:
     return weight
 
 
-def _is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
+    """Whether this is a linear layer that bitsandbytes has packed."""
     return is_linear(module) and (
         hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB")
     )

@@ -33,7 +33,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from fedlora.adapters import ADAPTER, frozen_weight, is_linear, residual
+from fedlora.adapters import ADAPTER, frozen_weight, is_linear, is_quantized, residual
 from fedlora.errors import Refusal
 from fedlora.models import HEAD
 from fedlora.streams import RandomSource
@@ -49,6 +49,8 @@ class _LowRankUpdate(torch.autograd.Function):
         b: float32 ``(d_out, r)``, or ``(units, d_out, r)`` likewise. Either may be frozen.
         scaling: s.
         unit: The unit of each example ``(n,)`` int64; None when example i is unit i.
+        apart: Round the update to the base's dtype before it is added, as PEFT does on quantised
+            bases; on others the sum is rounded once, as PEFT does there.
     """
 
     @staticmethod
@@ -60,6 +62,7 @@ class _LowRankUpdate(torch.autograd.Function):
         b: torch.Tensor,
         scaling: float,
         unit: torch.Tensor | None,
+        apart: bool,
     ) -> torch.Tensor:
         a0, b0 = _values(a, 0), _values(b, 1)
         u = x.reshape(-1, x.shape[-1]).float() @ a0.T
@@ -67,7 +70,10 @@ class _LowRankUpdate(torch.autograd.Function):
         ctx.save_for_backward(x, u, a, b)
         ctx.scaling, ctx.unit = scaling, unit
         rows = base.reshape(-1, base.shape[-1])
-        out = torch.addmm(rows.float(), u, b0.T).to(rows.dtype)  # rounded once, as in PEFT
+        if apart:
+            out = rows + (u @ b0.T).to(rows.dtype)
+        else:
+            out = torch.addmm(rows.float(), u, b0.T).to(rows.dtype)
         return out.view(base.shape)
 
     @staticmethod
@@ -86,7 +92,7 @@ class _LowRankUpdate(torch.autograd.Function):
                 grad_a = _factor_gradient(gu[:, : a.shape[-2]], x32, len(x), a, ctx.unit)
         if for_b:
             grad_b = _factor_gradient(g, u[:, : b.shape[-1]], len(x), b, ctx.unit)
-        return grad_x, grads[0], grad_a, grad_b, None, None
+        return grad_x, grads[0], grad_a, grad_b, None, None, None
 
 
 def _values(factor: torch.Tensor, rank_dim: int) -> torch.Tensor:
@@ -186,6 +192,7 @@ class _AdaptedLayer:
     def __init__(self, name: str, layer: LoraLayer, mode: _Mode) -> None:
         self.name, self.layer, self.mode = name, cast(Any, layer), mode
         self.base = layer.get_base_layer()
+        self.apart = is_quantized(self.base)
         self.dropout = cast(float, getattr(layer.lora_dropout[ADAPTER], "p", 0.0))
         self.flat = name.rpartition(".")[2] == HEAD  # pooled: one row an example
         self.a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)
@@ -220,12 +227,13 @@ class _AdaptedLayer:
         pair = residual(self.layer)
         if pair is None:
             return out
-        return cast(torch.Tensor, _LowRankUpdate.apply(x, out, *pair, 1.0, None))
+        return cast(torch.Tensor, _LowRankUpdate.apply(x, out, *pair, 1.0, None, self.apart))
 
     def _update(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         a, b = self.mode.of(self.a), self.mode.of(self.b)
         scaling = cast(float, self.layer.scaling[ADAPTER])
-        return cast(torch.Tensor, _LowRankUpdate.apply(x, base, a, b, scaling, self.mode.unit))
+        unit = self.mode.unit
+        return cast(torch.Tensor, _LowRankUpdate.apply(x, base, a, b, scaling, unit, self.apart))
 
     def _dora(
         self,
