@@ -60,6 +60,7 @@ class _Job:
     seconds: float
     adapter_bytes: int
     attempts: int = 0
+    failed: bool = False
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,15 @@ class _Call:
 
     jobs: list[_Job]
     started: float = 0.0
+
+    @property
+    def again(self) -> bool:
+        """Whether a worker died on it once: then it has the next one for itself.
+
+        A worker's death can take the reply of the call before along, so of two calls that follow
+        each other nobody could tell which one it was.
+        """
+        return any(job.failed for job in self.jobs)
 
     @property
     def seconds(self) -> float:
@@ -274,6 +284,8 @@ class RayGrid(SimulationGrid):
                     return
                 if len(load) >= depth:
                     continue
+                if load and (self._queue[0].again or self._running[load[0]][1].again):
+                    continue
                 todo = self._queue.popleft()
                 for job in todo.jobs:
                     job.attempts += 1
@@ -356,7 +368,9 @@ class RayGrid(SimulationGrid):
             self._queue.appendleft(waiting)
         if len(ran.jobs) == 1 and ran.jobs[0].attempts >= ATTEMPTS:
             return [error_reply(ran.jobs[0].message, code, "ended")]
-        self._queue.extendleft(_Call(jobs=[job]) for job in reversed(ran.jobs))
+        for job in reversed(ran.jobs):
+            job.failed = True
+            self._queue.appendleft(_Call(jobs=[job]))
         return []
 
 
