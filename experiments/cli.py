@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import fedlora
 from experiments import simulate
@@ -294,7 +294,8 @@ def show_config(
             )
         )
         return
-    table = Table("key", "type", "default", "what it is")
+    others = (Column(name, overflow="fold") for name in ("type", "default", "what it is"))
+    table = Table(Column("key", no_wrap=True), *others)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -370,7 +371,8 @@ def ledger_show(
     entries = shown.pop("entries")
     for key, value in shown.items():
         print(f"{key:12} {value}")
-    lines = Table("run", "round", "noise", "sample rate", "steps", "charged")
+    columns = ("run", "round", "noise", "sample rate", "steps", "charged")
+    lines = Table(*(Column(column, overflow="fold") for column in columns))
     for entry in entries:
         lines.add_row(
             str(entry["run"])[:12],

@@ -105,6 +105,9 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     _, work = _open(run_dir, institution)
     trainable.forget()  # merging takes the model apart
     merged = adapters.merge(work.model)
+    if work.base.kind == "encoder":
+        merged.config.id2label = dict(enumerate(work.labels))
+        merged.config.label2id = {label: i for i, label in enumerate(work.labels)}
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")
     merged.save_pretrained(temporary, safe_serialization=True)
     work.base.tokenizer.save_pretrained(temporary)

@@ -105,6 +105,8 @@ def test_what_is_carried_by_the_base_is_saved_as_one_plain_adapter(
             num_labels=3,
         ).model
         torch.testing.assert_close(_logits(merged, config), ours, rtol=1e-4, atol=1e-4)
+        labels = json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]
+        assert list(labels.values()) == ["card", "fraud", "loan"]
 
 
 @pytest.mark.parametrize("strategy", ["stack", "pad", "svd"])
