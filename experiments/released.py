@@ -48,7 +48,7 @@ def _open(run_dir: Path, institution: str) -> tuple[configuration.RunConfig, Tra
     names = sorted(path.parent.name for path in own) if strategy in KEPT else [""]
     if institution not in names:
         raise InputError(
-            f"--institution is {institution!r}, but {run_dir} has "
+            f"--institution is {institution or 'not given'}, but {run_dir} has "
             + (
                 f"an adapter for each institution; give one of {', '.join(names)}"
                 if strategy in KEPT

@@ -134,7 +134,8 @@ def _check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str
     for column, key in wanted.items():
         if column in columns:
             continue
-        remedy = f"set {key} to one of them"
+        form = "natural:COLUMN with one of them" if key == "data.partition" else "one of them"
+        remedy = f"set {key} to {form}"
         if {"context", "target"} <= set(columns):
             remedy = 'these are FinLoRA rows: set data.text to "context" and data.label to "target"'
         names = ", ".join(columns[:30]) + (", ..." if len(columns) > 30 else "")
