@@ -1,6 +1,7 @@
 """Accuracy of every strategy on Financial PhraseBank, without DP and at epsilon 8.
 
 Usage: python -m benchmarks.strategies [--seeds 1 2 3] [--only fedavg ffa ...] [--epsilons inf 8]
+           [--jobs 2]
 
 Each run is `fedlora run experiments/configs/fpb.toml` with the settings below; a seed decides
 split, shards, start and (without DP) everything else. What ran is a line of
@@ -9,16 +10,20 @@ were tuned on seed 11, which the table leaves out.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "strategies.jsonl"
 DOCUMENT = HERE.parent / "docs" / "strategies.md"
+TUNING_SEED = 11
 BEGIN, END = "<!-- table: python -m benchmarks.strategies -->", "<!-- end of table -->"
 
 # What a strategy takes in place of fpb.toml's settings: at every epsilon, without DP, at epsilon 8.
@@ -64,7 +69,7 @@ def run(
     name = "-".join([strategy, epsilon, str(seed), *(f"{k}={v}" for k, v in more.items())])
     command = [str(Path(sys.executable).with_name("fedlora")), "run"]
     command += [str(HERE.parent / "experiments" / "configs" / "fpb.toml")]
-    values_and_data = {**values, "data.source": data}
+    values_and_data = {**values, "data.source": data, "engine.workers": "1"}  # changes no result
     command += [word for k, v in values_and_data.items() for word in ("--set", f"{k}={v}")]
     done = subprocess.run(
         [*command, "--out", str(runs / name), "--json"], capture_output=True, text=True, check=False
@@ -130,21 +135,28 @@ def main() -> None:
     parser.add_argument("--epsilons", nargs="+", choices=["inf", "8"], default=["inf", "8"])
     parser.add_argument("--data", default="../shared/data/fpb/fpb.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs/strategies"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one worker each")
     parser.add_argument("--tune", nargs="+", default=[], help="KEY=VALUE; printed, not kept")
     arguments = parser.parse_args()
     more = dict(item.split("=", 1) for item in arguments.tune)
     done = {(r["strategy"], r["epsilon"], r["seed"]) for r in lines()}
-    for seed in arguments.seeds:
-        for strategy in arguments.only:
-            for epsilon in arguments.epsilons:
-                if (strategy, epsilon, seed) in done and not more:
-                    continue
-                line = run(strategy, epsilon, seed, arguments.data, arguments.runs, more)
-                print(json.dumps(line), flush=True)
-                if not more and seed != 11:
-                    with RESULTS.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
-                    write(lines())
+    wanted = itertools.product(arguments.seeds, arguments.only, arguments.epsilons)
+
+    def measure(cell: tuple[int, str, str]) -> None:
+        seed, strategy, epsilon = cell
+        line = run(strategy, epsilon, seed, arguments.data, arguments.runs, more)
+        with lock:
+            print(json.dumps(line), flush=True)
+            if not more and seed != TUNING_SEED:
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                write(lines())
+
+    lock = threading.Lock()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        cells = [(s, name, e) for s, name, e in wanted if more or (name, e, s) not in done]
+        for _ in pool.map(measure, cells):
+            pass
 
 
 if __name__ == "__main__":

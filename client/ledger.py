@@ -274,10 +274,12 @@ class Ledger:
             rows = self._connection.execute(
                 f"SELECT {ledger_file.COLUMNS}, key IS NULL FROM charges ORDER BY id"
             ).fetchall()
+        spent = self.spent()
         return {
-            "epsilon": self.spent(),
+            "epsilon": spent,
             "delta": self.delta,
             "limit": self.max_epsilon,
+            "left": max(0.0, self.max_epsilon - spent),
             "accountant": self.accountant,
             "unit": unit,
             "fingerprint": fingerprint,

@@ -87,7 +87,9 @@ def describe(
     total = config.federation.rounds
     if not records:
         return f"starting: base model and {pushed or 'the'} institutions ({elapsed:.0f} s)"
-    parts = [f"round {min(len(records) + 1, total)}/{total}", f"institutions {answered}/{pushed}"]
+    parts = [f"round {min(len(records) + 1, total)}/{total}"]
+    if answered:
+        parts.append(f"institutions {answered}/{pushed}")
     measured = next((r["metrics"] for r in reversed(records) if r["metrics"]), {})
     for key in ("accuracy", "token_loss"):
         if key in measured:

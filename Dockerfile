@@ -1,0 +1,26 @@
+# One image for every role: gateway, SuperLink, server, institution. Build: docker build -t fedlora .
+ARG BASE=python:3.12-slim-bookworm
+FROM ${BASE}
+
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends nginx-light \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY fedlora fedlora
+COPY client client
+COPY server server
+COPY strategies strategies
+COPY experiments experiments
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" --editable '.[demo]'
+
+# Nothing here is secret and nothing is writable: keys, records and state are mounted.
+ENV HOME=/tmp \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HF_HUB_OFFLINE=1 \
+    FLWR_TELEMETRY_ENABLED=0 \
+    FLWR_DISABLE_UPDATE_CHECK=1
+USER 10001:10001
