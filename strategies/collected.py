@@ -17,7 +17,7 @@ from fedlora.wire import ClientUpdate
 from strategies.base import Round, Weighted
 from strategies.products import Product
 
-IN_MEMORY = 512 * 2**20
+IN_MEMORY = 128 * 2**20
 """Bytes of updates that are held in memory; those that come later wait on disk."""
 
 
