@@ -24,7 +24,7 @@ from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.shards import Federation, Int64, Shard
 
-__all__ = ["Encode", "Federation", "Shard", "load_shard", "prepare"]
+__all__ = ["Dealt", "Encode", "Federation", "Shard", "Table", "deal", "load_shard", "prepare"]
 
 Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
@@ -71,9 +71,6 @@ def prepare(
     Raises:
         InputError: If a source, column, label or partition does not fit; nothing is written then.
     """
-    scheme, argument = schemes.parse(
-        partition, institutions=institutions, has_classes=task != "sft"
-    )
     sourced = [sources.digest(source), sources.digest(test_source, "test") if test_source else ""]
     shape = [text, label, labels, unit, partition, institutions, min_records, test_fraction, seed]
     key = json.dumps([sourced, shape, task, encoding_key, _code_digest()])
@@ -83,45 +80,24 @@ def prepare(
         return cached
     encode = encoder()  # before rows are read: what it has to say about the model is said soon
 
-    by_column = {argument: "data.partition"} if scheme == "natural" else {}
-    by_unit = {unit: "privacy.unit"} if unit != "record" else {}
-    rows = _read(source, text, label, {**by_column, **by_unit}, "train")
-    test = _read(test_source, text, label, by_column, "test") if test_source else None
-    classes = () if task == "sft" else _classes(labels, rows, test, source, test_source)
-    counts = {"rows": rows.read, "test_rows": test.read if test else 0}
-    counts["empty"] = sum(table.read - len(table.texts) for table in (rows, test) if table)
-
-    train, held_out, counts["duplicates_removed"] = _split(
-        rows, test, fraction=test_fraction, seed=seed, keep_labels=classes != () and not labels
+    dealt = deal(
+        source=source,
+        test_source=test_source,
+        text=text,
+        label=label,
+        labels=labels,
+        unit=unit,
+        partition=partition,
+        institutions=institutions,
+        min_records=min_records,
+        test_fraction=test_fraction,
+        seed=seed,
+        task=task,
     )
-    if scheme == "natural":
-        train, lost = _with_value(train, argument)
-        held_out, lost_too = _with_value(held_out, argument)
-        counts["without_institution"] = lost + lost_too
-        dealt = partitions.by_column(
-            argument,
-            train.others[argument],
-            held_out.others[argument],
-            institutions=institutions,
-            min_records=min_records,
-        )
-    else:
-        counts["without_institution"] = 0
-        dealt = partitions.by_scheme(
-            partition,
-            _class_indices(train, classes),
-            _class_indices(held_out, classes),
-            institutions=institutions,
-            min_records=min_records,
-            seed=seed,
-        )
-    counts["institutions_dropped"] = dealt.dropped
-    counts["rows_dropped"] = int((dealt.train < 0).sum() + (dealt.held_out < 0).sum())
-
-    train, train_bounds = _by_institution(train, dealt.train, len(dealt.names))
-    held_out, held_out_bounds = _by_institution(held_out, dealt.held_out, len(dealt.names))
+    counts, classes = dict(dealt.counts), dealt.classes
+    (train, train_bounds), (held_out, held_out_bounds) = dealt.train, dealt.held_out
     counts["train"], counts["held_out"] = len(train.texts), len(held_out.texts)
-    units = _units(train.others[unit] if by_unit else None, train_bounds, unit)
+    units = _units(train.others[unit] if unit != "record" else None, train_bounds, unit)
     encoded = encode(train.texts + held_out.texts, train.labels + held_out.labels, classes)
     counts["truncated"] = encoded.truncated
     both = _shard(encoded, train.texts + held_out.texts, train.labels + held_out.labels)
@@ -138,6 +114,112 @@ def prepare(
             ),
             held_out_bounds=held_out_bounds,
         ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows that have a text and a label, of ``read`` rows; ``others`` are further columns."""
+
+    texts: list[str]
+    labels: list[str]
+    others: Mapping[str, list[str]]
+    read: int
+
+    def take(self, rows: NDArray[Any]) -> "Table":
+        """Return the rows of these numbers, in that order."""
+        order: list[int] = rows.tolist()
+        return Table(
+            texts=[self.texts[row] for row in order],
+            labels=[self.labels[row] for row in order],
+            others={name: [values[row] for row in order] for name, values in self.others.items()},
+            read=self.read,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dealt:
+    """Rows as institutions hold them, before anything is tokenised.
+
+    Attributes:
+        names: Of the institutions.
+        classes: In index order; empty for sft.
+        train: Training rows sorted by institution, and where each one's begin ``(k + 1,)``.
+        held_out: The same of held-out rows.
+        counts: What was read, left out and removed.
+    """
+
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    train: tuple[Table, Int64]
+    held_out: tuple[Table, Int64]
+    counts: Mapping[str, int]
+
+
+def deal(
+    *,
+    source: str,
+    test_source: str,
+    text: str,
+    label: str,
+    labels: tuple[str, ...],
+    unit: str,
+    partition: str,
+    institutions: int,
+    min_records: int,
+    test_fraction: float,
+    seed: int,
+    task: str,
+) -> Dealt:
+    """Read rows, split them, deal them to institutions; arguments as for `prepare`.
+
+    Raises:
+        InputError: If a source, column, label or partition does not fit.
+    """
+    scheme, argument = schemes.parse(
+        partition, institutions=institutions, has_classes=task != "sft"
+    )
+    by_column = {argument: "data.partition"} if scheme == "natural" else {}
+    by_unit = {unit: "privacy.unit"} if unit != "record" else {}
+    rows = _read(source, text, label, {**by_column, **by_unit}, "train")
+    test = _read(test_source, text, label, by_column, "test") if test_source else None
+    classes = () if task == "sft" else _classes(labels, rows, test, source, test_source)
+    counts = {"rows": rows.read, "test_rows": test.read if test else 0}
+    counts["empty"] = sum(table.read - len(table.texts) for table in (rows, test) if table)
+
+    train, held_out, counts["duplicates_removed"] = _split(
+        rows, test, fraction=test_fraction, seed=seed, keep_labels=classes != () and not labels
+    )
+    if scheme == "natural":
+        train, lost = _with_value(train, argument)
+        held_out, lost_too = _with_value(held_out, argument)
+        counts["without_institution"] = lost + lost_too
+        placed = partitions.by_column(
+            argument,
+            train.others[argument],
+            held_out.others[argument],
+            institutions=institutions,
+            min_records=min_records,
+        )
+    else:
+        counts["without_institution"] = 0
+        placed = partitions.by_scheme(
+            partition,
+            _class_indices(train, classes),
+            _class_indices(held_out, classes),
+            institutions=institutions,
+            min_records=min_records,
+            seed=seed,
+        )
+    counts["institutions_dropped"] = placed.dropped
+    counts["rows_dropped"] = int((placed.train < 0).sum() + (placed.held_out < 0).sum())
+
+    return Dealt(
+        names=placed.names,
+        classes=classes,
+        train=_by_institution(train, placed.train, len(placed.names)),
+        held_out=_by_institution(held_out, placed.held_out, len(placed.names)),
+        counts=counts,
     )
 
 
@@ -175,27 +257,7 @@ def load_shard(
     return _shard(encoded, table.texts, table.labels), encoded.truncated
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Table:
-    """Rows that have a text and a label, of ``read`` rows; ``others`` are further columns."""
-
-    texts: list[str]
-    labels: list[str]
-    others: Mapping[str, list[str]]
-    read: int
-
-    def take(self, rows: NDArray[Any]) -> "_Table":
-        """Return the rows of these numbers, in that order."""
-        order: list[int] = rows.tolist()
-        return _Table(
-            texts=[self.texts[row] for row in order],
-            labels=[self.labels[row] for row in order],
-            others={name: [values[row] for row in order] for name, values in self.others.items()},
-            read=self.read,
-        )
-
-
-def _read(source: str, text: str, label: str, others: Mapping[str, str], split: str) -> _Table:
+def _read(source: str, text: str, label: str, others: Mapping[str, str], split: str) -> Table:
     columns = [column.strip() for column in text.split(",")]
     wanted = {**others, label: "data.label", **dict.fromkeys(columns, "data.text")}
     rows = {
@@ -205,13 +267,13 @@ def _read(source: str, text: str, label: str, others: Mapping[str, str], split: 
     parts = zip(*(rows[column] for column in columns), strict=True)
     texts = [" | ".join(filter(None, part)) for part in parts]
     others_read = {name: rows[name] for name in others}
-    table = _Table(texts=texts, labels=rows[label], others=others_read, read=len(texts))
+    table = Table(texts=texts, labels=rows[label], others=others_read, read=len(texts))
     full = [bool(text and answer) for text, answer in zip(texts, rows[label], strict=True)]
     return table.take(np.flatnonzero(full))
 
 
 def _classes(
-    given: tuple[str, ...], rows: _Table, test: _Table | None, source: str, test_source: str
+    given: tuple[str, ...], rows: Table, test: Table | None, source: str, test_source: str
 ) -> tuple[str, ...]:
     """Return the classes in index order, checked against the rows of both sources."""
     classes = given or tuple(sorted(set(rows.labels)))
@@ -241,8 +303,8 @@ def _check_labels(found: list[str], classes: tuple[str, ...], source: str, remed
 
 
 def _split(
-    rows: _Table, test: _Table | None, *, fraction: float, seed: int, keep_labels: bool
-) -> tuple[_Table, _Table, int]:
+    rows: Table, test: Table | None, *, fraction: float, seed: int, keep_labels: bool
+) -> tuple[Table, Table, int]:
     """Return training rows, held-out rows, and how many training rows duplicated a held-out one."""
     if test is None:
         labels = rows.labels if keep_labels else None
@@ -254,13 +316,13 @@ def _split(
     return train, test, len(rows.texts) - len(train.texts)
 
 
-def _with_value(table: _Table, column: str) -> tuple[_Table, int]:
+def _with_value(table: Table, column: str) -> tuple[Table, int]:
     """Return the rows that have a value in a column, and how many have none."""
     rows = np.flatnonzero([value != "" for value in table.others[column]])
     return table.take(rows), len(table.texts) - len(rows)
 
 
-def _class_indices(table: _Table, classes: tuple[str, ...]) -> Int64 | int:
+def _class_indices(table: Table, classes: tuple[str, ...]) -> Int64 | int:
     """Return the class of each row, or the number of rows where there are no classes."""
     if not classes:
         return len(table.texts)
@@ -268,7 +330,7 @@ def _class_indices(table: _Table, classes: tuple[str, ...]) -> Int64 | int:
     return np.array([index[name] for name in table.labels], dtype=np.int64)
 
 
-def _by_institution(table: _Table, owner: Int64, institutions: int) -> tuple[_Table, Int64]:
+def _by_institution(table: Table, owner: Int64, institutions: int) -> tuple[Table, Int64]:
     """Return the rows that have an owner, sorted by it, and where each owner's rows begin."""
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(institutions + 1)).astype(np.int64)
