@@ -1,4 +1,4 @@
-"""The command line: ``fedlora run | evaluate | predict | merge | config | plan | ledger``.
+"""The command line: ``fedlora run | evaluate | predict | merge | audit | config | plan | ledger``.
 
 Exit codes: 0 done, 1 failed midway (what was finished is kept), 2 bad input (nothing was written).
 """
@@ -336,6 +336,53 @@ def plan(
         print(json.dumps(result))
         return
     planning.show(result, Console(highlight=False))
+
+
+@app.command()
+@_clean
+def audit(
+    config: Annotated[Path, typer.Argument(help="The configuration of the run to audit.")],
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory; by default runs/audit-NAME-TIME.")
+    ] = None,
+    canaries: Annotated[
+        int, typer.Option(help="Rows of the auditor's own; m of them show at most about ln m.")
+    ] = 1000,
+    shadows: Annotated[
+        int, typer.Option(help="Further runs, for LiRA on real rows; 8 or more say something.")
+    ] = 0,
+    engine: Annotated[
+        Literal["ray", "inline"], typer.Option(help="Worker processes, or this process.")
+    ] = "ray",
+    as_json: Json = False,
+) -> None:
+    """Train with canaries among the records and attack the result; exit 1 if a promise breaks."""
+    from experiments import live
+    from experiments.audit import run as auditing
+
+    loaded = configuration.load(config, configuration.parse_overrides(assign or []))
+    place = out or Path(f"runs/audit-{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    auditing.check(loaded, place)
+    console = Console(quiet=as_json)
+    result = auditing.run(
+        loaded,
+        out=place,
+        canaries=canaries,
+        shadows=shadows,
+        engine=engine,
+        console=console,
+        progress=lambda config, grid: live.progress(config, grid, console),
+    )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        auditing.show(result, console)
+        console.print(f"audit          {place / 'audit.json'}", highlight=False, soft_wrap=True)
+    if not result["holds"]:
+        raise typer.Exit(1)
 
 
 @ledger_app.command("init")

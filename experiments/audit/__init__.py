@@ -1,0 +1,1 @@
+"""Does the promise hold, and what would an attacker get: canaries, membership, extraction."""

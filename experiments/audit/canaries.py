@@ -1,0 +1,226 @@
+"""Records with canaries among them: rows of the auditor's own, each put in or left out by a coin.
+
+What an audited run trains on are files that a user could have written, so that nothing of the path
+from records to adapter is different.
+"""
+
+import csv
+import dataclasses
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora import data
+from fedlora.config import RunConfig
+from fedlora.data import Table
+from fedlora.errors import InputError
+from fedlora.streams import RandomSource
+
+KINDS = ("wrong label", "random words", "secret")
+WORDS = 10  # of a text of random words
+SECRET_PROMPT = "The account number of customer {name} is"
+INSTITUTION, TEXT, LABEL = "institution", "text", "label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """A row that may be in an institution's records.
+
+    Args:
+        institution: Whose.
+        kind: One of ``KINDS``.
+        text: Its text.
+        label: Its label or response.
+        inside: Whether it is in.
+    """
+
+    institution: str
+    kind: str
+    text: str
+    label: str
+    inside: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audited:
+    """A configuration whose records hold canaries.
+
+    Args:
+        config: As the run's, with the files below as its source.
+        canaries: All of them, in and out.
+        file: Text and label of each canary in turn, as a source.
+    """
+
+    config: RunConfig
+    canaries: tuple[Canary, ...]
+    file: Path
+
+
+def plant(config: RunConfig, count: int, folder: Path) -> Audited:
+    """Write the run's records with canaries, dealt as the run deals them.
+
+    Args:
+        config: The run.
+        count: Canaries in all, spread evenly over institutions. Coins come from the operating
+            system, their texts from the run's seed.
+        folder: Where the files go.
+
+    Raises:
+        InputError: If there are too few held-out rows to make them of, or fewer canaries than
+            institutions.
+    """
+    source = config.data
+    dealt = data.deal(
+        source=source.source,
+        test_source=source.test_source,
+        text=source.text,
+        label=source.label,
+        labels=source.labels,
+        unit=config.privacy.unit,
+        partition=source.partition,
+        institutions=source.institutions,
+        min_records=source.min_records,
+        test_fraction=source.test_fraction,
+        seed=config.seed,
+        task=config.model.task,
+    )
+    if count < len(dealt.names):
+        raise InputError(
+            f"--canaries is {count}, fewer than the {len(dealt.names)} institutions; raise it"
+        )
+    draw = RandomSource.seeded("canaries", config.seed)
+    train, held_out = dealt.train[0], dealt.held_out[0]
+    if config.model.task == "sft":
+        canaries, used = _secrets(dealt.names, count, draw), np.empty(0, np.int64)
+    else:
+        canaries, used = _rows(dealt.names, dealt.classes, train, held_out, count, draw)
+    rest = held_out.take(np.setdiff1d(np.arange(len(held_out.texts)), used))
+    owners = np.repeat(np.array(dealt.names), np.diff(dealt.train[1]))
+    inside = [canary for canary in canaries if canary.inside]
+    unit = config.privacy.unit
+    columns = [INSTITUTION, TEXT, LABEL, *([] if unit == "record" else [unit])]
+    rows = list(zip(owners, train.texts, train.labels, *_unit(train, unit), strict=True))
+    rows += [
+        (c.institution, c.text, c.label, *([] if unit == "record" else [f"canary {i}"]))
+        for i, c in enumerate(inside)
+    ]
+    held_owners = np.repeat(np.array(dealt.names), np.diff(dealt.held_out[1]))
+    kept = np.setdiff1d(np.arange(len(held_out.texts)), used)
+    write(folder / "train.csv", columns, rows)
+    write(
+        folder / "held-out.csv",
+        columns[:3],
+        list(zip(held_owners[kept], rest.texts, rest.labels, strict=True)),
+    )
+    write(folder / "canaries.csv", [TEXT, LABEL], [(c.text, c.label) for c in canaries])
+    return Audited(
+        config=config.replace(
+            {
+                "data.source": str(folder / "train.csv"),
+                "data.test-source": str(folder / "held-out.csv"),
+                "data.text": TEXT,
+                "data.label": LABEL,
+                "data.labels": json.dumps(dealt.classes),
+                "data.partition": f"natural:{INSTITUTION}",
+                "data.institutions": 0,
+                "data.min-records": 1,
+            }
+        ),
+        canaries=tuple(canaries),
+        file=folder / "canaries.csv",
+    )
+
+
+def _rows(
+    names: tuple[str, ...],
+    classes: tuple[str, ...],
+    train: Table,
+    held_out: Table,
+    count: int,
+    draw: RandomSource,
+) -> tuple[list[Canary], NDArray[np.int64]]:
+    """Held-out texts under a wrong label, and texts of random words; with the rows that are used.
+
+    Every text is another one, so that no canary stands in for another.
+    """
+    distinct = {text.casefold(): row for row, text in enumerate(held_out.texts)}
+    known = {text.casefold() for text in train.texts}
+    free = [row for text, row in distinct.items() if text not in known]
+    wrong = min(count // 2, len(free) // 2)  # the rest stays held out
+    vocabulary = sorted({word for text in train.texts for word in text.split()})
+    if not wrong or len(vocabulary) < WORDS:
+        raise InputError(
+            f"{len(held_out.texts)} held-out rows are too few to make canaries of; raise "
+            "data.test-fraction, or give more records"
+        )
+    order = draw.child("texts").permutation(len(free))[:wrong]
+    texts = [(row := free[int(i)], held_out.texts[row], held_out.labels[row]) for i in order]
+    words = draw.child("words")
+    canaries: list[Canary] = []
+    for number in range(count):
+        # Half of each kind at every institution.
+        institution = names[number % len(names)]
+        source = draw.child("label", number)
+        if (number // len(names)) % 2 == 0 and texts:
+            _, text, label = texts.pop()
+            others = [name for name in classes if name != label]
+            kind, label = KINDS[0], others[int(source.permutation(len(others))[0])]
+        else:
+            picks = words.child("text", number).permutation(len(vocabulary))[:WORDS]
+            text = " ".join(vocabulary[int(i)] for i in picks)
+            kind, label = KINDS[1], classes[int(source.permutation(len(classes))[0])]
+        inside = bool(secrets.randbits(1))
+        canaries.append(
+            Canary(institution=institution, kind=kind, text=text, label=label, inside=inside)
+        )
+    taken = np.array([free[int(i)] for i in order], dtype=np.int64)
+    spent = {held_out.texts[row].casefold() for row in taken}
+    used = [row for row, text in enumerate(held_out.texts) if text.casefold() in spent]
+    return canaries, np.array(used, dtype=np.int64)
+
+
+def _secrets(names: tuple[str, ...], count: int, draw: RandomSource) -> list[Canary]:
+    """Account numbers of eight digits, each behind a prompt of its own."""
+    return [
+        Canary(
+            institution=names[number % len(names)],
+            kind=KINDS[2],
+            text=SECRET_PROMPT.format(name=f"{number:05}"),
+            label=secret(draw.child("secret", number)),
+            inside=bool(secrets.randbits(1)),
+        )
+        for number in range(count)
+    ]
+
+
+def secret(draw: RandomSource) -> str:
+    """A random account number: two groups of four digits."""
+    digits = "".join(str(int(u * 10)) for u in draw.uniform(8))
+    return f"{digits[:4]} {digits[4:]}"
+
+
+def alternatives(canaries: tuple[Canary, ...], each: int, seed: int) -> list[Canary]:
+    """Secrets that could have been planted instead, ``each`` for every canary in turn."""
+    draw = RandomSource.seeded("alternatives", seed)
+    return [
+        dataclasses.replace(canary, label=secret(draw.child("other", number, other)), inside=False)
+        for number, canary in enumerate(canaries)
+        for other in range(each)
+    ]
+
+
+def _unit(table: Table, unit: str) -> list[list[str]]:
+    return [] if unit == "record" else [table.others[unit]]
+
+
+def write(path: Path, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+    """A CSV file with these columns and rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)

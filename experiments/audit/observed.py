@@ -1,0 +1,188 @@
+"""What the server sees of a run, and what it tells about single records.
+
+A server knows every order that it sent and every update that came back. With one step of SGD an
+update is the clipped sum of the drawn gradients with noise, so how much of a canary's gradient is
+in it can be solved for.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import Message, MessageType
+from numpy.typing import NDArray
+
+from client import institution
+from client.dp_sgd import Clipping
+from experiments.engines.grid import SimulationGrid
+from fedlora import adapters, records, wire
+from fedlora.adapters import AdapterState
+from fedlora.config import RunConfig
+from fedlora.shards import Shard
+from fedlora.trainable import Trainable, training_mode
+from strategies import base
+
+Floats = NDArray[np.float64]
+RIDGE = 1e-3  # of the mean squared gradient, where no noise says how much to trust a fit
+
+
+@dataclass(kw_only=True)
+class Transcript:
+    """Orders and updates of every round, on disk.
+
+    Args:
+        folder: Where they are.
+    """
+
+    folder: Path
+    orders: dict[int, tuple[AdapterState, tuple[str, ...]]] = field(
+        default_factory=dict[int, tuple[AdapterState, tuple[str, ...]]]
+    )
+
+    def watch(self, grid: SimulationGrid) -> None:
+        """Write down what passes through a grid from now on."""
+        push, pull = grid.push_messages, grid.pull_messages
+
+        def pushed(messages: Iterable[Message]) -> Iterable[str]:
+            messages = list(messages)
+            for message in messages:
+                if message.metadata.message_type == MessageType.TRAIN:
+                    order = wire.unpack_order(message.content)
+                    self.orders.setdefault(order.round, (order.adapter, tuple(order.parts)))
+            return push(messages)
+
+        def pulled(message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(pull(message_ids))
+            for reply in replies:
+                if reply.metadata.message_type == MessageType.TRAIN and reply.has_content():
+                    self._keep(reply)
+            return replies
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        cast(Any, grid).push_messages, cast(Any, grid).pull_messages = pushed, pulled
+
+    def _keep(self, reply: Message) -> None:
+        try:
+            update = wire.unpack_update(reply.content)
+        except Exception:  # a refusal: it says so in the run's own record
+            return
+        (self.folder / f"{update.round}-{update.institution}").write_bytes(
+            wire.update_to_bytes(update)
+        )
+
+    def update(self, round: int, institution: str) -> AdapterState | None:
+        """What an institution sent in a round, if it did."""
+        path = self.folder / f"{round}-{institution}"
+        return wire.update_from_bytes(path.read_bytes()).adapter if path.exists() else None
+
+
+def losses(work: Trainable, shard: Shard, physical_batch: int) -> Floats:
+    """Loss of each row under the adapter that is loaded, ``(n,)``."""
+    found = np.empty(len(shard))
+    order = np.argsort(-shard.lengths, kind="stable")
+    training_mode(work.model, False)
+    with torch.inference_mode():
+        for start in range(0, len(order), physical_batch):
+            rows = order[start : start + physical_batch]
+            batch = work.task.collate(shard, rows)
+            found[rows] = work.task.losses(work.model, batch, work.labels).cpu().double().numpy()
+    return found
+
+
+def gradients(work: Trainable, shard: Shard, physical_batch: int) -> torch.Tensor:
+    """Gradient of each row over all that is trained, float32 ``(n, p)``."""
+    found: list[torch.Tensor] = []
+    for start in range(0, len(shard), physical_batch):
+        rows = np.arange(start, min(start + physical_batch, len(shard)))
+        with work.per_sample.expanded(len(rows)):
+            batch = work.task.collate(shard, rows)
+            work.task.losses(work.model, batch, work.labels).sum().backward()
+            work.per_sample.collect()
+        named = _trained(work)
+        found.append(
+            torch.cat([cast(Any, p).grad_sample.flatten(1) for p in named.values()], 1).cpu()
+        )
+        for parameter in named.values():
+            cast(Any, parameter).grad_sample = None
+    return torch.cat(found)
+
+
+def scores(
+    config: RunConfig,
+    work: Trainable,
+    transcript: Transcript,
+    canaries: Shard,
+    owners: Sequence[str],
+) -> Floats:
+    r"""How much of each canary's gradient its institution's updates hold, over all rounds.
+
+    An update of one SGD step is :math:`-\eta / L (\sum_i w_i g_i + \text{others} + \text{noise})`
+    with :math:`w_i = 1` where canary i was drawn. The scores are ridge estimates of w, summed over
+    rounds; the ridge is the noise's variance over that of w, which are both public. Where there is
+    no noise the institution's other records are what hides a canary: they are solved for too, since
+    an auditor may know all but the coins.
+
+    Args:
+        config: The run.
+        work: Its base; the adapter in it is replaced.
+        transcript: What the server saw.
+        canaries: ``(n,)`` rows.
+        owners: The institution of each.
+
+    Returns:
+        ``(n,)``.
+    """
+    total = np.zeros(len(canaries))
+    federation = records.load(config)
+    owner = np.array(owners)
+    cap = base.participations(
+        config.federation.rounds, len(federation.names), config.federation.institutions_per_round
+    )
+    clipping = Clipping(max_grad_norm=config.privacy.max_grad_norm, kind=config.privacy.clipping)
+    for round, (sent, parts) in sorted(transcript.orders.items()):
+        sent.load_into(work.model)
+        work.train_only(parts)
+        everyone = gradients(work, canaries, config.training.physical_batch)
+        names = list(_trained(work))
+        for index, name in enumerate(federation.names):
+            update = transcript.update(round, name)
+            rows = np.flatnonzero(owner == name)
+            if update is None or not len(rows):
+                continue
+            step = torch.cat([(sent[key] - update[key]).flatten() for key in names]).double()
+            g, shard = everyone[rows], federation.train(index)
+            if config.privacy.enabled:
+                plan = institution.budget(config, shard.num_units, cap)
+                rate, many = plan.plan.sample_rate, plan.normaliser
+                noise = (plan.plan.noise_multiplier * config.privacy.max_grad_norm) ** 2
+                clipping.clip([g])
+                ridge = noise / (rate / 2 * (1 - rate / 2))  # in by a coin, then drawn
+            else:
+                share, rows_of_step = config.training.sample_rate, config.training.batch_size
+                many = share * len(shard) if share else float(rows_of_step)
+                ridge = 0.0
+                others = shard.select(np.flatnonzero(~_among(shard, canaries)))
+                g = torch.cat([g, gradients(work, others, config.training.physical_batch)])
+            g = g.double()
+            gram = g @ g.T
+            ridge = ridge or RIDGE * float(gram.diagonal().mean())
+            gram.diagonal().add_(ridge)
+            held = torch.linalg.solve(gram, g @ (step * many / config.training.learning_rate))
+            total[rows] += held[: len(rows)].numpy()
+    return total
+
+
+def _among(shard: Shard, others: Shard) -> NDArray[np.bool_]:
+    """Which rows of a shard, ``(n,)``, are among others too."""
+    assert shard.records is not None and others.records is not None, "rows of sources have digests"
+    known = {bytes(row) for row in others.records}
+    return np.array([bytes(row) in known for row in shard.records], dtype=bool)
+
+
+def _trained(work: Trainable) -> dict[str, torch.nn.Parameter]:
+    """Parameters that are trained now, under the names that adapters have."""
+    named = adapters.parameters(work.model)
+    return {name: p for name, p in named.items() if p.requires_grad}

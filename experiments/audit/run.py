@@ -1,0 +1,355 @@
+"""`fedlora audit`: a run with canaries, and what attackers make of it."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from experiments import simulate
+from experiments.audit import membership
+from experiments.audit.bound import audit as bound
+from experiments.audit.canaries import (
+    INSTITUTION,
+    LABEL,
+    TEXT,
+    Audited,
+    alternatives,
+    plant,
+    write,
+)
+from experiments.audit.observed import Transcript, losses, scores
+from experiments.engines.grid import SimulationGrid
+from fedlora import data, records, trainable
+from fedlora.adapters import AdapterState
+from fedlora.config import KEPT, RESIDUALS, RunConfig
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+from fedlora.shards import Shard
+from fedlora.streams import RandomSource
+from fedlora.trainable import Trainable
+
+CONFIDENCE = 0.95
+CANDIDATES = 255  # other secrets that a planted one is ranked among: exposure is at most 8 bits
+
+Floats = NDArray[np.float64]
+
+
+def check(config: RunConfig, out: Path) -> None:
+    """Refuse what cannot be audited.
+
+    Raises:
+        InputError: Naming value, bound and remedy.
+    """
+    if (out / "audit.json").exists() or (out / "run" / "config.toml").exists():
+        raise InputError(f"{out} holds another audit; give another --out")
+    if config.federation.strategy in KEPT or config.adapter.ranks:
+        raise InputError(
+            f"federation.strategy is {config.federation.strategy!r} and adapter.ranks "
+            f"{config.adapter.ranks!r}, but the audit reads what all institutions get and send; "
+            "use another strategy and one rank"
+        )
+    if config.deployed:
+        raise InputError(
+            "data.source is 'institutions', which is a deployment's; an audit plants its own rows, "
+            "so name records"
+        )
+
+
+def run(
+    config: RunConfig,
+    *,
+    out: Path,
+    canaries: int,
+    shadows: int,
+    engine: str,
+    console: Console,
+    progress: Callable[[RunConfig, SimulationGrid], Any],
+) -> dict[str, Any]:
+    """Plant canaries, run, attack.
+
+    Args:
+        config: What to audit.
+        out: The audit's directory; the run's is ``run`` in it.
+        canaries: In all.
+        shadows: Further runs for LiRA; 0 leaves it out.
+        engine: ``ray`` or ``inline``.
+        console: Says what is being done.
+        progress: A context manager that shows a run.
+
+    Returns:
+        What ``audit.json`` holds.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as folder:
+        audited = plant(config, canaries, Path(folder) / "records")
+        target = audited.config.replace({"run-dir": str((out / "run").absolute())})
+        transcript = Transcript(folder=Path(folder) / "transcript")
+        _train(target, engine, progress, transcript)
+        # From here on nothing is trained but for shadows: read what was released.
+        work = _opened(target)
+        with console.status("scoring canaries"):
+            final, seen, shard = _scored(target, work, transcript, audited)
+        result = _promise(Path(target.run_dir))
+        inside = np.array([canary.inside for canary in audited.canaries])
+        delta = result["delta"] or 0.0
+        result["canaries"] = {
+            "planted": int(inside.sum()),
+            "in all": len(inside),
+            "kinds": sorted({canary.kind for canary in audited.canaries}),
+            "final adapter": dataclasses.asdict(
+                bound(final, inside, delta=delta, confidence=CONFIDENCE)
+            ),
+            "every round, as the server sees it": dataclasses.asdict(
+                bound(seen, inside, delta=delta, confidence=CONFIDENCE)
+            ),
+        }
+        if config.model.task == "sft":
+            with console.status("ranking secrets"):
+                result["extraction"] = _extraction(target, work, audited, Path(folder), inside)
+        with console.status("attacking real rows"):
+            result["membership"] = _membership(
+                target,
+                work,
+                set(map(bytes, _digests(shard))),
+                engine,
+                shadows,
+                Path(folder),
+                progress,
+            )
+        shutil.rmtree(Path(folder) / "transcript")
+    result["holds"] = all(
+        result["canaries"][view]["epsilon"] <= result["epsilon"]
+        for view in ("final adapter", "every round, as the server sees it")
+    )
+    write_atomic(out / "audit.json", json.dumps(result, indent=2).encode())
+    return result
+
+
+def _train(
+    config: RunConfig,
+    engine: str,
+    progress: Callable[[RunConfig, SimulationGrid], Any],
+    transcript: Transcript | None = None,
+) -> None:
+    names = simulate.prepare(config).names
+    with simulate.engine(engine, config, len(names)) as grid:
+        if transcript is not None:
+            transcript.watch(grid)
+        with progress(config, grid):
+            simulate.run(config, grid)
+
+
+def _opened(config: RunConfig) -> Trainable:
+    """The base with the adapter that a run released."""
+    work = trainable.load(config, records.load(config).labels)
+    adapter = AdapterState.open(Path(config.run_dir) / "adapter")
+    if config.federation.strategy in RESIDUALS:
+        adapter = adapter.as_residual(work.start)
+    adapter.load_into(work.model)
+    return work
+
+
+def _scored(
+    config: RunConfig, work: Trainable, transcript: Transcript, audited: Audited
+) -> tuple[Floats, Floats, Shard]:
+    """Scores of canaries by the final adapter, by all rounds, and the canaries' rows."""
+    shard = _rows(config, work, audited.file)
+    physical = config.training.physical_batch
+    final = losses(work, shard, physical)
+    work.start.load_into(work.model)
+    gained = losses(work, shard, physical) - final
+    owners = [canary.institution for canary in audited.canaries]
+    seen = scores(config, work, transcript, shard, owners)
+    return gained, seen, shard
+
+
+def _rows(config: RunConfig, work: Trainable, file: Path) -> Shard:
+    return data.load_shard(
+        str(file),
+        text=config.data.text,
+        label=config.data.label,
+        labels=work.labels,
+        encode=work.task.encode,
+    )[0]
+
+
+def _promise(run_dir: Path) -> dict[str, Any]:
+    result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    privacy = json.loads((run_dir / "privacy.json").read_text(encoding="utf-8"))
+    return {
+        "epsilon": float(result["epsilon_max"]),
+        "delta": result["delta"],
+        "protects": privacy["protects"],
+        "accuracy": result.get("accuracy"),
+        "run_dir": str(run_dir),
+    }
+
+
+def _digests(shard: Shard) -> NDArray[np.uint8]:
+    assert shard.records is not None, "rows of a source have digests"
+    return shard.records
+
+
+def _membership(
+    config: RunConfig,
+    work: Trainable,
+    planted: set[bytes],
+    engine: str,
+    shadows: int,
+    folder: Path,
+    progress: Callable[[RunConfig, SimulationGrid], Any],
+) -> dict[str, Any]:
+    """Attacks on the rows that are no canaries: trained on against held out."""
+    federation = records.load(config)
+    physical = config.training.physical_batch
+    _opened(config)
+    digests, found, member = list[bytes](), list[Floats](), list[bool]()
+    for shard, inside in ((federation.all_train, True), (federation.all_held_out, False)):
+        rows = [bytes(row) for row in _digests(shard)]
+        own = np.array([row not in planted for row in rows])
+        digests += [row for row, keep in zip(rows, own, strict=True) if keep]
+        found.append(losses(work, shard, physical)[own])
+        member += [inside] * int(own.sum())
+    target, members = np.concatenate(found), np.array(member)
+    result = {"loss": membership.measure(-target, members, CONFIDENCE)}
+    if shadows:
+        confidences, had = list[Floats](), list[NDArray[np.bool_]]()
+        for number in range(shadows):
+            shadow = _shadow(config, number, folder)
+            _train(shadow, engine, progress)
+            work = _opened(shadow)
+            inside = {bytes(row) for row in _digests(records.load(shadow).all_train)}
+            had.append(np.array([row in inside for row in digests]))
+            confidences.append(_by_digest(shadow, work, digests, physical))
+        attack = membership.lira(
+            membership.logit_confidence(target), np.array(confidences), np.array(had)
+        )
+        result["lira"] = membership.measure(attack, members, CONFIDENCE) | {"shadows": shadows}
+    return result
+
+
+def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
+    """A run like this one whose rows are split at random anew, half of them held out."""
+    place = folder / f"shadow-{number}"
+    place.mkdir()
+    dealt = data.deal(
+        source=config.data.source,
+        test_source=config.data.test_source,
+        text=config.data.text,
+        label=config.data.label,
+        labels=config.data.labels,
+        unit="record",
+        partition=config.data.partition,
+        institutions=0,
+        min_records=1,
+        test_fraction=0.0,
+        seed=config.seed,
+        task=config.model.task,
+    )
+    rows: list[tuple[str, str, str]] = []
+    for table, bounds in (dealt.train, dealt.held_out):
+        owners = np.repeat(np.array(dealt.names), np.diff(bounds)).tolist()
+        rows += zip(owners, table.texts, table.labels, strict=True)
+    write(place / "all.csv", [INSTITUTION, TEXT, LABEL], rows)
+    return config.replace(
+        {
+            "run-dir": str(place / "run"),
+            "data.source": str(place / "all.csv"),
+            "data.test-source": "",
+            "data.test-fraction": 0.5,
+            "privacy.unit": "record",
+            "seed": config.seed + 1 + number,
+        }
+    )
+
+
+def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes], physical: int) -> Floats:
+    """Confidence in each of these rows under the adapter that is loaded."""
+    federation = records.load(config)
+    known: dict[bytes, float] = {}
+    for shard in (federation.all_train, federation.all_held_out):
+        values = losses(work, shard, physical)
+        known |= zip(map(bytes, _digests(shard)), values.tolist(), strict=True)
+    return membership.logit_confidence(np.array([known[digest] for digest in digests]))
+
+
+def _extraction(
+    config: RunConfig, work: Trainable, audited: Audited, folder: Path, inside: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Exposure of secrets that were planted, beside those that were not."""
+    _opened(config)
+    others = alternatives(audited.canaries, CANDIDATES, config.seed)
+    write(folder / "others.csv", [TEXT, LABEL], [(c.text, c.label) for c in others])
+    physical = config.training.physical_batch
+    own = losses(work, _rows(config, work, audited.file), physical)
+    rest = losses(work, _rows(config, work, folder / "others.csv"), physical)
+    bits = membership.exposure(own, rest.reshape(len(own), CANDIDATES))
+    draw = RandomSource.seeded("exposure", config.seed)
+    return {
+        "planted": _summary(bits[inside], draw.child("in")),
+        "not planted": _summary(bits[~inside], draw.child("out")),
+        "most possible": float(np.log2(CANDIDATES + 1)),
+    }
+
+
+def _summary(bits: Floats, draw: RandomSource) -> dict[str, float]:
+    """Mean with a bootstrap interval, and the largest."""
+    n = len(bits)
+    again = bits[(draw.uniform(1000 * n) * n).astype(int)].reshape(1000, n).mean(1)
+    low, high = np.quantile(again, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {
+        "mean": float(bits.mean()),
+        "low": float(low),
+        "high": float(high),
+        "max": float(bits.max()),
+        "secrets": n,
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The audit as a table, in words."""
+    table = Table(title="Privacy audit", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    promised = result["epsilon"]
+    table.add_row(
+        "promised",
+        f"epsilon {promised:.3f} at delta {result['delta']:g}"
+        if np.isfinite(promised)
+        else "nothing (epsilon inf)",
+    )
+    for view in ("final adapter", "every round, as the server sees it"):
+        found = result["canaries"][view]
+        table.add_row(
+            "shown by canaries",
+            f"epsilon at least {found['epsilon']:.2f} ({100 * found['confidence']:.0f} % "
+            f"confidence), from the {view}: {found['right']} of {found['guesses']} guesses right",
+        )
+    for attack, measured in result["membership"].items():
+        auc, low = measured["auc"], measured["tpr"]["0.01"]
+        table.add_row(
+            f"who was trained on ({attack})",
+            f"AUC {auc['value']:.3f} ({auc['low']:.3f} to {auc['high']:.3f}); finds "
+            f"{100 * low['value']:.1f} % of members ({100 * low['low']:.1f} to "
+            f"{100 * low['high']:.1f}) at 1 % false alarms",
+        )
+    if extraction := result.get("extraction"):
+        for which in ("planted", "not planted"):
+            bits = extraction[which]
+            table.add_row(
+                f"secrets {which}",
+                f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f}), "
+                f"at most {bits['max']:.1f} of {extraction['most possible']:.0f}",
+            )
+    verdict = "holds, as far as this audit sees" if result["holds"] else "IS BROKEN"
+    if np.isfinite(promised):
+        table.add_row("the promise", verdict, style="green" if result["holds"] else "bold red")
+    console.print(table)

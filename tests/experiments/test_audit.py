@@ -1,0 +1,140 @@
+"""Audits: the bound by hand and by simulation, attacks on runs with and without privacy."""
+
+import math
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from experiments.audit import membership
+from experiments.audit.bound import audit, lower_bound, p_value
+from experiments.audit.canaries import plant
+from experiments.cli import app
+from fedlora import records
+from fedlora.errors import InputError
+
+# The tiny encoder's gradients lie in few dimensions: with few records canaries can be told apart.
+FEW = {
+    "run-dir": "",
+    "data.test-fraction": 0.8,
+    "training.sample-rate": 1.0,
+    "federation.rounds": 12,
+}
+
+
+def test_a_hundred_right_guesses_of_a_hundred_show_what_the_formula_gives():
+    # q^100 = 0.05 at q = 0.97049, and ln(q / (1 - q)) = 3.493
+    found = lower_bound(guesses=100, right=100, canaries=100, delta=0.0, confidence=0.95)
+    assert found == pytest.approx(math.log(0.05**0.01 / (1 - 0.05**0.01)), abs=1e-6)
+    assert found == pytest.approx(3.493, abs=1e-3)
+
+
+def test_half_of_the_guesses_right_shows_nothing():
+    assert lower_bound(guesses=100, right=50, canaries=100, delta=0.0, confidence=0.95) == 0.0
+
+
+def test_delta_weakens_the_bound():
+    values = {"guesses": 500, "right": 480, "canaries": 1000, "confidence": 0.95}
+    bounds = [lower_bound(delta=delta, **values) for delta in (0.0, 1e-5, 1e-3)]
+    assert bounds[0] > bounds[1] > bounds[2] > 0
+
+
+def test_with_delta_zero_the_p_value_is_the_binomial_tail():
+    # Bin(2, 1/2) >= 1 has probability 3/4
+    assert p_value(guesses=2, right=1, canaries=9, epsilon=0.0, delta=0.0) == pytest.approx(0.75)
+
+
+def test_randomised_response_at_epsilon_one_is_refuted_as_rarely_as_stated():
+    # 300 audits, each wrong with at most 5 %: 30 or more with probability below 1e-3.
+    draw = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(300):
+        inside = draw.random(400) < 0.5
+        honest = draw.random(400) < math.e / (1 + math.e)
+        scores = np.where(honest, inside, ~inside) + 1e-3 * draw.random(400)
+        wrong += audit(scores, inside, delta=0.0).epsilon > 1.0
+    assert wrong < 30
+
+
+def test_membership_is_measured_as_by_hand():
+    scores = np.array([3.0, 2.0, 1.0, 0.0])
+    found = membership.measure(scores, np.array([True, False, True, False]))
+    assert found["auc"]["value"] == pytest.approx(0.75)  # of four pairs three are in order
+    assert found["tpr"]["0.01"]["value"] == pytest.approx(0.5)  # 3.0 is above the best other
+
+
+def test_lira_tells_rows_apart_where_the_loss_does_not():
+    draw = np.random.default_rng(1)
+    hardness, inside = draw.normal(0, 5, 400), draw.random((16, 400)) < 0.5
+    member = draw.random(400) < 0.5
+    shadows = hardness + 2.0 * inside + draw.normal(0, 0.5, (16, 400))
+    target = hardness + 2.0 * member + draw.normal(0, 0.5, 400)
+    plain = membership.measure(target, member)["auc"]["value"]
+    lira = membership.measure(membership.lira(target, shadows, inside), member)["auc"]["value"]
+    assert plain < 0.7 < 0.97 < lira
+
+
+def test_exposure_counts_bits():
+    others = np.tile(np.arange(1, 8, dtype=float), (2, 1))  # seven candidates
+    assert membership.exposure([0.0, 7.5], others).tolist() == [3.0, 0.0]
+
+
+def test_canaries_are_in_the_records_where_the_coin_said_so_and_nowhere_held_out(
+    tiny_config, tmp_path
+):
+    config = tiny_config()
+    audited = plant(config, 40, tmp_path / "audit")
+    before, after = records.load(config), records.load(audited.config)
+    inside = sum(canary.inside for canary in audited.canaries)
+    assert after.names == before.names
+    assert len(after.all_train) == len(before.all_train) + inside
+    assert {c.kind for c in audited.canaries} == {"wrong label", "random words"}
+    held = (tmp_path / "audit" / "held-out.csv").read_text()
+    assert not any(f",{canary.text}," in held for canary in audited.canaries)
+
+
+def test_fewer_canaries_than_institutions_are_refused(tiny_config, tmp_path):
+    with pytest.raises(InputError, match="--canaries is 3"):
+        plant(tiny_config(), 3, tmp_path / "audit")
+
+
+@pytest.fixture
+def audited(tiny_config, tmp_path):
+    """Runs `fedlora audit` on the tiny federation; gives exit code and audit.json."""
+    import json
+
+    def run(**values):
+        file = tmp_path / "config.toml"
+        file.write_text(tiny_config(**{"run-dir": "", "federation.rounds": 12, **values}).to_toml())
+        out = tmp_path / "audit"
+        command = ["audit", str(file), "--engine", "inline", "--canaries", "120"]
+        result = CliRunner().invoke(app, [*command, "--out", str(out), "--json"])
+        assert result.exit_code in (0, 1), result.output
+        assert json.loads(result.stdout) == json.loads((out / "audit.json").read_text())
+        return result.exit_code, json.loads(result.stdout)
+
+    return run
+
+
+def test_a_run_without_noise_is_caught(audited):
+    code, found = audited(**{"privacy.epsilon": float("inf")})
+    seen = found["canaries"]["every round, as the server sees it"]
+    assert seen["epsilon"] > 2.0, found["canaries"]  # 120 canaries can show 3.3 at most
+    assert code == 0  # nothing was promised
+
+
+def test_a_run_at_epsilon_one_keeps_its_promise(audited):
+    code, found = audited(**{"privacy.epsilon": 1.0})
+    assert code == 0 and found["holds"]
+    assert found["epsilon"] <= 1.0
+    assert 0.4 < found["membership"]["loss"]["auc"]["value"] < 0.65
+
+
+def test_noise_that_is_smaller_than_promised_breaks_the_promise(audited, monkeypatch):
+    from client.dp_sgd import PrivateOptimizer
+
+    draw = PrivateOptimizer._draw
+    monkeypatch.setattr(PrivateOptimizer, "_draw", lambda self, count: draw(self, count) * 1e-3)
+    monkeypatch.setattr("client.dp_sgd.check_noise", lambda *_: None)  # else the guard ends the run
+    code, found = audited(**{"privacy.epsilon": 1.0})
+    assert code == 1 and not found["holds"]
