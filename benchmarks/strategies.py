@@ -31,11 +31,13 @@ ADAM = {
     "inf": {"federation.server-learning-rate": "0.008", "federation.average-last": "0.5"},
     "8": {},
 }
-MEAN = {
+MEAN = {  # what carries a residual takes the mean itself, so the step is set at the institution
     "federation.server-optimizer": "none",
     "federation.server-learning-rate": "1",
     "federation.average-last": "0",
 }
+SGD = {**MEAN, "training.learning-rate": "3"}
+LOCAL_ADAM = {**MEAN, "training.optimizer": "adam", "training.learning-rate": "0.012"}
 SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     "fedavg": ADAM,
     "ffa": ADAM,
@@ -43,8 +45,8 @@ SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     "svd": ADAM,
     "pad": ADAM,
     "fedsa": {e: {**values, "federation.average-last": "0"} for e, values in ADAM.items()},
-    "stack": {"inf": MEAN, "8": MEAN},
-    "exact": {"inf": MEAN, "8": MEAN},
+    "stack": {"inf": SGD, "8": SGD},
+    "exact": {"inf": LOCAL_ADAM, "8": LOCAL_ADAM},
 }
 ALWAYS = {"federation.evaluate-every": "0"}
 OWN = {"pad": {"adapter.ranks": "size"}}
@@ -140,10 +142,10 @@ def main() -> None:
     arguments = parser.parse_args()
     more = dict(item.split("=", 1) for item in arguments.tune)
     done = {(r["strategy"], r["epsilon"], r["seed"]) for r in lines()}
-    wanted = itertools.product(arguments.seeds, arguments.only, arguments.epsilons)
+    wanted = itertools.product(arguments.epsilons, arguments.seeds, arguments.only)
 
-    def measure(cell: tuple[int, str, str]) -> None:
-        seed, strategy, epsilon = cell
+    def measure(cell: tuple[str, int, str]) -> None:
+        epsilon, seed, strategy = cell
         line = run(strategy, epsilon, seed, arguments.data, arguments.runs, more)
         with lock:
             print(json.dumps(line), flush=True)
@@ -154,7 +156,7 @@ def main() -> None:
 
     lock = threading.Lock()
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        cells = [(s, name, e) for s, name, e in wanted if more or (name, e, s) not in done]
+        cells = [(e, s, name) for e, s, name in wanted if more or (name, e, s) not in done]
         for _ in pool.map(measure, cells):
             pass
 

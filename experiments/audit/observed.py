@@ -138,9 +138,7 @@ def scores(
     total = np.zeros(len(canaries))
     federation = records.load(config)
     owner = np.array(owners)
-    cap = base.participations(
-        config.federation.rounds, len(federation.names), config.federation.institutions_per_round
-    )
+    cap = _cap(config)
     clipping = Clipping(max_grad_norm=config.privacy.max_grad_norm, kind=config.privacy.clipping)
     for round, (sent, parts) in sorted(transcript.orders.items()):
         sent.load_into(work.model)
@@ -173,6 +171,40 @@ def scores(
             held = torch.linalg.solve(gram, g @ (step * many / config.training.learning_rate))
             total[rows] += held[: len(rows)].numpy()
     return total
+
+
+def likeness(config: RunConfig, transcript: Transcript) -> float | None:
+    """The largest cosine between two successive updates of one institution.
+
+    Noise that is drawn anew has about none with the noise before; the same noise again has a cosine
+    near 1. None where noise is not most of an update, so that the records' own signal could be as
+    alike.
+    """
+    found: list[float] = []
+    federation = records.load(config)
+    cap = _cap(config)
+    for index, name in enumerate(federation.names):
+        plan = institution.budget(config, federation.train(index).num_units, cap)
+        before: torch.Tensor | None = None
+        for round, (sent, _) in sorted(transcript.orders.items()):
+            update = transcript.update(round, name)
+            if update is None:
+                continue
+            step = torch.cat([(sent[key] - update[key]).flatten() for key in sorted(update)])
+            noise = plan.plan.noise_multiplier * step.numel() ** 0.5  # in units of C
+            if noise < 2 * 2 * plan.normaliser:  # no batch has a longer sum, but for chance
+                return None
+            if before is not None and before.shape == step.shape:
+                found.append(abs(float(torch.cosine_similarity(before, step, dim=0))))
+            before = step
+    return max(found, default=None)
+
+
+def _cap(config: RunConfig) -> int:
+    """The most rounds that an institution is asked for."""
+    institutions = len(records.load(config).names)
+    rounds = config.federation
+    return base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
 
 
 def _among(shard: Shard, others: Shard) -> NDArray[np.bool_]:

@@ -25,7 +25,7 @@ from experiments.audit.canaries import (
     plant,
     write,
 )
-from experiments.audit.observed import Transcript, losses, scores
+from experiments.audit.observed import Transcript, likeness, losses, scores
 from experiments.engines.grid import SimulationGrid
 from fedlora import data, records, trainable
 from fedlora.adapters import AdapterState
@@ -37,6 +37,7 @@ from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
 
 CONFIDENCE = 0.95
+ALIKE = 0.5  # updates with a larger cosine have noise in common; see `likeness`
 CANDIDATES = 255  # other secrets that a planted one is ranked among: exposure is at most 8 bits
 
 Floats = NDArray[np.float64]
@@ -111,6 +112,8 @@ def run(
                 bound(seen, inside, delta=delta, confidence=CONFIDENCE)
             ),
         }
+        alike = likeness(target, transcript) if config.privacy.enabled else None
+        result["noise"] = {"likeness": alike, "bound": ALIKE}
         if config.model.task == "sft":
             with console.status("ranking secrets"):
                 result["extraction"] = _extraction(target, work, audited, Path(folder), inside)
@@ -125,7 +128,7 @@ def run(
                 progress,
             )
         shutil.rmtree(Path(folder) / "transcript")
-    result["holds"] = all(
+    result["holds"] = (result["noise"]["likeness"] or 0.0) <= ALIKE and all(
         result["canaries"][view]["epsilon"] <= result["epsilon"]
         for view in ("final adapter", "every round, as the server sees it")
     )
@@ -333,6 +336,9 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"epsilon at least {found['epsilon']:.2f} ({100 * found['confidence']:.0f} % "
             f"confidence), from the {view}: {found['right']} of {found['guesses']} guesses right",
         )
+    if (alike := result["noise"]["likeness"]) is not None:
+        said = "drawn anew each round" if alike <= ALIKE else "THE SAME IN TWO ROUNDS"
+        table.add_row("noise", f"{said} (largest cosine of successive updates {alike:.3f})")
     for attack, measured in result["membership"].items():
         auc, low = measured["auc"], measured["tpr"]["0.01"]
         table.add_row(

@@ -138,3 +138,12 @@ def test_noise_that_is_smaller_than_promised_breaks_the_promise(audited, monkeyp
     monkeypatch.setattr("client.dp_sgd.check_noise", lambda *_: None)  # else the guard ends the run
     code, found = audited(**{"privacy.epsilon": 1.0})
     assert code == 1 and not found["holds"]
+
+
+def test_noise_that_is_used_again_breaks_the_promise(audited, monkeypatch):
+    from client.dp_sgd import PrivateOptimizer
+
+    again = np.random.default_rng(0).normal(size=10_000)
+    monkeypatch.setattr(PrivateOptimizer, "_draw", lambda self, count: again[:count])
+    code, found = audited(**{"privacy.epsilon": 1.0})
+    assert code == 1 and found["noise"]["likeness"] > 0.5
