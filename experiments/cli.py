@@ -225,7 +225,7 @@ def run_sweep(
 
     place = (out or Path("runs/sweeps") / sweep.stem).absolute()
     console = Console(quiet=as_json)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends its cells
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends its cells
     try:
         done = cells.run(
             sweep, place, jobs=jobs, resume=resume, yes=yes, engine=engine, console=console
@@ -233,6 +233,8 @@ def run_sweep(
     except KeyboardInterrupt:
         ERRORS.print("error: interrupted; finished cells are kept, continue with --resume")
         raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _draw(report.write, place)
     if as_json:
         print(json.dumps(done))

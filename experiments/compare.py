@@ -30,7 +30,7 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     if out.is_dir():
         raise InputError(f"--out {out} is a directory; give a file, such as compare.html")
     try:
-        existing_parent(out)
+        existing_parent(out.absolute().parent)
     except OSError as error:
         raise InputError(f"--out has no place to write to: {error}; give another") from None
     loaded = [report.load(run, "result.json") for run in runs]

@@ -65,11 +65,11 @@ def draw(
         title: Its heading.
         says: What it shows, for those who cannot see it.
         plot: Draws on the axes.
-        height: Inches, of 4.8 in width.
+        height: Inches, of 4.5 in width.
     """
     style: Any = {**STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.8, height), layout="constrained")
+        figure = Figure(figsize=(4.5, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         plot(axes)
@@ -115,7 +115,6 @@ def by_round(
     label: str,
     epsilons: Mapping[int, float] | None = None,
     shares: bool = False,
-    log: bool = False,
 ) -> str:
     """Figures against rounds; with ``epsilons`` (round -> spent) a second axis above."""
 
@@ -126,7 +125,8 @@ def by_round(
         axes.set_xlabel("round")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if log:
+        known = [value for _, _, y, _ in lines for value in y]
+        if known and 0 < 20 * min(known) < max(known):
             axes.set_yscale("log")
         if shares:
             _percent(axes)

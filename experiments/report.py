@@ -20,7 +20,7 @@ from server.run_directory import read_records
 FILE = "report.html"
 MOST_BARS = 40
 METRICS = (
-    "accuracy: the share of held-out rows that were answered correctly; nobody trained on these. "
+    "Accuracy: the share of held-out rows that were answered correctly; nobody trained on these. "
     "Macro-F1: as accuracy, but every class counts alike, however rare."
 )
 
@@ -150,8 +150,9 @@ def _words(
 def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"note": privacy["protects"], "bad": config.privacy.protects_nobody}
     words = [
-        f"Protected from: {privacy['adversary']}." if "adversary" in privacy else "",
-        f"Two data sets are neighbours if they differ like this: {privacy['adjacency']}."
+        f"Adversary: {privacy['adversary']}." if "adversary" in privacy else "",
+        f"Adjacency, what two data sets differ by that nobody can tell apart: "
+        f"{privacy['adjacency']}."
         if "adjacency" in privacy
         else "",
         "Epsilon bounds what anyone can learn of one protected unit: by at most the factor "
@@ -258,7 +259,7 @@ def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         title = "Aggregation error by round"
         line = ("error", list(errors), list(errors.values()), [None] * len(errors))
         shown[title] = figures.by_round(
-            "error", title, [line], label="error relative to the update", log=True
+            "error", title, [line], label="error relative to the update"
         )
     norms = {r["round"]: sorted(r["aggregation"]["norm"].values()) for r in records
              if r["aggregation"].get("norm")}  # fmt: skip

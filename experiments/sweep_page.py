@@ -94,12 +94,12 @@ def _tiles(lines: Lines) -> dict[str, str]:
         known = best.get(line["arm"])
         if line["accuracy"] is not None and (known is None or line["accuracy"] > known["accuracy"]):
             best[line["arm"]] = line
-    return {
-        arm + (f", epsilon {line['epsilon']:.3g}" if arm.endswith("-dp") else "")
-        + (", best setting" if sum(other["arm"] == arm for other in lines) > 1 else ""):
-        f"{100 * line['accuracy']:.1f} %"
-        for arm, line in best.items()
-    }  # fmt: skip
+    tiles: dict[str, str] = {}
+    for arm, line in best.items():
+        budget = f", epsilon {line['epsilon']:.3g}" if _under_dp(line) else ""
+        several = len({other["accuracy"] for other in lines if other["arm"] == arm}) > 1
+        tiles[f"{arm}{budget}{', best setting' * several}"] = f"{100 * line['accuracy']:.1f} %"
+    return tiles
 
 
 def _label(line: Mapping[str, Any], axes: Iterable[str]) -> str:
@@ -145,16 +145,12 @@ def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
     if not any(len(x) > 1 for _, x, _, _ in drawn):
         return {}
     levels: dict[str, float] = {}
-    for (arm, label), line in free.items():
-        if arm in ("base", "local", "central"):
-            levels.setdefault(arm if len({b for a, b in free if a == arm}) == 1
-                              else f"{arm}, {label}", line["accuracy"])  # fmt: skip
-    best = {a: max((v for n, v in levels.items() if n.split(",")[0] == a), default=None)
-            for a in ("base", "local", "central")}  # fmt: skip
-    kept = {a if sum(n.split(",")[0] == a for n in levels) <= 1 else f"{a} (best setting)": v
-            for a, v in best.items() if v is not None}  # fmt: skip
+    for arm in ("base", "local", "central"):
+        found = {line["accuracy"] for (other, _), line in free.items() if other == arm}
+        if found:
+            levels[arm if len(found) == 1 else f"{arm} (best setting)"] = max(found)
     title = "Accuracy against the privacy budget"
-    return {title: figures.against_epsilon("epsilon", title, drawn, kept, "accuracy")}
+    return {title: figures.against_epsilon("epsilon", title, drawn, levels, "accuracy")}
 
 
 def _name(arm: str, label: str) -> str:

@@ -1,6 +1,7 @@
-"""Sweeps: what a file expands to, what is refused before anything runs, what is run and reported."""
+"""Sweeps: what a file expands to, what is refused before anything runs, what is reported."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -20,7 +21,9 @@ from fedlora import records
 from fedlora.errors import InputError
 
 runner = CliRunner()
-ALL_ARMS = 'arms = ["base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp"]'
+ALL_ARMS = (
+    'arms = ["base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp"]'
+)
 
 
 @pytest.fixture
@@ -136,8 +139,8 @@ def test_a_cells_name_follows_from_its_configuration_alone(sweep_file):
         ('arms = ["federated"]\n[grid]\nadapter.rank = [0]', ["adapter.rank is 0", "at least 1"]),
         ('arms = ["federated"]\n[grid]\nrun-dir = ["x"]', ["run-dir", "--out"]),
         (
-            'arms = ["local", "federated"]\n[set.local]\ndata.partition = "iid"\n[grid]\nseed = [1]',
-            ["'local'", "'federated'", "cannot share a split", "data.partition"],
+            'arms = ["local", "base"]\n[set.local]\ndata.partition = "iid"\n[grid]\nseed = [1]',
+            ["'local'", "'base'", "cannot share a split", "data.partition"],
         ),
         (
             'arms = ["federated-dp"]\n[grid]\nprivacy.epsilon = [inf]',
@@ -195,15 +198,15 @@ def test_the_gain_and_its_interval_are_those_by_hand(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_path):
-    path, out = sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1, 2]"), tmp_path / "out"
+    path, out = sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1]"), tmp_path / "out"
     command = ("sweep", path, "--out", out, "--jobs", 2, "--engine", "inline", "--json")
     result = invoke(*command)
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
-    assert (said["cells"], said["done"], said["failed"]) == (26, 26, {})
+    assert (said["cells"], said["done"], said["failed"]) == (13, 13, {})
     pooled = {x["arm"]: x for x in said["results"] if x["institution"] == "all"}
     assert list(pooled) == list(sweep.ARMS)
-    assert pooled["federated-dp"]["seeds"] == 2 and pooled["federated-dp"]["epsilon"] <= 8
+    assert pooled["federated-dp"]["seeds"] == 1 and 0 < pooled["federated-dp"]["epsilon"] <= 8
     assert pooled["federated"]["gain_over_local"] is not None
     assert pooled["base"]["bytes"] == 0 < pooled["federated"]["bytes"]
     each = [x for x in said["results"] if x["arm"] == "local" and x["institution"] != "all"]
@@ -218,7 +221,7 @@ def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_p
     assert refused.exit_code == 2 and "--resume" in refused.stderr
     started = time.monotonic()
     again = json.loads(invoke(*command, "--resume").stdout)
-    assert (again["before"], again["done"]) == (26, 0) and time.monotonic() - started < 20
+    assert (again["before"], again["done"]) == (13, 0) and time.monotonic() - started < 20
     assert again["results"] == said["results"]
 
 
@@ -238,8 +241,7 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(sweep_file, tmp_path):
-    text = 'arms = ["federated"]\n[grid]\nseed = [1, 2, 3]'
-    path, out = sweep_file(text, **{"federation.rounds": 30}), tmp_path / "out"
+    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1, 2]'), tmp_path / "out"
     command = [sys.executable, "-m", "experiments.cli", "sweep", str(path), "--out", str(out)]
     command += ["--engine", "inline", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -253,7 +255,7 @@ def test_a_killed_sweep_goes_on_where_it_was(sweep_file, tmp_path):
     result = invoke(*command[3:], "--resume")
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
-    assert said["before"] >= 1 and said["before"] + said["done"] == 3
+    assert said["before"] >= 1 and said["before"] + said["done"] == 2
     assert {p: p.stat().st_mtime_ns for p in first} == first
 
 
@@ -264,3 +266,21 @@ def test_a_directory_with_other_files_is_refused(sweep_file, tmp_path):
     result = invoke("sweep", path, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "other files" in result.stderr
     assert cells.MANIFEST == results.MANIFEST
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_end_ends_its_cells(sweep_file, tmp_path):
+    path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]', **{"federation.rounds": 2000})
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "experiments.cli", "sweep", str(path), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--engine", "inline"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("cells/*/rounds.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and b"--resume" in errors
+    with (out / ".lock").open("w") as lock:  # no cell holds it any more
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
