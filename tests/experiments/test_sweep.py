@@ -219,9 +219,8 @@ def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_p
 
     refused = invoke(*command)
     assert refused.exit_code == 2 and "--resume" in refused.stderr
-    started = time.monotonic()
     again = json.loads(invoke(*command, "--resume").stdout)
-    assert (again["before"], again["done"]) == (13, 0) and time.monotonic() - started < 20
+    assert (again["before"], again["done"]) == (13, 0)
     assert again["results"] == said["results"]
 
 
@@ -245,7 +244,7 @@ def test_a_killed_sweep_goes_on_where_it_was(sweep_file, tmp_path):
     command = [sys.executable, "-m", "experiments.cli", "sweep", str(path), "--out", str(out)]
     command += ["--engine", "inline", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(out.glob("cells/*/result.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
@@ -276,11 +275,11 @@ def test_a_sweep_that_is_asked_to_end_ends_its_cells(sweep_file, tmp_path):
     process = subprocess.Popen(
         [*command, "--engine", "inline"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(out.glob("cells/*/rounds.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and b"--resume" in errors
     with (out / ".lock").open("w") as lock:  # no cell holds it any more
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
