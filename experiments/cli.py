@@ -1,10 +1,11 @@
-"""The command line: ``fedlora run | evaluate | predict | merge | audit | config | plan | ledger``.
+"""The command line: ``fedlora run | sweep | report | compare | evaluate | predict | merge | ...``.
 
 Exit codes: 0 done, 1 failed midway (what was finished is kept), 2 bad input (nothing was written).
 """
 
 import functools
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -105,6 +106,9 @@ def run(
             soft_wrap=True,
         )
     result = _simulate(resolved, engine, console)
+    from experiments import report
+
+    _draw(report.write, Path(resolved.run_dir))
     if as_json:
         print(json.dumps(result))
     elif not quiet:
@@ -196,6 +200,103 @@ def _interrupted(config: configuration.RunConfig, what: str) -> None:
             f"every finished round is kept; continue with: fedlora run --resume {directory}"
         )
     raise typer.Exit(1)
+
+
+@app.command("sweep")
+@_clean
+def run_sweep(
+    sweep: Annotated[Path, typer.Argument(help="A TOML file; see docs/experiments.md.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The sweep's directory; by default runs/sweeps/NAME.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Cells at a time; they share the cores.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep in the directory.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Also if it has over 1,000 cells.")] = False,
+    engine: Annotated[
+        Literal["auto", "ray", "inline"],
+        typer.Option(help="Of the cells; auto: ray, but inline for one institution."),
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run a grid of configurations, each also locally, centrally or without training."""
+    from experiments import cells, report, results
+
+    place = (out or Path("runs/sweeps") / sweep.stem).absolute()
+    console = Console(quiet=as_json)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends its cells
+    try:
+        done = cells.run(
+            sweep, place, jobs=jobs, resume=resume, yes=yes, engine=engine, console=console
+        )
+    except KeyboardInterrupt:
+        ERRORS.print("error: interrupted; finished cells are kept, continue with --resume")
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _draw(report.write, place)
+    if as_json:
+        print(json.dumps(done))
+    elif done["results"]:
+        pooled, _ = results.tables(place, results.summary(place))
+        table = Table(*(Column(head, overflow="fold") for head in pooled[0]))
+        for row in pooled[1:]:
+            table.add_row(*row)
+        console.print(table)
+        console.print(f"report         {place / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"results        {place / 'results.csv'}", highlight=False, soft_wrap=True)
+    for name, why in done["failed"].items():
+        ERRORS.print(f"error: cell {name} failed: {why}")
+    if done["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command("report")
+@_clean
+def write_report(
+    directory: Annotated[Path, typer.Argument(help="A complete run, or a sweep.")],
+    as_json: Json = False,
+) -> None:
+    """Write report.html into a run's or a sweep's directory: one page that needs no other file."""
+    from experiments import report
+
+    path = report.write(directory)
+    print(json.dumps({"report": str(path)}) if as_json else path)
+
+
+@app.command("compare")
+@_clean
+def compare_runs(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more complete runs.")],
+    out: Annotated[Path, typer.Option(help="The page with figures.")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """What differs between runs: settings, accuracy, privacy, seconds, bytes."""
+    from experiments import compare
+
+    compared = compare.write(runs, out)
+    if as_json:
+        print(json.dumps(compared))
+        return
+    heads = ["", *compared["runs"]]
+    table = Table(*(Column(head, overflow="fold") for head in heads))
+    for row in compare.rows(compared):
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(f"page           {out}", highlight=False, soft_wrap=True)
+
+
+def _draw(write: Callable[[Path], Path], directory: Path) -> None:
+    """Draw a report; a failure to is said, and fails nothing."""
+    try:
+        write(directory)
+    except Exception as error:
+        ERRORS.print(
+            f"warning: report.html was not written ({type(error).__name__}: {error}); "
+            f"try: fedlora report {directory}"
+        )
 
 
 @app.command()

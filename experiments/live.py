@@ -154,16 +154,13 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
             f"epsilon {level['epsilon']:.3f} at delta {level['delta']:g}, per institution, "
             "against those who see global adapters only",
         )
-    protects_nobody = config.privacy.noise == "seeded" or not (
-        config.privacy.enabled or config.privacy.hides_institutions
-    )
-    table.add_row(
-        "protects", Text(privacy["protects"], style="bold red" if protects_nobody else "green")
-    )
+    style = "bold red" if config.privacy.protects_nobody else "green"
+    table.add_row("protects", Text(privacy["protects"], style=style))
     console.print(table)
     adapter = run_dir / "adapter"
     if config.federation.strategy in KEPT:
         adapter = run_dir / "institutions" / "NAME" / "adapter"
     console.print(f"adapter        {adapter}", highlight=False, soft_wrap=True)
+    console.print(f"report         {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
     console.print(f"privacy        {run_dir / 'privacy.json'}", highlight=False, soft_wrap=True)
     console.print(f"every round    {run_dir / 'rounds.jsonl'}", highlight=False, soft_wrap=True)

@@ -38,7 +38,7 @@ ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 INSTITUTIONS = "institutions"
 """``data.source`` of a deployment: each institution brings its own records."""
 
-ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address")
+ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
 
 
@@ -202,6 +202,23 @@ class DataConfig(Section):
         "", "causal models: template around {text}; empty: a default one that names the labels"
     )
     test_fraction: float = key(0.2, "share of distinct texts held out", at_least=0, below=1)
+    view: str = key(
+        "all",
+        "after split and partition: all institutions; pooled: one institution holds what they all "
+        "hold (what no bank may do); only:NAME: that institution alone",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.view not in ("all", "pooled") and not self.view.removeprefix("only:").strip():
+            raise InputError("data.view is 'only:'; name the institution, as in only:NAME")
+        if self.view not in ("all", "pooled") and not self.view.startswith("only:"):
+            raise InputError(f"data.view is {self.view!r}; it must be all, pooled or only:NAME")
+        if self.view != "all" and self.source == INSTITUTIONS:
+            raise InputError(
+                f"data.view is {self.view!r}, but data.source is 'institutions', where nobody sees "
+                "all records; use all"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +252,7 @@ class FederationConfig(Section):
     """Rounds and aggregation."""
 
     prefix = "federation."
-    rounds: int = key(40, "rounds", at_least=1)
+    rounds: int = key(40, "rounds; 0 measures what training would start from", at_least=0)
     strategy: str = key(
         "fedavg",
         "aggregation: fedavg; ffa (A frozen, exact); rolora (A and B in turn, exact); "
@@ -346,6 +363,11 @@ class PrivacyConfig(Section):
         return math.isfinite(self.epsilon)
 
     @property
+    def protects_nobody(self) -> bool:
+        """Whether a run gives no one any guarantee."""
+        return self.noise == "seeded" or not (self.enabled or self.hides_institutions)
+
+    @property
     def hides_institutions(self) -> bool:
         """Whether the server clips and noises updates (institution-level DP)."""
         return math.isfinite(self.institution_epsilon)
@@ -363,6 +385,15 @@ class EngineConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Section):
+    """Copies of each round's figures elsewhere; they hold what rounds.jsonl holds and no more."""
+
+    prefix = "tracking."
+    mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")
+    tensorboard: str = key("", "directory of TensorBoard event files; empty: off")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     """Everything that decides a run."""
 
@@ -375,6 +406,7 @@ class RunConfig(Section):
     federation: FederationConfig = dataclasses.field(default_factory=FederationConfig)
     privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -384,6 +416,11 @@ class RunConfig(Section):
             has_classes=self.model.task != "sft",
         )
         federation, privacy = self.federation, self.privacy
+        if not federation.rounds and (privacy.enabled or privacy.hides_institutions):
+            raise InputError(
+                "federation.rounds is 0, so nothing is trained and there is no budget to plan; set "
+                "privacy.epsilon and privacy.institution-epsilon to inf, or rounds to at least 1"
+            )
         if federation.institutions_per_round and (
             federation.min_updates > federation.institutions_per_round
         ):
@@ -470,6 +507,7 @@ SECTIONS: dict[str, type[Section]] = {
     "federation": FederationConfig,
     "privacy": PrivacyConfig,
     "engine": EngineConfig,
+    "tracking": TrackingConfig,
 }
 
 

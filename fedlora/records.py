@@ -42,7 +42,7 @@ def _load(seed: int, model: Any, source: Any, max_length: int, unit: str) -> Fed
             positions=files.positions,
         ).encode
 
-    return data.prepare(
+    federation = data.prepare(
         source=source.source,
         test_source=source.test_source,
         text=source.text,
@@ -60,3 +60,4 @@ def _load(seed: int, model: Any, source: Any, max_length: int, unit: str) -> Fed
             files.path, task=model.task, prompt=source.prompt, max_length=max_length
         ),
     )
+    return federation.seen_as(source.view)

@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,47 @@ class Federation:
     def held_out(self, index: int) -> Shard:
         """Return one institution's held-out rows; there may be none."""
         return self.all_held_out.slice(*self.held_out_bounds[index : index + 2].tolist())
+
+    def seen_as(self, view: str) -> "Federation":
+        """Return the same rows, trained on by others: what is held out stays as it is.
+
+        Args:
+            view: ``all`` changes nothing. ``pooled`` makes all institutions one; units that two
+                of them share stay two, so that the promise is the one that the federation gives.
+                ``only:NAME`` leaves one institution.
+
+        Raises:
+            InputError: If there is no institution of that name.
+        """
+        if view == "all":
+            return self
+        if view == "pooled":
+            counts = [self.train(i).units.max(initial=-1) + 1 for i in range(len(self.names))]
+            first = np.cumsum([0, *counts[:-1]])
+            units = self.all_train.units + np.repeat(first, np.diff(self.train_bounds))
+            return replace(
+                self,
+                names=("pooled",),
+                all_train=replace(self.all_train, units=units),
+                train_bounds=self.train_bounds[[0, -1]],
+                held_out_bounds=self.held_out_bounds[[0, -1]],
+            )
+        name = view.removeprefix("only:")
+        if name not in self.names:
+            known = ", ".join(self.names[:12]) + (", ..." if len(self.names) > 12 else "")
+            raise InputError(
+                f"data.view is {view!r}, but there is no such institution; they are {known}"
+            )
+        index = self.names.index(name)
+        train, held_out = self.train(index), self.held_out(index)
+        return replace(
+            self,
+            names=(name,),
+            all_train=train,
+            train_bounds=np.array([0, len(train)]),
+            all_held_out=held_out,
+            held_out_bounds=np.array([0, len(held_out)]),
+        )
 
     def pooled_held_out(self) -> tuple[Shard, Int64]:
         """Return all held-out rows and the institution of each, int64 (n,)."""

@@ -20,7 +20,7 @@ from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import KEPT, RESIDUALS, RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.trainable import Trainable
-from server import evaluation, institution_privacy
+from server import evaluation, institution_privacy, tracking
 from server import population as populations
 from server.institution_privacy import InstitutionMechanism
 from server.population import Population
@@ -43,6 +43,7 @@ def run(grid: Grid, config: RunConfig) -> None:
             budget.
         RunFailed: When no institution is left; the last checkpoint stays.
     """
+    tracking.check(config)
     population = populations.of(config)
     cap = base.participations(
         config.federation.rounds, population.size, config.federation.institutions_per_round
@@ -75,9 +76,10 @@ def run(grid: Grid, config: RunConfig) -> None:
         grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap)
     )
     roster.wait(population.size)
+    if state.round == 0 and config.privacy.enabled:
+        roster.check_budgets()
+    tracked = tracking.Tracking(config, state.run)
     if state.round == 0:
-        if config.privacy.enabled:
-            roster.check_budgets()
         directory.create(config)
         directory.save(state)
     measured: dict[str, Any] = {}
@@ -98,6 +100,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         )
         directory.append(record)
         directory.save(state)
+        tracked.round(record)
         if not record["updates"]:
             rejected: dict[str, str] = record["aggregation"]["rejected"]
             diverged = "too-large" in rejected.values()
@@ -109,6 +112,7 @@ def run(grid: Grid, config: RunConfig) -> None:
     if config.federation.strategy in KEPT or not measured:
         measured = _measured(grid, config, roster, state, work, population, save=True)
     _finish(directory, config, state, mechanism, work, population, measured)
+    tracked.end()
 
 
 def _choose(config: RunConfig, nodes: Mapping[str, int], state: RunState, cap: int) -> list[str]:

@@ -177,7 +177,7 @@ class RunDirectory:
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line to ``rounds.jsonl``."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+            file.write(json.dumps(finite(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -187,7 +187,7 @@ class RunDirectory:
         self._json("result.json", result)
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_atomic(self.path / name, (json.dumps(_finite(content), indent=2) + "\n").encode())
+        write_atomic(self.path / name, (json.dumps(finite(content), indent=2) + "\n").encode())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -255,12 +255,12 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no inf or nan: inf becomes the text "inf", nan becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {k: finite(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+        return [finite(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
     return value

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import sweep
 from fedlora import config
 
 ROOT = Path(__file__).parents[1]
@@ -45,10 +46,17 @@ def test_flower_finds_the_demo_in_pyproject():
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "experiments/configs").glob("*.toml")), ids=lambda f: f.stem
+    "file", sorted((ROOT / "experiments/configs").rglob("*.toml")), ids=lambda f: f.stem
 )
 def test_every_ready_configuration_is_valid(file):
     config.load(file)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "experiments/sweeps").glob("*.toml")), ids=lambda f: f.stem
+)
+def test_every_ready_sweep_is_valid(file):
+    assert sweep.read(file)
 
 
 def test_what_the_configuration_says_of_strategies_is_what_they_are():

@@ -1,0 +1,265 @@
+"""Running a sweep: each cell is `fedlora run` in a process of its own, cheap ones first.
+
+A cell that is complete is never run again, one that was begun is resumed, and one that fails is
+reported while the others go on.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from experiments import results, sweep
+from experiments.sweep import Case, Cell
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+from server.run_directory import finite
+
+MANIFEST = results.MANIFEST
+Engine = Literal["auto", "ray", "inline"]
+
+
+def run(
+    path: Path, out: Path, *, jobs: int, resume: bool, yes: bool, engine: Engine, console: Console
+) -> dict[str, Any]:
+    """Run what is left of a sweep and write its results.
+
+    Args:
+        path: The sweep file.
+        out: The sweep's directory.
+        jobs: Cells at a time.
+        resume: Whether ``out`` may hold a sweep already.
+        yes: Whether more than `sweep.MOST_CELLS` cells are meant.
+        engine: Of the cells; auto: inline where one institution or nothing is trained, else ray.
+        console: For progress.
+
+    Returns:
+        ``cells``, ``done`` (now), ``before`` (complete already), ``failed`` (cell -> why),
+        ``seconds``, ``out``, and ``results`` as `results.summary` gives them.
+
+    Raises:
+        InputError: Before anything runs or is written.
+    """
+    if jobs < 1:
+        raise InputError(f"--jobs is {jobs}; it must be at least 1")
+    cases = sweep.read(path)
+    _check_place(out, resume)
+    if not yes and len(cases) > sweep.MOST_CELLS:
+        sweep.check_size(len(cases), _guess(cases))
+    with console.status(f"splitting records for {len(cases)} cases"):
+        made, needed = sweep.cells(cases)
+    if not yes:
+        sweep.check_size(len(made), sum(cell.cost for cell in made.values()))
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out, console) as lock:
+        _write_manifest(out, path, cases, needed)
+        left = [cell for cell in made.values() if not _complete(out, cell)]
+        console.print(
+            f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        started = time.monotonic()
+        try:
+            failed = _Runner(out, jobs, engine, lock, console).run(left)
+        finally:
+            results.write(out)
+    return {
+        "out": str(out),
+        "cells": len(made),
+        "before": len(made) - len(left),
+        "done": len(left) - len(failed),
+        "failed": failed,
+        "seconds": round(time.monotonic() - started, 1),
+        "results": finite(results.summary(out)),
+    }
+
+
+def _guess(cases: Sequence[Case]) -> float:
+    """Seconds of all cases, by what the first of each arm would take."""
+    first: dict[str, Case] = {}
+    for case in cases:
+        first.setdefault(case.arm, case)
+    seconds = {
+        arm: sum(cell.cost for cell in sweep.cells([case])[0].values())
+        for arm, case in first.items()
+    }
+    return sum(seconds[case.arm] for case in cases)
+
+
+def _check_place(out: Path, resume: bool) -> None:
+    if (out / MANIFEST).exists():
+        if not resume:
+            raise InputError(
+                f"{out} holds a sweep; continue it with --resume, or give another --out"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} holds other files; give an --out that is empty or not there")
+
+
+def _complete(out: Path, cell: Cell) -> bool:
+    return (results.run_dir(out, cell.name) / "result.json").exists()
+
+
+@contextlib.contextmanager
+def _alone(out: Path, console: Console) -> Iterator[int]:
+    """Hold the sweep's lock, which its cells inherit: those of a killed sweep end first."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(
+                f"another sweep is at work in {out}, or cells that a killed one left; waiting"
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def _write_manifest(
+    out: Path, path: Path, cases: Sequence[Case], needed: Sequence[dict[str, str]]
+) -> None:
+    manifest = {
+        "name": path.stem,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "cases": [
+            {
+                "arm": case.arm,
+                "axes": {k: str(v) if v == float("inf") else v for k, v in case.axes.items()},
+                "seed": case.config.seed,
+                "cells": cells,
+            }
+            for case, cells in zip(cases, needed, strict=True)
+        ],
+    }
+    write_atomic(out / "sweep.toml", path.read_bytes())
+    write_atomic(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+class _Runner:
+    """Runs cells, ``jobs`` at a time; ends those that run when it is interrupted."""
+
+    def __init__(self, out: Path, jobs: int, engine: Engine, lock: int, console: Console) -> None:
+        self._out, self._jobs, self._engine = out, jobs, engine
+        self._lock, self._console = lock, console
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = threading.Event()
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Run all; cell -> why, of those that failed."""
+        failed: dict[str, str] = {}
+        left = sorted(cells, key=lambda cell: (cell.cost, cell.name))
+        costs, spent, guessed = sum(cell.cost for cell in left), 0.0, 0.0
+        with ThreadPoolExecutor(self._jobs) as pool, self._console.status("starting") as status:
+            waiting: dict[Future[tuple[float, str]], Cell] = {
+                pool.submit(self._cell, cell): cell for cell in left
+            }
+            try:
+                while waiting:
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        cell = waiting.pop(future)
+                        seconds, error = future.result()
+                        spent, guessed = spent + seconds, guessed + cell.cost
+                        if error:
+                            failed[cell.name] = error
+                        ahead = (costs - guessed) * spent / guessed / self._jobs
+                        done = len(left) - len(waiting)
+                        line = (
+                            f"cell {done}/{len(left)} · {cell.name} · {self._outcome(cell, error)}"
+                        )
+                        self._console.print(
+                            f"{line} · {seconds:.0f} s"
+                            + (f" · {_time(ahead)} left" * bool(waiting)),
+                            highlight=False,
+                            soft_wrap=True,
+                            markup=False,
+                        )
+                        status.update(f"{done} of {len(left)} cells done")
+            except BaseException:
+                self._stop()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return failed
+
+    def _outcome(self, cell: Cell, error: str) -> str:
+        if error:
+            return f"failed: {error}"
+        result = json.loads((results.run_dir(self._out, cell.name) / "result.json").read_text())
+        name, value = results.score(result)
+        return f"{name} {value:.3f}" if name else "done"
+
+    def _cell(self, cell: Cell) -> tuple[float, str]:
+        """Seconds that a cell took, and why it failed, if it did."""
+        started = time.monotonic()
+        command = [sys.executable, "-m", "experiments.cli", "run"]
+        directory = results.run_dir(self._out, cell.name)
+        workers = cell.config.engine.workers or max(1, (os.cpu_count() or 1) // self._jobs)
+        if (directory / "config.toml").exists():
+            command += ["--resume", str(directory)]
+        else:
+            config = self._out / "configs" / f"{cell.name}.toml"
+            write_atomic(config, cell.config.to_toml().encode())
+            command += [str(config), "--out", str(directory)]
+        command += ["--set", f"engine.workers={workers}", "--json"]
+        command += ["--engine", self._kind(cell)]
+        errors = self._out / "logs" / f"{cell.name}.txt"
+        errors.parent.mkdir(parents=True, exist_ok=True)
+        threads = str(workers * cell.config.engine.threads)
+        with errors.open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": threads},
+                pass_fds=(self._lock,),
+                start_new_session=True,
+            )
+            self._running.add(process)
+            if self._stopped.is_set():
+                _end(process)
+            code = process.wait()
+            self._running.discard(process)
+        error = "" if code == 0 else _reason(errors, code)
+        return time.monotonic() - started, error
+
+    def _kind(self, cell: Cell) -> str:
+        if self._engine != "auto":
+            return self._engine
+        return "inline" if cell.institutions == 1 or not cell.config.federation.rounds else "ray"
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        for process in list(self._running):
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a cell as Ctrl-C would, then surely; Ray's processes with it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _reason(errors: Path, code: int) -> str:
+    """The last error line of a cell."""
+    lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (said or lines or [f"it ended with {code}"])[-1] + f" (see {errors})"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

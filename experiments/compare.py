@@ -1,0 +1,126 @@
+"""`fedlora compare`: what differs between runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import figures, report, results
+from experiments.page import Page, Section, Table, render
+from fedlora import config as configuration
+from fedlora.config import ENGINE_ONLY
+from fedlora.errors import InputError
+from fedlora.files import existing_parent, write_atomic
+from server.run_directory import finite, read_records
+
+MEASURED = ("accuracy", "macro_f1", "exact_match", "token_loss")
+
+
+def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Compare complete runs, and write a page on it.
+
+    Returns:
+        ``runs`` (names), ``settings`` (key -> value in each run, of those that differ),
+        ``results`` (figure -> value in each run, None where there is none) and ``page``.
+
+    Raises:
+        InputError: If fewer than two runs are given, one is not complete, or the page has no place.
+    """
+    if len(runs) < 2:
+        raise InputError(f"{len(runs)} run was given; give at least 2 to compare")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a directory; give a file, such as compare.html")
+    try:
+        existing_parent(out.absolute().parent)
+    except OSError as error:
+        raise InputError(f"--out has no place to write to: {error}; give another") from None
+    loaded = [report.load(run, "result.json") for run in runs]
+    flats = [configuration.load(run / "config.toml").flat() for run in runs]
+    records = [read_records(run) for run in runs]
+    figures_of: dict[str, list[Any]] = {
+        name: [result.get(name) for result in loaded]
+        for name in MEASURED
+        if any(name in result for result in loaded)
+    }
+    figures_of["worst institution"] = [
+        min(result["institutions"].values(), default=None) for result in loaded
+    ]
+    figures_of["epsilon"] = [result["epsilon_max"] for result in loaded]
+    figures_of["rounds"] = [result["rounds"] for result in loaded]
+    figures_of["seconds"] = [result["seconds"] for result in loaded]
+    figures_of["bytes"] = [results.moved(lines) for lines in records]
+    compared = {
+        "runs": _names(runs),
+        "settings": {
+            key: [flat[key] for flat in flats]
+            for key in flats[0]
+            if not key.startswith(ENGINE_ONLY) and len({str(flat[key]) for flat in flats}) > 1
+        },
+        "results": figures_of,
+        "page": str(out),
+    }
+    write_atomic(out, render(_page(compared, loaded, records)))
+    return finite(compared)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Short names, unique."""
+    short = [run.absolute().name for run in runs]
+    return [
+        name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)
+    ]
+
+
+def rows(compared: Mapping[str, Any]) -> list[list[str]]:
+    """Its lines as text: what was measured, then the settings that differ."""
+    found = {**compared["results"], **compared["settings"]}
+    return [
+        [name, *("" if value is None else _text(value) for value in values)]
+        for name, values in found.items()
+    ]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _page(
+    compared: Mapping[str, Any],
+    loaded: Sequence[Mapping[str, Any]],
+    records: Sequence[Sequence[Mapping[str, Any]]],
+) -> Page:
+    names: list[str] = compared["runs"]
+    shown: dict[str, str] = {}
+    lines: list[figures.Line] = []
+    for name, lines_of in zip(names, records, strict=True):
+        measured = [{"round": r["round"], **r["metrics"]} for r in lines_of]
+        points = figures.last_of(measured, "accuracy")
+        if points:
+            lines.append((name, list(points), list(points.values()), [None] * len(points)))
+    if lines:
+        title = "Accuracy by round"
+        shown[title] = figures.by_round("rounds", title, lines, label="accuracy", shares=True)
+    groups = {n: r["institutions"] for n, r in zip(names, loaded, strict=True) if r["institutions"]}
+    everyone = {name for values in groups.values() for name in values}
+    if groups and len(everyone) <= report.MOST_BARS and len(groups) <= figures.MOST_SERIES:
+        title = "Accuracy by institution"
+        shown[title] = figures.bars("institutions", title, groups, label="accuracy")
+    lengths = compared["results"]
+    for key, title, unit in (("seconds", "Seconds", 1.0), ("bytes", "Megabytes moved", 1e6)):
+        values = {n: v / unit for n, v in zip(names, lengths[key], strict=True)}
+        shown[title] = figures.bars(key, title, {key: values}, label=title.lower(), shares=False)
+    heads = ["", *names]
+    both = rows(compared)
+    cut = len(compared["results"])
+    return Page(
+        title="Runs compared",
+        words=[", ".join(names) + "."],
+        tiles={},
+        sections=[
+            Section(title="Results", figures=shown, tables=[Table(rows=[heads, *both[:cut]])]),
+            Section(
+                title="Settings that differ",
+                words=() if both[cut:] else ["None."],
+                tables=[Table(rows=[heads, *both[cut:]])] if both[cut:] else (),
+            ),
+        ],
+    )

@@ -1,0 +1,309 @@
+"""Figures of a report, as SVG that takes its colours from the page and says what it shows.
+
+Drawn by matplotlib in colours that stand for the page's CSS variables, so that one figure reads in
+light, in dark and on paper. Text stays text.
+"""
+
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+INK, MUTED, GRID, BAD = "#010203", "#020304", "#030405", "#040506"
+SERIES = tuple(f"#0{c}0{c}0{c}" for c in "6789abcd")
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    BAD: "--bad",
+    **{colour: f"--series-{i}" for i, colour in enumerate(SERIES, 1)},
+}
+MARKERS = "osD^vPX*"
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 2, 2)))
+MOST_SERIES = len(SERIES)
+
+Line = tuple[str, Sequence[float], Sequence[float], Sequence[float | None]]
+"""Name, x, y and half the width of each y's confidence interval."""
+
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+def draw(
+    name: str, title: str, says: str, plot: Callable[[Axes], None], height: float = 3.1
+) -> str:
+    """One figure as an ``<svg>`` element.
+
+    Args:
+        name: Unique on its page.
+        title: Its heading.
+        says: What it shows, for those who cannot see it.
+        plot: Draws on the axes.
+        height: Inches, of 4.5 in width.
+    """
+    style: Any = {**STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.5, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        plot(axes)
+        figure.patch.set_alpha(0)
+        for each in figure.axes:
+            each.patch.set_alpha(0)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return _inline(file.getvalue(), name, title, says)
+
+
+def _inline(svg: str, name: str, title: str, says: str) -> str:
+    """A matplotlib document as an element of a page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    box = re.search(r'viewBox="[^"]*"', svg)
+    head = (
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box[0] if box else ""} role="img" '
+        f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{html.escape(title)}'
+        f'</title><desc id="{name}-desc">{html.escape(says)}</desc>'
+    )
+    return head + svg[svg.index(">") + 1 :]
+
+
+def _percent(axes: Axes, along: str = "y") -> None:
+    axis = axes.yaxis if along == "y" else axes.xaxis
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=3))
+
+
+def _legend(axes: Axes, columns: int = 2) -> None:
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)  # pyright: ignore[reportCallIssue]
+
+
+def by_round(
+    name: str,
+    title: str,
+    lines: Sequence[Line],
+    *,
+    label: str,
+    epsilons: Mapping[int, float] | None = None,
+    shares: bool = False,
+) -> str:
+    """Figures against rounds; with ``epsilons`` (round -> spent) a second axis above."""
+
+    def plot(axes: Axes) -> None:
+        for i, (of, x, y, _) in enumerate(lines[:MOST_SERIES]):
+            marker = MARKERS[i] if len(x) <= 12 else ""
+            axes.plot(x, y, color=SERIES[i], ls=DASHES[i], marker=marker, ms=4, label=of)
+        axes.set_xlabel("round")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        known = [value for _, _, y, _ in lines for value in y]
+        if known and 0 < 20 * min(known) < max(known):
+            axes.set_yscale("log")
+        if shares:
+            _percent(axes)
+        if len(lines) > 1:
+            _legend(axes)
+        if epsilons:
+            _epsilon_axis(axes, epsilons)
+
+    last = ", ".join(f"{of}: {y[-1]:.4g} at round {x[-1]:g}" for of, x, y, _ in lines if len(x))
+    return draw(name, title, f"{label} by round. Last values: {last}.", plot)
+
+
+def _epsilon_axis(axes: Axes, epsilons: Mapping[int, float]) -> None:
+    low, high = axes.get_xlim()
+    rounds = sorted(r for r in epsilons if low <= r <= high)
+    count = min(5, len(rounds))
+    places = sorted(
+        {rounds[round(i * (len(rounds) - 1) / max(1, count - 1))] for i in range(count)}
+    )
+    above = axes.secondary_xaxis("top")
+    above.set_xticks(places, [f"{epsilons[r]:.2g}" for r in places])
+    above.set_xlabel("epsilon spent until then")
+
+
+def against_epsilon(
+    name: str, title: str, lines: Sequence[Line], levels: Mapping[str, float], label: str
+) -> str:
+    """Accuracy against epsilon with confidence bands; ``levels`` are lines without a budget."""
+    finite = sorted({x for _, xs, _, _ in lines for x in xs if math.isfinite(x)})
+    without = max(finite) * 3 if finite else 10.0  # where no DP stands
+
+    def plot(axes: Axes) -> None:
+        axes.set_xscale("log")
+        for i, (of, xs, ys, halves) in enumerate(lines[:MOST_SERIES]):
+            places = [x if math.isfinite(x) else without for x in xs]
+            axes.plot(places, ys, color=SERIES[i], ls=DASHES[i], marker=MARKERS[i], ms=5, label=of)
+            bands = [(x, y, h) for x, y, h in zip(places, ys, halves, strict=True) if h is not None]
+            if bands:
+                x, y, h = zip(*bands, strict=True)
+                low = [a - b for a, b in zip(y, h, strict=True)]
+                high = [a + b for a, b in zip(y, h, strict=True)]
+                axes.fill_between(x, low, high, color=SERIES[i], alpha=0.18, lw=0)
+        for i, (of, y) in enumerate(levels.items()):
+            axes.axhline(y, color=MUTED, ls=DASHES[(i + 1) % len(DASHES)], lw=1.2)
+            axes.annotate(
+                of,
+                (0.01, y),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                fontsize=8.5,
+                color=INK,
+            )
+        ticks = [*finite, without]
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(ticks, [*(f"{x:g}" for x in finite), "no DP"], minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("epsilon (smaller is more private)")
+        axes.set_ylabel(label)
+        axes.margins(x=0.08)
+        _percent(axes)
+        _legend(axes)
+
+    words = [
+        f"{of}: "
+        + ", ".join(
+            f"{100 * y:.1f} % at {'no DP' if math.isinf(x) else f'epsilon {x:g}'}"
+            for x, y in zip(xs, ys, strict=True)
+        )
+        for of, xs, ys, _ in lines
+    ] + [f"{of}: {100 * y:.1f} %" for of, y in levels.items()]
+    return draw(name, title, f"{label} against epsilon. " + "; ".join(words) + ".", plot, 3.6)
+
+
+def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str) -> str:
+    """Accuracy against a number that the grid varies."""
+
+    def plot(axes: Axes) -> None:
+        ticks = sorted({x for _, xs, _, _ in lines for x in xs})
+        if ticks[0] > 0 and ticks[-1] / ticks[0] >= 8:
+            axes.set_xscale("log")
+        for i, (of, xs, ys, halves) in enumerate(lines[:MOST_SERIES]):
+            axes.errorbar(
+                xs,
+                ys,
+                yerr=[h or 0.0 for h in halves],
+                color=SERIES[i],
+                ls=DASHES[i],
+                marker=MARKERS[i],
+                ms=5,
+                capsize=2,
+                label=of,
+            )
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(axis)
+        axes.set_ylabel(label)
+        _percent(axes)
+        _legend(axes)
+
+    words = [
+        f"{of}: " + ", ".join(f"{100 * y:.1f} % at {x:g}" for x, y in zip(xs, ys, strict=True))
+        for of, xs, ys, _ in lines
+    ]
+    return draw(name, title, f"{label} against {axis}. " + "; ".join(words) + ".", plot, 3.6)
+
+
+def bars(
+    name: str,
+    title: str,
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    label: str,
+    worst: str = "",
+    errors: Mapping[tuple[str, str], float] | None = None,
+    shares: bool = True,
+) -> str:
+    """Horizontal bars: one place for each row, one colour for each group.
+
+    Args:
+        name: Unique on its page.
+        title: Its heading.
+        groups: Group -> row -> value.
+        label: Of the values.
+        worst: The row to mark.
+        errors: (group, row) -> half the width of its confidence interval.
+        shares: Whether values are shares, to be shown as percent.
+    """
+    rows = list(dict.fromkeys(row for values in groups.values() for row in values))
+    thick = 0.8 / max(1, len(groups))
+
+    def plot(axes: Axes) -> None:
+        for i, (group, values) in enumerate(list(groups.items())[:MOST_SERIES]):
+            places = [j + (i - (len(groups) - 1) / 2) * thick for j in range(len(rows))]
+            known = [(p, r) for p, r in zip(places, rows, strict=True) if r in values]
+            lengths = [values[r] for _, r in known]
+            half = [(errors or {}).get((group, r), 0.0) for _, r in known]
+            drawn = axes.barh(
+                [p for p, _ in known],
+                lengths,
+                thick * 0.92,
+                color=SERIES[i],
+                label=group,
+                xerr=half if any(half) else None,
+                ecolor=INK,
+                error_kw={"lw": 1},
+            )
+            if len(groups) == 1 and worst in rows:
+                drawn.patches[[r for _, r in known].index(worst)].set_facecolor(BAD)
+        marked = [f"{row} (worst)" if row == worst else row for row in rows]
+        axes.set_yticks(range(len(rows)), marked)
+        axes.grid(False, axis="y")
+        axes.invert_yaxis()
+        for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+            tick.set_fontsize(9)
+            if row == worst:
+                tick.set_color(BAD)
+                tick.set_fontweight("bold")
+        axes.set_xlabel(label)
+        if shares:
+            _percent(axes, "x")
+        if len(groups) > 1:
+            _legend(axes)
+
+    def said(value: float) -> str:
+        return f"{100 * value:.1f} %" if shares else f"{value:.4g}"
+
+    words = [
+        f"{group}: " + ", ".join(f"{row} {said(v)}" for row, v in values.items())
+        for group, values in groups.items()
+    ]
+    height = 1.0 + max(1.2, len(rows) * max(0.2, 0.13 * len(groups))) + 0.2 * (len(groups) > 1)
+    marked = f" The worst is {worst}." if worst else ""
+    return draw(name, title, f"{label}. " + "; ".join(words) + "." + marked, plot, height)
+
+
+def last_of(records: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """Round -> a figure of it, where it is a number."""
+    return {r["round"]: r[key] for r in records if isinstance(r.get(key), int | float)}

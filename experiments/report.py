@@ -1,0 +1,342 @@
+"""`fedlora report`: one page on a run, or on a sweep, for people who are not researchers.
+
+Reads the directory only: no model, no records, no torch.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import figures, results, sweep_page
+from experiments.page import Page, Section, Table, render
+from fedlora import config as configuration
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+from server.run_directory import read_records
+
+FILE = "report.html"
+MOST_BARS = 40
+METRICS = (
+    "Accuracy: the share of held-out rows that were answered correctly; nobody trained on these. "
+    "Macro-F1: as accuracy, but every class counts alike, however rare."
+)
+
+
+def write(directory: Path) -> Path:
+    """Write ``report.html`` into the directory of a complete run or of a sweep.
+
+    Raises:
+        InputError: If the directory holds neither.
+    """
+    page = (
+        sweep_page.of(directory) if (directory / results.MANIFEST).exists() else of_run(directory)
+    )
+    path = directory / FILE
+    write_atomic(path, render(page))
+    return path
+
+
+def load(directory: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a complete run.
+
+    Raises:
+        InputError: If it is not there or cannot be read.
+    """
+    try:
+        return json.loads((directory / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{directory} holds no complete run that can be read ({name}: {type(error).__name__}); "
+            "give the directory that a finished run printed, or of a sweep"
+        ) from None
+
+
+def of_run(directory: Path) -> Page:
+    """The page on one run."""
+    result, privacy = load(directory, "result.json"), load(directory, "privacy.json")
+    config = configuration.load(directory / "config.toml")
+    records = read_records(directory)
+    name, value = results.score(result)
+    tiles = {name.replace("_", " ") or "nothing measured": f"{100 * value:.1f} %" if name else ""}
+    if result.get("macro_f1") is not None:
+        tiles["macro-F1"] = f"{100 * result['macro_f1']:.1f} %"
+    if "token_loss" in result:
+        tiles["loss a token"] = f"{result['token_loss']:.3f}"
+    tiles |= {
+        "largest epsilon (smaller is more private)": number(result["epsilon_max"]),
+        "institutions": str(_institutions(records, result)),
+        "rounds": str(result["rounds"]),
+        "in rounds": seconds(result["seconds"]),
+        "moved in all": f"{results.moved(records) / 1e6:.1f} MB",
+    }
+    return Page(
+        title=f"Federated run: {directory.absolute().name}",
+        words=_words(config, result, records),
+        tiles=tiles,
+        sections=[
+            Section(title="Privacy", **_privacy(config, privacy)),
+            Section(title="Quality", words=[METRICS], **_quality(result, records)),
+            Section(title="Institutions", **_by_institution(result)),
+            Section(title="Aggregation", **_aggregation(records)),
+            Section(title="Cost", **_cost(config, result, records)),
+            environment(load(directory, "environment.json")),
+            Section(title="Configuration", text=config.to_toml()),
+        ],
+    )
+
+
+def _institutions(records: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> int:
+    return len({name for r in records for name in r["institutions"]} | set(result["institutions"]))
+
+
+def number(value: Any) -> str:
+    """A figure as a person reads it; inf, which JSON holds as text, stays."""
+    return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def seconds(value: float) -> str:
+    """A duration in words."""
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def _words(
+    config: RunConfig, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What was done, in words."""
+    adapter, training, counts = config.adapter, config.training, result["counts"]
+    task = (
+        f"to sort texts into {len(result['labels'])} classes"
+        if config.model.task == "classification"
+        else "to answer as its examples do"
+    )
+    many = _institutions(records, result)
+    who = {
+        "all": f"{many} institutions together taught",
+        "pooled": "All institutions' records were pooled, which banks may not do, to teach",
+    }.get(config.data.view, f"{config.data.view.removeprefix('only:')} alone taught")
+    moved = (
+        "No record left an institution: only the adapter's numbers travelled. "
+        if config.data.view == "all"
+        else ""
+    )
+    did = (
+        f"{who} the language model {config.model.name} {task}. The model itself stayed as it is; "
+        f"trained was an adapter beside it ({adapter.method}, rank {adapter.rank}, "
+        f"{result['trained_parameters']:,} numbers). {moved}"
+    )
+    if not config.federation.rounds:
+        did = f"Nothing was trained: this is what {config.model.name} does before training. "
+    share = (
+        f"{100 * training.sample_rate:g} % of its records"
+        if training.sample_rate
+        else f"{training.batch_size} of its records"
+    )
+    how = (
+        f"In each of {result['rounds']} rounds every institution that was asked took "
+        f"{training.local_steps} step{'s' * (training.local_steps != 1)} on about {share}, and the "
+        f"server combined the answers ({config.federation.strategy}, "
+        f"server optimizer {config.federation.server_optimizer})."
+    )
+    rows = [f"{counts[k]:,} {w}" for k, w in (("train", "to train on"), ("held_out", "held out"))
+            if k in counts]  # fmt: skip
+    data = f"The records came from {config.data.source}, shared out by {config.data.partition}"
+    data += f": {' and '.join(rows)}." if rows else "."
+    return [did, how, data] if config.federation.rounds else [did, data]
+
+
+def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"note": privacy["protects"], "bad": config.privacy.protects_nobody}
+    words = [
+        f"Adversary: {privacy['adversary']}." if "adversary" in privacy else "",
+        f"Adjacency, what two data sets differ by that nobody can tell apart: "
+        f"{privacy['adjacency']}."
+        if "adjacency" in privacy
+        else "",
+        "Epsilon bounds what anyone can learn of one protected unit: by at most the factor "
+        "e^epsilon can their odds change. 1 is strong, 8 is common in practice, above 10 little is "
+        "left. Delta is the probability with which the bound may fail."
+        if config.privacy.enabled
+        else "",
+    ]
+    heads = ["institution", "unit", "epsilon", "delta", "accountant", "noise", "noise multiplier"]
+    heads += ["sample rate", "steps"]
+    rows = [
+        [
+            name,
+            str(said.get("unit", config.privacy.unit)),
+            number(said["epsilon"]),
+            f"{said['delta']:g}",
+            said["accountant"],
+            str(said.get("noise", config.privacy.noise)),
+            number(said["noise_multiplier"]),
+            number(said["sample_rate"]),
+            str(said["steps"]),
+        ]
+        for name, said in [
+            *privacy["institutions"].items(),
+            *(
+                [("(each institution as a whole)", privacy["institution_level"])]
+                if "institution_level" in privacy
+                else []
+            ),
+        ]
+    ]
+    if rows:
+        table = Table(rows=[heads, *rows], title="What each institution has spent at most",
+                      folded=len(rows) > 12)  # fmt: skip
+        found["tables"] = [table]
+    silent = privacy.get("without_report", {})
+    if silent:
+        words.append(
+            "Asked but never heard of, so counted as spent in full: " + ", ".join(silent) + "."
+        )
+    return {**found, "words": [w for w in words if w]}
+
+
+def _quality(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    shown: dict[str, str] = {}
+    lines: list[figures.Line] = []
+    for key, of in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("exact_match", "exact")):
+        points = figures.last_of([{"round": r["round"], **r["metrics"]} for r in records], key)
+        if points:
+            lines.append((of, list(points), list(points.values()), [None] * len(points)))
+    if lines:
+        title = "Quality on held-out rows by round, and the epsilon spent"
+        shown[title] = figures.by_round(
+            "quality",
+            title,
+            lines,
+            label="share of held-out rows",
+            epsilons=figures.last_of(records, "epsilon_max"),
+            shares=True,
+        )
+    tables: list[Table] = []
+    if classes := result.get("per_class"):
+        rows = [["class", "rows", "predicted", "right", "found, %"]]
+        for label, counts in classes.items():
+            found = 100 * counts["correct"] / counts["truth"] if counts["truth"] else math.nan
+            rows.append(
+                [
+                    label,
+                    *(str(counts[k]) for k in ("truth", "predicted", "correct")),
+                    f"{found:.1f}",
+                ]
+            )
+        tables = [Table(rows=rows, title="By class", folded=len(rows) > 12)]
+    return {"figures": shown, "tables": tables}
+
+
+def _by_institution(result: Mapping[str, Any]) -> dict[str, Any]:
+    accuracies: dict[str, float] = result["institutions"]
+    if len(accuracies) < 2:
+        return {}
+    order = dict(sorted(accuracies.items(), key=lambda item: item[1]))
+    worst = next(iter(order))
+    shown = dict(list(order.items())[:MOST_BARS])
+    title = "Accuracy on each institution's held-out rows"
+    if len(shown) < len(order):
+        title += f", the {MOST_BARS} lowest"
+    rows = [["institution", "accuracy, %"], *([n, f"{100 * a:.1f}"] for n, a in order.items())]
+    return {
+        "words": [f"Worst off is {worst} with {100 * order[worst]:.1f} %."],
+        "figures": {
+            title: figures.bars(
+                "institutions", title, {"accuracy": shown}, label="accuracy", worst=worst
+            )
+        },
+        "tables": [Table(rows=rows, title="As a table", folded=True)],
+    }
+
+
+def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How far the aggregate is from the exact mean, and how far institutions moved."""
+    shown: dict[str, str] = {}
+    errors = {r: e for r, e in figures.last_of(records, "aggregation_error").items() if e > 0}
+    if errors:
+        title = "Aggregation error by round"
+        line = ("error", list(errors), list(errors.values()), [None] * len(errors))
+        shown[title] = figures.by_round(
+            "error", title, [line], label="error relative to the update"
+        )
+    norms = {r["round"]: sorted(r["aggregation"]["norm"].values()) for r in records
+             if r["aggregation"].get("norm")}  # fmt: skip
+    if norms:
+        title = "Length of the institutions' updates by round"
+        rounds = list(norms)
+        lines = [
+            (of, rounds, [pick(values) for values in norms.values()], [None] * len(rounds))
+            for of, pick in (
+                ("longest", max),
+                ("middle", lambda values: values[len(values) // 2]),
+                ("shortest", min),
+            )
+        ]
+        shown[title] = figures.by_round("norms", title, lines, label="norm of the update")
+    refused = [
+        [str(r["round"]), name, why]
+        for r in records
+        for name, why in r["aggregation"].get("rejected", {}).items()
+    ]
+    tables = (
+        [Table(rows=[["round", "institution", "why"], *refused], title="Without a part in a round",
+               folded=len(refused) > 12)]
+        if refused
+        else []
+    )  # fmt: skip
+    words = [
+        "Averaging the two factors of adapters is not quite averaging what they compute. The error "
+        "is how far the combined adapter was from the exact mean; an update's length is how far "
+        "an institution (its noise included) wanted to move."
+    ]
+    return {"words": words if shown else (), "figures": shown, "tables": tables}
+
+
+def _cost(
+    config: RunConfig, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    if not records:
+        return {}
+    rounds = [r["round"] for r in records]
+    nothing = [None] * len(rounds)
+    moved = {
+        of: [sum(i[key] for i in r["institutions"].values()) / 1e6 for r in records]
+        for of, key in (("to institutions", "sent"), ("from institutions", "received"))
+    }
+    one, two = "Seconds by round", "Megabytes by round"
+    per = results.moved(records) / max(1, _institutions(records, result)) / 1e6
+    return {
+        "words": [
+            f"{seconds(result['seconds'])} in rounds, {results.moved(records) / 1e6:.1f} MB moved, "
+            f"{per:.2f} MB for each institution in all. In a simulation nothing crosses a network; "
+            "these are the sizes of the adapters that would."
+        ],
+        "figures": {
+            one: figures.by_round(
+                "seconds",
+                one,
+                [("seconds", rounds, [r["seconds"] for r in records], nothing)],
+                label="seconds",
+            ),
+            two: figures.by_round(
+                "bytes", two, [(of, rounds, y, nothing) for of, y in moved.items()], label="MB"
+            ),
+        },
+    }
+
+
+def environment(found: Mapping[str, Any]) -> Section:
+    """What a run ran on."""
+    dirty = " with changes that are not committed" if found.get("git_dirty") else ""
+    rows = [
+        ["what", "which"],
+        ["command", " ".join(found["command"])],
+        ["commit", f"{found['git_sha'] or 'unknown'}{dirty}"],
+        ["machine", f"{found['platform']}, {found['cores']} cores, {found['processor']}"],
+        ["GPUs", ", ".join(found["gpus"]) or "none"],
+        ["Python", found["python"]],
+        *([name, version] for name, version in found["versions"].items()),
+    ]
+    return Section(title="Environment", tables=[Table(rows=rows)])

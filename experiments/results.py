@@ -1,0 +1,297 @@
+"""What a sweep found: a line for each arm and point of the grid, over its seeds.
+
+Reads the sweep's manifest and its cells' run directories; what is not complete is left out.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora import metrics
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+from server.run_directory import read_records
+
+MANIFEST = "cells.json"
+ALL = "all"
+"""In place of an institution: the held-out rows of all of them together."""
+CONFIDENCE = 0.95
+
+
+def run_dir(out: Path, cell: str) -> Path:
+    """Where a cell is."""
+    return out / "cells" / cell
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    """A sweep's manifest.
+
+    Raises:
+        InputError: If there is none.
+    """
+    try:
+        return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{out} holds no sweep that can be read ({type(error).__name__}: {MANIFEST}); give the "
+            "directory that `fedlora sweep` printed"
+        ) from None
+
+
+def score(result: Mapping[str, Any]) -> tuple[str, float]:
+    """Name and value of what a result is judged by; ("", nan) if nothing was measured.
+
+    Accuracy where there are classes, else the share of answers that are exactly right.
+    """
+    name = next((key for key in ("accuracy", "exact_match") if key in result), "")
+    value = result.get(name)
+    return name, math.nan if value is None else float(value)
+
+
+def moved(records: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes that were sent to institutions and received from them."""
+    return sum(i["sent"] + i["received"] for r in records for i in r["institutions"].values())
+
+
+def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What one case came to with its seed; None while a cell of it is missing.
+
+    Of the local arms the rows of all institutions together, each by its own adapter.
+    """
+    found: list[dict[str, Any]] = []
+    bytes_moved = 0
+    for cell in case["cells"].values():
+        directory = run_dir(out, cell)
+        try:
+            found.append(json.loads((directory / "result.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
+        bytes_moved += moved(read_records(directory))
+    if not found:
+        return None
+    result = found[0] if "" in case["cells"] else metrics.pooled(found)
+    kind = case["arm"].removesuffix("-dp")
+    institutions: dict[str, float] = {}
+    if kind != "central":  # there an institution is all of them
+        for one in found:
+            institutions |= one["institutions"]
+    return {
+        "score": score(result)[1],
+        "macro_f1": result.get("macro_f1", math.nan),
+        "institutions": institutions,
+        "epsilon": max(float(one["epsilon_max"]) for one in found),
+        "seconds": sum(one["seconds"] for one in found),
+        "bytes": bytes_moved if kind in ("federated", "base") else 0,
+    }
+
+
+def summary(out: Path) -> list[dict[str, Any]]:
+    """The lines of a sweep's results.
+
+    Returns:
+        For each arm and point of the grid a line with ``institution`` "all", then one for each
+        institution: ``seeds`` (how many), ``accuracy``, ``macro_f1``, ``worst_accuracy`` (of the
+        institution with the least), ``gain_over_local`` and ``gain_over_local_dp`` (differences
+        within a seed), each as a mean and with ``_ci95``, the half width of its 95 % confidence
+        interval by Student's t (None of one seed), then ``bytes``, ``seconds`` and ``epsilon``.
+    """
+    groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    by_key: dict[str, dict[str, Any]] = {}
+    for case in manifest(out)["cases"]:
+        if (found := measured(out, case)) is not None:
+            groups.setdefault(_key(case["arm"], case["axes"]), []).append((case, found))
+            by_key[_key(case["arm"], case["axes"], case["seed"])] = found
+    lines: list[dict[str, Any]] = []
+    for group in groups.values():
+        case = group[0][0]
+        names = sorted({name for _, found in group for name in found["institutions"]})
+        for name in (ALL, *names):
+            lines.append({"arm": case["arm"], **case["axes"]} | _line(name, group, by_key))
+    return lines
+
+
+def _key(arm: str, axes: Mapping[str, Any], seed: int | None = None) -> str:
+    return repr((arm, sorted(axes.items()), seed))
+
+
+def _of(found: Mapping[str, Any], institution: str) -> float:
+    value = found["score"] if institution == ALL else found["institutions"].get(institution)
+    return math.nan if value is None else float(value)
+
+
+def _line(
+    institution: str,
+    group: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    by_key: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    gains: dict[str, list[float]] = {"local": [], "local-dp": []}
+    for case, found in group:
+        free = {k: "inf" if k == "privacy.epsilon" else v for k, v in case["axes"].items()}
+        for arm, axes in (("local", free), ("local-dp", case["axes"])):
+            other = by_key.get(_key(arm, axes, case["seed"]))
+            if other is not None and arm != case["arm"]:
+                gains[arm].append(_of(found, institution) - _of(other, institution))
+    results = [found for _, found in group]
+    line: dict[str, Any] = {"institution": institution, "seeds": len(group)}
+    line |= _mean("accuracy", [_of(found, institution) for found in results])
+    if institution == ALL:
+        line |= _mean("macro_f1", [found["macro_f1"] for found in results])
+        least = [min(found["institutions"].values(), default=math.nan) for found in results]
+        line |= _mean("worst_accuracy", least)
+        line["worst_institution"] = _worst(results)
+    else:
+        nothing: dict[str, None] = dict.fromkeys(("macro_f1", "worst_accuracy"))
+        line |= nothing | {f"{key}_ci95": None for key in nothing} | {"worst_institution": None}
+    line |= _mean("gain_over_local", gains["local"])
+    line |= _mean("gain_over_local_dp", gains["local-dp"])
+    for key in ("bytes", "seconds"):
+        line[key] = (
+            statistics.fmean(found[key] for found in results) if institution == ALL else None
+        )
+    line["epsilon"] = max(found["epsilon"] for found in results)
+    return line
+
+
+def _worst(results: Sequence[Mapping[str, Any]]) -> str | None:
+    """The institution whose mean accuracy is least."""
+    values: dict[str, list[float]] = {}
+    for found in results:
+        for name, value in found["institutions"].items():
+            values.setdefault(name, []).append(value)
+    return min(values, key=lambda name: statistics.fmean(values[name]), default=None)
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Mean of the finite values, and half the width of its confidence interval."""
+    known = [value for value in values if math.isfinite(value)]
+    half = None
+    if len(known) > 1:
+        from scipy import stats
+
+        t = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(known) - 1))
+        half = t * statistics.stdev(known) / math.sqrt(len(known))
+    return {name: statistics.fmean(known) if known else None, f"{name}_ci95": half}
+
+
+def write(out: Path) -> None:
+    """Write ``results.csv``, ``results.parquet`` and ``results.md``."""
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    lines = summary(out)
+    if not lines:
+        return
+    axes = {k for case in manifest(out)["cases"] for k in case["axes"]}
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    columns: dict[str, Any] = {}
+    for name in names:
+        values = [line.get(name) for line in lines]
+        columns[name] = _of_one_type(values) if name in axes else values
+    table = pa.table(columns)
+    for file, save in (("results.csv", csv.write_csv), ("results.parquet", parquet.write_table)):
+        sink = pa.BufferOutputStream()
+        save(table, sink)
+        write_atomic(out / file, sink.getvalue().to_pybytes())
+    write_atomic(out / "results.md", markdown(out, lines).encode())
+
+
+def _of_one_type(values: Sequence[Any]) -> list[Any]:
+    """Values of an axis as a column holds them: as they are, else as numbers, else as text."""
+    if len({type(value) for value in values}) == 1:
+        return list(values)
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        return [str(value) for value in values]
+
+
+def percent(line: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
+    """A share as percent with its confidence interval, or "" where there is none."""
+    value, half = line.get(key), line.get(f"{key}_ci95")
+    if value is None:
+        return ""
+    return f"{100 * value:{'+' if signed else ''}.1f}" + (
+        "" if half is None else f" ± {100 * half:.1f}"
+    )
+
+
+def tables(
+    out: Path, lines: Sequence[Mapping[str, Any]]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Two tables as rows of text, heads first: of all held-out rows, and by institution."""
+    axes = list(dict.fromkeys(k for case in manifest(out)["cases"] for k in case["axes"]))
+    own = [line for line in lines if line["institution"] == ALL]
+    pooled = [
+        [
+            "arm",
+            *axes,
+            "accuracy, %",
+            "macro-F1, %",
+            "worst institution, %",
+            "gain over local",
+            "gain over local-dp",
+            "epsilon",
+            "MB moved",
+            "seconds",
+            "seeds",
+        ]
+    ]
+    for line in own:
+        worst = percent(line, "worst_accuracy")
+        name = line["worst_institution"]
+        pooled.append(
+            [
+                line["arm"],
+                *(_text(line[axis]) for axis in axes),
+                percent(line, "accuracy"),
+                percent(line, "macro_f1"),
+                f"{worst} ({name})" if name else worst,
+                percent(line, "gain_over_local", signed=True),
+                percent(line, "gain_over_local_dp", signed=True),
+                _text(round(line["epsilon"], 3)),
+                f"{line['bytes'] / 1e6:.1f}",
+                f"{line['seconds']:.0f}",
+                str(line["seeds"]),
+            ]
+        )
+    each = [["arm", *axes, "institution", "accuracy, %", "gain over local"]]
+    each += [
+        [
+            line["arm"],
+            *(_text(line[axis]) for axis in axes),
+            line["institution"],
+            percent(line, "accuracy"),
+            percent(line, "gain_over_local", signed=True),
+        ]
+        for line in lines
+        if line["institution"] != ALL
+    ]
+    return pooled, each
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
+    """The tables of ``results.md``."""
+    pooled, each = tables(out, lines)
+    about = manifest(out)
+    text = (
+        f"# {about['name']}\n\nMeans over seeds ± half the 95 % confidence interval (Student's t), "
+        f"in percent of held-out rows. By `{about['command']}`.\n\n{_markdown(pooled)}\n"
+    )
+    if len(each) > 1:
+        text += f"\n## By institution\n\n{_markdown(each)}\n"
+    return text
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

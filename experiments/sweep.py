@@ -1,0 +1,333 @@
+"""What a sweep runs: arms x grid, as runs that are told apart by their configuration alone.
+
+A sweep is a TOML file: ``base`` names a configuration, ``[set]`` overrides keys of it,
+``[set.ARM]`` those of one arm, ``[grid]`` lists values. A grid entry is a key with a list, or a
+name with a table of variants, each of which sets several keys together. See docs/experiments.md.
+"""
+
+import difflib
+import itertools
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora import config as configuration
+from fedlora import models, records
+from fedlora.config import SECTIONS, RunConfig
+from fedlora.errors import InputError
+
+ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp")
+KEYS = ("base", "set", "grid", "arms")
+EPSILON = "privacy.epsilon"
+MOST_CELLS = 1000
+"""More need --yes."""
+
+ALONE = {
+    "federation.strategy": "fedavg",
+    "federation.institutions-per-round": 0,
+    "federation.min-updates": 1,
+    "federation.weighting": "uniform",
+    "federation.robust": "none",
+    "adapter.ranks": "",
+    "privacy.institution-epsilon": math.inf,
+}
+"""Of a single institution: nothing that only a federation has may change its result."""
+START = ("seed", "data.", "model.", "training.max-length")
+"""Keys that decide what an untrained adapter computes, and how the data is split."""
+
+SECONDS_TO_START = 15.0
+OPERATIONS_A_SECOND = 5e11
+"""Of a guess at what a cell costs; what was measured corrects it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One arm at one point of the grid with one seed.
+
+    Args:
+        arm: Of `ARMS`.
+        axes: What the grid chose, without the seed; ``privacy.epsilon`` is inf without DP.
+        config: The run; of the local arms, the one that each institution's own is made from.
+    """
+
+    arm: str
+    axes: Mapping[str, Any]
+    config: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a sweep.
+
+    Args:
+        name: Of its directory; follows from the configuration.
+        config: What runs.
+        institutions: How many take part.
+        cost: A guess at its seconds.
+    """
+
+    name: str
+    config: RunConfig
+    institutions: int
+    cost: float
+
+
+def read(path: Path) -> list[Case]:
+    """The cases of a sweep file, each checked; nothing is loaded but configurations.
+
+    Raises:
+        InputError: Naming the value, its bound and the remedy.
+    """
+    tree = _toml(path)
+    base = _base(path, tree)
+    arms = _arms(tree)
+    always, own = _overrides(tree, arms)
+    axes = _grid(tree)
+    cases: dict[str, Case] = {}
+    for choice in itertools.product(*axes.values()):
+        point = dict(zip(axes, choice, strict=True))
+        values = dict(always)
+        for chosen in choice:
+            values |= chosen[1]
+        labels = {name: label for name, (label, _) in point.items() if name != "seed"}
+        for arm in arms:
+            config = _in_arm(arm, base, {**values, **own[arm]})
+            if arm.endswith("-dp") and not config.privacy.enabled:
+                continue  # the arm without DP is this one
+            epsilon = {EPSILON: config.privacy.epsilon} if EPSILON in labels else {}
+            case = Case(arm=arm, axes=labels | epsilon, config=config)
+            cases.setdefault(repr((arm, sorted(case.axes.items()), config.seed)), case)
+    for arm in arms:
+        if arm not in {case.arm for case in cases.values()}:
+            raise InputError(
+                f"arm {arm!r} needs a budget, but privacy.epsilon is inf wherever it runs; set "
+                "privacy.epsilon to a number, or leave the arm out"
+            )
+    return list(cases.values())
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read the sweep {path}: {error.strerror}; give the path of a TOML file"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+    for name in tree:
+        if name not in KEYS:
+            near = difflib.get_close_matches(name, KEYS, n=1)
+            raise InputError(
+                f"{name} is no key of a sweep; "
+                + (f"did you mean {near[0]}?" if near else f"keys are {', '.join(KEYS)}")
+            )
+    for name, kind, example in (
+        ("base", str, '"experiments/configs/fpb.toml"'),
+        ("arms", list, '["local", "federated-dp"]'),
+        ("grid", dict, "seed = [1, 2, 3] below [grid]"),
+    ):
+        if not isinstance(tree.get(name), kind):
+            raise InputError(f"{path} has no {name} that can be read; give one, such as {example}")
+    return tree
+
+
+def _base(path: Path, tree: Mapping[str, Any]) -> RunConfig:
+    beside = path.parent / tree["base"]
+    base = configuration.load(beside if beside.exists() else Path(tree["base"]))
+    if base.deployed:
+        raise InputError(
+            "data.source is 'institutions', a deployment's; arms of a sweep need all records here: "
+            "name them"
+        )
+    return base
+
+
+def _arms(tree: Mapping[str, Any]) -> list[str]:
+    arms: list[str] = tree["arms"]
+    if not arms:
+        raise InputError(f"arms is empty; list at least one of {', '.join(ARMS)}")
+    for arm in arms:
+        if arm not in ARMS:
+            near = difflib.get_close_matches(str(arm), ARMS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"arms has {arm!r}; it must be one of {', '.join(ARMS)}{hint}")
+        if arms.count(arm) > 1:
+            raise InputError(f"arms has {arm!r} twice; drop one")
+    return arms
+
+
+def _overrides(
+    tree: Mapping[str, Any], arms: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Overrides of all arms, and of each."""
+    given = tree.get("set", {})
+    if not isinstance(given, dict):
+        raise InputError(f"set is {given!r}; it must be a table of keys, below [set]")
+    own = {arm: _flat(given.get(arm, {})) for arm in arms}
+    for arm in ARMS:
+        if arm in given and arm not in arms:
+            raise InputError(f"[set.{arm}] is there, but arms has no {arm!r}; drop it or add it")
+    for arm, values in own.items():
+        _check_keys(f"[set.{arm}]", values)
+        for key in values:
+            if key.startswith(START):
+                other = next((name for name in arms if name != arm), arm)
+                raise InputError(
+                    f"arms {arm!r} and {other!r} cannot share a split: [set.{arm}] has {key}; "
+                    "move it to [set], where it is for all arms"
+                )
+    always = _flat({name: value for name, value in given.items() if name not in ARMS})
+    _check_keys("[set]", always)
+    return always, own
+
+
+def _grid(tree: Mapping[str, Any]) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+    """Axis -> its values, each with what it sets."""
+    axes: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+    for name, value in tree["grid"].items():
+        if isinstance(value, dict) and name not in SECTIONS:
+            axes[name] = [(label, _flat(values)) for label, values in value.items()]
+        else:
+            for key, listed in _flat({name: value}).items():
+                if not isinstance(listed, list):
+                    raise InputError(f"grid has {key} = {listed!r}; it must be a list of values")
+                axes[key] = [(_plain(one), {key: one}) for one in listed]
+    if not axes:
+        raise InputError(
+            "the grid is empty; list at least one key with its values, such as seed = [1, 2, 3]"
+        )
+    for name, choices in axes.items():
+        if not choices:
+            raise InputError(f"grid has no value for {name}; list at least one or drop it")
+        labels = [label for label, _ in choices]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise InputError(f"grid has {name} {label!r} twice; drop one")
+        for _, values in choices:
+            _check_keys(f"grid {name}", values)
+    return axes
+
+
+def _plain(value: Any) -> Any:
+    """A grid value as one that names it in a table."""
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"privacy": {"epsilon": 8}}`` as ``{"privacy.epsilon": 8}``."""
+    if not isinstance(tree, dict):
+        raise InputError(f"{prefix or 'a table'} is {tree!r}; it must be a table of keys")
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _check_keys(where: str, values: Mapping[str, Any]) -> None:
+    for key, remedy in (
+        ("run-dir", "use --out"),
+        ("data.view", "arms decide it"),
+        ("privacy.ledger", "each cell has ledgers of its own"),
+    ):
+        if key in values:
+            raise InputError(f"{where} has {key}, which a sweep sets itself: {remedy}; drop it")
+
+
+def _in_arm(arm: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of an arm where the grid and [set] chose ``values``."""
+    kind = arm.removesuffix("-dp")
+    if kind == "base":
+        start = {key: value for key, value in values.items() if key.startswith(START)}
+        base.replace(values)  # also keys that do not matter here are checked
+        values = {**start, **ALONE, "federation.rounds": 0}
+    ledger = {"run-dir": "", "privacy.ledger": ""}
+    if kind == arm:
+        ledger |= {EPSILON: math.inf, "privacy.institution-epsilon": math.inf}
+        weighting = {**base.flat(), **values}["federation.weighting"]
+        if weighting == "noised-size":
+            ledger["federation.weighting"] = "public-size"
+    alone = ALONE if kind in ("local", "central") else {}
+    config = base.replace({**values, **alone, **ledger})
+    return config.replace({"data.view": "pooled"}) if kind == "central" else config
+
+
+def cells(cases: Sequence[Case]) -> tuple[dict[str, Cell], list[dict[str, str]]]:
+    """The runs that cases need, and for each case in turn which ones.
+
+    Reads, splits and caches the records of every seed and partition, so that what is wrong with
+    them shows here.
+
+    Returns:
+        Name -> cell, and a list of institution -> name of a cell; the institution is "" where all
+        are in one run.
+    """
+    made: dict[str, Cell] = {}
+    needed: list[dict[str, str]] = [{} for _ in cases]
+    order = sorted(range(len(cases)), key=lambda i: repr(_split_key(cases[i].config)))
+    for index in order:
+        case = cases[index]
+        for institution, config in _runs(case):
+            cell = _cell(case.arm, institution, config)
+            needed[index][institution] = cell.name
+            made.setdefault(cell.name, cell)
+    return made, needed
+
+
+def _split_key(config: RunConfig) -> tuple[Any, ...]:
+    return config.seed, config.model.name, config.data, config.training.max_length
+
+
+def _runs(case: Case) -> list[tuple[str, RunConfig]]:
+    """Institution (or "") and configuration of each run of a case."""
+    config = case.config
+    federation = records.load(config.replace({"data.view": "all"}))
+    if not case.arm.startswith("local"):
+        if case.arm.startswith("central") and not config.training.sample_rate:
+            size = config.training.batch_size * len(federation.names)  # as many rows as they all
+            config = config.replace({"training.batch-size": size})
+        return [("", config)]
+    return [
+        (name, config.replace({"data.view": f"only:{name}"}))
+        for i, name in enumerate(federation.names)
+        if len(federation.held_out(i))  # one without cannot be measured
+    ]
+
+
+def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
+    seen = records.load(config)
+    training, rounds = config.training, config.federation.rounds
+    step = (
+        training.sample_rate * len(seen.all_train)
+        if training.sample_rate
+        else training.batch_size * len(seen.names)
+    )
+    every = config.federation.evaluate_every
+    measured = len(seen.all_held_out) * (rounds // every if every else 1)
+    tokens = len(seen.all_train.tokens) / max(1, len(seen.all_train))
+    work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
+    size = sum(file.stat().st_size for file in models.resolve(config.model.name).weights)
+    budget = f"-epsilon-{config.privacy.epsilon:g}" if config.privacy.enabled else ""
+    parts = [arm.removesuffix("-dp"), *([institution] if institution else [])]
+    name = f"{'-'.join(parts)}{budget}-seed-{config.seed}-{config.fingerprint()[:12]}"
+    cost = SECONDS_TO_START + work * size / 4 / OPERATIONS_A_SECOND
+    return Cell(name=name, config=config, institutions=len(seen.names), cost=cost)
+
+
+def check_size(number: int, seconds: float) -> None:
+    """Refuse a sweep of more cells than somebody may want to have started by mistake.
+
+    Raises:
+        InputError: With the hours that it would take.
+    """
+    if number > MOST_CELLS:
+        raise InputError(
+            f"the sweep has {number:,} cells, over {MOST_CELLS:,}: about {seconds / 3600:.0f} "
+            "hours one after the other; make the grid smaller, or say --yes"
+        )

@@ -1,0 +1,319 @@
+"""The page on a sweep: what a promise costs, and who gains from a federation."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import figures, results
+from experiments.page import Page, Section, Table
+from experiments.results import ALL
+from experiments.sweep import EPSILON
+from fedlora import config as configuration
+from fedlora.errors import InputError
+
+Lines = Sequence[Mapping[str, Any]]
+
+MEANING = {
+    "base": "base: the model before any training",
+    "local": "local: each institution trains alone on its own records",
+    "local-dp": "local-dp: the same under differential privacy",
+    "central": "central: all records in one place, which banks may not do; the upper bound",
+    "central-dp": "central-dp: the same under differential privacy",
+    "federated": "federated: together, records stay where they are, without differential privacy",
+    "federated-dp": "federated-dp: together and under differential privacy",
+}
+
+
+def of(out: Path) -> Page:
+    """The page on a sweep's complete cells.
+
+    Raises:
+        InputError: If none is complete.
+    """
+    about, lines = results.manifest(out), results.summary(out)
+    if not lines:
+        raise InputError(
+            f"no case of the sweep in {out} is complete; go on with `fedlora sweep ... --resume`"
+        )
+    axes = list(dict.fromkeys(k for case in about["cases"] for k in case["axes"]))
+    pooled = [line for line in lines if line["institution"] == ALL]
+    table, each = results.tables(out, lines)
+    missing = sum(results.measured(out, case) is None for case in about["cases"])
+    seeds = sorted({case["seed"] for case in about["cases"]})
+    arms = list(dict.fromkeys(case["arm"] for case in about["cases"]))
+    return Page(
+        title=f"Sweep: {about['name']}",
+        words=_words(arms, axes, seeds, missing),
+        tiles=_tiles(pooled),
+        sections=[
+            _dp(out, about),
+            Section(title="What privacy costs", figures=_privacy(pooled, axes)),
+            Section(title="By setting", figures=_against(pooled, axes) or _settings(pooled, axes)),
+            Section(title="Institutions", **_institutions(lines, axes)),
+            Section(
+                title="Results",
+                words=[
+                    "Means over seeds ± half the 95 % confidence interval (Student's t), in "
+                    "percent of held-out rows; gains are percentage points against each "
+                    "institution alone, seed by seed. Click a head to sort."
+                ],
+                tables=[
+                    Table(rows=table),
+                    *([Table(rows=each, title="By institution", folded=True)] if each[1:] else []),
+                ],
+            ),
+            *_environment(out, about),
+            Section(
+                title="How to repeat it",
+                text=f"{about['command']}\n\n{(out / 'sweep.toml').read_text(encoding='utf-8')}",
+            ),
+        ],
+    )
+
+
+def _words(
+    arms: Sequence[str], axes: Sequence[str], seeds: Sequence[int], missing: int
+) -> list[str]:
+    varied = f" Varied: {', '.join(axes)}." if axes else ""
+    many = f"{len(seeds)} seeds" if len(seeds) != 1 else "one seed, so there are no intervals"
+    words = [
+        "Compared on the same held-out rows, with the same split and the same number of steps: "
+        + "; ".join(MEANING[arm] for arm in arms)
+        + f".{varied} Each case with {many}."
+    ]
+    if missing:
+        words.append(f"{missing} cases are not complete and are left out.")
+    return words
+
+
+def _tiles(lines: Lines) -> dict[str, str]:
+    """The best of each arm."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for line in lines:
+        known = best.get(line["arm"])
+        if line["accuracy"] is not None and (known is None or line["accuracy"] > known["accuracy"]):
+            best[line["arm"]] = line
+    tiles: dict[str, str] = {}
+    for arm, line in best.items():
+        budget = f", epsilon {line['epsilon']:.3g}" if _under_dp(line) else ""
+        several = len({other["accuracy"] for other in lines if other["arm"] == arm}) > 1
+        tiles[f"{arm}{budget}{', best setting' * several}"] = f"{100 * line['accuracy']:.1f} %"
+    return tiles
+
+
+def _label(line: Mapping[str, Any], axes: Iterable[str]) -> str:
+    parts = [_short(axis, line[axis]) for axis in axes]
+    return ", ".join(parts)
+
+
+def _short(axis: str, value: Any) -> str:
+    """A value of an axis as a label: its name alone where that says enough."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    number = isinstance(value, int | float) or text == "inf"
+    return f"{axis.rpartition('.')[2]} {text}" if number else text
+
+
+def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
+    """Accuracy against epsilon: a line for each arm under DP and each other setting."""
+    if EPSILON not in axes:
+        return {}
+    others = [axis for axis in axes if axis != EPSILON]
+    series: dict[str, list[Mapping[str, Any]]] = {}
+    free: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for line in lines:
+        if line["accuracy"] is None:
+            continue
+        if line["arm"].endswith("-dp"):
+            series.setdefault(_name(line["arm"], _label(line, others)), []).append(line)
+        else:
+            free[line["arm"], _label(line, others)] = line
+    shown = list(series.items())[: figures.MOST_SERIES]
+    drawn: list[figures.Line] = []
+    for name, points in shown:
+        arm, label = points[0]["arm"].removesuffix("-dp"), _label(points[0], others)
+        ends = [free[arm, label]] if (arm, label) in free else []
+        points = sorted(points, key=lambda p: float(p[EPSILON])) + ends
+        drawn.append(
+            (
+                name,
+                [float(p[EPSILON]) for p in points],
+                [p["accuracy"] for p in points],
+                [p["accuracy_ci95"] for p in points],
+            )
+        )
+    if not any(len(x) > 1 for _, x, _, _ in drawn):
+        return {}
+    levels: dict[str, float] = {}
+    for arm in ("base", "local", "central"):
+        found = {line["accuracy"] for (other, _), line in free.items() if other == arm}
+        if found:
+            levels[arm if len(found) == 1 else f"{arm} (best setting)"] = max(found)
+    title = "Accuracy against the privacy budget"
+    return {title: figures.against_epsilon("epsilon", title, drawn, levels, "accuracy")}
+
+
+def _name(arm: str, label: str) -> str:
+    return f"{arm}: {label}" if label else arm
+
+
+def _against(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
+    """Accuracy against each other number that takes at least three values."""
+    shown: dict[str, str] = {}
+    for axis in axes:
+        values = {line[axis] for line in lines}
+        if axis == EPSILON or len(values) < 3 or not all(_is_number(v) for v in values):
+            continue
+        others = [other for other in axes if other != axis]
+        series: dict[str, list[Mapping[str, Any]]] = {}
+        for line in lines:
+            if line["accuracy"] is not None:
+                label = _label(line, [o for o in others if o != EPSILON or _under_dp(line)])
+                series.setdefault(_name(line["arm"], label), []).append(line)
+        drawn: list[figures.Line] = []
+        for name, points in list(series.items())[: figures.MOST_SERIES]:
+            points = sorted(points, key=lambda p: p[axis])
+            drawn.append(
+                (
+                    name,
+                    [float(p[axis]) for p in points],
+                    [p["accuracy"] for p in points],
+                    [p["accuracy_ci95"] for p in points],
+                )
+            )
+        title = f"Accuracy against {axis}"
+        shown[title] = figures.against(
+            "against-" + axis.replace(".", "-"), title, drawn, axis, "accuracy"
+        )
+    return shown
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _under_dp(line: Mapping[str, Any]) -> bool:
+    return line["arm"].endswith("-dp")
+
+
+def _settings(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
+    """Bars for each setting, a colour for each arm."""
+    groups: dict[str, dict[str, float]] = {}
+    errors: dict[tuple[str, str], float] = {}
+    others = [axis for axis in axes if axis != EPSILON]
+    for line in lines:
+        if line["accuracy"] is None:
+            continue
+        row = _label(line, others) or "accuracy"
+        group = line["arm"]
+        if _under_dp(line) and EPSILON in axes:
+            group += f", epsilon {float(line[EPSILON]):g}"
+        groups.setdefault(group, {})[row] = line["accuracy"]
+        if line["accuracy_ci95"] is not None:
+            errors[group, row] = line["accuracy_ci95"]
+    title = "Accuracy of each arm"
+    if len(groups) > figures.MOST_SERIES or sum(map(len, groups.values())) > 60:
+        return {}
+    return {title: figures.bars("arms", title, groups, label="accuracy", errors=errors)}
+
+
+def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
+    """Before, alone and together, institution by institution, in the setting with the best DP."""
+    together = [x for x in lines if x["arm"].startswith("federated") and x["institution"] == ALL
+                and x["accuracy"] is not None]  # fmt: skip
+    if not together:
+        return {}
+    best = max(together, key=lambda line: (_under_dp(line), line["accuracy"]))
+    others = [axis for axis in axes if axis != EPSILON]
+    groups: dict[str, dict[str, float]] = {}
+    for line in lines:
+        same = all(line[axis] == best[axis] for axis in others)
+        budget = not _under_dp(line) or line.get(EPSILON) == best.get(EPSILON)
+        if line["institution"] != ALL and same and budget and line["accuracy"] is not None:
+            group = "before (base)" if line["arm"] == "base" else line["arm"]
+            groups.setdefault(group, {})[line["institution"]] = line["accuracy"]
+    own = groups.get(best["arm"], {})
+    if len(own) < 2:
+        return {}
+    order = sorted(own, key=lambda name: own[name])[:16]
+    ranked = ["before (base)", "local", "local-dp", "federated", "federated-dp"]
+    shown = {g: {n: groups[g][n] for n in order if n in groups[g]} for g in ranked if g in groups}
+    title = "Each institution: before, alone, together"
+    if len(order) < len(own):
+        title += f" (the {len(order)} lowest)"
+    setting = _label(best, axes)
+    gains = [own[n] - groups["local"][n] for n in own if n in groups.get("local", {})]
+    words = [
+        f"In the setting with the best result under DP{f' ({setting})' if setting else ''}. Worst "
+        f"off is {order[0]} with {100 * own[order[0]]:.1f} %."
+    ]
+    if gains:
+        words.append(
+            f"{sum(gain > 0 for gain in gains)} of {len(gains)} institutions do better in "
+            f"{best['arm']} than alone without any noise."
+        )
+    return {
+        "words": words,
+        "figures": {
+            title: figures.bars("institutions", title, shown, label="accuracy", worst=order[0])
+        },
+    }
+
+
+def _cells(about: Mapping[str, Any], out: Path) -> list[Path]:
+    """Directories of complete cells."""
+    names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
+    found = [results.run_dir(out, name) for name in names]
+    return [path for path in found if (path / "result.json").exists()]
+
+
+def _dp(out: Path, about: Mapping[str, Any]) -> Section:
+    """The promises of the arms under DP."""
+    configs = [configuration.load(path / "config.toml").privacy for path in _cells(about, out)]
+    private = [privacy for privacy in configs if privacy.enabled]
+    if not private:
+        return Section(
+            title="Privacy",
+            note="Differential privacy was off everywhere: no run of this sweep protects anybody.",
+            bad=True,
+        )
+    budgets = ", ".join(f"{e:g}" for e in sorted({p.epsilon for p in private}))
+    units = ", ".join(sorted({p.unit for p in private}))
+    if any(p.noise == "seeded" for p in private):
+        return Section(
+            title="Privacy",
+            note="Noise came from seeds in the configuration. This sweep is a simulation: its "
+            "adapters protect nobody, whatever epsilon says.",
+            bad=True,
+        )
+    note = (
+        f"Arms ending in -dp protect each {units} of an institution with epsilon {budgets} for the "
+        "whole run, from everyone who sees the adapters. The other arms protect nobody. Many runs "
+        "on the same records spend their budgets many times over: release one, not all."
+    )
+    deltas = sorted({p.delta for p in private if p.delta})
+    words = [
+        "Accountant: " + ", ".join(sorted({p.accountant for p in private})) + "; delta: "
+        + (", ".join(f"{d:g}" for d in deltas) or "by size class")
+        + "; noise from the operating system. Each cell's privacy.json has the figures of each "
+        "institution."
+    ]  # fmt: skip
+    return Section(title="Privacy", note=note, words=words)
+
+
+def _environment(out: Path, about: Mapping[str, Any]) -> list[Section]:
+    from experiments import report
+
+    cells = _cells(about, out)
+    found = [json.loads((path / "environment.json").read_text(encoding="utf-8")) for path in cells]
+    shas = sorted({str(one["git_sha"]) for one in found})
+    section = report.environment(found[-1])
+    if len(shas) > 1:
+        return [
+            Section(
+                title=section.title,
+                words=[f"Cells ran at {len(shas)} commits: {', '.join(shas)}. Shown is the last."],
+                tables=section.tables,
+            )
+        ]
+    return [section]

@@ -1,0 +1,113 @@
+"""Copies of a run's figures in MLflow and TensorBoard, for those who keep their runs there.
+
+Off unless configured, and only then imported. What goes out is what rounds.jsonl holds.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+
+log = logging.getLogger("fedlora.server")
+
+EXPERIMENT = "fedlora"
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a configuration whose tracker is not installed.
+
+    Raises:
+        InputError: Naming the key and what to install.
+    """
+    for name in ("mlflow", "tensorboard"):
+        value = getattr(config.tracking, name)
+        if value and importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"tracking.{name} is {value!r}, but {name} is not installed; run: "
+                "pip install 'fedlora[tracking]', or leave it empty"
+            )
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of rounds.jsonl that are of the whole federation."""
+    found = {
+        "seconds": record["seconds"],
+        "updates": record["updates"],
+        "aggregation_error": record["aggregation_error"],
+        "epsilon_max": record["epsilon_max"],
+        "bytes": sum(i["sent"] + i["received"] for i in record["institutions"].values()),
+        **record["metrics"],
+    }
+    return {k: float(v) for k, v in found.items() if isinstance(v, int | float)}
+
+
+class Tracking:
+    """The trackers that a run has configured, if any.
+
+    One that fails midway is left alone with a warning: it is a copy, and the run goes on.
+
+    Args:
+        config: The run.
+        run: Its identity, so that a resumed run goes on in the same place.
+    """
+
+    def __init__(self, config: RunConfig, run: str) -> None:
+        self._board: Any = None
+        self._client: Any = None
+        self._id = ""
+        if config.tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(Path(config.tracking.tensorboard) / run))
+        if config.tracking.mlflow:
+            from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+
+            try:
+                self._client = MlflowClient(tracking_uri=config.tracking.mlflow)
+                self._id = self._begin(config, run)
+            except Exception as error:  # of its server, file or database
+                raise InputError(
+                    f"tracking.mlflow is {config.tracking.mlflow!r}, but nothing can be logged "
+                    f"there ({type(error).__name__}: {error}); mend it or leave it empty"
+                ) from None
+
+    def _begin(self, config: RunConfig, run: str) -> str:
+        known = self._client.get_experiment_by_name(EXPERIMENT)
+        experiment = known.experiment_id if known else self._client.create_experiment(EXPERIMENT)
+        found = self._client.search_runs([experiment], f"tags.fedlora_run = '{run}'")
+        if found:
+            return found[0].info.run_id
+        begun = self._client.create_run(
+            experiment, tags={"fedlora_run": run}, run_name=Path(config.run_dir).name
+        )
+        for key, value in config.flat().items():
+            self._client.log_param(begun.info.run_id, key, value)
+        return begun.info.run_id
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Log one line of rounds.jsonl."""
+        try:
+            for name, value in figures(record).items():
+                if self._board is not None:
+                    self._board.add_scalar(name, value, record["round"])
+                if self._client is not None:
+                    self._client.log_metric(self._id, name, value, step=record["round"])
+            if self._board is not None:
+                self._board.flush()
+        except Exception as error:
+            log.warning("tracking stops after round %d: %s", record["round"], error)
+            self._board = self._client = None
+
+    def end(self) -> None:
+        """Say that the run is complete."""
+        try:
+            if self._board is not None:
+                self._board.close()
+            if self._client is not None:
+                self._client.set_terminated(self._id)
+        except Exception as error:
+            log.warning("tracking did not end well: %s", error)

@@ -1,0 +1,49 @@
+"""`fedlora compare`: two runs side by side."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def two_runs(tmp_path, tiny_config, simulate_run):
+    paths = []
+    for name, rank in (("small", 2), ("large", 4)):
+        config = tiny_config(
+            **{"run-dir": str(tmp_path / name), "adapter.rank": rank, "federation.rounds": 1}
+        )
+        simulate_run(config)
+        paths.append(str(tmp_path / name))
+    return paths
+
+
+def test_only_what_differs_is_compared(two_runs, tmp_path):
+    page = tmp_path / "page.html"
+    result = runner.invoke(app, ["compare", *two_runs, "--out", str(page), "--json"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["runs"] == ["small", "large"]
+    assert said["settings"] == {"adapter.rank": [2, 4]}
+    assert {"accuracy", "macro_f1", "epsilon", "seconds", "bytes"} <= said["results"].keys()
+    small, large = said["results"]["bytes"]
+    assert small < large
+    text = page.read_text()
+    assert "adapter.rank" in text and text.count("<svg") == 4
+    shown = runner.invoke(app, ["compare", *two_runs, "--out", str(page)])
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    assert "adapter.rank" in shown.stdout and "large" in shown.stdout
+
+
+def test_one_run_or_none_is_refused(two_runs, tmp_path):
+    for runs, words in (
+        (two_runs[:1], ["at least 2"]),
+        ([two_runs[0], str(tmp_path / "none")], ["none", "result.json"]),
+    ):
+        result = runner.invoke(app, ["compare", *runs, "--out", str(tmp_path / "page.html")])
+        assert result.exit_code == 2 and all(word in result.stderr for word in words)
+        assert not (tmp_path / "page.html").exists()

@@ -1,0 +1,195 @@
+"""The pages on runs and sweeps: what they say, and that a browser shows them whole."""
+
+import html
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments import page, report, results
+from experiments.cli import app
+
+runner = CliRunner()
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+METHODS = ("lora", "ffa", "dora")
+BANKS = ("Alpha", "Beta", "Delta", "Gamma")
+
+
+@pytest.fixture
+def run_directory(tiny_config, simulate_run):
+    """A complete run of three rounds."""
+    config = tiny_config(**{"privacy.noise": "secure"})
+    simulate_run(config)
+    return Path(config.run_dir)
+
+
+@pytest.fixture
+def made_up_sweep(tmp_path, tiny_config, run_directory):
+    """A sweep's directory whose cells were never run; its numbers are made up."""
+    draw, out, cases = random.Random(3), tmp_path / "sweep", []
+    level = {"base": 0.4, "local": 0.66, "central": 0.84, "federated": 0.8, "federated-dp": 0.78}
+    for arm, mean in level.items():
+        for epsilon in (1.0, 4.0, 8.0) if arm.endswith("-dp") else (math.inf,):
+            for method in METHODS:
+                for seed in (1, 2, 3):
+                    name = f"{arm}-{epsilon:g}-{method}-{seed}"
+                    axes = {"privacy.epsilon": epsilon if math.isfinite(epsilon) else "inf"}
+                    axes["method"] = method
+                    cases.append({"arm": arm, "axes": axes, "seed": seed, "cells": {"": name}})
+                    folder = results.run_dir(out, name)
+                    folder.mkdir(parents=True)
+                    lost = 0.15 / epsilon if math.isfinite(epsilon) else 0.0
+                    value = mean - lost + draw.gauss(0, 0.01)
+                    own = {bank: value + draw.gauss(0, 0.03) for bank in BANKS}
+                    result = {"accuracy": value, "macro_f1": value - 0.05, "seconds": 90.0}
+                    result |= {"institutions": own, "epsilon_max": axes["privacy.epsilon"]}
+                    (folder / "result.json").write_text(json.dumps(result))
+                    config = tiny_config(
+                        **{"privacy.epsilon": epsilon, "privacy.noise": "secure", "seed": seed}
+                    )
+                    (folder / "config.toml").write_text(config.to_toml())
+                    shutil.copy(run_directory / "environment.json", folder)
+    about = {"name": "epsilon", "command": "fedlora sweep epsilon.toml", "cases": cases}
+    (out / results.MANIFEST).write_text(json.dumps(about))
+    (out / "sweep.toml").write_text('base = "base.toml"')
+    return out
+
+
+def test_the_page_on_a_run_says_what_was_done_and_promised(run_directory):
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    result = json.loads((run_directory / "result.json").read_text())
+    privacy = json.loads((run_directory / "privacy.json").read_text())
+    assert "4 institutions together taught" in text and "lora, rank 8" in text
+    assert f"{100 * result['accuracy']:.1f} %" in text
+    assert html.escape(privacy["protects"], quote=False)[:60] in html.unescape(text)
+    assert 'class="note bad"' not in text
+    for said in privacy["institutions"].values():
+        assert f"{said['epsilon']:.3f}" in text and said["accountant"] in text
+    assert "(worst)" in text and text.count("<svg") >= 5
+    assert text.count("<svg") == text.count('role="img"') == text.count("<desc")
+    environment = json.loads((run_directory / "environment.json").read_text())
+    assert environment["versions"]["torch"] in text and environment["git_sha"] in text
+
+
+def test_a_page_loads_nothing_from_elsewhere(run_directory):
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    links = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert all(link.startswith(("#", "data:")) for link in links), links
+    assert "@import" not in text and "url(http" not in text
+
+
+def test_a_run_that_protects_nobody_is_marked(run_directory):
+    for change in (("epsilon = 8.0", "epsilon = inf"), ('noise = "secure"', 'noise = "seeded"')):
+        config = run_directory / "config.toml"
+        before = config.read_text()
+        assert change[0] in before
+        config.write_text(before.replace(*change, 1))
+        assert 'class="note bad"' in report.write(run_directory).read_text(encoding="utf-8")
+        config.write_text(before)
+
+
+def test_names_from_data_cannot_become_markup(run_directory):
+    path = run_directory / "result.json"
+    result = json.loads(path.read_text())
+    result["labels"] = ["<script>alert(1)</script>"]
+    result["per_class"] = {"<script>alert(1)</script>": {"truth": 1, "predicted": 1, "correct": 1}}
+    result["institutions"] = {"<img src=x>": 0.5, "</svg><script>": 0.4}
+    path.write_text(json.dumps(result))
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    assert "<script>alert" not in text and "<img" not in text and "</svg><script>" not in text
+
+
+def test_the_page_on_a_sweep_shows_privacy_against_accuracy(made_up_sweep):
+    text = report.write(made_up_sweep).read_text(encoding="utf-8")
+    assert "Accuracy against the privacy budget" in text
+    assert "federated-dp: ffa" in text and "central" in text and "no DP" in text
+    assert "before (base)" in text and "(worst)" in text
+    assert "+" in text and "±" in text
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    result = runner.invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2 and "result.json" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_report_that_cannot_be_drawn_fails_no_run(tmp_path, tiny_config, monkeypatch):
+    (tmp_path / "x.toml").write_text(
+        tiny_config(**{"run-dir": "", "federation.rounds": 1}).to_toml()
+    )
+
+    def broken(directory):
+        raise RuntimeError("no pencil")
+
+    monkeypatch.setattr(report, "write", broken)
+    out = tmp_path / "out"
+    command = ["run", str(tmp_path / "x.toml"), "--out", str(out), "--engine", "inline", "--quiet"]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0 and "no pencil" in result.stderr
+    assert (out / "result.json").exists()
+
+
+def test_numbers_in_tables_are_told_from_words():
+    for text in ("1", "-0.5", "7.1 ± 0.2", "inf", "1e-05", "+2.0", "1,204"):
+        assert page.NUMBER.fullmatch(text), text
+    for text in ("Alpha", "lora", "", "62.1 (Beta)"):
+        assert not page.NUMBER.fullmatch(text), text
+
+
+PROBE = """
+<iframe id="page" style="width:%dpx;height:900px;border:0" srcdoc="%s"></iframe>
+<pre id="found"></pre>
+<script>
+const frame = document.getElementById("page");
+frame.addEventListener("load", () => {
+  const page = frame.contentDocument;
+  const boxes = [...page.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect());
+  const head = page.querySelector("table.sorted th button");
+  const body = head.closest("table").tBodies[0];
+  const column = () => [...body.rows].map((row) => row.cells[0].textContent);
+  head.click(); const up = column(); head.click(); const down = column();
+  document.getElementById("found").textContent = JSON.stringify({
+    width: page.documentElement.scrollWidth,
+    figures: boxes.filter((box) => box.width > 200 && box.height > 100).length,
+    svgs: boxes.length,
+    paths: page.querySelectorAll("svg path").length,
+    up: up, down: down,
+  });
+});
+</script>
+"""
+
+
+def browse(path: Path, width: int, tmp_path: Path) -> tuple[dict, str]:
+    """What a browser makes of a page at a width, and what it says on its console."""
+    probe = tmp_path / f"probe-{width}.html"
+    probe.write_text(PROBE % (width, html.escape(path.read_text(encoding="utf-8"))))
+    command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
+    command += ["--window-size=1400,1000", "--virtual-time-budget=10000", probe.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found and found[1], done.stderr
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(found[1])), "\n".join(console)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; apt-get install chromium")
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_a_browser_shows_all_of_it_on_a_phone_and_a_desk(
+    kind, width, run_directory, made_up_sweep, tmp_path
+):
+    path = report.write(run_directory if kind == "run" else made_up_sweep)
+    found, console = browse(path, width, tmp_path)
+    assert not console
+    assert found["width"] <= width
+    assert found["figures"] == found["svgs"] >= 3 and found["paths"] > 50
+    assert found["up"] == sorted(found["up"]) and found["down"] == found["up"][::-1]

@@ -1,0 +1,285 @@
+"""Sweeps: what a file expands to, what is refused before anything runs, what is reported."""
+
+import csv
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from typer.testing import CliRunner
+
+from experiments import cells, results, sweep
+from experiments.cli import app
+from fedlora import records
+from fedlora.errors import InputError
+
+runner = CliRunner()
+ALL_ARMS = (
+    'arms = ["base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp"]'
+)
+
+
+@pytest.fixture
+def sweep_file(tmp_path, tiny_config):
+    """Writes a sweep over the tiny encoder; keyword values change its base."""
+
+    def write(text, **values):
+        base = tiny_config(**({"run-dir": "", "federation.rounds": 2} | values))
+        (tmp_path / "base.toml").write_text(base.to_toml())
+        path = tmp_path / "mine.toml"
+        path.write_text(f'base = "base.toml"\n{text}')
+        return path
+
+    return write
+
+
+def invoke(*arguments):
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+def test_arms_share_every_held_out_row(sweep_file):
+    made, needed = sweep.cells(sweep.read(sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1, 2]")))
+    by_seed: dict[int, set[str]] = {}
+    for case in needed:
+        rows, seed = [], 0
+        for name in case.values():
+            seen = records.load(made[name].config)
+            seed = made[name].config.seed
+            rows.append(seen.all_held_out.records)
+        whole = np.concatenate(rows)
+        digest = b"".join(sorted(row.tobytes() for row in whole)).hex()
+        by_seed.setdefault(seed, set()).add(digest)
+    assert [len(found) for found in by_seed.values()] == [1, 1]
+    assert by_seed[1] != by_seed[2]
+
+
+def test_arms_train_on_the_same_rows_in_different_hands(sweep_file):
+    made, needed = sweep.cells(sweep.read(sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1]")))
+
+    def rows(names):
+        return sorted(
+            row.tobytes()
+            for name in names
+            for row in records.load(made[name].config).all_train.records
+        )
+
+    assert len({tuple(rows(case.values())) for case in needed}) == 1
+    assert [len(case) for case in needed] == [1, 4, 4, 1, 1, 1, 1]
+    assert {made[name].institutions for name in needed[3].values()} == {1}
+
+
+def test_pooled_customers_of_two_banks_stay_two_units(tiny_config):
+    config = tiny_config(**{"privacy.unit": "customer"})
+    federation = records.load(config)
+    apart = sum(federation.train(i).num_units for i in range(4))
+    pooled = records.load(config.replace({"data.view": "pooled"}))
+    assert pooled.train(0).num_units == apart
+    assert np.array_equal(pooled.all_held_out.records, federation.all_held_out.records)
+
+
+def test_an_arm_without_dp_is_one_case_for_all_budgets(sweep_file):
+    text = 'arms = ["base", "federated", "federated-dp"]\n[grid]\nprivacy.epsilon = [1.0, 8.0, inf]'
+    cases = sweep.read(sweep_file(text))
+    assert [(c.arm, c.axes["privacy.epsilon"]) for c in cases] == [
+        ("base", math.inf),
+        ("federated", math.inf),
+        ("federated-dp", 1.0),
+        ("federated-dp", 8.0),
+    ]
+    assert cases[0].config.federation.rounds == 0
+
+
+def test_variants_set_several_keys_and_arms_have_settings_of_their_own(sweep_file):
+    text = """
+arms = ["local", "federated"]
+[set]
+"federation.rounds" = 4
+[set.local]
+training.learning-rate = 0.5
+[grid.method]
+ffa = { "federation.strategy" = "ffa" }
+dora = { adapter.method = "dora", adapter.rank = 4 }
+"""
+    cases = sweep.read(sweep_file(text))
+    found = {(c.arm, c.axes["method"]): c.config for c in cases}
+    assert found["federated", "ffa"].federation.strategy == "ffa"
+    assert found["local", "ffa"].federation.strategy == "fedavg"  # alone there is nothing to fuse
+    assert found["federated", "dora"].adapter.rank == 4
+    assert found["local", "dora"].training.learning_rate == 0.5
+    assert found["federated", "dora"].training.learning_rate == 1.0
+    assert {c.config.federation.rounds for c in cases} == {4}
+
+
+def test_a_cells_name_follows_from_its_configuration_alone(sweep_file):
+    one, _ = sweep.cells(sweep.read(sweep_file('arms = ["federated"]\n[grid]\nseed = [1, 2]')))
+    text = 'arms = ["federated"]\n[grid]\nseed = [2, 1]\nengine.workers = [2]'
+    other, _ = sweep.cells(sweep.read(sweep_file(text)))
+    assert set(one) == set(other) and len(one) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('arms = ["federated"]\n[grid]\nadapter.rnk = [1]', ["adapter.rnk", "adapter.rank"]),
+        ('arms = ["federated"]\nsets = 1\n[grid]\nseed = [1]', ["sets", "did you mean set"]),
+        ('arms = ["federated"]\n[grid]', ["grid is empty"]),
+        ('arms = ["federated"]\n[grid]\nseed = []', ["no value for seed"]),
+        ('arms = ["federated"]\n[grid]\nseed = 1', ["seed = 1", "list"]),
+        ('arms = ["federated"]\n[grid]\nseed = [1, 1]', ["twice"]),
+        ('arms = ["federated"]', ["no grid"]),
+        ("arms = []\n[grid]\nseed = [1]", ["arms is empty"]),
+        ('arms = ["federatd"]\n[grid]\nseed = [1]', ["federatd", "federated"]),
+        ('arms = ["federated"]\n[grid]\nadapter.rank = [0]', ["adapter.rank is 0", "at least 1"]),
+        ('arms = ["federated"]\n[grid]\nrun-dir = ["x"]', ["run-dir", "--out"]),
+        (
+            'arms = ["local", "base"]\n[set.local]\ndata.partition = "iid"\n[grid]\nseed = [1]',
+            ["'local'", "'base'", "cannot share a split", "data.partition"],
+        ),
+        (
+            'arms = ["federated-dp"]\n[grid]\nprivacy.epsilon = [inf]',
+            ["federated-dp", "privacy.epsilon is inf"],
+        ),
+        ('arms = ["local"]\n[grid]\ndata.text = ["body"]', ["body"]),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(sweep_file, tmp_path, text, words):
+    out = tmp_path / "out"
+    result = invoke("sweep", sweep_file(text), "--out", out)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+    assert not out.exists()
+
+
+def test_over_a_thousand_cells_need_yes(sweep_file, tmp_path):
+    text = f'arms = ["federated"]\n[grid]\nseed = {list(range(1001))}'
+    result = invoke("sweep", sweep_file(text), "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "1,001 cells" in result.stderr and "hours" in result.stderr
+    sweep.check_size(1000, 1.0)
+    with pytest.raises(InputError, match="--yes"):
+        sweep.check_size(1001, 7200.0)
+
+
+def test_the_gain_and_its_interval_are_those_by_hand(tmp_path, monkeypatch):
+    values = {"local": [0.5, 0.6, 0.7], "federated": [0.7, 0.9, 0.8]}
+    cases = [
+        {"arm": arm, "axes": {}, "seed": seed, "cells": {"": f"{arm}-{seed}"}}
+        for arm in values
+        for seed in range(3)
+    ]
+    (tmp_path / results.MANIFEST).write_text(json.dumps({"name": "x", "cases": cases}))
+    for arm, accuracies in values.items():
+        for seed, accuracy in enumerate(accuracies):
+            folder = results.run_dir(tmp_path, f"{arm}-{seed}")
+            folder.mkdir(parents=True)
+            result = {"accuracy": accuracy, "macro_f1": 0.5, "institutions": {"A": accuracy - 0.1}}
+            result |= {"epsilon_max": "inf", "seconds": 2.0}
+            (folder / "result.json").write_text(json.dumps(result))
+    line = next(
+        x
+        for x in results.summary(tmp_path)
+        if (x["arm"], x["institution"]) == ("federated", results.ALL)
+    )
+    assert line["accuracy"] == pytest.approx(0.8)
+    # t(0.975, 2) = 4.303, s = 0.1, sqrt(3)
+    assert line["accuracy_ci95"] == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert line["gain_over_local"] == pytest.approx(0.2)  # 0.2, 0.3, 0.1
+    assert line["gain_over_local_ci95"] == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert (line["worst_institution"], line["worst_accuracy"]) == ("A", pytest.approx(0.7))
+    assert line["seconds"] == 2.0 and line["epsilon"] == math.inf
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_path):
+    path, out = sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1]"), tmp_path / "out"
+    command = ("sweep", path, "--out", out, "--jobs", 2, "--engine", "inline", "--json")
+    result = invoke(*command)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert (said["cells"], said["done"], said["failed"]) == (13, 13, {})
+    pooled = {x["arm"]: x for x in said["results"] if x["institution"] == "all"}
+    assert list(pooled) == list(sweep.ARMS)
+    assert pooled["federated-dp"]["seeds"] == 1 and 0 < pooled["federated-dp"]["epsilon"] <= 8
+    assert pooled["federated"]["gain_over_local"] is not None
+    assert pooled["base"]["bytes"] == 0 < pooled["federated"]["bytes"]
+    each = [x for x in said["results"] if x["arm"] == "local" and x["institution"] != "all"]
+    assert [x["institution"] for x in each] == ["Alpha", "Beta", "Delta", "Gamma"]
+    with (out / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(said["results"])
+    assert pyarrow.parquet.read_table(out / "results.parquet").num_rows == len(said["results"])
+    assert "federated-dp" in (out / "results.md").read_text()
+    assert (out / "report.html").exists()
+
+    refused = invoke(*command)
+    assert refused.exit_code == 2 and "--resume" in refused.stderr
+    again = json.loads(invoke(*command, "--resume").stdout)
+    assert (again["before"], again["done"]) == (13, 0)
+    assert again["results"] == said["results"]
+
+
+@pytest.mark.slow
+def test_a_failed_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path):
+    text = 'arms = ["federated"]\n[grid]\nadapter.target-modules = [["query"], ["nope"]]'
+    out = tmp_path / "out"
+    result = invoke("sweep", sweep_file(text), "--out", out, "--engine", "inline", "--json")
+    assert result.exit_code == 1
+    said = json.loads(result.stdout)
+    assert (said["cells"], said["done"]) == (2, 1)
+    assert "nope" in next(iter(said["failed"].values())) and "nope" in result.stderr
+    assert [x["adapter.target-modules"] for x in said["results"] if x["institution"] == "all"] == [
+        "query"
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(sweep_file, tmp_path):
+    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1, 2]'), tmp_path / "out"
+    command = [sys.executable, "-m", "experiments.cli", "sweep", str(path), "--out", str(out)]
+    command += ["--engine", "inline", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("cells/*/result.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    first = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/result.json")}
+    assert first
+    result = invoke(*command[3:], "--resume")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["before"] >= 1 and said["before"] + said["done"] == 2
+    assert {p: p.stat().st_mtime_ns for p in first} == first
+
+
+def test_a_directory_with_other_files_is_refused(sweep_file, tmp_path):
+    path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    result = invoke("sweep", path, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "other files" in result.stderr
+    assert cells.MANIFEST == results.MANIFEST
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_end_ends_its_cells(sweep_file, tmp_path):
+    path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]', **{"federation.rounds": 2000})
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "experiments.cli", "sweep", str(path), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--engine", "inline"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while not list(out.glob("cells/*/rounds.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and b"--resume" in errors
+    with (out / ".lock").open("w") as lock:  # no cell holds it any more
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

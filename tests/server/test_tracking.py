@@ -1,0 +1,59 @@
+"""Copies of a run's figures: refused without the package, no danger to a run, the same numbers."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from fedlora.errors import InputError
+from server import tracking
+from server.run_directory import read_records
+
+
+@pytest.mark.parametrize("name", ["mlflow", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(
+    name, tiny_config, simulate_run, monkeypatch
+):
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda module: None)
+    config = tiny_config(**{f"tracking.{name}": "somewhere"})
+    with pytest.raises(InputError, match=f"tracking.{name} is 'somewhere'.*pip install"):
+        simulate_run(config)
+    assert not Path(config.run_dir, "config.toml").exists()
+
+
+def test_a_tracker_that_fails_midway_is_left_alone(tiny_config, caplog):
+    class Board:
+        def add_scalar(self, *_):
+            raise OSError("disk full")
+
+    tracked = tracking.Tracking(tiny_config(), "run")
+    tracked._board = Board()
+    record = {"round": 1, "seconds": 1.0, "updates": 4, "aggregation_error": None}
+    record |= {"epsilon_max": "inf", "institutions": {}, "metrics": {"accuracy": 0.5}}
+    with caplog.at_level(logging.WARNING, "fedlora.server"):
+        tracked.round(record)
+        tracked.round(record)
+        tracked.end()
+    assert [r.message for r in caplog.records] == ["tracking stops after round 1: disk full"]
+    assert tracking.figures(record) == {"seconds": 1.0, "updates": 4, "bytes": 0, "accuracy": 0.5}
+
+
+@pytest.mark.slow
+def test_both_trackers_hold_what_rounds_jsonl_holds(tiny_config, simulate_run, tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="needs fedlora[tracking]")
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs fedlora[tracking]"
+    )
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = tiny_config(**{"tracking.mlflow": uri, "tracking.tensorboard": str(tmp_path / "tb")})
+    simulate_run(config)
+    truth = [r["metrics"]["accuracy"] for r in read_records(Path(config.run_dir))]
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.data.params["adapter.rank"] == "8"
+    logged = client.get_metric_history(run.info.run_id, "accuracy")
+    assert [m.value for m in logged] == truth
+    board = events.EventAccumulator(str(next((tmp_path / "tb").iterdir())))
+    board.Reload()
+    assert [s.value for s in board.Scalars("accuracy")] == pytest.approx(truth)
