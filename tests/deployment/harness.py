@@ -11,7 +11,7 @@ Needs root, or else user namespaces that anybody may make; `unavailable` says wh
 What differs from the containers:
 
 - The image is this checkout (what the Dockerfile copies), this Python's environment, and the
-  host's /usr and /etc, mounted read-only; the Dockerfile's RUN is not run.
+  host's /usr and a little of /etc, mounted read-only; the Dockerfile's RUN is not run.
 - No memory, process or CPU limits, and no log rotation: those need cgroups and an engine.
 - Without root, services run as the caller, whatever ``user`` says.
 - A published port is reached on the gateway's address in the network ``published``, by an
@@ -44,6 +44,8 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 PATIENCE = 120.0  # seconds for what is slow on a busy machine
 
+ETC = ("passwd", "group", "nsswitch.conf", "ssl", "nginx", "ld.so.cache", "alternatives")
+
 # What `init: true` is: hands on signals, reaps orphans, ends with its child's code.
 INIT = """
 "$@" & child=$!
@@ -59,14 +61,20 @@ def unavailable() -> str:
     for tool in ("nginx", "ip", "unshare", "nsenter", "setpriv"):
         if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
             return f"{tool} is not installed (apt-get install nginx-light iproute2 util-linux)"
-    tried = subprocess.run([*_unshare(), "ip", "link", "add", "name", "bridge0", "type", "bridge"], text=True,
-                           capture_output=True)  # fmt: skip
+    probe = [*_unshare(), "ip", "link", "add", "name", "bridge0", "type", "bridge"]
+    tried = subprocess.run(probe, text=True, capture_output=True)
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 def _unshare() -> list[str]:
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     return ["unshare", *user, "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+def _enter(process: int) -> list[str]:
+    """A command's beginning that runs it in the namespaces of a process."""
+    user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+    return ["nsenter", f"--target={process}", *user, "--net", "--mount", "--pid"]
 
 
 def compose(environment: Mapping[str, str], file: Path = COMPOSE) -> dict[str, Any]:
@@ -291,13 +299,16 @@ class Federation:
         service = self._services[name]
         with self._lock:
             init = self._init(service)
-        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        where = [f"--root=/proc/{init}/root", f"--wd=/proc/{init}/root/app"]
+        user = [] if root else self._drop(service.spec)
         return subprocess.run(
-            ["nsenter", f"--target={init}", *user, "--mount", "--net", "--pid", f"--root=/proc/{init}/root",
-             f"--wd=/proc/{init}/root/app", *([] if root else self._drop(service.spec)), *command],
-            env=self._environment(service.spec), capture_output=True, text=True, check=check,
+            [*_enter(init), *where, *user, *command],
+            env=self._environment(service.spec),
+            capture_output=True,
+            text=True,
+            check=check,
             timeout=timeout,
-        )  # fmt: skip
+        )
 
     def outsider(self, *command: str, networks=("published",), volumes=(), **options: Any):
         """Run a command on a machine of its own, as `docker run --rm --network`."""
@@ -349,11 +360,7 @@ class Federation:
                         self._launch(service)
 
     def _in_fabric(self, *command: str) -> None:
-        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-        subprocess.run(
-            ["nsenter", f"--target={self._inner}", *user, "--net", "--mount", "--pid", *command],
-            check=True,
-        )
+        subprocess.run([*_enter(self._inner), *command], check=True)
 
     def _init(self, service: Service) -> int:
         """The process that is number 1 in a service.
@@ -401,15 +408,17 @@ class Federation:
         return command
 
     def _launch(self, service: Service) -> None:
-        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
         script = "\n".join(["set -eu", *self._network(service), *self._mounts(service)])
+        own = ["unshare", "--net", "--mount", "bash", "-c", script]
         with (self._logs / service.name).open("ab") as log:
             service.process = subprocess.Popen(
-                ["nsenter", f"--target={self._inner}", *user, "--net", "--mount", "--pid",
-                 "unshare", "--net", "--mount", "bash", "-c", script],
-                env=self._environment(service.spec), stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [*_enter(self._inner), *own],
+                env=self._environment(service.spec),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def _network(self, service: Service) -> Iterator[str]:
         """Commands that plug a new network namespace into the bridges of its networks."""
@@ -421,7 +430,8 @@ class Federation:
             service.links.append(link)
             yield f"ip link add name eth{i} type veth peer name {link} netns 1"
             yield f"nsenter --target 1 --net ip link set {link} master {network} up"
-            yield f"ip addr add {address}/24 dev eth{i} && ip link set eth{i} up"
+            yield f"ip addr add {address}/24 dev eth{i}"
+            yield f"ip link set eth{i} up"
 
     def _mounts(self, service: Service) -> Iterator[str]:
         """Commands that make the container's file tree and start its command there."""
@@ -431,7 +441,7 @@ class Federation:
             place = shlex.quote(f"{root}{target}")
             make = "mkdir -p" if Path(source).is_dir() else "install -D /dev/null"
             how = "rbind" if writable or str(source) == "/dev" else "bind,ro"
-            return f"{make} {place} && mount -o {how} {shlex.quote(str(source))} {place}"
+            return f"{make} {place}\nmount -o {how} {shlex.quote(str(source))} {place}"
 
         yield f"mount -t tmpfs -o mode=755 tmpfs {root}"
         for name in ("bin", "sbin", "lib", "lib32", "lib64"):  # links into /usr
@@ -439,8 +449,9 @@ class Federation:
                 yield f"ln -s usr/{name} {root}/{name}"
             elif Path("/", name).exists():
                 yield bind(f"/{name}", f"/{name}")
-        for path in ("/usr", "/etc", "/dev"):
-            yield bind(path, path)
+        for path in ("/usr", "/dev", *(f"/etc/{name}" for name in ETC)):
+            if Path(path).exists():
+                yield bind(path, path)
         yield f"mount -t tmpfs -o mode=1777,size=64m tmpfs {root}/dev/shm"
         for path in dict.fromkeys((sys.base_prefix, sys.prefix)):
             if not path.startswith("/usr/"):
@@ -452,7 +463,7 @@ class Federation:
             yield bind(source, target)
         hosts = self._root.with_name(f"{self._root.name}-{service.name}.hosts")
         hosts.write_text("\n".join(f"{ip} {name}" for ip, name in self._hosts(service)) + "\n")
-        yield f"mount -o bind,ro {hosts} {root}/etc/hosts"
+        yield bind(hosts, "/etc/hosts")
         for volume in spec.get("volumes", ()):
             source, target, *options = volume.split(":")
             yield bind(source, target, writable="ro" not in options)
@@ -461,13 +472,14 @@ class Federation:
             yield f"mkdir -p {root}{target}"
             yield f"mount -t tmpfs -o {options or 'mode=1777'} tmpfs {root}{target}"
         start = [
+            "set -eu",
             f"mount -t proc proc {root}/proc",
             *([f"mount -o remount,ro {root}"] if spec.get("read_only") else []),
-            f"cd {root} && exec chroot {root} "
+            f"exec chroot {root} "
             + shlex.join([*self._drop(spec), "bash", "-c", f"cd /app; {INIT}", "init"])
             + f" {shlex.join(self._command(spec))}",
         ]
-        yield "exec unshare --pid --fork --kill-child bash -c " + shlex.quote(" && ".join(start))
+        yield "exec unshare --pid --fork --kill-child bash -c " + shlex.quote("\n".join(start))
 
     def _command(self, spec: Mapping[str, Any]) -> Sequence[str]:
         command = spec["command"]
