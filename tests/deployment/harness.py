@@ -474,7 +474,7 @@ class Federation:
         start = [
             "set -eu",
             f"mount -t proc proc {root}/proc",
-            *([f"mount -o remount,ro {root}"] if spec.get("read_only") else []),
+            *([f"mount -o remount,bind,ro {root}"] if spec.get("read_only") else []),
             f"exec chroot {root} "
             + shlex.join([*self._drop(spec), "bash", "-c", f"cd /app; {INIT}", "init"])
             + f" {shlex.join(self._command(spec))}",
