@@ -164,6 +164,7 @@ def _round(
         rslora=config.adapter.method.endswith("rslora"),
         residual_rank=federation.residual_rank,
         seed=config.seed,
+        run=state.run,
     )
     ranks = {name: roster.rank(node) for node, name in nodes.items()}
     starts = {rank: strategy.start(this, rank) for rank in sorted(set(ranks.values()))}
