@@ -1,4 +1,5 @@
-"""The command line: ``fedlora run | evaluate | predict | merge | config | plan | ledger``.
+"""The command line: ``fedlora run | evaluate | predict | merge | config | plan | ledger``,
+and for a deployment ``fedlora node | service | deploy``.
 
 Exit codes: 0 done, 1 failed midway (what was finished is kept), 2 bad input (nothing was written).
 """
@@ -17,6 +18,7 @@ from rich.table import Column, Table
 
 import fedlora
 from experiments import simulate
+from experiments.deploy import cli as deployment
 from fedlora import config as configuration
 from fedlora.errors import InputError, Refusal
 
@@ -408,6 +410,8 @@ def ledger_verify(
     if problems:
         raise typer.Exit(1)
 
+
+deployment.add_to(app, _clean)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fedlora import partition as partitions
 from fedlora import schemes, shards, sources
 from fedlora.encoding import Encoded
-from fedlora.errors import InputError
+from fedlora.errors import InputError, RecordError
 from fedlora.shards import Federation, Int64, Shard
 
 __all__ = ["Encode", "Federation", "Shard", "load_shard", "prepare"]
@@ -235,7 +235,7 @@ def _check_labels(found: list[str], classes: tuple[str, ...], source: str, remed
     if alien:
         name = min(alien)
         known = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
-        raise InputError(
+        raise RecordError(
             f"label {name!r} ({found.count(name)} rows of {source}) is none of {known}; {remedy}"
         )
 
