@@ -16,7 +16,7 @@ What differs from the containers:
 - Without root, services run as the caller, whatever ``user`` says.
 - A published port is reached on the gateway's address in the network ``published``, by an
   `outsider`, not on the host's.
-- Addresses stay the same over restarts; names come from /etc/hosts, not from a resolver.
+- Addresses stay the same over restarts; names are in /etc/hosts too, not at the resolver alone.
 - Health checks run every second while somebody waits for them, not at their interval.
 """
 
@@ -464,6 +464,8 @@ class Federation:
         hosts = self._root.with_name(f"{self._root.name}-{service.name}.hosts")
         hosts.write_text("\n".join(f"{ip} {name}" for ip, name in self._hosts(service)) + "\n")
         yield bind(hosts, "/etc/hosts")
+        resolver = [sys.executable, "-ISs", str(ROOT / "tests/deployment/names.py"), str(hosts)]
+        yield shlex.join(["setpriv", "--pdeathsig=KILL", *resolver]) + " &"
         for volume in spec.get("volumes", ()):
             source, target, *options = volume.split(":")
             yield bind(source, target, writable="ro" not in options)
