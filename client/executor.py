@@ -9,6 +9,7 @@ installed here.
 import faulthandler
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,16 @@ from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
 from client import settings
-from fedlora import wire
+from fedlora import logs, wire
 from fedlora.errors import InputError, place
 
 log = logging.getLogger("fedlora.client")
 
 GRACE = 30.0
 """Seconds from a refusal for lack of time to the hard end of a process that did not end."""
+
+TITLE = "fedlora-answer"
+"""The name that the process of a message has in lists of processes."""
 
 App = Callable[[Message, Context], Message]
 
@@ -90,13 +94,14 @@ def _loads_ours(*_: object, **__: object) -> Callable[..., App]:
     return lambda *_: answer
 
 
-def main() -> None:
-    """Answer one message. Its arguments are those of ``flwr-clientapp``."""
-    logging.basicConfig(format="%(levelname)s : %(message)s")
-    logging.getLogger("fedlora").setLevel(logging.INFO)
+def main(arguments: list[str]) -> None:
+    """Answer one message.
+
+    Args:
+        arguments: Those of ``flwr-clientapp``.
+    """
+    sys.argv = ["flwr-clientapp", *arguments]
+    Path("/proc/self/comm").write_text(TITLE)
+    logs.to_stderr()
     use_installed_app()
     flwr_clientapp()
-
-
-if __name__ == "__main__":
-    main()

@@ -43,7 +43,9 @@ class Settings(Section):
     without_dp: bool = setting(False, "whether it trains without differential privacy")
     report: tuple[str, ...] = setting((), "figures that may leave without DP: loss, records")
     max_seconds: float = setting(1800.0, "most seconds that one message may take", at_least=1)
-    gateway: str = setting("", "HOST:PORT of the federation (this and the next two: `fedlora node`)")
+    gateway: str = setting(
+        "", "HOST:PORT of the federation (this and the next two: `fedlora node`)"
+    )
     ca: str = setting("", "the federation's CA certificate, PEM")
     key: str = setting("", "this institution's private key; nobody else may read it")
 

@@ -1,5 +1,4 @@
-"""The command line: ``fedlora run | evaluate | predict | merge | config | plan | ledger``,
-and for a deployment ``fedlora node | service | deploy``.
+"""The command line of a simulation and, from ``experiments.deploy``, of a deployment.
 
 Exit codes: 0 done, 1 failed midway (what was finished is kept), 2 bad input (nothing was written).
 """

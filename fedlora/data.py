@@ -175,6 +175,20 @@ def load_shard(
     return _shard(encoded, table.texts, table.labels), encoded.truncated
 
 
+def count(source: str, *, text: str, label: str, labels: tuple[str, ...], unit: str) -> int:
+    """Rows of a source that have a text and a label, read as a run reads them.
+
+    Raises:
+        InputError: If a column is missing, a label is unknown, or no row is left.
+    """
+    table = _read(source, text, label, {} if unit == "record" else {unit: "privacy.unit"}, "train")
+    if not table.texts:
+        raise InputError(f"{source} has no row with a text and a label; give one that has")
+    if labels:
+        _check_labels(table.labels, labels, source, "mend these rows")
+    return len(table.texts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Table:
     """Rows that have a text and a label, of ``read`` rows; ``others`` are further columns."""

@@ -4,20 +4,23 @@ import email.utils
 import importlib.metadata
 import json
 import ssl
-import tomllib
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 import fedlora
 from fedlora.errors import InputError, Refusal
+
+if TYPE_CHECKING:
+    from client.settings import Settings
 
 WARN_DAYS = 30
 MOST_SKEW = 60.0
@@ -159,7 +162,9 @@ def clock(date: str) -> Check:
         "clock",
         "fail" if far else "ok",
         f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the gateway's"
-        + (f", and at most {MOST_SKEW:.0f} s may be; set this machine's clock (NTP)" if far else ""),
+        + (
+            f", and at most {MOST_SKEW:.0f} s may be; set this machine's clock (NTP)" if far else ""
+        ),
     )
 
 
@@ -259,7 +264,7 @@ def _private(name: str, path: Path) -> Check:
         return Check(
             name,
             "fail",
-            f"{path} may be used by others than its owner (mode {mode & 0o777:o}); chmod 600 {path}",
+            f"{path} may be used by others (mode {mode & 0o777:o}); chmod 600 {path}",
         )
     return Check(name, "ok", str(path))
 
@@ -273,8 +278,6 @@ def _equal(name: str, one: Path, other: Path) -> Check:
 
 
 def _writable(name: str, directory: Path) -> Check:
-    import tempfile
-
     try:
         with tempfile.TemporaryFile(dir=directory):
             return Check(name, "ok", str(directory))
@@ -294,18 +297,18 @@ def _ledger(path: str) -> str:
 
     with Ledger.open(Path(path)) as ledger:
         shown = ledger.show()
-    return f"epsilon {shown['epsilon']:.3g} of {shown['max_epsilon']:g} spent"
+    return f"epsilon {shown['epsilon']:.3g} of {shown['limit']:g} spent"
 
 
-def _records(own: Any) -> str:
-    """Read the columns as a run does; the terminal may see what a log may not."""
-    from fedlora import sources
+def _records(own: "Settings") -> str:
+    """Read them as a run does; the terminal may see what a log may not."""
+    from fedlora import data
 
-    rows = sources.read(own.source, {own.text: "text", own.label: "label"})
-    return f"{len(next(iter(rows.values()))):,} rows"
+    rows = data.count(own.source, text=own.text, label=own.label, labels=own.labels, unit=own.unit)
+    return f"{rows:,} rows with a text and a label"
 
 
 def _model(name: str) -> str:
     from fedlora import models
 
-    return str(models.directory(name))
+    return str(models.resolve(name).path)

@@ -132,7 +132,7 @@ def server() -> None:
     here = flower.server()
     flower.connect(here)
     superexec = [
-        str(flower.BIN / "flower-superexec"),
+        *(sys.executable, "-P", "-m", "server.launcher"),
         *("--runtime-api-address", here.superlink, "--root-certificates", str(here.ca)),
         *("--superexec-auth-secret-file", str(here.secret)),
     ]

@@ -1,28 +1,43 @@
-"""What we ask of the SuperLink, through Flower's own command line and its JSON."""
+"""What we ask of the SuperLink, as Flower's command line does.
 
-import json
+Its functions are used instead of its processes, of which each takes seconds to start.
+"""
+
+import contextlib
+import hashlib
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import tomli_w
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.cli.build import build_fab_from_disk
+from flwr.cli.utils import flwr_cli_exc_handler
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 
 LINK = "fedlora"
 """The connection's name in Flower's own configuration."""
-BIN = Path(sys.executable).parent
-TIMEOUT = 120.0
 
 
 class FlowerError(RuntimeError):
-    """What Flower's command line said instead of doing what it was asked."""
+    """What Flower said instead of doing what it was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +100,7 @@ def server(environment: Mapping[str, str] = os.environ) -> Server:
 
 
 def connect(server: Server) -> None:
-    """Write the connection into Flower's configuration."""
+    """Write the connection into Flower's configuration, for its command line."""
     link = {"address": server.superlink, "root-certificates": str(server.ca)}
     content = {"superlink": {"default": LINK, LINK: link}}
     write_atomic(server.home / "config.toml", tomli_w.dumps(content).encode())
@@ -98,61 +113,87 @@ def register(server: Server) -> dict[str, str]:
         Institution -> ``registered``, ``already registered``, or what is wrong with its key.
     """
     done: dict[str, str] = {}
-    for file in sorted(server.institutions.glob("*.pub")):
-        try:
-            _flwr("supernode", "register", str(file), LINK, "--name", file.stem)
-            done[file.stem] = "registered"
-        except FlowerError as error:
-            known = "already in use" in str(error)
-            done[file.stem] = "already registered" if known else str(error)
+    with _superlink(server) as superlink:
+        for file in sorted(server.institutions.glob("*.pub")):
+            try:
+                key = load_ssh_public_key(file.read_bytes())
+            except (OSError, ValueError) as error:
+                done[file.stem] = f"{file} is not a public key in OpenSSH's format: {error}"
+                continue
+            if not isinstance(key, ec.EllipticCurvePublicKey):
+                done[file.stem] = f"{file} is not an elliptic curve key; make one with P-384"
+                continue
+            request = RegisterNodeRequest(public_key=public_key_to_bytes(key), name=file.stem)
+            try:
+                with _errors():
+                    superlink.RegisterNode(request)
+                done[file.stem] = "registered"
+            except FlowerError as error:
+                if "already in use" not in str(error):
+                    raise
+                done[file.stem] = "already registered"
     return done
 
 
-def start(app: Path, values: Mapping[str, Any]) -> str:
+def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
     """Submit the app with these values of its configuration; the run's id."""
-    with tempfile.TemporaryDirectory(prefix="fedlora-submit-") as folder:
-        file = Path(folder) / "run.toml"
-        file.write_text(tomli_w.dumps(values), encoding="utf-8")
-        return str(_flwr("run", str(app), LINK, "--run-config", str(file))["run-id"])
+    with _superlink(server) as superlink, _errors():
+        content = build_fab_from_disk(app)
+        fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+        answer = superlink.StartRun(
+            StartRunRequest(
+                fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(values))
+            )
+        )
+    if not answer.HasField("run_id"):
+        raise FlowerError("the SuperLink did not start the run; see its log")
+    return str(answer.run_id)
 
 
-def status(run: str) -> tuple[str, str]:
+def status(server: Server, run: str) -> tuple[str, str]:
     """A run's status, such as ``finished:completed``, and its details; ``unknown`` for no run."""
     try:
-        (found,) = _flwr("list", LINK, "--run-id", run)["runs"]
+        with _superlink(server) as superlink, _errors():
+            answer = superlink.ListRuns(ListRunsRequest(run_id=int(run)))
     except FlowerError as error:
         if "not found" in str(error).lower():
             return "unknown", str(error)
         raise
-    return str(found["status"]), str(found["status-details"])
+    if int(run) not in answer.run_dict:
+        return "unknown", "the SuperLink does not know this run"
+    found = answer.run_dict[int(run)].status
+    return ":".join(filter(None, (found.status, found.sub_status))), found.details
 
 
-def stop(run: str) -> None:
+def stop(server: Server, run: str) -> None:
     """Stop a run; one that has ended stays as it is."""
     try:
-        _flwr("stop", run, LINK)
+        with _superlink(server) as superlink, _errors():
+            superlink.StopRun(StopRunRequest(run_id=int(run)))
     except FlowerError as error:
         if "finished" not in str(error) and "not found" not in str(error).lower():
             raise
 
 
-def _flwr(*arguments: str) -> dict[str, Any]:
-    """Run Flower's command line, which answers in JSON.
+@contextlib.contextmanager
+def _superlink(server: Server) -> Iterator[ControlHttpClient]:
+    client = ControlHttpClient.from_server_address(
+        server.superlink,
+        insecure=False,
+        root_certificates=server.ca.read_bytes(),
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="fedlora")],
+    )
+    try:
+        yield client
+    finally:
+        client.close()
 
-    Raises:
-        FlowerError: When it fails, with what it said in one line.
-    """
-    command = [str(BIN / "flwr"), *arguments, "--format", "json"]
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """What Flower's command line makes of an error, in one line."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        raise FlowerError(f"flwr {arguments[0]} did not end in {TIMEOUT:.0f} s") from None
-    try:
-        said: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-    except ValueError:
-        text = " ".join((done.stdout + done.stderr).split())[-300:]
-        raise FlowerError(f"flwr {arguments[0]} exited with {done.returncode}: {text}") from None
-    if not said.get("success"):
-        text = " ".join(str(said.get("error-message", said)).split())
-        raise FlowerError(f"flwr {arguments[0]}: {text}")
-    return said
+        with flwr_cli_exc_handler():
+            yield
+    except click.ClickException as error:
+        raise FlowerError(" ".join(error.format_message().split())) from None

@@ -133,8 +133,8 @@ def _servers(root: Path, authority: keys.Authority, host: str) -> None:
 
 def _institution(root: Path, name: str, ca: bytes) -> None:
     folder = root / "institutions" / name
-    for part, mode in (("keys", 0o700), ("data", 0o755), ("ledger", 0o700), ("state", 0o700)):
-        (folder / part).mkdir(mode=mode, parents=True)
+    for part in ("keys", "data", "ledger", "state"):
+        (folder / part).mkdir(mode=0o700, parents=True)
     public, private = keys.make_node(name)
     _write(folder / "keys" / "node.key", private, 0o600)
     _write(folder / "keys" / "ca.crt", ca, 0o644)
@@ -179,7 +179,7 @@ def _settings(name: str) -> bytes:
         "report": [],
     }
     head = (
-        "# What this institution decides for itself (docs/deployment.md says what each key means).\n"
+        "# What this institution decides for itself; docs/deployment.md says what each key means.\n"
         "# gateway: the HOST:PORT that the federation's operator gave, outside the rehearsal.\n"
     )
     return (head + tomli_w.dumps(values)).encode()

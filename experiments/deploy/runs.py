@@ -29,9 +29,11 @@ APP = Path(__file__).resolve().parents[2]
 """The installed source: the directory whose pyproject.toml describes the Flower app."""
 INTERRUPTED = ("No heartbeat received from the task", "Task failed with unknown error.")
 """What Flower says of a ServerApp that was ended from outside."""
+RAISED = "ServerApp failed with exception: "
 TRIES = 5
 """Starts of one submission without a new round between them."""
-ASK_SECONDS = 15.0
+ASK_SECONDS = 5.0
+"""Between two questions to the SuperLink about one run."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -99,7 +101,7 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
         made = Submission(name=name, config=dict(flat))
         made.save()
         try:
-            return _start(made)
+            return _start(server, made)
         except BaseException:
             (directory / SUBMISSION).unlink()
             directory.rmdir()
@@ -134,17 +136,17 @@ def every(server: Server) -> list[Submission]:
 def observe(server: Server, name: str) -> Submission:
     """The submission as it is now, by what Flower says and what is on disk."""
     with _alone(server):
-        return _observed(find(server, name))[0]
+        return _observed(server, find(server, name))[0]
 
 
 def stop(server: Server, name: str) -> Submission:
     """Stop a run. Its finished rounds are kept."""
     with _alone(server):
-        submission, _ = _observed(find(server, name))
+        submission, _ = _observed(server, find(server, name))
         if submission.state != "running":
             return submission
         if submission.runs:
-            flower.stop(submission.runs[-1])
+            flower.stop(server, submission.runs[-1])
         return _ended(submission, "stopped", "stopped by the operator")
 
 
@@ -161,9 +163,11 @@ def proceed(server: Server, *, orphaned: bool = False) -> list[str]:
     lines: list[str] = []
     for name in [one.name for one in every(server) if one.state == "running"]:
         with _alone(server):
-            submission, interrupted = _observed(find(server, name), orphaned=orphaned)
+            submission, interrupted = _observed(server, find(server, name), orphaned=orphaned)
             if submission.state != "running":
-                lines.append(f"{name} {submission.state}: {submission.details or 'all rounds done'}")
+                lines.append(
+                    f"{name} {submission.state}: {submission.details or 'all rounds done'}"
+                )
             elif interrupted:
                 done = len(read_records(submission.directory))
                 tries = submission.tries if done == submission.rounds else 0
@@ -173,8 +177,8 @@ def proceed(server: Server, *, orphaned: bool = False) -> list[str]:
                     lines.append(f"{name} failed: {details}")
                     continue
                 if submission.runs:
-                    flower.stop(submission.runs[-1])
-                again = _start(dataclasses.replace(submission, rounds=done, tries=tries))
+                    flower.stop(server, submission.runs[-1])
+                again = _start(server, dataclasses.replace(submission, rounds=done, tries=tries))
                 lines.append(f"{name} goes on after round {done} as Flower's run {again.runs[-1]}")
     return lines
 
@@ -198,15 +202,15 @@ def follow(
             show(record)
         if submission.state != "running":
             return submission
-        if submission.complete or time.monotonic() - asked > ASK_SECONDS:
+        if time.monotonic() - asked > ASK_SECONDS:
             asked = time.monotonic()
             with contextlib.suppress(FlowerError):  # a SuperLink that is away comes back
                 observe(server, name)
         time.sleep(seconds)
 
 
-def _start(submission: Submission) -> Submission:
-    run = flower.start(APP, submission.config)
+def _start(server: Server, submission: Submission) -> Submission:
+    run = flower.start(server, APP, submission.config)
     started = dataclasses.replace(
         submission, runs=(*submission.runs, run), tries=submission.tries + 1
     )
@@ -214,13 +218,15 @@ def _start(submission: Submission) -> Submission:
     return started
 
 
-def _observed(submission: Submission, *, orphaned: bool = False) -> tuple[Submission, bool]:
+def _observed(
+    server: Server, submission: Submission, *, orphaned: bool = False
+) -> tuple[Submission, bool]:
     """The submission as it is now, and whether its Flower run was ended from outside."""
     if submission.state != "running":
         return submission, False
     if not submission.runs:  # whoever submitted it died before Flower answered
         return submission, True
-    status, details = flower.status(submission.runs[-1])
+    status, details = flower.status(server, submission.runs[-1])
     if status == "finished:completed":
         if submission.complete:
             return _ended(submission, "completed", ""), False
@@ -228,7 +234,7 @@ def _observed(submission: Submission, *, orphaned: bool = False) -> tuple[Submis
     if status == "finished:stopped":
         return _ended(submission, "stopped", details or "stopped"), False
     if status == "finished:failed" and not details.startswith(INTERRUPTED):
-        return _ended(submission, "failed", details), False
+        return _ended(submission, "failed", details.removeprefix(RAISED)), False
     ended = status in ("finished:failed", "unknown")
     return submission, ended or (orphaned and status in ("starting", "running"))
 

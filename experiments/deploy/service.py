@@ -23,6 +23,7 @@ PATIENCE = 8.0
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _FLOWER = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s*(.*)")
+_UVICORN = re.compile(r"\S+Z (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\[uvicorn\.\w+\] .*)")
 _NGINX = re.compile(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d \[(\w+)\] \d+#\d+: (.*)")
 _LEVELS = {
     "debug": "debug",
@@ -35,11 +36,15 @@ _LEVELS = {
 _END_WITH_PARENT = 1  # Linux: prctl(PR_SET_PDEATHSIG, ...)
 
 
-def record(service: str, line: str) -> dict[str, Any] | None:
+def record(service: str, line: str, before: str = "info") -> dict[str, Any] | None:
     """What one line of output says; None for a line that says nothing.
 
-    A line that is a JSON object with a level keeps what it has; where it has no time of its own it
-    gets the present one.
+    Args:
+        service: Who wrote it.
+        line: A line of Flower's, uvicorn's or nginx's log, or a JSON object with a level, which
+            keeps what it has.
+        before: The level of the line before. One without a level of its own is taken to go on with
+            an error, as a traceback does, and is else ``info``.
     """
     text = _COLOUR.sub("", line).strip()
     if not text:
@@ -52,11 +57,15 @@ def record(service: str, line: str) -> dict[str, Any] | None:
             said = None
         if isinstance(said, dict) and "level" in said:
             return {**made, **said, "service": service}
-    for form in (_FLOWER, _NGINX):
+    for form in (_FLOWER, _UVICORN, _NGINX):
         if found := form.fullmatch(text):
             level, message = found[1].lower(), found[2].strip()
-            return {**made, "level": _LEVELS.get(level, level), "message": message} if message else None
-    return {**made, "level": "info", "message": text}
+            return (
+                {**made, "level": _LEVELS.get(level, level), "message": message}
+                if message
+                else None
+            )
+    return {**made, "level": before if before in ("error", "critical") else "info", "message": text}
 
 
 def now() -> str:
@@ -158,7 +167,9 @@ def _read(service: str, process: subprocess.Popen[str], ended: threading.Semapho
     waiter = threading.Thread(target=lambda: (process.wait(), ended.release()), daemon=True)
     waiter.start()
     assert process.stdout is not None
+    level = "info"
     for line in process.stdout:
-        if made := record(service, line):
+        if made := record(service, line, level):
+            level = made["level"]
             sys.stdout.write(json.dumps(made) + "\n")
             sys.stdout.flush()
