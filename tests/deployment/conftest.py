@@ -7,14 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import tomli_w
 
+from client import executor
 from client.ledger import Ledger
 from fedlora import config as configuration
 from server.run_directory import read_records
@@ -48,10 +51,23 @@ PRIVATE = {"privacy.epsilon": 4.0, "privacy.delta": 1e-4, "privacy.accountant": 
 class Rehearsal(harness.Federation):
     """A federation with the directory that it is mounted from, and what an operator does."""
 
-    def __init__(self, directory: Path, scratch: Path, model: Path, **changes: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        scratch: Path,
+        model: Path,
+        *rogues: str,
+        volumes: Mapping[str, list[str]],
+    ) -> None:
         self.directory = directory
+        here = Path(__file__).parent
+        app = [f"{here}/misbehaving.py:/app/client/app.py:ro"]
+        app.append(f"{harness.ROOT}/client/app.py:/honest/app.py:ro")
         super().__init__(
-            directory / ".env", scratch, image_files={MODEL: model}, changes=changes.get("changes")
+            directory / ".env",
+            scratch,
+            image_files={MODEL: model},
+            volumes={**volumes, **{f"institution-{name}": app for name in rogues}},
         )
 
     def deploy(self, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -92,6 +108,38 @@ class Rehearsal(harness.Federation):
         """Epsilon in an institution's ledger."""
         with Ledger.open(self.folder(institution) / "ledger" / "ledger.db") as ledger:
             return ledger.show()["epsilon"]
+
+    def misbehave(self, institution: str, **rounds: str) -> None:
+        """Say how an institution misbehaves (`misbehaving`): r1="nan" is for round 1."""
+        how = {name.removeprefix("r"): word for name, word in rounds.items()}
+        (self.folder(institution) / "state" / "misbehave.json").write_text(json.dumps(how))
+
+    def until(self, what: Callable[[], Any], seconds: float = 300.0) -> None:
+        """Wait for something to be so."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, "waited in vain\n" + self.log("server")[-3000:]
+            time.sleep(0.2)
+
+    def pause(self, seconds: float) -> None:
+        """Let a fault last."""
+        time.sleep(seconds)
+
+    def answering(self, institution: str) -> bool:
+        """Whether an institution works on a message now."""
+        return any(
+            process.name() == executor.TITLE
+            for process in self.processes(f"institution-{institution}")
+        )
+
+    def ended(self, run: str) -> dict[str, Any]:
+        """What became of a run, once it has ended."""
+        self.until(lambda: self.submission(run)["state"] != "running")
+        return self.submission(run)
+
+    def submission(self, run: str) -> dict[str, Any]:
+        """What the server has written down of a run."""
+        return json.loads((self.results(run) / "submission.json").read_text())
 
     def settings(self, institution: str, **values: Any) -> None:
         """Change an institution's own settings."""
@@ -141,9 +189,13 @@ def prepare(directory: Path, complaints: Path, names: tuple[str, ...] = NAMES) -
 
 @contextlib.contextmanager
 def rehearsal(
-    scratch: Path, model: Path, complaints: Path, changes: Mapping[str, Any] | None = None
+    scratch: Path,
+    model: Path,
+    complaints: Path,
+    *rogues: str,
+    volumes: Mapping[str, list[str]] = MappingProxyType({}),
 ) -> Iterator[Rehearsal]:
-    """A federation of three institutions, not started."""
+    """A federation of three institutions, not started; ``rogues`` misbehave when they are told."""
     if reason := harness.unavailable():
         pytest.skip(reason)
     prepare(scratch / "deployment", complaints)
@@ -151,5 +203,5 @@ def rehearsal(
     shutil.copytree(model, image)
     for path in (image, *image.iterdir()):  # an image's files can be read by its user
         path.chmod(path.stat().st_mode | 0o555)
-    with Rehearsal(scratch / "deployment", scratch, image, changes=changes) as made:
+    with Rehearsal(scratch / "deployment", scratch, image, *rogues, volumes=volumes) as made:
         yield made

@@ -141,7 +141,8 @@ class Federation:
         env: The .env file of ``fedlora deploy init``.
         scratch: A directory for logs.
         image_files: Path in every container -> path here, of what the image holds besides.
-        changes: Service -> what it has in place of the file's, or a service of its own.
+        changes: Service -> what it has in place of the file's.
+        volumes: Service -> what is mounted there besides.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Federation:
         *,
         image_files: Mapping[str, Path] | None = None,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
+        volumes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._file = compose(environment_file(env))
         self._image_files = dict(image_files or {})
@@ -162,7 +164,8 @@ class Federation:
         self._links = 0
         self._lock = threading.RLock()
         for name, spec in self._file["services"].items():
-            self.add(name, {**spec, **(changes or {}).get(name, {})})
+            more = [*spec.get("volumes", ()), *(volumes or {}).get(name, ())]
+            self.add(name, {**spec, "volumes": more, **(changes or {}).get(name, {})})
         self._fabric = subprocess.Popen(
             [*_unshare(), "sh", "-c", "echo ready; exec sleep infinity"], stdout=subprocess.PIPE
         )
@@ -214,6 +217,10 @@ class Federation:
     def restarts(self, name: str) -> int:
         """How often its restart policy started it again."""
         return self._services[name].restarts
+
+    def addresses(self, name: str) -> list[str]:
+        """Its addresses, one for each network."""
+        return list(self._services[name].addresses.values())
 
     def processes(self, name: str) -> list[psutil.Process]:
         """What runs in a service, its init first."""
@@ -441,7 +448,8 @@ class Federation:
             place = shlex.quote(f"{root}{target}")
             make = "mkdir -p" if Path(source).is_dir() else "install -D /dev/null"
             how = "rbind" if writable or str(source) == "/dev" else "bind,ro"
-            return f"{make} {place}\nmount -o {how} {shlex.quote(str(source))} {place}"
+            mount = f"mount -o {how} {shlex.quote(str(source))} {place}"
+            return f"[ -e {place} ] || {make} {place}\n{mount}"
 
         yield f"mount -t tmpfs -o mode=755 tmpfs {root}"
         for name in ("bin", "sbin", "lib", "lib32", "lib64"):  # links into /usr
