@@ -161,7 +161,7 @@ class Federation:
         self._root = Path(tempfile.mkdtemp(dir=scratch, prefix="root-"))
         self._networks = {name: i for i, name in enumerate(self._file["networks"])}
         self._services: dict[str, Service] = {}
-        self._links = 0
+        self._links = self._added = 0
         self._lock = threading.RLock()
         for name, spec in self._file["services"].items():
             more = [*spec.get("volumes", ()), *(volumes or {}).get(name, ())]
@@ -199,11 +199,12 @@ class Federation:
 
     def add(self, name: str, spec: Mapping[str, Any]) -> None:
         """One more service, not started."""
-        number = len(self._services) + 10
+        self._added += 1
+        host = 9 + self._added
         self._services[name] = Service(
             name,
             dict(spec),
-            {n: f"10.77.{self._networks[n]}.{number}" for n in spec.get("networks", [])},
+            {n: f"10.77.{self._networks[n]}.{host}" for n in spec.get("networks", [])},
         )
 
     @property
@@ -319,7 +320,7 @@ class Federation:
 
     def outsider(self, *command: str, networks=("published",), volumes=(), **options: Any):
         """Run a command on a machine of its own, as `docker run --rm --network`."""
-        name = f"outsider-{len(self._services)}"
+        name = f"outsider-{self._added}"
         like = next(iter(self._file["services"].values()))
         kept = ("user", "read_only", "tmpfs", "cap_drop", "security_opt", "init")
         spec = {key: like[key] for key in kept if key in like}
@@ -330,6 +331,8 @@ class Federation:
             return self.exec(name, *command, **options)
         finally:
             self.kill(name)
+            with self._lock:
+                del self._services[name]
 
     # The network.
 

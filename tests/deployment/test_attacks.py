@@ -58,28 +58,22 @@ fleet_http_connection.NodeAuthHttpInterceptor = Forged
 flower_supernode()
 """
 FLOOD = """
-import http.client, ssl, sys, threading, collections
+import re, socket, ssl, threading
 context = ssl.create_default_context(cafile="/keys/ca.crt")
-codes = collections.Counter()
+request = b"POST /v1/fleet/activate-node HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 0\\r\\n\\r\\n"
+codes = []
 def work():
-    link = None
-    for _ in range(250):
-        try:
-            link = link or http.client.HTTPSConnection("gateway", 8443, context=context, timeout=20)
-            link.request("POST", "/v1/fleet/activate-node", b"")
-            answer = link.getresponse()
-            answer.read()
-            codes[answer.status] += 1
-        except OSError:
-            codes["refused"] += 1
-            link = None
-        except http.client.HTTPException:
-            codes["refused"] += 1
-            link = None
+    plain = socket.create_connection(("gateway", 8443), 60)
+    with context.wrap_socket(plain, server_hostname="gateway") as link:
+        link.sendall(request * 250)
+        said = b""
+        while said.count(b"HTTP/1.1 ") < 250 and (more := link.recv(65536)):
+            said += more
+        codes.extend(re.findall(rb"HTTP/1.1 (\\d+)", said))
 threads = [threading.Thread(target=work) for _ in range(40)]
-[t.start() for t in threads]
-[t.join() for t in threads]
-print(sum(codes.values()), codes[503] + codes["refused"])
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(codes), codes.count(b"503"))
 """
 
 
@@ -145,8 +139,9 @@ def test_nothing_but_fleet_passes_the_gateway_on_any_path(federation, where):
         "/v1/fleet/;/../../control/start-run",
         "/V1/CONTROL/start-run",
         "https://superlink:9092/v1/control/start-run",
+        "/v1/control/start-run/../../fleet/x",
+        "/v1/runtime/../fleet/../control/start-run",
     ]
-    before = federation.log("superlink").count("ControlServicer")
     ask = ("python", "-c", ASK, json.dumps(paths))
     if where == "outside":
         done = federation.outsider(*ask, volumes=[_ca(federation)])
@@ -155,9 +150,12 @@ def test_nothing_but_fleet_passes_the_gateway_on_any_path(federation, where):
     codes = json.loads(done.stdout)
     assert len(codes) == len(paths)
     assert {path: code for path, code in codes.items() if code not in (400, 403, 404)} == {}
-    assert {code for path, code in codes.items() if path.startswith(("/v1/c", "/v1/r"))} == {403}
-    assert federation.log("superlink").count("ControlServicer.StartRun") == 0 or before
-    assert '"status":"403"' in federation.log("gateway").replace(": ", ":")
+    plain = [path for path in paths if path.startswith("/v1/") and ".." not in path]
+    assert {codes[path] for path in plain if "fleet" not in path} == {403}
+    assert "/v1/control/start-run 403" in federation.log("gateway")
+    for line in federation.log("superlink").splitlines():
+        through = any(f"{address}:" in line for address in federation.addresses("gateway"))
+        assert not (through and '"POST /v1/control' in line), line
 
 
 def test_every_fleet_call_wants_a_signature(federation):
@@ -241,15 +239,14 @@ def test_an_expired_certificate_is_refused_and_named(federation):
     federation.stop("gateway")
     federation.start("gateway")
     ask = ("fedlora", "deploy", "reachable", "https://gateway:8443/health", "--ca", "/keys/ca.crt")
-    federation.until(lambda: "Start" in federation.log("gateway") and federation.running("gateway"))
-    federation.pause(3)
-    said = _fails(federation, *ask)
-    check = federation.exec("institution-a", *ask, check=False)
-    place.write_bytes(right)
-    federation.restart("gateway")
-    assert "certificate has expired" in said
-    assert check.returncode == 1 and "certificate has expired" in check.stdout
-    federation.exec("institution-a", *ask)
+    check = lambda: federation.exec("institution-a", *ask, check=False)  # noqa: E731
+    try:
+        federation.until(lambda: "certificate has expired" in check().stdout)
+        assert check().returncode == 1
+    finally:
+        place.write_bytes(right)
+        federation.restart("gateway")
+    assert check().returncode == 0
 
 
 def _expired(directory, pem):
@@ -364,6 +361,6 @@ def test_ten_thousand_requests_are_limited_and_the_run_goes_on(federation):
     federation.until(lambda: federation.rounds("flooded"))
     done = federation.outsider("python", "-c", FLOOD, volumes=[_ca(federation)], timeout=300)
     sent, limited = (int(word) for word in done.stdout.split())
-    assert sent == 10_000 and limited > 1_000
+    assert sent == 10_000 and limited > 1_000, done.stdout
     assert federation.ended("flooded")["state"] == "completed"
     assert [record["updates"] for record in federation.rounds("flooded")] == [3] * 4
