@@ -7,7 +7,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export PYTEST_ADDOPTS
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test test-slow exactness lint types check bench clean
+.PHONY: demo test test-slow test-deployment exactness lint types check bench clean
 
 demo: $(READY)
 	$(BIN)/fedlora run experiments/configs/demo.toml
@@ -17,6 +17,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
+
+test-deployment: $(READY)  ## faults and attacks on a federation of processes; needs nginx (apt-get install nginx-light)
+	$(BIN)/pytest -m "slow and not gpu" tests/deployment
 
 exactness: $(READY)  ## per-example gradients against one backward pass per example, as a table
 	$(BIN)/pytest -s -k exact tests/fedlora/test_per_sample.py

@@ -15,7 +15,7 @@ from client import institution, settings
 from fedlora import config as configuration
 from fedlora import trainable, wire
 from fedlora.adapters import AdapterState
-from fedlora.errors import InputError, Refusal
+from fedlora.errors import InputError, RecordError, Refusal, place
 
 log = logging.getLogger("fedlora.client")
 T = TypeVar("T")
@@ -193,10 +193,10 @@ def _guarded(
     work: Callable[[configuration.RunConfig, RecordDict, institution.Institution], T],
 ) -> T | RecordDict:
     """What ``work`` gives; an error leaves as a code, its text goes to this institution's log."""
-    who = "this institution"
+    who, simulated = "this institution", False
     try:
         config, situated = _situation(context)
-        who = situated.name
+        who, simulated = situated.name, situated.simulated
         return work(config, message.content, situated)
     except Refusal as refusal:
         log.warning("%s refused: %s", who, refusal)
@@ -204,8 +204,14 @@ def _guarded(
         code = "guard" if refusal.code.startswith("guard-") else refusal.code
         return wire.pack_refusal(code)
     except InputError as error:
-        log.error("%s cannot follow this configuration: %s", who, error)
+        quotes = isinstance(error, RecordError) and not simulated
+        log.error(
+            "%s cannot follow this configuration: %s",
+            who,
+            f"{place(error)}; `fedlora deploy check` shows the record" if quotes else error,
+        )
         return wire.pack_refusal("bad-configuration")
-    except Exception:
-        log.exception("%s failed", who)
+    except Exception as error:
+        # Where the records are real, an error's text, which may quote one, stays out of the log.
+        log.error("%s failed: %s", who, place(error), exc_info=error if simulated else None)
         return wire.pack_refusal("failed")

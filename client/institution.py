@@ -366,6 +366,7 @@ def _plain(
     update = wire.ClientUpdate(
         institution=institution.name,
         round=order.round,
+        run=order.run,
         adapter=AdapterState.read(work.model),
         size=size,
         metrics={name: known[name] for name in order.report if name in known},
@@ -476,6 +477,7 @@ def release(done: ChargedRound, trained: AdapterState) -> wire.ClientUpdate:
     update = wire.ClientUpdate(
         institution=done.institution.name,
         round=order.round,
+        run=order.run,
         adapter=trained.only((*order.parts, *order.kept)),
         size=_released_size(done),
         privacy=_spent(config, done.ledger, order.run, plan),

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import config as configuration
-from fedlora.config import RunConfig, Section, key
+from fedlora.config import RunConfig, Section
+from fedlora.config import key as setting
 from fedlora.errors import InputError, Refusal
 
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -23,24 +24,30 @@ OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 class Settings(Section):
     """An institution's own settings; paths are absolute, or relative to the file's directory."""
 
-    name: str = key("", "its name in the federation")
-    source: str = key("", "its training records, as in data.source")
-    test_source: str = key("", "records whose texts are never trained on")
-    text: str = key("text", "column of the text (several: joined by commas)")
-    label: str = key("label", "column of the label; for sft the response")
-    labels: tuple[str, ...] = key(
+    name: str = setting("", "its name in the federation")
+    source: str = setting("", "its training records, as in data.source")
+    test_source: str = setting("", "records whose texts are never trained on")
+    text: str = setting("text", "column of the text (several: joined by commas)")
+    label: str = setting("label", "column of the label; for sft the response")
+    labels: tuple[str, ...] = setting(
         (), "the classes, in order; a run must use the same; none for sft"
     )
-    unit: str = key("record", "who is protected: a record, or the column that names them")
-    ledger: str = key("", "its privacy ledger, made by `fedlora ledger init`")
-    state: str = key("", "directory of what it keeps from round to round")
-    rank: int = key(0, "rank of its factors; 0: the run's adapter.rank", at_least=0)
-    models: tuple[str, ...] = key((), "base models that it trains (model.name)")
-    strategies: tuple[str, ...] = key(("fedavg",), "strategies that it takes part in")
-    max_steps: int = key(10, "most optimizer steps of a round", at_least=1)
-    max_run_epsilon: float = key(8.0, "most epsilon of one run", above=0)
-    without_dp: bool = key(False, "whether it trains without differential privacy")
-    report: tuple[str, ...] = key((), "figures that may leave without DP: loss, records")
+    unit: str = setting("record", "who is protected: a record, or the column that names them")
+    ledger: str = setting("", "its privacy ledger, made by `fedlora ledger init`")
+    state: str = setting("", "directory of what it keeps from round to round")
+    rank: int = setting(0, "rank of its factors; 0: the run's adapter.rank", at_least=0)
+    models: tuple[str, ...] = setting((), "base models that it trains (model.name)")
+    strategies: tuple[str, ...] = setting(("fedavg",), "strategies that it takes part in")
+    max_steps: int = setting(10, "most optimizer steps of a round", at_least=1)
+    max_run_epsilon: float = setting(8.0, "most epsilon of one run", above=0)
+    without_dp: bool = setting(False, "whether it trains without differential privacy")
+    report: tuple[str, ...] = setting((), "figures that may leave without DP: loss, records")
+    max_seconds: float = setting(1800.0, "most seconds that one message may take", at_least=1)
+    gateway: str = setting(
+        "", "HOST:PORT of the federation (this and the next two: `fedlora node`)"
+    )
+    ca: str = setting("", "the federation's CA certificate, PEM")
+    key: str = setting("", "this institution's private key; nobody else may read it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +88,7 @@ def load(path: str) -> Settings:
     return dataclasses.replace(
         made,
         **{field: str(here / getattr(made, field)) for field in ("ledger", "state")},
+        **{field: str(here / path) for field in ("ca", "key") if (path := getattr(made, field))},
         **{
             field: str(here / value) if value.endswith((".csv", ".jsonl", ".parquet")) else value
             for field in ("source", "test_source")

@@ -1,4 +1,4 @@
-"""The command line: ``fedlora run | sweep | report | compare | evaluate | predict | merge | ...``.
+"""The command line of a simulation and, from ``experiments.deploy``, of a deployment.
 
 Exit codes: 0 done, 1 failed midway (what was finished is kept), 2 bad input (nothing was written).
 """
@@ -18,6 +18,7 @@ from rich.table import Column, Table
 
 import fedlora
 from experiments import simulate
+from experiments.deploy import cli as deployment
 from fedlora import config as configuration
 from fedlora.errors import InputError, Refusal
 
@@ -556,6 +557,8 @@ def ledger_verify(
     if problems:
         raise typer.Exit(1)
 
+
+deployment.add_to(app, _clean)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fedlora import partition as partitions
 from fedlora import schemes, shards, sources
 from fedlora.encoding import Encoded
-from fedlora.errors import InputError
+from fedlora.errors import InputError, RecordError
 from fedlora.shards import Federation, Int64, Shard
 
 __all__ = ["Dealt", "Encode", "Federation", "Shard", "Table", "deal", "load_shard", "prepare"]
@@ -257,6 +257,20 @@ def load_shard(
     return _shard(encoded, table.texts, table.labels), encoded.truncated
 
 
+def count(source: str, *, text: str, label: str, labels: tuple[str, ...], unit: str) -> int:
+    """Rows of a source that have a text and a label, read as a run reads them.
+
+    Raises:
+        InputError: If a column is missing, a label is unknown, or no row is left.
+    """
+    table = _read(source, text, label, {} if unit == "record" else {unit: "privacy.unit"}, "train")
+    if not table.texts:
+        raise InputError(f"{source} has no row with a text and a label; give one that has")
+    if labels:
+        _check_labels(table.labels, labels, source, "mend these rows")
+    return len(table.texts)
+
+
 def _read(source: str, text: str, label: str, others: Mapping[str, str], split: str) -> Table:
     columns = [column.strip() for column in text.split(",")]
     wanted = {**others, label: "data.label", **dict.fromkeys(columns, "data.text")}
@@ -297,7 +311,7 @@ def _check_labels(found: list[str], classes: tuple[str, ...], source: str, remed
     if alien:
         name = min(alien)
         known = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
-        raise InputError(
+        raise RecordError(
             f"label {name!r} ({found.count(name)} rows of {source}) is none of {known}; {remedy}"
         )
 

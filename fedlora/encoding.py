@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedlora.errors import InputError
+from fedlora.errors import InputError, RecordError
 
 VERSION = 1  # raise it whenever the same inputs would give other ids or targets
 CHUNK = 1000  # rows tokenised at a time: offsets of many rows would not fit into memory
@@ -90,7 +90,7 @@ def class_index(answers: Sequence[str], labels: tuple[str, ...]) -> list[int]:
     index = {label: i for i, label in enumerate(labels)}
     for answer in answers:
         if answer not in index:
-            raise InputError(
+            raise RecordError(
                 f"label {answer!r} is not one of {', '.join(labels)}; "
                 "add it to data.labels or drop these rows"
             )

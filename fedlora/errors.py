@@ -1,8 +1,15 @@
-"""The two kinds of error that people and machines act on."""
+"""The two kinds of error that people and machines act on, and how a log names any other."""
+
+import traceback
+from pathlib import Path
 
 
 class InputError(ValueError):
     """A value that the user can mend. One line: name, value, bound, remedy. The command exits 2."""
+
+
+class RecordError(InputError):
+    """One whose text quotes a record: for a terminal, not for a log."""
 
 
 class Refusal(RuntimeError):
@@ -20,3 +27,10 @@ class Refusal(RuntimeError):
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.detail = detail
+
+
+def place(error: BaseException) -> str:
+    """What kind of error this is and where it was raised, without its text: that may quote data."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-6:])
+    return f"{type(error).__name__} at {where or 'an unknown place'}"

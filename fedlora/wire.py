@@ -192,6 +192,7 @@ class ClientUpdate:
         institution: Who answers.
         round: The order's round.
         adapter: What was trained, after local training.
+        run: The order's run.
         size: What the weighting asked for: a size class, a noised or an exact count; 0 for uniform
             weights.
         privacy: What was spent; None without DP.
@@ -201,6 +202,7 @@ class ClientUpdate:
     institution: str
     round: int
     adapter: "AdapterState"
+    run: str = ""
     size: float = 0.0
     privacy: PrivacySpent | None = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
@@ -392,6 +394,7 @@ def update_to_bytes(update: ClientUpdate) -> bytes:
     fields = {
         "institution": update.institution,
         "round": update.round,
+        "run": update.run,
         "size": update.size,
         "privacy": None if update.privacy is None else dataclasses.asdict(update.privacy),
         "metrics": dict(update.metrics),

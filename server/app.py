@@ -4,6 +4,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora import config as configuration
+from fedlora import logs
 from server import rounds
 
 app = ServerApp()
@@ -12,4 +13,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run every round that is left. Raises on failure: Flower counts a plain exit as success."""
+    if logs.wanted():
+        logs.to_stderr()
     rounds.run(grid, configuration.from_context(context.run_config, context.run_id))

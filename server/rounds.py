@@ -34,6 +34,10 @@ from strategies.diagnostics import Watch
 
 log = logging.getLogger("fedlora.server")
 
+LARGEST_ADAPTER = 400 * 10**6
+"""Bytes of an adapter that a deployment takes: what went through Flower's SuperLink with its
+database on disk; at 1 GB it locked itself out."""
+
 
 def run(grid: Grid, config: RunConfig) -> None:
     """Run, or continue, the whole federation and write its results.
@@ -52,6 +56,8 @@ def run(grid: Grid, config: RunConfig) -> None:
     directory = RunDirectory(Path(config.run_dir))
     resumed = directory.check(config)
     work = trainable.load(config, population.labels)
+    if config.deployed:
+        _check_size(config, work.start)
     inputs = hashlib.sha256(
         "\n".join((work.base.digest, *population.fingerprint)).encode()
     ).hexdigest()
@@ -101,8 +107,17 @@ def run(grid: Grid, config: RunConfig) -> None:
         directory.append(record)
         directory.save(state)
         tracked.round(record)
+        rejected: dict[str, str] = record["aggregation"]["rejected"]
+        log.info(
+            "round %d of %d: %d of %d updates in %.1f s; rejected: %s",
+            state.round,
+            config.federation.rounds,
+            record["updates"],
+            record["asked"],
+            record["seconds"],
+            rejected or "none",
+        )
         if not record["updates"]:
-            rejected: dict[str, str] = record["aggregation"]["rejected"]
             diverged = "too-large" in rejected.values()
             raise RunFailed(
                 f"round {state.round}: no institution sent a valid update ({reasons(rejected)}); "
@@ -113,6 +128,17 @@ def run(grid: Grid, config: RunConfig) -> None:
         measured = _measured(grid, config, roster, state, work, population, save=True)
     _finish(directory, config, state, mechanism, work, population, measured)
     tracked.end()
+
+
+def _check_size(config: RunConfig, adapter: AdapterState) -> None:
+    """Refuse an adapter that would not reach the institutions, before they are asked anything."""
+    size = sum(4 * tensor.numel() for tensor in adapter.values())  # sent as float32
+    if size > LARGEST_ADAPTER:
+        raise InputError(
+            f"the adapter has {size / 10**6:.0f} MB, and a deployment takes at most "
+            f"{LARGEST_ADAPTER / 10**6:.0f} MB; lower adapter.rank (now {config.adapter.rank}) or "
+            "name fewer adapter.target-modules"
+        )
 
 
 def _choose(config: RunConfig, nodes: Mapping[str, int], state: RunState, cap: int) -> list[str]:
@@ -168,6 +194,7 @@ def _round(
         rslora=config.adapter.method.endswith("rslora"),
         residual_rank=federation.residual_rank,
         seed=config.seed,
+        run=state.run,
     )
     ranks = {name: roster.rank(node) for node, name in nodes.items()}
     starts = {rank: strategy.start(this, rank) for rank in sorted(set(ranks.values()))}

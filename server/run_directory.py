@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from fedlora.adapters import AdapterState
 
 KEPT_CHECKPOINTS = 2
-BESIDE = ("ledgers", "institutions.log")
-"""What institutions may put into a run's directory before the run begins."""
+SUBMISSION = "submission.json"
+"""What a deployment knows of a run that it submitted."""
+BESIDE = ("ledgers", "institutions.log", SUBMISSION)
+"""What may be in a run's directory before the run begins."""
 FREE_BYTES = 100 * 2**20
 """Free disk space below which a run does not start."""
 

@@ -32,6 +32,7 @@ class Round:
         rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
         residual_rank: The rank above which residuals are cut back.
         seed: Of what a strategy draws; public.
+        run: Identity of the run.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Round:
     rslora: bool = False
     residual_rank: int = 64
     seed: int = 0
+    run: str = ""
 
     @property
     def limit(self) -> float:
@@ -166,15 +168,17 @@ def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
     Args:
         update: As it came.
         institution: Whose answer it has to be.
-        round: Its number and what it sent decide: keys, shapes and dtype must be those of the parts
-            that were asked for, and no value, nor one of the global adapter, may be beyond the
-            limit under this weight and scale.
+        round: Its run, number and what it sent decide: keys, shapes and dtype must be those of the
+            parts that were asked for, and no value, nor one of the global adapter, may be beyond
+            the limit under this weight and scale.
 
     Raises:
         Refusal: With the reason as its code.
     """
     if update.institution != institution:
         raise Refusal("wrong-institution", f"{institution} answered as {update.institution}")
+    if update.run != round.run:
+        raise Refusal("other-run", f"run {update.run!r} was answered in run {round.run!r}")
     if update.round != round.number:
         raise Refusal("stale-update", f"round {update.round} was answered in round {round.number}")
     sent = round.sent_to(institution)

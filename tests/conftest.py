@@ -68,8 +68,13 @@ def tiny_encoder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def complaints(tmp_path_factory) -> Path:
     """A table of 480 short complaints to four banks, 120 each."""
-    draw = random.Random(7)
     path = tmp_path_factory.mktemp("data") / "complaints.csv"
+    write_complaints(path)
+    return path
+
+
+def write_complaints(path: Path) -> None:
+    draw = random.Random(7)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["text", "label", "bank", "customer"])
@@ -78,7 +83,6 @@ def complaints(tmp_path_factory) -> Path:
             words = draw.choices(TOPICS[topic], k=3) + draw.choices(FILLER, k=draw.randint(2, 6))
             draw.shuffle(words)
             rows.writerow([" ".join(words), topic, BANKS[i % 4], f"c{i % 160}"])
-    return path
 
 
 @pytest.fixture

@@ -37,7 +37,13 @@ SPENT = wire.PrivacySpent(
     ledger_limit=8.0,
 )
 UPDATE = wire.ClientUpdate(
-    institution="bank", round=2, adapter=STATE, size=128.0, privacy=SPENT, metrics={"loss": 0.5}
+    institution="bank",
+    round=2,
+    run="a",
+    adapter=STATE,
+    size=128.0,
+    privacy=SPENT,
+    metrics={"loss": 0.5},
 )
 
 

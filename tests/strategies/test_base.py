@@ -17,10 +17,11 @@ B = "base_model.model.layer.q.lora_B.weight"
 BEFORE = AdapterState({A: torch.zeros(2, 3), B: torch.zeros(3, 2)})
 
 
-def _update(name="bank", value=1.0, size=0.0, round=1, shape=(2, 3)):
+def _update(name="bank", value=1.0, size=0.0, round=1, run="", shape=(2, 3)):
     return ClientUpdate(
         institution=name,
         round=round,
+        run=run,
         size=size,
         adapter=AdapterState({A: torch.full(shape, value)}),
     )
@@ -45,6 +46,7 @@ def test_a_right_update_passes():
         (_update(shape=(1, 3)), "invalid-update"),  # would broadcast silently
         (_update(name="other"), "wrong-institution"),
         (_update(round=2), "stale-update"),
+        (_update(run="another"), "other-run"),
         (_update(size=-1.0), "invalid-size"),
         (_update(size=math.nan), "invalid-size"),
         (_update(value=-1025.0), "too-large"),

@@ -1,0 +1,112 @@
+"""What an institution starts: Flower's SuperNode, and the launcher of its own app.
+
+The SuperNode talks to the federation's gateway. It hands each message to the launcher over a port
+of the loopback, with a secret of this start.
+"""
+
+import contextlib
+import fcntl
+import secrets
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from client.settings import Settings
+from fedlora.errors import InputError
+
+LOCK = "node.lock"
+
+
+def check(settings: Settings) -> None:
+    """Refuse settings that are not enough to start.
+
+    Raises:
+        InputError: Naming what is missing, or not as private as it must be.
+    """
+    for field in ("gateway", "ca", "key"):
+        if not getattr(settings, field):
+            raise InputError(f"{field} is missing from the institution's settings; add it")
+    for field in ("ca", "key"):
+        path = Path(getattr(settings, field))
+        if not path.is_file():
+            raise InputError(f"{field} is {path}, which is not a file; mend the settings")
+    mode = Path(settings.key).stat().st_mode
+    if mode & 0o077:
+        raise InputError(
+            f"{settings.key} may be read by others than its owner (mode {mode & 0o777:o}); "
+            f"run chmod 600 {settings.key}"
+        )
+    try:
+        Path(settings.state).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"state is {settings.state}, which cannot be made: {error.strerror}; mend the settings"
+        ) from None
+
+
+def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
+    """The command lines of the SuperNode and of the launcher.
+
+    Args:
+        settings: The institution's.
+        path: Their file.
+        private: A directory that only this user can read, which lasts as long as the processes.
+    """
+    secret = private / "superexec.secret"
+    secret.touch(0o600)
+    secret.write_text(secrets.token_hex(32))
+    address = f"127.0.0.1:{_free_port()}"
+    supernode = [
+        str(Path(sys.executable).parent / "flower-supernode"),
+        *("--superlink", settings.gateway, "--root-certificates", settings.ca),
+        *("--auth-supernode-private-key", settings.key),
+        *("--node-config", f'settings="{path}"'),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
+        *("--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
+    ]
+    launcher = [
+        *(sys.executable, "-P", "-m", "client.launcher"),
+        *("--runtime-api-address", address, "--insecure"),
+        *("--superexec-auth-secret-file", str(secret)),
+    ]
+    return [supernode, launcher]
+
+
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[Path]:
+    """Hold the institution's state while its node runs; gives a directory of this start alone.
+
+    Raises:
+        InputError: When a node with the same state runs already.
+    """
+    with (
+        (Path(settings.state) / LOCK).open("w") as lock,
+        tempfile.TemporaryDirectory(prefix="fedlora-node-") as private,
+    ):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"state is {settings.state}, which another node uses now; stop that one first"
+            ) from None
+        yield Path(private)
+
+
+def healthy(settings: Settings) -> bool:
+    """Whether a node with these settings runs. The kernel lets go of its lock when it ends."""
+    try:
+        with (Path(settings.state) / LOCK).open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,1 @@
+"""A federation on machines of its own: keys, services, submitted runs, checks."""

@@ -1,0 +1,314 @@
+"""What is wrong with a set-up, said before anything runs."""
+
+import email.utils
+import importlib.metadata
+import json
+import ssl
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+import fedlora
+from fedlora.errors import InputError, Refusal
+
+if TYPE_CHECKING:
+    from client.settings import Settings
+
+WARN_DAYS = 30
+MOST_SKEW = 60.0
+OTHERS = 0o077
+Outcome = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    outcome: Outcome
+    details: str
+
+
+def ok(checks: list[Check]) -> bool:
+    """Whether none of them failed."""
+    return all(check.outcome != "fail" for check in checks)
+
+
+def ask(url: str, ca: Path, seconds: float = 10.0) -> tuple[str, dict[str, Any]]:
+    """Get an https address.
+
+    Args:
+        url: The address.
+        ca: The only CA that may have signed its certificate.
+        seconds: To wait.
+
+    Returns:
+        What is wrong, or ``""``; and what was answered: ``date`` (HTTP's) and its JSON ``body``.
+    """
+    if not url.startswith("https://"):
+        raise InputError(f"{url!r} is no https address; write https://HOST:PORT/health")
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"{ca} is not a CA certificate: {error}; give the federation's") from None
+    try:
+        with urllib.request.urlopen(url, timeout=seconds, context=context) as response:
+            body, date = response.read(4096), response.headers.get("Date", "")
+    except urllib.error.HTTPError as error:
+        return f"{url} answers {error.code}", {}
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return f"{url} has a certificate that does not pass: {reason.verify_message}", {}
+        return f"{url} does not answer: {reason}", {}
+    try:
+        said = json.loads(body)
+    except ValueError:
+        said = {}
+    return "", {"date": date, "body": said if isinstance(said, dict) else {}}
+
+
+def operator(directory: Path) -> list[Check]:
+    """What is wrong at the operator's: a directory that ``fedlora deploy init`` made."""
+    if not (directory / "ca" / "ca.crt").is_file():
+        raise InputError(f"{directory} has no ca/ca.crt; give what `fedlora deploy init` made")
+    ca = directory / "ca" / "ca.crt"
+    found = [_certificate("CA certificate", ca)]
+    for name in ("gateway", "superlink"):
+        pem = directory / name / "server.pem"
+        found += [
+            _certificate(f"{name} certificate", pem),
+            _signed(f"{name} signed by the CA", pem, ca),
+            _private(f"{name} key", directory / name / "server.key"),
+        ]
+    found += [
+        _private("CA key", directory / "ca" / "ca.key"),
+        _private("SuperExec secret", directory / "superlink" / "superexec.secret"),
+        _private("server's secret", directory / "server" / "keys" / "superexec.secret"),
+        _equal(
+            "secrets agree",
+            directory / "superlink" / "superexec.secret",
+            directory / "server" / "keys" / "superexec.secret",
+        ),
+    ]
+    keys = sorted((directory / "server" / "institutions").glob("*.pub"))
+    found.append(
+        Check("institutions", "ok" if keys else "fail", ", ".join(k.stem for k in keys) or "none")
+    )
+    for folder in sorted((directory / "institutions").glob("*")):
+        key = folder / "keys" / "node.key"
+        if key.exists():
+            found.append(_private(f"{folder.name}: key", key))
+            public = directory / "server" / "institutions" / f"{folder.name}.pub"
+            found.append(_pair(f"{folder.name}: public key", key, public))
+    return found + _flower()
+
+
+def institution(path: Path) -> list[Check]:
+    """What is wrong at an institution, from its settings."""
+    from client import settings
+
+    try:
+        own = settings.load(str(path))
+    except InputError as error:
+        return [Check("settings", "fail", str(error))]
+    found = [Check("settings", "ok", str(path))]
+    ca, key = Path(own.ca), Path(own.key)
+    if own.ca:
+        found.append(_certificate("CA certificate", ca))
+    if own.key:
+        found.append(_private("key", key))
+    found += [
+        _try("ledger", lambda: _ledger(own.ledger)),
+        _try("records", lambda: _records(own)),
+        *(_try(f"model {name}", lambda name=name: _model(name)) for name in own.models),
+        _writable("state", Path(own.state)),
+        _writable("ledger's directory", Path(own.ledger).parent),
+    ]
+    if not own.gateway:
+        found.append(Check("gateway", "fail", "gateway is missing from the settings; add it"))
+    elif ca.is_file():
+        found += _gateway(f"https://{own.gateway}/health", ca)
+    return found + _flower()
+
+
+def _gateway(url: str, ca: Path) -> list[Check]:
+    try:
+        problem, said = ask(url, ca)
+    except InputError as error:
+        problem, said = str(error), {}
+    if problem:
+        return [Check("gateway", "fail", problem)]
+    return [Check("gateway", "ok", url), clock(said["date"]), versions(said["body"])]
+
+
+def clock(date: str) -> Check:
+    """How far this machine's clock is from the gateway's, whose HTTP date has whole seconds."""
+    try:
+        theirs = email.utils.parsedate_to_datetime(date)
+    except (TypeError, ValueError):
+        return Check("clock", "warn", "the gateway says no time, so clocks cannot be compared")
+    skew = (datetime.now(UTC) - theirs).total_seconds()
+    far = abs(skew) > MOST_SKEW
+    return Check(
+        "clock",
+        "fail" if far else "ok",
+        f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the gateway's"
+        + (
+            f", and at most {MOST_SKEW:.0f} s may be; set this machine's clock (NTP)" if far else ""
+        ),
+    )
+
+
+def versions(theirs: Mapping[str, Any]) -> Check:
+    """Whether both sides run the same fedlora and the same Flower."""
+    ours = {"fedlora": fedlora.__version__, "flower": importlib.metadata.version("flwr")}
+    if not set(ours) <= set(theirs):
+        return Check("versions", "warn", "the gateway does not say its versions; not checked")
+    different = [
+        f"{name} is {ours[name]} here and {theirs[name]} at the gateway"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
+    return Check(
+        "versions",
+        "fail" if different else "ok",
+        f"{'; '.join(different)}: install the federation's"
+        if different
+        else ", ".join(f"{name} {version}" for name, version in ours.items()),
+    )
+
+
+def _flower() -> list[Check]:
+    """The installed Flower is the one that this fedlora was made for."""
+    needed = next(
+        need
+        for need in importlib.metadata.requires("fedlora") or ["flwr"]
+        if need.startswith("flwr") and not need.startswith("flwr-")
+    )
+    installed = importlib.metadata.version("flwr")
+    wanted = needed.partition("==")[2].partition(";")[0].strip()
+    if not wanted or wanted == installed:
+        return [Check("flower installed", "ok", installed)]
+    return [
+        Check(
+            "flower installed",
+            "fail",
+            f"{installed}, and fedlora needs {wanted}; pip install flwr=={wanted}",
+        )
+    ]
+
+
+def _certificate(name: str, path: Path) -> Check:
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        return Check(name, "fail", f"{path} cannot be read: {error.strerror}")
+    except ValueError:
+        return Check(name, "fail", f"{path} is not a PEM certificate")
+    now = datetime.now(UTC)
+    until = certificate.not_valid_after_utc
+    if certificate.not_valid_before_utc > now:
+        return Check(
+            name,
+            "fail",
+            f"valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M}, which is to come; set "
+            "this machine's clock",
+        )
+    days = (until - now).total_seconds() / 86400
+    if days <= 0:
+        return Check(name, "fail", f"expired on {until:%Y-%m-%d}; `fedlora deploy renew`")
+    return Check(
+        name,
+        "warn" if days < WARN_DAYS else "ok",
+        f"valid until {until:%Y-%m-%d}"
+        + ("; renew it with `fedlora deploy renew`" if days < WARN_DAYS else ""),
+    )
+
+
+def _signed(name: str, path: Path, ca: Path) -> Check:
+    try:
+        authority = x509.load_pem_x509_certificate(ca.read_bytes())
+        x509.load_pem_x509_certificate(path.read_bytes()).verify_directly_issued_by(authority)
+    except Exception as error:  # a damaged file, another issuer, or a signature that does not fit
+        return Check(name, "fail", f"{path} was not signed by {ca} ({type(error).__name__})")
+    return Check(name, "ok", str(path))
+
+
+def _pair(name: str, private: Path, public: Path) -> Check:
+    try:
+        ours = serialization.load_ssh_private_key(private.read_bytes(), None).public_key()
+        theirs = serialization.load_ssh_public_key(public.read_bytes())
+    except (OSError, ValueError) as error:
+        return Check(name, "fail", f"{public} or {private.name} cannot be read: {error}")
+    if ours != theirs:
+        return Check(name, "fail", f"{public} is not the public key of {private}")
+    return Check(name, "ok", str(public))
+
+
+def _private(name: str, path: Path) -> Check:
+    try:
+        mode = path.stat().st_mode
+        path.open("rb").close()
+    except OSError as error:
+        return Check(name, "fail", f"{path} cannot be read: {error.strerror}")
+    if mode & OTHERS:
+        return Check(
+            name,
+            "fail",
+            f"{path} may be used by others (mode {mode & 0o777:o}); chmod 600 {path}",
+        )
+    return Check(name, "ok", str(path))
+
+
+def _equal(name: str, one: Path, other: Path) -> Check:
+    try:
+        same = one.read_bytes() == other.read_bytes()
+    except OSError as error:
+        return Check(name, "fail", f"{error.filename} cannot be read: {error.strerror}")
+    return Check(name, "ok" if same else "fail", "" if same else f"{one} and {other} differ")
+
+
+def _writable(name: str, directory: Path) -> Check:
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return Check(name, "ok", str(directory))
+    except OSError as error:
+        return Check(name, "fail", f"{directory} cannot be written: {error.strerror}")
+
+
+def _try(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", look())
+    except (InputError, Refusal) as error:
+        return Check(name, "fail", str(error))
+
+
+def _ledger(path: str) -> str:
+    from client.ledger import Ledger
+
+    with Ledger.open(Path(path)) as ledger:
+        shown = ledger.show()
+    return f"epsilon {shown['epsilon']:.3g} of {shown['limit']:g} spent"
+
+
+def _records(own: "Settings") -> str:
+    """Read them as a run does; the terminal may see what a log may not."""
+    from fedlora import data
+
+    rows = data.count(own.source, text=own.text, label=own.label, labels=own.labels, unit=own.unit)
+    return f"{rows:,} rows with a text and a label"
+
+
+def _model(name: str) -> str:
+    from fedlora import models
+
+    return str(models.resolve(name).path)

@@ -1,0 +1,199 @@
+"""What we ask of the SuperLink, as Flower's command line does.
+
+Its functions are used instead of its processes, of which each takes seconds to start.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import tomli_w
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.cli.build import build_fab_from_disk
+from flwr.cli.utils import flwr_cli_exc_handler
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+
+LINK = "fedlora"
+"""The connection's name in Flower's own configuration."""
+
+
+class FlowerError(RuntimeError):
+    """What Flower said instead of doing what it was asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Where the server finds things; `docker-compose.yml` sets it in the environment.
+
+    Args:
+        keys: Directory with ``ca.crt`` and ``superexec.secret``.
+        institutions: Directory with a public key ``NAME.pub`` of each institution.
+        results: Directory of the runs' directories.
+        superlink: HOST:PORT of the SuperLink.
+        home: Flower's own directory.
+    """
+
+    keys: Path
+    institutions: Path
+    results: Path
+    superlink: str
+    home: Path
+
+    @property
+    def ca(self) -> Path:
+        """The federation's CA certificate."""
+        return self.keys / "ca.crt"
+
+    @property
+    def secret(self) -> Path:
+        """What a SuperExec proves to the SuperLink that it knows."""
+        return self.keys / "superexec.secret"
+
+
+def server(environment: Mapping[str, str] = os.environ) -> Server:
+    """The server of this environment.
+
+    Raises:
+        InputError: When a variable is missing, or names what is not there.
+    """
+    names = ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS")
+    for name in (*names, "FEDLORA_SUPERLINK", "FLWR_HOME"):
+        if not environment.get(name):
+            raise InputError(
+                f"{name} is not set; run this where the server runs (docker compose exec server "
+                "fedlora deploy ...), or set it as docker-compose.yml does"
+            )
+    places = [Path(environment[name]) for name in names]
+    for name, place in zip(names, places, strict=True):
+        if not place.is_dir():
+            raise InputError(f"{name} is {place}, which is not a directory; mend it")
+    made = Server(
+        keys=places[0],
+        institutions=places[1],
+        results=places[2],
+        superlink=environment["FEDLORA_SUPERLINK"],
+        home=Path(environment["FLWR_HOME"]),
+    )
+    for file in (made.ca, made.secret):
+        if not file.is_file():
+            raise InputError(f"{file} is missing; FEDLORA_KEYS must hold it")
+    return made
+
+
+def connect(server: Server) -> None:
+    """Write the connection into Flower's configuration, for its command line."""
+    link = {"address": server.superlink, "root-certificates": str(server.ca)}
+    content = {"superlink": {"default": LINK, LINK: link}}
+    write_atomic(server.home / "config.toml", tomli_w.dumps(content).encode())
+
+
+def register(server: Server) -> dict[str, str]:
+    """Register the public key of each institution; one that is registered stays as it is.
+
+    Returns:
+        Institution -> ``registered``, ``already registered``, or what is wrong with its key.
+    """
+    done: dict[str, str] = {}
+    with _superlink(server) as superlink:
+        for file in sorted(server.institutions.glob("*.pub")):
+            try:
+                key = load_ssh_public_key(file.read_bytes())
+            except (OSError, ValueError) as error:
+                done[file.stem] = f"{file} is not a public key in OpenSSH's format: {error}"
+                continue
+            if not isinstance(key, ec.EllipticCurvePublicKey):
+                done[file.stem] = f"{file} is not an elliptic curve key; make one with P-384"
+                continue
+            request = RegisterNodeRequest(public_key=public_key_to_bytes(key), name=file.stem)
+            try:
+                with _errors():
+                    superlink.RegisterNode(request)
+                done[file.stem] = "registered"
+            except FlowerError as error:
+                if "already in use" not in str(error):
+                    raise
+                done[file.stem] = "already registered"
+    return done
+
+
+def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
+    """Submit the app with these values of its configuration; the run's id."""
+    with _superlink(server) as superlink, _errors():
+        content = build_fab_from_disk(app)
+        fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+        answer = superlink.StartRun(
+            StartRunRequest(
+                fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(values))
+            )
+        )
+    if not answer.HasField("run_id"):
+        raise FlowerError("the SuperLink did not start the run; see its log")
+    return str(answer.run_id)
+
+
+def status(server: Server, run: str) -> tuple[str, str]:
+    """A run's status, such as ``finished:completed``, and its details; ``unknown`` for no run."""
+    try:
+        with _superlink(server) as superlink, _errors():
+            answer = superlink.ListRuns(ListRunsRequest(run_id=int(run)))
+    except FlowerError as error:
+        if "not found" in str(error).lower():
+            return "unknown", str(error)
+        raise
+    if int(run) not in answer.run_dict:
+        return "unknown", "the SuperLink does not know this run"
+    found = answer.run_dict[int(run)].status
+    return ":".join(filter(None, (found.status, found.sub_status))), found.details
+
+
+def stop(server: Server, run: str) -> None:
+    """Stop a run; one that has ended stays as it is."""
+    try:
+        with _superlink(server) as superlink, _errors():
+            superlink.StopRun(StopRunRequest(run_id=int(run)))
+    except FlowerError as error:
+        if "finished" not in str(error) and "not found" not in str(error).lower():
+            raise
+
+
+@contextlib.contextmanager
+def _superlink(server: Server) -> Iterator[ControlHttpClient]:
+    client = ControlHttpClient.from_server_address(
+        server.superlink,
+        insecure=False,
+        root_certificates=server.ca.read_bytes(),
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="fedlora")],
+    )
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """What Flower's command line makes of an error, in one line."""
+    try:
+        with flwr_cli_exc_handler():
+            yield
+    except click.ClickException as error:
+        raise FlowerError(" ".join(error.format_message().split())) from None

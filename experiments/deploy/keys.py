@@ -1,0 +1,152 @@
+"""Certificates and keys of a federation: one CA, two servers, one key pair for each institution."""
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+CA_DAYS = 3650
+SERVER_DAYS = 365
+
+
+@dataclass(frozen=True, kw_only=True)
+class Authority:
+    """The federation's own certificate authority."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @property
+    def pem(self) -> bytes:
+        """Its certificate, for everybody."""
+        return self.certificate.public_bytes(serialization.Encoding.PEM)
+
+    @property
+    def private_pem(self) -> bytes:
+        """Its private key, for the operator alone."""
+        return _private(self.key, serialization.PrivateFormat.PKCS8)
+
+
+def make_authority() -> Authority:
+    """A new certificate authority, valid for ten years."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = _name("fedlora CA")
+    made = (
+        _certificate(name, name, key.public_key(), key.public_key(), CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .sign(key, hashes.SHA384())
+    )
+    return Authority(certificate=made, key=key)
+
+
+def read_authority(certificate: bytes, key: bytes) -> Authority:
+    """The authority of these two PEM files.
+
+    Raises:
+        ValueError: If they are damaged, or do not belong together.
+    """
+    private = serialization.load_pem_private_key(key, None)
+    public = x509.load_pem_x509_certificate(certificate)
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ValueError("not an elliptic curve key")
+    if private.public_key() != public.public_key():
+        raise ValueError("the key does not belong to the certificate")
+    return Authority(certificate=public, key=private)
+
+
+def make_server(
+    authority: Authority, hosts: Sequence[str], days: int = SERVER_DAYS
+) -> tuple[bytes, bytes]:
+    """Certificate and private key of a server that is reached under these names.
+
+    Args:
+        authority: Signs it.
+        hosts: Names and addresses; the first is its common name.
+        days: How long it is valid; it begins an hour ago, since clocks differ.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    issuer = authority.certificate.subject
+    made = (
+        _certificate(_name(hosts[0]), issuer, key.public_key(), authority.key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([_alternative(h) for h in hosts]), False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .sign(authority.key, hashes.SHA384())
+    )
+    return (
+        made.public_bytes(serialization.Encoding.PEM),
+        _private(key, serialization.PrivateFormat.PKCS8),
+    )
+
+
+def make_node(name: str) -> tuple[bytes, bytes]:
+    """Public and private key of an institution, as Flower reads them: OpenSSH's formats."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return public + f" {name}\n".encode(), _private(key, serialization.PrivateFormat.OpenSSH)
+
+
+def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def _certificate(
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    issuer_public: ec.EllipticCurvePublicKey,
+    days: int,
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_public), critical=False
+        )
+    )
+
+
+def _name(common: str) -> x509.Name:
+    return x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "fedlora"),
+            x509.NameAttribute(NameOID.COMMON_NAME, common[:64]),
+        ]
+    )
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )

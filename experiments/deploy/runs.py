@@ -1,0 +1,253 @@
+"""Submitted runs: what was asked for, which Flower runs carried it, and what became of it.
+
+A submission is a directory below the results; its ``submission.json`` outlives every process. When
+the server dies in mid-run, Flower's run dies with it. A new one is then submitted with the same
+configuration and directory, and the ServerApp goes on from its last checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.deploy import flower
+from experiments.deploy.flower import FlowerError, Server
+from fedlora import config as configuration
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+from server.run_directory import SUBMISSION, read_records
+
+State = Literal["running", "completed", "failed", "stopped"]
+APP = Path(__file__).resolve().parents[2]
+"""The installed source: the directory whose pyproject.toml describes the Flower app."""
+INTERRUPTED = ("No heartbeat received from the task", "Task failed with unknown error.")
+"""What Flower says of a ServerApp that was ended from outside."""
+RAISED = "ServerApp failed with exception: "
+TRIES = 5
+"""Starts of one submission without a new round between them."""
+ASK_SECONDS = 5.0
+"""Between two questions to the SuperLink about one run."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """One submitted run.
+
+    Args:
+        name: Its name, and that of its directory.
+        config: Its configuration, flat.
+        state: ``running`` until it is known to have ended.
+        details: Why it ended as it did.
+        runs: Ids of the Flower runs that carried it, the last one last.
+        rounds: Rounds that were done when the last of these was started.
+        tries: Flower runs since the last new round.
+    """
+
+    name: str
+    config: dict[str, Any]
+    state: State = "running"
+    details: str = ""
+    runs: tuple[str, ...] = ()
+    rounds: int = 0
+    tries: int = 0
+
+    @property
+    def directory(self) -> Path:
+        """Where its results are."""
+        return Path(self.config["run-dir"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the ServerApp wrote a result, which it does last."""
+        return (self.directory / "result.json").exists()
+
+    def save(self) -> None:
+        """Write it down."""
+        content = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        write_atomic(self.directory / SUBMISSION, content.encode())
+
+
+def submit(server: Server, config: RunConfig, name: str) -> Submission:
+    """Submit a new run.
+
+    Raises:
+        InputError: For a configuration that is not a deployment's, or a name that is taken.
+        FlowerError: When the SuperLink did not take it; nothing is left of it.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"--name is {name!r}; it must be 1 to 63 letters, digits, '-', '_' and '.', and begin "
+            "with a letter or digit"
+        )
+    if not config.deployed:
+        raise InputError(
+            f"data.source is {config.data.source!r}; in a deployment each institution has its own "
+            f"records: set it to {configuration.INSTITUTIONS}, and data.institutions and "
+            "data.labels with it"
+        )
+    directory = server.results / name
+    if directory.exists():
+        raise InputError(f"{directory} exists; give another --name")
+    flat = configuration.from_flat({**config.flat(), "run-dir": str(directory)}).flat()
+    with _alone(server):
+        made = Submission(name=name, config=dict(flat))
+        made.save()
+        try:
+            return _start(server, made)
+        except BaseException:
+            (directory / SUBMISSION).unlink()
+            directory.rmdir()
+            raise
+
+
+def find(server: Server, name: str) -> Submission:
+    """The submission of this name.
+
+    Raises:
+        InputError: When there is none.
+    """
+    found = {one.name: one for one in every(server)}
+    if name not in found:
+        raise InputError(
+            f"{server.results} holds no submission {name!r}; there are: "
+            f"{', '.join(sorted(found)) or 'none'}"
+        )
+    return found[name]
+
+
+def every(server: Server) -> list[Submission]:
+    """All submissions, the oldest first."""
+    files = sorted(server.results.glob(f"*/{SUBMISSION}"), key=lambda f: f.parent.stat().st_ctime)
+    made: list[Submission] = []
+    for file in files:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        made.append(Submission(**{**content, "runs": tuple(content["runs"])}))
+    return made
+
+
+def observe(server: Server, name: str) -> Submission:
+    """The submission as it is now, by what Flower says and what is on disk."""
+    with _alone(server):
+        return _observed(server, find(server, name))[0]
+
+
+def stop(server: Server, name: str) -> Submission:
+    """Stop a run. Its finished rounds are kept."""
+    with _alone(server):
+        submission, _ = _observed(server, find(server, name))
+        if submission.state != "running":
+            return submission
+        if submission.runs:
+            flower.stop(server, submission.runs[-1])
+        return _ended(submission, "stopped", "stopped by the operator")
+
+
+def proceed(server: Server, *, orphaned: bool = False) -> list[str]:
+    """Start every submission again whose Flower run was ended from outside.
+
+    Args:
+        server: This one.
+        orphaned: Whether no ServerApp runs here: the server has just been started.
+
+    Returns:
+        A line for each thing done.
+    """
+    lines: list[str] = []
+    for name in [one.name for one in every(server) if one.state == "running"]:
+        with _alone(server):
+            submission, interrupted = _observed(server, find(server, name), orphaned=orphaned)
+            if submission.state != "running":
+                lines.append(
+                    f"{name} {submission.state}: {submission.details or 'all rounds done'}"
+                )
+            elif interrupted:
+                done = len(read_records(submission.directory))
+                tries = submission.tries if done == submission.rounds else 0
+                if tries >= TRIES:
+                    details = f"ended from outside {tries} times in round {done + 1}"
+                    _ended(submission, "failed", f"{details}; see the server's log")
+                    lines.append(f"{name} failed: {details}")
+                    continue
+                if submission.runs:
+                    flower.stop(server, submission.runs[-1])
+                again = _start(server, dataclasses.replace(submission, rounds=done, tries=tries))
+                lines.append(f"{name} goes on after round {done} as Flower's run {again.runs[-1]}")
+    return lines
+
+
+def follow(
+    server: Server, name: str, show: Callable[[dict[str, Any]], None], seconds: float = 1.0
+) -> Submission:
+    """Wait until a submission has ended.
+
+    Args:
+        server: This one.
+        name: The submission.
+        show: Gets the record of each round once.
+        seconds: Between two looks.
+    """
+    shown, asked = 0, time.monotonic()
+    while True:
+        submission = find(server, name)
+        for record in read_records(submission.directory)[shown:]:
+            shown += 1
+            show(record)
+        if submission.state != "running":
+            return submission
+        if time.monotonic() - asked > ASK_SECONDS:
+            asked = time.monotonic()
+            with contextlib.suppress(FlowerError):  # a SuperLink that is away comes back
+                observe(server, name)
+        time.sleep(seconds)
+
+
+def _start(server: Server, submission: Submission) -> Submission:
+    run = flower.start(server, APP, submission.config)
+    started = dataclasses.replace(
+        submission, runs=(*submission.runs, run), tries=submission.tries + 1
+    )
+    started.save()
+    return started
+
+
+def _observed(
+    server: Server, submission: Submission, *, orphaned: bool = False
+) -> tuple[Submission, bool]:
+    """The submission as it is now, and whether its Flower run was ended from outside."""
+    if submission.state != "running":
+        return submission, False
+    if not submission.runs:  # whoever submitted it died before Flower answered
+        return submission, True
+    status, details = flower.status(server, submission.runs[-1])
+    if status == "finished:completed":
+        if submission.complete:
+            return _ended(submission, "completed", ""), False
+        return _ended(submission, "failed", "the ServerApp ended without a result"), False
+    if status == "finished:stopped":
+        return _ended(submission, "stopped", details or "stopped"), False
+    if status == "finished:failed" and not details.startswith(INTERRUPTED):
+        return _ended(submission, "failed", details.removeprefix(RAISED)), False
+    ended = status in ("finished:failed", "unknown")
+    return submission, ended or (orphaned and status in ("starting", "running"))
+
+
+def _ended(submission: Submission, state: State, details: str) -> Submission:
+    ended = dataclasses.replace(submission, state=state, details=details)
+    ended.save()
+    return ended
+
+
+@contextlib.contextmanager
+def _alone(server: Server) -> Iterator[None]:
+    """One process at a time starts, stops and judges runs."""
+    with (server.results / ".submissions.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

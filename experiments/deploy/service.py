@@ -1,0 +1,175 @@
+"""A service's processes, with every line that they write as one line of JSON.
+
+Flower, nginx and our own apps log in forms of their own; whoever collects logs gets one.
+"""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from fedlora.errors import InputError
+
+STOP = (signal.SIGTERM, signal.SIGINT)
+PATIENCE = 8.0
+"""Seconds that a process has to end once it is asked to: fewer than the ten that Docker gives."""
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_FLOWER = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s*(.*)")
+_UVICORN = re.compile(r"\S+Z (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\[uvicorn\.\w+\] .*)")
+_NGINX = re.compile(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d \[(\w+)\] \d+#\d+: (.*)")
+_LEVELS = {
+    "debug": "debug",
+    "notice": "info",
+    "warn": "warning",
+    "crit": "critical",
+    "alert": "critical",
+    "emerg": "critical",
+}
+_END_WITH_PARENT = 1  # Linux: prctl(PR_SET_PDEATHSIG, ...)
+
+
+def record(service: str, line: str, before: str = "info") -> dict[str, Any] | None:
+    """What one line of output says; None for a line that says nothing.
+
+    Args:
+        service: Who wrote it.
+        line: A line of Flower's, uvicorn's or nginx's log, or a JSON object with a level, which
+            keeps what it has.
+        before: The level of the line before. One without a level of its own is taken to go on with
+            an error, as a traceback does, and is else ``info``.
+    """
+    text = _COLOUR.sub("", line).strip()
+    if not text:
+        return None
+    made: dict[str, Any] = {"time": now(), "service": service}
+    if text.startswith("{"):
+        try:
+            said = json.loads(text)
+        except ValueError:
+            said = None
+        if isinstance(said, dict) and "level" in said:
+            return {**made, **said, "service": service}
+    for form in (_FLOWER, _UVICORN, _NGINX):
+        if found := form.fullmatch(text):
+            level, message = found[1].lower(), found[2].strip()
+            return (
+                {**made, "level": _LEVELS.get(level, level), "message": message}
+                if message
+                else None
+            )
+    return {**made, "level": before if before in ("error", "critical") else "info", "message": text}
+
+
+def now() -> str:
+    """The time, RFC 3339, UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def say(service: str, message: str, level: str = "info") -> None:
+    """Write one line of a service's own."""
+    made = {"time": now(), "service": service, "level": level, "message": message}
+    sys.stdout.write(json.dumps(made) + "\n")
+    sys.stdout.flush()
+
+
+def run(
+    service: str, commands: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None
+) -> int:
+    """Run processes until one of them ends, then end the others.
+
+    SIGTERM and SIGINT are passed on. No process outlives this one, however that ends.
+
+    Args:
+        service: Its name in the log.
+        commands: One for each process.
+        environment: Beside this process's own.
+
+    Returns:
+        The exit code of the first that ended, 128 + N after signal N.
+
+    Raises:
+        InputError: When a program is not there.
+    """
+    stopping = threading.Event()
+    started: list[subprocess.Popen[str]] = []
+
+    def stop(number: int, _: object) -> None:
+        stopping.set()
+        for process in started:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, stop) for number in STOP}
+    ended = threading.Semaphore(0)
+    readers: list[threading.Thread] = []
+    try:
+        for command in commands:
+            process = _start(command, {**os.environ, **(environment or {})})
+            started.append(process)
+            reader = threading.Thread(target=_read, args=(service, process, ended), daemon=True)
+            reader.start()
+            readers.append(reader)
+        while not ended.acquire(timeout=1.0):  # a signal's handler runs between two waits
+            pass
+        first = next(p for p in started if p.poll() is not None)
+    finally:
+        for process in started:
+            if process.poll() is None and not stopping.is_set():
+                process.terminate()
+        for process in started:
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for reader in readers:
+        reader.join(1.0)
+    return first.returncode if first.returncode >= 0 else 128 - first.returncode
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    libc = ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        libc.prctl(_END_WITH_PARENT, signal.SIGKILL)
+
+    try:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=end_with_parent,
+        )
+    except OSError as error:
+        raise InputError(
+            f"{command[0]} cannot be started: {error.strerror}; install it, or mend PATH"
+        ) from None
+
+
+def _read(service: str, process: subprocess.Popen[str], ended: threading.Semaphore) -> None:
+    """Pass on one process's lines.
+
+    Its pipe may stay open in processes that it left behind: its end is what counts.
+    """
+    waiter = threading.Thread(target=lambda: (process.wait(), ended.release()), daemon=True)
+    waiter.start()
+    assert process.stdout is not None
+    level = "info"
+    for line in process.stdout:
+        if made := record(service, line, level):
+            level = made["level"]
+            sys.stdout.write(json.dumps(made) + "\n")
+            sys.stdout.flush()

@@ -1,0 +1,25 @@
+"""Our own log of a process that serves in a deployment."""
+
+import logging
+import os
+
+_VARIABLE = "FEDLORA_LOG"
+
+
+def want() -> None:
+    """Have the apps that this process starts log to stderr."""
+    os.environ[_VARIABLE] = "stderr"
+
+
+def wanted() -> bool:
+    """Whether the process that started this one wants that."""
+    return os.environ.get(_VARIABLE) == "stderr"
+
+
+def to_stderr() -> None:
+    """Write what ``fedlora`` logs to stderr, in the form that Flower's own log has."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s : %(message)s"))
+    logger = logging.getLogger("fedlora")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,207 @@
+"""A rehearsal: what `fedlora deploy init` made, filled with records and ledgers, in the harness."""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import tomli_w
+
+from client import executor
+from client.ledger import Ledger
+from fedlora import config as configuration
+from server.run_directory import read_records
+from tests.deployment import harness
+
+NAMES = ("a", "b", "c")
+BANKS = {"Alpha": "a", "Beta": "b", "Gamma": "c"}
+LABELS = ["card", "fraud", "loan"]
+MODEL = "/models/tiny"
+USER = 10001
+PLAIN = {
+    "model.name": MODEL,
+    "model.dtype": "fp32",
+    "data.source": configuration.INSTITUTIONS,
+    "data.institutions": len(NAMES),
+    "data.labels": json.dumps(LABELS),
+    "data.test-source": "/configs/test.csv",
+    "training.local-steps": 2,
+    "training.sample-rate": 0.25,
+    "training.max-length": 16,
+    "federation.rounds": 2,
+    "federation.server-optimizer": "adam",
+    "federation.server-learning-rate": 0.01,
+    "federation.timeout": 120.0,
+    "privacy.epsilon": float("inf"),
+}
+PRIVATE = {"privacy.epsilon": 4.0, "privacy.delta": 1e-4, "privacy.accountant": "rdp"}
+"""What differs from PLAIN under DP."""
+
+
+class Rehearsal(harness.Federation):
+    """A federation with the directory that it is mounted from, and what an operator does."""
+
+    def __init__(
+        self,
+        directory: Path,
+        scratch: Path,
+        model: Path,
+        *rogues: str,
+        volumes: Mapping[str, list[str]],
+    ) -> None:
+        self.directory = directory
+        here = Path(__file__).parent
+        app = [f"{here}/misbehaving.py:/app/client/app.py:ro"]
+        app.append(f"{harness.ROOT}/client/app.py:/honest/app.py:ro")
+        super().__init__(
+            directory / ".env",
+            scratch,
+            image_files={MODEL: model},
+            volumes={**volumes, **{f"institution-{name}": app for name in rogues}},
+        )
+
+    def deploy(self, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+        """`docker compose exec server fedlora deploy ...`."""
+        return self.exec("server", "fedlora", "deploy", *arguments, **{"check": False, **options})
+
+    def submit(self, name: str, *, wait: bool = True, **values: Any) -> dict[str, Any]:
+        """Submit PLAIN with these values; gives what the command says at its end."""
+        config = configuration.from_flat(PLAIN | values)
+        file = self.directory / "server" / "configs" / f"{name}.toml"
+        file.write_text(config.to_toml())
+        more = ["--wait"] if wait else []
+        done = self.deploy(
+            "submit", f"/configs/{name}.toml", "--name", name, "--json", *more, timeout=600
+        )
+        assert done.stdout.startswith("{"), done.stdout + done.stderr
+        said = json.loads(done.stdout)
+        assert (done.returncode == 0) == (said["state"] in ("completed", "running"))
+        return said
+
+    def status(self, name: str) -> dict[str, Any]:
+        """What `fedlora deploy status` says of a run."""
+        return json.loads(self.deploy("status", name, "--json").stdout)
+
+    def results(self, name: str) -> Path:
+        """A run's directory."""
+        return self.directory / "results" / name
+
+    def rounds(self, name: str) -> list[dict[str, Any]]:
+        """Its lines of rounds.jsonl."""
+        return read_records(self.results(name))
+
+    def folder(self, institution: str) -> Path:
+        """An institution's own directory."""
+        return self.directory / "institutions" / institution
+
+    def spent(self, institution: str) -> float:
+        """Epsilon in an institution's ledger."""
+        with Ledger.open(self.folder(institution) / "ledger" / "ledger.db") as ledger:
+            return ledger.show()["epsilon"]
+
+    def misbehave(self, institution: str, **rounds: str) -> None:
+        """Say how an institution misbehaves (`misbehaving`): r1="nan" is for round 1."""
+        how = {name.removeprefix("r"): word for name, word in rounds.items()}
+        (self.folder(institution) / "state" / "misbehave.json").write_text(json.dumps(how))
+
+    def until(self, what: Callable[[], Any], seconds: float = 300.0) -> None:
+        """Wait for something to be so."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, "waited in vain\n" + self.log("server")[-3000:]
+            time.sleep(0.2)
+
+    def pause(self, seconds: float) -> None:
+        """Let a fault last."""
+        time.sleep(seconds)
+
+    def answering(self, institution: str) -> bool:
+        """Whether an institution works on a message now."""
+        return any(
+            process.name() == executor.TITLE
+            for process in self.processes(f"institution-{institution}")
+        )
+
+    def ended(self, run: str) -> dict[str, Any]:
+        """What became of a run, once it has ended."""
+        self.until(lambda: self.submission(run)["state"] != "running")
+        return self.submission(run)
+
+    def submission(self, run: str) -> dict[str, Any]:
+        """What the server has written down of a run."""
+        return json.loads((self.results(run) / "submission.json").read_text())
+
+    def settings(self, institution: str, **values: Any) -> None:
+        """Change an institution's own settings."""
+        file = self.folder(institution) / "institution.toml"
+        known = tomllib.loads(file.read_text())
+        new = {key.replace("_", "-"): value for key, value in values.items()}
+        file.write_text(tomli_w.dumps(known | new))  # in place: the mount is of this very file
+
+
+def write_rows(path: Path, rows: list[Mapping[str, str]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label", "bank", "customer"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def split(complaints: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Rows of the server's own to measure on, and all institutions' rows."""
+    with complaints.open(newline="") as file:
+        table = [row for row in csv.DictReader(file) if row["bank"] in BANKS]
+    test, train = table[:45], table[45:]
+    known = {row["text"] for row in test}
+    renamed = [{**row, "bank": BANKS[row["bank"]]} for row in train if row["text"] not in known]
+    return test, renamed
+
+
+def prepare(directory: Path, complaints: Path, names: tuple[str, ...] = NAMES) -> None:
+    """What operator and institutions do before `docker compose up`."""
+    command = [sys.executable, "-m", "experiments.cli", "deploy", "init", str(directory)]
+    subprocess.run([*command, "--institutions", ",".join(names)], check=True, cwd=harness.ROOT)
+    test, train = split(complaints)
+    write_rows(directory / "server" / "configs" / "test.csv", test)
+    for name in names:
+        folder = directory / "institutions" / name
+        write_rows(folder / "data" / "records.csv", [row for row in train if row["bank"] == name])
+        file = folder / "institution.toml"
+        own = {"labels": LABELS, "models": [MODEL], "without-dp": True, "max-run-epsilon": 5.0}
+        file.write_text(tomli_w.dumps(tomllib.loads(file.read_text()) | own))
+        Ledger.create(
+            folder / "ledger" / "ledger.db", max_epsilon=50.0, delta=1e-4, accountant="rdp"
+        )
+    if os.geteuid() == 0:
+        for path in (directory / "institutions", directory / "server"):
+            for file in (path, *path.rglob("*")):
+                os.chown(file, USER, USER)
+
+
+@contextlib.contextmanager
+def rehearsal(
+    scratch: Path,
+    model: Path,
+    complaints: Path,
+    *rogues: str,
+    volumes: Mapping[str, list[str]] = MappingProxyType({}),
+) -> Iterator[Rehearsal]:
+    """A federation of three institutions, not started; ``rogues`` misbehave when they are told."""
+    if reason := harness.unavailable():
+        pytest.skip(reason)
+    prepare(scratch / "deployment", complaints)
+    image = scratch / "model"
+    shutil.copytree(model, image)
+    for path in (image, *image.iterdir()):  # an image's files can be read by its user
+        path.chmod(path.stat().st_mode | 0o555)
+    with Rehearsal(scratch / "deployment", scratch, image, *rogues, volumes=volumes) as made:
+        yield made

@@ -1,0 +1,161 @@
+"""What breaks in a federation, and what then happens. One federation, many runs."""
+
+import json
+import math
+
+import pytest
+
+from tests.deployment.conftest import PRIVATE, rehearsal
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, tiny_encoder, complaints):
+    scratch = tmp_path_factory.mktemp("faults")
+    with rehearsal(scratch, tiny_encoder, complaints, "a", "b", "c") as made:
+        for name in ("a", "b", "c"):
+            made.settings(name, max_seconds=45.0)
+        made.up()
+        yield made
+
+
+@pytest.fixture
+def federation(shared):
+    """Everything up and well behaved, before and after."""
+    yield shared
+    for name in shared.names:
+        if not shared.running(name):
+            shared.start(name)
+    for name in ("a", "b", "c"):
+        shared.misbehave(name)
+    shared.up()
+
+
+def _updates(federation, run):
+    return [record["updates"] for record in federation.rounds(run)]
+
+
+def _rejected(federation, run):
+    return [record["aggregation"]["rejected"] for record in federation.rounds(run)]
+
+
+def test_a_client_app_that_raises_dies_or_hangs_fails_its_round_by_name_and_works_in_the_next(
+    federation,
+):
+    federation.misbehave("c", r1="raise the chargeback of Mrs Example", r3="hang", r5="die")
+    values = {"federation.rounds": 6, "federation.timeout": 120.0}
+    assert federation.submit("app", **values)["state"] == "completed"
+    raised, *_, hung, after, died, last = _rejected(federation, "app")
+    assert raised == {"c": "failed"}
+    assert hung == {"c": "timed-out"}
+    assert list(died) == ["c"] and died["c"] in ("client-crashed", "reply-lost", "no-answer")
+    assert after == last == {}
+    assert _updates(federation, "app") == [2, 3, 2, 3, 2, 3]
+    assert not any("Mrs Example" in federation.log(name) for name in federation.names)
+
+
+def test_an_institution_killed_in_mid_round_misses_it_and_its_ledger_holds_the_charge(federation):
+    before = federation.spent("c")
+    federation.misbehave("c", r1="slow")
+    federation.submit(
+        "killed", wait=False, **PRIVATE, **{"federation.rounds": 6, "federation.timeout": 60.0}
+    )
+    federation.until(lambda: federation.spent("c") > before)
+    federation.kill("institution-c")
+    charged = federation.spent("c")
+    federation.start("institution-c")
+    assert federation.ended("killed")["state"] == "completed"
+    records = federation.rounds("killed")
+    assert list(records[0]["aggregation"]["rejected"]) == ["c"] and records[0]["updates"] == 2
+    # the SuperLink holds its place for a minute before it lets it in again, under the same name
+    back = [record["round"] for record in records[1:] if "c" in record["institutions"]]
+    assert back == list(range(back[0], 7))
+    assert all(record["updates"] == record["asked"] for record in records[1:])
+    assert before < charged < federation.spent("c")
+    stated = json.loads((federation.results("killed") / "privacy.json").read_text())
+    assert stated["institutions"]["c"]["ledger_epsilon"] == pytest.approx(federation.spent("c"))
+
+
+def test_a_link_that_is_cut_for_thirty_seconds_is_waited_for_and_nothing_counts_twice(federation):
+    before = {name: federation.spent(name) for name in ("a", "c")}
+    federation.misbehave("c", r2="slow")
+    federation.submit("cut", wait=False, **PRIVATE, **{"federation.rounds": 3})
+    federation.until(lambda: len(federation.rounds("cut")) == 1)
+    federation.until(lambda: federation.answering("c"))
+    federation.cut("institution-c")
+    federation.pause(30)
+    assert len(federation.rounds("cut")) == 1
+    federation.restore("institution-c")
+    assert federation.ended("cut")["state"] == "completed"
+    assert _updates(federation, "cut") == [3, 3, 3]
+    assert federation.rounds("cut")[1]["seconds"] >= 30
+    spent = {name: federation.spent(name) - before[name] for name in before}
+    assert spent["c"] > 0 and math.isclose(spent["a"], spent["c"], rel_tol=1e-6)
+
+
+def test_one_joins_late_and_one_leaves_for_good(federation):
+    federation.stop("institution-c")
+    values = {"data.institutions": 2, "federation.rounds": 8}
+    federation.submit("changing", wait=False, **values)
+    federation.until(lambda: len(federation.rounds("changing")) == 1)
+    federation.start("institution-c")
+    asked = lambda: federation.rounds("changing")[-1]["institutions"]  # noqa: E731
+    federation.until(lambda: "c" in asked())
+    federation.stop("institution-b")
+    assert federation.ended("changing")["state"] == "completed"
+    records = federation.rounds("changing")
+    assert len(records) == 8
+    assert set(records[0]["institutions"]) == {"a", "b"}
+    assert set(records[-1]["institutions"]) == {"a", "c"} and records[-1]["updates"] == 2
+
+
+@pytest.mark.parametrize("service", ["superlink", "gateway", "server"])
+def test_a_run_outlives_what_is_killed_and_restarted(federation, service):
+    run = f"without-{service}"
+    federation.submit(run, wait=False, **{"federation.rounds": 4})
+    federation.until(lambda: len(federation.rounds(run)) == 1)
+    federation.kill(service)
+    federation.pause(3)
+    federation.start(service)
+    assert federation.ended(run)["state"] == "completed"
+    records = federation.rounds(run)
+    assert [record["round"] for record in records] == [1, 2, 3, 4]
+    assert records[-1]["updates"] == 3
+    assert (federation.results(run) / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_full_disk_and_a_ledger_that_cannot_be_written_are_refused_with_a_reason(federation):
+    run, inside = "disk", ("institution-c", "sh", "-c")
+    fill = "cp -a /ledger /tmp/kept && mount -t tmpfs -o size=256k,mode=777 tmpfs /ledger"
+    fill += " && cp -a /tmp/kept/. /ledger/ && dd if=/dev/zero of=/ledger/full bs=4k; true"
+    federation.submit(run, wait=False, **PRIVATE, **{"federation.rounds": 12})
+
+    def reason():
+        """Why c had no part in a whole round from now on."""
+        begun = len(federation.rounds(run)) + 2
+        federation.until(lambda: len(federation.rounds(run)) >= begun)
+        return federation.rounds(run)[begun - 1]["aggregation"]["rejected"].get("c", "")
+
+    federation.until(lambda: federation.rounds(run))
+    federation.exec(*inside, fill, root=True)
+    full = reason()
+    federation.exec(*inside, "umount -l /ledger && mount -o remount,bind,ro /ledger", root=True)
+    read_only = reason()
+    federation.exec(*inside, "mount -o remount,bind,rw /ledger", root=True)
+    again = reason()
+    assert federation.ended(run)["state"] == "completed"
+    assert full.startswith("ledger-") and read_only.startswith("ledger-") and not again
+    assert all(record["updates"] >= 2 for record in federation.rounds(run))
+
+
+def test_without_any_institution_the_run_ends_with_an_error_and_its_checkpoint(federation):
+    values = {"federation.rounds": 6, "federation.timeout": 60.0}
+    federation.submit("alone", wait=False, **values)
+    federation.until(lambda: len(federation.rounds("alone")) == 1)
+    for name in ("a", "b", "c"):
+        federation.kill(f"institution-{name}")
+    assert federation.ended("alone")["state"] == "failed"
+    assert "no institution" in federation.submission("alone")["details"]
+    assert federation.deploy("status", "alone").returncode == 1
+    assert sorted((federation.results("alone") / "checkpoints").iterdir())
