@@ -125,6 +125,8 @@ def by_round(
         axes.set_xlabel("round")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if len({value for _, x, _, _ in lines for value in x}) == 1:
+            axes.set_xlim(lines[0][1][0] - 1, lines[0][1][0] + 1)
         known = [value for _, _, y, _ in lines for value in y]
         if known and 0 < 20 * min(known) < max(known):
             axes.set_yscale("log")

@@ -204,13 +204,14 @@ def _quality(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
         if points:
             lines.append((of, list(points), list(points.values()), [None] * len(points)))
     if lines:
-        title = "Quality on held-out rows by round, and the epsilon spent"
+        epsilons = figures.last_of(records, "epsilon_max")
+        title = "Quality on held-out rows by round" + ", and the epsilon spent" * bool(epsilons)
         shown[title] = figures.by_round(
             "quality",
             title,
             lines,
             label="share of held-out rows",
-            epsilons=figures.last_of(records, "epsilon_max"),
+            epsilons=epsilons,
             shares=True,
         )
     tables: list[Table] = []
