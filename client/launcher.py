@@ -20,7 +20,13 @@ from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
 from client import executor
 
-IMPORTED = ["client.launcher", "client.executor", "client.app", "peft", "opacus"]
+IMPORTED = [
+    "flwr.supercore.cli.flower_superexec",
+    "client.executor",
+    "client.app",
+    "peft",
+    "opacus",
+]
 
 
 class InstalledApp(SubprocessExecutor):

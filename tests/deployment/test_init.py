@@ -1,0 +1,184 @@
+"""What `fedlora deploy init` makes, and what it refuses."""
+
+import ssl
+import stat
+import subprocess
+import sys
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from typer.testing import CliRunner
+
+from client import node, settings
+from experiments.cli import app
+from experiments.deploy import init
+from fedlora import config
+from fedlora.errors import InputError
+
+
+@pytest.fixture
+def made(tmp_path):
+    init.make(tmp_path / "d", ["a", "b"], host="fed.example.org", port=9443)
+    return tmp_path / "d"
+
+
+def test_every_secret_is_for_its_owner_alone(made):
+    secret = [*made.rglob("*.key"), *made.rglob("*.secret")]
+    assert len(secret) == 7  # CA, gateway, SuperLink, two institutions, the secret twice
+    assert {stat.S_IMODE(file.stat().st_mode) for file in secret} == {0o600}
+
+
+def test_private_keys_are_in_their_institutions_folders_only(made):
+    for name in "ab":
+        private = (made / "institutions" / name / "keys" / "node.key").read_bytes()
+        holders = [f for f in made.rglob("*") if f.is_file() and f.read_bytes() == private]
+        assert holders == [made / "institutions" / name / "keys" / "node.key"]
+        public = (made / "server" / "institutions" / f"{name}.pub").read_bytes()
+        assert serialization.load_ssh_private_key(
+            private, None
+        ).public_key() == serialization.load_ssh_public_key(public)
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("gateway", {"fed.example.org", "gateway", "localhost"}),
+        ("superlink", {"superlink", "localhost"}),
+    ],
+)
+def test_a_certificate_names_its_server_and_passes_strict_checks(made, folder, names):
+    pem = made / folder / "server.pem"
+    certificate = x509.load_pem_x509_certificate(pem.read_bytes())
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert set(found.get_values_for_type(x509.DNSName)) == names
+    assert [str(ip) for ip in found.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    assert _handshake(made, folder, "localhost")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        _handshake(made, folder, "other.example.org")
+
+
+def _handshake(made, folder, host):
+    """A TLS handshake in memory, with the strictest checks that Python has."""
+    client = ssl.create_default_context(cafile=str(made / "ca" / "ca.crt"))
+    client.verify_flags |= ssl.VERIFY_X509_STRICT
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(made / folder / "server.pem", made / folder / "server.key")
+    one, two = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(one, two, server_hostname=host),
+        server.wrap_bio(two, one, server_side=True),
+    ]
+    done = set()
+    for _ in range(10):
+        for end in ends:
+            try:
+                end.do_handshake()
+                done.add(end)
+            except ssl.SSLWantReadError:
+                pass
+    return len(done) == 2
+
+
+def test_its_settings_and_its_example_run_are_valid(made):
+    own = settings.load(str(made / "institutions" / "a" / "institution.toml"))
+    assert (own.name, own.gateway, own.key) == ("a", "gateway:8443", "/keys/node.key")
+    run = config.load(made / "server" / "configs" / "run.toml")
+    assert run.deployed
+    assert run.data.institutions == 2
+    assert run.data.labels == own.labels
+
+
+def test_flowers_node_reads_the_key(made):
+    """The SuperNode's own reader; it would exit where the key did not suit it."""
+    from flwr.supernode.cli.flower_supernode import load_ssh_private_key
+
+    key = load_ssh_private_key(
+        (made / "institutions" / "a" / "keys" / "node.key").read_bytes(), None
+    )
+    assert key.curve.name == "secp384r1"
+
+
+def test_the_environment_is_that_of_the_compose_file(made):
+    lines = dict(line.split("=", 1) for line in (made / ".env").read_text().splitlines())
+    assert set(lines) == {"FEDLORA_DIR", "FEDLORA_USER", "FEDLORA_PORT"}
+    assert lines["FEDLORA_DIR"] == str(made)
+    assert lines["FEDLORA_PORT"] == "9443"
+    owner = (made / "institutions" / "a" / "keys" / "node.key").stat()
+    assert lines["FEDLORA_USER"] == f"{owner.st_uid}:{owner.st_gid}"
+
+
+@pytest.mark.parametrize(
+    ("names", "host", "port", "words"),
+    [
+        (["a/b"], "h", 1, "'a/b'"),
+        (["a", "a"], "h", 1, "twice"),
+        ([".."], "h", 1, "begins with"),
+        (["a"], "a b", 1, "--host"),
+        (["a"], "h", 0, "--port is 0"),
+    ],
+)
+def test_bad_input_leaves_nothing(tmp_path, names, host, port, words):
+    with pytest.raises(InputError, match=words):
+        init.make(tmp_path / "d", names, host=host, port=port)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_never_overwrites(made):
+    before = {f: f.read_bytes() for f in made.rglob("*") if f.is_file()}
+    done = CliRunner().invoke(app, ["deploy", "init", str(made), "--institutions", "c"])
+    assert done.exit_code == 2
+    assert {f: f.read_bytes() for f in made.rglob("*") if f.is_file()} == before
+
+
+def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(init, "_institution", full)
+    with pytest.raises(OSError):
+        init.make(tmp_path / "d", ["a"], host="h", port=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_institution_is_added_and_certificates_are_renewed_under_the_same_ca(made):
+    before = (made / "ca" / "ca.crt").read_bytes()
+    old = (made / "gateway" / "server.pem").read_bytes()
+    init.add(made, "c")
+    init.renew(made, host="fed.example.org")
+    assert (made / "server" / "institutions" / "c.pub").exists()
+    assert (made / "institutions" / "c" / "keys" / "ca.crt").read_bytes() == before
+    assert (made / "gateway" / "server.pem").read_bytes() != old
+    assert _handshake(made, "gateway", "localhost")
+    with pytest.raises(InputError, match="already"):
+        init.add(made, "c")
+
+
+def test_a_node_starts_only_with_a_key_of_its_own(made, tmp_path):
+    file = made / "institutions" / "a" / "institution.toml"
+    file.write_text(file.read_text().replace('"/keys/', '"keys/').replace('"/state"', '"state"'))
+    own = settings.load(str(file))
+    node.check(own)
+    (made / "institutions" / "a" / "keys" / "node.key").chmod(0o640)
+    with pytest.raises(InputError, match="chmod 600"):
+        node.check(own)
+
+
+def test_a_node_is_healthy_while_it_holds_its_state(made):
+    file = made / "institutions" / "a" / "institution.toml"
+    file.write_text(file.read_text().replace('"/state"', '"state"'))
+    own = settings.load(str(file))
+    assert not node.healthy(own)
+    hold = (
+        "import sys; from client import node, settings\n"
+        f"with node.running(settings.load({str(file)!r})): print('held', flush=True); input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert node.healthy(own)
+        with pytest.raises(InputError, match="another node"), node.running(own):
+            pass
+        other.kill()
+    assert not node.healthy(own)

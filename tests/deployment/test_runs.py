@@ -1,0 +1,248 @@
+"""Submissions against a SuperLink that is a dictionary: what is true, and what goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.deploy import flower, runs
+from experiments.deploy.flower import FlowerError
+from fedlora import config
+from fedlora.errors import InputError
+
+
+class Link:
+    """A SuperLink: run -> its status and details."""
+
+    def __init__(self):
+        self.runs = {}
+        self.configs = []
+        self.broken = False
+
+    def start(self, server, directory, values):
+        assert (directory / "pyproject.toml").exists()
+        if self.broken:
+            raise FlowerError("the SuperLink is away")
+        self.configs.append(dict(values))
+        run = str(len(self.runs) + 1)
+        self.runs[run] = ("running", "")
+        return run
+
+    def status(self, server, run):
+        return self.runs.get(run, ("unknown", ""))
+
+    def stop(self, server, run):
+        self.runs[run] = ("finished:stopped", "")
+
+
+@pytest.fixture
+def link(monkeypatch):
+    made = Link()
+    for name in ("start", "status", "stop"):
+        monkeypatch.setattr(flower, name, getattr(made, name))
+    return made
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    for name in ("keys", "institutions", "results", "home"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "keys" / "ca.crt").touch()
+    (tmp_path / "keys" / "superexec.secret").touch()
+    monkeypatch.setenv("FEDLORA_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("FEDLORA_INSTITUTIONS", str(tmp_path / "institutions"))
+    monkeypatch.setenv("FEDLORA_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("FEDLORA_SUPERLINK", "localhost:1")
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    return flower.server()
+
+
+@pytest.fixture
+def deployed():
+    values = {
+        "data.source": "institutions",
+        "data.institutions": 3,
+        "data.labels": '["it\'s", "b"]',
+    }
+    return config.from_flat(values)
+
+
+def _finish(submission, link, *, result=True, status="finished:completed", details=""):
+    link.runs[submission.runs[-1]] = (status, details)
+    if result:
+        (submission.directory / "result.json").write_text('{"accuracy": 0.5}')
+
+
+def _round(submission, number):
+    with (submission.directory / "rounds.jsonl").open("a") as file:
+        file.write(json.dumps({"round": number}) + "\n")
+
+
+def test_a_submission_carries_the_whole_configuration_and_its_directory(here, link, deployed):
+    made = runs.submit(here, deployed, "one")
+    (sent,) = link.configs
+    assert sent == {**deployed.flat(), "run-dir": str(here.results / "one")}
+    assert runs.find(here, "one") == made
+    assert made.state == "running"
+
+
+def test_the_directory_of_a_submission_is_free_for_the_run(here, link, deployed):
+    from server.run_directory import RunDirectory
+
+    made = runs.submit(here, deployed, "one")
+    assert RunDirectory(made.directory).check(config.from_flat(made.config)) is False
+
+
+def test_what_the_superlink_does_not_take_leaves_nothing(here, link, deployed):
+    link.broken = True
+    with pytest.raises(FlowerError):
+        runs.submit(here, deployed, "one")
+    assert not (here.results / "one").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a b", ".x"])
+def test_a_name_is_no_path(here, link, deployed, name):
+    with pytest.raises(InputError, match="--name"):
+        runs.submit(here, deployed, name)
+    assert not link.runs
+
+
+def test_a_simulations_configuration_and_a_taken_name_are_refused(here, link, deployed):
+    with pytest.raises(InputError, match="institutions"):
+        runs.submit(here, config.from_flat({}), "one")
+    runs.submit(here, deployed, "one")
+    with pytest.raises(InputError, match="another --name"):
+        runs.submit(here, deployed, "one")
+
+
+@pytest.mark.parametrize(
+    ("result", "status", "details", "state"),
+    [
+        (True, "finished:completed", "", "completed"),
+        (False, "finished:completed", "", "failed"),
+        (True, "finished:failed", "ServerApp failed with exception: no one left", "failed"),
+        (False, "finished:stopped", "", "stopped"),
+        (True, "running", "", "running"),
+        (False, "finished:failed", runs.INTERRUPTED[0], "running"),
+    ],
+)
+def test_completed_means_a_result_and_flowers_word(
+    here, link, deployed, result, status, details, state
+):
+    _finish(runs.submit(here, deployed, "one"), link, result=result, status=status, details=details)
+    found = runs.observe(here, "one")
+    assert found.state == state
+    assert runs.find(here, "one").state == state
+    assert "exception" not in found.details
+
+
+def test_a_run_whose_server_died_goes_on_in_the_same_directory(here, link, deployed):
+    made = runs.submit(here, deployed, "one")
+    assert runs.proceed(here) == []  # it runs
+    (line,) = runs.proceed(here, orphaned=True)
+    assert "goes on after round 0" in line
+    assert link.runs == {"1": ("finished:stopped", ""), "2": ("running", "")}
+    assert link.configs[0] == link.configs[1]
+    again = runs.find(here, "one")
+    assert again.runs == ("1", "2")
+    _finish(again, link)
+    runs.proceed(here)
+    assert runs.find(here, "one").state == "completed"
+    assert runs.proceed(here, orphaned=True) == []
+    assert made.directory == again.directory
+
+
+def test_a_run_that_waits_for_a_server_is_left_alone(here, link, deployed):
+    runs.submit(here, deployed, "one")
+    link.runs["1"] = ("pending", "")
+    assert runs.proceed(here, orphaned=True) == []
+
+
+def test_a_run_that_the_superlink_forgot_is_submitted_again(here, link, deployed):
+    runs.submit(here, deployed, "one")
+    del link.runs["1"]
+    link.runs["other"] = ("running", "")
+    assert len(runs.proceed(here)) == 1
+
+
+def test_a_run_that_never_gets_on_is_given_up(here, link, deployed):
+    made = runs.submit(here, deployed, "one")
+    lost = ("finished:failed", runs.INTERRUPTED[0])
+    for number in range(1, 20):
+        link.runs[runs.find(here, "one").runs[-1]] = lost
+        if number == 3:
+            _round(made, 1)
+        runs.proceed(here)
+    found = runs.find(here, "one")
+    assert found.state == "failed"
+    assert len(found.runs) == 3 + runs.TRIES  # a new round counts anew
+
+
+def test_a_stopped_run_stays_stopped(here, link, deployed):
+    runs.submit(here, deployed, "one")
+    assert runs.stop(here, "one").state == "stopped"
+    assert runs.proceed(here, orphaned=True) == []
+    assert link.runs == {"1": ("finished:stopped", "")}
+
+
+def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deployed, monkeypatch):
+    made = runs.submit(here, deployed, "one")
+    steps = iter(
+        [
+            lambda: _round(made, 1),
+            lambda: runs.proceed(here, orphaned=True),
+            lambda: _round(made, 2),
+            lambda: _finish(runs.find(here, "one"), link),
+            lambda: runs.proceed(here),
+        ]
+    )
+    monkeypatch.setattr(runs.time, "sleep", lambda _: next(steps)())
+    shown = []
+    assert runs.follow(here, "one", lambda r: shown.append(r["round"])).state == "completed"
+    assert shown == [1, 2]
+
+
+def test_exit_codes_tell_the_truth(here, link, deployed, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(deployed.to_toml())
+    cli = CliRunner()
+    assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "one"]).exit_code == 0
+    assert cli.invoke(app, ["deploy", "status", "one"]).exit_code == 3
+    assert cli.invoke(app, ["deploy", "results", "one"]).exit_code == 1
+    _finish(runs.find(here, "one"), link)
+    assert cli.invoke(app, ["deploy", "status", "one", "--json"]).exit_code == 0
+    got = cli.invoke(app, ["deploy", "results", "one", "--json"])
+    assert json.loads(got.stdout) == {"accuracy": 0.5}
+    assert cli.invoke(app, ["deploy", "results", "two"]).exit_code == 2
+    assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "one"]).exit_code == 2
+
+
+def test_waiting_for_a_run_that_fails_exits_with_1(here, link, deployed, tmp_path, monkeypatch):
+    file = tmp_path / "run.toml"
+    file.write_text(deployed.to_toml())
+
+    def fail(_):
+        _finish(runs.find(here, "one"), link, result=False, status="finished:failed", details="x")
+        runs.observe(here, "one")
+
+    monkeypatch.setattr(runs.time, "sleep", fail)
+    done = CliRunner().invoke(app, ["deploy", "submit", str(file), "--name", "one", "--wait"])
+    assert done.exit_code == 1
+    assert "failed: x" in done.stdout
+
+
+def test_a_missing_environment_is_one_line(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="FEDLORA_KEYS is not set"):
+        flower.server({})
+    values = dict.fromkeys(
+        ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS"), str(tmp_path)
+    )
+    with pytest.raises(InputError, match=r"ca\.crt is missing"):
+        flower.server({**values, "FEDLORA_SUPERLINK": "x", "FLWR_HOME": "y"})
+
+
+def test_the_app_that_is_packed_is_the_installed_one():
+    assert (runs.APP / "pyproject.toml").exists()
+    assert Path(runs.__file__).is_relative_to(runs.APP)

@@ -1,0 +1,85 @@
+"""Lines of logs as JSON, and processes that end together."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.deploy import service
+
+
+@pytest.mark.parametrize(
+    ("line", "level", "message"),
+    [
+        (
+            "\x1b[92mINFO \x1b[0m:      Starting Flower SuperNode",
+            "info",
+            "Starting Flower SuperNode",
+        ),
+        ("WARNING :  refused: x: y", "warning", "refused: x: y"),
+        ("2026-11-25T09:37:37.813Z INFO [uvicorn.error] up", "info", "[uvicorn.error] up"),
+        ("2026/11/25 09:00:00 [crit] 12#12: *1 no", "critical", "*1 no"),
+        ('{"level": "error", "message": "m", "other": 1}', "error", "m"),
+        ('{"no": "level"}', "info", '{"no": "level"}'),
+        ("plain", "info", "plain"),
+    ],
+)
+def test_a_line_becomes_a_record(line, level, message):
+    made = service.record("s", line + "\n")
+    assert (made["service"], made["level"], made["message"]) == ("s", level, message)
+    assert made["time"].endswith("Z")
+
+
+def test_lines_that_say_nothing_are_left_out_and_a_traceback_stays_an_error():
+    assert service.record("s", "\x1b[92mINFO \x1b[0m:      \n") is None
+    assert service.record("s", "  File x, line 3", "error")["level"] == "error"
+    assert service.record("s", "text", "warning")["level"] == "info"
+
+
+def _service(*command):
+    return [sys.executable, "-m", "experiments.cli", "service", "s", "--", *command]
+
+
+def test_its_output_is_json_and_its_exit_code_is_passed_on():
+    script = 'echo \'ERROR : no\'; echo \'{"level": "info", "message": "x"}\' >&2; exit 7'
+    done = subprocess.run(_service("sh", "-c", script), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {(x["level"], x["message"]) for x in lines} == {("error", "no"), ("info", "x")}
+
+
+def test_a_program_that_is_not_there_is_bad_input():
+    done = subprocess.run(_service("no-such-program"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "no-such-program cannot be started" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_it(number):
+    script = "echo $$; exec sleep 60"
+    with subprocess.Popen(_service("sh", "-c", script), stdout=subprocess.PIPE, text=True) as one:
+        child = int(json.loads(one.stdout.readline())["message"])
+        one.send_signal(number)
+        assert one.wait(30) in (128 + number, -number)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and _alive(child):
+            time.sleep(0.05)
+        assert not _alive(child)
+
+
+def test_when_one_ends_the_others_are_ended(capfd):
+    started = time.monotonic()
+    assert service.run("s", [["sleep", "60"], ["sh", "-c", "exit 5"]]) == 5
+    assert time.monotonic() - started < 30
+
+
+def _alive(process):
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
