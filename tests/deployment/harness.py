@@ -42,7 +42,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
-PATIENCE = 120.0  # seconds for what is slow on a busy machine
+PATIENCE = 300.0  # seconds for what is slow on a busy machine
 
 ETC = ("passwd", "group", "nsswitch.conf", "ssl", "nginx", "ld.so.cache", "alternatives")
 
