@@ -464,9 +464,6 @@ class Federation:
             if Path(path).exists():
                 yield bind(path, path)
         yield f"mount -t tmpfs -o mode=1777,size=64m tmpfs {root}/dev/shm"
-        for path in dict.fromkeys((sys.base_prefix, sys.prefix)):
-            if not path.startswith("/usr/"):
-                yield bind(path, path)
         yield f"mkdir -p {root}/var/log/nginx {root}/var/lib/nginx {root}/run {root}/proc"
         for name in image()[0]:
             yield bind(ROOT / name, f"/app/{name}")
@@ -484,6 +481,9 @@ class Federation:
             target, _, options = entry.partition(":")
             yield f"mkdir -p {root}{target}"
             yield f"mount -t tmpfs -o {options or 'mode=1777'} tmpfs {root}{target}"
+        for path in dict.fromkeys((sys.base_prefix, sys.prefix)):  # may be under a tmpfs: last
+            if not path.startswith("/usr/"):
+                yield bind(path, path)
         start = [
             "set -eu",
             f"mount -t proc proc {root}/proc",
