@@ -241,9 +241,11 @@ def run_sweep(
         print(json.dumps(done))
     elif done["results"]:
         pooled, _ = results.tables(place, results.summary(place))
-        table = Table(*(Column(head, overflow="fold") for head in pooled[0]))
+        wide = ("macro-F1, %", "gain over local-dp", "MB moved", "seconds")  # in results.md
+        kept = [i for i, head in enumerate(pooled[0]) if head not in wide]
+        table = Table(*(Column(pooled[0][i], overflow="fold") for i in kept))
         for row in pooled[1:]:
-            table.add_row(*row)
+            table.add_row(*(row[i] for i in kept))
         console.print(table)
         console.print(f"report         {place / 'report.html'}", highlight=False, soft_wrap=True)
         console.print(f"results        {place / 'results.csv'}", highlight=False, soft_wrap=True)
