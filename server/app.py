@@ -1,11 +1,13 @@
 """The Flower ServerApp: read the configuration, run the rounds."""
 
+from pathlib import Path
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora import config as configuration
 from fedlora import logs
-from server import rounds
+from server import rounds, run_directory
 
 app = ServerApp()
 
@@ -15,4 +17,6 @@ def main(grid: Grid, context: Context) -> None:
     """Run every round that is left. Raises on failure: Flower counts a plain exit as success."""
     if logs.wanted():
         logs.to_stderr()
-    rounds.run(grid, configuration.from_context(context.run_config, context.run_id))
+    config = configuration.from_context(context.run_config, context.run_id)
+    with run_directory.alone(Path(config.run_dir)):
+        rounds.run(grid, config)

@@ -6,7 +6,9 @@ run's lines load no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -15,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,6 +192,24 @@ class RunDirectory:
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
         write_atomic(self.path / name, (json.dumps(_finite(content), indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process runs in this directory, and keep others out.
+
+    A run that goes on after its server was killed may start before the old process is gone. A
+    directory that is not there yet is nobody's.
+    """
+    if not path.is_dir():
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime import run_clientapp
 
 from client import app as client_app
@@ -19,7 +20,9 @@ SECRET = "Jane Doe, account 4711"
 
 
 @pytest.fixture
-def message():
+def message(monkeypatch):
+    for name in ("_task_id", "_run_id", "_node_id"):  # Flower gives a message the process's task
+        monkeypatch.setattr(TaskIdentity, name, 1)
     return Message(RecordDict({"x": ConfigRecord({"y": 1})}), 1, "train")
 
 
@@ -113,13 +116,13 @@ def test_an_app_that_hangs_is_answered_for_in_time(message, context, monkeypatch
 
 
 def test_an_app_in_time_is_not_ended(message, context, monkeypatch):
-    cancelled = []
-    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: cancelled.append(1))
+    timers = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda s, exit: timers.append(s))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", timers.clear)
     reply = Message(RecordDict(), reply_to=message)
     monkeypatch.setattr(executor, "installed_app", lambda: lambda m, c: reply)
     assert executor.answer(message, context) is reply
-    assert cancelled
-    faulthandler.cancel_dump_traceback_later()
+    assert not timers
 
 
 def test_what_an_app_raises_leaves_as_a_code_and_is_logged_by_its_place(

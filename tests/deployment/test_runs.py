@@ -1,6 +1,7 @@
 """Submissions against a SuperLink that is a dictionary: what is true, and what goes on."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,25 @@ def test_a_missing_environment_is_one_line(monkeypatch, tmp_path):
     )
     with pytest.raises(InputError, match=r"ca\.crt is missing"):
         flower.server({**values, "FEDLORA_SUPERLINK": "x", "FLWR_HOME": "y"})
+
+
+def test_two_servers_never_run_in_one_directory(tmp_path):
+    from server.run_directory import alone
+
+    held = threading.Event()
+
+    def second():
+        with alone(tmp_path):
+            held.set()
+
+    with alone(tmp_path):
+        other = threading.Thread(target=second)
+        other.start()
+        assert not held.wait(0.2)
+    assert held.wait(10)
+    other.join()
+    with alone(tmp_path / "not-there"):
+        assert not (tmp_path / "not-there").exists()
 
 
 def test_the_app_that_is_packed_is_the_installed_one():
