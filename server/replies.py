@@ -20,10 +20,11 @@ OF_RECORDS = ("guard", "failed")
 """Refusals that may depend on an institution's records."""
 FLOWER_ERRORS = {
     1: "load-error",
-    2: "client-crashed",
+    2: "client-raised",
     3: "message-lost",
     4: "reply-lost",
     5: "node-unavailable",
+    8: "client-crashed",
     100: "worker-died",
     101: "timeout",
 }

@@ -104,10 +104,10 @@ class Rehearsal(harness.Federation):
         """An institution's own directory."""
         return self.directory / "institutions" / institution
 
-    def spent(self, institution: str) -> float:
-        """Epsilon in an institution's ledger."""
+    def charges(self, institution: str) -> list[dict[str, Any]]:
+        """The entries of an institution's ledger."""
         with Ledger.open(self.folder(institution) / "ledger" / "ledger.db") as ledger:
-            return ledger.show()["epsilon"]
+            return ledger.show()["entries"]
 
     def misbehave(self, institution: str, **rounds: str) -> None:
         """Say how an institution misbehaves (`misbehaving`): r1="nan" is for round 1."""

@@ -438,7 +438,9 @@ class Federation:
             link = f"link{self._links}"
             self._links += 1
             service.links.append(link)
-            yield f"ip link add name eth{i} type veth peer name {link} netns 1"
+            # of its address, as Docker makes it: neighbours need not learn it anew after a restart
+            mac = ":".join(f"{int(part):02x}" for part in ("2", "66", *address.split(".")))
+            yield f"ip link add name eth{i} address {mac} type veth peer name {link} netns 1"
             yield f"nsenter --target 1 --net ip link set {link} master {network} up"
             yield f"ip addr add {address}/24 dev eth{i}"
             yield f"ip link set eth{i} up"

@@ -64,6 +64,6 @@ def app(message, context):
     elif how:
         update = UPDATES[how](wire.unpack_update(answered.content))
         return Message(wire.pack_update(update), reply_to=message)
-    elif message.metadata.message_type == "train":
+    elif "adapter" in answered.content:  # it trained, and did not refuse
         last.write_bytes(wire.update_to_bytes(wire.unpack_update(answered.content)))
     return answered

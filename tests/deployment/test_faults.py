@@ -1,8 +1,5 @@
 """What breaks in a federation, and what then happens. One federation, many runs."""
 
-import json
-import math
-
 import pytest
 
 from tests.deployment.conftest import PRIVATE, rehearsal
@@ -49,36 +46,33 @@ def test_a_client_app_that_raises_dies_or_hangs_fails_its_round_by_name_and_work
     raised, *_, hung, after, died, last = _rejected(federation, "app")
     assert raised == {"c": "failed"}
     assert hung == {"c": "timed-out"}
-    assert list(died) == ["c"] and died["c"] in ("client-crashed", "reply-lost", "no-answer")
+    assert died == {"c": "client-crashed"}
     assert after == last == {}
     assert _updates(federation, "app") == [2, 3, 2, 3, 2, 3]
     assert not any("Mrs Example" in federation.log(name) for name in federation.names)
 
 
 def test_an_institution_killed_in_mid_round_misses_it_and_its_ledger_holds_the_charge(federation):
-    before = federation.spent("c")
+    before = len(federation.charges("c"))
     federation.misbehave("c", r1="slow")
     federation.submit(
         "killed", wait=False, **PRIVATE, **{"federation.rounds": 6, "federation.timeout": 60.0}
     )
-    federation.until(lambda: federation.spent("c") > before)
+    federation.until(lambda: len(federation.charges("c")) > before)
     federation.kill("institution-c")
-    charged = federation.spent("c")
     federation.start("institution-c")
     assert federation.ended("killed")["state"] == "completed"
     records = federation.rounds("killed")
     assert list(records[0]["aggregation"]["rejected"]) == ["c"] and records[0]["updates"] == 2
     # the SuperLink holds its place for a minute before it lets it in again, under the same name
     back = [record["round"] for record in records[1:] if "c" in record["institutions"]]
-    assert back == list(range(back[0], 7))
+    assert back and back == list(range(back[0], 7))
     assert all(record["updates"] == record["asked"] for record in records[1:])
-    assert before < charged < federation.spent("c")
-    stated = json.loads((federation.results("killed") / "privacy.json").read_text())
-    assert stated["institutions"]["c"]["ledger_epsilon"] == pytest.approx(federation.spent("c"))
+    assert [entry["round"] for entry in federation.charges("c")[before:]] == [1, *back]
 
 
 def test_a_link_that_is_cut_for_thirty_seconds_is_waited_for_and_nothing_counts_twice(federation):
-    before = {name: federation.spent(name) for name in ("a", "c")}
+    before = {name: len(federation.charges(name)) for name in ("a", "c")}
     federation.misbehave("c", r2="slow")
     federation.submit("cut", wait=False, **PRIVATE, **{"federation.rounds": 3})
     federation.until(lambda: len(federation.rounds("cut")) == 1)
@@ -90,8 +84,8 @@ def test_a_link_that_is_cut_for_thirty_seconds_is_waited_for_and_nothing_counts_
     assert federation.ended("cut")["state"] == "completed"
     assert _updates(federation, "cut") == [3, 3, 3]
     assert federation.rounds("cut")[1]["seconds"] >= 30
-    spent = {name: federation.spent(name) - before[name] for name in before}
-    assert spent["c"] > 0 and math.isclose(spent["a"], spent["c"], rel_tol=1e-6)
+    for name, count in before.items():
+        assert [entry["round"] for entry in federation.charges(name)[count:]] == [1, 2, 3]
 
 
 def test_one_joins_late_and_one_leaves_for_good(federation):
