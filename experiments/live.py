@@ -96,7 +96,7 @@ def describe(
             parts.append(f"{key.replace('_', ' ')} {measured[key]:.3f}")
     spent = records[-1]["epsilon_max"]
     parts.append("no DP (epsilon inf)" if spent == "inf" else f"epsilon {spent or 0:.2f}")
-    if fresh > 1:
+    if fresh > 1 and len(records) < total:
         pace = sum(r["seconds"] for r in records[-fresh:]) / fresh
         parts.append(f"{pace * (total - len(records)):.0f} s left")
     return " · ".join(parts)

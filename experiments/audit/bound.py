@@ -87,6 +87,17 @@ def lower_bound(
     return low
 
 
+def most(canaries: int, delta: float, confidence: float) -> float:
+    """The epsilon that `audit` gives when every guess is right."""
+    return lower_bound(
+        guesses=canaries,
+        right=canaries,
+        canaries=canaries,
+        delta=delta,
+        confidence=1 - (1 - confidence) / len(SHARES),
+    )
+
+
 def audit(
     scores: NDArray[np.floating],
     inside: NDArray[np.bool_],

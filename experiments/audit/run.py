@@ -16,6 +16,7 @@ from rich.table import Table
 from experiments import simulate
 from experiments.audit import membership
 from experiments.audit.bound import audit as bound
+from experiments.audit.bound import most
 from experiments.audit.canaries import (
     INSTITUTION,
     LABEL,
@@ -104,8 +105,9 @@ def run(
         result["canaries"] = {
             "planted": int(inside.sum()),
             "in all": len(inside),
+            "most they can show": most(len(inside), delta, CONFIDENCE),
             "kinds": sorted({canary.kind for canary in audited.canaries}),
-            "final adapter": dataclasses.asdict(
+            "the final adapter": dataclasses.asdict(
                 bound(final, inside, delta=delta, confidence=CONFIDENCE)
             ),
             "every round, as the server sees it": dataclasses.asdict(
@@ -128,9 +130,9 @@ def run(
                 progress,
             )
         shutil.rmtree(Path(folder) / "transcript")
-    result["holds"] = (result["noise"]["likeness"] or 0.0) <= ALIKE and all(
-        result["canaries"][view]["epsilon"] <= result["epsilon"]
-        for view in ("final adapter", "every round, as the server sees it")
+    result["refuted"] = (result["noise"]["likeness"] or 0.0) > ALIKE or any(
+        result["canaries"][view]["epsilon"] > result["epsilon"]
+        for view in ("the final adapter", "every round, as the server sees it")
     )
     write_atomic(out / "audit.json", json.dumps(result, indent=2).encode())
     return result
@@ -329,12 +331,12 @@ def show(result: dict[str, Any], console: Console) -> None:
         if np.isfinite(promised)
         else "nothing (epsilon inf)",
     )
-    for view in ("final adapter", "every round, as the server sees it"):
+    for view in ("the final adapter", "every round, as the server sees it"):
         found = result["canaries"][view]
         table.add_row(
             "shown by canaries",
             f"epsilon at least {found['epsilon']:.2f} ({100 * found['confidence']:.0f} % "
-            f"confidence), from the {view}: {found['right']} of {found['guesses']} guesses right",
+            f"confidence), from {view}: {found['right']} of {found['guesses']} guesses right",
         )
     if (alike := result["noise"]["likeness"]) is not None:
         said = "drawn anew each round" if alike <= ALIKE else "THE SAME IN TWO ROUNDS"
@@ -355,7 +357,13 @@ def show(result: dict[str, Any], console: Console) -> None:
                 f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f}), "
                 f"at most {bits['max']:.1f} of {extraction['most possible']:.0f}",
             )
-    verdict = "holds, as far as this audit sees" if result["holds"] else "IS BROKEN"
     if np.isfinite(promised):
-        table.add_row("the promise", verdict, style="green" if result["holds"] else "bold red")
+        table.add_row(
+            "the promise",
+            "IS BROKEN"
+            if result["refuted"]
+            else f"is not refuted; {result['canaries']['in all']:,} canaries can show epsilon "
+            f"{result['canaries']['most they can show']:.2f} at most",
+            style="bold red" if result["refuted"] else "",
+        )
     console.print(table)
