@@ -6,6 +6,7 @@ processes together: what it would free by ending. It is read after the last roun
 """
 
 import argparse
+import contextlib
 import json
 import re
 import statistics
@@ -22,8 +23,9 @@ def memory(federation: harness.Federation, service: str) -> float:
     """MiB that a service's processes hold."""
     kib = 0
     for process in federation.processes(service):
-        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        kib += int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0])
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            kib += int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0])
     return kib / 1024
 
 

@@ -159,11 +159,11 @@ def write_rows(path: Path, rows: list[Mapping[str, str]]) -> None:
 def split(complaints: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Rows of the server's own to measure on, and all institutions' rows."""
     with complaints.open(newline="") as file:
-        table = [row for row in csv.DictReader(file) if row["bank"] in BANKS]
+        rows = [row for row in csv.DictReader(file) if row["bank"] in BANKS]
+    table = [{**row, "bank": BANKS[row["bank"]]} for row in rows]
     test, train = table[:45], table[45:]
     known = {row["text"] for row in test}
-    renamed = [{**row, "bank": BANKS[row["bank"]]} for row in train if row["text"] not in known]
-    return test, renamed
+    return test, [row for row in train if row["text"] not in known]
 
 
 def prepare(directory: Path, complaints: Path, names: tuple[str, ...] = NAMES) -> None:
