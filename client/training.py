@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from fedlora.shards import Shard, concatenate
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable, training_mode
 
-GROUPED_QUERIES = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers reads it at every attention
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -385,24 +383,12 @@ def _losses(
 
 @contextlib.contextmanager
 def _training(trainable: Trainable, *, private: bool) -> Iterator[None]:
-    """Training mode; under DP attention by plain products, whose result for a row is its own.
-
-    Fused kernels differ with the mask, which transformers leaves out when no row of a batch is
-    padded; so does its choice of how to share keys between heads (grouped queries), whose gradients
-    round differently in bf16. On a CPU plain products are faster in training anyway.
-    """
-    before = os.environ.get(GROUPED_QUERIES)
-    if private:
-        os.environ[GROUPED_QUERIES] = "1"  # always the same way, with and without a mask
-    plain = private or trainable.base.model.device.type == "cpu"
+    """Training mode; under DP on a GPU attention by plain products, whose rows are their own."""
+    plain = private and trainable.base.model.device.type != "cpu"
     training_mode(trainable.model, True)
     try:
         with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
             yield
     finally:
-        if private:
-            os.environ.pop(GROUPED_QUERIES)
-            if before is not None:
-                os.environ[GROUPED_QUERIES] = before
         trainable.per_sample.draw_dropout(())
         training_mode(trainable.model, False)

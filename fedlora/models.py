@@ -346,7 +346,7 @@ def load_base(
     from torch.nn import Dropout
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from fedlora import encoder
+    from fedlora import attention, encoder
 
     weights_dtype = torch.float32
     if dtype == "bf16" or (dtype == "auto" and fast_bf16(device)):
@@ -388,6 +388,7 @@ def load_base(
         for key, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in key or type(module) is Dropout):
                 setattr(module, key, 0.0)
+    attention.use(model)
     model.requires_grad_(False).eval()
     return Base(
         model=model,

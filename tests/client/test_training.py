@@ -145,7 +145,7 @@ def test_batches_padded_to_their_longest_row_would_let_others_in(minilm):
         return torch.cat([p.grad_sample[0].flatten() for p in work.parameters().values()])
 
     alone, together = gradient([short]), gradient([short, *longer])
-    assert (together - alone).norm() > 1e-3 * alone.norm()
+    assert (together - alone).norm() > 1e-4 * alone.norm()
 
 
 @pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)
@@ -231,19 +231,17 @@ def grouped_queries(tiny_config, tiny_encoder, tmp_path):
     trainable.forget()
 
 
-@pytest.mark.parametrize("forced", [True, False])
-def test_padded_rows_of_others_change_nothing_where_heads_share_keys(
-    grouped_queries, monkeypatch, forced
-):
-    """transformers shares keys another way when no row is padded; under DP always the same way."""
-    if not forced:
-        monkeypatch.setattr(training, "GROUPED_QUERIES", "ANOTHER_VARIABLE")
+@pytest.mark.parametrize("ours", [True, False])
+def test_padded_rows_of_others_change_nothing_where_heads_share_keys(grouped_queries, ours):
+    """transformers shares keys another way when no row is padded; ours always does it one way."""
     work, full, padded = grouped_queries
+    if not ours:
+        work.base.model.set_attn_implementation("sdpa")
     plan = training.LocalPlan(steps=1, physical_batch=8, optimizer="sgd", learning_rate=0.5)
     (alone,) = training.train_privately(work, [full], plan)
     together, _ = training.train_privately(work, [full, padded], plan)
     same = all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
-    assert same == forced
+    assert same == ours
 
 
 @pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)

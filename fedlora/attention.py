@@ -1,0 +1,60 @@
+"""torch's attention, always with a mask, and in float32 on a CPU.
+
+Under DP a row's result must be its own. transformers leaves the mask out when no row of a batch is
+padded, and shares keys between heads (grouped queries) in another way then, which rounds
+differently. On a CPU the backward pass of torch's fused bf16 kernel takes five times as long as
+that of the float32 one, and plain products take twice as long (benchmarks/LOG.md).
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
+
+NAME = "fedlora"
+
+
+def use(model: PreTrainedModel) -> None:
+    """Let a model attend by `attention`, if it uses torch's kernels."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, mask)
+        model.set_attn_implementation(NAME)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of queries ``(b, heads, t, d)`` to keys and values ``(b, key heads, u, d)``.
+
+    Args:
+        module: The layer, which knows how many heads share a key.
+        query: In any floating dtype.
+        key: The same.
+        value: The same.
+        attention_mask: Float, ``(b, 1, t, u)``, added to the products.
+        options: As transformers gives them: scaling, dropout, position_bias.
+
+    Returns:
+        ``(b, t, heads, d)`` in the query's dtype, and no weights.
+    """
+    dtype = torch.float32 if query.device.type == "cpu" else query.dtype
+    converted = (tensor.to(dtype) for tensor in (query, key, value, attention_mask))
+    attended, _ = sdpa_attention_forward(module, *converted, **options)
+    return attended.to(query.dtype), None
+
+
+def mask(*arguments: Any, **options: Any) -> torch.Tensor:
+    """The mask as floats, whether or not anything is masked."""
+    options["allow_is_bidirectional_skip"] = False
+    return eager_mask(*arguments, **options)
