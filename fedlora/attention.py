@@ -49,8 +49,8 @@ def attention(
         ``(b, t, heads, d)`` in the query's dtype, and no weights.
     """
     dtype = torch.float32 if query.device.type == "cpu" else query.dtype
-    converted = (tensor.to(dtype) for tensor in (query, key, value, attention_mask))
-    attended, _ = sdpa_attention_forward(module, *converted, **options)
+    q, k, v, added = (tensor.to(dtype) for tensor in (query, key, value, attention_mask))
+    attended, _ = sdpa_attention_forward(module, q, k, v, added, **options)
     return attended.to(query.dtype), None
 
 

@@ -95,8 +95,9 @@ def losses(work: Trainable, shard: Shard, physical_batch: int) -> Floats:
 def gradients(work: Trainable, shard: Shard, physical_batch: int) -> torch.Tensor:
     """Gradient of each row over all that is trained, float32 ``(n, p)``."""
     found: list[torch.Tensor] = []
-    for start in range(0, len(shard), physical_batch):
-        rows = np.arange(start, min(start + physical_batch, len(shard)))
+    order = np.argsort(shard.lengths, kind="stable")
+    for start in range(0, len(order), physical_batch):
+        rows = order[start : start + physical_batch]
         with work.per_sample.expanded(len(rows)):
             batch = work.task.collate(shard, rows)
             work.task.losses(work.model, batch, work.labels).sum().backward()
@@ -107,7 +108,7 @@ def gradients(work: Trainable, shard: Shard, physical_batch: int) -> torch.Tenso
         )
         for parameter in named.values():
             cast(Any, parameter).grad_sample = None
-    return torch.cat(found)
+    return torch.cat(found)[np.argsort(order)]
 
 
 def scores(
@@ -150,7 +151,7 @@ def scores(
             rows = np.flatnonzero(owner == name)
             if update is None or not len(rows):
                 continue
-            step = torch.cat([(sent[key] - update[key]).flatten() for key in names]).double()
+            step = torch.cat([(sent[key] - update[key]).flatten() for key in names])
             g, shard = everyone[rows], federation.train(index)
             if config.privacy.enabled:
                 plan = institution.budget(config, shard.num_units, cap)
@@ -164,11 +165,11 @@ def scores(
                 ridge = 0.0
                 others = shard.select(np.flatnonzero(~_among(shard, canaries)))
                 g = torch.cat([g, gradients(work, others, config.training.physical_batch)])
-            g = g.double()
-            gram = g @ g.T
+            gram = (g @ g.T).double()
             ridge = ridge or RIDGE * float(gram.diagonal().mean())
             gram.diagonal().add_(ridge)
-            held = torch.linalg.solve(gram, g @ (step * many / config.training.learning_rate))
+            share_of_step = g @ (step * many / config.training.learning_rate)
+            held = torch.linalg.solve(gram, share_of_step.double())
             total[rows] += held[: len(rows)].numpy()
     return total
 
