@@ -7,7 +7,7 @@ that of the float32 one, and plain products take twice as long (benchmarks/LOG.m
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
 
 from typing import Any
 
