@@ -36,20 +36,19 @@ MEAN = {  # what carries a residual takes the mean itself, so the step is set at
     "federation.server-learning-rate": "1",
     "federation.average-last": "0",
 }
-SGD = {**MEAN, "training.learning-rate": "3"}
 LOCAL_ADAM = {**MEAN, "training.optimizer": "adam", "training.learning-rate": "0.012"}
 SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     "fedavg": ADAM,
-    "ffa": ADAM,
+    "ffa": {**ADAM, "8": {"federation.server-learning-rate": "0.03"}},
     "rolora": ADAM,
     "svd": ADAM,
     "pad": ADAM,
     "fedsa": {e: {**values, "federation.average-last": "0"} for e, values in ADAM.items()},
-    "stack": {"inf": SGD, "8": SGD},
-    "exact": {"inf": LOCAL_ADAM, "8": LOCAL_ADAM},
+    "stack": dict.fromkeys(("inf", "8"), {**MEAN, "training.learning-rate": "3"}),
+    "exact": {"inf": LOCAL_ADAM, "8": {**MEAN, "training.learning-rate": "1"}},
 }
 ALWAYS = {"federation.evaluate-every": "0"}
-OWN = {"pad": {"adapter.ranks": "size"}}
+OWN = {"pad": {"adapter.ranks": "8,8,4,4"}}
 
 
 def settings(strategy: str, epsilon: str) -> dict[str, str]:
