@@ -36,6 +36,7 @@ MEAN = {  # what carries a residual takes the mean itself, so the step is set at
     "federation.server-learning-rate": "1",
     "federation.average-last": "0",
 }
+SGD = {**MEAN, "training.learning-rate": "3"}
 LOCAL_ADAM = {**MEAN, "training.optimizer": "adam", "training.learning-rate": "0.012"}
 SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     "fedavg": ADAM,
@@ -44,7 +45,7 @@ SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     "svd": ADAM,
     "pad": ADAM,
     "fedsa": {e: {**values, "federation.average-last": "0"} for e, values in ADAM.items()},
-    "stack": dict.fromkeys(("inf", "8"), {**MEAN, "training.learning-rate": "3"}),
+    "stack": {"inf": SGD, "8": SGD},
     "exact": {"inf": LOCAL_ADAM, "8": {**MEAN, "training.learning-rate": "1"}},
 }
 ALWAYS = {"federation.evaluate-every": "0"}
