@@ -81,7 +81,9 @@ def connect(path: Path) -> sqlite3.Connection:
     """
     if not path.is_file():
         raise Refusal(
-            "ledger-missing", f"there is no ledger at {path}; make one with `fedlora ledger init`"
+            "ledger-missing",
+            f"there is no ledger at {path}; mend the path, or for records on which nothing was "
+            "spent yet make one with `fedlora ledger init`",
         )
     with refusing(path):
         uri = f"{path.absolute().as_uri()}?mode=rw"

@@ -310,7 +310,10 @@ def evaluate(
     institution: Whose = "",
     as_json: Json = False,
 ) -> None:
-    """Measure a run's adapter on other data."""
+    """Measure a run's adapter on other data.
+
+    Whether it was trained on some of these rows is not known here.
+    """
     from experiments import live, released
 
     result = released.evaluate(run_dir, data, institution)
@@ -324,6 +327,7 @@ def evaluate(
             table.add_row(
                 key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
             )
+    live.add_baseline(table, result)
     if truncated:
         table.add_row("cut to length", live.longer(truncated, max_length))
     for label, counts in result.get("per_class", {}).items():
@@ -534,7 +538,7 @@ def ledger_show(
             f"{entry['noise_multiplier']:.4f}",
             f"{entry['sample_rate']:.4f}",
             str(entry["steps"]),
-            str(entry["at"]),
+            str(entry["at"])[:16].replace("T", " "),
         )
     Console().print(lines)
 

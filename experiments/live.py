@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedlora import metrics
 from fedlora.config import KEPT, RunConfig
 from server.run_directory import read_records
 
@@ -102,6 +103,16 @@ def describe(
     return " · ".join(parts)
 
 
+def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
+    """Add what accuracy has to beat, and whether a model says the same of every row."""
+    if classes := result.get("per_class"):
+        name, share = metrics.majority(classes)
+        table.add_row("always the most frequent", Text(f"{share:.4f} ({name})"))
+        if only := metrics.only_prediction(classes):
+            said = f"the model says {only} of every row: it has learned nothing yet"
+            table.add_row("", Text(said, style="yellow"))
+
+
 def longer(truncated: int, max_length: int) -> str:
     """How many texts were cut, in words."""
     return f"{truncated} text{'s' * (truncated != 1)} longer than {max_length} tokens"
@@ -120,6 +131,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
             table.add_row(
                 name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
             )
+    add_baseline(table, result)
     if "n" in result:
         table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")
     if missing := result.get("not_evaluated"):

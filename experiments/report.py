@@ -12,6 +12,7 @@ from typing import Any
 from experiments import figures, results, sweep_page
 from experiments.page import Page, Section, Table, render
 from fedlora import config as configuration
+from fedlora import metrics
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
@@ -63,6 +64,8 @@ def of_run(directory: Path) -> Page:
     tiles = {name.replace("_", " ") or "nothing measured": f"{100 * value:.1f} %" if name else ""}
     if result.get("macro_f1") is not None:
         tiles["macro-F1"] = f"{100 * result['macro_f1']:.1f} %"
+    if classes := result.get("per_class"):
+        tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
         tiles["loss a token"] = f"{result['token_loss']:.3f}"
     tiles |= {

@@ -54,6 +54,26 @@ def per_class(
     }
 
 
+def majority(classes: Mapping[str, Mapping[str, int]]) -> tuple[str, float]:
+    """What accuracy has to beat: the class that most rows are, and its share.
+
+    Args:
+        classes: As `per_class` gives them, of at least one row.
+    """
+    name = max(classes, key=lambda name: classes[name]["truth"])
+    return name, classes[name]["truth"] / sum(counts["truth"] for counts in classes.values())
+
+
+def only_prediction(classes: Mapping[str, Mapping[str, int]]) -> str | None:
+    """The one class that is ever predicted, or None where there are more.
+
+    Args:
+        classes: As `per_class` gives them.
+    """
+    said = [name for name, counts in classes.items() if counts["predicted"]]
+    return said[0] if len(said) == 1 and len(classes) > 1 else None
+
+
 def classification(
     truth: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str] = ()
 ) -> dict[str, Any]:

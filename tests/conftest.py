@@ -6,9 +6,13 @@ import os
 import random
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from experiments import simulate
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 simulate.quiet_libraries()
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -581,3 +581,11 @@ def test_padded_sizes_are_few_never_short_and_waste_at_most_a_quarter(
     assert (sizes >= lengths).all() and (sizes <= at_most).all()
     assert (sizes - lengths <= np.maximum(8, sizes / 4)).all()
     assert (rounded(sizes, at_most) == sizes).all()
+
+
+def test_what_accuracy_has_to_beat_and_a_model_that_says_one_thing_only():
+    classes = metrics.per_class(["a", "b", "b"], ["b", "b", "b"], ("a", "b", "c"))
+    assert metrics.majority(classes) == ("b", 2 / 3)
+    assert metrics.only_prediction(classes) == "b"
+    assert metrics.only_prediction(metrics.per_class(["a", "b"], ["a", "b"])) is None
+    assert metrics.only_prediction(metrics.per_class(["a"], ["a"])) is None
