@@ -282,14 +282,15 @@ def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     about = manifest(out)
     text = (
         f"# {about['name']}\n\nMeans over seeds ± half the 95 % confidence interval (Student's t), "
-        f"in percent of held-out rows. By `{about['command']}`.\n\n{_markdown(pooled)}\n"
+        f"in percent of held-out rows. By `{about['command']}`.\n\n{markdown_table(pooled)}\n"
     )
     if len(each) > 1:
-        text += f"\n## By institution\n\n{_markdown(each)}\n"
+        text += f"\n## By institution\n\n{markdown_table(each)}\n"
     return text
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of which is the head, as a table of Markdown."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(

@@ -1,0 +1,149 @@
+"""Write what sweeps and audits found into docs/results.md, with their pictures.
+
+Usage: python -m benchmarks.results runs/sweeps/epsilon runs/audits/demo-1 ...
+
+Each directory is one that `fedlora sweep` or `fedlora audit` has written; its part of the document
+is replaced, the others stay. Nothing is typed in by hand: figures come from the directories.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import results, sweep_page
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+PICTURES = DOCUMENT.parent / "results"
+COLOURS = {
+    "--ink": "#1b2430",
+    "--muted": "#5c6773",
+    "--grid": "#dfe3e8",
+    "--bad": "#b3261e",
+    "--series-1": "#0067a5",
+    "--series-2": "#c2570c",
+    "--series-3": "#1d7f5f",
+    "--series-4": "#8a3a8f",
+    "--series-5": "#8a6d00",
+    "--series-6": "#3f4a9e",
+    "--series-7": "#a3324f",
+    "--series-8": "#4d5a66",
+}
+"""Of pictures that stand alone, on white."""
+
+
+def of_sweep(out: Path) -> str:
+    """The part on a sweep; its pictures are written."""
+    about, lines = results.manifest(out), results.summary(out)
+    pooled, _ = results.tables(out, lines)
+    text = (
+        "Means over seeds ± half the 95 % confidence interval (Student's t), in percent of "
+        f"held-out rows.\n\n{results.markdown_table(pooled)}\n"
+    )
+    for section in sweep_page.of(out).sections:
+        for title, svg in section.figures.items():
+            name = f"{about['name']}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
+            write_atomic(PICTURES / name, standing_alone(svg).encode())
+            text += f"\n![{title}](results/{name})\n"
+    missing = sum(results.measured(out, case) is None for case in about["cases"])
+    if missing:
+        text += f"\n{missing} of {len(about['cases'])} cases have not run.\n"
+    first = f"`{about['command']}`"
+    cells = [results.run_dir(out, c) for case in about["cases"] for c in case["cells"].values()]
+    return f"{first}\n\n{_where(dict.fromkeys(cells))}\n\n{text}"
+
+
+def standing_alone(svg: str) -> str:
+    """A page's figure as a file of its own: with colours, and a ground of white."""
+    for variable, colour in COLOURS.items():
+        svg = svg.replace(f"var({variable})", colour)
+    head, end, rest = svg.partition(">")
+    if 'xmlns="' not in head:
+        head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f'{head}{end}<rect width="100%" height="100%" fill="#ffffff"/>{rest}'
+
+
+def of_audit(out: Path) -> str:
+    """The part on an audit."""
+    found = json.loads((out / "audit.json").read_text(encoding="utf-8"))
+    canaries = found["canaries"]
+    rows = [["what", "found"], ["promised epsilon", _number(found["epsilon"])]]
+    for view in ("the final adapter", "every round, as the server sees it"):
+        bound = canaries[view]
+        rows.append(
+            [
+                f"epsilon shown by canaries, from {view}",
+                f"at least {bound['epsilon']:.2f} ({100 * bound['confidence']:.0f} % confidence; "
+                f"{bound['right']} of {bound['guesses']} guesses right)",
+            ]
+        )
+    rows.append(["most that they can show", f"{canaries['most they can show']:.2f}"])
+    for attack, measured in found["membership"].items():
+        parts = [f"AUC {_interval(measured['auc'])}"]
+        parts += [
+            f"{100 * float(rate):g} % false alarms: finds {_interval(value, 100)} % of members"
+            for rate, value in measured["tpr"].items()
+        ]
+        rows.append([f"membership, {attack}", "; ".join(parts)])
+    if (alike := found["noise"]["likeness"]) is not None:
+        rows.append(["largest cosine of successive updates", f"{alike:.3f}"])
+    rows.append(["accuracy of the audited run", f"{found['accuracy']:.3f}"])
+    rows.append(["the promise", "IS BROKEN" if found["refuted"] else "is not refuted"])
+    return f"{_where({out / 'run': None})}\n\n{results.markdown_table(rows)}\n"
+
+
+def _interval(value: Mapping[str, float], scale: float = 1.0) -> str:
+    digits = 3 if scale == 1 else 1
+    low, middle, high = (f"{scale * value[key]:.{digits}f}" for key in ("low", "value", "high"))
+    return f"{middle} ({low} to {high})"
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):.3f}".rstrip("0").rstrip(".")
+
+
+def _where(cells: Mapping[Path, Any]) -> str:
+    """Commits and processors of runs."""
+    found = [
+        json.loads((cell / "environment.json").read_text(encoding="utf-8"))
+        for cell in cells
+        if (cell / "result.json").exists()
+    ]
+    commits = sorted({str(one["git_sha"])[:12] for one in found})
+    processors = sorted({str(one["processor"]) for one in found})
+    return f"Commit {', '.join(commits)}; processor {', '.join(processors)}; {len(found)} runs."
+
+
+def put(name: str, text: str) -> None:
+    """Replace one part of the document, or add it at its end."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    document = DOCUMENT.read_text(encoding="utf-8")
+    part = f"{begin}\n{text.strip()}\n{end}"
+    if begin in document:
+        before, _, rest = document.partition(begin)
+        part = f"{before}{part}{rest.partition(end)[2]}"
+    else:
+        part = f"{document.rstrip()}\n\n## {name}\n\n{part}\n"
+    write_atomic(DOCUMENT, part.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("directories", type=Path, nargs="+", help="of sweeps and audits")
+    PICTURES.mkdir(exist_ok=True)
+    for out in parser.parse_args().directories:
+        try:
+            audit = (out / "audit.json").exists()
+            name = f"Audit {out.name}" if audit else f"Sweep {results.manifest(out)['name']}"
+            put(name, of_audit(out) if audit else of_sweep(out))
+        except InputError as error:
+            sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
