@@ -9,10 +9,12 @@ decomposition,
 It is the best rank-r adapter for the mean that fedavg misses. Institutions may have ranks of their
 own; then what one was not sent of the global product is added to what it sends, so that who trains
 nothing changes nothing (the paper leaves it out, which shrinks the global product). Among the
-factors of one product, :math:`A = a Q V^\top` and :math:`B = U S Q^\top / (a s)` for any rotation
-Q, it takes those whose A is nearest to the old A (orthogonal Procrustes) and as large (a), so that
-a server optimizer sees small steps. A direction that the mean does not use keeps an A from the old
-A's row space, and B = 0 there, so that it can still be learned.
+factors of one product, :math:`A = G V^\top` and :math:`B = U S G^{-1} / s` for any invertible G, it
+takes the A nearest to the old A, which is the old A itself where the rows still span the product,
+so that a server optimizer sees no step that nobody took. Singular values of G below half of the old
+A's mean square are raised to it: B stays of a size that can be learned on. A direction that the
+mean does not use keeps an A from the old A's row space, and B = 0 there, so that it can still be
+learned.
 
 DoRA's magnitudes and a head are plain tensors: their weighted mean.
 
@@ -113,11 +115,11 @@ def truncated(
     s = sv.norm(dim=1)
     old = old.double()
     v = _completed(sv / s[:, None], old)
-    p, _, t = torch.linalg.svd(old @ v.T, full_matrices=False)
-    rotation = p @ t  # (r, len(v)), orthonormal columns
+    p, g, t = torch.linalg.svd(old @ v.T, full_matrices=False)  # G = p g t, (r, len(v))
     size = float(old.norm()) / math.sqrt(old.shape[0]) or 1.0
-    new_b = (u * s) @ rotation[:, :used].T / (size * scale)
-    return (size * rotation @ v).float(), new_b.float()
+    g = g.clamp(min=size / 2)
+    new_b = (u * s) @ (t.T / g @ p.T)[:used] / scale
+    return ((p * g) @ t @ v).float(), new_b.float()
 
 
 def _completed(v: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
