@@ -6,9 +6,9 @@ its own and lets that one see this one's packages, so that torch, transformers a
 same; it works there as it is. bf16 autocast is pfl's own (``amp_dtype``), where the processor has
 native bf16 products.
 
-An institution's rows are padded to its longest one, as `pfl.data.dataset.Dataset` holds them:
-arrays. pfl walks through them in one order and stops after the last; here they are shuffled anew
-for each round and walked through until the steps are done, as on the other sides.
+An institution's rows are padded to its longest one, since a data set of pfl is tensors. pfl walks
+through them in one order and stops after the last; here they are shuffled anew for each round and
+walked through until the steps are done, as on the other sides.
 
 Usage: PYTHON -m benchmarks.rival_pfl WORK.json (written by `benchmarks.work.Work.write`)
 """
@@ -26,8 +26,8 @@ from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
-from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
+from pfl.data.pytorch import PyTorchTensorDataset
 from pfl.data.sampling import get_user_sampler
 from pfl.hyperparam import NNTrainHyperParams
 from pfl.metrics import Weighted
@@ -38,21 +38,21 @@ from torch.nn import functional
 from benchmarks import rival_model
 
 
-class Shuffled(Dataset):
+class Shuffled(PyTorchTensorDataset):
     """An institution's rows, in as many whole batches as a round has steps."""
 
-    def __init__(self, arrays: list[np.ndarray], name: str, steps: int, draw: Any) -> None:
-        super().__init__(raw_data=arrays, user_id=name)
+    def __init__(self, rows: list[rival_model.Row], name: str, steps: int, draw: Any) -> None:
+        super().__init__(tuple(rival_model.collate(rows).values()), user_id=name)
         self._steps, self._draw = steps, draw
 
-    def iter(self, batch_size: int | None) -> Iterator[list[np.ndarray]]:
+    def iter(self, batch_size: int | None) -> Iterator[list[torch.Tensor]]:
         """Batches of ``batch_size`` rows, walking through fresh permutations."""
         queue = np.empty(0, dtype=np.int64)
         for _ in range(self._steps):
             while len(queue) < batch_size:
                 queue = np.concatenate([queue, self._draw.permutation(len(self))])
             rows, queue = queue[:batch_size], queue[batch_size:]
-            yield [array[rows] for array in self.raw_data]
+            yield [tensor[rows] for tensor in self.raw_data]
 
 
 class Trained(nn.Module):
@@ -72,11 +72,6 @@ class Trained(nn.Module):
         return {"batches": Weighted(1, 1)}
 
 
-def arrays(rows: list[rival_model.Row]) -> list[np.ndarray]:
-    """Token ids, mask and class of all rows, padded to the longest."""
-    return [tensor.numpy() for tensor in rival_model.collate(rows).values()]
-
-
 def main() -> None:
     """Train and print the accuracy."""
     work = json.loads(Path(sys.argv[1]).read_text())
@@ -84,7 +79,7 @@ def main() -> None:
     draw = np.random.default_rng(work["seed"])
     module = rival_model.load(work)
     held = {
-        name: Shuffled(arrays(rival_model.rows(path, work)), name, work["steps"], draw)
+        name: Shuffled(rival_model.rows(path, work), name, work["steps"], draw)
         for name, path in work["shards"].items()
     }
     capabilities = torch.cpu.get_capabilities()
