@@ -141,17 +141,17 @@ def server() -> None:
 
 
 def keep() -> None:
-    """Register institutions, then start cut-off runs again whenever there are any."""
+    """Register institutions, also new ones, and start cut-off runs again."""
     from experiments.deploy import flower, runs
 
     here = flower.server()
-    orphaned, registered = True, False
+    orphaned, registered = True, None
     while True:
         try:
-            if not registered:
+            if (files := flower.key_files(here)) != registered:
                 for name, outcome in flower.register(here).items():
                     services.say("server", f"institution {name}: {outcome}")
-                registered = True
+                registered = files
             for line in runs.proceed(here, orphaned=orphaned):
                 services.say("server", line)
             orphaned = False

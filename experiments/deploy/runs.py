@@ -7,11 +7,10 @@ configuration and directory, and the ServerApp goes on from its last checkpoint.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from fedlora import config as configuration
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from server.run_directory import SUBMISSION, read_records
+from server.run_directory import SUBMISSION, alone, read_records
 
 State = Literal["running", "completed", "failed", "stopped"]
 APP = Path(__file__).resolve().parents[2]
@@ -97,7 +96,7 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
     if directory.exists():
         raise InputError(f"{directory} exists; give another --name")
     flat = configuration.from_flat({**config.flat(), "run-dir": str(directory)}).flat()
-    with _alone(server):
+    with alone(server.results):
         made = Submission(name=name, config=dict(flat))
         made.save()
         try:
@@ -135,13 +134,13 @@ def every(server: Server) -> list[Submission]:
 
 def observe(server: Server, name: str) -> Submission:
     """The submission as it is now, by what Flower says and what is on disk."""
-    with _alone(server):
+    with alone(server.results):
         return _observed(server, find(server, name))[0]
 
 
 def stop(server: Server, name: str) -> Submission:
     """Stop a run. Its finished rounds are kept."""
-    with _alone(server):
+    with alone(server.results):
         submission, _ = _observed(server, find(server, name))
         if submission.state != "running":
             return submission
@@ -162,7 +161,7 @@ def proceed(server: Server, *, orphaned: bool = False) -> list[str]:
     """
     lines: list[str] = []
     for name in [one.name for one in every(server) if one.state == "running"]:
-        with _alone(server):
+        with alone(server.results):
             submission, interrupted = _observed(server, find(server, name), orphaned=orphaned)
             if submission.state != "running":
                 lines.append(
@@ -243,11 +242,3 @@ def _ended(submission: Submission, state: State, details: str) -> Submission:
     ended = dataclasses.replace(submission, state=state, details=details)
     ended.save()
     return ended
-
-
-@contextlib.contextmanager
-def _alone(server: Server) -> Iterator[None]:
-    """One process at a time starts, stops and judges runs."""
-    with (server.results / ".submissions.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

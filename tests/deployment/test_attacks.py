@@ -297,6 +297,30 @@ def test_bad_updates_are_rejected_with_institution_and_reason_and_the_run_goes_o
     assert "c: too-large" in log and "c: other-run" in log
 
 
+def test_an_institution_that_takes_anothers_name_counts_for_nothing(federation):
+    before = {name: len(federation.charges(name)) for name in "ac"}
+    federation.misbehave("c")
+    federation.stop("institution-a")  # the bad one is there first
+    federation.settings("c", name="a")
+    federation.restart("institution-c")
+    asked = lambda: [set(r["institutions"]) for r in federation.rounds("names")]  # noqa: E731
+    try:
+        values = {"federation.rounds": 40, "data.institutions": 2}
+        federation.submit("names", wait=False, **PRIVATE, **values)
+        federation.until(asked)
+        assert asked()[0] == {"b"}
+        assert "wrong-name: it calls itself a, and has the key of c" in federation.log("server")
+        federation.start("institution-a")
+        federation.until(lambda: {"a", "b"} in asked())
+        federation.deploy("stop", "names")
+    finally:
+        federation.settings("c", name="c")
+        federation.restart("institution-c")
+    assert all(names <= {"a", "b"} for names in asked())
+    assert len(federation.charges("a")) > before["a"]
+    assert len(federation.charges("c")) == before["c"]
+
+
 # From a server.
 
 
