@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -181,19 +182,28 @@ def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
     return str(answer.run_id)
 
 
-def status(server: Server, run: str) -> tuple[str, str]:
-    """A run's status, such as ``finished:completed``, and its details; ``unknown`` for no run."""
+def status(server: Server, run: str) -> tuple[str, str, float]:
+    """A run's status, such as ``finished:completed`` (``unknown`` for no run), and its details.
+
+    The third is for how many seconds a server has had it, by the SuperLink's clock; 0 while none
+    has.
+    """
     try:
         with _superlink(server) as superlink, _errors():
             answer = superlink.ListRuns(ListRunsRequest(run_id=int(run)))
     except FlowerError as error:
         if "not found" in str(error).lower():
-            return "unknown", str(error)
+            return "unknown", str(error), 0.0
         raise
     if int(run) not in answer.run_dict:
-        return "unknown", "the SuperLink does not know this run"
-    found = answer.run_dict[int(run)].status
-    return ":".join(filter(None, (found.status, found.sub_status))), found.details
+        return "unknown", "the SuperLink does not know this run", 0.0
+    found = answer.run_dict[int(run)]
+    age = 0.0
+    if found.starting_at:
+        begun = datetime.fromisoformat(found.starting_at)
+        age = (datetime.fromisoformat(answer.now) - begun).total_seconds()
+    now = found.status
+    return ":".join(filter(None, (now.status, now.sub_status))), now.details, age
 
 
 def stop(server: Server, run: str) -> None:

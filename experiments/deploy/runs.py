@@ -8,6 +8,7 @@ configuration and directory, and the ServerApp goes on from its last checkpoint.
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import time
 from collections.abc import Callable
@@ -149,12 +150,13 @@ def stop(server: Server, name: str) -> Submission:
         return _ended(submission, "stopped", "stopped by the operator")
 
 
-def proceed(server: Server, *, orphaned: bool = False) -> list[str]:
+def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
     """Start every submission again whose Flower run was ended from outside.
 
     Args:
         server: This one.
-        orphaned: Whether no ServerApp runs here: the server has just been started.
+        since: When it was started (monotonic clock). A Flower run that a server had before lost its
+            ServerApp with that server.
 
     Returns:
         A line for each thing done.
@@ -162,7 +164,7 @@ def proceed(server: Server, *, orphaned: bool = False) -> list[str]:
     lines: list[str] = []
     for name in [one.name for one in every(server) if one.state == "running"]:
         with alone(server.results):
-            submission, interrupted = _observed(server, find(server, name), orphaned=orphaned)
+            submission, interrupted = _observed(server, find(server, name), since=since)
             if submission.state != "running":
                 lines.append(
                     f"{name} {submission.state}: {submission.details or 'all rounds done'}"
@@ -218,14 +220,14 @@ def _start(server: Server, submission: Submission) -> Submission:
 
 
 def _observed(
-    server: Server, submission: Submission, *, orphaned: bool = False
+    server: Server, submission: Submission, *, since: float = -math.inf
 ) -> tuple[Submission, bool]:
     """The submission as it is now, and whether its Flower run was ended from outside."""
     if submission.state != "running":
         return submission, False
     if not submission.runs:  # whoever submitted it died before Flower answered
         return submission, True
-    status, details = flower.status(server, submission.runs[-1])
+    status, details, age = flower.status(server, submission.runs[-1])
     if status == "finished:completed":
         if submission.complete:
             return _ended(submission, "completed", ""), False
@@ -234,8 +236,8 @@ def _observed(
         return _ended(submission, "stopped", details or "stopped"), False
     if status == "finished:failed" and not details.startswith(INTERRUPTED):
         return _ended(submission, "failed", details.removeprefix(RAISED)), False
-    ended = status in ("finished:failed", "unknown")
-    return submission, ended or (orphaned and status in ("starting", "running"))
+    orphaned = status in ("starting", "running") and age > time.monotonic() - since
+    return submission, orphaned or status in ("finished:failed", "unknown")
 
 
 def _ended(submission: Submission, state: State, details: str) -> Submission:
