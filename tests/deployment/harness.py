@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 PATIENCE = 300.0  # seconds for what is slow on a busy machine
 
+RESOLVER = "127.0.0.54"  # in every service; not Docker's, on which nothing may rely
 ETC = ("passwd", "group", "nsswitch.conf", "ssl", "nginx", "ld.so.cache", "alternatives")
 
 # What `init: true` is: hands on signals, reaps orphans, ends with its child's code.
@@ -474,7 +475,11 @@ class Federation:
         hosts = self._root.with_name(f"{self._root.name}-{service.name}.hosts")
         hosts.write_text("\n".join(f"{ip} {name}" for ip, name in self._hosts(service)) + "\n")
         yield bind(hosts, "/etc/hosts")
-        resolver = [sys.executable, "-ISs", str(ROOT / "tests/deployment/names.py"), str(hosts)]
+        resolv = self._root.with_name("resolv.conf")
+        resolv.write_text(f"nameserver {RESOLVER}\n")
+        yield bind(resolv, "/etc/resolv.conf")
+        names = str(ROOT / "tests/deployment/names.py")
+        resolver = [sys.executable, "-ISs", names, str(hosts), RESOLVER]
         yield shlex.join(["setpriv", "--pdeathsig=KILL", *resolver]) + " &"
         for volume in spec.get("volumes", ()):
             source, target, *options = volume.split(":")
