@@ -167,8 +167,9 @@ class Federation:
         for name, spec in self._file["services"].items():
             more = [*spec.get("volumes", ()), *(volumes or {}).get(name, ())]
             self.add(name, {**spec, "volumes": more, **(changes or {}).get(name, {})})
+        ready = ["sh", "-c", "echo ready; exec sleep infinity"]
         self._fabric = subprocess.Popen(
-            [*_unshare(), "sh", "-c", "echo ready; exec sleep infinity"], stdout=subprocess.PIPE
+            ["setpriv", "--pdeathsig=KILL", *_unshare(), *ready], stdout=subprocess.PIPE
         )
         assert self._fabric.stdout and self._fabric.stdout.readline() == b"ready\n"
         self._inner = psutil.Process(self._fabric.pid).children()[0].pid
