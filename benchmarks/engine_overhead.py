@@ -52,7 +52,9 @@ def main() -> None:
                     1000 * statistics.median(seconds[1:]) / n, 3
                 ),
                 "first_round_seconds": round(seconds[0], 2),
-                "driver_mib_first_last": [round(memory[0]), round(memory[-1])],
+                "driver_mib_first": round(memory[0]),
+                "driver_mib_last": round(memory[-1]),
+                "driver_growth": round(memory[-1] / memory[min(4, len(memory) - 1)], 3),
             }
         )
     )

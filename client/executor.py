@@ -1,85 +1,82 @@
-"""One message at an institution: its own installed app answers, within its own time.
+"""One message at an institution: it is handed to the institution's trainer, and so is the answer.
 
 Flower's ``flwr-clientapp`` installs and runs the app that came with the run. Whoever submits runs
 would then decide what an institution does, and each of its limits would be moot. This is the same
 process with two things changed: nothing that was sent is installed, and the app is the one that is
-installed here.
+installed here, in the process that keeps its base model (`client.trainer`).
 """
 
-import faulthandler
+import functools
 import logging
-import queue
 import sys
-import threading
+import time
 from collections.abc import Callable
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
-from client import settings
-from fedlora import logs, wire
-from fedlora.errors import InputError, place
+from client import trainer
+from fedlora import logs
 
 log = logging.getLogger("fedlora.client")
 
-GRACE = 30.0
-"""Seconds from a refusal for lack of time to the hard end of a process that did not end."""
+START = 120.0
+"""Seconds that a trainer may take until there is one."""
 
 TITLE = "fedlora-answer"
 """The name that the process of a message has in lists of processes."""
 
-App = Callable[[Message, Context], Message]
 
+def answer(path: Path, message: Message, context: Context) -> Message:
+    """The trainer's answer; where it ended without one, what Flower says of an app that crashed.
 
-def installed_app() -> App:
-    """The app of this installation. It is imported here: torch's import takes seconds."""
-    from client.app import app
-
-    return app
-
-
-def limit(context: Context) -> float:
-    """Seconds that one message may take."""
-    try:
-        return settings.load(str(context.node_config.get("settings"))).max_seconds
-    except InputError:  # the app says so itself
-        return settings.Settings.max_seconds
-
-
-def answer(message: Message, context: Context) -> Message:
-    """The app's answer, or ``timed-out`` when it takes longer than the institution allows.
-
-    A process that even then does not end, since it hangs where no Python runs, is ended from
-    outside Python, with a list of places (no values) in the log.
+    Args:
+        path: The trainer's socket.
+        message: What the app is to answer.
+        context: Of the run at this institution.
     """
-    seconds = limit(context)
-    faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
-    answers: queue.SimpleQueue[Message] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            answers.put(installed_app()(message, context))
-        except BaseException as error:
-            log.error("the app failed: %s", place(error))
-            answers.put(Message(wire.pack_refusal("failed"), reply_to=message))
-
-    threading.Thread(target=work, daemon=True).start()
+    identity = (TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id)
     try:
-        answered = answers.get(timeout=seconds)
-    except queue.Empty:
-        log.error("refused: timed-out: no answer after max-seconds (%g s)", seconds)
-        return Message(wire.pack_refusal("timed-out"), reply_to=message)
-    faulthandler.cancel_dump_traceback_later()
-    return answered
+        with _connected(path) as connection:
+            connection.send((identity, message, context))
+            return connection.recv()
+    except (OSError, EOFError) as error:
+        log.error("the trainer ended without an answer (%s)", type(error).__name__)
+        crashed = Error(ErrorCode.CLIENT_APP_CRASHED, "the app's process ended")
+        return Message(crashed, reply_to=message)
 
 
-def use_installed_app() -> None:
-    """Put the installed app in the place of whatever a run brings."""
+def _connected(path: Path) -> Connection:
+    """A connection to the trainer, which may be about to start.
+
+    Raises:
+        OSError: When there is none in time, or what listens is another user's.
+    """
+    deadline = time.monotonic() + START
+    while True:
+        try:
+            connection = Client(str(path), "AF_UNIX")
+            break
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    if not trainer.of_this_user(connection):
+        connection.close()
+        raise PermissionError("the trainer's socket is another user's")
+    return connection
+
+
+def use_trainer(path: Path) -> None:
+    """Put the trainer at this socket in the place of whatever a run brings."""
     run_clientapp.install_from_fab = _installs_nothing
     run_clientapp.get_project_dir = _no_directory
-    run_clientapp.get_load_client_app_fn = _loads_ours
+    run_clientapp.get_load_client_app_fn = functools.partial(_loads_ours, path)
 
 
 def _installs_nothing(*_: object, **__: object) -> Path:
@@ -90,18 +87,19 @@ def _no_directory(*_: object) -> Path:
     return Path()
 
 
-def _loads_ours(*_: object, **__: object) -> Callable[..., App]:
-    return lambda *_: answer
+def _loads_ours(path: Path, *_: object, **__: object) -> Callable[..., trainer.App]:
+    return lambda *_: functools.partial(answer, path)
 
 
-def main(arguments: list[str]) -> None:
-    """Answer one message.
+def main(path: Path, arguments: list[str]) -> None:
+    """Have one message answered.
 
     Args:
+        path: The trainer's socket.
         arguments: Those of ``flwr-clientapp``.
     """
     sys.argv = ["flwr-clientapp", *arguments]
     Path("/proc/self/comm").write_text(TITLE)
     logs.to_stderr()
-    use_installed_app()
+    use_trainer(path)
     flwr_clientapp()

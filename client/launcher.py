@@ -1,16 +1,20 @@
-"""An institution's SuperExec: starts our own executor for each message, and nothing else.
+"""An institution's SuperExec: keeps its trainer running and has each message handed over to it.
 
 Flower's SuperExec starts ``flwr-clientapp``, ``flwr-agentapp`` and others by the type that the run
 has, and these install and run the app that the run's submitter sent. Here the type decides only
 between our executor and a refusal.
 
-Each message has a process of its own. They are forked from one that has imported torch and our app
-and has done nothing else, since these imports take longer than most rounds.
+The process of a message is forked from one that has imported what it needs, which is Flower and no
+torch.
 """
 
+import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 from multiprocessing import forkserver
+from pathlib import Path
 
 from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.constant import TaskType
@@ -18,37 +22,52 @@ from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
-from client import executor
+from client import executor, trainer
+from fedlora import logs
 
-IMPORTED = [
-    "flwr.supercore.cli.flower_superexec",
-    "client.executor",
-    "client.app",
-    "peft",
-    "opacus",
-]
+log = logging.getLogger("fedlora.client")
+
+IMPORTED = ["flwr.supercore.cli.flower_superexec", "client.executor"]
+POLL = "0.2"
+"""Seconds between two looks for a message; Flower's own second is a fifth of a round."""
 
 
 class InstalledApp(SubprocessExecutor):
-    """Starts our executor for a ClientApp's task; refuses every other."""
+    """Starts our executor for a ClientApp's task; refuses every other.
 
-    def __init__(self) -> None:
+    Args:
+        path: Where the trainer listens.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(IMPORTED)
-        # Asking whether there is a GPU would otherwise make CUDA unusable in what is forked.
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         forkserver.ensure_running()
+        self._trainer = self._start()
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
         """Start the process of one task."""
         if spec.task_type != TaskType.CLIENT_APP:
             return LaunchResult.failed(f"an institution runs no {spec.task_type}")
-        self._processes.Process(target=executor.main, args=(arguments(spec),), daemon=True).start()
+        self._processes.Process(
+            target=executor.main, args=(self._path, arguments(spec)), daemon=True
+        ).start()
         return LaunchResult.accepted()
 
     def reconcile(self) -> None:
-        """Take leave of the processes that have ended."""
+        """Take leave of the processes that have ended; start another trainer for one that has."""
         multiprocessing.active_children()
+        if (code := self._trainer.poll()) is not None:
+            log.error("the trainer ended (%d); another one is started", code)
+            self._trainer = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "client.trainer", str(self._path), str(os.getpid())],
+            env={**os.environ, **trainer.ENVIRONMENT},
+            stdin=subprocess.DEVNULL,
+        )
 
 
 def arguments(spec: ExecutionSpec) -> list[str]:
@@ -61,8 +80,11 @@ def arguments(spec: ExecutionSpec) -> list[str]:
 
 
 def main() -> None:
-    """Run Flower's SuperExec with our executor. Its arguments are Flower's."""
-    run_superexec.get_executor = lambda *_, **__: InstalledApp()
+    """Run Flower's SuperExec with our executor: the trainer's socket, then Flower's arguments."""
+    path = Path(sys.argv.pop(1))
+    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", POLL)
+    logs.to_stderr()
+    run_superexec.get_executor = lambda *_, **__: InstalledApp(path)
     flower_superexec()
 
 

@@ -17,6 +17,9 @@ from client.settings import Settings
 from fedlora.errors import InputError
 
 LOCK = "node.lock"
+SOCKET = "trainer"
+LONGEST = 107
+"""Characters of a socket's path, on Linux."""
 
 
 def check(settings: Settings) -> None:
@@ -67,7 +70,7 @@ def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
         *("--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
     ]
     launcher = [
-        *(sys.executable, "-P", "-m", "client.launcher"),
+        *(sys.executable, "-P", "-m", "client.launcher", str(private / SOCKET)),
         *("--runtime-api-address", address, "--insecure"),
         *("--superexec-auth-secret-file", str(secret)),
     ]
@@ -79,7 +82,8 @@ def running(settings: Settings) -> Iterator[Path]:
     """Hold the institution's state while its node runs; gives a directory of this start alone.
 
     Raises:
-        InputError: When a node with the same state runs already.
+        InputError: When a node with the same state runs already, or the directory's path is too
+            long for a socket.
     """
     with (
         (Path(settings.state) / LOCK).open("w") as lock,
@@ -91,6 +95,11 @@ def running(settings: Settings) -> Iterator[Path]:
             raise InputError(
                 f"state is {settings.state}, which another node uses now; stop that one first"
             ) from None
+        if len(str(Path(private) / SOCKET)) > LONGEST:
+            raise InputError(
+                f"TMPDIR is {Path(private).parent}, too long for the path of a socket "
+                f"({LONGEST} characters); give a shorter one"
+            )
         yield Path(private)
 
 

@@ -24,6 +24,11 @@ def load(config: RunConfig) -> Federation:
     )
 
 
+def forget() -> None:
+    """Let go of the records in memory: their sources have changed."""
+    _load.cache_clear()
+
+
 @functools.lru_cache(maxsize=1)
 def _load(seed: int, model: Any, source: Any, max_length: int, unit: str) -> Federation:
     kind = models.kind(model.name, model.task)

@@ -1,8 +1,10 @@
 """Who is there: each node is asked once who it is and whether it can take part."""
 
+import json
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -13,6 +15,7 @@ from fedlora.config import MIXED_RANKS, RunConfig
 from fedlora.errors import InputError, Refusal
 from server.exchange import exchange
 from server.replies import content
+from server.run_directory import NODES
 
 log = logging.getLogger("fedlora.server")
 
@@ -24,16 +27,26 @@ class RunFailed(RuntimeError):
 
 
 class Roster:
-    """Node id -> institution, asked once of each node that shows up."""
+    """Node id -> institution, asked once of each node that shows up.
+
+    In a deployment a name belongs to a key: a node takes part under the name that `NODES` has for
+    it, and under no other. The server writes that file as it registers keys, and here it is read
+    anew each time: one that is registered late comes in, one whose key is replaced or taken off
+    goes out. Without the file nobody takes part.
+    """
 
     def __init__(self, grid: Grid, config: RunConfig, query: wire.Query) -> None:
         self._grid, self._config, self._query = grid, config, query
+        self._names: dict[int, str] = {}  # by their keys, in a deployment
+        self._strangers: set[int] = set()
         self._known: dict[int, wire.Hello] = {}
         self.refused: dict[int, str] = {}
 
     def online(self) -> dict[str, int]:
         """Institution -> node, of those that are connected now."""
         present = sorted(self._grid.get_node_ids())
+        if self._config.deployed:
+            present = self._registered(present)
         query = wire.pack_query(self._query)
         timeout = self._config.federation.timeout
         fresh = [
@@ -44,6 +57,12 @@ class Roster:
         for node, reply in exchange(self._grid, fresh, patience(self._config)) if fresh else ():
             try:
                 hello = wire.unpack_hello(content(reply))
+                if self._config.deployed and hello.institution != self._names[node]:
+                    raise Refusal(
+                        "wrong-name",
+                        f"it calls itself {hello.institution}, and has the key of "
+                        f"{self._names[node]}; name in its settings must be that",
+                    )
                 if hello.version != fedlora.__version__:
                     raise Refusal(
                         "version-mismatch",
@@ -65,6 +84,29 @@ class Roster:
                 log.warning("node %d: %s", node, refusal)
         return {self._known[node].institution: node for node in present if node in self._known}
 
+    def _registered(self, present: list[int]) -> list[int]:
+        """Those of these nodes whose key is an institution's; who is known by another is forgotten.
+
+        Whoever is not among them may be at the next look, so nobody is refused for good.
+        """
+        file = Path(self._config.run_dir).parent / NODES
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            self._names = {int(node): str(name) for node, name in content.items()}
+        except (OSError, ValueError, AttributeError):
+            self._names = {}
+        self._known = {n: h for n, h in self._known.items() if self._names.get(n) == h.institution}
+        strangers = set(present) - set(self._names)
+        for node in sorted(strangers - self._strangers):
+            log.warning(
+                "node %d: not-registered: %s does not name it, or cannot be read; "
+                "`fedlora deploy register` writes it",
+                node,
+                file,
+            )
+        self._strangers = strangers
+        return [node for node in present if node in self._names]
+
     def wait(self, institutions: int) -> None:
         """Wait until all institutions have said something, or enough are here for a round.
 
@@ -77,9 +119,10 @@ class Roster:
                 break
             time.sleep(1.0)
         if len(self) < max(1, self._config.federation.min_updates):
-            codes = {str(node): code for node, code in self.refused.items()}
+            codes = dict.fromkeys(map(str, self._strangers), "not-registered")
+            codes |= {str(node): code for node, code in self.refused.items()}
             raise RunFailed(
-                f"{len(self._known)} institutions are ready and {len(self.refused)} refuse "
+                f"{len(self._known)} institutions are ready and {len(codes)} refuse or are refused "
                 f"({reasons(codes)}); federation.min-updates is "
                 f"{self._config.federation.min_updates}"
             )

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 KEPT_CHECKPOINTS = 2
 SUBMISSION = "submission.json"
 """What a deployment knows of a run that it submitted."""
+NODES = "nodes.json"
+"""Beside a deployment's runs: Flower's node id -> the institution whose public key it has."""
 BESIDE = ("ledgers", "institutions.log", SUBMISSION)
 """What may be in a run's directory before the run begins."""
 FREE_BYTES = 100 * 2**20

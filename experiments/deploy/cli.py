@@ -137,27 +137,29 @@ def server() -> None:
         *("--superexec-auth-secret-file", str(here.secret)),
     ]
     keeper = [sys.executable, "-P", "-m", "experiments.cli", "deploy", "keep"]
+    keeper += ["--since", str(time.monotonic())]  # before the first ServerApp can run
     raise typer.Exit(services.run("server", [superexec, keeper]))
 
 
-def keep() -> None:
-    """Register institutions, then start cut-off runs again whenever there are any."""
+def keep(
+    since: Annotated[float, typer.Option(help="When the server was started (monotonic clock).")],
+) -> None:
+    """Register institutions, also new ones, and start cut-off runs again."""
     from experiments.deploy import flower, runs
 
     here = flower.server()
-    orphaned, registered = True, False
+    registered = None
     while True:
         try:
-            if not registered:
+            if (files := flower.key_files(here)) != registered:
                 for name, outcome in flower.register(here).items():
                     services.say("server", f"institution {name}: {outcome}")
-                registered = True
-            for line in runs.proceed(here, orphaned=orphaned):
+                registered = files
+            for line in runs.proceed(here, since=since):
                 services.say("server", line)
-            orphaned = False
         except flower.FlowerError as error:  # the SuperLink may be away for a while
             services.say("server", str(error), "warning")
-        time.sleep(runs.ASK_SECONDS if not orphaned else 2.0)
+        time.sleep(runs.ASK_SECONDS)
 
 
 def register() -> None:

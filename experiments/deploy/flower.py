@@ -5,25 +5,30 @@ Its functions are used instead of its processes, of which each takes seconds to 
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 import tomli_w
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.utils import flwr_cli_exc_handler
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
+    ListNodesRequest,
     ListRunsRequest,
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
 )
+from flwr.supercore.constant import NodeStatus
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -31,6 +36,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
+from server.run_directory import NODES, alone
 
 LINK = "fedlora"
 """The connection's name in Flower's own configuration."""
@@ -106,33 +112,59 @@ def connect(server: Server) -> None:
     write_atomic(server.home / "config.toml", tomli_w.dumps(content).encode())
 
 
+def key_files(server: Server) -> dict[Path, int]:
+    """Each institution's file, and when it was last changed (nanoseconds)."""
+    files = sorted(server.institutions.glob("*.pub"))
+    return {file: file.stat().st_ctime_ns for file in files if file.exists()}
+
+
 def register(server: Server) -> dict[str, str]:
-    """Register the public key of each institution; one that is registered stays as it is.
+    """Register the public key of each institution, and write down which node is whose.
+
+    A node is known by its key, whatever name it was registered under: `NODES` maps its id to the
+    institution whose file holds that key, and nobody else takes part in a run (`server.roster`).
 
     Returns:
         Institution -> ``registered``, ``already registered``, or what is wrong with its key.
     """
     done: dict[str, str] = {}
-    with _superlink(server) as superlink:
-        for file in sorted(server.institutions.glob("*.pub")):
+    holders: dict[bytes, str] = {}
+    nodes: dict[int, str] = {}
+    with alone(server.results), _superlink(server) as superlink, _errors():
+        found = superlink.ListNodes(ListNodesRequest()).nodes_info
+        known = {node.public_key: node for node in found}
+        for file in key_files(server):
+            name = file.stem
             try:
-                key = load_ssh_public_key(file.read_bytes())
+                key = _public_key(file)
             except (OSError, ValueError) as error:
-                done[file.stem] = f"{file} is not a public key in OpenSSH's format: {error}"
+                done[name] = str(error)
                 continue
-            if not isinstance(key, ec.EllipticCurvePublicKey):
-                done[file.stem] = f"{file} is not an elliptic curve key; make one with P-384"
-                continue
-            request = RegisterNodeRequest(public_key=public_key_to_bytes(key), name=file.stem)
-            try:
-                with _errors():
-                    superlink.RegisterNode(request)
-                done[file.stem] = "registered"
-            except FlowerError as error:
-                if "already in use" not in str(error):
-                    raise
-                done[file.stem] = "already registered"
+            node, holder = known.get(key), holders.setdefault(key, name)
+            if holder != name:
+                done[name] = f"{file} is the key of {holder}; ask {name} for its own"
+            elif node is None:
+                request = RegisterNodeRequest(public_key=key, name=name)
+                nodes[superlink.RegisterNode(request).node_id] = name
+                done[name] = "registered"
+            elif node.status == NodeStatus.UNREGISTERED:
+                done[name] = f"{file} was unregistered, and Flower takes no key twice; make a new"
+            else:
+                nodes[node.node_id] = name
+                done[name] = "already registered"
+        write_atomic(server.results / NODES, (json.dumps(nodes, indent=2) + "\n").encode())
     return done
+
+
+def _public_key(file: Path) -> bytes:
+    """A public key as Flower knows it."""
+    try:
+        key = load_ssh_public_key(file.read_bytes())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ValueError(f"{file} is not a public key in OpenSSH's format: {error}") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ValueError(f"{file} is not an elliptic curve key; make one with P-384")
+    return public_key_to_bytes(key)
 
 
 def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
@@ -150,19 +182,28 @@ def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
     return str(answer.run_id)
 
 
-def status(server: Server, run: str) -> tuple[str, str]:
-    """A run's status, such as ``finished:completed``, and its details; ``unknown`` for no run."""
+def status(server: Server, run: str) -> tuple[str, str, float]:
+    """A run's status, such as ``finished:completed`` (``unknown`` for no run), and its details.
+
+    The third is for how many seconds a server has had it, by the SuperLink's clock; 0 while none
+    has.
+    """
     try:
         with _superlink(server) as superlink, _errors():
             answer = superlink.ListRuns(ListRunsRequest(run_id=int(run)))
     except FlowerError as error:
         if "not found" in str(error).lower():
-            return "unknown", str(error)
+            return "unknown", str(error), 0.0
         raise
     if int(run) not in answer.run_dict:
-        return "unknown", "the SuperLink does not know this run"
-    found = answer.run_dict[int(run)].status
-    return ":".join(filter(None, (found.status, found.sub_status))), found.details
+        return "unknown", "the SuperLink does not know this run", 0.0
+    found = answer.run_dict[int(run)]
+    age = 0.0
+    if found.starting_at:
+        begun = datetime.fromisoformat(found.starting_at)
+        age = (datetime.fromisoformat(answer.now) - begun).total_seconds()
+    now = found.status
+    return ":".join(filter(None, (now.status, now.sub_status))), now.details, age
 
 
 def stop(server: Server, run: str) -> None:

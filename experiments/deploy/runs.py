@@ -7,11 +7,11 @@ configuration and directory, and the ServerApp goes on from its last checkpoint.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
+import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from fedlora import config as configuration
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from server.run_directory import SUBMISSION, read_records
+from server.run_directory import SUBMISSION, alone, read_records
 
 State = Literal["running", "completed", "failed", "stopped"]
 APP = Path(__file__).resolve().parents[2]
@@ -97,7 +97,7 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
     if directory.exists():
         raise InputError(f"{directory} exists; give another --name")
     flat = configuration.from_flat({**config.flat(), "run-dir": str(directory)}).flat()
-    with _alone(server):
+    with alone(server.results):
         made = Submission(name=name, config=dict(flat))
         made.save()
         try:
@@ -135,13 +135,13 @@ def every(server: Server) -> list[Submission]:
 
 def observe(server: Server, name: str) -> Submission:
     """The submission as it is now, by what Flower says and what is on disk."""
-    with _alone(server):
+    with alone(server.results):
         return _observed(server, find(server, name))[0]
 
 
 def stop(server: Server, name: str) -> Submission:
     """Stop a run. Its finished rounds are kept."""
-    with _alone(server):
+    with alone(server.results):
         submission, _ = _observed(server, find(server, name))
         if submission.state != "running":
             return submission
@@ -150,20 +150,21 @@ def stop(server: Server, name: str) -> Submission:
         return _ended(submission, "stopped", "stopped by the operator")
 
 
-def proceed(server: Server, *, orphaned: bool = False) -> list[str]:
+def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
     """Start every submission again whose Flower run was ended from outside.
 
     Args:
         server: This one.
-        orphaned: Whether no ServerApp runs here: the server has just been started.
+        since: When it was started (monotonic clock). A Flower run that a server had before lost its
+            ServerApp with that server.
 
     Returns:
         A line for each thing done.
     """
     lines: list[str] = []
     for name in [one.name for one in every(server) if one.state == "running"]:
-        with _alone(server):
-            submission, interrupted = _observed(server, find(server, name), orphaned=orphaned)
+        with alone(server.results):
+            submission, interrupted = _observed(server, find(server, name), since=since)
             if submission.state != "running":
                 lines.append(
                     f"{name} {submission.state}: {submission.details or 'all rounds done'}"
@@ -219,14 +220,14 @@ def _start(server: Server, submission: Submission) -> Submission:
 
 
 def _observed(
-    server: Server, submission: Submission, *, orphaned: bool = False
+    server: Server, submission: Submission, *, since: float = -math.inf
 ) -> tuple[Submission, bool]:
     """The submission as it is now, and whether its Flower run was ended from outside."""
     if submission.state != "running":
         return submission, False
     if not submission.runs:  # whoever submitted it died before Flower answered
         return submission, True
-    status, details = flower.status(server, submission.runs[-1])
+    status, details, age = flower.status(server, submission.runs[-1])
     if status == "finished:completed":
         if submission.complete:
             return _ended(submission, "completed", ""), False
@@ -235,19 +236,11 @@ def _observed(
         return _ended(submission, "stopped", details or "stopped"), False
     if status == "finished:failed" and not details.startswith(INTERRUPTED):
         return _ended(submission, "failed", details.removeprefix(RAISED)), False
-    ended = status in ("finished:failed", "unknown")
-    return submission, ended or (orphaned and status in ("starting", "running"))
+    orphaned = status in ("starting", "running") and age > time.monotonic() - since
+    return submission, orphaned or status in ("finished:failed", "unknown")
 
 
 def _ended(submission: Submission, state: State, details: str) -> Submission:
     ended = dataclasses.replace(submission, state=state, details=details)
     ended.save()
     return ended
-
-
-@contextlib.contextmanager
-def _alone(server: Server) -> Iterator[None]:
-    """One process at a time starts, stops and judges runs."""
-    with (server.results / ".submissions.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -22,6 +22,7 @@ import ray
 from flwr.app import Context, Message, MessageType, RecordDict
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
+from client import trainer
 from experiments.engines.grid import (
     RUN_ID,
     TIMEOUT,
@@ -35,10 +36,6 @@ from experiments.engines.grid import (
 from fedlora import wire
 from fedlora.errors import InputError
 
-WORKER_ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",  # more arenas only hold on to freed memory
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "100",  # batches have many shapes; kept kernels are memory
-}
 HELD = 8  # shared records of earlier pushes that a worker keeps
 TOGETHER = 32  # messages of a call, at most
 FIRST = 8  # the same, as long as nobody knows how long they take
@@ -185,7 +182,7 @@ class RayGrid(SimulationGrid):
                 num_cpus=threads,
                 num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                runtime_env={"env_vars": trainer.ENVIRONMENT},
             )
             .remote
         )

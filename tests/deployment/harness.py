@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 PATIENCE = 300.0  # seconds for what is slow on a busy machine
 
+RESOLVER = "127.0.0.54"  # in every service; not Docker's, on which nothing may rely
 ETC = ("passwd", "group", "nsswitch.conf", "ssl", "nginx", "ld.so.cache", "alternatives")
 
 # What `init: true` is: hands on signals, reaps orphans, ends with its child's code.
@@ -166,8 +167,9 @@ class Federation:
         for name, spec in self._file["services"].items():
             more = [*spec.get("volumes", ()), *(volumes or {}).get(name, ())]
             self.add(name, {**spec, "volumes": more, **(changes or {}).get(name, {})})
+        ready = ["sh", "-c", "echo ready; exec sleep infinity"]
         self._fabric = subprocess.Popen(
-            [*_unshare(), "sh", "-c", "echo ready; exec sleep infinity"], stdout=subprocess.PIPE
+            ["setpriv", "--pdeathsig=KILL", *_unshare(), *ready], stdout=subprocess.PIPE
         )
         assert self._fabric.stdout and self._fabric.stdout.readline() == b"ready\n"
         self._inner = psutil.Process(self._fabric.pid).children()[0].pid
@@ -474,7 +476,11 @@ class Federation:
         hosts = self._root.with_name(f"{self._root.name}-{service.name}.hosts")
         hosts.write_text("\n".join(f"{ip} {name}" for ip, name in self._hosts(service)) + "\n")
         yield bind(hosts, "/etc/hosts")
-        resolver = [sys.executable, "-ISs", str(ROOT / "tests/deployment/names.py"), str(hosts)]
+        resolv = self._root.with_name("resolv.conf")
+        resolv.write_text(f"nameserver {RESOLVER}\n")
+        yield bind(resolv, "/etc/resolv.conf")
+        names = str(ROOT / "tests/deployment/names.py")
+        resolver = [sys.executable, "-ISs", names, str(hosts), RESOLVER]
         yield shlex.join(["setpriv", "--pdeathsig=KILL", *resolver]) + " &"
         for volume in spec.get("volumes", ()):
             source, target, *options = volume.split(":")

@@ -1,4 +1,4 @@
-"""A resolver at 127.0.0.11, as Docker gives each container: A records from a hosts file."""
+"""A resolver, as Docker and podman give each container: A records from a hosts file."""
 
 import socket
 import sys
@@ -25,7 +25,7 @@ def main() -> None:
     lines = Path(sys.argv[1]).read_text().splitlines()
     names = {name: address for address, name in (line.split() for line in lines)}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.bind(("127.0.0.11", 53))
+        server.bind((sys.argv[2], 53))
         while True:
             query, who = server.recvfrom(512)
             server.sendto(answer(query, names), who)

@@ -26,6 +26,7 @@ from experiments.deploy import keys
 from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
+from server.run_directory import NODES
 from tests.deployment import harness
 from tests.deployment.conftest import PLAIN, PRIVATE, rehearsal
 
@@ -58,6 +59,29 @@ class Forged(fleet_http_connection.NodeAuthHttpInterceptor):
 fleet_http_connection.public_key_to_bytes = lambda own: public_key_to_bytes(theirs)
 fleet_http_connection.NodeAuthHttpInterceptor = Forged
 flower_supernode()
+"""
+IN_ANOTHERS_NAME = """
+import sys, httpx
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.node_pb2 import Node
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+theirs, own = int(sys.argv[1]), int(sys.argv[2])
+key = load_ssh_private_key(open("/keys/node.key", "rb").read(), None)
+signed = NodeAuthHttpInterceptor(key, key.public_key())
+link = FleetHttpClient.from_server_address("gateway:8443", False, "/keys/ca.crt", [signed])
+order = dict(src_node_id=1, dst_node_id=theirs)
+answer = dict(src_node_id=theirs, dst_node_id=1, reply_to_message_id="0" * 64)
+for said in (order, answer, {**answer, "src_node_id": own}):
+    message = Message(metadata=Metadata(**said))
+    try:
+        link.PushMessages(PushMessagesRequest(node=Node(node_id=own), messages_list=[message]))
+    except httpx.HTTPStatusError as error:
+        print("answers of its own" in error.response.text)
+    else:
+        print("taken")
 """
 FLOOD = """
 import re, socket, ssl, threading
@@ -295,6 +319,39 @@ def test_bad_updates_are_rejected_with_institution_and_reason_and_the_run_goes_o
     assert [record["updates"] for record in records] == [3, *(2 for _ in bad), 3]
     log = federation.log("server")
     assert "c: too-large" in log and "c: other-run" in log
+
+
+def test_an_institution_that_takes_anothers_name_counts_for_nothing(federation):
+    before = {name: len(federation.charges(name)) for name in "ac"}
+    federation.misbehave("c")
+    federation.stop("institution-a")  # the bad one is there first
+    federation.settings("c", name="a")
+    federation.restart("institution-c")
+    asked = lambda: [set(r["institutions"]) for r in federation.rounds("names")]  # noqa: E731
+    try:
+        values = {"federation.rounds": 40, "data.institutions": 2}
+        federation.submit("names", wait=False, **PRIVATE, **values)
+        federation.until(asked)
+        assert asked()[0] == {"b"}
+        assert "wrong-name: it calls itself a, and has the key of c" in federation.log("server")
+        federation.start("institution-a")
+        federation.until(lambda: {"a", "b"} in asked())
+        federation.deploy("stop", "names")
+    finally:
+        federation.settings("c", name="c")
+        federation.restart("institution-c")
+    assert all(names <= {"a", "b"} for names in asked())
+    assert len(federation.charges("a")) > before["a"]
+    assert len(federation.charges("c")) == before["c"]
+
+
+def test_who_knows_anothers_node_can_neither_send_it_orders_nor_answer_for_it(federation):
+    nodes = json.loads((federation.directory / "results" / NODES).read_text())
+    ids = {name: node for node, name in nodes.items()}
+    forge = ("python", "-c", IN_ANOTHERS_NAME, ids["a"], ids["c"])
+    order, answer, own = federation.exec("institution-c", *forge).stdout.split()
+    assert order == answer == "True" and own != "True"
+    assert f"Refused a message of node_id={ids['c']}" in federation.log("superlink")
 
 
 # From a server.

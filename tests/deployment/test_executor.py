@@ -1,8 +1,7 @@
-"""An institution runs its own installed app for as long as it allows, and says codes only."""
+"""A message goes to the institution's own installed app, and what is wrong leaves as a code."""
 
-import faulthandler
 import logging
-import time
+from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -12,9 +11,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime import run_clientapp
 
 from client import app as client_app
-from client import executor, launcher, settings
-from fedlora import wire
-from fedlora.errors import InputError, RecordError, Refusal, place
+from client import executor, launcher
+from fedlora.errors import InputError, RecordError, place
 
 SECRET = "Jane Doe, account 4711"
 
@@ -27,12 +25,8 @@ def message(monkeypatch):
 
 
 @pytest.fixture
-def context(tmp_path):
-    file = tmp_path / "institution.toml"
-    file.write_text(
-        'name="a"\nsource="r.csv"\nledger="l.db"\nstate="s"\nmodels=["m"]\nmax-seconds=1\n'
-    )
-    return Context(1, 1, {"settings": str(file)}, RecordDict(), {})
+def context():
+    return Context(1, 1, {}, RecordDict(), {})
 
 
 @pytest.fixture
@@ -41,13 +35,23 @@ def replaced(monkeypatch):
     for name in ("install_from_fab", "get_project_dir", "get_load_client_app_fn"):
         assert callable(getattr(run_clientapp, name)), f"flwr has no {name} any more"
         monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))
-    executor.use_installed_app()
+    executor.use_trainer(Path("/private/trainer"))
 
 
-def _code(reply):
-    with pytest.raises(Refusal) as refusal:
-        wire.unpack_update(reply.content)
-    return refusal.value.code
+class Trainer:
+    """The connection to one."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def send(self, asked):
+        assert isinstance(asked[1], Message)
+
+    def recv(self):
+        return "the trainer's answer"
 
 
 def test_an_app_that_was_sent_is_neither_installed_nor_run(
@@ -60,10 +64,11 @@ def test_an_app_that_was_sent_is_neither_installed_nor_run(
     run_clientapp.install_from_fab(bundle, skip_prompt=True)
     run_clientapp.get_project_dir("evil/app", "1", "0" * 64)
     load = run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+    asked = []
+    monkeypatch.setattr(executor, "_connected", lambda path: asked.append(path) or Trainer())
     answer = load("evil/app", "1", "0" * 64)
-    assert answer is executor.answer
-    monkeypatch.setattr(client_app, "app", lambda m, c: Message(RecordDict(), reply_to=m))
-    assert answer(message=message, context=context).has_content()
+    assert answer(message=message, context=context) == "the trainer's answer"
+    assert asked == [Path("/private/trainer")]
     assert not mark.exists()
     assert not (tmp_path / "home").exists()
 
@@ -103,41 +108,6 @@ def _spec(kind):
     )
 
 
-def test_an_app_that_hangs_is_answered_for_in_time(message, context, monkeypatch, caplog):
-    ends = []
-    monkeypatch.setattr(
-        faulthandler, "dump_traceback_later", lambda s, exit: ends.append((s, exit))
-    )
-    monkeypatch.setattr(executor, "installed_app", lambda: lambda m, c: time.sleep(20))
-    started = time.monotonic()
-    assert _code(executor.answer(message, context)) == "timed-out"
-    assert time.monotonic() - started < 10
-    assert ends == [(1 + executor.GRACE, True)]
-
-
-def test_an_app_in_time_is_not_ended(message, context, monkeypatch):
-    timers = []
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda s, exit: timers.append(s))
-    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", timers.clear)
-    reply = Message(RecordDict(), reply_to=message)
-    monkeypatch.setattr(executor, "installed_app", lambda: lambda m, c: reply)
-    assert executor.answer(message, context) is reply
-    assert not timers
-
-
-def test_what_an_app_raises_leaves_as_a_code_and_is_logged_by_its_place(
-    message, context, monkeypatch, caplog
-):
-    def raises(*_):
-        raise KeyError(SECRET)
-
-    monkeypatch.setattr(executor, "installed_app", lambda: raises)
-    assert _code(executor.answer(message, context)) == "failed"
-    assert SECRET not in caplog.text
-    assert "KeyError at" in caplog.text
-    assert "raises" in caplog.text
-
-
 @pytest.mark.parametrize("error", [RuntimeError(SECRET), RecordError(SECRET)])
 def test_an_institutions_log_quotes_no_record(message, context, monkeypatch, caplog, error):
     def situation(_):
@@ -165,8 +135,3 @@ def test_a_place_names_file_line_and_function():
     except ValueError as error:
         assert place(error).startswith("ValueError at test_executor.py:")
         assert "no number" not in place(error)
-
-
-def test_settings_without_a_limit_have_one(context):
-    context.node_config["settings"] = "nowhere"
-    assert executor.limit(context) == settings.Settings.max_seconds == 1800

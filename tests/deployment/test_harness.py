@@ -2,8 +2,10 @@
 
 import os
 import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from tests.deployment import harness
@@ -13,6 +15,14 @@ SHELL = {
     "healthcheck": {"test": ["CMD", "test", "-d", "/keys"]},
 }
 CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], 5000), 2)"
+MAKE = """
+import pathlib, sys, time
+from tests.deployment import harness
+scratch = pathlib.Path(sys.argv[1])
+made = harness.Federation(scratch / ".env", scratch)
+print(made._inner, flush=True)
+time.sleep(1000)
+"""
 LISTEN = "import socket, time; s = socket.create_server(('', 5000)); time.sleep(1000)"
 
 
@@ -88,6 +98,16 @@ def test_what_crashes_comes_back_and_what_is_killed_or_stopped_does_not(federati
     federation.start("institution-c")
     federation.wait("institution-c")
     assert federation.records("institution-c") == [{"up": 1}] * 2
+
+
+def test_nothing_is_left_when_whoever_made_it_is_killed(federation, tmp_path):
+    (tmp_path / ".env").write_text(f"FEDLORA_USER=10001:10001\nFEDLORA_DIR={tmp_path}\n")
+    make = [sys.executable, "-c", MAKE, str(tmp_path)]
+    with subprocess.Popen(make, cwd=harness.ROOT, stdout=subprocess.PIPE, text=True) as maker:
+        inner = psutil.Process(int(maker.stdout.readline()))
+        assert inner.is_running()
+        maker.kill()
+    inner.wait(30)
 
 
 def test_nothing_is_left_when_it_ends(federation):

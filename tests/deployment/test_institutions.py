@@ -17,7 +17,7 @@ from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
 from server import app as server_app
 from server.rounds import RunFailed
-from server.run_directory import read_records
+from server.run_directory import NODES, read_records
 
 BANKS = ("Alpha", "Beta", "Delta", "Gamma")  # as the simulation sorts them
 LABELS = '["card", "fraud", "loan"]'
@@ -63,7 +63,7 @@ def _write(path, table):
 
 @pytest.fixture
 def institutions(rows, tiny_encoder):
-    """Writes the settings of every bank; keyword values are added to those of one."""
+    """Registers every bank and writes its settings; keyword values are added to those of one."""
 
     def make(bank="", ledgers=True, **changes):
         files = []
@@ -87,6 +87,7 @@ def institutions(rows, tiny_encoder):
                     rows / name / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp"
                 )
             files.append(file)
+        (rows / NODES).write_text(json.dumps(dict(enumerate(BANKS, 1))))
         return files
 
     return make

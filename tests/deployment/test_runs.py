@@ -1,10 +1,15 @@
 """Submissions against a SuperLink that is a dictionary: what is true, and what goes on."""
 
+import contextlib
 import json
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from flwr.proto.control_pb2 import ListRunsResponse
+from flwr.proto.run_pb2 import Run, RunStatus
 from typer.testing import CliRunner
 
 from experiments.cli import app
@@ -15,12 +20,13 @@ from fedlora.errors import InputError
 
 
 class Link:
-    """A SuperLink: run -> its status and details."""
+    """A SuperLink: run -> its status and details, and for how long a server has had each run."""
 
     def __init__(self):
         self.runs = {}
         self.configs = []
         self.broken = False
+        self.age = 10.0
 
     def start(self, server, directory, values):
         assert (directory / "pyproject.toml").exists()
@@ -32,7 +38,7 @@ class Link:
         return run
 
     def status(self, server, run):
-        return self.runs.get(run, ("unknown", ""))
+        return *self.runs.get(run, ("unknown", "")), self.age
 
     def stop(self, server, run):
         self.runs[run] = ("finished:stopped", "")
@@ -142,7 +148,7 @@ def test_completed_means_a_result_and_flowers_word(
 def test_a_run_whose_server_died_goes_on_in_the_same_directory(here, link, deployed):
     made = runs.submit(here, deployed, "one")
     assert runs.proceed(here) == []  # it runs
-    (line,) = runs.proceed(here, orphaned=True)
+    (line,) = runs.proceed(here, since=time.monotonic() - 9)
     assert "goes on after round 0" in line
     assert link.runs == {"1": ("finished:stopped", ""), "2": ("running", "")}
     assert link.configs[0] == link.configs[1]
@@ -151,14 +157,34 @@ def test_a_run_whose_server_died_goes_on_in_the_same_directory(here, link, deplo
     _finish(again, link)
     runs.proceed(here)
     assert runs.find(here, "one").state == "completed"
-    assert runs.proceed(here, orphaned=True) == []
+    assert runs.proceed(here, since=time.monotonic()) == []
     assert made.directory == again.directory
+
+
+def test_a_run_that_begins_as_the_server_starts_is_started_once(here, link, deployed):
+    runs.submit(here, deployed, "one")
+    for status in ("pending", "starting", "running"):
+        link.runs["1"] = (status, "")
+        assert runs.proceed(here, since=time.monotonic() - 11) == []
+    assert list(link.runs) == ["1"]
+
+
+def test_a_run_is_as_old_as_the_superlink_says(here, monkeypatch):
+    found = Run(status=RunStatus(status="running"), starting_at="2026-01-01T10:00:00+00:00")
+    said = ListRunsResponse(run_dict={7: found}, now="2026-01-01T10:00:02.500000+00:00")
+    link = SimpleNamespace(ListRuns=lambda request: said)
+    monkeypatch.setattr(flower, "_superlink", lambda _: contextlib.nullcontext(link))
+    assert flower.status(here, "7") == ("running", "", 2.5)
+    found.starting_at = ""
+    said = ListRunsResponse(run_dict={7: found}, now=said.now)
+    assert flower.status(here, "7")[2] == 0
+    assert flower.status(here, "8")[0] == "unknown"
 
 
 def test_a_run_that_waits_for_a_server_is_left_alone(here, link, deployed):
     runs.submit(here, deployed, "one")
     link.runs["1"] = ("pending", "")
-    assert runs.proceed(here, orphaned=True) == []
+    assert runs.proceed(here, since=time.monotonic()) == []
 
 
 def test_a_run_that_the_superlink_forgot_is_submitted_again(here, link, deployed):
@@ -184,7 +210,7 @@ def test_a_run_that_never_gets_on_is_given_up(here, link, deployed):
 def test_a_stopped_run_stays_stopped(here, link, deployed):
     runs.submit(here, deployed, "one")
     assert runs.stop(here, "one").state == "stopped"
-    assert runs.proceed(here, orphaned=True) == []
+    assert runs.proceed(here, since=time.monotonic()) == []
     assert link.runs == {"1": ("finished:stopped", "")}
 
 
@@ -193,7 +219,7 @@ def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deploye
     steps = iter(
         [
             lambda: _round(made, 1),
-            lambda: runs.proceed(here, orphaned=True),
+            lambda: runs.proceed(here, since=time.monotonic()),
             lambda: _round(made, 2),
             lambda: _finish(runs.find(here, "one"), link),
             lambda: runs.proceed(here),

@@ -1,0 +1,552 @@
+"""The table of docs/performance.md: every row measured against its rival, both sides in turn.
+
+Usage: python -m benchmarks.bench [--only ROW ...] [--smollm2 DIR] [--repeats 3] [--quick]
+
+Each row is a ratio within one run on one machine, or a figure with a bound. What is printed is the
+median and the spread (lowest to highest) over the repeats. The result is
+benchmarks/results/PROCESSOR.json, one for each processor, and the table in docs/performance.md.
+
+A row that is over 20 % worse than in the last committed result of the same processor fails the
+command, as does a rival that ends at another accuracy than fedlora. A target that is missed does
+not: the table says by how much. Run it on an idle machine. ``--quick`` only shows that everything
+runs: as little work as there can be, nothing compared and nothing written.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure, work
+from server.run_directory import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BUILD = ROOT / "build" / "bench"
+BEGIN, END = "<!-- table: make bench -->", "<!-- end of table -->"
+REGRESSION = 1.2
+"""So many times worse than the last result is a regression."""
+SAME = {False: 0.03, True: 0.10}
+"""By how much accuracies may differ without and, since its noise is real, with DP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table.
+
+    Args:
+        what: What is compared, for a reader.
+        target: The bound.
+        most: Whether the bound is an upper one.
+        unit: Of figure and bound; a plain ratio is ``x``.
+    """
+
+    what: str
+    target: float
+    most: bool
+    unit: str = "x"
+
+    def met(self, value: float) -> bool:
+        """Whether a figure keeps the bound."""
+        return value <= self.target if self.most else value >= self.target
+
+    def worse(self, value: float, before: float) -> float:
+        """How many times worse a figure is than another."""
+        return value / before if self.most else before / value
+
+    def shown(self, value: float) -> str:
+        """A figure with its unit."""
+        return f"{value:.{0 if value >= 100 else 2}f} {self.unit}"
+
+
+ROWS = {
+    "flower": Row(what="plain Flower's wall time over ours, no DP", target=4, most=False),
+    "pfl": Row(what="the same against pfl in one process", target=1.5, most=False),
+    "flower-memory": Row(
+        what="our process tree's peak memory over plain Flower's, two workers",
+        target=0.5,
+        most=True,
+    ),
+    "flower-dp": Row(
+        what="wall time of plain Flower with Opacus over ours, DP", target=4, most=False
+    ),
+    "flower-dp-rounds": Row(what="the same, 20 rounds of one step", target=10, most=False),
+    "dp-time": Row(what="time of a DP step over the same step without", target=1.1, most=True),
+    "dp-memory": Row(what="its memory, likewise", target=1.15, most=True),
+    "opacus": Row(
+        what="time of a DP step over Opacus' hooks on a float32 base", target=0.45, most=True
+    ),
+    "rate-fp32": Row(
+        what="rate of a MiniLM step (64 x 40) over bare products', float32", target=0.7, most=False
+    ),
+    "rate-bf16": Row(what="the same, bf16", target=0.45, most=False),
+    "smollm2": Row(
+        what="time of a SmolLM2 DP step (16 x 64) over plain PEFT's in float32",
+        target=0.5,
+        most=True,
+    ),
+    "worker": Row(
+        what="memory that a second worker adds, SmolLM2 base", target=350, most=True, unit="MiB"
+    ),
+    "empty": Row(
+        what="1,000 institutions, empty client: time of an institution-round",
+        target=2,
+        most=True,
+        unit="ms",
+    ),
+    "empty-memory": Row(
+        what="its driver's memory after 50 rounds", target=1024, most=True, unit="MiB"
+    ),
+    "empty-growth": Row(what="that over its memory after 5 rounds", target=1.05, most=True),
+    "start": Row(
+        what="second run: time to the first training step", target=10, most=True, unit="s"
+    ),
+    "deployed": Row(
+        what="deployed round, a fresh process per message over a resident base, SmolLM2",
+        target=3,
+        most=False,
+    ),
+}
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What came of a row.
+
+    Args:
+        values: One figure for each repeat.
+        details: What it follows from, for the result file.
+        skipped: Why there is no figure.
+        problem: Why the figures do not count.
+    """
+
+    values: list[float] = field(default_factory=list)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    skipped: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a measurement is told: SmolLM2's directory (or ""), repeats, and whether in brief."""
+
+    smollm2: str
+    repeats: int
+    quick: bool
+
+
+def in_turn(
+    sides: Mapping[str, Callable[[], measure.Measured]], repeats: int
+) -> dict[str, list[measure.Measured]]:
+    """Run all sides, then all again, so that what changes with time falls on each alike."""
+    found: dict[str, list[measure.Measured]] = {name: [] for name in sides}
+    for turn in range(repeats):
+        for name, side in sides.items():
+            done = side()
+            found[name].append(done)
+            say(f"  {turn + 1}/{repeats} {name}: {done.seconds:.1f} s, {done.peak_mib:.0f} MiB")
+    return found
+
+
+def rivals(todo: work.Work, names: Sequence[str], options: Options) -> dict[str, Outcome]:
+    """Wall time, memory and accuracy of the same work with fedlora and with its rivals.
+
+    Returns:
+        For each rival the ratio of wall times, and for Flower that of peak memories, as
+        ``NAME-memory``.
+    """
+    pythons = {"flower": Path(sys.executable)}
+    if "pfl" in names:
+        pythons["pfl"] = work.pfl_python(BUILD / "pfl")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+        here = Path(scratch)
+        file = todo.write(here)
+        number = itertools.count()
+
+        def fedlora() -> measure.Measured:
+            n = next(number)  # neither records nor digests are cached
+            return measure.run(
+                todo.fedlora(here / f"run-{n}"),
+                environment=work.environment(here / f"cache-{n}"),
+                cwd=here,
+            )
+
+        def other(name: str) -> measure.Measured:
+            command = work.rival(name, pythons[name], file)
+            return measure.run(command, environment=work.environment(here), cwd=here)
+
+        sides: dict[str, Callable[[], measure.Measured]] = {"fedlora": fedlora}
+        sides |= {name: lambda name=name: other(name) for name in names}
+        found = in_turn(sides, options.repeats)
+    details = {
+        name: {
+            "seconds": [round(m.seconds, 2) for m in runs],
+            "peak_mib": [round(m.peak_mib) for m in runs],
+            "accuracy": [round(float(m.said["accuracy"]), 4) for m in runs],
+        }
+        for name, runs in found.items()
+    }
+    outcomes: dict[str, Outcome] = {}
+    for name in names:
+        pairs = list(zip(found[name], found["fedlora"], strict=True))
+        both = {side: details[side] for side in ("fedlora", name)}
+        problem = "" if options.quick else _other_accuracy(both, SAME[todo.private])
+        outcomes[name] = Outcome(
+            values=[theirs.seconds / ours.seconds for theirs, ours in pairs],
+            details=both,
+            problem=problem,
+        )
+        outcomes[f"{name}-memory"] = Outcome(
+            values=[ours.peak_mib / theirs.peak_mib for theirs, ours in pairs],
+            details=both,
+            problem=problem,
+        )
+    return outcomes
+
+
+def _other_accuracy(sides: Mapping[str, Mapping[str, Any]], tolerance: float) -> str:
+    means = {name: statistics.fmean(side["accuracy"]) for name, side in sides.items()}
+    if max(means.values()) - min(means.values()) <= tolerance:
+        return ""
+    return "accuracies differ: " + ", ".join(f"{n} {value:.3f}" for n, value in means.items())
+
+
+def module(name: str, *arguments: str) -> Mapping[str, Any]:
+    """What a benchmark of its own prints."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    done = measure.run(command, cwd=ROOT)
+    say(f"  {name} {' '.join(arguments)}: {done.seconds:.0f} s")
+    return done.said
+
+
+def repeated(
+    options: Options, keys: Mapping[str, str], name: str, *arguments: str
+) -> dict[str, Outcome]:
+    """Figures of a benchmark of its own, which itself takes its sides in turn.
+
+    Args:
+        options: How often.
+        keys: Row -> key of what it prints.
+        name: Of its module.
+        arguments: For it.
+    """
+    said = [module(name, *arguments) for _ in range(options.repeats)]
+    return {
+        row: Outcome(values=[float(one[key]) for one in said], details=said[-1])
+        for row, key in keys.items()
+    }
+
+
+def no_dp(options: Options) -> dict[str, Outcome]:
+    """10 institutions x 3 rounds x 5 steps of 64."""
+    todo = work.Work(institutions=2, rounds=1, steps=1) if options.quick else work.Work()
+    found = rivals(todo, ["flower", "pfl"], options)
+    return {name: found[name] for name in ("flower", "pfl", "flower-memory")}
+
+
+def with_dp(options: Options) -> dict[str, Outcome]:
+    """The same under DP."""
+    todo = work.Work(private=True)
+    if options.quick:
+        todo = work.Work(institutions=2, rounds=1, steps=1, private=True)
+    return {"flower-dp": rivals(todo, ["flower"], options)["flower"]}
+
+
+def many_rounds(options: Options) -> dict[str, Outcome]:
+    """10 institutions x 20 rounds x 1 step of 64 under DP."""
+    todo = work.Work(rounds=20, steps=1, private=True)
+    if options.quick:
+        todo = work.Work(institutions=2, rounds=2, steps=1, private=True)
+    return {"flower-dp-rounds": rivals(todo, ["flower"], options)["flower"]}
+
+
+def dp_step(options: Options) -> dict[str, Outcome]:
+    """A DP step against the same step without."""
+    keys = {"dp-time": "time_ratio", "dp-memory": "memory_ratio"}
+    return repeated(options, keys, "dp_step", *_brief(options, "--rows", "16"))
+
+
+def opacus(options: Options) -> dict[str, Outcome]:
+    """A DP step on a bf16 base against Opacus' hooks on a float32 one."""
+    arguments = ["--against", "opacus", *_brief(options, "--rows", "16")]
+    return repeated(options, {"opacus": "time_ratio"}, "dp_step", *arguments)
+
+
+def rate(options: Options) -> dict[str, Outcome]:
+    """A step's rate against that of bare matrix products."""
+    found: dict[str, Outcome] = {}
+    for dtype in ("fp32", "bf16"):
+        arguments = ["--dtype", dtype, *_brief(options, "--rows", "32")]
+        found |= repeated(options, {f"rate-{dtype}": "share"}, "flop_rate", *arguments)
+    return found
+
+
+def smollm2(options: Options) -> dict[str, Outcome]:
+    """A causal model's DP step against plain PEFT's in float32."""
+    if not options.smollm2:
+        return {"smollm2": Outcome(skipped=NO_SMOLLM2)}
+    size = ["--rows", "16", "--tokens", "64", "--turns", "5"]
+    if options.quick:
+        size = ["--rows", "2", "--tokens", "16", "--physical-batch", "2", "--turns", "2"]
+    arguments = ["--against", "peft", "--model", options.smollm2, *size]
+    return repeated(options, {"smollm2": "time_ratio"}, "dp_step", *arguments)
+
+
+def workers(options: Options) -> dict[str, Outcome]:
+    """Peak memory of the same run with two workers and with one."""
+    if not options.smollm2:
+        return {"worker": Outcome(skipped=NO_SMOLLM2)}
+    values = {
+        "model.name": options.smollm2,
+        "data.institutions": 2 if options.quick else 4,
+        "federation.rounds": 1 if options.quick else 2,
+        "training.local-steps": 1,
+        "training.batch-size": 2 if options.quick else 16,
+        "training.max-length": 64,
+    }
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+        here = Path(scratch)
+        number = itertools.count()
+
+        def of(count: int) -> measure.Measured:
+            pairs = {**values, "engine.workers": count}.items()
+            assigned = [word for key, value in pairs for word in ("--set", f"{key}={value}")]
+            command = [str(Path(sys.executable).with_name("fedlora")), "run", str(work.CONFIG)]
+            return measure.run(
+                [*command, *assigned, "--out", str(here / f"run-{next(number)}"), "--json"],
+                environment=work.environment(here / "cache"),
+                cwd=here,
+            )
+
+        found = in_turn({"one": lambda: of(1), "two": lambda: of(2)}, options.repeats)
+    pairs = list(zip(found["two"], found["one"], strict=True))
+    return {
+        "worker": Outcome(
+            values=[two.peak_mib - one.peak_mib for two, one in pairs],
+            details={n: {"peak_mib": [round(m.peak_mib) for m in f]} for n, f in found.items()},
+        )
+    }
+
+
+def empty(options: Options) -> dict[str, Outcome]:
+    """The engine's own cost."""
+    keys = {
+        "empty": "milliseconds_per_institution_round",
+        "empty-memory": "driver_mib_last",
+        "empty-growth": "driver_growth",
+    }
+    size = ["--institutions", "4", "--rounds", "6"] if options.quick else ["--rounds", "50"]
+    return repeated(options, keys, "engine_overhead", *size)
+
+
+def start(options: Options) -> dict[str, Outcome]:
+    """The demo once more."""
+    turns = "1" if options.quick else "3"
+    return repeated(options, {"start": "seconds"}, "start", "--turns", turns)
+
+
+def deployed(options: Options) -> dict[str, Outcome]:
+    """Three institutions in namespaces, with a resident base and with a process per message."""
+    if not options.smollm2:
+        return {"deployed": Outcome(skipped=NO_SMOLLM2)}
+    from tests.deployment import harness
+
+    if reason := harness.unavailable():
+        return {"deployed": Outcome(skipped=reason)}
+    arguments = ["--model", options.smollm2, "--rounds", "2" if options.quick else "6"]
+    said = [
+        (module("deployment", *arguments, "--fresh"), module("deployment", *arguments))
+        for _ in range(options.repeats)
+    ]
+    return {
+        "deployed": Outcome(
+            values=[fresh["round_median_s"] / kept["round_median_s"] for fresh, kept in said],
+            details=dict(zip(("fresh", "resident"), said[-1], strict=True)),
+        )
+    }
+
+
+NO_SMOLLM2 = "needs --smollm2 DIR"
+MEASUREMENTS: dict[Callable[[Options], dict[str, Outcome]], tuple[str, ...]] = {
+    no_dp: ("flower", "pfl", "flower-memory"),
+    with_dp: ("flower-dp",),
+    many_rounds: ("flower-dp-rounds",),
+    dp_step: ("dp-time", "dp-memory"),
+    opacus: ("opacus",),
+    rate: ("rate-fp32", "rate-bf16"),
+    smollm2: ("smollm2",),
+    workers: ("worker",),
+    empty: ("empty", "empty-memory", "empty-growth"),
+    start: ("start",),
+    deployed: ("deployed",),
+}
+"""Which rows each measurement gives."""
+
+
+def _brief(options: Options, *smaller: str) -> list[str]:
+    return [*smaller, "--turns", "2"] if options.quick else []
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, and with which code."""
+    known = environment()
+    info = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": " ".join((name[1] if name else platform.machine()).split()),
+        "cores": known["cores"],
+        "memory_gib": round(memory),
+        "platform": known["platform"],
+        "python": known["python"],
+        "versions": known["versions"],
+    }
+
+
+def result_file(on: Mapping[str, Any]) -> Path:
+    """Where results of this processor are."""
+    name = re.sub(r"[^a-z0-9]+", "-", f"{on['processor']} {on['cores']} cores".lower())
+    return RESULTS / f"{name.strip('-')}.json"
+
+
+def committed(file: Path) -> dict[str, Any]:
+    """The last committed result in a file; none gives no rows."""
+    path = file.relative_to(ROOT)
+    done = subprocess.run(
+        ["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return json.loads(done.stdout) if done.returncode == 0 else {"rows": {}}
+
+
+def record(outcome: Outcome, sha: str) -> dict[str, Any]:
+    """A row of the result file."""
+    if outcome.skipped:
+        return {"skipped": outcome.skipped}
+    return {
+        "value": round(statistics.median(outcome.values), 4),
+        "low": round(min(outcome.values), 4),
+        "high": round(max(outcome.values), 4),
+        "values": [round(value, 4) for value in outcome.values],
+        "problem": outcome.problem,
+        "commit": sha,
+        "details": outcome.details,
+    }
+
+
+def complaints(rows: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """What fails the command: rows that do not count, and those that became worse.
+
+    Args:
+        rows: Name -> `record` of what was measured now.
+        before: The same of the last committed result on the same processor.
+    """
+    found: list[str] = []
+    for name, now in rows.items():
+        if now.get("problem"):
+            found.append(f"{name}: {now['problem']}")
+        row, old = ROWS[name], before.get(name, {}).get("value")
+        if "value" in now and old is not None and row.worse(now["value"], old) > REGRESSION:
+            found.append(
+                f"{name}: {row.shown(now['value'])} is over {REGRESSION - 1:.0%} worse than "
+                f"{row.shown(old)} at {before[name]['commit'][:9]}"
+            )
+    return found
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Every row with its bound, figure, spread and commit."""
+    lines = ["| what | target | measured | spread | commit |", "| --- | --- | --- | --- | --- |"]
+    for name, row in ROWS.items():
+        bound = f"{'at most' if row.most else 'at least'} {row.target:g} {row.unit}"
+        found = result["rows"].get(name, {"skipped": "not measured here"})
+        if "skipped" in found:
+            cells = [row.what, bound, found["skipped"], "", ""]
+        else:
+            value = (
+                f"{row.shown(found['value'])}{'' if row.met(found['value']) else ', **missed**'}"
+            )
+            spread = f"{row.shown(found['low'])} to {row.shown(found['high'])}"
+            if found["problem"]:
+                spread += f"; {found['problem']}"
+            cells = [row.what, bound, value, spread, found["commit"][:9]]
+        lines.append("| " + " | ".join(cells) + " |")
+    on, versions = result["machine"], result["machine"]["versions"]
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines += [
+        "",
+        f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB; Python {on['python']}; "
+        f"{used}. Measured {result['date']}.",
+    ]
+    return "\n".join(lines)
+
+
+def write(result: Mapping[str, Any], file: Path) -> None:
+    """The result file, and the table where the document has it."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = f"{before}{BEGIN}\n{table(result)}\n{END}{after}"
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+def say(line: str) -> None:
+    """To stderr: stdout gets the table."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--smollm2", default="", help="its directory (see docs/performance.md)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    options = Options(
+        smollm2=arguments.smollm2,
+        repeats=1 if arguments.quick else arguments.repeats,
+        quick=arguments.quick,
+    )
+    on, known = machine(), environment()
+    sha = f"{known['git_sha'] or 'unknown'}{'+' if known['git_dirty'] else ''}"
+    file = result_file(on)
+    measured: dict[str, Any] = {}
+    for measurement, names in MEASUREMENTS.items():
+        if set(names) & set(arguments.only):
+            say(f"{', '.join(names)}: {(measurement.__doc__ or '').strip()}")
+            found = measurement(options)
+            measured |= {name: record(outcome, sha) for name, outcome in found.items()}
+    last = committed(file)["rows"]
+    kept = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else {}
+    result = {
+        "machine": on,
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": {name: row for name, row in {**kept, **measured}.items() if name in ROWS},
+    }
+    if options.quick:
+        print(table({**result, "rows": measured}))
+        return
+    write(result, file)
+    print(table(result))
+    if not last:
+        say(f"no committed result of {on['processor']}: nothing to compare with")
+    wrong = complaints(measured, last)
+    sys.exit("\n".join(wrong) if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""A command's wall time and the peak memory of its whole process tree.
+
+Memory is proportional (PSS): a page that several processes share counts once, in equal parts.
+"""
+
+import contextlib
+import json
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+EVERY = 0.5  # seconds between two looks at the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One run of a command: wall time, peak MiB of its tree, the last line of JSON it printed."""
+
+    seconds: float
+    peak_mib: float
+    said: Mapping[str, Any]
+
+
+class Failed(RuntimeError):
+    """A command that did not end well; the text is the end of what it wrote."""
+
+
+def pss_mib(pid: int) -> float:
+    """Proportional memory of one process; 0 when it has ended meanwhile."""
+    with contextlib.suppress(OSError):
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0]) / 1024
+    return 0.0
+
+
+def tree_mib(root: int) -> float:
+    """Proportional memory of a process and everything below it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(root).children(recursive=True)
+        return sum(map(pss_mib, [root, *(process.pid for process in below)]))
+    return 0.0
+
+
+def run(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Measured:
+    """Run a command to its end.
+
+    Args:
+        command: Its last line on stdout that begins with ``{`` is taken as its result.
+        environment: All of it; None for this process's own.
+        cwd: Where; None for here.
+
+    Raises:
+        Failed: When it exits with another code than 0.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        )
+        ended, peak = threading.Event(), [0.0]
+
+        def watch() -> None:
+            while not ended.wait(EVERY):
+                peak[0] = max(peak[0], tree_mib(process.pid))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            code = process.wait()
+            seconds = time.perf_counter() - started
+        finally:
+            process.kill()  # where this one is interrupted
+            ended.set()
+            watcher.join()
+        written = [_text(out), _text(err)]
+    if code:
+        end = "\n".join(text[-2000:] for text in written)
+        raise Failed(f"{' '.join(command)} exited with {code}\n{end}")
+    lines = [line for line in written[0].splitlines() if line.startswith("{")]
+    said = json.loads(lines[-1]) if lines else {}
+    return Measured(seconds=seconds, peak_mib=peak[0], said=said)
+
+
+def _text(file: Any) -> str:
+    file.seek(0)
+    return file.read()

@@ -1,0 +1,76 @@
+"""One training step as a user of transformers and PEFT writes it, with and without Opacus' hooks.
+
+In float32 and in one batch. A causal model learns the token that follows each row, from
+``labels`` that name nothing else: transformers computes the logits of every position for it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from opacus import PrivacyEngine
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from benchmarks import rival_model
+from fedlora import models
+from fedlora.adapters import TARGETS
+
+IGNORED = -100  # in labels, for transformers
+
+
+def make(name: str, rows: Sequence[rival_model.Row], *, private: bool) -> Callable[[], None]:
+    """A step on all rows.
+
+    Args:
+        name: The base model, as fedlora spells it.
+        rows: Token ids and class of each.
+        private: Whether Opacus clips per-sample gradients and adds noise.
+    """
+    files = models.resolve(name)
+    batch = rival_model.collate(rows)
+    if files.kind == "causal":
+        base = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32)
+        targets = list(TARGETS[base.config.model_type])
+        model: Any = get_peft_model(
+            base, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+        )
+        answers = torch.full_like(batch["input_ids"], IGNORED)
+        answers[:, -1] = batch["input_ids"][:, -1]
+        batch["labels"] = answers
+    else:
+        work = {
+            "model": str(files.path),
+            "classes": range(max(label for _, label in rows) + 1),
+            "rank": 8,
+            "alpha": 16.0,
+            "target_modules": TARGETS["bert"],
+            "seed": 0,
+        }
+        model = rival_model.load(work)
+    model.train()
+    optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    if private:
+        loader = DataLoader(rows, batch_size=len(rows))  # pyright: ignore[reportArgumentType]
+        model, optimizer, _ = PrivacyEngine(accountant="rdp").make_private(
+            module=model,
+            optimizer=optimizer,
+            data_loader=loader,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,  # the step gets its batch as it is
+        )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        if files.kind == "causal":
+            loss = model(**batch).loss
+        else:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            loss = functional.cross_entropy(model(**inputs), batch["labels"])
+        loss.backward()
+        optimizer.step()
+
+    return step

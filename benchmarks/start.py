@@ -1,0 +1,65 @@
+"""Seconds from `fedlora run` to the first training step, when the same was run before.
+
+Usage: python -m benchmarks.start [--config experiments/configs/demo.toml] [--turns 3]
+
+A first run fills the caches and is not counted. The command is the user's own; the institutions'
+app is `benchmarks.timed_client`, which notes the time and is otherwise the same.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.timed_client import WHEN
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = """
+import sys
+from experiments import cli, simulate
+simulate.CLIENT_APP = "benchmarks.timed_client:app"
+cli.app()
+"""
+
+
+def seconds(config: str, out: Path) -> float:
+    """Of one run of one round."""
+    moment = out.with_suffix(".moment")
+    command = [sys.executable, "-c", RUN, "run", config, "--set", "federation.rounds=1"]
+    started = time.time()
+    subprocess.run(
+        [*command, "--out", str(out), "--quiet"],
+        env={**os.environ, WHEN: str(moment), "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    return float(moment.read_text()) - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="experiments/configs/demo.toml")
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        _, *found = [
+            seconds(arguments.config, Path(name) / f"run-{turn}")
+            for turn in range(arguments.turns + 1)
+        ]
+    print(
+        json.dumps(
+            {
+                "config": arguments.config,
+                "seconds": round(statistics.median(found), 2),
+                "all": [round(value, 2) for value in found],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The work that fedlora and its rivals do side by side, and the command of each of them.
+
+Rivals get the very rows that a run of fedlora deals to its institutions, as CSV files, and every
+number that decides the work: steps, batch, learning rate, rank, seed, and under DP the noise that
+fedlora plans for each institution. Under DP batches are Poisson samples, of expected sizes that
+differ a little: Opacus takes one over the number of batches as its rate, so fedlora's rate is set
+to where both see as many rows.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora import config as configuration
+from fedlora import data, models
+from fedlora.adapters import TARGETS
+
+HERE = Path(__file__).resolve().parent
+CONFIG = HERE / "work.toml"
+PFL = ("pfl==0.4.0", "multiprocess==0.70.18", "prv-accountant==0.2.0")
+"""What rival_pfl needs beside this environment's own packages; see there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much is done, and whether under DP (epsilon 8 for each institution's records)."""
+
+    institutions: int = 10
+    rounds: int = 3
+    steps: int = 5
+    private: bool = False
+
+    def config(self) -> configuration.RunConfig:
+        """The run of fedlora."""
+        return configuration.load(CONFIG, self._values())
+
+    def _values(self) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "data.institutions": self.institutions,
+            "federation.rounds": self.rounds,
+            "training.local-steps": self.steps,
+        }
+        if self.private:
+            values |= {
+                "privacy.epsilon": 8.0,
+                "training.sample-rate": _rate(replace(self, private=False).config()),
+                "federation.weighting": "public-size",  # exact counts may not leave
+            }
+        return values
+
+    def fedlora(self, out: Path) -> list[str]:
+        """The command that runs it with fedlora; what it prints has the accuracy."""
+        assigned = [f"{key}={value}" for key, value in self._values().items()]
+        return [
+            *(str(Path(sys.executable).with_name("fedlora")), "run", str(CONFIG)),
+            *(word for each in assigned for word in ("--set", each)),
+            *("--out", str(out), "--json"),
+        ]
+
+    def write(self, directory: Path) -> Path:
+        """Write the rows and the numbers of a rival; gives the file that names all of them."""
+        config = self.config()
+        dealt = _dealt(config)
+        train, bounds = dealt.train
+        shards: dict[str, str] = {}
+        for index, name in enumerate(dealt.names):
+            rows = np.arange(bounds[index], bounds[index + 1])
+            shards[name] = _csv(directory / f"{name}.csv", train.take(rows))
+        held_out = _csv(directory / "held-out.csv", dealt.held_out[0])
+        training, adapter = config.training, config.adapter
+        said = {
+            "model": str(models.resolve(config.model.name).path),
+            "classes": dealt.classes,
+            "shards": shards,
+            "held_out": held_out,
+            "rounds": self.rounds,
+            "steps": self.steps,
+            "batch": training.batch_size,
+            "learning_rate": training.learning_rate,
+            "max_length": training.max_length,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "target_modules": TARGETS["bert"],
+            "seed": config.seed,
+            "workers": config.engine.workers,
+            "noise": _noise(config, np.diff(bounds).tolist()) if self.private else None,
+            "max_grad_norm": config.privacy.max_grad_norm,
+        }
+        file = directory / "work.json"
+        file.write_text(json.dumps(said, indent=1))
+        return file
+
+
+def _dealt(config: configuration.RunConfig) -> data.Dealt:
+    source = config.data
+    return data.deal(
+        source=source.source,
+        test_source=source.test_source,
+        text=source.text,
+        label=source.label,
+        labels=source.labels,
+        unit=config.privacy.unit,
+        partition=source.partition,
+        institutions=source.institutions,
+        min_records=source.min_records,
+        test_fraction=source.test_fraction,
+        seed=config.seed,
+        task=config.model.task,
+    )
+
+
+def _csv(path: Path, table: data.Table) -> str:
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        rows.writerows(zip(table.texts, table.labels, strict=True))
+    return str(path)
+
+
+def _rate(config: configuration.RunConfig) -> float:
+    """The sample rate with which a step of everybody has as many rows as Opacus' has."""
+    counts = np.diff(_dealt(config).train[1])
+    batches = np.ceil(counts / config.training.batch_size)
+    return round(float((counts / batches).sum() / counts.sum()), 4)
+
+
+def _noise(config: configuration.RunConfig, counts: Sequence[int]) -> list[float]:
+    """The noise multiplier that fedlora plans for each institution."""
+    from client import institution
+
+    plans = [institution.budget(config, count, config.federation.rounds) for count in counts]
+    return [each.plan.noise_multiplier for each in plans]
+
+
+def rival(name: str, python: Path, work: Path) -> list[str]:
+    """The command of a rival, which is a file beside this one."""
+    return [str(python), "-m", f"benchmarks.rival_{name}", str(work)]
+
+
+def environment(cache: Path) -> Mapping[str, str]:
+    """Of every side: no cache of another run, no telemetry."""
+    return {
+        **os.environ,
+        "FEDLORA_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(HERE.parent),
+    }
+
+
+def pfl_python(directory: Path) -> Path:
+    """The interpreter of an environment with pfl, made where there is none."""
+    python = directory / "bin" / "python"
+    if not (directory / ".ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PFL], check=True)
+        (site,) = directory.glob("lib/python*/site-packages")
+        ours = next(p for p in sys.path if p.endswith("site-packages"))
+        (site / "beside.pth").write_text(ours + "\n")  # after its own: torch is the same
+        (directory / ".ready").touch()
+    return python

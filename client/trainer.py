@@ -1,0 +1,180 @@
+"""An institution's trainer: one process that keeps the base model and answers every message.
+
+Flower starts a process for each message. Ours hands its message over and takes the answer back
+(`client.executor`); importing torch, loading the base and opening the records happen here, once.
+
+They meet at a socket in the directory of the node's start, which only this user can enter, and each
+end refuses another user's process. The trainer ends with its launcher, however that ends, and the
+launcher starts another one when it ended by itself: what an app does to it costs that message.
+"""
+
+import ctypes
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.supercore.task_identity import TaskIdentity
+
+from client import settings
+from fedlora import logs, models, records, wire
+from fedlora.errors import InputError, place
+
+log = logging.getLogger("fedlora.client")
+
+GRACE = 30.0
+"""Seconds from a refusal for lack of time to the hard end of a process that did not end."""
+
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",  # more arenas only hold on to freed memory
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "100",  # batches have many shapes; kept kernels are memory
+}
+"""What a process that trains for long needs in its environment from its start."""
+
+_TITLE = "fedlora-trainer"
+_END_WITH_PARENT = 1  # Linux: prctl(PR_SET_PDEATHSIG, ...)
+
+App = Callable[[Message, Context], Message]
+
+
+def installed_app() -> App:
+    """The app of this installation. It is imported here: torch's import takes seconds."""
+    from client.app import app
+
+    return app
+
+
+def limit(context: Context) -> float:
+    """Seconds that one message may take."""
+    try:
+        return settings.load(str(context.node_config.get("settings"))).max_seconds
+    except InputError:  # the app says so itself
+        return settings.Settings.max_seconds
+
+
+def of_this_user(connection: Connection) -> bool:
+    """Whether the process at the other end of a local socket belongs to this process's user."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        said = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", said)
+    return user == os.getuid()
+
+
+class Trainer:
+    """Answers one message after the other in one worker thread, where it first imports the app."""
+
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._worker.submit(installed_app)  # an error shows again at the first message
+        self._loaded_from: object = None
+
+    def serve(self, connection: Connection) -> bool:
+        """Answer the message that comes over a connection.
+
+        A process that does not end its work in time, since it hangs where no Python runs, is ended
+        from outside Python, with a list of places (no values) in the log.
+
+        Returns:
+            Whether the trainer can go on: not after an app that took longer than the institution
+            allows, which was answered for with ``timed-out`` and still runs.
+        """
+        if not of_this_user(connection):
+            log.error("refused: a process of another user at the trainer's socket")
+            return True
+        identity, message, context = connection.recv()
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = identity
+        seconds = limit(context)
+        faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
+        answer = self._worker.submit(self._answer, message, context)
+        try:
+            reply = answer.result(timeout=seconds)
+            faulthandler.cancel_dump_traceback_later()
+        except TimeoutError:
+            log.error("refused: timed-out: no answer after max-seconds (%g s)", seconds)
+            reply = Message(wire.pack_refusal("timed-out"), reply_to=message)
+        try:
+            connection.send(reply)
+        except OSError:
+            log.warning("nobody waits for the answer any more")
+        return answer.done()
+
+    def _answer(self, message: Message, context: Context) -> Message:
+        try:
+            app = installed_app()
+            self._let_go_of_what_is_old(context)
+            return app(message, context)
+        except BaseException as error:
+            log.error("the app failed: %s", place(error))
+            return Message(wire.pack_refusal("failed"), reply_to=message)
+
+    def _let_go_of_what_is_old(self, context: Context) -> None:
+        """Forget base and records when they would not be loaded from the same files again."""
+        try:
+            own = settings.load(str(context.node_config.get("settings")))
+            name = str(context.run_config.get("model.name"))
+            if name not in own.models:
+                return  # the app refuses; nothing is looked for under that name
+            now = _files(name, own)
+        except InputError:  # the app says so itself
+            now = None
+        if self._loaded_from not in (None, now):
+            from fedlora import trainable
+
+            trainable.forget()
+            records.forget()
+            gc.collect()
+        self._loaded_from = now
+
+
+def _files(name: str, own: settings.Settings) -> object:
+    """The files that a base model and the records are loaded from, as they are now.
+
+    Raises:
+        InputError: If the base model is not there.
+    """
+    files = [*models.resolve(name).path.iterdir(), Path(own.source), Path(own.test_source)]
+    found = sorted((str(file), file.stat()) for file in files if file.is_file())
+    return name, [(path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found]
+
+
+def _listener(path: Path) -> Listener:
+    """A socket that is its owner's alone from the first moment."""
+    path.unlink(missing_ok=True)
+    before = os.umask(0o177)
+    try:
+        return Listener(str(path), "AF_UNIX", backlog=16)
+    finally:
+        os.umask(before)
+
+
+def main() -> None:
+    """Serve at the socket that the first argument names, as long as the second's process lives."""
+    path, parent = Path(sys.argv[1]), int(sys.argv[2])
+    ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the launcher has ended")
+    Path("/proc/self/comm").write_text(_TITLE)
+    logs.to_stderr()
+    trainer = Trainer()
+    with _listener(path) as listener:
+        while True:
+            with listener.accept() as connection:
+                try:
+                    goes_on = trainer.serve(connection)
+                except (EOFError, OSError):  # who wanted to ask has ended
+                    continue
+            if not goes_on:
+                os._exit(1)  # its worker would be waited for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+# The gateway's command. nginx does not read /etc/resolv.conf, and the names of other containers are known to
+# the resolver that is named there: Docker's is 127.0.0.11, podman's is another in every network.
+set -eu
+awk '$1 == "nameserver" { print "resolver " ($2 ~ ":" ? "[" $2 "]" : $2) " valid=5s ipv6=off;"; exit }' \
+  /etc/resolv.conf > /tmp/resolver.conf
+if [ ! -s /tmp/resolver.conf ]; then
+  echo "ERROR : /etc/resolv.conf names no nameserver, so superlink cannot be found; give the container one" >&2
+  exit 1
+fi
+exec nginx -c /app/server/gateway.conf

@@ -1,0 +1,124 @@
+"""The gateway's nginx, alone on the loopback: what it limits, and how it finds its resolver."""
+
+import collections
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+
+import pytest
+
+from experiments.deploy import init
+from tests.deployment.harness import ROOT
+
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+REQUEST = "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+AT_ONCE = 250  # requests of one connection
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A function that puts a file of server/ here: with the paths of a container in this place."""
+    if shutil.which("nginx", path=PATH) is None:
+        pytest.skip("nginx is not installed (apt-get install nginx-light)")
+    init.make(tmp_path / "made", ["a"], host="localhost", port=8443)
+
+    def put(name, **words):
+        text = (ROOT / "server" / name).read_text()
+        changes = {"/tmp/": f"{tmp_path}/", "/keys/": f"{tmp_path}/made/gateway/", **words}
+        for old, new in changes.items():
+            assert old in text or old not in words
+            text = text.replace(old, new)
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return put
+
+
+@pytest.fixture
+def gateway(place, tmp_path):
+    """nginx with the gateway's configuration, and a function that asks it for a path many times."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    conf = place("gateway.conf", **{"listen 8443": f"listen 127.0.0.1:{port}"})
+    (tmp_path / "resolver.conf").write_text("resolver 127.0.0.1:1;\n")
+    context = ssl.create_default_context(cafile=str(tmp_path / "made" / "ca" / "ca.crt"))
+
+    def flood(path, source, requests):
+        codes = collections.Counter()
+        while codes.total() < requests:
+            plain = socket.create_connection(("127.0.0.1", port), 60, (source, 0))
+            with context.wrap_socket(plain, server_hostname="localhost") as link:
+                link.sendall(REQUEST.format(path=path).encode() * AT_ONCE)
+                said = b""
+                while said.count(b"HTTP/1.1 ") < AT_ONCE and (more := link.recv(65536)):
+                    said += more
+            codes.update(int(code) for code in re.findall(rb"HTTP/1.1 (\d+)", said))
+        return codes
+
+    with (tmp_path / "log").open("w") as log:
+        nginx = subprocess.Popen(
+            ["nginx", "-c", conf], env={"PATH": PATH}, stdout=log, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert nginx.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        yield flood
+        nginx.terminate()
+        nginx.wait()
+
+
+def test_what_the_gateway_answers_itself_is_limited_like_all_else(gateway, tmp_path):
+    paths = {
+        "/health": 200,
+        "/v1/control/start-run": 403,
+        "/v1/fleet/x/../../control/start-run": 403,
+        "/v1/control/x/../../fleet/pull-messages": 403,  # what is passed on is the path as it came
+        "/v1/fleet/pull-messages?x": 403,
+    }
+    for number, (path, code) in enumerate(paths.items(), 2):
+        codes = gateway(path, f"127.0.0.{number}", 4000)  # each address has a rate of its own
+        assert set(codes) == {code, 503}, (path, codes)
+        assert codes[code] >= 2000 and codes[503] >= 1000, (path, codes)
+        assert f'"message":"GET {path} {code}"' in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("resolv", "resolver"),
+    [
+        ("nameserver 127.0.0.11\noptions ndots:0\n", "127.0.0.11"),
+        ("search dns.podman\nnameserver 10.89.0.1\nnameserver 10.89.1.1\n", "10.89.0.1"),
+        ("# a comment\nnameserver fd00::1\n", "[fd00::1]"),
+    ],
+)
+def test_the_gateway_asks_the_first_resolver_of_its_container(place, tmp_path, resolv, resolver):
+    (tmp_path / "resolv.conf").write_text(resolv)
+    conf = place("gateway.conf")
+    script = place(
+        "gateway.sh",
+        **{
+            "/etc/resolv.conf": str(tmp_path / "resolv.conf"),
+            "nginx -c /app/server/gateway.conf": f"nginx -t -c {conf}",
+        },
+    )
+    done = subprocess.run(["sh", script], env={"PATH": PATH}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "resolver.conf").read_text()
+    assert said == f"resolver {resolver} valid=5s ipv6=off;\n"
+
+
+def test_without_a_resolver_the_gateway_says_so_and_ends(place, tmp_path):
+    (tmp_path / "resolv.conf").write_text("search example.org\n")
+    script = place("gateway.sh", **{"/etc/resolv.conf": str(tmp_path / "resolv.conf")})
+    done = subprocess.run(["sh", script], env={"PATH": PATH}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "names no nameserver" in done.stderr

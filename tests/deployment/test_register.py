@@ -1,0 +1,131 @@
+"""Public keys at the SuperLink, and the file that says which node is whose."""
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import pytest
+from flwr.proto.control_pb2 import RegisterNodeResponse
+from flwr.supercore.constant import NodeStatus
+
+from experiments.deploy import flower, keys
+from server.run_directory import NODES
+
+
+class SuperLink:
+    """Nodes as Flower lists them; ids begin at 2**63, which no signed integer holds."""
+
+    def __init__(self):
+        self.nodes = []
+
+    def ListNodes(self, request):  # noqa: N802
+        return SimpleNamespace(nodes_info=self.nodes)
+
+    def RegisterNode(self, request):  # noqa: N802
+        assert request.public_key not in {node.public_key for node in self.nodes}
+        node = SimpleNamespace(
+            node_id=2**63 + len(self.nodes),
+            public_key=request.public_key,
+            name=request.name,
+            status=NodeStatus.REGISTERED,
+        )
+        self.nodes.append(node)
+        return RegisterNodeResponse(node_id=node.node_id)
+
+
+@pytest.fixture
+def link(monkeypatch):
+    made = SuperLink()
+    monkeypatch.setattr(flower, "_superlink", lambda _: contextlib.nullcontext(made))
+    return made
+
+
+@pytest.fixture
+def here(tmp_path):
+    for name in ("keys", "institutions", "results"):
+        (tmp_path / name).mkdir()
+    return flower.Server(
+        keys=tmp_path / "keys",
+        institutions=tmp_path / "institutions",
+        results=tmp_path / "results",
+        superlink="localhost:1",
+        home=tmp_path,
+    )
+
+
+def _put(here, name, content=b""):
+    (here.institutions / f"{name}.pub").write_bytes(content or keys.make_node(name)[0])
+
+
+def _nodes(here):
+    content = json.loads((here.results / NODES).read_text())
+    return {name: int(node) - 2**63 for node, name in content.items()}
+
+
+def test_new_keys_are_registered_and_each_node_is_its_institutions(here, link):
+    _put(here, "a")
+    _put(here, "b")
+    assert flower.register(here) == {"a": "registered", "b": "registered"}
+    _put(here, "c")
+    assert flower.register(here) == {
+        "a": "already registered",
+        "b": "already registered",
+        "c": "registered",
+    }
+    assert _nodes(here) == {"a": 0, "b": 1, "c": 2}
+
+
+def test_a_node_is_known_by_its_key_and_not_by_the_name_it_was_registered_under(here, link):
+    _put(here, "a")
+    _put(here, "b")
+    flower.register(here)
+    link.nodes[0].name, link.nodes[1].name = "b", "a"
+    flower.register(here)
+    assert _nodes(here) == {"a": 0, "b": 1}
+
+
+def test_a_replaced_key_is_a_new_node_and_the_old_one_is_nobodys(here, link):
+    _put(here, "a")
+    flower.register(here)
+    _put(here, "a")
+    assert flower.register(here) == {"a": "registered"}
+    assert _nodes(here) == {"a": 1}
+
+
+def test_without_its_file_an_institution_is_out(here, link):
+    _put(here, "a")
+    _put(here, "b")
+    flower.register(here)
+    (here.institutions / "a.pub").unlink()
+    flower.register(here)
+    assert _nodes(here) == {"b": 1}
+
+
+def test_a_key_that_was_unregistered_is_said_to_be_of_no_use(here, link):
+    _put(here, "a")
+    flower.register(here)
+    link.nodes[0].status = NodeStatus.UNREGISTERED
+    assert "Flower takes no key twice" in flower.register(here)["a"]
+    assert _nodes(here) == {}
+
+
+def test_two_institutions_with_one_key_and_a_file_without_one_are_named(here, link):
+    _put(here, "a")
+    _put(here, "b", (here.institutions / "a.pub").read_bytes())
+    _put(here, "c", b"no key")
+    outcomes = flower.register(here)
+    assert outcomes["a"] == "registered"
+    assert "is the key of a" in outcomes["b"]
+    assert "not a public key in OpenSSH's format" in outcomes["c"]
+    assert _nodes(here) == {"a": 0}
+
+
+def test_a_change_of_the_keys_is_seen(here):
+    _put(here, "a")
+    first = flower.key_files(here)
+    assert flower.key_files(here) == first
+    _put(here, "a")
+    second = flower.key_files(here)
+    assert second != first
+    (here.institutions / "a.pub").unlink()
+    assert flower.key_files(here) != second
