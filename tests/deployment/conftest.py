@@ -187,6 +187,15 @@ def prepare(directory: Path, complaints: Path, names: tuple[str, ...] = NAMES) -
                 os.chown(file, USER, USER)
 
 
+def as_in_an_image(model: Path, scratch: Path) -> Path:
+    """A copy of a model's directory that every user can read."""
+    image = scratch / "model"
+    shutil.copytree(model, image)
+    for path in (image, *image.iterdir()):
+        path.chmod(path.stat().st_mode | 0o555)
+    return image
+
+
 @contextlib.contextmanager
 def rehearsal(
     scratch: Path,
@@ -199,9 +208,6 @@ def rehearsal(
     if reason := harness.unavailable():
         pytest.skip(reason)
     prepare(scratch / "deployment", complaints)
-    image = scratch / "model"
-    shutil.copytree(model, image)
-    for path in (image, *image.iterdir()):  # an image's files can be read by its user
-        path.chmod(path.stat().st_mode | 0o555)
+    image = as_in_an_image(model, scratch)
     with Rehearsal(scratch / "deployment", scratch, image, *rogues, volumes=volumes) as made:
         yield made
