@@ -10,11 +10,12 @@ It is the best rank-r adapter for the mean that fedavg misses. Institutions may 
 own; then what one was not sent of the global product is added to what it sends, so that who trains
 nothing changes nothing (the paper leaves it out, which shrinks the global product). Among the
 factors of one product, :math:`A = G V^\top` and :math:`B = U S G^{-1} / s` for any invertible G, it
-takes the A nearest to the old A, which is the old A itself where the rows still span the product,
-so that a server optimizer sees no step that nobody took. Singular values of G below half of the old
-A's mean square are raised to it: B stays of a size that can be learned on. A direction that the
-mean does not use keeps an A from the old A's row space, and B = 0 there, so that it can still be
-learned.
+takes the A nearest to the mean A, the old A moved by the mean of what institutions moved theirs.
+Where all send the same factors, they come back; where nobody moved A, it stays, so that a server
+optimizer sees no step that nobody took. (Nearest to the old A, training's growth of A would all go
+into B, round after round.) Singular values of A below half of the mean A's root mean square over
+its rows are raised to it: B stays of a size that can be learned on. A direction that the mean does
+not use keeps an A from the mean A's row space, and B = 0 there, so that it can still be learned.
 
 DoRA's magnitudes and a head are plain tensors: their weighted mean.
 
@@ -56,14 +57,24 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
         for name, old in round.before.items():
             if kind(name) == "A":
                 other = factor_names(layer(name))[1]
-                result[name], result[other] = truncated(
-                    [*everyone.products(round, name), *_unsent(round, everyone, name)],
-                    old,
-                    round.scale(len(old)),
-                )
+                products = everyone.products(round, name)
+                near = _mean_a(round, everyone, name, [a for _, _, a in products])
+                products += _unsent(round, everyone, name)
+                result[name], result[other] = truncated(products, near, round.scale(len(old)))
             elif kind(name) != "B":
                 result[name] = everyone.mean(name)
     return AdapterState(result)
+
+
+def _mean_a(
+    round: Round, everyone: Collected, name: str, sent: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The old A ``(r, d_in)`` and the mean of what institutions changed in their rows, float64."""
+    starts, of = round.starts(everyone.institutions)
+    near = round.before[name].double()
+    for share, number, a in zip(everyone.shares, of, sent, strict=True):
+        near[: len(a)] += share * (a.double() - starts[number][name].double())
+    return near
 
 
 def _unsent(round: Round, everyone: Collected, name: str) -> list[Product]:
@@ -98,36 +109,36 @@ def start(round: Round, rank: int) -> AdapterState:
 
 
 def truncated(
-    products: Sequence[Product], old: torch.Tensor, scale: float
+    products: Sequence[Product], near: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Factors of rank r of :math:`\frac1s \sum_k c_k B_k A_k` whose A is nearest to the old A.
+    r"""Factors of rank r of :math:`\frac1s \sum_k c_k B_k A_k` whose A is nearest to a given one.
 
     Args:
         products: c_k, B_k ``(d_out, r_k)``, A_k ``(r_k, d_in)`` each; at least one.
-        old: The old A, ``(r, d_in)``.
+        near: ``(r, d_in)``.
         scale: s of the result.
 
     Returns:
         A ``(r, d_in)`` and B ``(d_out, r)``, float32.
     """
-    u, sv = truncated_svd(products, old.shape[0])  # (d_out, used), (used, d_in)
+    u, sv = truncated_svd(products, near.shape[0])  # (d_out, used), (used, d_in)
     used = len(sv)
     s = sv.norm(dim=1)
-    old = old.double()
-    v = _completed(sv / s[:, None], old)
-    p, g, t = torch.linalg.svd(old @ v.T, full_matrices=False)  # G = p g t, (r, len(v))
-    size = float(old.norm()) / math.sqrt(old.shape[0]) or 1.0
+    near = near.double()
+    v = _completed(sv / s[:, None], near)
+    p, g, t = torch.linalg.svd(near @ v.T, full_matrices=False)  # G = p g t, (r, len(v))
+    size = float(near.norm()) / math.sqrt(near.shape[0]) or 1.0
     g = g.clamp(min=size / 2)
     new_b = (u * s) @ (t.T / g @ p.T)[:used] / scale
     return ((p * g) @ t @ v).float(), new_b.float()
 
 
-def _completed(v: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Rows of ``v``, orthonormal, and more from the rows of ``old`` until there are as many."""
-    missing = min(old.shape) - len(v)
+def _completed(v: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Rows of ``v``, orthonormal, and more from the rows of ``near`` until there are as many."""
+    missing = min(near.shape) - len(v)
     if not missing:
         return v
-    rest = old - (old @ v.T) @ v
+    rest = near - (near @ v.T) @ v
     return torch.cat([v, torch.linalg.svd(rest, full_matrices=False)[2][:missing]])
 
 

@@ -46,6 +46,12 @@ def _mean(round, updates):
     )
 
 
+def _still(draw, rank):
+    """As a run starts: B is zero, so that nobody lacks anything of the product."""
+    state = _state(draw, rank)
+    return state.updated({B: torch.zeros_like(state[B])})
+
+
 def _product(round, state):
     return round.scale(state[A].shape[0]) * (state[B].double() @ state[A].double())
 
@@ -60,10 +66,12 @@ def _product(round, state):
 )
 def test_the_product_is_the_truncated_dense_svd(seed, rank, ranks, same, rslora):
     draw = np.random.default_rng(seed)
-    before = _state(draw, rank)
-    states = [_state(draw, rank if same else r) for r in ranks]
-    updates = _updates(states, draw.uniform(1, 100, len(states)))
-    round = Round(number=1, asked=9, before=before, alpha=16.0, rslora=rslora)
+    before = _still(draw, rank)
+    starts = {r: _still(draw, r) for r in range(1, rank)} | {rank: before}
+    ranks = [rank if same else min(r, rank) for r in ranks]
+    updates = _updates([_state(draw, r) for r in ranks], draw.uniform(1, 100, len(ranks)))
+    sent = {u.institution: starts[r] for (u, _), r in zip(updates, ranks, strict=True)}
+    round = Round(number=1, asked=9, before=before, sent=sent, alpha=16.0, rslora=rslora)
     new = svd.aggregate(round, updates)
     u, s, vt = torch.linalg.svd(_mean(round, updates), full_matrices=False)
     best = (u[:, :rank] * s[:rank]) @ vt[:rank]
@@ -73,36 +81,40 @@ def test_the_product_is_the_truncated_dense_svd(seed, rank, ranks, same, rslora)
     share = torch.tensor([weight for _, weight in updates]).double()
     share = share / share.sum()
     for name in (MAGNITUDE, HEAD):
-        stack = torch.stack([state[name].double() for state in states])
+        stack = torch.stack([u.adapter[name].double() for u, _ in updates])
         torch.testing.assert_close(new[name], torch.einsum("k,k...->...", share, stack).float())
 
 
-def test_when_all_send_the_old_product_the_old_factors_with_orthogonal_rows_come_back():
+@pytest.mark.parametrize("moved", [False, True])
+def test_when_all_send_the_same_factors_they_come_back(moved):
     draw = np.random.default_rng(3)
-    state = _state(draw, 4)
-    orthogonal = torch.linalg.qr(state[A].T)[0].T * 0.3
-    before = state.updated({A: orthogonal})
+    before = _state(draw, 4)
+    sent = _state(draw, 4) if moved else before
+    sent = sent.updated({A: torch.linalg.qr(sent[A].T)[0].T * 0.3})  # no short direction is raised
     round = Round(number=1, asked=3, before=before, alpha=8.0)
-    new = svd.aggregate(round, _updates([before] * 3, [1.0, 1.0, 1.0]))
+    new = svd.aggregate(round, _updates([sent] * 3, [1.0, 1.0, 1.0]))
     for name in before:
-        torch.testing.assert_close(new[name], before[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(new[name], sent[name], rtol=1e-5, atol=1e-6)
 
 
 @given(st.integers(0, 10**6))
 @settings(deadline=None)
-def test_no_other_factors_of_the_product_bring_a_nearer_to_the_old_one(seed):
+def test_no_other_factors_of_the_product_bring_a_nearer_to_the_mean_one(seed):
     draw = np.random.default_rng(seed)
     before = _state(draw, 4)
     round = Round(number=1, asked=3, before=before)
-    new = svd.aggregate(round, _updates([_state(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0]))
-    least = float(before[A].norm()) / 2 / 2  # half of the mean square over four rows
-    distance = float((new[A] - before[A]).norm())
+    states, weights = [_state(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0]
+    share = torch.tensor(weights) / sum(weights)
+    mean = torch.einsum("k,kij->ij", share, torch.stack([state[A] for state in states]))
+    new = svd.aggregate(round, _updates(states, weights))
+    least = float(mean.norm()) / 2 / 2  # half of the root mean square over four rows
+    distance = float((new[A] - mean).norm())
     assert torch.linalg.svdvals(new[A]).min() >= least - 1e-5
     for size in (0.01, 0.1, 1.0):
         turn = torch.eye(4) + size * torch.from_numpy(draw.normal(size=(4, 4))).float()
         u, values, v = torch.linalg.svd(turn @ new[A], full_matrices=False)
         other = u * values.clamp(min=least) @ v
-        assert float((other - before[A]).norm()) >= distance - 1e-5
+        assert float((other - mean).norm()) >= distance - 1e-5
 
 
 def test_where_nobody_moved_a_it_stays():
