@@ -1,5 +1,6 @@
 """Messages as large as those of an 8B model: 200 MB of adapter in float32."""
 
+import json
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ WIDE = {
     "num_hidden_layers": 6,
     "num_attention_heads": 16,
 }
+ALL_LINEAR = {"adapter.target-modules": json.dumps(["query", "key", "value", "dense"])}
 PER_RANK = 4 * 6 * (4 * 2 * 1024 + 2 * (1024 + 4096))
 """Bytes of float32 that each rank adds on WIDE's linear layers."""
 
@@ -36,8 +38,9 @@ def federation(tmp_path_factory, tiny_encoder, complaints):
 
 def test_adapters_of_200_mb_pass_in_both_directions(federation):
     rank = 480
-    values = {"adapter.rank": rank, "training.local-steps": 1, "federation.timeout": 600.0}
-    assert federation.submit("large", **values)["state"] == "completed"
+    values = {"training.local-steps": 1, "federation.timeout": 600.0}
+    done = federation.submit("large", **ALL_LINEAR, **{"adapter.rank": rank}, **values)
+    assert done["state"] == "completed"
     assert [record["updates"] for record in federation.rounds("large")] == [3, 3]
     adapter = AdapterState.open(federation.results("large") / "adapter")
     size = sum(4 * tensor.numel() for tensor in adapter.values())
@@ -45,7 +48,7 @@ def test_adapters_of_200_mb_pass_in_both_directions(federation):
 
 
 def test_an_adapter_above_the_limit_is_refused_before_anybody_is_asked(federation):
-    said = federation.submit("too-large", **{"adapter.rank": 960})
+    said = federation.submit("too-large", **ALL_LINEAR, **{"adapter.rank": 960})
     assert said["state"] == "failed"
     assert federation.rounds("too-large") == []
     assert "lower adapter.rank (now 960)" in federation.log("server")
