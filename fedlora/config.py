@@ -265,6 +265,9 @@ class FederationConfig(Section):
     )
     institutions_per_round: int = key(0, "institutions asked each round; 0: all", at_least=0)
     min_updates: int = key(1, "fewer valid updates and the round changes nothing", at_least=1)
+    max_update_norm: float = key(
+        0.0, "longest change of an update that counts, over all its tensors; 0: any", at_least=0
+    )
     weighting: str = key(
         "uniform",
         "weight of an institution: uniform, public-size (its size class, a power of two), "

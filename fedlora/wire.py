@@ -218,6 +218,8 @@ def _state(record: ArrayRecord) -> "AdapterState":
 
     from fedlora.adapters import AdapterState
 
+    if not all(array.data.startswith(b"\x93NUMPY") for array in record.values()):
+        raise ValueError("an array is not in NumPy's own format")  # np.load would open archives
     # np.load without pickle; a copy, since torch wants writable memory
     return AdapterState(
         {name: torch.as_tensor(np.array(array.numpy())) for name, array in record.items()}
@@ -291,7 +293,7 @@ def unpack_evaluation(content: RecordDict) -> Evaluation:
     values = _config(content, _EVALUATION)
     try:
         metrics = json.loads(values.get("metrics", ""))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         metrics = None
     if not isinstance(metrics, dict):
         raise Refusal("malformed-message", "the metrics are no JSON object")
@@ -344,7 +346,12 @@ def _raise_refusal(content: RecordDict) -> None:
 def adapter_bytes(content: RecordDict) -> int:
     """Bytes of the adapter in a message, as Flower counts them."""
     record = content.array_records.get(_ADAPTER)
-    return 0 if record is None else sum(len(array.data) for array in record.values())
+    return 0 if record is None else array_bytes(record)
+
+
+def array_bytes(record: ArrayRecord) -> int:
+    """Bytes of arrays, as Flower counts them."""
+    return sum(len(array.data) for array in record.values())
 
 
 def share_key(message: Message) -> str | None:
@@ -358,8 +365,10 @@ def _adapter(content: RecordDict) -> "AdapterState":
         raise Refusal("malformed-message", "the message has no adapter")
     try:
         return _state(record)
-    except (TypeError, ValueError) as error:
-        raise Refusal("malformed-message", f"the adapter cannot be read: {error}") from None
+    except Exception as error:  # whatever reading another's bytes may end in
+        raise Refusal(
+            "malformed-message", f"the adapter cannot be read: {type(error).__name__}: {error}"
+        ) from None
 
 
 def _identified(order: _Order) -> _Order:

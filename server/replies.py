@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ class Replies:
         orders: One message each.
         names: Node -> institution.
         round: What the answers must fit.
-        private: Whether an answer must say what privacy it spent.
+        epsilon: The most that an institution may have spent; inf: no DP, and none need say.
         timeout: Seconds without any answer after which nobody is waited for.
 
     Attributes:
@@ -58,11 +59,11 @@ class Replies:
         names: Mapping[int, str],
         round: Round,
         *,
-        private: bool,
+        epsilon: float,
         timeout: float,
     ) -> None:
         self._grid, self._orders, self._names = grid, orders, names
-        self._round, self._private, self._timeout = round, private, timeout
+        self._round, self._epsilon, self._timeout = round, epsilon, timeout
         self.valid = 0
         self.invalid: set[str] = set()
         self.failed: dict[str, str] = {}
@@ -92,11 +93,11 @@ class Replies:
             if refusal.code in OF_RECORDS:
                 self.invalid.add(name)
             raise
-        if update.privacy is not None and update.institution == name:
-            self.privacy[name] = dataclasses.asdict(update.privacy)
         self.invalid.add(name)  # until it is found to be valid
+        if update.privacy is not None and update.institution == name:
+            self.privacy[name] = dataclasses.asdict(self._possible(update.privacy))
         base.validate(update, institution=name, round=self._round)
-        if self._private and update.privacy is None:
+        if self._epsilon < math.inf and update.privacy is None:
             raise Refusal(
                 "no-privacy-record", "DP is on, but the update does not say what was spent"
             )
@@ -105,6 +106,15 @@ class Replies:
         if update.metrics:
             self.reported[name] = dict(update.metrics)
         return update
+
+    def _possible(self, privacy: wire.PrivacySpent) -> wire.PrivacySpent:
+        most = self._epsilon * (1 + 1e-6)
+        if not (0 <= privacy.epsilon <= most and 0 <= privacy.delta < 1):  # nor NaN
+            raise Refusal(
+                "invalid-privacy-record",
+                f"it says that epsilon {privacy.epsilon:g} at delta {privacy.delta:g} was spent",
+            )
+        return privacy
 
 
 def content(reply: Message | None) -> RecordDict:

@@ -34,6 +34,9 @@ from strategies.diagnostics import Watch
 
 log = logging.getLogger("fedlora.server")
 
+MOST_FRUITLESS = 3
+"""Rounds in a row without any update after which a run ends that asks a part of the institutions;
+where all were asked, it ends after the first."""
 LARGEST_ADAPTER = 400 * 10**6
 """Bytes of an adapter that a deployment takes: what went through Flower's SuperLink with its
 database on disk; at 1 GB it locked itself out."""
@@ -89,6 +92,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         directory.create(config)
         directory.save(state)
     measured: dict[str, Any] = {}
+    fruitless = 0
     while state.round < config.federation.rounds:
         nodes = roster.online()
         chosen = _choose(config, nodes, state, cap)
@@ -117,7 +121,8 @@ def run(grid: Grid, config: RunConfig) -> None:
             record["seconds"],
             rejected or "none",
         )
-        if not record["updates"]:
+        fruitless = 0 if record["updates"] else fruitless + 1
+        if fruitless and (len(chosen) == len(nodes) or fruitless == MOST_FRUITLESS):
             diverged = "too-large" in rejected.values()
             raise RunFailed(
                 f"round {state.round}: no institution sent a valid update ({reasons(rejected)}); "
@@ -193,6 +198,7 @@ def _round(
         alpha=config.adapter.alpha,
         rslora=config.adapter.method.endswith("rslora"),
         residual_rank=federation.residual_rank,
+        longest=federation.max_update_norm,
         seed=config.seed,
         run=state.run,
     )
@@ -232,13 +238,15 @@ def _round(
         list(messages.values()),
         nodes,
         this,
-        private=config.privacy.enabled,
+        epsilon=config.privacy.epsilon,
         timeout=patience(config),
     )
     watch = Watch(this)
     try:
         aggregated, rejected = _aggregate(config, mechanism, this, replies, watch)
         skipped = _counted(replies, mechanism) < federation.min_updates
+        if (largest := dataclasses.replace(this, before=aggregated).largest) > this.limit:
+            raise Refusal("too-large", f"the aggregate reached {largest:g}, above {this.limit:g}")
     except Refusal as refusal:
         log.warning("round %d changes nothing: %s", number, refusal)
         aggregated, rejected, skipped = AdapterState({}), {}, True
@@ -284,6 +292,10 @@ def _round(
         averaged=averaged,
         privacy=spent,
     )
+    received = replies.received
+    if mechanism is not None:  # as if all had sent what they were asked for
+        part = wire.array_bytes(wire.arrays(this.before.only(this.parts)))
+        received = dict.fromkeys(nodes.values(), part)
     measured: dict[str, Any] = {}
     every = federation.evaluate_every
     if every and (number % every == 0 or number == federation.rounds):
@@ -306,9 +318,7 @@ def _round(
             },
         },
         "metrics": {k: v for k, v in measured.items() if k != "institutions"},
-        "epsilon_max": max((p["epsilon"] for p in spent.values()), default=None)
-        if config.privacy.enabled
-        else "inf",
+        "epsilon_max": _epsilon_max(config, mechanism, spent),
         **(
             {"institution_epsilon": mechanism.spent(new.asked.values())}
             if mechanism is not None
@@ -317,8 +327,8 @@ def _round(
         "institutions": {
             name: {
                 "sent": sent[name],
-                "received": replies.received.get(name, 0),
-                **({"epsilon": spent[name]["epsilon"]} if name in spent else {}),
+                "received": received.get(name, 0),
+                **({"epsilon": spent[name]["epsilon"]} if name in spent and not mechanism else {}),
                 **(
                     {"accuracy": measured["institutions"][name]}
                     if name in measured.get("institutions", {})
@@ -330,6 +340,17 @@ def _round(
         "reported": dict(sorted(replies.reported.items())),
     }
     return dataclasses.replace(new, seconds=state.seconds + seconds), record, measured
+
+
+def _epsilon_max(
+    config: RunConfig, mechanism: InstitutionMechanism | None, spent: Mapping[str, Any]
+) -> float | str | None:
+    """The most that an institution spent; where each one's part is hidden, may spend in all."""
+    if not config.privacy.enabled:
+        return "inf"
+    if mechanism is not None:
+        return config.privacy.epsilon
+    return max((p["epsilon"] for p in spent.values()), default=None)
 
 
 def _counted(replies: Replies, mechanism: InstitutionMechanism | None) -> int:

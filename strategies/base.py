@@ -12,6 +12,8 @@ from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 from fedlora.wire import ClientUpdate
 
+LARGEST = 2.0**10
+"""Largest |value| of an update that counts."""
 Weighted = tuple[ClientUpdate, float]
 """An update and its weight, not normalised: the total is known only once all have come."""
 
@@ -31,6 +33,7 @@ class Round:
         alpha: LoRA's alpha.
         rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
         residual_rank: The rank above which residuals are cut back.
+        longest: The longest change of an update that counts, over all its tensors; 0: any.
         seed: Of what a strategy draws; public.
         run: Identity of the run.
     """
@@ -45,6 +48,7 @@ class Round:
     alpha: float = 1.0
     rslora: bool = False
     residual_rank: int = 64
+    longest: float = 0.0
     seed: int = 0
     run: str = ""
 
@@ -54,7 +58,7 @@ class Round:
 
         1,024 with uniform weights. Otherwise 2^24: a million records with values up to 16.
         """
-        return 2.0**10 if self.weighting == "uniform" else 2.0**24
+        return LARGEST if self.weighting == "uniform" else 2.0**24
 
     @property
     def grid(self) -> float:
@@ -169,8 +173,8 @@ def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
         update: As it came.
         institution: Whose answer it has to be.
         round: Its run, number and what it sent decide: keys, shapes and dtype must be those of the
-            parts that were asked for, and no value, nor one of the global adapter, may be beyond
-            the limit under this weight and scale.
+            parts that were asked for, no value, nor one of the global adapter, may be beyond the
+            limits under this weight and scale, and the change no longer than ``longest``.
 
     Raises:
         Refusal: With the reason as its code.
@@ -188,11 +192,26 @@ def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
     weight = round.weight(update)
     if not (math.isfinite(update.size) and update.size >= 0 and weight > 0):
         raise Refusal("invalid-size", f"size is {update.size}, weighting {round.weighting}")
+    if round.weighting == "public-size" and math.frexp(update.size)[0] != 0.5:
+        raise Refusal("invalid-size", f"size is {update.size}, and a size class is a power of two")
     stretch = max(1.0, round.scale(sent.rank) / round.scale(round.before.rank))
-    values = (_largest(tensor) for tensor in update.adapter.values())
-    largest = weight * max(round.largest, stretch * max(values))
+    own = stretch * max(_largest(tensor) for tensor in update.adapter.values())
+    if own > LARGEST:
+        raise Refusal("too-large", f"a value is {own:g}; at most {LARGEST:g} counts")
+    largest = weight * max(round.largest, own)
     if largest > round.limit:
         raise Refusal("too-large", f"a value weighs {largest:g}; at most {round.limit:g} counts")
+    if round.longest:
+        length = math.sqrt(
+            math.fsum(
+                float((tensor.double() - sent[name].double()).square().sum())
+                for name, tensor in update.adapter.items()
+            )
+        )
+        if length > round.longest:
+            raise Refusal(
+                "too-long", f"the change is {length:g} long; at most {round.longest:g} counts"
+            )
 
 
 def _largest(tensor: torch.Tensor) -> float:

@@ -21,7 +21,8 @@ def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor,
     Stacked, the sum is one product L R of factors with all ranks between them. With
     :math:`R R^\top = W W^\top` (Cholesky) the left singular vectors of L R are those of L W, so the
     eigenvectors of the small :math:`(LW)^\top L W` give their span. What squaring the singular
-    values costs in precision is mended in that span: there the product itself is decomposed.
+    values costs in precision is mended in that span: there the product itself is decomposed. Rows
+    of R are taken at length 1, so that no loud A hides another's product.
 
     Args:
         products: At least one.
@@ -32,6 +33,10 @@ def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor,
         length, float64; q is at most ``rank``, fewer where the sum has no more.
     """
     left, right = _stacked(products)
+    lengths = right.norm(dim=1)
+    lengths[lengths == 0] = 1.0
+    left *= lengths
+    right /= lengths[:, None]
     gram = right @ right.T
     tiny = 1e-13 * float(gram.diagonal().sum())
     if not tiny > 0:

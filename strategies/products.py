@@ -11,7 +11,7 @@ Two factor pairs with the same product are the same here, whatever their basis. 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -71,13 +71,25 @@ def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:
     return np.asarray(total)
 
 
-def vectors(round: Round, tensors: Tensors) -> Floats:
-    """Inner products of n adapters' magnitudes and heads, ``(n, n)``; 0 if they have none."""
+def vectors(
+    round: Round, tensors: Tensors, kinds: Collection[str] = ("magnitude", "head")
+) -> Floats:
+    """Inner products of n adapters' tensors of some kinds, ``(n, n)``; 0 if they have none.
+
+    Factors of different ranks count as padded with zeros.
+    """
     total: Floats | float = 0.0
     for name in round.before:
-        if kind(name) in ("magnitude", "head"):
-            rows = torch.stack([t.flatten() for t in tensors(name)]).double()
-            total = total + (rows @ rows.T).numpy()
+        if kind(name) in kinds:
+            found = tensors(name)
+            rows, columns = (
+                max(t.shape[i] for t in found) if found[0].dim() > i else 0 for i in (0, 1)
+            )
+            vector = torch.zeros(len(found), rows, max(columns, 1), dtype=torch.float64)
+            for place, t in zip(vector, found, strict=True):
+                place[: len(t), : t[0].numel()] = t.reshape(len(t), -1)
+            vector = vector.flatten(1)
+            total = total + (vector @ vector.T).numpy()
     return np.asarray(total)
 
 

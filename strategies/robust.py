@@ -8,13 +8,18 @@
 - ``norm-bound`` (Sun et al. 2019, arXiv 1911.07963): a change longer than the cohort's median is
   scaled down to it.
 
-Distances and lengths are those of the products s B A with magnitudes and head (`products`). Krum
-and norm-bound only choose weights; the strategy then takes its mean, so they go with every one. All
-rules read updates and nothing else: under DP they are post-processing.
+Distances and lengths are those of the products s B A with magnitudes and head (`products`). A large
+A and a small B have an innocent product, but not beside another's factors; so where a strategy
+takes means of factors, both lengths count: norm-bound holds each to its median, krum adds the two
+squared distances, each over the median squared length. Krum and norm-bound only choose weights; the
+strategy then takes its mean, so they go with every one. Weights are what institutions say, so none
+counts more than the median one. All rules read updates and nothing else: under DP they are
+post-processing.
 """
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -70,10 +75,12 @@ def aggregate(
         if rule in COORDINATE:
             return _coordinates(round, everyone, COORDINATE[rule], bad), {}
         changes = _changes(round, everyone)
+        most = statistics.median(everyone.weights)
+        weights = [min(weight, most) for weight in everyone.weights]
         if rule == "norm-bound":
-            return _bounded(round, everyone, products.norms(changes), mean), {}
-        kept = nearest(changes, bad, 1 if rule == "krum" else count - bad)
-        weights = [w if i in kept else 0.0 for i, w in enumerate(everyone.weights)]
+            return _bounded(round, everyone, weights, changes, mean), {}
+        kept = nearest(_comparable(changes), bad, 1 if rule == "krum" else count - bad)
+        weights = [weight if i in kept else 0.0 for i, weight in enumerate(weights)]
         out = {
             name: f"not-chosen-by-{rule}"
             for name, weight in zip(everyone.institutions, weights, strict=True)
@@ -82,8 +89,11 @@ def aggregate(
         return mean(round, everyone.weighted(weights)), out
 
 
-def _changes(round: Round, everyone: Collected) -> Floats:
-    """Inner products of the updates' changes of what they were sent, ``(n, n)``."""
+def _changes(round: Round, everyone: Collected) -> list[Floats]:
+    """Inner products of the updates' changes of what they were sent, ``(n, n)``.
+
+    Of the products with magnitudes and head, and of the factors.
+    """
     starts, of = round.starts(everyone.institutions)
 
     def tensors(name: str) -> list[torch.Tensor]:
@@ -92,7 +102,16 @@ def _changes(round: Round, everyone: Collected) -> Floats:
         return [*(everyone.tensors(name) if sent else (before[i] for i in of)), *before]
 
     inner = products.factors(round, tensors) + products.vectors(round, tensors)
-    return products.changes(inner, of)
+    plain = products.vectors(round, tensors, ("A", "B"))
+    return [products.changes(each, of) for each in (inner, plain)]
+
+
+def _comparable(changes: Sequence[Floats]) -> Floats:
+    """The sum of inner products, each in units of its median squared length."""
+    total: Floats = np.zeros_like(changes[0])
+    for each in changes:
+        total = total + each / (float(np.median(np.diagonal(each))) or 1.0)
+    return total
 
 
 def nearest(changes: Floats, bad: int, keep: int) -> set[int]:
@@ -114,24 +133,33 @@ def nearest(changes: Floats, bad: int, keep: int) -> set[int]:
     return {int(i) for i in np.argsort(scores, kind="stable")[:keep]}
 
 
-def _bounded(round: Round, everyone: Collected, norms: Floats, mean: Aggregate) -> AdapterState:
+def _bounded(
+    round: Round,
+    everyone: Collected,
+    weights: Sequence[float],
+    changes: Sequence[Floats],
+    mean: Aggregate,
+) -> AdapterState:
     """The mean of updates scaled towards the start, which joins as one more update.
 
-    c w_k + (1 - c) w has a change c times as long, and the mean of such is that of all w_k under
-    weights c, with w under what is missing.
+    Where the mean is one of factors, c w_k + (1 - c) w has a change of factors c times as long;
+    where it is one of products, of products. The mean of such is that of all w_k under weights c,
+    with w under what is missing.
     """
-    bound = float(np.median(norms))
-    weights = [
-        weight * (bound / float(norm) if norm > bound else 1.0)
-        for norm, weight in zip(norms, everyone.weights, strict=True)
-    ]
+    share = np.ones(len(everyone))
+    for lengths in map(products.norms, changes):
+        bound = float(np.median(lengths))
+        share = np.minimum(
+            share, np.divide(bound, lengths, where=lengths > bound, out=share.copy())
+        )
+    scaled = [weight * float(part) for weight, part in zip(weights, share, strict=True)]
     before = ClientUpdate(
         institution="", round=round.number, adapter=round.before.only(round.parts)
     )
 
     def updates() -> Iterable[Weighted]:
-        yield before, math.fsum(everyone.weights) - math.fsum(weights)
-        yield from everyone.weighted(weights)
+        yield before, math.fsum(weights) - math.fsum(scaled)
+        yield from everyone.weighted(scaled)
 
     # twice as many: the global adapter weighs as much as all updates at most
     return mean(dataclasses.replace(round, asked=2 * len(everyone)), updates())

@@ -13,9 +13,10 @@ factors of one product, :math:`A = G V^\top` and :math:`B = U S G^{-1} / s` for 
 takes the A nearest to the mean A, the old A moved by the mean of what institutions moved theirs.
 Where all send the same factors, they come back; where nobody moved A, it stays, so that a server
 optimizer sees no step that nobody took. (Nearest to the old A, training's growth of A would all go
-into B, round after round.) Singular values of A below half of the mean A's root mean square over
-its rows are raised to it: B stays of a size that can be learned on. A direction that the mean does
-not use keeps an A from the mean A's row space, and B = 0 there, so that it can still be learned.
+into B, round after round.) The i-th singular value of the new A is at least the old A's i-th, or
+half of the old ones' root mean square if that is less: B stays of a size that can be learned on. A
+direction that the mean does not use keeps an A from the mean A's row space, and B = 0 there, so
+that it can still be learned.
 
 DoRA's magnitudes and a head are plain tensors: their weighted mean.
 
@@ -36,6 +37,9 @@ from strategies.base import Round, Strategy, Weighted
 from strategies.collected import Collected, collect
 from strategies.lowrank import truncated_svd
 from strategies.products import Product
+
+SHORTEST = 0.01
+"""A singular value of an A is at least this share of their root mean square."""
 
 
 def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
@@ -60,7 +64,7 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
                 products = everyone.products(round, name)
                 near = _mean_a(round, everyone, name, [a for _, _, a in products])
                 products += _unsent(round, everyone, name)
-                result[name], result[other] = truncated(products, near, round.scale(len(old)))
+                result[name], result[other] = truncated(products, near, old, round.scale(len(old)))
             elif kind(name) != "B":
                 result[name] = everyone.mean(name)
     return AdapterState(result)
@@ -104,18 +108,19 @@ def start(round: Round, rank: int) -> AdapterState:
         if kind(name) == "A":
             other = factor_names(layer(name))[1]
             whole = (round.scale(before.rank), before[other], old)
-            cut[name], cut[other] = truncated([whole], old[:rank], round.scale(rank))
+            cut[name], cut[other] = truncated([whole], old[:rank], old[:rank], round.scale(rank))
     return AdapterState(cut)
 
 
 def truncated(
-    products: Sequence[Product], near: torch.Tensor, scale: float
+    products: Sequence[Product], near: torch.Tensor, old: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Factors of rank r of :math:`\frac1s \sum_k c_k B_k A_k` whose A is nearest to a given one.
 
     Args:
         products: c_k, B_k ``(d_out, r_k)``, A_k ``(r_k, d_in)`` each; at least one.
         near: ``(r, d_in)``.
+        old: ``(r, d_in)``, whose singular values say how short A may become.
         scale: s of the result.
 
     Returns:
@@ -127,8 +132,8 @@ def truncated(
     near = near.double()
     v = _completed(sv / s[:, None], near)
     p, g, t = torch.linalg.svd(near @ v.T, full_matrices=False)  # G = p g t, (r, len(v))
-    size = float(near.norm()) / math.sqrt(near.shape[0]) or 1.0
-    g = g.clamp(min=size / 2)
+    size = float(old.norm()) / math.sqrt(len(old)) or 1.0
+    g = g.maximum(torch.linalg.svdvals(old.double()).clamp(size * SHORTEST, size / 2))
     new_b = (u * s) @ (t.T / g @ p.T)[:used] / scale
     return ((p * g) @ t @ v).float(), new_b.float()
 

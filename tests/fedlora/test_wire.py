@@ -47,6 +47,12 @@ UPDATE = wire.ClientUpdate(
 )
 
 
+def _header(shape):
+    """An .npy file of float32 that says it has this shape, without a value."""
+    text = str({"descr": "<f4", "fortran_order": False, "shape": shape}).ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
 def _same(a, b):
     assert {k: v for k, v in vars(a).items() if k != "adapter"} == {
         k: v for k, v in vars(b).items() if k != "adapter"
@@ -100,6 +106,26 @@ def test_every_part_of_an_order_changes_its_digest():
 def test_a_malformed_update_is_refused(spoil):
     content = wire.pack_update(UPDATE)
     spoil(content)
+    with pytest.raises(Refusal, match="malformed-message"):
+        wire.unpack_update(content)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PK\x03\x04" + bytes(60),
+        wire.arrays(STATE)["x.lora_A.weight"].data[:40],
+        _header((10**15,)),
+        _header((10**23,)),
+    ],
+    ids=["empty", "archive", "cut", "beyond-memory", "beyond-addresses"],
+)
+def test_an_array_that_cannot_be_read_is_refused(data):
+    content = wire.pack_update(UPDATE)
+    arrays = content["adapter"]
+    name = next(iter(arrays))
+    arrays[name] = dataclasses.replace(arrays[name], data=data)
     with pytest.raises(Refusal, match="malformed-message"):
         wire.unpack_update(content)
 

@@ -9,7 +9,7 @@ from client import institution
 from fedlora import accounting
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
-from fedlora.errors import InputError
+from fedlora.errors import InputError, Refusal
 from server import institution_privacy
 from server.run_directory import RunDirectory, read_records
 
@@ -54,9 +54,10 @@ def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_r
     assert all(not r["reported"] for r in rounds)  # exact losses would bypass the noise
 
 
+@pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("min_updates", [4, 3])
 def test_an_invalid_update_counts_as_one_of_zero_and_is_not_named(
-    tiny_config, simulate_run, monkeypatch, min_updates
+    tiny_config, simulate_run, monkeypatch, min_updates, guard
 ):
     """Whether an update is valid may follow from records: neither skipping nor names may tell."""
     answer = institution.answer
@@ -65,6 +66,8 @@ def test_an_invalid_update_counts_as_one_of_zero_and_is_not_named(
         update = answer(who, order, config)
         if who.name != "Beta":
             return update
+        if guard:
+            raise Refusal("guard-clipping", "a guard tripped")
         broken = {n: torch.full_like(t, torch.nan) for n, t in update.adapter.items()}
         return dataclasses.replace(update, adapter=AdapterState(broken))
 
@@ -77,6 +80,8 @@ def test_an_invalid_update_counts_as_one_of_zero_and_is_not_named(
         assert record["updates"] == 4 and not record["skipped"]
         assert record["aggregation"] == {"rejected": {}}
         assert record["aggregation_error"] is None
+        said = [{**one, "accuracy": None} for one in record["institutions"].values()]
+        assert all(one == said[0] for one in said)
 
 
 def test_a_damaged_newest_checkpoint_is_replaced_only_where_no_round_is_released_twice(

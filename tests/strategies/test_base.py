@@ -65,6 +65,23 @@ def test_where_sizes_weigh_one_without_a_size_is_refused_and_one_that_is_too_hea
         _validate(_update(value=17.0, size=1e6), weighting="records")
 
 
+def test_a_small_size_makes_no_value_small():
+    with pytest.raises(Refusal, match="too-large: a value is 1025"):
+        _validate(_update(value=1025.0, size=1.0), weighting="records")
+
+
+def test_a_size_class_that_is_no_power_of_two_is_refused():
+    _validate(_update(size=4096.0), weighting="public-size")
+    with pytest.raises(Refusal, match=r"invalid-size.*power of two"):
+        _validate(_update(size=4095.0), weighting="public-size")
+
+
+def test_a_change_that_is_longer_than_the_bound_is_refused():
+    _validate(_update(value=2.0), longest=5.0)  # sqrt(6) x 2
+    with pytest.raises(Refusal, match="too-long"):
+        _validate(_update(value=2.1), longest=5.0)
+
+
 def test_one_so_heavy_that_the_global_adapter_in_its_place_would_not_fit_is_refused():
     large = AdapterState({A: torch.zeros(2, 3), B: torch.full((3, 2), -17.0)})
     _validate(_update(value=0.0, size=9e5), weighting="records", before=large)

@@ -330,6 +330,8 @@ def test_the_truncated_svd_is_the_dense_one(seed, inner, rank, fall):
     draw = np.random.default_rng(seed)
     left = torch.from_numpy(draw.normal(size=(D_OUT, inner)) * np.exp(-fall * np.arange(inner)))
     right = torch.from_numpy(draw.normal(size=(inner, D_IN)))
+    loud = torch.from_numpy(10 ** draw.uniform(-3, 3, inner))  # one factor large, the other small
+    left, right = left / loud, right * loud[:, None]
     u, sv = lowrank.truncated_svd([(1.0, left, right)], rank)
     du, s, vt = torch.linalg.svd(left @ right, full_matrices=False)
     best = (du[:, :rank] * s[:rank]) @ vt[:rank]

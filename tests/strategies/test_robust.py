@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.wire import ClientUpdate
-from strategies import fedavg, ffa, products, robust, svd
+from strategies import STRATEGIES, fedavg, ffa, products, robust, svd
 from strategies.base import Round
 
 A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
@@ -50,6 +50,16 @@ def _dense(round, state):
     return torch.cat([product.flatten(), *rest]).numpy()
 
 
+def _factors(state):
+    return torch.cat([state[name].double().flatten() for name in (A, B)]).numpy()
+
+
+def _changes(round, states):
+    """The changes of products with magnitudes and head, and those of factors, by rows."""
+    of_products = np.stack([_dense(round, s) - _dense(round, round.before) for s in states])
+    return of_products, np.stack([_factors(s) - _factors(round.before) for s in states])
+
+
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans())
 @settings(deadline=None)
 def test_inner_products_from_factors_are_those_of_the_dense_products(seed, ranks, rslora):
@@ -74,7 +84,7 @@ def test_inner_products_from_factors_are_those_of_the_dense_products(seed, ranks
 
 @given(st.integers(0, 10**6), st.integers(1, 3), st.booleans())
 @settings(deadline=None)
-def test_krum_chooses_what_flowers_krum_chooses_among_the_dense_products(seed, bad, multi):
+def test_krum_chooses_what_flowers_krum_chooses_among_dense_products_and_factors(seed, bad, multi):
     draw = np.random.default_rng(seed)
     count = 2 * bad + 3 + int(draw.integers(0, 4))
     before = _state(draw)
@@ -82,9 +92,9 @@ def test_krum_chooses_what_flowers_krum_chooses_among_the_dense_products(seed, b
     states += [_state(draw, near=before, by=5.0) for _ in range(bad)]
     states = [states[i] for i in draw.permutation(count)]
     round, keep = _round(before), count - bad if multi else 1
+    both = [change / np.sqrt(np.median((change**2).sum(1))) for change in _changes(round, states)]
     contents = [
-        RecordDict({"x": ArrayRecord({"p": Array(_dense(round, s) - _dense(round, before))})})
-        for s in states
+        RecordDict({"x": ArrayRecord({"p": Array(row)})}) for row in np.concatenate(both, axis=1)
     ]
     theirs = select_multikrum(contents, bad, keep)
     expected = {i for i, content in enumerate(contents) if any(content is t for t in theirs)}
@@ -118,7 +128,7 @@ def test_coordinate_rules_are_flowers_own(seed, count):
 
 @given(st.integers(0, 10**6), st.sampled_from(["uniform", "records"]))
 @settings(deadline=None)
-def test_norm_bound_under_svd_is_the_mean_of_products_scaled_to_the_median(seed, weighting):
+def test_norm_bound_is_the_mean_of_changes_scaled_to_the_medians(seed, weighting):
     draw = np.random.default_rng(seed)
     before = _state(draw, 4)  # of rank 4: any sum of rank-1 changes of B alone fits it
     states = [
@@ -135,13 +145,49 @@ def test_norm_bound_under_svd_is_the_mean_of_products_scaled_to_the_median(seed,
             byzantine=0.2,
             mean=strategy.aggregate,
         )
-        changes = np.stack([_dense(round, s) - _dense(round, before) for s in states])
-        length = np.linalg.norm(changes, axis=1)
-        clipped = changes * np.minimum(1, np.median(length) / length)[:, None]
-        expected = _dense(round, before) + np.average(clipped, axis=0, weights=weights)
+        changes = _changes(round, states)
+        lengths = [np.linalg.norm(change, axis=1) for change in changes]
+        share = np.min([np.minimum(1, np.median(each) / each) for each in lengths], axis=0)
+        expected = _dense(round, before) + np.average(
+            changes[0] * share[:, None], axis=0, weights=np.minimum(weights, np.median(weights))
+        )
         np.testing.assert_allclose(
             _dense(round, mine), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
         )
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi-krum", "norm-bound"])
+@pytest.mark.parametrize("strategy", ["fedavg", "svd", "exact"])
+def test_an_innocent_product_of_a_large_and_a_small_factor_does_no_harm(rule, strategy):
+    draw = np.random.default_rng(2)
+    before = _state(draw)
+    honest = [_state(draw, near=before, by=0.1) for _ in range(5)]
+    bad = before.updated({A: before[A] * 300, B: before[B] / 300})
+    round = _round(before)
+    mine, _ = robust.aggregate(
+        round,
+        _updates([*honest, bad]),
+        rule=rule,
+        byzantine=1,
+        mean=STRATEGIES[strategy].aggregate,
+    )
+    longest = max(float((s[A] - before[A]).norm()) for s in honest)
+    assert float((mine[A] - before[A]).norm()) <= 2 * longest
+
+
+def test_nobody_counts_more_than_the_median_however_large_it_says_it_is():
+    draw = np.random.default_rng(2)
+    before = _state(draw)
+    states = [_state(draw, near=before, by=0.1) for _ in range(5)]
+    round = _round(before, weighting="records")
+
+    def result(largest):
+        updates = _updates(states, [1000.0] * 4 + [largest])
+        rule = {"rule": "norm-bound", "byzantine": 1}
+        return robust.aggregate(round, updates, **rule, mean=fedavg.aggregate)[0]
+
+    assert torch.equal(result(1e7)[A], result(1000.0)[A])
+    assert not torch.equal(result(1.0)[A], result(1000.0)[A])
 
 
 def test_norm_bound_keeps_a_cohort_that_did_not_move_where_it_is():

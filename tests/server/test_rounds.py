@@ -1,0 +1,86 @@
+"""One bad institution, or a bad round, does not end a run."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from client import institution
+from fedlora.adapters import AdapterState, kind
+from fedlora.errors import Refusal
+from server.roster import RunFailed
+from server.run_directory import read_records
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """Puts ``change(update)`` in the place of Beta's update, in every round."""
+
+    def change_to(change, name="Beta"):
+        honest = institution.answer
+
+        def answer(who, order, config):
+            update = honest(who, order, config)
+            return change(update) if name in ("", who.name) else update
+
+        monkeypatch.setattr(institution, "answer", answer)
+
+    return change_to
+
+
+@pytest.mark.parametrize("epsilon", [1e9, -1.0, math.nan])
+def test_a_privacy_record_that_cannot_be_is_refused(tiny_config, simulate_run, answering, epsilon):
+    answering(
+        lambda update: dataclasses.replace(
+            update, privacy=dataclasses.replace(update.privacy, epsilon=epsilon)
+        )
+    )
+    config = tiny_config()
+    result = simulate_run(config)
+    assert 0 < result["epsilon_max"] <= config.privacy.epsilon
+    for record in read_records(Path(config.run_dir)):
+        assert record["aggregation"]["rejected"] == {"Beta": "invalid-privacy-record"}
+
+
+def test_an_aggregate_beyond_the_limit_changes_nothing_and_the_run_goes_on(
+    tiny_config, simulate_run, answering
+):
+    def loud(update):
+        def value(name, tensor):
+            return torch.full_like(tensor, 1000.0) if kind(name) in ("A", "B") else tensor
+
+        state = {name: value(name, tensor) for name, tensor in update.adapter.items()}
+        return dataclasses.replace(update, adapter=AdapterState(state))
+
+    answering(loud, name="")
+    config = tiny_config(**{"federation.strategy": "svd", "federation.rounds": 2})
+    simulate_run(config)
+    records = read_records(Path(config.run_dir))
+    assert [record["skipped"] for record in records] == [True, True]
+
+
+def _refuse(update):
+    raise Refusal("failed", "broken")
+
+
+def test_a_run_that_asks_a_part_of_the_institutions_outlives_two_fruitless_rounds(
+    tiny_config, simulate_run, answering
+):
+    answering(_refuse, name="")
+    config = tiny_config(**{"federation.institutions-per-round": 1, "federation.rounds": 8})
+    with pytest.raises(RunFailed, match="round 3: no institution sent a valid update"):
+        simulate_run(config)
+    records = read_records(Path(config.run_dir))
+    assert [record["skipped"] for record in records] == [True] * 3
+
+
+def test_where_all_were_asked_and_none_answered_the_run_ends_with_its_checkpoint(
+    tiny_config, simulate_run, answering
+):
+    answering(_refuse, name="")
+    config = tiny_config()
+    with pytest.raises(RunFailed, match="round 1: no institution sent a valid update"):
+        simulate_run(config)
+    assert list((Path(config.run_dir) / "checkpoints").iterdir())
