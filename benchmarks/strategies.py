@@ -5,11 +5,13 @@ Usage: python -m benchmarks.strategies [--seeds 1 2 3] [--only fedavg ffa ...] [
 
 Each run is `fedlora run experiments/configs/fpb.toml` with the settings below; a seed decides
 split, shards, start and (without DP) everything else. What ran is a line of
-benchmarks/strategies.jsonl and is not run again; the table goes into docs/strategies.md. Settings
+benchmarks/strategies.jsonl and is not run again while settings and the strategy's own file stay the
+same; the table goes into docs/strategies.md. Settings
 were tuned on seed 11, which the table leaves out.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import statistics
@@ -89,18 +91,25 @@ def run(
         **{key: result[key] for key in kept},
         "processor": environment["processor"],
         "git_sha": environment["git_sha"],
+        "code": code(strategy),
     }
 
 
+def code(strategy: str) -> str:
+    """SHA-256 of the strategy's file."""
+    return hashlib.sha256((HERE.parent / "strategies" / f"{strategy}.py").read_bytes()).hexdigest()
+
+
 def lines() -> list[dict[str, Any]]:
-    """What was measured so far with the settings of today."""
+    """What was measured so far with the settings and the strategies of today."""
     if not RESULTS.exists():
         return []
     found = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     return [
         line
         for line in found
-        if line["settings"]
+        if line["code"] == code(line["strategy"])
+        and line["settings"]
         == settings(line["strategy"], line["epsilon"]) | {"seed": str(line["seed"])}
     ]
 
