@@ -39,6 +39,8 @@ class Settings(Section):
     models: tuple[str, ...] = setting((), "base models that it trains (model.name)")
     strategies: tuple[str, ...] = setting(("fedavg",), "strategies that it takes part in")
     max_steps: int = setting(10, "most optimizer steps of a round", at_least=1)
+    max_length: int = setting(512, "most tokens of a row", at_least=4)
+    physical_batch: int = setting(64, "most records in memory at a time", at_least=1)
     max_run_epsilon: float = setting(8.0, "most epsilon of one run", above=0)
     without_dp: bool = setting(False, "whether it trains without differential privacy")
     report: tuple[str, ...] = setting((), "figures that may leave without DP: loss, records")
@@ -118,6 +120,11 @@ def apply(settings: Settings, config: RunConfig) -> RunConfig:
             config.training.local_steps <= settings.max_steps,
             f"takes {config.training.local_steps} steps a round",
         ),
+        (
+            "rows-too-long",
+            config.training.max_length <= settings.max_length,
+            f"takes rows of {config.training.max_length} tokens",
+        ),
         ("dp-required", config.privacy.enabled or settings.without_dp, "has no DP"),
         (
             "seeded-noise",
@@ -160,6 +167,8 @@ def apply(settings: Settings, config: RunConfig) -> RunConfig:
             "data.text": settings.text,
             "data.label": settings.label,
             "privacy.unit": settings.unit,
+            # Changes no result; that memory runs out may depend on a record.
+            "training.physical-batch": min(config.training.physical_batch, settings.physical_batch),
             "privacy.ledger": "",
             "federation.institutions-per-round": 0,
             "federation.min-updates": 1,

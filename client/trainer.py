@@ -26,7 +26,7 @@ from flwr.app import Context, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import settings
-from fedlora import logs, models, records, wire
+from fedlora import data, logs, models, records, shards, wire
 from fedlora.errors import InputError, place
 
 log = logging.getLogger("fedlora.client")
@@ -111,7 +111,10 @@ class Trainer:
         try:
             app = installed_app()
             self._let_go_of_what_is_old(context)
-            return app(message, context)
+            try:
+                return app(message, context)
+            finally:  # a server that asks for ever other lengths or prompts fills no disk
+                shards.evict(data.cache_directory())
         except BaseException as error:
             log.error("the app failed: %s", place(error))
             return Message(wire.pack_refusal("failed"), reply_to=message)
@@ -163,6 +166,8 @@ def main() -> None:
     if os.getppid() != parent:
         sys.exit("the launcher has ended")
     Path("/proc/self/comm").write_text(_TITLE)
+    # Tokenised records are records: they stay in the node's private directory and go with it.
+    os.environ["FEDLORA_CACHE"] = str(path.parent / "cache")
     logs.to_stderr()
     trainer = Trainer()
     with _listener(path) as listener:

@@ -30,6 +30,12 @@ Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
 
 
+def cache_directory(own: str | Path | None = None) -> Path:
+    """Where tokenised records are kept, unless somebody names another place."""
+    where = own or os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora/shards"
+    return Path(where).expanduser()
+
+
 def prepare(
     *,
     source: str,
@@ -74,8 +80,7 @@ def prepare(
     sourced = [sources.digest(source), sources.digest(test_source, "test") if test_source else ""]
     shape = [text, label, labels, unit, partition, institutions, min_records, test_fraction, seed]
     key = json.dumps([sourced, shape, task, encoding_key, _code_digest()])
-    base = Path(cache_dir or os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora/shards")
-    entry = base.expanduser() / hashlib.sha256(key.encode()).hexdigest()
+    entry = cache_directory(cache_dir) / hashlib.sha256(key.encode()).hexdigest()
     if (cached := shards.open_entry(entry)) is not None:
         return cached
     encode = encoder()  # before rows are read: what it has to say about the model is said soon

@@ -216,11 +216,22 @@ def _cut_text(row: _Row, surplus: int) -> _Row:
     )
 
 
-def _no_room(needed: int, max_length: int) -> InputError:
-    return InputError(
-        f"training.max-length is {max_length}, but the prompt alone has {needed} tokens; "
-        "raise it or shorten data.prompt"
-    )
+def _check_room(tokenizer: Any, around: Template, answer: str, room: int) -> None:
+    """Refuse a prompt that is too long by itself.
+
+    Found out without any record: that a row does not fit must not be a server's question, and how
+    many tokens a prompt has beside it depends on the row. Such a row is cut.
+
+    Raises:
+        InputError: If the prompt alone has more tokens than ``room``.
+    """
+    (row,) = _compose(tokenizer, around, ["text"], [answer])
+    needed = _cut_text(row, len(row.ids)).answer
+    if needed > room:
+        raise InputError(
+            f"training.max-length leaves {room} tokens, but the prompt alone has {needed}; raise "
+            "it or shorten data.prompt"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,14 +254,13 @@ class LabelPrompt:
         Every row is composed with the same answer, which is then cut off: no label can show in ids.
         """
         around, options = self._layout(labels)
+        _check_room(self.tokenizer, around, options[0], self.max_length)
         ids: list[list[int]] = []
         truncated = 0
         for row in _compose(self.tokenizer, around, texts, [options[0]] * len(texts)):
             kept = _cut_text(row, row.answer - self.max_length)
-            if kept.answer > self.max_length:
-                raise _no_room(kept.answer, self.max_length)
-            truncated += kept is not row
-            ids.append(kept.ids[: kept.answer])
+            truncated += row.answer > self.max_length
+            ids.append(kept.ids[: min(kept.answer, self.max_length)])
         return Encoded(ids=ids, targets=class_index(answers, labels), truncated=truncated)
 
     def tokens(self, labels: tuple[str, ...]) -> list[int]:
@@ -304,20 +314,21 @@ class ResponsePrompt:
         """Tokenises pairs; the targets are the positions of the first response tokens (1 or more).
 
         A row that is too long loses the end of its text, and only when no text is left the end of
-        its response. ``labels`` plays no part.
+        its response. Where a row's prompt has no token of its own, an end token takes its place.
+        ``labels`` plays no part.
         """
+        around = self._around()
+        _check_room(self.tokenizer, around, "text", self.max_length - 1)
+        (first, *_) = self.end_tokens() or [0]
         ids: list[list[int]] = []
         targets: list[int] = []
         truncated = 0
-        for row in _compose(self.tokenizer, self._around(), texts, answers):
+        for row in _compose(self.tokenizer, around, texts, answers):
             kept = _cut_text(row, len(row.ids) - self.max_length)
-            if kept.answer >= self.max_length:
-                raise _no_room(kept.answer, self.max_length)
-            if kept.answer == 0:
-                raise InputError("a record has an empty prompt; drop it or set data.prompt")
+            own = kept.ids if kept.answer else [first, *kept.ids]
             truncated += len(row.ids) > self.max_length
-            ids.append(kept.ids[: self.max_length])
-            targets.append(kept.answer)
+            ids.append(own[: self.max_length])
+            targets.append(min(max(kept.answer, 1), self.max_length - 1))
         return Encoded(ids=ids, targets=targets, truncated=truncated)
 
     def end_tokens(self) -> list[int]:

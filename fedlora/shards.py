@@ -9,6 +9,7 @@ module and opening an entry loads numpy and nothing heavier.
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -210,6 +211,7 @@ def open_entry(directory: Path) -> Federation | None:
     try:
         if _checksum(directory) != (directory / "checksum").read_text():
             return None
+        os.utime(directory)
         meta: dict[str, Any] = json.loads((directory / "meta.json").read_text())
         sides = [
             {name: np.load(directory / f"{side}_{name}.npy", mmap_mode="r") for name in _ARRAYS}
@@ -229,6 +231,13 @@ def open_entry(directory: Path) -> Federation | None:
         all_held_out=held_out,
         held_out_bounds=held_out_bounds,
     )
+
+
+def evict(base: Path) -> None:
+    """Remove all cache entries but the one that was opened last."""
+    entries = [entry for entry in base.glob("*") if (entry / "checksum").is_file()]
+    for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime_ns)[:-1]:
+        shutil.rmtree(entry, ignore_errors=True)  # whoever has it mapped keeps it
 
 
 def store_entry(directory: Path, federation: Federation) -> Federation:

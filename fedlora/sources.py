@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora.errors import InputError
+from fedlora.errors import InputError, RecordError
 
 Rows = dict[str, list[str]]
 """Columns of equal length, every value text."""
@@ -127,7 +127,10 @@ def _suffix(source: str) -> str:
 
 
 def _check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]) -> None:
-    """Raise an InputError for the first wanted column that is not present."""
+    """Raise a RecordError for the first wanted column that is not present.
+
+    Without a header a file's columns are called like the values of its first record.
+    """
     columns = list(dict.fromkeys(present))
     if not columns:
         raise InputError(f"data source {source!r} is empty; give one that has rows")
@@ -139,7 +142,7 @@ def _check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str
         if {"context", "target"} <= set(columns):
             remedy = 'these are FinLoRA rows: set data.text to "context" and data.label to "target"'
         names = ", ".join(columns[:30]) + (", ..." if len(columns) > 30 else "")
-        raise InputError(f"{key} is {column!r}, but {source} has the columns {names}; {remedy}")
+        raise RecordError(f"{key} is {column!r}, but {source} has the columns {names}; {remedy}")
 
 
 def _unreadable(source: str, error: Exception) -> InputError:

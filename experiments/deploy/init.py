@@ -194,6 +194,7 @@ def _example_run(institutions: int) -> bytes:
         "federation.rounds": 30,
         "federation.server-optimizer": "adam",
         "federation.server-learning-rate": 0.01,
+        "privacy.accountant": "rdp",
     }
     return configuration.from_flat(values).to_toml().encode()
 

@@ -167,6 +167,7 @@ def test_without_rows_of_its_own_the_server_measures_nothing(deployed, instituti
         ({}, {"data.labels": '["card", "loan"]', "data.test-source": ""}, "other-labels"),
         ({"strategies": '["ffa"]'}, {}, "strategy-not-allowed"),
         ({"max_steps": "2"}, {"training.local-steps": 3}, "too-many-steps"),
+        ({"max_length": "15"}, {"training.max-length": 16}, "rows-too-long"),
         ({"without_dp": "false"}, {"privacy.epsilon": float("inf")}, "dp-required"),
         ({}, {"privacy.noise": "seeded"}, "seeded-noise"),
         ({"max_run_epsilon": "4.0"}, {}, "epsilon-too-large"),

@@ -1,4 +1,5 @@
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.errors import InputError
-from fedlora.shards import Federation, Shard, open_entry, store_entry
+from fedlora.shards import Federation, Shard, evict, open_entry, store_entry
 
 
 def shard(*rows: tuple[list[int], int], units: list[int] | None = None) -> Shard:
@@ -163,3 +164,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match=r"No space left on device.*make room"):
         store_entry(tmp_path / "key", federation())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_entry_that_was_opened_last_outlives_an_eviction(tmp_path: Path) -> None:
+    base = tmp_path / "cache"
+    for name in ("first", "second", "third"):
+        store_entry(base / name, federation())
+        time.sleep(0.01)  # file times are that coarse
+    mapped = open_entry(base / "second")
+    store_entry(tmp_path / "elsewhere" / "other", federation())
+    evict(base)
+    assert [entry.name for entry in base.iterdir() if entry.is_dir()] == ["second"]
+    assert mapped is not None and contents(mapped.train(0)) == contents(federation().train(0))
+    evict(tmp_path / "absent")

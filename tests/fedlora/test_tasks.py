@@ -372,8 +372,42 @@ def test_what_goes_first_is_the_end_of_the_text_then_the_end_of_the_response() -
 @pytest.mark.parametrize("make", [label_task, sft_task])
 def test_a_template_longer_than_the_maximum_is_refused(make: object) -> None:
     task = make(byte_tokenizer(chat=CHAT), 4)  # type: ignore[operator]
-    with pytest.raises(InputError, match=r"max-length is 4, but the prompt alone has \d+ tokens"):
+    with pytest.raises(
+        InputError, match=r"max-length leaves [34] tokens, but the prompt alone has \d+"
+    ):
         task.encode(["ok"], ["positive"], LABELS)
+
+
+@pytest.mark.parametrize("make", [label_task, sft_task])
+def test_no_row_decides_whether_rows_can_be_encoded(make: object) -> None:
+    """Where a prompt's tokens merge with a text's, the prompt needs more room beside others."""
+    merging = Tokenizer(
+        models.BPE({"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "\n": 5}, [("a", "b"), ("b", "c")])
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="c")
+    task = tasks.make(
+        "classification" if make is label_task else "sft",
+        "causal",
+        tokenizer,
+        prompt="{text}bc\n",
+        max_length=2 if make is label_task else 3,
+    )
+    labels = ("a", "b") if make is label_task else ()
+    for texts in (["c", "c"], ["c", "a"], ["", "a"]):
+        encoded = task.encode(texts, ["b", "a"], labels)
+        assert all(0 < len(ids) <= 3 for ids in encoded.ids)
+        if make is sft_task:
+            pairs = zip(encoded.ids, encoded.targets, strict=True)
+            assert all(0 < start < len(ids) for ids, start in pairs)
+
+
+@pytest.mark.parametrize("prompt", ["", "{text}"])
+def test_an_sft_row_without_a_prompt_begins_with_an_end_token(prompt: str) -> None:
+    tokenizer = byte_tokenizer()
+    task = tasks.make("sft", "causal", tokenizer, prompt=prompt, max_length=60)
+    encoded = task.encode([""], ["rose"], ())
+    (ids,), (start,) = encoded.ids, encoded.targets
+    assert start == 1 and tokenizer.decode(ids[start:]).strip() == "rose<|endoftext|>"
 
 
 def test_impossible_choices_are_refused_before_any_model_is_loaded() -> None:
