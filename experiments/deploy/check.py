@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from client.settings import Settings
 
 WARN_DAYS = 30
-MOST_SKEW = 60.0
+MOST_AHEAD = 4.0
+"""Seconds. Flower refuses what is signed 5 s ahead of it, and an HTTP date has lost up to 1 s."""
+MOST_BEHIND = 60.0
+"""Seconds, of the 305 that Flower takes."""
 OTHERS = 0o077
 Outcome = Literal["ok", "warn", "fail"]
 
@@ -157,14 +160,13 @@ def clock(date: str) -> Check:
     except (TypeError, ValueError):
         return Check("clock", "warn", "the gateway says no time, so clocks cannot be compared")
     skew = (datetime.now(UTC) - theirs).total_seconds()
-    far = abs(skew) > MOST_SKEW
+    side, most = ("ahead of", MOST_AHEAD) if skew > 0 else ("behind", MOST_BEHIND)
+    far = abs(skew) > most
     return Check(
         "clock",
         "fail" if far else "ok",
-        f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the gateway's"
-        + (
-            f", and at most {MOST_SKEW:.0f} s may be; set this machine's clock (NTP)" if far else ""
-        ),
+        f"{abs(skew):.0f} s {side} the gateway's"
+        + (f", and at most {most:.0f} s may be; set this machine's clock (NTP)" if far else ""),
     )
 
 

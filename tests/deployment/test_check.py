@@ -8,6 +8,7 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
+from flwr.supercore.constant import MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DIFF_SECONDS
 from typer.testing import CliRunner
 
 import fedlora
@@ -149,11 +150,16 @@ def test_a_gateway_that_is_not_there_is_named(institution):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "outcome"), [(0, "ok"), (50, "ok"), (70, "fail"), (-70, "fail")]
+    ("ahead", "outcome"), [(0, "ok"), (2, "ok"), (10, "fail"), (-50, "ok"), (-70, "fail")]
 )
-def test_clocks_may_differ_by_a_minute(seconds, outcome):
-    date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds))
+def test_a_clock_may_be_a_minute_behind_and_hardly_ahead(ahead, outcome):
+    date = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead))
     assert check.clock(date).outcome == outcome
+
+
+def test_a_clock_that_passes_is_within_what_flower_takes():
+    assert check.MOST_AHEAD + 1 <= -MIN_TIMESTAMP_DIFF_SECONDS  # a date has lost up to 1 s
+    assert check.MOST_BEHIND < MAX_TIMESTAMP_DIFF_SECONDS
 
 
 def test_a_gateway_without_a_date_or_versions_is_not_taken_for_good():
