@@ -1,5 +1,6 @@
 """``fedlora node | service | deploy``: the services of a deployment and what its operator does."""
 
+import functools
 import json
 import sys
 import time
@@ -18,7 +19,10 @@ app = typer.Typer(
     no_args_is_help=True, help="A federation on machines of its own (docs/deployment.md)."
 )
 PLAIN = Console(soft_wrap=True, highlight=False, markup=False)
+ERRORS = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 STILL_RUNNING = 3
+AWAY = 4
+"""The SuperLink did not do what it was asked, so nothing is known of a run."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Name = Annotated[str, typer.Argument(help="A submission's name.")]
@@ -31,22 +35,29 @@ def add_to(main: typer.Typer, clean: Callable[[Any], Any]) -> None:
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     )(clean(service))
     main.command()(clean(node))
-    for command in (
-        init,
-        add,
-        renew,
-        server,
-        register,
-        reachable,
-        submit,
-        status,
-        stop,
-        results,
-        check,
-    ):
+    commands: list[Callable[..., None]] = [init, add, renew, server]
+    commands += [_asks(command) for command in (register, submit, status, stop, results)]
+    commands += [reachable, check]
+    for command in commands:
         app.command()(clean(command))
     app.command(hidden=True)(clean(keep))
     main.add_typer(app, name="deploy")
+
+
+def _asks(command: Callable[..., None]) -> Callable[..., None]:
+    """What the SuperLink does not do is one line on stderr and an exit code of its own."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from experiments.deploy.flower import FlowerError
+
+        try:
+            command(*args, **kwargs)
+        except FlowerError as error:
+            ERRORS.print(f"error: {error}")
+            raise typer.Exit(AWAY) from None
+
+    return wrapped
 
 
 def service(
@@ -208,9 +219,11 @@ def submit(
     chosen = name or f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         submission = runs.submit(here, resolved, chosen)
-    except flower.FlowerError as error:
-        PLAIN.print(f"error: {error}")
-        raise typer.Exit(1) from None
+    except flower.Unanswered as error:
+        raise flower.FlowerError(
+            f"{error}. {chosen} is kept, and the server starts it unless it has begun: "
+            f"`fedlora deploy status {chosen}`, or `stop {chosen}`"
+        ) from None
     if not as_json:
         PLAIN.print(f"{chosen}: submitted; results in {submission.directory}")
     if wait:
@@ -227,7 +240,10 @@ def status(
     name: Annotated[str, typer.Argument(help="A submission's name; without one, all.")] = "",
     as_json: Json = False,
 ) -> None:
-    """What became of a run: exit code 0 completed, 1 failed or stopped, 3 not at its end."""
+    """What became of a run: exit code 0 completed, 1 failed or stopped, 3 not at its end.
+
+    Without a name it is 0 whatever became of them.
+    """
     from experiments.deploy import flower, runs
 
     here = flower.server()

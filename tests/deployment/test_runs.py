@@ -344,6 +344,37 @@ def test_exit_codes_tell_the_truth(here, link, deployed, tmp_path):
     assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "one"]).exit_code == 2
 
 
+@pytest.mark.parametrize("command", ["submit", "status", "results", "stop", "register"])
+def test_a_superlink_that_is_away_is_one_line_and_a_code_of_its_own(
+    here, link, deployed, tmp_path, monkeypatch, command
+):
+    def away(*_):
+        raise FlowerError("the SuperLink is away")
+
+    file = tmp_path / "run.toml"
+    file.write_text(deployed.to_toml())
+    runs.submit(here, deployed, "one")
+    for name in ("start", "status", "stop", "unfinished", "register"):
+        monkeypatch.setattr(flower, name, away)
+    arguments = {"submit": [str(file), "--name", "two"], "register": []}.get(command, ["one"])
+    done = CliRunner().invoke(app, ["deploy", command, *arguments])
+    assert done.exit_code == 4
+    assert done.stderr == "error: the SuperLink is away\n"
+    assert not done.stdout
+    assert [one.name for one in runs.every(here)] == ["one"]
+
+
+def test_submitting_without_an_answer_says_that_the_run_may_begin(here, link, deployed, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(deployed.to_toml())
+    link.silent = True
+    done = CliRunner().invoke(app, ["deploy", "submit", str(file), "--name", "one"])
+    assert done.exit_code == 4
+    assert "one is kept" in done.stderr
+    assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 3
+    assert CliRunner().invoke(app, ["deploy", "status"]).exit_code == 0
+
+
 def test_waiting_for_a_run_that_fails_exits_with_1(here, link, deployed, tmp_path, monkeypatch):
     file = tmp_path / "run.toml"
     file.write_text(deployed.to_toml())
