@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from rich.console import Console
 
 from experiments.deploy import service as services
 from fedlora import config as configuration
+from fedlora import logs
 from fedlora.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True, help="A federation on machines of its own (docs/deployment.md)."
 )
+log = logging.getLogger("fedlora.server")
 PLAIN = Console(soft_wrap=True, highlight=False, markup=False)
 ERRORS = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 STILL_RUNNING = 3
@@ -63,9 +66,12 @@ def _asks(command: Callable[..., None]) -> Callable[..., None]:
 def service(
     name: Annotated[str, typer.Argument(help="The service's name in its log.")],
     command: Annotated[list[str], typer.Argument(help="After --: what to run.")],
+    json_lines: Annotated[
+        bool, typer.Option("--json-lines", help="Take its lines of JSON as they are.")
+    ] = False,
 ) -> None:
     """Run a command; each line that it writes becomes one line of JSON."""
-    raise typer.Exit(services.run(name, [command]))
+    raise typer.Exit(services.run(name, [command], ready=json_lines))
 
 
 def node(
@@ -158,18 +164,19 @@ def keep(
     """Register institutions, also new ones, and start cut-off runs again."""
     from experiments.deploy import flower, runs
 
+    logs.to_stderr()
     here = flower.server()
     registered = None
     while True:
         try:
             if (files := flower.key_files(here)) != registered:
                 for name, outcome in flower.register(here).items():
-                    services.say("server", f"institution {name}: {outcome}")
+                    log.info("institution %s: %s", name, outcome)
                 registered = files
             for line in runs.proceed(here, since=since):
-                services.say("server", line)
+                log.info("%s", line)
         except flower.FlowerError as error:  # the SuperLink may be away for a while
-            services.say("server", str(error), "warning")
+            log.warning("%s", error)
         time.sleep(runs.ASK_SECONDS)
 
 
