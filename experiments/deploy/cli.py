@@ -132,10 +132,10 @@ def add(
 def renew(
     directory: Directory,
     host: Annotated[
-        str, typer.Option(help="Name or address under which institutions reach the gateway.")
-    ] = "localhost",
+        str, typer.Option(help="Where institutions reach the gateway, if that has changed.")
+    ] = "",
 ) -> None:
-    """New certificates of gateway and SuperLink, valid for another year."""
+    """New certificates of gateway and SuperLink, valid for another year, for the same names."""
     from experiments.deploy import init as making
 
     making.renew(directory, host=host)

@@ -12,9 +12,11 @@ from flwr.supercore.constant import MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DI
 from typer.testing import CliRunner
 
 import fedlora
+from client import node, settings
 from client.ledger import Ledger
 from experiments.cli import app
 from experiments.deploy import check, init, keys
+from fedlora.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +45,14 @@ def _as(found, name):
 
 def test_a_fresh_set_up_passes(made):
     assert _failed(check.operator(made)) == set()
+
+
+def test_a_set_up_whose_ca_is_kept_elsewhere_passes(made):
+    (made / "ca").rename(made.parent / "safe")
+    found = check.operator(made)
+    assert _failed(found) == set()
+    assert _as(found, "gateway signed by the CA").outcome == "ok"
+    assert "CA key" not in {one.name for one in found}
 
 
 @pytest.mark.parametrize(("days", "outcome"), [(29, "warn"), (31, "ok"), (-1, "fail")])
@@ -130,6 +140,19 @@ def test_what_an_institution_lacks_is_named(institution, gateway):
     found = check.institution(institution)
     assert {"ledger", "records", "CA certificate"} <= _failed(found)
     assert "words" in _as(found, "records").details
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [("ca", "CA certificate"), ("key", "key"), ("gateway", "gateway")]
+)
+def test_what_a_node_needs_to_start_may_not_be_missing(institution, gateway, key, name):
+    lines = institution.read_text().splitlines()
+    institution.write_text("\n".join(one for one in lines if not one.startswith(f"{key} =")))
+    with pytest.raises(InputError, match=f"{key} is missing"):
+        node.check(settings.load(str(institution)))
+    found = check.institution(institution)
+    assert f"{key} is missing" in _as(found, name).details
+    assert name in _failed(found)
 
 
 def test_a_label_that_is_not_listed_is_shown_on_the_terminal(institution, gateway):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from client import node, settings
 from experiments.cli import app
-from experiments.deploy import init
+from experiments.deploy import init, keys
 from fedlora import config
 from fedlora.errors import InputError
 
@@ -164,6 +164,32 @@ def test_an_institution_is_added_and_certificates_are_renewed_under_the_same_ca(
     assert _handshake(made, "gateway", "localhost")
     with pytest.raises(InputError, match="already"):
         init.add(made, "c")
+
+
+def test_renewed_certificates_keep_their_names_unless_another_is_given(made):
+    def names(folder):
+        return keys.hosts((made / folder / "server.pem").read_bytes())
+
+    before = names("gateway"), names("superlink")
+    assert before[0] == ("fed.example.org", "gateway", "localhost", "127.0.0.1")
+    done = CliRunner().invoke(app, ["deploy", "renew", str(made)])
+    assert done.exit_code == 0, done.output
+    assert (names("gateway"), names("superlink")) == before
+    init.renew(made, host="new.example.org")
+    assert names("gateway") == ("new.example.org", "gateway", "localhost", "127.0.0.1")
+    (made / "gateway" / "server.pem").write_text("damaged")
+    with pytest.raises(InputError, match="give --host"):
+        init.renew(made)
+
+
+def test_an_institutions_own_public_key_is_never_overwritten(made):
+    public = made / "server" / "institutions" / "c.pub"
+    public.write_bytes(keys.make_node("c")[0])
+    before = public.read_bytes()
+    with pytest.raises(InputError, match=r"c\.pub is there already"):
+        init.add(made, "c")
+    assert public.read_bytes() == before
+    assert not (made / "institutions" / "c").exists()
 
 
 def test_a_node_starts_only_with_a_key_of_its_own(made, tmp_path):
