@@ -29,7 +29,7 @@ class Link:
         self.runs = {}
         self.configs = []
         self.broken = None
-        self.silent = False
+        self.silent = None
         self.age = 10.0
 
     def start(self, server, directory, values):
@@ -40,7 +40,7 @@ class Link:
         run = str(len(self.runs) + 1)
         self.runs[run] = ("running", "")
         if self.silent:
-            raise Unanswered("ReadTimeout")
+            raise self.silent
         return run
 
     def unfinished(self, server, directory):
@@ -122,9 +122,12 @@ def test_what_the_superlink_does_not_take_leaves_nothing(here, link, deployed):
     assert not (here.results / "one").exists()
 
 
-def test_a_run_that_was_made_without_an_answer_is_taken_and_not_made_again(here, link, deployed):
-    link.silent = True
-    with pytest.raises(Unanswered):
+@pytest.mark.parametrize("error", [Unanswered("ReadTimeout"), KeyboardInterrupt()])
+def test_a_run_that_was_made_without_an_answer_is_taken_and_not_made_again(
+    here, link, deployed, error
+):
+    link.silent = error
+    with pytest.raises(type(error)):
         runs.submit(here, deployed, "one")
     assert runs.observe(here, "one").state == "running"
     assert len(runs.proceed(here)) == 1
@@ -143,7 +146,7 @@ def test_a_submission_without_an_answer_is_made_when_the_superlink_has_none(here
 
 
 def test_stopping_a_submission_without_an_answer_stops_its_run(here, link, deployed):
-    link.silent = True
+    link.silent = Unanswered("ReadTimeout")
     with pytest.raises(Unanswered):
         runs.submit(here, deployed, "one")
     assert runs.stop(here, "one").state == "stopped"
@@ -367,7 +370,7 @@ def test_a_superlink_that_is_away_is_one_line_and_a_code_of_its_own(
 def test_submitting_without_an_answer_says_that_the_run_may_begin(here, link, deployed, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(deployed.to_toml())
-    link.silent = True
+    link.silent = Unanswered("ReadTimeout")
     done = CliRunner().invoke(app, ["deploy", "submit", str(file), "--name", "one"])
     assert done.exit_code == 4
     assert "one is kept" in done.stderr
