@@ -2,8 +2,20 @@
 
 import logging
 import os
+import re
 
 _VARIABLE = "FEDLORA_LOG"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class OneLine(logging.Formatter):
+    """Escapes what could begin a line of its own: messages quote what the other side sent."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The message, each control character as Python writes it."""
+        return _CONTROL.sub(
+            lambda found: found[0].encode("unicode_escape").decode(), super().formatMessage(record)
+        )
 
 
 def want() -> None:
@@ -22,7 +34,7 @@ def to_stderr() -> None:
     For a process of Flower's alone: nothing propagates to the root logger any more.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s : %(message)s"))
+    handler.setFormatter(OneLine("%(levelname)s : %(message)s"))
     logger = logging.getLogger("fedlora")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)

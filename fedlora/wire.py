@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _T = typing.TypeVar("_T")
 _Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder")
 
+_CODE = re.compile(r"[a-z0-9-]{1,64}")
 _ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY, _EVALUATION = (
     "adapter",
     "order",
@@ -340,7 +341,7 @@ def pack_refusal(code: str) -> RecordDict:
 def _raise_refusal(content: RecordDict) -> None:
     if _REFUSED in content.config_records:
         code = str(content.config_records[_REFUSED].get("code", ""))
-        raise Refusal(code[:64] or "refused", "the institution refused")
+        raise Refusal(code if _CODE.fullmatch(code) else "refused", "the institution refused")
 
 
 def adapter_bytes(content: RecordDict) -> int:

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from client.settings import Settings
 
 WARN_DAYS = 30
-MOST_SKEW = 60.0
+MOST_AHEAD = 4.0
+"""Seconds. Flower refuses what is signed 5 s ahead of it, and an HTTP date has lost up to 1 s."""
+MOST_BEHIND = 60.0
+"""Seconds, of the 305 that Flower takes."""
 OTHERS = 0o077
 Outcome = Literal["ok", "warn", "fail"]
 
@@ -78,9 +81,9 @@ def ask(url: str, ca: Path, seconds: float = 10.0) -> tuple[str, dict[str, Any]]
 
 def operator(directory: Path) -> list[Check]:
     """What is wrong at the operator's: a directory that ``fedlora deploy init`` made."""
-    if not (directory / "ca" / "ca.crt").is_file():
-        raise InputError(f"{directory} has no ca/ca.crt; give what `fedlora deploy init` made")
-    ca = directory / "ca" / "ca.crt"
+    ca = directory / "gateway" / "ca.crt"  # ca/ may be on another machine
+    if not ca.is_file():
+        raise InputError(f"{directory} has no gateway/ca.crt; give what `fedlora deploy init` made")
     found = [_certificate("CA certificate", ca)]
     for name in ("gateway", "superlink"):
         pem = directory / name / "server.pem"
@@ -89,8 +92,9 @@ def operator(directory: Path) -> list[Check]:
             _signed(f"{name} signed by the CA", pem, ca),
             _private(f"{name} key", directory / name / "server.key"),
         ]
+    if (key := directory / "ca" / "ca.key").exists():
+        found.append(_private("CA key", key))
     found += [
-        _private("CA key", directory / "ca" / "ca.key"),
         _private("SuperExec secret", directory / "superlink" / "superexec.secret"),
         _private("server's secret", directory / "server" / "keys" / "superexec.secret"),
         _equal(
@@ -121,12 +125,10 @@ def institution(path: Path) -> list[Check]:
     except InputError as error:
         return [Check("settings", "fail", str(error))]
     found = [Check("settings", "ok", str(path))]
-    ca, key = Path(own.ca), Path(own.key)
-    if own.ca:
-        found.append(_certificate("CA certificate", ca))
-    if own.key:
-        found.append(_private("key", key))
+    ca = Path(own.ca)
     found += [
+        _certificate("CA certificate", ca) if own.ca else _missing("CA certificate", "ca"),
+        _private("key", Path(own.key)) if own.key else _missing("key", "key"),
         _try("ledger", lambda: _ledger(own.ledger)),
         _try("records", lambda: _records(own)),
         *(_try(f"model {name}", lambda name=name: _model(name)) for name in own.models),
@@ -134,10 +136,14 @@ def institution(path: Path) -> list[Check]:
         _writable("ledger's directory", Path(own.ledger).parent),
     ]
     if not own.gateway:
-        found.append(Check("gateway", "fail", "gateway is missing from the settings; add it"))
+        found.append(_missing("gateway", "gateway"))
     elif ca.is_file():
         found += _gateway(f"https://{own.gateway}/health", ca)
     return found + _flower()
+
+
+def _missing(name: str, key: str) -> Check:
+    return Check(name, "fail", f"{key} is missing from the settings; add it")
 
 
 def _gateway(url: str, ca: Path) -> list[Check]:
@@ -157,14 +163,13 @@ def clock(date: str) -> Check:
     except (TypeError, ValueError):
         return Check("clock", "warn", "the gateway says no time, so clocks cannot be compared")
     skew = (datetime.now(UTC) - theirs).total_seconds()
-    far = abs(skew) > MOST_SKEW
+    side, most = ("ahead of", MOST_AHEAD) if skew > 0 else ("behind", MOST_BEHIND)
+    far = abs(skew) > most
     return Check(
         "clock",
         "fail" if far else "ok",
-        f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the gateway's"
-        + (
-            f", and at most {MOST_SKEW:.0f} s may be; set this machine's clock (NTP)" if far else ""
-        ),
+        f"{abs(skew):.0f} s {side} the gateway's"
+        + (f", and at most {most:.0f} s may be; set this machine's clock (NTP)" if far else ""),
     )
 
 

@@ -1,6 +1,8 @@
 """``fedlora node | service | deploy``: the services of a deployment and what its operator does."""
 
+import functools
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -12,13 +14,18 @@ from rich.console import Console
 
 from experiments.deploy import service as services
 from fedlora import config as configuration
+from fedlora import logs
 from fedlora.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True, help="A federation on machines of its own (docs/deployment.md)."
 )
+log = logging.getLogger("fedlora.server")
 PLAIN = Console(soft_wrap=True, highlight=False, markup=False)
+ERRORS = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 STILL_RUNNING = 3
+AWAY = 4
+"""The SuperLink did not do what it was asked, so nothing is known of a run."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Name = Annotated[str, typer.Argument(help="A submission's name.")]
@@ -31,30 +38,40 @@ def add_to(main: typer.Typer, clean: Callable[[Any], Any]) -> None:
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     )(clean(service))
     main.command()(clean(node))
-    for command in (
-        init,
-        add,
-        renew,
-        server,
-        register,
-        reachable,
-        submit,
-        status,
-        stop,
-        results,
-        check,
-    ):
+    commands: list[Callable[..., None]] = [init, add, renew, server]
+    commands += [_asks(command) for command in (register, submit, status, stop, results)]
+    commands += [reachable, check]
+    for command in commands:
         app.command()(clean(command))
     app.command(hidden=True)(clean(keep))
     main.add_typer(app, name="deploy")
 
 
+def _asks(command: Callable[..., None]) -> Callable[..., None]:
+    """What the SuperLink does not do is one line on stderr and an exit code of its own."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from experiments.deploy.flower import FlowerError
+
+        try:
+            command(*args, **kwargs)
+        except FlowerError as error:
+            ERRORS.print(f"error: {error}")
+            raise typer.Exit(AWAY) from None
+
+    return wrapped
+
+
 def service(
     name: Annotated[str, typer.Argument(help="The service's name in its log.")],
     command: Annotated[list[str], typer.Argument(help="After --: what to run.")],
+    json_lines: Annotated[
+        bool, typer.Option("--json-lines", help="Take its lines of JSON as they are.")
+    ] = False,
 ) -> None:
     """Run a command; each line that it writes becomes one line of JSON."""
-    raise typer.Exit(services.run(name, [command]))
+    raise typer.Exit(services.run(name, [command], ready=json_lines))
 
 
 def node(
@@ -115,10 +132,10 @@ def add(
 def renew(
     directory: Directory,
     host: Annotated[
-        str, typer.Option(help="Name or address under which institutions reach the gateway.")
-    ] = "localhost",
+        str, typer.Option(help="Where institutions reach the gateway, if that has changed.")
+    ] = "",
 ) -> None:
-    """New certificates of gateway and SuperLink, valid for another year."""
+    """New certificates of gateway and SuperLink, valid for another year, for the same names."""
     from experiments.deploy import init as making
 
     making.renew(directory, host=host)
@@ -147,18 +164,19 @@ def keep(
     """Register institutions, also new ones, and start cut-off runs again."""
     from experiments.deploy import flower, runs
 
+    logs.to_stderr()
     here = flower.server()
     registered = None
     while True:
         try:
             if (files := flower.key_files(here)) != registered:
                 for name, outcome in flower.register(here).items():
-                    services.say("server", f"institution {name}: {outcome}")
+                    log.info("institution %s: %s", name, outcome)
                 registered = files
             for line in runs.proceed(here, since=since):
-                services.say("server", line)
+                log.info("%s", line)
         except flower.FlowerError as error:  # the SuperLink may be away for a while
-            services.say("server", str(error), "warning")
+            log.warning("%s", error)
         time.sleep(runs.ASK_SECONDS)
 
 
@@ -208,9 +226,11 @@ def submit(
     chosen = name or f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         submission = runs.submit(here, resolved, chosen)
-    except flower.FlowerError as error:
-        PLAIN.print(f"error: {error}")
-        raise typer.Exit(1) from None
+    except flower.Unanswered as error:
+        raise flower.FlowerError(
+            f"{error}. {chosen} is kept, and the server starts it unless it has begun: "
+            f"`fedlora deploy status {chosen}`, or `stop {chosen}`"
+        ) from None
     if not as_json:
         PLAIN.print(f"{chosen}: submitted; results in {submission.directory}")
     if wait:
@@ -227,7 +247,10 @@ def status(
     name: Annotated[str, typer.Argument(help="A submission's name; without one, all.")] = "",
     as_json: Json = False,
 ) -> None:
-    """What became of a run: exit code 0 completed, 1 failed or stopped, 3 not at its end."""
+    """What became of a run: exit code 0 completed, 1 failed or stopped, 3 not at its end.
+
+    Without a name it is 0 whatever became of them.
+    """
     from experiments.deploy import flower, runs
 
     here = flower.server()

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 import tomli_w
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.utils import flwr_cli_exc_handler
+from flwr.common.constant import Status
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -40,10 +43,18 @@ from server.run_directory import NODES, alone
 
 LINK = "fedlora"
 """The connection's name in Flower's own configuration."""
+PATIENCE = 90.0
+"""Seconds to wait for an answer: more than the SuperLink waits for its database."""
+NEWEST = 1000
+"""Runs among which one is looked for that nobody has the id of."""
 
 
 class FlowerError(RuntimeError):
     """What Flower said instead of doing what it was asked."""
+
+
+class Unanswered(FlowerError):
+    """The SuperLink got the request and did not say what became of it: it may have done it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +193,19 @@ def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
     return str(answer.run_id)
 
 
+def unfinished(server: Server, directory: str) -> list[str]:
+    """The runs with this ``run-dir`` that have not ended, the newest last."""
+    with _superlink(server) as superlink, _errors():
+        answer = superlink.ListRuns(ListRunsRequest(limit=NEWEST))
+    found = [
+        (run.pending_at, number)
+        for number, run in answer.run_dict.items()
+        if run.status.status != Status.FINISHED
+        and run.override_config["run-dir"].string == directory
+    ]
+    return [str(number) for _, number in sorted(found)]
+
+
 def status(server: Server, run: str) -> tuple[str, str, float]:
     """A run's status, such as ``finished:completed`` (``unknown`` for no run), and its details.
 
@@ -218,10 +242,10 @@ def stop(server: Server, run: str) -> None:
 
 @contextlib.contextmanager
 def _superlink(server: Server) -> Iterator[ControlHttpClient]:
-    client = ControlHttpClient.from_server_address(
-        server.superlink,
-        insecure=False,
-        root_certificates=server.ca.read_bytes(),
+    client = ControlHttpClient(
+        f"https://{server.superlink}",
+        verify=ssl.create_default_context(cafile=str(server.ca)),
+        timeout=PATIENCE,
         interceptors=[RuntimeVersionHttpInterceptor(component_name="fedlora")],
     )
     try:
@@ -234,7 +258,17 @@ def _superlink(server: Server) -> Iterator[ControlHttpClient]:
 def _errors() -> Iterator[None]:
     """What Flower's command line makes of an error, in one line."""
     try:
-        with flwr_cli_exc_handler():
+        with flwr_cli_exc_handler(_open_outcome):
             yield
     except click.ClickException as error:
         raise FlowerError(" ".join(error.format_message().split())) from None
+
+
+def _open_outcome(error: Exception) -> None:
+    """Raise `Unanswered` unless the error says that nothing was done."""
+    if isinstance(error, httpx.HTTPStatusError):
+        answer = error.response
+        if answer.is_server_error:  # such as a database that stayed locked
+            raise Unanswered(f"the SuperLink failed ({answer.status_code}); see its log") from None
+    elif not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        raise Unanswered(f"the SuperLink did not answer ({type(error).__name__})") from None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
+from cryptography import x509
 
 from experiments.deploy import keys
 from fedlora import config as configuration
@@ -64,24 +65,39 @@ def add(directory: Path, name: str) -> None:
         InputError: When it is not such a directory, or holds the institution.
     """
     _check([name], "localhost", 8443)
-    if (directory / "institutions" / name).exists():
-        raise InputError(
-            f"{directory} has an institution {name} already; remove its folder and "
-            f"server/institutions/{name}.pub first, for new keys"
-        )
+    for there in (
+        directory / "institutions" / name,
+        directory / "server" / "institutions" / f"{name}.pub",
+    ):
+        if there.exists():
+            raise InputError(
+                f"{there} is there already, and keys are not overwritten; remove it first, for new "
+                "ones"
+            )
     _institution(directory, name, _authority(directory).pem)
     if os.geteuid() == 0:
         _give(directory / "institutions" / name, IMAGE_USER)
 
 
-def renew(directory: Path, *, host: str) -> None:
+def renew(directory: Path, *, host: str = "") -> None:
     """New certificates of the gateway and the SuperLink, from the same CA.
 
+    Args:
+        directory: That `make` made.
+        host: Where institutions reach the gateway; by default the names of its old certificate.
+
     Raises:
-        InputError: When the directory holds no CA.
+        InputError: When the directory holds no CA, or no certificate to take names from.
     """
-    _check([], host, 8443)
-    _servers(directory, _authority(directory), host)
+    if host:
+        _check([], host, 8443)
+    authority = _authority(directory)
+    old = directory / "gateway" / "server.pem"
+    try:
+        hosts = (host,) if host else keys.hosts(old.read_bytes())
+    except (OSError, ValueError, x509.ExtensionNotFound) as error:
+        raise InputError(f"{old} does not say its names ({error}); give --host") from None
+    _servers(directory, authority, hosts)
     if os.geteuid() == 0:
         for name in ("gateway", "superlink"):
             _give(directory / name, IMAGE_USER)
@@ -106,7 +122,7 @@ def _build(root: Path, institutions: Sequence[str], host: str) -> None:
     authority = keys.make_authority()
     _write(root / "ca" / "ca.crt", authority.pem, 0o644)
     _write(root / "ca" / "ca.key", authority.private_pem, 0o600)
-    _servers(root, authority, host)
+    _servers(root, authority, (host,))
     secret = secrets.token_hex(32).encode()
     _write(root / "superlink" / "superexec.secret", secret, 0o600)
     _write(root / "server" / "keys" / "superexec.secret", secret, 0o600)
@@ -119,10 +135,10 @@ def _build(root: Path, institutions: Sequence[str], host: str) -> None:
         _institution(root, name, authority.pem)
 
 
-def _servers(root: Path, authority: keys.Authority, host: str) -> None:
+def _servers(root: Path, authority: keys.Authority, hosts: Sequence[str]) -> None:
     everywhere = ("localhost", "127.0.0.1")
     for folder, names in (
-        ("gateway", (host, "gateway", *everywhere)),
+        ("gateway", (*hosts, "gateway", *everywhere)),
         ("superlink", ("superlink", *everywhere)),
     ):
         certificate, key = keys.make_server(authority, tuple(dict.fromkeys(names)))
@@ -133,12 +149,12 @@ def _servers(root: Path, authority: keys.Authority, host: str) -> None:
 
 def _institution(root: Path, name: str, ca: bytes) -> None:
     folder = root / "institutions" / name
-    for part in ("keys", "data", "ledger", "state"):
+    for part in ("settings", "keys", "data", "ledger", "state"):
         (folder / part).mkdir(mode=0o700, parents=True)
     public, private = keys.make_node(name)
     _write(folder / "keys" / "node.key", private, 0o600)
     _write(folder / "keys" / "ca.crt", ca, 0o644)
-    _write(folder / "institution.toml", _settings(name), 0o644)
+    _write(folder / "settings" / "institution.toml", _settings(name), 0o644)
     _write(root / "server" / "institutions" / f"{name}.pub", public, 0o644)
 
 

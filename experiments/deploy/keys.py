@@ -86,6 +86,19 @@ def make_server(
     )
 
 
+def hosts(certificate: bytes) -> tuple[str, ...]:
+    """Names and addresses under which the server of this certificate is reached.
+
+    Raises:
+        ValueError: If it is damaged.
+        cryptography.x509.ExtensionNotFound: If it names none.
+    """
+    names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    return tuple(str(name.value) for name in names.value)
+
+
 def make_node(name: str) -> tuple[bytes, bytes]:
     """Public and private key of an institution, as Flower reads them: OpenSSH's formats."""
     key = ec.generate_private_key(ec.SECP384R1())

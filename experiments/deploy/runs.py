@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.deploy import flower
-from experiments.deploy.flower import FlowerError, Server
+from experiments.deploy.flower import FlowerError, Server, Unanswered
 from fedlora import config as configuration
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
@@ -80,6 +80,7 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
 
     Raises:
         InputError: For a configuration that is not a deployment's, or a name that is taken.
+        Unanswered: When the SuperLink may have taken it. It stays, and `proceed` finds out.
         FlowerError: When the SuperLink did not take it; nothing is left of it.
     """
     if not _NAME.fullmatch(name):
@@ -102,6 +103,8 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
         made.save()
         try:
             return _start(server, made)
+        except (Unanswered, KeyboardInterrupt):
+            raise
         except BaseException:
             (directory / SUBMISSION).unlink()
             directory.rmdir()
@@ -145,8 +148,8 @@ def stop(server: Server, name: str) -> Submission:
         submission, _ = _observed(server, find(server, name))
         if submission.state != "running":
             return submission
-        if submission.runs:
-            flower.stop(server, submission.runs[-1])
+        for run in {*submission.runs[-1:], *flower.unfinished(server, str(submission.directory))}:
+            flower.stop(server, run)
         return _ended(submission, "stopped", "stopped by the operator")
 
 
@@ -211,7 +214,10 @@ def follow(
 
 
 def _start(server: Server, submission: Submission) -> Submission:
-    run = flower.start(server, APP, submission.config)
+    """Start its Flower run, or take the one that a start without an answer has made."""
+    unfinished = flower.unfinished(server, str(submission.directory))
+    unknown = [run for run in unfinished if run not in submission.runs]
+    run = unknown[-1] if unknown else flower.start(server, APP, submission.config)
     started = dataclasses.replace(
         submission, runs=(*submission.runs, run), tries=submission.tries + 1
     )

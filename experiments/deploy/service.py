@@ -4,6 +4,7 @@ Flower, nginx and our own apps log in forms of their own; whoever collects logs 
 """
 
 import ctypes
+import io
 import json
 import os
 import re
@@ -36,21 +37,24 @@ _LEVELS = {
 _END_WITH_PARENT = 1  # Linux: prctl(PR_SET_PDEATHSIG, ...)
 
 
-def record(service: str, line: str, before: str = "info") -> dict[str, Any] | None:
+def record(
+    service: str, line: str, before: str = "info", *, ready: bool = False
+) -> dict[str, Any] | None:
     """What one line of output says; None for a line that says nothing.
 
     Args:
         service: Who wrote it.
-        line: A line of Flower's, uvicorn's or nginx's log, or a JSON object with a level, which
-            keeps what it has.
+        line: A line of Flower's, uvicorn's or nginx's log.
         before: The level of the line before. One without a level of its own is taken to go on with
             an error, as a traceback does, and is else ``info``.
+        ready: Whether a JSON object with a level is a record, which keeps what it has. Only for a
+            program that escapes what it quotes: else whoever is quoted could write records.
     """
     text = _COLOUR.sub("", line).strip()
     if not text:
         return None
     made: dict[str, Any] = {"time": now(), "service": service}
-    if text.startswith("{"):
+    if ready and text.startswith("{"):
         try:
             said = json.loads(text)
         except ValueError:
@@ -73,15 +77,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def say(service: str, message: str, level: str = "info") -> None:
-    """Write one line of a service's own."""
-    made = {"time": now(), "service": service, "level": level, "message": message}
-    sys.stdout.write(json.dumps(made) + "\n")
-    sys.stdout.flush()
-
-
 def run(
-    service: str, commands: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None
+    service: str,
+    commands: Sequence[Sequence[str]],
+    environment: Mapping[str, str] | None = None,
+    *,
+    ready: bool = False,
 ) -> int:
     """Run processes until one of them ends, then end the others.
 
@@ -91,6 +92,7 @@ def run(
         service: Its name in the log.
         commands: One for each process.
         environment: Beside this process's own.
+        ready: Whether they write records themselves (`record`).
 
     Returns:
         The exit code of the first that ended, 128 + N after signal N.
@@ -99,7 +101,7 @@ def run(
         InputError: When a program is not there.
     """
     stopping = threading.Event()
-    started: list[subprocess.Popen[str]] = []
+    started: list[subprocess.Popen[bytes]] = []
 
     def stop(number: int, _: object) -> None:
         stopping.set()
@@ -113,7 +115,9 @@ def run(
         for command in commands:
             process = _start(command, {**os.environ, **(environment or {})})
             started.append(process)
-            reader = threading.Thread(target=_read, args=(service, process, ended), daemon=True)
+            reader = threading.Thread(
+                target=_read, args=(service, process, ended, ready), daemon=True
+            )
             reader.start()
             readers.append(reader)
         while not ended.acquire(timeout=1.0):  # a signal's handler runs between two waits
@@ -136,7 +140,7 @@ def run(
     return first.returncode if first.returncode >= 0 else 128 - first.returncode
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     libc = ctypes.CDLL(None)
 
     def end_with_parent() -> None:
@@ -149,8 +153,6 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
             preexec_fn=end_with_parent,
         )
     except OSError as error:
@@ -159,7 +161,9 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
         ) from None
 
 
-def _read(service: str, process: subprocess.Popen[str], ended: threading.Semaphore) -> None:
+def _read(
+    service: str, process: subprocess.Popen[bytes], ended: threading.Semaphore, ready: bool
+) -> None:
     """Pass on one process's lines.
 
     Its pipe may stay open in processes that it left behind: its end is what counts.
@@ -168,8 +172,9 @@ def _read(service: str, process: subprocess.Popen[str], ended: threading.Semapho
     waiter.start()
     assert process.stdout is not None
     level = "info"
-    for line in process.stdout:
-        if made := record(service, line, level):
+    # lines end with a line feed and nothing else
+    for line in io.TextIOWrapper(process.stdout, "utf-8", errors="replace", newline="\n"):
+        if made := record(service, line, level, ready=ready):
             level = made["level"]
             sys.stdout.write(json.dumps(made) + "\n")
             sys.stdout.flush()

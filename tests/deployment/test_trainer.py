@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import executor, launcher, settings, trainer
 from fedlora import records, trainable, wire
 from fedlora.errors import Refusal
+from fedlora.files import write_atomic
 
 SECRET = "Jane Doe, account 4711"
 
@@ -134,6 +135,18 @@ def test_what_an_app_raises_leaves_as_a_code_and_is_logged_by_its_place(with_app
     assert SECRET not in caplog.text
     assert "KeyError at" in caplog.text
     assert "raises" in caplog.text
+
+
+def test_settings_that_replace_the_old_ones_are_in_force_for_the_next_message(context):
+    context.run_config.update({"data.source": "institutions", "data.labels": '["x", "y"]'})
+    context.run_config.update({"data.institutions": 1, "privacy.epsilon": float("inf")})
+    file = Path(context.node_config["settings"])
+    file.write_text(file.read_text() + '\nlabels = ["x", "y"]\nwithout-dp = true')
+    made = trainer.Trainer()
+    assert _code(_asked(made, _message(), context)[0]) == "malformed-message"
+    tightened = file.read_text().replace("without-dp = true", "without-dp = false")
+    write_atomic(file, tightened.encode())
+    assert _code(_asked(made, _message(), context)[0]) == "dp-required"
 
 
 def test_an_answer_that_nobody_waits_for_costs_nothing(with_app, context):

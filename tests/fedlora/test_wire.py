@@ -148,6 +148,13 @@ def test_what_an_evaluation_asks_and_answers_comes_back():
     assert wire.unpack_hello(wire.pack_hello(hello)) == hello
 
 
+@pytest.mark.parametrize("code", ["", "x\n{}", "Budget", "a b", "x" * 65])
+def test_a_refusal_that_is_no_code_is_a_refusal_without_one(code):
+    with pytest.raises(Refusal) as caught:
+        wire.unpack_hello(wire.pack_refusal(code))
+    assert caught.value.code == "refused"
+
+
 @pytest.mark.parametrize("text", ["not json", "[1]", "3", ""])
 def test_metrics_that_are_no_object_are_refused(text):
     content = wire.pack_evaluation(wire.Evaluation(institution="bank", metrics={}))
