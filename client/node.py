@@ -21,6 +21,10 @@ SOCKET = "trainer"
 LONGEST = 107
 """Characters of a socket's path, on Linux."""
 
+GAVE_UP = "SSL/TLS handshake error detected."
+"""What a SuperNode says when it met a certificate that it cannot trust, such as one that expired,
+while it runs. It then never asks again, nor does it end; started again, it does."""
+
 
 def check(settings: Settings) -> None:
     """Refuse settings that are not enough to start.

@@ -94,6 +94,7 @@ def node(
             loaded.name,
             nodes.commands(loaded, path, private),
             {"FLWR_HOME": str(private), "TMPDIR": str(private)},
+            last_words=nodes.GAVE_UP,
         )
     raise typer.Exit(code)
 

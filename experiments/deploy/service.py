@@ -83,6 +83,7 @@ def run(
     environment: Mapping[str, str] | None = None,
     *,
     ready: bool = False,
+    last_words: str = "",
 ) -> int:
     """Run processes until one of them ends, then end the others.
 
@@ -93,6 +94,7 @@ def run(
         commands: One for each process.
         environment: Beside this process's own.
         ready: Whether they write records themselves (`record`).
+        last_words: A message after which a process is told to end: it lives, and does nothing more.
 
     Returns:
         The exit code of the first that ended, 128 + N after signal N.
@@ -116,7 +118,7 @@ def run(
             process = _start(command, {**os.environ, **(environment or {})})
             started.append(process)
             reader = threading.Thread(
-                target=_read, args=(service, process, ended, ready), daemon=True
+                target=_read, args=(service, process, ended, ready, last_words), daemon=True
             )
             reader.start()
             readers.append(reader)
@@ -162,7 +164,11 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
 
 
 def _read(
-    service: str, process: subprocess.Popen[bytes], ended: threading.Semaphore, ready: bool
+    service: str,
+    process: subprocess.Popen[bytes],
+    ended: threading.Semaphore,
+    ready: bool,
+    last_words: str,
 ) -> None:
     """Pass on one process's lines.
 
@@ -178,3 +184,5 @@ def _read(
             level = made["level"]
             sys.stdout.write(json.dumps(made) + "\n")
             sys.stdout.flush()
+            if last_words and made["message"] == last_words:
+                process.terminate()

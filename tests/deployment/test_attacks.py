@@ -22,6 +22,7 @@ from flwr.supercore.routers.runtime.router import router as runtime
 from flwr.superlink.routers.control.router import router as control
 from flwr.superlink.routers.fleet.router import router as fleet
 
+from client.node import GAVE_UP
 from experiments.deploy import keys
 from fedlora import wire
 from fedlora.adapters import AdapterState
@@ -261,7 +262,7 @@ def test_a_certificate_of_another_ca_or_plain_http_is_refused(federation):
     assert "fleet/ 400" in federation.log("gateway")
 
 
-def test_an_expired_certificate_is_refused_and_named(federation):
+def test_an_expired_certificate_is_refused_and_named_and_all_are_back_after_it(federation):
     place = federation.directory / "gateway" / "server.pem"
     right = place.read_bytes()
     place.write_bytes(_expired(federation.directory, right))
@@ -272,10 +273,13 @@ def test_an_expired_certificate_is_refused_and_named(federation):
     try:
         federation.until(lambda: "certificate has expired" in check().stdout)
         assert check().returncode == 1
+        for name in "abc":  # whose heartbeat may come only after half a minute
+            federation.until(lambda name=name: GAVE_UP in federation.log(f"institution-{name}"))
     finally:
         place.write_bytes(right)
         federation.restart("gateway")
     federation.until(lambda: check().returncode == 0)
+    federation.until(lambda: federation.online() == 3)
 
 
 def _expired(directory, pem):

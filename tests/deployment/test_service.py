@@ -1,5 +1,6 @@
 """Lines of logs as JSON, and processes that end together."""
 
+import inspect
 import json
 import logging
 import signal
@@ -9,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from flwr.supercore.retry import http_retry
 
+from client import node
 from experiments.deploy import service
 from fedlora import logs
 from tests.deployment import harness
@@ -124,3 +127,15 @@ def _alive(process):
     except FileNotFoundError:
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_process_that_has_given_up_is_ended_so_that_it_can_be_started_again(capsys):
+    script = "echo 'ERROR :     gave up'; exec sleep 60"
+    started = time.monotonic()
+    code = service.run("s", [["sh", "-c", script], ["sleep", "60"]], last_words="gave up")
+    assert code == 128 + signal.SIGTERM and time.monotonic() - started < 30
+    assert json.loads(capsys.readouterr().out)["message"] == "gave up"
+
+
+def test_a_supernode_still_gives_up_in_these_words():
+    assert f'"{node.GAVE_UP}"' in inspect.getsource(http_retry)
