@@ -122,12 +122,6 @@ class Rehearsal(harness.Federation):
             assert time.monotonic() < deadline, "waited in vain\n" + self.log("server")[-3000:]
             time.sleep(0.2)
 
-    def online(self) -> int:
-        """How many institutions' nodes the SuperLink hears of."""
-        command = ("flwr", "supernode", "list", "fedlora", "--format", "json")
-        nodes = json.loads(self.exec("server", *command).stdout)["nodes"]
-        return sum(node["status"] == "online" for node in nodes)
-
     def pause(self, seconds: float) -> None:
         """Let a fault last."""
         time.sleep(seconds)

@@ -1,7 +1,9 @@
 """An institution's base stays in memory from run to run, and is let go when it is another one."""
 
+import contextlib
 import shutil
 
+import psutil
 import pytest
 
 from tests.deployment.conftest import MODEL, NAMES, PRIVATE, rehearsal
@@ -46,19 +48,20 @@ def federation(tmp_path_factory, tiny_encoder, complaints, other):
 
 
 def _trainers(federation):
+    def trains(process):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            return "client.trainer" in process.cmdline()
+        return False
+
     return {
-        name: [
-            p.pid
-            for p in federation.processes(f"institution-{name}")
-            if "client.trainer" in p.cmdline()
-        ]
+        name: [p.pid for p in federation.processes(f"institution-{name}") if trains(p)]
         for name in NAMES
     }
 
 
 def test_one_trainer_answers_run_after_run_with_the_base_that_each_names(federation, other):
+    federation.until(lambda: all(len(pids) == 1 for pids in _trainers(federation).values()))
     before = _trainers(federation)
-    assert all(len(pids) == 1 for pids in before.values())
     for run, model in (("first", MODEL), ("another", OTHER), ("new-weights", OTHER)):
         if run == "new-weights":
             _weights(other, 2)
