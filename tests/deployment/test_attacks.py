@@ -269,7 +269,7 @@ def test_an_expired_certificate_is_refused_and_named_and_all_are_back_after_it(f
     federation.stop("gateway")
     federation.start("gateway")
     ask = ("fedlora", "deploy", "reachable", "https://gateway:8443/health", "--ca", "/keys/ca.crt")
-    check = lambda: federation.exec("institution-a", *ask, check=False)  # noqa: E731
+    check = lambda: federation.exec("server", *ask, check=False)  # noqa: E731
     try:
         federation.until(lambda: "certificate has expired" in check().stdout)
         assert check().returncode == 1
