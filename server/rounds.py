@@ -245,7 +245,7 @@ def _round(
     try:
         aggregated, rejected = _aggregate(config, mechanism, this, replies, watch)
         skipped = _counted(replies, mechanism) < federation.min_updates
-        if (largest := dataclasses.replace(this, before=aggregated).largest) > this.limit:
+        if (largest := base.largest(aggregated.only(PARTS))) > this.limit:
             raise Refusal("too-large", f"the aggregate reached {largest:g}, above {this.limit:g}")
     except Refusal as refusal:
         log.warning("round %d changes nothing: %s", number, refusal)
@@ -268,8 +268,7 @@ def _round(
                 f"round {number}: the server optimizer left {problem}; lower "
                 "federation.server-learning-rate. The last checkpoint is kept"
             )
-        largest = dataclasses.replace(this, before=adapter).largest
-        if largest > this.limit:
+        if (largest := base.largest(adapter.only(PARTS))) > this.limit:
             raise RunFailed(
                 f"round {number}: the global adapter reached {largest:g}, and beyond "
                 f"{this.limit:g} no update counts; lower federation.server-learning-rate, or "

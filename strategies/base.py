@@ -68,7 +68,7 @@ class Round:
     @functools.cached_property
     def largest(self) -> float:
         """The largest magnitude in the global adapter, which may weigh as much as an update."""
-        return max((_largest(t) for t in self.before.only(PARTS).values()), default=0.0)
+        return largest(self.before.only(PARTS))
 
     def sent_to(self, institution: str) -> AdapterState:
         """What an institution starts from."""
@@ -195,24 +195,25 @@ def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
     if round.weighting == "public-size" and math.frexp(update.size)[0] != 0.5:
         raise Refusal("invalid-size", f"size is {update.size}, and a size class is a power of two")
     stretch = max(1.0, round.scale(sent.rank) / round.scale(round.before.rank))
-    own = stretch * max(_largest(tensor) for tensor in update.adapter.values())
+    own = stretch * largest(update.adapter)
     if own > LARGEST:
         raise Refusal("too-large", f"a value is {own:g}; at most {LARGEST:g} counts")
-    largest = weight * max(round.largest, own)
-    if largest > round.limit:
-        raise Refusal("too-large", f"a value weighs {largest:g}; at most {round.limit:g} counts")
+    heaviest = weight * max(round.largest, own)
+    if heaviest > round.limit:
+        raise Refusal("too-large", f"a value weighs {heaviest:g}; at most {round.limit:g} counts")
     if round.longest:
-        length = math.sqrt(
-            math.fsum(
-                float((tensor.double() - sent[name].double()).square().sum())
-                for name, tensor in update.adapter.items()
-            )
-        )
-        if length > round.longest:
+        size = length(t.double() - sent[name].double() for name, t in update.adapter.items())
+        if size > round.longest:
             raise Refusal(
-                "too-long", f"the change is {length:g} long; at most {round.longest:g} counts"
+                "too-long", f"the change is {size:g} long; at most {round.longest:g} counts"
             )
 
 
-def _largest(tensor: torch.Tensor) -> float:
-    return max(float(tensor.max()), -float(tensor.min()))
+def largest(adapter: AdapterState) -> float:
+    """The largest magnitude of an adapter's values; 0 for an empty one."""
+    return max((max(float(t.max()), -float(t.min())) for t in adapter.values()), default=0.0)
+
+
+def length(tensors: Iterable[torch.Tensor]) -> float:
+    """The L2 norm over tensors together."""
+    return float(torch.stack([tensor.square().sum() for tensor in tensors]).sum().sqrt())

@@ -24,6 +24,7 @@ from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 from fedlora.wire import ClientUpdate
+from strategies.base import length
 
 
 def aggregate(
@@ -59,7 +60,7 @@ def aggregate(
     total = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in before.items()}
     for update in updates:
         delta = {name: update.adapter[name].double() - t.double() for name, t in before.items()}
-        norm = float(torch.stack([d.square().sum() for d in delta.values()]).sum().sqrt())
+        norm = length(delta.values())
         share = min(1.0, max_norm / norm) if norm > 0 else 0.0
         for name, tensor in delta.items():
             total[name].add_(tensor, alpha=share)

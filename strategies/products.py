@@ -81,15 +81,13 @@ def vectors(
     total: Floats | float = 0.0
     for name in round.before:
         if kind(name) in kinds:
-            found = tensors(name)
-            rows, columns = (
-                max(t.shape[i] for t in found) if found[0].dim() > i else 0 for i in (0, 1)
-            )
-            vector = torch.zeros(len(found), rows, max(columns, 1), dtype=torch.float64)
-            for place, t in zip(vector, found, strict=True):
-                place[: len(t), : t[0].numel()] = t.reshape(len(t), -1)
-            vector = vector.flatten(1)
-            total = total + (vector @ vector.T).numpy()
+            found = [t.reshape(len(t), -1) for t in tensors(name)]
+            shape = (max(t.shape[i] for t in found) for i in (0, 1))
+            padded = torch.zeros(len(found), *shape, dtype=torch.float64)
+            for place, t in zip(padded, found, strict=True):
+                place[: t.shape[0], : t.shape[1]] = t
+            padded = padded.flatten(1)
+            total = total + (padded @ padded.T).numpy()
     return np.asarray(total)
 
 

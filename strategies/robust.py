@@ -9,9 +9,9 @@
   scaled down to it.
 
 Distances and lengths are those of the products s B A with magnitudes and head (`products`). A large
-A and a small B have an innocent product, but not beside another's factors; so where a strategy
-takes means of factors, both lengths count: norm-bound holds each to its median, krum adds the two
-squared distances, each over the median squared length. Krum and norm-bound only choose weights; the
+A and a small B have an innocent product, but not beside another's factors; so lengths of factors
+count too: norm-bound holds each of the two to its median, krum adds the two squared distances, each
+over the median squared length. Krum and norm-bound only choose weights; the
 strategy then takes its mean, so they go with every one. Weights are what institutions say, so none
 counts more than the median one. All rules read updates and nothing else: under DP they are
 post-processing.
@@ -149,9 +149,8 @@ def _bounded(
     share = np.ones(len(everyone))
     for lengths in map(products.norms, changes):
         bound = float(np.median(lengths))
-        share = np.minimum(
-            share, np.divide(bound, lengths, where=lengths > bound, out=share.copy())
-        )
+        shorter = np.divide(bound, lengths, where=lengths > bound, out=np.ones_like(lengths))
+        share = np.minimum(share, shorter)
     scaled = [weight * float(part) for weight, part in zip(weights, share, strict=True)]
     before = ClientUpdate(
         institution="", round=round.number, adapter=round.before.only(round.parts)
