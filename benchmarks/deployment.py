@@ -17,7 +17,6 @@ import contextlib
 import json
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,21 +47,15 @@ def memory(federation: harness.Federation, service: str) -> float:
 @contextlib.contextmanager
 def watched(federation: harness.Federation) -> Iterator[dict[str, float]]:
     """Service -> the most memory that it held meanwhile, MiB."""
-    peaks, ended = dict.fromkeys(federation.names, 0.0), threading.Event()
+    peaks = dict.fromkeys(federation.names, 0.0)
 
     def watch() -> None:
-        while not ended.wait(measure.EVERY):
-            for name in peaks:
-                with contextlib.suppress(LookupError, psutil.Error):
-                    peaks[name] = max(peaks[name], memory(federation, name))
+        for name in peaks:
+            with contextlib.suppress(LookupError, psutil.Error):
+                peaks[name] = max(peaks[name], memory(federation, name))
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    with measure.meanwhile(watch):
         yield peaks
-    finally:
-        ended.set()
-        thread.join()
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,24 @@ def tree_mib(root: int) -> float:
     return 0.0
 
 
+@contextlib.contextmanager
+def meanwhile(look: Callable[[], None], every: float = EVERY) -> Iterator[None]:
+    """Do something every so many seconds, in a thread, until the block ends."""
+    ended = threading.Event()
+
+    def again() -> None:
+        while not ended.wait(every):
+            look()
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def run(
     command: Sequence[str], *, environment: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> Measured:
@@ -67,21 +85,17 @@ def run(
         process = subprocess.Popen(
             command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err
         )
-        ended, peak = threading.Event(), [0.0]
+        peak = [0.0]
 
         def watch() -> None:
-            while not ended.wait(EVERY):
-                peak[0] = max(peak[0], tree_mib(process.pid))
+            peak[0] = max(peak[0], tree_mib(process.pid))
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            code = process.wait()
-            seconds = time.perf_counter() - started
-        finally:
-            process.kill()  # where this one is interrupted
-            ended.set()
-            watcher.join()
+        with meanwhile(watch):
+            try:
+                code = process.wait()
+                seconds = time.perf_counter() - started
+            finally:
+                process.kill()  # where this one is interrupted
         written = [_text(out), _text(err)]
     if code:
         end = "\n".join(text[-2000:] for text in written)

@@ -8,7 +8,6 @@ networks and their names, ports, health checks, `init`, the order of starts.
 Needs root, podman, podman-compose, runc and catatonit (apt-get install); skips with a reason.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -16,15 +15,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks import measure
 from fedlora import config as configuration
 from server.run_directory import read_records
 from tests.deployment import harness
@@ -102,23 +100,10 @@ class Containers:
             for name in self.services
         )
 
-    @contextlib.contextmanager
-    def checking(self) -> Iterator[None]:
+    def check(self) -> None:
         """Run the health checks: podman leaves that to timers of systemd, which a host may lack."""
-        done = threading.Event()
-
-        def check() -> None:
-            while not done.wait(1.0):
-                for name in self.services:
-                    _run("podman", "healthcheck", "run", self.name(name), check=False)
-
-        thread = threading.Thread(target=check, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+        for name in self.services:
+            _run("podman", "healthcheck", "run", self.name(name), check=False)
 
 
 def _unavailable() -> str:
@@ -161,7 +146,7 @@ def containers(tmp_path_factory, tiny_encoder, complaints):
     override.write_text(yaml.safe_dump({"services": dict.fromkeys(services, same)}))
     made = Containers(directory, project, [harness.COMPOSE, override])
     try:
-        with made.checking():
+        with measure.meanwhile(made.check, every=1.0):
             made.compose("up", "--detach", "--no-build")
             yield made
     finally:
