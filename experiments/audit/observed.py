@@ -5,7 +5,7 @@ update is the clipped sum of the drawn gradients with noise, so how much of a ca
 in it can be solved for.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -117,6 +117,7 @@ def scores(
     transcript: Transcript,
     canaries: Shard,
     owners: Sequence[str],
+    say: Callable[[str], None] = lambda _: None,
 ) -> Floats:
     r"""How much of each canary's gradient its institution's updates hold, over all rounds.
 
@@ -132,6 +133,7 @@ def scores(
         transcript: What the server saw.
         canaries: ``(n,)`` rows.
         owners: The institution of each.
+        say: Is told how far it is.
 
     Returns:
         ``(n,)``.
@@ -142,6 +144,7 @@ def scores(
     cap = _cap(config)
     clipping = Clipping(max_grad_norm=config.privacy.max_grad_norm, kind=config.privacy.clipping)
     for round, (sent, parts) in sorted(transcript.orders.items()):
+        say(f"scoring canaries, round {round} of {max(transcript.orders)}")
         sent.load_into(work.model)
         work.train_only(parts)
         everyone = gradients(work, canaries, config.training.physical_batch)

@@ -97,8 +97,8 @@ def run(
         _train(target, engine, progress, transcript)
         # From here on nothing is trained but for shadows: read what was released.
         work = _opened(target)
-        with console.status("scoring canaries"):
-            final, seen, shard = _scored(target, work, transcript, audited)
+        with console.status("scoring canaries") as status:
+            final, seen, shard = _scored(target, work, transcript, audited, status.update)
         result = _promise(Path(target.run_dir))
         inside = np.array([canary.inside for canary in audited.canaries])
         delta = result["delta"] or 0.0
@@ -163,7 +163,11 @@ def _opened(config: RunConfig) -> Trainable:
 
 
 def _scored(
-    config: RunConfig, work: Trainable, transcript: Transcript, audited: Audited
+    config: RunConfig,
+    work: Trainable,
+    transcript: Transcript,
+    audited: Audited,
+    say: Callable[[str], None],
 ) -> tuple[Floats, Floats, Shard]:
     """Scores of canaries by the final adapter, by all rounds, and the canaries' rows."""
     shard = _rows(config, work, audited.file)
@@ -172,7 +176,7 @@ def _scored(
     work.start.load_into(work.model)
     gained = losses(work, shard, physical) - final
     owners = [canary.institution for canary in audited.canaries]
-    seen = scores(config, work, transcript, shard, owners)
+    seen = scores(config, work, transcript, shard, owners, say)
     return gained, seen, shard
 
 

@@ -5,15 +5,17 @@ set message ids; both are used here (flwr is pinned to the version this was test
 """
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
 RUN_ID = 1
+TOGETHER = 32  # messages of a call, at most
+TOGETHER_BYTES = 128 * 2**20  # and of their adapters: sums and answers take several times as much
 WORKER_DIED, TIMEOUT = 100, 101
 """Error codes of replies, beside Flower's own."""
 
@@ -110,3 +112,17 @@ def call(app: ClientApp, message: Message, context: Context) -> Message:
         return app(message, context)
     except Exception as error:
         return error_reply(message, 2, type(error).__name__)
+
+
+def call_together(app: ClientApp, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """Let a ClientApp handle several messages, at once if it can train institutions together."""
+    together = getattr(app, "together", None)
+    train = all(message.metadata.message_type == MessageType.TRAIN for message, _ in calls)
+    if together is not None and train and len(calls) > 1:
+        return together(calls)
+    return [call(app, message, context) for message, context in calls]
+
+
+def fitting(adapter_bytes: Iterable[int]) -> int:
+    """How many messages a call holds by the size of their adapters: 1 to `TOGETHER`."""
+    return max(1, min(TOGETHER, TOGETHER_BYTES // max(1, *adapter_bytes, 1)))

@@ -1,16 +1,19 @@
-"""Everything in this process, one institution after the other: for tests and debuggers."""
+"""Everything in this process: for tests and debuggers, and where a run has one core to itself."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 
-from experiments.engines.grid import SimulationGrid, call, stamp
+from experiments.engines.grid import SimulationGrid, call_together, fitting, stamp
+from fedlora import wire
 
 
 class InlineGrid(SimulationGrid):
     """Calls the ClientApp when replies are pulled, in the order of the messages.
+
+    As in a worker of the Ray engine, what institutions are to train is handed over several at once.
 
     Args:
         app: The ClientApp.
@@ -31,12 +34,17 @@ class InlineGrid(SimulationGrid):
         return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Handle the first message that waits, and return its reply."""
-        for message_id in message_ids:
-            message = self._waiting.pop(message_id, None)
-            if message is not None:
-                reply = call(self._app, message, self._contexts[message.metadata.dst_node_id])
-                stamp(reply)
-                self.answered += 1
-                return [reply]
-        return []
+        """Handle the first messages that wait, and return their replies."""
+        waiting = [self._waiting[i] for i in message_ids if i in self._waiting]
+        count = 1
+        if waiting and waiting[0].metadata.message_type == MessageType.TRAIN:
+            count = fitting(wire.adapter_bytes(message.content) for message in waiting)
+        taken = waiting[:count]
+        for message in taken:
+            del self._waiting[message.metadata.message_id]
+        calls = [(message, self._contexts[message.metadata.dst_node_id]) for message in taken]
+        replies = call_together(self._app, calls) if calls else []
+        for reply in replies:
+            stamp(reply)
+        self.answered += len(replies)
+        return replies

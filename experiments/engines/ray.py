@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, RecordDict
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from client import trainer
@@ -28,8 +28,9 @@ from experiments.engines.grid import (
     TIMEOUT,
     WORKER_DIED,
     SimulationGrid,
-    call,
+    call_together,
     error_reply,
+    fitting,
     identify,
     stamp,
 )
@@ -37,9 +38,7 @@ from fedlora import wire
 from fedlora.errors import InputError
 
 HELD = 8  # shared records of earlier pushes that a worker keeps
-TOGETHER = 32  # messages of a call, at most
-FIRST = 8  # the same, as long as nobody knows how long they take
-TOGETHER_BYTES = 128 * 2**20  # and of their adapters: sums and answers take several times as much
+FIRST = 8  # messages of a call, as long as nobody knows how long they take
 IN_FLIGHT = 2  # calls queued at a worker when they are short, so that it never waits for the driver
 SHORT = 0.5  # seconds
 ATTEMPTS = 2
@@ -128,12 +127,7 @@ class _Worker:
                 run_config=self._run_config,
             )
             calls.append((message, context))
-        together = getattr(self._app, "together", None)
-        train = all(m.metadata.message_type == MessageType.TRAIN for m, _ in calls)
-        if together is not None and train and len(calls) > 1:
-            replies = together(calls)
-        else:
-            replies = [call(self._app, message, context) for message, context in calls]
+        replies = call_together(self._app, calls)
         return pickle.dumps(
             [
                 (reply, context.state if len(context.state) else None)
@@ -383,12 +377,13 @@ def _calls(jobs: list[_Job], workers: int) -> list[_Call]:
     half the time that one message is given, so that a hanging one is still noticed in time.
     """
     fresh = [job for job in jobs if not job.seconds]
-    few = max(1, min(FIRST, len(fresh) // (2 * workers), _fitting(fresh)))
+    few = max(1, len(fresh) // (2 * workers))
+    few = min(few, FIRST, fitting(job.adapter_bytes for job in fresh))
     calls = [_Call(jobs=fresh[i : i + few]) for i in range(0, len(fresh), few)]
     known = sorted((job for job in jobs if job.seconds), key=lambda j: -j.seconds)
     if known:
         shortest = min(job.message.metadata.ttl for job in known) / 2
-        most = min(TOGETHER, _fitting(known))
+        most = fitting(job.adapter_bytes for job in known)
         needed = max(len(known) / most, sum(job.seconds for job in known) / shortest)
         count = min(len(known), workers * math.ceil(max(1, needed / workers)))
         shares = [_Call(jobs=[]) for _ in range(count)]
@@ -400,12 +395,6 @@ def _calls(jobs: list[_Job], workers: int) -> list[_Call]:
                 heapq.heappush(heap, (seconds + job.seconds, number))
         calls += sorted((share for share in shares if share.jobs), key=lambda c: -c.seconds)
     return calls
-
-
-def _fitting(jobs: list[_Job]) -> int:
-    """How many messages a call holds by the size of their adapters, at least one."""
-    largest = max((job.adapter_bytes for job in jobs), default=0)
-    return max(1, TOGETHER_BYTES // max(1, largest))
 
 
 def _places(threads: int, gpus: float) -> int:

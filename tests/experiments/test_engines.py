@@ -11,9 +11,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
 from benchmarks.empty_client import app
-from experiments.engines.grid import identify
+from experiments.engines.grid import TOGETHER, TOGETHER_BYTES, identify
 from experiments.engines.inline import InlineGrid
-from experiments.engines.ray import FIRST, TOGETHER, TOGETHER_BYTES, RayGrid, _calls, _Job
+from experiments.engines.ray import FIRST, RayGrid, _calls, _Job
 from server.exchange import exchange
 from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
 

@@ -1,0 +1,11 @@
+"""Imports what a run needs, for the process that a sweep's cells are forked from."""
+
+import importlib
+
+from experiments import simulate
+
+simulate.quiet_libraries()
+for name in ("cli", "engines.inline", "report"):
+    importlib.import_module(f"experiments.{name}")
+for name in ("client", "server"):
+    importlib.import_module(f"{name}.app")
