@@ -108,13 +108,13 @@ def _number(value: Any) -> str:
 
 
 def _where(cells: Mapping[Path, Any]) -> str:
-    """Commits and processors of runs."""
+    """Commits and processors of runs; a commit with changes that were not committed has a plus."""
     found = [
         json.loads((cell / "environment.json").read_text(encoding="utf-8"))
         for cell in cells
         if (cell / "result.json").exists()
     ]
-    commits = sorted({str(one["git_sha"])[:12] for one in found})
+    commits = sorted({f"{str(one['git_sha'])[:12]}{'+' * one['git_dirty']}" for one in found})
     processors = sorted({str(one["processor"]) for one in found})
     return f"Commit {', '.join(commits)}; processor {', '.join(processors)}; {len(found)} runs."
 

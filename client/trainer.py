@@ -114,7 +114,7 @@ class Trainer:
             try:
                 return app(message, context)
             finally:  # a server that asks for ever other lengths or prompts fills no disk
-                shards.evict(data.cache_directory())
+                shards.evict(data.cached_shards())
         except BaseException as error:
             log.error("the app failed: %s", place(error))
             return Message(wire.pack_refusal("failed"), reply_to=message)

@@ -217,7 +217,7 @@ def run_sweep(
     yes: Annotated[bool, typer.Option("--yes", help="Also if it has over 1,000 cells.")] = False,
     engine: Annotated[
         Literal["auto", "ray", "inline"],
-        typer.Option(help="Of the cells; auto: ray, but inline for one institution."),
+        typer.Option(help="Of the cells; auto: ray, but inline where one core is all it gets."),
     ] = "auto",
     as_json: Json = False,
 ) -> None:

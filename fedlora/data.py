@@ -7,7 +7,6 @@ milliseconds, without ``datasets``, pandas or torch.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora import files, schemes, shards, sources
 from fedlora import partition as partitions
-from fedlora import schemes, shards, sources
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError, RecordError
 from fedlora.shards import Federation, Int64, Shard
@@ -30,10 +29,9 @@ Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
 
 
-def cache_directory(own: str | Path | None = None) -> Path:
-    """Where tokenised records are kept, unless somebody names another place."""
-    where = own or os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora/shards"
-    return Path(where).expanduser()
+def cached_shards() -> Path:
+    """Where tokenised records are kept."""
+    return files.cache_directory() / "shards"
 
 
 def prepare(
@@ -52,7 +50,7 @@ def prepare(
     task: str,
     encoder: Callable[[], Encode],
     encoding_key: str,
-    cache_dir: str | Path | None = None,
+    cache_dir: Path | None = None,
 ) -> Federation:
     """Open a federation from the cache, or build it and cache it.
 
@@ -72,7 +70,7 @@ def prepare(
         task: "classification" or "sft".
         encoder: Makes the tokeniser; called once, and only if nothing is cached.
         encoding_key: Names everything that the tokeniser depends on.
-        cache_dir: Where shards are kept; default ``$FEDLORA_CACHE`` or ``~/.cache/fedlora/shards``.
+        cache_dir: Where shards are kept; None: `cached_shards`.
 
     Raises:
         InputError: If a source, column, label or partition does not fit; nothing is written then.
@@ -80,7 +78,7 @@ def prepare(
     sourced = [sources.digest(source), sources.digest(test_source, "test") if test_source else ""]
     shape = [text, label, labels, unit, partition, institutions, min_records, test_fraction, seed]
     key = json.dumps([sourced, shape, task, encoding_key, _code_digest()])
-    entry = cache_directory(cache_dir) / hashlib.sha256(key.encode()).hexdigest()
+    entry = (cache_dir or cached_shards()) / hashlib.sha256(key.encode()).hexdigest()
     if (cached := shards.open_entry(entry)) is not None:
         return cached
     encode = encoder()  # before rows are read: what it has to say about the model is said soon

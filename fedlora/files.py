@@ -5,6 +5,11 @@ import tempfile
 from pathlib import Path
 
 
+def cache_directory() -> Path:
+    """Where is kept what can be made again: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
+    return Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a crash leaves either the old file or the new one.
 

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.errors import InputError
-from fedlora.files import write_atomic
+from fedlora.files import cache_directory, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -235,8 +234,7 @@ def _inspect(name: str, path: Path) -> ModelFiles:
 def digest(weights: tuple[Path, ...]) -> str:
     """SHA-256 (hex) over the weight files.
 
-    A file's own is remembered by its path, size and time, under ``$FEDLORA_CACHE`` or
-    ``~/.cache/fedlora``.
+    A file's own is remembered by its path, size and time.
     """
     digests = [_file_digest(file.resolve()) for file in weights]
     if len(digests) == 1:
@@ -248,8 +246,7 @@ def digest(weights: tuple[Path, ...]) -> str:
 def _file_digest(file: Path) -> str:
     stat = file.stat()
     key = hashlib.sha256(f"{file}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()
-    cache = Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
-    remembered = cache / "digests" / key
+    remembered = cache_directory() / "digests" / key
     try:
         return remembered.read_text(encoding="ascii")
     except OSError:

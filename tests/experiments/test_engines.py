@@ -31,6 +31,20 @@ def test_the_inline_engine_reports_an_exception_as_flower_does():
     assert right(replies[1]) and right(replies[3])
 
 
+def test_the_inline_engine_hands_over_together_what_is_trained(monkeypatch):
+    sizes = []
+
+    def together(calls):
+        sizes.append(len(calls))
+        return [app(message, context) for message, context in calls]
+
+    monkeypatch.setattr(app, "together", together, raising=False)
+    replies = one_round(InlineGrid(app, TOGETHER + 3, {}))
+    assert sizes == [TOGETHER, 3]
+    assert sorted(replies) == list(range(1, TOGETHER + 4))
+    assert all(right(r) for r in replies.values())
+
+
 def test_silence_is_told_from_an_answer():
     class Silent(InlineGrid):
         def pull_messages(self, message_ids):

@@ -306,7 +306,7 @@ def test_the_cache_is_where_the_environment_says(
 ) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "there"))
     prepare(tmp_path, write(tmp_path / "a.jsonl", TRAIN), cache_dir=None)
-    assert len(list((tmp_path / "there").glob("*/meta.json"))) == 1
+    assert len(list((tmp_path / "there").glob("shards/*/meta.json"))) == 1
 
 
 def test_the_fingerprint_of_an_institution_outlives_a_change_of_tokeniser(tmp_path: Path) -> None:
@@ -339,6 +339,7 @@ needs_edgartools = pytest.mark.skipif(
 
 SCRIPT = """
 import sys, time
+from pathlib import Path
 from fedlora.data import prepare
 seconds = []
 for _ in range(3):
@@ -346,7 +347,7 @@ for _ in range(3):
     fed = prepare(source="package:edgartools", test_source="", text="text", label="label",
         labels=(), unit="record", partition="natural:industry", institutions=0, min_records=50,
         test_fraction=0.2, seed=0, task="classification", encoder=None, encoding_key="characters",
-        cache_dir=sys.argv[1])
+        cache_dir=Path(sys.argv[1]))
     for index in range(len(fed.names)):
         fed.train(index), fed.held_out(index)
     seconds.append(time.perf_counter() - start)
