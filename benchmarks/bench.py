@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, work
+from fedlora.models import fast_bf16
 from server.run_directory import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,6 +282,8 @@ def dp_step(options: Options) -> dict[str, Outcome]:
 
 def opacus(options: Options) -> dict[str, Outcome]:
     """A DP step on a bf16 base against Opacus' hooks on a float32 one."""
+    if not fast_bf16("cpu"):
+        return {"opacus": Outcome(skipped=NO_BF16)}
     arguments = ["--against", "opacus", *_brief(options, "--rows", "16")]
     return repeated(options, {"opacus": "time_ratio"}, "dp_step", *arguments)
 
@@ -289,6 +292,9 @@ def rate(options: Options) -> dict[str, Outcome]:
     """A step's rate against that of bare matrix products."""
     found: dict[str, Outcome] = {}
     for dtype in ("fp32", "bf16"):
+        if dtype == "bf16" and not fast_bf16("cpu"):
+            found["rate-bf16"] = Outcome(skipped=NO_BF16)
+            continue
         arguments = ["--dtype", dtype, *_brief(options, "--rows", "32")]
         found |= repeated(options, {f"rate-{dtype}": "share"}, "flop_rate", *arguments)
     return found
@@ -381,6 +387,7 @@ def deployed(options: Options) -> dict[str, Outcome]:
 
 
 NO_SMOLLM2 = "needs --smollm2 DIR"
+NO_BF16 = "needs native bf16 products"
 MEASUREMENTS: dict[Callable[[Options], dict[str, Outcome]], tuple[str, ...]] = {
     no_dp: ("flower", "pfl", "flower-memory"),
     with_dp: ("flower-dp",),
