@@ -114,9 +114,7 @@ def _where(cells: Mapping[Path, Any]) -> str:
         for cell in cells
         if (cell / "result.json").exists()
     ]
-    commits = sorted(
-        {f"{str(one['git_sha'])[:12]}{'+' if one['git_dirty'] else ''}" for one in found}
-    )
+    commits = sorted({str(one["git_sha"])[:12] + "+" * bool(one["git_dirty"]) for one in found})
     processors = sorted({str(one["processor"]) for one in found})
     return f"Commit {', '.join(commits)}; processor {', '.join(processors)}; {len(found)} runs."
 
