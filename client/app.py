@@ -27,9 +27,9 @@ class InstitutionApp(ClientApp):
     def together(self, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
         """The replies to train messages, each the very one that it would get by itself.
 
-        Institutions that follow equal orders of one DP step train in shared passes: each has its
-        own records, ledger, sampling, clipped sum and noise, and what is shared is the base model's
-        arithmetic. The others train one by one.
+        Institutions that follow equal orders under DP train in shared passes: each has its own
+        records, ledger, sampling, clipped sum and noise, and what is shared is the base model's
+        arithmetic. The others, and those that train DoRA in several steps, train one by one.
         """
         replies: list[RecordDict | None] = []
         charged: dict[int, institution.ChargedRound] = {}
@@ -38,7 +38,7 @@ class InstitutionApp(ClientApp):
             config: configuration.RunConfig, content: RecordDict, who: institution.Institution
         ) -> RecordDict | None:
             order = wire.unpack_order(content)
-            if not config.privacy.enabled or config.training.local_steps > 1 or order.kept:
+            if not config.privacy.enabled or order.kept or not institution.can_share(config):
                 return _train(config, content, who)
             if any(other.institution == who for other in charged.values()):
                 return None  # the same order twice: the second gets the answer to the first

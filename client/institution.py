@@ -443,8 +443,13 @@ def charge(
     )
 
 
+def can_share(config: RunConfig) -> bool:
+    """Whether institutions that follow equal orders of this run can share passes under DP."""
+    return training.can_share(_load(config), config.training.local_steps)
+
+
 def train_charged(rounds: Sequence[ChargedRound]) -> list[AdapterState]:
-    """The trained adapter of each round; several must follow equal orders of one step.
+    """The trained adapter of each round; several must follow equal orders, and `can_share`.
 
     Raises:
         Refusal: When a guard trips; nothing may be released then.

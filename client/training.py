@@ -114,7 +114,7 @@ def train(
 def train_privately(
     trainable: Trainable, participants: Sequence[Participant], plan: LocalPlan
 ) -> list[AdapterState]:
-    """DP-SGD steps of one institution, or the same single step of several in shared passes.
+    """DP-SGD steps of one institution, or of several in shared passes.
 
     Guarantee: with ``source`` keyed by the operating system an adapter that comes out is the output
     of ``plan.steps`` sampled Gaussian mechanisms under adding or removing one unit of that
@@ -123,8 +123,8 @@ def train_privately(
 
     Args:
         trainable: Holds the adapter that all start from, and holds it afterwards.
-        participants: At least one; all with the same clipping. Several take one step each: after a
-            step their adapters differ, and passes can no longer be shared.
+        participants: At least one; all with the same clipping. After a step their adapters differ,
+            and a pass takes each example with its institution's.
         plan: Steps, memory, optimizer.
 
     Returns:
@@ -132,27 +132,41 @@ def train_privately(
 
     Raises:
         Refusal: When a guard trips (``guard-*``). No adapter must be released then.
-        ValueError: For several participants with more than one step or different clipping.
+        ValueError: For participants with different clipping, or several with more than one step
+            where `can_share` says no.
     """
     start = AdapterState.read(trainable.model)
     named = trainable.parameters()
     runs = [_Run(participant, named, plan) for participant in participants]
-    if len(runs) > 1 and (plan.steps > 1 or len({r.clipping for r in runs}) > 1):
-        raise ValueError("several participants can share one step with one clipping only")
+    if len({r.clipping for r in runs}) > 1:
+        raise ValueError("participants share passes with one clipping only")
+    if len(runs) > 1 and not can_share(trainable, plan.steps):
+        raise ValueError("participants cannot share passes of several steps under DoRA")
+    shared = plan.steps > 1 and can_share(trainable, plan.steps)  # also for one: the same bits
     trained: list[AdapterState] = []
     with _training(trainable, private=True):
         for step in range(plan.steps):
-            sums = _clipped_sums(trainable, named, runs, plan.physical_batch, step)
+            sums = _clipped_sums(trainable, named, runs, plan.physical_batch, step, own=shared)
             for index, run in enumerate(runs):
+                run.load(named)
                 for p, total in zip(named.values(), sums, strict=True):
                     p.summed_grad = total[index]  # pyright: ignore[reportAttributeAccessIssue]
                     p.grad_sample = p.new_zeros((0, *p.shape))  # pyright: ignore[reportAttributeAccessIssue]
                 run.optimizer.step()  # noise on the sum, also when nobody was drawn
                 run.optimizer.zero_grad(set_to_none=True)
+                run.keep(named)
                 if step == plan.steps - 1:
                     trained.append(AdapterState.read(trainable.model))
-                    start.load_into(trainable.model)
+        start.load_into(trainable.model)
     return trained
+
+
+def can_share(trainable: Trainable, steps: int) -> bool:
+    """Whether several participants can share the passes of so many steps.
+
+    DoRA's norms are those of one A and B, so under it they can share the first step only.
+    """
+    return steps == 1 or not trainable.per_sample.has_magnitude
 
 
 class _Run:
@@ -183,6 +197,18 @@ class _Run:
         )
         pull = _proximal(list(named.values()), plan.proximal)
         self.optimizer.attach_step_hook(lambda _: pull())  # Opacus calls it once noise is in
+        self.values: list[torch.Tensor] = []
+        self.keep(named)
+
+    def keep(self, named: dict[str, torch.nn.Parameter]) -> None:
+        """Remember the model's adapter as this participant's."""
+        self.values = [p.detach().clone() for p in named.values()]
+
+    def load(self, named: dict[str, torch.nn.Parameter]) -> None:
+        """Put this participant's adapter into the model."""
+        with torch.no_grad():
+            for p, value in zip(named.values(), self.values, strict=True):
+                p.copy_(value)
 
 
 def _proximal(parameters: Sequence[torch.nn.Parameter], mu: float) -> Callable[[], None]:
@@ -205,6 +231,8 @@ def _clipped_sums(
     runs: Sequence[_Run],
     physical_batch: int,
     step: int,
+    *,
+    own: bool,
 ) -> list[torch.Tensor]:
     """Draw everyone's units and sum their clipped gradients: float64 ``(runs, *shape)`` each.
 
@@ -232,10 +260,19 @@ def _clipped_sums(
     clipping = runs[0].clipping
 
     sums = [p.new_zeros((len(runs), *p.shape), dtype=torch.float64) for p in named.values()]
+    values = [torch.stack(each) for each in zip(*(run.values for run in runs), strict=True)]
     for group in _groups(units, shapes, physical_batch):
         of_group = [units[i] for i in group]
+        owners = torch.tensor([owner[i] for i in group])
         gradients = _unit_gradients(
-            trainable, named, shard, of_group, shapes, physical_batch, dropout.__getitem__
+            trainable,
+            named,
+            shard,
+            of_group,
+            shapes,
+            physical_batch,
+            dropout.__getitem__,
+            [value[owners] for value in values] if own else None,
         )
         clipping.clip(gradients)
         for total, gradient in zip(sums, gradients, strict=True):
@@ -253,12 +290,14 @@ def _unit_gradients(
     shapes: np.ndarray,
     physical_batch: int,
     dropout: Callable[[int], RandomSource],
+    values: list[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Each unit's summed gradient, float32 ``(units, *shape)`` for each parameter.
 
     A unit's gradient is the same to the last bit whatever other units are there: all passes have
     ``physical_batch`` rows of one shape, and a unit's rows are summed in an order of their own.
-    Memory holds one pass at a time.
+    Memory holds one pass at a time. ``values`` are the parameters of each unit, ``(units, *shape)``
+    likewise; None: those in the model.
     """
     everyone = np.arange(len(group))
     sums: list[torch.Tensor] | None = None
@@ -267,7 +306,13 @@ def _unit_gradients(
         # after the last.
         plain = np.array_equal(unit_of_row[unit_of_row < len(group)], everyone)
         index = None if plain else torch.from_numpy(unit_of_row)
-        with trainable.per_sample.expanded(physical_batch if plain else len(group) + 1, index):
+        count = physical_batch if plain else len(group) + 1
+        filled = None
+        if values is not None:  # what only fills computes with the first unit's
+            place = torch.arange(count)
+            place[len(group) :] = 0
+            filled = {n: value[place] for n, value in zip(named, values, strict=True)}
+        with trainable.per_sample.expanded(count, index, filled):
             _losses(trainable, shard, rows, dropout, width).sum().backward()
             trainable.per_sample.collect()
         gradients = [_taken(name, p)[: len(group)] for name, p in named.items()]

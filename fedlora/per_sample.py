@@ -19,7 +19,7 @@ update is computed in float32.
 # pyright: reportUnknownArgumentType=false
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -45,10 +45,11 @@ class _LowRankUpdate(torch.autograd.Function):
     Args of ``apply``:
         x: ``(n, ..., d_in)``, any float dtype.
         base: ``(n, ..., d_out)``; the result has its dtype.
-        a: float32 ``(r, d_in)``, or ``(units, r, d_in)`` with equal values for every unit.
-        b: float32 ``(d_out, r)``, or ``(units, d_out, r)`` likewise. Either may be frozen.
+        a: float32 ``(r, d_in)``, or ``(units, r, d_in)``.
+        b: float32 ``(d_out, r)``, or ``(units, d_out, r)``. Either may be frozen.
         scaling: s.
         unit: The unit of each example ``(n,)`` int64; None when example i is unit i.
+        own: Whether units may have other values than the first.
         apart: Round the update to the base's dtype before it is added, as PEFT does on quantised
             bases; on others the sum is rounded once, as PEFT does there.
     """
@@ -62,50 +63,76 @@ class _LowRankUpdate(torch.autograd.Function):
         b: torch.Tensor,
         scaling: float,
         unit: torch.Tensor | None,
+        own: bool,
         apart: bool,
     ) -> torch.Tensor:
-        a0, b0 = _values(a, 0), _values(b, 1)
-        u = x.reshape(-1, x.shape[-1]).float() @ a0.T
+        n, b_t = len(x), _values(b, 1, unit, own).mT
+        u = _product(x.reshape(-1, x.shape[-1]).float(), _values(a, 0, unit, own).mT, n)
         u *= scaling
         ctx.save_for_backward(x, u, a, b)
-        ctx.scaling, ctx.unit = scaling, unit
+        ctx.scaling, ctx.unit, ctx.own = scaling, unit, own
         rows = base.reshape(-1, base.shape[-1])
         if apart:
-            out = rows + (u @ b0.T).to(rows.dtype)
+            out = rows + _product(u, b_t, n).to(rows.dtype)
         else:
-            out = torch.addmm(rows.float(), u, b0.T).to(rows.dtype)
+            out = _product(u, b_t, n, plus=rows.float()).to(rows.dtype)
         return out.view(base.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         x, u, a, b = cast(tuple[torch.Tensor, ...], ctx.saved_tensors)
         for_x, _, for_a, for_b, *_ = cast(tuple[bool, ...], ctx.needs_input_grad)
+        n, unit, own = len(x), ctx.unit, ctx.own
         g = grads[0].reshape(-1, grads[0].shape[-1]).float()
         grad_x = grad_a = grad_b = None
         if for_x or for_a:
-            gu = g @ _values(b, 1)
+            gu = _product(g, _values(b, 1, unit, own), n)
             gu *= ctx.scaling
             if for_x:
-                grad_x = (gu @ _values(a, 0)).to(x.dtype).view(x.shape)
+                grad_x = _product(gu, _values(a, 0, unit, own), n).to(x.dtype).view(x.shape)
             if for_a:
                 x32 = x.reshape(-1, x.shape[-1]).float()
-                grad_a = _factor_gradient(gu[:, : a.shape[-2]], x32, len(x), a, ctx.unit)
+                grad_a = _factor_gradient(gu[:, : a.shape[-2]], x32, n, a, unit)
         if for_b:
-            grad_b = _factor_gradient(g, u[:, : b.shape[-1]], len(x), b, ctx.unit)
-        return grad_x, grads[0], grad_a, grad_b, None, None, None
+            grad_b = _factor_gradient(g, u[:, : b.shape[-1]], n, b, unit)
+        return grad_x, grads[0], grad_a, grad_b, None, None, None, None
 
 
-def _values(factor: torch.Tensor, rank_dim: int) -> torch.Tensor:
-    """A factor's values, whether it is expanded or not, padded with zeros to a rank of 8, 16, ...
+def _product(
+    rows: torch.Tensor, factor: torch.Tensor, n: int, plus: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows ``(n * t, p)`` of n examples times a factor ``(p, q)``, or ``(n, p, q)``: each its own.
+
+    Returns:
+        ``(n * t, q)``, with ``plus`` of the same shape added.
+    """
+    if factor.dim() == 2:
+        return rows @ factor if plus is None else torch.addmm(plus, rows, factor)
+    each = rows.view(n, -1, rows.shape[-1])
+    if plus is None:
+        return torch.bmm(each, factor).flatten(0, 1)
+    return torch.baddbmm(plus.view(n, -1, plus.shape[-1]), each, factor).flatten(0, 1)
+
+
+def _values(
+    factor: torch.Tensor, rank_dim: int, unit: torch.Tensor | None, own: bool
+) -> torch.Tensor:
+    """A factor's values, padded with zeros to a rank of 8, 16, ...
 
     Products with fewer columns are computed by kernels that treat rows differently by their place
     in a batch, so that a row's result would depend, in its last bits, on the others.
+
+    Returns:
+        ``(p, q)``, or where units have their own ``(n, p, q)``, each example's.
     """
-    values = factor[0] if factor.dim() == 3 else factor
+    values = factor
+    if factor.dim() == 3:
+        values = factor[0] if not own else factor if unit is None else factor[unit]
+    rank_dim -= 2
     missing = -values.shape[rank_dim] % 8
     if not missing:
         return values
-    return F.pad(values, (0, 0, 0, missing) if rank_dim == 0 else (0, missing))
+    return F.pad(values, (0, 0, 0, missing) if rank_dim == -2 else (0, missing))
 
 
 def _factor_gradient(
@@ -146,12 +173,14 @@ class _Mode:
         leaves: Parameter -> its leaf ``(units, *shape)``; empty in plain mode.
         examples: First dimension that every input must have.
         unit: Unit of each example ``(examples,)``; None when example i is unit i.
+        own: Whether units have values of their own.
         rows: Where the dropout of each example of a batch is drawn from; empty: no dropout.
     """
 
     leaves: dict[nn.Parameter, torch.Tensor]
     examples: int = 0
     unit: torch.Tensor | None = None
+    own: bool = False
     rows: Sequence[RandomSource] = ()
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -227,13 +256,16 @@ class _AdaptedLayer:
         pair = residual(self.layer)
         if pair is None:
             return out
-        return cast(torch.Tensor, _LowRankUpdate.apply(x, out, *pair, 1.0, None, self.apart))
+        return cast(torch.Tensor, _LowRankUpdate.apply(x, out, *pair, 1.0, None, False, self.apart))
 
     def _update(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         a, b = self.mode.of(self.a), self.mode.of(self.b)
         scaling = cast(float, self.layer.scaling[ADAPTER])
-        unit = self.mode.unit
-        return cast(torch.Tensor, _LowRankUpdate.apply(x, base, a, b, scaling, unit, self.apart))
+        mode = self.mode
+        return cast(
+            torch.Tensor,
+            _LowRankUpdate.apply(x, base, a, b, scaling, mode.unit, mode.own, self.apart),
+        )
 
     def _dora(
         self,
@@ -323,6 +355,7 @@ class PerSampleAdapters:
     def __init__(self, model: PeftModel) -> None:
         self._mode = _Mode({})
         self.has_dropout = False  # whether `draw_dropout` has an effect
+        self.has_magnitude = False
         self._named: dict[str, nn.Parameter] = {}
         covered: set[nn.Parameter] = set()
         if experts := [key for key in MIXTURES if getattr(model.config, key, None)]:
@@ -342,6 +375,7 @@ class PerSampleAdapters:
             if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
                 forward = _AdaptedLayer(name, module, self._mode)
                 self.has_dropout |= forward.dropout > 0
+                self.has_magnitude |= forward.magnitude is not None
             elif isinstance(module, ModulesToSaveWrapper):
                 module = module.modules_to_save[ADAPTER]
                 if isinstance(module, nn.Linear):
@@ -360,7 +394,10 @@ class PerSampleAdapters:
 
     @contextmanager
     def expanded(
-        self, n_units: int, unit_of_example: torch.Tensor | None = None
+        self,
+        n_units: int,
+        unit_of_example: torch.Tensor | None = None,
+        values: Mapping[str, torch.Tensor] | None = None,
     ) -> Generator[None]:
         """Give each trained parameter a leaf per unit; forward, backward and `collect` go inside.
 
@@ -368,19 +405,27 @@ class PerSampleAdapters:
             n_units: Number of units of privacy in the batch.
             unit_of_example: Unit of each example, int64 ``(b,)`` in [0, n_units); None when example
                 i is unit i.
+            values: What each trained parameter is for each unit, float32 ``(n_units, *shape)``;
+                None: what it is in the model. Then products are taken example by example.
+
+        Raises:
+            ValueError: For values where a magnitude is trained: its norms are of one A and B.
         """
+        if values is not None and self.has_magnitude:
+            raise ValueError("units cannot have values of their own under DoRA")
         device = next(iter(self._named.values())).device
         unit = None if unit_of_example is None else unit_of_example.to(device)
-        for parameter in self._trained().values():
-            leaf = parameter.detach().expand(n_units, *parameter.shape).requires_grad_()
-            self._mode.leaves[parameter] = leaf
+        for name, parameter in self._trained().items():
+            alike = parameter.detach().expand(n_units, *parameter.shape)
+            leaf = alike if values is None else values[name]
+            self._mode.leaves[parameter] = leaf.requires_grad_()
         self._mode.examples = n_units if unit is None else len(unit)
-        self._mode.unit = unit
+        self._mode.unit, self._mode.own = unit, values is not None
         try:
             yield
         finally:
             self._mode.leaves.clear()
-            self._mode.unit = None
+            self._mode.unit, self._mode.own = None, False
 
     def draw_dropout(self, rows: Sequence[RandomSource]) -> None:
         """Draw dropout for the coming batches from a source for each row, until told otherwise.

@@ -267,6 +267,47 @@ def test_gradients_of_a_unit_are_the_sums_over_its_examples(directories, family,
     assert all((g[1] == 0).all() for g in found.values())
 
 
+@pytest.mark.parametrize("only_b", [False, True])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_units_with_values_of_their_own_get_the_gradients_there(
+    directories, family, quantization, only_b
+):
+    unit = torch.tensor([2, 0, 2, 1, 0])
+    peft = build(directories / family, quantization=quantization)
+    model, per_sample = with_adapters(directories / family, quantization=quantization)
+    if only_b:
+        for name, p in (*peft.named_parameters(), *model.named_parameters()):
+            p.requires_grad_(p.requires_grad and "lora_A" not in name)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(4)
+    values = {n: torch.randn(3, *p.shape, generator=generator) / 4 for n, p in named.items()}
+    expected = {n: [] for n in named}
+    for k in range(3):
+        theirs = {n: p for n, p in peft.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for n, p in theirs.items():
+                p.copy_(values[n][k])
+        peft.zero_grad()
+        losses(peft, *(x[unit == k] for x in batch())).sum().backward()
+        for n, p in theirs.items():
+            expected[n].append(p.grad.clone())
+    with per_sample.expanded(3, unit, {n: v.clone() for n, v in values.items()}):
+        losses(model, *batch()).sum().backward()
+        per_sample.collect()
+    found = {n: p.grad_sample for n, p in named.items()}
+    assert worst_error(found, {n: torch.stack(g) for n, g in expected.items()}) <= 1e-5
+
+
+def test_dora_refuses_units_with_values_of_their_own(directories):
+    _, per_sample = with_adapters(directories / "bert", method="dora")
+    with (
+        pytest.raises(ValueError, match="DoRA"),
+        per_sample.expanded(1, None, {}),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_plain_mode_gives_pefts_gradients(directories, family, method):
