@@ -260,7 +260,9 @@ def _clipped_sums(
     clipping = runs[0].clipping
 
     sums = [p.new_zeros((len(runs), *p.shape), dtype=torch.float64) for p in named.values()]
-    values = [torch.stack(each) for each in zip(*(run.values for run in runs), strict=True)]
+    values: list[torch.Tensor] = []  # of each parameter (runs, *shape)
+    if own:
+        values = [torch.stack(each) for each in zip(*(run.values for run in runs), strict=True)]
     for group in _groups(units, shapes, physical_batch):
         of_group = [units[i] for i in group]
         owners = torch.tensor([owner[i] for i in group])

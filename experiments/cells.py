@@ -7,7 +7,6 @@ reported while the others go on.
 
 import contextlib
 import fcntl
-import importlib
 import json
 import multiprocessing
 import os
@@ -264,8 +263,12 @@ def _run_cell(arguments: list[str], log: Path, threads: int, _lock: _Held) -> No
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
-    importlib.import_module("torch").set_num_threads(threads)
-    importlib.import_module("experiments.cli").app(arguments)
+    import torch
+
+    from experiments import cli
+
+    torch.set_num_threads(threads)
+    cli.app(arguments)
 
 
 def _end(process: BaseProcess) -> None:

@@ -125,4 +125,4 @@ def call_together(app: ClientApp, calls: Sequence[tuple[Message, Context]]) -> l
 
 def fitting(adapter_bytes: Iterable[int]) -> int:
     """How many messages a call holds by the size of their adapters: 1 to `TOGETHER`."""
-    return max(1, min(TOGETHER, TOGETHER_BYTES // max(1, *adapter_bytes, 1)))
+    return max(1, min(TOGETHER, TOGETHER_BYTES // max([1, *adapter_bytes])))

@@ -1,12 +1,13 @@
 """Everything in this process: for tests and debuggers, and where a run has one core to itself."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 
-from experiments.engines.grid import SimulationGrid, call_together, fitting, stamp
+from experiments.engines.grid import TOGETHER, SimulationGrid, call_together, fitting, stamp
 from fedlora import wire
 
 
@@ -35,7 +36,8 @@ class InlineGrid(SimulationGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Handle the first messages that wait, and return their replies."""
-        waiting = [self._waiting[i] for i in message_ids if i in self._waiting]
+        known = (self._waiting[i] for i in message_ids if i in self._waiting)
+        waiting = list(itertools.islice(known, TOGETHER))
         count = 1
         if waiting and waiting[0].metadata.message_type == MessageType.TRAIN:
             count = fitting(wire.adapter_bytes(message.content) for message in waiting)
