@@ -53,9 +53,8 @@ def of_sweep(out: Path) -> str:
     missing = sum(results.measured(out, case) is None for case in about["cases"])
     if missing:
         text += f"\n{missing} of {len(about['cases'])} cases have not run.\n"
-    first = f"`{about['command']}`"
     cells = [results.run_dir(out, c) for case in about["cases"] for c in case["cells"].values()]
-    return f"{first}\n\n{_where(dict.fromkeys(cells))}\n\n{text}"
+    return f"{_command(about)}\n\n{_where(dict.fromkeys(cells))}\n\n{text}"
 
 
 def standing_alone(svg: str) -> str:
@@ -94,7 +93,13 @@ def of_audit(out: Path) -> str:
         rows.append(["largest cosine of successive updates", f"{alike:.3f}"])
     rows.append(["accuracy of the audited run", f"{found['accuracy']:.3f}"])
     rows.append(["the promise", "IS BROKEN" if found["refuted"] else "is not refuted"])
-    return f"{_where({out / 'run': None})}\n\n{results.markdown_table(rows)}\n"
+    where = _where({out / "run": None})
+    return f"{_command(found)}\n\n{where}\n\n{results.markdown_table(rows)}\n"
+
+
+def _command(made: Mapping[str, Any]) -> str:
+    """What was called, without the machine's own place for results."""
+    return f"`{re.sub(r' --out [^ ]+', '', made['command'])}`"
 
 
 def _interval(value: Mapping[str, float], scale: float = 1.0) -> str:
@@ -116,7 +121,7 @@ def _where(cells: Mapping[Path, Any]) -> str:
     ]
     commits = sorted({str(one["git_sha"])[:12] + "+" * bool(one["git_dirty"]) for one in found})
     processors = sorted({str(one["processor"]) for one in found})
-    return f"Commit {', '.join(commits)}; processor {', '.join(processors)}; {len(found)} runs."
+    return f"Commit {', '.join(commits)}; processor {', '.join(processors)}; runs: {len(found)}."
 
 
 def put(name: str, text: str) -> None:

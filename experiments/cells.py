@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from experiments import results, sweep
+from experiments import results, simulate, sweep
 from experiments.sweep import Case, Cell
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
@@ -134,7 +133,7 @@ def _write_manifest(
 ) -> None:
     manifest = {
         "name": path.stem,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": simulate.command(),
         "cases": [
             {
                 "arm": case.arm,

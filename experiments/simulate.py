@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -129,6 +130,11 @@ def _logging_to(path: str) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
+
+
+def command() -> str:
+    """How this process was called."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def quiet_libraries() -> None:

@@ -89,9 +89,9 @@ def run(
     Returns:
         What ``audit.json`` holds.
     """
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as folder:
         audited = plant(config, canaries, Path(folder) / "records")
+        out.mkdir(parents=True, exist_ok=True)
         target = audited.config.replace({"run-dir": str((out / "run").absolute())})
         transcript = Transcript(folder=Path(folder) / "transcript")
         _train(target, engine, progress, transcript)
@@ -99,7 +99,7 @@ def run(
         work = _opened(target)
         with console.status("scoring canaries") as status:
             final, seen, shard = _scored(target, work, transcript, audited, status.update)
-        result = _promise(Path(target.run_dir))
+        result = {"command": simulate.command()} | _promise(Path(target.run_dir))
         inside = np.array([canary.inside for canary in audited.canaries])
         delta = result["delta"] or 0.0
         result["canaries"] = {

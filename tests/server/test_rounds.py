@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client import institution
+from fedlora import wire
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import Refusal
 from server.roster import RunFailed
@@ -16,16 +16,15 @@ from server.run_directory import read_records
 
 @pytest.fixture
 def answering(monkeypatch):
-    """Puts ``change(update)`` in the place of Beta's update, in every round."""
+    """Puts ``change(update)`` in the place of Beta's update, in every round, as it leaves."""
 
     def change_to(change, name="Beta"):
-        honest = institution.answer
+        honest = wire.pack_update
 
-        def answer(who, order, config):
-            update = honest(who, order, config)
-            return change(update) if name in ("", who.name) else update
+        def pack_update(update):
+            return honest(change(update) if name in ("", update.institution) else update)
 
-        monkeypatch.setattr(institution, "answer", answer)
+        monkeypatch.setattr(wire, "pack_update", pack_update)
 
     return change_to
 
