@@ -99,7 +99,7 @@ def run(
         work = _opened(target)
         with console.status("scoring canaries") as status:
             final, seen, shard = _scored(target, work, transcript, audited, status.update)
-        result = {"command": simulate.command()} | _promise(Path(target.run_dir))
+        result = _promise(Path(target.run_dir))
         inside = np.array([canary.inside for canary in audited.canaries])
         delta = result["delta"] or 0.0
         result["canaries"] = {
@@ -194,6 +194,7 @@ def _promise(run_dir: Path) -> dict[str, Any]:
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     privacy = json.loads((run_dir / "privacy.json").read_text(encoding="utf-8"))
     return {
+        "command": simulate.command(),
         "epsilon": float(result["epsilon_max"]),
         "delta": result["delta"],
         "protects": privacy["protects"],
