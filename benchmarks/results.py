@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import results, sweep_page
+from experiments.audit.run import VIEWS, of_membership, of_noise, verdict
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 
@@ -43,7 +44,7 @@ def of_sweep(out: Path) -> str:
     pooled, _ = results.tables(out, lines)
     text = (
         "Means over seeds ± half the 95 % confidence interval (Student's t), in percent of "
-        f"held-out rows.\n\n{results.markdown_table(pooled)}\n"
+        f"held-out rows. {results.ONCE}\n\n{results.markdown_table(pooled)}\n"
     )
     for section in sweep_page.of(out).sections:
         for title, svg in section.figures.items():
@@ -72,27 +73,30 @@ def of_audit(out: Path) -> str:
     found = json.loads((out / "audit.json").read_text(encoding="utf-8"))
     canaries = found["canaries"]
     rows = [["what", "found"], ["promised epsilon", _number(found["epsilon"])]]
-    for view in ("the final adapter", "every round, as the server sees it"):
+    for view in VIEWS:
         bound = canaries[view]
         rows.append(
             [
                 f"epsilon shown by canaries, from {view}",
-                f"at least {bound['epsilon']:.2f} ({100 * bound['confidence']:.0f} % confidence; "
+                f"at least {bound['epsilon']:.2f} ({100 * bound['confidence']:g} % confidence; "
                 f"{bound['right']} of {bound['guesses']} guesses right)",
             ]
         )
-    rows.append(["most that they can show", f"{canaries['most they can show']:.2f}"])
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in canaries["kinds"].items())
+    rows.append(
+        ["canaries", f"{canaries['planted']:,} of {canaries['in all']:,} planted ({kinds})"]
+    )
     for attack, measured in found["membership"].items():
-        parts = [f"AUC {_interval(measured['auc'])}"]
-        parts += [
-            f"{100 * float(rate):g} % false alarms: finds {_interval(value, 100)} % of members"
-            for rate, value in measured["tpr"].items()
-        ]
-        rows.append([f"membership, {attack}", "; ".join(parts)])
-    if (alike := found["noise"]["likeness"]) is not None:
-        rows.append(["largest cosine of successive updates", f"{alike:.3f}"])
-    rows.append(["accuracy of the audited run", f"{found['accuracy']:.3f}"])
-    rows.append(["the promise", "IS BROKEN" if found["refuted"] else "is not refuted"])
+        rows.append([f"who was trained on ({attack})", of_membership(measured)])
+    for which in ("planted", "not planted"):
+        if bits := found.get("extraction", {}).get(which):
+            text = f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f})"
+            rows.append([f"secrets {which}", text])
+    if "cosine" in found["noise"]:
+        rows.append(["noise", of_noise(found["noise"])])
+    if found["accuracy"] is not None:
+        rows.append(["accuracy of the audited run", f"{found['accuracy']:.3f}"])
+    rows.append(["the promise", verdict(found)])
     where = _where({out / "run": None})
     return f"{_command(found)}\n\n{where}\n\n{results.markdown_table(rows)}\n"
 
@@ -100,12 +104,6 @@ def of_audit(out: Path) -> str:
 def _command(made: Mapping[str, Any]) -> str:
     """What was called, without the machine's own place for results."""
     return f"`{re.sub(r' --out [^ ]+', '', made['command'])}`"
-
-
-def _interval(value: Mapping[str, float], scale: float = 1.0) -> str:
-    digits = 3 if scale == 1 else 1
-    low, middle, high = (f"{scale * value[key]:.{digits}f}" for key in ("low", "value", "high"))
-    return f"{middle} ({low} to {high})"
 
 
 def _number(value: Any) -> str:
@@ -131,6 +129,8 @@ def put(name: str, text: str) -> None:
     part = f"{begin}\n{text.strip()}\n{end}"
     if begin in document:
         before, _, rest = document.partition(begin)
+        if end not in rest:
+            raise InputError(f"{DOCUMENT} has {begin!r} without {end!r}; put it back")
         part = f"{before}{part}{rest.partition(end)[2]}"
     else:
         part = f"{document.rstrip()}\n\n## {name}\n\n{part}\n"

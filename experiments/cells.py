@@ -163,7 +163,7 @@ class _Runner:
         """Run all; cell -> why, of those that failed."""
         failed: dict[str, str] = {}
         left = sorted(cells, key=lambda cell: (cell.cost, cell.name))
-        costs, spent, guessed = sum(cell.cost for cell in left), 0.0, 0.0
+        spent, guessed = 0.0, 0.0  # of those that were done
         with ThreadPoolExecutor(self._jobs) as pool, self._console.status("starting") as status:
             waiting: dict[Future[tuple[float, str]], Cell] = {
                 pool.submit(self._cell, cell): cell for cell in left
@@ -173,10 +173,13 @@ class _Runner:
                     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                         cell = waiting.pop(future)
                         seconds, error = future.result()
-                        spent, guessed = spent + seconds, guessed + cell.cost
                         if error:
                             failed[cell.name] = error
-                        ahead = (costs - guessed) * spent / guessed / self._jobs
+                        else:
+                            spent, guessed = spent + seconds, guessed + cell.cost
+                        ahead = sum(cell.cost for cell in waiting.values())
+                        ahead *= spent / guessed if guessed else 1.0
+                        ahead /= min(self._jobs, len(waiting) or 1)
                         done = len(left) - len(waiting)
                         line = (
                             f"cell {done}/{len(left)} · {cell.name} · {self._outcome(cell, error)}"
@@ -190,8 +193,8 @@ class _Runner:
                         )
                         status.update(f"{done} of {len(left)} cells done")
             except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
                 self._stop()
-                pool.shutdown(cancel_futures=True)
                 raise
         return failed
 
@@ -206,7 +209,9 @@ class _Runner:
         """Seconds that a cell took, and why it failed, if it did."""
         started = time.monotonic()
         directory = results.run_dir(self._out, cell.name)
-        workers = cell.config.engine.workers or max(1, (os.cpu_count() or 1) // self._jobs)
+        threads = cell.config.engine.threads
+        cores = (os.cpu_count() or 1) // (self._jobs * threads)
+        workers = cell.config.engine.workers or max(1, cores)
         arguments = ["run", "--set", f"engine.workers={workers}", "--json"]
         arguments += ["--engine", self._kind(cell, workers)]
         if (directory / "config.toml").exists():
@@ -219,7 +224,7 @@ class _Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         process = self._processes.Process(
             target=_run_cell,
-            args=(arguments, log, workers * cell.config.engine.threads, _Held(self._lock)),
+            args=(arguments, log, workers * threads, _Held(self._lock)),
         )
         process.start()
         self._running.add(process)

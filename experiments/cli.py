@@ -1,14 +1,16 @@
 """The command line of a simulation and, from ``experiments.deploy``, of a deployment.
 
-Exit codes: 0 done, 1 failed midway (what was finished is kept), 2 bad input (nothing was written).
+Exit codes: 0 done, 1 failed midway (what was finished is kept), 2 bad input (nothing was written),
+3 an audit's promise is broken.
 """
 
+import contextlib
 import functools
 import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
@@ -171,35 +173,38 @@ def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> d
         highlight=False,
         soft_wrap=True,
     )
-    try:
-        with (
-            simulate.engine(kind, config, len(records.names)) as grid,
-            live.progress(config, grid, console),
-        ):
-            simulate.run(config, grid)
-    except (InputError, Refusal):
-        raise
-    except KeyboardInterrupt:
-        _interrupted(config, "interrupted")
-    except Exception as error:
-        _interrupted(
-            config,
-            f"{type(error).__name__}: {error}"
-            if type(error).__name__ != "RunFailed"
-            else str(error),
-        )
+    with (
+        _one_line(Path(config.run_dir), "fedlora run --resume"),
+        simulate.engine(kind, config, len(records.names)) as grid,
+        live.progress(config, grid, console),
+    ):
+        simulate.run(config, grid)
     return json.loads((Path(config.run_dir) / "result.json").read_text(encoding="utf-8"))
 
 
-def _interrupted(config: configuration.RunConfig, what: str) -> None:
-    directory = Path(config.run_dir)
+@contextlib.contextmanager
+def _one_line(directory: Path, resume: str = "") -> Iterator[None]:
+    """What goes wrong in a run becomes one line, where to read more, and exit code 1.
+
+    Args:
+        directory: Of the run.
+        resume: The command that goes on with one, if there is any.
+    """
+    try:
+        yield
+        return
+    except (InputError, Refusal):
+        raise
+    except KeyboardInterrupt:
+        what = "interrupted"
+    except Exception as error:
+        name = type(error).__name__
+        what = str(error) if name == "RunFailed" else f"{name}: {error}"
     ERRORS.print(f"error: {what}")
     if (directory / "institutions.log").exists():
         ERRORS.print(f"what institutions logged: {directory / 'institutions.log'}")
-    if (directory / "checkpoints").exists():
-        ERRORS.print(
-            f"every finished round is kept; continue with: fedlora run --resume {directory}"
-        )
+    if resume and (directory / "checkpoints").exists():
+        ERRORS.print(f"every finished round is kept; continue with: {resume} {directory}")
     raise typer.Exit(1)
 
 
@@ -469,31 +474,34 @@ def audit(
     ] = "ray",
     as_json: Json = False,
 ) -> None:
-    """Train with canaries among the records and attack the result; exit 1 if a promise breaks."""
+    """Train with canaries among the records and attack the result; exit 3 if a promise breaks."""
     from experiments import live
     from experiments.audit import run as auditing
 
     loaded = configuration.load(config, configuration.parse_overrides(assign or []))
     place = out or Path(f"runs/audit-{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if shadows < 0:
+        raise InputError(f"--shadows is {shadows}; it must be at least 0, which leaves LiRA out")
     auditing.check(loaded, place)
     console = Console(quiet=as_json)
     console.print(f"auditing; results in {place}", highlight=False, soft_wrap=True)
-    result = auditing.run(
-        loaded,
-        out=place,
-        canaries=canaries,
-        shadows=shadows,
-        engine=engine,
-        console=console,
-        progress=lambda config, grid: live.progress(config, grid, console),
-    )
+    with _one_line(place / "run"):
+        result = auditing.run(
+            loaded,
+            out=place,
+            canaries=canaries,
+            shadows=shadows,
+            engine=engine,
+            console=console,
+            progress=lambda config, grid: live.progress(config, grid, console),
+        )
     if as_json:
         print(json.dumps(result))
     else:
         auditing.show(result, console)
         console.print(f"audit          {place / 'audit.json'}", highlight=False, soft_wrap=True)
     if result["refuted"]:
-        raise typer.Exit(1)
+        raise typer.Exit(3)
 
 
 @ledger_app.command("init")

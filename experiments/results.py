@@ -16,9 +16,19 @@ from fedlora.files import write_atomic
 from server.run_directory import read_records
 
 MANIFEST = "cells.json"
+COLUMNS = (
+    "arm", "institution", "seeds", "accuracy", "accuracy_ci95", "macro_f1", "macro_f1_ci95",
+    "worst_accuracy", "worst_accuracy_ci95", "gain_over_local", "gain_over_local_ci95",
+    "gain_over_local_dp", "gain_over_local_dp_ci95", "bytes", "seconds", "epsilon", "same_as",
+)  # fmt: skip
+"""Of a line, beside the axes of the grid."""
 ALL = "all"
 """In place of an institution: the held-out rows of all of them together."""
 CONFIDENCE = 0.95
+ONCE = (
+    "Worst institution: the least of each seed. Settings that change nothing in an arm stand once."
+)
+"""How to read the tables."""
 
 
 def run_dir(out: Path, cell: str) -> Path:
@@ -93,23 +103,32 @@ def summary(out: Path) -> list[dict[str, Any]]:
 
     Returns:
         For each arm and point of the grid a line with ``institution`` "all", then one for each
-        institution: ``seeds`` (how many), ``accuracy``, ``macro_f1``, ``worst_accuracy`` (of the
-        institution with the least), ``gain_over_local`` and ``gain_over_local_dp`` (differences
-        within a seed), each as a mean and with ``_ci95``, the half width of its 95 % confidence
-        interval by Student's t (None of one seed), then ``bytes``, ``seconds`` and ``epsilon``.
+        institution: ``seeds`` (how many), ``accuracy``, ``macro_f1``, ``worst_accuracy`` (of each
+        seed the least of an institution), ``gain_over_local`` and ``gain_over_local_dp``
+        (differences within a seed), each as a mean and with ``_ci95``, the half width of its 95 %
+        confidence interval by Student's t (None of one seed), then ``bytes``, ``seconds`` and
+        ``epsilon``, and in ``same_as`` the first setting with the same runs, where another has them
+        too.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     by_key: dict[str, dict[str, Any]] = {}
     for case in manifest(out)["cases"]:
         if (found := measured(out, case)) is not None:
-            groups.setdefault(_key(case["arm"], case["axes"]), []).append((case, found))
             by_key[_key(case["arm"], case["axes"], case["seed"])] = found
+            groups.setdefault(_key(case["arm"], case["axes"]), []).append((case, found))
     lines: list[dict[str, Any]] = []
+    first: dict[str, Mapping[str, Any]] = {}
     for group in groups.values():
         case = group[0][0]
+        runs = repr(
+            (case["arm"], sorted((c["seed"], sorted(c["cells"].items())) for c, _ in group))
+        )
+        axes = first.setdefault(runs, case["axes"])
+        same_as = ", ".join(_text(v) for k, v in axes.items() if v != case["axes"][k])
         names = sorted({name for _, found in group for name in found["institutions"]})
         for name in (ALL, *names):
-            lines.append({"arm": case["arm"], **case["axes"]} | _line(name, group, by_key))
+            line = {"arm": case["arm"], **case["axes"]} | _line(name, group, by_key)
+            lines.append(line | {"same_as": same_as})
     return lines
 
 
@@ -132,7 +151,8 @@ def _line(
         free = {k: "inf" if k == "privacy.epsilon" else v for k, v in case["axes"].items()}
         for arm, axes in (("local", free), ("local-dp", case["axes"])):
             other = by_key.get(_key(arm, axes, case["seed"]))
-            if other is not None and arm != case["arm"]:
+            comparable = arm == "local" or case["arm"].endswith("-dp")
+            if other is not None and comparable and arm != case["arm"]:
                 gains[arm].append(_of(found, institution) - _of(other, institution))
     results = [found for _, found in group]
     line: dict[str, Any] = {"institution": institution, "seeds": len(group)}
@@ -141,10 +161,9 @@ def _line(
         line |= _mean("macro_f1", [found["macro_f1"] for found in results])
         least = [min(found["institutions"].values(), default=math.nan) for found in results]
         line |= _mean("worst_accuracy", least)
-        line["worst_institution"] = _worst(results)
     else:
         nothing: dict[str, None] = dict.fromkeys(("macro_f1", "worst_accuracy"))
-        line |= nothing | {f"{key}_ci95": None for key in nothing} | {"worst_institution": None}
+        line |= nothing | {f"{key}_ci95": None for key in nothing}
     line |= _mean("gain_over_local", gains["local"])
     line |= _mean("gain_over_local_dp", gains["local-dp"])
     for key in ("bytes", "seconds"):
@@ -153,15 +172,6 @@ def _line(
         )
     line["epsilon"] = max(found["epsilon"] for found in results)
     return line
-
-
-def _worst(results: Sequence[Mapping[str, Any]]) -> str | None:
-    """The institution whose mean accuracy is least."""
-    values: dict[str, list[float]] = {}
-    for found in results:
-        for name, value in found["institutions"].items():
-            values.setdefault(name, []).append(value)
-    return min(values, key=lambda name: statistics.fmean(values[name]), default=None)
 
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, float | None]:
@@ -221,7 +231,11 @@ def percent(line: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
 def tables(
     out: Path, lines: Sequence[Mapping[str, Any]]
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """Two tables as rows of text, heads first: of all held-out rows, and by institution."""
+    """Two tables as rows of text, heads first: of all held-out rows, and by institution.
+
+    Runs stand once, under the first of the settings that are the same to them.
+    """
+    lines = [line for line in lines if not line["same_as"]]
     axes = list(dict.fromkeys(k for case in manifest(out)["cases"] for k in case["axes"]))
     own = [line for line in lines if line["institution"] == ALL]
     pooled = [
@@ -240,15 +254,13 @@ def tables(
         ]
     ]
     for line in own:
-        worst = percent(line, "worst_accuracy")
-        name = line["worst_institution"]
         pooled.append(
             [
                 line["arm"],
                 *(_text(line[axis]) for axis in axes),
                 percent(line, "accuracy"),
                 percent(line, "macro_f1"),
-                f"{worst} ({name})" if name else worst,
+                percent(line, "worst_accuracy"),
                 percent(line, "gain_over_local", signed=True),
                 percent(line, "gain_over_local_dp", signed=True),
                 _text(round(line["epsilon"], 3)),
@@ -282,7 +294,8 @@ def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     about = manifest(out)
     text = (
         f"# {about['name']}\n\nMeans over seeds ± half the 95 % confidence interval (Student's t), "
-        f"in percent of held-out rows. By `{about['command']}`.\n\n{markdown_table(pooled)}\n"
+        f"in percent of held-out rows. {ONCE} By `{about['command']}`.\n\n"
+        f"{markdown_table(pooled)}\n"
     )
     if len(each) > 1:
         text += f"\n## By institution\n\n{markdown_table(each)}\n"

@@ -2,10 +2,12 @@
 
 A sweep is a TOML file: ``base`` names a configuration, ``[set]`` overrides keys of it,
 ``[set.ARM]`` those of one arm, ``[grid]`` lists values. A grid entry is a key with a list, or a
-name with a table of variants, each of which sets several keys together. See docs/experiments.md.
+name with a table of variants, each of which sets several keys together. An arm's own values win
+over a variant's; a key that is listed has one place. See docs/experiments.md.
 """
 
 import difflib
+import hashlib
 import itertools
 import math
 import tomllib
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import results
 from fedlora import config as configuration
 from fedlora import models, records
 from fedlora.config import SECTIONS, RunConfig
@@ -63,7 +66,7 @@ class Cell:
     """One run of a sweep.
 
     Args:
-        name: Of its directory; follows from the configuration.
+        name: Of its directory; follows from the configuration, the records and the base's weights.
         config: What runs.
         institutions: How many take part.
         cost: A guess at its seconds.
@@ -86,6 +89,7 @@ def read(path: Path) -> list[Case]:
     arms = _arms(tree)
     always, own = _overrides(tree, arms)
     axes = _grid(tree)
+    _check_labels(axes, own)
     cases: dict[str, Case] = {}
     for choice in itertools.product(*axes.values()):
         point = dict(zip(axes, choice, strict=True))
@@ -190,6 +194,8 @@ def _grid(tree: Mapping[str, Any]) -> dict[str, list[tuple[Any, dict[str, Any]]]
     axes: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
     for name, value in tree["grid"].items():
         if isinstance(value, dict) and name not in SECTIONS:
+            if name == "seed":
+                raise InputError("grid has a table of variants named seed; list seeds, as [1, 2]")
             axes[name] = [(label, _flat(values)) for label, values in value.items()]
         else:
             for key, listed in _flat({name: value}).items():
@@ -210,6 +216,32 @@ def _grid(tree: Mapping[str, Any]) -> dict[str, list[tuple[Any, dict[str, Any]]]
         for _, values in choices:
             _check_keys(f"grid {name}", values)
     return axes
+
+
+def _check_labels(
+    axes: Mapping[str, Sequence[tuple[Any, Mapping[str, Any]]]],
+    own: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuse a grid whose labels would not say what ran."""
+    places: dict[str, str] = {}
+    for name, choices in axes.items():
+        if name in results.COLUMNS:
+            raise InputError(
+                f"grid has {name}, which is a column of the results; give it another name"
+            )
+        for key in {key for _, values in choices for key in values}:
+            if key in places:
+                raise InputError(
+                    f"grid {places[key]} and grid {name} both set {key}, so labels of one would "
+                    "not be what ran; set it in one of them"
+                )
+            places[key] = name
+    for arm, values in own.items():
+        for key in values:
+            if key in axes:
+                raise InputError(
+                    f"[set.{arm}] sets {key}, and the grid lists values for it; drop one of them"
+                )
 
 
 def _plain(value: Any) -> Any:
@@ -247,14 +279,14 @@ def _in_arm(arm: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         start = {key: value for key, value in values.items() if key.startswith(START)}
         base.replace(values)  # also keys that do not matter here are checked
         values = {**start, **ALONE, "federation.rounds": 0}
-    ledger = {"run-dir": "", "privacy.ledger": ""}
+    fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}
     if kind == arm:
-        ledger |= {EPSILON: math.inf, "privacy.institution-epsilon": math.inf}
+        fixed |= {EPSILON: math.inf, "privacy.institution-epsilon": math.inf}
         weighting = {**base.flat(), **values}["federation.weighting"]
         if weighting == "noised-size":
-            ledger["federation.weighting"] = "public-size"
+            fixed["federation.weighting"] = "public-size"
     alone = ALONE if kind in ("local", "central") else {}
-    config = base.replace({**values, **alone, **ledger})
+    config = base.replace({**values, **alone, **fixed})
     return config.replace({"data.view": "pooled"}) if kind == "central" else config
 
 
@@ -312,10 +344,18 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     measured = len(seen.all_held_out) * (rounds // every if every else 1)
     tokens = len(seen.all_train.tokens) / max(1, len(seen.all_train))
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
-    size = sum(file.stat().st_size for file in models.resolve(config.model.name).weights)
+    weights = models.resolve(config.model.name).weights
+    size = sum(file.stat().st_size for file in weights)
+    inputs = (
+        config.fingerprint(),
+        seen.all_train.fingerprint(),
+        seen.all_held_out.fingerprint(),
+        models.digest(weights),
+    )
+    digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     budget = f"-epsilon-{config.privacy.epsilon:g}" if config.privacy.enabled else ""
     parts = [arm.removesuffix("-dp"), *([institution] if institution else [])]
-    name = f"{'-'.join(parts)}{budget}-seed-{config.seed}-{config.fingerprint()[:12]}"
+    name = f"{'-'.join(parts)}{budget}-seed-{config.seed}-{digest[:12]}"
     cost = SECONDS_TO_START + work * size / 4 / OPERATIONS_A_SECOND
     return Cell(name=name, config=config, institutions=len(seen.names), cost=cost)
 

@@ -56,7 +56,7 @@ def of(out: Path) -> Page:
                 words=[
                     "Means over seeds ± half the 95 % confidence interval (Student's t), in "
                     "percent of held-out rows; gains are percentage points against each "
-                    "institution alone, seed by seed. Click a head to sort."
+                    f"institution alone, seed by seed. {results.ONCE} Click a head to sort."
                 ],
                 tables=[
                     Table(rows=table),
@@ -149,7 +149,7 @@ def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
         found = {line["accuracy"] for (other, _), line in free.items() if other == arm}
         if found:
             levels[arm if len(found) == 1 else f"{arm} (best setting)"] = max(found)
-    title = "Accuracy against the privacy budget"
+    title = "Accuracy against the privacy budget" + _part(len(series))
     return {title: figures.against_epsilon("epsilon", title, drawn, levels, "accuracy")}
 
 
@@ -181,11 +181,17 @@ def _against(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
                     [p["accuracy_ci95"] for p in points],
                 )
             )
-        title = f"Accuracy against {axis}"
+        title = f"Accuracy against {axis}{_part(len(series))}"
         shown[title] = figures.against(
             "against-" + axis.replace(".", "-"), title, drawn, axis, "accuracy"
         )
     return shown
+
+
+def _part(settings: int) -> str:
+    """What a title adds where not every setting has a colour."""
+    shown = figures.MOST_SERIES
+    return f" (the first {shown} of {settings} settings)" if settings > shown else ""
 
 
 def _is_number(value: Any) -> bool:
@@ -244,9 +250,15 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
     setting = _label(best, axes)
     gains = [own[n] - groups["local"][n] for n in own if n in groups.get("local", {})]
     words = [
-        f"In the setting with the best result under DP{f' ({setting})' if setting else ''}. Worst "
-        f"off is {order[0]} with {100 * own[order[0]]:.1f} %."
+        f"In the setting with the best result{' under DP' * _under_dp(best)}"
+        f"{f' ({setting})' if setting else ''}. Worst off is {order[0]} with "
+        f"{100 * own[order[0]]:.1f} %."
     ]
+    if best["seeds"] > 1:
+        words.append(
+            "Each bar is a mean over seeds. Where a seed deals the records (iid, dirichlet), a "
+            "name stands for another institution in each of them."
+        )
     if gains:
         words.append(
             f"{sum(gain > 0 for gain in gains)} of {len(gains)} institutions do better in "

@@ -114,8 +114,8 @@ class RunDirectory:
     def create(self, config: RunConfig) -> None:
         """Make the directory, with what runs in it and on what."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._json("environment.json", environment())
         write_atomic(self.path / "config.toml", config.to_toml().encode())
+        self._json("environment.json", environment())
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint, then drop the oldest."""

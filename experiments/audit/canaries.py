@@ -18,6 +18,7 @@ from fedlora import data
 from fedlora.config import RunConfig
 from fedlora.data import Table
 from fedlora.errors import InputError
+from fedlora.partition import normalise
 from fedlora.streams import RandomSource
 
 KINDS = ("wrong label", "random words", "secret")
@@ -145,10 +146,11 @@ def _rows(
 ) -> tuple[list[Canary], NDArray[np.int64]]:
     """Held-out texts under a wrong label, and texts of random words; with the rows that are used.
 
-    Every text is another one, so that no canary stands in for another.
+    Every text is another one, also to who drops equal texts, so that no canary stands in for
+    another.
     """
-    distinct = {text.casefold(): row for row, text in enumerate(held_out.texts)}
-    known = {text.casefold() for text in train.texts}
+    distinct = {normalise(text): row for row, text in enumerate(held_out.texts)}
+    known = {normalise(text) for text in train.texts}
     free = [row for text, row in distinct.items() if text not in known]
     wrong = min(count // 2, len(free) // 2)  # the rest stays held out
     vocabulary = sorted({word for text in train.texts for word in text.split()})
@@ -162,7 +164,7 @@ def _rows(
     words = draw.child("words")
     canaries: list[Canary] = []
     for number in range(count):
-        # Half of each kind at every institution.
+        # Half of each kind at every institution, as long as there are texts.
         institution = names[number % len(names)]
         source = draw.child("label", number)
         if (number // len(names)) % 2 == 0 and texts:
@@ -178,8 +180,8 @@ def _rows(
             Canary(institution=institution, kind=kind, text=text, label=label, inside=inside)
         )
     taken = np.array([free[int(i)] for i in order], dtype=np.int64)
-    spent = {held_out.texts[row].casefold() for row in taken}
-    used = [row for row, text in enumerate(held_out.texts) if text.casefold() in spent]
+    spent = {normalise(held_out.texts[row]) for row in taken}
+    used = [row for row, text in enumerate(held_out.texts) if normalise(text) in spent]
     return canaries, np.array(used, dtype=np.int64)
 
 

@@ -20,14 +20,16 @@ def measure(scores: Floats, member: Bools, confidence: float = 0.95) -> dict[str
     """ROC of an attack, ready for JSON.
 
     Args:
-        scores: Of each row ``(n,)``, higher where it seems to be a member.
+        scores: Of each row ``(n,)``, higher where it seems to be a member. No row twice: intervals
+            count rows as independent of each other.
         member: Which rows are.
         confidence: Of the intervals.
 
     Returns:
-        ``auc`` with its interval (Hanley and McNeil), ``tpr`` at each of ``LOW_RATES`` with exact
-        intervals (Clopper and Pearson, for the threshold as it was found), ``members``,
-        ``others``, and ``roc``: pairs of false and true positive rates.
+        ``auc`` with its interval (Hanley and McNeil), ``tpr`` at each of ``LOW_RATES`` that the
+        others are enough for (1 / rate of them) with exact intervals (Clopper and Pearson, for the
+        threshold as it was found), ``members``, ``others``, and ``roc``: pairs of false and true
+        positive rates.
     """
     members, others = scores[member], scores[~member]
     n, m = len(members), len(others)
@@ -37,7 +39,7 @@ def measure(scores: Floats, member: Bools, confidence: float = 0.95) -> dict[str
     margin = float(stats.norm.ppf((1 + confidence) / 2)) * max(variance, 0.0) ** 0.5
     descending = np.sort(others)[::-1]
     tpr: dict[str, Any] = {}
-    for rate in LOW_RATES:
+    for rate in (rate for rate in LOW_RATES if rate * m >= 1):
         threshold = descending[int(rate * m)]  # at most that share of the others is above it
         hits = int((members > threshold).sum())
         interval = stats.binomtest(hits, n).proportion_ci(confidence, method="exact")

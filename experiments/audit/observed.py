@@ -177,31 +177,62 @@ def scores(
     return total
 
 
-def likeness(config: RunConfig, transcript: Transcript) -> float | None:
-    """The largest cosine between two successive updates of one institution.
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """How alike updates are that should have no noise in common.
 
-    Noise that is drawn anew has about none with the noise before; the same noise again has a cosine
-    near 1. None where noise is not most of an update, so that the records' own signal could be as
-    alike.
+    Args:
+        cosine: The largest of two successive updates of an institution, and of two institutions'
+            updates in a round; None where no two could be compared.
+        institutions: Whose updates are mostly noise, so that they could be compared.
+        left_out: How many others there are.
     """
+
+    cosine: float | None
+    institutions: int
+    left_out: int
+
+
+def likeness(config: RunConfig, transcript: Transcript) -> Likeness:
+    """Look for noise that was used twice.
+
+    Noise that is drawn anew has a cosine of about 0 with any other; the same noise again, one near
+    1. Institutions are left out where noise is not at least twice as long as the longest sum of
+    gradients, so that their records alone could be as alike.
+    """
+    federation, cap = records.load(config), _cap(config)
+    budgets = {
+        name: institution.budget(config, federation.train(index).num_units, cap)
+        for index, name in enumerate(federation.names)
+    }
+    steps = config.training.local_steps
     found: list[float] = []
-    federation = records.load(config)
-    cap = _cap(config)
-    for index, name in enumerate(federation.names):
-        plan = institution.budget(config, federation.train(index).num_units, cap)
-        before: torch.Tensor | None = None
-        for round, (sent, _) in sorted(transcript.orders.items()):
+    compared: set[str] = set()
+    # What an institution sent last of these tensors, at length 1.
+    before: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+    for round, (sent, _) in sorted(transcript.orders.items()):
+        now: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        for name, budget in budgets.items():
             update = transcript.update(round, name)
             if update is None:
                 continue
-            step = torch.cat([(sent[key] - update[key]).flatten() for key in sorted(update)])
-            noise = plan.plan.noise_multiplier * step.numel() ** 0.5  # in units of C
-            if noise < 2 * 2 * plan.normaliser:  # no batch has a longer sum, but for chance
-                return None
-            if before is not None and before.shape == step.shape:
-                found.append(abs(float(torch.cosine_similarity(before, step, dim=0))))
-            before = step
-    return max(found, default=None)
+            keys = tuple(sorted(update))
+            step = torch.cat([(sent[key] - update[key]).flatten() for key in keys]).float()
+            # In units of C and of the step size; no batch has a longer sum, but for chance.
+            noise = budget.plan.noise_multiplier * (step.numel() * steps) ** 0.5
+            if noise >= 2 * (2 * budget.normaliser * steps):
+                now.setdefault(keys, {})[name] = torch.nn.functional.normalize(step, dim=0)
+        for keys, units in now.items():
+            compared |= units.keys()
+            last = before.setdefault(keys, {})
+            found += [float(last[name] @ unit) for name, unit in units.items() if name in last]
+            together = torch.stack(list(units.values()))
+            found += (together @ together.T).triu(1).flatten().tolist()
+            last |= units
+    cosine = max(map(abs, found), default=None) if compared else None
+    return Likeness(
+        cosine=cosine, institutions=len(compared), left_out=len(budgets) - len(compared)
+    )
 
 
 def _cap(config: RunConfig) -> int:

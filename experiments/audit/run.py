@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,12 @@ from fedlora.files import write_atomic
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
+from server.run_directory import finite
 
 CONFIDENCE = 0.95
+VIEWS = ("the final adapter", "every round, as the server sees it")
+EACH_VIEW = 1 - (1 - CONFIDENCE) / len(VIEWS)
+"""Confidence of each view's bound, so that both together have ``CONFIDENCE``."""
 ALIKE = 0.5  # updates with a larger cosine have noise in common; see `likeness`
 CANDIDATES = 255  # other secrets that a planted one is ranked among: exposure is at most 8 bits
 
@@ -92,30 +98,33 @@ def run(
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as folder:
         audited = plant(config, canaries, Path(folder) / "records")
         out.mkdir(parents=True, exist_ok=True)
-        target = audited.config.replace({"run-dir": str((out / "run").absolute())})
+        run_dir = str((out / "run").absolute())
+        # Ledgers of its own: the user's are bound to records without canaries.
+        target = audited.config.replace({"run-dir": run_dir, "privacy.ledger": ""})
         transcript = Transcript(folder=Path(folder) / "transcript")
         _train(target, engine, progress, transcript)
         # From here on nothing is trained but for shadows: read what was released.
         work = _opened(target)
         with console.status("scoring canaries") as status:
             final, seen, shard = _scored(target, work, transcript, audited, status.update)
+        trained = set(map(bytes, _digests(records.load(target).all_train)))
+        for canary, row in zip(audited.canaries, _digests(shard), strict=True):
+            assert not canary.inside or bytes(row) in trained, f"{canary} was not trained on"
         result = _promise(Path(target.run_dir))
         inside = np.array([canary.inside for canary in audited.canaries])
         delta = result["delta"] or 0.0
         result["canaries"] = {
             "planted": int(inside.sum()),
             "in all": len(inside),
-            "most they can show": most(len(inside), delta, CONFIDENCE),
-            "kinds": sorted({canary.kind for canary in audited.canaries}),
-            "the final adapter": dataclasses.asdict(
-                bound(final, inside, delta=delta, confidence=CONFIDENCE)
-            ),
-            "every round, as the server sees it": dataclasses.asdict(
-                bound(seen, inside, delta=delta, confidence=CONFIDENCE)
-            ),
+            "most they can show": most(len(inside), delta, EACH_VIEW),
+            "kinds": dict(Counter(canary.kind for canary in audited.canaries)),
+        } | {
+            view: dataclasses.asdict(bound(found, inside, delta=delta, confidence=EACH_VIEW))
+            for view, found in zip(VIEWS, (final, seen), strict=True)
         }
-        alike = likeness(target, transcript) if config.privacy.enabled else None
-        result["noise"] = {"likeness": alike, "bound": ALIKE}
+        result["noise"] = {"source": config.privacy.noise, "bound": ALIKE}
+        if config.privacy.enabled:
+            result["noise"] |= dataclasses.asdict(likeness(target, transcript))
         if config.model.task == "sft":
             with console.status("ranking secrets"):
                 result["extraction"] = _extraction(target, work, audited, Path(folder), inside)
@@ -130,10 +139,10 @@ def run(
                 progress,
             )
         shutil.rmtree(Path(folder) / "transcript")
-    result["refuted"] = (result["noise"]["likeness"] or 0.0) > ALIKE or any(
-        result["canaries"][view]["epsilon"] > result["epsilon"]
-        for view in ("the final adapter", "every round, as the server sees it")
+    result["refuted"] = (result["noise"].get("cosine") or 0.0) > ALIKE or any(
+        result["canaries"][view]["epsilon"] > result["epsilon"] for view in VIEWS
     )
+    result = finite(result)
     write_atomic(out / "audit.json", json.dumps(result, indent=2).encode())
     return result
 
@@ -225,6 +234,9 @@ def _membership(
     for shard, inside in ((federation.all_train, True), (federation.all_held_out, False)):
         rows = [bytes(row) for row in _digests(shard)]
         own = np.array([row not in planted for row in rows])
+        # A text that stands at several institutions says the same thing once.
+        first: dict[bytes, int] = {}
+        own &= np.array([first.setdefault(row, i) == i for i, row in enumerate(rows)])
         digests += [row for row, keep in zip(rows, own, strict=True) if keep]
         found.append(losses(work, shard, physical)[own])
         member += [inside] * int(own.sum())
@@ -329,31 +341,24 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = Table(title="Privacy audit", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    promised = result["epsilon"]
+    promised = float(result["epsilon"])
     table.add_row(
         "promised",
         f"epsilon {promised:.3f} at delta {result['delta']:g}"
-        if np.isfinite(promised)
+        if math.isfinite(promised)
         else "nothing (epsilon inf)",
     )
-    for view in ("the final adapter", "every round, as the server sees it"):
+    for view in VIEWS:
         found = result["canaries"][view]
         table.add_row(
             "shown by canaries",
-            f"epsilon at least {found['epsilon']:.2f} ({100 * found['confidence']:.0f} % "
+            f"epsilon at least {found['epsilon']:.2f} ({100 * found['confidence']:g} % "
             f"confidence), from {view}: {found['right']} of {found['guesses']} guesses right",
         )
-    if (alike := result["noise"]["likeness"]) is not None:
-        said = "drawn anew each round" if alike <= ALIKE else "THE SAME IN TWO ROUNDS"
-        table.add_row("noise", f"{said} (largest cosine of successive updates {alike:.3f})")
+    if math.isfinite(promised):
+        table.add_row("noise", of_noise(result["noise"]))
     for attack, measured in result["membership"].items():
-        auc, low = measured["auc"], measured["tpr"]["0.01"]
-        table.add_row(
-            f"who was trained on ({attack})",
-            f"AUC {auc['value']:.3f} ({auc['low']:.3f} to {auc['high']:.3f}); finds "
-            f"{100 * low['value']:.1f} % of members ({100 * low['low']:.1f} to "
-            f"{100 * low['high']:.1f}) at 1 % false alarms",
-        )
+        table.add_row(f"who was trained on ({attack})", of_membership(measured))
     if extraction := result.get("extraction"):
         for which in ("planted", "not planted"):
             bits = extraction[which]
@@ -362,13 +367,47 @@ def show(result: dict[str, Any], console: Console) -> None:
                 f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f}), "
                 f"at most {bits['max']:.1f} of {extraction['most possible']:.0f}",
             )
-    if np.isfinite(promised):
-        table.add_row(
-            "the promise",
-            "IS BROKEN"
-            if result["refuted"]
-            else f"is not refuted; {result['canaries']['in all']:,} canaries can show epsilon "
-            f"{result['canaries']['most they can show']:.2f} at most",
-            style="bold red" if result["refuted"] else "",
-        )
+    table.add_row("the promise", verdict(result), style="bold red" if result["refuted"] else "")
     console.print(table)
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """What an audit says of the promise, in words."""
+    promised, canaries = float(result["epsilon"]), result["canaries"]
+    if result["refuted"]:
+        return "IS BROKEN"
+    if not math.isfinite(promised):
+        return "nothing was promised"
+    can = f"{canaries['in all']:,} canaries show epsilon {canaries['most they can show']:.2f}"
+    if canaries["most they can show"] <= promised:
+        return f"is not refuted; {can} at most, so they could not have refuted it: see --canaries"
+    return f"is not refuted; {can} at most"
+
+
+def of_noise(noise: Mapping[str, Any]) -> str:
+    """Whether noise was used twice, in words."""
+    if noise["cosine"] is None:
+        text = "not compared: records could move every update as far as the noise does"
+    else:
+        said = "drawn anew each time" if noise["cosine"] <= noise["bound"] else "USED TWICE"
+        text = f"{said} (largest cosine of two updates {noise['cosine']:.3f})"
+        if noise["left_out"]:
+            both = noise["institutions"] + noise["left_out"]
+            text += f"; compared at {noise['institutions']} of {both} institutions"
+    return text + "; from a seed, so it protects nobody" * (noise["source"] == "seeded")
+
+
+def of_membership(measured: Mapping[str, Any]) -> str:
+    """How well an attack tells members, in words."""
+
+    def interval(value: Mapping[str, float], digits: int, scale: int = 1) -> str:
+        middle, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("value", "low", "high"))
+        return f"{middle} ({low} to {high})"
+
+    parts = [f"AUC {interval(measured['auc'], 3)}"]
+    parts += [
+        f"finds {interval(value, 1, 100)} % of members at {100 * float(rate):g} % false alarms"
+        for rate, value in measured["tpr"].items()
+    ]
+    texts = f"{measured['members']:,} rows against {measured['others']:,} held out"
+    return "; ".join(parts) + f"; {texts}, none twice"

@@ -179,10 +179,11 @@ def _read(
     assert process.stdout is not None
     level = "info"
     # lines end with a line feed and nothing else
-    for line in io.TextIOWrapper(process.stdout, "utf-8", errors="replace", newline="\n"):
-        if made := record(service, line, level, ready=ready):
-            level = made["level"]
-            sys.stdout.write(json.dumps(made) + "\n")
-            sys.stdout.flush()
-            if last_words and made["message"] == last_words:
-                process.terminate()
+    with io.TextIOWrapper(process.stdout, "utf-8", errors="replace", newline="\n") as lines:
+        for line in lines:
+            if made := record(service, line, level, ready=ready):
+                level = made["level"]
+                sys.stdout.write(json.dumps(made) + "\n")
+                sys.stdout.flush()
+                if last_words and made["message"] == last_words:
+                    process.terminate()
