@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from experiments.audit import membership
@@ -206,6 +208,24 @@ def test_shadow_runs_measure_lira(audited):
     lira, loss = found["membership"]["lira"], found["membership"]["loss"]
     assert lira["shadows"] == 2
     assert (lira["members"], lira["others"]) == (loss["members"], loss["others"])
+
+
+@pytest.mark.slow
+def test_secrets_that_nobody_can_spell_are_ranked_in_the_middle(audited, tiny_encoder, tmp_path):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_hidden_layers=1, **size))
+    model.save_pretrained(tmp_path / "causal")
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "causal")
+    values = {"model.name": str(tmp_path / "causal"), "model.task": "sft", "federation.rounds": 2}
+    _, found = audited(**values, **{"training.max-length": 32})
+    extraction, canaries = found["extraction"], found["canaries"]
+    assert canaries["kinds"] == {"secret": 120}
+    counts = [extraction[which]["secrets"] for which in ("planted", "not planted")]
+    assert counts == [canaries["planted"], 120 - canaries["planted"]]
+    # The tiny tokeniser knows no digit, so all 256 candidates are alike: rank 128.5 of 256.
+    for which in ("planted", "not planted"):
+        assert extraction[which]["mean"] == pytest.approx(8 - math.log2(128.5))
 
 
 def test_what_cannot_be_audited_is_refused_before_anything_is_written(tiny_config, tmp_path):
