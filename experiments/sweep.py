@@ -242,6 +242,13 @@ def _check_labels(
                 raise InputError(
                     f"[set.{arm}] sets {key}, and the grid lists values for it; drop one of them"
                 )
+        for name, choices in axes.items():
+            for label, chosen in choices:
+                if chosen and chosen.keys() <= values.keys():
+                    raise InputError(
+                        f"[set.{arm}] sets all that grid {name} {label!r} sets, so the arm would "
+                        "run without it under its name; drop one of them"
+                    )
 
 
 def _plain(value: Any) -> Any:
@@ -346,12 +353,9 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
     weights = models.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
-    inputs = (
-        config.fingerprint(),
-        seen.all_train.fingerprint(),
-        seen.all_held_out.fingerprint(),
-        models.digest(weights),
-    )
+    inputs = [config.fingerprint(), models.digest(weights)]
+    for index, owner in enumerate(seen.names):
+        inputs += [owner, seen.train(index).fingerprint(), seen.held_out(index).fingerprint()]
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     budget = f"-epsilon-{config.privacy.epsilon:g}" if config.privacy.enabled else ""
     parts = [arm.removesuffix("-dp"), *([institution] if institution else [])]

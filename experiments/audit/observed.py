@@ -184,7 +184,7 @@ class Likeness:
     Args:
         cosine: The largest of two successive updates of an institution, and of two institutions'
             updates in a round; None where no two could be compared.
-        institutions: Whose updates are mostly noise, so that they could be compared.
+        institutions: Whose updates were compared: they are mostly noise, and there were two.
         left_out: How many others there are.
     """
 
@@ -223,15 +223,18 @@ def likeness(config: RunConfig, transcript: Transcript) -> Likeness:
             if noise >= 2 * (2 * budget.normaliser * steps):
                 now.setdefault(keys, {})[name] = torch.nn.functional.normalize(step, dim=0)
         for keys, units in now.items():
-            compared |= units.keys()
             last = before.setdefault(keys, {})
-            found += [float(last[name] @ unit) for name, unit in units.items() if name in last]
+            again = units.keys() & last.keys()
+            found += [float(last[name] @ units[name]) for name in again]
             together = torch.stack(list(units.values()))
-            found += (together @ together.T).triu(1).flatten().tolist()
+            first, second = torch.triu_indices(len(units), len(units), 1)
+            found += (together @ together.T)[first, second].tolist()
+            compared |= units.keys() if len(units) > 1 else again
             last |= units
-    cosine = max(map(abs, found), default=None) if compared else None
     return Likeness(
-        cosine=cosine, institutions=len(compared), left_out=len(budgets) - len(compared)
+        cosine=max(map(abs, found), default=None),
+        institutions=len(compared),
+        left_out=len(budgets) - len(compared),
     )
 
 

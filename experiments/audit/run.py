@@ -288,6 +288,7 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
             "data.test-source": "",
             "data.test-fraction": 0.5,
             "privacy.unit": "record",
+            "privacy.delta": config.privacy.delta if config.privacy.unit == "record" else 0.0,
             "seed": config.seed + 1 + number,
         }
     )
@@ -387,7 +388,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 def of_noise(noise: Mapping[str, Any]) -> str:
     """Whether noise was used twice, in words."""
     if noise["cosine"] is None:
-        text = "not compared: records could move every update as far as the noise does"
+        text = "not compared: no two updates were sent, or records could move them as far as noise"
     else:
         said = "drawn anew each time" if noise["cosine"] <= noise["bound"] else "USED TWICE"
         text = f"{said} (largest cosine of two updates {noise['cosine']:.3f})"

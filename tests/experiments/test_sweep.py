@@ -128,7 +128,7 @@ def test_other_records_are_another_cell(sweep_file, complaints, tmp_path):
     mine.write_text(complaints.read_text())
     path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]', **{"data.source": str(mine)})
     before, _ = sweep.cells(sweep.read(path))
-    mine.write_text("\n".join(complaints.read_text().splitlines()[:-1]))
+    mine.write_text(complaints.read_text().replace("Alpha", "Omega"))  # the same rows elsewhere
     records.forget()  # as another process would
     after, _ = sweep.cells(sweep.read(path))
     assert len(before) == len(after) == 1 and set(before) != set(after)
@@ -203,6 +203,11 @@ def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
         (
             'arms = ["federated"]\n[grid.seconds]\nfew = { adapter.rank = 4 }',
             ["seconds", "column", "another name"],
+        ),
+        (
+            'arms = ["federated"]\n[set.federated]\nadapter.rank = 4\n'
+            "[grid.size]\nbig = { adapter.rank = 8 }",
+            ["[set.federated]", "grid size 'big'", "drop one"],
         ),
         ('arms = ["federated"]\n[grid.seed]\na = { seed = 1 }', ["seed", "list"]),
     ],
