@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import results, sweep_page
-from experiments.audit.run import VIEWS, of_membership, of_noise, verdict
+from experiments.audit.run import facts
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 
@@ -42,10 +42,7 @@ def of_sweep(out: Path) -> str:
     """The part on a sweep; its pictures are written."""
     about, lines = results.manifest(out), results.summary(out)
     pooled, _ = results.tables(out, lines)
-    text = (
-        "Means over seeds ± half the 95 % confidence interval (Student's t), in percent of "
-        f"held-out rows. {results.ONCE}\n\n{results.markdown_table(pooled)}\n"
-    )
+    text = f"{results.HOW}\n\n{results.markdown_table(pooled)}\n"
     for section in sweep_page.of(out).sections:
         for title, svg in section.figures.items():
             name = f"{about['name']}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
@@ -55,7 +52,7 @@ def of_sweep(out: Path) -> str:
     if missing:
         text += f"\n{missing} of {len(about['cases'])} cases have not run.\n"
     cells = [results.run_dir(out, c) for case in about["cases"] for c in case["cells"].values()]
-    return f"{_command(about)}\n\n{_where(dict.fromkeys(cells))}\n\n{text}"
+    return f"{_command(about['command'])}\n\n{_where(dict.fromkeys(cells))}\n\n{text}"
 
 
 def standing_alone(svg: str) -> str:
@@ -71,43 +68,15 @@ def standing_alone(svg: str) -> str:
 def of_audit(out: Path) -> str:
     """The part on an audit."""
     found = json.loads((out / "audit.json").read_text(encoding="utf-8"))
-    canaries = found["canaries"]
-    rows = [["what", "found"], ["promised epsilon", _number(found["epsilon"])]]
-    for view in VIEWS:
-        bound = canaries[view]
-        rows.append(
-            [
-                f"epsilon shown by canaries, from {view}",
-                f"at least {bound['epsilon']:.2f} ({100 * bound['confidence']:g} % confidence; "
-                f"{bound['right']} of {bound['guesses']} guesses right)",
-            ]
-        )
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in canaries["kinds"].items())
-    rows.append(
-        ["canaries", f"{canaries['planted']:,} of {canaries['in all']:,} planted ({kinds})"]
-    )
-    for attack, measured in found["membership"].items():
-        rows.append([f"who was trained on ({attack})", of_membership(measured)])
-    for which in ("planted", "not planted"):
-        if bits := found.get("extraction", {}).get(which):
-            text = f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f})"
-            rows.append([f"secrets {which}", text])
-    if "cosine" in found["noise"]:
-        rows.append(["noise", of_noise(found["noise"])])
-    if found["accuracy"] is not None:
-        rows.append(["accuracy of the audited run", f"{found['accuracy']:.3f}"])
-    rows.append(["the promise", verdict(found)])
+    made = json.loads((out / "run" / "environment.json").read_text(encoding="utf-8"))
+    rows = [("what", "found"), *facts(found)]
     where = _where({out / "run": None})
-    return f"{_command(found)}\n\n{where}\n\n{results.markdown_table(rows)}\n"
+    return f"{_command(' '.join(made['command']))}\n\n{where}\n\n{results.markdown_table(rows)}\n"
 
 
-def _command(made: Mapping[str, Any]) -> str:
+def _command(made: str) -> str:
     """What was called, without the machine's own place for results."""
-    return f"`{re.sub(r' --out [^ ]+', '', made['command'])}`"
-
-
-def _number(value: Any) -> str:
-    return f"{float(value):.3f}".rstrip("0").rstrip(".")
+    return f"`{re.sub(r' --out [^ ]+', '', made)}`"
 
 
 def _where(cells: Mapping[Path, Any]) -> str:

@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from experiments import results, simulate, sweep
+from experiments import results, sweep
 from experiments.sweep import Case, Cell
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from server.run_directory import finite
+from server.run_directory import command, finite
 
 MANIFEST = results.MANIFEST
 Engine = Literal["auto", "ray", "inline"]
@@ -133,7 +133,7 @@ def _write_manifest(
 ) -> None:
     manifest = {
         "name": path.stem,
-        "command": simulate.command(),
+        "command": " ".join(command()),
         "cases": [
             {
                 "arm": case.arm,

@@ -25,10 +25,12 @@ COLUMNS = (
 ALL = "all"
 """In place of an institution: the held-out rows of all of them together."""
 CONFIDENCE = 0.95
-ONCE = (
-    "Worst institution: the least of each seed. Settings that change nothing in an arm stand once."
+HOW = (
+    "Means over seeds ± half the 95 % confidence interval (Student's t), in percent of held-out "
+    "rows; gains are percentage points against each institution alone, seed by seed. Worst "
+    "institution: the least of each seed. Settings that change nothing in an arm stand once."
 )
-"""How to read the tables."""
+"""To read the tables by."""
 
 
 def run_dir(out: Path, cell: str) -> Path:
@@ -114,8 +116,8 @@ def summary(out: Path) -> list[dict[str, Any]]:
     by_key: dict[str, dict[str, Any]] = {}
     for case in manifest(out)["cases"]:
         if (found := measured(out, case)) is not None:
-            by_key[_key(case["arm"], case["axes"], case["seed"])] = found
             groups.setdefault(_key(case["arm"], case["axes"]), []).append((case, found))
+            by_key[_key(case["arm"], case["axes"], case["seed"])] = found
     lines: list[dict[str, Any]] = []
     first: dict[str, Mapping[str, Any]] = {}
     for group in groups.values():
@@ -292,11 +294,7 @@ def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     """The tables of ``results.md``."""
     pooled, each = tables(out, lines)
     about = manifest(out)
-    text = (
-        f"# {about['name']}\n\nMeans over seeds ± half the 95 % confidence interval (Student's t), "
-        f"in percent of held-out rows. {ONCE} By `{about['command']}`.\n\n"
-        f"{markdown_table(pooled)}\n"
-    )
+    text = f"# {about['name']}\n\n{HOW} By `{about['command']}`.\n\n{markdown_table(pooled)}\n"
     if len(each) > 1:
         text += f"\n## By institution\n\n{markdown_table(each)}\n"
     return text

@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import logging
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -130,11 +129,6 @@ def _logging_to(path: str) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
-
-
-def command() -> str:
-    """How this process was called."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def quiet_libraries() -> None:

@@ -236,19 +236,13 @@ def _check_labels(
                     "not be what ran; set it in one of them"
                 )
             places[key] = name
-    for arm, values in own.items():
-        for key in values:
-            if key in axes:
+    for (arm, values), (name, choices) in itertools.product(own.items(), axes.items()):
+        for label, chosen in choices:
+            if chosen and chosen.keys() <= values.keys():
                 raise InputError(
-                    f"[set.{arm}] sets {key}, and the grid lists values for it; drop one of them"
+                    f"[set.{arm}] sets all that grid {name} {label!r} sets, so the arm would run "
+                    "without it under its name; drop one of them"
                 )
-        for name, choices in axes.items():
-            for label, chosen in choices:
-                if chosen and chosen.keys() <= values.keys():
-                    raise InputError(
-                        f"[set.{arm}] sets all that grid {name} {label!r} sets, so the arm would "
-                        "run without it under its name; drop one of them"
-                    )
 
 
 def _plain(value: Any) -> Any:
@@ -353,9 +347,7 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
     weights = models.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
-    inputs = [config.fingerprint(), models.digest(weights)]
-    for index, owner in enumerate(seen.names):
-        inputs += [owner, seen.train(index).fingerprint(), seen.held_out(index).fingerprint()]
+    inputs = (config.fingerprint(), models.digest(weights), seen.fingerprint())
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     budget = f"-epsilon-{config.privacy.epsilon:g}" if config.privacy.enabled else ""
     parts = [arm.removesuffix("-dp"), *([institution] if institution else [])]

@@ -53,11 +53,7 @@ def of(out: Path) -> Page:
             Section(title="Institutions", **_institutions(lines, axes)),
             Section(
                 title="Results",
-                words=[
-                    "Means over seeds ± half the 95 % confidence interval (Student's t), in "
-                    "percent of held-out rows; gains are percentage points against each "
-                    f"institution alone, seed by seed. {results.ONCE} Click a head to sort."
-                ],
+                words=[f"{results.HOW} Click a head to sort."],
                 tables=[
                     Table(rows=table),
                     *([Table(rows=each, title="By institution", folded=True)] if each[1:] else []),

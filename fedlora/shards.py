@@ -159,6 +159,16 @@ class Federation:
         """Return one institution's held-out rows; there may be none."""
         return self.all_held_out.slice(*self.held_out_bounds[index : index + 2].tolist())
 
+    def fingerprint(self) -> str:
+        """Return a sha256 (hex) of who holds and who is measured on which records."""
+        digest = hashlib.sha256()
+        for index, name in enumerate(self.names):
+            shards = (self.train(index), self.held_out(index))
+            digest.update(
+                "\n".join((name, *(shard.fingerprint() for shard in shards), "")).encode()
+            )
+        return digest.hexdigest()
+
     def seen_as(self, view: str) -> "Federation":
         """Return the same rows, trained on by others: what is held out stays as it is.
 

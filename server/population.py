@@ -30,7 +30,7 @@ class Population:
     held_out: Shard | None
     owner: Int64 | None
     counts: Mapping[str, int]
-    fingerprint: tuple[str, ...]
+    fingerprint: str
 
 
 def of(config: RunConfig) -> Population:
@@ -68,12 +68,7 @@ def _simulated(config: RunConfig) -> Population:
         held_out=held_out,
         owner=owner,
         counts=records.counts,
-        fingerprint=(
-            *records.names,
-            records.train_bounds.tobytes().hex(),
-            records.all_train.fingerprint(),
-            records.all_held_out.fingerprint(),
-        ),
+        fingerprint=records.fingerprint(),
     )
 
 
@@ -96,7 +91,7 @@ def _deployed(config: RunConfig) -> Population:
         held_out=held_out,
         owner=None,
         counts=counts,
-        fingerprint=() if held_out is None else (held_out.fingerprint(),),
+        fingerprint="" if held_out is None else held_out.fingerprint(),
     )
 
 

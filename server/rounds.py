@@ -61,9 +61,7 @@ def run(grid: Grid, config: RunConfig) -> None:
     work = trainable.load(config, population.labels)
     if config.deployed:
         _check_size(config, work.start)
-    inputs = hashlib.sha256(
-        "\n".join((work.base.digest, *population.fingerprint)).encode()
-    ).hexdigest()
+    inputs = hashlib.sha256(f"{work.base.digest}\n{population.fingerprint}".encode()).hexdigest()
     state = (directory.latest(newest_only=mechanism is not None) if resumed else None) or RunState(
         run=uuid.uuid4().hex,
         inputs=inputs,

@@ -264,8 +264,13 @@ def environment() -> dict[str, Any]:
         "processor": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
     }
+
+
+def command() -> list[str]:
+    """How this process was called, without the place of the program."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _git(*arguments: str) -> str:

@@ -107,7 +107,7 @@ def run(
         work = _opened(target)
         with console.status("scoring canaries") as status:
             final, seen, shard = _scored(target, work, transcript, audited, status.update)
-        trained = set(map(bytes, _digests(records.load(target).all_train)))
+        trained = _distinct(records.load(target).all_train)
         for canary, row in zip(audited.canaries, _digests(shard), strict=True):
             assert not canary.inside or bytes(row) in trained, f"{canary} was not trained on"
         result = _promise(Path(target.run_dir))
@@ -132,7 +132,7 @@ def run(
             result["membership"] = _membership(
                 target,
                 work,
-                set(map(bytes, _digests(shard))),
+                set(_distinct(shard)),
                 engine,
                 shadows,
                 Path(folder),
@@ -203,7 +203,6 @@ def _promise(run_dir: Path) -> dict[str, Any]:
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     privacy = json.loads((run_dir / "privacy.json").read_text(encoding="utf-8"))
     return {
-        "command": simulate.command(),
         "epsilon": float(result["epsilon_max"]),
         "delta": result["delta"],
         "protects": privacy["protects"],
@@ -215,6 +214,11 @@ def _promise(run_dir: Path) -> dict[str, Any]:
 def _digests(shard: Shard) -> NDArray[np.uint8]:
     assert shard.records is not None, "rows of a source have digests"
     return shard.records
+
+
+def _distinct(shard: Shard) -> dict[bytes, int]:
+    """Digest -> a row that has it: what stands at several institutions says the same once."""
+    return {bytes(digest): row for row, digest in enumerate(_digests(shard))}
 
 
 def _membership(
@@ -232,14 +236,10 @@ def _membership(
     _opened(config)
     digests, found, member = list[bytes](), list[Floats](), list[bool]()
     for shard, inside in ((federation.all_train, True), (federation.all_held_out, False)):
-        rows = [bytes(row) for row in _digests(shard)]
-        own = np.array([row not in planted for row in rows])
-        # A text that stands at several institutions says the same thing once.
-        first: dict[bytes, int] = {}
-        own &= np.array([first.setdefault(row, i) == i for i, row in enumerate(rows)])
-        digests += [row for row, keep in zip(rows, own, strict=True) if keep]
-        found.append(losses(work, shard, physical)[own])
-        member += [inside] * int(own.sum())
+        known = {digest: row for digest, row in _distinct(shard).items() if digest not in planted}
+        digests += known
+        found.append(losses(work, shard.select(list(known.values())), physical))
+        member += [inside] * len(known)
     target, members = np.concatenate(found), np.array(member)
     result = {"loss": membership.measure(-target, members, CONFIDENCE)}
     if shadows:
@@ -248,7 +248,7 @@ def _membership(
             shadow = _shadow(config, number, folder)
             _train(shadow, engine, progress)
             work = _opened(shadow)
-            inside = {bytes(row) for row in _digests(records.load(shadow).all_train)}
+            inside = _distinct(records.load(shadow).all_train)
             had.append(np.array([row in inside for row in digests]))
             confidences.append(_by_digest(shadow, work, digests, physical))
         attack = membership.lira(
@@ -299,8 +299,9 @@ def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes], physica
     federation = records.load(config)
     known: dict[bytes, float] = {}
     for shard in (federation.all_train, federation.all_held_out):
-        values = losses(work, shard, physical)
-        known |= zip(map(bytes, _digests(shard)), values.tolist(), strict=True)
+        distinct = _distinct(shard)
+        values = losses(work, shard.select(list(distinct.values())), physical)
+        known |= zip(distinct, values.tolist(), strict=True)
     return membership.logit_confidence(np.array([known[digest] for digest in digests]))
 
 
@@ -337,38 +338,52 @@ def _summary(bits: Floats, draw: RandomSource) -> dict[str, float]:
     }
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """The audit as a table, in words."""
-    table = Table(title="Privacy audit", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    promised = float(result["epsilon"])
-    table.add_row(
-        "promised",
-        f"epsilon {promised:.3f} at delta {result['delta']:g}"
-        if math.isfinite(promised)
-        else "nothing (epsilon inf)",
-    )
+def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What an audit found, in words: what -> found. The last is its verdict."""
+    promised, canaries = float(result["epsilon"]), result["canaries"]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in canaries["kinds"].items())
+    found = [
+        (
+            "promised",
+            f"epsilon {promised:.3f} at delta {result['delta']:g}"
+            if math.isfinite(promised)
+            else "nothing (epsilon inf)",
+        ),
+        ("canaries", f"{canaries['planted']:,} of {canaries['in all']:,} planted ({kinds})"),
+    ]
     for view in VIEWS:
-        found = result["canaries"][view]
-        table.add_row(
-            "shown by canaries",
-            f"epsilon at least {found['epsilon']:.2f} ({100 * found['confidence']:g} % "
-            f"confidence), from {view}: {found['right']} of {found['guesses']} guesses right",
+        bound = canaries[view]
+        text = (
+            f"epsilon at least {bound['epsilon']:.2f} ({100 * bound['confidence']:g} % "
+            f"confidence), from {view}: {bound['right']} of {bound['guesses']} guesses right"
         )
+        found.append(("shown by canaries", text))
     if math.isfinite(promised):
-        table.add_row("noise", of_noise(result["noise"]))
+        found.append(("noise", _noise(result["noise"])))
     for attack, measured in result["membership"].items():
-        table.add_row(f"who was trained on ({attack})", of_membership(measured))
+        found.append((f"who was trained on ({attack})", _attack(measured)))
     if extraction := result.get("extraction"):
         for which in ("planted", "not planted"):
             bits = extraction[which]
-            table.add_row(
-                f"secrets {which}",
+            text = (
                 f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f}), "
-                f"at most {bits['max']:.1f} of {extraction['most possible']:.0f}",
+                f"at most {bits['max']:.1f} of {extraction['most possible']:.0f}"
             )
-    table.add_row("the promise", verdict(result), style="bold red" if result["refuted"] else "")
+            found.append((f"secrets {which}", text))
+    if result["accuracy"] is not None:
+        found.append(("accuracy of the audited run", f"{result['accuracy']:.3f}"))
+    return [*found, ("the promise", verdict(result))]
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """The audit as a table."""
+    table = Table(title="Privacy audit", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    *found, last = facts(result)
+    for row in found:
+        table.add_row(*row)
+    table.add_row(*last, style="bold red" if result["refuted"] else "")
     console.print(table)
 
 
@@ -385,7 +400,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     return f"is not refuted; {can} at most"
 
 
-def of_noise(noise: Mapping[str, Any]) -> str:
+def _noise(noise: Mapping[str, Any]) -> str:
     """Whether noise was used twice, in words."""
     if noise["cosine"] is None:
         text = "not compared: no two updates were sent, or records could move them as far as noise"
@@ -398,7 +413,7 @@ def of_noise(noise: Mapping[str, Any]) -> str:
     return text + "; from a seed, so it protects nobody" * (noise["source"] == "seeded")
 
 
-def of_membership(measured: Mapping[str, Any]) -> str:
+def _attack(measured: Mapping[str, Any]) -> str:
     """How well an attack tells members, in words."""
 
     def interval(value: Mapping[str, float], digits: int, scale: int = 1) -> str:

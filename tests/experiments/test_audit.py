@@ -242,10 +242,14 @@ def test_what_cannot_be_audited_is_refused_before_anything_is_written(tiny_confi
     assert not out.exists()
 
 
-def test_a_run_that_fails_is_not_a_promise_that_is_broken(audited, monkeypatch):
+def test_a_run_that_fails_is_not_a_promise_that_is_broken(tiny_config, tmp_path, monkeypatch):
     def fails(*_):
         raise RuntimeError("the disk is full")
 
     monkeypatch.setattr("experiments.simulate.run", fails)
-    with pytest.raises(AssertionError, match="the disk is full"):
-        audited()
+    file = tmp_path / "config.toml"
+    file.write_text(tiny_config(**FEW).to_toml())
+    command = ["audit", str(file), "--engine", "inline", "--canaries", "120"]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "audit")])
+    assert result.exit_code == 1 and "the disk is full" in result.stderr
+    assert not (tmp_path / "audit" / "audit.json").exists()

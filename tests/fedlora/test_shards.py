@@ -98,6 +98,19 @@ def test_the_fingerprint_changes_with_records_copies_and_grouping_but_not_with_t
     assert replace(retokenised, records=None).fingerprint() != plain.fingerprint()
 
 
+def test_a_federations_fingerprint_says_who_holds_what() -> None:
+    one = federation()
+    swapped = one.all_train.select([1, 0, 2])  # both institutions have units of number 0
+    others = [
+        replace(one, names=("a", "c")),
+        replace(one, all_train=swapped),
+        replace(one, train_bounds=np.array([0, 2, 3])),
+        replace(one, held_out_bounds=np.array([0, 1, 1])),
+    ]
+    assert len({other.fingerprint() for other in (one, *others)}) == 5
+    assert federation().fingerprint() == one.fingerprint()
+
+
 def test_a_stored_federation_comes_back_memory_mapped(tmp_path: Path) -> None:
     stored = store_entry(tmp_path / "cache/key", federation())
     opened = open_entry(tmp_path / "cache/key")
