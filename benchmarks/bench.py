@@ -415,7 +415,8 @@ def machine() -> dict[str, Any]:
     name = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "processor": " ".join((name[1] if name else platform.machine()).split()),
+        "processor": f"{' '.join((name[1] if name else platform.machine()).split())}, "
+        f"{known['processor']}{', native bf16' if fast_bf16('cpu') else ''}",
         "cores": known["cores"],
         "memory_gib": round(memory),
         "platform": known["platform"],

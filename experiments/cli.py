@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -246,9 +247,14 @@ def run_sweep(
         print(json.dumps(done))
     elif done["results"]:
         pooled, _ = results.tables(place, results.summary(place))
-        wide = ("macro-F1, %", "gain over local-dp", "MB moved", "seconds")  # in results.md
-        kept = [i for i, head in enumerate(pooled[0]) if head not in wide]
-        table = Table(*(Column(pooled[0][i], overflow="fold") for i in kept))
+        # Not on the screen, but in results.md.
+        left = {"macro-F1, %", "gain over local-dp", "MB moved", "seconds", "seeds"}
+        left |= {"epsilon"} if "privacy.epsilon" in pooled[0] else set()
+        kept = [i for i, head in enumerate(pooled[0]) if head not in left]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for head, *body in zip(*([row[i] for i in kept] for row in pooled), strict=True):
+            widest = max(map(len, body), default=0)
+            table.add_column(head, overflow="fold", min_width=min(widest, 12))  # rows fit into 80
         for row in pooled[1:]:
             table.add_row(*(row[i] for i in kept))
         console.print(table)

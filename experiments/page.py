@@ -53,9 +53,17 @@ def render(page: Page) -> bytes:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["is_number"] = lambda text: bool(NUMBER.fullmatch(text))
+    environment.filters["numeric"] = _numeric
     shown = dataclasses.replace(page, sections=[s for s in page.sections if _filled(s)])
     return environment.get_template("report.html").render(page=shown).encode()
+
+
+def _numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
+    """Which columns hold nothing but numbers."""
+    return [
+        any(column) and all(NUMBER.fullmatch(cell) for cell in column if cell)
+        for column in zip(*rows[1:], strict=True)
+    ]
 
 
 def _filled(section: Section) -> bool:

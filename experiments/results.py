@@ -235,7 +235,8 @@ def tables(
 ) -> tuple[list[list[str]], list[list[str]]]:
     """Two tables as rows of text, heads first: of all held-out rows, and by institution.
 
-    Runs stand once, under the first of the settings that are the same to them.
+    Runs stand once, under the first of the settings that are the same to them; a column without
+    any figure is left out.
     """
     lines = [line for line in lines if not line["same_as"]]
     axes = list(dict.fromkeys(k for case in manifest(out)["cases"] for k in case["axes"]))
@@ -283,7 +284,12 @@ def tables(
         for line in lines
         if line["institution"] != ALL
     ]
-    return pooled, each
+    return _filled(pooled), _filled(each)
+
+
+def _filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    return [[row[i] for i in kept] for row in rows] if len(rows) > 1 else [list(rows[0])]
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +130,25 @@ def run(
             with console.status("ranking secrets"):
                 result["extraction"] = _extraction(target, work, audited, Path(folder), inside)
         with console.status("attacking real rows"):
-            result["membership"] = _membership(
-                target,
-                work,
-                set(_distinct(shard)),
-                engine,
-                shadows,
-                Path(folder),
-                progress,
-            )
+            rows = _attacked(target, set(_distinct(shard)))
+            loss = membership.measure(-rows.losses, rows.inside, CONFIDENCE)
+            result["membership"] = {"loss": loss}
         shutil.rmtree(Path(folder) / "transcript")
-    result["refuted"] = (result["noise"].get("cosine") or 0.0) > ALIKE or any(
-        result["canaries"][view]["epsilon"] > result["epsilon"] for view in VIEWS
-    )
+        result["refuted"] = (result["noise"].get("cosine") or 0.0) > ALIKE or any(
+            result["canaries"][view]["epsilon"] > result["epsilon"] for view in VIEWS
+        )
+        result = _keep(out, result)
+        if shadows:
+            kept = f"kept so far: {out / 'audit.json'}; {shadows} shadow runs for LiRA follow"
+            console.print(kept, soft_wrap=True, highlight=False)
+            lira = _lira(target, rows, engine, shadows, Path(folder), progress)
+            result["membership"]["lira"] = lira
+            result = _keep(out, result)
+    return result
+
+
+def _keep(out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Write the result; gives it as the file holds it."""
     result = finite(result)
     write_atomic(out / "audit.json", json.dumps(result, indent=2).encode())
     return result
@@ -221,41 +228,49 @@ def _distinct(shard: Shard) -> dict[bytes, int]:
     return {bytes(digest): row for row, digest in enumerate(_digests(shard))}
 
 
-def _membership(
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Real rows under attack: digests, losses ``(n,)``, and which were trained on ``(n,)``."""
+
+    digests: list[bytes]
+    losses: Floats
+    inside: NDArray[np.bool_]
+
+
+def _attacked(config: RunConfig, planted: set[bytes]) -> _Rows:
+    """The rows that are no canaries, under the final adapter: trained on, then held out."""
+    federation, work = records.load(config), _opened(config)
+    digests, found, inside = list[bytes](), list[Floats](), list[bool]()
+    for shard, trained in ((federation.all_train, True), (federation.all_held_out, False)):
+        known = {digest: row for digest, row in _distinct(shard).items() if digest not in planted}
+        digests += known
+        rows = shard.select(list(known.values()))
+        found.append(losses(work, rows, config.training.physical_batch))
+        inside += [trained] * len(known)
+    return _Rows(digests=digests, losses=np.concatenate(found), inside=np.array(inside))
+
+
+def _lira(
     config: RunConfig,
-    work: Trainable,
-    planted: set[bytes],
+    rows: _Rows,
     engine: str,
     shadows: int,
     folder: Path,
     progress: Callable[[RunConfig, SimulationGrid], Any],
 ) -> dict[str, Any]:
-    """Attacks on the rows that are no canaries: trained on against held out."""
-    federation = records.load(config)
-    physical = config.training.physical_batch
-    _opened(config)
-    digests, found, member = list[bytes](), list[Floats](), list[bool]()
-    for shard, inside in ((federation.all_train, True), (federation.all_held_out, False)):
-        known = {digest: row for digest, row in _distinct(shard).items() if digest not in planted}
-        digests += known
-        found.append(losses(work, shard.select(list(known.values())), physical))
-        member += [inside] * len(known)
-    target, members = np.concatenate(found), np.array(member)
-    result = {"loss": membership.measure(-target, members, CONFIDENCE)}
-    if shadows:
-        confidences, had = list[Floats](), list[NDArray[np.bool_]]()
-        for number in range(shadows):
-            shadow = _shadow(config, number, folder)
-            _train(shadow, engine, progress)
-            work = _opened(shadow)
-            inside = _distinct(records.load(shadow).all_train)
-            had.append(np.array([row in inside for row in digests]))
-            confidences.append(_by_digest(shadow, work, digests, physical))
-        attack = membership.lira(
-            membership.logit_confidence(target), np.array(confidences), np.array(had)
-        )
-        result["lira"] = membership.measure(attack, members, CONFIDENCE) | {"shadows": shadows}
-    return result
+    """The same rows under LiRA, which trains shadows."""
+    confidences, had = list[Floats](), list[NDArray[np.bool_]]()
+    for number in range(shadows):
+        shadow = _shadow(config, number, folder)
+        _train(shadow, engine, progress)
+        work = _opened(shadow)
+        inside = _distinct(records.load(shadow).all_train)
+        had.append(np.array([row in inside for row in rows.digests]))
+        confidences.append(_by_digest(shadow, work, rows.digests))
+    attack = membership.lira(
+        membership.logit_confidence(rows.losses), np.array(confidences), np.array(had)
+    )
+    return membership.measure(attack, rows.inside, CONFIDENCE) | {"shadows": shadows}
 
 
 def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
@@ -294,13 +309,14 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
     )
 
 
-def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes], physical: int) -> Floats:
+def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes]) -> Floats:
     """Confidence in each of these rows under the adapter that is loaded."""
     federation = records.load(config)
     known: dict[bytes, float] = {}
     for shard in (federation.all_train, federation.all_held_out):
         distinct = _distinct(shard)
-        values = losses(work, shard.select(list(distinct.values())), physical)
+        rows = shard.select(list(distinct.values()))
+        values = losses(work, rows, config.training.physical_batch)
         known |= zip(distinct, values.tolist(), strict=True)
     return membership.logit_confidence(np.array([known[digest] for digest in digests]))
 
