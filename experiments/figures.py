@@ -209,11 +209,17 @@ def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str)
 
     def plot(axes: Axes) -> None:
         ticks = sorted({x for _, xs, _, _ in lines for x in xs})
-        if ticks[0] > 0 and ticks[-1] / ticks[0] >= 8:
+        far = ticks[0] > 0 and ticks[-1] / ticks[0] >= 8
+        if far:
             axes.set_xscale("log")
-        for i, (of, xs, ys, halves) in enumerate(lines[:MOST_SERIES]):
+        shown = lines[:MOST_SERIES]
+        for i, (of, xs, ys, halves) in enumerate(shown):
+            aside = 0.012 * (i - (len(shown) - 1) / 2)  # so that intervals do not hide each other
             axes.errorbar(
-                xs,
+                [
+                    x * (ticks[-1] / ticks[0]) ** aside if far else x + aside * (ticks[-1] - ticks[0])
+                    for x in xs
+                ],
                 ys,
                 yerr=[h or 0.0 for h in halves],
                 color=SERIES[i],
@@ -225,6 +231,7 @@ def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str)
             )
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
+        axes.margins(x=0.08)
         axes.set_xlabel(axis)
         axes.set_ylabel(label)
         _percent(axes)
