@@ -98,7 +98,10 @@ def _inline(svg: str, name: str, title: str, says: str) -> str:
 
 
 def _percent(axes: Axes, along: str = "y") -> None:
+    """Show shares as percent; an interval may reach beyond what shares can be, an axis may not."""
     axis = axes.yaxis if along == "y" else axes.xaxis
+    low, high = axis.get_view_interval()
+    axis.set_view_interval(max(low, -0.02), min(high, 1.02), ignore=True)
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=3))
 

@@ -240,7 +240,9 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
     order = sorted(own, key=lambda name: own[name])[:16]
     ranked = ["before (base)", "local", "local-dp", "federated", "federated-dp"]
     shown = {g: {n: groups[g][n] for n in order if n in groups[g]} for g in ranked if g in groups}
-    title = "Each institution: before, alone, together"
+    known = {"before (base)": "before", "local": "alone", "federated": "together"}
+    told = dict.fromkeys(known[group.removesuffix("-dp")] for group in shown)
+    title = "Each institution" + f": {', '.join(told)}" * (len(told) > 1)
     if len(order) < len(own):
         title += f" (the {len(order)} lowest)"
     setting = _label(best, axes)
