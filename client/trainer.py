@@ -28,6 +28,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import settings
 from fedlora import data, logs, models, records, shards, wire
 from fedlora.errors import InputError, place
+from fedlora.startup import importing
 
 log = logging.getLogger("fedlora.client")
 
@@ -48,7 +49,8 @@ App = Callable[[Message, Context], Message]
 
 def installed_app() -> App:
     """The app of this installation. It is imported here: torch's import takes seconds."""
-    from client.app import app
+    with importing():
+        from client.app import app
 
     return app
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from client.dp_sgd import Clipping, PoissonSampler, PrivateOptimizer, check_sampler
 from fedlora import tasks
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
@@ -175,6 +174,8 @@ class _Run:
     def __init__(
         self, participant: Participant, named: dict[str, torch.nn.Parameter], plan: LocalPlan
     ) -> None:
+        from client.dp_sgd import Clipping, PoissonSampler, PrivateOptimizer, check_sampler
+
         self.shard, mechanism, source = participant.shard, participant.mechanism, participant.source
         self.source = source
         self.rows_of_units = _rows_of_units(self.shard)

@@ -220,7 +220,9 @@ def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str)
             aside = 0.012 * (i - (len(shown) - 1) / 2)  # so that intervals do not hide each other
             axes.errorbar(
                 [
-                    x * (ticks[-1] / ticks[0]) ** aside if far else x + aside * (ticks[-1] - ticks[0])
+                    x * (ticks[-1] / ticks[0]) ** aside
+                    if far
+                    else x + aside * (ticks[-1] - ticks[0])
                     for x in xs
                 ],
                 ys,

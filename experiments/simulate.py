@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import RunConfig
+from fedlora.startup import importing
 
 if TYPE_CHECKING:
     from experiments.engines.grid import SimulationGrid
@@ -35,8 +36,9 @@ def engine(kind: str, config: RunConfig, institutions: int) -> "Iterator[Simulat
     log = str(Path(config.run_dir) / "institutions.log")
     settings = config.engine
     if kind == "inline":
-        from client.app import app
-        from experiments.engines.inline import InlineGrid
+        with importing():
+            from client.app import app
+            from experiments.engines.inline import InlineGrid
 
         with _logging_to(log):
             yield InlineGrid(app, institutions, config.flat())
@@ -58,8 +60,9 @@ def engine(kind: str, config: RunConfig, institutions: int) -> "Iterator[Simulat
 
 
 def _import_server() -> None:
-    for name in ("server.app", "client.institution"):
-        importlib.import_module(name)
+    with importing():
+        for name in ("server.app", "client.institution"):
+            importlib.import_module(name)
 
 
 def prepare(config: RunConfig) -> "Federation":
@@ -76,7 +79,8 @@ def prepare(config: RunConfig) -> "Federation":
         raise InputError(
             "data.source is 'institutions', which is a deployment's; to simulate, name the records"
         )
-    federation = records.load(config)
+    with importing():  # a tokenizer brings torch
+        federation = records.load(config)
     if config.privacy.enabled:
         try:
             existing_parent(Path(config.privacy.ledger or config.run_dir))

@@ -3,9 +3,11 @@
 import importlib
 
 from experiments import simulate
+from fedlora.startup import importing
 
 simulate.quiet_libraries()
-for name in ("cli", "engines.inline", "report"):
-    importlib.import_module(f"experiments.{name}")
-for name in ("client", "server"):
-    importlib.import_module(f"{name}.app")
+with importing():
+    for name in ("cli", "engines.inline", "report"):
+        importlib.import_module(f"experiments.{name}")
+    for name in ("client", "server"):
+        importlib.import_module(f"{name}.app")

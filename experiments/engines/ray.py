@@ -36,6 +36,7 @@ from experiments.engines.grid import (
 )
 from fedlora import wire
 from fedlora.errors import InputError
+from fedlora.startup import importing
 
 HELD = 8  # shared records of earlier pushes that a worker keeps
 FIRST = 8  # messages of a call, as long as nobody knows how long they take
@@ -104,7 +105,8 @@ class _Worker:
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             logging.getLogger("fedlora").addHandler(handler)
         module, _, name = app.partition(":")
-        self._app = getattr(importlib.import_module(module), name)
+        with importing():
+            self._app = getattr(importlib.import_module(module), name)
 
     def pid(self) -> int:
         return os.getpid()
