@@ -18,20 +18,38 @@ from fedlora.config import RunConfig
 from fedlora.startup import importing
 
 if TYPE_CHECKING:
+    from experiments.engines.forkserver import ForkServer
     from experiments.engines.grid import SimulationGrid
     from fedlora.shards import Federation
 
 CLIENT_APP = "client.app:app"
 
 
+def forks(kind: str, config: RunConfig) -> "contextlib.AbstractContextManager[ForkServer | None]":
+    """What workers are forked from, which takes seconds to be ready: enter it early.
+
+    None where there is nothing to fork: no Ray, workers on other machines, or on GPUs, whose state
+    does not survive a fork.
+    """
+    if kind == "inline" or config.engine.ray_address or config.engine.gpus:
+        return contextlib.nullcontext()
+    from client.trainer import ENVIRONMENT
+    from experiments.engines.forkserver import ForkServer
+
+    return ForkServer([CLIENT_APP.partition(":")[0]], ENVIRONMENT)
+
+
 @contextlib.contextmanager
-def engine(kind: str, config: RunConfig, institutions: int) -> "Iterator[SimulationGrid]":
+def engine(
+    kind: str, config: RunConfig, institutions: int, ready: "ForkServer | None"
+) -> "Iterator[SimulationGrid]":
     """The Grid that a simulation runs on.
 
     Args:
         kind: ``ray`` or ``inline``.
         config: The run; only its engine keys and run directory are read here.
         institutions: Number of virtual nodes.
+        ready: Of `forks`.
     """
     log = str(Path(config.run_dir) / "institutions.log")
     settings = config.engine
@@ -55,6 +73,7 @@ def engine(kind: str, config: RunConfig, institutions: int) -> "Iterator[Simulat
             gpus=settings.gpus,
             address=settings.ray_address,
             log=log,
+            forks=ready,
         ) as grid:
             yield grid
 

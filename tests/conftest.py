@@ -122,7 +122,10 @@ def simulate_run():
 
     def go(config, engine="inline"):
         records = simulate.prepare(config)
-        with simulate.engine(engine, config, len(records.names)) as grid:
+        with (
+            simulate.forks(engine, config) as ready,
+            simulate.engine(engine, config, len(records.names), ready) as grid,
+        ):
             simulate.run(config, grid)
         return json.loads((Path(config.run_dir) / "result.json").read_text())
 

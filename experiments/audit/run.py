@@ -161,7 +161,10 @@ def _train(
     transcript: Transcript | None = None,
 ) -> None:
     names = simulate.prepare(config).names
-    with simulate.engine(engine, config, len(names)) as grid:
+    with (
+        simulate.forks(engine, config) as ready,
+        simulate.engine(engine, config, len(names), ready) as grid,
+    ):
         if transcript is not None:
             transcript.watch(grid)
         with progress(config, grid):

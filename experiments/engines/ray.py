@@ -23,6 +23,7 @@ from flwr.app import Context, Message, RecordDict
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from client import trainer
+from experiments.engines.forkserver import ForkServer
 from experiments.engines.grid import (
     RUN_ID,
     TIMEOUT,
@@ -152,6 +153,7 @@ class RayGrid(SimulationGrid):
         gpus: Share of a GPU that a worker takes.
         address: A cluster to join; empty to start Ray on this machine.
         log: File for the institutions' own messages; empty for none.
+        forks: Makes the workers, on this machine; None: they import by themselves.
     """
 
     def __init__(
@@ -165,9 +167,13 @@ class RayGrid(SimulationGrid):
         gpus: float = 0.0,
         address: str = "",
         log: str = "",
+        forks: ForkServer | None = None,
     ) -> None:
         super().__init__(institutions, run_config)
         self._owns_ray = not ray.is_initialized()
+        environment: dict[str, Any] = {"env_vars": trainer.ENVIRONMENT}
+        if forks is not None:
+            environment["py_executable"] = forks.py_executable
         if self._owns_ray:
             _start_ray(address, max(workers * threads, os.cpu_count() or 1))
         count = min(_places(threads, gpus), institutions)
@@ -178,7 +184,7 @@ class RayGrid(SimulationGrid):
                 num_cpus=threads,
                 num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": trainer.ENVIRONMENT},
+                runtime_env=environment,
             )
             .remote
         )

@@ -260,7 +260,10 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
     simulate_run(calm)
     config = calm.replace({"run-dir": str(tmp_path / "run"), "engine.workers": 2})
     simulate.prepare(config)
-    with simulate.engine("ray", config, 4) as grid:
+    with (
+        simulate.forks("ray", config) as ready,
+        simulate.engine("ray", config, 4, ready) as grid,
+    ):
         victims = grid.worker_pids()
 
         def kill():

@@ -1,0 +1,115 @@
+"""Processes forked from one that has imported everything."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments.engines.forkserver import ForkServer
+
+SCRIPT = """
+import os, sys
+print(sys.argv[1:], os.environ["ASKED"], os.environ.get("SERVER"), os.getcwd(),
+      "colorsys" in sys.modules, os.getpid(), flush=True)
+if "stay" in sys.argv:
+    import time
+    time.sleep(60)
+sys.exit(7)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    with ForkServer(["colorsys"], {"SERVER": "its own"}) as server:
+        yield server
+
+
+@pytest.fixture
+def start(forks, tmp_path):
+    script = tmp_path / "a script.py"
+    script.write_text(SCRIPT)
+
+    def go(*arguments):
+        command = f"exec {forks.py_executable} {shlex.join([str(script), *arguments])}"
+        return subprocess.Popen(
+            ["bash", "-c", command],
+            env={"ASKED": "yes", "PATH": os.environ["PATH"]},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return go
+
+
+def gone(pid):
+    """Whether a process ends within some seconds."""
+    for _ in range(200):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_fork_has_what_the_server_imported_and_is_else_what_was_asked_for(start, tmp_path):
+    process = start("a", "b c")
+    said, errors = process.communicate(timeout=60)
+    expected = f"['a', 'b c'] yes None {tmp_path} True "
+    assert said.startswith(expected), (said, errors)
+    assert int(said.split()[-1]) != process.pid
+    assert process.returncode == 7
+
+
+def test_forks_are_processes_of_their_own(start):
+    both = [start(), start()]
+    pids = {process.communicate(timeout=60)[0].split()[-1] for process in both}
+    assert len(pids) == 2
+
+
+def test_a_fork_ends_with_its_stand_in(start):
+    process = start("stay")
+    assert process.stdout is not None
+    pid = int(process.stdout.readline().split()[-1])
+    process.kill()
+    assert gone(pid)
+    process.communicate()
+
+
+def test_a_stand_in_ends_with_its_fork(start):
+    process = start("stay")
+    assert process.stdout is not None
+    pid = int(process.stdout.readline().split()[-1])
+    os.kill(pid, signal.SIGKILL)
+    assert process.wait(timeout=20) == 256 - signal.SIGKILL
+    process.communicate()
+
+
+def test_forks_end_when_the_servers_owner_dies(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    owner = (
+        "import os, subprocess, sys\n"
+        "from experiments.engines.forkserver import ForkServer\n"
+        "forks = ForkServer([], {})\n"
+        f"subprocess.Popen(['bash', '-c', forks.py_executable + ' {script} stay'])\n"
+        "sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", owner],
+        env={**os.environ, "ASKED": "yes"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    pid = int(process.stdout.readline().split()[-1])
+    process.kill()
+    assert gone(pid)
+    process.communicate()
