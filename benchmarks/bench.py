@@ -532,24 +532,22 @@ def main() -> None:
     on, known = machine(), environment()
     sha = f"{known['git_sha'] or 'unknown'}{'+' if known['git_dirty'] else ''}"
     file = result_file(on)
+    last = committed(file)["rows"]
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else {}
     measured: dict[str, Any] = {}
+    result: dict[str, Any] = {"machine": on, "date": time.strftime("%Y-%m-%d"), "rows": {}}
     for measurement, names in MEASUREMENTS.items():
         if set(names) & set(arguments.only):
             say(f"{', '.join(names)}: {(measurement.__doc__ or '').strip()}")
             found = measurement(options)
             measured |= {name: record(outcome, sha) for name, outcome in found.items()}
-    last = committed(file)["rows"]
-    kept = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else {}
-    result = {
-        "machine": on,
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": {name: row for name, row in {**kept, **measured}.items() if name in ROWS},
-    }
-    if options.quick:
-        print(table({**result, "rows": measured}))
-        return
-    write(result, file)
+            rows = {name: row for name, row in {**rows, **measured}.items() if name in ROWS}
+            result["rows"] = measured if options.quick else rows
+            if not options.quick:
+                write(result, file)  # what is interrupted keeps what it has
     print(table(result))
+    if options.quick:
+        return
     if not last:
         say(f"no committed result of {on['processor']}: nothing to compare with")
     wrong = complaints(measured, last)
