@@ -4,8 +4,10 @@ Exit codes: 0 done, 1 failed midway (what was finished is kept), 2 bad input (no
 3 an audit's promise is broken.
 """
 
+import atexit
 import contextlib
 import functools
+import gc
 import json
 import signal
 import sys
@@ -41,6 +43,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Whose = Annotated[
     str, typer.Option("--institution", help="Whose adapter, where each institution has its own.")
 ]
+atexit.register(gc.freeze)  # else the interpreter looks for garbage for a second before it ends
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -249,7 +252,7 @@ def run_sweep(
     elif done["results"]:
         pooled, _ = results.tables(place, results.summary(place))
         # Not on the screen, but in results.md.
-        left = {"macro-F1, %", "gain over local-dp", "MB moved", "seconds", "seeds"}
+        left = {"macro-F1, %", "gain over local-dp", "MB moved", "seconds", "seeds", "delta"}
         left |= {"epsilon"} if "privacy.epsilon" in pooled[0] else set()
         kept = [i for i, head in enumerate(pooled[0]) if head not in left]
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -507,8 +510,10 @@ def audit(
     else:
         auditing.show(result, console)
         console.print(f"audit          {place / 'audit.json'}", highlight=False, soft_wrap=True)
-    if result["refuted"]:
-        raise typer.Exit(3)
+    if failed := result.get("lira failed"):
+        ERRORS.print(f"error: the shadow runs of LiRA failed: {failed}")
+    if result["refuted"] or failed:
+        raise typer.Exit(3 if result["refuted"] else 1)
 
 
 @ledger_app.command("init")

@@ -19,7 +19,8 @@ MANIFEST = "cells.json"
 COLUMNS = (
     "arm", "institution", "seeds", "accuracy", "accuracy_ci95", "macro_f1", "macro_f1_ci95",
     "worst_accuracy", "worst_accuracy_ci95", "gain_over_local", "gain_over_local_ci95",
-    "gain_over_local_dp", "gain_over_local_dp_ci95", "bytes", "seconds", "epsilon", "same_as",
+    "gain_over_local_dp", "gain_over_local_dp_ci95", "bytes", "seconds", "epsilon", "delta",
+    "same_as",
 )  # fmt: skip
 """Of a line, beside the axes of the grid."""
 ALL = "all"
@@ -95,6 +96,7 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "macro_f1": result.get("macro_f1", math.nan),
         "institutions": institutions,
         "epsilon": max(float(one["epsilon_max"]) for one in found),
+        "delta": max((d for one in found if (d := one.get("delta")) is not None), default=None),
         "seconds": sum(one["seconds"] for one in found),
         "bytes": bytes_moved if kind in ("federated", "base") else 0,
     }
@@ -108,9 +110,9 @@ def summary(out: Path) -> list[dict[str, Any]]:
         institution: ``seeds`` (how many), ``accuracy``, ``macro_f1``, ``worst_accuracy`` (of each
         seed the least of an institution), ``gain_over_local`` and ``gain_over_local_dp``
         (differences within a seed), each as a mean and with ``_ci95``, the half width of its 95 %
-        confidence interval by Student's t (None of one seed), then ``bytes``, ``seconds`` and
-        ``epsilon``, and in ``same_as`` the first setting with the same runs, where another has them
-        too.
+        confidence interval by Student's t (None of one seed), then ``bytes``, ``seconds``,
+        ``epsilon`` and ``delta`` (None without DP), and in ``same_as`` the first setting with the
+        same runs, where another has them too.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     by_key: dict[str, dict[str, Any]] = {}
@@ -173,6 +175,8 @@ def _line(
             statistics.fmean(found[key] for found in results) if institution == ALL else None
         )
     line["epsilon"] = max(found["epsilon"] for found in results)
+    deltas = [found["delta"] for found in results if found["delta"] is not None]
+    line["delta"] = max(deltas, default=None)
     return line
 
 
@@ -251,6 +255,7 @@ def tables(
             "gain over local",
             "gain over local-dp",
             "epsilon",
+            "delta",
             "MB moved",
             "seconds",
             "seeds",
@@ -267,6 +272,7 @@ def tables(
                 percent(line, "gain_over_local", signed=True),
                 percent(line, "gain_over_local_dp", signed=True),
                 _text(round(line["epsilon"], 3)),
+                "" if line["delta"] is None else _text(line["delta"]),
                 f"{line['bytes'] / 1e6:.1f}",
                 f"{line['seconds']:.0f}",
                 str(line["seeds"]),

@@ -28,15 +28,20 @@ CLIENT_APP = "client.app:app"
 def forks(kind: str, config: RunConfig) -> "contextlib.AbstractContextManager[ForkServer | None]":
     """What workers are forked from, which takes seconds to be ready: enter it early.
 
-    None where there is nothing to fork: no Ray, workers on other machines, or on GPUs, whose state
-    does not survive a fork.
+    None where workers have to import by themselves: on other machines, on GPUs, whose state does
+    not survive a fork, and on systems that have not what it takes.
     """
     if kind == "inline" or config.engine.ray_address or config.engine.gpus:
         return contextlib.nullcontext()
     from client.trainer import ENVIRONMENT
     from experiments.engines.forkserver import ForkServer
 
-    return ForkServer([CLIENT_APP.partition(":")[0]], ENVIRONMENT)
+    modules = [CLIENT_APP.partition(":")[0]]
+    modules += ["client.dp_sgd"] if config.privacy.enabled else []
+    try:
+        return ForkServer(modules, ENVIRONMENT)
+    except (AttributeError, OSError):  # no such sockets or descriptors, or a path too long
+        return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Imports what a run needs, for the process that a sweep's cells are forked from."""
 
+import gc
 import importlib
 
 from experiments import simulate
@@ -9,5 +10,6 @@ simulate.quiet_libraries()
 with importing():
     for name in ("cli", "engines.inline", "report"):
         importlib.import_module(f"experiments.{name}")
-    for name in ("client", "server"):
-        importlib.import_module(f"{name}.app")
+    for name in ("client.app", "client.dp_sgd", "server.app"):
+        importlib.import_module(name)
+gc.freeze()

@@ -10,12 +10,13 @@ def importing() -> Generator[None]:
     """Put off the collection of garbage, for a block that imports.
 
     Imports leave next to none, but each collection looks at all that is there: a quarter of the
-    time that they take. What is there at the end of the block is never looked at again, which also
-    spares the interpreter over a second when it ends, and lets forked processes share it.
+    time that they take. A process that does nothing but work afterwards may also call
+    ``gc.freeze``: what is there then is never looked at again, and forks share it.
     """
+    was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if was:
+            gc.enable()

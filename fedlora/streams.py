@@ -35,7 +35,8 @@ class RandomSource:
 
     The numbers depend on the key and on the sequence of calls, never on global state. Two objects
     with one key and the same calls give the same numbers (the last bits of :meth:`normal` follow
-    the processor's sine and logarithm).
+    the processor's sine and logarithm). A source belongs to the process that made it: in a fork of
+    that process it draws nothing, since both would draw the same.
 
     Args:
         key: 32 bytes.
@@ -47,7 +48,7 @@ class RandomSource:
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_BYTES:
             raise ValueError(f"a random source needs a key of {KEY_BYTES} bytes, got {len(key)}")
-        self._key = bytes(key)
+        self._key, self._process = bytes(key), os.getpid()
         self._stream = Cipher(algorithms.ChaCha20(self._key, bytes(16)), mode=None).encryptor()
 
     @classmethod
@@ -74,6 +75,7 @@ class RandomSource:
 
     def child(self, purpose: str, *path: int | str) -> RandomSource:
         """Derive the source of another purpose under this key; it does not move this stream."""
+        self._check()
         name = _encode(purpose, *path)
         return RandomSource(
             hashlib.blake2b(
@@ -81,8 +83,13 @@ class RandomSource:
             ).digest()
         )
 
+    def _check(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError("a random source was taken into a fork of the process that made it")
+
     def words(self, n: int) -> npt.NDArray[np.uint64]:
         """Draw ``n`` uniform 64-bit words, uint64 ``(n,)``."""
+        self._check()
         raw = self._stream.update(bytes(8 * n))
         return np.frombuffer(raw, dtype="<u8").astype(np.uint64, copy=False)
 

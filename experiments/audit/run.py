@@ -94,7 +94,7 @@ def run(
         progress: A context manager that shows a run.
 
     Returns:
-        What ``audit.json`` holds.
+        What ``audit.json`` holds; ``lira failed`` says why shadows did not end, if they did not.
     """
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as folder:
         audited = plant(config, canaries, Path(folder) / "records")
@@ -141,8 +141,11 @@ def run(
         if shadows:
             kept = f"kept so far: {out / 'audit.json'}; {shadows} shadow runs for LiRA follow"
             console.print(kept, soft_wrap=True, highlight=False)
-            lira = _lira(target, rows, engine, shadows, Path(folder), progress)
-            result["membership"]["lira"] = lira
+            try:
+                lira = _lira(target, rows, engine, shadows, Path(folder), progress)
+                result["membership"]["lira"] = lira
+            except Exception as error:
+                result["lira failed"] = f"{type(error).__name__}: {error}"
             result = _keep(out, result)
     return result
 
@@ -381,6 +384,8 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("noise", _noise(result["noise"])))
     for attack, measured in result["membership"].items():
         found.append((f"who was trained on ({attack})", _attack(measured)))
+    if failed := result.get("lira failed"):
+        found.append(("who was trained on (lira)", f"not known: its runs failed ({failed})"))
     if extraction := result.get("extraction"):
         for which in ("planted", "not planted"):
             bits = extraction[which]

@@ -11,6 +11,7 @@ Only the standard library is imported here, since the stand-in is this file too.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,22 +31,27 @@ from pathlib import Path
 from typing import Any
 
 STREAMS = (0, 1, 2)
-MOST = 1 << 17  # bytes of a request; what Linux lets through in one piece
+LENGTH = struct.Struct("!I")  # of what a stand-in asks for
 
 
 class ForkServer:
     """The server's process, which ends with the block that it is used in, or with its owner.
 
     Args:
-        modules: What it imports; none may start threads, touch a GPU, or be Ray, which reads a
-            worker's environment as soon as it is imported.
+        modules: What it imports. None may touch a GPU, start threads of Python or be Ray, which
+            reads a worker's environment as soon as it is imported.
         environment: Of the server from its start, beside this process's own.
+
+    Raises:
+        AttributeError, OSError: Where the system has not what it takes.
     """
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
+        os.close(os.pidfd_open(os.getpid()))  # whether there is such a thing
         self._folder = tempfile.mkdtemp(prefix="fedlora-fork-")  # only this user can enter
         self._socket = str(Path(self._folder) / "socket")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        with contextlib.ExitStack() as undo, socket.socket(socket.AF_UNIX) as listener:
+            undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
             listener.bind(self._socket)
             listener.listen()  # who comes while it imports waits
             self._process = subprocess.Popen(
@@ -56,6 +63,7 @@ class ForkServer:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for this process alone
             )
+            undo.pop_all()
 
     @property
     def py_executable(self) -> str:
@@ -63,20 +71,29 @@ class ForkServer:
         words = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), self._socket]
         return shlex.join(words)
 
+    def check(self) -> None:
+        """Raise a RuntimeError when the server has ended: no worker could start any more."""
+        if self._process.poll() is not None:
+            code = self._process.returncode
+            raise RuntimeError(f"the process that workers are forked from ended with {code}")
+
     def __enter__(self) -> "ForkServer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it. Workers have ended by then, since Ray has."""
+        """End it, and what it forked."""
         assert self._process.stdin is not None
-        self._process.kill()
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:  # it imports, so there are no workers yet
+            self._process.kill()
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def serve(listener: socket.socket, modules: Sequence[str]) -> None:
-    """Fork a process for each request, until stdin ends."""
+    """Fork a process for each request, until stdin ends; its end is that of the forks."""
     from experiments import simulate
     from fedlora.startup import importing
 
@@ -84,21 +101,28 @@ def serve(listener: socket.socket, modules: Sequence[str]) -> None:
     with importing():
         for name in modules:
             importlib.import_module(name)
+    gc.freeze()
+    workers: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> worker, its stand-in
+    try:
+        _serve(listener, workers)
+    finally:
+        for worker, _ in workers.values():
+            os.kill(worker, signal.SIGKILL)
+        shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
 
+
+def _serve(listener: socket.socket, workers: dict[int, tuple[int, socket.socket]]) -> None:
     events = select.poll()
     events.register(0)
     events.register(listener, select.POLLIN)
-    workers: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> worker, its stand-in
     stand_ins: dict[int, int] = {}  # descriptor of a stand-in -> worker
     while True:
         for descriptor, what in events.poll():
             if descriptor == 0 and what & (select.POLLHUP | select.POLLERR):
-                for worker, _ in workers.values():
-                    os.kill(worker, signal.SIGKILL)
                 return
             if descriptor == listener.fileno():
                 asked, _ = listener.accept()
-                worker = _forked(asked, listener)
+                worker = _forked(asked, listener, workers)
                 if worker:
                     ended = os.pidfd_open(worker)
                     workers[ended] = worker, asked
@@ -120,10 +144,16 @@ def serve(listener: socket.socket, modules: Sequence[str]) -> None:
                 os.kill(stand_ins.pop(descriptor), signal.SIGKILL)
 
 
-def _forked(asked: socket.socket, listener: socket.socket) -> int:
-    """The worker that a stand-in asks for; in the worker itself this never returns."""
-    message, files, _, _ = socket.recv_fds(asked, MOST, len(STREAMS))
-    if not message:
+def _forked(
+    asked: socket.socket,
+    listener: socket.socket,
+    others: Mapping[int, tuple[int, socket.socket]],
+) -> int:
+    """The worker that a stand-in asks for, or 0; in the worker itself this never returns."""
+    length, files, _, _ = socket.recv_fds(asked, LENGTH.size, len(STREAMS))
+    with asked.makefile("rb") as stream:
+        message = stream.read(*LENGTH.unpack(length)) if len(files) == len(STREAMS) else b""
+    if not message:  # it has ended
         asked.close()
         return 0
     worker = os.fork()
@@ -133,15 +163,19 @@ def _forked(asked: socket.socket, listener: socket.socket) -> int:
         return worker
     code = 1
     try:
+        os.setpgid(0, 0)
         listener.close()
         asked.close()
+        for ended, (_, other) in others.items():
+            os.close(ended)
+            other.close()
         for file, stream in zip(files, STREAMS, strict=True):
             os.dup2(file, stream)
             os.close(file)
         _become(json.loads(message))
         code = 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -161,14 +195,16 @@ def _become(asked: dict[str, Any]) -> None:
 
 def stand_in(path: str, arguments: Sequence[str]) -> int:
     """Ask for a worker and wait for its end; gives its exit code."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+    with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
         asked = {
             "arguments": list(arguments),
             "environment": dict(os.environ),
             "folder": str(Path.cwd()),
         }
-        socket.send_fds(server, [json.dumps(asked).encode()], STREAMS)
+        message = json.dumps(asked).encode()
+        socket.send_fds(server, [LENGTH.pack(len(message))], STREAMS)
+        server.sendall(message)
         code = server.recv(64)
     return int(code) if code else 1
 

@@ -6,6 +6,7 @@ replaced; an institution whose worker died is retried once, then reported as fai
 """
 
 import collections
+import gc
 import heapq
 import importlib
 import logging
@@ -108,6 +109,7 @@ class _Worker:
         module, _, name = app.partition(":")
         with importing():
             self._app = getattr(importlib.import_module(module), name)
+        gc.freeze()
 
     def pid(self) -> int:
         return os.getpid()
@@ -171,6 +173,7 @@ class RayGrid(SimulationGrid):
     ) -> None:
         super().__init__(institutions, run_config)
         self._owns_ray = not ray.is_initialized()
+        self._forks = forks
         environment: dict[str, Any] = {"env_vars": trainer.ENVIRONMENT}
         if forks is not None:
             environment["py_executable"] = forks.py_executable
@@ -252,7 +255,13 @@ class RayGrid(SimulationGrid):
         return [job.message.metadata.message_id for job in jobs]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies that have arrived; waits up to a tenth of a second for the first."""
+        """Replies that have arrived; waits up to a tenth of a second for the first.
+
+        Raises:
+            RuntimeError: When what workers are forked from has ended.
+        """
+        if self._forks is not None:
+            self._forks.check()
         replies: list[Message] = []
         if self._running:
             ready, _ = ray.wait(

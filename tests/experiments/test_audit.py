@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from experiments.audit import membership
 from experiments.audit.bound import audit, lower_bound, p_value
 from experiments.audit.canaries import plant
-from experiments.audit.run import VIEWS, verdict
+from experiments.audit.run import VIEWS, facts, verdict
 from experiments.cli import app
 from fedlora import records
 from fedlora.errors import InputError
@@ -135,13 +135,13 @@ def audited(tiny_config, tmp_path, monkeypatch):
     fixed = SimpleNamespace(randbits=lambda _: int(coins.integers(2)))
     monkeypatch.setattr("experiments.audit.canaries.secrets", fixed)
 
-    def run(*options, **values):
+    def run(*options, expect=0, **values):
         file = tmp_path / "config.toml"
         file.write_text(tiny_config(**{**FEW, **values}).to_toml())
         out = tmp_path / "audit"
         command = ["audit", str(file), "--engine", "inline", "--canaries", "120"]
         result = CliRunner().invoke(app, [*command, "--out", str(out), "--json", *options])
-        assert result.exit_code in (0, 3), result.output
+        assert result.exit_code in (expect, 3), result.output
         assert json.loads(result.stdout) == json.loads((out / "audit.json").read_text())
         return result.exit_code, json.loads(result.stdout)
 
@@ -205,6 +205,20 @@ def test_noise_that_institutions_share_breaks_the_promise(audited, monkeypatch):
     monkeypatch.setattr(PrivateOptimizer, "_draw", same_for_all)
     code, found = audited(**{"privacy.epsilon": 1.0})
     assert code == 3 and found["noise"]["cosine"] > 0.5
+
+
+def test_what_was_found_before_a_shadow_failed_is_kept(audited, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("experiments.audit.run._shadow", fail)
+    code, found = audited("--shadows", "2", expect=1, **{"privacy.epsilon": float("inf")})
+    assert code == 1
+    assert found["lira failed"] == "OSError: no space left"
+    assert found["membership"].keys() == {"loss"} and found["canaries"]["in all"] == 120
+    assert ("who was trained on (lira)", "not known: its runs failed (OSError: no space left)") in (
+        facts(found)
+    )
 
 
 @pytest.mark.slow

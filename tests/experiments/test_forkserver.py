@@ -103,7 +103,7 @@ def test_forks_end_when_the_servers_owner_dies(tmp_path):
     )
     process = subprocess.Popen(
         [sys.executable, "-c", owner],
-        env={**os.environ, "ASKED": "yes"},
+        env={**os.environ, "ASKED": "yes", "TMPDIR": str(tmp_path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -113,3 +113,32 @@ def test_forks_end_when_the_servers_owner_dies(tmp_path):
     process.kill()
     assert gone(pid)
     process.communicate()
+    for _ in range(100):
+        if not (left := list(tmp_path.glob("fedlora-fork-*"))):
+            break
+        time.sleep(0.05)
+    assert not left
+
+
+def test_a_server_that_cannot_import_is_noticed(capfd):
+    with (
+        ForkServer(["no_such_module"], {}) as server,
+        pytest.raises(RuntimeError, match="ended with 1"),
+    ):
+        for _ in range(400):
+            server.check()
+            time.sleep(0.05)
+    assert "no_such_module" in capfd.readouterr().err
+
+
+def test_a_long_environment_reaches_a_fork(forks, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(len(os.environ['LONG']))")
+    done = subprocess.run(
+        ["bash", "-c", f"exec {forks.py_executable} {script}"],
+        env={"LONG": "ü" * 60_000, "ALSO": "y" * 100_000, "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "60000"

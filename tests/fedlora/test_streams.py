@@ -1,6 +1,7 @@
 """Random streams: known bytes, independence, distribution, and the hardened normal."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -135,3 +136,21 @@ def test_a_torch_generator_repeats_under_its_key() -> None:
     other = torch.rand(4, generator=RandomSource(bytes(32)).torch_generator())
     assert torch.equal(a, b)
     assert not torch.equal(a, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_source_draws_nothing_in_a_fork():
+    source = RandomSource.secure()
+    source.normal(3)
+    pid = os.fork()
+    if not pid:
+        refused = 0
+        for draw in (lambda: source.words(1), lambda: source.normal(1), lambda: source.child("x")):
+            try:
+                draw()
+            except RuntimeError:
+                refused += 1
+        os._exit(refused)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 3
+    source.normal(3)  # goes on where it was made
