@@ -37,6 +37,7 @@ class Work:
     rounds: int = 3
     steps: int = 5
     private: bool = False
+    seed: int = 1
 
     def config(self) -> configuration.RunConfig:
         """The run of fedlora."""
@@ -47,6 +48,7 @@ class Work:
             "data.institutions": self.institutions,
             "federation.rounds": self.rounds,
             "training.local-steps": self.steps,
+            "seed": self.seed,
         }
         if self.private:
             values |= {
