@@ -85,9 +85,16 @@ def test_every_row_is_measured_once():
 
 def test_sides_run_in_turn():
     order = []
-    side = lambda name: lambda: order.append(name) or SimpleNamespace(seconds=1.0, peak_mib=1.0)  # noqa: E731
+
+    def side(name):
+        def run(turn):
+            order.append((name, turn))
+            return SimpleNamespace(seconds=1.0, peak_mib=1.0)
+
+        return run
+
     found = bench.in_turn({"a": side("a"), "b": side("b")}, 2)
-    assert order == ["a", "b", "a", "b"]
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert {name: len(runs) for name, runs in found.items()} == {"a": 2, "b": 2}
 
 
