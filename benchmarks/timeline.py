@@ -1,0 +1,94 @@
+"""Where the wall time of one run goes, from the command to its end, as a table.
+
+Usage: python -m benchmarks.timeline [--config benchmarks/work.toml] [--cached]
+
+The run is the user's own command in a process of its own, with Ray; without ``--cached`` nothing
+from another run is there. Each step is noted when it begins or ends.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = """
+import json, os, sys, time
+from experiments import cli, simulate
+
+def note(name):
+    with open(os.environ["FEDLORA_TIMELINE"], "a") as file:
+        file.write(json.dumps([name, time.time()]) + "\\n")
+
+def noted(owner, name, after):
+    inner = getattr(owner, name)
+    def outer(*args, **kwargs):
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            note(after)
+    setattr(owner, name, outer)
+
+noted(simulate, "prepare", "read and tokenise")
+import ray
+noted(ray, "init", "start Ray")
+noted(ray, "shutdown", "stop Ray")
+from experiments.engines.ray import RayGrid
+push = RayGrid.push_messages
+def pushed(self, messages):
+    note("wait for the next messages")
+    return push(self, messages)
+RayGrid.push_messages = pushed
+collect = RayGrid._collect
+def collected(self, reference):
+    try:
+        return collect(self, reference)
+    finally:
+        note("institutions' work")
+RayGrid._collect = collected
+from experiments import report
+noted(report, "write", "write the report")
+cli.app()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="benchmarks/work.toml")
+    parser.add_argument("--cached", action="store_true", help="run it once before, uncounted")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        here = Path(name)
+        for turn in range(1 + arguments.cached):
+            notes = here / f"notes-{turn}"
+            command = [sys.executable, "-c", RUN, "run", str(Path(arguments.config).resolve())]
+            started = time.time()
+            subprocess.run(
+                [*command, "--out", str(here / f"run-{turn}"), "--quiet"],
+                env={
+                    **os.environ,
+                    "FEDLORA_TIMELINE": str(notes),
+                    "FEDLORA_CACHE": str(here / "cache"),
+                    "PYTHONPATH": str(ROOT),
+                },
+                cwd=ROOT,
+                check=True,
+            )
+            ended = time.time()
+        spans: dict[str, float] = {}
+        before = started
+        lines = [json.loads(line) for line in notes.read_text().splitlines()]
+        for what, moment in [*lines, ("end the process", ended)]:
+            spans[what] = spans.get(what, 0.0) + moment - before
+            before = moment
+    print(
+        json.dumps({k: round(v, 2) for k, v in spans.items()} | {"all": round(ended - started, 2)})
+    )
+
+
+if __name__ == "__main__":
+    main()
