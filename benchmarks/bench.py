@@ -14,7 +14,6 @@ runs: as little work as there can be, nothing compared and nothing written.
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import platform
@@ -333,19 +332,19 @@ def workers(options: Options) -> dict[str, Outcome]:
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
         here = Path(scratch)
-        number = itertools.count()
 
-        def of(count: int) -> measure.Measured:
+        def of(count: int, turn: int) -> measure.Measured:
             pairs = {**values, "engine.workers": count}.items()
             assigned = [word for key, value in pairs for word in ("--set", f"{key}={value}")]
             command = [str(Path(sys.executable).with_name("fedlora")), "run", str(work.CONFIG)]
             return measure.run(
-                [*command, *assigned, "--out", str(here / f"run-{next(number)}"), "--json"],
+                [*command, *assigned, "--out", str(here / f"run-{count}-{turn}"), "--json"],
                 environment=work.environment(here / "cache"),
                 cwd=here,
             )
 
-        found = in_turn({"one": lambda _: of(1), "two": lambda _: of(2)}, options.repeats)
+        sides = {"one": functools.partial(of, 1), "two": functools.partial(of, 2)}
+        found = in_turn(sides, options.repeats)
     pairs = list(zip(found["two"], found["one"], strict=True))
     return {
         "worker": Outcome(

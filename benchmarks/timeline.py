@@ -1,19 +1,20 @@
-"""Where the wall time of one run goes, from the command to its end, as a table.
+"""Seconds of each part of one run, from the command to its end, as one line of JSON.
 
 Usage: python -m benchmarks.timeline [--config benchmarks/work.toml] [--cached]
 
 The run is the user's own command in a process of its own, with Ray; without ``--cached`` nothing
-from another run is there. Each step is noted when it begins or ends.
+from another run is there. A part ends where the next one begins.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks import work
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
@@ -24,13 +25,15 @@ def note(name):
     with open(os.environ["FEDLORA_TIMELINE"], "a") as file:
         file.write(json.dumps([name, time.time()]) + "\\n")
 
-def noted(owner, name, after):
+def noted(owner, name, after="", before=""):
     inner = getattr(owner, name)
     def outer(*args, **kwargs):
-        try:
-            return inner(*args, **kwargs)
-        finally:
+        if before:
+            note(before)
+        result = inner(*args, **kwargs)
+        if after:
             note(after)
+        return result
     setattr(owner, name, outer)
 
 noted(simulate, "prepare", "read and tokenise")
@@ -38,18 +41,8 @@ import ray
 noted(ray, "init", "start Ray")
 noted(ray, "shutdown", "stop Ray")
 from experiments.engines.ray import RayGrid
-push = RayGrid.push_messages
-def pushed(self, messages):
-    note("wait for the next messages")
-    return push(self, messages)
-RayGrid.push_messages = pushed
-collect = RayGrid._collect
-def collected(self, reference):
-    try:
-        return collect(self, reference)
-    finally:
-        note("institutions' work")
-RayGrid._collect = collected
+noted(RayGrid, "push_messages", before="wait for the next messages")
+noted(RayGrid, "_collect", after="institutions' work")
 from experiments import report
 noted(report, "write", "write the report")
 cli.app()
@@ -69,12 +62,7 @@ def main() -> None:
             started = time.time()
             subprocess.run(
                 [*command, "--out", str(here / f"run-{turn}"), "--quiet"],
-                env={
-                    **os.environ,
-                    "FEDLORA_TIMELINE": str(notes),
-                    "FEDLORA_CACHE": str(here / "cache"),
-                    "PYTHONPATH": str(ROOT),
-                },
+                env={**work.environment(here / "cache"), "FEDLORA_TIMELINE": str(notes)},
                 cwd=ROOT,
                 check=True,
             )

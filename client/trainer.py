@@ -8,12 +8,10 @@ end refuses another user's process. The trainer ends with its launcher, however 
 launcher starts another one when it ended by itself: what an app does to it costs that message.
 """
 
-import ctypes
 import faulthandler
 import gc
 import logging
 import os
-import signal
 import socket
 import struct
 import sys
@@ -28,7 +26,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import settings
 from fedlora import data, logs, models, records, shards, wire
 from fedlora.errors import InputError, place
-from fedlora.startup import importing
+from fedlora.startup import end_with_parent, importing
 
 log = logging.getLogger("fedlora.client")
 
@@ -42,7 +40,6 @@ ENVIRONMENT = {
 """What a process that trains for long needs in its environment from its start."""
 
 _TITLE = "fedlora-trainer"
-_END_WITH_PARENT = 1  # Linux: prctl(PR_SET_PDEATHSIG, ...)
 
 App = Callable[[Message, Context], Message]
 
@@ -164,7 +161,7 @@ def _listener(path: Path) -> Listener:
 def main() -> None:
     """Serve at the socket that the first argument names, as long as the second's process lives."""
     path, parent = Path(sys.argv[1]), int(sys.argv[2])
-    ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != parent:
         sys.exit("the launcher has ended")
     Path("/proc/self/comm").write_text(_TITLE)

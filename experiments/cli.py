@@ -254,13 +254,13 @@ def run_sweep(
         # Not on the screen, but in results.md.
         left = {"macro-F1, %", "gain over local-dp", "MB moved", "seconds", "seeds", "delta"}
         left |= {"epsilon"} if "privacy.epsilon" in pooled[0] else set()
-        kept = [i for i, head in enumerate(pooled[0]) if head not in left]
+        columns = [column for column in zip(*pooled, strict=True) if column[0] not in left]
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for head, *body in zip(*([row[i] for i in kept] for row in pooled), strict=True):
+        for head, *body in columns:
             widest = max(map(len, body), default=0)
             table.add_column(head, overflow="fold", min_width=min(widest, 12))  # rows fit into 80
-        for row in pooled[1:]:
-            table.add_row(*(row[i] for i in kept))
+        for row in list(zip(*columns, strict=True))[1:]:
+            table.add_row(*row)
         console.print(table)
         console.print(f"report         {place / 'report.html'}", highlight=False, soft_wrap=True)
         console.print(f"results        {place / 'results.csv'}", highlight=False, soft_wrap=True)

@@ -1,7 +1,8 @@
 """One simulated run, from a resolved configuration to a complete run directory.
 
 A run that was prepared before starts fast because nothing waits for torch: records that are cached
-open without it, and Ray and its workers come up while this process imports it.
+open without it, and Ray comes up, and what its workers are forked from imports, while this process
+does.
 """
 
 import contextlib

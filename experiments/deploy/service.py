@@ -3,7 +3,6 @@
 Flower, nginx and our own apps log in forms of their own; whoever collects logs gets one.
 """
 
-import ctypes
 import io
 import json
 import os
@@ -17,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedlora.errors import InputError
+from fedlora.startup import end_with_parent
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 8.0
@@ -34,7 +34,6 @@ _LEVELS = {
     "alert": "critical",
     "emerg": "critical",
 }
-_END_WITH_PARENT = 1  # Linux: prctl(PR_SET_PDEATHSIG, ...)
 
 
 def record(
@@ -143,11 +142,6 @@ def run(
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    libc = ctypes.CDLL(None)
-
-    def end_with_parent() -> None:
-        libc.prctl(_END_WITH_PARENT, signal.SIGKILL)
-
     try:
         return subprocess.Popen(
             command,

@@ -93,7 +93,7 @@ class ForkServer:
 
 
 def serve(listener: socket.socket, modules: Sequence[str]) -> None:
-    """Fork a process for each request, until stdin ends; its end is that of the forks."""
+    """Fork a process for each request, until stdin ends; forks end with this process."""
     from experiments import simulate
     from fedlora.startup import importing
 
@@ -102,20 +102,17 @@ def serve(listener: socket.socket, modules: Sequence[str]) -> None:
         for name in modules:
             importlib.import_module(name)
     gc.freeze()
-    workers: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> worker, its stand-in
     try:
-        _serve(listener, workers)
+        _serve(listener)
     finally:
-        for worker, _ in workers.values():
-            os.kill(worker, signal.SIGKILL)
         shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
 
 
-def _serve(listener: socket.socket, workers: dict[int, tuple[int, socket.socket]]) -> None:
+def _serve(listener: socket.socket) -> None:
     events = select.poll()
     events.register(0)
     events.register(listener, select.POLLIN)
-    stand_ins: dict[int, int] = {}  # descriptor of a stand-in -> worker
+    workers: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> worker, its stand-in
     while True:
         for descriptor, what in events.poll():
             if descriptor == 0 and what & (select.POLLHUP | select.POLLERR):
@@ -126,7 +123,6 @@ def _serve(listener: socket.socket, workers: dict[int, tuple[int, socket.socket]
                 if worker:
                     ended = os.pidfd_open(worker)
                     workers[ended] = worker, asked
-                    stand_ins[asked.fileno()] = worker
                     events.register(ended, select.POLLIN)
                     events.register(asked, select.POLLIN)
             elif descriptor in workers:
@@ -134,14 +130,15 @@ def _serve(listener: socket.socket, workers: dict[int, tuple[int, socket.socket]
                 _, status = os.waitpid(worker, 0)
                 events.unregister(descriptor)
                 os.close(descriptor)
-                if stand_ins.pop(asked.fileno(), 0):
+                with contextlib.suppress(KeyError):  # it ended before
                     events.unregister(asked)
                 with contextlib.suppress(OSError):
                     asked.send(str(os.waitstatus_to_exitcode(status)).encode())
                 asked.close()
-            elif descriptor in stand_ins:  # it sends nothing more, so it has ended
-                events.unregister(descriptor)
-                os.kill(stand_ins.pop(descriptor), signal.SIGKILL)
+            for worker, asked in workers.values():
+                if asked.fileno() == descriptor:  # it sends nothing more, so it has ended
+                    events.unregister(descriptor)
+                    os.kill(worker, signal.SIGKILL)
 
 
 def _forked(
@@ -156,6 +153,9 @@ def _forked(
     if not message:  # it has ended
         asked.close()
         return 0
+    from fedlora.startup import end_with_parent
+
+    server = os.getpid()
     worker = os.fork()
     if worker:
         for file in files:
@@ -163,6 +163,9 @@ def _forked(
         return worker
     code = 1
     try:
+        end_with_parent()
+        if os.getppid() != server:
+            sys.exit("the fork server has ended")
         os.setpgid(0, 0)
         listener.close()
         asked.close()

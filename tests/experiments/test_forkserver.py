@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from experiments.engines.forkserver import ForkServer
@@ -118,6 +119,26 @@ def test_forks_end_when_the_servers_owner_dies(tmp_path):
             break
         time.sleep(0.05)
     assert not left
+
+
+def test_forks_end_with_the_server_however_it_ends(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with ForkServer([], {}) as server:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {server.py_executable} {script} stay"],
+            env={**os.environ, "ASKED": "yes"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        pid = int(process.stdout.readline().split()[-1])
+        os.kill(psutil.Process(pid).ppid(), signal.SIGKILL)
+        assert gone(pid)
+        assert process.wait(timeout=20) == 1
+        with pytest.raises(RuntimeError, match="ended with -9"):
+            server.check()
+    process.communicate()
 
 
 def test_a_server_that_cannot_import_is_noticed(capfd):
