@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedlora import tasks
+from fedlora import packing, tasks
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.shards import Shard, concatenate
@@ -17,6 +17,7 @@ from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable, training_mode
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SHORT = 8  # tokens that a row of a pass may have on average before fewer rows fit into it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +102,33 @@ def train(
         for step, rows in enumerate(batches):
             dropout = functools.partial(source.child("dropout", step).child, "row")
             optimizer.zero_grad()
-            for micro in tasks.micro_batches(shard.lengths, rows, plan.physical_batch):
-                losses = _losses(trainable, shard, micro, dropout)
+            for losses in _plain_passes(trainable, shard, rows, plan.physical_batch, dropout):
                 (losses.sum() / len(rows)).backward()
                 total += float(losses.detach().sum())
             pull()
             optimizer.step()
     return total / (size * plan.steps)
+
+
+def _plain_passes(
+    trainable: Trainable,
+    shard: Shard,
+    rows: np.ndarray,
+    physical_batch: int,
+    dropout: Callable[[int], RandomSource],
+) -> Iterator[torch.Tensor]:
+    """Losses of all rows ``(n,)``, in passes; each one's backward goes before the next."""
+    if trainable.first_position is None:
+        for micro in tasks.micro_batches(shard.lengths, rows, physical_batch):
+            yield _losses(trainable, shard, micro, dropout)
+        return
+    ends = np.cumsum(shard.lengths[rows])
+    passes = max(1, round(ends[-1] / _tokens(trainable, physical_batch)))
+    for part in np.split(rows, np.searchsorted(ends, ends[-1] * np.arange(1, passes) / passes)):
+        part = part[np.argsort(trainable.task.widths(shard)[part], kind="stable")]
+        total = int(shard.lengths[part].sum())
+        with _packed_losses(trainable, shard, part, dropout, total, len(part)) as losses:
+            yield losses
 
 
 def train_privately(
@@ -257,32 +278,136 @@ def _clipped_sums(
             dropout += [source.child("row", int(row)) for row in rows]
         rows_so_far += len(rows)
     shard = concatenate(parts)
-    shapes = trainable.task.shapes(shard)
     clipping = runs[0].clipping
 
     sums = [p.new_zeros((len(runs), *p.shape), dtype=torch.float64) for p in named.values()]
     values: list[torch.Tensor] = []  # of each parameter (runs, *shape)
     if own:
         values = [torch.stack(each) for each in zip(*(run.values for run in runs), strict=True)]
-    for group in _groups(units, shapes, physical_batch):
-        of_group = [units[i] for i in group]
-        owners = torch.tensor([owner[i] for i in group])
-        gradients = _unit_gradients(
-            trainable,
-            named,
-            shard,
-            of_group,
-            shapes,
-            physical_batch,
-            dropout.__getitem__,
-            [value[owners] for value in values] if own else None,
-        )
+    packed = trainable.first_position is not None and trainable.base.model.device.type == "cpu"
+    make = _packed_gradients if packed else _padded_gradients
+    for group, gradients in make(
+        trainable,
+        named,
+        shard,
+        units,
+        physical_batch,
+        dropout.__getitem__,
+        (lambda some: [value[[owner[unit] for unit in some]] for value in values]) if own else None,
+    ):
         clipping.clip(gradients)
         for total, gradient in zip(sums, gradients, strict=True):
             precise = gradient.double()
-            for position, unit in enumerate(group):  # one after the other, on a GPU too
-                total[owner[unit]].add_(precise[position])
+            for position in np.argsort(group):  # one after the other, on a GPU too
+                total[owner[group[position]]].add_(precise[position])
     return sums
+
+
+Values = Callable[[Sequence[int]], list[torch.Tensor]]
+"""The parameters of so many units, each ``(units, *shape)``."""
+
+
+def _packed_gradients(
+    trainable: Trainable,
+    named: dict[str, torch.nn.Parameter],
+    shard: Shard,
+    units: Sequence[np.ndarray],
+    physical_batch: int,
+    dropout: Callable[[int], RandomSource],
+    values: Values | None = None,
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """Each unit's summed gradient, from packed rows of one size.
+
+    A unit's gradient is the same to the last bit whatever other units are there: all packed rows
+    have equally many tokens, and a unit's rows are added one after the other in their order.
+
+    Args:
+        trainable: The model.
+        named: What is trained.
+        shard: Everyone's rows.
+        units: Rows of each unit.
+        physical_batch: The most rows of a pass.
+        dropout: The source of a row's masks.
+        values: What the parameters are for units; None: as in the model.
+
+    Yields:
+        Some units, all of them before later ones, and for each parameter their gradients,
+        float32 ``(units, *shape)``.
+    """
+    rows = np.concatenate([np.empty(0, np.int64), *units])
+    of_row = np.repeat(np.arange(len(units)), [len(each) for each in units])
+    total = _tokens(trainable, physical_batch)
+    widths = trainable.task.widths(shard)
+    single = len(rows) == len(units)
+    begun: list[torch.Tensor] = []  # of a unit whose last rows are in a later pass
+    for part in _filled(shard.lengths[rows], total, physical_batch):
+        order = part[np.argsort(widths[rows[part]], kind="stable")]
+        filled = values and dict(zip(named, values(of_row[order].tolist()), strict=True))
+        with trainable.per_sample.expanded(len(part), None, filled):
+            with _packed_losses(
+                trainable, shard, rows[order], dropout, total, physical_batch
+            ) as losses:
+                losses.sum().backward()
+            trainable.per_sample.collect()
+        of_rows = [_taken(name, p) for name, p in named.items()]
+        if single:
+            yield of_row[order].tolist(), of_rows
+            continue
+        first, last = int(of_row[part[0]]), int(of_row[part[-1]])
+        found = [g.new_zeros((last - first + 1, *g.shape[1:])) for g in of_rows]
+        for sums, before in zip(found, begun, strict=bool(begun)):
+            sums[0] = before
+        for place in np.argsort(order):
+            for sums, gradients in zip(found, of_rows, strict=True):
+                sums[of_row[order[place]] - first].add_(gradients[place])
+        whole = part[-1] == len(rows) - 1 or of_row[part[-1] + 1] != last
+        begun = [] if whole else [sums[-1] for sums in found]
+        if finished := list(range(first, last + whole)):
+            yield finished, [sums[: len(finished)] for sums in found]
+
+
+def _filled(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarray]:
+    """Numbers of rows ``(n,)`` in their order, as many in a pass as have room."""
+    begin, tokens = 0, 0
+    for number, length in enumerate(lengths):
+        if number - begin == most or tokens + length > total:
+            yield np.arange(begin, number)
+            begin, tokens = number, 0
+        tokens += int(length)
+    if begin < len(lengths):
+        yield np.arange(begin, len(lengths))
+
+
+def _tokens(trainable: Trainable, physical_batch: int) -> int:
+    """Tokens of a packed row: those of `physical_batch` short rows, or of a long one."""
+    return max(SHORT * physical_batch, trainable.task.encoding.max_length)
+
+
+def _padded_gradients(
+    trainable: Trainable,
+    named: dict[str, torch.nn.Parameter],
+    shard: Shard,
+    units: Sequence[np.ndarray],
+    physical_batch: int,
+    dropout: Callable[[int], RandomSource],
+    values: Values | None = None,
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """The same from padded passes, for models, tasks and devices that need them."""
+    shapes = trainable.task.shapes(shard)
+    for group in _groups(units, shapes, physical_batch):
+        yield (
+            group,
+            _unit_gradients(
+                trainable,
+                named,
+                shard,
+                [units[i] for i in group],
+                shapes,
+                physical_batch,
+                dropout,
+                values and values(group),
+            ),
+        )
 
 
 def _unit_gradients(
@@ -427,6 +552,31 @@ def _losses(
     task = trainable.task
     batch = task.collate(shard, rows, width)
     return task.losses(trainable.model, batch, trainable.labels)
+
+
+@contextlib.contextmanager
+def _packed_losses(
+    trainable: Trainable,
+    shard: Shard,
+    rows: np.ndarray,
+    dropout: Callable[[int], RandomSource],
+    total: int,
+    slots: int,
+) -> Iterator[torch.Tensor]:
+    """Losses of the given rows ``(n,)`` in one packed row; their backward goes inside."""
+    assert trainable.first_position is not None
+    if trainable.per_sample.has_dropout:
+        trainable.per_sample.draw_dropout([dropout(int(row)) for row in rows])
+    batch = trainable.task.pack(
+        shard,
+        rows,
+        first=trainable.first_position,
+        total=total,
+        slots=slots,
+        device=trainable.base.model.device,
+    )
+    with packing.use(batch.row):
+        yield trainable.task.losses(trainable.model, batch, trainable.labels)
 
 
 @contextlib.contextmanager

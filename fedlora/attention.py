@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
+from fedlora import packing
+
 NAME = "fedlora"
 
 
@@ -42,16 +44,43 @@ def attention(
         query: In any floating dtype.
         key: The same.
         value: The same.
-        attention_mask: Float, ``(b, 1, t, u)``, added to the products.
+        attention_mask: Float, ``(b, 1, t, u)``, added to the products; not read in a packed row.
         options: As transformers gives them: scaling, dropout, position_bias.
 
     Returns:
         ``(b, t, heads, d)`` in the query's dtype, and no weights.
     """
     dtype = torch.float32 if query.device.type == "cpu" else query.dtype
+    if (row := packing.active()) is not None:
+        return _packed(row, module, (query, key, value), dtype, options), None
     q, k, v, added = (tensor.to(dtype) for tensor in (query, key, value, attention_mask))
     attended, _ = sdpa_attention_forward(module, q, k, v, added, **options)
     return attended.to(query.dtype), None
+
+
+def _packed(
+    row: packing.Packing,
+    module: Any,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Each example's tokens attend to each other; ``(1, heads, t, d)`` to ``(1, t, heads, d)``."""
+    q, k, v = (
+        row.pad(tensor[0].transpose(0, 1).flatten(1))
+        .to(dtype)
+        .unflatten(1, (tensor.shape[1], -1))  # (places, heads, d)
+        for tensor in tensors
+    )
+    causal = bool(getattr(module, "is_causal", False))
+    parts: list[torch.Tensor] = []
+    for (_, a), (_, b), (_, c), added in zip(
+        row.groups(q), row.groups(k), row.groups(v), row.masks(causal), strict=True
+    ):
+        a, b, c = (part.transpose(1, 2) for part in (a, b, c))
+        attended, _ = sdpa_attention_forward(module, a, b, c, added.to(dtype), **options)
+        parts.append(attended.flatten(0, 1).flatten(1).to(tensors[0].dtype))
+    return row.unpad(torch.cat(parts)).unflatten(1, (q.shape[1], -1))[None]
 
 
 def mask(*arguments: Any, **options: Any) -> torch.Tensor:

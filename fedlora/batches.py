@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora.data import Shard
+from fedlora.packing import Packing
 
 Int64 = NDArray[np.int64]
 Side = Literal["left", "right"]
@@ -76,6 +77,52 @@ def pad(
         attention_mask=torch.tensor(mask),
         targets=torch.tensor(targets),
         rows=torch.tensor(rows),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Rows of a shard in one packed row.
+
+    Args:
+        input_ids: ``(1, T)`` int64.
+        position_ids: ``(1, T)`` int64; each example's begin anew.
+        targets: ``(n,)`` int64.
+        row: Where the examples are.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    targets: torch.Tensor
+    row: Packing
+
+
+def pack(
+    tokens: Sequence[NDArray[np.int32]],
+    targets: Int64,
+    widths: Int64,
+    *,
+    pad_id: int,
+    first: int,
+    total: int,
+    slots: int,
+    device: torch.device,
+) -> PackedBatch:
+    """Packs token ids into one row of ``total`` tokens; see `Packing` for widths and slots.
+
+    ``first`` is the position of an example's first token.
+    """
+    lengths = np.array([len(row) for row in tokens], dtype=np.int64)
+    used = int(lengths.sum())
+    ids = np.full(total, pad_id, dtype=np.int64)
+    ids[:used] = np.concatenate(tokens)
+    positions = np.full(total, first, dtype=np.int64)
+    positions[:used] += np.arange(used) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return PackedBatch(
+        input_ids=torch.tensor(ids[None]).to(device),
+        position_ids=torch.tensor(positions[None]).to(device),
+        targets=torch.tensor(targets),
+        row=Packing(lengths, widths, total=total, slots=slots, device=device),
     )
 
 

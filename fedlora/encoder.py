@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from fedlora import packing
 from fedlora.errors import InputError
 from fedlora.models import HEAD
 
@@ -67,16 +68,29 @@ class EncoderClassifier(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **encoder_inputs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits ``(b, num_labels)`` float32; ``attention_mask`` ``(b, t)`` is 0 at padding."""
+        """Logits ``(b, num_labels)`` float32; ``attention_mask`` ``(b, t)`` is 0 at padding.
+
+        In a packed row ``(1, t)``, whose mask is not read, b is the number of its examples.
+        """
+        pooled = self.pooled(input_ids, attention_mask, **encoder_inputs)
+        return SequenceClassifierOutput(logits=self.classifier(pooled))
+
+    def pooled(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        **encoder_inputs: Any,
+    ) -> torch.Tensor:
+        """What the head gets, ``(b, hidden)`` float32."""
         encoder = getattr(self, self.base_model_prefix)
         output = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
         hidden = output[0].float()  # (b, t, hidden)
+        if (row := packing.active()) is not None:
+            return row.means(hidden[0])
         if attention_mask is None:
-            pooled = hidden.mean(1)
-        else:
-            mask = attention_mask.to(hidden.dtype)[..., None]  # (b, t, 1)
-            pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return SequenceClassifierOutput(logits=self.classifier(pooled))
+            return hidden.mean(1)
+        mask = attention_mask.to(hidden.dtype)[..., None]  # (b, t, 1)
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> EncoderClassifier:

@@ -36,6 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from fedlora.adapters import ADAPTER, frozen_weight, is_linear, is_quantized, residual
 from fedlora.errors import Refusal
 from fedlora.models import HEAD
+from fedlora.packing import Packing, active
 from fedlora.streams import RandomSource
 
 
@@ -50,6 +51,7 @@ class _LowRankUpdate(torch.autograd.Function):
         scaling: s.
         unit: The unit of each example ``(n,)`` int64; None when example i is unit i.
         own: Whether units may have other values than the first.
+        row: Where the examples are if ``x`` is one packed row of them, ``(1, T, d_in)``.
         apart: Round the update to the base's dtype before it is added, as PEFT does on quantised
             bases; on others the sum is rounded once, as PEFT does there.
     """
@@ -64,54 +66,61 @@ class _LowRankUpdate(torch.autograd.Function):
         scaling: float,
         unit: torch.Tensor | None,
         own: bool,
+        row: Packing | None,
         apart: bool,
     ) -> torch.Tensor:
-        n, b_t = len(x), _values(b, 1, unit, own).mT
-        u = _product(x.reshape(-1, x.shape[-1]).float(), _values(a, 0, unit, own).mT, n)
+        of, b_t = row or len(x), _values(b, 1, unit, own).mT
+        u = _product(x.reshape(-1, x.shape[-1]).float(), _values(a, 0, unit, own).mT, of)
         u *= scaling
         ctx.save_for_backward(x, u, a, b)
-        ctx.scaling, ctx.unit, ctx.own = scaling, unit, own
+        ctx.scaling, ctx.unit, ctx.own, ctx.of = scaling, unit, own, of
         rows = base.reshape(-1, base.shape[-1])
         if apart:
-            out = rows + _product(u, b_t, n).to(rows.dtype)
+            out = rows + _product(u, b_t, of).to(rows.dtype)
         else:
-            out = _product(u, b_t, n, plus=rows.float()).to(rows.dtype)
+            out = _product(u, b_t, of, plus=rows.float()).to(rows.dtype)
         return out.view(base.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         x, u, a, b = cast(tuple[torch.Tensor, ...], ctx.saved_tensors)
         for_x, _, for_a, for_b, *_ = cast(tuple[bool, ...], ctx.needs_input_grad)
-        n, unit, own = len(x), ctx.unit, ctx.own
+        of, unit, own = ctx.of, ctx.unit, ctx.own
         g = grads[0].reshape(-1, grads[0].shape[-1]).float()
         grad_x = grad_a = grad_b = None
         if for_x or for_a:
-            gu = _product(g, _values(b, 1, unit, own), n)
+            gu = _product(g, _values(b, 1, unit, own), of)
             gu *= ctx.scaling
             if for_x:
-                grad_x = _product(gu, _values(a, 0, unit, own), n).to(x.dtype).view(x.shape)
+                grad_x = _product(gu, _values(a, 0, unit, own), of).to(x.dtype).view(x.shape)
             if for_a:
-                x32 = x.reshape(-1, x.shape[-1]).float()
-                grad_a = _factor_gradient(gu[:, : a.shape[-2]], x32, n, a, unit)
+                inputs = x.reshape(-1, x.shape[-1])
+                grad_a = _factor_gradient(gu[:, : a.shape[-2]], inputs, of, a, unit)
         if for_b:
-            grad_b = _factor_gradient(g, u[:, : b.shape[-1]], n, b, unit)
-        return grad_x, grads[0], grad_a, grad_b, None, None, None, None
+            grad_b = _factor_gradient(g, u[:, : b.shape[-1]], of, b, unit)
+        return grad_x, grads[0], grad_a, grad_b, None, None, None, None, None
+
+
+Examples = Packing | int
+"""Where examples are: in a packed row, or so many of equal length one after the other."""
 
 
 def _product(
-    rows: torch.Tensor, factor: torch.Tensor, n: int, plus: torch.Tensor | None = None
+    rows: torch.Tensor, factor: torch.Tensor, of: Examples, plus: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows ``(n * t, p)`` of n examples times a factor ``(p, q)``, or ``(n, p, q)``: each its own.
+    """Rows ``(N, p)`` of n examples times a factor ``(p, q)``, or ``(n, p, q)``: each its own.
 
     Returns:
-        ``(n * t, q)``, with ``plus`` of the same shape added.
+        ``(N, q)``, with ``plus`` of the same shape added.
     """
     if factor.dim() == 2:
         return rows @ factor if plus is None else torch.addmm(plus, rows, factor)
-    each = rows.view(n, -1, rows.shape[-1])
+    if isinstance(of, Packing):
+        return of.product(rows, factor, plus)
+    each = rows.view(of, -1, rows.shape[-1])
     if plus is None:
         return torch.bmm(each, factor).flatten(0, 1)
-    return torch.baddbmm(plus.view(n, -1, plus.shape[-1]), each, factor).flatten(0, 1)
+    return torch.baddbmm(plus.view(of, -1, plus.shape[-1]), each, factor).flatten(0, 1)
 
 
 def _values(
@@ -136,33 +145,27 @@ def _values(
 
 
 def _factor_gradient(
-    left: torch.Tensor, right: torch.Tensor, n: int, factor: torch.Tensor, unit: torch.Tensor | None
+    left: torch.Tensor,
+    right: torch.Tensor,
+    of: Examples,
+    factor: torch.Tensor,
+    unit: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gradient of a factor: per unit if it is expanded, else summed over all rows."""
     if factor.dim() == 2:
-        return left.T @ right
-    return _outer(left, right, n, len(factor), unit)
-
-
-def _outer(
-    left: torch.Tensor, right: torch.Tensor, n: int, units: int, unit: torch.Tensor | None
-) -> torch.Tensor:
-    """Sum ``left_t^T right_t`` over the rows t of each unit.
-
-    Args:
-        left: ``(n * t, p)``, the rows of example 0 first.
-        right: ``(n * t, q)``.
-        n: Number of examples.
-        units: Number of units.
-        unit: Unit of each example ``(n,)``; None when example i is unit i.
-
-    Returns:
-        ``(units, p, q)``.
-    """
-    each = torch.bmm(left.view(n, -1, left.shape[-1]).mT, right.view(n, -1, right.shape[-1]))
+        return left.float().T @ right.float()
+    if isinstance(of, Packing):
+        each = of.outer(left, right)
+    else:
+        each = torch.bmm(_each(left, of).mT, _each(right, of))
     if unit is None:
         return each
-    return each.new_zeros(units, *each.shape[1:]).index_add_(0, unit, each)
+    return each.new_zeros(factor.shape).index_add_(0, unit, each)
+
+
+def _each(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """``(n * t, p)`` as float32 ``(n, t, p)``."""
+    return rows.float().view(n, -1, rows.shape[-1])
 
 
 @dataclass
@@ -195,8 +198,17 @@ class _Mode:
         return leaf if self.unit is None else leaf[self.unit]
 
     def check(self, name: str, x: torch.Tensor, flat: bool) -> None:
-        """Refuse an input in which an example is not one entry of the first dimension."""
-        if self.leaves and (x.shape[0] != self.examples or (x.dim() < 3 and not flat)):
+        """Refuse an input in which an example is not one entry of the first dimension.
+
+        In a packed row examples are where it says, and only what is pooled has entries for them.
+        """
+        row = active()
+        fits = x.shape[0] == self.examples and (x.dim() >= 3 or flat)
+        if row is not None:
+            fits = row.examples == self.examples and (
+                x.shape[:-1] == (self.examples,) if flat else x.shape[:-1] == (1, row.total)
+            )
+        if self.leaves and not fits:
             raise Refusal(
                 "guard-batch-coupled",
                 f"{name} got an input of shape {tuple(x.shape)} for {self.examples} "
@@ -242,13 +254,29 @@ class _AdaptedLayer:
         self.mode.check(self.name, x, self.flat)
         dropped = None
         if self.dropout and self.mode.rows:
-            masks = [
-                dropout_mask(r.child(self.name), x.shape[1:], self.dropout) for r in self.mode.rows
-            ]
-            dropped = x.float() * torch.stack(masks).to(x.device)
+            dropped = x.float() * self._masks(x)
         if self.magnitude is None:
             return self._update(x if dropped is None else dropped, result)
         return self._dora(x, dropped, result, self.magnitude)
+
+    def _row(self) -> Packing | None:
+        """Where examples are in the layer's input; None where each has an entry of its own."""
+        return None if self.flat else active()
+
+    def _masks(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout masks of the shape of ``x``, each example's from a source of its own."""
+        rows, row = self.mode.rows, self._row()
+        shapes = [x.shape[1:]] * len(rows)
+        if row is not None:
+            shapes = [(length, x.shape[-1]) for length in row.lengths]
+        masks = [
+            dropout_mask(source.child(self.name), shape, self.dropout)
+            for source, shape in zip(rows, shapes, strict=True)
+        ]
+        if row is None:
+            return torch.stack(masks).to(x.device)
+        filler = x.new_ones(row.total - row.used, x.shape[-1], dtype=torch.float32)
+        return torch.cat([*(mask.to(x.device) for mask in masks), filler])[None]
 
     def _frozen(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer computes without its factors: the base, and the residual if it has one."""
@@ -256,7 +284,10 @@ class _AdaptedLayer:
         pair = residual(self.layer)
         if pair is None:
             return out
-        return cast(torch.Tensor, _LowRankUpdate.apply(x, out, *pair, 1.0, None, False, self.apart))
+        return cast(
+            torch.Tensor,
+            _LowRankUpdate.apply(x, out, *pair, 1.0, None, False, self._row(), self.apart),
+        )
 
     def _update(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         a, b = self.mode.of(self.a), self.mode.of(self.b)
@@ -264,7 +295,9 @@ class _AdaptedLayer:
         mode = self.mode
         return cast(
             torch.Tensor,
-            _LowRankUpdate.apply(x, base, a, b, scaling, mode.unit, mode.own, self.apart),
+            _LowRankUpdate.apply(
+                x, base, a, b, scaling, mode.unit, mode.own, self._row(), self.apart
+            ),
         )
 
     def _dora(
@@ -283,7 +316,11 @@ class _AdaptedLayer:
         m = magnitude if not self.mode.leaves else self.mode.by_example(magnitude)
         scale = m / self.weight_norm()  # (d_out,) or (n, d_out)
         if self.mode.leaves:
-            scale = scale.view(len(x), *[1] * (x.dim() - 2), -1)
+            row = self._row()
+            if row is None:
+                scale = scale.view(len(x), *[1] * (x.dim() - 2), -1)
+            else:
+                scale = row.spread(scale)[None]
         out = scale * self._update(x if dropped is None else dropped, linear)
         return (out if kept is None else out + kept).to(result.dtype)
 

@@ -34,6 +34,7 @@ class Trainable:
         task: Losses, predictions, metrics.
         labels: The label set; empty for sft.
         start: The adapter as it was attached: the same for the same seed.
+        first_position: Where a row's positions begin in a packed row; None where rows are padded.
     """
 
     base: models.Base
@@ -42,6 +43,7 @@ class Trainable:
     task: tasks.Task
     labels: tuple[str, ...]
     start: AdapterState
+    first_position: int | None
 
     def train_only(self, parts: Sequence[str]) -> None:
         """Freeze every part of the adapter but these, until the next call.
@@ -113,20 +115,22 @@ def _load(
     peft_model = adapters.attach(base, spec, seed)
     if checkpointing:
         cast(Any, base.model).gradient_checkpointing_enable({"use_reentrant": False})
+    task = tasks.make(
+        model.task,
+        base.kind,
+        base.tokenizer,
+        prompt=prompt,
+        max_length=max_length,
+        positions=models.resolve(model.name).positions,
+    )
     return Trainable(
         base=base,
         model=peft_model,
         per_sample=PerSampleAdapters(peft_model),
-        task=tasks.make(
-            model.task,
-            base.kind,
-            base.tokenizer,
-            prompt=prompt,
-            max_length=max_length,
-            positions=models.resolve(model.name).positions,
-        ),
+        task=task,
         labels=labels,
         start=AdapterState.read(peft_model),
+        first_position=task.first_position(peft_model),
     )
 
 

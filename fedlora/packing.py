@@ -1,0 +1,222 @@
+"""Examples without padding: their tokens one after the other in a single row.
+
+Rows of financial text are short and differ in length, so that much of a padded batch is padding. In
+a packed row every layer that looks at one token at a time computes real tokens only. Attention,
+pooling and per-example gradients, which look at one example at a time, take the examples of similar
+length from the row, pad those, and put the result back.
+
+While a packed row passes through a model, `active` tells its layers where the examples are.
+
+What an example gets depends on no other one to the last bit, as long as the row has the same number
+of tokens in all: products with the base see as many rows then, and those that are taken for each
+example have the shape of its own padded length.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Examples that are padded to one width: which, and where their padded tokens are."""
+
+    examples: slice
+    places: slice
+    width: int
+
+
+class Packing:
+    """Where the tokens of each example are in a packed row.
+
+    What an example's tokens compute, and their gradient, is the example's own; filler gets zeros
+    wherever examples are told apart, and no gradient.
+
+    Args:
+        lengths: Tokens of each example ``(n,)``, at least 1.
+        widths: What each is padded to where examples are looked at one by one ``(n,)``; equal ones
+            follow each other.
+        total: Tokens of the row, T; what examples leave of it is filler.
+        slots: The most examples that such a row may hold, at least n.
+        device: Of the row.
+    """
+
+    def __init__(
+        self, lengths: Int64, widths: Int64, *, total: int, slots: int, device: torch.device
+    ) -> None:
+        self.examples, self.total = len(lengths), total
+        self.lengths: list[int] = lengths.tolist()
+        self.used = sum(self.lengths)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        offsets = np.concatenate([[0], np.cumsum(widths)])
+        within = np.concatenate([np.arange(width) for width in widths])  # a place in its example
+        of_place = np.repeat(np.arange(len(widths)), widths)
+        padding = within >= lengths[of_place]
+        # Padding holds its own example's first token: what others hold never comes near it.
+        token = starts[of_place] + np.where(padding, 0, within)
+        place = np.zeros(total, dtype=np.int64)
+        place[token[~padding]] = np.flatnonzero(~padding)
+        self._token = torch.from_numpy(token).to(device)  # (P,) of each padded place
+        self._place = torch.from_numpy(place).to(device)  # (T,) of each token
+        self._padding = torch.from_numpy(padding).to(device)[:, None]
+        of_token = np.zeros(total, dtype=np.int64)
+        of_token[: self.used] = np.repeat(np.arange(len(lengths)), lengths)
+        self._example = torch.from_numpy(of_token).to(device)  # (T,)
+        self._counts = torch.from_numpy(lengths).to(device)[:, None]
+        last = np.resize(starts[1:] - 1, slots)
+        self.last = torch.from_numpy(last).to(device)
+        """The last token of each example ``(slots,)``; after n they repeat."""
+        bounds = [0, *(np.flatnonzero(np.diff(widths)) + 1).tolist(), len(widths)]
+        self._groups = [
+            _Group(
+                examples=slice(a, b),
+                places=slice(int(offsets[a]), int(offsets[b])),
+                width=int(widths[a]),
+            )
+            for a, b in itertools.pairwise(bounds)
+        ]
+        self._masks: dict[bool, list[torch.Tensor]] = {}
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """``(T, f)`` to the padded places ``(P, f)``; padding holds its example's first token.
+
+        Padding must have no part in what follows: no gradient comes back from it.
+        """
+        return _linear(x, self._padded, self._packed)
+
+    def unpad(self, y: torch.Tensor) -> torch.Tensor:
+        """``(P, f)`` back to ``(T, f)``, with zeros at filler."""
+        return _linear(y, self._packed, lambda g: self._zeroed(self._padded(g)))
+
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of each example's tokens: ``(T, f)`` to ``(n, f)``."""
+        return _linear(x, self._summed, self._repeated)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """What belongs to each example, at each of its tokens: ``(n, f)`` to ``(T, f)``."""
+        return _linear(x, self._repeated, self._summed)
+
+    def means(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean of each example's tokens: ``(T, f)`` to ``(n, f)``."""
+        return self.sums(x) / self._counts
+
+    def groups(self, y: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """For each width its examples and what they have of ``(P, ...)``: ``(m, width, ...)``."""
+        for group in self._groups:
+            yield group.examples, y[group.places].unflatten(0, (-1, group.width))
+
+    def masks(self, causal: bool) -> list[torch.Tensor]:
+        """What attention of each group adds to its products, float32 ``(m, 1, width, width)``."""
+        if causal not in self._masks:
+            masks: list[torch.Tensor] = []
+            for _, padding in self.groups(self._padding[:, 0]):
+                m, width = padding.shape
+                hidden = padding[:, None, None, :].expand(m, 1, width, width)
+                if causal:
+                    later = torch.ones(width, width, dtype=torch.bool, device=padding.device)
+                    hidden = hidden | later.triu(1)
+                least = torch.finfo(torch.float32).min
+                masks.append(torch.zeros(hidden.shape, device=hidden.device))
+                masks[-1].masked_fill_(hidden, least)
+            self._masks[causal] = masks
+        return self._masks[causal]
+
+    def product(
+        self, rows: torch.Tensor, factors: torch.Tensor, plus: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Each example's tokens ``(T, p)`` times its own factor ``(n, p, q)``: ``(T, q)``.
+
+        ``plus`` ``(T, q)`` is added.
+        """
+        parts = [
+            torch.bmm(part, factors[examples]).flatten(0, 1)
+            for examples, part in self.groups(self._padded(rows))
+        ]
+        found = self._packed(torch.cat(parts))
+        return found if plus is None else found.add_(plus)
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Sum ``left_t^T right_t`` over each example's tokens, float32.
+
+        Args:
+            left: ``(T, p)``.
+            right: ``(T, q)``.
+
+        Returns:
+            ``(n, p, q)``.
+        """
+        lefts, rights = self._padded(left).float(), self._padded(right).float()
+        self._zeroed(lefts if left.shape[1] <= right.shape[1] else rights)  # one is enough
+        found = lefts.new_empty(self.examples, left.shape[1], right.shape[1])
+        pairs = zip(self.groups(lefts), self.groups(rights), strict=True)
+        for (examples, a), (_, b) in pairs:
+            torch.bmm(a.mT, b, out=found[examples])
+        return found
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, self._token)
+
+    def _packed(self, y: torch.Tensor) -> torch.Tensor:
+        return self._without_filler(y.index_select(0, self._place))
+
+    def _summed(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part.sum(1) for _, part in self.groups(self._zeroed(self._padded(x)))])
+
+    def _repeated(self, x: torch.Tensor) -> torch.Tensor:
+        return self._without_filler(x.index_select(0, self._example))
+
+    def _zeroed(self, y: torch.Tensor) -> torch.Tensor:
+        return y.masked_fill_(self._padding, 0.0)
+
+    def _without_filler(self, x: torch.Tensor) -> torch.Tensor:
+        x[self.used :] = 0.0
+        return x
+
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map that is given with its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, there: Map, back: Map) -> torch.Tensor:
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.back(grads[0]), None, None
+
+
+def _linear(x: torch.Tensor, there: Map, back: Map) -> torch.Tensor:
+    return cast(torch.Tensor, _Linear.apply(x, there, back))
+
+
+_active: list[Packing] = []
+
+
+def active() -> Packing | None:
+    """Of the row that passes through a model now; None when batches are padded."""
+    return _active[-1] if _active else None
+
+
+@contextmanager
+def use(packing: Packing) -> Generator[None]:
+    """Forward and backward of one packed row go inside."""
+    _active.append(packing)
+    try:
+        yield
+    finally:
+        _active.pop()
