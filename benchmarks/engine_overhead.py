@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
-from experiments.engines.ray import RayGrid
+from experiments.engines import ray
 from server.exchange import exchange
 
 
@@ -25,9 +25,12 @@ def main() -> None:
     arguments = parser.parse_args()
     n = arguments.institutions
     process = psutil.Process()
-    with RayGrid(
-        "benchmarks.empty_client:app", n, {}, workers=arguments.workers, threads=1
-    ) as grid:
+    with (
+        ray.started("", arguments.workers),
+        ray.RayGrid(
+            "benchmarks.empty_client:app", n, {}, workers=arguments.workers, threads=1
+        ) as grid,
+    ):
         seconds, memory = [], []
         for _ in range(arguments.rounds):
             record = ArrayRecord({"w": Array(np.zeros(arguments.floats, dtype=np.float32))})

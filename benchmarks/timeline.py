@@ -36,10 +36,12 @@ def noted(owner, name, after="", before=""):
         return result
     setattr(owner, name, outer)
 
-noted(simulate, "prepare", "read and tokenise")
-import ray
-noted(ray, "init", "start Ray")
-noted(ray, "shutdown", "stop Ray")
+class Ready(simulate.Ready):
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        note("read, tokenise, start Ray")
+
+simulate.Ready = Ready
 from experiments.engines.ray import RayGrid
 noted(RayGrid, "push_messages", before="wait for the next messages")
 noted(RayGrid, "_collect", after="institutions' work")

@@ -169,18 +169,18 @@ def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> d
     """Run to the end; a failure midway exits 1 and says how to go on."""
     from experiments import live
 
-    with simulate.forks(kind, config) as ready:
+    with contextlib.ExitStack() as stack:
         with console.status("reading records"):
-            records = simulate.prepare(config)
+            ready = stack.enter_context(simulate.ready(kind, config))
         console.print(
-            f"{len(records.names)} institutions, {records.counts['rows']:,} rows; "
+            f"{len(ready.records.names)} institutions, {ready.records.counts['rows']:,} rows; "
             f"results in {config.run_dir}",
             highlight=False,
             soft_wrap=True,
         )
         with (
             _one_line(Path(config.run_dir), "fedlora run --resume"),
-            simulate.engine(kind, config, len(records.names), ready) as grid,
+            simulate.engine(kind, config, ready) as grid,
             live.progress(config, grid, console),
         ):
             simulate.run(config, grid)

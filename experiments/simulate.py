@@ -9,9 +9,10 @@ import contextlib
 import importlib
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,58 @@ if TYPE_CHECKING:
     from fedlora.shards import Federation
 
 CLIENT_APP = "client.app:app"
+FAULTS = 0.3
+"""Seconds in which much that is wrong with the records shows; only then is Ray started."""
 
 
-def forks(kind: str, config: RunConfig) -> "contextlib.AbstractContextManager[ForkServer | None]":
-    """What workers are forked from, which takes seconds to be ready: enter it early.
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """What a simulation needs before its institutions can be asked anything.
 
-    None where workers have to import by themselves: on other machines, on GPUs, whose state does
-    not survive a fork, and on systems that have not what it takes.
+    Args:
+        records: The tokenised records.
+        forks: What workers are forked from; None where they have to import by themselves: on other
+            machines, on GPUs, whose state does not survive a fork, and on systems that have not
+            what it takes.
     """
-    if kind == "inline" or config.engine.ray_address or config.engine.gpus:
+
+    records: "Federation"
+    forks: "ForkServer | None"
+
+
+@contextlib.contextmanager
+def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
+    """Read the records, while Ray and what workers are forked from come up.
+
+    Args:
+        kind: ``ray`` or ``inline``.
+        config: The run.
+
+    Raises:
+        InputError: As `prepare`.
+    """
+    with contextlib.ExitStack() as stack:
+        if kind == "inline":
+            yield Ready(records=prepare(config), forks=None)
+            return
+        forks = stack.enter_context(_forks(config))
+        reader = stack.enter_context(ThreadPoolExecutor(1))
+        reading = reader.submit(prepare, config)
+        wait([reading], timeout=FAULTS)
+        if not (reading.done() and reading.exception()):
+            settings = config.engine
+            with importing():
+                from experiments.engines import ray
+
+            cores = max(settings.workers * settings.threads, os.cpu_count() or 1)
+            stack.enter_context(ray.started(settings.ray_address, cores))
+        records = reading.result()
+        reader.submit(_import_server)  # `run` waits for it where it imports
+        yield Ready(records=records, forks=forks)
+
+
+def _forks(config: RunConfig) -> "contextlib.AbstractContextManager[ForkServer | None]":
+    if config.engine.ray_address or config.engine.gpus:
         return contextlib.nullcontext()
     from client.trainer import ENVIRONMENT
     from experiments.engines.forkserver import ForkServer
@@ -46,19 +90,16 @@ def forks(kind: str, config: RunConfig) -> "contextlib.AbstractContextManager[Fo
 
 
 @contextlib.contextmanager
-def engine(
-    kind: str, config: RunConfig, institutions: int, ready: "ForkServer | None"
-) -> "Iterator[SimulationGrid]":
+def engine(kind: str, config: RunConfig, ready: Ready) -> "Iterator[SimulationGrid]":
     """The Grid that a simulation runs on.
 
     Args:
         kind: ``ray`` or ``inline``.
         config: The run; only its engine keys and run directory are read here.
-        institutions: Number of virtual nodes.
-        ready: Of `forks`.
+        ready: Of the same run.
     """
     log = str(Path(config.run_dir) / "institutions.log")
-    settings = config.engine
+    settings, institutions = config.engine, len(ready.records.names)
     if kind == "inline":
         with importing():
             from client.app import app
@@ -69,7 +110,6 @@ def engine(
     else:
         from experiments.engines.ray import RayGrid
 
-        threading.Thread(target=_import_server).start()  # `run` waits for it where it imports
         with RayGrid(
             CLIENT_APP,
             institutions,
@@ -77,9 +117,8 @@ def engine(
             workers=settings.workers,
             threads=settings.threads,
             gpus=settings.gpus,
-            address=settings.ray_address,
             log=log,
-            forks=ready,
+            forks=ready.forks,
         ) as grid:
             yield grid
 

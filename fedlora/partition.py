@@ -1,6 +1,6 @@
 """Which rows are held out, and which institution holds which row.
 
-Every function is pure: the same rows and seed give the same answer. The partitions themselves come
+Every function is pure: the same rows and seed give the same answer. The partitions by a scheme come
 from ``flwr-datasets``, which is imported only here and only while a federation is built.
 """
 
@@ -123,14 +123,11 @@ def by_column(
     safe = file_names(values)
     name_of = {value: safe[value] for value in kept[: institutions or len(kept)]}
     names = tuple(sorted(name_of.values()))
-    rows = np.flatnonzero(
-        np.fromiter((v in name_of for v in train), dtype=np.bool_, count=len(train))
-    )
-    owner = np.full(len(train), -1, dtype=np.int64)
-    natural = _partitioners().NaturalIdPartitioner(partition_by="name")
-    owner[rows] = _through_flower(natural, {"name": [name_of[train[row]] for row in rows.tolist()]})
     index = {value: names.index(name) for value, name in name_of.items()}
-    held = np.fromiter((index.get(v, -1) for v in held_out), dtype=np.int64, count=len(held_out))
+    owner, held = (
+        np.fromiter((index.get(value, -1) for value in column), dtype=np.int64, count=len(column))
+        for column in (train, held_out)
+    )
     return Assignment(names=names, train=owner, held_out=held, dropped=len(values) - len(names))
 
 

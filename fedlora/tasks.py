@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from fedlora import attention, metrics, packing
+from fedlora import metrics, packing
 from fedlora.batches import (
     Batch,
     Int64,
@@ -182,6 +182,8 @@ class Classification(Task):
 
     def first_position(self, model: nn.Module) -> int | None:
         """Found by trial: rows have to give packed what they give by themselves."""
+        from fedlora import attention  # it brings transformers' models, which reading does without
+
         base: Any = model
         base = base.get_base_model() if hasattr(model, "get_base_model") else base
         most = self.encoding.max_length

@@ -121,10 +121,9 @@ def simulate_run():
     """Runs a configuration and gives the result.json that it wrote."""
 
     def go(config, engine="inline"):
-        records = simulate.prepare(config)
         with (
-            simulate.forks(engine, config) as ready,
-            simulate.engine(engine, config, len(records.names), ready) as grid,
+            simulate.ready(engine, config) as ready,
+            simulate.engine(engine, config, ready) as grid,
         ):
             simulate.run(config, grid)
         return json.loads((Path(config.run_dir) / "result.json").read_text())

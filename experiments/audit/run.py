@@ -163,13 +163,14 @@ def _train(
     progress: Callable[[RunConfig, SimulationGrid], Any],
     transcript: Transcript | None = None,
 ) -> None:
-    with simulate.forks(engine, config) as ready:
-        names = simulate.prepare(config).names
-        with simulate.engine(engine, config, len(names), ready) as grid:
-            if transcript is not None:
-                transcript.watch(grid)
-            with progress(config, grid):
-                simulate.run(config, grid)
+    with (
+        simulate.ready(engine, config) as ready,
+        simulate.engine(engine, config, ready) as grid,
+    ):
+        if transcript is not None:
+            transcript.watch(grid)
+        with progress(config, grid):
+            simulate.run(config, grid)
 
 
 def _opened(config: RunConfig) -> Trainable:

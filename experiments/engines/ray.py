@@ -6,6 +6,8 @@ replaced; an institution whose worker died is retried once, then reported as fai
 """
 
 import collections
+import contextlib
+import functools
 import gc
 import heapq
 import importlib
@@ -14,13 +16,15 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from flwr.app import Context, Message, RecordDict
+from ray._private import parameter
+from ray._private.node import Node
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from client import trainer
@@ -144,7 +148,7 @@ class _Worker:
 class RayGrid(SimulationGrid):
     """A Grid on Ray actors.
 
-    Use it as a context manager: leaving it ends the workers, and Ray when it started it.
+    Use it as a context manager inside `started`: leaving it ends the workers.
 
     Args:
         app: The ClientApp as ``module:name``; workers import it themselves.
@@ -153,7 +157,6 @@ class RayGrid(SimulationGrid):
         workers: Worker processes; 0 for as many as the cluster's cores allow.
         threads: Torch threads, and cores, of a worker.
         gpus: Share of a GPU that a worker takes.
-        address: A cluster to join; empty to start Ray on this machine.
         log: File for the institutions' own messages; empty for none.
         forks: Makes the workers, on this machine; None: they import by themselves.
     """
@@ -167,18 +170,14 @@ class RayGrid(SimulationGrid):
         workers: int,
         threads: int,
         gpus: float = 0.0,
-        address: str = "",
         log: str = "",
         forks: ForkServer | None = None,
     ) -> None:
         super().__init__(institutions, run_config)
-        self._owns_ray = not ray.is_initialized()
         self._forks = forks
         environment: dict[str, Any] = {"env_vars": trainer.ENVIRONMENT}
         if forks is not None:
             environment["py_executable"] = forks.py_executable
-        if self._owns_ray:
-            _start_ray(address, max(workers * threads, os.cpu_count() or 1))
         count = min(_places(threads, gpus), institutions)
         count = min(workers, count) if workers else count
         self._make = (
@@ -207,8 +206,6 @@ class RayGrid(SimulationGrid):
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             ray.kill(worker)
-        if self._owns_ray:
-            ray.shutdown()
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers."""
@@ -440,12 +437,44 @@ def _without(message: Message, key: str) -> Message:
     return make(content, metadata=message.metadata)
 
 
-def _start_ray(address: str, cores: int) -> None:
-    """Join a cluster, or start Ray here without what a simulation has no use for."""
+@contextlib.contextmanager
+def started(address: str, cores: int) -> Iterator[None]:
+    """Ray until the block ends, joined or started here without what a simulation has no use for.
+
+    It must be entered by the main thread: what Ray starts ends with the thread that started it.
+
+    Args:
+        address: A cluster to join; empty to start Ray on this machine.
+        cores: Places for workers on this machine.
+    """
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # ours are started otherwise
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    root = str(Path(__file__).resolve().parents[2])
     if address:
+        root = str(Path(__file__).resolve().parents[2])
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": root}}, **quiet)
     else:
-        ray.init(num_cpus=cores, include_dashboard=False, object_store_memory=512 * 2**20, **quiet)
+        with _without_monitors():
+            ray.init(
+                num_cpus=cores, include_dashboard=False, object_store_memory=512 * 2**20, **quiet
+            )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_monitors() -> Iterator[None]:
+    """Have Ray start without those that watch logs and autoscaling, and without a web server.
+
+    Each is a Python process, and to end them takes a second. ``ray.init`` has no argument for it.
+    """
+    params, serve = parameter.RayParams, Node.start_api_server
+    without: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
+    parameter.RayParams = functools.partial(params, **without)
+    Node.start_api_server = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        parameter.RayParams, Node.start_api_server = params, serve

@@ -259,10 +259,9 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
     calm = tiny_config(**{"federation.rounds": 6, "run-dir": str(tmp_path / "calm")})
     simulate_run(calm)
     config = calm.replace({"run-dir": str(tmp_path / "run"), "engine.workers": 2})
-    simulate.prepare(config)
     with (
-        simulate.forks("ray", config) as ready,
-        simulate.engine("ray", config, 4, ready) as grid,
+        simulate.ready("ray", config) as ready,
+        simulate.engine("ray", config, ready) as grid,
     ):
         victims = grid.worker_pids()
 

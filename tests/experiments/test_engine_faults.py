@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.engines.grid import TIMEOUT, WORKER_DIED
-from experiments.engines.ray import RayGrid
+from experiments.engines.ray import RayGrid, started
 from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
 
 
@@ -12,7 +12,10 @@ from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
     ("fault", "code"), [("die:4", WORKER_DIED), ("hang:4", TIMEOUT), ("raise:4", 2)]
 )
 def test_one_bad_institution_never_spoils_aone_round(fault, code):
-    with RayGrid(EMPTY, 8, {"fault": fault}, workers=2, threads=1) as grid:
+    with (
+        started("", 2),
+        RayGrid(EMPTY, 8, {"fault": fault}, workers=2, threads=1) as grid,
+    ):
         for _ in range(2):
             replies = one_round(grid, ttl=20.0)
             assert replies[5].has_error() and replies[5].error.code == code
@@ -22,7 +25,10 @@ def test_one_bad_institution_never_spoils_aone_round(fault, code):
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "code"), [("die:4@2", WORKER_DIED), ("hang:4@2", TIMEOUT)])
 def test_one_bad_institution_never_spoils_those_that_share_its_call(fault, code):
-    with RayGrid(EMPTY, 8, {"fault": fault}, workers=2, threads=1) as grid:
+    with (
+        started("", 2),
+        RayGrid(EMPTY, 8, {"fault": fault}, workers=2, threads=1) as grid,
+    ):
         assert all(right(r) for r in one_round(grid, ttl=10.0).values())
         replies = one_round(grid, ttl=10.0)  # now four institutions a call
         assert replies[5].has_error() and replies[5].error.code == code
@@ -36,7 +42,10 @@ def test_a_cluster_of_two_nodes_serves_one_run():
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)
-        with RayGrid(EMPTY, 6, {}, workers=2, threads=1, address=cluster.address) as grid:
+        with (
+            started(cluster.address, 2),
+            RayGrid(EMPTY, 6, {}, workers=2, threads=1) as grid,
+        ):
             assert all(right(r) for r in one_round(grid).values())
             assert len(set(grid.worker_pids())) == 2
     finally:

@@ -7,13 +7,15 @@ import time
 import weakref
 
 import numpy as np
+import psutil
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from ray._private import parameter
 
 from benchmarks.empty_client import app
 from experiments.engines.grid import TOGETHER, TOGETHER_BYTES, identify
 from experiments.engines.inline import InlineGrid
-from experiments.engines.ray import FIRST, RayGrid, _calls, _Job
+from experiments.engines.ray import FIRST, RayGrid, _calls, _Job, started
 from server.exchange import exchange
 from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
 
@@ -116,8 +118,17 @@ def test_a_reply_is_let_go_once_it_is_handed_over():
 
 @pytest.fixture(scope="module")
 def ray_grid():
-    with RayGrid(EMPTY, 12, {}, workers=2, threads=1) as grid:
+    with started("", 2), RayGrid(EMPTY, 12, {}, workers=2, threads=1) as grid:
         yield grid
+
+
+def test_ray_starts_nothing_that_a_simulation_has_no_use_for(ray_grid):
+    """Private names of Ray are set aside for it; this is what they have to give."""
+    below = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    assert any("raylet" in command for command in below)
+    for name in ("monitor.py", "dashboard.py", "ray::IDLE"):
+        assert not any(name in command for command in below)
+    assert isinstance(parameter.RayParams, type)
 
 
 def test_the_ray_engine_answers_for_every_institution_and_keeps_its_state(ray_grid):
