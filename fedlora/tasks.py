@@ -242,7 +242,10 @@ class Classification(Task):
             inputs = {**_inputs(model, batch), "logits_to_keep": batch.row.last}
             return model(**inputs, use_cache=False).logits[0, : batch.row.examples]
         inputs = _causal_inputs(model, batch)
-        return model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        # An index, no number: that would give a view, for which torch's product copies the whole
+        # vocabulary's weights for every row.
+        inputs["logits_to_keep"] = torch.tensor([-1], device=inputs["input_ids"].device)
+        return model(**inputs, use_cache=False).logits[:, -1]
 
     def predict(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...], physical_batch: int = 64
