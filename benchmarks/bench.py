@@ -327,6 +327,7 @@ def workers(options: Options) -> dict[str, Outcome]:
         "federation.rounds": 1 if options.quick else 2,
         "training.local-steps": 1,
         "training.batch-size": 2 if options.quick else 16,
+        "training.physical-batch": 16,
         "training.max-length": 128,  # the prompt alone has 73 tokens
     }
     BUILD.mkdir(parents=True, exist_ok=True)

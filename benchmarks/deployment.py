@@ -54,7 +54,7 @@ def watched(federation: harness.Federation) -> Iterator[dict[str, float]]:
             with contextlib.suppress(LookupError, psutil.Error):
                 peaks[name] = max(peaks[name], memory(federation, name))
 
-    with measure.meanwhile(watch):
+    with measure.meanwhile(watch, 0.5):
         yield peaks
 
 

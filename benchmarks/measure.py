@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-EVERY = 0.5  # seconds between two looks at the memory
+EVERY = 2.0  # seconds between two looks at the memory, each of which takes a tenth of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def tree_mib(root: int) -> float:
 
 
 @contextlib.contextmanager
-def meanwhile(look: Callable[[], None], every: float = EVERY) -> Iterator[None]:
+def meanwhile(look: Callable[[], None], every: float) -> Iterator[None]:
     """Do something every so many seconds, in a thread, until the block ends."""
     ended = threading.Event()
 
@@ -90,7 +90,7 @@ def run(
         def watch() -> None:
             peak[0] = max(peak[0], tree_mib(process.pid))
 
-        with meanwhile(watch):
+        with meanwhile(watch, EVERY):
             try:
                 code = process.wait()
                 seconds = time.perf_counter() - started

@@ -42,9 +42,16 @@ class Ready(simulate.Ready):
         note("read, tokenise, start Ray")
 
 simulate.Ready = Ready
-from experiments.engines.ray import RayGrid
-noted(RayGrid, "push_messages", before="wait for the next messages")
-noted(RayGrid, "_collect", after="institutions' work")
+engine = simulate.engine
+
+def noted_engine(*arguments):
+    from experiments.engines.ray import RayGrid  # forks come before it
+
+    noted(RayGrid, "push_messages", before="wait for the next messages")
+    noted(RayGrid, "_collect", after="institutions' work")
+    return engine(*arguments)
+
+simulate.engine = noted_engine
 from experiments import report
 noted(report, "write", "write the report")
 cli.app()

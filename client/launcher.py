@@ -22,8 +22,8 @@ from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
-from client import executor, trainer
-from fedlora import logs
+from client import executor
+from fedlora import logs, startup
 
 log = logging.getLogger("fedlora.client")
 
@@ -65,7 +65,7 @@ class InstalledApp(SubprocessExecutor):
     def _start(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "client.trainer", str(self._path), str(os.getpid())],
-            env={**os.environ, **trainer.ENVIRONMENT},
+            env={**os.environ, **startup.ENVIRONMENT},
             stdin=subprocess.DEVNULL,
         )
 

@@ -33,12 +33,6 @@ log = logging.getLogger("fedlora.client")
 GRACE = 30.0
 """Seconds from a refusal for lack of time to the hard end of a process that did not end."""
 
-ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",  # more arenas only hold on to freed memory
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "100",  # batches have many shapes; kept kernels are memory
-}
-"""What a process that trains for long needs in its environment from its start."""
-
 _TITLE = "fedlora-trainer"
 
 App = Callable[[Message, Context], Message]

@@ -17,6 +17,7 @@ from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable, training_mode
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+FEW = 64  # packed rows have multiples of so many tokens: kernels are made, and kept, for each size
 SHORT = 8  # tokens that a row of a pass may have on average before fewer rows fit into it
 
 
@@ -124,9 +125,10 @@ def _plain_passes(
         return
     ends = np.cumsum(shard.lengths[rows])
     passes = max(1, round(ends[-1] / _tokens(trainable, physical_batch)))
-    for part in np.split(rows, np.searchsorted(ends, ends[-1] * np.arange(1, passes) / passes)):
+    bounds = np.searchsorted(ends, ends[-1] * np.arange(1, passes) / passes, side="right")
+    for part in np.split(rows, np.unique(bounds[bounds > 0])):
         part = part[np.argsort(trainable.task.widths(shard)[part], kind="stable")]
-        total = int(shard.lengths[part].sum())
+        total = -int(-shard.lengths[part].sum() // FEW * FEW)
         with _packed_losses(trainable, shard, part, dropout, total, len(part)) as losses:
             yield losses
 

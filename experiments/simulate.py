@@ -1,23 +1,21 @@
 """One simulated run, from a resolved configuration to a complete run directory.
 
-A run that was prepared before starts fast because nothing waits for torch: records that are cached
-open without it, and Ray comes up, and what its workers are forked from imports, while this process
-does.
+This process imports and loads once for all workers on this machine, which are forks of it.
 """
 
 import contextlib
 import importlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import RunConfig
-from fedlora.startup import importing
+from fedlora.startup import importing, lean
 
 if TYPE_CHECKING:
     from experiments.engines.forkserver import ForkServer
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from fedlora.shards import Federation
 
 CLIENT_APP = "client.app:app"
-FAULTS = 0.3
-"""Seconds in which much that is wrong with the records shows; only then is Ray started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +31,10 @@ class Ready:
 
     Args:
         records: The tokenised records.
-        forks: What workers are forked from; None where they have to import by themselves: on other
-            machines, on GPUs, whose state does not survive a fork, and on systems that have not
-            what it takes.
+        forks: What workers are forked from; None where they have to start by themselves: on other
+            machines, on GPUs, whose state does not survive a fork, with several threads, which do
+            not either, in a process that had imported Ray before, and on systems that have not what
+            it takes.
     """
 
     records: "Federation"
@@ -46,47 +43,59 @@ class Ready:
 
 @contextlib.contextmanager
 def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
-    """Read the records, while Ray and what workers are forked from come up.
+    """Read the records, check the budgets, start Ray.
 
     Args:
         kind: ``ray`` or ``inline``.
         config: The run.
 
     Raises:
-        InputError: As `prepare`.
+        InputError: As `prepare` and `check_budgets`, and if the base model cannot be loaded.
     """
-    with contextlib.ExitStack() as stack:
-        if kind == "inline":
-            yield Ready(records=prepare(config), forks=None)
-            return
-        forks = stack.enter_context(_forks(config))
-        reader = stack.enter_context(ThreadPoolExecutor(1))
-        reading = reader.submit(prepare, config)
-        wait([reading], timeout=FAULTS)
-        if not (reading.done() and reading.exception()):
-            settings = config.engine
-            with importing():
-                from experiments.engines import ray
+    records = prepare(config)
+    if config.privacy.enabled:
+        check_budgets(config)  # forks have the plans that it makes
+    if kind == "inline":
+        yield Ready(records=records, forks=None)
+        return
+    forks, settings = _forks(config), config.engine
+    with importing():
+        from experiments.engines import ray
 
-            cores = max(settings.workers * settings.threads, os.cpu_count() or 1)
-            stack.enter_context(ray.started(settings.ray_address, cores))
-        records = reading.result()
-        reader.submit(_import_server)  # `run` waits for it where it imports
+    cores = max(settings.workers * settings.threads, os.cpu_count() or 1)
+    with ray.started(settings.ray_address, cores):
         yield Ready(records=records, forks=forks)
 
 
-def _forks(config: RunConfig) -> "contextlib.AbstractContextManager[ForkServer | None]":
-    if config.engine.ray_address or config.engine.gpus:
-        return contextlib.nullcontext()
-    from client.trainer import ENVIRONMENT
+_server: "list[ForkServer]" = []  # of this process's first run: later ones find Ray imported
+
+
+def _forks(config: RunConfig) -> "ForkServer | None":
+    """What workers are forked from; base model and records are loaded for it before."""
+    if config.engine.ray_address or config.engine.gpus or config.engine.threads > 1:
+        return None
+    if _server or "ray" in sys.modules:
+        return next(iter(_server), None)
     from experiments.engines.forkserver import ForkServer
 
-    modules = [CLIENT_APP.partition(":")[0]]
-    modules += ["client.dp_sgd"] if config.privacy.enabled else []
+    with importing():
+        for name in ("client.app", "client.dp_sgd", "server.app"):
+            if name != "client.dp_sgd" or config.privacy.enabled:
+                importlib.import_module(name)
+    import torch
+
+    from fedlora import trainable
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others would be gone in a fork, which would wait for them
     try:
-        return ForkServer(modules, ENVIRONMENT)
+        trainable.load(config, trainable.records(config).labels)
+        _server.append(ForkServer())
     except (AttributeError, OSError):  # no such sockets or descriptors, or a path too long
-        return contextlib.nullcontext()
+        return None
+    finally:
+        torch.set_num_threads(threads)
+    return _server[0]
 
 
 @contextlib.contextmanager
@@ -121,12 +130,6 @@ def engine(kind: str, config: RunConfig, ready: Ready) -> "Iterator[SimulationGr
             forks=ready.forks,
         ) as grid:
             yield grid
-
-
-def _import_server() -> None:
-    with importing():
-        for name in ("server.app", "client.institution"):
-            importlib.import_module(name)
 
 
 def prepare(config: RunConfig) -> "Federation":
@@ -182,8 +185,6 @@ def run(config: RunConfig, grid: "SimulationGrid") -> None:
     from experiments.engines.grid import run_server
     from server.app import app
 
-    if config.privacy.enabled:
-        check_budgets(config)
     run_server(app, grid, config.flat())
 
 
@@ -201,6 +202,7 @@ def _logging_to(path: str) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Settings that libraries read when they are imported."""
+    lean()
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
     )

@@ -1,18 +1,21 @@
-"""Ray's workers on this machine as forks of one process that has imported everything.
+"""Ray's workers on this machine as forks of the process that starts the run.
 
-Imports are most of what a worker takes to start (three seconds of a core) and of what it holds
-(some 300 MB, which forks share). Ray starts each worker by the command that it is given
-(``py_executable``): a small stand-in, which hands its arguments, environment and files over to the
-fork server and ends with the worker. Either one's end is the other's.
+Imports are most of what a worker takes to start (three seconds of a core), and with base model and
+records most of what it holds; a fork has them already and shares their memory. Ray starts each
+worker by the command that it is given (``py_executable``): a small stand-in, which hands its
+arguments, environment and files over to the fork server and ends with the worker. Either one's end
+is the other's.
 
-Nothing secret is made before the fork: keys come from the operating system when a round needs them.
+The fork server is itself a fork, made before Ray is imported, which reads a worker's environment as
+soon as it is. Nothing secret is made before the fork: keys come from the operating system when a
+round needs them.
 
 Only the standard library is imported here, since the stand-in is this file too.
 """
 
+import atexit
 import contextlib
 import gc
-import importlib
 import json
 import os
 import runpy
@@ -22,48 +25,60 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 STREAMS = (0, 1, 2)
 LENGTH = struct.Struct("!I")  # of what a stand-in asks for
 
 
 class ForkServer:
-    """The server's process, which ends with the block that it is used in, or with its owner.
+    """A fork of this process that forks on request, until `close` or the end of this process.
 
-    Args:
-        modules: What it imports. None may touch a GPU, start threads of Python or be Ray, which
-            reads a worker's environment as soon as it is imported.
-        environment: Of the server from its start, beside this process's own.
+    What this process has imported and loaded by now, its forks have. It must not have touched a
+    GPU, started threads that matter to a fork, or imported Ray.
 
     Raises:
         AttributeError, OSError: Where the system has not what it takes.
     """
 
-    def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self) -> None:
         os.close(os.pidfd_open(os.getpid()))  # whether there is such a thing
         self._folder = tempfile.mkdtemp(prefix="fedlora-fork-")  # only this user can enter
         self._socket = str(Path(self._folder) / "socket")
         with contextlib.ExitStack() as undo, socket.socket(socket.AF_UNIX) as listener:
             undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
             listener.bind(self._socket)
-            listener.listen()  # who comes while it imports waits
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(listener.fileno()), *modules],
-                env={**os.environ, **environment},
-                cwd=Path(__file__).resolve().parents[2],
-                pass_fds=[listener.fileno()],
-                stdin=subprocess.PIPE,  # its end is this process's
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for this process alone
-            )
+            listener.listen()
+            alive, self._alive = os.pipe()  # its end is this process's
+            self._pid = os.fork()
+            if not self._pid:
+                _run(lambda: self._serve(listener, alive))
+            os.close(alive)
             undo.pop_all()
+        self._ended = os.pidfd_open(self._pid)
+        self._code: int | None = None
+        atexit.register(self.close)
+
+    def _serve(self, listener: socket.socket, alive: int) -> None:
+        """The server's whole life."""
+        os.close(self._alive)
+        os.setsid()  # Ctrl-C is for its owner alone
+        os.dup2(alive, 0)
+        os.close(alive)
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        os.close(nothing)
+        gc.collect()
+        gc.freeze()
+        try:
+            _serve(listener)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def py_executable(self) -> str:
@@ -73,39 +88,48 @@ class ForkServer:
 
     def check(self) -> None:
         """Raise a RuntimeError when the server has ended: no worker could start any more."""
-        if self._process.poll() is not None:
-            code = self._process.returncode
-            raise RuntimeError(f"the process that workers are forked from ended with {code}")
+        if self._has_ended(0.0):
+            raise RuntimeError(f"the process that workers are forked from ended with {self._code}")
+
+    def close(self) -> None:
+        """End it, and what it forked."""
+        atexit.unregister(self.close)
+        with contextlib.suppress(OSError):  # closed before
+            os.close(self._alive)
+        if not self._has_ended(5.0):
+            os.kill(self._pid, signal.SIGKILL)
+            self._has_ended(5.0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _has_ended(self, seconds: float) -> bool:
+        if self._code is None and select.select([self._ended], [], [], seconds)[0]:
+            _, status = os.waitpid(self._pid, 0)
+            self._code = os.waitstatus_to_exitcode(status)
+            os.close(self._ended)
+        return self._code is not None
 
     def __enter__(self) -> "ForkServer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it, and what it forked."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:  # it imports, so there are no workers yet
-            self._process.kill()
-            self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self.close()
 
 
-def serve(listener: socket.socket, modules: Sequence[str]) -> None:
-    """Fork a process for each request, until stdin ends; forks end with this process."""
-    from experiments import simulate
-    from fedlora.startup import importing
-
-    simulate.quiet_libraries()
-    with importing():
-        for name in modules:
-            importlib.import_module(name)
-    gc.freeze()
+def _run(work: Callable[[], None]) -> NoReturn:
+    """All that a forked process still does."""
+    code = 1
     try:
-        _serve(listener)
+        work()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def _serve(listener: socket.socket) -> None:
@@ -153,16 +177,16 @@ def _forked(
     if not message:  # it has ended
         asked.close()
         return 0
-    from fedlora.startup import end_with_parent
-
     server = os.getpid()
     worker = os.fork()
     if worker:
         for file in files:
             os.close(file)
         return worker
-    code = 1
-    try:
+
+    def become() -> None:
+        from fedlora.startup import end_with_parent
+
         end_with_parent()
         if os.getppid() != server:
             sys.exit("the fork server has ended")
@@ -176,22 +200,17 @@ def _forked(
             os.dup2(file, stream)
             os.close(file)
         _become(json.loads(message))
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+
+    _run(become)
 
 
 def _become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
+    # Those of the process that started the run may be anything.
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     sys.argv = asked["arguments"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -213,6 +232,4 @@ def stand_in(path: str, arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if __spec__ is None:  # called by its path: a stand-in
-        sys.exit(stand_in(sys.argv[1], sys.argv[2:]))
-    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    sys.exit(stand_in(sys.argv[1], sys.argv[2:]))

@@ -27,7 +27,6 @@ from ray._private import parameter
 from ray._private.node import Node
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-from client import trainer
 from experiments.engines.forkserver import ForkServer
 from experiments.engines.grid import (
     RUN_ID,
@@ -40,9 +39,8 @@ from experiments.engines.grid import (
     identify,
     stamp,
 )
-from fedlora import wire
+from fedlora import startup, wire
 from fedlora.errors import InputError
-from fedlora.startup import importing
 
 HELD = 8  # shared records of earlier pushes that a worker keeps
 FIRST = 8  # messages of a call, as long as nobody knows how long they take
@@ -111,7 +109,7 @@ class _Worker:
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             logging.getLogger("fedlora").addHandler(handler)
         module, _, name = app.partition(":")
-        with importing():
+        with startup.importing():
             self._app = getattr(importlib.import_module(module), name)
         gc.freeze()
 
@@ -137,6 +135,7 @@ class _Worker:
             )
             calls.append((message, context))
         replies = call_together(self._app, calls)
+        startup.let_go()
         return pickle.dumps(
             [
                 (reply, context.state if len(context.state) else None)
@@ -175,7 +174,7 @@ class RayGrid(SimulationGrid):
     ) -> None:
         super().__init__(institutions, run_config)
         self._forks = forks
-        environment: dict[str, Any] = {"env_vars": trainer.ENVIRONMENT}
+        environment: dict[str, Any] = {"env_vars": startup.ENVIRONMENT}
         if forks is not None:
             environment["py_executable"] = forks.py_executable
         count = min(_places(threads, gpus), institutions)
@@ -391,7 +390,7 @@ def _calls(jobs: list[_Job], workers: int) -> list[_Call]:
     half the time that one message is given, so that a hanging one is still noticed in time.
     """
     fresh = [job for job in jobs if not job.seconds]
-    few = max(1, len(fresh) // (2 * workers))
+    few = max(1, len(fresh) // workers)
     few = min(few, FIRST, fitting(job.adapter_bytes for job in fresh))
     calls = [_Call(jobs=fresh[i : i + few]) for i in range(0, len(fresh), few)]
     known = sorted((job for job in jobs if job.seconds), key=lambda j: -j.seconds)

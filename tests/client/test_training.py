@@ -171,6 +171,27 @@ def test_a_pass_has_one_shape_and_fillers_belong_to_nobody(minilm):
     assert sorted(seen) == [(u, int(r)) for u, rows in enumerate(group) for r in rows]
 
 
+@pytest.mark.parametrize("physical", [1, 8, 64])
+@pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)
+def test_plain_passes_hold_each_row_once_and_give_its_own_loss(minilm, physical):
+    work, (shard, *_) = minilm
+    draw = np.random.default_rng(3)
+    longest_first = np.argsort(-shard.lengths)[:1]
+    for rows in (draw.permutation(len(shard))[:20], np.append(longest_first, [0, 1]), [5]):
+        packed, padded = (
+            [
+                losses.detach()
+                for losses in training._plain_passes(
+                    each, shard, np.array(rows), physical, _dropout
+                )
+            ]
+            for each in (work, dataclasses.replace(work, first_position=None))
+        )
+        assert all(map(len, packed))
+        found, expected = (torch.cat(losses).sort().values for losses in (packed, padded))
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)  # huge factors
+
+
 def _participant(shard, name, noise_multiplier=0.7):
     return training.Participant(
         shard=shard,

@@ -16,6 +16,37 @@ heavy = {"torch", "transformers", "peft", "opacus", "datasets", "pandas", "scipy
 print(sorted(heavy & set(sys.modules)))
 """
 
+FORKED = """
+import os, sys
+from pathlib import Path
+import psutil
+from experiments import cli, simulate
+from fedlora import models
+config = cli._resolve(Path(sys.argv[1]), {}, Path(sys.argv[2]), None)
+load, owner = models.load_base, os.getpid()
+def once(*arguments, **options):
+    if os.getpid() != owner:
+        os.write(2, b"loaded again")
+    return load(*arguments, **options)
+models.load_base = once
+with simulate.ready("ray", config) as ready, simulate.engine("ray", config, ready) as grid:
+    simulate.run(config, grid)
+    above = [[pid, *(p.pid for p in psutil.Process(pid).parents())] for pid in grid.worker_pids()]
+    print(owner, *(",".join(map(str, pids)) for pids in above))
+"""
+
+
+def test_workers_are_forks_that_have_base_model_and_records_already(tiny_config, tmp_path):
+    """What a worker holds it shares with the process that started the run."""
+    config = tiny_config(**{"engine.workers": 2, "federation.rounds": 1})
+    (tmp_path / "x.toml").write_text(config.to_toml())
+    arguments = [sys.executable, "-c", FORKED, tmp_path / "x.toml", tmp_path / "out"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    owner, *workers = done.stdout.split()
+    assert len(workers) == 2
+    assert all(ancestors.split(",")[2] == owner for ancestors in workers)
+    assert "loaded again" not in done.stderr
+
 
 def test_a_run_with_cached_records_comes_to_its_workers_without_torch(tiny_config, tmp_path):
     config = tiny_config()
