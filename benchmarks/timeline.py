@@ -36,15 +36,12 @@ def noted(owner, name, after="", before=""):
         return result
     setattr(owner, name, outer)
 
-class Ready(simulate.Ready):
-    def __init__(self, **parts):
-        super().__init__(**parts)
-        note("read, tokenise, start Ray")
-
-simulate.Ready = Ready
+noted(simulate, "prepare", "read and tokenise")
+noted(simulate, "_forks", "import, load, fork")
 engine = simulate.engine
 
 def noted_engine(*arguments):
+    note("start Ray")
     from experiments.engines.ray import RayGrid  # forks come before it
 
     noted(RayGrid, "push_messages", before="wait for the next messages")
@@ -53,7 +50,7 @@ def noted_engine(*arguments):
 
 simulate.engine = noted_engine
 from experiments import report
-noted(report, "write", "write the report")
+noted(report, "write", before="stop Ray", after="write the report")
 cli.app()
 """
 

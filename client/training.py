@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,9 @@ from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable, training_mode
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-FEW = 64  # packed rows have multiples of so many tokens: kernels are made, and kept, for each size
+MULTIPLE = 64
+"""A packed row has a multiple of so many tokens: kernels are made and kept for each size, and treat
+the last rows of an odd one in another way."""
 SHORT = 8  # tokens that a row of a pass may have on average before fewer rows fit into it
 
 
@@ -103,9 +105,11 @@ def train(
         for step, rows in enumerate(batches):
             dropout = functools.partial(source.child("dropout", step).child, "row")
             optimizer.zero_grad()
-            for losses in _plain_passes(trainable, shard, rows, plan.physical_batch, dropout):
-                (losses.sum() / len(rows)).backward()
-                total += float(losses.detach().sum())
+            passes = _plain_passes(trainable, shard, rows, plan.physical_batch, dropout)
+            with contextlib.closing(passes):
+                for losses in passes:
+                    (losses.sum() / len(rows)).backward()
+                    total += float(losses.detach().sum())
             pull()
             optimizer.step()
     return total / (size * plan.steps)
@@ -117,18 +121,19 @@ def _plain_passes(
     rows: np.ndarray,
     physical_batch: int,
     dropout: Callable[[int], RandomSource],
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor]:
     """Losses of all rows ``(n,)``, in passes; each one's backward goes before the next."""
     if trainable.first_position is None:
         for micro in tasks.micro_batches(shard.lengths, rows, physical_batch):
             yield _losses(trainable, shard, micro, dropout)
         return
-    ends = np.cumsum(shard.lengths[rows])
-    passes = max(1, round(ends[-1] / _tokens(trainable, physical_batch)))
-    bounds = np.searchsorted(ends, ends[-1] * np.arange(1, passes) / passes, side="right")
-    for part in np.split(rows, np.unique(bounds[bounds > 0])):
-        part = part[np.argsort(trainable.task.widths(shard)[part], kind="stable")]
-        total = -int(-shard.lengths[part].sum() // FEW * FEW)
+    lengths, widths = shard.lengths[rows], trainable.task.widths(shard)
+    passes = max(1, round(lengths.sum() / _tokens(trainable, physical_batch)))
+    room = -(-int(lengths.sum()) // passes) + int(lengths.max())  # in equal parts, but for a row
+    for numbers in _filled(lengths, room, physical_batch):
+        part = rows[numbers]
+        part = part[np.argsort(widths[part], kind="stable")]
+        total = -(-int(shard.lengths[part].sum()) // MULTIPLE) * MULTIPLE
         with _packed_losses(trainable, shard, part, dropout, total, len(part)) as losses:
             yield losses
 
@@ -168,7 +173,8 @@ def train_privately(
     trained: list[AdapterState] = []
     with _training(trainable, private=True):
         for step in range(plan.steps):
-            sums = _clipped_sums(trainable, named, runs, plan.physical_batch, step, own=shared)
+            own = shared and step > 0  # all begin with the same values
+            sums = _clipped_sums(trainable, named, runs, plan.physical_batch, step, own=own)
             for index, run in enumerate(runs):
                 run.load(named)
                 for p, total in zip(named.values(), sums, strict=True):
@@ -282,11 +288,14 @@ def _clipped_sums(
     shard = concatenate(parts)
     clipping = runs[0].clipping
 
-    sums = [p.new_zeros((len(runs), *p.shape), dtype=torch.float64) for p in named.values()]
+    numbers = sum(p.numel() for p in named.values())
+    sums = next(iter(named.values())).new_zeros((len(runs), numbers), dtype=torch.float64)
     values: list[torch.Tensor] = []  # of each parameter (runs, *shape)
     if own:
         values = [torch.stack(each) for each in zip(*(run.values for run in runs), strict=True)]
-    packed = trainable.first_position is not None and trainable.base.model.device.type == "cpu"
+    # On a GPU, and with several threads, kernels may depend on how many examples have one width.
+    one = trainable.base.model.device.type == "cpu" and torch.get_num_threads() == 1
+    packed = one and trainable.first_position is not None
     make = _packed_gradients if packed else _padded_gradients
     for group, gradients in make(
         trainable,
@@ -298,11 +307,12 @@ def _clipped_sums(
         (lambda some: [value[[owner[unit] for unit in some]] for value in values]) if own else None,
     ):
         clipping.clip(gradients)
-        for total, gradient in zip(sums, gradients, strict=True):
-            precise = gradient.double()
-            for position in np.argsort(group):  # one after the other, on a GPU too
-                total[owner[group[position]]].add_(precise[position])
-    return sums
+        flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)  # (units, numbers)
+        order = np.argsort(group) if packed else range(len(group))  # a participant's own
+        for position in order:  # one after the other, on a GPU too
+            sums[owner[group[position]]].add_(flat[position])
+    each = sums.split([p.numel() for p in named.values()], 1)
+    return [part.unflatten(1, p.shape) for part, p in zip(each, named.values(), strict=True)]
 
 
 Values = Callable[[Sequence[int]], list[torch.Tensor]]
@@ -382,7 +392,8 @@ def _filled(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarray]:
 
 def _tokens(trainable: Trainable, physical_batch: int) -> int:
     """Tokens of a packed row: those of `physical_batch` short rows, or of a long one."""
-    return max(SHORT * physical_batch, trainable.task.encoding.max_length)
+    tokens = max(SHORT * physical_batch, trainable.task.encoding.max_length)
+    return -(-tokens // MULTIPLE) * MULTIPLE
 
 
 def _padded_gradients(
@@ -502,14 +513,14 @@ def _passes(
                 block = (unit, alike[start : start + physical_batch])
                 blocks.setdefault(shape, []).append(block)
     for shape in sorted(blocks):
-        for held in _packed(blocks[shape], physical_batch):
+        for held in _fitting(blocks[shape], physical_batch):
             rows = np.concatenate([part for _, part in held])
             units = np.repeat([unit for unit, _ in held], [len(part) for _, part in held])
             filler = np.full(physical_batch - len(rows), len(group))
             yield np.resize(rows, physical_batch), np.concatenate([units, filler]), shape[0]
 
 
-def _packed(
+def _fitting(
     blocks: Sequence[tuple[int, np.ndarray]], physical_batch: int
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
     """Blocks of up to ``physical_batch`` rows in lists of up to as many rows; none is split."""

@@ -169,21 +169,21 @@ def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> d
     """Run to the end; a failure midway exits 1 and says how to go on."""
     from experiments import live
 
-    with contextlib.ExitStack() as stack:
-        with console.status("reading records"):
-            ready = stack.enter_context(simulate.ready(kind, config))
-        console.print(
-            f"{len(ready.records.names)} institutions, {ready.records.counts['rows']:,} rows; "
-            f"results in {config.run_dir}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        with (
-            _one_line(Path(config.run_dir), "fedlora run --resume"),
-            simulate.engine(kind, config, ready) as grid,
-            live.progress(config, grid, console),
-        ):
-            simulate.run(config, grid)
+    with console.status("reading records"):
+        records = simulate.prepare(config)
+    console.print(
+        f"{len(records.names)} institutions, {records.counts['rows']:,} rows; "
+        f"results in {config.run_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with (
+        _one_line(Path(config.run_dir), "fedlora run --resume"),
+        simulate.ready(kind, config) as ready,
+        simulate.engine(kind, config, ready) as grid,
+        live.progress(config, grid, console),
+    ):
+        simulate.run(config, grid)
     return json.loads((Path(config.run_dir) / "result.json").read_text(encoding="utf-8"))
 
 

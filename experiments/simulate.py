@@ -6,6 +6,7 @@ This process imports and loads once for all workers on this machine, which are f
 import contextlib
 import importlib
 import logging
+import operator
 import os
 import sys
 import warnings
@@ -33,8 +34,8 @@ class Ready:
         records: The tokenised records.
         forks: What workers are forked from; None where they have to start by themselves: on other
             machines, on GPUs, whose state does not survive a fork, with several threads, which do
-            not either, in a process that had imported Ray before, and on systems that have not what
-            it takes.
+            not either, on systems that have not what it takes, and in later runs of a process, on
+            other records or another model than its first one.
     """
 
     records: "Federation"
@@ -43,7 +44,7 @@ class Ready:
 
 @contextlib.contextmanager
 def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
-    """Read the records, check the budgets, start Ray.
+    """Read the records, check the budgets, load the base model, then start Ray.
 
     Args:
         kind: ``ray`` or ``inline``.
@@ -55,10 +56,23 @@ def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
     records = prepare(config)
     if config.privacy.enabled:
         check_budgets(config)  # forks have the plans that it makes
+    with importing():
+        import torch
+
+        from fedlora import trainable
+
+        for name in _modules(config):
+            importlib.import_module(name)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others would be gone in a fork, which would wait for them
+    try:
+        work = trainable.load(config, records.labels)
+    finally:
+        torch.set_num_threads(threads)
     if kind == "inline":
         yield Ready(records=records, forks=None)
         return
-    forks, settings = _forks(config), config.engine
+    forks, settings = _forks(config, (records, work)), config.engine
     with importing():
         from experiments.engines import ray
 
@@ -67,35 +81,33 @@ def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
         yield Ready(records=records, forks=forks)
 
 
-_server: "list[ForkServer]" = []  # of this process's first run: later ones find Ray imported
+def _modules(config: RunConfig) -> list[str]:
+    """What institutions and server import."""
+    private = ["client.dp_sgd"] if config.privacy.enabled else []
+    return [CLIENT_APP.partition(":")[0], *private, "server.app"]
 
 
-def _forks(config: RunConfig) -> "ForkServer | None":
-    """What workers are forked from; base model and records are loaded for it before."""
+_first: "tuple[ForkServer, tuple[object, object]] | None" = None
+"""Of this process's first run on Ray, with the records and the model that its forks have: later
+runs find Ray imported, which no fork may have."""
+
+
+def _forks(config: RunConfig, loaded: tuple[object, object]) -> "ForkServer | None":
+    global _first
     if config.engine.ray_address or config.engine.gpus or config.engine.threads > 1:
         return None
-    if _server or "ray" in sys.modules:
-        return next(iter(_server), None)
+    if _first is not None:
+        server, of_first = _first
+        return server if server.alive and all(map(operator.is_, of_first, loaded)) else None
+    if "ray" in sys.modules:
+        return None
     from experiments.engines.forkserver import ForkServer
 
-    with importing():
-        for name in ("client.app", "client.dp_sgd", "server.app"):
-            if name != "client.dp_sgd" or config.privacy.enabled:
-                importlib.import_module(name)
-    import torch
-
-    from fedlora import trainable
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # others would be gone in a fork, which would wait for them
     try:
-        trainable.load(config, trainable.records(config).labels)
-        _server.append(ForkServer())
+        _first = ForkServer(), loaded
     except (AttributeError, OSError):  # no such sockets or descriptors, or a path too long
         return None
-    finally:
-        torch.set_num_threads(threads)
-    return _server[0]
+    return _first[0]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Rows to tensors: batches of rows that are alike in length, padded no further than needed."""
+"""Rows to tensors: padded batches of rows alike in length, or packed rows without padding."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -234,7 +234,9 @@ class TrainingConfig(Section):
         at_least=0,
         at_most=1,
     )
-    physical_batch: int = key(64, "records in memory at a time; changes no result", at_least=1)
+    physical_batch: int = key(
+        64, "records in memory at a time; changes a result by rounding only", at_least=1
+    )
     learning_rate: float = key(1.0, "step size at the institution", above=0, at_most=1e4)
     optimizer: str = key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
     proximal: float = key(

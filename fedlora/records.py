@@ -1,7 +1,7 @@
 """A run's tokenised records, opened once in a process.
 
 Importing this module loads numpy and nothing heavier, and neither does opening records that are
-cached: a run that was made before gets to its institutions without waiting for torch.
+cached.
 """
 
 import functools

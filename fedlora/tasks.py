@@ -50,8 +50,17 @@ CLOSED_ANSWERS = 100  # so many different references, each as short as below, ar
 CLOSED_CHARACTERS = 40
 ROUNDING = 0.02
 """Relative difference in bf16 between a row that is packed and the same one alone, at most."""
-WINDOWS = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")
+WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "sliding_windows",
+    "local_attention",
+    "attention_chunk_size",
+    "window_size",
+)
 """What configurations call the tokens that a token can see, where that is not all of them."""
+LENGTH_DEPENDENT = ("longrope", "dynamic")
+"""Rotary positions that change with the longest row of a batch, for all its rows."""
 
 
 class Task(ABC):
@@ -186,37 +195,56 @@ class Classification(Task):
 
         base: Any = model
         base = base.get_base_model() if hasattr(model, "get_base_model") else base
-        most = self.encoding.max_length
-        windows = [getattr(base.config, key, None) or most for key in WINDOWS]
-        if base.config._attn_implementation != attention.NAME or min(windows) < most:
+        most, config = self.encoding.max_length, base.config.get_text_config()
+        windows = [getattr(config, key, None) for key in WINDOWS]
+        rope = str(getattr(config, "rope_parameters", ""))
+        if (
+            base.config._attn_implementation != attention.NAME
+            or any(type(window) is int and window < most for window in windows)
+            or any(kind in rope for kind in LENGTH_DEPENDENT)
+            or hasattr(base.get_output_embeddings(), "base_layer")  # adapted: sees the last tokens
+        ):
             return None
         special = {*self._tokenizer.all_special_ids, self._pad_id}
-        ids = [i for i in range(base.config.vocab_size) if i not in special][:20]
-        lengths = [min(length, most) for length in (2, 5, 9)]
-        texts = [(ids * 9)[3 * n : 4 * n] for n in lengths]
-        trial = _shard(Encoded(ids=texts, targets=[0, 0, 0], truncated=0))
-        rows, device = np.arange(len(lengths)), next(model.parameters()).device
+        ids = [i for i in range(config.vocab_size) if i not in special][:20] * 9
+        texts = [ids[3 * n : 3 * n + min(n, most)] for n in (2, 5, 9)]
+        longer = [ids[2 * n + 1 : 2 * n + 1 + min(n + 1, most)] for n in (2, 5, 9)]
+        device = next(model.parameters()).device
 
         def outputs(batch: Batch | PackedBatch) -> NDArray[np.float32]:
             if isinstance(self.encoding, PlainText):
                 return base.pooled(**_inputs(model, batch)).cpu().numpy()
             return self.next_token(model, batch).float().cpu().numpy()
 
+        def packed(texts: list[list[int]], first: int) -> NDArray[np.float32]:
+            shard = _shard(Encoded(ids=texts, targets=[0, 0, 0], truncated=0))
+            batch = self.pack(shard, np.arange(3), first=first, total=64, slots=4, device=device)
+            with packing.use(batch.row):
+                return outputs(batch)
+
+        errors: dict[int, float] = {}
         with _evaluating(model):
-            alone = np.concatenate([outputs(self.collate(trial, [int(row)])) for row in rows])
+            shard = _shard(Encoded(ids=texts, targets=[0, 0, 0], truncated=0))
+            alone = np.concatenate([outputs(self.collate(shard, [i])) for i in range(3)])
             for first in (0, self._pad_id + 1):  # RoBERTa's family counts from after its padding
-                batch = self.pack(
-                    trial, rows, first=first, total=sum(lengths) + 3, slots=4, device=device
-                )
+                if first + most > (getattr(config, "max_position_embeddings", 0) or math.inf):
+                    continue
                 try:
-                    with packing.use(batch.row):
-                        packed = outputs(batch)
+                    found = packed(texts, first)
                 except Exception:  # it cannot be told positions, or wants another mask
                     continue
-                error, size = (np.linalg.norm(x, axis=1) for x in (packed - alone, alone))
-                if (error <= ROUNDING * size).all():
-                    return first
-        return None
+                error, size = (np.linalg.norm(x, axis=1) for x in (found - alone, alone))
+                errors[first] = float((error / size).max())
+            least = min(errors.values(), default=math.inf)
+            if least > ROUNDING:
+                return None
+            first = next(first for first in errors if errors[first] <= 2 * least)
+            # What a row gets must be its own to the last bit: the others change, and it does not.
+            for i in range(3):
+                others = [text if j == i else longer[j] for j, text in enumerate(texts)]
+                if not np.array_equal(packed(others, first)[i], packed(texts, first)[i]):
+                    return None
+        return first
 
     def losses(
         self, model: nn.Module, batch: Batch | PackedBatch, labels: tuple[str, ...]

@@ -28,6 +28,7 @@ import struct
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,7 +56,10 @@ class ForkServer:
             listener.bind(self._socket)
             listener.listen()
             alive, self._alive = os.pipe()  # its end is this process's
-            self._pid = os.fork()
+            self._owner = os.getpid()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # threads that draw a display
+                self._pid = os.fork()
             if not self._pid:
                 _run(lambda: self._serve(listener, alive))
             os.close(alive)
@@ -73,6 +77,7 @@ class ForkServer:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, 1)
         os.close(nothing)
+        _plain_streams()
         gc.collect()
         gc.freeze()
         try:
@@ -86,16 +91,22 @@ class ForkServer:
         words = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), self._socket]
         return shlex.join(words)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still forks."""
+        return not self._has_ended(0.0)
+
     def check(self) -> None:
         """Raise a RuntimeError when the server has ended: no worker could start any more."""
-        if self._has_ended(0.0):
+        if not self.alive:
             raise RuntimeError(f"the process that workers are forked from ended with {self._code}")
 
     def close(self) -> None:
-        """End it, and what it forked."""
-        atexit.unregister(self.close)
-        with contextlib.suppress(OSError):  # closed before
-            os.close(self._alive)
+        """End it, and what it forked; a second time, or in another process, this does nothing."""
+        if self._alive < 0 or os.getpid() != self._owner:
+            return
+        os.close(self._alive)
+        self._alive = -1
         if not self._has_ended(5.0):
             os.kill(self._pid, signal.SIGKILL)
             self._has_ended(5.0)
@@ -139,11 +150,13 @@ def _serve(listener: socket.socket) -> None:
     workers: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> worker, its stand-in
     while True:
         for descriptor, what in events.poll():
-            if descriptor == 0 and what & (select.POLLHUP | select.POLLERR):
+            if descriptor == 0 and what & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
                 return
             if descriptor == listener.fileno():
                 asked, _ = listener.accept()
-                worker = _forked(asked, listener, workers)
+                worker = 0
+                with contextlib.suppress(OSError):  # one that asks wrongly, or too late, gets none
+                    worker = _forked(asked, listener, workers)
                 if worker:
                     ended = os.pidfd_open(worker)
                     workers[ended] = worker, asked
@@ -171,12 +184,18 @@ def _forked(
     others: Mapping[int, tuple[int, socket.socket]],
 ) -> int:
     """The worker that a stand-in asks for, or 0; in the worker itself this never returns."""
+    asked.settimeout(10.0)
     length, files, _, _ = socket.recv_fds(asked, LENGTH.size, len(STREAMS))
-    with asked.makefile("rb") as stream:
-        message = stream.read(*LENGTH.unpack(length)) if len(files) == len(STREAMS) else b""
-    if not message:  # it has ended
+    message, size = b"", LENGTH.unpack(length)[0] if len(length) == LENGTH.size else 0
+    if len(files) == len(STREAMS):
+        with asked.makefile("rb") as stream:
+            message = stream.read(size)
+    if not message or len(message) < size:  # it has ended
+        for file in files:
+            os.close(file)
         asked.close()
         return 0
+    asked.settimeout(None)
     server = os.getpid()
     worker = os.fork()
     if worker:
@@ -204,13 +223,17 @@ def _forked(
     _run(become)
 
 
+def _plain_streams() -> None:
+    """Files in the place of whatever the process that started the run has for them."""
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+
+
 def _become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
-    # Those of the process that started the run may be anything.
-    sys.stdin = os.fdopen(0, closefd=False)
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    _plain_streams()
     sys.argv = asked["arguments"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

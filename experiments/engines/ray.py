@@ -23,8 +23,9 @@ from typing import Any
 
 import ray
 from flwr.app import Context, Message, RecordDict
-from ray._private import parameter
+from ray._private import parameter, services
 from ray._private.node import Node
+from ray._private.state import GlobalState
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from experiments.engines.forkserver import ForkServer
@@ -446,6 +447,9 @@ def started(address: str, cores: int) -> Iterator[None]:
         address: A cluster to join; empty to start Ray on this machine.
         cores: Places for workers on this machine.
     """
+    if ray.is_initialized():  # whoever started it ends it
+        yield
+        return
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # ours are started otherwise
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -453,7 +457,7 @@ def started(address: str, cores: int) -> Iterator[None]:
         root = str(Path(__file__).resolve().parents[2])
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": root}}, **quiet)
     else:
-        with _without_monitors():
+        with _lean():
             ray.init(
                 num_cpus=cores, include_dashboard=False, object_store_memory=512 * 2**20, **quiet
             )
@@ -464,16 +468,28 @@ def started(address: str, cores: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_monitors() -> Iterator[None]:
+def _lean() -> Iterator[None]:
     """Have Ray start without those that watch logs and autoscaling, and without a web server.
 
-    Each is a Python process, and to end them takes a second. ``ray.init`` has no argument for it.
+    Each is a Python process, and to end them takes a second. Nor does Ray then look for its node
+    once a second only. ``ray.init`` has no arguments for any of it.
     """
-    params, serve = parameter.RayParams, Node.start_api_server
+    params, serve, get = parameter.RayParams, Node.start_api_server, services.get_node
     without: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
+
+    def get_soon(gcs_address: str, node_id: str) -> Any:
+        nodes = GlobalState()
+        nodes._initialize_global_state(services._get_gcs_client_options(gcs_address))
+        for _ in range(100):
+            if any(node["NodeID"] == node_id for node in nodes.node_table()):
+                break
+            time.sleep(0.02)
+        return get(gcs_address, node_id)
+
     parameter.RayParams = functools.partial(params, **without)
     Node.start_api_server = lambda *_, **__: None
+    services.get_node = get_soon
     try:
         yield
     finally:
-        parameter.RayParams, Node.start_api_server = params, serve
+        parameter.RayParams, Node.start_api_server, services.get_node = params, serve, get

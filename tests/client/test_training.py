@@ -78,7 +78,7 @@ def _unpadded(work, shard, others):
 
 
 PASSES = pytest.mark.parametrize(
-    ("packed", "physical"), [(False, 8), (True, 6), (True, 32)], ids=["padded", "packed", "large"]
+    ("packed", "physical"), [(False, 8), (True, 6), (True, 64)], ids=["padded", "packed", "large"]
 )
 
 
@@ -131,7 +131,8 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
             state[name] = 2 * torch.randn(shape, generator=generator)
     AdapterState(state).load_into(work.model)
     shard = records.train(0)
-    units = [np.array([row]) for row in np.flatnonzero(shard.lengths == 10)[:20]]
+    rows = np.concatenate([np.flatnonzero(shard.lengths == n)[:8] for n in (10, 9, 7, 5)])
+    units = [np.array([row]) for row in rows]
     together = _gradients(work, shard, units, 5, packed=packed)
     others = _gradients(work, shard, units[1:], 5, packed=packed)  # each a place further on
     trainable.forget()
@@ -240,20 +241,22 @@ def test_who_trains_together_changes_no_bit_of_anyones_adapter(minilm, optimizer
     assert all(torch.equal(t, before[n]) for n, t in AdapterState.read(work.model).items())
 
 
-@pytest.fixture
-def grouped_queries(tiny_config, tiny_encoder, tmp_path):
+@pytest.fixture(params=["sft", "classification"])
+def grouped_queries(request, tiny_config, tiny_encoder, tmp_path):
     """A bf16 Llama whose heads share keys, large factors, unpadded rows and padded ones."""
     torch.manual_seed(0)
     size = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 64}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=60, **size, **heads)).save_pretrained(tmp_path / "m")
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.add_tokens(["loan", "card", "fraud"])  # else labels are all unknown words
     tokenizer.save_pretrained(tmp_path / "m")
     config = tiny_config(
         **{
             "model.name": str(tmp_path / "m"),
-            "model.task": "sft",
+            "model.task": request.param,
             "model.dtype": "bf16",
+            "data.prompt": "{text}" if request.param == "classification" else "",
             "training.max-length": 10,
         }
     )
@@ -265,6 +268,8 @@ def grouped_queries(tiny_config, tiny_encoder, tmp_path):
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     shard = records.all_train
     full, padded = (np.flatnonzero(shard.lengths == n)[:24] for n in (10, 9))
+    assert len(full) and len(padded)
+    assert (work.first_position is None) == (request.param == "sft")
     yield work, _participant(shard.select(full), "full"), _participant(shard.select(padded), "pad")
     trainable.forget()
 

@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
-from ray._private import parameter
+from ray._private import parameter, services
+from ray._private.node import Node
 
 from benchmarks.empty_client import app
 from experiments.engines.grid import TOGETHER, TOGETHER_BYTES, identify
@@ -129,6 +130,8 @@ def test_ray_starts_nothing_that_a_simulation_has_no_use_for(ray_grid):
     for name in ("monitor.py", "dashboard.py", "ray::IDLE"):
         assert not any(name in command for command in below)
     assert isinstance(parameter.RayParams, type)
+    assert Node.start_api_server.__qualname__ == "Node.start_api_server"
+    assert services.get_node.__module__ == "ray._private.services"
 
 
 def test_the_ray_engine_answers_for_every_institution_and_keeps_its_state(ray_grid):
