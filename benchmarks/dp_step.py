@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--method", default="lora")
     made.add_argument("--rows", type=int, default=64)
     made.add_argument("--tokens", type=int, default=40)
-    made.add_argument("--physical-batch", type=int, default=16)
+    made.add_argument("--physical-batch", type=int, default=64)
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--turns", type=int, default=15)
     return made

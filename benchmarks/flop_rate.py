@@ -74,7 +74,6 @@ def bare(counts: collections.Counter[Product]) -> Callable[[], None]:
 
 def main() -> None:
     parser = dp_step.parser()
-    parser.set_defaults(physical_batch=32)
     arguments = parser.parse_args()
     (step,) = dp_step.sides(arguments, "dp")
     step()

@@ -1,6 +1,6 @@
 """Seconds of each part of one run, from the command to its end, as one line of JSON.
 
-Usage: python -m benchmarks.timeline [--config benchmarks/work.toml] [--cached]
+Usage: python -m benchmarks.timeline [--config benchmarks/work.toml | --private] [--cached]
 
 The run is the user's own command in a process of its own, with Ray; without ``--cached`` nothing
 from another run is there. A part ends where the next one begins.
@@ -58,16 +58,20 @@ cli.app()
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="benchmarks/work.toml")
+    parser.add_argument("--private", action="store_true", help="the work of `make bench` under DP")
     parser.add_argument("--cached", action="store_true", help="run it once before, uncounted")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         for turn in range(1 + arguments.cached):
             notes = here / f"notes-{turn}"
-            command = [sys.executable, "-c", RUN, "run", str(Path(arguments.config).resolve())]
+            out = here / f"run-{turn}"
+            words = ["run", str(Path(arguments.config).resolve()), "--out", str(out)]
+            if arguments.private:
+                words = work.Work(private=True).fedlora(out)[1:]
             started = time.time()
             subprocess.run(
-                [*command, "--out", str(here / f"run-{turn}"), "--quiet"],
+                [sys.executable, "-c", RUN, *words, "--quiet"],
                 env={**work.environment(here / "cache"), "FEDLORA_TIMELINE": str(notes)},
                 cwd=ROOT,
                 check=True,

@@ -179,11 +179,13 @@ def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> d
     )
     with (
         _one_line(Path(config.run_dir), "fedlora run --resume"),
-        simulate.ready(kind, config) as ready,
-        simulate.engine(kind, config, ready) as grid,
-        live.progress(config, grid, console),
+        contextlib.ExitStack() as stack,
     ):
-        simulate.run(config, grid)
+        with console.status("loading the base model, starting workers"):
+            ready = stack.enter_context(simulate.ready(kind, config))
+            grid = stack.enter_context(simulate.engine(kind, config, ready))
+        with live.progress(config, grid, console):
+            simulate.run(config, grid)
     return json.loads((Path(config.run_dir) / "result.json").read_text(encoding="utf-8"))
 
 

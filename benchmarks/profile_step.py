@@ -1,0 +1,108 @@
+"""Where the time of local training goes: operators' shares of an institution's step.
+
+Usage: python -m benchmarks.profile_step [--private] [--institutions 5] [--threads 1]
+
+The steps are those of benchmarks/work.toml: five of 64 rows, under DP several institutions together
+as a worker trains them. Prints one line of JSON: seconds of an institution's step and
+the share of each kind of operator (torch's profiler, which itself takes some time).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import work
+from client import training
+from fedlora import config as configuration
+from fedlora import trainable
+from fedlora.streams import RandomSource
+
+KINDS = {
+    "products with the base": ("aten::mm", "aten::addmm"),
+    "products for each example": ("aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product",),
+    "GELU and norms": ("aten::gelu", "aten::native_layer_norm", "aten::linalg_vector_norm"),
+    "copies and gathers": (
+        "aten::copy_",
+        "aten::index",
+        "aten::cat",
+        "aten::fill_",
+        "aten::masked",
+    ),
+    "sums": ("aten::add", "aten::sum", "aten::mul"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--institutions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config = configuration.load(Path(work.CONFIG))
+    records = trainable.records(config)
+    model = trainable.load(config, records.labels)
+    count = arguments.institutions
+    plan = training.LocalPlan(
+        steps=config.training.local_steps,
+        physical_batch=config.training.physical_batch,
+        optimizer=config.training.optimizer,
+        learning_rate=config.training.learning_rate,
+    )
+
+    def private(turn: int) -> None:
+        participants = [
+            training.Participant(
+                shard=records.train(index),
+                mechanism=training.PrivacyMechanism(
+                    noise_multiplier=1.0,
+                    sample_rate=min(1.0, 64 / len(records.train(index))),
+                    normaliser=64.0,
+                    max_grad_norm=1.0,
+                    clipping="flat",
+                ),
+                source=RandomSource.seeded("profile", turn, index),
+            )
+            for index in range(count)
+        ]
+        training.train_privately(model, participants, plan)
+
+    def plain(turn: int) -> None:
+        for index in range(count):
+            source = RandomSource.seeded("profile", turn, index)
+            training.train(model, records.train(index), plan, 64, source)
+
+    work_of: Callable[[int], None] = private if arguments.private else plain
+    work_of(0)
+    started = time.perf_counter()
+    work_of(1)
+    seconds = time.perf_counter() - started
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        work_of(2)
+    spent = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    total = sum(spent.values())
+    shares = {
+        kind: sum(value for key, value in spent.items() if key.startswith(names)) / total
+        for kind, names in KINDS.items()
+    }
+    shares["everything else"] = 1 - sum(shares.values())
+    print(
+        json.dumps(
+            {
+                "private": arguments.private,
+                "institutions": count,
+                "seconds_of_a_step": round(seconds / count / plan.steps, 4),
+                "shares": {kind: round(value, 3) for kind, value in shares.items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
