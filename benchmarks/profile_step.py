@@ -34,7 +34,7 @@ KINDS = {
         "aten::fill_",
         "aten::masked",
     ),
-    "sums": ("aten::add", "aten::sum", "aten::mul"),
+    "sums and scalings": ("aten::add_", "aten::sum", "aten::mul"),
 }
 
 
