@@ -133,7 +133,7 @@ def _plain_passes(
     for numbers in _filled(lengths, room, physical_batch):
         part = rows[numbers]
         part = part[np.argsort(widths[part], kind="stable")]
-        total = -(-int(shard.lengths[part].sum()) // MULTIPLE) * MULTIPLE
+        total = _multiple(int(shard.lengths[part].sum()))
         with _packed_losses(trainable, shard, part, dropout, total, len(part)) as losses:
             yield losses
 
@@ -392,7 +392,11 @@ def _filled(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarray]:
 
 def _tokens(trainable: Trainable, physical_batch: int) -> int:
     """Tokens of a packed row: those of `physical_batch` short rows, or of a long one."""
-    tokens = max(SHORT * physical_batch, trainable.task.encoding.max_length)
+    return _multiple(max(SHORT * physical_batch, trainable.task.encoding.max_length))
+
+
+def _multiple(tokens: int) -> int:
+    """The size of a packed row that so many tokens fit into."""
     return -(-tokens // MULTIPLE) * MULTIPLE
 
 

@@ -126,18 +126,23 @@ def test_forks_end_when_the_servers_owner_dies(tmp_path):
     assert not left
 
 
+def staying(server, script):
+    """A stand-in whose fork stays, and the fork's process id."""
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {server.py_executable} {script} stay"],
+        env={**os.environ, "ASKED": "yes"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    return process, int(process.stdout.readline().split()[-1])
+
+
 def test_forks_end_with_the_server_however_it_ends(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     with ForkServer() as server:
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {server.py_executable} {script} stay"],
-            env={**os.environ, "ASKED": "yes"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        pid = int(process.stdout.readline().split()[-1])
+        process, pid = staying(server, script)
         os.kill(psutil.Process(pid).ppid(), signal.SIGKILL)
         assert gone(pid)
         assert process.wait(timeout=20) == 1
@@ -150,14 +155,7 @@ def test_forks_end_when_the_server_is_closed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     server = ForkServer()
-    process = subprocess.Popen(
-        ["bash", "-c", f"exec {server.py_executable} {script} stay"],
-        env={**os.environ, "ASKED": "yes"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    pid = int(process.stdout.readline().split()[-1])
+    process, pid = staying(server, script)
     server.check()
     server.close()
     server.close()
