@@ -58,7 +58,7 @@ def of_each(
         Besides, ``not_evaluated``: institution -> reason of those whose answer does not count, if
         there are any; the metrics are then those of the others.
     """
-    arrays = wire.arrays(order.adapter)
+    arrays = wire.pack_adapter(order.adapter)
     messages = [
         Message(
             wire.pack_order(order, arrays),

@@ -217,7 +217,7 @@ def _round(
         )
         for rank, start in starts.items()
     }
-    arrays = {rank: wire.arrays(start) for rank, start in starts.items()}
+    arrays = {rank: wire.pack_adapter(start) for rank, start in starts.items()}
     messages = {
         name: Message(
             wire.pack_order(orders[ranks[name]], arrays[ranks[name]]),
@@ -291,7 +291,7 @@ def _round(
     )
     received = replies.received
     if mechanism is not None:  # as if all had sent what they were asked for
-        part = wire.array_bytes(wire.arrays(this.before.only(this.parts)))
+        part = wire.array_bytes(wire.pack_adapter(this.before.only(this.parts)))
         received = dict.fromkeys(nodes.values(), part)
     measured: dict[str, Any] = {}
     every = federation.evaluate_every

@@ -137,7 +137,7 @@ def ask_banks(tiny_config, tmp_path):
         calls = []
         for bank, changes in orders:
             order = _order(work, **changes)
-            content = wire.pack_order(order, wire.arrays(order.adapter))
+            content = wire.pack_order(order, wire.pack_adapter(order.adapter))
             context = Context(
                 run_id=1,
                 node_id=bank + 1,

@@ -166,7 +166,7 @@ def test_what_stays_with_an_institution_is_never_sent_and_survives_a_resume(
     for name in ("Alpha", "Beta", "Gamma", "Delta"):
         calm, again = (AdapterState.open(run / "institutions" / name / "adapter") for run in made)
         assert all(torch.equal(calm[n], again[n]) for n in calm)
-    sent = sum(len(a.data) for a in wire.arrays(start.only(("A", "head"))).values())
+    sent = sum(len(a.data) for a in wire.pack_adapter(start.only(("A", "head"))).values())
     assert {i["received"] for i in read_records(run)[0]["institutions"].values()} == {sent}
     # the pooled accuracy is that of each one's own adapter on its own rows
     records = trainable.records(config)

@@ -1,7 +1,9 @@
 import dataclasses
+import json
 import math
 
 import pytest
+import safetensors.torch
 import torch
 from flwr.app import ConfigRecord
 
@@ -47,10 +49,10 @@ UPDATE = wire.ClientUpdate(
 )
 
 
-def _header(shape):
-    """An .npy file of float32 that says it has this shape, without a value."""
-    text = str({"descr": "<f4", "fortran_order": False, "shape": shape}).ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+def _file(**tensor):
+    """A safetensors file of one tensor that is described so, without a value."""
+    header = json.dumps({"x.lora_A.weight": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header
 
 
 def _same(a, b):
@@ -61,7 +63,7 @@ def _same(a, b):
 
 
 def test_packages_come_back_to_the_last_bit():
-    _same(wire.unpack_order(wire.pack_order(ORDER, wire.arrays(STATE))), ORDER)
+    _same(wire.unpack_order(wire.pack_order(ORDER, wire.pack_adapter(STATE))), ORDER)
     _same(wire.unpack_update(wire.pack_update(UPDATE)), UPDATE)
     _same(wire.update_from_bytes(wire.update_to_bytes(UPDATE)), UPDATE)
     plain = dataclasses.replace(UPDATE, privacy=None, metrics={})
@@ -115,17 +117,17 @@ def test_a_malformed_update_is_refused(spoil):
     [
         b"",
         b"PK\x03\x04" + bytes(60),
-        wire.arrays(STATE)["x.lora_A.weight"].data[:40],
-        _header((10**15,)),
-        _header((10**23,)),
+        wire.pack_adapter(STATE)["adapter"].data[:-4],
+        _file(dtype="F32", shape=[10**15], data_offsets=[0, 4 * 10**15]),
+        _file(dtype="F32", shape=[10**23], data_offsets=[0, 4 * 10**23]),
+        safetensors.torch.save({"x.lora_A.weight": torch.zeros(2, 3, dtype=torch.bfloat16)}),
     ],
-    ids=["empty", "archive", "cut", "beyond-memory", "beyond-addresses"],
+    ids=["empty", "archive", "cut", "beyond-memory", "beyond-addresses", "bf16"],
 )
-def test_an_array_that_cannot_be_read_is_refused(data):
+def test_an_adapter_that_cannot_be_read_is_refused(data):
     content = wire.pack_update(UPDATE)
-    arrays = content["adapter"]
-    name = next(iter(arrays))
-    arrays[name] = dataclasses.replace(arrays[name], data=data)
+    array = content["adapter"]["adapter"]
+    content["adapter"]["adapter"] = dataclasses.replace(array, data=data)
     with pytest.raises(Refusal, match="malformed-message"):
         wire.unpack_update(content)
 
@@ -141,7 +143,7 @@ def test_a_refusal_carries_its_code_and_nothing_else():
 
 def test_what_an_evaluation_asks_and_answers_comes_back():
     order = wire.EvaluateOrder(run="a1", round=4, save=True, adapter=STATE)
-    _same(wire.unpack_evaluate(wire.pack_order(order, wire.arrays(STATE))), order)
+    _same(wire.unpack_evaluate(wire.pack_order(order, wire.pack_adapter(STATE))), order)
     answer = wire.Evaluation(institution="bank", metrics={"accuracy": 0.1 + 0.2, "n": 3})
     assert wire.unpack_evaluation(wire.pack_evaluation(answer)) == answer
     hello = wire.Hello(institution="bank", version="1", fits=True, rank=4)
@@ -166,11 +168,11 @@ def test_metrics_that_are_no_object_are_refused(text):
 @pytest.mark.parametrize("run", ["../../evil", "*", "a-1", "", "a" * 65, "a\n"])
 def test_a_run_that_could_name_another_file_is_refused(run):
     for order in (
-        wire.pack_order(dataclasses.replace(ORDER, run=run), wire.arrays(STATE)),
-        wire.pack_order(dataclasses.replace(ORDER, round=-1), wire.arrays(STATE)),
+        wire.pack_order(dataclasses.replace(ORDER, run=run), wire.pack_adapter(STATE)),
+        wire.pack_order(dataclasses.replace(ORDER, round=-1), wire.pack_adapter(STATE)),
     ):
         with pytest.raises(Refusal, match="malformed-message"):
             wire.unpack_order(order)
     order = wire.EvaluateOrder(run=run, round=1, save=False, adapter=STATE)
     with pytest.raises(Refusal, match="malformed-message"):
-        wire.unpack_evaluate(wire.pack_order(order, wire.arrays(STATE)))
+        wire.unpack_evaluate(wire.pack_order(order, wire.pack_adapter(STATE)))
