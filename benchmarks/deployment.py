@@ -4,8 +4,8 @@ The services of docker-compose.yml as processes (tests/deployment/harness.py), w
 model: `python -m benchmarks.deployment`. A round is one small DP step at each institution, so that
 what shows is what surrounds training. With ``--fresh`` each message has a process of its own that
 loads the base model, as Flower does it, in the place of the resident trainer. Memory is each
-service's proportional set size, all its processes together, twice a second: the highest, and what
-it holds after the last round.
+service's proportional set size, all its processes together, every two seconds: the highest, and
+what it holds after the last round.
 
 ``--set KEY=VALUE`` changes the run. An adapter of 205 MB, with SmolLM2-135M in DIR:
 ``--model DIR --set adapter.rank=168 --set 'adapter.target-modules=["q_proj","k_proj","v_proj",
@@ -54,7 +54,7 @@ def watched(federation: harness.Federation) -> Iterator[dict[str, float]]:
             with contextlib.suppress(LookupError, psutil.Error):
                 peaks[name] = max(peaks[name], memory(federation, name))
 
-    with measure.meanwhile(watch, 0.5):
+    with measure.meanwhile(watch, measure.EVERY):
         yield peaks
 
 

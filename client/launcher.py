@@ -13,8 +13,10 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.constant import TaskType
@@ -23,13 +25,14 @@ from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExec
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
 from client import executor
+from client.pauses import Pauses
 from fedlora import logs, startup
 
 log = logging.getLogger("fedlora.client")
 
 IMPORTED = ["flwr.supercore.cli.flower_superexec", "client.executor"]
-POLL = "0.2"
-"""Seconds between two looks for a message; Flower's own second is a fifth of a round."""
+SHORTEST, LONGEST = 0.1, 1.0
+"""Seconds between two looks for a message. Flower's own second is a fifth of a small round."""
 
 
 class InstalledApp(SubprocessExecutor):
@@ -41,6 +44,7 @@ class InstalledApp(SubprocessExecutor):
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._pauses = Pauses(SHORTEST, LONGEST)
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(IMPORTED)
         forkserver.ensure_running()
@@ -50,6 +54,7 @@ class InstalledApp(SubprocessExecutor):
         """Start the process of one task."""
         if spec.task_type != TaskType.CLIENT_APP:
             return LaunchResult.failed(f"an institution runs no {spec.task_type}")
+        self._pauses.came()
         self._processes.Process(
             target=executor.main, args=(self._path, arguments(spec)), daemon=True
         ).start()
@@ -61,6 +66,10 @@ class InstalledApp(SubprocessExecutor):
         if (code := self._trainer.poll()) is not None:
             log.error("the trainer ended (%d); another one is started", code)
             self._trainer = self._start()
+
+    def sleep(self, _: float) -> None:
+        """Pause until the next look; in the place of ``time.sleep`` in Flower's loop."""
+        time.sleep(self._pauses.seconds)
 
     def _start(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
@@ -82,9 +91,10 @@ def arguments(spec: ExecutionSpec) -> list[str]:
 def main() -> None:
     """Run Flower's SuperExec with our executor: the trainer's socket, then Flower's arguments."""
     path = Path(sys.argv.pop(1))
-    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", POLL)
     logs.to_stderr()
-    run_superexec.get_executor = lambda *_, **__: InstalledApp(path)
+    ours = InstalledApp(path)
+    run_superexec.get_executor = lambda *_, **__: ours
+    run_superexec.time = SimpleNamespace(sleep=ours.sleep)  # all that the module uses of it
     flower_superexec()
 
 

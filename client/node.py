@@ -66,7 +66,7 @@ def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
     secret.write_text(secrets.token_hex(32))
     address = f"127.0.0.1:{_free_port()}"
     supernode = [
-        str(Path(sys.executable).parent / "flower-supernode"),
+        *(sys.executable, "-P", "-m", "client.supernode"),
         *("--superlink", settings.gateway, "--root-certificates", settings.ca),
         *("--auth-supernode-private-key", settings.key),
         *("--node-config", f'settings="{path}"'),

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from flwr.supercore.retry import http_retry
+from flwr.supercore.superexec import run_superexec
+from flwr.supernode import start_client_internal
 
-from client import node
+from client import node, pauses, supernode
 from experiments.deploy import service
 from fedlora import logs
 from tests.deployment import harness
@@ -139,3 +142,28 @@ def test_a_process_that_has_given_up_is_ended_so_that_it_can_be_started_again(ca
 
 def test_a_supernode_still_gives_up_in_these_words():
     assert f'"{node.GAVE_UP}"' in inspect.getsource(http_retry)
+
+
+@pytest.mark.parametrize(
+    ("loop", "longest"),
+    [
+        (start_client_internal, f"time.sleep({supernode.LOOK:g})"),
+        (run_superexec, "time.sleep(task_poll_interval)"),
+    ],
+)
+def test_flowers_loops_still_pause_as_ours_expect(loop, longest):
+    source = inspect.getsource(loop)
+    assert longest in source and set(re.findall(r"\btime\.\w+", source)) == {"time.sleep"}
+
+
+def test_pauses_grow_while_nothing_comes(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(pauses.time, "monotonic", lambda: now[0])
+    between = pauses.Pauses(0.2, 3.0)
+    assert between.seconds == 3.0  # nothing ever came
+    between.came()
+    waited = []
+    for quiet in (0.0, 1.0, 5.0, 20.0, 100.0):
+        now[0] = 100.0 + quiet
+        waited.append(between.seconds)
+    assert waited == pytest.approx([0.2, 0.2, 0.5, 2.0, 3.0])
