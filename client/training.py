@@ -20,7 +20,7 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.o
 MULTIPLE = 64
 """A packed row has a multiple of so many tokens: kernels are made and kept for each size, and treat
 the last rows of an odd one in another way."""
-SHORT = 8  # tokens that a row of a pass may have on average before fewer rows fit into it
+SHORT = 10  # tokens that a row of a pass may have on average before fewer rows fit into it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,8 +391,9 @@ def _filled(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarray]:
 
 
 def _tokens(trainable: Trainable, physical_batch: int) -> int:
-    """Tokens of a packed row: those of `physical_batch` short rows, or of a long one."""
-    return _multiple(max(SHORT * physical_batch, trainable.task.encoding.max_length))
+    """Tokens of a packed row: `physical_batch` short rows, or the longest rows without a rest."""
+    longest = trainable.task.encoding.max_length
+    return _multiple(-(-SHORT * physical_batch // longest) * longest)
 
 
 def _multiple(tokens: int) -> int:
