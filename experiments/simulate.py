@@ -54,21 +54,21 @@ def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
         InputError: As `prepare` and `check_budgets`, and if the base model cannot be loaded.
     """
     records = prepare(config)
-    if config.privacy.enabled:
-        check_budgets(config)  # forks have the plans that it makes
-    with importing():
+    with importing():  # and loading: a collection in between would look at all that was imported
+        if config.privacy.enabled:
+            check_budgets(config)  # forks have the plans that it makes
         import torch
 
         from fedlora import trainable
 
         for name in _modules(config):
             importlib.import_module(name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # others would be gone in a fork, which would wait for them
-    try:
-        work = trainable.load(config, records.labels)
-    finally:
-        torch.set_num_threads(threads)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # others would be gone in a fork, which would wait for them
+        try:
+            work = trainable.load(config, records.labels)
+        finally:
+            torch.set_num_threads(threads)
     if kind == "inline":
         yield Ready(records=records, forks=None)
         return
@@ -140,8 +140,18 @@ def engine(kind: str, config: RunConfig, ready: Ready) -> "Iterator[SimulationGr
             gpus=settings.gpus,
             log=log,
             forks=ready.forks,
+            costs=_costs(config, ready.records),
         ) as grid:
             yield grid
+
+
+def _costs(config: RunConfig, records: "Federation") -> list[float]:
+    """What is proportional to the expected tokens of each institution's training step."""
+    lengths = [records.train(index).lengths for index in range(len(records.names))]
+    if config.privacy.enabled:  # each unit is in a step with the same probability
+        return [float(each.sum()) for each in lengths]
+    size = config.training.batch_size
+    return [min(size, len(each)) * float(each.mean()) for each in lengths]
 
 
 def prepare(config: RunConfig) -> "Federation":
@@ -176,16 +186,17 @@ def check_budgets(config: RunConfig) -> None:
     Raises:
         InputError: Naming value, bound and remedy.
     """
-    from client import institution
-    from fedlora import accounting, records
-    from strategies import base
+    with importing():  # what it plans with comes when it plans
+        from client import institution
+        from fedlora import accounting, records
+        from strategies import base
 
-    federation = records.load(config)
-    institutions, rounds = len(federation.names), config.federation
-    units = (federation.train(i).num_units for i in range(institutions))
-    cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
-    for size in sorted({accounting.public_size(count) for count in units}):
-        institution.budget(config, size, cap)
+        federation = records.load(config)
+        institutions, rounds = len(federation.names), config.federation
+        units = (federation.train(i).num_units for i in range(institutions))
+        cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
+        for size in sorted({accounting.public_size(count) for count in units}):
+            institution.budget(config, size, cap)
 
 
 def run(config: RunConfig, grid: "SimulationGrid") -> None:

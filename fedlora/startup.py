@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import Any
 
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",  # more arenas only hold on to freed memory
@@ -34,25 +36,44 @@ def lean() -> None:
         _LIBC.mallopt(_ARENA_MAX, int(os.environ["MALLOC_ARENA_MAX"]))
 
 
-def let_go() -> None:
-    """Give memory that this process has freed back to the system."""
-    with contextlib.suppress(AttributeError):  # another C library
-        _LIBC.malloc_trim(0)
-
-
 @contextlib.contextmanager
 def importing() -> Generator[None]:
-    """Put off the collection of garbage, for a block that imports.
+    """Put off what imports need not wait for, for a block that imports torch and what builds on it.
 
-    torch, transformers, PEFT and Opacus make millions of objects at once. Imports leave next to no
-    garbage, but each collection looks at all that is there: a quarter of the time that they take. A
-    process that does nothing but work afterwards may also call ``gc.freeze``: what is there then is
-    never looked at again, and forks share it.
+    That is the collection of garbage: torch, transformers, PEFT and Opacus make millions of objects
+    at once and leave next to no garbage, but each collection looks at all that is there, a quarter
+    of the time that they take. A process that does nothing but work afterwards may also call
+    ``gc.freeze``: what is there then is never looked at again, and forks share it.
+
+    And it is torch's compiler, which bitsandbytes has loaded for functions of which most runs call
+    none: such a function loads it at its first call.
     """
     was = gc.isenabled()
     gc.disable()
+    import torch
+
+    itself: Any = torch
+    real = itself.compile
+    itself.compile = functools.partial(_later, real)
     try:
         yield
     finally:
+        itself.compile = real
         if was:
             gc.enable()
+
+
+def _later(real: Callable[..., Any], function: Any = None, /, **options: Any) -> Any:
+    """What ``torch.compile`` gives, made at its first call."""
+    if function is None:
+        return functools.partial(_later, real, **options)
+
+    @functools.cache
+    def made() -> Any:
+        return real(function, **options)
+
+    @functools.wraps(function)
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        return made()(*args, **kwargs)
+
+    return calling

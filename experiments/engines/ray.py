@@ -16,7 +16,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,15 @@ START = 60.0  # seconds that a new worker may take beside its first call
 
 @dataclass(kw_only=True)
 class _Job:
-    """One message. ``seconds`` is what its node took last time; 0: not known."""
+    """One message.
+
+    ``cost`` is its node's work next to that of others; ``seconds`` what it took last time, 0: not
+    known.
+    """
 
     message: Message
     context: Context
+    cost: float
     shared: int | None  # number of the record that the message is to get back
     shared_key: str | None
     seconds: float
@@ -136,7 +141,6 @@ class _Worker:
             )
             calls.append((message, context))
         replies = call_together(self._app, calls)
-        startup.let_go()
         return pickle.dumps(
             [
                 (reply, context.state if len(context.state) else None)
@@ -159,6 +163,7 @@ class RayGrid(SimulationGrid):
         gpus: Share of a GPU that a worker takes.
         log: File for the institutions' own messages; empty for none.
         forks: Makes the workers, on this machine; None: they import by themselves.
+        costs: How much work training is for each institution, in any unit; empty: equally much.
     """
 
     def __init__(
@@ -172,9 +177,11 @@ class RayGrid(SimulationGrid):
         gpus: float = 0.0,
         log: str = "",
         forks: ForkServer | None = None,
+        costs: Sequence[float] = (),
     ) -> None:
         super().__init__(institutions, run_config)
         self._forks = forks
+        self._costs = dict(zip(self.get_node_ids(), costs, strict=True)) if costs else {}
         environment: dict[str, Any] = {"env_vars": startup.ENVIRONMENT}
         if forks is not None:
             environment["py_executable"] = forks.py_executable
@@ -234,6 +241,7 @@ class RayGrid(SimulationGrid):
                 _Job(
                     message=message if key is None else _without(message, key),
                     context=self._contexts[message.metadata.dst_node_id],
+                    cost=self._costs.get(message.metadata.dst_node_id, 1.0),
                     shared=shared,
                     shared_key=key,
                     seconds=self._seconds.get(_kind(message), 0.0),
@@ -330,8 +338,9 @@ class RayGrid(SimulationGrid):
         if self._load[index]:
             _, following = self._running[self._load[index][0]]
             following.started = time.monotonic()
+        costs = sum(job.cost for job in done.jobs)
         for job, (_, state) in zip(done.jobs, replies, strict=True):
-            share = job.seconds / expected if expected else 1 / len(done.jobs)
+            share = job.seconds / expected if expected else job.cost / costs
             self._seconds[_kind(job.message)] = seconds * share
             if state is not None:
                 job.context.state = state
@@ -393,22 +402,30 @@ def _calls(jobs: list[_Job], workers: int) -> list[_Call]:
     fresh = [job for job in jobs if not job.seconds]
     few = max(1, len(fresh) // workers)
     few = min(few, FIRST, fitting(job.adapter_bytes for job in fresh))
-    calls = [_Call(jobs=fresh[i : i + few]) for i in range(0, len(fresh), few)]
-    known = sorted((job for job in jobs if job.seconds), key=lambda j: -j.seconds)
+    calls = _shared_out(fresh, math.ceil(len(fresh) / few), few, lambda job: job.cost)
+    known = [job for job in jobs if job.seconds]
     if known:
         shortest = min(job.message.metadata.ttl for job in known) / 2
         most = fitting(job.adapter_bytes for job in known)
         needed = max(len(known) / most, sum(job.seconds for job in known) / shortest)
         count = min(len(known), workers * math.ceil(max(1, needed / workers)))
-        shares = [_Call(jobs=[]) for _ in range(count)]
-        heap = [(0.0, number) for number in range(count)]
-        for job in known:
-            seconds, number = heapq.heappop(heap)
-            shares[number].jobs.append(job)
-            if len(shares[number].jobs) < most:
-                heapq.heappush(heap, (seconds + job.seconds, number))
-        calls += sorted((share for share in shares if share.jobs), key=lambda c: -c.seconds)
+        shares = _shared_out(known, count, most, lambda job: job.seconds)
+        calls += sorted(shares, key=lambda c: -c.seconds)
     return calls
+
+
+def _shared_out(
+    jobs: list[_Job], count: int, most: int, size: Callable[[_Job], float]
+) -> list[_Call]:
+    """Jobs in up to `count` calls of about equal size, with `most` in each at the most."""
+    shares = [_Call(jobs=[]) for _ in range(count)]
+    heap = [(0.0, number) for number in range(count)]
+    for job in sorted(jobs, key=size, reverse=True):
+        total, number = heapq.heappop(heap)
+        shares[number].jobs.append(job)
+        if len(shares[number].jobs) < most:
+            heapq.heappush(heap, (total + size(job), number))
+    return [share for share in shares if share.jobs]
 
 
 def _places(threads: int, gpus: float) -> int:

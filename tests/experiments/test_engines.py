@@ -61,13 +61,14 @@ def test_silence_is_told_from_an_answer():
     assert replies[1].has_content() and replies[3].has_content()
 
 
-def _jobs(*seconds, ttl=60.0, size=1000):
+def _jobs(*seconds, ttl=60.0, size=1000, costs=()):
     identify()
     record = RecordDict({"adapter": ArrayRecord({"w": Array(np.zeros(1, dtype=np.float32))})})
     return [
         _Job(
             message=Message(record, node, MessageType.TRAIN, ttl=ttl),
             context=None,
+            cost=costs[node - 1] if costs else 1.0,
             shared=None,
             shared_key=None,
             seconds=s,
@@ -84,12 +85,24 @@ def test_messages_whose_time_is_not_known_share_calls_with_few_others():
     assert [len(c.jobs) for c in _calls(_jobs(0.0, 0.0), workers=2)] == [1, 1]
 
 
+def test_first_calls_are_shared_out_by_what_institutions_cost():
+    calls = _calls(_jobs(*[0.0] * 6, costs=[9.0, 1.0, 8.0, 2.0, 3.0, 7.0]), workers=2)
+    assert sorted(sum(j.cost for j in c.jobs) for c in calls) == [14.0, 16.0]
+    assert [len(c.jobs) for c in calls] == [3, 3]
+
+
 def test_calls_take_workers_about_equally_long():
     draw = np.random.default_rng(1)
     calls = _calls(_jobs(*draw.uniform(0.5, 2.0, 39)), workers=2)
     assert sum(len(c.jobs) for c in calls) == 39
     assert len(calls) == 2
     assert abs(calls[0].seconds - calls[1].seconds) < 2.0  # at most one message apart
+
+
+def test_what_a_call_took_is_shared_out_by_what_institutions_cost(ray_grid_of_costs):
+    one_round(ray_grid_of_costs)
+    took = [ray_grid_of_costs._seconds[node, MessageType.TRAIN] for node in (1, 2, 3)]
+    assert took == pytest.approx([took[0], 2 * took[0], 3 * took[0]])
 
 
 def test_a_call_holds_few_messages_and_leaves_time_to_notice_that_one_hangs():
@@ -120,6 +133,15 @@ def test_a_reply_is_let_go_once_it_is_handed_over():
 @pytest.fixture(scope="module")
 def ray_grid():
     with started("", 2), RayGrid(EMPTY, 12, {}, workers=2, threads=1) as grid:
+        yield grid
+
+
+@pytest.fixture
+def ray_grid_of_costs():
+    with (
+        started("", 2),
+        RayGrid(EMPTY, 3, {}, workers=1, threads=1, costs=[1.0, 2.0, 3.0]) as grid,
+    ):
         yield grid
 
 

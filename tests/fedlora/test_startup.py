@@ -1,0 +1,45 @@
+"""How processes start."""
+
+import gc
+import subprocess
+import sys
+
+import torch
+
+from fedlora import startup
+
+
+def test_what_is_compiled_while_importing_is_compiled_at_its_first_call(monkeypatch):
+    asked = []
+
+    def compiler(function, **options):
+        asked.append(options)
+        return lambda x: function(x) + 1
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    with startup.importing():
+
+        @torch.compile(dynamic=False)
+        def double(x):
+            return 2 * x
+
+        @torch.compile
+        def triple(x):
+            return 3 * x
+
+        assert not gc.isenabled()
+    assert not asked and torch.compile is compiler and gc.isenabled()
+    assert [double(3), double(4), triple(3)] == [7, 9, 10]
+    assert asked == [{"dynamic": False}, {}]  # once each
+    assert double.__name__ == "double"
+
+
+def test_importing_what_institutions_run_does_without_torchs_compiler():
+    code = (
+        "import sys\nfrom fedlora.startup import importing\nwith importing():\n"
+        "    import client.app\nprint('torch._inductor.compile_fx' in sys.modules)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert said.strip() == "False"
