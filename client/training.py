@@ -169,12 +169,11 @@ def train_privately(
         raise ValueError("participants share passes with one clipping only")
     if len(runs) > 1 and not can_share(trainable, plan.steps):
         raise ValueError("participants cannot share passes of several steps under DoRA")
-    shared = plan.steps > 1 and can_share(trainable, plan.steps)  # also for one: the same bits
     trained: list[AdapterState] = []
     with _training(trainable, private=True):
         for step in range(plan.steps):
-            own = shared and step > 0  # all begin with the same values
-            sums = _clipped_sums(trainable, named, runs, plan.physical_batch, step, own=own)
+            drawn = _draw(trainable, runs, plan, step)
+            sums = _clipped_sums(trainable, named, runs, drawn)
             for index, run in enumerate(runs):
                 run.load(named)
                 for p, total in zip(named.values(), sums, strict=True):
@@ -255,25 +254,39 @@ def _proximal(parameters: Sequence[torch.nn.Parameter], mu: float) -> Callable[[
     return add
 
 
-def _clipped_sums(
-    trainable: Trainable,
-    named: dict[str, torch.nn.Parameter],
-    runs: Sequence[_Run],
-    physical_batch: int,
-    step: int,
-    *,
-    own: bool,
-) -> list[torch.Tensor]:
-    """Draw everyone's units and sum their clipped gradients: float64 ``(runs, *shape)`` each.
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """Everyone's units of one step.
 
-    A participant's units are added one after the other in an order of its own, so that its sum does
-    not depend, in any bit, on the others.
+    Args:
+        shard: Their rows, participant after participant, each one's in their own order.
+        units: Rows of each unit.
+        owner: Whose it is: the number of its participant.
+        physical_batch: The most rows of a pass.
+        dropout: The source of each row's masks; empty where there is none.
+        values: What each parameter is for each participant, ``(participants, *shape)``; empty: as
+            in the model.
     """
-    # One shard of what was drawn, participant after participant, rows in their own order.
-    units: list[np.ndarray] = []  # rows of that shard
-    owner: list[int] = []  # whose unit it is
+
+    shard: Shard
+    units: list[np.ndarray]
+    owner: list[int]
+    physical_batch: int
+    dropout: list[RandomSource]
+    values: list[torch.Tensor]
+
+    def of(self, units: Sequence[int]) -> list[torch.Tensor] | None:
+        """What each parameter is for these units, ``(units, *shape)``; None: as in the model."""
+        owners = [self.owner[unit] for unit in units]
+        return [value[owners] for value in self.values] or None
+
+
+def _draw(trainable: Trainable, runs: Sequence[_Run], plan: LocalPlan, step: int) -> _Drawn:
+    """Everyone's units of a step, by each one's own sampler."""
+    units: list[np.ndarray] = []
+    owner: list[int] = []
     parts: list[Shard] = []
-    dropout: list[RandomSource] = []  # of each row, where there is any
+    dropout: list[RandomSource] = []
     rows_so_far = 0
     for index, run in enumerate(runs):
         drawn = [run.rows_of_units[unit] for unit in next(run.draws)]
@@ -285,80 +298,73 @@ def _clipped_sums(
             source = run.source.child("dropout", step)
             dropout += [source.child("row", int(row)) for row in rows]
         rows_so_far += len(rows)
-    shard = concatenate(parts)
-    clipping = runs[0].clipping
+    values: list[torch.Tensor] = []
+    # All begin with the same values. One participant has its own as well, for the same bits.
+    if step > 0 and can_share(trainable, plan.steps):
+        values = [torch.stack(each) for each in zip(*(run.values for run in runs), strict=True)]
+    return _Drawn(
+        shard=concatenate(parts),
+        units=units,
+        owner=owner,
+        physical_batch=plan.physical_batch,
+        dropout=dropout,
+        values=values,
+    )
 
+
+def _clipped_sums(
+    trainable: Trainable,
+    named: dict[str, torch.nn.Parameter],
+    runs: Sequence[_Run],
+    drawn: _Drawn,
+) -> list[torch.Tensor]:
+    """Sums of everyone's clipped gradients, float64 ``(runs, *shape)`` for each parameter.
+
+    A participant's units are added one after the other in an order of its own, so that its sum does
+    not depend, in any bit, on the others.
+    """
     numbers = sum(p.numel() for p in named.values())
     sums = next(iter(named.values())).new_zeros((len(runs), numbers), dtype=torch.float64)
-    values: list[torch.Tensor] = []  # of each parameter (runs, *shape)
-    if own:
-        values = [torch.stack(each) for each in zip(*(run.values for run in runs), strict=True)]
     # On a GPU, and with several threads, kernels may depend on how many examples have one width.
     one = trainable.base.model.device.type == "cpu" and torch.get_num_threads() == 1
     packed = one and trainable.first_position is not None
     make = _packed_gradients if packed else _padded_gradients
-    for group, gradients in make(
-        trainable,
-        named,
-        shard,
-        units,
-        physical_batch,
-        dropout.__getitem__,
-        (lambda some: [value[[owner[unit] for unit in some]] for value in values]) if own else None,
-    ):
-        clipping.clip(gradients)
+    for group, gradients in make(trainable, named, drawn):
+        runs[0].clipping.clip(gradients)
         flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)  # (units, numbers)
         order = np.argsort(group) if packed else range(len(group))  # a participant's own
         for position in order:  # one after the other, on a GPU too
-            sums[owner[group[position]]].add_(flat[position])
+            sums[drawn.owner[group[position]]].add_(flat[position])
     each = sums.split([p.numel() for p in named.values()], 1)
     return [part.unflatten(1, p.shape) for part, p in zip(each, named.values(), strict=True)]
 
 
-Values = Callable[[Sequence[int]], list[torch.Tensor]]
-"""The parameters of so many units, each ``(units, *shape)``."""
-
-
 def _packed_gradients(
-    trainable: Trainable,
-    named: dict[str, torch.nn.Parameter],
-    shard: Shard,
-    units: Sequence[np.ndarray],
-    physical_batch: int,
-    dropout: Callable[[int], RandomSource],
-    values: Values | None = None,
+    trainable: Trainable, named: dict[str, torch.nn.Parameter], drawn: _Drawn
 ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
     """Each unit's summed gradient, from packed rows of one size.
 
     A unit's gradient is the same to the last bit whatever other units are there: all packed rows
     have equally many tokens, and a unit's rows are added one after the other in their order.
 
-    Args:
-        trainable: The model.
-        named: What is trained.
-        shard: Everyone's rows.
-        units: Rows of each unit.
-        physical_batch: The most rows of a pass.
-        dropout: The source of a row's masks.
-        values: What the parameters are for units; None: as in the model.
-
     Yields:
         Some units, all of them before later ones, and for each parameter their gradients,
         float32 ``(units, *shape)``.
     """
+    shard, units, slots = drawn.shard, drawn.units, drawn.physical_batch
     rows = np.concatenate([np.empty(0, np.int64), *units])
     of_row = np.repeat(np.arange(len(units)), [len(each) for each in units])
-    total = _tokens(trainable, physical_batch)
+    total = _tokens(trainable, slots)
     widths = trainable.task.widths(shard)
     single = len(rows) == len(units)
     begun: list[torch.Tensor] = []  # of a unit whose last rows are in a later pass
-    for part in _filled(shard.lengths[rows], total, physical_batch):
+    for part in _filled(shard.lengths[rows], total, slots):
         order = part[np.argsort(widths[rows[part]], kind="stable")]
-        filled = values and dict(zip(named, values(of_row[order].tolist()), strict=True))
+        own = drawn.of(of_row[order].tolist())
+        filled = None if own is None else dict(zip(named, own, strict=True))
         with trainable.per_sample.expanded(len(part), None, filled):
-            with _packed_losses(
-                trainable, shard, rows[order], dropout, total, physical_batch
-            ) as losses:
+            dropout = drawn.dropout.__getitem__
+            with _packed_losses(trainable, shard, rows[order], dropout, total, slots) as losses:
                 losses.sum().backward()
             trainable.per_sample.collect()
         of_rows = [_taken(name, p) for name, p in named.items()]
@@ -402,71 +408,42 @@ def _multiple(tokens: int) -> int:
 
 
 def _padded_gradients(
-    trainable: Trainable,
-    named: dict[str, torch.nn.Parameter],
-    shard: Shard,
-    units: Sequence[np.ndarray],
-    physical_batch: int,
-    dropout: Callable[[int], RandomSource],
-    values: Values | None = None,
+    trainable: Trainable, named: dict[str, torch.nn.Parameter], drawn: _Drawn
 ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
-    """The same from padded passes, for models, tasks and devices that need them."""
-    shapes = trainable.task.shapes(shard)
-    for group in _groups(units, shapes, physical_batch):
-        yield (
-            group,
-            _unit_gradients(
-                trainable,
-                named,
-                shard,
-                [units[i] for i in group],
-                shapes,
-                physical_batch,
-                dropout,
-                values and values(group),
-            ),
-        )
-
-
-def _unit_gradients(
-    trainable: Trainable,
-    named: dict[str, torch.nn.Parameter],
-    shard: Shard,
-    group: Sequence[np.ndarray],
-    shapes: np.ndarray,
-    physical_batch: int,
-    dropout: Callable[[int], RandomSource],
-    values: list[torch.Tensor] | None = None,
-) -> list[torch.Tensor]:
-    """Each unit's summed gradient, float32 ``(units, *shape)`` for each parameter.
+    """The same from padded passes, for models, tasks and devices that need them.
 
     A unit's gradient is the same to the last bit whatever other units are there: all passes have
     ``physical_batch`` rows of one shape, and a unit's rows are summed in an order of their own.
-    Memory holds one pass at a time. ``values`` are the parameters of each unit, ``(units, *shape)``
-    likewise; None: those in the model.
+    Memory holds one pass and the gradients of up to ``physical_batch`` units.
     """
-    everyone = np.arange(len(group))
-    sums: list[torch.Tensor] | None = None
-    for rows, unit_of_row, width in _passes(group, shapes, physical_batch):
-        # Row i is unit i, or an index says whose it is; rows that only fill the pass are a unit
-        # after the last.
-        plain = np.array_equal(unit_of_row[unit_of_row < len(group)], everyone)
-        index = None if plain else torch.from_numpy(unit_of_row)
-        count = physical_batch if plain else len(group) + 1
-        filled = None
-        if values is not None:  # what only fills computes with the first unit's
-            place = torch.arange(count)
-            place[len(group) :] = 0
-            filled = {n: value[place] for n, value in zip(named, values, strict=True)}
-        with trainable.per_sample.expanded(count, index, filled):
-            _losses(trainable, shard, rows, dropout, width).sum().backward()
-            trainable.per_sample.collect()
-        gradients = [_taken(name, p)[: len(group)] for name, p in named.items()]
-        sums = (
-            gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
-        )
-    assert sums is not None, "a group has at least one unit with at least one row"
-    return sums
+    slots = drawn.physical_batch
+    shapes = trainable.task.shapes(drawn.shard)
+    for group in _groups(drawn.units, shapes, slots):
+        values = drawn.of(group)
+        everyone = np.arange(len(group))
+        sums: list[torch.Tensor] | None = None
+        for rows, unit_of_row, width in _passes([drawn.units[i] for i in group], shapes, slots):
+            # Row i is unit i, or an index says whose it is; rows that only fill the pass are a unit
+            # after the last.
+            plain = np.array_equal(unit_of_row[unit_of_row < len(group)], everyone)
+            index = None if plain else torch.from_numpy(unit_of_row)
+            count = slots if plain else len(group) + 1
+            filled = None
+            if values is not None:  # what only fills computes with the first unit's
+                place = torch.arange(count)
+                place[len(group) :] = 0
+                filled = {n: value[place] for n, value in zip(named, values, strict=True)}
+            with trainable.per_sample.expanded(count, index, filled):
+                dropout = drawn.dropout.__getitem__
+                _losses(trainable, drawn.shard, rows, dropout, width).sum().backward()
+                trainable.per_sample.collect()
+            gradients = [_taken(name, p)[: len(group)] for name, p in named.items()]
+            if sums is None:
+                sums = gradients
+            else:
+                sums = [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
+        assert sums is not None, "a group has at least one unit with at least one row"
+        yield group, sums
 
 
 def _taken(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -59,10 +59,17 @@ def _dropout(row):
 
 def _gradients(work, shard, units, physical_batch, *, packed):
     make = training._packed_gradients if packed else training._padded_gradients
+    drawn = training._Drawn(
+        shard=shard,
+        units=list(units),
+        owner=[0] * len(units),
+        physical_batch=physical_batch,
+        dropout=[_dropout(row) for row in range(len(shard))],
+        values=[],
+    )
     found = {}
     with training._training(work, private=True):
-        passes = make(work, work.parameters(), shard, units, physical_batch, _dropout)
-        for numbers, gradients in passes:
+        for numbers, gradients in make(work, work.parameters(), drawn):
             for index, number in enumerate(numbers):
                 rows = tuple(units[number])
                 assert rows not in found
