@@ -8,6 +8,7 @@ import importlib
 import logging
 import operator
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import RunConfig
-from fedlora.startup import importing, lean
+from fedlora.errors import InputError
+from fedlora.startup import importing, lean, uncollected
 
 if TYPE_CHECKING:
     from experiments.engines.forkserver import ForkServer
@@ -51,8 +53,11 @@ def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
         config: The run.
 
     Raises:
-        InputError: As `prepare` and `check_budgets`, and if the base model cannot be loaded.
+        InputError: As `prepare` and `check_budgets`, if the base model cannot be loaded, and if
+            nobody answers at the cluster's address.
     """
+    if kind == "ray":
+        _reach(config.engine.ray_address)
     records = prepare(config)
     with importing():  # and loading: a collection in between would look at all that was imported
         if config.privacy.enabled:
@@ -79,6 +84,24 @@ def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
     cores = max(settings.workers * settings.threads, os.cpu_count() or 1)
     with ray.started(settings.ray_address, cores):
         yield Ready(records=records, forks=forks)
+
+
+def _reach(address: str) -> None:
+    """Refuse a cluster's address where nobody answers; Ray would try for over a minute.
+
+    Raises:
+        InputError: Naming it.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # none, or a name that Ray looks up by itself
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10.0).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"engine.ray-address is {address}, where nobody answers ({error}); start Ray there "
+            "(ray start --head) or give another address"
+        ) from None
 
 
 def _modules(config: RunConfig) -> list[str]:
@@ -161,14 +184,13 @@ def prepare(config: RunConfig) -> "Federation":
         InputError: Naming value, bound and remedy.
     """
     from fedlora import records
-    from fedlora.errors import InputError
     from fedlora.files import existing_parent
 
     if config.deployed:
         raise InputError(
             "data.source is 'institutions', which is a deployment's; to simulate, name the records"
         )
-    with importing():  # a tokenizer brings torch
+    with uncollected():  # a tokenizer brings torch; what is cached needs none
         federation = records.load(config)
     if config.privacy.enabled:
         try:

@@ -37,30 +37,40 @@ def lean() -> None:
 
 
 @contextlib.contextmanager
-def importing() -> Generator[None]:
-    """Put off what imports need not wait for, for a block that imports torch and what builds on it.
+def uncollected() -> Generator[None]:
+    """Put off the collection of garbage, for a block that imports.
 
-    That is the collection of garbage: torch, transformers, PEFT and Opacus make millions of objects
-    at once and leave next to no garbage, but each collection looks at all that is there, a quarter
-    of the time that they take. A process that does nothing but work afterwards may also call
-    ``gc.freeze``: what is there then is never looked at again, and forks share it.
-
-    And it is torch's compiler, which bitsandbytes has loaded for functions of which most runs call
-    none: such a function loads it at its first call.
+    torch, transformers, PEFT and Opacus make millions of objects at once. Imports leave next to no
+    garbage, but each collection looks at all that is there: a quarter of the time that they take. A
+    process that does nothing but work afterwards may also call ``gc.freeze``: what is there then is
+    never looked at again, and forks share it.
     """
     was = gc.isenabled()
     gc.disable()
-    import torch
-
-    itself: Any = torch
-    real = itself.compile
-    itself.compile = functools.partial(_later, real)
     try:
         yield
     finally:
-        itself.compile = real
         if was:
             gc.enable()
+
+
+@contextlib.contextmanager
+def importing() -> Generator[None]:
+    """`uncollected`, for a block that imports what builds on torch. It waits for less, too.
+
+    bitsandbytes has torch's compiler loaded for a few functions, of which most runs call none. Each
+    has it loaded at its first call instead.
+    """
+    with uncollected():
+        import torch
+
+        itself: Any = torch
+        real = itself.compile
+        itself.compile = functools.partial(_later, real)
+        try:
+            yield
+        finally:
+            itself.compile = real
 
 
 def _later(real: Callable[..., Any], function: Any = None, /, **options: Any) -> Any:

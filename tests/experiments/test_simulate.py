@@ -1,9 +1,13 @@
 """How a run starts."""
 
+import socket
 import subprocess
 import sys
 
+import pytest
+
 from experiments import simulate
+from fedlora.errors import InputError
 
 SCRIPT = """
 import sys
@@ -60,3 +64,18 @@ def test_cached_records_open_without_torch(tiny_config, tmp_path):
     arguments = [sys.executable, "-c", SCRIPT, tmp_path / "x.toml", tmp_path / "out"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["4", "[]"]
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "localhost:99999"]
+)
+def test_a_cluster_where_nobody_answers_is_refused_at_once(tiny_config, address):
+    with socket.socket() as held:  # nobody listens at it
+        held.bind(("127.0.0.1", 0))
+        address = address.format(port=held.getsockname()[1])
+        config = tiny_config(**{"engine.ray-address": address})
+        with (
+            pytest.raises(InputError, match=f"ray-address is {address}, where nobody answers"),
+            simulate.ready("ray", config),
+        ):
+            pass
