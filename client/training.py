@@ -397,9 +397,12 @@ def _filled(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarray]:
 
 
 def _tokens(trainable: Trainable, physical_batch: int) -> int:
-    """Tokens of a packed row: `physical_batch` short rows, or the longest rows without a rest."""
+    """Tokens of a packed row: about those of `physical_batch` short rows.
+
+    They are a whole number of the longest rows, which then leave no rest.
+    """
     longest = trainable.task.encoding.max_length
-    return _multiple(-(-SHORT * physical_batch // longest) * longest)
+    return _multiple(max(1, round(SHORT * physical_batch / longest)) * longest)
 
 
 def _multiple(tokens: int) -> int:

@@ -141,6 +141,7 @@ class _Worker:
             )
             calls.append((message, context))
         replies = call_together(self._app, calls)
+        startup.let_go()
         return pickle.dumps(
             [
                 (reply, context.state if len(context.state) else None)

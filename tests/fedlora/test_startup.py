@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from fedlora import startup
@@ -43,3 +44,21 @@ def test_importing_what_institutions_run_does_without_torchs_compiler():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert said.strip() == "False"
+
+
+@pytest.mark.parametrize(("mib", "kept"), [(100, True), (300, False)])
+def test_memory_that_was_freed_is_given_back_when_it_is_much(mib, kept):
+    code = f"""
+import psutil
+from fedlora import startup
+rss = lambda: psutil.Process().memory_info().rss / 2**20
+startup._LIBC.mallopt(-3, 2**30)  # no mappings of their own
+blocks = [bytes(2**20) for _ in range({mib})]
+pins = [bytes(600) for _ in range(1000)]  # above them
+del blocks
+before = rss()
+startup.let_go()
+print(before - rss())
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (float(said.stdout) < 10) == kept
