@@ -88,13 +88,18 @@ def arguments(spec: ExecutionSpec) -> list[str]:
     ]
 
 
+def _ours(path: Path) -> InstalledApp:
+    """Our executor, which also says how long Flower's loop pauses."""
+    made = InstalledApp(path)
+    run_superexec.time = SimpleNamespace(sleep=made.sleep)  # all that the module uses of it
+    return made
+
+
 def main() -> None:
     """Run Flower's SuperExec with our executor: the trainer's socket, then Flower's arguments."""
     path = Path(sys.argv.pop(1))
     logs.to_stderr()
-    ours = InstalledApp(path)
-    run_superexec.get_executor = lambda *_, **__: ours
-    run_superexec.time = SimpleNamespace(sleep=ours.sleep)  # all that the module uses of it
+    run_superexec.get_executor = lambda *_, **__: _ours(path)
     flower_superexec()
 
 

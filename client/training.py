@@ -399,7 +399,7 @@ def _filled(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarray]:
 def _tokens(trainable: Trainable, physical_batch: int) -> int:
     """Tokens of a packed row: about those of `physical_batch` short rows.
 
-    They are a whole number of the longest rows, which then leave no rest.
+    They are a whole number of the longest rows, which then leave no rest but that of `MULTIPLE`.
     """
     longest = trainable.task.encoding.max_length
     return _multiple(max(1, round(SHORT * physical_batch / longest)) * longest)

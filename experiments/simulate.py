@@ -96,8 +96,8 @@ def _reach(address: str) -> None:
     if not port.isdecimal():  # none, or a name that Ray looks up by itself
         return
     try:
-        socket.create_connection((host, int(port)), timeout=10.0).close()
-    except (OSError, OverflowError) as error:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+    except (OSError, OverflowError, UnicodeError) as error:
         raise InputError(
             f"engine.ray-address is {address}, where nobody answers ({error}); start Ray there "
             "(ray start --head) or give another address"
@@ -169,12 +169,18 @@ def engine(kind: str, config: RunConfig, ready: Ready) -> "Iterator[SimulationGr
 
 
 def _costs(config: RunConfig, records: "Federation") -> list[float]:
-    """What is proportional to the expected tokens of each institution's training step."""
-    lengths = [records.train(index).lengths for index in range(len(records.names))]
-    if config.privacy.enabled:  # each unit is in a step with the same probability
-        return [float(each.sum()) for each in lengths]
-    size = config.training.batch_size
-    return [min(size, len(each)) * float(each.mean()) for each in lengths]
+    """Expected tokens of each institution's training step."""
+    from fedlora import accounting
+
+    size, given = config.training.batch_size, config.training.sample_rate
+    costs: list[float] = []
+    for index in range(len(records.names)):
+        shard = records.train(index)
+        rate = given or min(1.0, size / len(shard))
+        if config.privacy.enabled and not given:
+            rate = min(1.0, size / accounting.public_size(shard.num_units))
+        costs.append(rate * float(shard.lengths.sum()))
+    return costs
 
 
 def prepare(config: RunConfig) -> "Federation":

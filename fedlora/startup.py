@@ -6,8 +6,10 @@ import functools
 import gc
 import os
 import signal
+import types
 from collections.abc import Callable, Generator
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",  # more arenas only hold on to freed memory
@@ -16,7 +18,7 @@ ENVIRONMENT = {
 """What a process that trains for long needs in its environment from its start."""
 
 MUCH = 192 * 2**20
-"""Bytes of freed memory that a process may keep."""
+"""Bytes that a process may grow by until it gives back what it has freed."""
 
 _ARENA_MAX = -8  # glibc: mallopt(M_ARENA_MAX, ...)
 _END_WITH_PARENT = 1  # Linux: prctl(PR_SET_PDEATHSIG, ...)
@@ -39,26 +41,24 @@ def lean() -> None:
         _LIBC.mallopt(_ARENA_MAX, int(os.environ["MALLOC_ARENA_MAX"]))
 
 
-class _Memory(ctypes.Structure):
-    """glibc's ``struct mallinfo2``."""
-
-    _fields_: ClassVar = [
-        ("others", ctypes.c_size_t * 8),
-        ("fordblks", ctypes.c_size_t),  # bytes of freed blocks
-        ("keepcost", ctypes.c_size_t),
-    ]
+_held = 0  # bytes of this process in memory when it last gave some back
 
 
 def let_go() -> None:
-    """Give memory that this process has freed back to the system, if it is much.
+    """Give memory that this process has freed back to the system, if it has grown by much.
 
     To get it again takes a small model's steps a tenth of their time.
     """
-    with contextlib.suppress(AttributeError):  # another C library
-        look = _LIBC.mallinfo2
-        look.restype = _Memory
-        if look().fordblks > MUCH:
+    global _held
+    with contextlib.suppress(AttributeError, OSError):  # another C library, another system
+        if _resident() - _held > MUCH:
             _LIBC.malloc_trim(0)
+            _held = _resident()
+
+
+def _resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def importing() -> Generator[None]:
     """`uncollected`, for a block that imports what builds on torch. It waits for less, too.
 
     bitsandbytes has torch's compiler loaded for a few functions, of which most runs call none. Each
-    has it loaded at its first call instead.
+    has it loaded at its first call instead. Not for two threads at once.
     """
     with uncollected():
         import torch
@@ -98,16 +98,18 @@ def importing() -> Generator[None]:
             itself.compile = real
 
 
-def _later(real: Callable[..., Any], function: Any = None, /, **options: Any) -> Any:
-    """What ``torch.compile`` gives, made at its first call."""
-    if function is None:
+def _later(real: Callable[..., Any], model: Any = None, **options: Any) -> Any:
+    """``torch.compile``, which makes what it gives for a function at its first call."""
+    if model is None:
         return functools.partial(_later, real, **options)
+    if not isinstance(model, types.FunctionType):
+        return real(model, **options)
 
     @functools.cache
     def made() -> Any:
-        return real(function, **options)
+        return real(model, **options)
 
-    @functools.wraps(function)
+    @functools.wraps(model)
     def calling(*args: Any, **kwargs: Any) -> Any:
         return made()(*args, **kwargs)
 

@@ -164,7 +164,8 @@ class RayGrid(SimulationGrid):
         gpus: Share of a GPU that a worker takes.
         log: File for the institutions' own messages; empty for none.
         forks: Makes the workers, on this machine; None: they import by themselves.
-        costs: How much work training is for each institution, in any unit; empty: equally much.
+        costs: How much work an institution's messages are, above 0 in any unit; empty: equally
+            much. What a call took is shared out by them.
     """
 
     def __init__(
@@ -401,7 +402,7 @@ def _calls(jobs: list[_Job], workers: int) -> list[_Call]:
     half the time that one message is given, so that a hanging one is still noticed in time.
     """
     fresh = [job for job in jobs if not job.seconds]
-    few = max(1, len(fresh) // workers)
+    few = math.ceil(len(fresh) / workers) or 1
     few = min(few, FIRST, fitting(job.adapter_bytes for job in fresh))
     calls = _shared_out(fresh, math.ceil(len(fresh) / few), few, lambda job: job.cost)
     known = [job for job in jobs if job.seconds]

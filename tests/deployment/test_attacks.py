@@ -416,7 +416,7 @@ def test_an_adapter_with_pickle_in_it_is_refused_as_a_file_and_on_the_wire(tmp_p
     np.save(file, objects, allow_pickle=True)
     array = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=file.read_bytes())
     update = wire.pack_update(wire.ClientUpdate(institution="c", round=1, adapter=AdapterState({})))
-    update["adapter"] = ArrayRecord({"x": array})
+    update["adapter"] = ArrayRecord({"adapter": array})
     with pytest.raises(Refusal, match="malformed-message"):
         wire.unpack_update(update)
     assert not (tmp_path / "taken-over").exists()

@@ -154,6 +154,17 @@ def test_a_supernode_still_gives_up_in_these_words():
 def test_flowers_loops_still_pause_as_ours_expect(loop, longest):
     source = inspect.getsource(loop)
     assert longest in source and set(re.findall(r"\btime\.\w+", source)) == {"time.sleep"}
+    pauses_of_it = [float(n) for n in re.findall(r"time\.sleep\(([\d.]+)\)", source)]
+    assert sorted(pauses_of_it)[:-1] == [0.5] * (len(pauses_of_it) - 1)  # while it has a message
+
+
+def test_a_supernode_that_waits_for_an_answer_looks_often_afterwards(monkeypatch):
+    slept = []
+    monkeypatch.setattr(supernode.time, "sleep", slept.append)
+    sleep = supernode.Sleep()
+    for seconds in (supernode.LOOK, 0.5, supernode.LOOK):
+        sleep(seconds)
+    assert slept == pytest.approx([supernode.LOOK, supernode.SHORTEST, supernode.SHORTEST])
 
 
 def test_pauses_grow_while_nothing_comes(monkeypatch):

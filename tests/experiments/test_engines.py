@@ -89,6 +89,7 @@ def test_first_calls_are_shared_out_by_what_institutions_cost():
     calls = _calls(_jobs(*[0.0] * 6, costs=[9.0, 1.0, 8.0, 2.0, 3.0, 7.0]), workers=2)
     assert sorted(sum(j.cost for j in c.jobs) for c in calls) == [14.0, 16.0]
     assert [len(c.jobs) for c in calls] == [3, 3]
+    assert sorted(len(c.jobs) for c in _calls(_jobs(*[0.0] * 9), workers=2)) == [4, 5]
 
 
 def test_calls_take_workers_about_equally_long():

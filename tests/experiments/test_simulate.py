@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from client import institution
 from experiments import simulate
 from fedlora.errors import InputError
 
@@ -79,3 +80,31 @@ def test_a_cluster_where_nobody_answers_is_refused_at_once(tiny_config, address)
             simulate.ready("ray", config),
         ):
             pass
+
+
+def test_a_clusters_address_where_somebody_answers_is_taken(tiny_config):
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as open_:
+        simulate._reach(f"[::1]:{open_.getsockname()[1]}")
+    simulate._reach("auto")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"privacy.epsilon": 8.0, "training.sample-rate": 0.5},
+        {"privacy.epsilon": 8.0, "training.sample-rate": 0.0, "training.batch-size": 16},
+        {"privacy.epsilon": float("inf"), "training.sample-rate": 0.25},
+        {"privacy.epsilon": float("inf"), "training.sample-rate": 0.0, "training.batch-size": 10},
+    ],
+)
+def test_an_institutions_cost_is_what_a_step_of_it_takes_in_tokens(tiny_config, values):
+    config = tiny_config(**values)
+    records = simulate.prepare(config)
+    for index, cost in enumerate(simulate._costs(config, records)):
+        shard = records.train(index)
+        if config.privacy.enabled:
+            rows = institution.budget(config, shard.num_units, 1).plan.sample_rate * len(shard)
+        else:
+            rate = config.training.sample_rate
+            rows = rate * len(shard) if rate else min(config.training.batch_size, len(shard))
+        assert cost == pytest.approx(rows * shard.lengths.mean())
