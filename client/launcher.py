@@ -32,7 +32,8 @@ log = logging.getLogger("fedlora.client")
 
 IMPORTED = ["flwr.supercore.cli.flower_superexec", "client.executor"]
 SHORTEST, LONGEST = 0.1, 1.0
-"""Seconds between two looks for a message. Flower's own second is a fifth of a small round."""
+"""Seconds between two looks for a message. Flower's own second is a fifth of a small round;
+its FLWR_SUPEREXEC_TASK_POLL_INTERVAL has no effect here."""
 
 
 class InstalledApp(SubprocessExecutor):

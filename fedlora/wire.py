@@ -26,6 +26,9 @@ _T = typing.TypeVar("_T")
 _Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder")
 
 _SAFETENSORS = "safetensors"
+LARGEST_HEADER = 2**20
+"""Bytes that the names and shapes of an adapter may take. A thousand tensors take some 0.2 MB; each
+tensor that somebody else's header names takes memory here before it is compared with anything."""
 _CODE = re.compile(r"[a-z0-9-]{1,64}")
 _ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY, _EVALUATION = (
     "adapter",
@@ -377,11 +380,23 @@ def _adapter(content: RecordDict) -> "AdapterState":
     if record is None:
         raise Refusal("malformed-message", "the message has no adapter")
     try:
-        return _state(record[_ADAPTER].data)
+        return _state(_only(record))
     except Exception as error:  # whatever reading another's bytes may end in
-        raise Refusal(
-            "malformed-message", f"the adapter cannot be read: {type(error).__name__}: {error}"
-        ) from None
+        said = f"{type(error).__name__}: {error}"[:200]
+        raise Refusal("malformed-message", f"the adapter cannot be read: {said}") from None
+
+
+def _only(record: ArrayRecord) -> bytes:
+    """The data of the record's one array: what is not read is not accepted either."""
+    ((name, array),) = record.items()
+    data = array.data
+    if (name, array.stype, array.dtype) != (_ADAPTER, _SAFETENSORS, "uint8"):
+        raise ValueError("it is no array that holds a safetensors file")
+    if tuple(array.shape) != (len(data),):
+        raise ValueError(f"its shape is {tuple(array.shape)} for {len(data)} bytes")
+    if (size := int.from_bytes(data[:8], "little")) > LARGEST_HEADER:
+        raise ValueError(f"its header has {size} bytes, above {LARGEST_HEADER}")
+    return data
 
 
 def _identified(order: _Order) -> _Order:

@@ -414,7 +414,8 @@ def test_an_adapter_with_pickle_in_it_is_refused_as_a_file_and_on_the_wire(tmp_p
     objects = np.array([Payload()], dtype=object)
     file = tmp_path / "array.npy"
     np.save(file, objects, allow_pickle=True)
-    array = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=file.read_bytes())
+    pickled = file.read_bytes()
+    array = Array(dtype="uint8", shape=(len(pickled),), stype="safetensors", data=pickled)
     update = wire.pack_update(wire.ClientUpdate(institution="c", round=1, adapter=AdapterState({})))
     update["adapter"] = ArrayRecord({"adapter": array})
     with pytest.raises(Refusal, match="malformed-message"):

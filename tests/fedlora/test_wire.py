@@ -5,7 +5,7 @@ import math
 import pytest
 import safetensors.torch
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from fedlora import wire
 from fedlora.adapters import AdapterState
@@ -127,9 +127,40 @@ def test_a_malformed_update_is_refused(spoil):
 def test_an_adapter_that_cannot_be_read_is_refused(data):
     content = wire.pack_update(UPDATE)
     array = content["adapter"]["adapter"]
-    content["adapter"]["adapter"] = dataclasses.replace(array, data=data)
+    content["adapter"]["adapter"] = dataclasses.replace(array, data=data, shape=(len(data),))
     with pytest.raises(Refusal, match="malformed-message"):
         wire.unpack_update(content)
+
+
+def _many_nothings():
+    """A safetensors file that names many tensors of no size."""
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{i}": nothing for i in range(20_000)}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda arrays, array: {**arrays, "another": array},
+        lambda _, array: {"another": array},
+        lambda arrays, _: {},
+        lambda _, array: {"adapter": dataclasses.replace(array, stype="numpy.ndarray")},
+        lambda _, array: {"adapter": dataclasses.replace(array, dtype="float32")},
+        lambda _, array: {"adapter": dataclasses.replace(array, shape=(1,))},
+        lambda *_: {
+            "adapter": Array("uint8", (len(_many_nothings()),), "safetensors", _many_nothings())
+        },
+    ],
+    ids=["more", "other", "none", "stype", "dtype", "shape", "header"],
+)
+def test_a_record_is_an_adapter_and_nothing_else(spoil):
+    content = wire.pack_update(UPDATE)
+    arrays = dict(content["adapter"])
+    content["adapter"] = ArrayRecord(spoil(arrays, arrays["adapter"]))
+    with pytest.raises(Refusal, match="malformed-message") as refused:
+        wire.unpack_update(content)
+    assert len(str(refused.value)) < 300
 
 
 def test_a_refusal_carries_its_code_and_nothing_else():
