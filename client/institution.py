@@ -149,14 +149,14 @@ def _budget(
     privacy: PrivacyConfig,
     local_steps: int,
     batch_size: int,
-    sample_rate: float,
+    given_rate: float,
     weighting: str,
     units: int,
     participations: int,
 ) -> Budget:
     public = accounting.public_size(units)
     delta = _delta(privacy, units)
-    rate = sample_rate or min(1.0, batch_size / public)
+    rate = accounting.sample_rate(given_rate, batch_size, public)
     plan = accounting.plan(
         epsilon=privacy.epsilon,
         delta=delta,

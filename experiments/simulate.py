@@ -172,13 +172,13 @@ def _costs(config: RunConfig, records: "Federation") -> list[float]:
     """Expected tokens of each institution's training step."""
     from fedlora import accounting
 
-    size, given = config.training.batch_size, config.training.sample_rate
+    training = config.training
     costs: list[float] = []
     for index in range(len(records.names)):
         shard = records.train(index)
-        rate = given or min(1.0, size / len(shard))
-        if config.privacy.enabled and not given:
-            rate = min(1.0, size / accounting.public_size(shard.num_units))
+        private = config.privacy.enabled
+        size = accounting.public_size(shard.num_units) if private else len(shard)
+        rate = accounting.sample_rate(training.sample_rate, training.batch_size, size)
         costs.append(rate * float(shard.lengths.sum()))
     return costs
 
@@ -214,17 +214,16 @@ def check_budgets(config: RunConfig) -> None:
     Raises:
         InputError: Naming value, bound and remedy.
     """
-    with importing():  # what it plans with comes when it plans
-        from client import institution
-        from fedlora import accounting, records
-        from strategies import base
+    from client import institution
+    from fedlora import accounting, records
+    from strategies import base
 
-        federation = records.load(config)
-        institutions, rounds = len(federation.names), config.federation
-        units = (federation.train(i).num_units for i in range(institutions))
-        cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
-        for size in sorted({accounting.public_size(count) for count in units}):
-            institution.budget(config, size, cap)
+    federation = records.load(config)
+    institutions, rounds = len(federation.names), config.federation
+    units = (federation.train(i).num_units for i in range(institutions))
+    cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
+    for size in sorted({accounting.public_size(count) for count in units}):
+        institution.budget(config, size, cap)
 
 
 def run(config: RunConfig, grid: "SimulationGrid") -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "plan",
     "public_delta",
     "public_size",
+    "sample_rate",
 ]
 
 _MAX_SIGMA = 1e6
@@ -133,6 +134,17 @@ def public_size(records: int) -> int:
     It is treated as public, and is the only size that influences anything released under DP.
     """
     return 1 << (_positive(records).bit_length() - 1)
+
+
+def sample_rate(given: float, batch_size: int, size: int) -> float:
+    """Return the part of its records that an institution trains on in a step, in (0, 1].
+
+    Args:
+        given: ``training.sample-rate``; 0: it follows from the others.
+        batch_size: ``training.batch-size``.
+        size: How many records it counts as: under DP its :func:`public_size`.
+    """
+    return given or min(1.0, batch_size / size)
 
 
 def most_of_class(records: int) -> int:
