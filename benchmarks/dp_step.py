@@ -28,7 +28,7 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     """One optimizer step of each side that is asked for, on the same rows."""
     import torch
 
-    from experiments import simulate
+    from simulation import run as simulate
 
     simulate.quiet_libraries()
     from benchmarks import rival_step

@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
-from experiments.engines import ray
 from server.exchange import exchange
+from simulation.engines import ray
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""In the place of client/launcher.py: a fresh process for each message, as Flower starts one.
+"""In the place of deployment/launcher.py: a fresh process for each message, as Flower starts one.
 
 What `benchmarks.deployment --fresh` measures the resident trainer against. Each process imports
 our installed app and everything below it, loads the base model, answers and ends.
@@ -15,7 +15,7 @@ from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
-from client import executor, trainer
+from deployment import executor, trainer
 from fedlora import logs
 
 ANSWER = "answer"
@@ -28,7 +28,7 @@ class FreshProcesses(SubprocessExecutor):
         """Start the process of one task."""
         subprocess.Popen(
             [
-                *(sys.executable, "-P", "-m", "client.launcher", ANSWER),
+                *(sys.executable, "-P", "-m", "deployment.launcher", ANSWER),
                 *("--runtime-api-address", spec.runtime_api_address, "--token", spec.token),
                 *("--insecure", "--parent-pid", str(spec.parent_pid)),
             ]

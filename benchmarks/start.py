@@ -21,7 +21,8 @@ from benchmarks.timed_client import WHEN
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
 import sys
-from experiments import cli, simulate
+from cli import main as cli
+from simulation import run as simulate
 simulate.CLIENT_APP = "benchmarks.timed_client:app"
 cli.app()
 """

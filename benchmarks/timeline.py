@@ -19,7 +19,8 @@ from benchmarks import work
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
 import json, os, sys, time
-from experiments import cli, simulate
+from cli import main as cli
+from simulation import run as simulate
 
 def note(name):
     with open(os.environ["FEDLORA_TIMELINE"], "a") as file:
@@ -42,7 +43,7 @@ engine = simulate.engine
 
 def noted_engine(*arguments):
     note("start Ray")
-    from experiments.engines.ray import RayGrid  # forks come before it
+    from simulation.engines.ray import RayGrid  # forks come before it
 
     noted(RayGrid, "push_messages", before="wait for the next messages")
     noted(RayGrid, "_collect", after="institutions' work")

@@ -269,7 +269,7 @@ def _run_cell(arguments: list[str], log: Path, threads: int, _lock: _Held) -> No
         os.close(opened)
     import torch
 
-    from experiments import cli
+    from cli import main as cli
 
     torch.set_num_threads(threads)
     cli.app(arguments)

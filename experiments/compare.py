@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures, report, results
-from experiments.page import Page, Section, Table, render
+from experiments.pages import Page, Section, Table, render
 from fedlora import config as configuration
 from fedlora.config import ENGINE_ONLY
 from fedlora.errors import InputError

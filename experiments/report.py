@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures, results, sweep_page
-from experiments.page import Page, Section, Table, render
+from experiments.pages import Page, Section, Table, render
 from fedlora import config as configuration
 from fedlora import metrics
 from fedlora.config import RunConfig

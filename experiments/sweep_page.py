@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures, results
-from experiments.page import Page, Section, Table
+from experiments.pages import Page, Section, Table
 from experiments.results import ALL
 from experiments.sweep import EPSILON
 from fedlora import config as configuration

@@ -3,8 +3,8 @@
 import gc
 import importlib
 
-from experiments import simulate
 from fedlora.startup import importing
+from simulation import run as simulate
 
 simulate.quiet_libraries()
 with importing():

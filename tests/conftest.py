@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from experiments import simulate
+from simulation import run as simulate
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from client import institution
 from client.dp_sgd import Clipping
-from experiments.engines.grid import SimulationGrid
 from fedlora import adapters, records, wire
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable, training_mode
+from simulation.engines.grid import SimulationGrid
 from strategies import base
 
 Floats = NDArray[np.float64]

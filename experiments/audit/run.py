@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from experiments import simulate
 from experiments.audit import membership
 from experiments.audit.bound import audit as bound
 from experiments.audit.bound import most
@@ -30,7 +29,6 @@ from experiments.audit.canaries import (
     write,
 )
 from experiments.audit.observed import Transcript, likeness, losses, scores
-from experiments.engines.grid import SimulationGrid
 from fedlora import data, records, trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import KEPT, RESIDUALS, RunConfig
@@ -40,6 +38,8 @@ from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
 from server.run_directory import finite
+from simulation import run as simulate
+from simulation.engines.grid import SimulationGrid
 
 CONFIDENCE = 0.95
 VIEWS = ("the final adapter", "every round, as the server sees it")

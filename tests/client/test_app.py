@@ -8,9 +8,9 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from client import app as client_app
 from client import institution
-from experiments.engines.grid import identify
 from fedlora import adapters, wire
 from fedlora.errors import InputError, Refusal
+from simulation.engines.grid import identify
 
 
 def _ask(config, **node_config):

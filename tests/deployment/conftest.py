@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from client import executor
 from client.ledger import Ledger
+from deployment import executor
 from fedlora import config as configuration
 from fedlora.files import write_atomic
 from server.run_directory import read_records
@@ -169,7 +169,7 @@ def split(complaints: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]
 
 def prepare(directory: Path, complaints: Path, names: tuple[str, ...] = NAMES) -> None:
     """What operator and institutions do before `docker compose up`."""
-    command = [sys.executable, "-m", "experiments.cli", "deploy", "init", str(directory)]
+    command = [sys.executable, "-m", "cli.main", "deploy", "init", str(directory)]
     subprocess.run([*command, "--institutions", ",".join(names)], check=True, cwd=harness.ROOT)
     test, train = split(complaints)
     write_rows(directory / "server" / "configs" / "test.csv", test)

@@ -22,8 +22,8 @@ from flwr.supercore.routers.runtime.router import router as runtime
 from flwr.superlink.routers.control.router import router as control
 from flwr.superlink.routers.fleet.router import router as fleet
 
-from client.node import GAVE_UP
-from experiments.deploy import keys
+from deployment import keys
+from deployment.node import GAVE_UP
 from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal

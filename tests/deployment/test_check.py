@@ -12,10 +12,11 @@ from flwr.supercore.constant import MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DI
 from typer.testing import CliRunner
 
 import fedlora
-from client import node, settings
+from cli.main import app
+from client import settings
 from client.ledger import Ledger
-from experiments.cli import app
-from experiments.deploy import check, init, keys
+from deployment import check, keys, node
+from deployment import setup as init
 from fedlora.errors import InputError
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.deploy import init
+from deployment import setup as init
 from tests.deployment import harness
 
 VALUES = {"FEDLORA_USER": "10001:10001", "FEDLORA_DIR": "/srv/fedlora", "FEDLORA_PORT": "9443"}

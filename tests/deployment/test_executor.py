@@ -11,7 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime import run_clientapp
 
 from client import app as client_app
-from client import executor, launcher
+from deployment import executor, launcher
 from fedlora.errors import InputError, RecordError, place
 
 SECRET = "Jane Doe, account 4711"

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
-from experiments.deploy import init
+from deployment import setup as init
 from tests.deployment.harness import ROOT
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"

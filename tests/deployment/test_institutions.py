@@ -10,14 +10,14 @@ import torch
 from client import settings
 from client.app import app
 from client.ledger import Ledger
-from experiments.engines.grid import run_server
-from experiments.engines.inline import InlineGrid
 from fedlora import config as configuration
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
 from server import app as server_app
 from server.rounds import RunFailed
 from server.run_directory import NODES, read_records
+from simulation.engines.grid import run_server
+from simulation.engines.inline import InlineGrid
 
 BANKS = ("Alpha", "Beta", "Delta", "Gamma")  # as the simulation sorts them
 LABELS = '["card", "fraud", "loan"]'

@@ -8,7 +8,8 @@ import pytest
 from flwr.proto.control_pb2 import RegisterNodeResponse
 from flwr.supercore.constant import NodeStatus
 
-from experiments.deploy import flower, keys
+from deployment import keys
+from deployment import superlink_client as flower
 from server.run_directory import NODES
 
 

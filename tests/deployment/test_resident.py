@@ -50,7 +50,7 @@ def federation(tmp_path_factory, tiny_encoder, complaints, other):
 def _trainers(federation):
     def trains(process):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            return "client.trainer" in process.cmdline()
+            return "deployment.trainer" in process.cmdline()
         return False
 
     return {

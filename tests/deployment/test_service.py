@@ -15,8 +15,8 @@ from flwr.supercore.retry import http_retry
 from flwr.supercore.superexec import run_superexec
 from flwr.supernode import start_client_internal
 
-from client import node, pauses, supernode
-from experiments.deploy import service
+from deployment import node, service, supernode
+from deployment import polling as pauses
 from fedlora import logs
 from tests.deployment import harness
 
@@ -79,7 +79,7 @@ def test_lines_that_say_nothing_are_left_out_and_a_traceback_stays_an_error():
 
 
 def _service(*command):
-    return [sys.executable, "-m", "experiments.cli", "service", "s", "--", *command]
+    return [sys.executable, "-m", "cli.main", "service", "s", "--", *command]
 
 
 def test_its_output_is_json_and_its_exit_code_is_passed_on():

@@ -23,8 +23,8 @@ from flwr.superlink.routers.fleet import router
 from flwr.superlink.servicer.control import control_handlers
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from experiments.deploy import flower
-from server import superlink
+from deployment import superlink
+from deployment import superlink_client as flower
 
 CONTENT = RecordDict({"x": ConfigRecord({"y": 1})})
 
@@ -78,7 +78,7 @@ def _forged(link):
 
 
 def test_flower_itself_takes_an_answer_and_an_order_in_anothers_name(link):
-    """If this fails, Flower has mended it, and server/superlink.py can go."""
+    """If this fails, Flower has mended it, and deployment/superlink.py can go."""
     answer, order = _forged(link)
     push = fleet_handlers.push_messages
     _pushed(push, link.state, link.c, answer)

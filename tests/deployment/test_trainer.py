@@ -17,7 +17,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
-from client import executor, launcher, settings, trainer
+from client import settings
+from deployment import executor, launcher, trainer
 from fedlora import records, trainable, wire
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
@@ -28,7 +29,7 @@ SECRET = "Jane Doe, account 4711"
 STUB = """
 import os, time
 from flwr.app import ConfigRecord, Message, RecordDict
-from client import trainer
+from deployment import trainer
 
 def app(message, context):
     how = message.metadata.group_id

@@ -207,7 +207,7 @@ def test_the_physical_batch_changes_no_result(tiny_config, simulate_run, tmp_pat
 
 CHILD = """
 import sys
-from experiments.cli import app
+from cli.main import app
 app(sys.argv[1:])
 """
 
@@ -254,7 +254,7 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
 ):
     import threading
 
-    from experiments import simulate
+    from simulation import run as simulate
 
     calm = tiny_config(**{"federation.rounds": 6, "run-dir": str(tmp_path / "calm")})
     simulate_run(calm)

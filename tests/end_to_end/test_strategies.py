@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from client import institution, training
 from client.personal import Personal
-from experiments import released
+from fedlora import finished_run as released
 from fedlora import models, trainable, wire
 from fedlora.adapters import PARTS, AdapterState, kind, residual_names
 from fedlora.errors import InputError, Refusal

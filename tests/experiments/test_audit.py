@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from cli.main import app
 from experiments.audit import membership
 from experiments.audit.bound import audit, lower_bound, p_value
 from experiments.audit.canaries import plant
 from experiments.audit.run import VIEWS, facts, verdict
-from experiments.cli import app
 from fedlora import records
 from fedlora.errors import InputError
 
@@ -260,7 +260,7 @@ def test_a_run_that_fails_is_not_a_promise_that_is_broken(tiny_config, tmp_path,
     def fails(*_):
         raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr("experiments.simulate.run", fails)
+    monkeypatch.setattr("simulation.run.run", fails)
     file = tmp_path / "config.toml"
     file.write_text(tiny_config(**FEW).to_toml())
     command = ["audit", str(file), "--engine", "inline", "--canaries", "120"]

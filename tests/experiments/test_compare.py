@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from experiments.cli import app
+from cli.main import app
 
 runner = CliRunner()
 

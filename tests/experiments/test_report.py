@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments import page, report, results
-from experiments.cli import app
+from cli.main import app
+from experiments import pages as page
+from experiments import report, results
 
 runner = CliRunner()
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

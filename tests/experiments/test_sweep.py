@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
+from cli.main import app
 from experiments import cells, results, sweep
-from experiments.cli import app
 from fedlora import records
 from fedlora.errors import InputError
 
@@ -305,7 +305,7 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path):
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(sweep_file, tmp_path):
     path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1, 2]'), tmp_path / "out"
-    command = [sys.executable, "-m", "experiments.cli", "sweep", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "cli.main", "sweep", str(path), "--out", str(out)]
     command += ["--engine", "inline", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -335,7 +335,7 @@ def test_a_directory_with_other_files_is_refused(sweep_file, tmp_path):
 def test_a_sweep_that_is_asked_to_end_ends_its_cells(sweep_file, tmp_path):
     path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]', **{"federation.rounds": 2000})
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "experiments.cli", "sweep", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "cli.main", "sweep", str(path), "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--engine", "inline"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

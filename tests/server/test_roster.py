@@ -7,11 +7,11 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 import fedlora
-from experiments.engines.inline import InlineGrid
 from fedlora import config, wire
 from server import roster
 from server.roster import Roster, RunFailed
 from server.run_directory import NODES
+from simulation.engines.inline import InlineGrid
 
 DEPLOYED = {"data.source": "institutions", "data.institutions": 3, "data.labels": '["x", "y"]'}
 

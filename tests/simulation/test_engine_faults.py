@@ -2,9 +2,9 @@
 
 import pytest
 
-from experiments.engines.grid import TIMEOUT, WORKER_DIED
-from experiments.engines.ray import RayGrid, started
-from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
+from simulation.engines.grid import TIMEOUT, WORKER_DIED
+from simulation.engines.ray import RayGrid, started
+from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 
 
 @pytest.mark.slow

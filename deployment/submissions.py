@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.deploy import flower
-from experiments.deploy.flower import FlowerError, Server, Unanswered
+from deployment import superlink_client as flower
+from deployment.superlink_client import FlowerError, Server, Unanswered
 from fedlora import config as configuration
 from fedlora.config import RunConfig
 from fedlora.errors import InputError

@@ -11,9 +11,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from typer.testing import CliRunner
 
-from client import node, settings
-from experiments.cli import app
-from experiments.deploy import init, keys
+from cli.main import app
+from client import settings
+from deployment import keys, node
+from deployment import setup as init
 from fedlora import config
 from fedlora.errors import InputError
 

@@ -7,13 +7,14 @@ import sys
 import pytest
 
 from client import institution
-from experiments import simulate
 from fedlora.errors import InputError
+from simulation import run as simulate
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from experiments import cli, live, simulate
+from cli import main as cli
+from simulation import progress as live, run as simulate
 config = cli._resolve(Path(sys.argv[1]), {}, Path(sys.argv[2]), None)
 print(len(simulate.prepare(config).names))
 heavy = {"torch", "transformers", "peft", "opacus", "datasets", "pandas", "scipy", "sklearn"}
@@ -24,7 +25,8 @@ FORKED = """
 import os, sys
 from pathlib import Path
 import psutil
-from experiments import cli, simulate
+from cli import main as cli
+from simulation import run as simulate
 from fedlora import data, models
 config = cli._resolve(Path(sys.argv[1]), {}, Path(sys.argv[2]), None)
 owner = os.getpid()

@@ -14,11 +14,11 @@ from ray._private import parameter, services
 from ray._private.node import Node
 
 from benchmarks.empty_client import app
-from experiments.engines.grid import TOGETHER, TOGETHER_BYTES, identify
-from experiments.engines.inline import InlineGrid
-from experiments.engines.ray import FIRST, RayGrid, _calls, _Job, started
 from server.exchange import exchange
-from tests.experiments.rounds_of_nothing import EMPTY, one_round, right
+from simulation.engines.grid import TOGETHER, TOGETHER_BYTES, identify
+from simulation.engines.inline import InlineGrid
+from simulation.engines.ray import FIRST, RayGrid, _calls, _Job, started
+from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 
 
 def test_the_inline_engine_answers_for_every_institution():

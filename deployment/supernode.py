@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
-from client.pauses import Pauses
+from deployment.polling import Pauses
 
 LOOK = 3.0
 """Seconds that Flower's SuperNode pauses between two looks for a message. Its other pauses, of half

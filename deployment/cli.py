@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from experiments.deploy import service as services
+from deployment import service as services
 from fedlora import config as configuration
 from fedlora import logs
 from fedlora.errors import InputError
@@ -52,7 +52,7 @@ def _asks(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        from experiments.deploy.flower import FlowerError
+        from deployment.superlink_client import FlowerError
 
         try:
             command(*args, **kwargs)
@@ -81,8 +81,8 @@ def node(
     ] = False,
 ) -> None:
     """Run an institution: it answers the federation with its own installed app."""
-    from client import node as nodes
     from client import settings as own
+    from deployment import node as nodes
 
     path = settings.absolute()
     loaded = own.load(str(path))
@@ -108,7 +108,7 @@ def init(
     port: Annotated[int, typer.Option(help="On which the gateway is published.")] = 8443,
 ) -> None:
     """Make CA, certificates, keys, secrets and settings of a federation."""
-    from experiments.deploy import init as making
+    from deployment import setup as making
 
     names = [name.strip() for name in institutions.split(",") if name.strip()]
     if not names:
@@ -124,7 +124,7 @@ def add(
     directory: Directory, name: Annotated[str, typer.Argument(help="The new institution.")]
 ) -> None:
     """Add an institution: its folder, its keys, its public key at the server."""
-    from experiments.deploy import init as making
+    from deployment import setup as making
 
     making.add(directory, name)
     PLAIN.print(f"{directory / 'institutions' / name} is what {name} gets")
@@ -137,7 +137,7 @@ def renew(
     ] = "",
 ) -> None:
     """New certificates of gateway and SuperLink, valid for another year, for the same names."""
-    from experiments.deploy import init as making
+    from deployment import setup as making
 
     making.renew(directory, host=host)
     PLAIN.print("restart gateway and superlink for them to be used")
@@ -145,16 +145,16 @@ def renew(
 
 def server() -> None:
     """Run the server: registers institutions, runs the ServerApp, continues what was cut off."""
-    from experiments.deploy import flower
+    from deployment import superlink_client as flower
 
     here = flower.server()
     flower.connect(here)
     superexec = [
-        *(sys.executable, "-P", "-m", "server.launcher"),
+        *(sys.executable, "-P", "-m", "deployment.server_launcher"),
         *("--runtime-api-address", here.superlink, "--root-certificates", str(here.ca)),
         *("--superexec-auth-secret-file", str(here.secret)),
     ]
-    keeper = [sys.executable, "-P", "-m", "experiments.cli", "deploy", "keep"]
+    keeper = [sys.executable, "-P", "-m", "cli.main", "deploy", "keep"]
     keeper += ["--since", str(time.monotonic())]  # before the first ServerApp can run
     raise typer.Exit(services.run("server", [superexec, keeper]))
 
@@ -163,7 +163,8 @@ def keep(
     since: Annotated[float, typer.Option(help="When the server was started (monotonic clock).")],
 ) -> None:
     """Register institutions, also new ones, and start cut-off runs again."""
-    from experiments.deploy import flower, runs
+    from deployment import submissions as runs
+    from deployment import superlink_client as flower
 
     logs.to_stderr()
     here = flower.server()
@@ -183,7 +184,7 @@ def keep(
 
 def register() -> None:
     """Register the public keys of the institutions at the SuperLink."""
-    from experiments.deploy import flower
+    from deployment import superlink_client as flower
 
     here = flower.server()
     flower.connect(here)
@@ -201,7 +202,7 @@ def reachable(
     ca: Annotated[Path, typer.Option(help="The CA certificate that must have signed it.")],
 ) -> None:
     """Say by the exit code whether a service answers under a valid certificate."""
-    from experiments.deploy import check as checks
+    from deployment import check as checks
 
     problem, _ = checks.ask(url, ca, seconds=4.0)
     if problem:
@@ -219,7 +220,8 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Submit a run. With --wait the exit code is 0 only when it has a result."""
-    from experiments.deploy import flower, runs
+    from deployment import submissions as runs
+    from deployment import superlink_client as flower
 
     resolved = configuration.load(config, configuration.parse_overrides(assign or []))
     here = flower.server()
@@ -252,7 +254,8 @@ def status(
 
     Without a name it is 0 whatever became of them.
     """
-    from experiments.deploy import flower, runs
+    from deployment import submissions as runs
+    from deployment import superlink_client as flower
 
     here = flower.server()
     flower.connect(here)
@@ -268,7 +271,8 @@ def status(
 
 def stop(name: Name) -> None:
     """Stop a run; its finished rounds are kept."""
-    from experiments.deploy import flower, runs
+    from deployment import submissions as runs
+    from deployment import superlink_client as flower
 
     here = flower.server()
     flower.connect(here)
@@ -277,7 +281,8 @@ def stop(name: Name) -> None:
 
 def results(name: Name, as_json: Json = False) -> None:
     """A completed run's result; exit code 1 when there is none."""
-    from experiments.deploy import flower, runs
+    from deployment import submissions as runs
+    from deployment import superlink_client as flower
 
     here = flower.server()
     flower.connect(here)
@@ -305,7 +310,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Say what is wrong before anything runs; exit code 1 if something is."""
-    from experiments.deploy import check as checks
+    from deployment import check as checks
 
     if (directory is None) == (institution is None):
         raise InputError("give either --dir DIR (operator) or --institution SETTINGS.toml")

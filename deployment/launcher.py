@@ -24,13 +24,13 @@ from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
-from client import executor
-from client.pauses import Pauses
+from deployment import executor
+from deployment.polling import Pauses
 from fedlora import logs, startup
 
 log = logging.getLogger("fedlora.client")
 
-IMPORTED = ["flwr.supercore.cli.flower_superexec", "client.executor"]
+IMPORTED = ["flwr.supercore.cli.flower_superexec", "deployment.executor"]
 SHORTEST, LONGEST = 0.1, 1.0
 """Seconds between two looks for a message. Flower's own second is a fifth of a small round;
 its FLWR_SUPEREXEC_TASK_POLL_INTERVAL has no effect here."""
@@ -74,7 +74,7 @@ class InstalledApp(SubprocessExecutor):
 
     def _start(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "client.trainer", str(self._path), str(os.getpid())],
+            [sys.executable, "-P", "-m", "deployment.trainer", str(self._path), str(os.getpid())],
             env={**os.environ, **startup.ENVIRONMENT},
             stdin=subprocess.DEVNULL,
         )

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from experiments.engines.forkserver import ForkServer
+from simulation.engines.forkserver import ForkServer
 
 SCRIPT = """
 import os, sys
@@ -102,7 +102,7 @@ def test_forks_end_when_the_servers_owner_dies(tmp_path):
     script.write_text(SCRIPT)
     owner = (
         "import os, subprocess, sys\n"
-        "from experiments.engines.forkserver import ForkServer\n"
+        "from simulation.engines.forkserver import ForkServer\n"
         "forks = ForkServer()\n"
         f"subprocess.Popen(['bash', '-c', forks.py_executable + ' {script} stay'])\n"
         "sys.stdin.read()\n"

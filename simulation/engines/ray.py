@@ -28,8 +28,10 @@ from ray._private.node import Node
 from ray._private.state import GlobalState
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-from experiments.engines.forkserver import ForkServer
-from experiments.engines.grid import (
+from fedlora import startup, wire
+from fedlora.errors import InputError
+from simulation.engines.forkserver import ForkServer
+from simulation.engines.grid import (
     RUN_ID,
     TIMEOUT,
     WORKER_DIED,
@@ -40,8 +42,6 @@ from experiments.engines.grid import (
     identify,
     stamp,
 )
-from fedlora import startup, wire
-from fedlora.errors import InputError
 
 HELD = 8  # shared records of earlier pushes that a worker keeps
 FIRST = 8  # messages of a call, as long as nobody knows how long they take

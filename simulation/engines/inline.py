@@ -7,8 +7,8 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 
-from experiments.engines.grid import TOGETHER, SimulationGrid, call_together, fitting, stamp
 from fedlora import wire
+from simulation.engines.grid import TOGETHER, SimulationGrid, call_together, fitting, stamp
 
 
 class InlineGrid(SimulationGrid):

@@ -21,9 +21,9 @@ from fedlora.errors import InputError
 from fedlora.startup import importing, lean, uncollected
 
 if TYPE_CHECKING:
-    from experiments.engines.forkserver import ForkServer
-    from experiments.engines.grid import SimulationGrid
     from fedlora.shards import Federation
+    from simulation.engines.forkserver import ForkServer
+    from simulation.engines.grid import SimulationGrid
 
 CLIENT_APP = "client.app:app"
 
@@ -79,7 +79,7 @@ def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
         return
     forks, settings = _forks(config, (records, work)), config.engine
     with importing():
-        from experiments.engines import ray
+        from simulation.engines import ray
 
     cores = max(settings.workers * settings.threads, os.cpu_count() or 1)
     with ray.started(settings.ray_address, cores):
@@ -124,7 +124,7 @@ def _forks(config: RunConfig, loaded: tuple[object, object]) -> "ForkServer | No
         return server if server.alive and all(map(operator.is_, of_first, loaded)) else None
     if "ray" in sys.modules:
         return None
-    from experiments.engines.forkserver import ForkServer
+    from simulation.engines.forkserver import ForkServer
 
     try:
         _first = ForkServer(), loaded
@@ -147,12 +147,12 @@ def engine(kind: str, config: RunConfig, ready: Ready) -> "Iterator[SimulationGr
     if kind == "inline":
         with importing():
             from client.app import app
-            from experiments.engines.inline import InlineGrid
+            from simulation.engines.inline import InlineGrid
 
         with _logging_to(log):
             yield InlineGrid(app, institutions, config.flat())
     else:
-        from experiments.engines.ray import RayGrid
+        from simulation.engines.ray import RayGrid
 
         with RayGrid(
             CLIENT_APP,
@@ -232,8 +232,8 @@ def run(config: RunConfig, grid: "SimulationGrid") -> None:
     Raises:
         InputError: Before anything is written, naming value, bound and remedy.
     """
-    from experiments.engines.grid import run_server
     from server.app import app
+    from simulation.engines.grid import run_server
 
     run_server(app, grid, config.flat())
 

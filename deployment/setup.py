@@ -11,7 +11,7 @@ from pathlib import Path
 import tomli_w
 from cryptography import x509
 
-from experiments.deploy import keys
+from deployment import keys
 from fedlora import config as configuration
 from fedlora.errors import InputError
 from fedlora.files import existing_parent

@@ -66,7 +66,7 @@ def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
     secret.write_text(secrets.token_hex(32))
     address = f"127.0.0.1:{_free_port()}"
     supernode = [
-        *(sys.executable, "-P", "-m", "client.supernode"),
+        *(sys.executable, "-P", "-m", "deployment.supernode"),
         *("--superlink", settings.gateway, "--root-certificates", settings.ca),
         *("--auth-supernode-private-key", settings.key),
         *("--node-config", f'settings="{path}"'),
@@ -74,7 +74,7 @@ def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
         *("--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
     ]
     launcher = [
-        *(sys.executable, "-P", "-m", "client.launcher", str(private / SOCKET)),
+        *(sys.executable, "-P", "-m", "deployment.launcher", str(private / SOCKET)),
         *("--runtime-api-address", address, "--insecure"),
         *("--superexec-auth-secret-file", str(secret)),
     ]

@@ -21,7 +21,7 @@ from fedlora.config import KEPT, RunConfig
 from server.run_directory import read_records
 
 if TYPE_CHECKING:
-    from experiments.engines.grid import SimulationGrid
+    from simulation.engines.grid import SimulationGrid
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 Flower's ``flwr-clientapp`` installs and runs the app that came with the run. Whoever submits runs
 would then decide what an institution does, and each of its limits would be moot. This is the same
 process with two things changed: nothing that was sent is installed, and the app is the one that is
-installed here, in the process that keeps its base model (`client.trainer`).
+installed here, in the process that keeps its base model (`deployment.trainer`).
 """
 
 import functools
@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
-from client import trainer
+from deployment import trainer
 from fedlora import logs
 
 log = logging.getLogger("fedlora.client")

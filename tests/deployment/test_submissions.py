@@ -15,9 +15,11 @@ from flwr.proto.control_pb2 import ListRunsResponse
 from flwr.proto.run_pb2 import Run, RunStatus
 from typer.testing import CliRunner
 
-from experiments.cli import app
-from experiments.deploy import flower, keys, runs
-from experiments.deploy.flower import FlowerError, Unanswered
+from cli.main import app
+from deployment import keys
+from deployment import submissions as runs
+from deployment import superlink_client as flower
+from deployment.superlink_client import FlowerError, Unanswered
 from fedlora import config
 from fedlora.errors import InputError
 
@@ -154,7 +156,7 @@ def test_stopping_a_submission_without_an_answer_stops_its_run(here, link, deplo
 
 
 def test_an_answer_is_waited_for_longer_than_the_superlink_waits_for_its_database():
-    from server.superlink import LOCK_WAIT
+    from deployment.superlink import LOCK_WAIT
 
     assert LOCK_WAIT / 1000 < flower.PATIENCE
 

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fedlora
-from experiments.cli import app
+from cli.main import app
 
 runner = CliRunner()
 QUIETLY = ("--engine", "inline", "--quiet")

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import fedlora
-from experiments import simulate
-from experiments.deploy import cli as deployment
+from deployment import cli as deployment
 from fedlora import config as configuration
 from fedlora.errors import InputError, Refusal
+from simulation import run as simulate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -119,7 +119,7 @@ def run(
     if as_json:
         print(json.dumps(result))
     elif not quiet:
-        from experiments import live
+        from simulation import progress as live
 
         live.summary(resolved, result, console)
 
@@ -167,7 +167,7 @@ def _resolve(
 
 def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> dict[str, Any]:
     """Run to the end; a failure midway exits 1 and says how to go on."""
-    from experiments import live
+    from simulation import progress as live
 
     with console.status("reading records"):
         records = simulate.prepare(config)
@@ -331,7 +331,8 @@ def evaluate(
 
     Whether it was trained on some of these rows is not known here.
     """
-    from experiments import live, released
+    from fedlora import finished_run as released
+    from simulation import progress as live
 
     result = released.evaluate(run_dir, data, institution)
     if as_json:
@@ -364,7 +365,8 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Say what a run's adapter makes of a text."""
-    from experiments import live, released
+    from fedlora import finished_run as released
+    from simulation import progress as live
 
     result = released.predict(run_dir, text, institution)
     if as_json:
@@ -386,7 +388,7 @@ def merge(
     institution: Whose = "",
 ) -> None:
     """Fold a run's adapter into its base: one safetensors model directory."""
-    from experiments import released
+    from fedlora import finished_run as released
 
     released.merge(run_dir, out_dir, institution)
     Console(soft_wrap=True, highlight=False).print(f"merged model in {out_dir}")
@@ -487,8 +489,8 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Train with canaries among the records and attack the result; exit 3 if a promise breaks."""
-    from experiments import live
     from experiments.audit import run as auditing
+    from simulation import progress as live
 
     loaded = configuration.load(config, configuration.parse_overrides(assign or []))
     place = out or Path(f"runs/audit-{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -1,0 +1,1 @@
+"""Simulations on one machine and on a Ray cluster."""
