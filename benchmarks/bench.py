@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks import measure, work
 from fedlora.models import fast_bf16
-from server.run_directory import environment
+from fedlora.run_files import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"

@@ -28,9 +28,9 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     """One optimizer step of each side that is asked for, on the same rows."""
     import torch
 
-    from simulation import run as simulate
+    from fedlora.startup import quiet_libraries
 
-    simulate.quiet_libraries()
+    quiet_libraries()
     from benchmarks import rival_step
     from client import training
     from fedlora import config as configuration

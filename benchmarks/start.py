@@ -21,10 +21,10 @@ from benchmarks.timed_client import WHEN
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
 import sys
-from cli import main as cli
-from simulation import run as simulate
-simulate.CLIENT_APP = "benchmarks.timed_client:app"
-cli.app()
+from cli.main import app
+from simulation import run
+run.CLIENT_APP = "benchmarks.timed_client:app"
+app()
 """
 
 

@@ -19,8 +19,8 @@ from benchmarks import work
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
 import json, os, sys, time
-from cli import main as cli
-from simulation import run as simulate
+from cli.main import app
+from simulation import run
 
 def note(name):
     with open(os.environ["FEDLORA_TIMELINE"], "a") as file:
@@ -37,9 +37,9 @@ def noted(owner, name, after="", before=""):
         return result
     setattr(owner, name, outer)
 
-noted(simulate, "prepare", "read and tokenise")
-noted(simulate, "_forks", "import, load, fork")
-engine = simulate.engine
+noted(run, "prepare", "read and tokenise")
+noted(run, "_forks", "import, load, fork")
+engine = run.open_engine
 
 def noted_engine(*arguments):
     note("start Ray")
@@ -49,10 +49,10 @@ def noted_engine(*arguments):
     noted(RayGrid, "_collect", after="institutions' work")
     return engine(*arguments)
 
-simulate.engine = noted_engine
+run.open_engine = noted_engine
 from experiments import report
 noted(report, "write", before="stop Ray", after="write the report")
-cli.app()
+app()
 """
 
 

@@ -16,35 +16,21 @@ from deployment import service as services
 from fedlora import config as configuration
 from fedlora import logs
 from fedlora.errors import InputError
+from fedlora.terminal import ERRORS, Json, clean_errors
 
-app = typer.Typer(
+app = typer.Typer()
+deploy = typer.Typer(
     no_args_is_help=True, help="A federation on machines of its own (docs/deployment.md)."
 )
+app.add_typer(deploy, name="deploy")
 log = logging.getLogger("fedlora.server")
 PLAIN = Console(soft_wrap=True, highlight=False, markup=False)
-ERRORS = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 STILL_RUNNING = 3
 AWAY = 4
 """The SuperLink did not do what it was asked, so nothing is known of a run."""
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Name = Annotated[str, typer.Argument(help="A submission's name.")]
 Directory = Annotated[Path, typer.Argument(help="The directory that `deploy init` made.")]
-
-
-def add_to(main: typer.Typer, clean: Callable[[Any], Any]) -> None:
-    """Register these commands; ``clean`` turns errors into one line and an exit code."""
-    main.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )(clean(service))
-    main.command()(clean(node))
-    commands: list[Callable[..., None]] = [init, add, renew, server]
-    commands += [_asks(command) for command in (register, submit, status, stop, results)]
-    commands += [reachable, check]
-    for command in commands:
-        app.command()(clean(command))
-    app.command(hidden=True)(clean(keep))
-    main.add_typer(app, name="deploy")
 
 
 def _asks(command: Callable[..., None]) -> Callable[..., None]:
@@ -63,6 +49,8 @@ def _asks(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@clean_errors
 def service(
     name: Annotated[str, typer.Argument(help="The service's name in its log.")],
     command: Annotated[list[str], typer.Argument(help="After --: what to run.")],
@@ -74,10 +62,12 @@ def service(
     raise typer.Exit(services.run(name, [command], ready=json_lines))
 
 
+@app.command()
+@clean_errors
 def node(
     settings: Annotated[Path, typer.Argument(help="The institution's settings, a TOML file.")],
     healthy: Annotated[
-        bool, typer.Option("--healthy", help="Only say, by the exit code, whether it runs.")
+        bool, typer.Option("--healthy", help="Only say, by the exit code, whether it submissions.")
     ] = False,
 ) -> None:
     """Run an institution: it answers the federation with its own installed app."""
@@ -99,6 +89,8 @@ def node(
     raise typer.Exit(code)
 
 
+@deploy.command()
+@clean_errors
 def init(
     directory: Annotated[Path, typer.Argument(help="Directory to make; it must not exist.")],
     institutions: Annotated[str, typer.Option(help="Their names, joined by commas.")],
@@ -108,28 +100,32 @@ def init(
     port: Annotated[int, typer.Option(help="On which the gateway is published.")] = 8443,
 ) -> None:
     """Make CA, certificates, keys, secrets and settings of a federation."""
-    from deployment import setup as making
+    from deployment import setup
 
     names = [name.strip() for name in institutions.split(",") if name.strip()]
     if not names:
         raise InputError("--institutions is empty; give one or more names, joined by commas")
-    making.make(directory, names, host=host, port=port)
+    setup.make(directory, names, host=host, port=port)
     PLAIN.print(
         f"{directory} has the keys of {len(names)} institutions. Next: their records and ledgers "
         f"(docs/deployment.md), then docker compose --env-file {directory}/.env up --detach --wait"
     )
 
 
+@deploy.command()
+@clean_errors
 def add(
     directory: Directory, name: Annotated[str, typer.Argument(help="The new institution.")]
 ) -> None:
     """Add an institution: its folder, its keys, its public key at the server."""
-    from deployment import setup as making
+    from deployment import setup
 
-    making.add(directory, name)
+    setup.add(directory, name)
     PLAIN.print(f"{directory / 'institutions' / name} is what {name} gets")
 
 
+@deploy.command()
+@clean_errors
 def renew(
     directory: Directory,
     host: Annotated[
@@ -137,18 +133,20 @@ def renew(
     ] = "",
 ) -> None:
     """New certificates of gateway and SuperLink, valid for another year, for the same names."""
-    from deployment import setup as making
+    from deployment import setup
 
-    making.renew(directory, host=host)
+    setup.renew(directory, host=host)
     PLAIN.print("restart gateway and superlink for them to be used")
 
 
+@deploy.command()
+@clean_errors
 def server() -> None:
     """Run the server: registers institutions, runs the ServerApp, continues what was cut off."""
-    from deployment import superlink_client as flower
+    from deployment import superlink_client
 
-    here = flower.server()
-    flower.connect(here)
+    here = superlink_client.server()
+    superlink_client.connect(here)
     superexec = [
         *(sys.executable, "-P", "-m", "deployment.server_launcher"),
         *("--runtime-api-address", here.superlink, "--root-certificates", str(here.ca)),
@@ -159,36 +157,40 @@ def server() -> None:
     raise typer.Exit(services.run("server", [superexec, keeper]))
 
 
+@deploy.command(hidden=True)
+@clean_errors
 def keep(
     since: Annotated[float, typer.Option(help="When the server was started (monotonic clock).")],
 ) -> None:
     """Register institutions, also new ones, and start cut-off runs again."""
-    from deployment import submissions as runs
-    from deployment import superlink_client as flower
+    from deployment import submissions, superlink_client
 
     logs.to_stderr()
-    here = flower.server()
+    here = superlink_client.server()
     registered = None
     while True:
         try:
-            if (files := flower.key_files(here)) != registered:
-                for name, outcome in flower.register(here).items():
+            if (files := superlink_client.key_files(here)) != registered:
+                for name, outcome in superlink_client.register(here).items():
                     log.info("institution %s: %s", name, outcome)
                 registered = files
-            for line in runs.proceed(here, since=since):
+            for line in submissions.proceed(here, since=since):
                 log.info("%s", line)
-        except flower.FlowerError as error:  # the SuperLink may be away for a while
+        except superlink_client.FlowerError as error:  # the SuperLink may be away for a while
             log.warning("%s", error)
-        time.sleep(runs.ASK_SECONDS)
+        time.sleep(submissions.ASK_SECONDS)
 
 
+@deploy.command()
+@clean_errors
+@_asks
 def register() -> None:
     """Register the public keys of the institutions at the SuperLink."""
-    from deployment import superlink_client as flower
+    from deployment import superlink_client
 
-    here = flower.server()
-    flower.connect(here)
-    outcomes = flower.register(here)
+    here = superlink_client.server()
+    superlink_client.connect(here)
+    outcomes = superlink_client.register(here)
     for name, outcome in outcomes.items():
         PLAIN.print(f"{name}: {outcome}")
     if not outcomes:
@@ -197,6 +199,8 @@ def register() -> None:
         raise typer.Exit(1)
 
 
+@deploy.command()
+@clean_errors
 def reachable(
     url: Annotated[str, typer.Argument(help="An https address.")],
     ca: Annotated[Path, typer.Option(help="The CA certificate that must have signed it.")],
@@ -210,6 +214,9 @@ def reachable(
         raise typer.Exit(1)
 
 
+@deploy.command()
+@clean_errors
+@_asks
 def submit(
     config: Annotated[Path, typer.Argument(help="A TOML file with data.source institutions.")],
     assign: Annotated[
@@ -220,17 +227,16 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Submit a run. With --wait the exit code is 0 only when it has a result."""
-    from deployment import submissions as runs
-    from deployment import superlink_client as flower
+    from deployment import submissions, superlink_client
 
     resolved = configuration.load(config, configuration.parse_overrides(assign or []))
-    here = flower.server()
-    flower.connect(here)
+    here = superlink_client.server()
+    superlink_client.connect(here)
     chosen = name or f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        submission = runs.submit(here, resolved, chosen)
-    except flower.Unanswered as error:
-        raise flower.FlowerError(
+        submission = submissions.submit(here, resolved, chosen)
+    except superlink_client.Unanswered as error:
+        raise superlink_client.FlowerError(
             f"{error}. {chosen} is kept, and the server starts it unless it has begun: "
             f"`fedlora deploy status {chosen}`, or `stop {chosen}`"
         ) from None
@@ -238,7 +244,7 @@ def submit(
         PLAIN.print(f"{chosen}: submitted; results in {submission.directory}")
     if wait:
         rounds = resolved.federation.rounds
-        submission = runs.follow(
+        submission = submissions.follow(
             here, chosen, lambda record: None if as_json else PLAIN.print(_round(record, rounds))
         )
     _show(submission, as_json)
@@ -246,6 +252,9 @@ def submit(
         raise typer.Exit(1)
 
 
+@deploy.command()
+@clean_errors
+@_asks
 def status(
     name: Annotated[str, typer.Argument(help="A submission's name; without one, all.")] = "",
     as_json: Json = False,
@@ -254,39 +263,42 @@ def status(
 
     Without a name it is 0 whatever became of them.
     """
-    from deployment import submissions as runs
-    from deployment import superlink_client as flower
+    from deployment import submissions, superlink_client
 
-    here = flower.server()
-    flower.connect(here)
+    here = superlink_client.server()
+    superlink_client.connect(here)
     if not name:
-        for one in runs.every(here):
-            _show(runs.observe(here, one.name), as_json)
+        for one in submissions.every(here):
+            _show(submissions.observe(here, one.name), as_json)
         return
-    submission = runs.observe(here, name)
+    submission = submissions.observe(here, name)
     _show(submission, as_json)
     if submission.state != "completed":
         raise typer.Exit(STILL_RUNNING if submission.state == "running" else 1)
 
 
+@deploy.command()
+@clean_errors
+@_asks
 def stop(name: Name) -> None:
     """Stop a run; its finished rounds are kept."""
-    from deployment import submissions as runs
-    from deployment import superlink_client as flower
+    from deployment import submissions, superlink_client
 
-    here = flower.server()
-    flower.connect(here)
-    _show(runs.stop(here, name), False)
+    here = superlink_client.server()
+    superlink_client.connect(here)
+    _show(submissions.stop(here, name), False)
 
 
+@deploy.command()
+@clean_errors
+@_asks
 def results(name: Name, as_json: Json = False) -> None:
     """A completed run's result; exit code 1 when there is none."""
-    from deployment import submissions as runs
-    from deployment import superlink_client as flower
+    from deployment import submissions, superlink_client
 
-    here = flower.server()
-    flower.connect(here)
-    submission = runs.observe(here, name)
+    here = superlink_client.server()
+    superlink_client.connect(here)
+    submission = submissions.observe(here, name)
     if submission.state != "completed":
         _show(submission, as_json)
         raise typer.Exit(1)
@@ -300,6 +312,8 @@ def results(name: Name, as_json: Json = False) -> None:
     PLAIN.print(f"{'adapter':20} {submission.directory / 'adapter'}")
 
 
+@deploy.command()
+@clean_errors
 def check(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="At the operator's: what `deploy init` made.")

@@ -22,7 +22,7 @@ from fedlora import config as configuration
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from server.run_directory import SUBMISSION, alone, read_records
+from fedlora.run_files import SUBMISSION, alone, read_records
 
 State = Literal["running", "completed", "failed", "stopped"]
 APP = Path(__file__).resolve().parents[2]

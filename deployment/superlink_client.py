@@ -39,7 +39,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from server.run_directory import NODES, alone
+from fedlora.run_files import NODES, alone
 
 LINK = "fedlora"
 """The connection's name in Flower's own configuration."""

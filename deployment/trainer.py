@@ -1,7 +1,7 @@
 """An institution's trainer: one process that keeps the base model and answers every message.
 
-Flower starts a process for each message. Ours hands its message over and takes the answer back
-(`deployment.executor`); importing torch, loading the base and opening the records happen here, once.
+Flower starts a process for each message. That process hands its message over and takes the answer
+back (`deployment.executor`). The trainer imports torch, loads the base and opens the records once.
 
 They meet at a socket in the directory of the node's start, which only this user can enter, and each
 end refuses another user's process. The trainer ends with its launcher, however that ends, and the

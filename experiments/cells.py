@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing import connection, reduction
 from multiprocessing.process import BaseProcess
@@ -26,14 +26,23 @@ from experiments import results, sweep
 from experiments.sweep import Case, Cell
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from server.run_directory import command, finite
+from fedlora.run_files import command, finite
 
 MANIFEST = results.MANIFEST
 Engine = Literal["auto", "ray", "inline"]
+Execute = Callable[[list[str]], None]
 
 
 def run(
-    path: Path, out: Path, *, jobs: int, resume: bool, yes: bool, engine: Engine, console: Console
+    path: Path,
+    out: Path,
+    *,
+    jobs: int,
+    resume: bool,
+    yes: bool,
+    engine: Engine,
+    execute: Execute,
+    console: Console,
 ) -> dict[str, Any]:
     """Run what is left of a sweep and write its results.
 
@@ -44,6 +53,8 @@ def run(
         resume: Whether ``out`` may hold a sweep already.
         yes: Whether more than `sweep.MOST_CELLS` cells are meant.
         engine: Of the cells; auto: ray where a cell has several institutions and workers.
+        execute: Runs `fedlora` with these arguments in the process of a cell. A function of a
+            module, because a fork server looks it up by name.
         console: For progress.
 
     Returns:
@@ -74,7 +85,7 @@ def run(
         )
         started = time.monotonic()
         try:
-            failed = _Runner(out, jobs, engine, lock, console).run(left)
+            failed = _Runner(out, jobs, engine, execute, lock, console).run(left)
         finally:
             results.write(out)
     return {
@@ -151,8 +162,16 @@ def _write_manifest(
 class _Runner:
     """Runs cells, ``jobs`` at a time; ends those that run when it is interrupted."""
 
-    def __init__(self, out: Path, jobs: int, engine: Engine, lock: int, console: Console) -> None:
-        self._out, self._jobs, self._engine = out, jobs, engine
+    def __init__(
+        self,
+        out: Path,
+        jobs: int,
+        engine: Engine,
+        execute: Execute,
+        lock: int,
+        console: Console,
+    ) -> None:
+        self._out, self._jobs, self._engine, self._execute = out, jobs, engine, execute
         self._lock, self._console = lock, console
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(["experiments.warm"])
@@ -224,7 +243,7 @@ class _Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         process = self._processes.Process(
             target=_run_cell,
-            args=(arguments, log, workers * threads, _Held(self._lock)),
+            args=(self._execute, arguments, log, workers * threads, _Held(self._lock)),
         )
         process.start()
         self._running.add(process)
@@ -260,8 +279,10 @@ class _Held:
         self._descriptor = duplicate.detach()
 
 
-def _run_cell(arguments: list[str], log: Path, threads: int, _lock: _Held) -> None:
-    """What a cell's process does: `fedlora run`, its errors in a file."""
+def _run_cell(
+    execute: Execute, arguments: list[str], log: Path, threads: int, _lock: _Held
+) -> None:
+    """The process of a cell: `fedlora run`, with its errors in a file."""
     os.setsid()
     for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, log)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -269,10 +290,8 @@ def _run_cell(arguments: list[str], log: Path, threads: int, _lock: _Held) -> No
         os.close(opened)
     import torch
 
-    from cli import main as cli
-
     torch.set_num_threads(threads)
-    cli.app(arguments)
+    execute(arguments)
 
 
 def _end(process: BaseProcess) -> None:

@@ -10,7 +10,7 @@ from fedlora import config as configuration
 from fedlora.config import ENGINE_ONLY
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
-from server.run_directory import finite, read_records
+from fedlora.run_files import finite, read_records
 
 MEASURED = ("accuracy", "macro_f1", "exact_match", "token_loss")
 

@@ -1,9 +1,11 @@
 """A page that needs no other file: words, figures and tables, filled into one template."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jinja2
 
@@ -47,15 +49,35 @@ class Page:
 
 def render(page: Page) -> bytes:
     """The page as HTML. Everything but the figures is escaped."""
-    environment = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("experiments"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["numeric"] = _numeric
+    templates.filters["numeric"] = _numeric
     shown = dataclasses.replace(page, sections=[s for s in page.sections if _filled(s)])
-    return environment.get_template("report.html").render(page=shown).encode()
+    return templates.get_template("report.html").render(page=shown).encode()
+
+
+def number(value: Any) -> str:
+    """A figure as a person reads it; inf, which JSON holds as text, stays."""
+    return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def environment(found: Mapping[str, Any]) -> Section:
+    """What a run ran on."""
+    dirty = " with changes that are not committed" if found.get("git_dirty") else ""
+    rows = [
+        ["what", "which"],
+        ["command", " ".join(found["command"])],
+        ["commit", f"{found['git_sha'] or 'unknown'}{dirty}"],
+        ["machine", f"{found['platform']}, {found['cores']} cores, {found['processor']}"],
+        ["GPUs", ", ".join(found["gpus"]) or "none"],
+        ["Python", found["python"]],
+        *([name, version] for name, version in found["versions"].items()),
+    ]
+    return Section(title="Environment", tables=[Table(rows=rows)])
 
 
 def _numeric(rows: Sequence[Sequence[str]]) -> list[bool]:

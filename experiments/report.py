@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures, results, sweep_page
-from experiments.pages import Page, Section, Table, render
+from experiments.pages import Page, Section, Table, environment, number, render
 from fedlora import config as configuration
 from fedlora import metrics
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from server.run_directory import read_records
+from fedlora.run_files import read_records
 
 FILE = "report.html"
 MOST_BARS = 40
@@ -93,11 +93,6 @@ def of_run(directory: Path) -> Page:
 
 def _institutions(records: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> int:
     return len({name for r in records for name in r["institutions"]} | set(result["institutions"]))
-
-
-def number(value: Any) -> str:
-    """A figure as a person reads it; inf, which JSON holds as text, stays."""
-    return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def seconds(value: float) -> str:
@@ -329,18 +324,3 @@ def _cost(
             ),
         },
     }
-
-
-def environment(found: Mapping[str, Any]) -> Section:
-    """What a run ran on."""
-    dirty = " with changes that are not committed" if found.get("git_dirty") else ""
-    rows = [
-        ["what", "which"],
-        ["command", " ".join(found["command"])],
-        ["commit", f"{found['git_sha'] or 'unknown'}{dirty}"],
-        ["machine", f"{found['platform']}, {found['cores']} cores, {found['processor']}"],
-        ["GPUs", ", ".join(found["gpus"]) or "none"],
-        ["Python", found["python"]],
-        *([name, version] for name, version in found["versions"].items()),
-    ]
-    return Section(title="Environment", tables=[Table(rows=rows)])

@@ -13,7 +13,7 @@ from typing import Any
 from fedlora import metrics
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from server.run_directory import read_records
+from fedlora.run_files import read_records
 
 MANIFEST = "cells.json"
 COLUMNS = (

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures, results
-from experiments.pages import Page, Section, Table
+from experiments.pages import Page, Section, Table, environment
 from experiments.results import ALL
 from experiments.sweep import EPSILON
 from fedlora import config as configuration
@@ -312,12 +312,11 @@ def _dp(out: Path, about: Mapping[str, Any]) -> Section:
 
 
 def _environment(out: Path, about: Mapping[str, Any]) -> list[Section]:
-    from experiments import report
 
     cells = _cells(about, out)
     found = [json.loads((path / "environment.json").read_text(encoding="utf-8")) for path in cells]
     shas = sorted({str(one["git_sha"]) for one in found})
-    section = report.environment(found[-1])
+    section = environment(found[-1])
     if len(shas) > 1:
         return [
             Section(

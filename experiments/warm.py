@@ -3,13 +3,17 @@
 import gc
 import importlib
 
-from fedlora.startup import importing
-from simulation import run as simulate
+from fedlora.startup import importing, quiet_libraries
 
-simulate.quiet_libraries()
+quiet_libraries()
 with importing():
-    for name in ("cli", "engines.inline", "report"):
-        importlib.import_module(f"experiments.{name}")
-    for name in ("client.app", "client.dp_sgd", "server.app"):
+    for name in (
+        "client.app",
+        "client.dp_sgd",
+        "experiments.report",
+        "server.app",
+        "simulation.engines.inline",
+        "simulation.run",
+    ):
         importlib.import_module(name)
 gc.freeze()

@@ -1,5 +1,7 @@
 """Using a finished run: evaluate its adapter on other data, predict, merge it into its base."""
 
+# pyright: reportUnknownMemberType=false
+
 import json
 import os
 from pathlib import Path

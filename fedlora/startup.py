@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import functools
 import gc
+import logging
 import os
 import signal
 import types
+import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -114,3 +116,25 @@ def _later(real: Callable[..., Any], model: Any = None, **options: Any) -> Any:
         return made()(*args, **kwargs)
 
     return calling
+
+
+def quiet_libraries() -> None:
+    """Settings that libraries read when they are imported."""
+    lean()
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it warns of optional kernels at import
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else bitsandbytes imports a compiler
+    # Torch's threads spin while they wait, and beside other work on the same cores a pass then
+    # takes up to ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

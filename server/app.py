@@ -7,7 +7,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora import config as configuration
 from fedlora import logs
-from server import rounds, run_directory
+from fedlora.run_files import alone
+from server import rounds
 
 app = ServerApp()
 
@@ -18,5 +19,5 @@ def main(grid: Grid, context: Context) -> None:
     if logs.wanted():
         logs.to_stderr()
     config = configuration.from_context(context.run_config, context.run_id)
-    with run_directory.alone(Path(config.run_dir)):
+    with alone(Path(config.run_dir)):
         rounds.run(grid, config)

@@ -13,9 +13,9 @@ import fedlora
 from fedlora import wire
 from fedlora.config import MIXED_RANKS, RunConfig
 from fedlora.errors import InputError, Refusal
+from fedlora.run_files import NODES
 from server.exchange import exchange
 from server.replies import content
-from server.run_directory import NODES
 
 log = logging.getLogger("fedlora.server")
 

@@ -6,18 +6,11 @@ run's lines load no torch.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-import importlib.metadata
 import json
-import math
 import os
-import platform
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +19,7 @@ from fedlora import config as configuration
 from fedlora.config import ENGINE_ONLY, RunConfig
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
+from fedlora.run_files import SUBMISSION, environment, finite, read_records
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +27,6 @@ if TYPE_CHECKING:
     from fedlora.adapters import AdapterState
 
 KEPT_CHECKPOINTS = 2
-SUBMISSION = "submission.json"
-"""What a deployment knows of a run that it submitted."""
-NODES = "nodes.json"
-"""Beside a deployment's runs: Flower's node id -> the institution whose public key it has."""
 BESIDE = ("ledgers", "institutions.log", SUBMISSION)
 """What may be in a run's directory before the run begins."""
 FREE_BYTES = 100 * 2**20
@@ -196,33 +186,6 @@ class RunDirectory:
         write_atomic(self.path / name, (json.dumps(finite(content), indent=2) + "\n").encode())
 
 
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process runs in this directory, and keep others out.
-
-    A run that goes on after its server was killed may start before the old process is gone. A
-    directory that is not there yet is nobody's.
-    """
-    if not path.is_dir():
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run directory's ``rounds.jsonl``; a half-written last one is left out."""
-    try:
-        text = (path / "rounds.jsonl").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 def changes(old: RunConfig, new: RunConfig) -> list[str]:
     """What differs between two configurations, leaving out keys that cannot change a result."""
     before, after = old.flat(), new.flat()
@@ -231,65 +194,3 @@ def changes(old: RunConfig, new: RunConfig) -> list[str]:
         for key in before
         if before[key] != after[key] and not key.startswith(ENGINE_ONLY)
     ]
-
-
-def environment() -> dict[str, Any]:
-    """Versions, source revision and device of this process."""
-    import torch
-
-    packages = (
-        "fedlora",
-        "torch",
-        "flwr",
-        "peft",
-        "transformers",
-        "opacus",
-        "ray",
-        "bitsandbytes",
-        "numpy",
-    )
-    versions: dict[str, str] = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    sha = _git("rev-parse", "HEAD")
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "git_sha": sha or None,
-        "git_dirty": bool(_git("status", "--porcelain")) if sha else None,
-        "platform": platform.platform(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": command(),
-    }
-
-
-def command() -> list[str]:
-    """How this process was called, without the place of the program."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
-
-
-def _git(*arguments: str) -> str:
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
-
-
-def finite(value: Any) -> Any:
-    """JSON has no inf or nan: inf becomes the text "inf", nan becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
-    return value

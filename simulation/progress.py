@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fedlora import metrics
 from fedlora.config import KEPT, RunConfig
-from server.run_directory import read_records
+from fedlora.run_files import read_records
 
 if TYPE_CHECKING:
     from simulation.engines.grid import SimulationGrid

@@ -5,20 +5,22 @@ This process imports and loads once for all workers on this machine, which are f
 
 import contextlib
 import importlib
+import json
 import logging
 import operator
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.startup import importing, lean, uncollected
+from fedlora.startup import importing, uncollected
 
 if TYPE_CHECKING:
     from fedlora.shards import Federation
@@ -29,7 +31,7 @@ CLIENT_APP = "client.app:app"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ready:
+class Loaded:
     """What a simulation needs before its institutions can be asked anything.
 
     Args:
@@ -44,8 +46,41 @@ class Ready:
     forks: "ForkServer | None"
 
 
+def simulate(config: RunConfig, kind: str, console: Console) -> dict[str, Any]:
+    """Run a federation from its records to a complete run directory, and show progress.
+
+    Args:
+        config: The run; its run directory is absolute and free, or holds the run to resume.
+        kind: ``ray`` or ``inline``.
+        console: Where progress is shown.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        InputError: Before anything is written, naming value, bound and remedy.
+    """
+    from simulation.progress import progress
+
+    with console.status("reading records"):
+        records = prepare(config)
+    console.print(
+        f"{len(records.names)} institutions, {records.counts['rows']:,} rows; "
+        f"results in {config.run_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with contextlib.ExitStack() as stack:
+        with console.status("loading the base model, starting workers"):
+            loaded = stack.enter_context(load(kind, config))
+            grid = stack.enter_context(open_engine(kind, config, loaded))
+        with progress(config, grid, console):
+            run_rounds(config, grid)
+    return json.loads((Path(config.run_dir) / "result.json").read_text(encoding="utf-8"))
+
+
 @contextlib.contextmanager
-def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
+def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
     """Read the records, check the budgets, load the base model, then start Ray.
 
     Args:
@@ -75,7 +110,7 @@ def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
         finally:
             torch.set_num_threads(threads)
     if kind == "inline":
-        yield Ready(records=records, forks=None)
+        yield Loaded(records=records, forks=None)
         return
     forks, settings = _forks(config, (records, work)), config.engine
     with importing():
@@ -83,7 +118,7 @@ def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
 
     cores = max(settings.workers * settings.threads, os.cpu_count() or 1)
     with ray.started(settings.ray_address, cores):
-        yield Ready(records=records, forks=forks)
+        yield Loaded(records=records, forks=forks)
 
 
 def _reach(address: str) -> None:
@@ -134,16 +169,16 @@ def _forks(config: RunConfig, loaded: tuple[object, object]) -> "ForkServer | No
 
 
 @contextlib.contextmanager
-def engine(kind: str, config: RunConfig, ready: Ready) -> "Iterator[SimulationGrid]":
+def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[SimulationGrid]":
     """The Grid that a simulation runs on.
 
     Args:
         kind: ``ray`` or ``inline``.
         config: The run; only its engine keys and run directory are read here.
-        ready: Of the same run.
+        loaded: Of the same run.
     """
     log = str(Path(config.run_dir) / "institutions.log")
-    settings, institutions = config.engine, len(ready.records.names)
+    settings, institutions = config.engine, len(loaded.records.names)
     if kind == "inline":
         with importing():
             from client.app import app
@@ -162,8 +197,8 @@ def engine(kind: str, config: RunConfig, ready: Ready) -> "Iterator[SimulationGr
             threads=settings.threads,
             gpus=settings.gpus,
             log=log,
-            forks=ready.forks,
-            costs=_costs(config, ready.records),
+            forks=loaded.forks,
+            costs=_costs(config, loaded.records),
         ) as grid:
             yield grid
 
@@ -226,7 +261,7 @@ def check_budgets(config: RunConfig) -> None:
         institution.budget(config, size, cap)
 
 
-def run(config: RunConfig, grid: "SimulationGrid") -> None:
+def run_rounds(config: RunConfig, grid: "SimulationGrid") -> None:
     """Run the ServerApp on a grid, in this process.
 
     Raises:
@@ -248,25 +283,3 @@ def _logging_to(path: str) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
-
-
-def quiet_libraries() -> None:
-    """Settings that libraries read when they are imported."""
-    lean()
-    warnings.filterwarnings(
-        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-    )
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns of optional kernels at import
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else bitsandbytes imports a compiler
-    # Torch's threads spin while they wait, and beside other work on the same cores a pass then
-    # takes up to ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -9,12 +9,13 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from simulation import run as simulate
+from fedlora.startup import quiet_libraries
+from simulation import run
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
 
-simulate.quiet_libraries()
+quiet_libraries()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; threads that wait for others cost more
 
@@ -122,10 +123,10 @@ def simulate_run():
 
     def go(config, engine="inline"):
         with (
-            simulate.ready(engine, config) as ready,
-            simulate.engine(engine, config, ready) as grid,
+            run.load(engine, config) as ready,
+            run.open_engine(engine, config, ready) as grid,
         ):
-            simulate.run(config, grid)
+            run.run_rounds(config, grid)
         return json.loads((Path(config.run_dir) / "result.json").read_text())
 
     return go

@@ -34,12 +34,12 @@ from fedlora.adapters import AdapterState
 from fedlora.config import KEPT, RESIDUALS, RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
+from fedlora.run_files import finite
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
-from server.run_directory import finite
-from simulation import run as simulate
-from simulation.engines.grid import SimulationGrid
+from simulation.progress import progress
+from simulation.run import load, open_engine, run_rounds
 
 CONFIDENCE = 0.95
 VIEWS = ("the final adapter", "every round, as the server sees it")
@@ -80,7 +80,6 @@ def run(
     shadows: int,
     engine: str,
     console: Console,
-    progress: Callable[[RunConfig, SimulationGrid], Any],
 ) -> dict[str, Any]:
     """Plant canaries, run, attack.
 
@@ -91,7 +90,6 @@ def run(
         shadows: Further runs for LiRA; 0 leaves it out.
         engine: ``ray`` or ``inline``.
         console: Says what is being done.
-        progress: A context manager that shows a run.
 
     Returns:
         What ``audit.json`` holds; ``lira failed`` says why shadows did not end, if they did not.
@@ -103,7 +101,7 @@ def run(
         # Ledgers of its own: the user's are bound to records without canaries.
         target = audited.config.replace({"run-dir": run_dir, "privacy.ledger": ""})
         transcript = Transcript(folder=Path(folder) / "transcript")
-        _train(target, engine, progress, transcript)
+        _train(target, engine, console, transcript)
         # From here on nothing is trained but for shadows: read what was released.
         work = _opened(target)
         with console.status("scoring canaries") as status:
@@ -142,7 +140,7 @@ def run(
             kept = f"kept so far: {out / 'audit.json'}; {shadows} shadow runs for LiRA follow"
             console.print(kept, soft_wrap=True, highlight=False)
             try:
-                lira = _lira(target, rows, engine, shadows, Path(folder), progress)
+                lira = _lira(target, rows, engine, shadows, Path(folder), console)
                 result["membership"]["lira"] = lira
             except Exception as error:
                 result["lira failed"] = f"{type(error).__name__}: {error}"
@@ -160,17 +158,17 @@ def _keep(out: Path, result: dict[str, Any]) -> dict[str, Any]:
 def _train(
     config: RunConfig,
     engine: str,
-    progress: Callable[[RunConfig, SimulationGrid], Any],
+    console: Console,
     transcript: Transcript | None = None,
 ) -> None:
     with (
-        simulate.ready(engine, config) as ready,
-        simulate.engine(engine, config, ready) as grid,
+        load(engine, config) as loaded,
+        open_engine(engine, config, loaded) as grid,
     ):
         if transcript is not None:
             transcript.watch(grid)
-        with progress(config, grid):
-            simulate.run(config, grid)
+        with progress(config, grid, console):
+            run_rounds(config, grid)
 
 
 def _opened(config: RunConfig) -> Trainable:
@@ -261,13 +259,13 @@ def _lira(
     engine: str,
     shadows: int,
     folder: Path,
-    progress: Callable[[RunConfig, SimulationGrid], Any],
+    console: Console,
 ) -> dict[str, Any]:
     """The same rows under LiRA, which trains shadows."""
     confidences, had = list[Floats](), list[NDArray[np.bool_]]()
     for number in range(shadows):
         shadow = _shadow(config, number, folder)
-        _train(shadow, engine, progress)
+        _train(shadow, engine, console)
         work = _opened(shadow)
         inside = _distinct(records.load(shadow).all_train)
         had.append(np.array([row in inside for row in rows.digests]))

@@ -21,7 +21,7 @@ from client.ledger import Ledger
 from deployment import executor
 from fedlora import config as configuration
 from fedlora.files import write_atomic
-from server.run_directory import read_records
+from fedlora.run_files import read_records
 from tests.deployment import harness
 
 NAMES = ("a", "b", "c")

@@ -27,7 +27,7 @@ from deployment.node import GAVE_UP
 from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
-from server.run_directory import NODES
+from fedlora.run_files import NODES
 from tests.deployment import harness
 from tests.deployment.conftest import PLAIN, PRIVATE, rehearsal
 

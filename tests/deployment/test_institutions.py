@@ -13,9 +13,9 @@ from client.ledger import Ledger
 from fedlora import config as configuration
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
+from fedlora.run_files import NODES, read_records
 from server import app as server_app
 from server.rounds import RunFailed
-from server.run_directory import NODES, read_records
 from simulation.engines.grid import run_server
 from simulation.engines.inline import InlineGrid
 

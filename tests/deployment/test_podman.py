@@ -24,7 +24,7 @@ import yaml
 
 from benchmarks import measure
 from fedlora import config as configuration
-from server.run_directory import read_records
+from fedlora.run_files import read_records
 from tests.deployment import harness
 from tests.deployment.conftest import MODEL, NAMES, PLAIN, as_in_an_image, prepare
 

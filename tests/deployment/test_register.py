@@ -10,7 +10,7 @@ from flwr.supercore.constant import NodeStatus
 
 from deployment import keys
 from deployment import superlink_client as flower
-from server.run_directory import NODES
+from fedlora.run_files import NODES
 
 
 class SuperLink:

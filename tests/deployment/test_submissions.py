@@ -405,7 +405,7 @@ def test_a_missing_environment_is_one_line(monkeypatch, tmp_path):
 
 
 def test_two_servers_never_run_in_one_directory(tmp_path):
-    from server.run_directory import alone
+    from fedlora.run_files import alone
 
     held = threading.Event()
 

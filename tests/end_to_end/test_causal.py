@@ -13,7 +13,7 @@ from peft import PeftModel
 from fedlora import config as configuration
 from fedlora import trainable
 from fedlora.adapters import METHODS, AdapterState
-from server.run_directory import read_records
+from fedlora.run_files import read_records
 from tests.conftest import shared_data
 
 LABELS = ("negative", "neutral", "positive")

@@ -18,8 +18,9 @@ from fedlora import records as run_records
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
+from fedlora.run_files import read_records
 from server.privacy_statement import NOBODY_SEEDED, largest_epsilon, statement
-from server.run_directory import RunState, read_records
+from server.run_directory import RunState
 
 
 def _adapter(config) -> AdapterState:
@@ -254,14 +255,14 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
 ):
     import threading
 
-    from simulation import run as simulate
+    from simulation import run
 
     calm = tiny_config(**{"federation.rounds": 6, "run-dir": str(tmp_path / "calm")})
     simulate_run(calm)
     config = calm.replace({"run-dir": str(tmp_path / "run"), "engine.workers": 2})
     with (
-        simulate.ready("ray", config) as ready,
-        simulate.engine("ray", config, ready) as grid,
+        run.load("ray", config) as ready,
+        run.open_engine("ray", config, ready) as grid,
     ):
         victims = grid.worker_pids()
 
@@ -271,7 +272,7 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
             os.kill(victims[0], signal.SIGKILL)
 
         threading.Thread(target=kill).start()
-        simulate.run(config, grid)
+        run.run_rounds(config, grid)
         assert victims[0] not in grid.worker_pids()
     assert all(r["updates"] == 4 for r in read_records(tmp_path / "run"))
     assert _same(_adapter(config), _adapter(calm))

@@ -14,7 +14,8 @@ from fedlora import finished_run as released
 from fedlora import models, trainable, wire
 from fedlora.adapters import PARTS, AdapterState, kind, residual_names
 from fedlora.errors import InputError, Refusal
-from server.run_directory import RunDirectory, read_records
+from fedlora.run_files import read_records
+from server.run_directory import RunDirectory
 
 PLAIN = {"federation.server-optimizer": "none", "federation.server-learning-rate": 1.0}
 LEARNING = {

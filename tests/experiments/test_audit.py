@@ -260,7 +260,7 @@ def test_a_run_that_fails_is_not_a_promise_that_is_broken(tiny_config, tmp_path,
     def fails(*_):
         raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr("simulation.run.run", fails)
+    monkeypatch.setattr("experiments.audit.run.run_rounds", fails)
     file = tmp_path / "config.toml"
     file.write_text(tiny_config(**FEW).to_toml())
     command = ["audit", str(file), "--engine", "inline", "--canaries", "120"]

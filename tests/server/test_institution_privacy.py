@@ -10,8 +10,9 @@ from fedlora import accounting
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
+from fedlora.run_files import read_records
 from server import institution_privacy
-from server.run_directory import RunDirectory, read_records
+from server.run_directory import RunDirectory
 
 
 def test_the_plan_fits_the_budget_and_counts_what_was_asked(tiny_config):

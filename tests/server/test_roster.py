@@ -8,9 +8,9 @@ from flwr.clientapp import ClientApp
 
 import fedlora
 from fedlora import config, wire
+from fedlora.run_files import NODES
 from server import roster
 from server.roster import Roster, RunFailed
-from server.run_directory import NODES
 from simulation.engines.inline import InlineGrid
 
 DEPLOYED = {"data.source": "institutions", "data.institutions": 3, "data.labels": '["x", "y"]'}

@@ -10,8 +10,8 @@ import torch
 from fedlora import wire
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import Refusal
+from fedlora.run_files import read_records
 from server.roster import RunFailed
-from server.run_directory import read_records
 
 
 @pytest.fixture

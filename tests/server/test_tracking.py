@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedlora.errors import InputError
+from fedlora.run_files import read_records
 from server import tracking
-from server.run_directory import read_records
 
 
 @pytest.mark.parametrize("name", ["mlflow", "tensorboard"])

@@ -8,15 +8,15 @@ import pytest
 
 from client import institution
 from fedlora.errors import InputError
-from simulation import run as simulate
+from simulation import run
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from cli import main as cli
-from simulation import progress as live, run as simulate
-config = cli._resolve(Path(sys.argv[1]), {}, Path(sys.argv[2]), None)
-print(len(simulate.prepare(config).names))
+from cli.simulation_commands import _resolve
+from simulation import progress, run
+config = _resolve(Path(sys.argv[1]), {}, Path(sys.argv[2]), None)
+print(len(run.prepare(config).names))
 heavy = {"torch", "transformers", "peft", "opacus", "datasets", "pandas", "scipy", "sklearn"}
 print(sorted(heavy & set(sys.modules)))
 """
@@ -25,10 +25,10 @@ FORKED = """
 import os, sys
 from pathlib import Path
 import psutil
-from cli import main as cli
-from simulation import run as simulate
+from cli.simulation_commands import _resolve
+from simulation import run
 from fedlora import data, models
-config = cli._resolve(Path(sys.argv[1]), {}, Path(sys.argv[2]), None)
+config = _resolve(Path(sys.argv[1]), {}, Path(sys.argv[2]), None)
 owner = os.getpid()
 def noted(module, name):
     inner = getattr(module, name)
@@ -39,8 +39,8 @@ def noted(module, name):
     setattr(module, name, outer)
 noted(models, "load_base")
 noted(data, "prepare")
-with simulate.ready("ray", config) as ready, simulate.engine("ray", config, ready) as grid:
-    simulate.run(config, grid)
+with run.load("ray", config) as ready, run.open_engine("ray", config, ready) as grid:
+    run.run_rounds(config, grid)
     above = [[pid, *(p.pid for p in psutil.Process(pid).parents())] for pid in grid.worker_pids()]
     print(owner, *(",".join(map(str, pids)) for pids in above))
 """
@@ -62,7 +62,7 @@ def test_workers_are_forks_that_have_base_model_and_records_already(tiny_config,
 
 def test_cached_records_open_without_torch(tiny_config, tmp_path):
     config = tiny_config()
-    simulate.prepare(config)
+    run.prepare(config)
     (tmp_path / "x.toml").write_text(config.to_toml())
     arguments = [sys.executable, "-c", SCRIPT, tmp_path / "x.toml", tmp_path / "out"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
@@ -79,15 +79,15 @@ def test_a_cluster_where_nobody_answers_is_refused_at_once(tiny_config, address)
         config = tiny_config(**{"engine.ray-address": address})
         with (
             pytest.raises(InputError, match=f"ray-address is {address}, where nobody answers"),
-            simulate.ready("ray", config),
+            run.load("ray", config),
         ):
             pass
 
 
 def test_a_clusters_address_where_somebody_answers_is_taken(tiny_config):
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as open_:
-        simulate._reach(f"[::1]:{open_.getsockname()[1]}")
-    simulate._reach("auto")
+        run._reach(f"[::1]:{open_.getsockname()[1]}")
+    run._reach("auto")
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_clusters_address_where_somebody_answers_is_taken(tiny_config):
 )
 def test_an_institutions_cost_is_what_a_step_of_it_takes_in_tokens(tiny_config, values):
     config = tiny_config(**values)
-    records = simulate.prepare(config)
-    for index, cost in enumerate(simulate._costs(config, records)):
+    records = run.prepare(config)
+    for index, cost in enumerate(run._costs(config, records)):
         shard = records.train(index)
         if config.privacy.enabled:
             rows = institution.budget(config, shard.num_units, 1).plan.sample_rate * len(shard)

@@ -1,0 +1,208 @@
+"""``fedlora sweep | audit | report | compare | plan``: experiments with privacy budgets."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+from cli.errors import draw_report, one_line_errors
+from fedlora import config as run_config
+from fedlora.errors import InputError
+from fedlora.terminal import ERRORS, Json, clean_errors
+
+app = typer.Typer()
+
+
+@app.command("sweep")
+@clean_errors
+def run_sweep(
+    sweep: Annotated[Path, typer.Argument(help="A TOML file; see docs/experiments.md.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The sweep's directory; by default runs/sweeps/NAME.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Cells at a time; they share the cores.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep in the directory.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Also if it has over 1,000 cells.")] = False,
+    engine: Annotated[
+        Literal["auto", "ray", "inline"],
+        typer.Option(help="Of the cells; auto: ray, but inline where one core is all it gets."),
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run a grid of configurations, each also locally, centrally or without training."""
+    from cli.main import execute
+    from experiments import cells, report, results
+
+    place = (out or Path("runs/sweeps") / sweep.stem).absolute()
+    console = Console(quiet=as_json)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends its cells
+    try:
+        done = cells.run(
+            sweep,
+            place,
+            jobs=jobs,
+            resume=resume,
+            yes=yes,
+            engine=engine,
+            execute=execute,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        ERRORS.print("error: interrupted; finished cells are kept, continue with --resume")
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    draw_report(report.write, place)
+    if as_json:
+        print(json.dumps(done))
+    elif done["results"]:
+        pooled, _ = results.tables(place, results.summary(place))
+        # Not on the screen, but in results.md.
+        left = {"macro-F1, %", "gain over local-dp", "MB moved", "seconds", "seeds", "delta"}
+        left |= {"epsilon"} if "privacy.epsilon" in pooled[0] else set()
+        columns = [column for column in zip(*pooled, strict=True) if column[0] not in left]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for head, *body in columns:
+            widest = max(map(len, body), default=0)
+            table.add_column(head, overflow="fold", min_width=min(widest, 12))  # rows fit into 80
+        for row in list(zip(*columns, strict=True))[1:]:
+            table.add_row(*row)
+        console.print(table)
+        console.print(f"report         {place / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"results        {place / 'results.csv'}", highlight=False, soft_wrap=True)
+    for name, why in done["failed"].items():
+        ERRORS.print(f"error: cell {name} failed: {why}")
+    if done["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command("report")
+@clean_errors
+def write_report(
+    directory: Annotated[Path, typer.Argument(help="A complete run, or a sweep.")],
+    as_json: Json = False,
+) -> None:
+    """Write report.html into a run's or a sweep's directory: one page that needs no other file."""
+    from experiments import report
+
+    path = report.write(directory)
+    print(json.dumps({"report": str(path)}) if as_json else path)
+
+
+@app.command("compare")
+@clean_errors
+def compare_runs(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more complete runs.")],
+    out: Annotated[Path, typer.Option(help="The page with figures.")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """What differs between runs: settings, accuracy, privacy, seconds, bytes."""
+    from experiments import compare
+
+    compared = compare.write(runs, out)
+    if as_json:
+        print(json.dumps(compared))
+        return
+    heads = ["", *compared["runs"]]
+    table = Table(*(Column(head, overflow="fold") for head in heads))
+    for row in compare.rows(compared):
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(f"page           {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@clean_errors
+def plan(
+    records: Annotated[int, typer.Option(help="Records, or units, of the institution.")],
+    batch_size: Annotated[int, typer.Option(help="Expected records a step.")],
+    steps: Annotated[int, typer.Option(help="Steps of the whole plan, all rounds together.")],
+    epsilon: Annotated[
+        float | None, typer.Option(help="Budget; gives the noise multiplier.")
+    ] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Noise; gives epsilon.")] = None,
+    delta: Annotated[float | None, typer.Option(help="By default 1 / (10 x records).")] = None,
+    accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
+    table: Annotated[
+        bool, typer.Option("--table", help="Epsilon against noise and against steps.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Noise for a budget over a whole plan, or the budget that a noise spends."""
+    from experiments import planning
+
+    result = planning.plan(
+        records=records,
+        batch_size=batch_size,
+        steps=steps,
+        epsilon=epsilon,
+        noise_multiplier=noise_multiplier,
+        delta=delta,
+        accountant=accountant,
+    )
+    if table:
+        result["table"] = planning.table(result)
+    if as_json:
+        print(json.dumps(result))
+        return
+    planning.show(result, Console(highlight=False))
+
+
+@app.command()
+@clean_errors
+def audit(
+    config: Annotated[Path, typer.Argument(help="The configuration of the run to audit.")],
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory; by default runs/audit-NAME-TIME.")
+    ] = None,
+    canaries: Annotated[
+        int, typer.Option(help="Rows of the auditor's own; 1,000 can show epsilon 5.3 at most.")
+    ] = 1000,
+    shadows: Annotated[
+        int, typer.Option(help="Further runs, for LiRA on real rows; 8 or more say something.")
+    ] = 0,
+    engine: Annotated[
+        Literal["ray", "inline"], typer.Option(help="Worker processes, or this process.")
+    ] = "ray",
+    as_json: Json = False,
+) -> None:
+    """Train with canaries among the records and attack the result; exit 3 if a promise breaks."""
+    from experiments.audit import run as audit_run
+
+    loaded = run_config.load(config, run_config.parse_overrides(assign or []))
+    place = out or Path(f"runs/audit-{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if shadows < 0:
+        raise InputError(f"--shadows is {shadows}; it must be at least 0, which leaves LiRA out")
+    audit_run.check(loaded, place)
+    console = Console(quiet=as_json)
+    console.print(f"auditing; results in {place}", highlight=False, soft_wrap=True)
+    with one_line_errors(place / "run"):
+        result = audit_run.run(
+            loaded,
+            out=place,
+            canaries=canaries,
+            shadows=shadows,
+            engine=engine,
+            console=console,
+        )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        audit_run.show(result, console)
+        console.print(f"audit          {place / 'audit.json'}", highlight=False, soft_wrap=True)
+    if failed := result.get("lira failed"):
+        ERRORS.print(f"error: the shadow runs of LiRA failed: {failed}")
+    if result["refuted"] or failed:
+        raise typer.Exit(3 if result["refuted"] else 1)

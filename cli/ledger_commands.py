@@ -1,0 +1,87 @@
+"""``fedlora ledger``: an institution's privacy ledger."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from fedlora.errors import Refusal
+from fedlora.terminal import Json, clean_errors
+
+app = typer.Typer()
+ledger = typer.Typer(no_args_is_help=True, help="An institution's privacy ledger.")
+app.add_typer(ledger, name="ledger")
+
+
+@ledger.command("init")
+@clean_errors
+def ledger_init(
+    path: Annotated[Path, typer.Argument(help="File to create; it must not exist.")],
+    max_epsilon: Annotated[
+        float, typer.Option(help="Lifetime limit over all runs on these records.")
+    ],
+    delta: Annotated[float, typer.Option(help="The delta at which the limit holds.")],
+    accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
+) -> None:
+    """Create a ledger with a limit that no server can raise."""
+    from client.ledger import Ledger
+
+    Ledger.create(path, max_epsilon=max_epsilon, delta=delta, accountant=accountant)
+    print(f"{path}: limit epsilon {max_epsilon:g} at delta {delta:g}, nothing spent")
+
+
+@ledger.command("show")
+@clean_errors
+def ledger_show(
+    path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False
+) -> None:
+    """What a ledger has spent."""
+    from client.ledger import Ledger
+
+    with Ledger.open(path) as opened:
+        shown = opened.show()
+    if as_json:
+        print(json.dumps(shown))
+        return
+    entries = shown.pop("entries")
+    for key, value in shown.items():
+        print(f"{key:12} {f'{value:.4f}' if key in ('epsilon', 'left') else value}")
+    columns = ("run", "round", "noise", "sample rate", "steps", "charged")
+    lines = Table(*(Column(column, overflow="fold") for column in columns))
+    for entry in entries:
+        lines.add_row(
+            str(entry["run"])[:12],
+            str(entry["round"]),
+            f"{entry['noise_multiplier']:.4f}",
+            f"{entry['sample_rate']:.4f}",
+            str(entry["steps"]),
+            str(entry["at"])[:16].replace("T", " "),
+        )
+    Console().print(lines)
+
+
+@ledger.command("verify")
+@clean_errors
+def ledger_verify(
+    path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False
+) -> None:
+    """Whether a ledger is whole; exit code 1 when it is not."""
+    from client.ledger import Ledger
+
+    problems: list[str] = []
+    try:
+        Ledger.open(path).close()  # opening checks all of it
+    except Refusal as refusal:
+        if refusal.code != "ledger-corrupt":
+            raise
+        problems = [refusal.detail]
+    print(
+        json.dumps({"ok": not problems, "problems": problems})
+        if as_json
+        else "\n".join(problems) or "ledger is whole"
+    )
+    if problems:
+        raise typer.Exit(1)

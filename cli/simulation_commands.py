@@ -1,0 +1,224 @@
+"""``fedlora run | evaluate | predict | merge | config``: one simulated run and its adapter."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from cli.errors import draw_report, one_line_errors
+from fedlora import config as run_config
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+from fedlora.terminal import ERRORS, Json, clean_errors
+
+app = typer.Typer()
+Whose = Annotated[
+    str, typer.Option("--institution", help="Whose adapter, where each institution has its own.")
+]
+
+
+@app.command()
+@clean_errors
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(help="A TOML file; `fedlora config` lists its keys.")
+    ] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; by default runs/NAME-TIME.")
+    ] = None,
+    engine: Annotated[
+        Literal["ray", "inline"], typer.Option(help="Worker processes, or this process.")
+    ] = "ray",
+    ray_address: Annotated[str, typer.Option(help="A Ray cluster to join.")] = "",
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+    max_epsilon: Annotated[
+        float | None, typer.Option(help="Lifetime limit of ledgers that this simulation creates.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
+) -> None:
+    """Run a federation on this machine or on a Ray cluster."""
+    overrides: dict[str, Any] = dict(run_config.parse_overrides(assign or []))
+    if ray_address:
+        overrides["engine.ray-address"] = ray_address
+    if max_epsilon is not None:
+        overrides["privacy.max-epsilon"] = max_epsilon
+    resolved = _resolve(config, overrides, out, resume)
+    console = Console(quiet=quiet or as_json)
+    if not resolved.privacy.enabled:
+        console.print(
+            "privacy.epsilon is inf: no record is protected by differential privacy",
+            style="red",
+            soft_wrap=True,
+        )
+    from experiments import report
+    from simulation import progress
+    from simulation.run import simulate
+
+    with one_line_errors(Path(resolved.run_dir), "fedlora run --resume"):
+        result = simulate(resolved, engine, console)
+
+    draw_report(report.write, Path(resolved.run_dir))
+    if as_json:
+        print(json.dumps(result))
+    elif not quiet:
+        progress.summary(resolved, result, console)
+
+
+def _resolve(
+    path: Path | None, overrides: dict[str, Any], out: Path | None, resume: Path | None
+) -> RunConfig:
+    """This run's configuration; its run directory is absolute, and free or the one to resume."""
+    if resume is not None:
+        if out is not None:
+            raise InputError(
+                "--out and --resume exclude each other; a resumed run stays where it is"
+            )
+        if not (resume / "config.toml").exists():
+            raise InputError(
+                f"{resume} holds no run (no config.toml); give the directory that a run printed"
+            )
+        path = path or resume / "config.toml"
+    elif path is None:
+        raise InputError("no config was given; try `fedlora run experiments/configs/demo.toml`")
+    loaded = run_config.load(path, overrides)
+    name = path.parent.name if path.name == "config.toml" else path.stem
+    chosen = (
+        resume or out or Path(loaded.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    )
+    if resume is None and (chosen / "config.toml").exists():
+        raise InputError(
+            f"{chosen} holds another run; give another --out, or continue it with --resume {chosen}"
+        )
+    if resume is not None and (resume / "result.json").exists():
+        raise InputError(f"{resume} is complete; there is nothing to resume (see its result.json)")
+    values: dict[str, Any] = {"run-dir": str(chosen.absolute())}
+    if loaded.privacy.ledger:
+        values["privacy.ledger"] = str(Path(loaded.privacy.ledger).absolute())
+    for key in ("data.source", "data.test-source", "model.name"):
+        value = str(loaded.flat()[key])
+        if value and Path(value).exists():
+            values[key] = str(Path(value).absolute())
+    resolved = loaded.replace(values)
+    from server.run_directory import RunDirectory
+
+    RunDirectory(chosen.absolute()).check(resolved)
+    return resolved
+
+
+@app.command()
+@clean_errors
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    data: Annotated[str, typer.Option(help="A source, as in data.source.")],
+    institution: Whose = "",
+    as_json: Json = False,
+) -> None:
+    """Measure a run's adapter on other data.
+
+    Whether it was trained on some of these rows is not known here.
+    """
+    from fedlora import finished_run
+    from simulation import progress
+
+    result = finished_run.evaluate(run_dir, data, institution)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(show_header=False)
+    truncated, max_length = result.pop("truncated"), result.pop("max_length")
+    for key, value in result.items():
+        if key != "per_class":
+            table.add_row(
+                key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
+            )
+    progress.add_baseline(table, result)
+    if truncated:
+        table.add_row("cut to length", progress.longer(truncated, max_length))
+    for label, counts in result.get("per_class", {}).items():
+        table.add_row(
+            label,
+            f"{counts['correct']} of {counts['truth']} right, {counts['predicted']} predicted",
+        )
+    Console().print(table)
+
+
+@app.command()
+@clean_errors
+def predict(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    text: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    institution: Whose = "",
+    as_json: Json = False,
+) -> None:
+    """Say what a run's adapter makes of a text."""
+    from fedlora import finished_run
+    from simulation import progress
+
+    result = finished_run.predict(run_dir, text, institution)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for one in result["answers"]:
+        Console(soft_wrap=True, highlight=False, markup=False).print(
+            f"{one['answer']}\t{one['text']}"
+        )
+    if result["truncated"]:
+        ERRORS.print(f"cut to length: {progress.longer(result['truncated'], result['max_length'])}")
+
+
+@app.command()
+@clean_errors
+def merge(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    out_dir: Annotated[Path, typer.Argument(help="Where the merged model goes; must not exist.")],
+    institution: Whose = "",
+) -> None:
+    """Fold a run's adapter into its base: one safetensors model directory."""
+    from fedlora import finished_run
+
+    finished_run.merge(run_dir, out_dir, institution)
+    Console(soft_wrap=True, highlight=False).print(f"merged model in {out_dir}")
+
+
+@app.command("config")
+@clean_errors
+def show_config(
+    config: Annotated[
+        Path | None, typer.Argument(help="A TOML file; without one, all keys.")
+    ] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """All keys with types, defaults and meaning; or what a file resolves to."""
+    if config is not None:
+        resolved = run_config.load(config, run_config.parse_overrides(assign or []))
+        print(
+            json.dumps(resolved.flat()) if as_json else resolved.to_toml(),
+            end="" if not as_json else "\n",
+        )
+        return
+    if assign:
+        raise InputError("--set changes a file's values; give a CONFIG too")
+    rows = run_config.describe()
+    if as_json:
+        print(
+            json.dumps(
+                [dict(zip(("key", "type", "default", "help"), row, strict=True)) for row in rows]
+            )
+        )
+        return
+    others = (Column(name, overflow="fold") for name in ("type", "default", "what it is"))
+    table = Table(Column("key", no_wrap=True), *others)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
