@@ -38,7 +38,7 @@ def run_sweep(
     as_json: Json = False,
 ) -> None:
     """Run a grid of configurations, each also locally, centrally or without training."""
-    from cli.main import execute
+    from cli.simulation_commands import execute
     from experiments import cells, report, results
 
     place = (out or Path("runs/sweeps") / sweep.stem).absolute()

@@ -73,10 +73,5 @@ def main(
         raise typer.Exit
 
 
-def execute(arguments: list[str]) -> None:
-    """Run one command in this process and end the process with its exit code."""
-    app(arguments)
-
-
 if __name__ == "__main__":
     sys.exit(app())

@@ -222,3 +222,8 @@ def show_config(
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def execute(arguments: list[str]) -> None:
+    """Run one of these commands in this process and end the process with its exit code."""
+    app(arguments)

@@ -25,9 +25,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.encoder import HEAD
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.models import HEAD, Base
+from fedlora.models import Base
 from fedlora.streams import RandomSource
 
 Method = Literal["lora", "rslora", "dora", "dora-rslora"]

@@ -18,7 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from fedlora import packing
 from fedlora.errors import InputError
-from fedlora.models import HEAD
+
+HEAD = "classifier"
+"""Attribute of an `EncoderClassifier` that holds the head."""
 
 
 class EncoderClassifier(PreTrainedModel):

@@ -31,7 +31,6 @@ Dtype = Literal["auto", "fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8"]
 Task = Literal["classification", "sft"]
 
-HEAD = "classifier"  # attribute of the head of an `EncoderClassifier`
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")  # endings of class names in config.json
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

@@ -34,8 +34,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from fedlora.adapters import ADAPTER, frozen_weight, is_linear, is_quantized, residual
+from fedlora.encoder import HEAD
 from fedlora.errors import Refusal
-from fedlora.models import HEAD
 from fedlora.packing import Packing, active
 from fedlora.streams import RandomSource
 

@@ -1,6 +1,10 @@
 """The rule on imports, and what Flower must find in pyproject.toml."""
 
 import ast
+import graphlib
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,28 +15,93 @@ from fedlora import config
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
-    "fedlora": {"fedlora"},
-    "client": {"client", "fedlora"},
-    "strategies": {"strategies", "fedlora"},
-    "server": {"server", "strategies", "fedlora"},
-    "experiments": {"experiments", "server", "strategies", "client", "fedlora"},
+    "fedlora": set(),
+    "client": {"fedlora"},
+    "strategies": {"fedlora"},
+    "server": {"strategies", "fedlora"},
+    "simulation": {"server", "strategies", "client", "fedlora"},
+    "deployment": {"server", "strategies", "client", "fedlora"},
+    "experiments": {"simulation", "server", "strategies", "client", "fedlora"},
+    "cli": {"deployment", "experiments", "simulation", "server", "strategies", "client", "fedlora"},
 }
+"""Each room and the rooms that its files may import."""
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_imports_go_one_way(package):
-    files = list((ROOT / package).rglob("*.py"))
-    assert files
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            for name in names:
-                top = name.partition(".")[0]
-                assert top not in ALLOWED or top in ALLOWED[package], f"{file} imports {name}"
+def _files() -> dict[str, Path]:
+    """Module name -> file, of all rooms."""
+    found = {}
+    for room in ALLOWED:
+        for path in (ROOT / room).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def _imports(path: Path, modules: dict[str, Path]) -> set[str]:
+    """The project's modules that a file imports, at its top, in a function or for types."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively; write the module's whole name"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                names.add(whole if whole in modules else node.module or "")
+    return names & set(modules)
+
+
+def test_every_file_imports_only_the_rooms_below_its_own():
+    modules = _files()
+    assert len(modules) > 80
+    for name, path in modules.items():
+        room = name.partition(".")[0]
+        above = {m for m in _imports(path, modules) if m.partition(".")[0] not in ALLOWED[room]}
+        above = {m for m in above if m.partition(".")[0] != room}
+        assert not above, f"{path.relative_to(ROOT)} imports {', '.join(sorted(above))}"
+
+
+def test_no_two_files_import_each_other_directly_or_through_others():
+    modules = _files()
+    graph = {name: _imports(path, modules) - {name} for name, path in modules.items()}
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"circle: {' -> '.join(reversed(error.args[1]))}")
+
+
+NODE = """
+import importlib, sys
+from cli import main
+main.Commands().get_command(None, "node")
+for name in (
+    "client.app",
+    "client.dp_sgd",
+    "deployment.executor",
+    "deployment.launcher",
+    "deployment.node",
+    "deployment.supernode",
+    "deployment.trainer",
+):
+    importlib.import_module(name)
+print(*sorted(name for name in sys.modules if name.partition(".")[0] in sys.argv[1:]))
+"""
+"""Imports what the processes of `fedlora node` import, and lists the project's modules."""
+
+
+def test_a_bank_s_node_loads_no_module_of_simulations_or_experiments():
+    done = subprocess.run(
+        [sys.executable, "-c", NODE, *ALLOWED, "matplotlib", "datasets", "ray"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = done.stdout.split()
+    assert "client.training" in loaded
+    rooms = {name.partition(".")[0] for name in loaded}
+    assert rooms == {"cli", "deployment", "client", "fedlora"}
 
 
 def test_flower_finds_the_demo_in_pyproject():
