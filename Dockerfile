@@ -12,7 +12,10 @@ COPY fedlora fedlora
 COPY client client
 COPY server server
 COPY strategies strategies
+COPY simulation simulation
+COPY deployment deployment
 COPY experiments experiments
+COPY cli cli
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" --editable '.[demo]'
 

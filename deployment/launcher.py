@@ -16,24 +16,21 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
-from types import SimpleNamespace
 
 from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.constant import TaskType
-from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
 from deployment import executor
 from deployment.polling import Pauses
-from fedlora import logs, startup
+from fedlora import flower_internals, logs, startup
 
 log = logging.getLogger("fedlora.client")
 
 IMPORTED = ["flwr.supercore.cli.flower_superexec", "deployment.executor"]
 SHORTEST, LONGEST = 0.1, 1.0
-"""Seconds between two looks for a message. Flower's own second is a fifth of a small round;
-its FLWR_SUPEREXEC_TASK_POLL_INTERVAL has no effect here."""
+"""Seconds between two looks for a message. Flower's own second is a fifth of a small round."""
 
 
 class InstalledApp(SubprocessExecutor):
@@ -89,10 +86,10 @@ def arguments(spec: ExecutionSpec) -> list[str]:
     ]
 
 
-def _ours(path: Path) -> InstalledApp:
-    """Our executor, which also says how long Flower's loop pauses."""
+def _installed_app(path: Path) -> InstalledApp:
+    """Make the executor. It also decides how long Flower's loop pauses."""
     made = InstalledApp(path)
-    run_superexec.time = SimpleNamespace(sleep=made.sleep)  # all that the module uses of it
+    flower_internals.use_superexec_sleep(made.sleep)
     return made
 
 
@@ -100,7 +97,7 @@ def main() -> None:
     """Run Flower's SuperExec with our executor: the trainer's socket, then Flower's arguments."""
     path = Path(sys.argv.pop(1))
     logs.to_stderr()
-    run_superexec.get_executor = lambda *_, **__: _ours(path)
+    flower_internals.use_executor(lambda: _installed_app(path))
     flower_superexec()
 
 

@@ -25,7 +25,7 @@ from fedlora.files import write_atomic
 from fedlora.run_files import SUBMISSION, alone, read_records
 
 State = Literal["running", "completed", "failed", "stopped"]
-APP = Path(__file__).resolve().parents[2]
+APP = Path(__file__).resolve().parents[1]
 """The installed source: the directory whose pyproject.toml describes the Flower app."""
 INTERRUPTED = ("No heartbeat received from the task", "Task failed with unknown error.")
 """What Flower says of a ServerApp that was ended from outside."""

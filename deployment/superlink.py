@@ -16,9 +16,10 @@ from typing import Any
 from fastapi import HTTPException
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.server.superlink.linkstate import LinkState
-from flwr.supercore import log, sql_mixin
+from flwr.supercore import log
 from flwr.superlink.cli.flower_superlink import flower_superlink
-from flwr.superlink.servicer.fleet import fleet_handlers
+
+from fedlora import flower_internals
 
 LOCK_WAIT = 60_000
 """Milliseconds that a request waits for the database. Who asked tries again after 30 s."""
@@ -46,8 +47,8 @@ def own_answers(push: Push) -> Push:
 
 def main() -> None:
     """Run it. Its arguments are Flower's."""
-    fleet_handlers.push_messages = own_answers(fleet_handlers.push_messages)
-    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", str(LOCK_WAIT)))
+    flower_internals.wrap_push_messages(own_answers)
+    flower_internals.set_database_wait(LOCK_WAIT)
     flower_superlink()
 
 

@@ -1,12 +1,11 @@
 """The SuperNode: Flower's, which looks more often for messages while they come."""
 
 import time
-from types import SimpleNamespace
 
-from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from deployment.polling import Pauses
+from fedlora import flower_internals
 
 LOOK = 3.0
 """Seconds that Flower's SuperNode pauses between two looks for a message. Its other pauses, of half
@@ -31,7 +30,7 @@ class Sleep:
 
 def main() -> None:
     """Run it. Its arguments are Flower's."""
-    start_client_internal.time = SimpleNamespace(sleep=Sleep())  # all that the module uses of it
+    flower_internals.use_supernode_sleep(Sleep())
     flower_supernode()
 
 

@@ -21,10 +21,9 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
 from flwr.app import Context, Message
-from flwr.supercore.task_identity import TaskIdentity
 
 from client import settings
-from fedlora import data, logs, models, records, shards, wire
+from fedlora import data, flower_internals, logs, models, records, shards, wire
 from fedlora.errors import InputError, place
 from fedlora.startup import end_with_parent, importing
 
@@ -84,7 +83,7 @@ class Trainer:
             log.error("refused: a process of another user at the trainer's socket")
             return True
         identity, message, context = connection.recv()
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = identity
+        flower_internals.set_identity(*identity)
         seconds = limit(context)
         faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
         answer = self._worker.submit(self._answer, message, context)

@@ -1,17 +1,13 @@
-"""What our Flower Grids share: virtual nodes, message ids, and a reply for every message.
+"""What our Flower Grids share: virtual nodes, and a reply for every message."""
 
-Flower keeps the identity of a message's sender in a private class and lets only its own SuperLink
-set message ids; both are used here (flwr is pinned to the version this was tested with).
-"""
-
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora.flower_internals import set_identity
 
 RUN_ID = 1
 TOGETHER = 32  # messages of a call, at most
@@ -84,13 +80,7 @@ class SimulationGrid(Grid):
 
 def identify() -> None:
     """Tell Flower who sends messages from this process."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
-
-
-def stamp(message: Message) -> str:
-    """Give a message its id, as a SuperLink would."""
-    message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-    return message.metadata.message_id
+    set_identity(1, RUN_ID, 1)
 
 
 def error_reply(message: Message, code: int, reason: str) -> Message:

@@ -8,7 +8,8 @@ from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 
 from fedlora import wire
-from simulation.engines.grid import TOGETHER, SimulationGrid, call_together, fitting, stamp
+from fedlora.flower_internals import set_message_id
+from simulation.engines.grid import TOGETHER, SimulationGrid, call_together, fitting
 
 
 class InlineGrid(SimulationGrid):
@@ -29,7 +30,7 @@ class InlineGrid(SimulationGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep messages until they are pulled."""
-        pushed = {stamp(message): message for message in messages}
+        pushed = {set_message_id(message): message for message in messages}
         self._waiting |= pushed
         self.pushed, self.answered = len(pushed), 0
         return list(pushed)
@@ -47,6 +48,6 @@ class InlineGrid(SimulationGrid):
         calls = [(message, self._contexts[message.metadata.dst_node_id]) for message in taken]
         replies = call_together(self._app, calls) if calls else []
         for reply in replies:
-            stamp(reply)
+            set_message_id(reply)
         self.answered += len(replies)
         return replies

@@ -30,6 +30,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fedlora import startup, wire
 from fedlora.errors import InputError
+from fedlora.flower_internals import set_message_id
 from simulation.engines.forkserver import ForkServer
 from simulation.engines.grid import (
     RUN_ID,
@@ -40,7 +41,6 @@ from simulation.engines.grid import (
     error_reply,
     fitting,
     identify,
-    stamp,
 )
 
 HELD = 8  # shared records of earlier pushes that a worker keeps
@@ -229,7 +229,7 @@ class RayGrid(SimulationGrid):
         fresh: dict[int, Any] = {}
         jobs: list[_Job] = []
         for message in messages:
-            stamp(message)
+            set_message_id(message)
             key = wire.share_key(message)
             shared = None
             if key is not None:
@@ -287,7 +287,7 @@ class RayGrid(SimulationGrid):
             replies += self._end_overdue()
         self._dispatch()
         for reply in replies:
-            stamp(reply)
+            set_message_id(reply)
         self.answered += len(replies)
         return replies
 

@@ -193,7 +193,7 @@ def test_a_gateway_without_a_date_or_versions_is_not_taken_for_good():
 
 
 def test_the_gateway_says_the_versions_that_are_installed():
-    text = (ROOT / "server" / "gateway.conf").read_text()
+    text = (ROOT / "deployment" / "gateway.conf").read_text()
     said = json.loads(text.partition("return 200 '")[2].partition("\\n'")[0])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert said["fedlora"] == project["version"] == fedlora.__version__

@@ -18,7 +18,8 @@ def test_each_setting_has_a_row(field):
 
 
 def test_each_refusal_is_named():
-    text = "".join(file.read_text() for file in (ROOT / "client").glob("*.py"))
+    files = [f for room in ("client", "deployment") for f in (ROOT / room).glob("*.py")]
+    text = "".join(file.read_text() for file in files)
     codes = set(re.findall(r'(?:Refusal|pack_refusal)\(\s*"([a-z-]+)"', text))
     table = (ROOT / "client" / "settings.py").read_text().partition("limits = (")[2]
     codes |= set(re.findall(r'\(\s*"([a-z-]+)",', table))

@@ -31,7 +31,7 @@ def place(tmp_path):
     init.make(tmp_path / "made", ["a"], host="localhost", port=8443)
 
     def put(name, **words):
-        text = (ROOT / "server" / name).read_text()
+        text = (ROOT / "deployment" / name).read_text()
         changes = {"/tmp/": f"{tmp_path}/", "/keys/": f"{tmp_path}/made/gateway/", **words}
         for old, new in changes.items():
             assert old in text or old not in words
@@ -152,7 +152,7 @@ def test_the_gateway_asks_the_first_resolver_of_its_container(place, tmp_path, r
         "gateway.sh",
         **{
             "/etc/resolv.conf": str(tmp_path / "resolv.conf"),
-            "nginx -c /app/server/gateway.conf": f"nginx -t -c {conf}",
+            "nginx -c /app/deployment/gateway.conf": f"nginx -t -c {conf}",
         },
     )
     done = subprocess.run(["sh", script], env={"PATH": PATH}, capture_output=True, text=True)

@@ -58,7 +58,7 @@ def test_only_nginx_writes_records_itself():
     services = harness.compose({"FEDLORA_USER": "1:1", "FEDLORA_DIR": "/d"})["services"]
     ready = {name for name, spec in services.items() if "--json-lines" in spec["command"]}
     assert ready == {"gateway"}
-    conf = (harness.ROOT / "server" / "gateway.conf").read_text()
+    conf = (harness.ROOT / "deployment" / "gateway.conf").read_text()
     assert "log_format json escape=json" in conf
 
 

@@ -19,7 +19,6 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
-from flwr.superlink.routers.fleet import router
 from flwr.superlink.servicer.control import control_handlers
 from flwr.superlink.servicer.fleet import fleet_handlers
 
@@ -97,11 +96,6 @@ def test_ours_takes_neither_and_takes_a_nodes_own_answer(link):
     assert link.state.num_message_res() == 0 and link.state.num_message_ins() == 1
     _pushed(push, link.state, link.c, _answer(_order(link, link.c), link.c))
     assert link.state.num_message_res() == 1
-
-
-def test_flowers_route_uses_the_handler_that_is_replaced(monkeypatch):
-    monkeypatch.setattr(fleet_handlers, "push_messages", lambda request, state: "replaced")
-    assert router.fleet_push_messages(request=None, state=None) == "replaced"
 
 
 def test_flowers_superlink_starts_with_our_handler_and_waits_for_its_database(monkeypatch):

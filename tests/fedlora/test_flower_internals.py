@@ -1,0 +1,107 @@
+"""Flower still has, and still uses, each private name that is assigned to."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.supercore import sql_mixin
+from flwr.supercore.cli import flower_superexec
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec import run_superexec
+from flwr.supercore.superexec.plugin import AutoExecPlugin
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.routers.fleet import router
+from flwr.superlink.servicer.fleet import fleet_handlers
+from flwr.supernode import start_client_internal
+from flwr.supernode.runtime import run_clientapp
+
+from fedlora import flower_internals
+
+
+def _restore(monkeypatch, owner, *names):
+    """Put Flower's own values back after the test; fail where a name is gone."""
+    for name in names:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+@pytest.fixture
+def identity(monkeypatch):
+    _restore(monkeypatch, TaskIdentity, "_task_id", "_run_id", "_node_id")
+
+
+def test_a_message_names_the_run_and_node_that_were_set(identity):
+    flower_internals.set_identity(3, 4, 5)
+    assert flower_internals.identity() == (3, 4, 5)
+    metadata = Message(RecordDict(), 7, "train").metadata
+    assert (metadata.run_id, metadata.src_node_id, metadata.dst_node_id) == (4, 5, 7)
+
+
+def test_a_reply_names_the_message_id_that_was_set(identity):
+    flower_internals.set_identity(1, 1, 1)
+    message = Message(RecordDict(), 7, "train")
+    known = flower_internals.set_message_id(message)
+    assert known and Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == known
+
+
+def test_the_superexec_asks_for_the_executor_that_is_replaced(monkeypatch):
+    _restore(monkeypatch, run_superexec, "get_executor")
+    flower_internals.use_executor(lambda: "ours")
+    assert run_superexec.get_executor("subprocess") == "ours"
+    assert "get_executor" in run_superexec.run_superexec.__code__.co_names
+    assert "run_superexec" in inspect.getsource(flower_superexec)
+
+
+@pytest.mark.parametrize(
+    ("use", "module"),
+    [
+        (flower_internals.use_superexec_sleep, run_superexec),
+        (flower_internals.use_supernode_sleep, start_client_internal),
+    ],
+)
+def test_a_loop_of_flower_uses_nothing_of_time_but_the_sleep_that_is_replaced(
+    use, module, monkeypatch
+):
+    _restore(monkeypatch, module, "time")
+    slept = []
+    use(slept.append)
+    module.time.sleep(2.5)
+    assert slept == [2.5]
+    assert set(re.findall(r"\btime\.\w+", inspect.getsource(module))) == {"time.sleep"}
+
+
+def test_flwr_clientapp_uses_the_three_names_that_are_replaced(monkeypatch):
+    names = ("install_from_fab", "get_project_dir", "get_load_client_app_fn")
+    _restore(monkeypatch, run_clientapp, *names)
+    assert set(names) <= set(run_clientapp.run_clientapp.__code__.co_names)
+    flower_internals.use_installed_client_app(lambda message, context: (message, context))
+    assert run_clientapp.install_from_fab(b"a bundle", skip_prompt=True) == Path()
+    assert run_clientapp.get_project_dir("app", "1", "0" * 64) == Path()
+    load = run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+    assert load("app", "1", "0" * 64)("message", "context") == ("message", "context")
+
+
+def test_the_superexec_passes_on_the_output_of_a_server_app(monkeypatch):
+    before = set(AutoExecPlugin.visible_output_task_types)
+    _restore(monkeypatch, AutoExecPlugin, "visible_output_task_types")
+    assert TaskType.SERVER_APP not in before
+    flower_internals.show_server_app_output()
+    assert set(AutoExecPlugin.visible_output_task_types) == before | {TaskType.SERVER_APP}
+
+
+def test_the_superlink_s_route_uses_the_handler_that_is_wrapped(monkeypatch):
+    _restore(monkeypatch, fleet_handlers, "push_messages")
+    flower_internals.wrap_push_messages(lambda push: lambda request, state: ("wrapped", push))
+    said, inner = router.fleet_push_messages(request=None, state=None)
+    assert said == "wrapped" and callable(inner)
+
+
+def test_a_connection_of_the_superlink_waits_as_long_as_was_set(monkeypatch):
+    import sqlite3
+
+    _restore(monkeypatch, sql_mixin, "SQLITE_PRAGMAS")
+    flower_internals.set_database_wait(1234)
+    connection = sqlite3.connect(":memory:")
+    sql_mixin._set_sqlite_pragmas(connection, None)
+    assert connection.execute("PRAGMA busy_timeout").fetchone() == (1234,)
