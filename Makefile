@@ -1,21 +1,26 @@
-# Every target does its own set-up in .venv; it is reused while pyproject.toml stays the same.
+# Every target does its own set-up in .venv. The set-up is reused while pyproject.toml and constraints.txt stay the same.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+EXTRAS := simulation,experiments,qlora,demo,dev
 
 export FLWR_TELEMETRY_ENABLED := 0
 export PYTEST_ADDOPTS
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test test-slow test-deployment exactness lint types check bench clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-deployment exactness lint types check bench constraints clean
 
-demo: $(READY)
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(READY)  ## a federation of 39 industries under differential privacy; no network after installing
 	$(BIN)/fedlora run experiments/configs/demo.toml
 
-test: $(READY)
+test: $(READY)  ## the fast tests
 	$(BIN)/pytest
 
-test-slow: $(READY)
+test-slow: $(READY)  ## the slow tests
 	$(BIN)/pytest -m "slow and not gpu"
 
 test-deployment: $(READY)  ## faults and attacks on a federation of processes; needs nginx (apt-get install nginx-light)
@@ -24,23 +29,29 @@ test-deployment: $(READY)  ## faults and attacks on a federation of processes; n
 exactness: $(READY)  ## per-example gradients against one backward pass per example, as a table
 	$(BIN)/pytest -s -k exact tests/fedlora/test_per_sample.py
 
-lint: $(READY)
+lint: $(READY)  ## format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(READY)
+types: $(READY)  ## static types
 	$(BIN)/pyright
 
-check: lint types test
+check: lint types test  ## what the gate runs
 
-bench: $(READY)  ## docs/performance.md's table, both sides in turn; on an idle machine, about an hour and a half
+bench: $(READY)  ## the table of docs/performance.md, both sides in turn; on an idle machine, about an hour and a half
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 
-$(READY): pyproject.toml
+constraints:  ## write constraints.txt anew, from the newest releases that pyproject.toml allows
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet -e '.[$(EXTRAS)]'
+	.venv-constraints/bin/python -m pip freeze --exclude-editable | grep -v '^torch==' > constraints.txt
+	rm -rf .venv-constraints
+
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("fedlora needs Python 3.11 or newer, this is %d.%d; set PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)
 
-clean:
-	rm -rf .venv .pytest_cache .ruff_cache .coverage *.egg-info
+clean:  ## remove .venv and caches
+	rm -rf .venv .venv-constraints .pytest_cache .ruff_cache .coverage *.egg-info

@@ -3,4 +3,4 @@
 Configuration, models, adapters, tasks, data, privacy accounting, the wire.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
