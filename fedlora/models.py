@@ -294,7 +294,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     files = resolve(name)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(files.path, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            files.path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(files, error) from error
     if tokenizer.pad_token is None:
@@ -303,6 +305,12 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def _cannot_open(files: ModelFiles, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"model.name is {files.name!r}, which needs code of its own directory ({files.path}) "
+            "to be opened, and such code is never run; choose a model that transformers itself "
+            "knows"
+        )
     why = (str(error).splitlines() or [""])[0]
     return InputError(
         f"model.name is {files.name!r}, which transformers cannot open "
@@ -368,7 +376,9 @@ def load_base(
     with _quiet():
         try:
             if files.kind == "causal":
-                model: Any = AutoModelForCausalLM.from_pretrained(files.path, **options)
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    files.path, trust_remote_code=False, **options
+                )
             else:
                 model = encoder.load(files.path, name=name, num_labels=num_labels, options=options)
         except InputError:

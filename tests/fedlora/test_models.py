@@ -1,5 +1,6 @@
 """Where base models are found, what is refused, and how they are loaded."""
 
+import io
 import json
 import logging
 import socket
@@ -174,6 +175,39 @@ def test_a_directory_that_cannot_be_loaded_is_an_input_error_of_one_line(tmp_pat
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": {"model_type": "novel", "auto_map": {"AutoConfig": "novel.Novel"}}},
+        {
+            "config.json": {
+                "model_type": "vit",  # known, but not as a language model
+                "architectures": ["NovelForCausalLM"],
+                "auto_map": {"AutoModelForCausalLM": "novel.Novel"},
+            }
+        },
+        {
+            "config.json": {"model_type": "vit"},  # has no tokenizer of its own
+            "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["novel.Novel", None]}},
+        },
+    ],
+    ids=["config", "model", "tokenizer"],
+)
+def test_code_of_a_model_directory_is_not_run_whatever_standard_input_says(
+    encoder, tmp_path, monkeypatch, files
+):
+    for each in encoder.iterdir():
+        (tmp_path / each.name).write_bytes(each.read_bytes())
+    marker = tmp_path / "marker"
+    (tmp_path / "novel.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Novel: pass\n")
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(InputError, match="such code is never run; choose") as error:
+        load(tmp_path)
+    assert not marker.exists() and "\n" not in str(error.value)
+
+
 def test_damaged_weights_are_an_input_error(encoder, tmp_path):
     for file in encoder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -221,7 +255,9 @@ def test_the_head_sees_the_mean_over_tokens_that_are_not_padding(encoder, dtype)
 
 
 def test_loaded_weights_are_those_on_disk(encoder):
-    disk = BertModel.from_pretrained(encoder, add_pooling_layer=False).state_dict()
+    disk = BertModel.from_pretrained(
+        encoder, add_pooling_layer=False, trust_remote_code=False
+    ).state_dict()
     ours = load(encoder).model.bert.state_dict()
     assert disk.keys() == ours.keys() and all(torch.equal(disk[name], ours[name]) for name in disk)
 
@@ -230,9 +266,14 @@ def test_a_saved_classifier_opens_again_with_its_head_and_only_for_its_classes(e
     base = load(encoder)
     torch.nn.init.normal_(base.model.classifier.weight)
     save(base.model, tmp_path)
-    for again in (load(tmp_path).model, EncoderClassifier.from_pretrained(tmp_path)):
+    for again in (
+        load(tmp_path).model,
+        EncoderClassifier.from_pretrained(tmp_path, trust_remote_code=False),
+    ):
         assert torch.equal(again.eval()(IDS, MASK).logits, base.model(IDS, MASK).logits)
-    plain = BertModel.from_pretrained(tmp_path, add_pooling_layer=False)  # as any tool opens it
+    plain = BertModel.from_pretrained(
+        tmp_path, add_pooling_layer=False, trust_remote_code=False
+    )  # as any tool opens it
     assert torch.equal(plain(IDS, MASK)[0], base.model.bert(IDS, MASK)[0])
     with pytest.raises(InputError, match="3 classes, but the data have 4"):
         load(tmp_path, num_labels=4)
@@ -265,7 +306,11 @@ def test_the_digest_follows_the_weights_and_is_remembered(causal, encoder, tmp_p
 
 
 def test_the_digest_of_shards_changes_with_any_of_them(causal, tmp_path):
-    shards = save(LlamaForCausalLM.from_pretrained(causal), tmp_path, max_shard_size="50KB")
+    shards = save(
+        LlamaForCausalLM.from_pretrained(causal, trust_remote_code=False),
+        tmp_path,
+        max_shard_size="50KB",
+    )
     files = models.resolve(str(shards)).weights
     assert len(files) > 1
     before = models.digest(files)
