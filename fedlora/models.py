@@ -13,14 +13,13 @@ import importlib.util
 import json
 import logging
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.errors import InputError
-from fedlora.files import cache_directory, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -234,28 +233,25 @@ def _inspect(name: str, path: Path) -> ModelFiles:
 def digest(weights: tuple[Path, ...]) -> str:
     """SHA-256 (hex) over the weight files.
 
-    A file's own is remembered by its path, size and time.
+    Each process reads every file itself, and reads it again when it was written or replaced.
     """
-    digests = [_file_digest(file.resolve()) for file in weights]
+    digests = [_file_digest(file, _identity(file)) for file in map(Path.resolve, weights)]
     if len(digests) == 1:
         return digests[0]
     lines = "".join(f"{file.name} {value}\n" for file, value in zip(weights, digests, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _file_digest(file: Path) -> str:
+def _identity(file: Path) -> tuple[int, ...]:
+    """Numbers of which one changes when a file is written or replaced: no program sets ctime."""
     stat = file.stat()
-    key = hashlib.sha256(f"{file}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()
-    remembered = cache_directory() / "digests" / key
-    try:
-        return remembered.read_text(encoding="ascii")
-    except OSError:
-        pass
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@cache
+def _file_digest(file: Path, identity: tuple[int, ...]) -> str:
     with file.open("rb") as stream:
-        value = hashlib.file_digest(stream, "sha256").hexdigest()
-    with suppress(OSError):  # a read-only home costs time, not correctness
-        write_atomic(remembered, value.encode())
-    return value
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @cache
@@ -373,6 +369,7 @@ def load_base(
         options["device_map"] = {"": device}
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line per layer and forward
     tokenizer = load_tokenizer(name)
+    weights_digest = digest(files.weights)
     with _quiet():
         try:
             if files.kind == "causal":
@@ -385,6 +382,11 @@ def load_base(
             raise
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise _cannot_open(files, error) from error
+    if digest(files.weights) != weights_digest:
+        raise InputError(
+            f"model.name is {name!r}, whose weights changed while they were loaded; run again when "
+            "nobody writes to them"
+        )
     for module in model.modules():
         # bitsandbytes repacks a 4-bit weight at the first evaluation on a CPU and then no longer
         # differentiates through the layer, so training after an evaluation would silently lose
@@ -402,7 +404,7 @@ def load_base(
         tokenizer=tokenizer,
         kind=files.kind,
         dtype=weights_dtype,
-        digest=digest(files.weights),
+        digest=weights_digest,
         name=name,
     )
 

@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -297,12 +299,71 @@ def test_an_int8_base_does_not_log_a_line_for_each_layer_and_pass(causal, caplog
     assert not caplog.records
 
 
-def test_the_digest_follows_the_weights_and_is_remembered(causal, encoder, tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+def test_the_digest_follows_the_weights_and_is_remembered(causal, encoder, monkeypatch):
     one, other = (load(directory).digest for directory in (causal, encoder))
     assert one != other and len(one) == 64
     monkeypatch.setattr(models.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     assert load(causal).digest == one
+
+
+def swap(file, *, in_place):
+    """Change a byte of a file and keep its path, size and time."""
+    before = file.stat()
+    content = file.read_bytes()
+    changed = content[:-1] + bytes([content[-1] ^ 1])
+    if in_place:
+        time.sleep(0.02)  # the kernel's clock of file times ticks every 1 to 10 ms
+        file.write_bytes(changed)
+    else:
+        other = file.with_name("other")
+        other.write_bytes(changed)
+        other.replace(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_weights_that_were_swapped_under_the_same_path_size_and_time_have_another_digest(
+    encoder, tmp_path, in_place
+):
+    directory = shutil.copytree(encoder, tmp_path / "base")
+    before = load(directory).digest
+    swap(directory / "model.safetensors", in_place=in_place)
+    assert load(directory).digest != before
+
+
+def test_another_process_does_not_believe_what_was_remembered_of_the_weights(
+    encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+    truth = models.digest(models.resolve(str(encoder)).weights)
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            file.write_text("0" * 64)
+    code = (
+        "import sys; from fedlora import models; "
+        "print(models.digest(models.resolve(sys.argv[1]).weights))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(encoder)], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == truth
+
+
+def test_weights_that_are_swapped_while_they_are_loaded_are_refused(encoder, tmp_path, monkeypatch):
+    from fedlora import encoder as encoders
+
+    directory, opened = shutil.copytree(encoder, tmp_path / "base"), encoders.load
+
+    def opens(*arguments, **options):
+        model = opened(*arguments, **options)
+        swap(directory / "model.safetensors", in_place=False)
+        return model
+
+    monkeypatch.setattr(encoders, "load", opens)
+    with pytest.raises(InputError, match="changed while they were loaded; run again"):
+        load(directory)
 
 
 def test_the_digest_of_shards_changes_with_any_of_them(causal, tmp_path):
