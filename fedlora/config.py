@@ -22,6 +22,7 @@ import tomli_w
 
 from fedlora import schemes
 from fedlora.errors import InputError
+from fedlora.text import is_unicode
 
 Scalar = str | int | float | bool
 
@@ -553,6 +554,8 @@ def _is_tuple(kind: Any) -> bool:
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
     """``value`` (from TOML, Flower or text) as ``kind``; InputError where that would guess."""
+    if isinstance(value, str) and not is_unicode(value):
+        raise _half(name, value)
     if _is_tuple(kind):
         if isinstance(value, str):
             text = value.strip()
@@ -560,11 +563,14 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
                 value = (
                     json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
                 )
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 value = None
         if isinstance(value, list | tuple):
             items = typing.cast(list[Any], value)
             if all(isinstance(item, str) for item in items):
+                for item in items:
+                    if not is_unicode(item):
+                        raise _half(name, item)
                 return tuple(item.strip() for item in items)
         raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
     if kind is str and isinstance(value, str):
@@ -582,6 +588,13 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         pass
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     raise InputError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def _half(name: str, value: str) -> InputError:
+    return InputError(
+        f"{name} has {value!r}, which holds half of a surrogate pair and so is no text; write it "
+        "in UTF-8"
+    )
 
 
 def section(cls: type[_S], values: Mapping[str, Any]) -> _S:
@@ -648,7 +661,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
         raise InputError(
             f"cannot read the config {path}: {error.strerror}; give the path of a TOML file"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     values: dict[str, Any] = {}
     for name, value in tree.items():

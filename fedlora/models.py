@@ -192,7 +192,17 @@ def _inspect(name: str, path: Path) -> ModelFiles:
         config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if type(config) is not dict:
             raise ValueError("no object")
-    except (OSError, ValueError) as error:
+        architectures: list[str] = config.get("architectures") or []
+        causal = any(item.endswith(CAUSAL_ARCHITECTURES) for item in architectures)
+        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise InputError(
             f"model.name is {name!r}, whose config.json cannot be read ({type(error).__name__}); "
             f"it belongs into {path}"
@@ -203,11 +213,11 @@ def _inspect(name: str, path: Path) -> ModelFiles:
     elif index.is_file():
         try:
             shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError):
+            weights = tuple(path / file for file in sorted(set(shards.values())))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(
                 f"model.name is {name!r}, whose {index.name} cannot be read; download it again"
             ) from None
-        weights = tuple(path / file for file in sorted(set(shards.values())))
     else:
         raise _no_safetensors(name, pickled=any(any(path.glob(p)) for p in PICKLES))
     if missing := [file.name for file in weights if not file.is_file()]:
@@ -215,18 +225,20 @@ def _inspect(name: str, path: Path) -> ModelFiles:
             f"model.name is {name!r}, which lacks {', '.join(missing)} in {path}; download it again"
         )
     if config.get("is_encoder_decoder"):
-        raise InputError(
-            f"model.name is {name!r}, an encoder-decoder ({config.get('model_type')}); "
-            "choose an encoder or a causal language model"
-        )
-    architectures: list[str] = config.get("architectures") or []
-    causal = any(item.endswith(CAUSAL_ARCHITECTURES) for item in architectures)
+        raise _encoder_decoder(name, config.get("model_type"))
     return ModelFiles(
         name=name,
         path=path,
         weights=weights,
         kind="causal" if causal else "encoder",
-        positions=int(config.get("max_position_embeddings") or config.get("n_positions") or 0),
+        positions=positions,
+    )
+
+
+def _encoder_decoder(name: str, model_type: Any) -> InputError:
+    return InputError(
+        f"model.name is {name!r}, an encoder-decoder or a part of one ({model_type}); "
+        "choose an encoder or a causal language model"
     )
 
 
@@ -293,7 +305,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         tokenizer: Any = AutoTokenizer.from_pretrained(
             files.path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of Python, transformers or the Rust tokenizers
         raise _cannot_open(files, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -343,9 +355,8 @@ def load_base(
     files = resolve(name)
     kind(name, task)
     import torch
-    from safetensors import SafetensorError
     from torch.nn import Dropout
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     from fedlora import attention, encoder
 
@@ -377,10 +388,16 @@ def load_base(
                     files.path, trust_remote_code=False, **options
                 )
             else:
+                family: Any = AutoConfig.from_pretrained(
+                    files.path, local_files_only=True, trust_remote_code=False
+                )
+                # A T5 encoder saved by itself says that it is no encoder-decoder; its family is.
+                if getattr(type(family), "is_encoder_decoder", False) is True:
+                    raise _encoder_decoder(name, family.model_type)
                 model = encoder.load(files.path, name=name, num_labels=num_labels, options=options)
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # of Python, transformers, torch or safetensors
             raise _cannot_open(files, error) from error
     if digest(files.weights) != weights_digest:
         raise InputError(

@@ -20,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 
 from fedlora import models
@@ -167,6 +169,24 @@ def test_a_hub_model_of_pickles_is_refused_before_it_is_downloaded(monkeypatch, 
             "lacks part1.safetensors",
         ),
         ({"config.json": '{"model_type": "novel"}', "model.safetensors": "x"}, "cannot open"),
+        ({"config.json": "[" * 100_000, "model.safetensors": "x"}, "cannot be read .Recursion"),
+        ({"config.json": '{"architectures": [1]}', "model.safetensors": "x"}, "cannot be read"),
+        (
+            {"config.json": '{"max_position_embeddings": "many"}', "model.safetensors": "x"},
+            "cannot be read",
+        ),
+        (
+            {"config.json": "{}", "model.safetensors.index.json": '{"a":' * 100_000},
+            "index.json cannot be read",
+        ),
+        (
+            {"config.json": "{}", "model.safetensors.index.json": '{"weight_map": [1, 2]}'},
+            "index.json cannot be read",
+        ),
+        (
+            {"config.json": '{"model_type": "\\ud800"}', "model.safetensors": "x"},
+            "cannot open",
+        ),
     ],
 )  # fmt: skip
 def test_a_directory_that_cannot_be_loaded_is_an_input_error_of_one_line(tmp_path, files, message):
@@ -208,6 +228,42 @@ def test_code_of_a_model_directory_is_not_run_whatever_standard_input_says(
     with pytest.raises(InputError, match="such code is never run; choose") as error:
         load(tmp_path)
     assert not marker.exists() and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"pad_token": "\\ud800"}'),
+        ("tokenizer.json", '{"model": 1}'),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_an_input_error_of_one_line(
+    encoder, tmp_path, file, content
+):
+    directory = shutil.copytree(encoder, tmp_path / "base")
+    (directory / file).write_text(content)
+    with pytest.raises(InputError, match="cannot open") as error:
+        models.load_tokenizer(str(directory))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_other_shapes_than_the_configuration_says_are_an_input_error(encoder, tmp_path):
+    directory = shutil.copytree(encoder, tmp_path / "base")
+    content = json.loads((directory / "config.json").read_text())
+    for wrong in ({"hidden_size": "wide"}, {"hidden_size": 60}):
+        (directory / "config.json").write_text(json.dumps(content | wrong))
+        with pytest.raises(InputError, match="cannot open"):
+            load(directory)
+
+
+def test_the_encoder_of_an_encoder_decoder_saved_by_itself_is_refused(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    save(T5EncoderModel(T5Config(vocab_size=20, **sizes)), tmp_path)
+    assert not json.loads((tmp_path / "config.json").read_text()).get("is_encoder_decoder")
+    with pytest.raises(InputError, match=r"an encoder-decoder or a part of one \(t5\); choose"):
+        load(tmp_path)
 
 
 def test_damaged_weights_are_an_input_error(encoder, tmp_path):
