@@ -20,10 +20,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from experiments import results, sweep
 from experiments.sweep import Case, Cell
+from experiments.terminal import Terminal
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from server.run_directory import command, finite
@@ -33,7 +32,7 @@ Engine = Literal["auto", "ray", "inline"]
 
 
 def run(
-    path: Path, out: Path, *, jobs: int, resume: bool, yes: bool, engine: Engine, console: Console
+    path: Path, out: Path, *, jobs: int, resume: bool, yes: bool, engine: Engine, console: Terminal
 ) -> dict[str, Any]:
     """Run what is left of a sweep and write its results.
 
@@ -67,11 +66,7 @@ def run(
     with _alone(out, console) as lock:
         _write_manifest(out, path, cases, needed)
         left = [cell for cell in made.values() if not _complete(out, cell)]
-        console.print(
-            f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.line(f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}")
         started = time.monotonic()
         try:
             failed = _Runner(out, jobs, engine, lock, console).run(left)
@@ -115,13 +110,13 @@ def _complete(out: Path, cell: Cell) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(out: Path, console: Console) -> Iterator[int]:
+def _alone(out: Path, console: Terminal) -> Iterator[int]:
     """Hold the sweep's lock, which its cells inherit: those of a killed sweep end first."""
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(
+            console.line(
                 f"another sweep is at work in {out}, or cells that a killed one left; waiting"
             )
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -151,7 +146,7 @@ def _write_manifest(
 class _Runner:
     """Runs cells, ``jobs`` at a time; ends those that run when it is interrupted."""
 
-    def __init__(self, out: Path, jobs: int, engine: Engine, lock: int, console: Console) -> None:
+    def __init__(self, out: Path, jobs: int, engine: Engine, lock: int, console: Terminal) -> None:
         self._out, self._jobs, self._engine = out, jobs, engine
         self._lock, self._console = lock, console
         self._processes = multiprocessing.get_context("forkserver")
@@ -184,12 +179,9 @@ class _Runner:
                         line = (
                             f"cell {done}/{len(left)} · {cell.name} · {self._outcome(cell, error)}"
                         )
-                        self._console.print(
+                        self._console.line(
                             f"{line} · {seconds:.0f} s"
-                            + (f" · {_time(ahead)} left" * bool(waiting)),
-                            highlight=False,
-                            soft_wrap=True,
-                            markup=False,
+                            + (f" · {_time(ahead)} left" * bool(waiting))
                         )
                         status.update(f"{done} of {len(left)} cells done")
             except BaseException:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gc
 import json
+import logging
 import signal
 import sys
 import time
@@ -18,13 +19,14 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 
 import fedlora
 from experiments import simulate
 from experiments.deploy import cli as deployment
+from experiments.terminal import Terminal
 from fedlora import config as configuration
+from fedlora import logs
 from fedlora.errors import InputError, Refusal
 
 app = typer.Typer(
@@ -44,7 +46,7 @@ Whose = Annotated[
     str, typer.Option("--institution", help="Whose adapter, where each institution has its own.")
 ]
 atexit.register(gc.freeze)  # else the interpreter looks for garbage for a second before it ends
-ERRORS = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+ERRORS = Terminal(stderr=True)
 
 
 def _clean(command: Callable[P, T]) -> Callable[P, T]:
@@ -55,10 +57,10 @@ def _clean(command: Callable[P, T]) -> Callable[P, T]:
         try:
             return command(*args, **kwargs)
         except InputError as error:
-            ERRORS.print(f"error: {error}")
+            ERRORS.line(f"error: {error}")
             raise typer.Exit(2) from None
         except Refusal as refusal:
-            ERRORS.print(f"error: {refusal}")
+            ERRORS.line(f"error: {refusal}")
             raise typer.Exit(2) from None
 
     return wrapped
@@ -70,6 +72,8 @@ def main(
 ) -> None:
     """Federated LoRA under differential privacy."""
     simulate.quiet_libraries()
+    if logging.lastResort is not None:  # what is warned of while no log is kept
+        logging.lastResort.setFormatter(logs.OneLine("%(message)s"))
     if version:
         print(fedlora.__version__)
         raise typer.Exit
@@ -105,7 +109,7 @@ def run(
     if max_epsilon is not None:
         overrides["privacy.max-epsilon"] = max_epsilon
     resolved = _resolve(config, overrides, out, resume)
-    console = Console(quiet=quiet or as_json)
+    console = Terminal(quiet=quiet or as_json)
     if not resolved.privacy.enabled:
         console.print(
             "privacy.epsilon is inf: no record is protected by differential privacy",
@@ -165,17 +169,15 @@ def _resolve(
     return resolved
 
 
-def _simulate(config: configuration.RunConfig, kind: str, console: Console) -> dict[str, Any]:
+def _simulate(config: configuration.RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     """Run to the end; a failure midway exits 1 and says how to go on."""
     from experiments import live
 
     with console.status("reading records"):
         records = simulate.prepare(config)
-    console.print(
+    console.line(
         f"{len(records.names)} institutions, {records.counts['rows']:,} rows; "
-        f"results in {config.run_dir}",
-        highlight=False,
-        soft_wrap=True,
+        f"results in {config.run_dir}"
     )
     with (
         _one_line(Path(config.run_dir), "fedlora run --resume"),
@@ -207,11 +209,11 @@ def _one_line(directory: Path, resume: str = "") -> Iterator[None]:
     except Exception as error:
         name = type(error).__name__
         what = str(error) if name == "RunFailed" else f"{name}: {error}"
-    ERRORS.print(f"error: {what}")
+    ERRORS.line(f"error: {what}")
     if (directory / "institutions.log").exists():
-        ERRORS.print(f"what institutions logged: {directory / 'institutions.log'}")
+        ERRORS.line(f"what institutions logged: {directory / 'institutions.log'}")
     if resume and (directory / "checkpoints").exists():
-        ERRORS.print(f"every finished round is kept; continue with: {resume} {directory}")
+        ERRORS.line(f"every finished round is kept; continue with: {resume} {directory}")
     raise typer.Exit(1)
 
 
@@ -237,14 +239,14 @@ def run_sweep(
     from experiments import cells, report, results
 
     place = (out or Path("runs/sweeps") / sweep.stem).absolute()
-    console = Console(quiet=as_json)
+    console = Terminal(quiet=as_json)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends its cells
     try:
         done = cells.run(
             sweep, place, jobs=jobs, resume=resume, yes=yes, engine=engine, console=console
         )
     except KeyboardInterrupt:
-        ERRORS.print("error: interrupted; finished cells are kept, continue with --resume")
+        ERRORS.line("error: interrupted; finished cells are kept, continue with --resume")
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -264,10 +266,10 @@ def run_sweep(
         for row in list(zip(*columns, strict=True))[1:]:
             table.add_row(*row)
         console.print(table)
-        console.print(f"report         {place / 'report.html'}", highlight=False, soft_wrap=True)
-        console.print(f"results        {place / 'results.csv'}", highlight=False, soft_wrap=True)
+        console.line(f"report         {place / 'report.html'}")
+        console.line(f"results        {place / 'results.csv'}")
     for name, why in done["failed"].items():
-        ERRORS.print(f"error: cell {name} failed: {why}")
+        ERRORS.line(f"error: cell {name} failed: {why}")
     if done["failed"]:
         raise typer.Exit(1)
 
@@ -282,7 +284,10 @@ def write_report(
     from experiments import report
 
     path = report.write(directory)
-    print(json.dumps({"report": str(path)}) if as_json else path)
+    if as_json:
+        print(json.dumps({"report": str(path)}))
+    else:
+        Terminal().line(str(path))
 
 
 @app.command("compare")
@@ -303,9 +308,9 @@ def compare_runs(
     table = Table(*(Column(head, overflow="fold") for head in heads))
     for row in compare.rows(compared):
         table.add_row(*row)
-    console = Console()
+    console = Terminal()
     console.print(table)
-    console.print(f"page           {out}", highlight=False, soft_wrap=True)
+    console.line(f"page           {out}")
 
 
 def _draw(write: Callable[[Path], Path], directory: Path) -> None:
@@ -313,7 +318,7 @@ def _draw(write: Callable[[Path], Path], directory: Path) -> None:
     try:
         write(directory)
     except Exception as error:
-        ERRORS.print(
+        ERRORS.line(
             f"warning: report.html was not written ({type(error).__name__}: {error}); "
             f"try: fedlora report {directory}"
         )
@@ -352,7 +357,7 @@ def evaluate(
             label,
             f"{counts['correct']} of {counts['truth']} right, {counts['predicted']} predicted",
         )
-    Console().print(table)
+    Terminal().print(table)
 
 
 @app.command()
@@ -371,11 +376,9 @@ def predict(
         print(json.dumps(result))
         return
     for one in result["answers"]:
-        Console(soft_wrap=True, highlight=False, markup=False).print(
-            f"{one['answer']}\t{one['text']}"
-        )
+        Terminal().line(one["answer"], one["text"])
     if result["truncated"]:
-        ERRORS.print(f"cut to length: {live.longer(result['truncated'], result['max_length'])}")
+        ERRORS.line(f"cut to length: {live.longer(result['truncated'], result['max_length'])}")
 
 
 @app.command()
@@ -389,7 +392,7 @@ def merge(
     from experiments import released
 
     released.merge(run_dir, out_dir, institution)
-    Console(soft_wrap=True, highlight=False).print(f"merged model in {out_dir}")
+    Terminal().line(f"merged model in {out_dir}")
 
 
 @app.command("config")
@@ -425,7 +428,7 @@ def show_config(
     table = Table(Column("key", no_wrap=True), *others)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Terminal().print(table)
 
 
 @app.command()
@@ -462,7 +465,7 @@ def plan(
     if as_json:
         print(json.dumps(result))
         return
-    planning.show(result, Console(highlight=False))
+    planning.show(result, Terminal())
 
 
 @app.command()
@@ -495,8 +498,8 @@ def audit(
     if shadows < 0:
         raise InputError(f"--shadows is {shadows}; it must be at least 0, which leaves LiRA out")
     auditing.check(loaded, place)
-    console = Console(quiet=as_json)
-    console.print(f"auditing; results in {place}", highlight=False, soft_wrap=True)
+    console = Terminal(quiet=as_json)
+    console.line(f"auditing; results in {place}")
     with _one_line(place / "run"):
         result = auditing.run(
             loaded,
@@ -511,9 +514,9 @@ def audit(
         print(json.dumps(result))
     else:
         auditing.show(result, console)
-        console.print(f"audit          {place / 'audit.json'}", highlight=False, soft_wrap=True)
+        console.line(f"audit          {place / 'audit.json'}")
     if failed := result.get("lira failed"):
-        ERRORS.print(f"error: the shadow runs of LiRA failed: {failed}")
+        ERRORS.line(f"error: the shadow runs of LiRA failed: {failed}")
     if result["refuted"] or failed:
         raise typer.Exit(3 if result["refuted"] else 1)
 
@@ -532,7 +535,7 @@ def ledger_init(
     from client.ledger import Ledger
 
     Ledger.create(path, max_epsilon=max_epsilon, delta=delta, accountant=accountant)
-    print(f"{path}: limit epsilon {max_epsilon:g} at delta {delta:g}, nothing spent")
+    Terminal().line(f"{path}: limit epsilon {max_epsilon:g} at delta {delta:g}, nothing spent")
 
 
 @ledger_app.command("show")
@@ -550,7 +553,7 @@ def ledger_show(
         return
     entries = shown.pop("entries")
     for key, value in shown.items():
-        print(f"{key:12} {f'{value:.4f}' if key in ('epsilon', 'left') else value}")
+        Terminal().line(f"{key:12} {f'{value:.4f}' if key in ('epsilon', 'left') else value}")
     columns = ("run", "round", "noise", "sample rate", "steps", "charged")
     lines = Table(*(Column(column, overflow="fold") for column in columns))
     for entry in entries:
@@ -562,7 +565,7 @@ def ledger_show(
             str(entry["steps"]),
             str(entry["at"])[:16].replace("T", " "),
         )
-    Console().print(lines)
+    Terminal().print(lines)
 
 
 @ledger_app.command("verify")
@@ -580,11 +583,11 @@ def ledger_verify(
         if refusal.code != "ledger-corrupt":
             raise
         problems = [refusal.detail]
-    print(
-        json.dumps({"ok": not problems, "problems": problems})
-        if as_json
-        else "\n".join(problems) or "ledger is whole"
-    )
+    if as_json:
+        print(json.dumps({"ok": not problems, "problems": problems}))
+    else:
+        for problem in problems or ["ledger is whole"]:
+            Terminal().line(problem)
     if problems:
         raise typer.Exit(1)
 

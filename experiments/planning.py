@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.terminal import Terminal
 from fedlora import accounting
 from fedlora.accounting import Event
 from fedlora.errors import InputError
@@ -75,7 +75,7 @@ def table(result: dict[str, Any]) -> list[dict[str, float]]:
     ]
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+def show(result: dict[str, Any], console: Terminal) -> None:
     """Print a plan, and its table when it has one."""
     console.print(
         f"noise multiplier {result['noise_multiplier']:.4f} spends epsilon "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlora import logs
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.startup import importing, lean, uncollected
@@ -241,6 +242,7 @@ def run(config: RunConfig, grid: "SimulationGrid") -> None:
 @contextlib.contextmanager
 def _logging_to(path: str) -> Iterator[None]:
     handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logs.OneLine("%(asctime)s %(levelname)s %(message)s"))
     logger: Any = logging.getLogger("fedlora.client")
     logger.addHandler(handler)
     try:

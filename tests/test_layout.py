@@ -97,3 +97,17 @@ def test_every_call_that_opens_a_model_says_that_its_code_may_not_run():
     }
     assert len(calls) > 20
     assert not [place for place, refused in calls.items() if not refused]
+
+
+def test_text_reaches_the_terminal_by_one_console_that_shows_it_as_it_is():
+    for file in (ROOT / "experiments").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called.endswith(("Console", "Text", "from_markup", "echo")):
+                assert file.name == "terminal.py", f"{file}:{node.lineno} calls {called}"
+            if called == "print" and not any(k.arg == "file" for k in node.keywords):
+                printed = ast.unparse(node)
+                safe = ("json.dumps", "to_toml", "__version__")
+                assert any(word in printed for word in safe), f"{file}:{node.lineno}: {printed}"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from experiments import simulate
@@ -31,6 +30,7 @@ from experiments.audit.canaries import (
 )
 from experiments.audit.observed import Transcript, likeness, losses, scores
 from experiments.engines.grid import SimulationGrid
+from experiments.terminal import Terminal
 from fedlora import data, records, trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import KEPT, RESIDUALS, RunConfig
@@ -79,7 +79,7 @@ def run(
     canaries: int,
     shadows: int,
     engine: str,
-    console: Console,
+    console: Terminal,
     progress: Callable[[RunConfig, SimulationGrid], Any],
 ) -> dict[str, Any]:
     """Plant canaries, run, attack.
@@ -140,7 +140,7 @@ def run(
         result = _keep(out, result)
         if shadows:
             kept = f"kept so far: {out / 'audit.json'}; {shadows} shadow runs for LiRA follow"
-            console.print(kept, soft_wrap=True, highlight=False)
+            console.line(kept)
             try:
                 lira = _lira(target, rows, engine, shadows, Path(folder), progress)
                 result["membership"]["lira"] = lira
@@ -398,7 +398,7 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*found, ("the promise", verdict(result))]
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
+def show(result: Mapping[str, Any], console: Terminal) -> None:
     """The audit as a table."""
     table = Table(title="Privacy audit", show_header=False, title_justify="left")
     table.add_column(style="bold")

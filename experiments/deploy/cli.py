@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from experiments.deploy import service as services
+from experiments.terminal import Terminal
 from fedlora import config as configuration
 from fedlora import logs
 from fedlora.errors import InputError
@@ -21,8 +21,8 @@ app = typer.Typer(
     no_args_is_help=True, help="A federation on machines of its own (docs/deployment.md)."
 )
 log = logging.getLogger("fedlora.server")
-PLAIN = Console(soft_wrap=True, highlight=False, markup=False)
-ERRORS = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+PLAIN = Terminal()
+ERRORS = Terminal(stderr=True)
 STILL_RUNNING = 3
 AWAY = 4
 """The SuperLink did not do what it was asked, so nothing is known of a run."""
@@ -57,7 +57,7 @@ def _asks(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except FlowerError as error:
-            ERRORS.print(f"error: {error}")
+            ERRORS.line(f"error: {error}")
             raise typer.Exit(AWAY) from None
 
     return wrapped
@@ -114,7 +114,7 @@ def init(
     if not names:
         raise InputError("--institutions is empty; give one or more names, joined by commas")
     making.make(directory, names, host=host, port=port)
-    PLAIN.print(
+    PLAIN.line(
         f"{directory} has the keys of {len(names)} institutions. Next: their records and ledgers "
         f"(docs/deployment.md), then docker compose --env-file {directory}/.env up --detach --wait"
     )
@@ -127,7 +127,7 @@ def add(
     from experiments.deploy import init as making
 
     making.add(directory, name)
-    PLAIN.print(f"{directory / 'institutions' / name} is what {name} gets")
+    PLAIN.line(f"{directory / 'institutions' / name} is what {name} gets")
 
 
 def renew(
@@ -140,7 +140,7 @@ def renew(
     from experiments.deploy import init as making
 
     making.renew(directory, host=host)
-    PLAIN.print("restart gateway and superlink for them to be used")
+    PLAIN.line("restart gateway and superlink for them to be used")
 
 
 def server() -> None:
@@ -189,7 +189,7 @@ def register() -> None:
     flower.connect(here)
     outcomes = flower.register(here)
     for name, outcome in outcomes.items():
-        PLAIN.print(f"{name}: {outcome}")
+        PLAIN.line(f"{name}: {outcome}")
     if not outcomes:
         raise InputError(f"{here.institutions} has no public key NAME.pub; put one there")
     if not set(outcomes.values()) <= {"registered", "already registered"}:
@@ -205,7 +205,7 @@ def reachable(
 
     problem, _ = checks.ask(url, ca, seconds=4.0)
     if problem:
-        PLAIN.print(problem)
+        PLAIN.line(problem)
         raise typer.Exit(1)
 
 
@@ -233,11 +233,11 @@ def submit(
             f"`fedlora deploy status {chosen}`, or `stop {chosen}`"
         ) from None
     if not as_json:
-        PLAIN.print(f"{chosen}: submitted; results in {submission.directory}")
+        PLAIN.line(f"{chosen}: submitted; results in {submission.directory}")
     if wait:
         rounds = resolved.federation.rounds
         submission = runs.follow(
-            here, chosen, lambda record: None if as_json else PLAIN.print(_round(record, rounds))
+            here, chosen, lambda record: None if as_json else PLAIN.line(_round(record, rounds))
         )
     _show(submission, as_json)
     if wait and submission.state != "completed":
@@ -291,8 +291,8 @@ def results(name: Name, as_json: Json = False) -> None:
         return
     for key, value in result.items():
         if not isinstance(value, dict | list):
-            PLAIN.print(f"{key:20} {value}")
-    PLAIN.print(f"{'adapter':20} {submission.directory / 'adapter'}")
+            PLAIN.line(f"{key:20} {value}")
+    PLAIN.line(f"{'adapter':20} {submission.directory / 'adapter'}")
 
 
 def check(
@@ -318,7 +318,7 @@ def check(
         print(json.dumps({"ok": checks.ok(found), "checks": [vars(one) for one in found]}))
     else:
         for one in found:
-            PLAIN.print(f"{one.outcome:5} {one.name:22} {one.details}")
+            PLAIN.line(f"{one.outcome:5} {one.name:22} {one.details}")
     if not checks.ok(found):
         raise typer.Exit(1)
 
@@ -349,4 +349,4 @@ def _show(submission: Any, as_json: bool) -> None:
         )
     else:
         details = f": {submission.details}" if submission.details else ""
-        PLAIN.print(f"{submission.name}: {submission.state}{details}")
+        PLAIN.line(f"{submission.name}: {submission.state}{details}")

@@ -40,7 +40,7 @@ from experiments.engines.grid import (
     identify,
     stamp,
 )
-from fedlora import startup, wire
+from fedlora import logs, startup, wire
 from fedlora.errors import InputError
 
 HELD = 8  # shared records of earlier pushes that a worker keeps
@@ -112,7 +112,7 @@ class _Worker:
         self._held: dict[int, Any] = {}
         if log:
             handler = logging.FileHandler(log, delay=True)
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            handler.setFormatter(logs.OneLine("%(asctime)s %(levelname)s %(message)s"))
             logging.getLogger("fedlora").addHandler(handler)
         module, _, name = app.partition(":")
         with startup.importing():
