@@ -151,14 +151,14 @@ def engine(kind: str, config: RunConfig, ready: Ready) -> "Iterator[SimulationGr
             from experiments.engines.inline import InlineGrid
 
         with _logging_to(log):
-            yield InlineGrid(app, institutions, config.flat())
+            yield InlineGrid(app, institutions, config.shared())
     else:
         from experiments.engines.ray import RayGrid
 
         with RayGrid(
             CLIENT_APP,
             institutions,
-            config.flat(),
+            config.shared(),
             workers=settings.workers,
             threads=settings.threads,
             gpus=settings.gpus,

@@ -10,9 +10,11 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,10 @@ ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
 INSTITUTIONS = "institutions"
 """``data.source`` of a deployment: each institution brings its own records."""
+
+_CREDENTIALS = re.compile(
+    r"://.*:.*@|^https?://[^/]*@|(passw|pwd|token|secret)\w*\s*=", re.IGNORECASE | re.DOTALL
+)
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
@@ -398,6 +404,16 @@ class TrackingConfig(Section):
     mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")
     tensorboard: str = key("", "directory of TensorBoard event files; empty: off")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _CREDENTIALS.search(urllib.parse.unquote(self.mlflow)):
+            raise InputError(
+                "tracking.mlflow holds a password or token, which the run's directory and report "
+                "would copy; leave it out of the URI and give it to the server's process as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or as the database's "
+                "client reads it (PGPASSWORD, ~/.pgpass, ~/.my.cnf)"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
@@ -481,6 +497,10 @@ class RunConfig(Section):
     def flat(self) -> dict[str, Scalar]:
         """Every key as ``section.key`` with a value that Flower's run config can carry."""
         return {name: json.dumps(v) if isinstance(v, tuple) else v for name, v in _walk(self)}
+
+    def shared(self) -> dict[str, Scalar]:
+        """`flat` without what only the server needs: where it sends its figures."""
+        return {k: v for k, v in self.flat().items() if not k.startswith(TrackingConfig.prefix)}
 
     def to_toml(self) -> str:
         """The fully resolved configuration as TOML text."""

@@ -17,6 +17,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run every round that is left. Raises on failure: Flower counts a plain exit as success."""
     if logs.wanted():
         logs.to_stderr()
-    config = configuration.from_context(context.run_config, context.run_id)
+    config = run_directory.with_tracking(
+        configuration.from_context(context.run_config, context.run_id)
+    )
     with run_directory.alone(Path(config.run_dir)):
         rounds.run(grid, config)

@@ -166,6 +166,7 @@ def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
         ("adapter.target-modules=nope", ["nope"]),
         ("privacy.epsilon=1e-9", ["epsilon", "1e-09", "raise"]),
         ("privacy.ledger=/dev/null", ["privacy.ledger", "/dev/null"]),
+        ("tracking.mlflow=http://u:word@host", ["tracking.mlflow", "MLFLOW_TRACKING_PASSWORD"]),
         (
             "privacy.institution-delta=0.3 privacy.institution-epsilon=1",
             ["institution-delta", "0.3"],
