@@ -1,3 +1,4 @@
+import hashlib
 import re
 from collections import Counter
 
@@ -103,6 +104,13 @@ def test_no_two_institutions_share_a_file_name_and_plain_names_stay() -> None:
         assert names[value] == value
     assert names["a/b"] == "a-b--c14cddc033f6"
     assert names["a-b--c14cddc033f6"] == "a-b-c14cddc033f6--" + names["a-b--c14cddc033f6"][-12:]
+
+
+def test_names_that_were_looked_for_until_their_hashes_agree_are_refused() -> None:
+    values = ["a/..../.....././//......../b", "a/..////////.///...///./../b"]
+    assert len({hashlib.sha256(value.encode()).hexdigest()[:12] for value in values}) == 1
+    with pytest.raises(InputError, match=r"would both be called a-b--22fc1077ca5e; rename one"):
+        file_names(values)
 
 
 @given(st.lists(st.text("ab-/ _\u00e9A", max_size=6), unique=True, max_size=30))
