@@ -23,7 +23,9 @@ class MeanPooled(nn.Module):
 
     def __init__(self, path: str, classes: int) -> None:
         super().__init__()
-        self.encoder = AutoModel.from_pretrained(path, add_pooling_layer=False)
+        self.encoder = AutoModel.from_pretrained(
+            path, add_pooling_layer=False, trust_remote_code=False
+        )
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -49,7 +51,7 @@ def load(work: Mapping[str, Any]) -> PeftModel:
 
 def rows(path: str, work: Mapping[str, Any]) -> list[Row]:
     """Token ids and class of each row of a file."""
-    tokenizer = AutoTokenizer.from_pretrained(work["model"])
+    tokenizer = AutoTokenizer.from_pretrained(work["model"], trust_remote_code=False)
     with Path(path).open(newline="") as file:
         table = list(csv.DictReader(file))
     encoded = tokenizer(

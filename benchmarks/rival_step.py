@@ -32,7 +32,9 @@ def make(name: str, rows: Sequence[rival_model.Row], *, private: bool) -> Callab
     files = models.resolve(name)
     batch = rival_model.collate(rows)
     if files.kind == "causal":
-        base = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(
+            files.path, dtype=torch.float32, trust_remote_code=False
+        )
         targets = list(TARGETS[base.config.model_type])
         model: Any = get_peft_model(
             base, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")

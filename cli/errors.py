@@ -28,11 +28,11 @@ def one_line_errors(directory: Path, resume: str = "") -> Iterator[None]:
     except Exception as error:
         name = type(error).__name__
         what = str(error) if name == "RunFailed" else f"{name}: {error}"
-    ERRORS.print(f"error: {what}")
+    ERRORS.write_line(f"error: {what}")
     if (directory / "institutions.log").exists():
-        ERRORS.print(f"what institutions logged: {directory / 'institutions.log'}")
+        ERRORS.write_line(f"what institutions logged: {directory / 'institutions.log'}")
     if resume and (directory / "checkpoints").exists():
-        ERRORS.print(f"every finished round is kept; continue with: {resume} {directory}")
+        ERRORS.write_line(f"every finished round is kept; continue with: {resume} {directory}")
     raise typer.Exit(1)
 
 
@@ -41,7 +41,7 @@ def draw_report(write: Callable[[Path], Path], directory: Path) -> None:
     try:
         write(directory)
     except Exception as error:
-        ERRORS.print(
+        ERRORS.write_line(
             f"warning: report.html was not written ({type(error).__name__}: {error}); "
             f"try: fedlora report {directory}"
         )

@@ -8,13 +8,12 @@ from typing import Annotated, Literal
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 
 from cli.errors import draw_report, one_line_errors
 from fedlora import config as run_config
 from fedlora.errors import InputError
-from fedlora.terminal import ERRORS, Json, clean_errors
+from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
 
@@ -42,7 +41,7 @@ def run_sweep(
     from experiments import cells, report, results
 
     place = (out or Path("runs/sweeps") / sweep.stem).absolute()
-    console = Console(quiet=as_json)
+    console = Terminal(quiet=as_json)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends its cells
     try:
         done = cells.run(
@@ -56,7 +55,7 @@ def run_sweep(
             console=console,
         )
     except KeyboardInterrupt:
-        ERRORS.print("error: interrupted; finished cells are kept, continue with --resume")
+        ERRORS.write_line("error: interrupted; finished cells are kept, continue with --resume")
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -76,10 +75,10 @@ def run_sweep(
         for row in list(zip(*columns, strict=True))[1:]:
             table.add_row(*row)
         console.print(table)
-        console.print(f"report         {place / 'report.html'}", highlight=False, soft_wrap=True)
-        console.print(f"results        {place / 'results.csv'}", highlight=False, soft_wrap=True)
+        console.write_line(f"report         {place / 'report.html'}")
+        console.write_line(f"results        {place / 'results.csv'}")
     for name, why in done["failed"].items():
-        ERRORS.print(f"error: cell {name} failed: {why}")
+        ERRORS.write_line(f"error: cell {name} failed: {why}")
     if done["failed"]:
         raise typer.Exit(1)
 
@@ -94,7 +93,10 @@ def write_report(
     from experiments import report
 
     path = report.write(directory)
-    print(json.dumps({"report": str(path)}) if as_json else path)
+    if as_json:
+        print(json.dumps({"report": str(path)}))
+    else:
+        Terminal().write_line(str(path))
 
 
 @app.command("compare")
@@ -115,9 +117,9 @@ def compare_runs(
     table = Table(*(Column(head, overflow="fold") for head in heads))
     for row in compare.rows(compared):
         table.add_row(*row)
-    console = Console()
+    console = Terminal()
     console.print(table)
-    console.print(f"page           {out}", highlight=False, soft_wrap=True)
+    console.write_line(f"page           {out}")
 
 
 @app.command()
@@ -154,7 +156,7 @@ def plan(
     if as_json:
         print(json.dumps(result))
         return
-    planning.show(result, Console(highlight=False))
+    planning.show(result, Terminal())
 
 
 @app.command()
@@ -186,8 +188,8 @@ def audit(
     if shadows < 0:
         raise InputError(f"--shadows is {shadows}; it must be at least 0, which leaves LiRA out")
     audit_run.check(loaded, place)
-    console = Console(quiet=as_json)
-    console.print(f"auditing; results in {place}", highlight=False, soft_wrap=True)
+    console = Terminal(quiet=as_json)
+    console.write_line(f"auditing; results in {place}")
     with one_line_errors(place / "run"):
         result = audit_run.run(
             loaded,
@@ -201,8 +203,8 @@ def audit(
         print(json.dumps(result))
     else:
         audit_run.show(result, console)
-        console.print(f"audit          {place / 'audit.json'}", highlight=False, soft_wrap=True)
+        console.write_line(f"audit          {place / 'audit.json'}")
     if failed := result.get("lira failed"):
-        ERRORS.print(f"error: the shadow runs of LiRA failed: {failed}")
+        ERRORS.write_line(f"error: the shadow runs of LiRA failed: {failed}")
     if result["refuted"] or failed:
         raise typer.Exit(3 if result["refuted"] else 1)

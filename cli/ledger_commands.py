@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from fedlora.errors import Refusal
-from fedlora.terminal import Json, clean_errors
+from fedlora.terminal import Json, Terminal, clean_errors
 
 app = typer.Typer()
 ledger = typer.Typer(no_args_is_help=True, help="An institution's privacy ledger.")
@@ -30,7 +29,9 @@ def ledger_init(
     from client.ledger import Ledger
 
     Ledger.create(path, max_epsilon=max_epsilon, delta=delta, accountant=accountant)
-    print(f"{path}: limit epsilon {max_epsilon:g} at delta {delta:g}, nothing spent")
+    Terminal().write_line(
+        f"{path}: limit epsilon {max_epsilon:g} at delta {delta:g}, nothing spent"
+    )
 
 
 @ledger.command("show")
@@ -48,7 +49,7 @@ def ledger_show(
         return
     entries = shown.pop("entries")
     for key, value in shown.items():
-        print(f"{key:12} {f'{value:.4f}' if key in ('epsilon', 'left') else value}")
+        Terminal().write_line(f"{key:12} {f'{value:.4f}' if key in ('epsilon', 'left') else value}")
     columns = ("run", "round", "noise", "sample rate", "steps", "charged")
     lines = Table(*(Column(column, overflow="fold") for column in columns))
     for entry in entries:
@@ -60,7 +61,7 @@ def ledger_show(
             str(entry["steps"]),
             str(entry["at"])[:16].replace("T", " "),
         )
-    Console().print(lines)
+    Terminal().print(lines)
 
 
 @ledger.command("verify")
@@ -78,10 +79,10 @@ def ledger_verify(
         if refusal.code != "ledger-corrupt":
             raise
         problems = [refusal.detail]
-    print(
-        json.dumps({"ok": not problems, "problems": problems})
-        if as_json
-        else "\n".join(problems) or "ledger is whole"
-    )
+    if as_json:
+        print(json.dumps({"ok": not problems, "problems": problems}))
+    else:
+        for problem in problems or ["ledger is whole"]:
+            Terminal().write_line(problem)
     if problems:
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed midway (finished work is kept), 2 bad input (nothin
 import atexit
 import gc
 import importlib
+import logging
 import sys
 from typing import Annotated
 
@@ -15,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import fedlora
+from fedlora import logs
 from fedlora.startup import quiet_libraries
 
 COMMANDS = {
@@ -68,6 +70,8 @@ def main(
 ) -> None:
     """Federated LoRA under differential privacy."""
     quiet_libraries()
+    if logging.lastResort is not None:  # the handler of warnings where no log is kept
+        logging.lastResort.setFormatter(logs.OneLine("%(message)s"))
     if version:
         print(fedlora.__version__)
         raise typer.Exit

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from cli.errors import draw_report, one_line_errors
 from fedlora import config as run_config
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.terminal import ERRORS, Json, clean_errors
+from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
 Whose = Annotated[
@@ -51,7 +50,7 @@ def run(
     if max_epsilon is not None:
         overrides["privacy.max-epsilon"] = max_epsilon
     resolved = _resolve(config, overrides, out, resume)
-    console = Console(quiet=quiet or as_json)
+    console = Terminal(quiet=quiet or as_json)
     if not resolved.privacy.enabled:
         console.print(
             "privacy.epsilon is inf: no record is protected by differential privacy",
@@ -147,7 +146,7 @@ def evaluate(
             label,
             f"{counts['correct']} of {counts['truth']} right, {counts['predicted']} predicted",
         )
-    Console().print(table)
+    Terminal().print(table)
 
 
 @app.command()
@@ -167,11 +166,11 @@ def predict(
         print(json.dumps(result))
         return
     for one in result["answers"]:
-        Console(soft_wrap=True, highlight=False, markup=False).print(
-            f"{one['answer']}\t{one['text']}"
-        )
+        Terminal().write_line(one["answer"], one["text"])
     if result["truncated"]:
-        ERRORS.print(f"cut to length: {progress.longer(result['truncated'], result['max_length'])}")
+        ERRORS.write_line(
+            f"cut to length: {progress.longer(result['truncated'], result['max_length'])}"
+        )
 
 
 @app.command()
@@ -185,7 +184,7 @@ def merge(
     from fedlora import finished_run
 
     finished_run.merge(run_dir, out_dir, institution)
-    Console(soft_wrap=True, highlight=False).print(f"merged model in {out_dir}")
+    Terminal().write_line(f"merged model in {out_dir}")
 
 
 @app.command("config")
@@ -221,7 +220,7 @@ def show_config(
     table = Table(Column("key", no_wrap=True), *others)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Terminal().print(table)
 
 
 def execute(arguments: list[str]) -> None:

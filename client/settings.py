@@ -81,7 +81,7 @@ def load(path: str) -> Settings:
         values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; mend settings") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     if mode & OTHERS_MAY_WRITE:
         raise InputError(f"{path} may be written by others than its owner; run chmod go-w {path}")

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from deployment import service as services
 from fedlora import config as configuration
 from fedlora import logs
 from fedlora.errors import InputError
-from fedlora.terminal import ERRORS, Json, clean_errors
+from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
 deploy = typer.Typer(
@@ -24,7 +23,7 @@ deploy = typer.Typer(
 )
 app.add_typer(deploy, name="deploy")
 log = logging.getLogger("fedlora.server")
-PLAIN = Console(soft_wrap=True, highlight=False, markup=False)
+PLAIN = Terminal()
 STILL_RUNNING = 3
 AWAY = 4
 """The SuperLink did not do what it was asked, so nothing is known of a run."""
@@ -43,7 +42,7 @@ def _asks(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except FlowerError as error:
-            ERRORS.print(f"error: {error}")
+            ERRORS.write_line(f"error: {error}")
             raise typer.Exit(AWAY) from None
 
     return wrapped
@@ -106,7 +105,7 @@ def init(
     if not names:
         raise InputError("--institutions is empty; give one or more names, joined by commas")
     setup.make(directory, names, host=host, port=port)
-    PLAIN.print(
+    PLAIN.write_line(
         f"{directory} has the keys of {len(names)} institutions. Next: their records and ledgers "
         f"(docs/deployment.md), then docker compose --env-file {directory}/.env up --detach --wait"
     )
@@ -121,7 +120,7 @@ def add(
     from deployment import setup
 
     setup.add(directory, name)
-    PLAIN.print(f"{directory / 'institutions' / name} is what {name} gets")
+    PLAIN.write_line(f"{directory / 'institutions' / name} is what {name} gets")
 
 
 @deploy.command()
@@ -136,7 +135,7 @@ def renew(
     from deployment import setup
 
     setup.renew(directory, host=host)
-    PLAIN.print("restart gateway and superlink for them to be used")
+    PLAIN.write_line("restart gateway and superlink for them to be used")
 
 
 @deploy.command()
@@ -192,7 +191,7 @@ def register() -> None:
     superlink_client.connect(here)
     outcomes = superlink_client.register(here)
     for name, outcome in outcomes.items():
-        PLAIN.print(f"{name}: {outcome}")
+        PLAIN.write_line(f"{name}: {outcome}")
     if not outcomes:
         raise InputError(f"{here.institutions} has no public key NAME.pub; put one there")
     if not set(outcomes.values()) <= {"registered", "already registered"}:
@@ -210,7 +209,7 @@ def reachable(
 
     problem, _ = checks.ask(url, ca, seconds=4.0)
     if problem:
-        PLAIN.print(problem)
+        PLAIN.write_line(problem)
         raise typer.Exit(1)
 
 
@@ -241,11 +240,13 @@ def submit(
             f"`fedlora deploy status {chosen}`, or `stop {chosen}`"
         ) from None
     if not as_json:
-        PLAIN.print(f"{chosen}: submitted; results in {submission.directory}")
+        PLAIN.write_line(f"{chosen}: submitted; results in {submission.directory}")
     if wait:
         rounds = resolved.federation.rounds
         submission = submissions.follow(
-            here, chosen, lambda record: None if as_json else PLAIN.print(_round(record, rounds))
+            here,
+            chosen,
+            lambda record: None if as_json else PLAIN.write_line(_round(record, rounds)),
         )
     _show(submission, as_json)
     if wait and submission.state != "completed":
@@ -308,8 +309,8 @@ def results(name: Name, as_json: Json = False) -> None:
         return
     for key, value in result.items():
         if not isinstance(value, dict | list):
-            PLAIN.print(f"{key:20} {value}")
-    PLAIN.print(f"{'adapter':20} {submission.directory / 'adapter'}")
+            PLAIN.write_line(f"{key:20} {value}")
+    PLAIN.write_line(f"{'adapter':20} {submission.directory / 'adapter'}")
 
 
 @deploy.command()
@@ -337,7 +338,7 @@ def check(
         print(json.dumps({"ok": checks.ok(found), "checks": [vars(one) for one in found]}))
     else:
         for one in found:
-            PLAIN.print(f"{one.outcome:5} {one.name:22} {one.details}")
+            PLAIN.write_line(f"{one.outcome:5} {one.name:22} {one.details}")
     if not checks.ok(found):
         raise typer.Exit(1)
 
@@ -368,4 +369,4 @@ def _show(submission: Any, as_json: bool) -> None:
         )
     else:
         details = f": {submission.details}" if submission.details else ""
-        PLAIN.print(f"{submission.name}: {submission.state}{details}")
+        PLAIN.write_line(f"{submission.name}: {submission.state}{details}")

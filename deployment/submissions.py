@@ -217,7 +217,8 @@ def _start(server: Server, submission: Submission) -> Submission:
     """Start its Flower run, or take the one that a start without an answer has made."""
     unfinished = flower.unfinished(server, str(submission.directory))
     unknown = [run for run in unfinished if run not in submission.runs]
-    run = unknown[-1] if unknown else flower.start(server, APP, submission.config)
+    sent = configuration.from_flat(submission.config).shared()  # institutions get what Flower gets
+    run = unknown[-1] if unknown else flower.start(server, APP, sent)
     started = dataclasses.replace(
         submission, runs=(*submission.runs, run), tries=submission.tries + 1
     )

@@ -20,13 +20,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from experiments import results, sweep
 from experiments.sweep import Case, Cell
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import command, finite
+from fedlora.terminal import Terminal
 
 MANIFEST = results.MANIFEST
 Engine = Literal["auto", "ray", "inline"]
@@ -42,7 +41,7 @@ def run(
     yes: bool,
     engine: Engine,
     execute: Execute,
-    console: Console,
+    console: Terminal,
 ) -> dict[str, Any]:
     """Run what is left of a sweep and write its results.
 
@@ -78,11 +77,7 @@ def run(
     with _alone(out, console) as lock:
         _write_manifest(out, path, cases, needed)
         left = [cell for cell in made.values() if not _complete(out, cell)]
-        console.print(
-            f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.write_line(f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}")
         started = time.monotonic()
         try:
             failed = _Runner(out, jobs, engine, execute, lock, console).run(left)
@@ -126,13 +121,13 @@ def _complete(out: Path, cell: Cell) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(out: Path, console: Console) -> Iterator[int]:
+def _alone(out: Path, console: Terminal) -> Iterator[int]:
     """Hold the sweep's lock, which its cells inherit: those of a killed sweep end first."""
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(
+            console.write_line(
                 f"another sweep is at work in {out}, or cells that a killed one left; waiting"
             )
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -169,7 +164,7 @@ class _Runner:
         engine: Engine,
         execute: Execute,
         lock: int,
-        console: Console,
+        console: Terminal,
     ) -> None:
         self._out, self._jobs, self._engine, self._execute = out, jobs, engine, execute
         self._lock, self._console = lock, console
@@ -203,12 +198,9 @@ class _Runner:
                         line = (
                             f"cell {done}/{len(left)} · {cell.name} · {self._outcome(cell, error)}"
                         )
-                        self._console.print(
+                        self._console.write_line(
                             f"{line} · {seconds:.0f} s"
-                            + (f" · {_time(ahead)} left" * bool(waiting)),
-                            highlight=False,
-                            soft_wrap=True,
-                            markup=False,
+                            + (f" · {_time(ahead)} left" * bool(waiting))
                         )
                         status.update(f"{done} of {len(left)} cells done")
             except BaseException:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fedlora import accounting
 from fedlora.accounting import Event
 from fedlora.errors import InputError
+from fedlora.terminal import Terminal
 
 NOISE_FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 STEP_FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0)
@@ -75,7 +75,7 @@ def table(result: dict[str, Any]) -> list[dict[str, float]]:
     ]
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+def show(result: dict[str, Any], console: Terminal) -> None:
     """Print a plan, and its table when it has one."""
     console.print(
         f"noise multiplier {result['noise_multiplier']:.4f} spends epsilon "

@@ -48,7 +48,7 @@ def load(directory: Path, name: str) -> dict[str, Any]:
     """
     try:
         return json.loads((directory / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{directory} holds no complete run that can be read ({name}: {type(error).__name__}); "
             "give the directory that a finished run printed, or of a sweep"

@@ -47,7 +47,7 @@ def manifest(out: Path) -> dict[str, Any]:
     """
     try:
         return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{out} holds no sweep that can be read ({type(error).__name__}: {MANIFEST}); give the "
             "directory that `fedlora sweep` printed"
@@ -80,7 +80,7 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         directory = run_dir(out, cell)
         try:
             found.append(json.loads((directory / "result.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         bytes_moved += moved(read_records(directory))
     if not found:

@@ -120,7 +120,7 @@ def _toml(path: Path) -> dict[str, Any]:
         raise InputError(
             f"cannot read the sweep {path}: {error.strerror}; give the path of a TOML file"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     for name in tree:
         if name not in KEYS:

@@ -10,9 +10,11 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ import tomli_w
 
 from fedlora import schemes
 from fedlora.errors import InputError
+from fedlora.text import is_unicode
 
 Scalar = str | int | float | bool
 
@@ -37,6 +40,10 @@ ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
 INSTITUTIONS = "institutions"
 """``data.source`` of a deployment: each institution brings its own records."""
+
+_CREDENTIALS = re.compile(
+    r"://.*:.*@|^https?://[^/]*@|(passw|pwd|token|secret)\w*\s*=", re.IGNORECASE | re.DOTALL
+)
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
@@ -397,6 +404,16 @@ class TrackingConfig(Section):
     mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")
     tensorboard: str = key("", "directory of TensorBoard event files; empty: off")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _CREDENTIALS.search(urllib.parse.unquote(self.mlflow)):
+            raise InputError(
+                "tracking.mlflow holds a password or token, which the run's directory and report "
+                "would copy; leave it out of the URI and give it to the server's process as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or as the database's "
+                "client reads it (PGPASSWORD, ~/.pgpass, ~/.my.cnf)"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
@@ -481,6 +498,10 @@ class RunConfig(Section):
         """Every key as ``section.key`` with a value that Flower's run config can carry."""
         return {name: json.dumps(v) if isinstance(v, tuple) else v for name, v in _walk(self)}
 
+    def shared(self) -> dict[str, Scalar]:
+        """`flat` without what only the server needs: where it sends its figures."""
+        return {k: v for k, v in self.flat().items() if not k.startswith(TrackingConfig.prefix)}
+
     def to_toml(self) -> str:
         """The fully resolved configuration as TOML text."""
         tree: dict[str, Any] = {}
@@ -553,6 +574,8 @@ def _is_tuple(kind: Any) -> bool:
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
     """``value`` (from TOML, Flower or text) as ``kind``; InputError where that would guess."""
+    if isinstance(value, str) and not is_unicode(value):
+        raise _half(name, value)
     if _is_tuple(kind):
         if isinstance(value, str):
             text = value.strip()
@@ -560,11 +583,14 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
                 value = (
                     json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
                 )
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 value = None
         if isinstance(value, list | tuple):
             items = typing.cast(list[Any], value)
             if all(isinstance(item, str) for item in items):
+                for item in items:
+                    if not is_unicode(item):
+                        raise _half(name, item)
                 return tuple(item.strip() for item in items)
         raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
     if kind is str and isinstance(value, str):
@@ -582,6 +608,13 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         pass
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     raise InputError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def _half(name: str, value: str) -> InputError:
+    return InputError(
+        f"{name} has {value!r}, which holds half of a surrogate pair and so is no text; write it "
+        "in UTF-8"
+    )
 
 
 def section(cls: type[_S], values: Mapping[str, Any]) -> _S:
@@ -648,7 +681,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
         raise InputError(
             f"cannot read the config {path}: {error.strerror}; give the path of a TOML file"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     values: dict[str, Any] = {}
     for name, value in tree.items():

@@ -22,6 +22,7 @@ from fedlora import partition as partitions
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError, RecordError
 from fedlora.shards import Federation, Int64, Shard
+from fedlora.text import folded
 
 __all__ = ["Dealt", "Encode", "Federation", "Shard", "Table", "deal", "load_shard", "prepare"]
 
@@ -335,7 +336,9 @@ def _split(
 
 def _with_value(table: Table, column: str) -> tuple[Table, int]:
     """Return the rows that have a value in a column, and how many have none."""
-    rows = np.flatnonzero([value != "" for value in table.others[column]])
+    values = table.others[column]
+    given = {value for value in set(values) if folded(value)}
+    rows = np.flatnonzero([value in given for value in values])
     return table.take(rows), len(table.texts) - len(rows)
 
 
@@ -357,20 +360,24 @@ def _by_institution(table: Table, owner: Int64, institutions: int) -> tuple[Tabl
 def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:
     """Number the units of privacy from 0 within each institution; without values, each row is one.
 
+    Values are compared as `folded`, so that a customer is one unit in whatever spelling.
+
     Raises:
         InputError: If a row has no value: whose it is would be a guess.
     """
     if values is None:
         starts: Int64 = np.repeat(bounds[:-1], np.diff(bounds))
         return np.arange(len(starts)) - starts
-    if "" in values:
+    same = {value: folded(value) for value in set(values)}
+    whose = [same[value] for value in values]
+    if "" in whose:
         raise InputError(
-            f"privacy.unit is {unit!r}, but {values.count('')} training rows have nothing in that "
+            f"privacy.unit is {unit!r}, but {whose.count('')} training rows have nothing in that "
             "column; fill it in, drop these rows, or choose another unit"
         )
     units = np.empty(len(values), dtype=np.int64)
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        units[start:stop] = np.unique(np.array(values[start:stop]), return_inverse=True)[1]
+        units[start:stop] = np.unique(np.array(whose[start:stop]), return_inverse=True)[1]
     return units
 
 
@@ -399,6 +406,7 @@ def _code_digest() -> str:
         "shards.py",
         "sources.py",
         "streams.py",
+        "text.py",
     ):
         digest.update(hashlib.sha256(Path(__file__).with_name(module).read_bytes()).digest())
     return digest.hexdigest()

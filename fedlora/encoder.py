@@ -41,7 +41,7 @@ class EncoderClassifier(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
         if encoder is None:
-            encoder = AutoModel.from_config(config, **_no_pooler(config))
+            encoder = AutoModel.from_config(config, trust_remote_code=False, **_no_pooler(config))
         assert encoder is not None
         super().__init__(config)
         self.base_model_prefix = encoder.base_model_prefix
@@ -59,10 +59,16 @@ class EncoderClassifier(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
-        """As in transformers; ``AutoConfig`` finds the encoder's own configuration class."""
+        """As in transformers; ``AutoConfig`` finds the encoder's own configuration class.
+
+        Code of the directory is never run, whatever ``trust_remote_code`` says.
+        """
+        options.pop("trust_remote_code", None)
         if options.get("config") is None:
-            options["config"] = AutoConfig.from_pretrained(path, local_files_only=True)
-        return super().from_pretrained(path, *args, **options)
+            options["config"] = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        return super().from_pretrained(path, *args, trust_remote_code=False, **options)
 
     def forward(
         self,
@@ -107,15 +113,19 @@ def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> 
     Raises:
         InputError: If a saved classifier has another number of classes.
     """
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if EncoderClassifier.__name__ in (config.architectures or ()):  # merged: has a head
         if config.num_labels != num_labels:
             raise InputError(
                 f"model.name is {name!r}, a classifier of {config.num_labels} classes, but "
                 f"the data have {num_labels}; take its base model or data with those classes"
             )
-        return EncoderClassifier.from_pretrained(path, config=config, **options)
-    encoder: Any = AutoModel.from_pretrained(path, **_no_pooler(config), **options)
+        return EncoderClassifier.from_pretrained(
+            path, config=config, trust_remote_code=False, **options
+        )
+    encoder: Any = AutoModel.from_pretrained(
+        path, trust_remote_code=False, **_no_pooler(config), **options
+    )
     encoder.config.num_labels = num_labels
     model: Any = EncoderClassifier(encoder.config, encoder)
     model.classifier.to(encoder.device)

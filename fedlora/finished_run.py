@@ -12,6 +12,7 @@ from fedlora import config as configuration
 from fedlora.adapters import AdapterState
 from fedlora.config import KEPT, RESIDUALS
 from fedlora.errors import InputError
+from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
 
 
@@ -34,7 +35,7 @@ def _open(run_dir: Path, institution: str) -> tuple[configuration.RunConfig, Tra
     config = configuration.load(run_dir / "config.toml")
     try:
         result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{run_dir / 'result.json'} cannot be read ({type(error).__name__}); "
             "restore it, or run again"
@@ -84,6 +85,12 @@ def evaluate(run_dir: Path, source: str, institution: str = "") -> dict[str, Any
 
 def predict(run_dir: Path, texts: list[str], institution: str = "") -> dict[str, Any]:
     """``answers``, one to each text in turn, and as in `evaluate` what was cut."""
+    for text in texts:
+        if not is_unicode(text):
+            raise InputError(
+                f"the text {text!r} holds half of a surrogate pair and so is no text; write it in "
+                "UTF-8"
+            )
     config, work = _open(run_dir, institution)
     answers, truncated = work.task.answer(work.model, texts, work.labels)
     return {

@@ -2,10 +2,10 @@
 
 import logging
 import os
-import re
+
+from fedlora.text import visible
 
 _VARIABLE = "FEDLORA_LOG"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class OneLine(logging.Formatter):
@@ -13,9 +13,7 @@ class OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """The message, each control character as Python writes it."""
-        return _CONTROL.sub(
-            lambda found: found[0].encode("unicode_escape").decode(), super().formatMessage(record)
-        )
+        return visible(super().formatMessage(record))
 
 
 def want() -> None:

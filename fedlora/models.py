@@ -13,14 +13,13 @@ import importlib.util
 import json
 import logging
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.errors import InputError
-from fedlora.files import cache_directory, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +191,17 @@ def _inspect(name: str, path: Path) -> ModelFiles:
         config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if type(config) is not dict:
             raise ValueError("no object")
-    except (OSError, ValueError) as error:
+        architectures: list[str] = config.get("architectures") or []
+        causal = any(item.endswith(CAUSAL_ARCHITECTURES) for item in architectures)
+        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise InputError(
             f"model.name is {name!r}, whose config.json cannot be read ({type(error).__name__}); "
             f"it belongs into {path}"
@@ -203,11 +212,11 @@ def _inspect(name: str, path: Path) -> ModelFiles:
     elif index.is_file():
         try:
             shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError):
+            weights = tuple(path / file for file in sorted(set(shards.values())))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(
                 f"model.name is {name!r}, whose {index.name} cannot be read; download it again"
             ) from None
-        weights = tuple(path / file for file in sorted(set(shards.values())))
     else:
         raise _no_safetensors(name, pickled=any(any(path.glob(p)) for p in PICKLES))
     if missing := [file.name for file in weights if not file.is_file()]:
@@ -215,46 +224,45 @@ def _inspect(name: str, path: Path) -> ModelFiles:
             f"model.name is {name!r}, which lacks {', '.join(missing)} in {path}; download it again"
         )
     if config.get("is_encoder_decoder"):
-        raise InputError(
-            f"model.name is {name!r}, an encoder-decoder ({config.get('model_type')}); "
-            "choose an encoder or a causal language model"
-        )
-    architectures: list[str] = config.get("architectures") or []
-    causal = any(item.endswith(CAUSAL_ARCHITECTURES) for item in architectures)
+        raise _encoder_decoder(name, config.get("model_type"))
     return ModelFiles(
         name=name,
         path=path,
         weights=weights,
         kind="causal" if causal else "encoder",
-        positions=int(config.get("max_position_embeddings") or config.get("n_positions") or 0),
+        positions=positions,
+    )
+
+
+def _encoder_decoder(name: str, model_type: Any) -> InputError:
+    return InputError(
+        f"model.name is {name!r}, an encoder-decoder or a part of one ({model_type}); "
+        "choose an encoder or a causal language model"
     )
 
 
 def digest(weights: tuple[Path, ...]) -> str:
     """SHA-256 (hex) over the weight files.
 
-    A file's own is remembered by its path, size and time.
+    Each process reads every file itself, and reads it again when it was written or replaced.
     """
-    digests = [_file_digest(file.resolve()) for file in weights]
+    digests = [_file_digest(file, _identity(file)) for file in map(Path.resolve, weights)]
     if len(digests) == 1:
         return digests[0]
     lines = "".join(f"{file.name} {value}\n" for file, value in zip(weights, digests, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _file_digest(file: Path) -> str:
+def _identity(file: Path) -> tuple[int, ...]:
+    """Numbers of which one changes when a file is written or replaced: no program sets ctime."""
     stat = file.stat()
-    key = hashlib.sha256(f"{file}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()
-    remembered = cache_directory() / "digests" / key
-    try:
-        return remembered.read_text(encoding="ascii")
-    except OSError:
-        pass
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@cache
+def _file_digest(file: Path, identity: tuple[int, ...]) -> str:
     with file.open("rb") as stream:
-        value = hashlib.file_digest(stream, "sha256").hexdigest()
-    with suppress(OSError):  # a read-only home costs time, not correctness
-        write_atomic(remembered, value.encode())
-    return value
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @cache
@@ -293,8 +301,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     files = resolve(name)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(files.path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            files.path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of Python, transformers or the Rust tokenizers
         raise _cannot_open(files, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -302,6 +312,12 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def _cannot_open(files: ModelFiles, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"model.name is {files.name!r}, which needs code of its own directory ({files.path}) "
+            "to be opened, and such code is never run; choose a model that transformers itself "
+            "knows"
+        )
     why = (str(error).splitlines() or [""])[0]
     return InputError(
         f"model.name is {files.name!r}, which transformers cannot open "
@@ -338,9 +354,8 @@ def load_base(
     files = resolve(name)
     kind(name, task)
     import torch
-    from safetensors import SafetensorError
     from torch.nn import Dropout
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     from fedlora import attention, encoder
 
@@ -364,16 +379,30 @@ def load_base(
         options["device_map"] = {"": device}
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line per layer and forward
     tokenizer = load_tokenizer(name)
+    weights_digest = digest(files.weights)
     with _quiet():
         try:
             if files.kind == "causal":
-                model: Any = AutoModelForCausalLM.from_pretrained(files.path, **options)
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    files.path, trust_remote_code=False, **options
+                )
             else:
+                family: Any = AutoConfig.from_pretrained(
+                    files.path, local_files_only=True, trust_remote_code=False
+                )
+                # A T5 encoder saved by itself says that it is no encoder-decoder; its family is.
+                if getattr(type(family), "is_encoder_decoder", False) is True:
+                    raise _encoder_decoder(name, family.model_type)
                 model = encoder.load(files.path, name=name, num_labels=num_labels, options=options)
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # of Python, transformers, torch or safetensors
             raise _cannot_open(files, error) from error
+    if digest(files.weights) != weights_digest:
+        raise InputError(
+            f"model.name is {name!r}, whose weights changed while they were loaded; run again when "
+            "nobody writes to them"
+        )
     for module in model.modules():
         # bitsandbytes repacks a 4-bit weight at the first evaluation on a CPU and then no longer
         # differentiates through the layer, so training after an evaluation would silently lose
@@ -391,7 +420,7 @@ def load_base(
         tokenizer=tokenizer,
         kind=files.kind,
         dtype=weights_dtype,
-        digest=digest(files.weights),
+        digest=weights_digest,
         name=name,
     )
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fedlora import schemes
 from fedlora.errors import InputError
 from fedlora.streams import RandomSource
+from fedlora.text import folded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def by_column(
     institutions: int,
     min_records: int,
 ) -> Assignment:
-    """Give each value of a column its own institution.
+    """Give each value of a column its own institution; values are compared as `folded`.
 
     Args:
         column: Its name, for messages.
@@ -100,14 +101,20 @@ def by_column(
         min_records: Values with fewer training rows are left out; at least one is always needed.
 
     Returns:
-        Institutions sorted by name; names are the values, made safe for file names and unique.
+        Institutions sorted by name; names are the values, each in the first of its spellings, made
+        safe for file names and unique.
 
     Raises:
-        InputError: If no value has enough rows, or fewer than ``institutions`` have.
+        InputError: If no value has enough rows, fewer than ``institutions`` have, or two would get
+            one name.
     """
     least = max(1, min_records)
-    sizes = Counter(train)
-    values = sorted({*train, *held_out})
+    same = {value: folded(value) for value in {*train, *held_out}}
+    first: dict[str, str] = {}
+    for value in sorted(same):
+        first.setdefault(same[value], value)
+    sizes = Counter(first[same[value]] for value in train)
+    values = sorted(first.values())
     kept = sorted((v for v in sizes if sizes[v] >= least), key=lambda v: (-sizes[v], v))
     if not kept or len(kept) < institutions:
         wish = (
@@ -123,9 +130,10 @@ def by_column(
     safe = file_names(values)
     name_of = {value: safe[value] for value in kept[: institutions or len(kept)]}
     names = tuple(sorted(name_of.values()))
-    index = {value: names.index(name) for value, name in name_of.items()}
+    place = {value: names.index(name) for value, name in name_of.items()}
+    index = {value: place.get(first[key], -1) for value, key in same.items()}
     owner, held = (
-        np.fromiter((index.get(value, -1) for value in column), dtype=np.int64, count=len(column))
+        np.fromiter((index[value] for value in column), dtype=np.int64, count=len(column))
         for column in (train, held_out)
     )
     return Assignment(names=names, train=owner, held_out=held, dropped=len(values) - len(names))
@@ -247,16 +255,28 @@ def _through_flower(partitioner: Any, columns: Mapping[str, Any]) -> NDArray[np.
 def file_names(values: Sequence[str]) -> dict[str, str]:
     """Return a name for each value, safe as a file name: ``[A-Za-z0-9_-]``, short, and unique.
 
-    Names that would collide, also where case is ignored, all get a hash of their value.
+    A value that is such a name already keeps it. Others that would collide with it or with each
+    other, also where case is ignored, get ``--`` and a hash of their value: no other name has
+    ``--`` in it.
+
+    Raises:
+        InputError: If two values have one hash, which happens only where somebody looked for it.
     """
     plain: dict[str, str] = {}
     for value in values:
         ascii_only = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
         plain[value] = re.sub(r"[^A-Za-z0-9_]+", "-", ascii_only)[:64].strip("-") or "institution"
     uses = Counter(name.casefold() for name in plain.values())
-    return {
-        value: name
-        if uses[name.casefold()] == 1
-        else f"{name}-{hashlib.sha256(value.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
-        for value, name in plain.items()
-    }
+    own = Counter(name.casefold() for value, name in plain.items() if value == name)
+    holder: dict[str, str] = {}
+    for value, name in plain.items():
+        if uses[name.casefold()] > 1 and not (value == name and own[name.casefold()] == 1):
+            digest = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+            plain[value] = f"{name}--{digest[:12]}"
+        other = holder.setdefault(plain[value].casefold(), value)
+        if other != value:
+            raise InputError(
+                f"the institutions {other!r} and {value!r} would both be called {plain[value]}; "
+                "rename one of them in the data"
+            )
+    return plain

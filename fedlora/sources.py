@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedlora.errors import InputError, RecordError
+from fedlora.text import is_unicode
 
 Rows = dict[str, list[str]]
 """Columns of equal length, every value text."""
@@ -157,6 +158,11 @@ def _text(value: Any, source: str, column: str) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
+        if not is_unicode(value):
+            raise InputError(
+                f"column {column!r} of {source} holds half of a surrogate pair, which is no "
+                "character; write the whole pair, or leave it out"
+            )
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -214,6 +220,8 @@ def _read_jsonl(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
                     records.append(cast(dict[str, Any], record))
     except json.JSONDecodeError as error:
         raise _unreadable(source, ValueError(f"line {number}: {error.msg}")) from None
+    except RecursionError:
+        raise _unreadable(source, ValueError(f"line {number} is nested too deeply")) from None
     except ValueError as error:
         raise _unreadable(source, error) from None
     _check_columns(source, wanted, (column for record in records for column in record))
@@ -226,10 +234,10 @@ def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
     try:
         file = parquet.ParquetFile(path)
         _check_columns(source, wanted, file.schema_arrow.names)
-        table = file.read(columns=list(wanted))
-    except (arrow.ArrowInvalid, OSError) as error:
+        columns = {c: file.read(columns=[c]).column(c).to_pylist() for c in wanted}
+    except (arrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise _unreadable(source, error) from None
-    return {c: [_text(v, source, c) for v in table.column(c).to_pylist()] for c in wanted}
+    return {c: [_text(v, source, c) for v in values] for c, values in columns.items()}
 
 
 def _read_us_gaap(path: Path, wanted: Mapping[str, str]) -> Rows:

@@ -1,20 +1,48 @@
-"""What every command of the command line shares: errors as one line, exit codes, ``--json``."""
+"""What every command shares: the way by which text reaches a terminal, errors, ``--json``."""
 
 # pyright: reportUnknownMemberType=false
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from fedlora.errors import InputError, Refusal
+from fedlora.text import visible
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-ERRORS = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+class Terminal(Console):
+    """A console that shows every text as it is.
+
+    Labels, names and predicted texts come from data and model directories. None of it may move the
+    cursor, change a colour or begin a line of its own: control characters are shown as Python
+    writes them, and neither ``[red]`` nor ``:warning:`` means anything.
+
+    Args:
+        stderr: Write to standard error.
+        quiet: Write nothing.
+    """
+
+    def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
+        super().__init__(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+
+    def write_line(self, *texts: str) -> None:
+        """Print one line, however narrow the terminal is, with a tab between texts."""
+        self.print(*texts, sep="\t", soft_wrap=True)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As in rich, which turns every string, also one in a table, into `Text` by this method."""
+        return super().render_str(visible(text), **options)
+
+
+ERRORS = Terminal(stderr=True)
 
 
 def clean_errors(command: Callable[P, T]) -> Callable[P, T]:
@@ -25,7 +53,7 @@ def clean_errors(command: Callable[P, T]) -> Callable[P, T]:
         try:
             return command(*args, **kwargs)
         except (InputError, Refusal) as error:
-            ERRORS.print(f"error: {error}")
+            ERRORS.write_line(f"error: {error}")
             raise typer.Exit(2) from None
 
     return wrapped

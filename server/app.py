@@ -8,7 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora import config as configuration
 from fedlora import logs
 from fedlora.run_files import alone
-from server import rounds
+from server import rounds, run_directory
 
 app = ServerApp()
 
@@ -18,6 +18,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run every round that is left. Raises on failure: Flower counts a plain exit as success."""
     if logs.wanted():
         logs.to_stderr()
-    config = configuration.from_context(context.run_config, context.run_id)
+    config = run_directory.with_tracking(
+        configuration.from_context(context.run_config, context.run_id)
+    )
     with alone(Path(config.run_dir)):
         rounds.run(grid, config)

@@ -186,6 +186,19 @@ class RunDirectory:
         write_atomic(self.path / name, (json.dumps(finite(content), indent=2) + "\n").encode())
 
 
+def with_tracking(config: RunConfig) -> RunConfig:
+    """The configuration with the tracking section of its submission.
+
+    Flower, which hands a run's configuration to institutions too, does not have that section.
+    """
+    try:
+        text = (Path(config.run_dir) / SUBMISSION).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return config
+    submitted = json.loads(text)["config"]
+    return config.replace({k: v for k, v in submitted.items() if k.startswith("tracking.")})
+
+
 def changes(old: RunConfig, new: RunConfig) -> list[str]:
     """What differs between two configurations, leaving out keys that cannot change a result."""
     before, after = old.flat(), new.flat()

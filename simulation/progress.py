@@ -11,21 +11,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.live import Live
+from rich.styled import Styled
 from rich.table import Table
-from rich.text import Text
 
 from fedlora import metrics
 from fedlora.config import KEPT, RunConfig
 from fedlora.run_files import read_records
+from fedlora.terminal import Terminal
 
 if TYPE_CHECKING:
     from simulation.engines.grid import SimulationGrid
 
 
 @contextlib.contextmanager
-def progress(config: RunConfig, grid: "SimulationGrid", console: Console) -> Iterator[None]:
+def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> Iterator[None]:
     """Show round, institutions done, accuracy, epsilon and seconds left until the block ends.
 
     On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run.
@@ -48,14 +48,14 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Console) -> Ite
     def redraw() -> None:
         with Live(console=console, refresh_per_second=4, transient=True) as live:
             while not done.wait(0.25):
-                live.update(Text(line()[1]))
+                live.update(line()[1])
 
     def report() -> None:
         every, shown = max(1, config.federation.rounds // 10), first
         while not done.wait(0.25):
             finished, text = line()
             if finished >= shown + every or (finished and not shown):
-                console.print(text, highlight=False, soft_wrap=True)
+                console.write_line(text)
                 shown = finished
 
     thread = threading.Thread(target=redraw if console.is_terminal else report, daemon=True)
@@ -107,10 +107,10 @@ def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
     """Add what accuracy has to beat, and whether a model says the same of every row."""
     if classes := result.get("per_class"):
         name, share = metrics.majority(classes)
-        table.add_row("always the most frequent", Text(f"{share:.4f} ({name})"))
+        table.add_row("always the most frequent", f"{share:.4f} ({name})")
         if only := metrics.only_prediction(classes):
             said = f"the model says {only} of every row: it has learned nothing yet"
-            table.add_row("", Text(said, style="yellow"))
+            table.add_row("", Styled(said, "yellow"))
 
 
 def longer(truncated: int, max_length: int) -> str:
@@ -118,7 +118,7 @@ def longer(truncated: int, max_length: int) -> str:
     return f"{truncated} text{'s' * (truncated != 1)} longer than {max_length} tokens"
 
 
-def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> None:
+def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> None:
     """The table at the end of a run, and where everything is."""
     run_dir = Path(config.run_dir)
     privacy = json.loads((run_dir / "privacy.json").read_text(encoding="utf-8"))
@@ -167,12 +167,12 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Console) -> N
             "against those who see global adapters only",
         )
     style = "bold red" if config.privacy.protects_nobody else "green"
-    table.add_row("protects", Text(privacy["protects"], style=style))
+    table.add_row("protects", Styled(privacy["protects"], style))
     console.print(table)
     adapter = run_dir / "adapter"
     if config.federation.strategy in KEPT:
         adapter = run_dir / "institutions" / "NAME" / "adapter"
-    console.print(f"adapter        {adapter}", highlight=False, soft_wrap=True)
-    console.print(f"report         {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(f"privacy        {run_dir / 'privacy.json'}", highlight=False, soft_wrap=True)
-    console.print(f"every round    {run_dir / 'rounds.jsonl'}", highlight=False, soft_wrap=True)
+    console.write_line(f"adapter        {adapter}")
+    console.write_line(f"report         {run_dir / 'report.html'}")
+    console.write_line(f"privacy        {run_dir / 'privacy.json'}")
+    console.write_line(f"every round    {run_dir / 'rounds.jsonl'}")

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from fedlora import logs
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.startup import importing, uncollected
+from fedlora.terminal import Terminal
 
 if TYPE_CHECKING:
     from fedlora.shards import Federation
@@ -46,7 +46,7 @@ class Loaded:
     forks: "ForkServer | None"
 
 
-def simulate(config: RunConfig, kind: str, console: Console) -> dict[str, Any]:
+def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     """Run a federation from its records to a complete run directory, and show progress.
 
     Args:
@@ -64,11 +64,9 @@ def simulate(config: RunConfig, kind: str, console: Console) -> dict[str, Any]:
 
     with console.status("reading records"):
         records = prepare(config)
-    console.print(
+    console.write_line(
         f"{len(records.names)} institutions, {records.counts['rows']:,} rows; "
-        f"results in {config.run_dir}",
-        highlight=False,
-        soft_wrap=True,
+        f"results in {config.run_dir}"
     )
     with contextlib.ExitStack() as stack:
         with console.status("loading the base model, starting workers"):
@@ -185,14 +183,14 @@ def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[Simul
             from simulation.engines.inline import InlineGrid
 
         with _logging_to(log):
-            yield InlineGrid(app, institutions, config.flat())
+            yield InlineGrid(app, institutions, config.shared())
     else:
         from simulation.engines.ray import RayGrid
 
         with RayGrid(
             CLIENT_APP,
             institutions,
-            config.flat(),
+            config.shared(),
             workers=settings.workers,
             threads=settings.threads,
             gpus=settings.gpus,
@@ -276,6 +274,7 @@ def run_rounds(config: RunConfig, grid: "SimulationGrid") -> None:
 @contextlib.contextmanager
 def _logging_to(path: str) -> Iterator[None]:
     handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logs.OneLine("%(asctime)s %(levelname)s %(message)s"))
     logger: Any = logging.getLogger("fedlora.client")
     logger.addHandler(handler)
     try:

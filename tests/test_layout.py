@@ -139,3 +139,44 @@ def test_what_the_configuration_says_of_strategies_is_what_they_are():
     assert own == set(config.MIXED_RANKS)
     means = {name for name, s in STRATEGIES.items() if s.aggregate is fedavg.aggregate}
     assert means == set(config.FACTOR_MEANS)
+
+
+LOADERS = ("from_pretrained", "from_config", "pipeline", "load_adapter")
+"""Functions of transformers and PEFT that open a model directory."""
+
+
+def loads(tree):
+    """Each call of a loader: its line, and whether it says that no code of a model may run."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            if name in LOADERS:
+                given = {k.arg: k.value for k in node.keywords}
+                said = given.get("trust_remote_code")
+                yield node.lineno, isinstance(said, ast.Constant) and said.value is False
+
+
+def test_every_call_that_opens_a_model_says_that_its_code_may_not_run():
+    calls = {
+        f"{file.relative_to(ROOT)}:{line}": refused
+        for folder in (*ALLOWED, "benchmarks", "tests")
+        for file in (ROOT / folder).rglob("*.py")
+        for line, refused in loads(ast.parse(file.read_text()))
+    }
+    assert len(calls) > 20
+    assert not [place for place, refused in calls.items() if not refused]
+
+
+def test_text_reaches_the_terminal_by_one_console_that_shows_it_as_it_is():
+    for file in (ROOT / "experiments").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called.endswith(("Console", "Text", "from_markup", "echo")):
+                assert file.name == "terminal.py", f"{file}:{node.lineno} calls {called}"
+            if called == "print" and not any(k.arg == "file" for k in node.keywords):
+                printed = ast.unparse(node)
+                safe = ("json.dumps", "to_toml", "__version__")
+                assert any(word in printed for word in safe), f"{file}:{node.lineno}: {printed}"

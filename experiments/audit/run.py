@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from experiments.audit import membership
@@ -37,6 +36,7 @@ from fedlora.files import write_atomic
 from fedlora.run_files import finite
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
+from fedlora.terminal import Terminal
 from fedlora.trainable import Trainable
 from simulation.progress import progress
 from simulation.run import load, open_engine, run_rounds
@@ -79,7 +79,7 @@ def run(
     canaries: int,
     shadows: int,
     engine: str,
-    console: Console,
+    console: Terminal,
 ) -> dict[str, Any]:
     """Plant canaries, run, attack.
 
@@ -138,7 +138,7 @@ def run(
         result = _keep(out, result)
         if shadows:
             kept = f"kept so far: {out / 'audit.json'}; {shadows} shadow runs for LiRA follow"
-            console.print(kept, soft_wrap=True, highlight=False)
+            console.write_line(kept)
             try:
                 lira = _lira(target, rows, engine, shadows, Path(folder), console)
                 result["membership"]["lira"] = lira
@@ -158,7 +158,7 @@ def _keep(out: Path, result: dict[str, Any]) -> dict[str, Any]:
 def _train(
     config: RunConfig,
     engine: str,
-    console: Console,
+    console: Terminal,
     transcript: Transcript | None = None,
 ) -> None:
     with (
@@ -259,7 +259,7 @@ def _lira(
     engine: str,
     shadows: int,
     folder: Path,
-    console: Console,
+    console: Terminal,
 ) -> dict[str, Any]:
     """The same rows under LiRA, which trains shadows."""
     confidences, had = list[Floats](), list[NDArray[np.bool_]]()
@@ -396,7 +396,7 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*found, ("the promise", verdict(result))]
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
+def show(result: Mapping[str, Any], console: Terminal) -> None:
     """The audit as a table."""
     table = Table(title="Privacy audit", show_header=False, title_justify="left")
     table.add_column(style="bold")

@@ -28,7 +28,7 @@ from ray._private.node import Node
 from ray._private.state import GlobalState
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-from fedlora import startup, wire
+from fedlora import logs, startup, wire
 from fedlora.errors import InputError
 from fedlora.flower_internals import set_message_id
 from simulation.engines.forkserver import ForkServer
@@ -112,7 +112,7 @@ class _Worker:
         self._held: dict[int, Any] = {}
         if log:
             handler = logging.FileHandler(log, delay=True)
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            handler.setFormatter(logs.OneLine("%(asctime)s %(levelname)s %(message)s"))
             logging.getLogger("fedlora").addHandler(handler)
         module, _, name = app.partition(":")
         with startup.importing():

@@ -80,6 +80,52 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     refused("run", "--resume", out, words=["is complete"])
 
 
+HOSTILE = "\x1b]0;owned\x07\x9b2J\u202e[red]x[/red]:warning:"
+SHOWN = r"\x1b]0;owned\x07\x9b2J\u202e[red]x[/red]:warning:"
+
+
+def test_labels_and_texts_cannot_write_to_the_terminal_but_as_text(
+    config_file, tmp_path, complaints, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = complaints.read_text().replace(",fraud,", f",{HOSTILE},").replace("Alpha", HOSTILE)
+    source, out = tmp_path / "hostile.csv", tmp_path / "out"
+    source.write_text("".join(row for row in rows.splitlines(True) if ",card," not in row))
+    few = tmp_path / "few.csv"  # of these the hostile label is the most frequent
+    few.write_text(f"text,label\nstolen,{HOSTILE}\nphishing,{HOSTILE}\nmortgage,loan\n")
+    assign = ("--set", f"data.source={source}", "--set", f"data.test-source={few}")
+    assign += ("--set", "data.partition=iid", "--set", "data.institutions=2")
+
+    ran = invoke("run", config_file(), *assign, "--out", out, "--engine", "inline")
+    assert f"({SHOWN})" in ran.stdout and ran.exit_code == 0, ran.output
+    measured = invoke("evaluate", out, "--data", few)
+    assert f"{SHOWN} " in measured.stdout and measured.exit_code == 0, measured.output
+    said = invoke("predict", out, f"stolen {HOSTILE}", "two\nlines")
+    assert f"stolen {SHOWN}\n" in said.stdout and said.exit_code == 0, said.output
+    assert r"two\nlines" in said.stdout and len(said.stdout.splitlines()) == 2
+    refused("evaluate", out, "--data", complaints, words=[SHOWN, "'card'"])
+    for result in (ran, measured, said, invoke("evaluate", out, "--data", few, "--json")):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u26a0]", result.output)
+    read = json.loads(invoke("evaluate", out, "--data", few, "--json").stdout)
+    assert HOSTILE in read["per_class"]
+
+
+def test_bad_input_that_no_encoding_can_write_is_one_line(config_file, tmp_path):
+    refused("predict", tmp_path, "\ud800", words=["half of a surrogate pair"])
+    refused("run", config_file(), "--set", "data.text=\udc80", words=["data.text", r"\udc80"])
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 100_000)
+    assign = ("--set", f"data.source={deep}")
+    refused("run", config_file(), *assign, words=["line 1 is nested too deeply"])
+    done = tmp_path / "done"
+    done.mkdir()
+    (done / "config.toml").write_text(config_file().read_text())
+    for content in ("[" * 100_000, "\ud800"):
+        (done / "result.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+        refused("predict", done, "text", words=["result.json cannot be read"])
+        refused("report", done, words=["holds no complete run that can be read"])
+
+
 def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
     config_file, tmp_path, monkeypatch
 ):
@@ -120,6 +166,7 @@ def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
         ("adapter.target-modules=nope", ["nope"]),
         ("privacy.epsilon=1e-9", ["epsilon", "1e-09", "raise"]),
         ("privacy.ledger=/dev/null", ["privacy.ledger", "/dev/null"]),
+        ("tracking.mlflow=http://u:word@host", ["tracking.mlflow", "MLFLOW_TRACKING_PASSWORD"]),
         (
             "privacy.institution-delta=0.3 privacy.institution-epsilon=1",
             ["institution-delta", "0.3"],

@@ -255,7 +255,7 @@ def grouped_queries(request, tiny_config, tiny_encoder, tmp_path):
     size = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 64}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=60, **size, **heads)).save_pretrained(tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, trust_remote_code=False)
     tokenizer.add_tokens(["loan", "card", "fraud"])  # else labels are all unknown words
     tokenizer.save_pretrained(tmp_path / "m")
     config = tiny_config(

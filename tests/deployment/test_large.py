@@ -27,7 +27,7 @@ PER_RANK = 4 * 6 * (4 * 2 * 1024 + 2 * (1024 + 4096))
 def federation(tmp_path_factory, tiny_encoder, complaints):
     model = tmp_path_factory.mktemp("wide") / "model"
     shutil.copytree(tiny_encoder, model)
-    config = BertConfig.from_pretrained(tiny_encoder)
+    config = BertConfig.from_pretrained(tiny_encoder, trust_remote_code=False)
     config.update(WIDE)
     torch.manual_seed(0)
     BertModel(config).save_pretrained(model)

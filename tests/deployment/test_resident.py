@@ -18,7 +18,7 @@ def _weights(directory, seed):
     from transformers import BertModel
 
     torch.manual_seed(seed)
-    made = BertModel(BertModel.config_class.from_pretrained(directory))
+    made = BertModel(BertModel.config_class.from_pretrained(directory, trust_remote_code=False))
     (directory / "model.safetensors").unlink()  # who has it mapped keeps what was in it
     made.save_pretrained(directory)
     for file in (directory, *directory.iterdir()):

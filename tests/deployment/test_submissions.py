@@ -105,9 +105,22 @@ def _round(submission, number):
 def test_a_submission_carries_the_whole_configuration_and_its_directory(here, link, deployed):
     made = runs.submit(here, deployed, "one")
     (sent,) = link.configs
-    assert sent == {**deployed.flat(), "run-dir": str(here.results / "one")}
+    assert sent == {**deployed.shared(), "run-dir": str(here.results / "one")}
     assert runs.find(here, "one") == made
     assert made.state == "running"
+
+
+def test_the_tracking_section_stays_at_the_server_and_its_app_finds_it(here, link, deployed):
+    from server import run_directory
+
+    tracked = deployed.replace(
+        {"tracking.mlflow": "http://inside:5000", "tracking.tensorboard": "t"}
+    )
+    made = runs.submit(here, tracked, "one")
+    (sent,) = link.configs
+    assert not any(key.startswith("tracking.") for key in sent)
+    found = run_directory.with_tracking(config.from_context(sent, run_id=1))
+    assert found.tracking == tracked.tracking and found.flat() == made.config
 
 
 def test_the_directory_of_a_submission_is_free_for_the_run(here, link, deployed):

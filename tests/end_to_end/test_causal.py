@@ -109,7 +109,9 @@ def test_smollm2_learns_under_dp_through_ray_and_its_adapter_opens_with_peft(
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
         ours = work.model(**inputs).logits
-        opened = PeftModel.from_pretrained(work.model.unload(), run / "adapter").eval()
+        opened = PeftModel.from_pretrained(
+            work.model.unload(), run / "adapter", trust_remote_code=False
+        ).eval()
         theirs = opened(**inputs).logits
     error = float((theirs.float() - ours.float()).norm() / ours.float().norm())
     bf16 = next(work.base.model.parameters()).dtype == torch.bfloat16

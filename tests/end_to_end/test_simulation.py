@@ -77,7 +77,9 @@ def test_the_adapter_opens_with_peft_and_gives_the_same_outputs(tiny_config, sim
     base = models.load_base(
         config.model.name, dtype="fp32", quantization="none", task="classification", num_labels=3
     )
-    opened = PeftModel.from_pretrained(base.model, Path(config.run_dir) / "adapter").eval()
+    opened = PeftModel.from_pretrained(
+        base.model, Path(config.run_dir) / "adapter", trust_remote_code=False
+    ).eval()
     work.model.eval()
     with torch.no_grad():
         torch.testing.assert_close(

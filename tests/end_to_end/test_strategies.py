@@ -50,7 +50,7 @@ def _opened(config, adapter):
         task="classification",
         num_labels=3,
     )
-    return PeftModel.from_pretrained(base.model, adapter)
+    return PeftModel.from_pretrained(base.model, adapter, trust_remote_code=False)
 
 
 def _accuracy(logits, config):

@@ -235,7 +235,9 @@ def test_secrets_that_nobody_can_spell_are_ranked_in_the_middle(audited, tiny_en
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_hidden_layers=1, **size))
     model.save_pretrained(tmp_path / "causal")
-    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "causal")
+    AutoTokenizer.from_pretrained(tiny_encoder, trust_remote_code=False).save_pretrained(
+        tmp_path / "causal"
+    )
     values = {"model.name": str(tmp_path / "causal"), "model.task": "sft", "federation.rounds": 2}
     _, found = audited(**values, **{"training.max-length": 32})
     extraction, canaries = found["extraction"], found["canaries"]

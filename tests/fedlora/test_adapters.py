@@ -38,7 +38,7 @@ def directories(tmp_path_factory):
     torch.manual_seed(0)
     for family, config in CONFIGS.items():
         factory = AutoModel if family == "bert" else AutoModelForCausalLM
-        factory.from_config(config).save_pretrained(root / family)
+        factory.from_config(config, trust_remote_code=False).save_pretrained(root / family)
     return root
 
 
@@ -109,7 +109,9 @@ def test_peft_opens_a_saved_adapter_with_the_same_outputs(
         PerSampleAdapters(model)
         AdapterState.read(model).save(tmp_path / method, model)
         opened = PeftModel.from_pretrained(
-            load(directories / family, quantization).model, tmp_path / method
+            load(directories / family, quantization).model,
+            tmp_path / method,
+            trust_remote_code=False,
         )
         torch.testing.assert_close(outputs(opened.eval()), outputs(model), rtol=1e-5, atol=1e-5)
 
@@ -174,7 +176,7 @@ def test_a_merged_bf16_encoder_keeps_its_float32_head(directories, tmp_path):
     merged = adapters.merge(trained(load(directories / "bert", dtype="bf16")))
     merged.save_pretrained(tmp_path)
     again = load(directories / "bert").model.__class__.from_pretrained(
-        tmp_path, dtype=torch.bfloat16
+        tmp_path, dtype=torch.bfloat16, trust_remote_code=False
     )
     assert again.classifier.weight.dtype == torch.float32
     assert torch.equal(again.classifier.weight, merged.classifier.weight)
@@ -224,9 +226,9 @@ def test_every_default_target_is_in_the_model_it_is_for():
         config = AutoConfig.for_model(model_type)
         with torch.device("meta"):
             try:
-                model = AutoModelForCausalLM.from_config(config)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             except ValueError:
-                model = AutoModel.from_config(config)
+                model = AutoModel.from_config(config, trust_remote_code=False)
         assert adapters._targets(model, ()) == adapters.TARGETS[model_type]
         checked += 1
     assert checked == len(adapters.TARGETS) > 20

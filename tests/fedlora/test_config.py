@@ -114,6 +114,19 @@ def test_files_that_are_missing_or_not_toml_are_named(tmp_path):
         config.load(broken)
 
 
+def test_text_that_is_no_unicode_and_nesting_without_end_are_refused(tmp_path):
+    for value in ("\ud800", '["a", "\\ud800"]', ["a", "\ud800"]):
+        key = "data.text" if value == "\ud800" else "data.labels"
+        with pytest.raises(InputError, match=rf"{key} has '\\ud800', .*surrogate pair"):
+            config.from_flat({key: value})
+    with pytest.raises(InputError, match=r"data\.labels must be a list of text"):
+        config.from_flat({"data.labels": "[" * 100_000})
+    deep = tmp_path / "deep.toml"
+    deep.write_text("seed = " + "[" * 100_000)
+    with pytest.raises(InputError, match="not valid TOML"):
+        config.load(deep)
+
+
 def test_the_fingerprint_ignores_where_a_run_runs_and_nothing_else():
     made = config.RunConfig()
     moved = made.replace(

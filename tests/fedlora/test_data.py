@@ -1,3 +1,4 @@
+import hashlib
 import importlib.util
 import json
 import os
@@ -100,6 +101,45 @@ def test_the_unit_record_numbers_the_rows_of_each_institution(tmp_path: Path) ->
     fed = fixed(tmp_path, TRAIN, [("rise", "good", "South"), ("sink", "bad", "North")])
     assert fed.train(1).units.tolist() == [0, 1, 2]
     assert fed.all_held_out.units.tolist() == [0, 0]
+
+
+SPELLINGS = ("Jos\u00e9 M\u00fcller", "JOSE\u0301 MU\u0308LLER", "jos\u00e9\u00a0\u2003m\u00fcller",
+             "Jos\u00e9\u200b M\u00fcller", "\uff2aos\u00e9 M\u00fcller")  # fmt: skip
+
+
+def test_a_customer_is_one_unit_in_whatever_case_and_unicode_form(tmp_path: Path) -> None:
+    names = (*SPELLINGS, "Josef M\u00fcller")
+    train = [(f"text {i}", ("good", "bad")[i % 2], "North", n) for i, n in enumerate(names)]
+    shard = fixed(tmp_path, train, TEST, unit="customer").train(0)
+    assert shard.num_units == 2 and len(set(shard.units[:-1].tolist())) == 1
+
+    plain = [(*row[:3], SPELLINGS[0] if row[3] in SPELLINGS else row[3]) for row in train]
+    same = fixed(tmp_path, plain, TEST, unit="customer").train(0)
+    assert same.fingerprint() == shard.fingerprint()  # a ledger knows who has which records
+
+
+def test_the_fingerprint_of_records_is_the_digest_of_their_digests(tmp_path: Path) -> None:
+    """By hand, so that no change lets a ledger forget whose it is."""
+    shard = fixed(tmp_path, TRAIN, TEST).train(1)
+    digest = lambda content: hashlib.sha256(content).digest()  # noqa: E731
+    rows = [digest(json.dumps([text, label]).encode()) for text, label, *_ in TRAIN[1:]]
+    units = sorted(digest(row) for row in rows)
+    assert shard.fingerprint() == hashlib.sha256(b"".join(units)).hexdigest()
+
+
+def test_a_customer_without_a_visible_name_is_refused(tmp_path: Path) -> None:
+    rows = [*TRAIN, ("more", "good", "North", "\u200b\u00ad")]
+    with pytest.raises(InputError, match="1 training rows have nothing in that column"):
+        fixed(tmp_path, rows, TEST, unit="customer")
+
+
+def test_an_institution_is_one_in_whatever_case_and_unicode_form(tmp_path: Path) -> None:
+    banks = ("SOCI\u00c9T\u00c9", "soci\u00e9te\u0301", "Soci\u00e9t\u00e9 ", "\u200b")
+    train = [(f"text {i}", ("good", "bad")[i % 2], bank) for i, bank in enumerate(banks)]
+    fed = fixed(tmp_path, train, [("rise", "good", "Soci\u00e9t\u00e9")])
+    assert fed.names == ("SOCIETE",)  # the spelling that comes first
+    assert (len(fed.train(0)), len(fed.held_out(0))) == (3, 1)
+    assert fed.counts["without_institution"] == 1
 
 
 def test_training_rows_whose_text_is_tested_on_are_removed_and_counted(tmp_path: Path) -> None:

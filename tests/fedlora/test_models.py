@@ -1,7 +1,10 @@
 """Where base models are found, what is refused, and how they are loaded."""
 
+import io
 import json
 import logging
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 
 from fedlora import models
@@ -164,6 +169,24 @@ def test_a_hub_model_of_pickles_is_refused_before_it_is_downloaded(monkeypatch, 
             "lacks part1.safetensors",
         ),
         ({"config.json": '{"model_type": "novel"}', "model.safetensors": "x"}, "cannot open"),
+        ({"config.json": "[" * 100_000, "model.safetensors": "x"}, "cannot be read .Recursion"),
+        ({"config.json": '{"architectures": [1]}', "model.safetensors": "x"}, "cannot be read"),
+        (
+            {"config.json": '{"max_position_embeddings": "many"}', "model.safetensors": "x"},
+            "cannot be read",
+        ),
+        (
+            {"config.json": "{}", "model.safetensors.index.json": '{"a":' * 100_000},
+            "index.json cannot be read",
+        ),
+        (
+            {"config.json": "{}", "model.safetensors.index.json": '{"weight_map": [1, 2]}'},
+            "index.json cannot be read",
+        ),
+        (
+            {"config.json": '{"model_type": "\\ud800"}', "model.safetensors": "x"},
+            "cannot open",
+        ),
     ],
 )  # fmt: skip
 def test_a_directory_that_cannot_be_loaded_is_an_input_error_of_one_line(tmp_path, files, message):
@@ -172,6 +195,75 @@ def test_a_directory_that_cannot_be_loaded_is_an_input_error_of_one_line(tmp_pat
     with pytest.raises(InputError, match=message) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": {"model_type": "novel", "auto_map": {"AutoConfig": "novel.Novel"}}},
+        {
+            "config.json": {
+                "model_type": "vit",  # known, but not as a language model
+                "architectures": ["NovelForCausalLM"],
+                "auto_map": {"AutoModelForCausalLM": "novel.Novel"},
+            }
+        },
+        {
+            "config.json": {"model_type": "vit"},  # has no tokenizer of its own
+            "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["novel.Novel", None]}},
+        },
+    ],
+    ids=["config", "model", "tokenizer"],
+)
+def test_code_of_a_model_directory_is_not_run_whatever_standard_input_says(
+    encoder, tmp_path, monkeypatch, files
+):
+    for each in encoder.iterdir():
+        (tmp_path / each.name).write_bytes(each.read_bytes())
+    marker = tmp_path / "marker"
+    (tmp_path / "novel.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Novel: pass\n")
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(InputError, match="such code is never run; choose") as error:
+        load(tmp_path)
+    assert not marker.exists() and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"pad_token": "\\ud800"}'),
+        ("tokenizer.json", '{"model": 1}'),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_an_input_error_of_one_line(
+    encoder, tmp_path, file, content
+):
+    directory = shutil.copytree(encoder, tmp_path / "base")
+    (directory / file).write_text(content)
+    with pytest.raises(InputError, match="cannot open") as error:
+        models.load_tokenizer(str(directory))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_other_shapes_than_the_configuration_says_are_an_input_error(encoder, tmp_path):
+    directory = shutil.copytree(encoder, tmp_path / "base")
+    content = json.loads((directory / "config.json").read_text())
+    for wrong in ({"hidden_size": "wide"}, {"hidden_size": 60}):
+        (directory / "config.json").write_text(json.dumps(content | wrong))
+        with pytest.raises(InputError, match="cannot open"):
+            load(directory)
+
+
+def test_the_encoder_of_an_encoder_decoder_saved_by_itself_is_refused(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    save(T5EncoderModel(T5Config(vocab_size=20, **sizes)), tmp_path)
+    assert not json.loads((tmp_path / "config.json").read_text()).get("is_encoder_decoder")
+    with pytest.raises(InputError, match=r"an encoder-decoder or a part of one \(t5\); choose"):
+        load(tmp_path)
 
 
 def test_damaged_weights_are_an_input_error(encoder, tmp_path):
@@ -221,7 +313,9 @@ def test_the_head_sees_the_mean_over_tokens_that_are_not_padding(encoder, dtype)
 
 
 def test_loaded_weights_are_those_on_disk(encoder):
-    disk = BertModel.from_pretrained(encoder, add_pooling_layer=False).state_dict()
+    disk = BertModel.from_pretrained(
+        encoder, add_pooling_layer=False, trust_remote_code=False
+    ).state_dict()
     ours = load(encoder).model.bert.state_dict()
     assert disk.keys() == ours.keys() and all(torch.equal(disk[name], ours[name]) for name in disk)
 
@@ -230,9 +324,14 @@ def test_a_saved_classifier_opens_again_with_its_head_and_only_for_its_classes(e
     base = load(encoder)
     torch.nn.init.normal_(base.model.classifier.weight)
     save(base.model, tmp_path)
-    for again in (load(tmp_path).model, EncoderClassifier.from_pretrained(tmp_path)):
+    for again in (
+        load(tmp_path).model,
+        EncoderClassifier.from_pretrained(tmp_path, trust_remote_code=False),
+    ):
         assert torch.equal(again.eval()(IDS, MASK).logits, base.model(IDS, MASK).logits)
-    plain = BertModel.from_pretrained(tmp_path, add_pooling_layer=False)  # as any tool opens it
+    plain = BertModel.from_pretrained(
+        tmp_path, add_pooling_layer=False, trust_remote_code=False
+    )  # as any tool opens it
     assert torch.equal(plain(IDS, MASK)[0], base.model.bert(IDS, MASK)[0])
     with pytest.raises(InputError, match="3 classes, but the data have 4"):
         load(tmp_path, num_labels=4)
@@ -256,16 +355,79 @@ def test_an_int8_base_does_not_log_a_line_for_each_layer_and_pass(causal, caplog
     assert not caplog.records
 
 
-def test_the_digest_follows_the_weights_and_is_remembered(causal, encoder, tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+def test_the_digest_follows_the_weights_and_is_remembered(causal, encoder, monkeypatch):
     one, other = (load(directory).digest for directory in (causal, encoder))
     assert one != other and len(one) == 64
     monkeypatch.setattr(models.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     assert load(causal).digest == one
 
 
+def swap(file, *, in_place):
+    """Change a byte of a file and keep its path, size and time."""
+    before = file.stat()
+    content = file.read_bytes()
+    changed = content[:-1] + bytes([content[-1] ^ 1])
+    if in_place:
+        time.sleep(0.02)  # the kernel's clock of file times ticks every 1 to 10 ms
+        file.write_bytes(changed)
+    else:
+        other = file.with_name("other")
+        other.write_bytes(changed)
+        other.replace(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_weights_that_were_swapped_under_the_same_path_size_and_time_have_another_digest(
+    encoder, tmp_path, in_place
+):
+    directory = shutil.copytree(encoder, tmp_path / "base")
+    before = load(directory).digest
+    swap(directory / "model.safetensors", in_place=in_place)
+    assert load(directory).digest != before
+
+
+def test_another_process_does_not_believe_what_was_remembered_of_the_weights(
+    encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+    truth = models.digest(models.resolve(str(encoder)).weights)
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            file.write_text("0" * 64)
+    code = (
+        "import sys; from fedlora import models; "
+        "print(models.digest(models.resolve(sys.argv[1]).weights))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(encoder)], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == truth
+
+
+def test_weights_that_are_swapped_while_they_are_loaded_are_refused(encoder, tmp_path, monkeypatch):
+    from fedlora import encoder as encoders
+
+    directory, opened = shutil.copytree(encoder, tmp_path / "base"), encoders.load
+
+    def opens(*arguments, **options):
+        model = opened(*arguments, **options)
+        swap(directory / "model.safetensors", in_place=False)
+        return model
+
+    monkeypatch.setattr(encoders, "load", opens)
+    with pytest.raises(InputError, match="changed while they were loaded; run again"):
+        load(directory)
+
+
 def test_the_digest_of_shards_changes_with_any_of_them(causal, tmp_path):
-    shards = save(LlamaForCausalLM.from_pretrained(causal), tmp_path, max_shard_size="50KB")
+    shards = save(
+        LlamaForCausalLM.from_pretrained(causal, trust_remote_code=False),
+        tmp_path,
+        max_shard_size="50KB",
+    )
     files = models.resolve(str(shards)).weights
     assert len(files) > 1
     before = models.digest(files)

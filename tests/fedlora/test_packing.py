@@ -71,12 +71,12 @@ def made(family):
     encoder = family in ENCODERS
     config, first = (ENCODERS if encoder else CAUSAL)[family]
     if encoder:
-        inner = hf.AutoModel.from_config(config)
+        inner = hf.AutoModel.from_config(config, trust_remote_code=False)
         inner.config.num_labels = len(LABELS)
         model = EncoderClassifier(inner.config, inner)
         torch.nn.init.normal_(model.classifier.weight)
     else:
-        model = hf.AutoModelForCausalLM.from_config(config)
+        model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     attention.use(model)
     kind = "encoder" if encoder else "causal"
     task = tasks.make("classification", kind, tokenizer(), prompt="", max_length=16)

@@ -1,3 +1,5 @@
+import hashlib
+import re
 from collections import Counter
 
 import numpy as np
@@ -92,6 +94,30 @@ def test_file_names_are_safe_short_and_unique_where_case_is_ignored() -> None:
     assert len({name.casefold() for name in names.values()}) == len(values)
     assert all(len(name) <= 80 and name.replace("-", "").isalnum() for name in names.values())
     assert file_names(["CITIBANK, N.A."]) == {"CITIBANK, N.A.": "CITIBANK-N-A"}
+
+
+def test_no_two_institutions_share_a_file_name_and_plain_names_stay() -> None:
+    values = ["a/b", "a b", "a-b-c14cddc033f6", "a-b--c14cddc033f6", "a-b", "institution", "\u682a"]
+    names = file_names(values)
+    assert len({name.casefold() for name in names.values()}) == len(values)
+    for value in ("a-b-c14cddc033f6", "a-b", "institution"):
+        assert names[value] == value
+    assert names["a/b"] == "a-b--c14cddc033f6"
+    assert names["a-b--c14cddc033f6"] == "a-b-c14cddc033f6--" + names["a-b--c14cddc033f6"][-12:]
+
+
+def test_names_that_were_looked_for_until_their_hashes_agree_are_refused() -> None:
+    values = ["a/..../.....././//......../b", "a/..////////.///...///./../b"]
+    assert len({hashlib.sha256(value.encode()).hexdigest()[:12] for value in values}) == 1
+    with pytest.raises(InputError, match=r"would both be called a-b--22fc1077ca5e; rename one"):
+        file_names(values)
+
+
+@given(st.lists(st.text("ab-/ _\u00e9A", max_size=6), unique=True, max_size=30))
+def test_file_names_are_injective(values: list[str]) -> None:
+    names = file_names(values)
+    assert len({name.casefold() for name in names.values()}) == len(values) == len(names)
+    assert all(re.fullmatch("[A-Za-z0-9_-]+", name) for name in names.values())
 
 
 @pytest.mark.parametrize("spec", SCHEMES)

@@ -46,7 +46,7 @@ def directories(tmp_path_factory):
     torch.manual_seed(0)
     for family, config in CONFIGS.items():
         factory = AutoModel if family == "bert" else AutoModelForCausalLM
-        factory.from_config(config).save_pretrained(root / family)
+        factory.from_config(config, trust_remote_code=False).save_pretrained(root / family)
     return root
 
 

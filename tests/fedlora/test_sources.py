@@ -119,6 +119,33 @@ def test_parquet_columns_of_any_plain_type_become_text(tmp_path: Path) -> None:
         sources.read(write(tmp_path / "b.parquet", "no parquet"), TEXT_LABEL)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.csv", b"text,label\na,b\n\xed\xa0\x80,b\n", "cannot be read.*decode"),
+        ("a.csv", b"\xed\xa0\x80,label\na,b\n", "cannot be read"),
+        ("a.jsonl", b'{"text": "\\ud800", "label": "b"}\n', "'text' of .* surrogate pair"),
+        ("a.jsonl", b'{"text": "a", "label": "b\\udfff"}\n', "'label' of .* surrogate pair"),
+        ("a.jsonl", b'{"text": "a", "label": "\xed\xa0\x80"}\n', "cannot be read.*decode"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "line 2 is nested too deeply"),
+    ],
+)
+def test_text_that_is_no_unicode_and_nesting_without_end_are_one_line_of_error(
+    tmp_path: Path, file: str, content: bytes, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        sources.read(write(tmp_path / file, content), TEXT_LABEL)
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_text_that_is_no_unicode_is_one_line_of_error(tmp_path: Path) -> None:
+    broken = pa.array([b"\xed\xa0\x80"]).view(pa.string())
+    table = pa.table({"text": broken, "label": pa.array(["b"])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="cannot be read"):
+        sources.read(str(tmp_path / "a.parquet"), TEXT_LABEL)
+
+
 def test_a_missing_column_is_answered_with_the_ones_that_are_there(tmp_path: Path) -> None:
     source = write(tmp_path / "a.csv", "headline,label\na,b\n")
     with pytest.raises(InputError, match=r"data.text is 'text', .* the columns headline, label"):

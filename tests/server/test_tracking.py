@@ -38,6 +38,62 @@ def test_a_tracker_that_fails_midway_is_left_alone(tiny_config, caplog):
     assert tracking.figures(record) == {"seconds": 1.0, "updates": 4, "bytes": 0, "accuracy": 0.5}
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://user:hunter2@host:5000",
+        "https://hunter2@host",
+        "postgresql+psycopg2://user:hun/ter2@host/db",
+        "mysql://user:hunter2%40host/db",
+        "postgresql://host/db?user=u&password=hunter2",
+        "mssql+pyodbc:///?odbc_connect=DRIVER%3DX%3BUID%3Du%3BPWD%3Dhunter2",
+        "https://host/path?access_token=hunter2",
+    ],
+)
+def test_a_tracking_uri_with_a_password_is_refused_and_never_quoted(uri, tiny_config):
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_PASSWORD") as error:
+        tiny_config(**{"tracking.mlflow": uri})
+    assert "hun" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "sqlite:///mlflow.db", "http://host:5000", "postgresql://user@host:5432/db", "databricks"],
+)
+def test_a_tracking_uri_without_one_is_taken(uri, tiny_config):
+    assert tiny_config(**{"tracking.mlflow": uri}).tracking.mlflow == uri
+
+
+@pytest.mark.parametrize("engine", ["inline", "ray"])
+def test_institutions_of_a_simulation_do_not_get_the_tracking_section(
+    engine, tiny_config, monkeypatch
+):
+    from simulation import run as simulate
+    from simulation.engines import inline, ray
+
+    given = []
+    taken = {"inline": (inline, "InlineGrid", 2), "ray": (ray, "RayGrid", 2)}
+    module, name, place = taken[engine]
+
+    class Taken(Exception):
+        pass
+
+    def take(*arguments, **_):
+        given.append(arguments[place])
+        raise Taken
+
+    monkeypatch.setattr(module, name, take)
+    config = tiny_config(**{"tracking.mlflow": "http://inside:5000"})
+    records = simulate.prepare(config)
+    with (
+        pytest.raises(Taken),
+        simulate.engine(engine, config, simulate.Ready(records=records, forks=None)),
+    ):
+        pass
+    assert not any(key.startswith("tracking.") for key in given[0])
+    assert given == [config.shared()]
+
+
 @pytest.mark.slow
 def test_both_trackers_hold_what_rounds_jsonl_holds(tiny_config, simulate_run, tmp_path):
     mlflow = pytest.importorskip("mlflow", reason="needs fedlora[tracking]")
