@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import fedlora
-from client import institution, settings
+from client import institution, server_keys, settings
 from fedlora import config as configuration
 from fedlora import trainable, wire
 from fedlora.adapters import AdapterState
@@ -149,7 +149,12 @@ def _trained(charged: Mapping[int, institution.ChargedRound]) -> dict[int, Adapt
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Sums in floating point follow the number of threads: it is the same in every engine."""
+    """Sums in floating point follow the number of threads: it is the same in every engine.
+
+    Raises:
+        InputError: For more than this machine has processors.
+    """
+    configuration.check_threads("engine.threads", count)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -169,9 +174,9 @@ def _situation(context: Context) -> tuple[configuration.RunConfig, institution.I
     Raises:
         Refusal: ``no-settings`` for a machine that has none, and what the settings forbid.
     """
-    config = configuration.from_context(context.run_config, context.run_id)
     ray = sys.modules.get("ray")
     if context.node_config.get("simulation") is True or (ray and ray.is_initialized()):
+        config = configuration.from_context(context.run_config, context.run_id)
         if config.deployed:
             raise Refusal("bad-configuration", "data.source is institutions in a simulation")
         index = int(context.node_config.get("partition-id", -1))
@@ -184,7 +189,8 @@ def _situation(context: Context) -> tuple[configuration.RunConfig, institution.I
             'settings="/path/to/institution.toml"',
         )
     own = settings.load(path)
-    return settings.apply(own, config), institution.deployed(own, config)
+    config = server_keys.apply(own, context.run_config)
+    return config, institution.deployed(own, config)
 
 
 def _guarded(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, check_threads
 from fedlora.errors import InputError
 from fedlora.startup import importing, lean, uncollected
 
@@ -58,6 +58,8 @@ def ready(kind: str, config: RunConfig) -> Iterator[Ready]:
     """
     if kind == "ray":
         _reach(config.engine.ray_address)
+    if not config.engine.ray_address:  # a cluster's machines have processors of their own
+        check_threads("engine.threads", config.engine.threads)
     records = prepare(config)
     with importing():  # and loading: a collection in between would look at all that was imported
         if config.privacy.enabled:

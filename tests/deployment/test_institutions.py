@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client import settings
+from client import server_keys, settings
 from client.app import app
 from client.ledger import Ledger
 from experiments.engines.grid import run_server
@@ -205,7 +205,7 @@ def test_the_federation_goes_on_without_one_that_refuses(deployed, institutions)
 def test_a_configuration_cannot_name_an_institutions_data(tiny_config, institutions):
     own = settings.load(str(institutions()[0]))
     with pytest.raises(Refusal, match="other-data"):
-        settings.apply(own, tiny_config())
+        server_keys.apply(own, tiny_config().flat())
 
 
 def test_a_machine_without_settings_refuses(deployed, institutions):
