@@ -632,11 +632,13 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
             return value == "true"
         if kind is float and not isinstance(value, bool):
             return float(value)
-        if kind is int and not isinstance(value, bool) and int(value) == float(value):
-            return int(value)
+        if kind is int and not isinstance(value, bool):
+            whole = int(value)
+            if abs(whole) < 2**63 and (isinstance(value, str) or whole == value):
+                return whole
     except (TypeError, ValueError, OverflowError):
         pass
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "Unicode text"}[kind]
+    wanted = {int: "a whole number below 2^63", float: "a number", bool: "true or false", str: "Unicode text"}[kind]
     raise InputError(f"{name} is {value!r}; it must be {wanted}")
 
 
