@@ -149,12 +149,7 @@ def _trained(charged: Mapping[int, institution.ChargedRound]) -> dict[int, Adapt
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Sums in floating point follow the number of threads: it is the same in every engine.
-
-    Raises:
-        InputError: For more than this machine has processors.
-    """
-    configuration.check_threads("engine.threads", count)
+    """Sums in floating point follow the number of threads: it is the same in every engine."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -172,6 +167,7 @@ def _situation(context: Context) -> tuple[configuration.RunConfig, institution.I
     app, and Ray, ours or Flower's, runs it in one of its workers.
 
     Raises:
+        InputError: For a configuration or settings that cannot be followed on this machine.
         Refusal: ``no-settings`` for a machine that has none, and what the settings forbid.
     """
     ray = sys.modules.get("ray")
@@ -179,6 +175,7 @@ def _situation(context: Context) -> tuple[configuration.RunConfig, institution.I
         config = configuration.from_context(context.run_config, context.run_id)
         if config.deployed:
             raise Refusal("bad-configuration", "data.source is institutions in a simulation")
+        configuration.check_threads("engine.threads", config.engine.threads)
         index = int(context.node_config.get("partition-id", -1))
         return config, institution.locate(config, index)
     path = context.node_config.get("settings")

@@ -1,8 +1,9 @@
 """What a deployed institution does with each key of a server's configuration.
 
-`KEYS` names every key of `RunConfig`, with one of three rules: `Own`, `Unused` and `Taken`. What the
-institution does not take is dropped before anything reads its value; what it takes has the bounds
-that `fedlora.config` declares for everybody, and those of the institution's settings on top.
+`KEYS` names every key of `RunConfig`, with one of three rules: `Own`, `Unused` and `Taken`. The
+value of a key that the institution does not take is dropped before anything reads it. A value that
+it takes has the bounds that `fedlora.config` declares for everybody, and those of the institution's
+settings on top.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from fedlora.config import RESIDUALS, RunConfig, Scalar
 from fedlora.errors import InputError, Refusal
 
 LONGEST = 1000
-"""Characters of a text, where `Taken` says nothing else: longer ones are read and logged nowhere."""
+"""Characters of a text where `Taken` says nothing else; a longer one is neither read nor logged."""
 LONGEST_LIST = 2**15
 MOST_MODULES = 256
 PROMPT = 16

@@ -175,11 +175,11 @@ class AdapterConfig(Section):
         super().__post_init__()
         if self.ranks not in ("", "size"):
             for text in self.ranks.split(","):
-                whole = text.strip().isdecimal() and len(text) < 20  # int() takes no endless digits
+                whole = text.strip().isdecimal() and len(text) < 20  # int() refuses 5,000 digits
                 if not whole or not 1 <= int(text) <= self.rank:
                     raise InputError(
-                        f"adapter.ranks has {text[:40]!r}; it must be size, or whole numbers from 1 to "
-                        f"adapter.rank ({self.rank}) joined by commas: mend it, or raise "
+                        f"adapter.ranks has {text[:40]!r}; it must be size, or whole numbers from "
+                        f"1 to adapter.rank ({self.rank}) joined by commas: mend it, or raise "
                         "adapter.rank"
                     )
 
@@ -638,7 +638,12 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
                 return whole
     except (TypeError, ValueError, OverflowError):
         pass
-    wanted = {int: "a whole number below 2^63", float: "a number", bool: "true or false", str: "Unicode text"}[kind]
+    wanted = {
+        int: "a whole number below 2^63",
+        float: "a number",
+        bool: "true or false",
+        str: "Unicode text without NUL",
+    }[kind]
     raise InputError(f"{name} is {value!r}; it must be {wanted}")
 
 

@@ -10,6 +10,7 @@ import pickle
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context, Message, MessageType, RecordDict
@@ -22,6 +23,7 @@ from fedlora import config as configuration
 from fedlora.errors import Refusal
 
 RUN = "a1"
+QUERY = wire.pack_query(wire.Query(run=RUN, first=True, participations=2))
 
 
 def main() -> None:
@@ -35,13 +37,14 @@ def main() -> None:
         values, of_the_server = cases[number]
         order = _order(of_the_server)
         started = time.process_time()
-        code = _asked(directory, values, order)
+        code = _code(_asked(directory, values, MessageType.TRAIN, order), wire.unpack_update)
         _say(
             case=number,
             code=code,
             untouched=(directory / "ledger.db").read_bytes() == empty,
-            charges=_charges(directory) if code == "answered" else 0,
             seconds=time.process_time() - started,
+            charges=_charges(directory) if code == "answered" else 0,
+            hello=_code(_asked(directory, values, MessageType.QUERY, QUERY), wire.unpack_hello),
             peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,  # MiB
         )
 
@@ -74,11 +77,17 @@ def _order(values: dict[str, object]) -> RecordDict:
     return wire.pack_order(order, wire.pack_adapter(order.adapter))
 
 
-def _asked(directory: Path, values: dict[str, object], order: RecordDict) -> str:
-    """The code of the institution's answer; ``answered`` for an update."""
+def _asked(
+    directory: Path, values: dict[str, object], kind: str, content: RecordDict
+) -> RecordDict:
     context = Context(1, 1, {"settings": str(directory / "institution.toml")}, RecordDict(), values)
+    return app(Message(content, 1, kind), context).content
+
+
+def _code(reply: RecordDict, unpack: Callable[[RecordDict], object]) -> str:
+    """The code of a refusal, or ``answered``."""
     try:
-        wire.unpack_update(app(Message(order, 1, MessageType.TRAIN), context).content)
+        unpack(reply)
     except Refusal as refusal:
         return refusal.code
     return "answered"

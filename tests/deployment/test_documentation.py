@@ -26,3 +26,15 @@ def test_each_refusal_is_named():
     sent = {"guard" if code.startswith("guard-") else code for code in codes}
     assert len(sent) > 15
     assert {code for code in sent if f"`{code}`" not in TEXT} == set()
+
+
+def test_each_key_of_a_configuration_is_named_under_its_rule():
+    rows = [line.split("|") for line in TEXT.splitlines() if line.startswith("| ")]
+    named = {
+        (key, row[1].strip())
+        for row in rows
+        if row[1].strip() in ("taken", "own", "unused")
+        for key in re.findall(r"`([a-z.-]+)`", row[2])
+        if key in server_keys.KEYS
+    }
+    assert named == {(k, type(rule).__name__.lower()) for k, rule in server_keys.KEYS.items()}

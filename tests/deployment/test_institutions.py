@@ -238,6 +238,8 @@ def test_settings_that_others_could_change_are_refused(institutions):
         ('max-steps = "many"', "max-steps is 'many'; it must be a whole number"),
         ('name = "../x"', "it must be letters"),
         ("models = []", "models is missing"),
+        ("rank = 65", "rank is 65; it must be at most max-rank (64)"),
+        ("threads = 100000", "threads is 100000; it must be at most"),
         ("not toml", "is not valid TOML"),
     ],
 )

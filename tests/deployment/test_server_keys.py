@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import pickle
 import shutil
 import subprocess
@@ -16,12 +15,11 @@ from typing import Any
 import pytest
 import tomli_w
 
-from client import server_keys, settings
+from client import server_keys
 from client.ledger import Ledger
-from client.server_keys import KEYS, Own, Taken, Unused
+from client.server_keys import KEYS, Taken
 from fedlora import config as configuration
 from fedlora.config import RunConfig
-from fedlora.errors import InputError
 from tests.deployment.harness import ROOT
 
 LABELS = ["card", "fraud", "loan"]
@@ -192,8 +190,8 @@ def _hostile(length: int) -> dict[type, tuple[Any, ...]]:
 
 
 def _type(key: str) -> type:
-    value = dict(configuration._walk(RunConfig()))[key]
-    return type(value)
+    default = RunConfig().flat()[key]
+    return tuple if default == "[]" else type(default)
 
 
 def _nonsense(encoder: str, length: int) -> Iterator[Case]:
@@ -219,9 +217,13 @@ def _not_looked_at(encoder: str, length: int, *, together: bool) -> Iterator[Cas
     keys = [key for key, rule in KEYS.items() if not isinstance(rule, Taken)]
     keys.remove("data.source")
     base = {**BASE, "model.name": encoder}
-    large = {"engine.threads": 100_000, "engine.gpus": 1e308, "engine.workers": LARGEST}
+    large = {"engine.threads": 100_000, "engine.gpus": 1e308, "engine.workers": 10**6}
     if not together:
-        yield from (Case({**base, key: v}, ("",), encoder, same=False) for key in keys for v in values[_type(key)])
+        yield from (
+            Case({**base, key: v}, ("",), encoder, same=False)
+            for key in keys
+            for v in values[_type(key)]
+        )
         for key, value in large.items():
             yield Case({**base, key: value}, ("",), encoder, same=False)
         return
@@ -276,7 +278,13 @@ def institution(tmp_path, tiny_encoder, causal, complaints) -> Path:
 
 
 def _problems(institution: Path, cases: Sequence[Case], seconds: float) -> list[str]:
-    """Ask an institution for a round of each configuration; what is not as it must be."""
+    """Ask an institution for a round of each configuration; gives what is not as it must be.
+
+    Args:
+        institution: See the fixture.
+        cases: What is asked, one after another.
+        seconds: That a process may take for all of them.
+    """
     asked = [(case.values, case.of_the_server) for case in cases]
     (institution / "cases.pickle").write_bytes(pickle.dumps(asked))
     problems: list[str] = []
@@ -293,37 +301,28 @@ def _problems(institution: Path, cases: Sequence[Case], seconds: float) -> list[
                 code = "no answer in time"
         said = [json.loads(line) for line in (institution / "said").read_text().splitlines()]
         answers |= {line["case"]: line for line in said if "code" in line}
-        first = max((line["case"] for line in said), default=first)
+        assert said, (institution / "log").read_text()
+        first = max(line["case"] for line in said)
         if first not in answers:
             log = (institution / "log").read_text()[-800:]
             problems.append(f"{cases[first]}: the process ended ({code})\n{log}")
         first += 1
-    if os.environ.get("FUZZ_TIMES"):
-        for n, a in answers.items():
-            print(f"{a['seconds']:.2f} {a['peak']:.0f}", cases[n], a["code"])
     usual = min((answer["peak"] for answer in answers.values() if answer["charges"]), default=0.0)
     for number, answer in sorted(answers.items()):
         code = "" if answer["code"] == "answered" else answer["code"]
         right = answer["charges"] == 1 if not code else answer["untouched"]
         in_time = answer["seconds"] < SECONDS or not code
-        if not (code in cases[number].codes and right and in_time):
+        hello = answer["hello"] == "answered" or (code and answer["hello"] in cases[number].codes)
+        if not (code in cases[number].codes and right and in_time and hello):
             problems.append(f"{cases[number]}: {answer}")
         if answer["peak"] > usual + MEMORY:
             problems.append(f"{cases[number]}: {answer['peak'] - usual:.0f} MiB more")
             break  # a peak stays
-    if os.environ.get("FUZZ_TIMES"):
-        print("PROBLEM", *problems, sep="\nPROBLEM ")
     return problems
 
 
 def test_the_table_has_every_key_of_a_configuration_and_no_other():
     assert list(KEYS) == list(RunConfig().flat())
-
-
-def test_a_key_that_the_table_forgets_would_be_found(monkeypatch):
-    monkeypatch.delitem(server_keys.KEYS, "engine.threads")
-    with pytest.raises(AssertionError):
-        test_the_table_has_every_key_of_a_configuration_and_no_other()
 
 
 def test_a_key_is_followed_within_its_bounds_and_else_refused_before_a_charge_or_not_looked_at(
