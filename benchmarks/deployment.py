@@ -74,6 +74,8 @@ def main() -> None:
         write_complaints(rows)
         model = models.resolve(arguments.model).path
         with conftest.rehearsal(scratch, model, rows, volumes=volumes) as federation:
+            for name in conftest.NAMES:
+                federation.settings(name, max_rank=1024)
             started = time.monotonic()
             federation.up()
             up = time.monotonic() - started

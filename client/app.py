@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import fedlora
-from client import institution, settings
+from client import institution, server_keys, settings
 from fedlora import config as configuration
 from fedlora import trainable, wire
 from fedlora.adapters import AdapterState
@@ -167,13 +167,15 @@ def _situation(context: Context) -> tuple[configuration.RunConfig, institution.I
     app, and Ray, ours or Flower's, runs it in one of its workers.
 
     Raises:
+        InputError: For a configuration or settings that cannot be followed on this machine.
         Refusal: ``no-settings`` for a machine that has none, and what the settings forbid.
     """
-    config = configuration.from_context(context.run_config, context.run_id)
     ray = sys.modules.get("ray")
     if context.node_config.get("simulation") is True or (ray and ray.is_initialized()):
+        config = configuration.from_context(context.run_config, context.run_id)
         if config.deployed:
             raise Refusal("bad-configuration", "data.source is institutions in a simulation")
+        configuration.check_threads("engine.threads", config.engine.threads)
         index = int(context.node_config.get("partition-id", -1))
         return config, institution.locate(config, index)
     path = context.node_config.get("settings")
@@ -184,7 +186,8 @@ def _situation(context: Context) -> tuple[configuration.RunConfig, institution.I
             'settings="/path/to/institution.toml"',
         )
     own = settings.load(path)
-    return settings.apply(own, config), institution.deployed(own, config)
+    config = server_keys.apply(own, context.run_config)
+    return config, institution.deployed(own, config)
 
 
 def _guarded(

@@ -1,8 +1,7 @@
 """What an institution decides for itself: a TOML file on its own disk that no server can reach.
 
-A deployed institution has its records, its ledger and its limits from here. A server's
-configuration says how to train; what it says of data, ledger and places is not looked at, and where
-it asks for more than the limits allow, the institution refuses.
+A deployed institution has its records, its ledger, its machine and its limits from here. What it
+then does with each key of a server's configuration is in `client.server_keys`.
 """
 
 import dataclasses
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import config as configuration
-from fedlora.config import RunConfig, Section
+from fedlora.config import Section
 from fedlora.config import key as setting
-from fedlora.errors import InputError, Refusal
+from fedlora.errors import InputError
 
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -40,11 +39,14 @@ class Settings(Section):
     strategies: tuple[str, ...] = setting(("fedavg",), "strategies that it takes part in")
     max_steps: int = setting(10, "most optimizer steps of a round", at_least=1)
     max_length: int = setting(512, "most tokens of a row", at_least=4)
+    max_rank: int = setting(64, "most rank of the adapter, and of a residual", at_least=1)
     physical_batch: int = setting(64, "most records in memory at a time", at_least=1)
     max_run_epsilon: float = setting(8.0, "most epsilon of one run", above=0)
     without_dp: bool = setting(False, "whether it trains without differential privacy")
     report: tuple[str, ...] = setting((), "figures that may leave without DP: loss, records")
     max_seconds: float = setting(1800.0, "most seconds that one message may take", at_least=1)
+    threads: int = setting(1, "threads that training takes", at_least=1)
+    gpu: bool = setting(False, "whether it trains on a GPU")
     gateway: str = setting(
         "", "HOST:PORT of the federation (this and the next two: `fedlora node`)"
     )
@@ -61,6 +63,12 @@ class Settings(Section):
                 f"name is {self.name!r}; it must be letters, digits, '-', '_' and '.', and begin "
                 "with none of the latter"
             )
+        if self.rank > self.max_rank:
+            raise InputError(
+                f"rank is {self.rank}; it must be at most max-rank ({self.max_rank}): lower it, or "
+                "raise max-rank"
+            )
+        configuration.check_threads("threads", self.threads)
 
 
 def load(path: str) -> Settings:
@@ -96,81 +104,4 @@ def load(path: str) -> Settings:
             for field in ("source", "test_source")
             if (value := getattr(made, field))
         },
-    )
-
-
-def apply(settings: Settings, config: RunConfig) -> RunConfig:
-    """The run's configuration as this institution follows it.
-
-    Raises:
-        Refusal: For each thing that its settings do not allow, with a code that says which.
-    """
-    limits = (
-        ("other-data", config.data.source == configuration.INSTITUTIONS, "names data of its own"),
-        # Whether records have other labels than these must not be a server's question.
-        ("other-labels", config.data.labels == settings.labels, "has other labels"),
-        ("model-not-allowed", config.model.name in settings.models, f"trains {config.model.name}"),
-        (
-            "strategy-not-allowed",
-            config.federation.strategy in settings.strategies,
-            f"uses {config.federation.strategy}",
-        ),
-        (
-            "too-many-steps",
-            config.training.local_steps <= settings.max_steps,
-            f"takes {config.training.local_steps} steps a round",
-        ),
-        (
-            "rows-too-long",
-            config.training.max_length <= settings.max_length,
-            f"takes rows of {config.training.max_length} tokens",
-        ),
-        ("dp-required", config.privacy.enabled or settings.without_dp, "has no DP"),
-        (
-            "seeded-noise",
-            config.privacy.noise == "secure" or not config.privacy.enabled,
-            "draws noise from a seed",
-        ),
-        (
-            "epsilon-too-large",
-            not config.privacy.enabled or config.privacy.epsilon <= settings.max_run_epsilon,
-            f"spends epsilon {config.privacy.epsilon:g}",
-        ),
-        (
-            "other-unit",
-            not config.privacy.enabled or config.privacy.unit == settings.unit,
-            f"protects the unit {config.privacy.unit!r}",
-        ),
-        (
-            "metrics-not-allowed",
-            config.federation.weighting != "records" or "records" in settings.report,
-            "weighs by exact counts",
-        ),
-        (
-            "rank-too-large",
-            settings.rank <= config.adapter.rank,
-            f"has rank {config.adapter.rank}",
-        ),
-    )
-    for code, allowed, what in limits:
-        if not allowed:
-            raise Refusal(code, f"the run {what}, which the settings of {settings.name} forbid")
-    return config.replace(
-        {
-            "run-dir": settings.state,
-            "data.source": settings.source,
-            "data.test-source": settings.test_source,
-            "data.test-fraction": 0.0,
-            "data.partition": "iid",
-            "data.institutions": 1,
-            "data.min-records": 1,
-            "data.text": settings.text,
-            "data.label": settings.label,
-            "privacy.unit": settings.unit,
-            # Changes no result; that memory runs out may depend on a record.
-            "training.physical-batch": min(config.training.physical_batch, settings.physical_batch),
-            "privacy.ledger": "",
-            "federation.institutions-per-round": 0,
-            "federation.min-updates": 1,
-        }
     )

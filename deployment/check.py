@@ -132,6 +132,7 @@ def institution(path: Path) -> list[Check]:
         _try("ledger", lambda: _ledger(own.ledger)),
         _try("records", lambda: _records(own)),
         *(_try(f"model {name}", lambda name=name: _model(name)) for name in own.models),
+        *([_try("GPU", _gpu)] if own.gpu else []),
         _writable("state", Path(own.state)),
         _writable("ledger's directory", Path(own.ledger).parent),
     ]
@@ -311,6 +312,14 @@ def _records(own: "Settings") -> str:
 
     rows = data.count(own.source, text=own.text, label=own.label, labels=own.labels, unit=own.unit)
     return f"{rows:,} rows with a text and a label"
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("gpu is true, but torch finds no GPU here; set it to false, or mend CUDA")
+    return torch.cuda.get_device_name()
 
 
 def _model(name: str) -> str:

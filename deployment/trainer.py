@@ -24,6 +24,7 @@ from flwr.app import Context, Message
 
 from client import settings
 from fedlora import data, flower_internals, logs, models, records, shards, wire
+from fedlora.config import ModelConfig
 from fedlora.errors import InputError, place
 from fedlora.startup import end_with_parent, importing
 
@@ -115,7 +116,7 @@ class Trainer:
         """Forget base and records when they would not be loaded from the same files again."""
         try:
             own = settings.load(str(context.node_config.get("settings")))
-            name = str(context.run_config.get("model.name"))
+            name = str(context.run_config.get("model.name", ModelConfig.name))
             if name not in own.models:
                 return  # the app refuses; nothing is looked for under that name
             now = _files(name, own)

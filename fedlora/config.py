@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import tomllib
 import types
@@ -44,6 +45,10 @@ INSTITUTIONS = "institutions"
 _CREDENTIALS = re.compile(
     r"://.*:.*@|^https?://[^/]*@|(passw|pwd|token|secret)\w*\s*=", re.IGNORECASE | re.DOTALL
 )
+LEAST_RATE = 1e-6
+"""The least sample rate above 0: an update is divided by the expected number of units of a step."""
+LEAST_DELTA = 1e-30
+"""The least delta above 0: far below, accountants divide by parts of it that are 0 in float64."""
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
@@ -107,6 +112,27 @@ class Section:
                     )
 
 
+def _check_zero_or(name: str, value: float, least: float) -> None:
+    if 0 < value < least:
+        raise InputError(
+            f"{name} is {value:g}; it must be 0 or at least {least:g}: set {name} to such a value"
+        )
+
+
+def check_threads(name: str, count: int) -> None:
+    """Refuse more threads than this machine has processors: torch crashes with very many.
+
+    Raises:
+        InputError: Naming the key.
+    """
+    most = os.cpu_count() or 1
+    if count > most:
+        raise InputError(
+            f"{name} is {count}; it must be at most {most}, the number of this machine's "
+            "processors: lower it"
+        )
+
+
 _S = typing.TypeVar("_S", bound=Section)
 
 
@@ -144,9 +170,9 @@ class AdapterConfig(Section):
         "class, half of it for half the size and so on; empty: adapter.rank for all",
     )
     alpha: float = key(
-        16.0, "scale: alpha / r, or alpha / sqrt(r) with rslora", above=0, at_most=1e4
+        16.0, "scale: alpha / r, or alpha / sqrt(r) with rslora", at_least=1e-6, at_most=1e4
     )
-    dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, below=1)
+    dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, at_most=0.99)
     target_modules: tuple[str, ...] = key(
         (), "names of the layers that get an adapter; empty: the architecture's usual ones"
     )
@@ -155,10 +181,11 @@ class AdapterConfig(Section):
         super().__post_init__()
         if self.ranks not in ("", "size"):
             for text in self.ranks.split(","):
-                if not text.strip().isdecimal() or not 1 <= int(text) <= self.rank:
+                whole = text.strip().isdecimal() and len(text) < 20  # int() refuses 5,000 digits
+                if not whole or not 1 <= int(text) <= self.rank:
                     raise InputError(
-                        f"adapter.ranks has {text!r}; it must be size, or whole numbers from 1 to "
-                        f"adapter.rank ({self.rank}) joined by commas: mend it, or raise "
+                        f"adapter.ranks has {text[:40]!r}; it must be size, or whole numbers from "
+                        f"1 to adapter.rank ({self.rank}) joined by commas: mend it, or raise "
                         "adapter.rank"
                     )
 
@@ -244,7 +271,7 @@ class TrainingConfig(Section):
     physical_batch: int = key(
         64, "records in memory at a time; changes a result by rounding only", at_least=1
     )
-    learning_rate: float = key(1.0, "step size at the institution", above=0, at_most=1e4)
+    learning_rate: float = key(1.0, "step size at the institution", at_least=1e-7, at_most=1e4)
     optimizer: str = key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
     proximal: float = key(
         0.0,
@@ -254,6 +281,17 @@ class TrainingConfig(Section):
     )
     max_length: int = key(128, "tokens of a text; longer ones are cut and counted", at_least=4)
     gradient_checkpointing: bool = key(False, "recompute activations to save memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_zero_or(self.prefix + "sample-rate", self.sample_rate, LEAST_RATE)
+        # Each step multiplies the distance to the global adapter by 1 - learning-rate x proximal.
+        if self.optimizer == "sgd" and self.learning_rate * self.proximal > 2:
+            raise InputError(
+                f"training.proximal is {self.proximal:g} with training.learning-rate "
+                f"{self.learning_rate:g}; under sgd their product must be at most 2, or the pull "
+                "drives the adapter away from the global one: lower either"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +338,7 @@ class FederationConfig(Section):
         "optimizer on the aggregated update (Reddi et al.)",
         choices=("none", "momentum", "adam", "yogi", "adagrad"),
     )
-    server_learning_rate: float = key(1.0, "its step size", above=0, at_most=1e4)
+    server_learning_rate: float = key(1.0, "its step size", at_least=1e-7, at_most=1e4)
     average_last: float = key(
         0.0,
         "share of the last rounds whose adapters are averaged into the final one; costs no privacy",
@@ -341,7 +379,10 @@ class PrivacyConfig(Section):
         choices=("secure", "seeded"),
     )
     size_noise: float = key(
-        10.0, "weighting noised-size: deviation of the noise on the record count", above=0
+        10.0,
+        "weighting noised-size: deviation of the noise on the record count",
+        at_least=0.01,
+        at_most=1e6,
     )
     ledger: str = key(
         "", "directory of the institutions' ledgers; empty: ledgers/ in the run directory"
@@ -368,6 +409,11 @@ class PrivacyConfig(Section):
     institution_max_norm: float = key(
         1.0, "clipping bound on one institution's update of a round", at_least=1e-6, at_most=1e6
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("delta", "institution_delta"):
+            _check_zero_or(self.prefix + _kebab(field), getattr(self, field), LEAST_DELTA)
 
     @property
     def enabled(self) -> bool:
@@ -583,7 +629,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
                 value = (
                     json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
                 )
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # no JSON, endless digits, endless brackets
                 value = None
         if isinstance(value, list | tuple):
             items = typing.cast(list[Any], value)
@@ -593,7 +639,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
                         raise _half(name, item)
                 return tuple(item.strip() for item in items)
         raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
-    if kind is str and isinstance(value, str):
+    if kind is str and isinstance(value, str) and "\0" not in value:
         return value
     if kind is bool and isinstance(value, bool):
         return value
@@ -602,11 +648,18 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
             return value == "true"
         if kind is float and not isinstance(value, bool):
             return float(value)
-        if kind is int and not isinstance(value, bool) and int(value) == float(value):
-            return int(value)
+        if kind is int and not isinstance(value, bool):
+            whole = int(value)
+            if abs(whole) < 2**63 and (isinstance(value, str) or whole == value):
+                return whole
     except (TypeError, ValueError, OverflowError):
         pass
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    wanted = {
+        int: "a whole number below 2^63",
+        float: "a number",
+        bool: "true or false",
+        str: "Unicode text without NUL",
+    }[kind]
     raise InputError(f"{name} is {value!r}; it must be {wanted}")
 
 

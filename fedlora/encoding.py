@@ -149,6 +149,8 @@ def template(tokenizer: Any, prompt: str) -> Template:
             f"data.prompt has {{text}} {prompt.count('{text}')} times, and needs it exactly once; "
             "write it where a record's text belongs"
         )
+    if _TEXT in prompt or _ANSWER in prompt:
+        raise InputError(f"data.prompt has {_TEXT} or {_ANSWER}, which mark places here; drop it")
     marked = prompt.replace("{text}", _TEXT)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": marked}, {"role": "assistant", "content": _ANSWER}]

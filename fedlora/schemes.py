@@ -26,7 +26,8 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
         "iid": spec == "iid",
         "natural": argument != "",
         "dirichlet": _is_positive(argument),
-        "pathological": argument.isdecimal() and int(argument) > 0,
+        # int() refuses 5,000 digits
+        "pathological": argument.isdecimal() and len(argument) < 20 and int(argument) > 0,
         "size": argument in ("linear", "square", "exponential"),
     }
     if not valid.get(scheme, False):

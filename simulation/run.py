@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora import logs
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, check_threads
 from fedlora.errors import InputError
 from fedlora.startup import importing, uncollected
 from fedlora.terminal import Terminal
@@ -91,6 +91,8 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
     """
     if kind == "ray":
         _reach(config.engine.ray_address)
+    if not config.engine.ray_address:  # a cluster's machines have processors of their own
+        check_threads("engine.threads", config.engine.threads)
     records = prepare(config)
     with importing():  # and loading: a collection in between would look at all that was imported
         if config.privacy.enabled:

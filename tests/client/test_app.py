@@ -1,6 +1,7 @@
 """What leaves an institution when it says no: a code, and nothing else."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -52,6 +53,17 @@ def test_outside_a_simulation_an_institution_without_settings_refuses(tiny_confi
     assert _code(_ask(tiny_config())) == "no-settings"
     assert _code(_ask(tiny_config(), simulation="yes")) == "no-settings"
     assert wire.unpack_hello(_ask(tiny_config(), simulation=True).content).institution == "Alpha"
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_more_threads_than_a_worker_has_processors_are_refused(ask_banks, together, tmp_path):
+    from client.ledger import Ledger
+
+    many = {"engine.threads": os.cpu_count() + 1}
+    (reply,) = ask_banks("run", [(0, {})], together=together, **many)
+    assert _code_of(reply) == "bad-configuration"
+    with Ledger.open(tmp_path / "run" / "ledgers" / "Alpha.db") as ledger:
+        assert ledger.show()["entries"] == []
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,14 @@ def test_a_label_that_is_not_listed_is_shown_on_the_terminal(institution, gatewa
     assert "'loan'" in _as(check.institution(institution), "records").details
 
 
+def test_a_gpu_that_is_not_there_is_named(institution, gateway, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "GPU" not in {one.name for one in check.institution(institution)}
+    institution.write_text(institution.read_text() + "\ngpu = true\n")
+    assert "set it to false" in _as(check.institution(institution), "GPU").details
+    assert _failed(check.institution(institution)) == {"GPU"}
+
+
 def test_settings_that_others_may_write_are_the_one_failure(institution, gateway):
     institution.chmod(0o666)
     (only,) = check.institution(institution)

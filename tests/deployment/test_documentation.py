@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from client import server_keys
 from client.settings import Settings
 from tests.deployment.harness import ROOT
 
@@ -21,8 +22,20 @@ def test_each_refusal_is_named():
     files = [f for room in ("client", "deployment") for f in (ROOT / room).glob("*.py")]
     text = "".join(file.read_text() for file in files)
     codes = set(re.findall(r'(?:Refusal|pack_refusal)\(\s*"([a-z-]+)"', text))
-    table = (ROOT / "client" / "settings.py").read_text().partition("limits = (")[2]
-    codes |= set(re.findall(r'\(\s*"([a-z-]+)",', table))
+    rules = [rule for rule in server_keys.KEYS.values() if isinstance(rule, server_keys.Taken)]
+    codes |= {limit.code for rule in rules for limit in rule.limits} | {"other-data"}
     sent = {"guard" if code.startswith("guard-") else code for code in codes}
     assert len(sent) > 15
     assert {code for code in sent if f"`{code}`" not in TEXT} == set()
+
+
+def test_each_key_of_a_configuration_is_named_under_its_rule():
+    rows = [line.split("|") for line in TEXT.splitlines() if line.startswith("| ")]
+    named = {
+        (key, row[1].strip())
+        for row in rows
+        if row[1].strip() in ("taken", "own", "unused")
+        for key in re.findall(r"`([a-z.-]+)`", row[2])
+        if key in server_keys.KEYS
+    }
+    assert named == {(k, type(rule).__name__.lower()) for k, rule in server_keys.KEYS.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client import settings
+from client import server_keys, settings
 from client.app import app
 from client.ledger import Ledger
 from fedlora import config as configuration
@@ -205,7 +205,7 @@ def test_the_federation_goes_on_without_one_that_refuses(deployed, institutions)
 def test_a_configuration_cannot_name_an_institutions_data(tiny_config, institutions):
     own = settings.load(str(institutions()[0]))
     with pytest.raises(Refusal, match="other-data"):
-        settings.apply(own, tiny_config())
+        server_keys.apply(own, tiny_config().flat())
 
 
 def test_a_machine_without_settings_refuses(deployed, institutions):
@@ -238,6 +238,8 @@ def test_settings_that_others_could_change_are_refused(institutions):
         ('max-steps = "many"', "max-steps is 'many'; it must be a whole number"),
         ('name = "../x"', "it must be letters"),
         ("models = []", "models is missing"),
+        ("rank = 65", "rank is 65; it must be at most max-rank (64)"),
+        ("threads = 100000", "threads is 100000; it must be at most"),
         ("not toml", "is not valid TOML"),
     ],
 )

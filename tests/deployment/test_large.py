@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from fedlora.adapters import AdapterState
-from tests.deployment.conftest import rehearsal
+from tests.deployment.conftest import NAMES, rehearsal
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +32,8 @@ def federation(tmp_path_factory, tiny_encoder, complaints):
     torch.manual_seed(0)
     BertModel(config).save_pretrained(model)
     with rehearsal(tmp_path_factory.mktemp("large"), model, complaints) as made:
+        for name in NAMES:
+            made.settings(name, max_rank=960)
         made.up()
         yield made
 

@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import settings
 from deployment import executor, launcher, trainer
 from fedlora import records, trainable, wire
+from fedlora.config import ModelConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
 
@@ -197,6 +198,10 @@ def test_what_is_in_memory_is_let_go_when_its_files_or_the_model_change(
     assert forgets()
     context.run_config["model.name"] = str(model)
     assert not forgets()
+    monkeypatch.setattr(ModelConfig, "name", str(model))  # what a server that names none asks for
+    del context.run_config["model.name"]
+    (model / "model.safetensors").write_bytes(b"yet other weights")
+    assert forgets() and not forgets()
 
 
 def test_settings_without_a_limit_have_one(context):

@@ -44,6 +44,19 @@ def test_every_key_is_described_with_its_default():
         ("federation.server-learning-rate", "inf", ["server-learning-rate", "inf", "finite"]),
         ("privacy.max-epsilon", "inf", ["privacy.max-epsilon", "inf", "finite"]),
         ("data.partition", "pathological:²", ["data.partition", "pathological:CLASSES"]),
+        ("data.partition", "pathological:" + "9" * 5000, ["data.partition"]),
+        ("adapter.ranks", "9" * 5000, ["adapter.ranks", "whole numbers"]),
+        ("adapter.rank", "9" * 400, ["adapter.rank", "whole number below 2^63"]),
+        ("adapter.dropout", 1 - 1e-16, ["adapter.dropout", "at most 0.99"]),
+        ("training.learning-rate", 5e-324, ["learning-rate", "at least 1e-07"]),
+        ("training.sample-rate", 5e-324, ["training.sample-rate", "0 or at least 1e-06"]),
+        ("privacy.delta", 5e-324, ["privacy.delta", "0 or at least 1e-30"]),
+        ("training.proximal", 2.5, ["training.proximal", "2.5", "product must be at most 2"]),
+        ("data.labels", "[" * 100_000, ["data.labels", "list of text"]),
+        ("data.labels", f"[{'9' * 5000}]", ["data.labels", "list of text"]),
+        ("data.labels", '["\\ud800"]', ["data.labels", "list of text"]),
+        ("data.prompt", "\ud800", ["data.prompt", "Unicode text"]),
+        ("run-dir", "a\0b", ["run-dir", "Unicode text without NUL"]),
     ],
 )
 def test_a_bad_value_is_named_with_its_bound(key, value, words):
@@ -52,6 +65,10 @@ def test_a_bad_value_is_named_with_its_bound(key, value, words):
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+def test_the_largest_whole_number_of_a_flower_configuration_is_taken():
+    assert config.from_flat({"seed": 2**63 - 1}).seed == 2**63 - 1
 
 
 def test_values_that_exclude_each_other_are_refused():

@@ -68,7 +68,7 @@ def test_a_tracking_uri_without_one_is_taken(uri, tiny_config):
 def test_institutions_of_a_simulation_do_not_get_the_tracking_section(
     engine, tiny_config, monkeypatch
 ):
-    from simulation import run as simulate
+    from simulation import run
     from simulation.engines import inline, ray
 
     given = []
@@ -84,10 +84,10 @@ def test_institutions_of_a_simulation_do_not_get_the_tracking_section(
 
     monkeypatch.setattr(module, name, take)
     config = tiny_config(**{"tracking.mlflow": "http://inside:5000"})
-    records = simulate.prepare(config)
+    records = run.prepare(config)
     with (
         pytest.raises(Taken),
-        simulate.engine(engine, config, simulate.Ready(records=records, forks=None)),
+        run.open_engine(engine, config, run.Loaded(records=records, forks=None)),
     ):
         pass
     assert not any(key.startswith("tracking.") for key in given[0])

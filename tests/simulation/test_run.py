@@ -1,5 +1,6 @@
 """How a run starts."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -82,6 +83,19 @@ def test_a_cluster_where_nobody_answers_is_refused_at_once(tiny_config, address)
             run.load("ray", config),
         ):
             pass
+
+
+@pytest.mark.parametrize("kind", ["inline", "ray"])
+def test_more_threads_than_processors_are_refused_before_anything_is_read(
+    tiny_config, monkeypatch, kind
+):
+    monkeypatch.setattr(run, "prepare", lambda _: pytest.fail("read"))
+    config = tiny_config(**{"engine.threads": os.cpu_count() + 1})
+    with (
+        pytest.raises(InputError, match=r"engine\.threads is \d+; it must be at most \d+"),
+        run.load(kind, config),
+    ):
+        pass
 
 
 def test_a_clusters_address_where_somebody_answers_is_taken(tiny_config):

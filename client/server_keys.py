@@ -1,0 +1,303 @@
+"""What a deployed institution does with each key of a server's configuration.
+
+`KEYS` names every key of `RunConfig`, with one of three rules: `Own`, `Unused` and `Taken`. The
+value of a key that the institution does not take is dropped before anything reads it. A value that
+it takes has the bounds that `fedlora.config` declares for everybody, and those of the institution's
+settings on top.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from client.settings import Settings
+from fedlora import config as configuration
+from fedlora.config import RESIDUALS, RunConfig, Scalar
+from fedlora.errors import InputError, Refusal
+
+LONGEST = 1000
+"""Characters of a text where `Taken` says nothing else; a longer one is neither read nor logged."""
+LONGEST_LIST = 2**15
+MOST_MODULES = 256
+PROMPT = 16
+"""Characters of a prompt for each token of the longest row that the settings allow. It is tokenised
+with every record, and a longer one would leave no room for a text."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """The settings decide; the server's value is not looked at."""
+
+    value: Callable[[Settings], Any]
+
+
+@dataclass(frozen=True)
+class Unused:
+    """The key concerns the server or a simulation; it keeps its default at the institution."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound of the settings.
+
+    Args:
+        code: Of the refusal.
+        allows: Whether the settings allow the run.
+        what: What the run does, for the log; ``run`` is its configuration.
+    """
+
+    code: str
+    allows: Callable[[Settings, RunConfig], bool]
+    what: str
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The institution follows the server's value within its limits.
+
+    Args:
+        limits: Checked in order.
+        longest: Characters of the value where it is a text.
+    """
+
+    limits: tuple[Limit, ...] = ()
+    longest: Callable[[Settings], int] = lambda _: LONGEST
+
+
+def _residual_rank(run: RunConfig) -> int:
+    return run.federation.residual_rank if run.federation.strategy in RESIDUALS else 0
+
+
+KEYS: Mapping[str, Own | Unused | Taken] = {
+    "seed": Taken(),
+    "run-dir": Own(lambda own: own.state),
+    "model.name": Taken(
+        (
+            Limit(
+                "model-not-allowed",
+                lambda own, run: run.model.name in own.models,
+                "trains {run.model.name}",
+            ),
+        )
+    ),
+    "model.dtype": Taken(),
+    "model.quantization": Taken(),
+    "model.task": Taken(),
+    "adapter.method": Taken(),
+    "adapter.rank": Taken(
+        (
+            Limit(
+                "rank-too-large",
+                lambda own, run: own.rank <= run.adapter.rank,
+                "has rank {run.adapter.rank}, below the rank",
+            ),
+            Limit(
+                "adapter-too-large",
+                lambda own, run: run.adapter.rank <= own.max_rank,
+                "has rank {run.adapter.rank}",
+            ),
+        )
+    ),
+    "adapter.ranks": Unused(),
+    "adapter.alpha": Taken(),
+    "adapter.dropout": Taken(),
+    "adapter.target-modules": Taken(
+        (
+            Limit(
+                "adapter-too-large",
+                lambda _, run: len(run.adapter.target_modules) <= MOST_MODULES,
+                f"names more than {MOST_MODULES} target modules",
+            ),
+        ),
+        longest=lambda _: LONGEST_LIST,
+    ),
+    "data.source": Own(lambda own: own.source),
+    "data.test-source": Own(lambda own: own.test_source),
+    "data.partition": Own(lambda _: "iid"),
+    "data.institutions": Own(lambda _: 1),
+    "data.min-records": Own(lambda _: 1),
+    "data.text": Own(lambda own: own.text),
+    "data.label": Own(lambda own: own.label),
+    "data.labels": Taken(
+        (
+            # Whether records have other labels than these must not be a server's question.
+            Limit(
+                "other-labels",
+                lambda own, run: run.data.labels == own.labels,
+                "has other labels",
+            ),
+        ),
+        longest=lambda _: LONGEST_LIST,
+    ),
+    "data.prompt": Taken(longest=lambda own: PROMPT * own.max_length),
+    "data.test-fraction": Own(lambda _: 0.0),
+    "data.view": Unused(),
+    "training.local-steps": Taken(
+        (
+            Limit(
+                "too-many-steps",
+                lambda own, run: run.training.local_steps <= own.max_steps,
+                "takes {run.training.local_steps} steps a round",
+            ),
+        )
+    ),
+    "training.batch-size": Taken(),
+    "training.sample-rate": Taken(),
+    # The institution takes the smaller one of the server's and its own (`apply`).
+    "training.physical-batch": Taken(),
+    "training.learning-rate": Taken(),
+    "training.optimizer": Taken(),
+    "training.proximal": Taken(),
+    "training.max-length": Taken(
+        (
+            Limit(
+                "rows-too-long",
+                lambda own, run: run.training.max_length <= own.max_length,
+                "takes rows of {run.training.max_length} tokens",
+            ),
+        )
+    ),
+    "training.gradient-checkpointing": Taken(),
+    "federation.rounds": Unused(),  # an order says for how many rounds noise is planned
+    "federation.strategy": Taken(
+        (
+            Limit(
+                "strategy-not-allowed",
+                lambda own, run: run.federation.strategy in own.strategies,
+                "uses {run.federation.strategy}",
+            ),
+        )
+    ),
+    "federation.residual-rank": Taken(
+        (
+            Limit(
+                "adapter-too-large",
+                lambda own, run: _residual_rank(run) <= own.max_rank,
+                "has residuals of rank {run.federation.residual_rank}",
+            ),
+        )
+    ),
+    "federation.institutions-per-round": Unused(),
+    "federation.min-updates": Unused(),
+    "federation.max-update-norm": Unused(),
+    "federation.weighting": Taken(
+        (
+            Limit(
+                "metrics-not-allowed",
+                lambda own, run: run.federation.weighting != "records" or "records" in own.report,
+                "weighs by exact counts",
+            ),
+        )
+    ),
+    "federation.robust": Unused(),
+    "federation.byzantine": Unused(),
+    "federation.server-optimizer": Unused(),
+    "federation.server-learning-rate": Unused(),
+    "federation.average-last": Unused(),
+    "federation.timeout": Unused(),  # max-seconds of the settings ends what takes too long
+    "federation.evaluate-every": Unused(),
+    "privacy.epsilon": Taken(
+        (
+            Limit(
+                "dp-required",
+                lambda own, run: run.privacy.enabled or own.without_dp,
+                "has no DP",
+            ),
+            Limit(
+                "epsilon-too-large",
+                lambda own, run: (
+                    not run.privacy.enabled or run.privacy.epsilon <= own.max_run_epsilon
+                ),
+                "spends epsilon {run.privacy.epsilon:g}",
+            ),
+        )
+    ),
+    "privacy.delta": Taken(),  # below 1 / units of the size class (`institution.budget`)
+    "privacy.max-grad-norm": Taken(),
+    "privacy.clipping": Taken(),
+    "privacy.accountant": Taken(),
+    "privacy.unit": Taken(
+        (
+            Limit(
+                "other-unit",
+                lambda own, run: not run.privacy.enabled or run.privacy.unit == own.unit,
+                "protects the unit {run.privacy.unit!r}",
+            ),
+        )
+    ),
+    "privacy.noise": Taken(
+        (
+            Limit(
+                "seeded-noise",
+                lambda _, run: not run.privacy.enabled or run.privacy.noise == "secure",
+                "draws noise from a seed",
+            ),
+        )
+    ),
+    "privacy.size-noise": Taken(),
+    "privacy.ledger": Unused(),  # the path of the ledger is in the settings
+    "privacy.max-epsilon": Unused(),
+    "privacy.institution-epsilon": Unused(),
+    "privacy.institution-delta": Unused(),
+    "privacy.institution-max-norm": Unused(),
+    "engine.workers": Unused(),
+    "engine.threads": Own(lambda own: own.threads),
+    "engine.gpus": Own(lambda own: float(own.gpu)),
+    "engine.ray-address": Unused(),
+    "tracking.mlflow": Unused(),
+    "tracking.tensorboard": Unused(),
+}
+
+
+def apply(settings: Settings, asked: Mapping[str, Scalar]) -> RunConfig:
+    """The run's configuration as this institution follows it.
+
+    Args:
+        settings: The institution's own.
+        asked: Flower's run config, as the server gave it.
+
+    Raises:
+        InputError: For an unknown key, and for a value that no run may have.
+        Refusal: For each thing that the settings do not allow, with a code that says which.
+    """
+    if asked.get("data.source") != configuration.INSTITUTIONS:
+        raise _refusal(settings, "other-data", "names data of its own")
+    run = configuration.from_flat(_taken(settings, asked))
+    for rule in KEYS.values():
+        for limit in rule.limits if isinstance(rule, Taken) else ():
+            if not limit.allows(settings, run):
+                raise _refusal(settings, limit.code, limit.what.format(run=run))
+    # Changes no result; that memory runs out may depend on a record.
+    physical_batch = min(run.training.physical_batch, settings.physical_batch)
+    return run.replace({"training.physical-batch": physical_batch, "privacy.unit": settings.unit})
+
+
+def _taken(settings: Settings, asked: Mapping[str, Scalar]) -> dict[str, Any]:
+    """What the institution takes of a configuration, with its own values; both by ``section.key``.
+
+    Raises:
+        InputError: For a key that there is not, and a value that is too long to be read.
+    """
+    values: dict[str, Any] = {}
+    for name, value in asked.items():
+        rule = KEYS.get(name)
+        if rule is None:
+            raise InputError(
+                f"the run has the key {name[:40]!r}, which this version does not know; the server "
+                "must drop it, or both sides install one version"
+            )
+        if not isinstance(rule, Taken):
+            continue
+        longest = rule.longest(settings)
+        if isinstance(value, str) and len(value) > longest:
+            raise InputError(
+                f"{name} has {len(value)} characters; it must have at most {longest} here: the "
+                "server must shorten it"
+            )
+        values[name] = value
+    own = {name: rule.value(settings) for name, rule in KEYS.items() if isinstance(rule, Own)}
+    return values | own
+
+
+def _refusal(settings: Settings, code: str, what: str) -> Refusal:
+    return Refusal(code, f"the run {what}, which the settings of {settings.name} forbid")

