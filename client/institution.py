@@ -201,8 +201,33 @@ def accept(institution: Institution, order: wire.TrainOrder, config: RunConfig) 
             "base-mismatch", "the server trains another base model than model.name gives here"
         )
     _check_adapter(institution, order.adapter, config, work)
-    _check_numbers(order, config)
-    strategy = config.federation.strategy
+    check_order(order, config)
+    may_leave = () if config.privacy.enabled else institution.report
+    if not set(order.report) <= set(may_leave):
+        raise Refusal(
+            "metrics-not-allowed",
+            f"the server asks for {_listed(order.report)}; what may leave is {_listed(may_leave)}",
+        )
+    if not order.kept:
+        return order
+    kept = order.adapter.only(order.kept)
+    own = _own(institution, order.run, config).latest(order.round, kept)
+    return dataclasses.replace(order, adapter=order.adapter.updated(own))
+
+
+def check_order(order: wire.TrainOrder, config: RunConfig) -> None:
+    """Refuse rounds that the run does not have, and parts that its strategy does not train.
+
+    Raises:
+        Refusal: ``malformed-message`` or ``strategy-mismatch``.
+    """
+    rounds, strategy = config.federation.rounds, config.federation.strategy
+    for name, value in (("round", order.round), ("participations", order.participations)):
+        if not 1 <= value <= rounds:
+            raise Refusal(
+                "malformed-message",
+                f"the order's {name} is {value}; it must be from 1 to federation.rounds ({rounds})",
+            )
     parts, kept = parts_sent(strategy, order.round), KEPT.get(strategy, ())
     if (order.parts, order.kept) != (parts, kept):
         raise Refusal(
@@ -211,27 +236,6 @@ def accept(institution: Institution, order: wire.TrainOrder, config: RunConfig) 
             f"{_listed(order.kept)}; under {strategy} an institution sends {_listed(parts)} in "
             f"round {order.round} and keeps {_listed(kept)}",
         )
-    may_leave = () if config.privacy.enabled else institution.report
-    if not set(order.report) <= set(may_leave):
-        raise Refusal(
-            "metrics-not-allowed",
-            f"the server asks for {_listed(order.report)}; what may leave is {_listed(may_leave)}",
-        )
-    if not kept:
-        return order
-    own = _own(institution, order.run, config).latest(order.round, order.adapter.only(kept))
-    return dataclasses.replace(order, adapter=order.adapter.updated(own))
-
-
-def _check_numbers(order: wire.TrainOrder, config: RunConfig) -> None:
-    """Refuse a round, or a number of rounds, that the run does not have."""
-    rounds = config.federation.rounds
-    for name, value in (("round", order.round), ("participations", order.participations)):
-        if not 1 <= value <= rounds:
-            raise Refusal(
-                "malformed-message",
-                f"the order's {name} is {value}; it must be from 1 to federation.rounds ({rounds})",
-            )
 
 
 def _listed(names: Sequence[str]) -> str:
