@@ -102,6 +102,7 @@ def _hello(
         with institution.open_ledger(
             who, config, shard, create=query.first and who.simulated
         ) as ledger:
+            institution.check_limits(who, ledger, plan)
             fits = query.run in ledger.runs() or institution.fits(ledger, plan)
     return wire.pack_hello(
         wire.Hello(

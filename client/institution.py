@@ -7,21 +7,27 @@ send. Whatever is killed in between, the ledger never says less than what was re
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from client import training
 from client.ledger import Ledger
 from client.personal import Personal
 from client.settings import Settings
 from fedlora import accounting, trainable, wire
-from fedlora.accounting import Event, PrivacyPlan
 from fedlora.adapters import RESIDUAL_A, AdapterState
-from fedlora.config import KEPT, RESIDUALS, PrivacyConfig, RunConfig
+from fedlora.budget import Budget, budget, delta_of
+from fedlora.config import KEPT, RESIDUALS, RunConfig, parts_sent
 from fedlora.errors import Refusal
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
+
+ADAM_EPS = 1e-8
+"""What torch's Adam adds to the root of its second moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,8 @@ class Institution:
         own: Directory of what it keeps of its adapter.
         rank: Of its factors.
         report: Figures that may leave where DP is off.
+        max_delta: Largest delta of a run.
+        max_run_epsilon: Most epsilon of a run, at the ledger's delta.
         simulated: Whether one experimenter is every institution.
     """
 
@@ -44,48 +52,9 @@ class Institution:
     own: Path
     rank: int
     report: tuple[str, ...] = ("loss", "records")
+    max_delta: float = 1.0
+    max_run_epsilon: float = math.inf
     simulated: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What an institution plans to spend in a run. Every figure depends on public values only.
-
-    Args:
-        plan: Noise for the whole run.
-        public_size: Size class: the largest power of two not above the number of units.
-        normaliser: Expected number of units a step, from the size class.
-    """
-
-    plan: PrivacyPlan
-    public_size: int
-    normaliser: float
-
-    @property
-    def round_event(self) -> Event:
-        """What one round spends."""
-        return Event(
-            noise_multiplier=self.plan.noise_multiplier,
-            sample_rate=self.plan.sample_rate,
-            steps=self.plan.steps_per_round,
-        )
-
-    @property
-    def events(self) -> tuple[Event, ...]:
-        """What the whole run spends at most."""
-        whole = Event(
-            noise_multiplier=self.plan.noise_multiplier,
-            sample_rate=self.plan.sample_rate,
-            steps=self.plan.max_steps,
-        )
-        return (whole, *self.size_events)
-
-    @property
-    def size_events(self) -> tuple[Event, ...]:
-        """The release of a noised record count, when the weighting wants one."""
-        if not self.plan.size_noise:
-            return ()
-        return (Event(noise_multiplier=self.plan.size_noise, sample_rate=1.0, steps=1),)
 
 
 def locate(config: RunConfig, index: int) -> Institution:
@@ -110,6 +79,8 @@ def deployed(settings: Settings, config: RunConfig) -> Institution:
         own=Path(settings.state) / "kept",
         rank=settings.rank or config.adapter.rank,
         report=settings.report,
+        max_delta=settings.max_delta,
+        max_run_epsilon=settings.max_run_epsilon,
         simulated=False,
     )
 
@@ -119,62 +90,6 @@ def _ranks(config: RunConfig) -> list[int]:
     federation = trainable.records(config)
     units = (federation.train(i).num_units for i in range(len(federation.names)))
     return config.adapter.ranks_of([accounting.public_size(count) for count in units])
-
-
-def budget(config: RunConfig, units: int, participations: int) -> Budget:
-    """Plan the noise of a whole run for an institution with this many units.
-
-    Args:
-        config: The run.
-        units: Records, or distinct values of the unit column.
-        participations: Rounds it may be asked for, at most.
-
-    Raises:
-        InputError: If delta is not below 1 / (the most units of its size class), or no noise
-            reaches the budget.
-    """
-    return _budget(
-        config.privacy,
-        config.training.local_steps,
-        config.training.batch_size,
-        config.training.sample_rate,
-        config.federation.weighting,
-        units,
-        participations,
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _budget(
-    privacy: PrivacyConfig,
-    local_steps: int,
-    batch_size: int,
-    given_rate: float,
-    weighting: str,
-    units: int,
-    participations: int,
-) -> Budget:
-    public = accounting.public_size(units)
-    delta = _delta(privacy, units)
-    rate = accounting.sample_rate(given_rate, batch_size, public)
-    plan = accounting.plan(
-        epsilon=privacy.epsilon,
-        delta=delta,
-        sample_rate=rate,
-        steps_per_round=local_steps,
-        rounds=participations,
-        accountant=privacy.accountant,
-        size_noise=privacy.size_noise if weighting == "noised-size" else 0.0,
-    )
-    return Budget(plan=plan, public_size=public, normaliser=rate * public)
-
-
-def _delta(privacy: PrivacyConfig, units: int) -> float:
-    """The run's delta, checked against the size class: a check against the count would tell it."""
-    most = accounting.most_of_class(units)
-    delta = privacy.delta or accounting.public_delta(most)
-    accounting.check_delta(delta, most)
-    return delta
 
 
 def open_ledger(
@@ -199,7 +114,7 @@ def open_ledger(
         Ledger.create(
             institution.ledger,
             max_epsilon=config.privacy.max_epsilon or config.privacy.epsilon,
-            delta=_delta(config.privacy, units),
+            delta=delta_of(config.privacy, units),
             accountant=config.privacy.accountant,
         )
     ledger = Ledger.open(institution.ledger)
@@ -216,6 +131,33 @@ def open_ledger(
         ledger.close()
         raise
     return ledger
+
+
+def check_limits(institution: Institution, ledger: Ledger, plan: Budget) -> None:
+    """Refuse a run that promises less than the institution's own limits.
+
+    A run's epsilon means something at its delta only, and the run's delta and accountant are the
+    server's choice. So what the whole run may release is converted to epsilon at the ledger's delta
+    with the ledger's accountant, which are the institution's choice.
+
+    Raises:
+        Refusal: ``delta-too-large`` or ``epsilon-too-large``.
+    """
+    if plan.plan.delta > institution.max_delta:
+        raise Refusal(
+            "delta-too-large",
+            f"the run has delta {plan.plan.delta:g}, above max-delta ({institution.max_delta:g}); "
+            "ask for a smaller privacy.delta, or raise max-delta",
+        )
+    spent = accounting.epsilon(plan.events, ledger.delta, ledger.accountant)
+    if spent > institution.max_run_epsilon:
+        raise Refusal(
+            "epsilon-too-large",
+            f"the run spends epsilon {plan.plan.epsilon:g} at its delta {plan.plan.delta:g}, which "
+            f"is {spent:.4g} at the ledger's delta {ledger.delta:g}, above max-run-epsilon "
+            f"({institution.max_run_epsilon:g}); ask for a smaller privacy.epsilon or "
+            "privacy.delta, or raise max-run-epsilon",
+        )
 
 
 def fits(ledger: Ledger, plan: Budget) -> bool:
@@ -259,25 +201,45 @@ def accept(institution: Institution, order: wire.TrainOrder, config: RunConfig) 
             "base-mismatch", "the server trains another base model than model.name gives here"
         )
     _check_adapter(institution, order.adapter, config, work)
-    kept = KEPT.get(config.federation.strategy, ())
-    if order.kept != kept or set(order.parts) & set(kept):
-        raise Refusal(
-            "strategy-mismatch",
-            f"the order asks for {', '.join(order.parts)} and lets the institution keep "
-            f"{', '.join(order.kept) or 'nothing'}; under {config.federation.strategy} it keeps "
-            f"{', '.join(kept) or 'nothing'}",
-        )
+    check_order(order, config)
     may_leave = () if config.privacy.enabled else institution.report
     if not set(order.report) <= set(may_leave):
         raise Refusal(
             "metrics-not-allowed",
-            f"the server asks for {', '.join(order.report)}; what may leave is "
-            f"{', '.join(may_leave) or 'nothing'}",
+            f"the server asks for {_listed(order.report)}; what may leave is {_listed(may_leave)}",
         )
-    if not kept:
+    if not order.kept:
         return order
-    own = _own(institution, order.run, config).latest(order.round, order.adapter.only(kept))
+    kept = order.adapter.only(order.kept)
+    own = _own(institution, order.run, config).latest(order.round, kept)
     return dataclasses.replace(order, adapter=order.adapter.updated(own))
+
+
+def check_order(order: wire.TrainOrder, config: RunConfig) -> None:
+    """Refuse rounds that the run does not have, and parts that its strategy does not train.
+
+    Raises:
+        Refusal: ``malformed-message`` or ``strategy-mismatch``.
+    """
+    rounds, strategy = config.federation.rounds, config.federation.strategy
+    for name, value in (("round", order.round), ("participations", order.participations)):
+        if not 1 <= value <= rounds:
+            raise Refusal(
+                "malformed-message",
+                f"the order's {name} is {value}; it must be from 1 to federation.rounds ({rounds})",
+            )
+    parts, kept = parts_sent(strategy, order.round), KEPT.get(strategy, ())
+    if (order.parts, order.kept) != (parts, kept):
+        raise Refusal(
+            "strategy-mismatch",
+            f"the order asks for {_listed(order.parts)} and lets the institution keep "
+            f"{_listed(order.kept)}; under {strategy} an institution sends {_listed(parts)} in "
+            f"round {order.round} and keeps {_listed(kept)}",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "nothing"
 
 
 def _check_adapter(
@@ -408,12 +370,16 @@ def charge(
         The round with its ledger open, or the answer that is stored for it.
 
     Raises:
-        Refusal: When the ledger says no (``budget-exhausted``, ``ledger-*`` and others).
+        Refusal: When the run is beyond the institution's limits (`check_limits`), a step would
+            change nothing (``step-too-small``), or the ledger says no (``budget-exhausted``,
+            ``ledger-*`` and others).
     """
     shard = trainable.records(config).train(institution.index)
     plan = budget(config, shard.num_units, order.participations)
+    _check_step(order, config, plan)
     ledger = open_ledger(institution, config, shard, create=False)
     try:
+        check_limits(institution, ledger, plan)
         digest = order.digest(config.fingerprint())
         charged = ledger.charge(
             run_id=order.run,
@@ -441,6 +407,29 @@ def charge(
         digest=digest,
         key=charged.key,
     )
+
+
+def _check_step(order: wire.TrainOrder, config: RunConfig, plan: Budget) -> None:
+    """Refuse an adapter that a step cannot change: training would end in a guard, and be charged.
+
+    The noise alone moves every value by about the deviation of the noise on the averaged gradient
+    times the learning rate (by the learning rate itself under Adam). Where that is less than the
+    distance between the smallest value of a tensor and the next float32, the tensor stays as it is.
+    """
+    noise = plan.plan.noise_multiplier * config.privacy.max_grad_norm / plan.normaliser
+    if config.training.optimizer != "sgd":
+        noise /= noise + ADAM_EPS
+    step = config.training.learning_rate * noise
+    for name, tensor in order.adapter.only((*order.parts, *order.kept)).items():
+        smallest = tensor.abs().min()
+        distance = float(torch.nextafter(smallest, torch.tensor(math.inf)) - smallest)
+        if not step >= distance:
+            raise Refusal(
+                "step-too-small",
+                f"a step moves a value by about {step:.2g}, and float32 cannot tell {name} from "
+                f"itself by less than {distance:.2g}; raise training.learning-rate (now "
+                f"{config.training.learning_rate:g}), or start from a smaller adapter",
+            )
 
 
 def can_share(config: RunConfig) -> bool:

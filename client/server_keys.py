@@ -158,7 +158,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
         )
     ),
     "training.gradient-checkpointing": Taken(),
-    "federation.rounds": Unused(),  # an order says for how many rounds noise is planned
+    "federation.rounds": Taken(),  # the most rounds that an order may plan noise for
     "federation.strategy": Taken(
         (
             Limit(
@@ -212,7 +212,8 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             ),
         )
     ),
-    "privacy.delta": Taken(),  # below 1 / units of the size class (`institution.budget`)
+    # Below 1 / units of the size class (`budget`), at most max-delta (`institution.check_limits`).
+    "privacy.delta": Taken(),
     "privacy.max-grad-norm": Taken(),
     "privacy.clipping": Taken(),
     "privacy.accountant": Taken(),

@@ -41,7 +41,10 @@ class Settings(Section):
     max_length: int = setting(512, "most tokens of a row", at_least=4)
     max_rank: int = setting(64, "most rank of the adapter, and of a residual", at_least=1)
     physical_batch: int = setting(64, "most records in memory at a time", at_least=1)
-    max_run_epsilon: float = setting(8.0, "most epsilon of one run", above=0)
+    max_run_epsilon: float = setting(
+        8.0, "most epsilon of one run, at its delta and at the ledger's", above=0
+    )
+    max_delta: float = setting(1e-5, "largest delta of one run", above=0, below=1)
     without_dp: bool = setting(False, "whether it trains without differential privacy")
     report: tuple[str, ...] = setting((), "figures that may leave without DP: loss, records")
     max_seconds: float = setting(1800.0, "most seconds that one message may take", at_least=1)

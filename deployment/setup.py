@@ -194,6 +194,7 @@ def _settings(name: str) -> bytes:
         "physical-batch": 64,
         "threads": 1,
         "max-run-epsilon": 8.0,
+        "max-delta": 1e-5,
         "max-seconds": 1800.0,
         "without-dp": False,
         "report": [],
@@ -201,6 +202,7 @@ def _settings(name: str) -> bytes:
     head = (
         "# What this institution decides for itself; docs/deployment.md says what each key means.\n"
         "# gateway: the HOST:PORT that the federation's operator gave, outside the rehearsal.\n"
+        "# max-run-epsilon holds at the ledger's delta too; a run's own is at most max-delta.\n"
     )
     return (head + tomli_w.dumps(values)).encode()
 
@@ -215,6 +217,7 @@ def _example_run(institutions: int) -> bytes:
         "federation.server-optimizer": "adam",
         "federation.server-learning-rate": 0.01,
         "privacy.accountant": "rdp",
+        "privacy.delta": 1e-6,  # the ledgers' own, at which institutions' limits hold
     }
     return configuration.from_flat(values).to_toml().encode()
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import NODES, alone
+from fedlora.run_files import NODES, SIZES, alone
 
 LINK = "fedlora"
 """The connection's name in Flower's own configuration."""
@@ -63,7 +64,8 @@ class Server:
 
     Args:
         keys: Directory with ``ca.crt`` and ``superexec.secret``.
-        institutions: Directory with a public key ``NAME.pub`` of each institution.
+        institutions: Directory with a public key ``NAME.pub`` of each institution, and perhaps
+            ``NAME.size``: the most records that the server believes it has.
         results: Directory of the runs' directories.
         superlink: HOST:PORT of the SuperLink.
         home: Flower's own directory.
@@ -124,8 +126,8 @@ def connect(server: Server) -> None:
 
 
 def key_files(server: Server) -> dict[Path, int]:
-    """Each institution's file, and when it was last changed (nanoseconds)."""
-    files = sorted(server.institutions.glob("*.pub"))
+    """Each institution's files, and when they were last changed (nanoseconds)."""
+    files = sorted([*server.institutions.glob("*.pub"), *server.institutions.glob("*.size")])
     return {file: file.stat().st_ctime_ns for file in files if file.exists()}
 
 
@@ -134,20 +136,25 @@ def register(server: Server) -> dict[str, str]:
 
     A node is known by its key, whatever name it was registered under: `NODES` maps its id to the
     institution whose file holds that key, and nobody else takes part in a run (`server.roster`).
+    `SIZES` holds what the files ``NAME.size`` say.
 
     Returns:
-        Institution -> ``registered``, ``already registered``, or what is wrong with its key.
+        Institution -> ``registered``, ``already registered``, or what is wrong with its key or
+        size.
     """
     done: dict[str, str] = {}
     holders: dict[bytes, str] = {}
     nodes: dict[int, str] = {}
+    sizes: dict[str, int] = {}
     with alone(server.results), _superlink(server) as superlink, _errors():
         found = superlink.ListNodes(ListNodesRequest()).nodes_info
         known = {node.public_key: node for node in found}
-        for file in key_files(server):
+        for file in sorted(server.institutions.glob("*.pub")):
             name = file.stem
             try:
                 key = _public_key(file)
+                if (stated := file.with_suffix(".size")).exists():
+                    sizes[name] = _size(stated)
             except (OSError, ValueError) as error:
                 done[name] = str(error)
                 continue
@@ -163,6 +170,7 @@ def register(server: Server) -> dict[str, str]:
             else:
                 nodes[node.node_id] = name
                 done[name] = "already registered"
+        write_atomic(server.results / SIZES, (json.dumps(sizes, indent=2) + "\n").encode())
         write_atomic(server.results / NODES, (json.dumps(nodes, indent=2) + "\n").encode())
     return done
 
@@ -176,6 +184,14 @@ def _public_key(file: Path) -> bytes:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ValueError(f"{file} is not an elliptic curve key; make one with P-384")
     return public_key_to_bytes(key)
+
+
+def _size(file: Path) -> int:
+    """The most records that the server believes an institution has."""
+    text = file.read_text(encoding="utf-8").strip()
+    if not re.fullmatch("[1-9][0-9]{0,11}", text):
+        raise ValueError(f"{file} holds {text[:40]!r}; it must be a whole number from 1")
+    return int(text)
 
 
 def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:

@@ -19,13 +19,16 @@ import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
 from fedlora import schemes
 from fedlora.errors import InputError
 from fedlora.text import is_unicode
+
+if TYPE_CHECKING:
+    from fedlora.adapters import Part
 
 Scalar = str | int | float | bool
 
@@ -37,6 +40,13 @@ RESIDUALS = ("stack", "exact")
 """Strategies that put what the factors do not hold into a frozen residual of the base's layers."""
 KEPT = {"fedsa": ("B", "magnitude")}
 """Strategy -> parts of the adapter that institutions train and never send, where there are any."""
+SENT: Mapping[str, tuple[tuple["Part", ...], ...]] = {
+    "ffa": (("B", "magnitude", "head"),),
+    "rolora": (("B", "magnitude", "head"), ("A", "magnitude", "head")),
+    "fedsa": (("A", "head"),),
+}
+"""Strategy -> parts of the adapter that institutions train and send in round 1, 2, ..., in turn;
+every part in every round where there are none."""
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
 INSTITUTIONS = "institutions"
@@ -52,6 +62,12 @@ LEAST_DELTA = 1e-30
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
+
+
+def parts_sent(strategy: str, round: int) -> tuple["Part", ...]:
+    """The parts of the adapter that institutions train and send in a round, from 1."""
+    turns = SENT.get(strategy, (("A", "B", "magnitude", "head"),))
+    return turns[(round - 1) % len(turns)]
 
 
 def key(

@@ -20,6 +20,8 @@ SUBMISSION = "submission.json"
 """What a deployment knows of a run that it submitted."""
 NODES = "nodes.json"
 """Beside a deployment's runs: Flower's node id -> the institution whose public key it has."""
+SIZES = "sizes.json"
+"""Beside it: institution -> the most records that the server believes it has."""
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ against the global adapter. Importing this module loads no torch: an engine star
 before this process has it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,7 +30,20 @@ _SAFETENSORS = "safetensors"
 LARGEST_HEADER = 2**20
 """Bytes that the names and shapes of an adapter may take. A thousand tensors take some 0.2 MB; each
 tensor that somebody else's header names takes memory here before it is compared with anything."""
+LONGEST_TEXT = 1000
+"""Characters of a text in a message: a name, a digest, a version."""
+MOST_NAMES = 16
+"""Names in a list of an order: its parts, what is kept, the figures that are asked for."""
+LONGEST_EVALUATION = 2**20
+"""Characters of an evaluation's figures as JSON: some thousand classes."""
 _CODE = re.compile(r"[a-z0-9-]{1,64}")
+_PLAIN: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: f"a text of at most {LONGEST_TEXT} characters",
+    bool: "true or false",
+    tuple[str, ...]: f"a list of at most {MOST_NAMES} texts",
+}
 _ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY, _EVALUATION = (
     "adapter",
     "order",
@@ -264,6 +278,7 @@ def pack_query(query: Query) -> RecordDict:
 
 def unpack_query(content: RecordDict) -> Query:
     """The `Query` in a message. Raises `Refusal` when it is not one."""
+    _holds_only(content, _QUERY)
     return _build(Query, _config(content, _QUERY))
 
 
@@ -275,6 +290,7 @@ def pack_hello(hello: Hello) -> RecordDict:
 def unpack_hello(content: RecordDict) -> Hello:
     """The `Hello` in a reply. Raises `Refusal` when it is none, or when the institution refused."""
     _raise_refusal(content)
+    _holds_only(content, _HELLO)
     return _build(Hello, _config(content, _HELLO))
 
 
@@ -285,14 +301,14 @@ def pack_order(order: "TrainOrder | EvaluateOrder", adapter: ArrayRecord) -> Rec
 
 def unpack_order(content: RecordDict) -> TrainOrder:
     """The `TrainOrder` in a message. Raises `Refusal` when it is not one."""
+    _holds_only(content, _ORDER, _ADAPTER)
     values = _config(content, _ORDER)
-    for name in ("report", "parts", "kept"):
-        values[name] = tuple(values.get(name, ()))
     return _identified(_build(TrainOrder, values | {"adapter": _adapter(content)}))
 
 
 def unpack_evaluate(content: RecordDict) -> EvaluateOrder:
     """The `EvaluateOrder` in a message. Raises `Refusal` when it is not one."""
+    _holds_only(content, _ORDER, _ADAPTER)
     values = _config(content, _ORDER)
     return _identified(_build(EvaluateOrder, values | {"adapter": _adapter(content)}))
 
@@ -306,13 +322,14 @@ def pack_evaluation(evaluation: Evaluation) -> RecordDict:
 def unpack_evaluation(content: RecordDict) -> Evaluation:
     """The `Evaluation` in a reply. Raises `Refusal` when it is none."""
     _raise_refusal(content)
+    _holds_only(content, _EVALUATION)
     values = _config(content, _EVALUATION)
-    try:
-        metrics = json.loads(values.get("metrics", ""))
-    except (TypeError, ValueError, RecursionError):
-        metrics = None
+    text, metrics = values.get("metrics"), None
+    if isinstance(text, str) and len(text) <= LONGEST_EVALUATION:
+        with contextlib.suppress(ValueError, RecursionError):
+            metrics = json.loads(text)
     if not isinstance(metrics, dict):
-        raise Refusal("malformed-message", "the metrics are no JSON object")
+        raise Refusal("malformed-message", "the metrics are no JSON object, or a too long one")
     return _build(Evaluation, values | {"metrics": metrics})
 
 
@@ -337,10 +354,14 @@ def unpack_update(content: RecordDict) -> ClientUpdate:
         Refusal: With the institution's own code when it refused, or ``malformed-message``.
     """
     _raise_refusal(content)
+    _holds_only(content, _UPDATE, _ADAPTER, _METRICS, _PRIVACY)
     privacy = None
     if _PRIVACY in content.config_records:
         privacy = _build(PrivacySpent, _config(content, _PRIVACY))
     metrics = dict(content.metric_records.get(_METRICS, MetricRecord()))
+    for name, value in metrics.items():
+        if len(name) > LONGEST_TEXT or not isinstance(value, int | float):
+            raise Refusal("malformed-message", f"the figure {_quoted(name)} is no number")
     values = _config(content, _UPDATE)
     return _build(
         ClientUpdate,
@@ -406,22 +427,52 @@ def _identified(order: _Order) -> _Order:
     return order
 
 
+def _holds_only(content: RecordDict, *names: str) -> None:
+    """What is not read is not accepted either."""
+    if extra := sorted(set(content) - set(names)):
+        raise Refusal("malformed-message", f"the message has a record {_quoted(extra[0])}")
+
+
 def _build(cls: type[_T], values: dict[str, Any]) -> _T:
-    """The package with exactly its fields, each of its declared scalar type."""
+    """The package with exactly its fields, each of its declared plain type."""
+    made = dict(values)
     for field in dataclasses.fields(typing.cast(Any, cls)):
-        name, kind = field.name, typing.cast(Any, field.type)
-        if kind in (int, float, str) and (
-            not isinstance(values.get(name), (int, float) if kind is float else kind)
-            or isinstance(values.get(name), bool)
-        ):
-            raise Refusal(
-                "malformed-message",
-                f"{cls.__name__}.{name} is {values.get(name)!r}, not a {kind.__name__}",
-            )
+        kind = typing.cast(Any, field.type)
+        if kind in _PLAIN:
+            made[field.name] = value = _as(kind, values.get(field.name))
+            if value is None:
+                raise Refusal(
+                    "malformed-message",
+                    f"{cls.__name__}.{field.name} is {_quoted(values.get(field.name))}, not "
+                    f"{_PLAIN[kind]}",
+                )
     try:
-        return cls(**values)
+        return cls(**made)
     except TypeError as error:
-        raise Refusal("malformed-message", str(error)) from None
+        raise Refusal("malformed-message", str(error)[:200]) from None
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """The value as a field of this type has it; None where it is of another."""
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return None
+    if kind is int and isinstance(value, bool):
+        return None
+    if kind is str:
+        return value if isinstance(value, str) and len(value) <= LONGEST_TEXT else None
+    if kind == tuple[str, ...]:
+        items = typing.cast(list[Any], value if isinstance(value, list | tuple) else [None])
+        fine = len(items) <= MOST_NAMES and all(_as(str, item) is not None for item in items)
+        return tuple(items) if fine else None
+    return value if isinstance(value, kind) else None
+
+
+def _quoted(value: Any) -> str:
+    """Another's value for a log: escaped, and not all of it."""
+    return repr(value)[:80]
 
 
 def update_to_bytes(update: ClientUpdate) -> bytes:

@@ -30,16 +30,17 @@ def exchange(
     deadline, pause = time.monotonic() + timeout, 0.001
     while waiting and time.monotonic() < deadline:
         asked = time.monotonic()
-        arrived = [
-            r
-            for r in grid.pull_messages(list(waiting))
-            if r.metadata.reply_to_message_id in waiting
-        ]
-        came = bool(arrived)
+        arrived, came = list(grid.pull_messages(list(waiting))), False
         while arrived:
             # By the message replied to: the source of an error for a lost node is the SuperLink.
-            # Nothing here keeps a reply once it is handed over.
-            yield waiting.pop(arrived[-1].metadata.reply_to_message_id), arrived.pop()
+            # Of two replies to one message the second is nobody's. Nothing here keeps a reply once
+            # it is handed over.
+            node = waiting.pop(arrived[-1].metadata.reply_to_message_id, None)
+            if node is None:
+                arrived.pop()
+                continue
+            came = True
+            yield node, arrived.pop()
         if came:
             deadline, pause = time.monotonic() + timeout, 0.001
         elif time.monotonic() - asked < pause:  # a grid that waits by itself needs no pause

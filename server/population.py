@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedlora import accounting, data, trainable
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
@@ -31,6 +33,14 @@ class Population:
     owner: Int64 | None
     counts: Mapping[str, int]
     fingerprint: str
+
+    @property
+    def held_out_rows(self) -> dict[str, int]:
+        """Institution -> its held-out rows, where it is known whose they are."""
+        if self.owner is None:
+            return {}
+        counts = np.bincount(self.owner, minlength=len(self.names))
+        return dict(zip(self.names, counts.tolist(), strict=True))
 
 
 def of(config: RunConfig) -> Population:

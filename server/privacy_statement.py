@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlora import accounting
-from fedlora.accounting import Event
 from fedlora.config import RunConfig
 from server.institution_privacy import InstitutionMechanism
 from server.run_directory import RunState
+from server.spending import Spending
 
 ADVERSARY = (
     "the server, the other institutions and anyone who sees any or all of the adapters that were "
@@ -34,6 +33,7 @@ def statement(
     names: Sequence[str],
     state: RunState,
     mechanism: InstitutionMechanism | None,
+    spending: Spending | None,
 ) -> dict[str, Any]:
     """The content of privacy.json.
 
@@ -42,6 +42,7 @@ def statement(
         names: All institutions.
         state: After the last round.
         mechanism: Of institution-level DP, when it is on.
+        spending: Of DP at the institutions, when it is on.
 
     Returns:
         ``protects`` in words, and for each institution what it has spent at most (see
@@ -53,7 +54,7 @@ def statement(
         if mechanism is None
         else {"institution_level": mechanism.statement(state.asked.values())}
     )
-    if not privacy.enabled:
+    if spending is None:
         words = INSTITUTIONS_ONLY if mechanism is not None else NOBODY_OFF
         if mechanism is not None and privacy.noise == "seeded":
             words = NOBODY_SEEDED
@@ -72,7 +73,7 @@ def statement(
         "adversary": ADVERSARY,
         "adjacency": ADJACENCY,
         "institutions": {
-            name: _spent(state.privacy[name], state.asked.get(name, 0), config.training.local_steps)
+            name: spending.stated(state.privacy[name], state.asked.get(name, 0))
             for name in names
             if name in state.privacy
         },
@@ -85,33 +86,6 @@ def statement(
             for name in names
             if name not in state.privacy and state.asked.get(name)
         },
-    }
-
-
-def _spent(reported: Mapping[str, Any], rounds_asked: int, steps_per_round: int) -> dict[str, Any]:
-    """What an institution reported last, with every round counted that it was asked for.
-
-    An institution may have been charged, and its answer seen on the way, although nothing arrived
-    here in time. The later of both counts.
-    """
-    steps = max(reported["steps"], rounds_asked * steps_per_round)
-    spent = dict(reported)
-    if steps > reported["steps"]:
-        events = [
-            Event(
-                noise_multiplier=reported["noise_multiplier"],
-                sample_rate=reported["sample_rate"],
-                steps=steps,
-            )
-        ]
-        if reported["size_noise"]:
-            events.append(Event(noise_multiplier=reported["size_noise"], sample_rate=1.0, steps=1))
-        spent["epsilon"] = accounting.epsilon(events, reported["delta"], reported["accountant"])
-    return {
-        **spent,
-        "steps": steps,
-        "rounds_asked": rounds_asked,
-        "unreported_steps": steps - reported["steps"],
     }
 
 

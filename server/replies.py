@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedlora import wire
 from fedlora.errors import Refusal
 from server.exchange import exchange
+from server.spending import Spending
 from strategies import base
 from strategies.base import Round, Weighted
 
@@ -39,7 +40,8 @@ class Replies:
         orders: One message each.
         names: Node -> institution.
         round: What the answers must fit.
-        epsilon: The most that an institution may have spent; inf: no DP, and none need say.
+        report: The figures that the orders ask for.
+        spending: What an institution can have spent; None without DP.
         timeout: Seconds without any answer after which nobody is waited for.
 
     Attributes:
@@ -59,11 +61,13 @@ class Replies:
         names: Mapping[int, str],
         round: Round,
         *,
-        epsilon: float,
+        report: Sequence[str],
+        spending: Spending | None,
         timeout: float,
     ) -> None:
         self._grid, self._orders, self._names = grid, orders, names
-        self._round, self._epsilon, self._timeout = round, epsilon, timeout
+        self._round, self._report = round, frozenset(report)
+        self._spending, self._timeout = spending, timeout
         self.valid = 0
         self.invalid: set[str] = set()
         self.failed: dict[str, str] = {}
@@ -94,27 +98,39 @@ class Replies:
                 self.invalid.add(name)
             raise
         self.invalid.add(name)  # until it is found to be valid
-        if update.privacy is not None and update.institution == name:
-            self.privacy[name] = dataclasses.asdict(self._possible(update.privacy))
+        base.check_header(update, institution=name, round=self._round)
+        self._record_privacy(name, update)
         base.validate(update, institution=name, round=self._round)
-        if self._epsilon < math.inf and update.privacy is None:
-            raise Refusal(
-                "no-privacy-record", "DP is on, but the update does not say what was spent"
-            )
+        self._check_figures(update.metrics)
         self.invalid.discard(name)
         self.valid += 1
         if update.metrics:
             self.reported[name] = dict(update.metrics)
         return update
 
-    def _possible(self, privacy: wire.PrivacySpent) -> wire.PrivacySpent:
-        most = self._epsilon * (1 + 1e-6)
-        if not (0 <= privacy.epsilon <= most and 0 <= privacy.delta < 1):  # nor NaN
+    def _record_privacy(self, name: str, update: wire.ClientUpdate) -> None:
+        """Keep what was spent, if it can be: also where the update does not count."""
+        if self._spending is None:
+            if update.privacy is not None:
+                raise Refusal("invalid-privacy-record", "DP is off, so nothing was spent")
+            return
+        if update.privacy is None:
             raise Refusal(
-                "invalid-privacy-record",
-                f"it says that epsilon {privacy.epsilon:g} at delta {privacy.delta:g} was spent",
+                "no-privacy-record", "DP is on, but the update does not say what was spent"
             )
-        return privacy
+        by_class = self._round.weighting == "public-size"
+        self._spending.checked(update.privacy, update.size if by_class else None)
+        self.privacy[name] = dataclasses.asdict(update.privacy)
+
+    def _check_figures(self, figures: Mapping[str, float]) -> None:
+        if extra := sorted(set(figures) - self._report):
+            raise Refusal(
+                "invalid-metrics",
+                f"it sends {extra[0][:80]!r} ({len(extra)} in all), which no order asked for",
+            )
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise Refusal("invalid-metrics", f"{name} is {value}, not a finite number")
 
 
 def content(reply: Message | None) -> RecordDict:

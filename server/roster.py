@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -13,7 +14,7 @@ import fedlora
 from fedlora import wire
 from fedlora.config import MIXED_RANKS, RunConfig
 from fedlora.errors import InputError, Refusal
-from fedlora.run_files import NODES
+from fedlora.run_files import NODES, SIZES
 from server.exchange import exchange
 from server.replies import content
 
@@ -32,13 +33,19 @@ class Roster:
     In a deployment a name belongs to a key: a node takes part under the name that `NODES` has for
     it, and under no other. The server writes that file as it registers keys, and here it is read
     anew each time: one that is registered late comes in, one whose key is replaced or taken off
-    goes out. Without the file nobody takes part.
+    goes out. Without the file nobody takes part. Where updates weigh by size, nobody takes part
+    either whose size `SIZES` does not bound: what an institution claims alone decides no weight.
+
+    Attributes:
+        believed: Institution -> the most that its size counts, in a deployment.
+        refused: Node -> code.
     """
 
     def __init__(self, grid: Grid, config: RunConfig, query: wire.Query) -> None:
         self._grid, self._config, self._query = grid, config, query
         self._names: dict[int, str] = {}  # by their keys, in a deployment
-        self._strangers: set[int] = set()
+        self._strangers: dict[int, str] = {}  # and the code that says why
+        self.believed: dict[str, float] = {}
         self._known: dict[int, wire.Hello] = {}
         self.refused: dict[int, str] = {}
 
@@ -89,23 +96,37 @@ class Roster:
 
         Whoever is not among them may be at the next look, so nobody is refused for good.
         """
-        file = Path(self._config.run_dir).parent / NODES
+        folder = Path(self._config.run_dir).parent
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            self._names = {int(node): str(name) for node, name in content.items()}
-        except (OSError, ValueError, AttributeError):
+            self._names = {int(node): str(name) for node, name in _read(folder / NODES).items()}
+        except ValueError:
             self._names = {}
+        self.believed = {n: v for n, v in _read(folder / SIZES).items() if _is_size(v)}
         self._known = {n: h for n, h in self._known.items() if self._names.get(n) == h.institution}
-        strangers = set(present) - set(self._names)
-        for node in sorted(strangers - self._strangers):
-            log.warning(
-                "node %d: not-registered: %s does not name it, or cannot be read; "
-                "`fedlora deploy register` writes it",
-                node,
-                file,
-            )
+        strangers = dict.fromkeys(set(present) - set(self._names), "not-registered")
+        if self._config.federation.weighting != "uniform":
+            unsized = {n for n in present if n in self._names} - {
+                n for n, name in self._names.items() if name in self.believed
+            }
+            strangers |= dict.fromkeys(unsized, "no-size")
+        for node, code in sorted(strangers.items()):
+            if self._strangers.get(node) != code:
+                log.warning("node %d: %s: %s", node, code, self._why(node, code, folder))
         self._strangers = strangers
-        return [node for node in present if node in self._names]
+        return [node for node in present if node not in strangers]
+
+    def _why(self, node: int, code: str, folder: Path) -> str:
+        if code == "not-registered":
+            return (
+                f"{folder / NODES} does not name it, or cannot be read; "
+                "`fedlora deploy register` writes it"
+            )
+        name = self._names[node]
+        return (
+            f"federation.weighting is {self._config.federation.weighting}, and {folder / SIZES} "
+            f"does not say how large {name} may be; write the number into "
+            f"server/institutions/{name}.size"
+        )
 
     def wait(self, institutions: int) -> None:
         """Wait until all institutions have said something, or enough are here for a round.
@@ -119,7 +140,7 @@ class Roster:
                 break
             time.sleep(1.0)
         if len(self) < max(1, self._config.federation.min_updates):
-            codes = dict.fromkeys(map(str, self._strangers), "not-registered")
+            codes = {str(node): code for node, code in self._strangers.items()}
             codes |= {str(node): code for node, code in self.refused.items()}
             raise RunFailed(
                 f"{len(self._known)} institutions are ready and {len(codes)} refuse or are refused "
@@ -149,6 +170,19 @@ class Roster:
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object on disk; an empty one where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def patience(config: RunConfig) -> float:

@@ -28,6 +28,7 @@ from server.privacy_statement import largest_epsilon, statement
 from server.replies import Replies
 from server.roster import Roster, RunFailed, patience, reasons
 from server.run_directory import RunDirectory, RunState
+from server.spending import Spending
 from strategies import STRATEGIES, base, robust, server_optimizer
 from strategies.base import Round
 from strategies.diagnostics import Watch
@@ -56,6 +57,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         config.federation.rounds, population.size, config.federation.institutions_per_round
     )
     mechanism = institution_privacy.plan(config, population.size, cap)
+    spending = Spending(config=config, participations=cap) if config.privacy.enabled else None
     directory = RunDirectory(Path(config.run_dir))
     resumed = directory.check(config)
     work = trainable.load(config, population.labels)
@@ -79,6 +81,9 @@ def run(grid: Grid, config: RunConfig) -> None:
             f"{directory.path} was run on other records or base weights than data.source and "
             "model.name hold now; restore them, or start anew with another --out"
         )
+    state = dataclasses.replace(
+        state, privacy={} if spending is None else spending.possible(state.privacy)
+    )
     roster = Roster(
         grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap)
     )
@@ -104,7 +109,7 @@ def run(grid: Grid, config: RunConfig) -> None:
             break
         asked = {nodes[name]: name for name in chosen}
         state, record, measured = _round(
-            grid, config, asked, roster, state, cap, mechanism, work, population
+            grid, config, asked, roster, state, cap, mechanism, spending, work, population
         )
         directory.append(record)
         directory.save(state)
@@ -129,7 +134,7 @@ def run(grid: Grid, config: RunConfig) -> None:
             )
     if config.federation.strategy in KEPT or not measured:
         measured = _measured(grid, config, roster, state, work, population, save=True)
-    _finish(directory, config, state, mechanism, work, population, measured)
+    _finish(directory, config, state, mechanism, spending, work, population, measured)
     tracked.end()
 
 
@@ -163,6 +168,7 @@ def _round(
     state: RunState,
     cap: int,
     mechanism: InstitutionMechanism | None,
+    spending: Spending | None,
     work: Trainable,
     population: Population,
 ) -> tuple[RunState, dict[str, Any], dict[str, Any]]:
@@ -176,6 +182,7 @@ def _round(
         state: After the last round.
         cap: The most rounds that an institution is asked for.
         mechanism: Of institution-level DP, when it is on.
+        spending: Of DP at the institutions, when it is on.
         work: The base model, for evaluation.
         population: Its held-out rows, for evaluation.
 
@@ -193,6 +200,7 @@ def _round(
         parts=strategy.parts(number),
         kept=strategy.kept,
         weighting=federation.weighting,
+        believed=roster.believed,
         alpha=config.adapter.alpha,
         rslora=config.adapter.method.endswith("rslora"),
         residual_rank=federation.residual_rank,
@@ -204,13 +212,14 @@ def _round(
     starts = {rank: strategy.start(this, rank) for rank in sorted(set(ranks.values()))}
     this = dataclasses.replace(this, sent={name: starts[rank] for name, rank in ranks.items()})
     quiet = config.privacy.enabled or config.privacy.hides_institutions or config.deployed
+    report = () if quiet else ("loss",)
     orders = {
         rank: wire.TrainOrder(
             run=state.run,
             round=number,
             participations=cap,
             base=work.base.digest,
-            report=() if quiet else ("loss",),
+            report=report,
             parts=this.parts,
             kept=this.kept,
             adapter=start,
@@ -236,7 +245,8 @@ def _round(
         list(messages.values()),
         nodes,
         this,
-        epsilon=config.privacy.epsilon,
+        report=report,
+        spending=spending,
         timeout=patience(config),
     )
     watch = Watch(this)
@@ -420,7 +430,13 @@ def _measured(
     order = wire.EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter)
     nodes = {node: name for name, node in roster.online().items()}
     return evaluation.of_each(
-        grid, order, nodes, timeout=config.federation.timeout, patience=patience(config)
+        grid,
+        order,
+        nodes,
+        rows=population.held_out_rows,
+        labels=work.labels,
+        timeout=config.federation.timeout,
+        patience=patience(config),
     )
 
 
@@ -429,13 +445,14 @@ def _finish(
     config: RunConfig,
     state: RunState,
     mechanism: InstitutionMechanism | None,
+    spending: Spending | None,
     work: Trainable,
     population: Population,
     measured: dict[str, Any],
 ) -> None:
     adapter = final_adapter(state)
     adapter.save(directory.path / "adapter", work.model)
-    privacy = statement(config, population.names or sorted(state.asked), state, mechanism)
+    privacy = statement(config, population.names or sorted(state.asked), state, mechanism, spending)
     result = {
         **measured,
         "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),

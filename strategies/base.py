@@ -30,6 +30,7 @@ class Round:
         parts: What they train and send.
         kept: What they train and keep.
         weighting: ``uniform``, or anything else for each update's own size.
+        believed: Institution -> the most that its size counts; whose is not there, any.
         alpha: LoRA's alpha.
         rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
         residual_rank: The rank above which residuals are cut back.
@@ -45,6 +46,7 @@ class Round:
     parts: tuple[Part, ...] = PARTS
     kept: tuple[str, ...] = ()
     weighting: str = "uniform"
+    believed: Mapping[str, float] = field(default_factory=dict[str, float])
     alpha: float = 1.0
     rslora: bool = False
     residual_rank: int = 64
@@ -82,8 +84,10 @@ class Round:
         return list(found.values()), [numbers[id(state)] for state in sent]
 
     def weight(self, update: ClientUpdate) -> float:
-        """The update's weight beside others: 1, or its size."""
-        return 1.0 if self.weighting == "uniform" else update.size
+        """The update's weight beside others: 1, or its size, as far as that is believed."""
+        if self.weighting == "uniform":
+            return 1.0
+        return min(update.size, self.believed.get(update.institution, math.inf))
 
     def scale(self, rank: int) -> float:
         """The factor s of s B A for factors of this rank."""
@@ -166,34 +170,44 @@ def sample(
     return names
 
 
+def check_header(update: ClientUpdate, *, institution: str, round: Round) -> None:
+    """Refuse an update that answers another order, or has a size that its weighting does not know.
+
+    Args:
+        update: As it came.
+        institution: Whose answer it has to be.
+        round: Of the order.
+
+    Raises:
+        Refusal: ``wrong-institution``, ``other-run``, ``stale-update``, ``invalid-size``.
+    """
+    if update.institution != institution:
+        raise Refusal("wrong-institution", f"{institution} answered as {update.institution!r}")
+    if update.run != round.run:
+        raise Refusal("other-run", f"run {update.run!r} was answered in run {round.run!r}")
+    if update.round != round.number:
+        raise Refusal("stale-update", f"round {update.round} was answered in round {round.number}")
+    _check_size(update.size, round.weighting)
+
+
 def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
     """Refuse an update that must not count. What others sent plays no part.
 
     Args:
         update: As it came.
-        institution: Whose answer it has to be.
-        round: Its run, number and what it sent decide: keys, shapes and dtype must be those of the
+        institution: Whose answer it is, by `check_header`.
+        round: What it sent decides: keys, shapes and dtype must be those of the
             parts that were asked for, no value, nor one of the global adapter, may be beyond the
             limits under this weight and scale, and the change no longer than ``longest``.
 
     Raises:
         Refusal: With the reason as its code.
     """
-    if update.institution != institution:
-        raise Refusal("wrong-institution", f"{institution} answered as {update.institution}")
-    if update.run != round.run:
-        raise Refusal("other-run", f"run {update.run!r} was answered in run {round.run!r}")
-    if update.round != round.number:
-        raise Refusal("stale-update", f"round {update.round} was answered in round {round.number}")
     sent = round.sent_to(institution)
     problem = update.adapter.validate_against(sent.only(round.parts))
     if problem:
         raise Refusal("invalid-update", problem)
     weight = round.weight(update)
-    if not (math.isfinite(update.size) and update.size >= 0 and weight > 0):
-        raise Refusal("invalid-size", f"size is {update.size}, weighting {round.weighting}")
-    if round.weighting == "public-size" and math.frexp(update.size)[0] != 0.5:
-        raise Refusal("invalid-size", f"size is {update.size}, and a size class is a power of two")
     stretch = max(1.0, round.scale(sent.rank) / round.scale(round.before.rank))
     own = stretch * largest(update.adapter)
     if own > LARGEST:
@@ -207,6 +221,18 @@ def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
             raise Refusal(
                 "too-long", f"the change is {size:g} long; at most {round.longest:g} counts"
             )
+
+
+def _check_size(size: float, weighting: str) -> None:
+    """Refuse a size that nobody who follows the weighting has."""
+    fits, what = {
+        "uniform": (size == 0, "none is asked for"),
+        "public-size": (1 <= size < math.inf and math.frexp(size)[0] == 0.5, "a power of two"),
+        "records": (1 <= size < math.inf and size == int(size), "a whole number from 1"),
+        "noised-size": (1 <= size < math.inf, "a number from 1"),
+    }[weighting]
+    if not fits:
+        raise Refusal("invalid-size", f"size is {size}, under weighting {weighting}: {what}")
 
 
 def largest(adapter: AdapterState) -> float:

@@ -13,15 +13,12 @@ Reference: Guo et al. (2024), Selective Aggregation for Low-Rank Adaptation in F
 (FedSA-LoRA), arXiv 2410.01463.
 """
 
-from fedlora.adapters import Part
-from fedlora.config import KEPT
+import functools
+
+from fedlora.config import KEPT, parts_sent
 from strategies.base import Strategy
 from strategies.fedavg import aggregate
 
-
-def parts(round: int) -> tuple[Part, ...]:
-    """What is shared, in every round."""
-    return ("A", "head")
-
-
-STRATEGY = Strategy(aggregate=aggregate, parts=parts, kept=KEPT["fedsa"])
+STRATEGY = Strategy(
+    aggregate=aggregate, parts=functools.partial(parts_sent, "fedsa"), kept=KEPT["fedsa"]
+)

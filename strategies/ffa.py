@@ -8,14 +8,10 @@ Reference: Sun et al. (2024), Improving LoRA in Privacy-preserving Federated Lea
 arXiv 2403.12313.
 """
 
-from fedlora.adapters import Part
+import functools
+
+from fedlora.config import parts_sent
 from strategies.base import Strategy
 from strategies.fedavg import aggregate
 
-
-def parts(round: int) -> tuple[Part, ...]:
-    """Everything but A, in every round."""
-    return ("B", "magnitude", "head")
-
-
-STRATEGY = Strategy(aggregate=aggregate, parts=parts)
+STRATEGY = Strategy(aggregate=aggregate, parts=functools.partial(parts_sent, "ffa"))

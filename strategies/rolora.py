@@ -8,14 +8,10 @@ Reference: Chen et al. (2024), Robust Federated Finetuning of LLMs via Alternati
 LoRA, arXiv 2409.02346.
 """
 
-from fedlora.adapters import Part
+import functools
+
+from fedlora.config import parts_sent
 from strategies.base import Strategy
 from strategies.fedavg import aggregate
 
-
-def parts(round: int) -> tuple[Part, ...]:
-    """B in odd rounds, A in even ones."""
-    return ("B" if round % 2 else "A", "magnitude", "head")
-
-
-STRATEGY = Strategy(aggregate=aggregate, parts=parts)
+STRATEGY = Strategy(aggregate=aggregate, parts=functools.partial(parts_sent, "rolora"))

@@ -9,7 +9,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from client import app as client_app
 from client import institution
-from fedlora import adapters, wire
+from fedlora import adapters, config, wire
 from fedlora.errors import InputError, Refusal
 from simulation.engines.grid import identify
 
@@ -189,9 +189,13 @@ def test_answers_given_together_are_those_given_one_by_one(ask_banks):
 
 
 def test_different_orders_in_one_call_are_each_followed(ask_banks):
-    orders = [(0, {"parts": ("B",)}), (1, {"parts": ("A",)}), (2, {"parts": ("B",)})]
-    alone = ask_banks("alone", orders, together=False)
-    both = ask_banks("both", orders, together=True)
+    rolora = {"federation.strategy": "rolora"}
+    first, second = (
+        {"round": number, "parts": config.parts_sent("rolora", number)} for number in (1, 2)
+    )
+    orders = [(0, first), (1, second), (2, first)]
+    alone = ask_banks("alone", orders, together=False, **rolora)
+    both = ask_banks("both", orders, together=True, **rolora)
     assert all(_same(one, other) for one, other in zip(alone, both, strict=True))
 
 

@@ -177,7 +177,8 @@ def prepare(directory: Path, complaints: Path, names: tuple[str, ...] = NAMES) -
         folder = directory / "institutions" / name
         write_rows(folder / "data" / "records.csv", [row for row in train if row["bank"] == name])
         file = folder / "settings" / "institution.toml"
-        own = {"labels": LABELS, "models": [MODEL], "without-dp": True, "max-run-epsilon": 5.0}
+        own = {"labels": LABELS, "models": [MODEL], "without-dp": True}
+        own |= {"max-run-epsilon": 5.0, "max-delta": 1e-4}
         file.write_text(tomli_w.dumps(tomllib.loads(file.read_text()) | own))
         Ledger.create(
             folder / "ledger" / "ledger.db", max_epsilon=50.0, delta=1e-4, accountant="rdp"

@@ -1,6 +1,7 @@
 """Institutions with settings of their own: the server's and theirs meet without a network."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,13 +12,17 @@ from client import server_keys, settings
 from client.app import app
 from client.ledger import Ledger
 from fedlora import config as configuration
+from fedlora import wire
 from fedlora.adapters import AdapterState
+from fedlora.budget import budget
 from fedlora.errors import InputError, Refusal
-from fedlora.run_files import NODES, read_records
+from fedlora.run_files import NODES, SIZES, read_records
 from server import app as server_app
+from server import roster
 from server.rounds import RunFailed
 from simulation.engines.grid import run_server
 from simulation.engines.inline import InlineGrid
+from strategies.base import Round
 
 BANKS = ("Alpha", "Beta", "Delta", "Gamma")  # as the simulation sorts them
 LABELS = '["card", "fraud", "loan"]'
@@ -77,6 +82,7 @@ def institutions(rows, tiny_encoder):
                 "labels": LABELS,
                 "strategies": '["fedavg", "pad"]',
                 "without-dp": "true",
+                "max-delta": "1e-4",
                 **({k.replace("_", "-"): v for k, v in changes.items()} if name == bank else {}),
             }
             file = rows / name / "institution.toml"
@@ -88,6 +94,7 @@ def institutions(rows, tiny_encoder):
                 )
             files.append(file)
         (rows / NODES).write_text(json.dumps(dict(enumerate(BANKS, 1))))
+        (rows / SIZES).write_text(json.dumps(dict.fromkeys(BANKS, 128)))
         return files
 
     return make
@@ -171,6 +178,9 @@ def test_without_rows_of_its_own_the_server_measures_nothing(deployed, instituti
         ({"without_dp": "false"}, {"privacy.epsilon": float("inf")}, "dp-required"),
         ({}, {"privacy.noise": "seeded"}, "seeded-noise"),
         ({"max_run_epsilon": "4.0"}, {}, "epsilon-too-large"),
+        # epsilon 8 at this delta is above 8 at the ledger's, 1e-4
+        ({"max_delta": "0.5"}, {"privacy.delta": 0.0039}, "epsilon-too-large"),
+        ({"max_delta": "0.9e-4"}, {}, "delta-too-large"),
         ({"unit": '"customer"'}, {}, "other-unit"),
         (
             {},
@@ -271,3 +281,45 @@ def test_a_smaller_rank_of_ones_own_is_taken_where_the_strategy_has_a_place_for_
     _run(config, institutions("Beta", rank="3"))
     (record,) = read_records(Path(config.run_dir))
     assert ("Beta" not in record["institutions"]) == refused
+
+
+def test_where_sizes_weigh_an_institution_of_unknown_size_is_asked_nothing(
+    deployed, institutions, rows, caplog, monkeypatch
+):
+    monkeypatch.setattr(roster, "NODES_TIMEOUT", 0.0)
+    files = institutions()
+    (rows / SIZES).write_text(json.dumps({"Alpha": 64, "Beta": 2**23, "Delta": 64}))
+    config = deployed(**{"federation.weighting": "public-size", "federation.rounds": 1})
+    _run(config, files)
+    (record,) = read_records(Path(config.run_dir))
+    assert set(record["institutions"]) == {"Alpha", "Beta", "Delta"}
+    assert "no-size" in caplog.text and "server/institutions/Gamma.size" in caplog.text
+
+
+@pytest.mark.parametrize("believed", [64, 2**23])
+def test_a_claimed_size_counts_no_more_than_the_server_believes(
+    deployed, institutions, rows, monkeypatch, believed
+):
+    """The liar's record is that of an institution of the claimed size, in every figure."""
+    files = institutions()
+    (rows / SIZES).write_text(json.dumps({**dict.fromkeys(BANKS, 64), "Beta": believed}))
+    values = {"federation.weighting": "public-size", "federation.rounds": 1, "privacy.delta": 0.0}
+    plan = budget(deployed(**values), 2**23, 1).plan
+    figures = ("delta", "sample_rate", "noise_multiplier")
+    honest, weigh, weights = wire.pack_update, Round.weight, {}
+
+    def pack_update(update):
+        if update.institution != "Beta":
+            return honest(update)
+        lie = {name: getattr(plan, name) for name in figures}
+        privacy = dataclasses.replace(update.privacy, **lie)
+        return honest(dataclasses.replace(update, size=2.0**23, privacy=privacy))
+
+    def weight(self, update):
+        weights[update.institution] = weigh(self, update)
+        return weights[update.institution]
+
+    monkeypatch.setattr(wire, "pack_update", pack_update)
+    monkeypatch.setattr(Round, "weight", weight)
+    _run(deployed(**values), files)
+    assert weights == {**dict.fromkeys(BANKS, 64.0), "Beta": float(believed)}

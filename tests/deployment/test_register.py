@@ -10,7 +10,7 @@ from flwr.supercore.constant import NodeStatus
 
 from deployment import keys
 from deployment import superlink_client as flower
-from fedlora.run_files import NODES
+from fedlora.run_files import NODES, SIZES
 
 
 class SuperLink:
@@ -130,3 +130,20 @@ def test_a_change_of_the_keys_is_seen(here):
     assert second != first
     (here.institutions / "a.pub").unlink()
     assert flower.key_files(here) != second
+
+
+def test_how_large_an_institution_may_be_is_said_beside_its_key(here, link):
+    for name in "abc":
+        _put(here, name)
+    (here.institutions / "a.size").write_text("4096\n")
+    (here.institutions / "c.size").write_text("many")
+    outcomes = flower.register(here)
+    assert outcomes["a"] == outcomes["b"] == "registered"
+    assert "c.size holds 'many'; it must be a whole number from 1" in outcomes["c"]
+    assert json.loads((here.results / SIZES).read_text()) == {"a": 4096}
+    assert _nodes(here) == {"a": 0, "b": 1}
+    before = flower.key_files(here)
+    (here.institutions / "c.size").write_text("64")
+    assert flower.key_files(here) != before
+    assert flower.register(here)["c"] == "registered"
+    assert json.loads((here.results / SIZES).read_text()) == {"a": 4096, "c": 64}

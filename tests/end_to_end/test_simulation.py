@@ -1,5 +1,6 @@
 """Whole runs on a tiny encoder: what a user gets, from both engines."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,14 +14,15 @@ import pytest
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting, models, trainable
+from fedlora import accounting, models, trainable, wire
 from fedlora import records as run_records
-from fedlora.accounting import Event
 from fedlora.adapters import AdapterState, kind
+from fedlora.budget import budget
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
 from server.privacy_statement import NOBODY_SEEDED, largest_epsilon, statement
 from server.run_directory import RunState
+from server.spending import Spending
 
 
 def _adapter(config) -> AdapterState:
@@ -320,16 +322,24 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
 
 
 def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
-    spent = {
-        "epsilon": 1.0,
-        "steps": 2,
-        "noise_multiplier": 2.0,
-        "sample_rate": 0.25,
-        "size_noise": 0.0,
-        "delta": 1e-5,
-        "accountant": "rdp",
-    }
     config = tiny_config()
+    plan = budget(config, 120, 3)
+    spent = wire.PrivacySpent(
+        unit="record",
+        epsilon=1.0,
+        delta=1e-4,
+        noise_multiplier=plan.plan.noise_multiplier * 1.001,
+        sample_rate=0.25,
+        steps=2,
+        accountant="rdp",
+        noise="seeded",
+        max_grad_norm=1.0,
+        clipping="flat",
+        size_noise=0.0,
+        ledger_epsilon=2.0,
+        ledger_delta=1e-5,
+        ledger_limit=9.0,
+    )
     state = RunState(
         run="r",
         inputs="",
@@ -339,14 +349,17 @@ def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
         asked={"Alpha": 3, "Beta": 2},
         average={},
         averaged=0,
-        privacy={"Alpha": spent},
+        privacy={"Alpha": dataclasses.asdict(spent)},
         seconds=0.0,
     )
-    said = statement(config, ["Alpha", "Beta"], state, None)
-    event = Event(noise_multiplier=2.0, sample_rate=0.25, steps=3)
+    spending = Spending(config=config, participations=3)
+    said = statement(config, ["Alpha", "Beta"], state, None, spending)
     alpha = said["institutions"]["Alpha"]
     assert (alpha["steps"], alpha["unreported_steps"]) == (3, 1)
-    assert alpha["epsilon"] == accounting.epsilon((event,), 1e-5, "rdp")
+    # The server's own figures; the institution's are quoted as its word.
+    assert alpha["noise_multiplier"] == plan.plan.noise_multiplier
+    assert alpha["epsilon"] == accounting.epsilon(plan.events, 1e-4, "rdp")
+    assert alpha["institution_says"] == dataclasses.asdict(spent)
     assert said["without_report"] == {"Beta": {"rounds_asked": 2, "epsilon_at_most": 8.0}}
     assert largest_epsilon(said) == 8.0
 

@@ -238,8 +238,9 @@ def test_a_bad_evaluation_ends_no_run_and_is_named(tiny_config, simulate_run, mo
     monkeypatch.setattr(institution, "evaluate", bad)
     config = tiny_config(**{"federation.strategy": "fedsa", "federation.rounds": 1})
     result = simulate_run(config)
-    assert "Beta" in result["not_evaluated"]
-    assert ("accuracy" in result) == (what == "another name")
+    code = "wrong-institution" if what == "another name" else "invalid-metrics"
+    assert result["not_evaluated"] == {"Beta": code}
+    assert 0 <= result["accuracy"] <= 1 and len(result["institutions"]) == 3
 
 
 def test_an_order_cannot_make_an_institution_send_what_it_keeps(tiny_config):

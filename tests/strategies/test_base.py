@@ -29,6 +29,7 @@ def _update(name="bank", value=1.0, size=0.0, round=1, run="", shape=(2, 3)):
 
 def _validate(update, **values):
     round = Round(**{"number": 1, "asked": 4, "before": BEFORE, "parts": ("A",)} | values)
+    base.check_header(update, institution="bank", round=round)
     base.validate(update, institution="bank", round=round)
 
 
@@ -74,6 +75,33 @@ def test_a_size_class_that_is_no_power_of_two_is_refused():
     _validate(_update(size=4096.0), weighting="public-size")
     with pytest.raises(Refusal, match=r"invalid-size.*power of two"):
         _validate(_update(size=4095.0), weighting="public-size")
+
+
+@pytest.mark.parametrize(
+    ("weighting", "size"),
+    [
+        ("uniform", 1.0),
+        ("public-size", 0.5),
+        ("public-size", math.inf),
+        ("records", 7.5),
+        ("records", math.inf),
+        ("noised-size", 0.5),
+        ("noised-size", math.nan),
+        ("noised-size", math.inf),
+    ],
+)
+def test_a_size_that_nobody_has_under_the_weighting_is_refused(weighting, size):
+    with pytest.raises(Refusal, match="invalid-size"):
+        _validate(_update(value=0.0, size=size), weighting=weighting)
+
+
+def test_a_size_counts_as_far_as_it_is_believed():
+    round = Round(
+        number=1, asked=2, before=BEFORE, weighting="public-size", believed={"bank": 4096.0}
+    )
+    claimed = [round.weight(_update(size=2.0**k)) for k in (11, 12, 13, 23)]
+    assert claimed == [2048.0, 4096.0, 4096.0, 4096.0]
+    assert round.weight(_update(name="other", size=2.0**23)) == 2.0**23
 
 
 def test_a_change_that_is_longer_than_the_bound_is_refused():

@@ -1,0 +1,234 @@
+"""An order that no update can answer, or that asks for too much, is refused and costs nothing."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flwr.app import ConfigRecord
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client import institution
+from client.ledger import Ledger
+from fedlora import accounting, adapters, trainable, wire
+from fedlora.adapters import AdapterState
+from fedlora.config import KEPT, from_flat, parts_sent
+from fedlora.errors import InputError, Refusal
+from strategies import STRATEGIES
+
+ALL = adapters.PARTS
+
+
+@pytest.fixture
+def bank(tiny_config):
+    """Gives a bank with its ledger, the configuration, and a right order for it."""
+
+    def make(**values):
+        config = tiny_config(**{"privacy.noise": "secure", **values})
+        records = trainable.records(config)
+        work = trainable.load(config, records.labels)
+        who = institution.locate(config, 0)
+        if config.privacy.enabled:
+            institution.open_ledger(who, config, records.train(0), create=True).close()
+        strategy = STRATEGIES[config.federation.strategy]
+        order = wire.TrainOrder(
+            run="a1",
+            round=1,
+            participations=3,
+            base=work.base.digest,
+            report=(),
+            parts=strategy.parts(1),
+            kept=strategy.kept,
+            adapter=work.start,
+        )
+        return who, config, order
+
+    return make
+
+
+def _refused(who, order, config):
+    """The code of the refusal, once it is sure that nothing was charged."""
+    with pytest.raises((Refusal, InputError)) as caught:
+        institution.answer(who, order, config)
+    with Ledger.open(who.ledger) as ledger:
+        assert not ledger.show()["entries"]
+    return getattr(caught.value, "code", "bad-configuration")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        *(
+            ({"parts": parts}, "strategy-mismatch")
+            for parts in (
+                (),
+                ("Z",),
+                ("residual",),
+                ("magnitude",),
+                ("B",),
+                ("A", "B"),
+                (*ALL, "Z"),
+                (*ALL, "residual"),
+                (*ALL, "A"),
+                ("A", "A", "B", "magnitude", "head"),
+                ALL[::-1],
+            )
+        ),
+        ({"kept": ("B",)}, "strategy-mismatch"),
+        ({"parts": ("A", "head"), "kept": ("B", "magnitude")}, "strategy-mismatch"),
+        *(({"participations": n}, "malformed-message") for n in (-5, 0, 4, 10**9, 2**63 - 1)),
+        *(({"round": n}, "malformed-message") for n in (-1, 0, 4, 10**9)),
+        ({"report": ("loss",)}, "metrics-not-allowed"),
+        ({"report": ("loss", "loss")}, "metrics-not-allowed"),
+        ({"base": ""}, "base-mismatch"),
+    ],
+)
+def test_an_order_that_the_run_does_not_have_is_refused_before_the_charge(bank, changes, code):
+    who, config, order = bank()
+    assert _refused(who, dataclasses.replace(order, **changes), config) == code
+    assert institution.answer(who, order, config).privacy.steps == 1  # the right one is followed
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: AdapterState({}),
+        lambda state: state.only(("A",)),
+        lambda state: AdapterState({name: t.double() for name, t in state.items()}),
+        lambda state: AdapterState({name: t * math.nan for name, t in state.items()}),
+        lambda state: AdapterState({name: t + math.inf for name, t in state.items()}),
+        lambda state: AdapterState({name: t[:1] for name, t in state.items()}),
+        lambda state: state.updated({"another": torch.zeros(1)}),
+    ],
+    ids=["empty", "A", "double", "nan", "inf", "shape", "more"],
+)
+def test_an_adapter_that_does_not_fit_is_refused_before_the_charge(bank, spoil):
+    who, config, order = bank()
+    spoiled = dataclasses.replace(order, adapter=spoil(order.adapter))
+    assert _refused(who, spoiled, config) == "adapter-mismatch"
+
+
+@pytest.mark.parametrize(
+    ("value", "values"),
+    [
+        (1e30, {}),
+        (1.0, {"training.learning-rate": 1e-30}),
+        (1.0, {"training.learning-rate": 1e-9, "training.optimizer": "adam"}),
+        (1.0, {"privacy.max-grad-norm": 1e-6, "training.learning-rate": 1e-4}),
+    ],
+    ids=["large", "slow", "slow adam", "clipped"],
+)
+def test_an_adapter_that_no_step_changes_is_refused_before_the_charge(bank, value, values):
+    who, config, order = bank(**values)
+    state = {name: torch.full_like(tensor, value) for name, tensor in order.adapter.items()}
+    stuck = dataclasses.replace(order, adapter=AdapterState(state))
+    assert _refused(who, stuck, config) == "step-too-small"
+
+
+PARTS = st.lists(st.sampled_from([*ALL, "residual", "Z", ""]), max_size=6).map(tuple)
+
+
+@given(st.sampled_from(sorted(STRATEGIES)), PARTS, PARTS, st.integers(-3, 6), st.integers(-3, 6))
+def test_only_the_very_parts_of_strategy_and_round_are_accepted(
+    strategy, parts, kept, round, participations
+):
+    """Every strategy's own parts are accepted in every round, and no others."""
+    config = from_flat({"federation.strategy": strategy, "federation.rounds": 4})
+    order = wire.TrainOrder(
+        run="a1",
+        round=round,
+        participations=participations,
+        base="",
+        report=(),
+        parts=parts,
+        kept=kept,
+        adapter=AdapterState({}),
+    )
+
+    def accepted(order):
+        try:
+            institution.check_order(order, config)
+        except Refusal:
+            return False
+        return True
+
+    numbers = 1 <= round <= 4 and 1 <= participations <= 4
+    own = STRATEGIES[strategy]
+    right = (parts, kept) == (own.parts(round), own.kept)
+    assert accepted(order) == (numbers and right)
+    assert own.parts(round) == parts_sent(strategy, round) and own.kept == KEPT.get(strategy, ())
+    proper = dataclasses.replace(order, parts=own.parts(round), kept=own.kept)
+    assert accepted(proper) == numbers
+
+
+@pytest.mark.parametrize("participations", [-5, 0, 4, 10**9])
+def test_a_query_for_rounds_that_the_run_does_not_have_is_not_planned_for(bank, participations):
+    _, config, _ = bank()
+    with pytest.raises(InputError, match=rf"asked for is {participations}; it must be from 1 to"):
+        institution.budget(config, 100, participations)
+
+
+@pytest.mark.parametrize("field", ["report", "parts", "kept"])
+@pytest.mark.parametrize("value", ["A", 3, [1, 2], [b"A"], ["A"] * 17, ["A" * 1001], True])
+def test_what_is_no_list_of_names_is_a_malformed_order(bank, field, value):
+    _, _, order = bank()
+    content = wire.pack_order(order, wire.pack_adapter(order.adapter))
+    content["order"] = ConfigRecord({**content["order"], field: value})
+    with pytest.raises(Refusal, match=f"malformed-message: TrainOrder.{field}"):
+        wire.unpack_order(content)
+
+
+# What a server chooses, and what it means at the ledger's delta.
+
+
+def test_epsilon_at_a_large_delta_is_refused_for_what_it_is_at_the_ledgers(bank, tmp_path):
+    who, config, order = bank(**{"privacy.delta": 0.0039})
+    who.ledger.unlink()
+    Ledger.create(who.ledger, max_epsilon=50.0, delta=1e-5, accountant="rdp")
+    with Ledger.open(who.ledger) as ledger:
+        ledger.bind(trainable.records(config).train(0).fingerprint(), "record")
+    limited = dataclasses.replace(who, max_delta=0.5, max_run_epsilon=8.0)
+    with pytest.raises(Refusal, match=r"spends epsilon 8 at its delta 0\.0039, which is 1\d\.\d"):
+        institution.answer(limited, order, config)
+    assert _refused(limited, order, config) == "epsilon-too-large"
+    strict = dataclasses.replace(who, max_delta=0.0038, max_run_epsilon=50.0)
+    assert _refused(strict, order, config) == "delta-too-large"
+    exact = dataclasses.replace(who, max_delta=0.0039, max_run_epsilon=15.0)
+    assert institution.answer(exact, order, config).privacy.epsilon <= 8.0
+
+
+@pytest.mark.parametrize(
+    ("run", "own", "delta", "rate", "size_noise"),
+    [
+        ("rdp", "rdp", 0.0039, 0.05, 0.0),
+        ("rdp", "rdp", 1e-5, 1.0, 0.0),
+        ("rdp", "rdp", 1e-7, 1.0, 0.0),
+        ("rdp", "rdp", 1e-3, 0.05, 3.0),
+        ("rdp", "rdp", 1e-5, 0.05, 100.0),
+        ("prv", "rdp", 1e-5, 0.05, 0.0),
+        ("rdp", "prv", 1e-5, 0.05, 0.0),
+        ("prv", "prv", 1e-3, 0.05, 0.0),
+    ],
+)
+def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
+    run, own, delta, rate, size_noise
+):
+    values = {
+        "privacy.accountant": run,
+        "privacy.delta": delta,
+        "training.sample-rate": rate,
+        "federation.rounds": 4,
+    }
+    if size_noise:
+        values |= {"privacy.size-noise": size_noise, "federation.weighting": "noised-size"}
+    plan = institution.budget(from_flat(values), 64, 4)
+    who = SimpleNamespace(max_delta=1.0, max_run_epsilon=8.0)
+    spent = accounting.epsilon(plan.events, 1e-5, own)
+    try:
+        institution.check_limits(who, SimpleNamespace(delta=1e-5, accountant=own), plan)
+    except Refusal as refusal:
+        assert refusal.code == "epsilon-too-large" and spent > 8.0
+    else:
+        assert spent <= 8.0

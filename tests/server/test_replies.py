@@ -1,0 +1,354 @@
+"""Every field of every reply, when it arrives: what no honest institution sends is refused."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
+from flwr.clientapp import ClientApp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora import accounting, config, metrics, wire
+from fedlora.adapters import AdapterState
+from fedlora.budget import budget
+from fedlora.errors import Refusal
+from fedlora.run_files import read_records
+from server import evaluation
+from server.exchange import exchange
+from server.replies import Replies
+from server.run_directory import RunDirectory
+from server.spending import Spending
+from simulation.engines.inline import InlineGrid
+from strategies.base import Round
+
+STATE = AdapterState({"x.lora_A.weight": torch.zeros(2, 3), "x.lora_B.weight": torch.zeros(4, 2)})
+ROUND = Round(number=2, asked=1, before=STATE, parts=("A", "B"), run="a1")
+RUN = {
+    "training.sample-rate": 0.25,
+    "training.local-steps": 2,
+    "federation.rounds": 3,
+    "privacy.noise": "seeded",
+    "privacy.delta": 1e-4,
+    "privacy.accountant": "rdp",
+}
+SPENDING = Spending(config=config.from_flat(RUN), participations=3)
+PLAN = budget(SPENDING.config, 100, 3)
+HONEST = wire.PrivacySpent(
+    unit="record",
+    epsilon=7.0,
+    delta=1e-4,
+    noise_multiplier=PLAN.plan.noise_multiplier,
+    sample_rate=0.25,
+    steps=4,
+    accountant="rdp",
+    noise="seeded",
+    max_grad_norm=1.0,
+    clipping="flat",
+    size_noise=0.0,
+    ledger_epsilon=7.0,
+    ledger_delta=1e-4,
+    ledger_limit=8.0,
+)
+UPDATE = wire.ClientUpdate(institution="bank", round=2, run="a1", adapter=STATE, privacy=HONEST)
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+BAD = [
+    *(("epsilon", value) for value in (*NOT_FINITE, -1.0, 8.1, 1e9)),
+    *(("delta", value) for value in (*NOT_FINITE, -1.0, 0.0, 1e-5, 0.999, 1.0)),
+    *(("noise_multiplier", value) for value in (*NOT_FINITE, -1.0, 0.0, 1e-200, 0.1, 1e300)),
+    *(("sample_rate", value) for value in (*NOT_FINITE, -0.25, 0.0, 0.26, 1.0, 2.0)),
+    *(("steps", value) for value in (-1, 0, 1, 5, 7, 8, 10**12)),
+    *(("size_noise", value) for value in (*NOT_FINITE, -1.0, 1e-9, 10.0)),
+    *(("max_grad_norm", value) for value in (*NOT_FINITE, -1.0, 0.0, 2.0)),
+    *(("ledger_epsilon", value) for value in (*NOT_FINITE, -1.0)),
+    *(("ledger_delta", value) for value in (*NOT_FINITE, -1.0, 0.0, 1.0)),
+    *(("ledger_limit", value) for value in (*NOT_FINITE, -1.0, 0.0)),
+    *(("accountant", value) for value in ("prv", "gdp", "")),
+    *(("clipping", value) for value in ("automatic", "none")),
+    *(("noise", value) for value in ("secure", "")),
+    *(("unit", value) for value in ("customer", "")),
+]
+
+
+def _answered(*contents, report=(), spending=SPENDING, round=ROUND):
+    """What becomes of these answers of one institution each to a round's orders."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        return Message(contents[context.node_id - 1], reply_to=message)
+
+    grid = InlineGrid(app, len(contents), {})
+    orders = [
+        Message(wire.pack_query(wire.Query(run="a1", first=True, participations=3)), node, "train")
+        for node in range(1, len(contents) + 1)
+    ]
+    names = {1: "bank"} | {node: f"bank-{node}" for node in range(2, len(contents) + 1)}
+    replies = Replies(grid, orders, names, round, report=report, spending=spending, timeout=5.0)
+    return replies, [update.institution for update, _ in replies]
+
+
+def test_an_honest_reply_counts_and_its_record_is_kept():
+    replies, valid = _answered(wire.pack_update(UPDATE))
+    assert valid == ["bank"] and not replies.failed and not replies.invalid
+    assert replies.privacy == {"bank": dataclasses.asdict(HONEST)}
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+def test_a_figure_that_no_plan_has_is_a_refused_reply(field, value):
+    privacy = dataclasses.replace(HONEST, **{field: value})
+    replies, valid = _answered(wire.pack_update(dataclasses.replace(UPDATE, privacy=privacy)))
+    assert replies.failed == {"bank": "invalid-privacy-record"}
+    assert not valid and not replies.privacy and replies.valid == 0
+
+
+def test_a_record_without_dp_and_dp_without_a_record_are_refused():
+    replies, _ = _answered(wire.pack_update(UPDATE), spending=None)
+    assert replies.failed == {"bank": "invalid-privacy-record"}
+    replies, _ = _answered(wire.pack_update(dataclasses.replace(UPDATE, privacy=None)))
+    assert replies.failed == {"bank": "no-privacy-record"}
+
+
+def test_a_record_of_another_round_or_run_is_not_kept():
+    for changes in ({"round": 1}, {"run": "b2"}, {"institution": "another"}, {"size": 4.0}):
+        replies, _ = _answered(wire.pack_update(dataclasses.replace(UPDATE, **changes)))
+        assert replies.failed and not replies.privacy
+
+
+def test_the_record_and_the_claimed_size_must_be_of_one_size_class():
+    by_batch = RUN | {"training.sample-rate": 0.0, "federation.weighting": "public-size"}
+    spending = Spending(config=config.from_flat(by_batch), participations=3)
+    plan = budget(spending.config, 300, 3).plan  # size class 256, batches of 64
+    privacy = dataclasses.replace(HONEST, noise_multiplier=plan.noise_multiplier)
+    round = dataclasses.replace(ROUND, weighting="public-size")
+    for size, fits in ((256.0, True), (512.0, False), (2.0**23, False)):
+        update = dataclasses.replace(UPDATE, privacy=privacy, size=size)
+        replies, valid = _answered(wire.pack_update(update), spending=spending, round=round)
+        assert (valid == ["bank"]) == fits and bool(replies.failed) != fits
+
+
+@pytest.mark.parametrize(
+    ("figures", "code"),
+    [
+        ({f"figure-{i}": 0.5 for i in range(100_000)}, "invalid-metrics"),
+        ({"loss": 0.5, "records": 3.0}, "invalid-metrics"),
+        ({"loss": math.nan}, "invalid-metrics"),
+        ({"loss": math.inf}, "invalid-metrics"),
+        ({"loss": [0.5] * 1000}, "malformed-message"),
+        ({"x" * 5000: 0.5}, "malformed-message"),
+    ],
+    ids=["many", "another", "nan", "inf", "list", "long"],
+)
+def test_figures_that_no_order_asked_for_or_that_are_no_numbers_are_refused(figures, code, caplog):
+    content = wire.pack_update(dataclasses.replace(UPDATE, metrics={}))
+    content["metrics"] = MetricRecord(figures)
+    replies, valid = _answered(content, report=("loss",))
+    assert replies.failed == {"bank": code} and not valid and not replies.reported
+    assert len(caplog.text) < 1000
+
+
+def test_figures_that_were_asked_for_are_kept():
+    for figures in ({}, {"loss": 0.5}):
+        replies, valid = _answered(
+            wire.pack_update(dataclasses.replace(UPDATE, metrics=figures)), report=("loss",)
+        )
+        assert valid and replies.reported == ({"bank": figures} if figures else {})
+
+
+ANY = st.one_of(
+    st.floats(), st.integers(-(2**63), 2**63 - 1), st.text(max_size=5), st.booleans(), st.binary()
+)
+
+
+@given(st.sampled_from([f.name for f in dataclasses.fields(HONEST)]), ANY)
+def test_whatever_is_in_a_field_the_reply_is_refused_or_the_statement_holds(field, value):
+    content = wire.pack_update(UPDATE)
+    content["privacy"] = ConfigRecord({**content["privacy"], field: value})
+    replies, _ = _answered(content)
+    if replies.failed:
+        assert set(replies.failed.values()) <= {"invalid-privacy-record", "malformed-message"}
+        assert not replies.privacy
+    else:
+        stated = SPENDING.stated(replies.privacy["bank"], 3)
+        assert stated["epsilon"] == accounting.epsilon(PLAN.events, 1e-4, "rdp")
+        json.dumps(stated, allow_nan=False)
+
+
+@given(st.sampled_from(["institution", "round", "run", "size"]), ANY)
+def test_whatever_is_in_a_header_one_institution_is_concerned(field, value):
+    content = wire.pack_update(UPDATE)
+    content["update"] = ConfigRecord({**content["update"], field: value})
+    other = dataclasses.replace(UPDATE, institution="bank-2")
+    replies, valid = _answered(content, wire.pack_update(other))
+    assert "bank-2" in valid and set(replies.failed) <= {"bank"}
+    same = value == getattr(UPDATE, field) and not isinstance(value, bool)
+    assert ("bank" in valid) == same
+
+
+@pytest.mark.parametrize("size", [1, 2**20, 2**40])
+def test_every_size_class_that_can_follow_a_run_is_planned_for(size):
+    spending = Spending(
+        config=config.from_flat(RUN | {"training.sample-rate": 0.0, "privacy.delta": 0.0}),
+        participations=3,
+    )
+    plan = budget(spending.config, size, 3).plan
+    said = dataclasses.replace(
+        HONEST,
+        delta=plan.delta,
+        sample_rate=plan.sample_rate,
+        noise_multiplier=plan.noise_multiplier,
+    )
+    assert spending.checked(said).plan == plan
+
+
+def test_a_second_reply_to_one_message_is_nobodys():
+    class Twice(InlineGrid):
+        def pull_messages(self, message_ids):
+            return [reply for reply in super().pull_messages(message_ids) for _ in range(2)]
+
+    app = ClientApp()
+
+    @app.query()
+    def hello(message, context):
+        return Message(message.content, reply_to=message)
+
+    grid = Twice(app, 3, {})
+    query = wire.pack_query(wire.Query(run="a1", first=True, participations=1))
+    orders = [Message(query, node, MessageType.QUERY) for node in (1, 2, 3)]
+    came = [node for node, reply in exchange(grid, orders, 5.0) if reply is not None]
+    assert sorted(came) == [1, 2, 3]
+
+
+# Evaluations.
+
+LABELS = ("card", "fraud")
+FIGURES = {**metrics.classification(["card", "fraud"], ["card", "card"], LABELS), "loss": 0.5}
+ANSWERS = {
+    **metrics.classification(["a", "b"], ["a", None], ["a", "b"]),
+    "unparseable": 1,
+    "tokens": 9,
+    "token_loss": 1.0,
+    "perplexity": 2.7,
+    "exact_match": 0.5,
+    "generated": 2,
+}
+PLAIN_ANSWERS = {k: v for k, v in ANSWERS.items() if k in ("n", *evaluation.OF_TOKENS)}
+
+
+def test_what_an_evaluation_gives_is_taken():
+    evaluation.check_figures(FIGURES, 2, LABELS)
+    evaluation.check_figures(ANSWERS, 2, ())
+    evaluation.check_figures(PLAIN_ANSWERS, 2, ())
+
+
+@pytest.mark.parametrize(
+    ("figures", "changes"),
+    [
+        *((FIGURES, {"n": value}) for value in (0, 3, -1, 10**30, 2.0, True, "many", None)),
+        *((FIGURES, {"accuracy": value}) for value in (-0.1, 1.1, math.nan, "high", 10**400)),
+        *((FIGURES, {"loss": value}) for value in (-0.1, math.nan, math.inf, None, [])),
+        (FIGURES, {"another": 1.0}),
+        (FIGURES, {"per_class": {}}),
+        (FIGURES, {"per_class": dict.fromkeys(LABELS, 3)}),
+        (FIGURES, {"per_class": {**FIGURES["per_class"], "another": {}}}),
+        (FIGURES, {"per_class": {**FIGURES["per_class"], "card": {"truth": 1}}}),
+        (
+            FIGURES,
+            {
+                "per_class": {
+                    name: dict.fromkeys(("truth", "predicted", "correct"), 3) for name in LABELS
+                }
+            },
+        ),
+        (ANSWERS, {"per_class": {"x" * 41: dict.fromkeys(("truth", "predicted", "correct"), 1)}}),
+        *((ANSWERS, {"generated": value}) for value in (0, 3, -1, 1.5)),
+        *((ANSWERS, {"tokens": value}) for value in (0, -1, 2**50, "9")),
+        *((ANSWERS, {"unparseable": value}) for value in (-1, 3, 0.5)),
+        (PLAIN_ANSWERS, {"accuracy": 1.0}),
+    ],
+)
+def test_figures_that_no_evaluation_gives_are_refused(figures, changes):
+    labels = LABELS if figures is FIGURES else ()
+    with pytest.raises(Refusal, match="invalid-metrics") as refused:
+        evaluation.check_figures({**figures, **changes}, 2, labels)
+    assert len(str(refused.value)) < 400
+    for name in figures:
+        with pytest.raises(Refusal, match="invalid-metrics"):
+            short = {k: v for k, v in figures.items() if k != name}
+            evaluation.check_figures(short, 2, labels)
+
+
+# Whole runs.
+
+
+def _stated(directory):
+    return json.loads((Path(directory) / "privacy.json").read_text())
+
+
+def test_a_run_with_another_bad_record_each_round_ends_and_so_does_its_resume(
+    tiny_config, simulate_run, monkeypatch
+):
+    bad = [(field, value) for field, value in BAD if (field, value) != ("noise", "secure")]
+    bad = [one for one in bad if one[0] != "steps" or one[1] < 1 or one[1] > 100]
+    bad = [*bad[::7], ("steps", 0), ("noise_multiplier", -1.0), ("delta", 0.0)]
+    honest = wire.pack_update
+
+    def pack_update(update):
+        if update.institution != "Beta":
+            return honest(update)
+        field, value = bad[update.round - 1]
+        privacy = dataclasses.replace(update.privacy, **{field: value})
+        return honest(dataclasses.replace(update, privacy=privacy))
+
+    monkeypatch.setattr(wire, "pack_update", pack_update)
+    made = tiny_config(**{"federation.rounds": len(bad), "federation.evaluate-every": 0})
+    result = simulate_run(made)
+    run = Path(made.run_dir)
+    rejected = [record["aggregation"]["rejected"] for record in read_records(run)]
+    assert rejected == [{"Beta": "invalid-privacy-record"}] * len(bad)
+    stated = _stated(run)
+    assert set(stated["institutions"]) == {"Alpha", "Delta", "Gamma"}
+    assert stated["without_report"] == {"Beta": {"rounds_asked": len(bad), "epsilon_at_most": 8.0}}
+    assert result["epsilon_max"] == 8.0 and result["delta"] == 1e-4
+    for name in ("result.json", "privacy.json"):
+        (run / name).unlink()
+    sorted((run / "checkpoints").iterdir())[-1].unlink()  # the last round is run once more
+    assert simulate_run(made)["epsilon_max"] == 8.0
+    assert _stated(run) == stated
+
+
+def test_a_checkpoint_with_a_bad_record_is_resumed_as_if_none_had_come(
+    tiny_config, simulate_run, caplog
+):
+    made = tiny_config()
+    simulate_run(made)
+    directory = RunDirectory(Path(made.run_dir))
+    before = _stated(made.run_dir)
+    state = directory.latest()
+    spoiled = {
+        "Alpha": {**state.privacy["Alpha"], "steps": 0, "noise_multiplier": -1.0},
+        "Beta": {**state.privacy["Beta"], "accountant": "none", "delta": 0.999},
+        "Gamma": {"epsilon": "none"},
+    }
+    directory.save(dataclasses.replace(state, privacy={**state.privacy, **spoiled}))
+    (directory.path / "result.json").unlink()
+    result = simulate_run(made)
+    stated = _stated(made.run_dir)
+    assert stated["institutions"] == {"Delta": before["institutions"]["Delta"]}
+    assert set(stated["without_report"]) == {"Alpha", "Beta", "Gamma"}
+    assert (result["epsilon_max"], result["delta"]) == (8.0, 1e-4)
+    assert caplog.text.count("privacy record of") == 3
+
+
+def test_an_honest_runs_statement_has_its_figures_and_quotes_the_institution(
+    tiny_config, simulate_run
+):
+    made = tiny_config(**{"federation.weighting": "noised-size"})
+    simulate_run(made)
+    for said in _stated(made.run_dir)["institutions"].values():
+        quoted = said["institution_says"]
+        assert {key: said[key] for key in quoted} == quoted
+        assert set(said) - set(quoted) == {"rounds_asked", "unreported_steps", "institution_says"}
