@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from client.settings import Settings
+from fedlora import files
 from fedlora.errors import InputError
 
 LOCK = "node.lock"
@@ -39,6 +40,14 @@ def check(settings: Settings) -> None:
         path = Path(getattr(settings, field))
         if not path.is_file():
             raise InputError(f"{field} is {path}, which is not a file; mend the settings")
+    try:
+        if exposed := files.exposed(Path(settings.ledger)):
+            raise InputError(exposed)
+    except OSError as error:
+        raise InputError(
+            f"ledger is {settings.ledger}, whose directory cannot be read: {error.strerror}; "
+            "mend the settings"
+        ) from None
     mode = Path(settings.key).stat().st_mode
     if mode & 0o077:
         raise InputError(
