@@ -6,8 +6,8 @@ machine dies, the ledger says at least what left it.
 
 Guaranteed: charges of any number of processes never add up to more than the limit, at the ledger's
 own delta, over all runs ever made on these records. What voids it: putting an older copy of the
-file back, separating it from its ``-wal`` file while that exists, or a second ledger for the same
-records.
+file back, separating it from its ``-wal`` file while that exists or damage to that file, a second
+ledger for the same records, or somebody who writes to the file and computes its hashes anew.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from client import ledger_file
+from client import ledger_integrity as integrity
 from fedlora import accounting
 from fedlora.accounting import Event, History
 from fedlora.errors import InputError, Refusal
@@ -54,7 +55,10 @@ class Ledger:
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
         self._path = path
-        limits = connection.execute("SELECT max_epsilon, delta, accountant FROM ledger").fetchone()
+        with ledger_file.refusing(path):
+            limits = connection.execute(
+                "SELECT max_epsilon, delta, accountant FROM ledger"
+            ).fetchone()
         self.max_epsilon: float = limits[0]
         self.delta: float = limits[1]
         self.accountant: str = limits[2]
@@ -72,7 +76,8 @@ class Ledger:
             accountant: ``"prv"`` or ``"rdp"``.
 
         Raises:
-            InputError: If a value is out of bounds, the file exists, or it cannot be written.
+            InputError: If a value is out of bounds, the file exists or cannot be written, or others
+                may write to its directory.
         """
         if not 0 < max_epsilon < float("inf"):
             raise InputError(f"max-epsilon is {max_epsilon}, but must be a finite number above 0")
@@ -81,12 +86,15 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path | str) -> Ledger:
-        """Open a ledger and check all of it: its limits, and that no charge was altered or removed.
+        """Open a ledger and check all of it: that nothing in it was altered or removed.
+
+        A ledger of version 1 is checked as far as it can be and becomes one of version 2.
 
         Raises:
-            Refusal: ``ledger-missing``, ``ledger-corrupt`` (damaged or altered), ``ledger-foreign``
-                (another program's file, or another version), ``ledger-locked`` (busy for longer
-                than half a minute) or ``ledger-unusable`` (not readable or not writable).
+            Refusal: ``ledger-missing``, ``ledger-exposed`` (others may write to it or to its
+                directory), ``ledger-corrupt`` (damaged or altered), ``ledger-foreign`` (another
+                program's file, or another version), ``ledger-locked`` (busy for longer than half a
+                minute) or ``ledger-unusable`` (not readable or not writable).
         """
         path = Path(path)
         return cls(ledger_file.connect(path), path)
@@ -230,11 +238,7 @@ class Ledger:
             ).fetchone()[0]
             if not charged:
                 raise ValueError(f"round {round} of run {run_id} was never charged")
-            db.execute("UPDATE charges SET key = NULL WHERE (run, round) = (?, ?)", (run_id, round))
-            db.execute("DELETE FROM answers WHERE run = ? AND round < ?", (run_id, round))
-            db.execute(
-                "INSERT INTO answers VALUES (?, ?, ?, ?)", (run_id, round, order_digest, answer)
-            )
+            ledger_file.keep_answer(db, run_id, round, order_digest, answer)
 
     def released_size(self, run_id: str, noised: float) -> float:
         """Remember the noised size that a run releases; the first one given stays.
@@ -272,7 +276,7 @@ class Ledger:
                 "SELECT fingerprint, unit FROM ledger"
             ).fetchone()
             rows = self._connection.execute(
-                f"SELECT {ledger_file.COLUMNS}, key IS NULL FROM charges ORDER BY id"
+                f"SELECT {integrity.COLUMNS}, key IS NULL FROM charges ORDER BY id"
             ).fetchall()
         spent = self.spent()
         return {
@@ -303,15 +307,11 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
-        with ledger_file.refusing(self._path):
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
+        db = self._connection
+        with ledger_file.refusing(self._path), ledger_file.transaction(db):
+            ledger_file.refuse(self._path, integrity.broken_seal(db))
+            yield db
+            integrity.seal(db)
 
 
 def _within(part: History, whole: History) -> bool:

@@ -1,9 +1,8 @@
-"""The file behind a privacy ledger: its tables, their hash chain, what SQLite's errors mean."""
+"""The file behind a privacy ledger: how it is made, opened and read, what SQLite's errors mean."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import sqlite3
 import tempfile
@@ -11,60 +10,44 @@ from collections.abc import Generator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from client import ledger_integrity as integrity
+from client import ledger_upgrade
+from fedlora import files
 from fedlora.accounting import Event, History, compose
 from fedlora.errors import InputError, Refusal
-from fedlora.files import sync
 
 _APPLICATION = 0x66646C64  # "fdld": what `file` and PRAGMA application_id show
-_VERSION = 1
 BUSY_SECONDS = 30.0
-
-_SCHEMA = """
-CREATE TABLE ledger (
-    max_epsilon REAL NOT NULL, delta REAL NOT NULL, accountant TEXT NOT NULL,
-    fingerprint TEXT, unit TEXT,      -- fixed by the first use
-    entries INTEGER NOT NULL, head TEXT NOT NULL  -- of charges: number, last chain value
-) STRICT;
-CREATE TABLE charges (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL, round INTEGER NOT NULL, digest TEXT NOT NULL,
-    noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
-    extra TEXT NOT NULL,  -- one-off releases: [[noise_multiplier, sample_rate, steps], ...]
-    at TEXT NOT NULL, chain TEXT NOT NULL,
-    key BLOB                          -- of the round's randomness; NULL once the answer is stored
-) STRICT;
-CREATE INDEX charges_of_run ON charges (run, round);
-CREATE TABLE answers (
-    run TEXT NOT NULL, round INTEGER NOT NULL, digest TEXT NOT NULL, answer BLOB NOT NULL,
-    PRIMARY KEY (run, round)
-) STRICT;
-CREATE TABLE sizes (run TEXT PRIMARY KEY, size REAL NOT NULL) STRICT;
-"""
-COLUMNS = "id, run, round, digest, noise_multiplier, sample_rate, steps, extra, at"
 
 
 def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> None:
     """Write an empty ledger, readable by its owner only. It appears whole or not at all.
 
     Raises:
-        InputError: If the file exists or cannot be written.
+        InputError: If the file exists, cannot be written, or others may write to its directory.
     """
     limits = (float(max_epsilon), float(delta), accountant)
     try:
+        if exposed := files.exposed(path):
+            raise InputError(exposed)
         with tempfile.TemporaryDirectory(prefix=".ledger-", dir=path.parent) as scratch:
             draft = Path(scratch) / "ledger.db"
             draft.touch(mode=0o600)
             with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
                 # Nobody sees the draft: it is synced once, as a whole, not statement by statement.
-                db.executescript(f"PRAGMA synchronous=OFF; PRAGMA journal_mode=WAL; {_SCHEMA}")
+                db.execute("PRAGMA synchronous=OFF")
+                db.execute("PRAGMA journal_mode=WAL")
+                db.executescript(integrity.SCHEMA)
                 db.execute(
-                    "INSERT INTO ledger VALUES (?, ?, ?, NULL, NULL, 0, ?)",
-                    (*limits, _genesis(*limits)),
+                    "INSERT INTO ledger VALUES (?, ?, ?, NULL, NULL, 0, ?, '')",
+                    (*limits, integrity.genesis(*limits)),
                 )
+                integrity.seal(db)
                 db.execute(f"PRAGMA application_id={_APPLICATION}")
-                db.execute(f"PRAGMA user_version={_VERSION}")
-            sync(draft)
+                db.execute(f"PRAGMA user_version={integrity.VERSION}")
+            files.sync(draft)
             path.hardlink_to(draft)  # unlike a rename, it fails where a file is
-        sync(path.parent)
+        files.sync(path.parent)
     except FileExistsError:
         raise InputError(
             f"{path} exists; a ledger is never overwritten, because what it records stays spent"
@@ -74,36 +57,66 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a ledger's file after checking all of it.
+    """Open a ledger's file after checking all of it. One of an older version is upgraded.
 
     Raises:
-        Refusal: ``ledger-missing``, ``-corrupt``, ``-foreign``, ``-locked`` or ``-unusable``.
+        Refusal: ``ledger-missing``, ``-exposed``, ``-corrupt``, ``-foreign``, ``-locked`` or
+            ``-unusable``.
     """
-    if not path.is_file():
-        raise Refusal(
-            "ledger-missing",
-            f"there is no ledger at {path}; mend the path, or for records on which nothing was "
-            "spent yet make one with `fedlora ledger init`",
-        )
     with refusing(path):
+        if not path.is_file():
+            raise Refusal(
+                "ledger-missing",
+                f"there is no ledger at {path}; mend the path, or for records on which nothing was "
+                "spent yet make one with `fedlora ledger init`",
+            )
+        if exposed := files.exposed(path):
+            raise Refusal("ledger-exposed", exposed)
         uri = f"{path.absolute().as_uri()}?mode=rw"
         db = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA secure_delete=ON")  # a wiped key is overwritten
-            application, version = (
-                db.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("application_id", "user_version")
-            )
-            if (application, version) != (_APPLICATION, _VERSION):
-                raise Refusal("ledger-foreign", f"{path} is not a ledger of version {_VERSION}")
-            found = problems(db)
-            if found:
-                raise Refusal("ledger-corrupt", f"{path}: {'; '.join(found)}")
+            if _number(db, "application_id") != _APPLICATION or _number(db, "user_version") not in (
+                ledger_upgrade.FROM,
+                integrity.VERSION,
+            ):
+                raise Refusal(
+                    "ledger-foreign", f"{path} is not a ledger of version {integrity.VERSION}"
+                )
+            if _number(db, "user_version") == ledger_upgrade.FROM:
+                with transaction(db):
+                    if _number(db, "user_version") == ledger_upgrade.FROM:  # still
+                        refuse(path, ledger_upgrade.upgrade(db))
+            with transaction(db, "DEFERRED"):  # one snapshot, whatever others charge meanwhile
+                refuse(path, integrity.problems(db))
         except BaseException:
             db.close()
             raise
         return db
+
+
+def _number(db: sqlite3.Connection, pragma: str) -> int:
+    return db.execute(f"PRAGMA {pragma}").fetchone()[0]
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Generator[None]:
+    """All of the block is done and on the disk, or nothing."""
+    db.execute(f"BEGIN {kind}")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def refuse(path: Path, problems: Sequence[str]) -> None:
+    """Raise ``ledger-corrupt`` if there are problems."""
+    if problems:
+        raise Refusal("ledger-corrupt", f"{path}: {'; '.join(problems)}")
 
 
 @contextlib.contextmanager
@@ -114,10 +127,13 @@ def refusing(path: Path) -> Generator[None]:
     except sqlite3.OperationalError as error:
         words = str(error)
         code = "ledger-locked" if "locked" in words else "ledger-unusable"
-        code = "ledger-corrupt" if "no such" in words else code  # a table or column is gone
+        # a table or column is gone, or a text is damaged
+        code = "ledger-corrupt" if "no such" in words or "decode" in words else code
         raise Refusal(code, f"{path}: {error}") from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # a damaged schema is no text either
         raise Refusal("ledger-corrupt", f"{path}: {error}") from error
+    except OSError as error:
+        raise Refusal("ledger-unusable", f"{path}: {error.strerror}") from error
 
 
 def answered(db: sqlite3.Connection, run: str, round: int, digest: str) -> bytes | None:
@@ -137,6 +153,16 @@ def answered(db: sqlite3.Connection, run: str, round: int, digest: str) -> bytes
             + ("to another order" if stored else "and its answer dropped after a later round"),
         )
     return None
+
+
+def keep_answer(db: sqlite3.Connection, run: str, round: int, digest: str, answer: bytes) -> None:
+    """Store an answer, wipe the round's keys and drop the answers of the run's earlier rounds."""
+    db.execute("UPDATE charges SET key = NULL WHERE (run, round) = (?, ?)", (run, round))
+    db.execute("DELETE FROM answers WHERE run = ? AND round < ?", (run, round))
+    db.execute(
+        "INSERT INTO answers VALUES (?, ?, ?, ?, ?)",
+        (run, round, digest, answer, integrity.sha256(answer)),
+    )
 
 
 def check_same_run(
@@ -189,9 +215,10 @@ def append(
         json.dumps([[e.noise_multiplier, e.sample_rate, e.steps] for e in extra]),
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    chain = _link(head, *row)
+    chain = integrity.link(head, *row)
     db.execute(
-        f"INSERT INTO charges ({COLUMNS}, chain, key) VALUES ({'?, ' * 10}?)", (*row, chain, key)
+        f"INSERT INTO charges ({integrity.COLUMNS}, chain, key) VALUES ({'?, ' * 10}?)",
+        (*row, chain, key),
     )
     db.execute("UPDATE ledger SET entries = ?, head = ?", (entries + 1, chain))
 
@@ -207,43 +234,3 @@ def events(
     )
     parts = [part for *main, extra in rows for part in (main, *json.loads(extra))]
     return compose(Event(noise_multiplier=s, sample_rate=q, steps=n) for s, q, n in parts)
-
-
-def problems(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with the file, in words: its pages, its limits, each charge in the chain."""
-    db.execute("BEGIN")  # one snapshot, whatever other processes charge meanwhile
-    try:
-        return _problems(db)
-    finally:
-        db.execute("ROLLBACK")
-
-
-def _problems(db: sqlite3.Connection) -> list[str]:
-    found = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
-    limits = db.execute(
-        "SELECT max_epsilon, delta, accountant, entries, head FROM ledger"
-    ).fetchall()
-    if len(limits) != 1:
-        return [*found, f"it states its limits {len(limits)} times"]
-    *settings, entries, head = limits[0]
-    chain, count = _genesis(*settings), 0
-    for *row, stated in db.execute(f"SELECT {COLUMNS}, chain FROM charges ORDER BY id"):
-        chain, count = _link(chain, *row), count + 1
-        if chain != stated:
-            return [
-                *found,
-                f"charge {row[0]} was altered, one before it removed, or the limits were changed",
-            ]
-    if (count, chain) != (entries, head):
-        found.append(
-            f"it has {count} charges and should have {entries}, or the limits were changed"
-        )
-    return found
-
-
-def _genesis(max_epsilon: float, delta: float, accountant: str) -> str:
-    return _link("", "fedlora ledger", _VERSION, max_epsilon, delta, accountant)
-
-
-def _link(previous: str, *values: object) -> str:
-    return hashlib.sha256(json.dumps([previous, *values]).encode()).hexdigest()

@@ -5,18 +5,16 @@ then does with each key of a server's configuration is in `client.server_keys`.
 """
 
 import dataclasses
-import stat
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedlora import config as configuration
+from fedlora import files
 from fedlora.config import Section
 from fedlora.config import key as setting
 from fedlora.errors import InputError
-
-OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,8 @@ def load(path: str) -> Settings:
 
     Args:
         path: As the SuperNode's ``--node-config`` gives it. Absolute, without ``..``, no link, and
-            nobody but its owner may write to it: whoever can change it can lift every limit.
+            nobody but its owner may write to it or its directory: whoever can change it can lift
+            every limit.
 
     Raises:
         InputError: For such a path, or a missing, damaged or invalid file.
@@ -88,14 +87,13 @@ def load(path: str) -> Settings:
     if not file.is_absolute() or ".." in file.parts or file.is_symlink():
         raise InputError(f"settings is {path!r}; it must be an absolute path without .. or links")
     try:
-        mode = file.stat().st_mode
+        if exposed := files.exposed(file):
+            raise InputError(exposed)
         values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; mend settings") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
-    if mode & OTHERS_MAY_WRITE:
-        raise InputError(f"{path} may be written by others than its owner; run chmod go-w {path}")
     made = configuration.section(Settings, values)
     here = file.parent
     return dataclasses.replace(

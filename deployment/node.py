@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from client.settings import Settings
+from fedlora import files
 from fedlora.errors import InputError
 
 LOCK = "node.lock"
@@ -39,6 +40,9 @@ def check(settings: Settings) -> None:
         path = Path(getattr(settings, field))
         if not path.is_file():
             raise InputError(f"{field} is {path}, which is not a file; mend the settings")
+    ledger = Path(settings.ledger)  # without one, orders are refused
+    if ledger.parent.is_dir() and (exposed := files.exposed(ledger)):
+        raise InputError(exposed)
     mode = Path(settings.key).stat().st_mode
     if mode & 0o077:
         raise InputError(

@@ -40,7 +40,12 @@ _BROKEN_ORDERS = tuple(1 + tenths / 10 for tenths in range(1, 100) if tenths % 1
 # On log A(alpha), per step: covers rounding and the cut-off of Opacus' series at e**-30.
 _ROUNDING = 1e-12
 
-_MAX_GRID = 1 << 20  # points of the privacy loss grid: some 50 MB and half a second at most
+# Points of the privacy loss grid: at most 130 MB, and a third of a second for each mechanism.
+_MAX_GRID = 1 << 20
+_MARGIN = 3.0  # width of the grid beyond the losses that are likely
+# Below this epsilon the margin would be most of the grid, which is then narrower.
+_SMALL_EPSILON = 0.5
+_SMALL_MARGIN = 0.03
 _MAX_LOSS = 300.0  # exp(loss) must stay far inside float64; beyond it RDP answers
 
 
@@ -170,11 +175,36 @@ def _renyi(sigma: float, rate: float, orders: tuple[float, ...]) -> Floats:
 def _prv_epsilon(history: History, delta: float) -> float:
     """Compose privacy loss variables on a grid; inf where the result could not be vouched for.
 
-    The steps are those of Opacus' ``PRVAccountant`` with three changes. The width of the grid comes
+    The steps are those of Opacus' ``PRVAccountant`` with these changes. The width of the grid comes
     from whole Renyi orders only (valid, and ten times quicker). The error of epsilon is 0.2 percent
     of epsilon (not 0.01, which is coarse at epsilon 0.1 and wasteful at 50), and grows where the
-    grid would exceed ``_MAX_GRID``. Rounding of the sums and the Fourier transforms is charged to
-    delta (Opacus checks it against long double precision, but computes in double).
+    grid would exceed ``_MAX_GRID``; a small epsilon gets a narrow grid, so that its mesh is fine.
+    Rounding of the sums and the Fourier transforms is charged to delta (Opacus checks it against
+    long double precision, but computes in double). One mechanism is convolved at a time, so that
+    memory does not grow with their number.
+    """
+    bound = _rdp_epsilon(history, delta, _WHOLE_ORDERS)
+    if bound >= _SMALL_EPSILON:
+        return _grid_epsilon(history, delta, bound, min(0.1, 0.002 * bound), _MARGIN)
+    # Renyi's bound is then several times the epsilon: a first figure says how fine the mesh must
+    # be.
+    first = _grid_epsilon(history, delta, bound, 0.002 * _SMALL_EPSILON, _SMALL_MARGIN)
+    if not 0 < first < math.inf:
+        return first
+    return min(first, _grid_epsilon(history, delta, bound, 0.002 * first, _SMALL_MARGIN))
+
+
+def _grid_epsilon(
+    history: History, delta: float, bound: float, error: float, margin: float
+) -> float:
+    """Bound epsilon on a grid of half width ``margin`` + the losses that are likely.
+
+    Args:
+        history: Canonical.
+        delta: In (0, 1).
+        bound: A valid epsilon, of which the result is never above.
+        error: Wanted error of epsilon; it grows where the grid would be too large.
+        margin: Width that is added to the losses; above 0.
     """
     from opacus.accountants.analysis.prv import (
         Domain,
@@ -186,39 +216,52 @@ def _prv_epsilon(history: History, delta: float) -> float:
 
     steps = sum(event.steps for event in history)
     delta_error = delta / 1000
-    bound = _rdp_epsilon(history, delta, _WHOLE_ORDERS)
-    # Half the grid's width, Gopi et al., remark 5.6.
-    width = 3 + max(
-        _rdp_epsilon(history, delta_error / 4, _WHOLE_ORDERS),
+    # Gopi et al., remark 5.6. A loss Y leaves [-e - a, e + a] with probability at most
+    # delta(e) / tanh(a / 2); the paper has a = 2 and this error of epsilon on top. The error is at
+    # most a sixth of the margin (below), so that a is at least 5/6 of it.
+    tails = delta_error * min(1.0, math.tanh(margin * 5 / 12) / math.tanh(1.0))
+    width = margin + max(
+        _rdp_epsilon(history, tails / 4, _WHOLE_ORDERS),
         *(
             _rdp_epsilon(
                 (Event(noise_multiplier=e.noise_multiplier, sample_rate=e.sample_rate, steps=1),),
-                delta_error / (8 * steps),
+                tails / (8 * steps),
                 _WHOLE_ORDERS,
             )
             for e in history
         ),
     )
     scale = math.sqrt(steps * math.log(12 / delta_error) / 2)
-    error = max(min(0.1, 0.002 * bound), 2 * width * scale / _MAX_GRID)
-    rounding = np.finfo(np.float64).eps * (4 * (2 * width * scale / error) + 64 * steps)
-    if width > _MAX_LOSS or error > 0.5 or rounding > delta / 2:
+    error = max(error, 2 * width * scale / _MAX_GRID)
+    convolutions = max(1.0, len(history) / 100)  # each rounds by far less than a whole grid's sum
+    rounding = np.finfo(np.float64).eps * (
+        4 * (2 * width * scale / error) * convolutions + 64 * steps
+    )
+    if width > _MAX_LOSS or error > margin / 6 or rounding > delta / 2:
         return math.inf
+    composed: Any = None
     try:
         domain = Domain.create_aligned(-width, width, error / scale)
-        parts = [
-            discretize(
-                TruncatedPrivacyRandomVariable(
-                    PoissonSubsampledGaussianPRV(e.sample_rate, e.noise_multiplier),
-                    domain.t_min,
-                    domain.t_max,
-                ),
-                domain,
+        for e in history:
+            variable = TruncatedPrivacyRandomVariable(
+                PoissonSubsampledGaussianPRV(e.sample_rate, e.noise_multiplier),
+                domain.t_min,
+                domain.t_max,
             )
-            for e in history
-        ]
-        composed: Any = compose_heterogeneous(parts, [event.steps for event in history])
+            part = compose_heterogeneous([discretize(variable, domain)], [e.steps])
+            composed = part if composed is None else _convolve(composed, part)
         _, _, upper = composed.compute_epsilon(delta - rounding, delta_error, error)
     except (ArithmeticError, RuntimeError, ValueError, IndexError):
         return math.inf
     return min(float(upper), bound) if math.isfinite(upper) else math.inf
+
+
+def _convolve(one: Any, other: Any) -> Any:
+    """The sum of two discrete privacy loss variables on grids of the same mesh."""
+    from opacus.accountants.analysis.prv import DiscretePRV
+    from scipy.signal import convolve
+
+    return DiscretePRV(
+        pmf=convolve(one.pmf, other.pmf, mode="same"),
+        domain=one.domain.shift_right(other.domain.shifts),
+    )

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their place, synced, then renamed."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -58,3 +59,31 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def exposed(file: Path) -> str:
+    """Why others than its owner could change or replace a file, in words; empty: they could not.
+
+    The file, where it exists, and the directory that it lies in (for a link: both directories) must
+    belong to this user or root, and group and others must not be able to write to them. For root
+    the owner does not matter: it acts for others, as in a container.
+
+    Raises:
+        OSError: If the directory does not exist, or may not be looked into.
+    """
+    me = os.geteuid()
+    places = [file.absolute().parent, file.resolve().parent, *([file] if file.exists() else [])]
+    for place in places:
+        status = place.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return (
+                f"{place} may be written by others than its owner (mode {mode:o}); "
+                f"run chmod go-w {place}"
+            )
+        if me != 0 and status.st_uid not in (me, 0):
+            return (
+                f"{place} belongs to user {status.st_uid}, not to user {me} who runs this, nor to "
+                f"root; run chown {me} {place}"
+            )
+    return ""

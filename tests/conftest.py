@@ -15,6 +15,7 @@ from simulation import run
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
 
+os.umask(0o022)  # ledgers and settings in directories that a group may write are refused
 quiet_libraries()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; threads that wait for others cost more

@@ -114,8 +114,8 @@ def test_an_adapter_that_does_not_fit_is_refused_before_the_charge(bank, spoil):
     ("value", "values"),
     [
         (1e30, {}),
-        (1.0, {"training.learning-rate": 1e-30}),
-        (1.0, {"training.learning-rate": 1e-9, "training.optimizer": "adam"}),
+        (100.0, {"training.learning-rate": 1e-7}),
+        (100.0, {"training.learning-rate": 1e-7, "training.optimizer": "adam"}),
         (1.0, {"privacy.max-grad-norm": 1e-6, "training.learning-rate": 1e-4}),
     ],
     ids=["large", "slow", "slow adam", "clipped"],

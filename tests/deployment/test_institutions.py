@@ -236,6 +236,12 @@ def test_settings_that_others_could_change_are_refused(institutions):
     file.chmod(0o622)
     with pytest.raises(InputError, match="chmod go-w"):
         settings.load(str(file))
+    file.chmod(0o600)
+    for mode in (0o720, 0o702):
+        file.parent.chmod(mode)
+        with pytest.raises(InputError, match=rf"mode {mode:o}.*chmod go-w {file.parent}$"):
+            settings.load(str(file))
+    file.parent.chmod(0o700)
     with pytest.raises(InputError, match="cannot be read"):
         settings.load(str(file.with_name("none.toml")))
 

@@ -205,6 +205,21 @@ def test_a_node_starts_only_with_a_key_of_its_own(made, tmp_path):
         node.check(own)
 
 
+def test_a_node_starts_only_with_a_ledger_and_settings_that_others_cannot_write(made):
+    folder = made / "institutions" / "a"
+    file = folder / "settings" / "institution.toml"
+    text = file.read_text().replace('"/keys/', '"../keys/').replace('"/state"', '"../state"')
+    file.write_text(text.replace('"/ledger/', '"../ledger/'))
+    node.check(settings.load(str(file)))
+    (folder / "ledger").chmod(0o770)
+    with pytest.raises(InputError, match=r"ledger may be written by others .*chmod go-w"):
+        node.check(settings.load(str(file)))
+    (folder / "ledger").chmod(0o700)
+    (folder / "settings").chmod(0o770)
+    with pytest.raises(InputError, match=r"settings may be written by others .*chmod go-w"):
+        settings.load(str(file))
+
+
 def test_a_node_is_healthy_while_it_holds_its_state(made):
     file = made / "institutions" / "a" / "settings" / "institution.toml"
     file.write_text(file.read_text().replace('"/state"', '"../state"'))

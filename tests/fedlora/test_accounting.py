@@ -1,6 +1,8 @@
 """Epsilon and noise: against Google's dp-accounting, closed forms, and at the edges."""
 
 import math
+import subprocess
+import sys
 import warnings
 from itertools import permutations
 from statistics import NormalDist
@@ -118,6 +120,54 @@ def test_at_the_edges_epsilon_is_finite_and_never_below_the_truth(name: str, del
     reference = google([EDGES[name]], delta, "prv", interval=1e-3 if lossy else 1e-5)
     assert math.isfinite(ours)
     assert ours >= 0.99 * reference > 0
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps", "figure", "loose"),
+    [  # the table in docs/privacy-accounting.md
+        (1000.0, 1.0, 1, 0.0019, 0.005),
+        (1000.0, 0.25, 40, 0.0033, 0.005),
+        (300.0, 0.01, 10_000, 0.0079, 0.01),
+        (50.0, 0.01, 1000, 0.0163, 0.005),
+        (20.0, 0.01, 10_000, 0.160, 0.005),
+        (12.0, 0.25, 40, 0.469, 0.005),
+    ],
+)
+def test_a_small_epsilon_is_as_tight_as_a_usual_one(sigma, rate, steps, figure, loose) -> None:
+    interval = min(1e-4, figure / 2000) / max(1.0, math.sqrt(steps / 40))
+    reference = google([event(sigma, rate, steps)], 1e-5, "prv", interval=interval)
+    assert reference == pytest.approx(figure, rel=0.05)
+    assert reference <= epsilon([event(sigma, rate, steps)], 1e-5) <= (1 + loose) * reference
+
+
+def test_the_noise_of_the_demos_plans_is_what_it_was() -> None:
+    # What these plans had before small epsilons got a grid of their own.
+    for target, sigma in (
+        (1.0, 4.386219518135042),
+        (3.0, 1.8581240603685605),
+        (8.0, 0.996670126997437),
+    ):
+        found = noise_multiplier(epsilon=target, delta=1e-5, sample_rate=0.2, steps=30)
+        assert found == pytest.approx(sigma, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_kinds_of_steps() -> None:
+    program = """
+import resource, sys
+from opacus.accountants.analysis import prv
+from fedlora.accounting import Event, epsilon
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+kinds = [Event(noise_multiplier=8 + i / 50, sample_rate=0.1, steps=70) for i in range(60)]
+epsilon(kinds[:1], 1e-5, "rdp")
+before = peak()
+epsilon(kinds, 1e-5)
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert float(done.stdout) < 200  # MiB; with all grids in memory it was 620
 
 
 def test_with_noise_so_large_that_nothing_leaks_epsilon_is_small_and_not_negative() -> None:

@@ -1,0 +1,157 @@
+"""What a ledger's file holds, and what shows that it is whole: its tables, a hash chain, a seal.
+
+Charges are only ever added. Each carries a hash of itself and of all charges before it: the chain.
+Everything else changes: the binding is set, keys are wiped, answers are dropped. The seal is a hash
+of all that and of the chain's end; every transaction checks it first and renews it last.
+
+Guaranteed: a change by accident, or by hand, to anything that is read is found when the ledger is
+opened. Not guaranteed: that a change is found after which somebody computed the hashes anew, since
+they have no key, or that an older copy of the whole file is.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sqlite3
+
+VERSION = 2
+_CHAIN_VERSION = 1  # of the chain, whose form is still the first
+
+LEDGER = """CREATE TABLE ledger (
+    max_epsilon REAL NOT NULL, delta REAL NOT NULL, accountant TEXT NOT NULL,
+    fingerprint TEXT, unit TEXT,      -- fixed by the first use
+    entries INTEGER NOT NULL, head TEXT NOT NULL,  -- of charges: number, last chain value
+    seal TEXT NOT NULL
+) STRICT"""
+ANSWERS = """CREATE TABLE answers (
+    run TEXT NOT NULL, round INTEGER NOT NULL, digest TEXT NOT NULL, answer BLOB NOT NULL,
+    sha256 TEXT NOT NULL,             -- of the answer
+    PRIMARY KEY (run, round)
+) STRICT"""
+SCHEMA = f"""
+{LEDGER};
+CREATE TABLE charges (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, round INTEGER NOT NULL, digest TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
+    extra TEXT NOT NULL,  -- one-off releases: [[noise_multiplier, sample_rate, steps], ...]
+    at TEXT NOT NULL, chain TEXT NOT NULL,
+    key BLOB                          -- of the round's randomness; NULL once the answer is stored
+) STRICT;
+CREATE INDEX charges_of_run ON charges (run, round);
+{ANSWERS};
+CREATE TABLE sizes (run TEXT PRIMARY KEY, size REAL NOT NULL) STRICT;
+"""
+COLUMNS = "id, run, round, digest, noise_multiplier, sample_rate, steps, extra, at"
+_SEALED = (
+    "SELECT max_epsilon, delta, accountant, fingerprint, unit, entries, head FROM ledger",
+    "SELECT id, hex(key) FROM charges WHERE key IS NOT NULL ORDER BY id",
+    "SELECT run, round, digest, sha256 FROM answers ORDER BY run, round",
+    "SELECT run, size FROM sizes ORDER BY run",
+)
+
+
+def genesis(max_epsilon: float, delta: float, accountant: str) -> str:
+    """The chain's value before the first charge."""
+    return link("", "fedlora ledger", _CHAIN_VERSION, max_epsilon, delta, accountant)
+
+
+def link(previous: str, *values: object) -> str:
+    """The chain's value after an entry with these values."""
+    return _hash([previous, *values])
+
+
+def sha256(answer: bytes) -> str:
+    """The digest that an answer is stored with."""
+    return hashlib.sha256(answer).hexdigest()
+
+
+def seal(db: sqlite3.Connection) -> None:
+    """Renew the seal where it has changed. The last statement of a transaction."""
+    value = _seal(db)
+    if value != _stated_seal(db):
+        db.execute("UPDATE ledger SET seal = ?", (value,))
+
+
+def broken_seal(db: sqlite3.Connection) -> list[str]:
+    """What is wrong with the state that changes, in words. The first thing of a transaction."""
+    if _seal(db) == _stated_seal(db):
+        return []
+    return ["its limits, records, unit, keys, answers or sizes were changed by something else"]
+
+
+def problems(db: sqlite3.Connection) -> list[str]:
+    """What is wrong with a file of this version, in words. Call it in a transaction."""
+    return (
+        broken_pages(db)  # of a damaged file nothing else can be said
+        or _other_tables(db)
+        or broken_chain(db)
+        or broken_seal(db)
+        or [
+            f"the answer to round {round} of run {run} was altered"
+            for run, round, answer, stated in db.execute(
+                "SELECT run, round, answer, sha256 FROM answers"
+            )
+            if sha256(answer) != stated
+        ]
+    )
+
+
+def broken_pages(db: sqlite3.Connection) -> list[str]:
+    """What SQLite finds wrong with its own structures, types included."""
+    return [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+
+
+def broken_chain(db: sqlite3.Connection) -> list[str]:
+    """What is wrong with the limits and the charges."""
+    limits = db.execute(
+        "SELECT max_epsilon, delta, accountant, entries, head FROM ledger"
+    ).fetchall()
+    if len(limits) != 1:
+        return [f"it states its limits {len(limits)} times"]
+    *settings, entries, head = limits[0]
+    chain, count = genesis(*settings), 0
+    for *row, stated in db.execute(f"SELECT {COLUMNS}, chain FROM charges ORDER BY id"):
+        chain, count = link(chain, *row), count + 1
+        if chain != stated:
+            return [
+                f"charge {row[0]} was altered, one before it removed, or the limits were changed"
+            ]
+    if (count, chain) != (entries, head):
+        return [f"it has {count} charges and should have {entries}, or the limits were changed"]
+    return []
+
+
+def _other_tables(db: sqlite3.Connection) -> list[str]:
+    found, wanted = _tables(db), _made()
+    changed = sorted({str(name) for _, name, _, _ in found ^ wanted})
+    return [f"{', '.join(changed)} is not as a ledger has it"] if changed else []
+
+
+@functools.cache
+def _made() -> frozenset[tuple[object, ...]]:
+    db = sqlite3.connect(":memory:")
+    try:
+        db.executescript(SCHEMA)
+        return _tables(db)
+    finally:
+        db.close()
+
+
+def _tables(db: sqlite3.Connection) -> frozenset[tuple[object, ...]]:
+    return frozenset(db.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema"))
+
+
+def _stated_seal(db: sqlite3.Connection) -> str:
+    row = db.execute("SELECT seal FROM ledger").fetchone()
+    return row[0] if row else ""
+
+
+def _seal(db: sqlite3.Connection) -> str:
+    state = [db.execute(query).fetchall() for query in _SEALED]
+    return _hash(["fedlora ledger state", VERSION, *state])
+
+
+def _hash(values: list[object]) -> str:
+    return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()

@@ -1,0 +1,41 @@
+"""Ledgers of version 1, which had a chain and no seal, become ledgers of version 2.
+
+Version 1 does not show a change of fingerprint, unit, keys, answers or sizes. What they say at the
+upgrade is what is sealed.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+from client import ledger_integrity as integrity
+
+FROM = 1
+
+
+def upgrade(db: sqlite3.Connection) -> list[str]:
+    """Check a ledger of version 1 and rewrite it as one of version 2. Call it in a transaction.
+
+    Charges stay as they are. All or nothing of it is done, whenever the process is killed.
+
+    Returns:
+        What is wrong with the ledger, in words; the transaction must then be rolled back.
+    """
+    if found := integrity.broken_pages(db) or integrity.broken_chain(db):
+        return found
+    ledger = db.execute(
+        "SELECT max_epsilon, delta, accountant, fingerprint, unit, entries, head FROM ledger"
+    ).fetchall()
+    answers = db.execute("SELECT run, round, digest, answer FROM answers").fetchall()
+    for table in ("ledger", "answers"):
+        db.execute(f"DROP TABLE {table}")
+    db.execute(integrity.LEDGER)
+    db.execute(integrity.ANSWERS)
+    db.executemany("INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?, '')", ledger)
+    db.executemany(
+        "INSERT INTO answers VALUES (?, ?, ?, ?, ?)",
+        [(*row, integrity.sha256(row[-1])) for row in answers],
+    )
+    integrity.seal(db)
+    db.execute(f"PRAGMA user_version={integrity.VERSION}")
+    return integrity.problems(db)
