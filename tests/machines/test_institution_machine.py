@@ -287,7 +287,9 @@ class InstitutionMachine(RuleBasedStateMachine):
         self.now = None
         if any(each.digest not in [d for d, _ in self.answers.values()] for each in (sent, other)):
             return  # what trains is known by its round; here both have their answers
-        replies = app.together([(self._message(s), self._context(s.changes)) for s in (sent, other)])
+        replies = app.together(
+            [(self._message(s), self._context(s.changes)) for s in (sent, other)]
+        )
         assert self._entries() == before
         for each, reply in zip((sent, other), replies, strict=True):
             self._is_stored_or_dropped(each, reply.content)
@@ -425,9 +427,7 @@ class InstitutionMachine(RuleBasedStateMachine):
 
 
 def _event(entry):
-    return Event(
-        **{name: entry[name] for name in ("noise_multiplier", "sample_rate", "steps")}
-    )
+    return Event(**{name: entry[name] for name in ("noise_multiplier", "sample_rate", "steps")})
 
 
 def _bytes(reply):

@@ -269,7 +269,9 @@ def charging(draw: st.DrawFn) -> Charging:
 
 storing = st.builds(Storing, runs, rounds, digests, st.sampled_from([b"first", b"second"]))
 operations = st.lists(
-    st.one_of(charging(), charging(), storing, st.builds(Sizing, runs, st.sampled_from([7.0, 9.0]))),
+    st.one_of(
+        charging(), charging(), storing, st.builds(Sizing, runs, st.sampled_from([7.0, 9.0]))
+    ),
     min_size=1,
     max_size=4,
 )
@@ -312,9 +314,7 @@ class LedgerMachine(RuleBasedStateMachine):
         live(self._bind)
 
     @rule(operations=operations, cut=cuts, lost=st.one_of(st.none(), st.floats(0, 1)))
-    def one_process(
-        self, operations: list[Operation], cut: Cut | None, lost: float | None
-    ) -> None:
+    def one_process(self, operations: list[Operation], cut: Cut | None, lost: float | None) -> None:
         """One process, which may die; with ``lost`` the machine dies with it.
 
         A machine's end loses that part of the journal's unsynced end.
@@ -372,7 +372,9 @@ class LedgerMachine(RuleBasedStateMachine):
             (
                 entry["run"],
                 entry["round"],
-                Event(**{name: entry[name] for name in ("noise_multiplier", "sample_rate", "steps")}),
+                Event(
+                    **{name: entry[name] for name in ("noise_multiplier", "sample_rate", "steps")}
+                ),
                 tuple(
                     Event(noise_multiplier=s, sample_rate=q, steps=n) for s, q, n in entry["extra"]
                 ),
