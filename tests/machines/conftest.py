@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+import torch
 
+from fedlora import adapters
 from fedlora import config as configuration
 from fedlora.adapters import AdapterState
+from server import exchange, roster
 
 ROWS, BANKS = 40, ("Alpha", "Beta", "Gamma")
 
@@ -51,27 +54,20 @@ def values(tiny_encoder, few_complaints) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def drawn_training() -> Iterator[Callable[[Callable[..., None]], None]]:
-    """Puts a draw in the place of training; gives a function that says what else happens then.
+    """Puts a draw in the place of training.
 
-    That is called with (participants, plan) before each private training, and may raise.
+    Gives a function that takes what else happens: it is called with (participants, plan) before
+    each private training, and may raise.
     """
     from client import training
 
     called: list[Callable[..., None]] = []
 
     def moved(work: Any, source: Any) -> AdapterState:
-        """What was trained, a little off its start."""
-        state = AdapterState.read(work.model)
-        trained = {n: p for n, p in work.parameters().items() if p.requires_grad}
-        kinds = {id(p) for p in trained.values()}
-        import torch
-
-        from fedlora import adapters
-
-        named = adapters.parameters(work.model)
-        new = {}
-        for name, tensor in state.items():
-            if name in named and id(named[name]) in kinds:
+        """The adapter with a draw added to what is trained."""
+        named, new = adapters.parameters(work.model), {}
+        for name, tensor in AdapterState.read(work.model).items():
+            if name in named and named[name].requires_grad:
                 draw = torch.from_numpy(source.child(name).normal(tensor.numel()))
                 tensor = tensor + 0.01 * draw.view(tensor.shape).float()
             new[name] = tensor
@@ -97,6 +93,47 @@ def drawn_training() -> Iterator[Callable[[Callable[..., None]], None]]:
 
 
 @pytest.fixture(scope="module")
-def make_config(values) -> Callable[..., configuration.RunConfig]:
+def make_config(values, drawn_training) -> Callable[..., configuration.RunConfig]:
     """Makes a `RunConfig` of ``values``; others given win."""
+    drawn_training(lambda *_: None)
     return lambda **changes: configuration.from_flat(values | changes)
+
+
+class Clock:
+    """In the place of ``time`` where the server waits: waiting takes no time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        """Seconds, which pass when somebody sleeps."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Pass these seconds."""
+        self.now += seconds
+
+
+@pytest.fixture
+def server_world(make_config, monkeypatch) -> dict[str, Any]:
+    """Of a `ServerMachine`."""
+    clock = Clock()
+    for module in (exchange, roster):
+        monkeypatch.setattr(module, "time", clock)
+    return {"make_config": staticmethod(make_config), "clock": clock}
+
+
+@pytest.fixture
+def institution_world(
+    values, drawn_training, few_complaints, tmp_path, monkeypatch
+) -> dict[str, Any]:
+    """Of an `InstitutionMachine`: Alpha's rows alone, in a process that is no simulation's."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    records = tmp_path / "records.csv"
+    lines = few_complaints.read_text().splitlines()
+    records.write_text("\n".join([lines[0], *(r for r in lines if f",{BANKS[0]}," in r)]) + "\n")
+    return {
+        "values": values,
+        "source": records,
+        "drawn_training": staticmethod(drawn_training),
+    }

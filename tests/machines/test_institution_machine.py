@@ -12,24 +12,22 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import pytest
 import tomli_w
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
-from client import institution, settings
+from client import settings
 from client.app import app
 from client.ledger import Ledger
 from experiments.engines.grid import identify
-from fedlora import accounting, adapters, trainable, wire
+from fedlora import adapters, trainable, wire
 from fedlora import config as configuration
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from tests.machines.budgets import search, searched
-from tests.machines.conftest import BANKS
 
 LABELS = ("card", "fraud", "loan")
 DELTA, LIMIT = 1e-5, 7.0
@@ -68,6 +66,10 @@ FORGED = [
     {"run": ""},
     {"round": -1},
     {"participations": 0},
+    {"participations": -5},
+    {"parts": ()},
+    {"parts": ("Z",)},
+    {"parts": ("residual",)},
 ]
 """Parts of an order that void it."""
 
@@ -86,10 +88,10 @@ class Sent:
 
     @property
     def digest(self):
+        """Everything that decides the release."""
+        values = dataclasses.replace(self.order, adapter=None)
         adapter = wire.pack_adapter(self.order.adapter)["adapter"].data
-        return (dataclasses.astuple(dataclasses.replace(self.order, adapter=None)), adapter) + (
-            self.changes,
-        )
+        return dataclasses.astuple(values), adapter, self.changes
 
 
 def _bent(adapter, how):
@@ -271,7 +273,7 @@ class InstitutionMachine(RuleBasedStateMachine):
         allowed=st.sampled_from([None, 1, 2, 3, 4]),
     )
     def changed_order(self, sent, participations, allowed):
-        """The same round of the same run under another plan: followed only if nothing was before."""
+        """The same round under another plan: followed only if nothing was before."""
         order = sent.order
         if participations is not None:
             order = dataclasses.replace(order, participations=participations)
@@ -285,8 +287,8 @@ class InstitutionMachine(RuleBasedStateMachine):
             return  # which of the two is answered is another test's matter
         before = self._entries()
         self.now = None
-        if any(each.digest not in [d for d, _ in self.answers.values()] for each in (sent, other)):
-            return  # what trains is known by its round; here both have their answers
+        if {sent.digest, other.digest} - {digest for digest, _ in self.answers.values()}:
+            return  # training is told apart by its round alone; here nobody trains
         replies = app.together(
             [(self._message(s), self._context(s.changes)) for s in (sent, other)]
         )
@@ -435,29 +437,8 @@ def _bytes(reply):
     return wire.update_to_bytes(wire.unpack_update(reply))
 
 
-@pytest.fixture
-def deployed(monkeypatch):
-    """This process is no worker of a simulation."""
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-
-
-@pytest.fixture(scope="module")
-def own_records(few_complaints, tmp_path_factory):
-    """Alpha's rows alone."""
-    path = tmp_path_factory.mktemp("alpha") / "records.csv"
-    lines = few_complaints.read_text().splitlines()
-    path.write_text("\n".join([lines[0], *(row for row in lines if f",{BANKS[0]}," in row)]) + "\n")
-    return path
-
-
 @searched(fixed=(8, 20), long=(300, 60))
 def test_an_institution_pays_once_for_what_it_answers_whatever_it_is_ordered(
-    budget, deployed, values, own_records, drawn_training
+    budget, institution_world
 ):
-    search(
-        InstitutionMachine,
-        budget,
-        values=values,
-        source=own_records,
-        drawn_training=staticmethod(drawn_training),
-    )
+    search(InstitutionMachine, budget, **institution_world)

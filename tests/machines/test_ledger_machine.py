@@ -390,7 +390,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 def _past(operations: Sequence[Operation], reports: Sequence[Any], killed: bool) -> Past:
-    done = tuple((operation, said) for operation, (said, _) in zip(operations, reports))
+    done = tuple(
+        (operation, said) for operation, (said, _) in zip(operations, reports, strict=False)
+    )
     next_one = operations[len(done)] if killed and len(done) < len(operations) else None
     return Past(done, next_one)
 

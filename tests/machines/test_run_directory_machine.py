@@ -150,17 +150,17 @@ class RunDirectoryMachine(RuleBasedStateMachine):
         assert not left or self.synced  # only a death leaves a draft behind
 
 
-@pytest.fixture(scope="module")
-def reference(make_config, drawn_training, tmp_path_factory):
+def references(make_config, scratch):
     """Each kind of run as it is when nothing dies."""
     found = {}
-    for kind, changes in CHANGES.items():
-        directory = tmp_path_factory.mktemp("reference") / "run"
-        serve(make_config(**changes, **{"run-dir": str(directory)}))
-        found[kind] = outcome(directory)
+    for number, (kind, changes) in enumerate(CHANGES.items()):
+        serve(make_config(**changes, **{"run-dir": str(scratch / str(number))}))
+        found[kind] = outcome(scratch / str(number))
     return found
 
 
 @searched(fixed=(4, 4), long=(60, 12))
-def test_a_run_whose_server_dies_anywhere_ends_as_it_would_have(budget, make_config, reference):
-    search(RunDirectoryMachine, budget, make_config=staticmethod(make_config), reference=reference)
+def test_a_run_whose_server_dies_anywhere_ends_as_it_would_have(budget, make_config, tmp_path):
+    world = {"make_config": staticmethod(make_config)}
+    reference = references(make_config, tmp_path)
+    search(RunDirectoryMachine, budget, **world, reference=reference)
