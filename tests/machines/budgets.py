@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from fedlora.errors import Refusal
@@ -64,7 +65,9 @@ def finds(machine: type[RuleBasedStateMachine], **world: Any) -> None:
         derandomize=True,
         deadline=None,
         phases=[Phase.generate],
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
-    with pytest.raises((AssertionError, Refusal)):
+    # flaky: two processes that race do not fail in the same way twice
+    with pytest.raises((AssertionError, Refusal, FlakyFailure)):
         search(machine, budget, **world)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora import adapters
+from fedlora import adapters, trainable
 from fedlora import config as configuration
 from fedlora.adapters import AdapterState
 from server import exchange, roster
 
 ROWS, BANKS = 40, ("Alpha", "Beta", "Gamma")
+LABELS = ("card", "fraud", "loan")
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +133,11 @@ def institution_world(
     records = tmp_path / "records.csv"
     lines = few_complaints.read_text().splitlines()
     records.write_text("\n".join([lines[0], *(r for r in lines if f",{BANKS[0]}," in r)]) + "\n")
+    work = trainable.load(configuration.from_flat(values), LABELS)
     return {
         "values": values,
         "source": records,
+        "base": work.base.digest,
+        "start": work.start,
         "drawn_training": staticmethod(drawn_training),
     }

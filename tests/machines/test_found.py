@@ -29,9 +29,7 @@ def test_an_order_for_a_part_that_there_is_not_is_refused_before_it_is_paid(inst
     """The round was charged, then refused when training began."""
     state = within(InstitutionMachine, **institution_world)()
     state.begin()
-    sent = state.order(
-        run="a1", round=1, participations=3, allowed=0, adapter="as it is", parts=("B",)
-    )
+    sent = state.order(run="a1", round=1, participations=3, allowed=0, adapter="as it is")
     state.forged_order(sent=sent, forged=("order", {"parts": ("Z",), "round": 2}))
     with Ledger.open(state.ledger) as ledger:
         assert [entry["round"] for entry in ledger.show()["entries"]] == [1]

@@ -397,6 +397,6 @@ def _past(operations: Sequence[Operation], reports: Sequence[Any], killed: bool)
     return Past(done, next_one)
 
 
-@searched(fixed=(6, 12), long=(400, 40))
+@searched(fixed=(5, 8), long=(300, 30))
 def test_a_ledger_says_what_its_processes_were_told_whatever_dies(budget):
     search(LedgerMachine, budget)

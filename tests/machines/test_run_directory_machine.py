@@ -159,7 +159,7 @@ def references(make_config, scratch):
     return found
 
 
-@searched(fixed=(4, 4), long=(60, 12))
+@searched(fixed=(3, 4), long=(60, 10))
 def test_a_run_whose_server_dies_anywhere_ends_as_it_would_have(budget, make_config, tmp_path):
     world = {"make_config": staticmethod(make_config)}
     reference = references(make_config, tmp_path)

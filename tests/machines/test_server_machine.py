@@ -287,6 +287,6 @@ class ServerMachine(RuleBasedStateMachine):
         assert 0 < result["epsilon_max"] <= self.config.privacy.epsilon * (1 + 1e-6)
 
 
-@searched(fixed=(5, 5), long=(150, 15))
+@searched(fixed=(4, 5), long=(100, 12))
 def test_a_run_ends_or_is_given_up_whatever_institutions_answer(budget, server_world):
     search(ServerMachine, budget, **server_world)
