@@ -397,6 +397,6 @@ def _past(operations: Sequence[Operation], reports: Sequence[Any], killed: bool)
     return Past(done, next_one)
 
 
-@searched(fixed=(5, 8), long=(300, 30))
+@searched(fixed=(5, 8), long=(150, 30))
 def test_a_ledger_says_what_its_processes_were_told_whatever_dies(budget):
     search(LedgerMachine, budget)
