@@ -38,7 +38,7 @@ import http.client, json, ssl, sys
 context = ssl.create_default_context(cafile="/keys/ca.crt")
 codes = {}
 for path in json.loads(sys.argv[1]):
-    link = http.client.HTTPSConnection("gateway", 8443, context=context, timeout=20)
+    link = http.client.HTTPSConnection("gateway", 8443, context=context, timeout=60)
     link.putrequest("POST", path, skip_host=False)  # as it is: nobody tidies it up
     link.putheader("content-type", "application/protobuf")
     link.putheader("content-length", "0")
@@ -46,7 +46,7 @@ for path in json.loads(sys.argv[1]):
     codes[path] = link.getresponse().status
 print(json.dumps(codes))
 """
-SUPERNODE = ["timeout", "60", "flower-supernode", "--superlink", "gateway:8443"]
+SUPERNODE = ["timeout", "180", "flower-supernode", "--superlink", "gateway:8443"]
 FORGED = """
 import sys
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
@@ -230,7 +230,7 @@ def test_an_unknown_key_is_refused_and_logged(federation):
 def test_another_institutions_public_key_is_of_no_use_without_its_private_key(federation):
     folder = _node_key(federation, "forger")
     theirs = f"{federation.directory}/server/institutions:/theirs:ro"
-    node = ["timeout", "60", "python", "-c", FORGED, "--superlink", "gateway:8443"]
+    node = ["timeout", "180", "python", "-c", FORGED, "--superlink", "gateway:8443"]
     node += ["--root-certificates", "/keys/ca.crt", "--auth-supernode-private-key", "/own/node.key"]
     refused = federation.log("gateway").count("activate-node 401")
     active = federation.log("superlink").count("Activated node_id")

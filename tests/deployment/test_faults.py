@@ -6,13 +6,16 @@ from tests.deployment.conftest import PRIVATE, rehearsal
 
 pytestmark = pytest.mark.slow
 
+MANY_ROUNDS = {"federation.rounds": 60}
+"""For runs that are stopped once what they wait for has happened, however fast rounds are."""
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, tiny_encoder, complaints):
     scratch = tmp_path_factory.mktemp("faults")
     with rehearsal(scratch, tiny_encoder, complaints, "a", "b", "c") as made:
         for name in ("a", "b", "c"):
-            made.settings(name, max_seconds=45.0)
+            made.settings(name, max_seconds=75.0)  # a busy machine starts a trainer in time
         made.up()
         yield made
 
@@ -55,26 +58,31 @@ def test_a_client_app_that_raises_dies_or_hangs_fails_its_round_by_name_and_work
 def test_an_institution_killed_in_mid_round_misses_it_and_its_ledger_holds_the_charge(federation):
     before = len(federation.charges("c"))
     federation.misbehave("c", r1="slow")
-    federation.submit(
-        "killed", wait=False, **PRIVATE, **{"federation.rounds": 6, "federation.timeout": 60.0}
-    )
+    federation.submit("killed", wait=False, **PRIVATE, **MANY_ROUNDS)
     federation.until(lambda: len(federation.charges("c")) > before)
     federation.kill("institution-c")
     federation.start("institution-c")
-    assert federation.ended("killed")["state"] == "completed"
-    records = federation.rounds("killed")
-    assert list(records[0]["aggregation"]["rejected"]) == ["c"] and records[0]["updates"] == 2
+
+    def back():
+        """Rounds in which c answered."""
+        return [
+            record["round"]
+            for record in federation.rounds("killed")
+            if "c" in {*record["institutions"]} - {*record["aggregation"]["rejected"]}
+        ]
+
     # the SuperLink holds its place for a minute before it lets it in again, under the same name
+    federation.until(lambda: len(back()) >= 2)
+    federation.deploy("stop", "killed")
+    records, rounds = federation.rounds("killed"), back()
+    assert list(records[0]["aggregation"]["rejected"]) == ["c"] and records[0]["updates"] == 2
+    assert rounds == list(range(rounds[0], len(records) + 1))
     out = [record["aggregation"]["rejected"] for record in records]
-    back = [
-        r["round"]
-        for r, lost in zip(records, out, strict=True)
-        if "c" in {*r["institutions"]} - {*lost}
-    ]
-    assert back and back == list(range(back[0], 7))
     assert all(set(lost) <= {"c"} for lost in out)
     assert all(r["updates"] == r["asked"] - len(lost) for r, lost in zip(records, out, strict=True))
-    assert [entry["round"] for entry in federation.charges("c")[before:]] == [1, *back]
+    charged = [entry["round"] for entry in federation.charges("c")[before:]]
+    # the round that was stopped may be charged too
+    assert charged in ([1, *rounds], [1, *rounds, len(records) + 1])
 
 
 def test_a_link_that_is_cut_for_thirty_seconds_is_waited_for_and_nothing_counts_twice(federation):
@@ -96,16 +104,15 @@ def test_a_link_that_is_cut_for_thirty_seconds_is_waited_for_and_nothing_counts_
 
 def test_one_joins_late_and_one_leaves_for_good(federation):
     federation.stop("institution-c")
-    values = {"data.institutions": 2, "federation.rounds": 8}
-    federation.submit("changing", wait=False, **values)
+    federation.submit("changing", wait=False, **MANY_ROUNDS, **{"data.institutions": 2})
     federation.until(lambda: len(federation.rounds("changing")) == 1)
     federation.start("institution-c")
     asked = lambda: federation.rounds("changing")[-1]["institutions"]  # noqa: E731
     federation.until(lambda: "c" in asked())
     federation.stop("institution-b")
-    assert federation.ended("changing")["state"] == "completed"
+    federation.until(lambda: "b" not in asked())
+    federation.deploy("stop", "changing")
     records = federation.rounds("changing")
-    assert len(records) == 8
     assert set(records[0]["institutions"]) == {"a", "b"}
     assert set(records[-1]["institutions"]) == {"a", "c"} and records[-1]["updates"] == 2
 
@@ -129,7 +136,7 @@ def test_a_full_disk_and_a_ledger_that_cannot_be_written_are_refused_with_a_reas
     run, inside = "disk", ("institution-c", "sh", "-c")
     fill = "cp -a /ledger /tmp/kept && mount -t tmpfs -o size=256k,mode=777 tmpfs /ledger"
     fill += " && cp -a /tmp/kept/. /ledger/ && dd if=/dev/zero of=/ledger/full bs=4k; true"
-    federation.submit(run, wait=False, **PRIVATE, **{"federation.rounds": 12})
+    federation.submit(run, wait=False, **PRIVATE, **MANY_ROUNDS)
 
     def reason():
         """Why c had no part in a whole round from now on."""
@@ -144,14 +151,13 @@ def test_a_full_disk_and_a_ledger_that_cannot_be_written_are_refused_with_a_reas
     read_only = reason()
     federation.exec(*inside, "mount -o remount,bind,rw /ledger", root=True)
     again = reason()
-    assert federation.ended(run)["state"] == "completed"
+    federation.deploy("stop", run)
     assert full.startswith("ledger-") and read_only.startswith("ledger-") and not again
     assert all(record["updates"] >= 2 for record in federation.rounds(run))
 
 
 def test_without_any_institution_the_run_ends_with_an_error_and_its_checkpoint(federation):
-    values = {"federation.rounds": 6, "federation.timeout": 60.0}
-    federation.submit("alone", wait=False, **values)
+    federation.submit("alone", wait=False, **MANY_ROUNDS)
     federation.until(lambda: len(federation.rounds("alone")) == 1)
     for name in ("a", "b", "c"):
         federation.kill(f"institution-{name}")
