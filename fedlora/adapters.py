@@ -136,8 +136,15 @@ def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
         modules_to_save=[HEAD] if base.kind == "encoder" else None,
         task_type="CAUSAL_LM" if base.kind == "causal" else None,
     )
-    with torch.random.fork_rng(devices=[]):
-        model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
+    except ValueError as error:  # such as out_proj of a Mamba, whose weight its layer uses itself
+        why = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"adapter.target-modules is {', '.join(targets)}, which PEFT refuses ({why}); "
+            "name other layers"
+        ) from error
     config.base_model_name_or_path = base.name  # PEFT takes the directory
     with torch.no_grad():
         for name, layer in lora_layers(model):

@@ -201,6 +201,8 @@ class _Mode:
         """Refuse an input in which an example is not one entry of the first dimension.
 
         In a packed row examples are where it says, and only what is pooled has entries for them.
+        Shapes can fit by coincidence: `fedlora.exactness` has shown, at a size where they cannot,
+        that the first dimension of this layer's input is that of examples.
         """
         row = active()
         fits = x.shape[0] == self.examples and (x.dim() >= 3 or flat)
@@ -378,8 +380,9 @@ class PerSampleAdapters:
             per_sample.collect()  # p.grad_sample (units, *shape) of each trained parameter
 
     What is guaranteed: ``grad_sample[k]`` is the gradient of the summed losses of unit k's
-    examples, as if each had been computed alone; layers and inputs this cannot be true for are
-    refused. What voids it: a loss that mixes examples.
+    examples, as if each had been computed alone, for models in which `fedlora.exactness` finds no
+    flaw; layers and inputs this cannot be true for are refused. What voids it: a loss that mixes
+    examples.
 
     Args:
         model: With an adapter attached; its trained layers are changed.
@@ -393,6 +396,7 @@ class PerSampleAdapters:
         self._mode = _Mode({})
         self.has_dropout = False  # whether `draw_dropout` has an effect
         self.has_magnitude = False
+        self.layers: dict[str, nn.Module] = {}  # those whose forward is replaced
         self._named: dict[str, nn.Parameter] = {}
         covered: set[nn.Parameter] = set()
         if experts := [key for key in MIXTURES if getattr(model.config, key, None)]:
@@ -419,6 +423,7 @@ class PerSampleAdapters:
                     forward = _Head(name, module, self._mode)
             if forward is not None:
                 cast(Any, module).forward = forward
+                self.layers[name] = cast(nn.Module, module)
                 covered.update(forward.parameters())
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

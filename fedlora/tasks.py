@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from fedlora import metrics, packing
+from fedlora import metrics
 from fedlora.batches import (
     Batch,
     Int64,
@@ -48,8 +48,6 @@ GENERATED_ROWS = 200  # rows of an evaluation that a model answers in full: gene
 RESPONSE_TOKENS = 128  # longest response that is generated
 CLOSED_ANSWERS = 100  # so many different references, each as short as below, are read as classes
 CLOSED_CHARACTERS = 40
-ROUNDING = 0.02
-"""Relative difference in bf16 between a row that is packed and the same one alone, at most."""
 WINDOWS = (
     "sliding_window",
     "sliding_window_size",
@@ -131,8 +129,17 @@ class Task(ABC):
         return rounded(shard.lengths, self.encoding.max_length)
 
     def first_position(self, model: nn.Module) -> int | None:
-        """Where a row's positions begin in a packed row; None for models that need padded rows."""
+        """Where a row's positions would begin in a packed row; None if it cannot be told them.
+
+        Whether the model takes packed rows is for `fedlora.exactness` to find.
+        """
         return None
+
+    def words(self, model: nn.Module) -> list[int]:
+        """Token ids that stand for pieces of text, some hundreds at most."""
+        special = {*self._tokenizer.all_special_ids, self._pad_id}
+        known = getattr(_config(model), "vocab_size", len(self._tokenizer))
+        return [i for i in range(min(known, 1000)) if i not in special]
 
     @abstractmethod
     def losses(
@@ -176,7 +183,7 @@ class Task(ABC):
         """The model's answer to each text, and how many texts were cut to length."""
         nothing = labels[0] if labels else ""  # an answer that is not looked at
         encoded = self.encode(list(texts), [nothing] * len(texts), labels)
-        return self.predict(model, _shard(encoded), labels), encoded.truncated
+        return self.predict(model, shard_of(encoded), labels), encoded.truncated
 
 
 class Classification(Task):
@@ -190,61 +197,39 @@ class Classification(Task):
         self._label_tokens: dict[tuple[str, ...], torch.Tensor] = {}
 
     def first_position(self, model: nn.Module) -> int | None:
-        """Found by trial: rows have to give packed what they give by themselves."""
+        """That of the model itself where it has its own, else 0.
+
+        An encoder's is the one that gives, to the last bit, what the encoder gives when it is not
+        told any: RoBERTa's family counts from after its padding.
+        """
         from fedlora import attention  # it brings transformers' models, which reading does without
 
-        base: Any = model
-        base = base.get_base_model() if hasattr(model, "get_base_model") else base
-        most, config = self.encoding.max_length, base.config.get_text_config()
+        base, config, most = _base(model), _config(model), self.encoding.max_length
         windows = [getattr(config, key, None) for key in WINDOWS]
         rope = str(getattr(config, "rope_parameters", ""))
+        inner = base
+        if isinstance(self.encoding, PlainText):
+            inner = getattr(base, base.base_model_prefix)
         if (
             base.config._attn_implementation != attention.NAME
             or any(type(window) is int and window < most for window in windows)
             or any(kind in rope for kind in LENGTH_DEPENDENT)
-            or hasattr(base.get_output_embeddings(), "base_layer")  # adapted: sees the last tokens
+            or "position_ids" not in inspect.signature(inner.forward).parameters
         ):
             return None
-        special = {*self._tokenizer.all_special_ids, self._pad_id}
-        ids = [i for i in range(config.vocab_size) if i not in special][:20] * 9
-        texts = [ids[3 * n : 3 * n + min(n, most)] for n in (2, 5, 9)]
-        longer = [ids[2 * n + 1 : 2 * n + 1 + min(n + 1, most)] for n in (2, 5, 9)]
-        device = next(model.parameters()).device
-
-        def outputs(batch: Batch | PackedBatch) -> NDArray[np.float32]:
-            if isinstance(self.encoding, PlainText):
-                return base.pooled(**_inputs(model, batch)).cpu().numpy()
-            return self.next_token(model, batch).float().cpu().numpy()
-
-        def packed(texts: list[list[int]], first: int) -> NDArray[np.float32]:
-            shard = _shard(Encoded(ids=texts, targets=[0, 0, 0], truncated=0))
-            batch = self.pack(shard, np.arange(3), first=first, total=64, slots=4, device=device)
-            with packing.use(batch.row):
-                return outputs(batch)
-
-        errors: dict[int, float] = {}
+        if not isinstance(self.encoding, PlainText):
+            return 0  # as in padded rows
+        ids = torch.tensor([self.words(model)[: min(most, 5)]], device=base.device)
+        mask = torch.ones_like(ids)
         with _evaluating(model):
-            shard = _shard(Encoded(ids=texts, targets=[0, 0, 0], truncated=0))
-            alone = np.concatenate([outputs(self.collate(shard, [i])) for i in range(3)])
-            for first in (0, self._pad_id + 1):  # RoBERTa's family counts from after its padding
+            untold = base.pooled(ids, mask)
+            for first in (0, self._pad_id + 1):
                 if first + most > (getattr(config, "max_position_embeddings", 0) or math.inf):
                     continue
-                try:
-                    found = packed(texts, first)
-                except Exception:  # it cannot be told positions, or wants another mask
-                    continue
-                error, size = (np.linalg.norm(x, axis=1) for x in (found - alone, alone))
-                errors[first] = float((error / size).max())
-            least = min(errors.values(), default=math.inf)
-            if least > ROUNDING:
-                return None
-            first = next(first for first in errors if errors[first] <= 2 * least)
-            # What a row gets must be its own to the last bit: the others change, and it does not.
-            for i in range(3):
-                others = [text if j == i else longer[j] for j, text in enumerate(texts)]
-                if not np.array_equal(packed(others, first)[i], packed(texts, first)[i]):
-                    return None
-        return first
+                positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+                if torch.equal(base.pooled(ids, mask, position_ids=positions), untold):
+                    return first
+        return None
 
     def losses(
         self, model: nn.Module, batch: Batch | PackedBatch, labels: tuple[str, ...]
@@ -534,14 +519,22 @@ def _inputs(model: nn.Module, batch: Batch | PackedBatch) -> dict[str, torch.Ten
 def _causal_inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """Inputs with positions that count from each row's first token, for models that take them."""
     inputs = _inputs(model, batch)
-    base: Any = model
-    base = base.get_base_model() if hasattr(model, "get_base_model") else base
-    if "position_ids" in inspect.signature(base.forward).parameters:
+    if "position_ids" in inspect.signature(_base(model).forward).parameters:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return inputs
 
 
-def _shard(encoded: Encoded) -> Shard:
+def _base(model: nn.Module) -> Any:
+    """The model without its adapter's wrapper."""
+    base: Any = model
+    return base.get_base_model() if hasattr(model, "get_base_model") else base
+
+
+def _config(model: nn.Module) -> Any:
+    return _base(model).config.get_text_config()
+
+
+def shard_of(encoded: Encoded) -> Shard:
     """A shard of freshly encoded rows, each its own unit."""
     rows = len(encoded.ids)
     return Shard(

@@ -4,6 +4,7 @@ Both sides use it: an institution trains in it, the server starts from it and ev
 Loading is the slow part of a round, so each process loads once and swaps adapters.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 
-from fedlora import adapters, models, tasks
+from fedlora import adapters, exactness, models, tasks, verdicts
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
-from fedlora.errors import Refusal
+from fedlora.errors import InputError, Refusal
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.records import load as records
 
@@ -70,8 +71,12 @@ class Trainable:
 def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
     """The process's one `Trainable` for this configuration, loaded at the first call.
 
+    What is guaranteed: under DP the model was found to give exact per-example gradients
+    (`fedlora.exactness`), before any record is looked at by it and any budget charged.
+
     Raises:
-        InputError: If the base model is not there, is pickle-only, or cannot take the adapter.
+        InputError: If the base model is not there, is pickle-only, cannot take the adapter, or
+            gives no exact per-example gradients under DP or with dropout.
     """
     device = "cuda" if config.engine.gpus > 0 and torch.cuda.is_available() else "cpu"
     return _load(
@@ -83,6 +88,7 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
         config.training.gradient_checkpointing,
         labels,
         device,
+        config.privacy.enabled,
     )
 
 
@@ -96,6 +102,7 @@ def _load(
     checkpointing: bool,
     labels: tuple[str, ...],
     device: str,
+    private: bool,
 ) -> Trainable:
     base = models.load_base(
         model.name,
@@ -123,14 +130,39 @@ def _load(
         max_length=max_length,
         positions=models.resolve(model.name).positions,
     )
+    per_sample = PerSampleAdapters(peft_model)
+    question = {
+        "weights": base.digest,
+        "configuration": cast(Any, base.model.config).to_json_string(use_diff=False),
+        "adapter": dataclasses.asdict(spec),
+        "task": (model.task, max_length, len(labels), base.tokenizer.pad_token_id),
+        "checkpointing": checkpointing,
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else device,
+        "threads": torch.get_num_threads(),
+    }
+
+    def examine() -> exactness.Verdict:
+        training_mode(peft_model, True)
+        try:
+            return exactness.examine(peft_model, per_sample, task, labels)
+        finally:
+            training_mode(peft_model, False)
+
+    verdict = verdicts.remembered(question, examine)
+    if verdict.flaw and (private or per_sample.has_dropout):
+        raise InputError(
+            f"model.name is {base.name!r}, whose layers in adapter.target-modules give no exact "
+            f"per-example gradients: {verdict.flaw}; choose other adapter.target-modules or "
+            "another base model"
+        )
     return Trainable(
         base=base,
         model=peft_model,
-        per_sample=PerSampleAdapters(peft_model),
+        per_sample=per_sample,
         task=task,
         labels=labels,
         start=AdapterState.read(peft_model),
-        first_position=task.first_position(peft_model),
+        first_position=verdict.first_position,
     )
 
 

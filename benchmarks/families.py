@@ -1,0 +1,312 @@
+"""Which model families train under DP, and how: every text family of transformers, built tiny.
+
+    python -m benchmarks.families
+
+builds a model with random weights of each family, loads it as a run would, and trains a private
+step on rows of many lengths, among them rows padded to the number of rows of a pass. The table
+goes to docs/families.md. A few minutes on one core.
+"""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as vocabularies
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from client import training
+from fedlora import adapters, models, trainable
+from fedlora import config as configuration
+from fedlora.errors import InputError, Refusal
+from fedlora.shards import Shard
+from fedlora.streams import RandomSource
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+RANK = 2
+LABELS = ("loan", "card", "fraud", "other")
+WORDS = 60
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_inner", "hidden_dim", "n_inner"), 48),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "block_ff_dim"), 48),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "n_group", "topk_group"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 16),
+    "qk_rope_head_dim": 8,
+    "vocab_size": WORDS,
+    "pad_token_id": 1,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
+    **dict.fromkeys(("initializer_range", "init_std"), 0.2),
+}
+"""What configurations call sizes, and how large they are here."""
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "esmc": {"num_key_value_heads": 4},
+    "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "longformer": {"attention_window": [4, 4]},
+    "luke": {"entity_vocab_size": 10, "entity_emb_size": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "reformer": {
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16],
+        "attn_layers": ["local", "lsh"],
+        "is_decoder": True,
+        "feed_forward_size": 48,
+        "attention_head_size": 8,
+        "tie_word_embeddings": False,
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+    },
+    "roc_bert": {
+        "pronunciation_vocab_size": 20,
+        "shape_vocab_size": 20,
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+    },
+}
+"""What some families need besides."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family's line of the table."""
+
+    family: str
+    kind: str
+    targets: str
+    verdict: str
+    why: str
+
+
+def families() -> list[tuple[str, str]]:
+    """Model type and kind of every family that reads or writes text."""
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    encoders = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    encoders |= set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) - causal
+    encoders |= {"xlnet"}
+    encoders &= set(MODEL_MAPPING_NAMES)
+    return [
+        *((name, "encoder") for name in sorted(encoders)),
+        *((name, "causal") for name in sorted(causal)),
+    ]
+
+
+def tiny(family: str) -> Any:
+    """A small configuration of a family.
+
+    Raises:
+        ValueError: For one that holds several models, of text and something else.
+    """
+    known = CONFIG_MAPPING[family]()
+    if any(hasattr(known, part) for part in ("vision_config", "audio_config", "text_config")):
+        raise ValueError("more than a text model")
+    attributes = {**known.to_dict(), **dict.fromkeys(type(known).attribute_map)}
+    chosen = {name: size for name, size in SIZES.items() if name in attributes}
+    return CONFIG_MAPPING[family](**{**chosen, **OVERRIDES.get(family, {})})
+
+
+def build(family: str, kind: str, directory: Path) -> None:
+    """Write a tiny model of a family with random weights, and a tokenizer.
+
+    Raises:
+        ValueError: For a model that is not tiny: its sizes have names that are not known here.
+    """
+    config = tiny(family)
+    factory = AutoModelForCausalLM if kind == "causal" else AutoModel
+    with torch.device("meta"):
+        size = sum(p.numel() for p in factory.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters")
+    torch.manual_seed(0)
+    factory.from_config(config).float().save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One that knows a few words, the labels among them."""
+    words = ["[UNK]", "[PAD]", *LABELS, *(f"w{i}" for i in range(WORDS - 2 - len(LABELS)))]
+    made = Tokenizer(
+        vocabularies.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        eos_token="[UNK]",
+        model_max_length=64,
+    )
+
+
+def load(directory: Path, targets: tuple[str, ...], **values: Any) -> trainable.Trainable:
+    """The model as a private run loads it.
+
+    Raises:
+        InputError: If it is refused.
+        Refusal: The same.
+    """
+    config = configuration.from_flat(
+        {
+            "model.name": str(directory),
+            "model.dtype": "fp32",
+            "adapter.rank": RANK,
+            "adapter.target-modules": ",".join(targets),
+            "training.max-length": 24,
+            "data.source": "unused.csv",
+            **values,
+        }
+    )
+    trainable.forget()
+    return trainable.load(config, LABELS if config.model.task == "classification" else ())
+
+
+def shard(labels: tuple[str, ...]) -> Shard:
+    """Rows of 3 to 24 tokens; eight of them are padded to 8, as many as a pass has rows."""
+    lengths = np.array([8, 7, 8, 5, 6, 8, 3, 8, *range(9, 25, 3)])
+    draw = np.random.default_rng(1)
+    return Shard(
+        tokens=draw.integers(6, WORDS, int(lengths.sum()), dtype=np.int32),
+        offsets=np.cumsum([0, *lengths]),
+        targets=draw.integers(0, len(labels), len(lengths)) if labels else lengths - 2,
+        units=np.arange(len(lengths)),
+    )
+
+
+def train(work: trainable.Trainable) -> None:
+    """Two private steps.
+
+    Raises:
+        Refusal: If a guard trips.
+    """
+    records = shard(work.labels)
+    participant = training.Participant(
+        shard=records,
+        mechanism=training.PrivacyMechanism(
+            noise_multiplier=1.0,
+            sample_rate=0.9,
+            normaliser=10.0,
+            max_grad_norm=1.0,
+            clipping="flat",
+        ),
+        source=RandomSource.seeded("families", 1),
+    )
+    plan = training.LocalPlan(steps=2, physical_batch=8, optimizer="sgd", learning_rate=0.5)
+    training.train_privately(work, [participant], plan)
+
+
+LIKELY = (
+    ("query", "value"),
+    ("q_proj", "v_proj"),
+    ("q_lin", "v_lin"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("Wqkv",),
+    ("q", "v"),
+    ("in_proj",),
+)
+"""Targets of families without a default of their own; the first that a model has."""
+LARGEST = 20_000_000
+"""Parameters of a model here, at most: a family whose sizes have other names is left out."""
+
+
+def endings(model: Any) -> set[str]:
+    """Last parts of the names of linear layers, the output layer's and the narrowest aside."""
+    output, linear, others = model.get_output_embeddings(), set[str](), set[str]()
+    for name, module in model.named_modules():
+        wide = adapters.is_linear(module) and min(module.weight.shape) >= RANK
+        trained = wide and module is not output and name != models.HEAD
+        (linear if trained else others).add(name.rpartition(".")[2])
+    return linear - others
+
+
+def examined(family: str, kind: str, task: str = "classification") -> Iterator[Row]:
+    """The family's lines: with usual targets, and with all linear layers if those are others."""
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            build(family, kind, Path(name))
+        except Exception as error:  # of code that nobody wrote for sizes as small as these
+            yield Row(family, kind, "", "not built", _first(error))
+            return
+        options = {"dtype": "fp32", "quantization": "none", "task": task, "num_labels": len(LABELS)}
+        try:
+            base = models.load_base(name, **options)
+        except InputError as refused:
+            yield Row(family, kind, "", "refused", _reason(refused))
+            return
+        found = endings(base.model)
+        likely = (targets for targets in LIKELY if found.issuperset(targets))
+        usual = adapters.TARGETS.get(base.model.config.model_type) or next(likely, ())
+        for targets in dict.fromkeys((usual, tuple(sorted(found)))):
+            if targets:
+                yield line(family, kind, task, Path(name), targets)
+
+
+def line(family: str, kind: str, task: str, directory: Path, targets: tuple[str, ...]) -> Row:
+    """One line: whether the model is refused when it is loaded; if it is not, it is trained."""
+    layers = ", ".join(targets)
+    try:
+        work = load(directory, targets, **{"model.task": task})
+    except (InputError, Refusal) as refused:
+        return Row(family, kind, layers, "refused", _reason(refused))
+    train(work)
+    rows = "padded" if work.first_position is None else "packed"
+    return Row(family, kind, layers, f"exact, {rows}", "")
+
+
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _reason(error: InputError | Refusal) -> str:
+    """Why a model is refused, without its name and the remedy."""
+    said = error.detail if isinstance(error, Refusal) else str(error)
+    return said.split("per-example gradients: ", 1)[-1].split("', ", 1)[-1].split(";")[0]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All lines as Markdown."""
+    head = ["family", "kind", "adapted layers", "under DP", "why"]
+    lines = [head, ["---"] * 5, *([*astuple(row)] for row in rows)]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def main() -> None:
+    """Examine all families and write the table."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    for family, kind in families():
+        for row in examined(family, kind):
+            print(*astuple(row), sep=" | ", flush=True)
+            rows.append(row)
+    before, _, _ = PAGE.read_text(encoding="utf-8").partition("| family |")
+    PAGE.write_text(before + table(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
