@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from client import training
 from fedlora import adapters, models, trainable
 from fedlora import config as configuration
+from fedlora.encoder import HEAD
 from fedlora.errors import InputError, Refusal
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -137,11 +138,13 @@ def build(family: str, kind: str, directory: Path) -> None:
     config = tiny(family)
     factory = AutoModelForCausalLM if kind == "causal" else AutoModel
     with torch.device("meta"):
-        size = sum(p.numel() for p in factory.from_config(config).parameters())
+        size = sum(
+            p.numel() for p in factory.from_config(config, trust_remote_code=False).parameters()
+        )
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
-    factory.from_config(config).float().save_pretrained(directory)
+    factory.from_config(config, trust_remote_code=False).float().save_pretrained(directory)
     tokenizer().save_pretrained(directory)
 
 
@@ -238,7 +241,7 @@ def endings(model: Any) -> set[str]:
     output, linear, others = model.get_output_embeddings(), set[str](), set[str]()
     for name, module in model.named_modules():
         wide = adapters.is_linear(module) and min(module.weight.shape) >= RANK
-        trained = wide and module is not output and name != models.HEAD
+        trained = wide and module is not output and name != HEAD
         (linear if trained else others).add(name.rpartition(".")[2])
     return linear - others
 

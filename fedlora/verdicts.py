@@ -69,9 +69,13 @@ def _read(entry: Path, asked: str) -> Verdict | None:
     """The verdict of an entry that is whole, answers what is asked and is this user's alone."""
     try:
         with entry.open(encoding="utf-8") as file:
-            for held in (os.fstat(file.fileno()), entry.parent.stat()):
-                if held.st_uid != os.geteuid() or held.st_mode & stat.S_IWOTH:
-                    return None
+            # Nobody else may enter the directory, so a file that a group may write is out of reach.
+            held = (
+                (os.fstat(file.fileno()), stat.S_IWOTH),
+                (entry.parent.stat(), stat.S_IRWXG | stat.S_IRWXO),
+            )
+            if any(s.st_uid != os.geteuid() or s.st_mode & barred for s, barred in held):
+                return None
             lines, _, checksum = file.read().rpartition("\n")
         question, flaw, first = lines.split("\n")
         if checksum != _checksum(f"{lines}\n") or question != asked:

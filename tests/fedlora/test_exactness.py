@@ -14,7 +14,7 @@ from client import institution
 from fedlora import adapters, exactness, trainable, verdicts
 from fedlora.errors import InputError
 from fedlora.per_sample import PerSampleAdapters
-from simulation import run as simulate
+from simulation import run
 
 SIZE = {
     "vocab_size": families.WORDS,
@@ -62,7 +62,7 @@ def made(name, directory, config=None):
     torch.manual_seed(0)
     config = config or (REFUSED | EXACT)[name][0]
     factory = hf.AutoModelForCausalLM if name in CAUSAL else hf.AutoModel
-    factory.from_config(config).save_pretrained(directory)
+    factory.from_config(config, trust_remote_code=False).save_pretrained(directory)
     families.tokenizer().save_pretrained(directory)
     return directory
 
@@ -198,7 +198,9 @@ def test_a_model_is_examined_once_for_each_adapter(tmp_path, monkeypatch):
         assert len(calls) == number
     families.load(model, ("key",))
     assert len(calls) == 5
-    config = hf.AutoConfig.from_pretrained(model)  # other code on the same weights
+    config = hf.AutoConfig.from_pretrained(
+        model, trust_remote_code=False
+    )  # other code on the same weights
     config.layer_norm_eps = 1e-3
     config.save_pretrained(model)
     families.load(model, ())
@@ -284,7 +286,7 @@ def test_a_run_is_refused_before_anything_is_written(tiny_config, tmp_path):
             "training.physical-batch": 16,
         }
     )
-    with pytest.raises(InputError, match="layer_1"), simulate.ready("inline", config):
+    with pytest.raises(InputError, match="layer_1"), run.load("inline", config):
         pass
     assert not (tmp_path / "run").exists()
 
