@@ -66,7 +66,7 @@ def service(
 def node(
     settings: Annotated[Path, typer.Argument(help="The institution's settings, a TOML file.")],
     healthy: Annotated[
-        bool, typer.Option("--healthy", help="Only say, by the exit code, whether it submissions.")
+        bool, typer.Option("--healthy", help="Only say, by the exit code, whether it runs.")
     ] = False,
 ) -> None:
     """Run an institution: it answers the federation with its own installed app."""
