@@ -82,7 +82,17 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     ),
     "model.dtype": Taken(),
     "model.quantization": Taken(),
-    "model.task": Taken(),
+    # Without a list of classes an institution would take them from its records' labels, and a
+    # prompt that names the classes would carry one record's label to every row.
+    "model.task": Taken(
+        (
+            Limit(
+                "other-labels",
+                lambda own, run: (run.model.task == "sft") == (not own.labels),
+                "has the task {run.model.task}, which goes with labels only for classification",
+            ),
+        )
+    ),
     "adapter.method": Taken(),
     "adapter.rank": Taken(
         (

@@ -9,6 +9,10 @@ _CONTROL = re.compile(
     r"\ud800-\udfff]"  # halves of pairs, which no encoding can write
 )
 
+_IGNORABLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
+)
+
 
 def visible(text: str) -> str:
     r"""Return the text, each control character and lone surrogate as Python writes it: ``\x1b``.
@@ -30,9 +34,17 @@ def is_unicode(text: str) -> bool:
 def folded(name: str) -> str:
     """Return the form in which names of customers and institutions are compared.
 
-    NFKC, case folded, without invisible formatting characters, each run of white space one space,
-    none at the ends: spellings that a reader takes for one name are one.
+    NFKC, case folded, without invisible characters, each run of white space one space, none at the
+    ends: spellings that a reader takes for one name are one. The form of a form is the form itself.
     """
-    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-    shown = "".join(char for char in plain if unicodedata.category(char) != "Cf")
-    return " ".join(shown.split())
+    before, after = None, name
+    while before != after:  # an invisible character may keep two others from composing
+        before = after
+        shown = "".join(char for char in before if not _invisible(char))
+        after = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", shown).casefold())
+    return " ".join(after.split())
+
+
+def _invisible(char: str) -> bool:
+    """Whether Unicode shows nothing for the character (Default_Ignorable_Code_Point)."""
+    return unicodedata.category(char) == "Cf" or bool(_IGNORABLE.match(char))

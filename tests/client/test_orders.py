@@ -10,8 +10,9 @@ from flwr.app import ConfigRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client import institution
+from client import institution, server_keys
 from client.ledger import Ledger
+from client.settings import Settings
 from fedlora import accounting, adapters, trainable, wire
 from fedlora.adapters import AdapterState
 from fedlora.config import KEPT, from_flat, parts_sent
@@ -232,3 +233,13 @@ def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
         assert refusal.code == "epsilon-too-large" and spent > 8.0
     else:
         assert spent <= 8.0
+
+
+def test_an_institution_without_classes_never_takes_them_from_its_records(tmp_path):
+    """A prompt that names the classes would carry one record's label to every row."""
+    own = Settings(name="a", source="r.jsonl", ledger="l.db", state=str(tmp_path), models=("m",))
+    asked = {"data.source": "institutions", "data.institutions": 2, "model.name": "m"}
+    assert server_keys.apply(own, asked | {"model.task": "sft"}).model.task == "sft"
+    with pytest.raises(Refusal) as refused:
+        server_keys.apply(own, asked | {"model.task": "classification"})
+    assert refused.value.code == "other-labels"
