@@ -1,7 +1,7 @@
-"""Figures of a report, as SVG that takes its colours from the page and says what it shows.
+"""Figures of a report: SVG with the page's colours and a description for screen readers.
 
-Drawn by matplotlib in colours that stand for the page's CSS variables, so that one figure reads in
-light, in dark and on paper. Text stays text.
+matplotlib draws in placeholder colours, which become the page's CSS variables. One figure then
+works in light mode, in dark mode and on paper. Text stays text.
 """
 
 import html
@@ -28,10 +28,10 @@ VARIABLES = {
 }
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 2, 2)))
-MOST_SERIES = len(SERIES)
+MAX_SERIES = len(SERIES)
 
 Line = tuple[str, Sequence[float], Sequence[float], Sequence[float | None]]
-"""Name, x, y and half the width of each y's confidence interval."""
+"""Name, x, y, and half the width of the confidence interval of each y."""
 
 STYLE = {
     "svg.fonttype": "none",
@@ -58,12 +58,12 @@ STYLE = {
 def draw(
     name: str, title: str, says: str, plot: Callable[[Axes], None], height: float = 3.1
 ) -> str:
-    """One figure as an ``<svg>`` element.
+    """Draw one figure as an ``<svg>`` element.
 
     Args:
         name: Unique on its page.
         title: Its heading.
-        says: What it shows, for those who cannot see it.
+        says: The figure in words, for screen readers.
         plot: Draws on the axes.
         height: Inches, of 4.5 in width.
     """
@@ -82,7 +82,7 @@ def draw(
 
 
 def _inline(svg: str, name: str, title: str, says: str) -> str:
-    """A matplotlib document as an element of a page."""
+    """Turn a matplotlib document into an element of a page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
@@ -98,7 +98,7 @@ def _inline(svg: str, name: str, title: str, says: str) -> str:
 
 
 def _percent(axes: Axes, along: str = "y") -> None:
-    """Show shares as percent; an interval may reach beyond what shares can be, an axis may not."""
+    """Label an axis in percent and cut it at 0 and 100 %, also where an interval goes beyond."""
     axis = axes.yaxis if along == "y" else axes.xaxis
     low, high = axis.get_view_interval()
     axis.set_view_interval(max(low, -0.02), min(high, 1.02), ignore=True)
@@ -119,10 +119,10 @@ def by_round(
     epsilons: Mapping[int, float] | None = None,
     shares: bool = False,
 ) -> str:
-    """Figures against rounds; with ``epsilons`` (round -> spent) a second axis above."""
+    """Draw lines against rounds; ``epsilons`` (round -> spent) adds a second axis above."""
 
     def plot(axes: Axes) -> None:
-        for i, (of, x, y, _) in enumerate(lines[:MOST_SERIES]):
+        for i, (of, x, y, _) in enumerate(lines[:MAX_SERIES]):
             marker = MARKERS[i] if len(x) <= 12 else ""
             axes.plot(x, y, color=SERIES[i], ls=DASHES[i], marker=marker, ms=4, label=of)
         axes.set_xlabel("round")
@@ -159,13 +159,13 @@ def _epsilon_axis(axes: Axes, epsilons: Mapping[int, float]) -> None:
 def against_epsilon(
     name: str, title: str, lines: Sequence[Line], levels: Mapping[str, float], label: str
 ) -> str:
-    """Accuracy against epsilon with confidence bands; ``levels`` are lines without a budget."""
+    """Draw accuracy against epsilon with confidence bands; ``levels`` are horizontal lines."""
     finite = sorted({x for _, xs, _, _ in lines for x in xs if math.isfinite(x)})
-    without = max(finite) * 3 if finite else 10.0  # where no DP stands
+    without = max(finite) * 3 if finite else 10.0  # the position of "no DP"
 
     def plot(axes: Axes) -> None:
         axes.set_xscale("log")
-        for i, (of, xs, ys, halves) in enumerate(lines[:MOST_SERIES]):
+        for i, (of, xs, ys, halves) in enumerate(lines[:MAX_SERIES]):
             places = [x if math.isfinite(x) else without for x in xs]
             axes.plot(places, ys, color=SERIES[i], ls=DASHES[i], marker=MARKERS[i], ms=5, label=of)
             bands = [(x, y, h) for x, y, h in zip(places, ys, halves, strict=True) if h is not None]
@@ -208,16 +208,16 @@ def against_epsilon(
 
 
 def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str) -> str:
-    """Accuracy against a number that the grid varies."""
+    """Draw accuracy against a number that the grid varies."""
 
     def plot(axes: Axes) -> None:
         ticks = sorted({x for _, xs, _, _ in lines for x in xs})
         far = ticks[0] > 0 and ticks[-1] / ticks[0] >= 8
         if far:
             axes.set_xscale("log")
-        shown = lines[:MOST_SERIES]
+        shown = lines[:MAX_SERIES]
         for i, (of, xs, ys, halves) in enumerate(shown):
-            aside = 0.012 * (i - (len(shown) - 1) / 2)  # so that intervals do not hide each other
+            aside = 0.012 * (i - (len(shown) - 1) / 2)  # separates overlapping intervals
             axes.errorbar(
                 [
                     x * (ticks[-1] / ticks[0]) ** aside
@@ -259,13 +259,13 @@ def bars(
     errors: Mapping[tuple[str, str], float] | None = None,
     shares: bool = True,
 ) -> str:
-    """Horizontal bars: one place for each row, one colour for each group.
+    """Draw horizontal bars: one position for each row, one colour for each group.
 
     Args:
         name: Unique on its page.
         title: Its heading.
         groups: Group -> row -> value.
-        label: Of the values.
+        label: The label of the value axis.
         worst: The row to mark.
         errors: (group, row) -> half the width of its confidence interval.
         shares: Whether values are shares, to be shown as percent.
@@ -274,7 +274,7 @@ def bars(
     thick = 0.8 / max(1, len(groups))
 
     def plot(axes: Axes) -> None:
-        for i, (group, values) in enumerate(list(groups.items())[:MOST_SERIES]):
+        for i, (group, values) in enumerate(list(groups.items())[:MAX_SERIES]):
             places = [j + (i - (len(groups) - 1) / 2) * thick for j in range(len(rows))]
             known = [(p, r) for p, r in zip(places, rows, strict=True) if r in values]
             lengths = [values[r] for _, r in known]
@@ -319,5 +319,5 @@ def bars(
 
 
 def last_of(records: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
-    """Round -> a figure of it, where it is a number."""
+    """Return round -> value, for rounds whose value is a number."""
     return {r["round"]: r[key] for r in records if isinstance(r.get(key), int | float)}

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from experiments import pages as page
 from experiments import report, results
+from experiments.pages import NUMBER
 
 runner = CliRunner()
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -138,9 +138,9 @@ def test_a_report_that_cannot_be_drawn_fails_no_run(tmp_path, tiny_config, monke
 
 def test_numbers_in_tables_are_told_from_words():
     for text in ("1", "-0.5", "7.1 ± 0.2", "inf", "1e-05", "+2.0", "1,204"):
-        assert page.NUMBER.fullmatch(text), text
+        assert NUMBER.fullmatch(text), text
     for text in ("Alpha", "lora", "", "62.1 (Beta)"):
-        assert not page.NUMBER.fullmatch(text), text
+        assert not NUMBER.fullmatch(text), text
 
 
 PROBE = """
