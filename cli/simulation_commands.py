@@ -135,9 +135,8 @@ def evaluate(
     truncated, max_length = result.pop("truncated"), result.pop("max_length")
     for key, value in result.items():
         if key != "per_class":
-            table.add_row(
-                key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
-            )
+            name = "rows" if key == "n" else key.replace("_", " ")
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     progress.add_baseline(table, result)
     if truncated:
         table.add_row("cut to length", progress.longer(truncated, max_length))

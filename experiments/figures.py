@@ -118,8 +118,19 @@ def by_round(
     label: str,
     epsilons: Mapping[int, float] | None = None,
     shares: bool = False,
+    from_zero: bool = False,
 ) -> str:
-    """Draw lines against rounds; ``epsilons`` (round -> spent) adds a second axis above."""
+    """Draw lines against rounds.
+
+    Args:
+        name: Unique on its page.
+        title: Its heading.
+        lines: Name, rounds and values of each line.
+        label: The label of the value axis.
+        epsilons: Round -> epsilon spent, for a second axis above.
+        shares: Whether values are shares, to be shown as percent.
+        from_zero: Whether the value axis begins at 0, so that heights can be compared.
+    """
 
     def plot(axes: Axes) -> None:
         for i, (of, x, y, _) in enumerate(lines[:MAX_SERIES]):
@@ -133,6 +144,8 @@ def by_round(
         known = [value for _, _, y, _ in lines for value in y]
         if known and 0 < 20 * min(known) < max(known):
             axes.set_yscale("log")
+        elif known and from_zero and max(known) > 0:
+            axes.set_ylim(0, 1.08 * max(known))
         if shares:
             _percent(axes)
         if len(lines) > 1:
@@ -152,8 +165,8 @@ def _epsilon_axis(axes: Axes, epsilons: Mapping[int, float]) -> None:
         {rounds[round(i * (len(rounds) - 1) / max(1, count - 1))] for i in range(count)}
     )
     above = axes.secondary_xaxis("top")
-    above.set_xticks(places, [f"{epsilons[r]:.2g}" for r in places])
-    above.set_xlabel("epsilon spent until then")
+    above.set_xticks(places, [f"{epsilons[r]:.3g}" for r in places])
+    above.set_xlabel("epsilon spent")
 
 
 def against_epsilon(

@@ -49,13 +49,13 @@ def of_run(directory: Path) -> Page:
     if classes := result.get("per_class"):
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
-        tiles["loss a token"] = f"{result['token_loss']:.3f}"
+        tiles["loss per token"] = f"{result['token_loss']:.3f}"
     tiles |= {
         "largest epsilon (smaller is more private)": number(result["epsilon_max"]),
         "institutions": str(_institutions(records, result)),
         "rounds": str(result["rounds"]),
-        "in rounds": seconds(result["seconds"]),
-        "moved in all": f"{results.bytes_moved(records) / 1e6:.1f} MB",
+        "time in rounds": seconds(result["seconds"]),
+        "moved in total": f"{results.bytes_moved(records) / 1e6:.1f} MB",
     }
     return Page(
         title=f"Federated run: {directory.absolute().name}",
@@ -98,14 +98,14 @@ def _words(
         "pooled": "All institutions' records were pooled, which banks may not do, to teach",
     }.get(config.data.view, f"{config.data.view.removeprefix('only:')} alone taught")
     moved = (
-        "No record left an institution: only the adapter's numbers travelled. "
+        "No record left an institution: institutions sent adapter parameters only. "
         if config.data.view == "all"
         else ""
     )
     did = (
-        f"{who} the language model {config.model.name} {task}. The model itself stayed as it is; "
-        f"trained was an adapter beside it ({adapter.method}, rank {adapter.rank}, "
-        f"{result['trained_parameters']:,} numbers). {moved}"
+        f"{who} the language model {config.model.name} {task}. The model itself did not "
+        f"change; the run trained an adapter for it ({adapter.method}, rank {adapter.rank}, "
+        f"{result['trained_parameters']:,} parameters). {moved}"
     )
     if not config.federation.rounds:
         did = f"Nothing was trained: this is what {config.model.name} does before training. "
@@ -115,14 +115,14 @@ def _words(
         else f"{training.batch_size} of its records"
     )
     how = (
-        f"In each of {result['rounds']} rounds every institution that was asked took "
+        f"In each of {result['rounds']} rounds every sampled institution took "
         f"{training.local_steps} step{'s' * (training.local_steps != 1)} on about {share}, and the "
-        f"server combined the answers ({config.federation.strategy}, "
+        f"server combined the updates ({config.federation.strategy}, "
         f"server optimizer {config.federation.server_optimizer})."
     )
     rows = [f"{counts[k]:,} {w}" for k, w in (("train", "to train on"), ("held_out", "held out"))
             if k in counts]  # fmt: skip
-    data = f"The records came from {config.data.source}, shared out by {config.data.partition}"
+    data = f"The records came from {config.data.source}, partitioned by {config.data.partition}"
     data += f": {' and '.join(rows)}." if rows else "."
     return [did, how, data] if config.federation.rounds else [did, data]
 
@@ -165,7 +165,7 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
         ]
     ]
     if rows:
-        table = Table(rows=[heads, *rows], title="What each institution has spent at most",
+        table = Table(rows=[heads, *rows], title="Largest budget spent by each institution",
                       folded=len(rows) > 12)  # fmt: skip
         found["tables"] = [table]
     silent = privacy.get("without_report", {})
@@ -224,7 +224,7 @@ def _by_institution(result: Mapping[str, Any]) -> dict[str, Any]:
         title += f", the {MAX_BARS} lowest"
     rows = [["institution", "accuracy, %"], *([n, f"{100 * a:.1f}"] for n, a in order.items())]
     return {
-        "words": [f"Worst off is {worst} with {100 * order[worst]:.1f} %."],
+        "words": [f"The lowest accuracy is {100 * order[worst]:.1f} %, at {worst}."],
         "figures": {
             title: figures.bars(
                 "institutions", title, {"accuracy": shown}, label="accuracy", worst=worst
@@ -302,9 +302,14 @@ def _cost(
                 one,
                 [("seconds", rounds, [r["seconds"] for r in records], nothing)],
                 label="seconds",
+                from_zero=True,
             ),
             two: figures.by_round(
-                "bytes", two, [(of, rounds, y, nothing) for of, y in moved.items()], label="MB"
+                "bytes",
+                two,
+                [(of, rounds, y, nothing) for of, y in moved.items()],
+                label="MB",
+                from_zero=True,
             ),
         },
     }

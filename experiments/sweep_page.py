@@ -249,8 +249,8 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
     gains = [own[n] - groups["local"][n] for n in own if n in groups.get("local", {})]
     words = [
         f"In the setting with the best result{' under DP' * _under_dp(best)}"
-        f"{f' ({setting})' if setting else ''}. Worst off is {order[0]} with "
-        f"{100 * own[order[0]]:.1f} %."
+        f"{f' ({setting})' if setting else ''}. The lowest accuracy is "
+        f"{100 * own[order[0]]:.1f} %, at {order[0]}."
     ]
     if best["seeds"] > 1:
         words.append(
