@@ -29,6 +29,7 @@ VARIABLES = {
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 2, 2)))
 MAX_SERIES = len(SERIES)
+MAX_COLUMN_CHARACTERS = 24  # of a label in a legend of two columns
 
 Line = tuple[str, Sequence[float], Sequence[float], Sequence[float | None]]
 """Name, x, y, and half the width of the confidence interval of each y."""
@@ -106,8 +107,14 @@ def _percent(axes: Axes, along: str = "y") -> None:
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=3))
 
 
-def _legend(axes: Axes, columns: int = 2) -> None:
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)  # pyright: ignore[reportCallIssue]
+def _legend(axes: Axes) -> None:
+    """Add a legend below the axes: two columns, or one in a higher figure for long labels."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure: Any = axes.figure
+    is_wide = max(map(len, labels), default=0) > MAX_COLUMN_CHARACTERS
+    if is_wide:
+        figure.set_figheight(figure.get_figheight() + 0.1 * len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 if is_wide else 2)
 
 
 def by_round(

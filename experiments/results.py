@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 CAPTION = (
     "Means over seeds ± half the 95 % confidence interval (Student's t), in percent of held-out "
     "rows; gains are percentage points against each institution alone, seed by seed. Worst "
-    "institution: the least of each seed. Settings that change nothing in an arm stand once."
+    "institution: the lowest accuracy of each seed. Settings without effect in an arm stand once."
 )
 """Explains the tables."""
 

@@ -16,14 +16,15 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fedlora
 from fedlora.errors import InputError
 
 CONFIG = "config.toml"
 """In a run directory: the resolved configuration."""
 RESULT = "result.json"
-"""In a run directory: what the run came to. The last file written, so it marks a complete run."""
+"""In a run directory: the results. A run writes it last, so it marks a complete run."""
 SUBMISSION = "submission.json"
-"""In a run directory: what a deployment knows of a run that it submitted."""
+"""In a run directory: the deployment's record of a submitted run."""
 NODES = "nodes.json"
 """Beside a deployment's runs: Flower's node id -> the institution whose public key the node has."""
 SIZES = "sizes.json"
@@ -83,7 +84,6 @@ def environment() -> dict[str, Any]:
     import torch
 
     packages = (
-        "fedlora",
         "torch",
         "flwr",
         "peft",
@@ -93,7 +93,7 @@ def environment() -> dict[str, Any]:
         "bitsandbytes",
         "numpy",
     )
-    versions: dict[str, str] = {}
+    versions = {"fedlora": fedlora.__version__}
     for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)

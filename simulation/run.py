@@ -146,8 +146,8 @@ def _reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise InputError(
-            f"engine.ray-address is {address}, where nobody answers ({error}); start Ray there "
-            "(ray start --head) or give another address"
+            f"engine.ray-address is {address}, where no Ray cluster answers ({error}); start Ray "
+            "there (ray start --head) or give another address"
         ) from None
 
 

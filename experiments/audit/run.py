@@ -389,9 +389,9 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if math.isfinite(promised):
         found.append(("noise", _noise(result["noise"])))
     for attack, measured in result["membership"].items():
-        found.append((f"who was trained on ({attack})", _attack(measured)))
+        found.append((f"membership inference ({attack})", _attack(measured)))
     if failed := result.get("lira failed"):
-        found.append(("who was trained on (lira)", f"not known: its runs failed ({failed})"))
+        found.append(("membership inference (lira)", f"not known: its runs failed ({failed})"))
     if extraction := result.get("extraction"):
         for which in ("planted", "not planted"):
             bits = extraction[which]
@@ -440,7 +440,7 @@ def _noise(noise: Mapping[str, Any]) -> str:
         if noise["left_out"]:
             both = noise["institutions"] + noise["left_out"]
             text += f"; compared at {noise['institutions']} of {both} institutions"
-    return text + "; from a seed, so it protects nobody" * (noise["source"] == "seeded")
+    return text + "; from a seed, so it gives no protection" * (noise["source"] == "seeded")
 
 
 def _attack(measured: Mapping[str, Any]) -> str:

@@ -98,8 +98,8 @@ class _Call:
     def is_retry(self) -> bool:
         """Whether a worker died on one of these messages. A retry has a worker to itself.
 
-        A dying worker can lose the reply of the call before. With two calls at a worker, nobody
-        could tell which call ended it.
+        A dying worker can lose the reply of the call before. With two calls at a worker, the
+        grid could not tell which call ended it.
         """
         return any(job.failed for job in self.jobs)
 

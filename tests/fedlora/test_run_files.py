@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import fedlora
 from fedlora import run_files
 from fedlora.errors import InputError
 
@@ -74,3 +75,9 @@ def test_a_complete_run_is_read(tmp_path):
     (tmp_path / "result.json").write_text('{"rounds": 3}')
     assert run_files.is_complete(tmp_path)
     assert run_files.read_run_file(tmp_path) == {"rounds": 3}
+
+
+def test_the_reported_version_is_that_of_the_code_and_not_of_an_old_installation(monkeypatch):
+    monkeypatch.setattr(run_files.importlib.metadata, "version", lambda _: "0.0.1")
+    versions = run_files.environment()["versions"]
+    assert versions["fedlora"] == fedlora.__version__ != versions["torch"] == "0.0.1"
