@@ -33,12 +33,12 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     quiet_libraries()
     from benchmarks import rival_step
     from client import training
-    from fedlora import config as configuration
     from fedlora import trainable
+    from fedlora.config import from_flat
     from fedlora.streams import RandomSource
 
     torch.set_num_threads(arguments.threads)
-    config = configuration.from_flat(
+    config = from_flat(
         {
             "model.name": arguments.model,
             "model.dtype": arguments.dtype,

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import work
 from client import training
-from fedlora import config as configuration
 from fedlora import trainable
+from fedlora.config import load
 from fedlora.streams import RandomSource
 
 KINDS = {
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    config = configuration.load(Path(work.CONFIG))
+    config = load(Path(work.CONFIG))
     records = trainable.records(config)
     model = trainable.load(config, records.labels)
     count = arguments.institutions

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import config as configuration
 from fedlora import data, models
 from fedlora.adapters import TARGETS
+from fedlora.config import RunConfig, load
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "work.toml"
@@ -39,9 +39,9 @@ class Work:
     private: bool = False
     seed: int = 1
 
-    def config(self) -> configuration.RunConfig:
+    def config(self) -> RunConfig:
         """The run of fedlora."""
-        return configuration.load(CONFIG, self._values())
+        return load(CONFIG, self._values())
 
     def _values(self) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -101,7 +101,7 @@ class Work:
         return file
 
 
-def _dealt(config: configuration.RunConfig) -> data.Dealt:
+def _dealt(config: RunConfig) -> data.Dealt:
     source = config.data
     return data.deal(
         source=source.source,
@@ -127,14 +127,14 @@ def _csv(path: Path, table: data.Table) -> str:
     return str(path)
 
 
-def _rate(config: configuration.RunConfig) -> float:
+def _rate(config: RunConfig) -> float:
     """The sample rate with which a step of everybody has as many rows as Opacus' has."""
     counts = np.diff(_dealt(config).train[1])
     batches = np.ceil(counts / config.training.batch_size)
     return round(float((counts / batches).sum() / counts.sum()), 4)
 
 
-def _noise(config: configuration.RunConfig, counts: Sequence[int]) -> list[float]:
+def _noise(config: RunConfig, counts: Sequence[int]) -> list[float]:
     """The noise multiplier that fedlora plans for each institution."""
     from client import institution
 

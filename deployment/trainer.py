@@ -26,7 +26,7 @@ from client import settings
 from fedlora import data, flower_internals, logs, models, records, shards, wire
 from fedlora.config import ModelConfig
 from fedlora.errors import InputError, place
-from fedlora.startup import end_with_parent, importing
+from fedlora.startup import end_with_parent, paused_gc
 
 log = logging.getLogger("fedlora.client")
 
@@ -40,7 +40,7 @@ App = Callable[[Message, Context], Message]
 
 def installed_app() -> App:
     """The app of this installation. It is imported here: torch's import takes seconds."""
-    with importing():
+    with paused_gc():
         from client.app import app
 
     return app

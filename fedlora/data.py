@@ -21,6 +21,7 @@ from fedlora import files, schemes, shards, sources
 from fedlora import partition as partitions
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError, RecordError
+from fedlora.extras import require
 from fedlora.shards import Federation, Int64, Shard
 from fedlora.text import folded
 
@@ -183,6 +184,8 @@ def deal(
     scheme, argument = schemes.parse(
         partition, institutions=institutions, has_classes=task != "sft"
     )
+    if scheme != "natural":
+        require("flwr_datasets", "simulation", f"data.partition {partition}")
     by_column = {argument: "data.partition"} if scheme == "natural" else {}
     by_unit = {unit: "privacy.unit"} if unit != "record" else {}
     rows = _read(source, text, label, {**by_column, **by_unit}, "train")

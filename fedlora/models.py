@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.errors import InputError
+from fedlora.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -351,6 +352,8 @@ def load_base(
         InputError: As `resolve`, for an architecture that transformers does not know, and for an
             encoder with sft.
     """
+    if quantization != "none":
+        require("bitsandbytes", "qlora", f"model.quantization {quantization}")
     files = resolve(name)
     kind(name, task)
     import torch

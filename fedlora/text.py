@@ -4,9 +4,9 @@ import re
 import unicodedata
 
 _CONTROL = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u2028\u2029"  # C0 and C1 control characters, line and paragraph ends
-    r"\u202a-\u202e\u2066-\u2069"  # the direction of what follows
-    r"\ud800-\udfff]"  # halves of pairs, which no encoding can write
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029"  # C0 and C1 controls, line and paragraph separators
+    r"\u202a-\u202e\u2066-\u2069"  # writing direction
+    r"\ud800-\udfff]"  # surrogates
 )
 
 _IGNORABLE = re.compile(
@@ -15,15 +15,15 @@ _IGNORABLE = re.compile(
 
 
 def visible(text: str) -> str:
-    r"""Return the text, each control character and lone surrogate as Python writes it: ``\x1b``.
+    r"""Escape each control character and lone surrogate as Python does: ``\x1b``.
 
-    So a terminal takes no part of it as a command, and a log no part of it as a line of its own.
+    A terminal then reads no part of the text as a command, and a log no part as a new line.
     """
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write the text, which it cannot where a surrogate stands alone."""
+    """Whether UTF-8 can encode the text. It cannot encode a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -34,8 +34,9 @@ def is_unicode(text: str) -> bool:
 def folded(name: str) -> str:
     """Return the form in which names of customers and institutions are compared.
 
-    NFKC, case folded, without invisible characters, each run of white space one space, none at the
-    ends: spellings that a reader takes for one name are one. The form of a form is the form itself.
+    The text is NFKC-normalised and case-folded. Invisible characters are removed, and
+    each run of white space becomes one space. Spellings that look alike to a reader are then equal. Folding a
+    folded name changes nothing.
     """
     before, after = None, name
     while before != after:  # an invisible character may keep two others from composing
