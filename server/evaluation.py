@@ -23,7 +23,9 @@ MOST_TOKENS = 2**40
 log = logging.getLogger("fedlora.server")
 
 
-def of_one(work: Trainable, adapter: AdapterState, population: Population) -> dict[str, Any]:
+def evaluate_global(
+    work: Trainable, adapter: AdapterState, population: Population
+) -> dict[str, Any]:
     """Metrics of one adapter on all held-out rows together.
 
     Returns:
@@ -42,7 +44,7 @@ def of_one(work: Trainable, adapter: AdapterState, population: Population) -> di
     return result
 
 
-def of_each(
+def evaluate_own(
     grid: Grid,
     order: wire.EvaluateOrder,
     nodes: Mapping[int, str],

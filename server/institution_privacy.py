@@ -44,15 +44,17 @@ class InstitutionMechanism:
     accountant: str
     seed: int | None
 
-    def aggregate(self, round: Round, updates: list[ClientUpdate], answered: int) -> AdapterState:
+    def aggregate(
+        self, this_round: Round, updates: list[ClientUpdate], answered: int
+    ) -> AdapterState:
         """One round's noised mean; see `strategies.institution_dp`."""
         source = (
             RandomSource.secure()
             if self.seed is None
-            else RandomSource.seeded("institution-noise", self.seed, round.number)
+            else RandomSource.seeded("institution-noise", self.seed, this_round.number)
         )
         return institution_dp.aggregate(
-            round.before.only(round.parts),
+            this_round.before.only(this_round.parts),
             updates,
             max_norm=self.max_norm,
             noise_multiplier=self.noise_multiplier,
@@ -90,8 +92,8 @@ class InstitutionMechanism:
         }
 
 
-def plan(config: RunConfig, institutions: int, participations: int) -> InstitutionMechanism | None:
-    """The mechanism for a run, or None when institution-level DP is off.
+def plan(config: RunConfig, institutions: int, participations: int) -> InstitutionMechanism:
+    """The mechanism for a run under institution-level DP.
 
     Args:
         config: The run.
@@ -102,8 +104,6 @@ def plan(config: RunConfig, institutions: int, participations: int) -> Instituti
         InputError: If delta is not below 1 / institutions, or no noise reaches the budget.
     """
     privacy = config.privacy
-    if not privacy.hides_institutions:
-        return None
     delta = privacy.institution_delta or accounting.public_delta(institutions)
     if delta >= 1 / institutions:
         raise InputError(

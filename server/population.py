@@ -43,7 +43,7 @@ class Population:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
 
-def of(config: RunConfig) -> Population:
+def population_of(config: RunConfig) -> Population:
     """The population of a run, checked against its configuration.
 
     In a simulation all records are at hand, and nothing is loaded but them. In a deployment nobody

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config import RunConfig
-from server.institution_privacy import InstitutionMechanism
 from server.run_directory import RunState
 from server.spending import Spending
 
@@ -32,7 +31,7 @@ def statement(
     config: RunConfig,
     names: Sequence[str],
     state: RunState,
-    mechanism: InstitutionMechanism | None,
+    institution_level: Mapping[str, Any],
     spending: Spending | None,
 ) -> dict[str, Any]:
     """The content of privacy.json.
@@ -41,7 +40,7 @@ def statement(
         config: The run.
         names: All institutions.
         state: After the last round.
-        mechanism: Of institution-level DP, when it is on.
+        institution_level: The aggregation's own keys; empty without institution-level DP.
         spending: Of DP at the institutions, when it is on.
 
     Returns:
@@ -49,14 +48,9 @@ def statement(
         docs/privacy-accounting.md).
     """
     privacy = config.privacy
-    institution_level = (
-        {}
-        if mechanism is None
-        else {"institution_level": mechanism.statement(state.asked.values())}
-    )
     if spending is None:
-        words = INSTITUTIONS_ONLY if mechanism is not None else NOBODY_OFF
-        if mechanism is not None and privacy.noise == "seeded":
+        words = INSTITUTIONS_ONLY if privacy.hides_institutions else NOBODY_OFF
+        if privacy.hides_institutions and privacy.noise == "seeded":
             words = NOBODY_SEEDED
         return {"protects": words, "epsilon": "inf", "institutions": {}, **institution_level}
 

@@ -39,7 +39,7 @@ class Replies:
         grid: To the institutions.
         orders: One message each.
         names: Node -> institution.
-        round: What the answers must fit.
+        this_round: What the answers must fit.
         report: The figures that the orders ask for.
         spending: What an institution can have spent; None without DP.
         timeout: Seconds without any answer after which nobody is waited for.
@@ -57,16 +57,16 @@ class Replies:
     def __init__(
         self,
         grid: Grid,
-        orders: list[Message],
+        orders: Sequence[Message],
         names: Mapping[int, str],
-        round: Round,
+        this_round: Round,
         *,
         report: Sequence[str],
         spending: Spending | None,
         timeout: float,
     ) -> None:
         self._grid, self._orders, self._names = grid, orders, names
-        self._round, self._report = round, frozenset(report)
+        self._round, self._report = this_round, frozenset(report)
         self._spending, self._timeout = spending, timeout
         self.valid = 0
         self.invalid: set[str] = set()
@@ -98,9 +98,9 @@ class Replies:
                 self.invalid.add(name)
             raise
         self.invalid.add(name)  # until it is found to be valid
-        base.check_header(update, institution=name, round=self._round)
+        base.check_header(update, institution=name, this_round=self._round)
         self._record_privacy(name, update)
-        base.validate(update, institution=name, round=self._round)
+        base.validate(update, institution=name, this_round=self._round)
         self._check_figures(update.metrics)
         self.invalid.discard(name)
         self.valid += 1

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 import fedlora
 from fedlora import wire
-from fedlora.config import MIXED_RANKS, RunConfig
+from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import NODES, SIZES
 from server.exchange import exchange
@@ -37,7 +37,7 @@ class Roster:
     either whose size `SIZES` does not bound: what an institution claims alone decides no weight.
 
     Attributes:
-        believed: Institution -> the most that its size counts, in a deployment.
+        max_sizes: Institution -> the most that its size counts, in a deployment.
         refused: Node -> code.
     """
 
@@ -45,7 +45,7 @@ class Roster:
         self._grid, self._config, self._query = grid, config, query
         self._names: dict[int, str] = {}  # by their keys, in a deployment
         self._strangers: dict[int, str] = {}  # and the code that says why
-        self.believed: dict[str, float] = {}
+        self.max_sizes: dict[str, float] = {}
         self._known: dict[int, wire.Hello] = {}
         self.refused: dict[int, str] = {}
 
@@ -77,7 +77,8 @@ class Roster:
                         f"the server {fedlora.__version__}",
                     )
                 rank, strategy = self._config.adapter.rank, self._config.federation.strategy
-                if hello.rank != rank and not (strategy in MIXED_RANKS and 1 <= hello.rank <= rank):
+                mixed = self._config.federation.traits.mixed_ranks
+                if hello.rank != rank and not (mixed and 1 <= hello.rank <= rank):
                     raise Refusal(
                         "wrong-rank",
                         f"{hello.institution} has rank {hello.rank}, adapter.rank is {rank} and "
@@ -101,12 +102,12 @@ class Roster:
             self._names = {int(node): str(name) for node, name in _read(folder / NODES).items()}
         except ValueError:
             self._names = {}
-        self.believed = {n: v for n, v in _read(folder / SIZES).items() if _is_size(v)}
+        self.max_sizes = {n: v for n, v in _read(folder / SIZES).items() if _is_size(v)}
         self._known = {n: h for n, h in self._known.items() if self._names.get(n) == h.institution}
         strangers = dict.fromkeys(set(present) - set(self._names), "not-registered")
         if self._config.federation.weighting != "uniform":
             unsized = {n for n in present if n in self._names} - {
-                n for n, name in self._names.items() if name in self.believed
+                n for n, name in self._names.items() if name in self.max_sizes
             }
             strangers |= dict.fromkeys(unsized, "no-size")
         for node, code in sorted(strangers.items()):

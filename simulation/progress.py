@@ -16,7 +16,7 @@ from rich.styled import Styled
 from rich.table import Table
 
 from fedlora import metrics
-from fedlora.config import KEPT, RunConfig
+from fedlora.config import RunConfig
 from fedlora.run_files import read_records
 from fedlora.terminal import Terminal
 
@@ -170,7 +170,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     table.add_row("protects", Styled(privacy["protects"], style))
     console.print(table)
     adapter = run_dir / "adapter"
-    if config.federation.strategy in KEPT:
+    if config.federation.traits.local_parts:
         adapter = run_dir / "institutions" / "NAME" / "adapter"
     console.write_line(f"adapter        {adapter}")
     console.write_line(f"report         {run_dir / 'report.html'}")

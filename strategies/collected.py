@@ -48,11 +48,11 @@ class Collected:
             for held in self._held
         ]
 
-    def products(self, round: Round, name: str) -> list[Product]:
+    def products(self, this_round: Round, name: str) -> list[Product]:
         """Each update's product in the layer of this A, with its share and scale."""
         b, a = self.tensors(factor_names(layer(name))[1]), self.tensors(name)
         return [
-            (share * round.scale(len(right)), left, right)
+            (share * this_round.scale(len(right)), left, right)
             for share, left, right in zip(self.shares, b, a, strict=True)
         ]
 

@@ -32,19 +32,19 @@ class Watch:
     """Remembers of each update what `figures` needs, while it passes.
 
     Args:
-        round: Whose updates pass.
+        this_round: Whose updates pass.
         exact_bytes: Up to so many bytes of updates they are held whole.
     """
 
-    def __init__(self, round: Round, exact_bytes: int = EXACT_BYTES) -> None:
-        self._round = round
+    def __init__(self, this_round: Round, exact_bytes: int = EXACT_BYTES) -> None:
+        self._round = this_round
         self.exact = (
-            round.asked * round.before.only(round.parts).num_bytes <= exact_bytes
-            and round.asked * round.before.rank <= EXACT_RANKS
+            this_round.asked * this_round.before.only(this_round.parts).num_bytes <= exact_bytes
+            and this_round.asked * this_round.before.rank <= EXACT_RANKS
         )
-        self._layers = [layer(name) for name in round.before if kind(name) == "A"]
+        self._layers = [layer(name) for name in this_round.before if kind(name) == "A"]
         # What institutions keep of a product is not known here: then A is a vector like a head.
-        self._products = "B" not in round.kept
+        self._products = "B" not in this_round.local_parts
         self._seen: list[tuple[str, float, _Kept]] = []
 
     def through(self, updates: Iterable[Weighted]) -> Iterator[Weighted]:
@@ -72,13 +72,13 @@ class Watch:
             that they are rounding. ``residual_rank``: the largest rank of the result's
             residuals, if it has any.
         """
-        round = self._round
+        this_round = self._round
         seen = sorted(self._seen, key=lambda entry: entry[0])
         n, names = len(seen), [name for name, _, _ in seen]
         total = math.fsum(weight for _, weight, _ in seen)
         share = np.array([weight / total for _, weight, _ in seen])
-        starts, of = round.starts(names)
-        old, new = round.before, round.before.updated(result)
+        starts, of = this_round.starts(names)
+        old, new = this_round.before, this_round.before.updated(result)
         kept = [kept for _, _, kept in seen] + [self._kept(state) for state in starts]
         whole = [self._kept(s, residual=r) for s in (new, old) for r in (False, True)]
         factors, vectors = self._inner([*kept, *whole])

@@ -90,7 +90,7 @@ def recompressed(products: Sequence[Product], bound: int) -> tuple[torch.Tensor,
     return (sv / root[:, None]).float(), (u * root).float()
 
 
-def carried(round: Round, name: str) -> list[Product]:
+def carried(this_round: Round, name: str) -> list[Product]:
     """The residual so far of the layer that a tensor belongs to: none, or one product."""
     a, b = residual_names(layer(name))
-    return [(1.0, round.before[b], round.before[a])] if a in round.before else []
+    return [(1.0, this_round.before[b], this_round.before[a])] if a in this_round.before else []
