@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedlora import wire
 from fedlora.errors import Refusal
-from server.exchange import exchange
+from server.exchange import MALFORMED_REPLY, exchange
 from server.spending import Spending
 from strategies import base
 from strategies.base import Round, Weighted
@@ -29,6 +29,7 @@ FLOWER_ERRORS = {
     8: "client-crashed",
     100: "worker-died",
     101: "timeout",
+    MALFORMED_REPLY: "malformed-message",
 }
 
 
