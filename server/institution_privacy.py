@@ -1,4 +1,4 @@
-"""The server's own budget: the plan and the accountant of institution-level DP."""
+"""Institution-level DP: the server's plan and its accountant."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,12 +27,13 @@ ADJACENCY = (
 class InstitutionMechanism:
     """Gaussian noise on the sum of clipped updates, planned for the whole run.
 
-    Being asked by lot earns no discount, so every round an institution is asked for counts in full.
+    Sampling of institutions amplifies nothing here: each round for which an institution is asked
+    counts in full.
 
     Args:
         noise_multiplier: Deviation of the noise over ``max_norm``.
         max_norm: Clipping bound of an institution's update.
-        delta: Of the whole run.
+        delta: The delta of the whole run.
         accountant: ``prv`` or ``rdp``.
         seed: The run's seed for noise that a simulation can repeat; None for noise that is keyed by
             the operating system.
@@ -66,7 +67,7 @@ class InstitutionMechanism:
         """Epsilon of the institution that was asked most often.
 
         Args:
-            asked: Rounds that each institution was asked for; whether it answered is not looked at.
+            asked: The number of rounds for which each institution was asked, answered or not.
         """
         steps = max(asked, default=0)
         if not steps:
@@ -75,17 +76,17 @@ class InstitutionMechanism:
         return accounting.epsilon((event,), self.delta, self.accountant)
 
     def statement(self, asked: Iterable[int]) -> dict[str, Any]:
-        """What privacy.json says of it."""
-        most = max(asked, default=0)
+        """The part of privacy.json on institutions."""
+        steps = max(asked, default=0)
         return {
             "unit": "institution",
             "adversary": ADVERSARY,
             "adjacency": ADJACENCY,
-            "epsilon": self.spent([most]),
+            "epsilon": self.spent([steps]),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": 1.0,
-            "steps": most,
+            "steps": steps,
             "accountant": self.accountant,
             "max_norm": self.max_norm,
             "noise": "secure" if self.seed is None else "seeded",
@@ -97,8 +98,8 @@ def plan(config: RunConfig, institutions: int, participations: int) -> Instituti
 
     Args:
         config: The run.
-        institutions: How many take part.
-        participations: Rounds that one of them can be asked for, at most.
+        institutions: The number of institutions.
+        participations: The most rounds for which one institution can be asked.
 
     Raises:
         InputError: If delta is not below 1 / institutions, or no noise reaches the budget.
