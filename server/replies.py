@@ -34,7 +34,7 @@ FLOWER_ERRORS = {
 
 
 class Replies:
-    """The valid updates of a round with their weights, for one iteration, and a book of all replies.
+    """The valid updates of a round with their weights, for one iteration, and notes on all.
 
     Args:
         grid: To the institutions.

@@ -17,25 +17,18 @@ from fedlora import trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
-from server import aggregation, evaluation, tracking
+from server import aggregation, evaluation, limits, tracking
 from server.aggregation import Aggregated, Report
 from server.population import population_of
 from server.privacy_statement import largest_epsilon, statement
 from server.replies import Replies
-from server.roster import Roster, RunFailed, patience, reasons
+from server.roster import Roster, patience
 from server.run_directory import RunDirectory, RunState
 from server.spending import Spending
 from strategies import STRATEGIES, base, server_optimizer
 from strategies.base import Round
 
 log = logging.getLogger("fedlora.server")
-
-MAX_EMPTY_ROUNDS = 3
-"""Rounds in a row without any update after which a run ends that samples institutions; a run that
-asks all of them ends after the first."""
-MAX_ADAPTER_BYTES = 400 * 10**6
-"""Bytes of an adapter in a deployment. Flower's SuperLink, with its database on disk, passed an
-adapter of this size; at 1 GB it locked itself out."""
 
 
 def run(grid: Grid, config: RunConfig) -> None:
@@ -120,7 +113,7 @@ class Federation:
         resumed = self.directory.check(config)
         self.work = trainable.load(config, self.population.labels)
         if config.deployed:
-            _check_size(config, self.work.start)
+            limits.check_size(config, self.work.start)
         self.state = self._first_state(resumed)
         query = wire.Query(
             run=self.state.run,
@@ -155,7 +148,17 @@ class Federation:
             self.directory.append(record)
             self.directory.save(self.state)
             tracker.round(record)
-            self._check_progress(record, all_asked=len(names) == len(online))
+            log.info(
+                "round %d of %d: %d of %d updates in %.1f s; rejected: %s",
+                record["round"],
+                self.config.federation.rounds,
+                record["updates"],
+                record["asked"],
+                record["seconds"],
+                record["aggregation"]["rejected"] or "none",
+            )
+            self.empty_rounds = 0 if record["updates"] else self.empty_rounds + 1
+            limits.check_progress(record, self.empty_rounds, all_asked=len(names) == len(online))
         self.finish()
         tracker.end()
 
@@ -269,7 +272,7 @@ class Federation:
                 outcome.aggregated.adapter,
                 moments,
             )
-            self._check_adapter(adapter, orders.this_round)
+            limits.check_adapter(adapter, orders.this_round, residuals=federation.traits.residuals)
         average, averaged = dict(state.average), state.averaged
         if number > federation.rounds - round(federation.average_last * federation.rounds):
             averaged += 1
@@ -333,7 +336,7 @@ class Federation:
         """
         federation, state = self.config.federation, self.state
         if not federation.traits.local_parts:
-            return evaluation.evaluate_global(self.work, final_adapter(state), self.population)
+            return evaluation.evaluate_global(self.work, state.final_adapter(), self.population)
         return evaluation.evaluate_own(
             self.grid,
             wire.EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter),
@@ -349,7 +352,7 @@ class Federation:
         config, state, work, population = self.config, self.state, self.work, self.population
         if config.federation.traits.local_parts or not self.measured:
             self.measured = self.measure(save=True)
-        adapter = final_adapter(state)
+        adapter = state.final_adapter()
         adapter.save(self.directory.path / "adapter", work.model)
         names = population.names or sorted(state.asked)
         level = self.aggregation.statement(state)
@@ -374,18 +377,7 @@ class Federation:
         found = f"{self.work.base.digest}\n{self.population.fingerprint}"
         inputs = hashlib.sha256(found.encode()).hexdigest()
         state = self.directory.latest(newest_only=newest_only) if resumed else None
-        state = state or RunState(
-            run=uuid.uuid4().hex,
-            inputs=inputs,
-            round=0,
-            adapter=self.work.start,
-            moments={},
-            asked={},
-            average={},
-            averaged=0,
-            privacy={},
-            seconds=0.0,
-        )
+        state = state or RunState.first(uuid.uuid4().hex, inputs, self.work.start)
         if state.inputs != inputs:
             raise InputError(
                 f"{self.directory.path} was run on other records or base weights than data.source "
@@ -412,58 +404,3 @@ class Federation:
             seed=config.seed,
             run=self.state.run,
         )
-
-    def _check_adapter(self, adapter: AdapterState, this_round: Round) -> None:
-        """Raise `RunFailed` where no update can follow the server optimizer's adapter."""
-        number, residuals = this_round.number, self.config.federation.traits.residuals
-        if problem := adapter.validate_against(self.state.adapter, residual=residuals):
-            raise RunFailed(
-                f"round {number}: the server optimizer left {problem}; lower "
-                "federation.server-learning-rate. The last checkpoint is kept"
-            )
-        if (largest := base.largest(adapter.only(PARTS))) > this_round.limit:
-            raise RunFailed(
-                f"round {number}: the global adapter reached {largest:g}, and beyond "
-                f"{this_round.limit:g} no update counts; lower federation.server-learning-rate, or "
-                "training.learning-rate. The last checkpoint is kept"
-            )
-
-    def _check_progress(self, record: Mapping[str, Any], *, all_asked: bool) -> None:
-        """Log the round. Raise `RunFailed` after too many rounds in a row without an update."""
-        rejected: dict[str, str] = record["aggregation"]["rejected"]
-        log.info(
-            "round %d of %d: %d of %d updates in %.1f s; rejected: %s",
-            record["round"],
-            self.config.federation.rounds,
-            record["updates"],
-            record["asked"],
-            record["seconds"],
-            rejected or "none",
-        )
-        self.empty_rounds = 0 if record["updates"] else self.empty_rounds + 1
-        if self.empty_rounds and (all_asked or self.empty_rounds == MAX_EMPTY_ROUNDS):
-            diverged = "too-large" in rejected.values()
-            raise RunFailed(
-                f"round {record['round']}: no institution sent a valid update "
-                f"({reasons(rejected)}); "
-                + ("training diverged: lower the learning rates; " if diverged else "")
-                + "the last checkpoint is kept"
-            )
-
-
-def _check_size(config: RunConfig, adapter: AdapterState) -> None:
-    """Refuse an adapter that would not reach the institutions, before they are asked anything."""
-    size = sum(4 * tensor.numel() for tensor in adapter.values())  # sent as float32
-    if size > MAX_ADAPTER_BYTES:
-        raise InputError(
-            f"the adapter has {size / 10**6:.0f} MB, and a deployment takes at most "
-            f"{MAX_ADAPTER_BYTES / 10**6:.0f} MB; lower adapter.rank (now {config.adapter.rank}) "
-            "or name fewer adapter.target-modules"
-        )
-
-
-def final_adapter(state: RunState) -> AdapterState:
-    """The adapter that a run releases: the last one, or the mean of the last ones."""
-    if not state.averaged:
-        return state.adapter
-    return AdapterState({k: (v / state.averaged).float() for k, v in state.average.items()})
