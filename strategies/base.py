@@ -1,4 +1,4 @@
-"""What every strategy shares: its shape, who is asked in a round, which updates count, weights."""
+"""What strategies share: the round, the sampling of institutions, checks and weights of updates."""
 
 import functools
 import math
@@ -15,27 +15,27 @@ from fedlora.wire import ClientUpdate
 MAX_VALUE = 2.0**10
 """Largest |value| of an update that counts."""
 Weighted = tuple[ClientUpdate, float]
-"""An update and its weight, not normalised: the total is known only once all have come."""
+"""An update and its weight, not normalised: the total is known only after the last update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What is known of a round before its answers come.
+    """A round before its replies arrive.
 
     Args:
         number: From 1.
-        asked: Institutions that were asked: no more updates than that can come.
+        asked: The number of asked institutions, an upper bound of the number of updates.
         before: The global adapter, all parts.
-        sent: Institution -> what it starts from, where that is not the global adapter itself.
-        parts: What they train and send.
-        local_parts: What they train and do not send.
+        sent: Institution -> the adapter in its order, where that is not the global adapter.
+        parts: The parts that institutions train and send.
+        local_parts: The parts that institutions train and do not send.
         weighting: ``uniform``, or anything else for each update's own size.
         max_sizes: Institution -> the most that its size counts; without an entry, any size does.
         alpha: LoRA's alpha.
         rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
         residual_rank: The rank above which residuals are cut back.
         max_update_norm: The longest change of an update that counts, over all its tensors; 0: any.
-        seed: Of what a strategy draws; public.
+        seed: The public seed of a strategy's draws.
         run: Identity of the run.
     """
 
@@ -73,11 +73,11 @@ class Round:
         return largest(self.before.only(PARTS))
 
     def sent_to(self, institution: str) -> AdapterState:
-        """What an institution starts from."""
+        """The adapter from which an institution starts."""
         return self.sent.get(institution, self.before)
 
     def starts(self, institutions: Sequence[str]) -> tuple[list[AdapterState], list[int]]:
-        """The different adapters that these start from, and which of them is each one's."""
+        """The different adapters from which these start, and the index of each institution's."""
         sent = [self.sent_to(name) for name in institutions]
         found = {id(state): state for state in sent}
         numbers = {key: number for number, key in enumerate(found)}
@@ -138,9 +138,9 @@ def sample(
 ) -> list[str]:
     """The institutions to ask in a round.
 
-    Those asked least so far, ties broken by lot, none over ``cap``. Asking the least-asked keeps
-    all counts within one of each other, so nobody can be asked more often than `participations`
-    says, and each can plan its noise for that many rounds.
+    These are the institutions asked least so far, ties broken by lot, none over ``cap``. So all
+    counts stay within one of each other, no institution is asked more often than `participations`,
+    and each can plan its noise for that many rounds.
 
     Args:
         asked: Institution -> rounds it was asked for so far. Only these can be asked.
@@ -164,9 +164,9 @@ def check_header(update: ClientUpdate, *, institution: str, this_round: Round) -
     """Refuse an update that answers another order, or has a size that its weighting does not know.
 
     Args:
-        update: As it came.
-        institution: Whose answer it has to be.
-        this_round: Of the order.
+        update: The update, as it arrived.
+        institution: The institution that was asked.
+        this_round: The round of the order.
 
     Raises:
         Refusal: ``wrong-institution``, ``other-run``, ``stale-update``, ``invalid-size``.
@@ -183,12 +183,12 @@ def check_header(update: ClientUpdate, *, institution: str, this_round: Round) -
 
 
 def validate(update: ClientUpdate, *, institution: str, this_round: Round) -> None:
-    """Refuse an update that must not count. What others sent plays no part.
+    """Refuse an invalid update, whatever other institutions sent.
 
     Args:
-        update: As it came.
-        institution: Whose answer it is, by `check_header`.
-        this_round: What it sent decides: keys, shapes and dtype must be those of the
+        update: The update, as it arrived.
+        institution: The institution that sent it, by `check_header`.
+        this_round: The round of the order: keys, shapes and dtype must be those of the
             parts that were asked for, no value, nor one of the global adapter, may be beyond the
             limits under this weight and scale, and the change no longer than ``max_update_norm``.
 
@@ -219,7 +219,7 @@ def validate(update: ClientUpdate, *, institution: str, this_round: Round) -> No
 
 
 def _check_size(size: float, weighting: str) -> None:
-    """Refuse a size that nobody who follows the weighting has."""
+    """Refuse a size that the weighting cannot give."""
     fits, what = {
         "uniform": (size == 0, "none is asked for"),
         "public-size": (1 <= size < math.inf and math.frexp(size)[0] == 0.5, "a power of two"),

@@ -17,8 +17,8 @@ from fedlora.wire import ClientUpdate
 from strategies.base import Round, Weighted
 from strategies.products import Product
 
-IN_MEMORY = 128 * 2**20
-"""Bytes of updates that are held in memory; those that come later wait on disk."""
+MAX_MEMORY = 128 * 2**20
+"""Bytes of updates in memory; later updates wait on disk."""
 
 
 class Collected:
@@ -74,8 +74,8 @@ class Collected:
 
 
 @contextlib.contextmanager
-def collect(updates: Iterable[Weighted], in_memory: int = IN_MEMORY) -> Generator[Collected]:
-    """All updates; what does not fit into memory is in a temporary directory until the end.
+def collect(updates: Iterable[Weighted], in_memory: int = MAX_MEMORY) -> Generator[Collected]:
+    """All updates; updates beyond ``in_memory`` bytes are in a temporary directory until the end.
 
     Args:
         updates: Of different institutions, in any order.

@@ -11,10 +11,9 @@
 Distances and lengths are those of the products s B A with magnitudes and head (`products`). A large
 A and a small B have an innocent product, but not beside another's factors; so lengths of factors
 count too: norm-bound holds each of the two to its median, krum adds the two squared distances, each
-over the median squared length. Krum and norm-bound only choose weights; the
-strategy then takes its mean, so they go with every one. Weights are what institutions say, so none
-counts more than the median one. All rules read updates and nothing else: under DP they are
-post-processing.
+over the median squared length. Krum and norm-bound only choose weights; the strategy then takes its
+mean, so they go with every one. Weights rest on the word of institutions, so none counts more than
+the median weight. All rules read updates and nothing else: under DP they are post-processing.
 """
 
 import dataclasses
@@ -36,12 +35,12 @@ from strategies.products import Floats
 
 
 def tolerated(byzantine: float, updates: int) -> int:
-    """How many bad updates are assumed: a number, or below 1 a share of those that came."""
+    """The assumed number of bad updates: ``byzantine``, or below 1 that share of the updates."""
     return int(byzantine) if byzantine >= 1 else math.floor(byzantine * updates + 1e-9)
 
 
 def enough(rule: str, byzantine: float, updates: int) -> bool:
-    """Whether the rule holds what it promises: n > 2 f, for krum and multi-krum n >= 2 f + 3."""
+    """Whether there are enough updates: n > 2 f; for krum and multi-krum n >= 2 f + 3."""
     least = 2 * tolerated(byzantine, updates) + (3 if rule.endswith("krum") else 1)
     return updates >= least
 
