@@ -21,7 +21,7 @@ from client.settings import Settings
 from fedlora import accounting, trainable, wire
 from fedlora.adapters import RESIDUAL_A, AdapterState
 from fedlora.budget import Budget, budget, delta_of
-from fedlora.config import KEPT, RESIDUALS, RunConfig, parts_sent
+from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -222,13 +222,14 @@ def check_order(order: wire.TrainOrder, config: RunConfig) -> None:
         Refusal: ``malformed-message`` or ``strategy-mismatch``.
     """
     rounds, strategy = config.federation.rounds, config.federation.strategy
+    traits = config.federation.traits
     for name, value in (("round", order.round), ("participations", order.participations)):
         if not 1 <= value <= rounds:
             raise Refusal(
                 "malformed-message",
                 f"the order's {name} is {value}; it must be from 1 to federation.rounds ({rounds})",
             )
-    parts, kept = parts_sent(strategy, order.round), KEPT.get(strategy, ())
+    parts, kept = traits.parts_sent(order.round), traits.local_parts
     if (order.parts, order.kept) != (parts, kept):
         raise Refusal(
             "strategy-mismatch",
@@ -249,7 +250,7 @@ def _check_adapter(
     work: trainable.Trainable,
 ) -> None:
     fitting = work.start.cut(institution.rank)
-    problem = adapter.validate_against(fitting, residual=config.federation.strategy in RESIDUALS)
+    problem = adapter.validate_against(fitting, residual=config.federation.traits.residuals)
     most = max((len(t) for name, t in adapter.items() if name.endswith(RESIDUAL_A)), default=0)
     if not problem and most > config.federation.residual_rank:
         problem = f"a residual has rank {most}, above {config.federation.residual_rank}"
@@ -290,7 +291,7 @@ def evaluate(
         raise Refusal("metrics-not-allowed", "the server asks for metrics of held-out rows")
     work = _load(config)
     _check_adapter(institution, order.adapter, config, work)
-    kept = order.adapter.only(KEPT.get(config.federation.strategy, ()))
+    kept = order.adapter.only(config.federation.traits.local_parts)
     own = _own(institution, order.run, config).latest(order.round + 1, kept)
     adapter = order.adapter.updated(own)
     adapter.load_into(work.model)

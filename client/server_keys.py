@@ -12,7 +12,7 @@ from typing import Any
 
 from client.settings import Settings
 from fedlora import config as configuration
-from fedlora.config import RESIDUALS, RunConfig, Scalar
+from fedlora.config import RunConfig, Scalar
 from fedlora.errors import InputError, Refusal
 
 LONGEST = 1000
@@ -65,7 +65,7 @@ class Taken:
 
 
 def _residual_rank(run: RunConfig) -> int:
-    return run.federation.residual_rank if run.federation.strategy in RESIDUALS else 0
+    return run.federation.residual_rank if run.federation.traits.residuals else 0
 
 
 KEYS: Mapping[str, Own | Unused | Taken] = {

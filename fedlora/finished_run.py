@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora import adapters, data, trainable
 from fedlora.adapters import AdapterState
-from fedlora.config import KEPT, RESIDUALS, RunConfig, load
+from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, read_run_file
 from fedlora.text import is_unicode
@@ -35,21 +35,21 @@ def _open(run_dir: Path, institution: str) -> tuple[RunConfig, Trainable]:
             f"model.name {config.model.name} is not the base that {run_dir} was trained on "
             "(weights differ); restore that base or run again"
         )
-    strategy = config.federation.strategy
+    traits = config.federation.traits
     own = (run_dir / "institutions").glob("*/adapter")
-    names = sorted(path.parent.name for path in own) if strategy in KEPT else [""]
+    names = sorted(path.parent.name for path in own) if traits.local_parts else [""]
     if institution not in names:
         raise InputError(
             f"--institution is {institution or 'not given'}, but {run_dir} has "
             + (
                 f"an adapter for each institution; give one of {', '.join(names)}"
-                if strategy in KEPT
+                if traits.local_parts
                 else "one adapter for all; leave it out"
             )
         )
     folder = run_dir / "institutions" / institution if institution else run_dir
     adapter = AdapterState.open(folder / "adapter")
-    if strategy in RESIDUALS:
+    if traits.residuals:
         adapter = adapter.as_residual(work.start)
     adapter.load_into(work.model)
     return config, work

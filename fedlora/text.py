@@ -34,8 +34,8 @@ def is_unicode(text: str) -> bool:
 def folded(name: str) -> str:
     """Return the form in which names of customers and institutions are compared.
 
-    The text is NFKC-normalised and case-folded. Invisible characters are removed, and
-    each run of white space becomes one space. Spellings that look alike to a reader are then equal. Folding a
+    The text is NFKC-normalised and case-folded. Invisible characters are removed, and each run of
+    white space becomes one space. Spellings that look alike to a reader are then equal. Folding a
     folded name changes nothing.
     """
     before, after = None, name

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora import config as configuration
-from fedlora.config import ENGINE_ONLY, RunConfig
+from fedlora.config import ENGINE_ONLY, RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.run_files import SUBMISSION, environment, finite, read_records
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 
     from fedlora.adapters import AdapterState
 
-KEPT_CHECKPOINTS = 2
-BESIDE = ("ledgers", "institutions.log", SUBMISSION)
+MAX_CHECKPOINTS = 2
+FOREIGN_FILES = ("ledgers", "institutions.log", SUBMISSION)
 """What may be in a run's directory before the run begins."""
-FREE_BYTES = 100 * 2**20
+MIN_FREE_BYTES = 100 * 2**20
 """Free disk space below which a run does not start."""
 
 
@@ -61,6 +60,30 @@ class RunState:
     privacy: Mapping[str, Mapping[str, Any]]
     seconds: float
 
+    @classmethod
+    def first(cls, run: str, inputs: str, adapter: AdapterState) -> RunState:
+        """The state of a run before its first round."""
+        return cls(
+            run=run,
+            inputs=inputs,
+            round=0,
+            adapter=adapter,
+            moments={},
+            asked={},
+            average={},
+            averaged=0,
+            privacy={},
+            seconds=0.0,
+        )
+
+    def final_adapter(self) -> AdapterState:
+        """The adapter that a run releases: the last one, or the mean of the last ones."""
+        from fedlora.adapters import AdapterState
+
+        if not self.averaged:
+            return self.adapter
+        return AdapterState({k: (v / self.averaged).float() for k, v in self.average.items()})
+
 
 class RunDirectory:
     """The files of one run."""
@@ -76,7 +99,7 @@ class RunDirectory:
         """
         existing = self.path / "config.toml"
         if existing.exists():
-            changed = changes(configuration.load(existing), config)
+            changed = changes(load(existing), config)
             if changed:
                 raise InputError(
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}); "
@@ -84,7 +107,7 @@ class RunDirectory:
                 )
             return True
         if self.path.exists() and (
-            not self.path.is_dir() or any(e.name not in BESIDE for e in self.path.iterdir())
+            not self.path.is_dir() or any(e.name not in FOREIGN_FILES for e in self.path.iterdir())
         ):
             raise InputError(
                 f"{self.path} holds other files; give an --out that is empty or not there"
@@ -94,10 +117,10 @@ class RunDirectory:
         except OSError as error:
             raise InputError(f"{error}; give another --out") from None
         free = shutil.disk_usage(parent).free
-        if free < FREE_BYTES:
+        if free < MIN_FREE_BYTES:
             raise InputError(
                 f"{parent} has {free / 2**20:.0f} MiB free; a run needs at least "
-                f"{FREE_BYTES / 2**20:.0f} MiB: free some or give another --out"
+                f"{MIN_FREE_BYTES / 2**20:.0f} MiB: free some or give another --out"
             )
         return False
 
@@ -122,7 +145,7 @@ class RunDirectory:
         blob = safetensors.torch.save(tensors, {"state": json.dumps(plain)})
         folder = self.path / "checkpoints"
         write_atomic(folder / f"round-{state.round:06d}.safetensors", blob)
-        for old in sorted(folder.glob("round-*.safetensors"))[:-KEPT_CHECKPOINTS]:
+        for old in sorted(folder.glob("round-*.safetensors"))[:-MAX_CHECKPOINTS]:
             old.unlink()
 
     def latest(self, *, newest_only: bool = False) -> RunState | None:

@@ -12,7 +12,7 @@ from rich.styled import Styled
 from rich.table import Table
 
 from fedlora import metrics
-from fedlora.config import KEPT, RunConfig
+from fedlora.config import RunConfig
 from fedlora.run_files import read_records, read_run_file
 from fedlora.terminal import Terminal
 
@@ -166,7 +166,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     table.add_row("protects", Styled(privacy["protects"], style))
     console.print(table)
     adapter = run_dir / "adapter"
-    if config.federation.strategy in KEPT:
+    if config.federation.traits.local_parts:
         adapter = run_dir / "institutions" / "NAME" / "adapter"
     console.write_line(f"adapter        {adapter}")
     console.write_line(f"report         {run_dir / 'report.html'}")

@@ -38,15 +38,15 @@ from strategies.collected import Collected, collect
 from strategies.lowrank import truncated_svd
 from strategies.products import Product
 
-SHORTEST = 0.01
+MIN_SINGULAR_SHARE = 0.01
 """A singular value of an A is at least this share of their root mean square."""
 
 
-def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     """The best rank-r approximation of the mean product, layer by layer in float64.
 
     Args:
-        round: Its global adapter gives rank and old A; its scale is used for every rank r_k.
+        this_round: Its global adapter gives rank and old A; its scale is used for every rank r_k.
         updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
 
     Returns:
@@ -58,57 +58,61 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
     with collect(updates) as everyone:
         if not len(everyone):
             return AdapterState({})
-        for name, old in round.before.items():
+        for name, old in this_round.before.items():
             if kind(name) == "A":
                 other = factor_names(layer(name))[1]
-                products = everyone.products(round, name)
-                near = _mean_a(round, everyone, name, [a for _, _, a in products])
-                products += _unsent(round, everyone, name)
-                result[name], result[other] = truncated(products, near, old, round.scale(len(old)))
+                products = everyone.products(this_round, name)
+                near = _mean_a(this_round, everyone, name, [a for _, _, a in products])
+                products += _unsent(this_round, everyone, name)
+                result[name], result[other] = truncated(
+                    products, near, old, this_round.scale(len(old))
+                )
             elif kind(name) != "B":
                 result[name] = everyone.mean(name)
     return AdapterState(result)
 
 
 def _mean_a(
-    round: Round, everyone: Collected, name: str, sent: Sequence[torch.Tensor]
+    this_round: Round, everyone: Collected, name: str, sent: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The old A ``(r, d_in)`` and the mean of what institutions changed in their rows, float64."""
-    starts, of = round.starts(everyone.institutions)
-    near = round.before[name].double()
+    starts, of = this_round.starts(everyone.institutions)
+    near = this_round.before[name].double()
     for share, number, a in zip(everyone.shares, of, sent, strict=True):
         near[: len(a)] += share * (a.double() - starts[number][name].double())
     return near
 
 
-def _unsent(round: Round, everyone: Collected, name: str) -> list[Product]:
+def _unsent(this_round: Round, everyone: Collected, name: str) -> list[Product]:
     """What institutions of lower ranks were not sent of the global product, by their shares.
 
     Added to what they send it leaves their change: none where they trained nothing.
     """
     other = factor_names(layer(name))[1]
-    starts, of = round.starts(everyone.institutions)
+    starts, of = this_round.starts(everyone.institutions)
     found: list[Product] = []
     for number, state in enumerate(starts):
         share = math.fsum(s for s, i in zip(everyone.shares, of, strict=True) if i == number)
-        if state is not round.before and share:
-            for sign, each in ((1.0, round.before), (-1.0, state)):
+        if state is not this_round.before and share:
+            for sign, each in ((1.0, this_round.before), (-1.0, state)):
                 a = each[name]
-                found.append((sign * share * round.scale(len(a)), each[other], a))
+                found.append((sign * share * this_round.scale(len(a)), each[other], a))
     return found
 
 
-def start(round: Round, rank: int) -> AdapterState:
+def start(this_round: Round, rank: int) -> AdapterState:
     """The best approximation of that rank of the global product, as factors with its own scale."""
-    before = round.before
+    before = this_round.before
     if rank == before.rank:
         return before
     cut = dict(before)
     for name, old in before.items():
         if kind(name) == "A":
             other = factor_names(layer(name))[1]
-            whole = (round.scale(before.rank), before[other], old)
-            cut[name], cut[other] = truncated([whole], old[:rank], old[:rank], round.scale(rank))
+            whole = (this_round.scale(before.rank), before[other], old)
+            cut[name], cut[other] = truncated(
+                [whole], old[:rank], old[:rank], this_round.scale(rank)
+            )
     return AdapterState(cut)
 
 
@@ -133,7 +137,7 @@ def truncated(
     v = _completed(sv / s[:, None], near)
     p, g, t = torch.linalg.svd(near @ v.T, full_matrices=False)  # G = p g t, (r, len(v))
     size = float(old.norm()) / math.sqrt(len(old)) or 1.0
-    g = g.maximum(torch.linalg.svdvals(old.double()).clamp(size * SHORTEST, size / 2))
+    g = g.maximum(torch.linalg.svdvals(old.double()).clamp(size * MIN_SINGULAR_SHARE, size / 2))
     new_b = (u * s) @ (t.T / g @ p.T)[:used] / scale
     return ((p * g) @ t @ v).float(), new_b.float()
 

@@ -28,7 +28,7 @@ from experiments.audit.canaries import (
 from experiments.audit.observed import Transcript, losses, noise_reuse, scores
 from fedlora import data, records, trainable
 from fedlora.adapters import AdapterState
-from fedlora.config import KEPT, RESIDUALS, RunConfig
+from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import finite, read_run_file
@@ -58,7 +58,7 @@ def check(config: RunConfig, out: Path, engine: str) -> None:
     check_engine(engine)
     if (out / "audit.json").exists() or (out / "run" / "config.toml").exists():
         raise InputError(f"{out} holds another audit; give another --out")
-    if config.federation.strategy in KEPT or config.adapter.ranks:
+    if config.federation.traits.local_parts or config.adapter.ranks:
         raise InputError(
             f"federation.strategy is {config.federation.strategy!r} and adapter.ranks "
             f"{config.adapter.ranks!r}, but the audit reads what all institutions get and send; "
@@ -185,7 +185,7 @@ def _load_released(config: RunConfig) -> Trainable:
     """Load the base model with the adapter that a run released."""
     work = trainable.load(config, records.load(config).labels)
     adapter = AdapterState.open(Path(config.run_dir) / "adapter")
-    if config.federation.strategy in RESIDUALS:
+    if config.federation.traits.residuals:
         adapter = adapter.as_residual(work.start)
     adapter.load_into(work.model)
     return work

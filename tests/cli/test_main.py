@@ -219,7 +219,7 @@ def test_other_files_in_the_run_directory_are_kept(config_file, tmp_path):
 def test_a_full_disk_is_said_before_the_run(config_file, tmp_path, monkeypatch):
     from server import run_directory
 
-    monkeypatch.setattr(run_directory, "FREE_BYTES", 2**60)
+    monkeypatch.setattr(run_directory, "MIN_FREE_BYTES", 2**60)
     refused("run", config_file(), "--out", tmp_path / "out", *QUIETLY, words=["MiB free"])
     assert not (tmp_path / "out").exists()
 

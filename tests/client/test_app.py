@@ -9,8 +9,9 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from client import app as client_app
 from client import institution
-from fedlora import adapters, config, wire
+from fedlora import adapters, wire
 from fedlora.errors import InputError, Refusal
+from fedlora.strategy_table import STRATEGY_TABLE
 from simulation.engines.grid import identify
 
 
@@ -191,7 +192,7 @@ def test_answers_given_together_are_those_given_one_by_one(ask_banks):
 def test_different_orders_in_one_call_are_each_followed(ask_banks):
     rolora = {"federation.strategy": "rolora"}
     first, second = (
-        {"round": number, "parts": config.parts_sent("rolora", number)} for number in (1, 2)
+        {"round": number, "parts": STRATEGY_TABLE["rolora"].parts_sent(number)} for number in (1, 2)
     )
     orders = [(0, first), (1, second), (2, first)]
     alone = ask_banks("alone", orders, together=False, **rolora)

@@ -15,9 +15,9 @@ from client.ledger import Ledger
 from client.settings import Settings
 from fedlora import accounting, adapters, trainable, wire
 from fedlora.adapters import AdapterState
-from fedlora.config import KEPT, from_flat, parts_sent
+from fedlora.config import from_flat
 from fedlora.errors import InputError, Refusal
-from strategies import STRATEGIES
+from fedlora.strategy_table import STRATEGY_TABLE
 
 ALL = adapters.PARTS
 
@@ -33,15 +33,15 @@ def bank(tiny_config):
         who = institution.locate(config, 0)
         if config.privacy.enabled:
             institution.open_ledger(who, config, records.train(0), create=True).close()
-        strategy = STRATEGIES[config.federation.strategy]
+        traits = config.federation.traits
         order = wire.TrainOrder(
             run="a1",
             round=1,
             participations=3,
             base=work.base.digest,
             report=(),
-            parts=strategy.parts(1),
-            kept=strategy.kept,
+            parts=traits.parts_sent(1),
+            kept=traits.local_parts,
             adapter=work.start,
         )
         return who, config, order
@@ -131,7 +131,9 @@ def test_an_adapter_that_no_step_changes_is_refused_before_the_charge(bank, valu
 PARTS = st.lists(st.sampled_from([*ALL, "residual", "Z", ""]), max_size=6).map(tuple)
 
 
-@given(st.sampled_from(sorted(STRATEGIES)), PARTS, PARTS, st.integers(-3, 6), st.integers(-3, 6))
+@given(
+    st.sampled_from(sorted(STRATEGY_TABLE)), PARTS, PARTS, st.integers(-3, 6), st.integers(-3, 6)
+)
 def test_only_the_very_parts_of_strategy_and_round_are_accepted(
     strategy, parts, kept, round, participations
 ):
@@ -156,11 +158,10 @@ def test_only_the_very_parts_of_strategy_and_round_are_accepted(
         return True
 
     numbers = 1 <= round <= 4 and 1 <= participations <= 4
-    own = STRATEGIES[strategy]
-    right = (parts, kept) == (own.parts(round), own.kept)
+    own = STRATEGY_TABLE[strategy]
+    right = (parts, kept) == (own.parts_sent(round), own.local_parts)
     assert accepted(order) == (numbers and right)
-    assert own.parts(round) == parts_sent(strategy, round) and own.kept == KEPT.get(strategy, ())
-    proper = dataclasses.replace(order, parts=own.parts(round), kept=own.kept)
+    proper = dataclasses.replace(order, parts=own.parts_sent(round), kept=own.local_parts)
     assert accepted(proper) == numbers
 
 

@@ -20,7 +20,7 @@ from fedlora.adapters import AdapterState, kind
 from fedlora.budget import budget
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
-from server.privacy_statement import NOBODY_SEEDED, largest_epsilon, statement
+from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, statement
 from server.run_directory import RunState
 from server.spending import Spending
 
@@ -188,7 +188,7 @@ def test_units_of_a_column_are_protected_together(tiny_config, simulate_run):
     )
     result = simulate_run(config)
     said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
-    assert said["protects"] == NOBODY_SEEDED
+    assert said["protects"] == NO_PROMISE_WITH_SEED
     records = trainable.records(config)
     for i, name in enumerate(records.names):  # 160 customers in all, each at one bank or several
         units = len(np.unique(records.train(i).units))
@@ -353,7 +353,7 @@ def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
         seconds=0.0,
     )
     spending = Spending(config=config, participations=3)
-    said = statement(config, ["Alpha", "Beta"], state, None, spending)
+    said = statement(config, ["Alpha", "Beta"], state, {}, spending)
     alpha = said["institutions"]["Alpha"]
     assert (alpha["steps"], alpha["unreported_steps"]) == (3, 1)
     # The server's own figures; the institution's are quoted as its word.

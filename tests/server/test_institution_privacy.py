@@ -11,14 +11,14 @@ from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import read_records
-from server import institution_privacy
+from server import aggregation, institution_privacy
 from server.run_directory import RunDirectory
 
 
 def test_the_plan_fits_the_budget_and_counts_what_was_asked(tiny_config):
     config = tiny_config(**{"privacy.institution-epsilon": 5.0, "federation.rounds": 12})
     mechanism = institution_privacy.plan(config, 20, participations=12)
-    assert mechanism is not None and mechanism.delta == 1e-3
+    assert mechanism.delta == 1e-3
     assert 4.9 < mechanism.spent([12, 3]) <= 5.0
     assert mechanism.spent([]) == 0.0
     event = Event(noise_multiplier=mechanism.noise_multiplier, sample_rate=1.0, steps=3)
@@ -26,7 +26,7 @@ def test_the_plan_fits_the_budget_and_counts_what_was_asked(tiny_config):
 
 
 def test_it_is_off_unless_asked_for(tiny_config):
-    assert institution_privacy.plan(tiny_config(), 4, 3) is None
+    assert isinstance(aggregation.choose(tiny_config(), 4, 3), aggregation.Mean)
 
 
 def test_a_delta_that_means_nothing_is_refused(tiny_config):

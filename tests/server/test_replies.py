@@ -235,7 +235,7 @@ ANSWERS = {
     "exact_match": 0.5,
     "generated": 2,
 }
-PLAIN_ANSWERS = {k: v for k, v in ANSWERS.items() if k in ("n", *evaluation.OF_TOKENS)}
+PLAIN_ANSWERS = {k: v for k, v in ANSWERS.items() if k in ("n", *evaluation.GENERATION_FIGURES)}
 
 
 def test_what_an_evaluation_gives_is_taken():
