@@ -219,7 +219,7 @@ def test_what_was_found_before_a_shadow_failed_is_kept(audited, monkeypatch):
     assert (
         "membership inference (lira)",
         "not known: its runs failed (OSError: no space left)",
-    ) in (facts(found))
+    ) in facts(found)
 
 
 @pytest.mark.slow
