@@ -71,9 +71,14 @@ def read_run_file(run_dir: Path, name: str = RESULT) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run directory's ``rounds.jsonl`` without a half-written last one."""
+    """Read the lines of a run directory's ``rounds.jsonl``."""
+    return read_lines(path / "rounds.jsonl")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines without a half-written last one; empty where there is no file."""
     try:
-        text = (path / "rounds.jsonl").read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

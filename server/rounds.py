@@ -175,6 +175,7 @@ class Federation:
     def play_round(self, names: Mapping[int, str]) -> dict[str, Any]:
         """One round with these institutions (node -> name); returns its line of rounds.jsonl."""
         orders = self.ask(names)
+        self.directory.append_orders(orders.this_round.number, names.values())
         outcome = self.aggregate(orders)
         self.state = self.step(orders, outcome)
         return self.record(orders, outcome)
@@ -277,7 +278,8 @@ class Federation:
         if number > federation.rounds - round(federation.average_last * federation.rounds):
             averaged += 1
             average = {k: average.get(k, 0.0) + v.double() for k, v in adapter.items()}
-        asked = {name: state.asked.get(name, 0) + 1 for name in orders.names.values()}
+        # With those whom an earlier try at this round asked: they may have been charged for it.
+        asked = {name: state.asked.get(name, 0) + 1 for name in self.directory.asked(number)}
         return dataclasses.replace(
             state,
             round=number,

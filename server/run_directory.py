@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.config import ENGINE_ONLY, RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
-from fedlora.run_files import SUBMISSION, environment, finite, read_records
+from fedlora.run_files import SUBMISSION, environment, finite, read_lines, read_records
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ FOREIGN_FILES = ("ledgers", "institutions.log", SUBMISSION)
 """What may be in a run's directory before the run begins."""
 MIN_FREE_BYTES = 100 * 2**20
 """Free disk space below which a run does not start."""
+ORDERS = "orders.jsonl"
+"""File with a line for each time that orders were sent: the round, and who was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +194,21 @@ class RunDirectory:
             average=parts["average"],
             **plain,
         )
+
+    def append_orders(self, number: int, names: Iterable[str]) -> None:
+        """Write down who is about to be asked in a round, before any order leaves.
+
+        An institution may be charged and answer although the server dies before the round's
+        checkpoint. Without this file the resumed run would not know that it was asked.
+        """
+        lines = [*read_lines(self.path / ORDERS), {"round": number, "institutions": sorted(names)}]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        write_atomic(self.path / ORDERS, text.encode())
+
+    def asked(self, number: int) -> set[str]:
+        """Institutions that were asked in a round, in this process or one before it."""
+        lines = read_lines(self.path / ORDERS)
+        return {name for line in lines if line["round"] == number for name in line["institutions"]}
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line to ``rounds.jsonl``."""
