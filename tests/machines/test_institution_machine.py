@@ -162,6 +162,7 @@ class InstitutionMachine(RuleBasedStateMachine):
             "data.source": configuration.INSTITUTIONS,
             "data.labels": json.dumps(LABELS),
             "privacy.noise": "secure",
+            "federation.rounds": 5,  # as many as a hello or an order may name
         }
         return values | dict(changes)
 
@@ -207,7 +208,7 @@ class InstitutionMachine(RuleBasedStateMachine):
     @rule(
         target=orders,
         run=st.sampled_from(["a1", "b2", "c3"]),
-        round=st.integers(1, 3),
+        round=st.integers(1, 4),
         participations=st.sampled_from([1, 3, 3, 3]),
         allowed=st.sampled_from([0, 0, 0, 1, 2, 3, 4]),
         adapter=st.sampled_from(["as it is", "as it is", "moved"]),
@@ -222,7 +223,7 @@ class InstitutionMachine(RuleBasedStateMachine):
     @rule(
         target=orders,
         run=st.sampled_from(["a1", "b2"]),
-        round=st.integers(1, 3),
+        round=st.integers(1, 4),
         breakdown=st.sampled_from(BREAKDOWNS),
         adapter=st.sampled_from(["as it is", "moved"]),
     )
