@@ -89,8 +89,8 @@ def problems(db: sqlite3.Connection) -> list[str]:
         or broken_chain(db)
         or broken_seal(db)
         or [
-            f"the answer to round {round} of run {run} was altered"
-            for run, round, answer, stated in db.execute(
+            f"the answer to round {number} of run {run} was altered"
+            for run, number, answer, stated in db.execute(
                 "SELECT run, round, answer, sha256 FROM answers"
             )
             if sha256(answer) != stated

@@ -1,7 +1,7 @@
-"""What an institution keeps of its adapter from round to round, on its own disk.
+"""An institution's local parts: what it trains and does not send, on its own disk.
 
-A round reads the newest file of an earlier round and writes its own, so that a round that is
-trained again, after a crash or for a resumed server, starts from what it started from before.
+A round reads the newest file of an earlier round and writes its own. A round that is trained again,
+after a crash or for a resumed server, therefore starts from the same values as before.
 """
 
 import logging
@@ -16,53 +16,53 @@ from fedlora.files import write_atomic
 
 log = logging.getLogger("fedlora.client")
 
-KEPT_ROUNDS = 4
+STORED_ROUNDS = 4
 """Rounds whose files stay: a server goes back at most to the checkpoint before its last."""
 
 
-class Personal:
+class LocalParts:
     """The files of one institution in one run.
 
     Args:
-        directory: Made when something is kept.
+        directory: The files' directory; made by the first `store`.
         run: The run, letters and digits.
-        configuration: Its fingerprint: what was kept under another one is not seen.
+        configuration: The configuration's fingerprint; files of another one are not read.
     """
 
     def __init__(self, directory: Path, run: str, configuration: str) -> None:
         self._directory = directory
         self._stem = f"kept-{run}-{configuration[:16]}-"
 
-    def latest(self, before: int, like: AdapterState) -> AdapterState:
-        """What was kept in the last round below ``before``; ``like`` itself if nothing was.
+    def load(self, before: int, default: AdapterState) -> AdapterState:
+        """Read the values of the last stored round below ``before``.
 
         Args:
             before: A round, from 1.
-            like: Names and shapes that it must have.
+            default: The result where nothing is stored; it gives names and shapes.
 
         Raises:
-            Refusal: ``kept-part-unreadable`` for a damaged file: nothing else may take its place.
+            Refusal: ``kept-part-unreadable`` for a damaged file; no other values replace it.
         """
         found = [file for file in self._files() if self._round(file) < before]
         if not found:
-            return like
+            return default
         try:
             state = AdapterState(safetensors.torch.load_file(found[-1]))
-            problem = state.validate_against(like)
+            problem = state.validate_against(default)
         except (OSError, safetensors.SafetensorError) as error:
             problem = type(error).__name__
         if problem:
             raise Refusal("kept-part-unreadable", f"{found[-1]} cannot be used: {problem}")
         return state
 
-    def keep(self, round: int, state: AdapterState) -> None:
-        """Write what a round left, then drop the oldest; what is not finite is not kept."""
+    def store(self, round_number: int, state: AdapterState) -> None:
+        """Write a round's values, unless one is not finite, then delete the oldest file."""
         if not all(torch.isfinite(tensor).all() for tensor in state.values()):
-            log.warning("round %d diverged; the part of an earlier round stays", round)
+            log.warning("round %d diverged; the part of an earlier round stays", round_number)
             return
         blob = safetensors.torch.save({name: t.contiguous() for name, t in state.items()})
-        write_atomic(self._directory / f"{self._stem}{round:06d}.safetensors", blob)
-        for old in self._files()[:-KEPT_ROUNDS]:
+        write_atomic(self._directory / f"{self._stem}{round_number:06d}.safetensors", blob)
+        for old in self._files()[:-STORED_ROUNDS]:
             old.unlink()
 
     def _files(self) -> list[Path]:
