@@ -8,8 +8,12 @@ Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. 
 arXiv 2206.07136.
 """
 
+# torch and Opacus type some of their functions in part only
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +56,7 @@ class PoissonSampler(UniformWithReplacementSampler):
         super().__init__(num_samples=units, sample_rate=sample_rate, steps=steps)
         self._source = source
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Generator[list[int]]:
         for _ in range(self.steps):
             yield np.flatnonzero(self._source.uniform(self.num_samples) < self.sample_rate).tolist()
 

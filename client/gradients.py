@@ -3,6 +3,9 @@
 Packed rows serve models and devices that allow them; padded passes serve all others.
 """
 
+# torch and Opacus type some of their functions in part only
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -4,6 +4,9 @@ A round reads the newest file of an earlier round and writes its own. A round th
 after a crash or for a resumed server, therefore starts from the same values as before.
 """
 
+# torch and Opacus type some of their functions in part only
+# pyright: reportUnknownMemberType=false
+
 import logging
 from pathlib import Path
 
@@ -48,11 +51,10 @@ class LocalParts:
             return default
         try:
             state = AdapterState(safetensors.torch.load_file(found[-1]))
-            problem = state.validate_against(default)
         except (OSError, safetensors.SafetensorError) as error:
-            problem = type(error).__name__
-        if problem:
-            raise Refusal("kept-part-unreadable", f"{found[-1]} cannot be used: {problem}")
+            raise _unreadable(found[-1], type(error).__name__) from error
+        if problem := state.validate_against(default):
+            raise _unreadable(found[-1], problem)
         return state
 
     def store(self, round_number: int, state: AdapterState) -> None:
@@ -70,3 +72,7 @@ class LocalParts:
 
     def _round(self, file: Path) -> int:
         return int(file.stem.removeprefix(self._stem))
+
+
+def _unreadable(file: Path, problem: str) -> Refusal:
+    return Refusal("kept-part-unreadable", f"{file} cannot be used: {problem}")

@@ -99,7 +99,7 @@ def packed_losses(
     dropout: Callable[[int], RandomSource],
     total: int,
     slots: int,
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor]:
     """Losses of the given rows ``(n,)`` in one packed row; run their backward inside the block."""
     assert trainable.first_position is not None
     if trainable.per_sample.has_dropout:

@@ -4,6 +4,10 @@ A step samples units (`client.dp_sgd.PoissonSampler`), computes their gradients
 (`client.gradients`), clips and sums them, and adds noise (`client.dp_sgd.PrivateOptimizer`).
 """
 
+# torch and Opacus type some of their functions in part only
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

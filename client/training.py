@@ -3,9 +3,12 @@
 Steps with DP are in `client.private_training`. Neither touches the network or the ledger.
 """
 
+# torch and Opacus type some of their functions in part only
+# pyright: reportUnknownMemberType=false
+
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,7 +116,7 @@ def proximal_term(parameters: Sequence[torch.nn.Parameter], mu: float) -> Callab
 
 
 @contextlib.contextmanager
-def training_steps(trainable: Trainable, *, private: bool) -> Iterator[None]:
+def training_steps(trainable: Trainable, *, private: bool) -> Generator[None]:
     """Training mode. Under DP on a GPU attention is computed by plain products.
 
     Their result for one row does not depend on the other rows.
@@ -129,7 +132,7 @@ def training_steps(trainable: Trainable, *, private: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Generator[None]:
     """Set torch's threads for a while: floating-point sums depend on their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -1,9 +1,13 @@
 """What leaves an institution when it says no: a code, and nothing else."""
 
 import dataclasses
+import hashlib
 import os
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 
@@ -195,6 +199,24 @@ def test_different_orders_in_one_call_are_each_followed(ask_banks):
     alone = ask_banks("alone", orders, together=False, **rolora)
     both = ask_banks("both", orders, together=True, **rolora)
     assert all(_same(one, other) for one, other in zip(alone, both, strict=True))
+
+
+def test_an_order_is_parsed_and_hashed_once_a_call(ask_banks, monkeypatch):
+    counts = Counter()
+
+    def counted(name, function):
+        def call(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    parse = counted("parsed", safetensors.torch.load)
+    monkeypatch.setattr(safetensors.torch, "load", parse)
+    digests = SimpleNamespace(sha256=counted("hashed", hashlib.sha256))
+    monkeypatch.setattr(wire, "hashlib", digests)
+    ask_banks("run", EVERYBODY, together=True)
+    assert counts == {"parsed": 1, "hashed": 1}
 
 
 def test_the_same_order_twice_in_one_call_gets_the_same_answer(ask_banks):
