@@ -226,7 +226,7 @@ def test_a_node_is_healthy_while_it_holds_its_state(made):
     own = settings.load(str(file))
     assert not node.is_running(own)
     hold = (
-        "import sys; from client import node, settings\n"
+        "import sys; from client import settings; from deployment import node\n"
         f"with node.running(settings.load({str(file)!r})): print('held', flush=True); input()\n"
     )
     with subprocess.Popen(
