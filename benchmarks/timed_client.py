@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from client import training
+from client import private_training, training
 from client.app import app
 
 __all__ = ["app"]
@@ -31,4 +31,4 @@ def _noted(train: Callable[..., Any]) -> Callable[..., Any]:
 
 
 training.train = _noted(training.train)
-training.train_privately = _noted(training.train_privately)
+private_training.train_privately = _noted(private_training.train_privately)

@@ -136,10 +136,10 @@ def _rate(config: RunConfig) -> float:
 
 def _noise(config: RunConfig, counts: Sequence[int]) -> list[float]:
     """The noise multiplier that fedlora plans for each institution."""
-    from client import institution
+    from fedlora.budget import plan_run
 
-    plans = [institution.budget(config, count, config.federation.rounds) for count in counts]
-    return [each.plan.noise_multiplier for each in plans]
+    plans = [plan_run(config, count, config.federation.rounds) for count in counts]
+    return [each.noise_multiplier for each in plans]
 
 
 def rival(name: str, python: Path, work: Path) -> list[str]:

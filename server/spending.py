@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora import accounting, wire
-from fedlora.budget import Budget, budget, delta_of
+from fedlora.accounting import PrivacyPlan
+from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 
@@ -41,7 +42,7 @@ class Spending:
     config: RunConfig
     participations: int
 
-    def checked(self, said: wire.PrivacySpent, size_class: float | None = None) -> Budget:
+    def checked(self, said: wire.PrivacySpent, size_class: float | None = None) -> PrivacyPlan:
         """Check a record against the run.
 
         Args:
@@ -75,12 +76,12 @@ class Spending:
         _require(said, "ledger_delta", 0 < said.ledger_delta < 1, "it is above 0 and below 1")
         _require(said, "ledger_limit", 0 < said.ledger_limit < math.inf, "it is finite, above 0")
         plan = self._plan(said, size_class)
-        sigma = plan.plan.noise_multiplier
+        sigma = plan.noise_multiplier
         same = abs(said.noise_multiplier - sigma) <= NOISE_TOLERANCE * sigma
         _require(said, "noise_multiplier", same, f"the plan has {sigma:.6g}")
         return plan
 
-    def _plan(self, said: wire.PrivacySpent, size_class: float | None) -> Budget:
+    def _plan(self, said: wire.PrivacySpent, size_class: float | None) -> PrivacyPlan:
         """The plan of the size class that has this delta and sample rate."""
         sizes = [2**k for k in range(MAX_SIZE_CLASS.bit_length())]
         for size in sizes if size_class is None else [s for s in sizes if s == size_class]:
@@ -88,7 +89,7 @@ class Spending:
             rate = accounting.sample_rate(training.sample_rate, training.batch_size, size)
             try:
                 if (said.delta, said.sample_rate) == (delta_of(self.config.privacy, size), rate):
-                    return budget(self.config, size, self.participations)
+                    return plan_run(self.config, size, self.participations)
             except InputError:
                 continue  # an institution of this size cannot follow the configuration
         raise Refusal(
@@ -121,12 +122,12 @@ class Spending:
         """
         said = wire.PrivacySpent(**record)
         whole = self.checked(said)
-        steps = max(said.steps, rounds_asked * whole.plan.steps_per_round)
+        steps = max(said.steps, rounds_asked * whole.steps_per_round)
         spent = (dataclasses.replace(whole.round_event, steps=steps), *whole.size_events)
         return {
             **dataclasses.asdict(said),
-            "epsilon": accounting.epsilon(spent, whole.plan.delta, whole.plan.accountant),
-            "noise_multiplier": whole.plan.noise_multiplier,
+            "epsilon": accounting.epsilon(spent, whole.delta, whole.accountant),
+            "noise_multiplier": whole.noise_multiplier,
             "steps": steps,
             "rounds_asked": rounds_asked,
             "unreported_steps": steps - said.steps,

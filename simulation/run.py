@@ -263,8 +263,8 @@ def check_budgets(config: RunConfig) -> None:
     Raises:
         InputError: Naming value, bound and remedy.
     """
-    from client import institution
     from fedlora import accounting, records
+    from fedlora.budget import plan_run
     from strategies import base
 
     federation = records.load(config)
@@ -272,7 +272,7 @@ def check_budgets(config: RunConfig) -> None:
     units = (federation.train(i).num_units for i in range(institutions))
     cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
     for size in sorted({accounting.public_size(count) for count in units}):
-        institution.budget(config, size, cap)
+        plan_run(config, size, cap)
 
 
 def run_rounds(config: RunConfig, grid: "SimulationGrid") -> None:

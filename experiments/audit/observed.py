@@ -15,10 +15,10 @@ import torch
 from flwr.app import Message, MessageType
 from numpy.typing import NDArray
 
-from client import institution
 from client.dp_sgd import Clipping
 from fedlora import adapters, records, wire
 from fedlora.adapters import AdapterState
+from fedlora.budget import plan_run
 from fedlora.config import RunConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable, training_mode
@@ -157,9 +157,9 @@ def scores(
             step = torch.cat([(sent[key] - update[key]).flatten() for key in names])
             g, shard = everyone[rows], federation.train(index)
             if config.privacy.enabled:
-                plan = institution.budget(config, shard.num_units, cap)
-                rate, many = plan.plan.sample_rate, plan.normaliser
-                noise = (plan.plan.noise_multiplier * config.privacy.max_grad_norm) ** 2
+                plan = plan_run(config, shard.num_units, cap)
+                rate, many = plan.sample_rate, plan.expected_batch_size
+                noise = (plan.noise_multiplier * config.privacy.max_grad_norm) ** 2
                 clipping.clip([g])
                 ridge = noise / (rate / 2 * (1 - rate / 2))  # included by a coin, then sampled
             else:
@@ -201,8 +201,8 @@ def noise_reuse(config: RunConfig, transcript: Transcript) -> NoiseReuse:
     noise is at least twice as long as the longest possible sum of its gradients.
     """
     federation, cap = records.load(config), _cap(config)
-    budgets = {
-        name: institution.budget(config, federation.train(index).num_units, cap)
+    plans = {
+        name: plan_run(config, federation.train(index).num_units, cap)
         for index, name in enumerate(federation.names)
     }
     steps = config.training.local_steps
@@ -212,15 +212,15 @@ def noise_reuse(config: RunConfig, transcript: Transcript) -> NoiseReuse:
     before: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
     for number, (sent, _) in sorted(transcript.orders.items()):
         now: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-        for name, budget in budgets.items():
+        for name, plan in plans.items():
             update = transcript.update(number, name)
             if update is None:
                 continue
             keys = tuple(sorted(update))
             step = torch.cat([(sent[key] - update[key]).flatten() for key in keys]).float()
             # In units of C and of the step size. A batch twice the expected size is very unlikely.
-            noise = budget.plan.noise_multiplier * (step.numel() * steps) ** 0.5
-            if noise >= 2 * (2 * budget.normaliser * steps):
+            noise = plan.noise_multiplier * (step.numel() * steps) ** 0.5
+            if noise >= 2 * (2 * plan.expected_batch_size * steps):
                 now.setdefault(keys, {})[name] = torch.nn.functional.normalize(step, dim=0)
         for keys, units in now.items():
             last = before.setdefault(keys, {})
@@ -234,7 +234,7 @@ def noise_reuse(config: RunConfig, transcript: Transcript) -> NoiseReuse:
     return NoiseReuse(
         cosine=max(map(abs, found), default=None),
         institutions=len(compared),
-        left_out=len(budgets) - len(compared),
+        left_out=len(plans) - len(compared),
     )
 
 

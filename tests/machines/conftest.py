@@ -60,7 +60,7 @@ def drawn_training() -> Iterator[Callable[[Callable[..., None]], None]]:
     Gives a function that takes what else happens: it is called with (participants, plan) before
     each private training, and may raise.
     """
-    from client import training
+    from client import private_training, training
 
     called: list[Callable[..., None]] = []
 
@@ -84,7 +84,7 @@ def drawn_training() -> Iterator[Callable[[Callable[..., None]], None]]:
         return 0.5
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train_privately", train_privately)
+        patch.setattr(private_training, "train_privately", train_privately)
         patch.setattr(training, "train", train)
 
         def also(hook: Callable[..., None]) -> None:

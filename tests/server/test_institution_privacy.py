@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client import institution
+from client.institution import Institution
 from fedlora import accounting
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
@@ -61,10 +61,10 @@ def test_an_invalid_update_counts_as_one_of_zero_and_is_not_named(
     tiny_config, simulate_run, monkeypatch, min_updates, guard
 ):
     """Whether an update is valid may follow from records: neither skipping nor names may tell."""
-    answer = institution.answer
+    answer = Institution.answer
 
-    def spoiled(who, order, config):
-        update = answer(who, order, config)
+    def spoiled(who, order):
+        update = answer(who, order)
         if who.name != "Beta":
             return update
         if guard:
@@ -72,7 +72,7 @@ def test_an_invalid_update_counts_as_one_of_zero_and_is_not_named(
         broken = {n: torch.full_like(t, torch.nan) for n, t in update.adapter.items()}
         return dataclasses.replace(update, adapter=AdapterState(broken))
 
-    monkeypatch.setattr(institution, "answer", spoiled)
+    monkeypatch.setattr(Institution, "answer", spoiled)
     config = tiny_config(
         **{"privacy.institution-epsilon": 5.0, "federation.min-updates": min_updates}
     )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from client import institution
+from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from simulation import run
 
@@ -121,7 +121,7 @@ def test_an_institutions_cost_is_what_a_step_of_it_takes_in_tokens(tiny_config, 
     for index, cost in enumerate(run._costs(config, records)):
         shard = records.train(index)
         if config.privacy.enabled:
-            rows = institution.budget(config, shard.num_units, 1).plan.sample_rate * len(shard)
+            rows = plan_run(config, shard.num_units, 1).sample_rate * len(shard)
         else:
             rate = config.training.sample_rate
             rows = rate * len(shard) if rate else min(config.training.batch_size, len(shard))
