@@ -35,6 +35,7 @@ OWN = {
     "max-rank": 40,
     "physical-batch": 8,
     "max-run-epsilon": 8.0,
+    "max-delta": 1e-4,
 }
 """Settings; the tiny models have layers of width 32 and places for 64 tokens."""
 BASE = {
@@ -131,6 +132,9 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (("rows-too-long",), "training.max-length", 21, 10**9, LARGEST),
         (bad, "training.max-length", 3),
         (followed, "training.gradient-checkpointing", True, "true"),
+        (followed, "federation.rounds", 2, LARGEST),
+        # The order and the query of the test ask for two rounds.
+        (("malformed-message", "bad-configuration"), "federation.rounds", 0, 1),
         (followed, "federation.strategy", "fedavg", "pad"),
         (("strategy-not-allowed",), "federation.strategy", "ffa", "fedsa"),
         (followed, "federation.residual-rank", 1, LARGEST),  # fedavg has no residuals
@@ -270,7 +274,7 @@ def institution(tmp_path, tiny_encoder, causal, complaints) -> Path:
     file = tmp_path / "institution.toml"
     file.write_text(tomli_w.dumps({**OWN, "models": [str(tiny_encoder), causal]}))
     file.chmod(0o600)
-    Ledger.create(tmp_path / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
+    Ledger.create(tmp_path / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="prv")
     shutil.copy(tmp_path / "ledger.db", tmp_path / "ledger.empty")
     return tmp_path
 

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 from benchmarks import families
-from client import institution
+from client.institution import Institution
 from fedlora import adapters, exactness, trainable, verdicts
 from fedlora.errors import InputError
 from fedlora.per_sample import PerSampleAdapters
@@ -330,10 +330,10 @@ def test_an_institution_refuses_before_its_ledger_is_opened(tiny_config, tmp_pat
     config = dataclasses.replace(
         config, adapter=dataclasses.replace(config.adapter, target_modules=("layer_1",))
     )
-    monkeypatch.setattr(institution, "open_ledger", None)
-    who = institution.locate(config, 0)
+    monkeypatch.setattr(Institution, "open_ledger", None)
+    who = Institution.locate(config, 0)
     with pytest.raises(InputError, match="layer_1"):
-        institution.answer(who, None, config)
-    assert not who.ledger.exists()
+        who.answer(None)
+    assert not who.ledger_path.exists()
     trainable.forget()
     shutil.rmtree(tmp_path / "m")
