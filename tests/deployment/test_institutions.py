@@ -19,7 +19,7 @@ from fedlora.errors import InputError, Refusal
 from fedlora.run_files import NODES, SIZES, read_records
 from server import app as server_app
 from server import roster
-from server.rounds import RunFailed
+from server.roster import RunFailed
 from simulation.engines.grid import run_server
 from simulation.engines.inline import InlineGrid
 from strategies.base import Round
