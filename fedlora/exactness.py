@@ -369,7 +369,10 @@ def _moved(model: PeftModel) -> Generator[None]:
     """Trained values that all have an effect, then the same values again."""
     named = adapters.parameters(model)
     kept = {name: p.detach().clone() for name, p in named.items()}
-    scale = {name: s.scaling[adapters.ADAPTER] for name, s in adapters.lora_layers(model)}
+    scale = {
+        adapters.factor_names(path)[1]: layer.scaling[adapters.ADAPTER]
+        for path, layer in adapters.lora_layers(model)
+    }
     source = RandomSource.seeded("exactness", 1)
     try:
         with torch.no_grad():
@@ -379,7 +382,7 @@ def _moved(model: PeftModel) -> Generator[None]:
                     case "magnitude":
                         p.mul_(1 + values / 10)
                     case "B":  # an update about as large as its input
-                        p.copy_(values / (scale[adapters.layer(name)] * p.shape[1] ** 0.5))
+                        p.copy_(values / (scale[name] * p.shape[1] ** 0.5))
                     case _:
                         p.copy_(2 * values / p.shape[-1] ** 0.5)
         yield

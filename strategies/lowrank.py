@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlora.adapters import layer, residual_names
-from strategies.base import Round
+from fedlora.adapters import Factors
 from strategies.products import Product
 
 NOTHING = 1e-9
@@ -90,7 +89,9 @@ def recompressed(products: Sequence[Product], bound: int) -> tuple[torch.Tensor,
     return (sv / root[:, None]).float(), (u * root).float()
 
 
-def carried(round: Round, name: str) -> list[Product]:
-    """The residual so far of the layer that a tensor belongs to: none, or one product."""
-    a, b = residual_names(layer(name))
-    return [(1.0, round.before[b], round.before[a])] if a in round.before else []
+def carried(layer: Factors) -> list[Product]:
+    """The residual of a layer as a product, or an empty list."""
+    if layer.residual is None:
+        return []
+    a, b = layer.residual
+    return [(1.0, b, a)]

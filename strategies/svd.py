@@ -32,11 +32,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fedlora.adapters import AdapterState, factor_names, kind, layer
+from fedlora.adapters import AdapterState, Factors
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import Collected, collect
 from strategies.lowrank import truncated_svd
-from strategies.products import Product
+from strategies.products import Product, product
 
 SHORTEST = 0.01
 """A singular value of an A is at least this share of their root mean square."""
@@ -58,43 +58,41 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
     with collect(updates) as everyone:
         if not len(everyone):
             return AdapterState({})
-        for name, old in round.before.items():
-            if kind(name) == "A":
-                other = factor_names(layer(name))[1]
-                products = everyone.products(round, name)
-                near = _mean_a(round, everyone, name, [a for _, _, a in products])
-                products += _unsent(round, everyone, name)
-                result[name], result[other] = truncated(products, near, old, round.scale(len(old)))
-            elif kind(name) != "B":
-                result[name] = everyone.mean(name)
+        for path, old in round.before.layers().items():
+            products = everyone.products(round, path)
+            near = _mean_a(round, everyone, path, [a for _, _, a in products])
+            products += _unsent(round, everyone, path)
+            pair = truncated(products, near, old.a, round.scale(len(old.a)))
+            result |= Factors(*pair).named(path)
+        for name in round.before.only(("magnitude", "head")):
+            result[name] = everyone.mean(name)
     return AdapterState(result)
 
 
 def _mean_a(
-    round: Round, everyone: Collected, name: str, sent: Sequence[torch.Tensor]
+    round: Round, everyone: Collected, path: str, sent: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The old A ``(r, d_in)`` and the mean of what institutions changed in their rows, float64."""
     starts, of = round.starts(everyone.institutions)
-    near = round.before[name].double()
+    near = round.before.factors(path).a.double()
     for share, number, a in zip(everyone.shares, of, sent, strict=True):
-        near[: len(a)] += share * (a.double() - starts[number][name].double())
+        near[: len(a)] += share * (a.double() - starts[number].factors(path).a.double())
     return near
 
 
-def _unsent(round: Round, everyone: Collected, name: str) -> list[Product]:
+def _unsent(round: Round, everyone: Collected, path: str) -> list[Product]:
     """What institutions of lower ranks were not sent of the global product, by their shares.
 
     Added to what they send it leaves their change: none where they trained nothing.
     """
-    other = factor_names(layer(name))[1]
     starts, of = round.starts(everyone.institutions)
     found: list[Product] = []
     for number, state in enumerate(starts):
         share = math.fsum(s for s, i in zip(everyone.shares, of, strict=True) if i == number)
         if state is not round.before and share:
             for sign, each in ((1.0, round.before), (-1.0, state)):
-                a = each[name]
-                found.append((sign * share * round.scale(len(a)), each[other], a))
+                scale, b, a = product(round, each.factors(path))
+                found.append((sign * share * scale, b, a))
     return found
 
 
@@ -104,11 +102,10 @@ def start(round: Round, rank: int) -> AdapterState:
     if rank == before.rank:
         return before
     cut = dict(before)
-    for name, old in before.items():
-        if kind(name) == "A":
-            other = factor_names(layer(name))[1]
-            whole = (round.scale(before.rank), before[other], old)
-            cut[name], cut[other] = truncated([whole], old[:rank], old[:rank], round.scale(rank))
+    for path, old in before.layers().items():
+        first = old.a[:rank]
+        pair = truncated([product(round, old)], first, first, round.scale(rank))
+        cut |= Factors(*pair).named(path)
     return AdapterState(cut)
 
 
