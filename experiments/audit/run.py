@@ -33,6 +33,7 @@ from fedlora.adapters import AdapterState
 from fedlora.config import KEPT, RESIDUALS, RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
+from fedlora.rows import partition_rows
 from fedlora.run_files import finite
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -280,20 +281,8 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
     """A run like this one whose rows are split at random anew, half of them held out."""
     place = folder / f"shadow-{number}"
     place.mkdir()
-    dealt = data.deal(
-        source=config.data.source,
-        test_source=config.data.test_source,
-        text=config.data.text,
-        label=config.data.label,
-        labels=config.data.labels,
-        unit="record",
-        partition=config.data.partition,
-        institutions=0,
-        min_records=1,
-        test_fraction=0.0,
-        seed=config.seed,
-        task=config.model.task,
-    )
+    everything = dataclasses.replace(config.data, institutions=0, min_records=1, test_fraction=0.0)
+    dealt = partition_rows(everything, unit="record", seed=config.seed, task=config.model.task)
     rows: list[tuple[str, str, str]] = []
     for table, bounds in (dealt.train, dealt.held_out):
         owners = np.repeat(np.array(dealt.names), np.diff(bounds)).tolist()
