@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fedlora import config as configuration
-from fedlora import models
+from fedlora import model_files
 from fedlora.adapters import TARGETS
 from fedlora.rows import PartitionedRows, Table, partition_rows
 
@@ -80,7 +80,7 @@ class Work:
         held_out = _csv(directory / "held-out.csv", dealt.held_out[0])
         training, adapter = config.training, config.adapter
         said = {
-            "model": str(models.resolve(config.model.name).path),
+            "model": str(model_files.resolve(config.model.name).path),
             "classes": dealt.classes,
             "shards": shards,
             "held_out": held_out,

@@ -12,9 +12,9 @@ from typing import Any
 
 from fedlora import config as configuration
 from fedlora import files
-from fedlora.config import Section
-from fedlora.config import key as setting
 from fedlora.errors import InputError
+from fedlora.settings_schema import Section, section
+from fedlora.settings_schema import key as setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def load(path: str) -> Settings:
         raise InputError(f"{path} cannot be read: {error.strerror}; mend settings") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
-    made = configuration.section(Settings, values)
+    made = section(Settings, values)
     here = file.parent
     return dataclasses.replace(
         made,

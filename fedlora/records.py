@@ -7,7 +7,7 @@ cached.
 import functools
 from typing import cast
 
-from fedlora import data, models
+from fedlora import data, model_files, models
 from fedlora.config import DataConfig, ModelConfig, RunConfig
 from fedlora.encoding import encoding_key
 from fedlora.shards import Federation
@@ -33,9 +33,9 @@ def forget() -> None:
 def _load(
     seed: int, model: ModelConfig, settings: DataConfig, max_length: int, unit: str
 ) -> Federation:
-    task = cast(models.Task, model.task)
-    kind = models.kind(model.name, task)
-    files = models.resolve(model.name)
+    task = cast(model_files.Task, model.task)
+    kind = model_files.kind(model.name, task)
+    files = model_files.resolve(model.name)
 
     def encoder() -> data.Encode:
         from fedlora import tasks

@@ -10,14 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-
-if TYPE_CHECKING:
-    import torch
 
 Floats = npt.NDArray[np.float64]
 
@@ -136,16 +132,6 @@ class RandomSource:
     def permutation(self, n: int) -> npt.NDArray[np.int64]:
         """Draw a uniformly random order of ``0 .. n-1``, int64 ``(n,)``."""
         return np.argsort(self.words(n), kind="stable")
-
-    def torch_generator(self) -> torch.Generator:
-        """Make a CPU generator for what privacy does not rest on: weights, dropout, shuffles.
-
-        It is torch's Mersenne Twister under a 63-bit seed from this stream; never draw noise or
-        samples from it.
-        """
-        import torch  # here, because a source of noise or seeds needs no torch
-
-        return torch.Generator().manual_seed(int(self.words(1)[0] >> np.uint64(1)))
 
 
 def _encode(*parts: int | str) -> bytes:

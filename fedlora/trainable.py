@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 
-from fedlora import adapters, exactness, models, tasks, verdicts
+from fedlora import adapters, exactness, model_files, models, tasks, verdicts
 from fedlora.adapters import AdapterState
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig
 from fedlora.errors import InputError, Refusal
@@ -136,7 +136,7 @@ def _load(settings: _Settings) -> Trainable:
         base.tokenizer,
         prompt=settings.prompt,
         max_length=settings.max_length,
-        positions=models.resolve(model.name).positions,
+        positions=model_files.resolve(model.name).positions,
     )
     per_sample = PerSampleAdapters(peft_model)
 

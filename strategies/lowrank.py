@@ -10,8 +10,8 @@ import torch
 from fedlora.adapters import Factors
 from strategies.products import Product
 
-NOTHING = 1e-9
-"""A singular value is zero below this share of the largest."""
+ZERO_SHARE = 1e-9
+"""A singular value below this share of the largest one counts as zero."""
 
 
 def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor,
     vectors = torch.linalg.eigh((values + values.T) / 2)[1][:, -rank:]
     basis = torch.linalg.qr(left @ (w @ vectors))[0]
     u, s, vt = torch.linalg.svd((basis.T @ left) @ right, full_matrices=False)
-    used = int((s > NOTHING * s[0]).sum()) if float(s[0]) > 0 else 0
+    used = int((s > ZERO_SHARE * s[0]).sum()) if float(s[0]) > 0 else 0
     return basis @ u[:, :used], s[:used, None] * vt[:used]
 
 

@@ -38,7 +38,7 @@ from strategies.collected import Collected, collect
 from strategies.lowrank import truncated_svd
 from strategies.products import Product, product
 
-SHORTEST = 0.01
+MIN_SINGULAR_SHARE = 0.01
 """A singular value of an A is at least this share of their root mean square."""
 
 
@@ -130,7 +130,7 @@ def truncated(
     v = _completed(sv / s[:, None], near)
     p, g, t = torch.linalg.svd(near @ v.T, full_matrices=False)  # G = p g t, (r, len(v))
     size = float(old.norm()) / math.sqrt(len(old)) or 1.0
-    g = g.maximum(torch.linalg.svdvals(old.double()).clamp(size * SHORTEST, size / 2))
+    g = g.maximum(torch.linalg.svdvals(old.double()).clamp(size * MIN_SINGULAR_SHARE, size / 2))
     new_b = (u * s) @ (t.T / g @ p.T)[:used] / scale
     return ((p * g) @ t @ v).float(), new_b.float()
 

@@ -130,14 +130,6 @@ def test_a_permutation_holds_every_index_once_and_every_order_is_as_likely() -> 
     assert sum((count - 1000) ** 2 / 1000 for count in counts) < 70
 
 
-def test_a_torch_generator_repeats_under_its_key() -> None:
-    torch = pytest.importorskip("torch")
-    a, b = (torch.rand(4, generator=RandomSource(KEY).torch_generator()) for _ in range(2))
-    other = torch.rand(4, generator=RandomSource(bytes(32)).torch_generator())
-    assert torch.equal(a, b)
-    assert not torch.equal(a, other)
-
-
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_source_draws_nothing_in_a_fork():
     source = RandomSource.secure()
