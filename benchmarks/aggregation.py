@@ -93,13 +93,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     arguments = parser.parse_args()
     before = adapter(arguments.layers, 0)
-    round = Round(number=1, asked=arguments.institutions, before=before, alpha=32.0)
+    one_round = Round(number=1, asked=arguments.institutions, before=before, alpha=32.0)
     updates = Updates(arguments.institutions, arguments.layers)
     warm_up(arguments.strategy)
     held = resident("VmRSS")
     forget_peak()
     started, busy = time.perf_counter(), time.process_time()
-    result = STRATEGIES[arguments.strategy].aggregate(round, updates)
+    result = STRATEGIES[arguments.strategy].aggregate(one_round, updates)
     seconds = time.perf_counter() - started - updates.seconds
     busy = time.process_time() - busy - updates.busy
     peak = resident("VmHWM") - held

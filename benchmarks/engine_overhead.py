@@ -28,7 +28,10 @@ def main() -> None:
     with (
         ray.started("", arguments.workers),
         ray.RayGrid(
-            "benchmarks.empty_client:app", n, {}, workers=arguments.workers, threads=1
+            "benchmarks.empty_client:app",
+            n,
+            {},
+            workers=ray.WorkerSpec(count=arguments.workers, threads=1),
         ) as grid,
     ):
         seconds, memory = [], []

@@ -28,9 +28,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from client import training
+from client import private_training, training
 from fedlora import adapters, models, trainable
 from fedlora import config as configuration
+from fedlora.accounting import PrivacyPlan
 from fedlora.encoder import HEAD
 from fedlora.errors import InputError, Refusal
 from fedlora.shards import Shard
@@ -205,19 +206,24 @@ def train(work: trainable.Trainable) -> None:
         Refusal: If a guard trips.
     """
     records = shard(work.labels)
-    participant = training.Participant(
+    participant = private_training.Participant(
         shard=records,
-        mechanism=training.PrivacyMechanism(
+        mechanism=PrivacyPlan(
+            epsilon=8.0,
+            delta=1e-5,
             noise_multiplier=1.0,
             sample_rate=0.9,
-            normaliser=10.0,
+            size_class=16,
             max_grad_norm=1.0,
             clipping="flat",
+            steps_per_round=2,
+            rounds=1,
+            accountant="prv",
         ),
         source=RandomSource.seeded("families", 1),
     )
     plan = training.LocalPlan(steps=2, physical_batch=8, optimizer="sgd", learning_rate=0.5)
-    training.train_privately(work, [participant], plan)
+    private_training.train_privately(work, [participant], plan)
 
 
 LIKELY = (

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-EVERY = 2.0
+SAMPLING_SECONDS = 2.0
 """Seconds between two looks at the memory. Each costs the run some 60 ms; shorter peaks are missed,
 on every side."""
 
@@ -92,7 +92,7 @@ def run(
         def watch() -> None:
             peak[0] = max(peak[0], tree_mib(process.pid))
 
-        with meanwhile(watch, EVERY):
+        with meanwhile(watch, SAMPLING_SECONDS):
             try:
                 code = process.wait()
                 seconds = time.perf_counter() - started

@@ -17,9 +17,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import work
-from client import training
-from fedlora import config as configuration
+from client import private_training, training
 from fedlora import trainable
+from fedlora.accounting import PrivacyPlan
+from fedlora.config import load
 from fedlora.streams import RandomSource
 
 KINDS = {
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    config = configuration.load(Path(work.CONFIG))
+    config = load(Path(work.CONFIG))
     records = trainable.records(config)
     model = trainable.load(config, records.labels)
     count = arguments.institutions
@@ -58,20 +59,25 @@ def main() -> None:
 
     def private(turn: int) -> None:
         participants = [
-            training.Participant(
+            private_training.Participant(
                 shard=records.train(index),
-                mechanism=training.PrivacyMechanism(
+                mechanism=PrivacyPlan(
+                    epsilon=8.0,
+                    delta=1e-5,
                     noise_multiplier=1.0,
                     sample_rate=min(1.0, 64 / len(records.train(index))),
-                    normaliser=64.0,
+                    size_class=len(records.train(index)),
                     max_grad_norm=1.0,
                     clipping="flat",
+                    steps_per_round=plan.steps,
+                    rounds=1,
+                    accountant="prv",
                 ),
                 source=RandomSource.seeded("profile", turn, index),
             )
             for index in range(count)
         ]
-        training.train_privately(model, participants, plan)
+        private_training.train_privately(model, participants, plan)
 
     def plain(turn: int) -> None:
         for index in range(count):

@@ -1,4 +1,4 @@
-"""Write what sweeps and audits found into docs/results.md, with their pictures.
+"""Write the results of sweeps and audits into docs/results.md, with figures.
 
 Usage: python -m benchmarks.results runs/sweeps/epsilon runs/audits/demo-1 ...
 
@@ -7,7 +7,6 @@ is replaced, the others stay. Nothing is typed in by hand: figures come from the
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from experiments import results, sweep_page
 from experiments.audit.run import facts
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
+from fedlora.run_files import is_complete, read_run_file
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 PICTURES = DOCUMENT.parent / "results"
@@ -35,14 +35,14 @@ COLOURS = {
     "--series-7": "#a3324f",
     "--series-8": "#4d5a66",
 }
-"""Of pictures that stand alone, on white."""
+"""Colours of pictures outside a page, on white."""
 
 
 def of_sweep(out: Path) -> str:
     """The part on a sweep; its pictures are written."""
     about, lines = results.manifest(out), results.summary(out)
     pooled, _ = results.tables(out, lines)
-    text = f"{results.HOW}\n\n{results.markdown_table(pooled)}\n"
+    text = f"{results.CAPTION}\n\n{results.markdown_table(pooled)}\n"
     for section in sweep_page.of(out).sections:
         for title, svg in section.figures.items():
             name = f"{about['name']}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
@@ -67,8 +67,8 @@ def standing_alone(svg: str) -> str:
 
 def of_audit(out: Path) -> str:
     """The part on an audit."""
-    found = json.loads((out / "audit.json").read_text(encoding="utf-8"))
-    made = json.loads((out / "run" / "environment.json").read_text(encoding="utf-8"))
+    found = read_run_file(out, "audit.json")
+    made = read_run_file(out / "run", "environment.json")
     rows = [("what", "found"), *facts(found)]
     where = _where({out / "run": None})
     return f"{_command(' '.join(made['command']))}\n\n{where}\n\n{results.markdown_table(rows)}\n"
@@ -81,11 +81,7 @@ def _command(made: str) -> str:
 
 def _where(cells: Mapping[Path, Any]) -> str:
     """Commits and processors of runs; a commit with changes that were not committed has a plus."""
-    found = [
-        json.loads((cell / "environment.json").read_text(encoding="utf-8"))
-        for cell in cells
-        if (cell / "result.json").exists()
-    ]
+    found = [read_run_file(cell, "environment.json") for cell in cells if is_complete(cell)]
     commits = sorted({str(one["git_sha"])[:12] + "+" * bool(one["git_dirty"]) for one in found})
     processors = sorted({str(one["processor"]) for one in found})
     return f"Commit {', '.join(commits)}; processor {', '.join(processors)}; runs: {len(found)}."

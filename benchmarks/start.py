@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.timed_client import WHEN
+from benchmarks.timed_client import FIRST_STEP_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
@@ -35,7 +35,7 @@ def seconds(config: str, out: Path) -> float:
     started = time.time()
     subprocess.run(
         [*command, "--out", str(out), "--quiet"],
-        env={**os.environ, WHEN: str(moment), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, FIRST_STEP_VARIABLE: str(moment), "PYTHONPATH": str(ROOT)},
         check=True,
     )
     return float(moment.read_text()) - started

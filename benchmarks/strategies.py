@@ -33,13 +33,13 @@ ADAM = {
     "inf": {"federation.server-learning-rate": "0.008", "federation.average-last": "0.5"},
     "8": {},
 }
-MEAN = {  # what carries a residual takes the mean itself, so the step is set at the institution
+PLAIN_MEAN = {  # the step of a strategy with residuals is set at the institution
     "federation.server-optimizer": "none",
     "federation.server-learning-rate": "1",
     "federation.average-last": "0",
 }
-SGD = {**MEAN, "training.learning-rate": "3"}
-LOCAL_ADAM = {**MEAN, "training.optimizer": "adam", "training.learning-rate": "0.012"}
+SGD = {**PLAIN_MEAN, "training.learning-rate": "3"}
+LOCAL_ADAM = {**PLAIN_MEAN, "training.optimizer": "adam", "training.learning-rate": "0.012"}
 SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     "fedavg": ADAM,
     "ffa": {**ADAM, "8": {"federation.server-learning-rate": "0.03"}},
@@ -48,17 +48,17 @@ SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     "pad": ADAM,
     "fedsa": {e: {**values, "federation.average-last": "0"} for e, values in ADAM.items()},
     "stack": {"inf": SGD, "8": SGD},
-    "exact": {"inf": LOCAL_ADAM, "8": {**MEAN, "training.learning-rate": "1"}},
+    "exact": {"inf": LOCAL_ADAM, "8": {**PLAIN_MEAN, "training.learning-rate": "1"}},
 }
-ALWAYS = {"federation.evaluate-every": "0"}
-OWN = {"pad": {"adapter.ranks": "8,8,4,4"}}
+SHARED_SETTINGS = {"federation.evaluate-every": "0"}
+STRATEGY_SETTINGS = {"pad": {"adapter.ranks": "8,8,4,4"}}
 
 
 def settings(strategy: str, epsilon: str) -> dict[str, str]:
     """What a run changes in fpb.toml, but for the seed."""
     return {
-        **ALWAYS,
-        **OWN.get(strategy, {}),
+        **SHARED_SETTINGS,
+        **STRATEGY_SETTINGS.get(strategy, {}),
         **SETTINGS[strategy][epsilon],
         "federation.strategy": strategy,
         "privacy.epsilon": epsilon,

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from client import training
+from client import private_training, training
 from client.app import app
 
 __all__ = ["app"]
 
-WHEN = "FEDLORA_FIRST_STEP"
+FIRST_STEP_VARIABLE = "FEDLORA_FIRST_STEP"
 """Environment variable with the file that gets the time, in seconds since the epoch."""
 
 
@@ -21,7 +21,7 @@ def _noted(train: Callable[..., Any]) -> Callable[..., Any]:
     def noting(*args: Any, **options: Any) -> Any:
         now = str(time.time())
         try:
-            with Path(os.environ[WHEN]).open("x") as file:
+            with Path(os.environ[FIRST_STEP_VARIABLE]).open("x") as file:
                 file.write(now)
         except FileExistsError:  # another was first
             pass
@@ -31,4 +31,4 @@ def _noted(train: Callable[..., Any]) -> Callable[..., Any]:
 
 
 training.train = _noted(training.train)
-training.train_privately = _noted(training.train_privately)
+private_training.train_privately = _noted(private_training.train_privately)

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import config as configuration
 from fedlora import model_files
 from fedlora.adapters import TARGETS
+from fedlora.config import RunConfig, load
 from fedlora.rows import PartitionedRows, Table, partition_rows
 
 HERE = Path(__file__).resolve().parent
@@ -40,9 +40,9 @@ class Work:
     private: bool = False
     seed: int = 1
 
-    def config(self) -> configuration.RunConfig:
+    def config(self) -> RunConfig:
         """The run of fedlora."""
-        return configuration.load(CONFIG, self._values())
+        return load(CONFIG, self._values())
 
     def _values(self) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -102,7 +102,7 @@ class Work:
         return file
 
 
-def _dealt(config: configuration.RunConfig) -> PartitionedRows:
+def _dealt(config: RunConfig) -> PartitionedRows:
     return partition_rows(
         config.data, unit=config.privacy.unit, seed=config.seed, task=config.model.task
     )
@@ -116,19 +116,19 @@ def _csv(path: Path, table: Table) -> str:
     return str(path)
 
 
-def _rate(config: configuration.RunConfig) -> float:
+def _rate(config: RunConfig) -> float:
     """The sample rate with which a step of everybody has as many rows as Opacus' has."""
     counts = np.diff(_dealt(config).train[1])
     batches = np.ceil(counts / config.training.batch_size)
     return round(float((counts / batches).sum() / counts.sum()), 4)
 
 
-def _noise(config: configuration.RunConfig, counts: Sequence[int]) -> list[float]:
+def _noise(config: RunConfig, counts: Sequence[int]) -> list[float]:
     """The noise multiplier that fedlora plans for each institution."""
-    from client import institution
+    from fedlora.budget import plan_run
 
-    plans = [institution.budget(config, count, config.federation.rounds) for count in counts]
-    return [each.plan.noise_multiplier for each in plans]
+    plans = [plan_run(config, count, config.federation.rounds) for count in counts]
+    return [each.noise_multiplier for each in plans]
 
 
 def rival(name: str, python: Path, work: Path) -> list[str]:

@@ -1,12 +1,13 @@
-"""Errors of commands that run for long: one line, and how to continue."""
+"""One-line errors of long commands, with the command that continues the work."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 
 from fedlora.errors import InputError, Refusal
+from fedlora.extras import require
 from fedlora.terminal import ERRORS
 
 
@@ -16,7 +17,7 @@ def one_line_errors(directory: Path, resume: str = "") -> Iterator[None]:
 
     Args:
         directory: The run's directory.
-        resume: The command that continues a run, if there is one.
+        resume: The command that continues a run; empty if nothing continues it.
     """
     try:
         yield
@@ -30,16 +31,31 @@ def one_line_errors(directory: Path, resume: str = "") -> Iterator[None]:
         what = str(error) if name == "RunFailed" else f"{name}: {error}"
     ERRORS.write_line(f"error: {what}")
     if (directory / "institutions.log").exists():
-        ERRORS.write_line(f"what institutions logged: {directory / 'institutions.log'}")
+        ERRORS.write_line(f"log of the institutions: {directory / 'institutions.log'}")
     if resume and (directory / "checkpoints").exists():
         ERRORS.write_line(f"every finished round is kept; continue with: {resume} {directory}")
     raise typer.Exit(1)
 
 
-def draw_report(write: Callable[[Path], Path], directory: Path) -> None:
-    """Write a report. A failure is a warning: the run itself is complete."""
+def require_page_packages(purpose: str) -> None:
+    """Check that the packages that draw a page are installed.
+
+    Raises:
+        InputError: Naming the missing package and the remedy.
+    """
+    for package in ("jinja2", "matplotlib"):
+        require(package, "experiments", purpose)
+
+
+def draw_report(directory: Path) -> None:
+    """Write the report of a complete run or sweep. A failure is a warning: the results exist."""
     try:
-        write(directory)
+        require_page_packages("report.html")
+        from experiments import report
+
+        report.write(directory)
+    except InputError as error:
+        ERRORS.write_line(f"warning: report.html was not written: {error}")
     except Exception as error:
         ERRORS.write_line(
             f"warning: report.html was not written ({type(error).__name__}: {error}); "

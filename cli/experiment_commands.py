@@ -10,8 +10,8 @@ import typer
 from rich import box
 from rich.table import Column, Table
 
-from cli.errors import draw_report, one_line_errors
-from fedlora import config as run_config
+from cli.errors import draw_report, one_line_errors, require_page_packages
+from fedlora.config import load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
@@ -27,22 +27,26 @@ def run_sweep(
     ] = None,
     jobs: Annotated[int, typer.Option(help="Cells at a time; they share the cores.")] = 1,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep in the directory.")
+        bool, typer.Option("--resume", help="Continue the sweep in the directory.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Also if it has over 1,000 cells.")] = False,
     engine: Annotated[
         Literal["auto", "ray", "inline"],
-        typer.Option(help="Of the cells; auto: ray, but inline where one core is all it gets."),
+        typer.Option(help="Engine of the cells; auto: ray, but inline for a cell with one core."),
     ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Run a grid of configurations, each also locally, centrally or without training."""
     from cli.simulation_commands import execute
-    from experiments import cells, report, results
+    from experiments import cells, results
+
+    require_page_packages("fedlora sweep")
 
     place = (out or Path("runs/sweeps") / sweep.stem).absolute()
     console = Terminal(quiet=as_json)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends its cells
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a SIGTERM ends the cells too
     try:
         done = cells.run(
             sweep,
@@ -59,12 +63,12 @@ def run_sweep(
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-    draw_report(report.write, place)
+    draw_report(place)
     if as_json:
         print(json.dumps(done))
     elif done["results"]:
         pooled, _ = results.tables(place, results.summary(place))
-        # Not on the screen, but in results.md.
+        # The screen leaves these columns to results.md.
         left = {"macro-F1, %", "gain over local-dp", "MB moved", "seconds", "seeds", "delta"}
         left |= {"epsilon"} if "privacy.epsilon" in pooled[0] else set()
         columns = [column for column in zip(*pooled, strict=True) if column[0] not in left]
@@ -89,7 +93,8 @@ def write_report(
     directory: Annotated[Path, typer.Argument(help="A complete run, or a sweep.")],
     as_json: Json = False,
 ) -> None:
-    """Write report.html into a run's or a sweep's directory: one page that needs no other file."""
+    """Write report.html into a run's or a sweep's directory: one self-contained page."""
+    require_page_packages("fedlora report")
     from experiments import report
 
     path = report.write(directory)
@@ -106,7 +111,8 @@ def compare_runs(
     out: Annotated[Path, typer.Option(help="The page with figures.")] = Path("compare.html"),
     as_json: Json = False,
 ) -> None:
-    """What differs between runs: settings, accuracy, privacy, seconds, bytes."""
+    """Compare runs: settings, accuracy, privacy, seconds, bytes."""
+    require_page_packages("fedlora compare")
     from experiments import compare
 
     compared = compare.write(runs, out)
@@ -129,9 +135,9 @@ def plan(
     batch_size: Annotated[int, typer.Option(help="Expected records a step.")],
     steps: Annotated[int, typer.Option(help="Steps of the whole plan, all rounds together.")],
     epsilon: Annotated[
-        float | None, typer.Option(help="Budget; gives the noise multiplier.")
+        float | None, typer.Option(help="Budget; yields the noise multiplier.")
     ] = None,
-    noise_multiplier: Annotated[float | None, typer.Option(help="Noise; gives epsilon.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Noise; yields epsilon.")] = None,
     delta: Annotated[float | None, typer.Option(help="By default 1 / (10 x records).")] = None,
     accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
     table: Annotated[
@@ -139,7 +145,7 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Noise for a budget over a whole plan, or the budget that a noise spends."""
+    """Compute the noise for a budget over a whole plan, or the epsilon that a noise spends."""
     from experiments import planning
 
     result = planning.plan(
@@ -170,10 +176,10 @@ def audit(
         Path | None, typer.Option(help="Directory; by default runs/audit-NAME-TIME.")
     ] = None,
     canaries: Annotated[
-        int, typer.Option(help="Rows of the auditor's own; 1,000 can show epsilon 5.3 at most.")
+        int, typer.Option(help="Rows that the auditor plants; 1,000 can show epsilon 5.3 at most.")
     ] = 1000,
     shadows: Annotated[
-        int, typer.Option(help="Further runs, for LiRA on real rows; 8 or more say something.")
+        int, typer.Option(help="Further runs for LiRA on real rows; use 8 or more.")
     ] = 0,
     engine: Annotated[
         Literal["ray", "inline"], typer.Option(help="Worker processes, or this process.")
@@ -181,17 +187,17 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Train with canaries among the records and attack the result; exit 3 if a promise breaks."""
-    from experiments.audit import run as audit_run
+    from experiments.audit.run import check, run, show
 
-    loaded = run_config.load(config, run_config.parse_overrides(assign or []))
+    loaded = load(config, parse_overrides(assign or []))
     place = out or Path(f"runs/audit-{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if shadows < 0:
         raise InputError(f"--shadows is {shadows}; it must be at least 0, which leaves LiRA out")
-    audit_run.check(loaded, place)
+    check(loaded, place, engine)
     console = Terminal(quiet=as_json)
     console.write_line(f"auditing; results in {place}")
     with one_line_errors(place / "run"):
-        result = audit_run.run(
+        result = run(
             loaded,
             out=place,
             canaries=canaries,
@@ -202,7 +208,7 @@ def audit(
     if as_json:
         print(json.dumps(result))
     else:
-        audit_run.show(result, console)
+        show(result, console)
         console.write_line(f"audit          {place / 'audit.json'}")
     if failed := result.get("lira failed"):
         ERRORS.write_line(f"error: the shadow runs of LiRA failed: {failed}")

@@ -39,7 +39,7 @@ def ledger_init(
 def ledger_show(
     path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False
 ) -> None:
-    """What a ledger has spent."""
+    """Show the spent budget and the entries of a ledger."""
     from client.ledger import Ledger
 
     with Ledger.open(path) as opened:
@@ -69,12 +69,12 @@ def ledger_show(
 def ledger_verify(
     path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False
 ) -> None:
-    """Whether a ledger is whole; exit code 1 when it is not."""
+    """Verify that a ledger is whole; exit with code 1 if it is not."""
     from client.ledger import Ledger
 
     problems: list[str] = []
     try:
-        Ledger.open(path).close()  # opening checks all of it
+        Ledger.open(path).close()  # opening verifies the whole ledger
     except Refusal as refusal:
         if refusal.code != "ledger-corrupt":
             raise

@@ -1,4 +1,4 @@
-"""The command line: one entry; the commands of a room are loaded when one of them is called.
+"""The command line. It loads a room's commands when one of them is called.
 
 Exit codes: 0 done, 1 failed midway (finished work is kept), 2 bad input (nothing was written),
 3 an audit's promise is broken.
@@ -36,7 +36,7 @@ COMMANDS = {
     "deploy": "deployment.cli",
 }
 """Each command and the module that holds it, in the order of the help page."""
-atexit.register(gc.freeze)  # else the interpreter collects garbage for a second before it ends
+atexit.register(gc.freeze)  # skips a second of garbage collection at exit
 
 
 class Commands(TyperGroup):

@@ -9,14 +9,15 @@ import typer
 from rich.table import Column, Table
 
 from cli.errors import draw_report, one_line_errors
-from fedlora import config as run_config
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, describe, load, parse_overrides
 from fedlora.errors import InputError
+from fedlora.run_files import CONFIG, is_complete
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
-Whose = Annotated[
-    str, typer.Option("--institution", help="Whose adapter, where each institution has its own.")
+Institution = Annotated[
+    str,
+    typer.Option(help="The institution whose adapter is used, where each has its own."),
 ]
 
 
@@ -44,7 +45,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
 ) -> None:
     """Run a federation on this machine or on a Ray cluster."""
-    overrides: dict[str, Any] = dict(run_config.parse_overrides(assign or []))
+    overrides: dict[str, Any] = dict(parse_overrides(assign or []))
     if ray_address:
         overrides["engine.ray-address"] = ray_address
     if max_epsilon is not None:
@@ -57,14 +58,13 @@ def run(
             style="red",
             soft_wrap=True,
         )
-    from experiments import report
     from simulation import progress
     from simulation.run import simulate
 
     with one_line_errors(Path(resolved.run_dir), "fedlora run --resume"):
         result = simulate(resolved, engine, console)
 
-    draw_report(report.write, Path(resolved.run_dir))
+    draw_report(Path(resolved.run_dir))
     if as_json:
         print(json.dumps(result))
     elif not quiet:
@@ -74,29 +74,29 @@ def run(
 def _resolve(
     path: Path | None, overrides: dict[str, Any], out: Path | None, resume: Path | None
 ) -> RunConfig:
-    """This run's configuration; its run directory is absolute, and free or the one to resume."""
+    """Resolve a run's configuration. Its run directory is absolute, and free or to be resumed."""
     if resume is not None:
         if out is not None:
             raise InputError(
                 "--out and --resume exclude each other; a resumed run stays where it is"
             )
-        if not (resume / "config.toml").exists():
+        if not (resume / CONFIG).exists():
             raise InputError(
                 f"{resume} holds no run (no config.toml); give the directory that a run printed"
             )
-        path = path or resume / "config.toml"
+        path = path or resume / CONFIG
     elif path is None:
         raise InputError("no config was given; try `fedlora run experiments/configs/demo.toml`")
-    loaded = run_config.load(path, overrides)
-    name = path.parent.name if path.name == "config.toml" else path.stem
+    loaded = load(path, overrides)
+    name = path.parent.name if path.name == CONFIG else path.stem
     chosen = (
         resume or out or Path(loaded.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     )
-    if resume is None and (chosen / "config.toml").exists():
+    if resume is None and (chosen / CONFIG).exists():
         raise InputError(
             f"{chosen} holds another run; give another --out, or continue it with --resume {chosen}"
         )
-    if resume is not None and (resume / "result.json").exists():
+    if resume is not None and is_complete(resume):
         raise InputError(f"{resume} is complete; there is nothing to resume (see its result.json)")
     values: dict[str, Any] = {"run-dir": str(chosen.absolute())}
     if loaded.privacy.ledger:
@@ -117,12 +117,12 @@ def _resolve(
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
     data: Annotated[str, typer.Option(help="A source, as in data.source.")],
-    institution: Whose = "",
+    institution: Institution = "",
     as_json: Json = False,
 ) -> None:
     """Measure a run's adapter on other data.
 
-    Whether it was trained on some of these rows is not known here.
+    The command does not know whether the run trained on some of these rows.
     """
     from fedlora import finished_run
     from simulation import progress
@@ -135,9 +135,8 @@ def evaluate(
     truncated, max_length = result.pop("truncated"), result.pop("max_length")
     for key, value in result.items():
         if key != "per_class":
-            table.add_row(
-                key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
-            )
+            name = "rows" if key == "n" else key.replace("_", " ")
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     progress.add_baseline(table, result)
     if truncated:
         table.add_row("cut to length", progress.longer(truncated, max_length))
@@ -154,10 +153,10 @@ def evaluate(
 def predict(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
     text: Annotated[list[str], typer.Argument(help="One or more texts.")],
-    institution: Whose = "",
+    institution: Institution = "",
     as_json: Json = False,
 ) -> None:
-    """Say what a run's adapter makes of a text."""
+    """Answer texts with a run's adapter."""
     from fedlora import finished_run
     from simulation import progress
 
@@ -177,8 +176,10 @@ def predict(
 @clean_errors
 def merge(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
-    out_dir: Annotated[Path, typer.Argument(help="Where the merged model goes; must not exist.")],
-    institution: Whose = "",
+    out_dir: Annotated[
+        Path, typer.Argument(help="Directory of the merged model; it must not exist.")
+    ],
+    institution: Institution = "",
 ) -> None:
     """Fold a run's adapter into its base: one safetensors model directory."""
     from fedlora import finished_run
@@ -191,16 +192,16 @@ def merge(
 @clean_errors
 def show_config(
     config: Annotated[
-        Path | None, typer.Argument(help="A TOML file; without one, all keys.")
+        Path | None, typer.Argument(help="A TOML file; without a file, all keys.")
     ] = None,
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """All keys with types, defaults and meaning; or what a file resolves to."""
+    """Print all keys with types, defaults and meaning, or the resolved keys of a file."""
     if config is not None:
-        resolved = run_config.load(config, run_config.parse_overrides(assign or []))
+        resolved = load(config, parse_overrides(assign or []))
         print(
             json.dumps(resolved.flat()) if as_json else resolved.to_toml(),
             end="" if not as_json else "\n",
@@ -208,7 +209,7 @@ def show_config(
         return
     if assign:
         raise InputError("--set changes a file's values; give a CONFIG too")
-    rows = run_config.describe()
+    rows = describe()
     if as_json:
         print(
             json.dumps(
@@ -216,7 +217,7 @@ def show_config(
             )
         )
         return
-    others = (Column(name, overflow="fold") for name in ("type", "default", "what it is"))
+    others = (Column(name, overflow="fold") for name in ("type", "default", "meaning"))
     table = Table(Column("key", no_wrap=True), *others)
     for row in rows:
         table.add_row(*row)

@@ -1,16 +1,19 @@
 """DP-SGD around per-example gradients: Poisson sampling, clipping, noise, a check after each.
 
 Opacus supplies the optimizer's order of events (`DPOptimizer`), the sampler's contract and the
-accountants. What is ours: noise and sampling come from one keyed `RandomSource`, clipping works in
-place, and every step is checked. A check that fails ends the training with a `Refusal`; nothing is
-released.
+accountants. This module draws noise and samples from one keyed `RandomSource`, clips in place and
+checks every step. A failed check ends the training with a `Refusal`; nothing is released.
 
 Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. (2022),
 arXiv 2206.07136.
 """
 
+# torch and Opacus type some of their functions in part only
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +26,15 @@ from torch.utils.data import Sampler
 from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 
-HEADROOM = 1 - 4e-7
+CLIPPING_MARGIN = 1 - 4e-7
 """Gradients are scaled to this share of the bound, so that rounding (two float32 products, 1.2e-7)
 never takes one above it."""
 
-NOISE_SIGMAS = 7.0
+MAX_NOISE_SIGMAS = 7.0
 """A step's noise may be off by this many standard errors; false alarms are rarer than 1e-11."""
 
-LONGEST = 1e12
-"""A longer gradient counts as not finite: scaling it down would lose float32 precision."""
+MAX_FINITE_NORM = 1e12
+"""A gradient with a larger norm counts as not finite: scaling it would lose float32 precision."""
 
 AUTOMATIC_GAMMA = 0.01
 """Stabiliser of automatic clipping, as in Bu et al."""
@@ -46,14 +49,14 @@ class PoissonSampler(UniformWithReplacementSampler):
         units: Number of units.
         sample_rate: Probability in (0, 1].
         steps: Batches to draw.
-        source: Where the draws come from.
+        source: The random source of the draws.
     """
 
     def __init__(self, *, units: int, sample_rate: float, steps: int, source: RandomSource) -> None:
         super().__init__(num_samples=units, sample_rate=sample_rate, steps=steps)
         self._source = source
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Generator[list[int]]:
         for _ in range(self.steps):
             yield np.flatnonzero(self._source.uniform(self.num_samples) < self.sample_rate).tolist()
 
@@ -70,19 +73,19 @@ def check_sampler(sampler: Sampler[list[int]]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Clipping:
-    """How a unit's gradient is kept to norm C; both kinds have sensitivity C.
+    """Clipping of a unit's gradient to norm C; both kinds have sensitivity C.
 
     Args:
         max_grad_norm: C.
-        kind: ``flat`` scales a gradient down to C when it is longer; ``automatic`` scales each to
-            nearly C.
+        kind: ``flat`` scales a gradient to norm C when its norm is larger; ``automatic`` scales
+            every gradient to nearly C.
     """
 
     max_grad_norm: float
     kind: str
 
     def clip(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Clip in place. A unit whose gradient is not finite, or absurdly long, becomes zero.
+        """Clip in place. A unit's gradient that is not finite, by `MAX_FINITE_NORM`, becomes zero.
 
         Args:
             gradients: ``(units, *shape)`` of each parameter; a unit's norm is over all of them.
@@ -93,7 +96,7 @@ class Clipping:
         if not len(gradients[0]):
             return
         norms = _norms(gradients)
-        bad = ~(norms <= LONGEST)  # also nan and inf
+        bad = ~(norms <= MAX_FINITE_NORM)  # also nan and inf
         if bad.any():
             for g in gradients:
                 g[bad] = 0.0
@@ -112,16 +115,15 @@ class Clipping:
     def factors(self, norms: torch.Tensor) -> torch.Tensor:
         """Scale of each unit's gradient. ``norms`` (units,) float64, finite."""
         if self.kind == "automatic":
-            return self.max_grad_norm * HEADROOM / (norms + AUTOMATIC_GAMMA)
-        return (self.max_grad_norm * HEADROOM / (norms + 1e-6)).clamp(max=1.0)
+            return self.max_grad_norm * CLIPPING_MARGIN / (norms + AUTOMATIC_GAMMA)
+        return (self.max_grad_norm * CLIPPING_MARGIN / (norms + 1e-6)).clamp(max=1.0)
 
 
 class PrivateOptimizer(DPOptimizer):
     r"""`DPOptimizer` with keyed noise and a check on every step.
 
-    Gradients come in ``p.grad_sample``, or, where several institutions share a pass, as sums of
-    gradients that `Clipping.clip` has clipped, in ``p.summed_grad`` with no unit in
-    ``p.grad_sample``.
+    Gradients are in ``p.grad_sample``. Where several institutions share a pass, ``p.summed_grad``
+    holds the sum of gradients that `Clipping.clip` has clipped, and ``p.grad_sample`` no unit.
 
     Guarantee: the gradient handed to the wrapped optimizer is
     :math:`\frac{1}{L}(\sum_u \mathrm{clip}(g_u) + \mathcal N(0, \sigma^2 C^2 I))`, where each
@@ -133,9 +135,9 @@ class PrivateOptimizer(DPOptimizer):
         optimizer: Over exactly the parameters that are trained.
         names: Parameter -> name, for errors.
         noise_multiplier: :math:`\sigma > 0`.
-        clipping: C, and how a unit's gradient is kept to it.
-        normaliser: L, the public expected number of units a step.
-        source: Where the noise comes from.
+        clipping: C and the kind of clipping.
+        expected_batch_size: L, public; the noisy sum is divided by it.
+        source: The random source of the noise.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class PrivateOptimizer(DPOptimizer):
         names: Mapping[torch.nn.Parameter, str],
         noise_multiplier: float,
         clipping: Clipping,
-        normaliser: float,
+        expected_batch_size: float,
         source: RandomSource,
     ) -> None:
         if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
@@ -156,7 +158,7 @@ class PrivateOptimizer(DPOptimizer):
             optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=clipping.max_grad_norm,
-            expected_batch_size=normaliser,  # pyright: ignore[reportArgumentType]
+            expected_batch_size=expected_batch_size,  # pyright: ignore[reportArgumentType]
         )
         self._names = names
         self._clipping = clipping
@@ -186,7 +188,7 @@ class PrivateOptimizer(DPOptimizer):
         return self._source.normal(count)
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One Opacus step; when the weights were to change, check that each did."""
+        """One Opacus step, then a check that each parameter changed."""
         for p in self.params:
             if getattr(p, "grad_sample", None) is None:
                 raise Refusal("guard-no-gradient", f"{self._names[p]} has no per-example gradient")
@@ -216,7 +218,7 @@ def check_noise(noise: np.ndarray, deviation: float) -> None:
     n = noise.size
     ratio = float(np.mean(np.square(noise))) / deviation**2
     z = (np.cbrt(ratio) - (1 - 2 / (9 * n))) / math.sqrt(2 / (9 * n))
-    if not abs(z) <= NOISE_SIGMAS:
+    if not abs(z) <= MAX_NOISE_SIGMAS:
         raise Refusal(
             "guard-noise",
             f"noise has deviation {math.sqrt(ratio) * deviation:.6g}; {deviation:.6g} was planned",

@@ -1,4 +1,4 @@
-"""An institution's privacy ledger: what its records have spent, on its own disk.
+"""An institution's privacy ledger: the epsilon that its records have spent, on its own disk.
 
 One SQLite file that outlives every process. Spending is written, and on the disk, *before* the
 steps run; nothing is ever refunded. An answer is stored before it is sent. So at whatever point a
@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client import ledger_file
-from client import ledger_integrity as integrity
+from client import ledger_file, ledger_integrity
 from fedlora import accounting
 from fedlora.accounting import Event, History
 from fedlora.errors import InputError, Refusal
@@ -32,7 +31,7 @@ from fedlora.streams import KEY_BYTES
 
 @dataclass(frozen=True, kw_only=True)
 class Charge:
-    """What a charge allows.
+    """A charge that was written, or found.
 
     Args:
         key: 32 bytes from which the round's noise and sampling are drawn; empty when the round was
@@ -106,15 +105,15 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._connection.close()
 
     def bind(self, fingerprint: str, unit: str) -> None:
-        """Fix whose ledger this is on first use; afterwards check it.
+        """Bind the ledger to records and unit on first use; afterwards check both.
 
         Args:
             fingerprint: Digest of the records and their units.
-            unit: ``"record"``, or the column that names whom one unit of privacy covers.
+            unit: ``"record"``, or the column whose values are the units of privacy.
 
         Raises:
             Refusal: ``ledger-foreign`` if it belongs to other records or another unit.
@@ -134,7 +133,7 @@ class Ledger:
         self,
         *,
         run_id: str,
-        round: int,
+        round_number: int,
         order_digest: str,
         event: Event,
         planned: Sequence[Event],
@@ -153,7 +152,7 @@ class Ledger:
 
         Args:
             run_id: The run.
-            round: Its round.
+            round_number: Its round.
             order_digest: Digest of everything that determines the release: the order and the
                 configuration.
             event: The round's steps.
@@ -172,13 +171,13 @@ class Ledger:
                 bound yet), ``ledger-locked``, ``ledger-corrupt``, ``ledger-unusable``.
         """
         with self._transaction() as db:
-            answer = ledger_file.answered(db, run_id, round, order_digest)
+            answer = ledger_file.answered(db, run_id, round_number, order_digest)
             if answer is not None:
                 return Charge(key=b"", answer=answer)
             paid = db.execute(
                 "SELECT key FROM charges WHERE (run, round, digest) = (?, ?, ?)"
                 " AND (noise_multiplier, sample_rate, steps) = (?, ?, ?) ORDER BY id DESC LIMIT 1",
-                (run_id, round, order_digest, *dataclasses.astuple(event)),
+                (run_id, round_number, order_digest, *dataclasses.astuple(event)),
             ).fetchone()
             if paid is not None:
                 return Charge(key=paid[0], answer=None)
@@ -197,7 +196,7 @@ class Ledger:
             extra = () if count else tuple(extra_events)
             self._check_budget(db, run_id, (event, *extra), planned)
             fresh = os.urandom(KEY_BYTES) if key is None else key
-            ledger_file.append(db, run_id, round, order_digest, event, extra, fresh)
+            ledger_file.append(db, run_id, round_number, order_digest, event, extra, fresh)
         return Charge(key=fresh, answer=None)
 
     def _check_budget(
@@ -217,7 +216,9 @@ class Ledger:
                 f"{self._epsilon(before):.4g} is spent and this round would make it {needed:.4g}",
             )
 
-    def store_answer(self, run_id: str, round: int, order_digest: str, answer: bytes) -> None:
+    def store_answer(
+        self, run_id: str, round_number: int, order_digest: str, answer: bytes
+    ) -> None:
         """Keep a round's answer, which may be sent once this returns.
 
         The same transaction wipes the round's key and drops the answers of the run's earlier
@@ -228,17 +229,17 @@ class Ledger:
             ValueError: If the round was not charged.
         """
         with self._transaction() as db:
-            if ledger_file.answered(db, run_id, round, order_digest) is not None:
+            if ledger_file.answered(db, run_id, round_number, order_digest) is not None:
                 raise Refusal(
-                    "round-already-answered", f"round {round} of run {run_id} has its answer"
+                    "round-already-answered", f"round {round_number} of run {run_id} has its answer"
                 )
             charged = db.execute(
                 "SELECT count(*) FROM charges WHERE (run, round, digest) = (?, ?, ?)",
-                (run_id, round, order_digest),
+                (run_id, round_number, order_digest),
             ).fetchone()[0]
             if not charged:
-                raise ValueError(f"round {round} of run {run_id} was never charged")
-            ledger_file.keep_answer(db, run_id, round, order_digest, answer)
+                raise ValueError(f"round {round_number} of run {run_id} was never charged")
+            ledger_file.store_answer(db, run_id, round_number, order_digest, answer)
 
     def released_size(self, run_id: str, noised: float) -> float:
         """Remember the noised size that a run releases; the first one given stays.
@@ -269,6 +270,10 @@ class Ledger:
         """Epsilon of everything charged, at the ledger's delta."""
         return self._epsilon(self.history())
 
+    def fits(self, planned: Sequence[Event]) -> bool:
+        """Whether everything charged and a whole planned run are within the limit."""
+        return self._epsilon((*self.history(), *planned)) <= self.max_epsilon
+
     def show(self) -> dict[str, Any]:
         """The ledger in plain values, for people and for JSON."""
         with ledger_file.refusing(self._path):
@@ -276,7 +281,7 @@ class Ledger:
                 "SELECT fingerprint, unit FROM ledger"
             ).fetchone()
             rows = self._connection.execute(
-                f"SELECT {integrity.COLUMNS}, key IS NULL FROM charges ORDER BY id"
+                f"SELECT {ledger_integrity.COLUMNS}, key IS NULL FROM charges ORDER BY id"
             ).fetchall()
         spent = self.spent()
         return {
@@ -290,7 +295,7 @@ class Ledger:
             "entries": [
                 {
                     "run": run,
-                    "round": round,
+                    "round": number,
                     "noise_multiplier": sigma,
                     "sample_rate": rate,
                     "steps": steps,
@@ -298,7 +303,7 @@ class Ledger:
                     "at": at,
                     "answered": bool(answered),
                 }
-                for _, run, round, _, sigma, rate, steps, extra, at, answered in rows
+                for _, run, number, _, sigma, rate, steps, extra, at, answered in rows
             ],
         }
 
@@ -309,9 +314,9 @@ class Ledger:
     def _transaction(self) -> Generator[sqlite3.Connection]:
         db = self._connection
         with ledger_file.refusing(self._path), ledger_file.transaction(db):
-            ledger_file.refuse(self._path, integrity.broken_seal(db))
+            ledger_file.refuse(self._path, ledger_integrity.broken_seal(db))
             yield db
-            integrity.seal(db)
+            ledger_integrity.seal(db)
 
 
 def _within(part: History, whole: History) -> bool:

@@ -10,8 +10,7 @@ from collections.abc import Generator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client import ledger_integrity as integrity
-from client import ledger_upgrade
+from client import ledger_integrity, ledger_upgrade
 from fedlora import files
 from fedlora.accounting import Event, History, compose
 from fedlora.errors import InputError, Refusal
@@ -37,14 +36,14 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
                 # Nobody sees the draft: it is synced once, as a whole, not statement by statement.
                 db.execute("PRAGMA synchronous=OFF")
                 db.execute("PRAGMA journal_mode=WAL")
-                db.executescript(integrity.SCHEMA)
+                db.executescript(ledger_integrity.SCHEMA)
                 db.execute(
                     "INSERT INTO ledger VALUES (?, ?, ?, NULL, NULL, 0, ?, '')",
-                    (*limits, integrity.genesis(*limits)),
+                    (*limits, ledger_integrity.genesis(*limits)),
                 )
-                integrity.seal(db)
+                ledger_integrity.seal(db)
                 db.execute(f"PRAGMA application_id={_APPLICATION}")
-                db.execute(f"PRAGMA user_version={integrity.VERSION}")
+                db.execute(f"PRAGMA user_version={ledger_integrity.VERSION}")
             files.sync(draft)
             path.hardlink_to(draft)  # unlike a rename, it fails where a file is
         files.sync(path.parent)
@@ -79,17 +78,18 @@ def connect(path: Path) -> sqlite3.Connection:
             db.execute("PRAGMA secure_delete=ON")  # a wiped key is overwritten
             if _number(db, "application_id") != _APPLICATION or _number(db, "user_version") not in (
                 ledger_upgrade.FROM,
-                integrity.VERSION,
+                ledger_integrity.VERSION,
             ):
                 raise Refusal(
-                    "ledger-foreign", f"{path} is not a ledger of version {integrity.VERSION}"
+                    "ledger-foreign",
+                    f"{path} is not a ledger of version {ledger_integrity.VERSION}",
                 )
             if _number(db, "user_version") == ledger_upgrade.FROM:
                 with transaction(db):
                     if _number(db, "user_version") == ledger_upgrade.FROM:  # still
                         refuse(path, ledger_upgrade.upgrade(db))
             with transaction(db, "DEFERRED"):  # one snapshot, whatever others charge meanwhile
-                refuse(path, integrity.problems(db))
+                refuse(path, ledger_integrity.problems(db))
         except BaseException:
             db.close()
             raise
@@ -136,32 +136,32 @@ def refusing(path: Path) -> Generator[None]:
         raise Refusal("ledger-unusable", f"{path}: {error.strerror}") from error
 
 
-def answered(db: sqlite3.Connection, run: str, round: int, digest: str) -> bytes | None:
+def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> bytes | None:
     """The stored answer to this very order, or None if the round has no answer yet."""
     stored = db.execute(
-        "SELECT digest, answer FROM answers WHERE (run, round) = (?, ?)", (run, round)
+        "SELECT digest, answer FROM answers WHERE (run, round) = (?, ?)", (run, number)
     ).fetchone()
     if stored is not None and stored[0] == digest:
         return stored[1]
     wiped = db.execute(
-        "SELECT count(*) FROM charges WHERE (run, round) = (?, ?) AND key IS NULL", (run, round)
+        "SELECT count(*) FROM charges WHERE (run, round) = (?, ?) AND key IS NULL", (run, number)
     ).fetchone()[0]
     if wiped:
         raise Refusal(
             "round-already-answered",
-            f"round {round} of run {run} was answered "
+            f"round {number} of run {run} was answered "
             + ("to another order" if stored else "and its answer dropped after a later round"),
         )
     return None
 
 
-def keep_answer(db: sqlite3.Connection, run: str, round: int, digest: str, answer: bytes) -> None:
+def store_answer(db: sqlite3.Connection, run: str, number: int, digest: str, answer: bytes) -> None:
     """Store an answer, wipe the round's keys and drop the answers of the run's earlier rounds."""
-    db.execute("UPDATE charges SET key = NULL WHERE (run, round) = (?, ?)", (run, round))
-    db.execute("DELETE FROM answers WHERE run = ? AND round < ?", (run, round))
+    db.execute("UPDATE charges SET key = NULL WHERE (run, round) = (?, ?)", (run, number))
+    db.execute("DELETE FROM answers WHERE run = ? AND round < ?", (run, number))
     db.execute(
         "INSERT INTO answers VALUES (?, ?, ?, ?, ?)",
-        (run, round, digest, answer, integrity.sha256(answer)),
+        (run, number, digest, answer, ledger_integrity.sha256(answer)),
     )
 
 
@@ -196,7 +196,7 @@ def check_same_run(
 def append(
     db: sqlite3.Connection,
     run: str,
-    round: int,
+    number: int,
     digest: str,
     event: Event,
     extra: Sequence[Event],
@@ -207,7 +207,7 @@ def append(
     row = (
         entries + 1,
         run,
-        round,
+        number,
         digest,
         float(event.noise_multiplier),
         float(event.sample_rate),
@@ -215,9 +215,9 @@ def append(
         json.dumps([[e.noise_multiplier, e.sample_rate, e.steps] for e in extra]),
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    chain = integrity.link(head, *row)
+    chain = ledger_integrity.link(head, *row)
     db.execute(
-        f"INSERT INTO charges ({integrity.COLUMNS}, chain, key) VALUES ({'?, ' * 10}?)",
+        f"INSERT INTO charges ({ledger_integrity.COLUMNS}, chain, key) VALUES ({'?, ' * 10}?)",
         (*row, chain, key),
     )
     db.execute("UPDATE ledger SET entries = ?, head = ?", (entries + 1, chain))

@@ -4,6 +4,10 @@ Charges are only ever added. Each carries a hash of itself and of all charges be
 Everything else changes: the binding is set, keys are wiped, answers are dropped. The seal is a hash
 of all that and of the chain's end; every transaction checks it first and renews it last.
 
+The whole file is checked when it is opened, which is once a round. While it is open, each write
+checks the seal, which shows another program's change to all but the earlier charges; the chain
+shows those at the next opening.
+
 Guaranteed: a change by accident, or by hand, to anything that is read is found when the ledger is
 opened. Not guaranteed: that a change is found after which somebody computed the hashes anew, since
 they have no key, or that an older copy of the whole file is.
@@ -89,8 +93,8 @@ def problems(db: sqlite3.Connection) -> list[str]:
         or broken_chain(db)
         or broken_seal(db)
         or [
-            f"the answer to round {round} of run {run} was altered"
-            for run, round, answer, stated in db.execute(
+            f"the answer to round {number} of run {run} was altered"
+            for run, number, answer, stated in db.execute(
                 "SELECT run, round, answer, sha256 FROM answers"
             )
             if sha256(answer) != stated

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 
-from client import ledger_integrity as integrity
+from client import ledger_integrity
 
 FROM = 1
 
@@ -21,7 +21,7 @@ def upgrade(db: sqlite3.Connection) -> list[str]:
     Returns:
         What is wrong with the ledger, in words; the transaction must then be rolled back.
     """
-    if found := integrity.broken_pages(db) or integrity.broken_chain(db):
+    if found := ledger_integrity.broken_pages(db) or ledger_integrity.broken_chain(db):
         return found
     ledger = db.execute(
         "SELECT max_epsilon, delta, accountant, fingerprint, unit, entries, head FROM ledger"
@@ -29,13 +29,13 @@ def upgrade(db: sqlite3.Connection) -> list[str]:
     answers = db.execute("SELECT run, round, digest, answer FROM answers").fetchall()
     for table in ("ledger", "answers"):
         db.execute(f"DROP TABLE {table}")
-    db.execute(integrity.LEDGER)
-    db.execute(integrity.ANSWERS)
+    db.execute(ledger_integrity.LEDGER)
+    db.execute(ledger_integrity.ANSWERS)
     db.executemany("INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?, '')", ledger)
     db.executemany(
         "INSERT INTO answers VALUES (?, ?, ?, ?, ?)",
-        [(*row, integrity.sha256(row[-1])) for row in answers],
+        [(*row, ledger_integrity.sha256(row[-1])) for row in answers],
     )
-    integrity.seal(db)
-    db.execute(f"PRAGMA user_version={integrity.VERSION}")
-    return integrity.problems(db)
+    ledger_integrity.seal(db)
+    db.execute(f"PRAGMA user_version={ledger_integrity.VERSION}")
+    return ledger_integrity.problems(db)

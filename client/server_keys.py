@@ -1,9 +1,8 @@
-"""What a deployed institution does with each key of a server's configuration.
+"""The rules by which a deployed institution treats each key of a server's configuration.
 
-`KEYS` names every key of `RunConfig`, with one of three rules: `Own`, `Unused` and `Taken`. The
-value of a key that the institution does not take is dropped before anything reads it. A value that
-it takes has the bounds that `fedlora.config` declares for everybody, and those of the institution's
-settings on top.
+`KEYS` names every key of `RunConfig`, with one of three rules: `Own`, `Unused` and `Taken`. A value
+that the institution does not take is dropped before anything reads it. A value that it takes has
+the bounds of `fedlora.config`, which hold for everybody, and those of the institution's settings.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,22 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.settings import Settings
-from fedlora import config as configuration
-from fedlora.config import RESIDUALS, RunConfig, Scalar
+from fedlora.config import INSTITUTIONS, RunConfig, Scalar, from_flat
 from fedlora.errors import InputError, Refusal
 
-LONGEST = 1000
-"""Characters of a text where `Taken` says nothing else; a longer one is neither read nor logged."""
-LONGEST_LIST = 2**15
-MOST_MODULES = 256
-PROMPT = 16
-"""Characters of a prompt for each token of the longest row that the settings allow. It is tokenised
-with every record, and a longer one would leave no room for a text."""
+MAX_TEXT = 1000
+"""Characters of a text unless `Taken` has another bound; longer texts are not read or logged."""
+MAX_LIST_TEXT = 2**15
+"""Characters of a list's text."""
+MAX_MODULES = 256
+PROMPT_CHARACTERS_PER_TOKEN = 16
+"""Characters of a prompt for each token of the longest row that the settings allow. A prompt is
+tokenised with every record, and a longer one would leave no room for a text."""
 
 
 @dataclass(frozen=True)
 class Own:
-    """The settings decide; the server's value is not looked at."""
+    """The settings decide; the server's value is not read."""
 
     value: Callable[[Settings], Any]
 
@@ -41,9 +40,9 @@ class Limit:
     """A bound of the settings.
 
     Args:
-        code: Of the refusal.
+        code: The refusal's code.
         allows: Whether the settings allow the run.
-        what: What the run does, for the log; ``run`` is its configuration.
+        what: A description of the run for the log; ``run`` is its configuration.
     """
 
     code: str
@@ -57,15 +56,15 @@ class Taken:
 
     Args:
         limits: Checked in order.
-        longest: Characters of the value where it is a text.
+        max_characters: Characters of the value, at most, where it is a text.
     """
 
     limits: tuple[Limit, ...] = ()
-    longest: Callable[[Settings], int] = lambda _: LONGEST
+    max_characters: Callable[[Settings], int] = lambda _: MAX_TEXT
 
 
 def _residual_rank(run: RunConfig) -> int:
-    return run.federation.residual_rank if run.federation.strategy in RESIDUALS else 0
+    return run.federation.residual_rank if run.federation.traits.residuals else 0
 
 
 KEYS: Mapping[str, Own | Unused | Taken] = {
@@ -82,7 +81,17 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     ),
     "model.dtype": Taken(),
     "model.quantization": Taken(),
-    "model.task": Taken(),
+    # Without a list of classes an institution would take them from its records' labels, and a
+    # prompt that names the classes would carry one record's label to every row.
+    "model.task": Taken(
+        (
+            Limit(
+                "other-labels",
+                lambda own, run: (run.model.task == "sft") == (not own.labels),
+                "has the task {run.model.task}, which goes with labels only for classification",
+            ),
+        )
+    ),
     "adapter.method": Taken(),
     "adapter.rank": Taken(
         (
@@ -105,11 +114,11 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
         (
             Limit(
                 "adapter-too-large",
-                lambda _, run: len(run.adapter.target_modules) <= MOST_MODULES,
-                f"names more than {MOST_MODULES} target modules",
+                lambda _, run: len(run.adapter.target_modules) <= MAX_MODULES,
+                f"names more than {MAX_MODULES} target modules",
             ),
         ),
-        longest=lambda _: LONGEST_LIST,
+        max_characters=lambda _: MAX_LIST_TEXT,
     ),
     "data.source": Own(lambda own: own.source),
     "data.test-source": Own(lambda own: own.test_source),
@@ -127,9 +136,9 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "has other labels",
             ),
         ),
-        longest=lambda _: LONGEST_LIST,
+        max_characters=lambda _: MAX_LIST_TEXT,
     ),
-    "data.prompt": Taken(longest=lambda own: PROMPT * own.max_length),
+    "data.prompt": Taken(max_characters=lambda own: PROMPT_CHARACTERS_PER_TOKEN * own.max_length),
     "data.test-fraction": Own(lambda _: 0.0),
     "data.view": Unused(),
     "training.local-steps": Taken(
@@ -212,7 +221,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             ),
         )
     ),
-    # Below 1 / units of the size class (`budget`), at most max-delta (`institution.check_limits`).
+    # Below 1 / units of the size class (`plan_run`), at most max-delta (`checks.check_limits`).
     "privacy.delta": Taken(),
     "privacy.max-grad-norm": Taken(),
     "privacy.clipping": Taken(),
@@ -254,30 +263,30 @@ def apply(settings: Settings, asked: Mapping[str, Scalar]) -> RunConfig:
     """The run's configuration as this institution follows it.
 
     Args:
-        settings: The institution's own.
+        settings: The institution's own settings.
         asked: Flower's run config, as the server gave it.
 
     Raises:
         InputError: For an unknown key, and for a value that no run may have.
         Refusal: For each thing that the settings do not allow, with a code that says which.
     """
-    if asked.get("data.source") != configuration.INSTITUTIONS:
+    if asked.get("data.source") != INSTITUTIONS:
         raise _refusal(settings, "other-data", "names data of its own")
-    run = configuration.from_flat(_taken(settings, asked))
+    run = from_flat(_taken(settings, asked))
     for rule in KEYS.values():
         for limit in rule.limits if isinstance(rule, Taken) else ():
             if not limit.allows(settings, run):
                 raise _refusal(settings, limit.code, limit.what.format(run=run))
-    # Changes no result; that memory runs out may depend on a record.
+    # Its own batch changes no result. Without it, running out of memory could depend on a record.
     physical_batch = min(run.training.physical_batch, settings.physical_batch)
     return run.replace({"training.physical-batch": physical_batch, "privacy.unit": settings.unit})
 
 
 def _taken(settings: Settings, asked: Mapping[str, Scalar]) -> dict[str, Any]:
-    """What the institution takes of a configuration, with its own values; both by ``section.key``.
+    """The values that the institution takes, and its own, by ``section.key``.
 
     Raises:
-        InputError: For a key that there is not, and a value that is too long to be read.
+        InputError: For an unknown key, and for a value that is too long to be read.
     """
     values: dict[str, Any] = {}
     for name, value in asked.items():
@@ -289,10 +298,10 @@ def _taken(settings: Settings, asked: Mapping[str, Scalar]) -> dict[str, Any]:
             )
         if not isinstance(rule, Taken):
             continue
-        longest = rule.longest(settings)
-        if isinstance(value, str) and len(value) > longest:
+        allowed = rule.max_characters(settings)
+        if isinstance(value, str) and len(value) > allowed:
             raise InputError(
-                f"{name} has {len(value)} characters; it must have at most {longest} here: the "
+                f"{name} has {len(value)} characters; it must have at most {allowed} here: the "
                 "server must shorten it"
             )
         values[name] = value

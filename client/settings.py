@@ -1,7 +1,7 @@
-"""What an institution decides for itself: a TOML file on its own disk that no server can reach.
+"""An institution's own settings: a TOML file on its own disk that no server can reach.
 
-A deployed institution has its records, its ledger, its machine and its limits from here. What it
-then does with each key of a server's configuration is in `client.server_keys`.
+The settings name a deployed institution's records and ledger, its machine and its limits. The rules
+for each key of a server's configuration are in `client.server_keys`.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora import config as configuration
 from fedlora import files
+from fedlora.config import check_threads
 from fedlora.errors import InputError
 from fedlora.settings_schema import Section, section
 from fedlora.settings_schema import key as setting
@@ -69,7 +69,7 @@ class Settings(Section):
                 f"rank is {self.rank}; it must be at most max-rank ({self.max_rank}): lower it, or "
                 "raise max-rank"
             )
-        configuration.check_threads("threads", self.threads)
+        check_threads("threads", self.threads)
 
 
 def load(path: str) -> Settings:
@@ -77,8 +77,7 @@ def load(path: str) -> Settings:
 
     Args:
         path: As the SuperNode's ``--node-config`` gives it. Absolute, without ``..``, no link, and
-            nobody but its owner may write to it or its directory: whoever can change it can lift
-            every limit.
+            nobody but its owner may write to it or its directory: a change can lift every limit.
 
     Raises:
         InputError: For such a path, or a missing, damaged or invalid file.

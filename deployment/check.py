@@ -1,4 +1,4 @@
-"""What is wrong with a set-up, said before anything runs."""
+"""Checks of a set-up before anything runs, at the operator's and at an institution."""
 
 import email.utils
 import importlib.metadata
@@ -22,39 +22,39 @@ from fedlora.errors import InputError, Refusal
 if TYPE_CHECKING:
     from client.settings import Settings
 
-WARN_DAYS = 30
-MOST_AHEAD = 4.0
-"""Seconds. Flower refuses what is signed 5 s ahead of it, and an HTTP date has lost up to 1 s."""
-MOST_BEHIND = 60.0
-"""Seconds, of the 305 that Flower takes."""
-OTHERS = 0o077
+MIN_DAYS_LEFT = 30
+MAX_SECONDS_AHEAD = 4.0
+"""Flower refuses signatures 5 s ahead of its clock, and an HTTP date has lost up to 1 s."""
+MAX_SECONDS_BEHIND = 60.0
+"""Flower accepts signatures up to 305 s behind its clock."""
+GROUP_AND_OTHERS = 0o077
 Outcome = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     outcome: Outcome
     details: str
 
 
-def ok(checks: list[Check]) -> bool:
-    """Whether none of them failed."""
+def passed(checks: list[Check]) -> bool:
+    """Whether no check failed."""
     return all(check.outcome != "fail" for check in checks)
 
 
-def ask(url: str, ca: Path, seconds: float = 10.0) -> tuple[str, dict[str, Any]]:
+def get(url: str, ca: Path, seconds: float = 10.0) -> tuple[str, dict[str, Any]]:
     """Get an https address.
 
     Args:
         url: The address.
         ca: The only CA that may have signed its certificate.
-        seconds: To wait.
+        seconds: The timeout.
 
     Returns:
-        What is wrong, or ``""``; and what was answered: ``date`` (HTTP's) and its JSON ``body``.
+        The problem, or ``""``; and the answer's HTTP ``date`` and JSON ``body``.
     """
     if not url.startswith("https://"):
         raise InputError(f"{url!r} is no https address; write https://HOST:PORT/health")
@@ -80,7 +80,7 @@ def ask(url: str, ca: Path, seconds: float = 10.0) -> tuple[str, dict[str, Any]]
 
 
 def operator(directory: Path) -> list[Check]:
-    """What is wrong at the operator's: a directory that ``fedlora deploy init`` made."""
+    """Check the operator's directory, which ``fedlora deploy init`` made."""
     ca = directory / "gateway" / "ca.crt"  # ca/ may be on another machine
     if not ca.is_file():
         raise InputError(f"{directory} has no gateway/ca.crt; give what `fedlora deploy init` made")
@@ -117,7 +117,7 @@ def operator(directory: Path) -> list[Check]:
 
 
 def institution(path: Path) -> list[Check]:
-    """What is wrong at an institution, from its settings."""
+    """Check an institution by its settings."""
     from client import settings
 
     try:
@@ -149,7 +149,7 @@ def _missing(name: str, key: str) -> Check:
 
 def _gateway(url: str, ca: Path) -> list[Check]:
     try:
-        problem, said = ask(url, ca)
+        problem, said = get(url, ca)
     except InputError as error:
         problem, said = str(error), {}
     if problem:
@@ -158,13 +158,13 @@ def _gateway(url: str, ca: Path) -> list[Check]:
 
 
 def clock(date: str) -> Check:
-    """How far this machine's clock is from the gateway's, whose HTTP date has whole seconds."""
+    """Compare this machine's clock with the gateway's HTTP date, which has whole seconds."""
     try:
         theirs = email.utils.parsedate_to_datetime(date)
     except (TypeError, ValueError):
         return Check("clock", "warn", "the gateway says no time, so clocks cannot be compared")
     skew = (datetime.now(UTC) - theirs).total_seconds()
-    side, most = ("ahead of", MOST_AHEAD) if skew > 0 else ("behind", MOST_BEHIND)
+    side, most = ("ahead of", MAX_SECONDS_AHEAD) if skew > 0 else ("behind", MAX_SECONDS_BEHIND)
     far = abs(skew) > most
     return Check(
         "clock",
@@ -175,7 +175,7 @@ def clock(date: str) -> Check:
 
 
 def versions(theirs: Mapping[str, Any]) -> Check:
-    """Whether both sides run the same fedlora and the same Flower."""
+    """Compare both sides' versions of fedlora and Flower."""
     ours = {"fedlora": fedlora.__version__, "flower": importlib.metadata.version("flwr")}
     if not set(ours) <= set(theirs):
         return Check("versions", "warn", "the gateway does not say its versions; not checked")
@@ -194,7 +194,7 @@ def versions(theirs: Mapping[str, Any]) -> Check:
 
 
 def _flower() -> list[Check]:
-    """The installed Flower is the one that this fedlora was made for."""
+    """Compare the installed Flower with the version that this fedlora requires."""
     needed = next(
         need
         for need in importlib.metadata.requires("fedlora") or ["flwr"]
@@ -234,9 +234,9 @@ def _certificate(name: str, path: Path) -> Check:
         return Check(name, "fail", f"expired on {until:%Y-%m-%d}; `fedlora deploy renew`")
     return Check(
         name,
-        "warn" if days < WARN_DAYS else "ok",
+        "warn" if days < MIN_DAYS_LEFT else "ok",
         f"valid until {until:%Y-%m-%d}"
-        + ("; renew it with `fedlora deploy renew`" if days < WARN_DAYS else ""),
+        + ("; renew it with `fedlora deploy renew`" if days < MIN_DAYS_LEFT else ""),
     )
 
 
@@ -266,7 +266,7 @@ def _private(name: str, path: Path) -> Check:
         path.open("rb").close()
     except OSError as error:
         return Check(name, "fail", f"{path} cannot be read: {error.strerror}")
-    if mode & OTHERS:
+    if mode & GROUP_AND_OTHERS:
         return Check(
             name,
             "fail",
@@ -291,9 +291,9 @@ def _writable(name: str, directory: Path) -> Check:
         return Check(name, "fail", f"{directory} cannot be written: {error.strerror}")
 
 
-def _try(name: str, look: Callable[[], str]) -> Check:
+def _try(name: str, inspect: Callable[[], str]) -> Check:
     try:
-        return Check(name, "ok", look())
+        return Check(name, "ok", inspect())
     except (InputError, Refusal) as error:
         return Check(name, "fail", str(error))
 
@@ -307,7 +307,7 @@ def _ledger(path: str) -> str:
 
 
 def _records(own: "Settings") -> str:
-    """Read them as a run does; the terminal may see what a log may not."""
+    """Read the records as a run does; errors that quote a record may go to the terminal."""
     from fedlora import data
 
     rows = data.count(own.source, text=own.text, label=own.label, labels=own.labels, unit=own.unit)

@@ -1,4 +1,4 @@
-"""``fedlora node | service | deploy``: the services of a deployment and what its operator does."""
+"""``fedlora node | service | deploy``: a deployment's services and its operator's commands."""
 
 import functools
 import json
@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deployment import service as services
-from fedlora import config as configuration
+from deployment import service
 from fedlora import logs
 from fedlora.errors import InputError
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
@@ -25,15 +24,16 @@ app.add_typer(deploy, name="deploy")
 log = logging.getLogger("fedlora.server")
 PLAIN = Terminal()
 STILL_RUNNING = 3
-AWAY = 4
-"""The SuperLink did not do what it was asked, so nothing is known of a run."""
+"""Exit code of `status`: the run has not ended."""
+SUPERLINK_FAILED = 4
+"""Exit code: the SuperLink did not fulfil a request, so the run's state is unknown."""
 
 Name = Annotated[str, typer.Argument(help="A submission's name.")]
 Directory = Annotated[Path, typer.Argument(help="The directory that `deploy init` made.")]
 
 
-def _asks(command: Callable[..., None]) -> Callable[..., None]:
-    """What the SuperLink does not do is one line on stderr and an exit code of its own."""
+def _superlink_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a SuperLink's error into one line on stderr and `SUPERLINK_FAILED`."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -43,14 +43,14 @@ def _asks(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except FlowerError as error:
             ERRORS.write_line(f"error: {error}")
-            raise typer.Exit(AWAY) from None
+            raise typer.Exit(SUPERLINK_FAILED) from None
 
     return wrapped
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command("service", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @clean_errors
-def service(
+def run_service(
     name: Annotated[str, typer.Argument(help="The service's name in its log.")],
     command: Annotated[list[str], typer.Argument(help="After --: what to run.")],
     json_lines: Annotated[
@@ -58,32 +58,32 @@ def service(
     ] = False,
 ) -> None:
     """Run a command; each line that it writes becomes one line of JSON."""
-    raise typer.Exit(services.run(name, [command], ready=json_lines))
+    raise typer.Exit(service.run(name, [command], ready=json_lines))
 
 
-@app.command()
+@app.command("node")
 @clean_errors
-def node(
+def run_node(
     settings: Annotated[Path, typer.Argument(help="The institution's settings, a TOML file.")],
     healthy: Annotated[
-        bool, typer.Option("--healthy", help="Only say, by the exit code, whether it submissions.")
+        bool, typer.Option("--healthy", help="Only say, by the exit code, whether it runs.")
     ] = False,
 ) -> None:
     """Run an institution: it answers the federation with its own installed app."""
-    from client import settings as own
-    from deployment import node as nodes
+    from client.settings import load
+    from deployment import node
 
     path = settings.absolute()
-    loaded = own.load(str(path))
+    loaded = load(str(path))
     if healthy:
-        raise typer.Exit(0 if nodes.healthy(loaded) else 1)
-    nodes.check(loaded)
-    with nodes.running(loaded) as private:
-        code = services.run(
+        raise typer.Exit(0 if node.is_running(loaded) else 1)
+    node.check(loaded)
+    with node.running(loaded) as private:
+        code = service.run(
             loaded.name,
-            nodes.commands(loaded, path, private),
+            node.commands(loaded, path, private),
             {"FLWR_HOME": str(private), "TMPDIR": str(private)},
-            last_words=nodes.GAVE_UP,
+            last_words=node.GAVE_UP,
         )
     raise typer.Exit(code)
 
@@ -120,7 +120,7 @@ def add(
     from deployment import setup
 
     setup.add(directory, name)
-    PLAIN.write_line(f"{directory / 'institutions' / name} is what {name} gets")
+    PLAIN.write_line(f"{directory / 'institutions' / name} is for {name}")
 
 
 @deploy.command()
@@ -141,7 +141,7 @@ def renew(
 @deploy.command()
 @clean_errors
 def server() -> None:
-    """Run the server: registers institutions, runs the ServerApp, continues what was cut off."""
+    """Run the server: register institutions, run the ServerApp, continue interrupted runs."""
     from deployment import superlink_client
 
     here = superlink_client.server()
@@ -153,7 +153,7 @@ def server() -> None:
     ]
     keeper = [sys.executable, "-P", "-m", "cli.main", "deploy", "keep"]
     keeper += ["--since", str(time.monotonic())]  # before the first ServerApp can run
-    raise typer.Exit(services.run("server", [superexec, keeper]))
+    raise typer.Exit(service.run("server", [superexec, keeper]))
 
 
 @deploy.command(hidden=True)
@@ -161,7 +161,7 @@ def server() -> None:
 def keep(
     since: Annotated[float, typer.Option(help="When the server was started (monotonic clock).")],
 ) -> None:
-    """Register institutions, also new ones, and start cut-off runs again."""
+    """Register institutions, also new ones, and restart interrupted runs."""
     from deployment import submissions, superlink_client
 
     logs.to_stderr()
@@ -182,7 +182,7 @@ def keep(
 
 @deploy.command()
 @clean_errors
-@_asks
+@_superlink_errors
 def register() -> None:
     """Register the public keys of the institutions at the SuperLink."""
     from deployment import superlink_client
@@ -205,9 +205,9 @@ def reachable(
     ca: Annotated[Path, typer.Option(help="The CA certificate that must have signed it.")],
 ) -> None:
     """Say by the exit code whether a service answers under a valid certificate."""
-    from deployment import check as checks
+    from deployment import check
 
-    problem, _ = checks.ask(url, ca, seconds=4.0)
+    problem, _ = check.get(url, ca, seconds=4.0)
     if problem:
         PLAIN.write_line(problem)
         raise typer.Exit(1)
@@ -215,7 +215,7 @@ def reachable(
 
 @deploy.command()
 @clean_errors
-@_asks
+@_superlink_errors
 def submit(
     config: Annotated[Path, typer.Argument(help="A TOML file with data.source institutions.")],
     assign: Annotated[
@@ -227,8 +227,9 @@ def submit(
 ) -> None:
     """Submit a run. With --wait the exit code is 0 only when it has a result."""
     from deployment import submissions, superlink_client
+    from fedlora.config import load, parse_overrides
 
-    resolved = configuration.load(config, configuration.parse_overrides(assign or []))
+    resolved = load(config, parse_overrides(assign or []))
     here = superlink_client.server()
     superlink_client.connect(here)
     chosen = name or f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -255,7 +256,7 @@ def submit(
 
 @deploy.command()
 @clean_errors
-@_asks
+@_superlink_errors
 def status(
     name: Annotated[str, typer.Argument(help="A submission's name; without one, all.")] = "",
     as_json: Json = False,
@@ -280,7 +281,7 @@ def status(
 
 @deploy.command()
 @clean_errors
-@_asks
+@_superlink_errors
 def stop(name: Name) -> None:
     """Stop a run; its finished rounds are kept."""
     from deployment import submissions, superlink_client
@@ -292,7 +293,7 @@ def stop(name: Name) -> None:
 
 @deploy.command()
 @clean_errors
-@_asks
+@_superlink_errors
 def results(name: Name, as_json: Json = False) -> None:
     """A completed run's result; exit code 1 when there is none."""
     from deployment import submissions, superlink_client
@@ -313,9 +314,9 @@ def results(name: Name, as_json: Json = False) -> None:
     PLAIN.write_line(f"{'adapter':20} {submission.directory / 'adapter'}")
 
 
-@deploy.command()
+@deploy.command("check")
 @clean_errors
-def check(
+def run_checks(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="At the operator's: what `deploy init` made.")
     ] = None,
@@ -324,22 +325,22 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is wrong before anything runs; exit code 1 if something is."""
-    from deployment import check as checks
+    """Check the set-up before anything runs; exit code 1 if a check fails."""
+    from deployment import check
 
     if (directory is None) == (institution is None):
         raise InputError("give either --dir DIR (operator) or --institution SETTINGS.toml")
     found = (
-        checks.operator(directory)
+        check.operator(directory)
         if directory is not None
-        else checks.institution(institution.absolute() if institution else Path())
+        else check.institution(institution.absolute() if institution else Path())
     )
     if as_json:
-        print(json.dumps({"ok": checks.ok(found), "checks": [vars(one) for one in found]}))
+        print(json.dumps({"ok": check.passed(found), "checks": [vars(one) for one in found]}))
     else:
         for one in found:
             PLAIN.write_line(f"{one.outcome:5} {one.name:22} {one.details}")
-    if not checks.ok(found):
+    if not check.passed(found):
         raise typer.Exit(1)
 
 

@@ -1,9 +1,9 @@
-"""One message at an institution: it is handed to the institution's trainer, and so is the answer.
+"""One message at an institution: it goes to the institution's trainer, whose answer goes back.
 
-Flower's ``flwr-clientapp`` installs and runs the app that came with the run. Whoever submits runs
-would then decide what an institution does, and each of its limits would be moot. This is the same
-process with two things changed: nothing that was sent is installed, and the app is the one that is
-installed here, in the process that keeps its base model (`deployment.trainer`).
+Flower's ``flwr-clientapp`` installs and runs the app that came with the run. A run's submitter
+could then decide what an institution does, and none of its limits would hold. This is the same
+process with two changes: it installs nothing that was sent, and it runs the app that is installed
+here, in the process that keeps the base model (`deployment.trainer`).
 """
 
 import functools
@@ -22,20 +22,20 @@ from fedlora import flower_internals, logs
 
 log = logging.getLogger("fedlora.client")
 
-START = 120.0
-"""Seconds that a trainer may take until there is one."""
+START_SECONDS = 120.0
+"""Time for a trainer to start listening."""
 
 TITLE = "fedlora-answer"
 """The name that the process of a message has in lists of processes."""
 
 
 def answer(path: Path, message: Message, context: Context) -> Message:
-    """The trainer's answer; where it ended without one, what Flower says of an app that crashed.
+    """The trainer's answer, or Flower's error for a crashed app where the trainer gave none.
 
     Args:
         path: The trainer's socket.
-        message: What the app is to answer.
-        context: Of the run at this institution.
+        message: A message of the server.
+        context: The run's context at this institution.
     """
     identity = flower_internals.identity()
     try:
@@ -49,12 +49,12 @@ def answer(path: Path, message: Message, context: Context) -> Message:
 
 
 def _connected(path: Path) -> Connection:
-    """A connection to the trainer, which may be about to start.
+    """A connection to the trainer, which may still be starting.
 
     Raises:
-        OSError: When there is none in time, or what listens is another user's.
+        OSError: When no trainer listens in time, or another user's process does.
     """
-    deadline = time.monotonic() + START
+    deadline = time.monotonic() + START_SECONDS
     while True:
         try:
             connection = Client(str(path), "AF_UNIX")
@@ -70,11 +70,11 @@ def _connected(path: Path) -> Connection:
 
 
 def main(path: Path, arguments: list[str]) -> None:
-    """Have one message answered.
+    """Answer one message.
 
     Args:
         path: The trainer's socket.
-        arguments: Those of ``flwr-clientapp``.
+        arguments: Arguments of ``flwr-clientapp``.
     """
     sys.argv = ["flwr-clientapp", *arguments]
     Path("/proc/self/comm").write_text(TITLE)

@@ -29,20 +29,20 @@ from fedlora import flower_internals, logs, startup
 log = logging.getLogger("fedlora.client")
 
 IMPORTED = ["flwr.supercore.cli.flower_superexec", "deployment.executor"]
-SHORTEST, LONGEST = 0.1, 1.0
-"""Seconds between two looks for a message. Flower's own second is a fifth of a small round."""
+MIN_PAUSE, MAX_PAUSE = 0.1, 1.0
+"""Seconds between two requests for a message. Flower's own second is a fifth of a small round."""
 
 
 class InstalledApp(SubprocessExecutor):
     """Starts our executor for a ClientApp's task; refuses every other.
 
     Args:
-        path: Where the trainer listens.
+        path: The trainer's socket.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._pauses = Pauses(SHORTEST, LONGEST)
+        self._pauses = Pauses(MIN_PAUSE, MAX_PAUSE)
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(IMPORTED)
         forkserver.ensure_running()
@@ -52,21 +52,21 @@ class InstalledApp(SubprocessExecutor):
         """Start the process of one task."""
         if spec.task_type != TaskType.CLIENT_APP:
             return LaunchResult.failed(f"an institution runs no {spec.task_type}")
-        self._pauses.came()
+        self._pauses.message_arrived()
         self._processes.Process(
             target=executor.main, args=(self._path, arguments(spec)), daemon=True
         ).start()
         return LaunchResult.accepted()
 
     def reconcile(self) -> None:
-        """Take leave of the processes that have ended; start another trainer for one that has."""
+        """Join the processes that have ended; start another trainer if the trainer has ended."""
         multiprocessing.active_children()
         if (code := self._trainer.poll()) is not None:
             log.error("the trainer ended (%d); another one is started", code)
             self._trainer = self._start()
 
     def sleep(self, _: float) -> None:
-        """Pause until the next look; in the place of ``time.sleep`` in Flower's loop."""
+        """Pause until the next request; replaces ``time.sleep`` in Flower's loop."""
         time.sleep(self._pauses.seconds)
 
     def _start(self) -> "subprocess.Popen[bytes]":

@@ -1,4 +1,4 @@
-"""What an institution starts: Flower's SuperNode, and the launcher of its own app.
+"""The processes of an institution: Flower's SuperNode, and the launcher of its own app.
 
 The SuperNode talks to the federation's gateway. It hands each message to the launcher over a port
 of the loopback, with a secret of this start.
@@ -19,19 +19,19 @@ from fedlora.errors import InputError
 
 LOCK = "node.lock"
 SOCKET = "trainer"
-LONGEST = 107
+MAX_SOCKET_PATH = 107
 """Characters of a socket's path, on Linux."""
 
 GAVE_UP = "SSL/TLS handshake error detected."
-"""What a SuperNode says when it met a certificate that it cannot trust, such as one that expired,
-while it runs. It then never asks again, nor does it end; started again, it does."""
+"""A SuperNode logs this when it meets a certificate that it cannot trust, such as an expired one.
+It then asks no more and does not end; after a restart it asks again."""
 
 
 def check(settings: Settings) -> None:
     """Refuse settings that are not enough to start.
 
     Raises:
-        InputError: Naming what is missing, or not as private as it must be.
+        InputError: For a missing setting, or a file that others may read or write.
     """
     for field in ("gateway", "ca", "key"):
         if not getattr(settings, field):
@@ -61,8 +61,8 @@ def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
     """The command lines of the SuperNode and of the launcher.
 
     Args:
-        settings: The institution's.
-        path: Their file.
+        settings: The institution's settings.
+        path: The settings' file.
         private: A directory that only this user can read, which lasts as long as the processes.
     """
     secret = private / "superexec.secret"
@@ -103,16 +103,16 @@ def running(settings: Settings) -> Iterator[Path]:
             raise InputError(
                 f"state is {settings.state}, which another node uses now; stop that one first"
             ) from None
-        if len(str(Path(private) / SOCKET)) > LONGEST:
+        if len(str(Path(private) / SOCKET)) > MAX_SOCKET_PATH:
             raise InputError(
                 f"TMPDIR is {Path(private).parent}, too long for the path of a socket "
-                f"({LONGEST} characters); give a shorter one"
+                f"({MAX_SOCKET_PATH} characters); give a shorter one"
             )
         yield Path(private)
 
 
-def healthy(settings: Settings) -> bool:
-    """Whether a node with these settings runs. The kernel lets go of its lock when it ends."""
+def is_running(settings: Settings) -> bool:
+    """Whether a node with these settings runs. The kernel drops its lock when it ends."""
     try:
         with (Path(settings.state) / LOCK).open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,32 +1,32 @@
-"""How long to wait between two looks for a message."""
+"""Pauses between two requests for a message."""
 
 import time
 
-PART = 0.1
-"""Of the time that nothing came."""
+PAUSE_FRACTION = 0.1
+"""A pause as a fraction of the time since the last message."""
 
 
 class Pauses:
-    """Short pauses while messages come, long ones while none does.
+    """Short pauses while messages arrive, long ones while none does.
 
-    A pause is a tenth of the time since the last message, so that looking adds no more than that to
-    a wait for the next one, and costs nobody much between runs.
+    A pause is a tenth of the time since the last message. It adds no more than that to the wait for
+    the next message, and requests are rare between runs.
 
     Args:
-        shortest: Seconds, right after a message.
-        longest: Seconds, when none has come for long.
+        shortest: The pause right after a message, in seconds.
+        longest: The pause after a long time without a message, in seconds.
     """
 
     def __init__(self, shortest: float, longest: float) -> None:
         self._shortest, self._longest = shortest, longest
         self._last = float("-inf")
 
-    def came(self) -> None:
-        """A message is there."""
+    def message_arrived(self) -> None:
+        """Note that a message arrived now."""
         self._last = time.monotonic()
 
     @property
     def seconds(self) -> float:
         """The next pause."""
         quiet = time.monotonic() - self._last
-        return min(max(PART * quiet, self._shortest), self._longest)
+        return min(max(PAUSE_FRACTION * quiet, self._shortest), self._longest)

@@ -1,6 +1,6 @@
-"""A service's processes, with every line that they write as one line of JSON.
+"""A service's processes, with every line of their output as one line of JSON.
 
-Flower, nginx and our own apps log in forms of their own; whoever collects logs gets one.
+Flower, uvicorn, nginx and our own apps each have a log format; a log collector gets one.
 """
 
 import io
@@ -19,8 +19,8 @@ from fedlora.errors import InputError
 from fedlora.startup import end_with_parent
 
 STOP = (signal.SIGTERM, signal.SIGINT)
-PATIENCE = 8.0
-"""Seconds that a process has to end once it is asked to: fewer than the ten that Docker gives."""
+STOP_SECONDS = 8.0
+"""Seconds from SIGTERM to SIGKILL: fewer than Docker's ten."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _FLOWER = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s*(.*)")
@@ -39,15 +39,15 @@ _LEVELS = {
 def record(
     service: str, line: str, before: str = "info", *, ready: bool = False
 ) -> dict[str, Any] | None:
-    """What one line of output says; None for a line that says nothing.
+    """Turn a line of output into a log record; None for an empty line.
 
     Args:
-        service: Who wrote it.
+        service: The service's name.
         line: A line of Flower's, uvicorn's or nginx's log.
-        before: The level of the line before. One without a level of its own is taken to go on with
-            an error, as a traceback does, and is else ``info``.
-        ready: Whether a JSON object with a level is a record, which keeps what it has. Only for a
-            program that escapes what it quotes: else whoever is quoted could write records.
+        before: The level of the line before. A line without a level continues an error, as a
+            traceback does; after any other line its level is ``info``.
+        ready: Whether a JSON object with a level is a finished record, which keeps its fields. Only
+            for a program that escapes what it quotes: else a quoted text could forge records.
     """
     text = _COLOUR.sub("", line).strip()
     if not text:
@@ -90,10 +90,10 @@ def run(
 
     Args:
         service: Its name in the log.
-        commands: One for each process.
-        environment: Beside this process's own.
-        ready: Whether they write records themselves (`record`).
-        last_words: A message after which a process is told to end: it lives, and does nothing more.
+        commands: The command of each process.
+        environment: Variables to add to this process's own.
+        ready: Whether the processes write records themselves (`record`).
+        last_words: A message after which a process is stopped: it runs on and does no more work.
 
     Returns:
         The exit code of the first that ended, 128 + N after signal N.
@@ -125,15 +125,7 @@ def run(
             pass
         first = next(p for p in started if p.poll() is not None)
     finally:
-        for process in started:
-            if process.poll() is None and not stopping.is_set():
-                process.terminate()
-        for process in started:
-            try:
-                process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        _end(started, terminate=not stopping.is_set())
         for number, handler in before.items():
             signal.signal(number, handler)
     for reader in readers:
@@ -157,6 +149,19 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
         ) from None
 
 
+def _end(started: Sequence[subprocess.Popen[bytes]], *, terminate: bool) -> None:
+    """Wait until all processes have ended; kill those that take longer than `STOP_SECONDS`."""
+    for process in started:
+        if terminate and process.poll() is None:
+            process.terminate()
+    for process in started:
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def _read(
     service: str,
     process: subprocess.Popen[bytes],
@@ -164,9 +169,9 @@ def _read(
     ready: bool,
     last_words: str,
 ) -> None:
-    """Pass on one process's lines.
+    """Write one process's lines as records.
 
-    Its pipe may stay open in processes that it left behind: its end is what counts.
+    Its pipe may stay open in processes that it left behind, so a second thread waits for its end.
     """
     waiter = threading.Thread(target=lambda: (process.wait(), ended.release()), daemon=True)
     waiter.start()

@@ -12,7 +12,7 @@ import tomli_w
 from cryptography import x509
 
 from deployment import keys
-from fedlora import config as configuration
+from fedlora.config import INSTITUTIONS, from_flat
 from fedlora.errors import InputError
 from fedlora.files import existing_parent
 
@@ -209,7 +209,7 @@ def _settings(name: str) -> bytes:
 
 def _example_run(institutions: int) -> bytes:
     values = {
-        "data.source": configuration.INSTITUTIONS,
+        "data.source": INSTITUTIONS,
         "data.institutions": max(1, institutions),
         "data.labels": '["negative", "neutral", "positive"]',
         "training.max-length": 64,
@@ -219,7 +219,7 @@ def _example_run(institutions: int) -> bytes:
         "privacy.accountant": "rdp",
         "privacy.delta": 1e-6,  # the ledgers' own, at which institutions' limits hold
     }
-    return configuration.from_flat(values).to_toml().encode()
+    return from_flat(values).to_toml().encode()
 
 
 def _environment(directory: Path, port: int) -> bytes:

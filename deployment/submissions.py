@@ -1,4 +1,4 @@
-"""Submitted runs: what was asked for, which Flower runs carried it, and what became of it.
+"""Submitted runs: their configurations, Flower runs and states.
 
 A submission is a directory below the results; its ``submission.json`` outlives every process. When
 the server dies in mid-run, Flower's run dies with it. A new one is then submitted with the same
@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deployment import superlink_client as flower
+from deployment import superlink_client
 from deployment.superlink_client import FlowerError, Server, Unanswered
-from fedlora import config as configuration
-from fedlora.config import RunConfig
+from fedlora.config import INSTITUTIONS, RunConfig, from_flat
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import SUBMISSION, alone, read_records
@@ -28,12 +27,12 @@ State = Literal["running", "completed", "failed", "stopped"]
 APP = Path(__file__).resolve().parents[1]
 """The installed source: the directory whose pyproject.toml describes the Flower app."""
 INTERRUPTED = ("No heartbeat received from the task", "Task failed with unknown error.")
-"""What Flower says of a ServerApp that was ended from outside."""
+"""Flower's details of a ServerApp that was ended from outside."""
 RAISED = "ServerApp failed with exception: "
-TRIES = 5
+MAX_TRIES = 5
 """Starts of one submission without a new round between them."""
 ASK_SECONDS = 5.0
-"""Between two questions to the SuperLink about one run."""
+"""Seconds between two requests to the SuperLink about one run."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -42,12 +41,12 @@ class Submission:
     """One submitted run.
 
     Args:
-        name: Its name, and that of its directory.
-        config: Its configuration, flat.
+        name: The name of the submission and of its directory.
+        config: The configuration, flat.
         state: ``running`` until it is known to have ended.
-        details: Why it ended as it did.
-        runs: Ids of the Flower runs that carried it, the last one last.
-        rounds: Rounds that were done when the last of these was started.
+        details: The reason for its end.
+        runs: Ids of its Flower runs, in order.
+        rounds: Rounds that were done at the start of its last Flower run.
         tries: Flower runs since the last new round.
     """
 
@@ -61,7 +60,7 @@ class Submission:
 
     @property
     def directory(self) -> Path:
-        """Where its results are."""
+        """The directory of its results."""
         return Path(self.config["run-dir"])
 
     @property
@@ -70,7 +69,7 @@ class Submission:
         return (self.directory / "result.json").exists()
 
     def save(self) -> None:
-        """Write it down."""
+        """Write the submission to its file."""
         content = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
         write_atomic(self.directory / SUBMISSION, content.encode())
 
@@ -80,8 +79,8 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
 
     Raises:
         InputError: For a configuration that is not a deployment's, or a name that is taken.
-        Unanswered: When the SuperLink may have taken it. It stays, and `proceed` finds out.
-        FlowerError: When the SuperLink did not take it; nothing is left of it.
+        Unanswered: When the SuperLink may have accepted it. It stays, and `proceed` finds out.
+        FlowerError: When the SuperLink did not accept it; nothing is left of it.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -91,13 +90,13 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
     if not config.deployed:
         raise InputError(
             f"data.source is {config.data.source!r}; in a deployment each institution has its own "
-            f"records: set it to {configuration.INSTITUTIONS}, and data.institutions and "
+            f"records: set it to {INSTITUTIONS}, and data.institutions and "
             "data.labels with it"
         )
     directory = server.results / name
     if directory.exists():
         raise InputError(f"{directory} exists; give another --name")
-    flat = configuration.from_flat({**config.flat(), "run-dir": str(directory)}).flat()
+    flat = from_flat({**config.flat(), "run-dir": str(directory)}).flat()
     with alone(server.results):
         made = Submission(name=name, config=dict(flat))
         made.save()
@@ -137,7 +136,7 @@ def every(server: Server) -> list[Submission]:
 
 
 def observe(server: Server, name: str) -> Submission:
-    """The submission as it is now, by what Flower says and what is on disk."""
+    """The submission's current state, by Flower and by its directory."""
     with alone(server.results):
         return _observed(server, find(server, name))[0]
 
@@ -148,8 +147,11 @@ def stop(server: Server, name: str) -> Submission:
         submission, _ = _observed(server, find(server, name))
         if submission.state != "running":
             return submission
-        for run in {*submission.runs[-1:], *flower.unfinished(server, str(submission.directory))}:
-            flower.stop(server, run)
+        for run in {
+            *submission.runs[-1:],
+            *superlink_client.unfinished(server, str(submission.directory)),
+        }:
+            superlink_client.stop(server, run)
         return _ended(submission, "stopped", "stopped by the operator")
 
 
@@ -157,12 +159,12 @@ def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
     """Start every submission again whose Flower run was ended from outside.
 
     Args:
-        server: This one.
-        since: When it was started (monotonic clock). A Flower run that a server had before lost its
+        server: The server.
+        since: The server's start (monotonic clock). A Flower run of an earlier server lost its
             ServerApp with that server.
 
     Returns:
-        A line for each thing done.
+        A line for each action.
     """
     lines: list[str] = []
     for name in [one.name for one in every(server) if one.state == "running"]:
@@ -175,13 +177,13 @@ def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
             elif interrupted:
                 done = len(read_records(submission.directory))
                 tries = submission.tries if done == submission.rounds else 0
-                if tries >= TRIES:
+                if tries >= MAX_TRIES:
                     details = f"ended from outside {tries} times in round {done + 1}"
                     _ended(submission, "failed", f"{details}; see the server's log")
                     lines.append(f"{name} failed: {details}")
                     continue
                 if submission.runs:
-                    flower.stop(server, submission.runs[-1])
+                    superlink_client.stop(server, submission.runs[-1])
                 again = _start(server, dataclasses.replace(submission, rounds=done, tries=tries))
                 lines.append(f"{name} goes on after round {done} as Flower's run {again.runs[-1]}")
     return lines
@@ -193,10 +195,10 @@ def follow(
     """Wait until a submission has ended.
 
     Args:
-        server: This one.
+        server: The server.
         name: The submission.
         show: Gets the record of each round once.
-        seconds: Between two looks.
+        seconds: Seconds between two reads of its directory.
     """
     shown, asked = 0, time.monotonic()
     while True:
@@ -214,11 +216,11 @@ def follow(
 
 
 def _start(server: Server, submission: Submission) -> Submission:
-    """Start its Flower run, or take the one that a start without an answer has made."""
-    unfinished = flower.unfinished(server, str(submission.directory))
+    """Start a Flower run, or adopt one that an earlier, unanswered start made."""
+    unfinished = superlink_client.unfinished(server, str(submission.directory))
     unknown = [run for run in unfinished if run not in submission.runs]
-    sent = configuration.from_flat(submission.config).shared()  # institutions get what Flower gets
-    run = unknown[-1] if unknown else flower.start(server, APP, sent)
+    sent = from_flat(submission.config).shared()  # institutions get what Flower gets
+    run = unknown[-1] if unknown else superlink_client.start(server, APP, sent)
     started = dataclasses.replace(
         submission, runs=(*submission.runs, run), tries=submission.tries + 1
     )
@@ -229,12 +231,12 @@ def _start(server: Server, submission: Submission) -> Submission:
 def _observed(
     server: Server, submission: Submission, *, since: float = -math.inf
 ) -> tuple[Submission, bool]:
-    """The submission as it is now, and whether its Flower run was ended from outside."""
+    """The submission's current state, and whether its Flower run was ended from outside."""
     if submission.state != "running":
         return submission, False
-    if not submission.runs:  # whoever submitted it died before Flower answered
+    if not submission.runs:  # the submitting process died before Flower answered
         return submission, True
-    status, details, age = flower.status(server, submission.runs[-1])
+    status, details, age = superlink_client.status(server, submission.runs[-1])
     if status == "finished:completed":
         if submission.complete:
             return _ended(submission, "completed", ""), False

@@ -1,6 +1,6 @@
-"""What we ask of the SuperLink, as Flower's command line does.
+"""Requests to the SuperLink, with the functions of Flower's command line.
 
-Its functions are used instead of its processes, of which each takes seconds to start.
+A process of that command line would take seconds to start.
 """
 
 import contextlib
@@ -44,28 +44,28 @@ from fedlora.run_files import NODES, SIZES, alone
 
 LINK = "fedlora"
 """The connection's name in Flower's own configuration."""
-PATIENCE = 90.0
-"""Seconds to wait for an answer: more than the SuperLink waits for its database."""
-NEWEST = 1000
-"""Runs among which one is looked for that nobody has the id of."""
+REQUEST_SECONDS = 90.0
+"""Timeout of a request: longer than the SuperLink waits for its database."""
+MAX_LISTED_RUNS = 1000
+"""The newest runs, among which a run without a known id is searched."""
 
 
 class FlowerError(RuntimeError):
-    """What Flower said instead of doing what it was asked."""
+    """Flower's error to a request that it did not fulfil."""
 
 
 class Unanswered(FlowerError):
-    """The SuperLink got the request and did not say what became of it: it may have done it."""
+    """The SuperLink got a request and did not answer: it may have fulfilled it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Where the server finds things; `docker-compose.yml` sets it in the environment.
+    """The server's directories and address; `docker-compose.yml` sets them in the environment.
 
     Args:
         keys: Directory with ``ca.crt`` and ``superexec.secret``.
         institutions: Directory with a public key ``NAME.pub`` of each institution, and perhaps
-            ``NAME.size``: the most records that the server believes it has.
+            ``NAME.size``: the most records that the server believes an institution to have.
         results: Directory of the runs' directories.
         superlink: HOST:PORT of the SuperLink.
         home: Flower's own directory.
@@ -84,7 +84,7 @@ class Server:
 
     @property
     def secret(self) -> Path:
-        """What a SuperExec proves to the SuperLink that it knows."""
+        """The secret by which the SuperLink knows a SuperExec."""
         return self.keys / "superexec.secret"
 
 
@@ -92,7 +92,7 @@ def server(environment: Mapping[str, str] = os.environ) -> Server:
     """The server of this environment.
 
     Raises:
-        InputError: When a variable is missing, or names what is not there.
+        InputError: When a variable is missing, or names a file or directory that is missing.
     """
     names = ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS")
     for name in (*names, "FEDLORA_SUPERLINK", "FLWR_HOME"):
@@ -126,21 +126,20 @@ def connect(server: Server) -> None:
 
 
 def key_files(server: Server) -> dict[Path, int]:
-    """Each institution's files, and when they were last changed (nanoseconds)."""
+    """Each institution's files, with the time of their last change (nanoseconds)."""
     files = sorted([*server.institutions.glob("*.pub"), *server.institutions.glob("*.size")])
     return {file: file.stat().st_ctime_ns for file in files if file.exists()}
 
 
 def register(server: Server) -> dict[str, str]:
-    """Register the public key of each institution, and write down which node is whose.
+    """Register the public key of each institution, and write the file of nodes and institutions.
 
-    A node is known by its key, whatever name it was registered under: `NODES` maps its id to the
-    institution whose file holds that key, and nobody else takes part in a run (`server.roster`).
-    `SIZES` holds what the files ``NAME.size`` say.
+    A key identifies a node, whatever name it was registered under: `NODES` maps the node's id to
+    the institution whose file holds that key. No other node takes part in a run (`server.roster`).
+    `SIZES` holds the content of the files ``NAME.size``.
 
     Returns:
-        Institution -> ``registered``, ``already registered``, or what is wrong with its key or
-        size.
+        Institution -> ``registered``, ``already registered``, or the problem with its key or size.
     """
     done: dict[str, str] = {}
     holders: dict[bytes, str] = {}
@@ -212,7 +211,7 @@ def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
 def unfinished(server: Server, directory: str) -> list[str]:
     """The runs with this ``run-dir`` that have not ended, the newest last."""
     with _superlink(server) as superlink, _errors():
-        answer = superlink.ListRuns(ListRunsRequest(limit=NEWEST))
+        answer = superlink.ListRuns(ListRunsRequest(limit=MAX_LISTED_RUNS))
     found = [
         (run.pending_at, number)
         for number, run in answer.run_dict.items()
@@ -225,8 +224,7 @@ def unfinished(server: Server, directory: str) -> list[str]:
 def status(server: Server, run: str) -> tuple[str, str, float]:
     """A run's status, such as ``finished:completed`` (``unknown`` for no run), and its details.
 
-    The third is for how many seconds a server has had it, by the SuperLink's clock; 0 while none
-    has.
+    The third value is the seconds since a server started it, by the SuperLink's clock; 0 before.
     """
     try:
         with _superlink(server) as superlink, _errors():
@@ -261,7 +259,7 @@ def _superlink(server: Server) -> Iterator[ControlHttpClient]:
     client = ControlHttpClient(
         f"https://{server.superlink}",
         verify=ssl.create_default_context(cafile=str(server.ca)),
-        timeout=PATIENCE,
+        timeout=REQUEST_SECONDS,
         interceptors=[RuntimeVersionHttpInterceptor(component_name="fedlora")],
     )
     try:
@@ -272,7 +270,7 @@ def _superlink(server: Server) -> Iterator[ControlHttpClient]:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """What Flower's command line makes of an error, in one line."""
+    """Turn errors into `FlowerError`, in one line, as Flower's command line does."""
     try:
         with flwr_cli_exc_handler(_open_outcome):
             yield
@@ -281,7 +279,7 @@ def _errors() -> Iterator[None]:
 
 
 def _open_outcome(error: Exception) -> None:
-    """Raise `Unanswered` unless the error says that nothing was done."""
+    """Raise `Unanswered` unless the error shows that the request had no effect."""
     if isinstance(error, httpx.HTTPStatusError):
         answer = error.response
         if answer.is_server_error:  # such as a database that stayed locked

@@ -24,7 +24,7 @@ class Sleep:
     def __call__(self, seconds: float) -> None:
         """Pause, for this long at most."""
         if seconds < LOOK:
-            self._pauses.came()
+            self._pauses.message_arrived()
         time.sleep(min(seconds, self._pauses.seconds))
 
 

@@ -4,8 +4,8 @@ Flower starts a process for each message. That process hands its message over an
 back (`deployment.executor`). The trainer imports torch, loads the base and opens the records once.
 
 They meet at a socket in the directory of the node's start, which only this user can enter, and each
-end refuses another user's process. The trainer ends with its launcher, however that ends, and the
-launcher starts another one when it ended by itself: what an app does to it costs that message.
+end refuses another user's process. The trainer ends with its launcher, however that ends. When the
+trainer ends by itself, the launcher starts another one: a crash costs one message.
 """
 
 import faulthandler
@@ -26,11 +26,11 @@ from client import settings
 from fedlora import data, flower_internals, logs, model_files, records, shards, wire
 from fedlora.config import ModelConfig
 from fedlora.errors import InputError, place
-from fedlora.startup import end_with_parent, importing
+from fedlora.startup import end_with_parent, paused_gc
 
 log = logging.getLogger("fedlora.client")
 
-GRACE = 30.0
+GRACE_SECONDS = 30.0
 """Seconds from a refusal for lack of time to the hard end of a process that did not end."""
 
 _TITLE = "fedlora-trainer"
@@ -40,13 +40,13 @@ App = Callable[[Message, Context], Message]
 
 def installed_app() -> App:
     """The app of this installation. It is imported here: torch's import takes seconds."""
-    with importing():
+    with paused_gc():
         from client.app import app
 
     return app
 
 
-def limit(context: Context) -> float:
+def max_seconds(context: Context) -> float:
     """Seconds that one message may take."""
     try:
         return settings.load(str(context.node_config.get("settings"))).max_seconds
@@ -63,7 +63,7 @@ def of_this_user(connection: Connection) -> bool:
 
 
 class Trainer:
-    """Answers one message after the other in one worker thread, where it first imports the app."""
+    """Answers one message after the other in one worker thread, which first imports the app."""
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(max_workers=1)
@@ -71,22 +71,22 @@ class Trainer:
         self._loaded_from: object = None
 
     def serve(self, connection: Connection) -> bool:
-        """Answer the message that comes over a connection.
+        """Answer a connection's message.
 
-        A process that does not end its work in time, since it hangs where no Python runs, is ended
-        from outside Python, with a list of places (no values) in the log.
+        A process that hangs outside Python is ended by faulthandler, with places in the code and no
+        values in the log.
 
         Returns:
-            Whether the trainer can go on: not after an app that took longer than the institution
-            allows, which was answered for with ``timed-out`` and still runs.
+            Whether the trainer can go on: not after a timeout, when the reply is ``timed-out`` and
+            the app still runs.
         """
         if not of_this_user(connection):
             log.error("refused: a process of another user at the trainer's socket")
             return True
         identity, message, context = connection.recv()
         flower_internals.set_identity(*identity)
-        seconds = limit(context)
-        faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
+        seconds = max_seconds(context)
+        faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True)
         answer = self._worker.submit(self._answer, message, context)
         try:
             reply = answer.result(timeout=seconds)
@@ -97,28 +97,28 @@ class Trainer:
         try:
             connection.send(reply)
         except OSError:
-            log.warning("nobody waits for the answer any more")
+            log.warning("the answer was not sent: its receiver has ended")
         return answer.done()
 
     def _answer(self, message: Message, context: Context) -> Message:
         try:
             app = installed_app()
-            self._let_go_of_what_is_old(context)
+            self._forget_changed_files(context)
             try:
                 return app(message, context)
-            finally:  # a server that asks for ever other lengths or prompts fills no disk
+            finally:  # a server that asks for many lengths or prompts must not fill the disk
                 shards.evict(data.cached_shards())
         except BaseException as error:
             log.error("the app failed: %s", place(error))
             return Message(wire.pack_refusal("failed"), reply_to=message)
 
-    def _let_go_of_what_is_old(self, context: Context) -> None:
-        """Forget base and records when they would not be loaded from the same files again."""
+    def _forget_changed_files(self, context: Context) -> None:
+        """Forget base model and records when their files have changed."""
         try:
             own = settings.load(str(context.node_config.get("settings")))
             name = str(context.run_config.get("model.name", ModelConfig.name))
             if name not in own.models:
-                return  # the app refuses; nothing is looked for under that name
+                return  # the app refuses; that name is not resolved
             now = _files(name, own)
         except InputError:  # the app says so itself
             now = None
@@ -143,7 +143,7 @@ def _files(name: str, own: settings.Settings) -> object:
 
 
 def _listener(path: Path) -> Listener:
-    """A socket that is its owner's alone from the first moment."""
+    """A socket that only its owner can open, from its creation."""
     path.unlink(missing_ok=True)
     before = os.umask(0o177)
     try:
@@ -168,7 +168,7 @@ def main() -> None:
             with listener.accept() as connection:
                 try:
                     goes_on = trainer.serve(connection)
-                except (EOFError, OSError):  # who wanted to ask has ended
+                except (EOFError, OSError):  # the asking process has ended
                     continue
             if not goes_on:
                 os._exit(1)  # its worker would be waited for

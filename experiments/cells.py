@@ -1,8 +1,8 @@
-"""Running a sweep: each cell is `fedlora run` in a process of its own, cheap ones first.
+"""Running a sweep: each cell is `fedlora run` in a process of its own, cheap cells first.
 
-Processes are forked from one that has imported everything, which saves most of a short cell's time.
-A cell that is complete is never run again, one that was begun is resumed, and one that fails is
-reported while the others go on.
+Cell processes are forks of a process that has imported everything, which saves most of the time of
+a short cell. A complete cell is not run again. A started cell is resumed. A failed cell is
+reported, and the others go on.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from experiments import results, sweep
 from experiments.sweep import Case, Cell
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import command, finite
+from fedlora.run_files import CONFIG, command, finite, is_complete, read_run_file
 from fedlora.terminal import Terminal
+from simulation.run import check_engine
 
-MANIFEST = results.MANIFEST
 Engine = Literal["auto", "ray", "inline"]
 Execute = Callable[[list[str]], None]
 
@@ -43,31 +43,33 @@ def run(
     execute: Execute,
     console: Terminal,
 ) -> dict[str, Any]:
-    """Run what is left of a sweep and write its results.
+    """Run the remaining cells of a sweep and write its results.
 
     Args:
         path: The sweep file.
         out: The sweep's directory.
         jobs: Cells at a time.
         resume: Whether ``out`` may hold a sweep already.
-        yes: Whether more than `sweep.MOST_CELLS` cells are meant.
-        engine: Of the cells; auto: ray where a cell has several institutions and workers.
-        execute: Runs `fedlora` with these arguments in the process of a cell. A function of a
-            module, because a fork server looks it up by name.
+        yes: Whether more than `sweep.MAX_CELLS` cells are meant.
+        engine: The cells' engine; auto: ray where a cell has several institutions and workers.
+        execute: Runs `fedlora` with given arguments in the process of a cell. It must be a
+            module's function, because the fork server looks it up by name.
         console: For progress.
 
     Returns:
-        ``cells``, ``done`` (now), ``before`` (complete already), ``failed`` (cell -> why),
-        ``seconds``, ``out``, and ``results`` as `results.summary` gives them.
+        ``cells``, ``done`` (in this call), ``before`` (already complete), ``failed`` (cell ->
+        reason), ``seconds``, ``out``, and ``results`` as of `results.summary`.
 
     Raises:
         InputError: Before anything runs or is written.
     """
     if jobs < 1:
         raise InputError(f"--jobs is {jobs}; it must be at least 1")
+    if engine != "inline":
+        check_engine("ray")
     cases = sweep.read(path)
     _check_place(out, resume)
-    if not yes and len(cases) > sweep.MOST_CELLS:
+    if not yes and len(cases) > sweep.MAX_CELLS:
         sweep.check_size(len(cases), _guess(cases))
     with console.status(f"splitting records for {len(cases)} cases"):
         made, needed = sweep.cells(cases)
@@ -76,7 +78,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out, console) as lock:
         _write_manifest(out, path, cases, needed)
-        left = [cell for cell in made.values() if not _complete(out, cell)]
+        left = [cell for cell in made.values() if not is_complete(results.run_dir(out, cell.name))]
         console.write_line(f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}")
         started = time.monotonic()
         try:
@@ -95,7 +97,7 @@ def run(
 
 
 def _guess(cases: Sequence[Case]) -> float:
-    """Seconds of all cases, by what the first of each arm would take."""
+    """Guess the seconds of all cases from the cost of each arm's first case."""
     first: dict[str, Case] = {}
     for case in cases:
         first.setdefault(case.arm, case)
@@ -107,7 +109,7 @@ def _guess(cases: Sequence[Case]) -> float:
 
 
 def _check_place(out: Path, resume: bool) -> None:
-    if (out / MANIFEST).exists():
+    if (out / results.MANIFEST).exists():
         if not resume:
             raise InputError(
                 f"{out} holds a sweep; continue it with --resume, or give another --out"
@@ -116,19 +118,15 @@ def _check_place(out: Path, resume: bool) -> None:
         raise InputError(f"{out} holds other files; give an --out that is empty or not there")
 
 
-def _complete(out: Path, cell: Cell) -> bool:
-    return (results.run_dir(out, cell.name) / "result.json").exists()
-
-
 @contextlib.contextmanager
 def _alone(out: Path, console: Terminal) -> Iterator[int]:
-    """Hold the sweep's lock, which its cells inherit: those of a killed sweep end first."""
+    """Hold the sweep's lock. Cells inherit it, so that those of a killed sweep end first."""
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             console.write_line(
-                f"another sweep is at work in {out}, or cells that a killed one left; waiting"
+                f"another sweep runs in {out}, or cells of a killed sweep still do; waiting"
             )
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
@@ -151,11 +149,11 @@ def _write_manifest(
         ],
     }
     write_atomic(out / "sweep.toml", path.read_bytes())
-    write_atomic(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomic(out / results.MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 class _Runner:
-    """Runs cells, ``jobs`` at a time; ends those that run when it is interrupted."""
+    """Runs cells, ``jobs`` at a time, and ends running cells on an interrupt."""
 
     def __init__(
         self,
@@ -174,10 +172,10 @@ class _Runner:
         self._stopped = threading.Event()
 
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:
-        """Run all; cell -> why, of those that failed."""
+        """Run all cells; return the failed ones with their reasons."""
         failed: dict[str, str] = {}
         left = sorted(cells, key=lambda cell: (cell.cost, cell.name))
-        spent, guessed = 0.0, 0.0  # of those that were done
+        spent, guessed = 0.0, 0.0  # seconds of finished cells
         with ThreadPoolExecutor(self._jobs) as pool, self._console.status("starting") as status:
             waiting: dict[Future[tuple[float, str]], Cell] = {
                 pool.submit(self._cell, cell): cell for cell in left
@@ -212,12 +210,12 @@ class _Runner:
     def _outcome(self, cell: Cell, error: str) -> str:
         if error:
             return f"failed: {error}"
-        result = json.loads((results.run_dir(self._out, cell.name) / "result.json").read_text())
+        result = read_run_file(results.run_dir(self._out, cell.name))
         name, value = results.score(result)
         return f"{name} {value:.3f}" if name else "done"
 
     def _cell(self, cell: Cell) -> tuple[float, str]:
-        """Seconds that a cell took, and why it failed, if it did."""
+        """Run a cell; return its seconds and, if it failed, the reason."""
         started = time.monotonic()
         directory = results.run_dir(self._out, cell.name)
         threads = cell.config.engine.threads
@@ -225,7 +223,7 @@ class _Runner:
         workers = cell.config.engine.workers or max(1, cores)
         arguments = ["run", "--set", f"engine.workers={workers}", "--json"]
         arguments += ["--engine", self._kind(cell, workers)]
-        if (directory / "config.toml").exists():
+        if (directory / CONFIG).exists():
             arguments += ["--resume", str(directory)]
         else:
             config = self._out / "configs" / f"{cell.name}.toml"
@@ -235,7 +233,7 @@ class _Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         process = self._processes.Process(
             target=_run_cell,
-            args=(self._execute, arguments, log, workers * threads, _Held(self._lock)),
+            args=(self._execute, arguments, log, workers * threads, _InheritedFile(self._lock)),
         )
         process.start()
         self._running.add(process)
@@ -258,8 +256,8 @@ class _Runner:
             _end(process)
 
 
-class _Held:
-    """A file descriptor that a process keeps open as long as it lives."""
+class _InheritedFile:
+    """A file descriptor that a cell's process keeps open until it ends."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -272,9 +270,9 @@ class _Held:
 
 
 def _run_cell(
-    execute: Execute, arguments: list[str], log: Path, threads: int, _lock: _Held
+    execute: Execute, arguments: list[str], log: Path, threads: int, _lock: _InheritedFile
 ) -> None:
-    """The process of a cell: `fedlora run`, with its errors in a file."""
+    """Run `fedlora run` in the process of a cell, with its errors in a file."""
     os.setsid()
     for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, log)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -287,21 +285,21 @@ def _run_cell(
 
 
 def _end(process: BaseProcess) -> None:
-    """End a cell as Ctrl-C would, then surely; Ray's processes with it."""
+    """Interrupt a cell and its Ray processes; kill them after ten seconds."""
     pid = process.pid
-    assert pid, "it was started"
-    for how in (signal.SIGINT, signal.SIGKILL):
+    assert pid, "the process was started"
+    for number in (signal.SIGINT, signal.SIGKILL):
         try:
-            os.killpg(pid, how)
-        except ProcessLookupError:  # it has ended, or has no group of its own yet
+            os.killpg(pid, number)
+        except ProcessLookupError:  # it has ended, or is not yet a group leader
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, how)
+                os.kill(pid, number)
         if connection.wait([process.sentinel], 10):
             return
 
 
 def _reason(log: Path, code: int | None) -> str:
-    """The last error line of a cell."""
+    """Return the last error line of a cell."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (said or lines or [f"it ended with {code}"])[-1] + f" (see {log})"

@@ -1,4 +1,4 @@
-"""`fedlora compare`: what differs between runs."""
+"""`fedlora compare`: the differences between runs, in settings and results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,24 +6,24 @@ from typing import Any
 
 from experiments import figures, report, results
 from experiments.pages import Page, Section, Table, render
-from fedlora import config as configuration
-from fedlora.config import ENGINE_ONLY
+from fedlora.config import ENGINE_ONLY, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
-from fedlora.run_files import finite, read_records
+from fedlora.run_files import CONFIG, finite, read_records, read_run_file
 
-MEASURED = ("accuracy", "macro_f1", "exact_match", "token_loss")
+METRICS = ("accuracy", "macro_f1", "exact_match", "token_loss")
 
 
 def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     """Compare complete runs, and write a page on it.
 
     Returns:
-        ``runs`` (names), ``settings`` (key -> value in each run, of those that differ),
-        ``results`` (figure -> value in each run, None where there is none) and ``page``.
+        ``runs``: names. ``settings``: each key whose values differ -> its value in each run.
+        ``results``: metric -> its value in each run, or None. ``page``: the path of the page.
 
     Raises:
-        InputError: If fewer than two runs are given, one is not complete, or the page has no place.
+        InputError: If fewer than two runs are given, a run is not complete, or ``out`` cannot be
+            written.
     """
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run was given; give at least 2 to compare")
@@ -33,12 +33,12 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         existing_parent(out.absolute().parent)
     except OSError as error:
         raise InputError(f"--out has no place to write to: {error}; give another") from None
-    loaded = [report.load(run, "result.json") for run in runs]
-    flats = [configuration.load(run / "config.toml").flat() for run in runs]
+    loaded = [read_run_file(run) for run in runs]
+    flats = [load(run / CONFIG).flat() for run in runs]
     records = [read_records(run) for run in runs]
     figures_of: dict[str, list[Any]] = {
         name: [result.get(name) for result in loaded]
-        for name in MEASURED
+        for name in METRICS
         if any(name in result for result in loaded)
     }
     figures_of["worst institution"] = [
@@ -47,7 +47,7 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     figures_of["epsilon"] = [result["epsilon_max"] for result in loaded]
     figures_of["rounds"] = [result["rounds"] for result in loaded]
     figures_of["seconds"] = [result["seconds"] for result in loaded]
-    figures_of["bytes"] = [results.moved(lines) for lines in records]
+    figures_of["bytes"] = [results.bytes_moved(lines) for lines in records]
     compared = {
         "runs": _names(runs),
         "settings": {
@@ -63,7 +63,7 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """Short names, unique."""
+    """Return the directories' names, or their paths where names are equal."""
     short = [run.absolute().name for run in runs]
     return [
         name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)
@@ -71,7 +71,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def rows(compared: Mapping[str, Any]) -> list[list[str]]:
-    """Its lines as text: what was measured, then the settings that differ."""
+    """Return the table's rows as text: results, then the settings that differ."""
     found = {**compared["results"], **compared["settings"]}
     return [
         [name, *("" if value is None else _text(value) for value in values)]
@@ -101,7 +101,7 @@ def _page(
         shown[title] = figures.by_round("rounds", title, lines, label="accuracy", shares=True)
     groups = {n: r["institutions"] for n, r in zip(names, loaded, strict=True) if r["institutions"]}
     everyone = {name for values in groups.values() for name in values}
-    if groups and len(everyone) <= report.MOST_BARS and len(groups) <= figures.MOST_SERIES:
+    if groups and len(everyone) <= report.MAX_BARS and len(groups) <= figures.MAX_SERIES:
         title = "Accuracy by institution"
         shown[title] = figures.bars("institutions", title, groups, label="accuracy")
     lengths = compared["results"]

@@ -1,7 +1,7 @@
-"""Figures of a report, as SVG that takes its colours from the page and says what it shows.
+"""Figures of a report: SVG with the page's colours and a description for screen readers.
 
-Drawn by matplotlib in colours that stand for the page's CSS variables, so that one figure reads in
-light, in dark and on paper. Text stays text.
+matplotlib draws in placeholder colours, which become the page's CSS variables. One figure then
+works in light mode, in dark mode and on paper. Text stays text.
 """
 
 import html
@@ -28,10 +28,11 @@ VARIABLES = {
 }
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 2, 2)))
-MOST_SERIES = len(SERIES)
+MAX_SERIES = len(SERIES)
+MAX_COLUMN_CHARACTERS = 24  # of a label in a legend of two columns
 
 Line = tuple[str, Sequence[float], Sequence[float], Sequence[float | None]]
-"""Name, x, y and half the width of each y's confidence interval."""
+"""Name, x, y, and half the width of the confidence interval of each y."""
 
 STYLE = {
     "svg.fonttype": "none",
@@ -58,12 +59,12 @@ STYLE = {
 def draw(
     name: str, title: str, says: str, plot: Callable[[Axes], None], height: float = 3.1
 ) -> str:
-    """One figure as an ``<svg>`` element.
+    """Draw one figure as an ``<svg>`` element.
 
     Args:
         name: Unique on its page.
         title: Its heading.
-        says: What it shows, for those who cannot see it.
+        says: The figure in words, for screen readers.
         plot: Draws on the axes.
         height: Inches, of 4.5 in width.
     """
@@ -82,7 +83,7 @@ def draw(
 
 
 def _inline(svg: str, name: str, title: str, says: str) -> str:
-    """A matplotlib document as an element of a page."""
+    """Turn a matplotlib document into an element of a page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
@@ -98,7 +99,7 @@ def _inline(svg: str, name: str, title: str, says: str) -> str:
 
 
 def _percent(axes: Axes, along: str = "y") -> None:
-    """Show shares as percent; an interval may reach beyond what shares can be, an axis may not."""
+    """Label an axis in percent and cut it at 0 and 100 %, also where an interval goes beyond."""
     axis = axes.yaxis if along == "y" else axes.xaxis
     low, high = axis.get_view_interval()
     axis.set_view_interval(max(low, -0.02), min(high, 1.02), ignore=True)
@@ -106,8 +107,14 @@ def _percent(axes: Axes, along: str = "y") -> None:
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=3))
 
 
-def _legend(axes: Axes, columns: int = 2) -> None:
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)  # pyright: ignore[reportCallIssue]
+def _legend(axes: Axes) -> None:
+    """Add a legend below the axes: two columns, or one in a higher figure for long labels."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure: Any = axes.figure
+    is_wide = max(map(len, labels), default=0) > MAX_COLUMN_CHARACTERS
+    if is_wide:
+        figure.set_figheight(figure.get_figheight() + 0.1 * len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 if is_wide else 2)
 
 
 def by_round(
@@ -118,11 +125,22 @@ def by_round(
     label: str,
     epsilons: Mapping[int, float] | None = None,
     shares: bool = False,
+    from_zero: bool = False,
 ) -> str:
-    """Figures against rounds; with ``epsilons`` (round -> spent) a second axis above."""
+    """Draw lines against rounds.
+
+    Args:
+        name: Unique on its page.
+        title: Its heading.
+        lines: Name, rounds and values of each line.
+        label: The label of the value axis.
+        epsilons: Round -> epsilon spent, for a second axis above.
+        shares: Whether values are shares, to be shown as percent.
+        from_zero: Whether the value axis begins at 0, so that heights can be compared.
+    """
 
     def plot(axes: Axes) -> None:
-        for i, (of, x, y, _) in enumerate(lines[:MOST_SERIES]):
+        for i, (of, x, y, _) in enumerate(lines[:MAX_SERIES]):
             marker = MARKERS[i] if len(x) <= 12 else ""
             axes.plot(x, y, color=SERIES[i], ls=DASHES[i], marker=marker, ms=4, label=of)
         axes.set_xlabel("round")
@@ -133,6 +151,8 @@ def by_round(
         known = [value for _, _, y, _ in lines for value in y]
         if known and 0 < 20 * min(known) < max(known):
             axes.set_yscale("log")
+        elif known and from_zero and max(known) > 0:
+            axes.set_ylim(0, 1.08 * max(known))
         if shares:
             _percent(axes)
         if len(lines) > 1:
@@ -152,20 +172,20 @@ def _epsilon_axis(axes: Axes, epsilons: Mapping[int, float]) -> None:
         {rounds[round(i * (len(rounds) - 1) / max(1, count - 1))] for i in range(count)}
     )
     above = axes.secondary_xaxis("top")
-    above.set_xticks(places, [f"{epsilons[r]:.2g}" for r in places])
-    above.set_xlabel("epsilon spent until then")
+    above.set_xticks(places, [f"{epsilons[r]:.3g}" for r in places])
+    above.set_xlabel("epsilon spent")
 
 
 def against_epsilon(
     name: str, title: str, lines: Sequence[Line], levels: Mapping[str, float], label: str
 ) -> str:
-    """Accuracy against epsilon with confidence bands; ``levels`` are lines without a budget."""
+    """Draw accuracy against epsilon with confidence bands; ``levels`` are horizontal lines."""
     finite = sorted({x for _, xs, _, _ in lines for x in xs if math.isfinite(x)})
-    without = max(finite) * 3 if finite else 10.0  # where no DP stands
+    without = max(finite) * 3 if finite else 10.0  # the position of "no DP"
 
     def plot(axes: Axes) -> None:
         axes.set_xscale("log")
-        for i, (of, xs, ys, halves) in enumerate(lines[:MOST_SERIES]):
+        for i, (of, xs, ys, halves) in enumerate(lines[:MAX_SERIES]):
             places = [x if math.isfinite(x) else without for x in xs]
             axes.plot(places, ys, color=SERIES[i], ls=DASHES[i], marker=MARKERS[i], ms=5, label=of)
             bands = [(x, y, h) for x, y, h in zip(places, ys, halves, strict=True) if h is not None]
@@ -208,16 +228,16 @@ def against_epsilon(
 
 
 def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str) -> str:
-    """Accuracy against a number that the grid varies."""
+    """Draw accuracy against a number that the grid varies."""
 
     def plot(axes: Axes) -> None:
         ticks = sorted({x for _, xs, _, _ in lines for x in xs})
         far = ticks[0] > 0 and ticks[-1] / ticks[0] >= 8
         if far:
             axes.set_xscale("log")
-        shown = lines[:MOST_SERIES]
+        shown = lines[:MAX_SERIES]
         for i, (of, xs, ys, halves) in enumerate(shown):
-            aside = 0.012 * (i - (len(shown) - 1) / 2)  # so that intervals do not hide each other
+            aside = 0.012 * (i - (len(shown) - 1) / 2)  # separates overlapping intervals
             axes.errorbar(
                 [
                     x * (ticks[-1] / ticks[0]) ** aside
@@ -259,13 +279,13 @@ def bars(
     errors: Mapping[tuple[str, str], float] | None = None,
     shares: bool = True,
 ) -> str:
-    """Horizontal bars: one place for each row, one colour for each group.
+    """Draw horizontal bars: one position for each row, one colour for each group.
 
     Args:
         name: Unique on its page.
         title: Its heading.
         groups: Group -> row -> value.
-        label: Of the values.
+        label: The label of the value axis.
         worst: The row to mark.
         errors: (group, row) -> half the width of its confidence interval.
         shares: Whether values are shares, to be shown as percent.
@@ -274,7 +294,7 @@ def bars(
     thick = 0.8 / max(1, len(groups))
 
     def plot(axes: Axes) -> None:
-        for i, (group, values) in enumerate(list(groups.items())[:MOST_SERIES]):
+        for i, (group, values) in enumerate(list(groups.items())[:MAX_SERIES]):
             places = [j + (i - (len(groups) - 1) / 2) * thick for j in range(len(rows))]
             known = [(p, r) for p, r in zip(places, rows, strict=True) if r in values]
             lengths = [values[r] for _, r in known]
@@ -319,5 +339,5 @@ def bars(
 
 
 def last_of(records: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
-    """Round -> a figure of it, where it is a number."""
+    """Return round -> value, for rounds whose value is a number."""
     return {r["round"]: r[key] for r in records if isinstance(r.get(key), int | float)}

@@ -1,4 +1,4 @@
-"""A page that needs no other file: words, figures and tables, filled into one template."""
+"""A self-contained page: words, figures and tables in one template."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ NUMBER = re.compile(r"[+-]?(inf|[\d,.]+(e[+-]?\d+)?)( ± [\d.]+)?( [%s]| MB)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text under heads, which are the first row; folded ones open with a click."""
+    """Rows of text; the first row is the head. A folded table opens with a click."""
 
     rows: Sequence[Sequence[str]]
     title: str = ""
@@ -25,7 +25,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a page; ``bad`` makes its note a warning, ``text`` stays as it is spaced."""
+    """A part of a page. ``bad`` makes its note a warning; ``text`` keeps its white space."""
 
     title: str
     words: Sequence[str] = ()
@@ -38,7 +38,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A whole page; tiles are label -> value."""
+    """A page; tiles are label -> value."""
 
     title: str
     words: Sequence[str]
@@ -48,7 +48,7 @@ class Page:
 
 
 def render(page: Page) -> bytes:
-    """The page as HTML. Everything but the figures is escaped."""
+    """Render the page as HTML. All text but the figures is escaped."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("experiments"),
         autoescape=True,
@@ -61,12 +61,12 @@ def render(page: Page) -> bytes:
 
 
 def number(value: Any) -> str:
-    """A figure as a person reads it; inf, which JSON holds as text, stays."""
+    """Format a number; inf, which JSON holds as text, stays."""
     return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def environment(found: Mapping[str, Any]) -> Section:
-    """What a run ran on."""
+    """Return the section on versions, commit and machine of a run."""
     dirty = " with changes that are not committed" if found.get("git_dirty") else ""
     rows = [
         ["what", "which"],
@@ -81,7 +81,7 @@ def environment(found: Mapping[str, Any]) -> Section:
 
 
 def _numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
-    """Which columns hold nothing but numbers."""
+    """Tell for each column whether it holds numbers only."""
     return [
         any(column) and all(NUMBER.fullmatch(cell) for cell in column if cell)
         for column in zip(*rows[1:], strict=True)

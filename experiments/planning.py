@@ -1,4 +1,4 @@
-"""`fedlora plan`: noise for a budget, a budget for a noise, and tables of both."""
+"""`fedlora plan`: noise for a budget, budget for a noise multiplier, and tables of both."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def plan(
     delta: float | None,
     accountant: str,
 ) -> dict[str, Any]:
-    """Solve for the one of ``epsilon`` and ``noise_multiplier`` that is None.
+    """Solve for ``epsilon`` or ``noise_multiplier``, the one that is None.
 
     Raises:
         InputError: If not exactly one is given, or a value is out of bounds.
@@ -61,7 +61,7 @@ def plan(
 
 
 def table(result: dict[str, Any]) -> list[dict[str, float]]:
-    """Epsilon around a plan: other noise with its steps, other steps with its noise."""
+    """Return epsilon near a plan: with other noise, then with other numbers of steps."""
 
     def at(sigma: float, steps: int) -> dict[str, float]:
         event = Event(noise_multiplier=sigma, sample_rate=result["sample_rate"], steps=steps)

@@ -3,7 +3,6 @@
 Reads the directory only: no model, no records, no torch.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,18 +10,16 @@ from typing import Any
 
 from experiments import figures, results, sweep_page
 from experiments.pages import Page, Section, Table, environment, number, render
-from fedlora import config as configuration
 from fedlora import metrics
-from fedlora.config import RunConfig
-from fedlora.errors import InputError
+from fedlora.config import RunConfig, load
 from fedlora.files import write_atomic
-from fedlora.run_files import read_records
+from fedlora.run_files import CONFIG, read_records, read_run_file
 
 FILE = "report.html"
-MOST_BARS = 40
+MAX_BARS = 40
 METRICS = (
-    "Accuracy: the share of held-out rows that were answered correctly; nobody trained on these. "
-    "Macro-F1: as accuracy, but every class counts alike, however rare."
+    "Accuracy is the share of correct answers on held-out rows, which no institution trained on. "
+    "Macro-F1 weighs every class equally, also rare ones."
 )
 
 
@@ -40,25 +37,10 @@ def write(directory: Path) -> Path:
     return path
 
 
-def load(directory: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a complete run.
-
-    Raises:
-        InputError: If it is not there or cannot be read.
-    """
-    try:
-        return json.loads((directory / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{directory} holds no complete run that can be read ({name}: {type(error).__name__}); "
-            "give the directory that a finished run printed, or of a sweep"
-        ) from None
-
-
 def of_run(directory: Path) -> Page:
-    """The page on one run."""
-    result, privacy = load(directory, "result.json"), load(directory, "privacy.json")
-    config = configuration.load(directory / "config.toml")
+    """Make the page on one run."""
+    result, privacy = read_run_file(directory), read_run_file(directory, "privacy.json")
+    config = load(directory / CONFIG)
     records = read_records(directory)
     name, value = results.score(result)
     tiles = {name.replace("_", " ") or "nothing measured": f"{100 * value:.1f} %" if name else ""}
@@ -67,13 +49,13 @@ def of_run(directory: Path) -> Page:
     if classes := result.get("per_class"):
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
-        tiles["loss a token"] = f"{result['token_loss']:.3f}"
+        tiles["loss per token"] = f"{result['token_loss']:.3f}"
     tiles |= {
         "largest epsilon (smaller is more private)": number(result["epsilon_max"]),
         "institutions": str(_institutions(records, result)),
         "rounds": str(result["rounds"]),
-        "in rounds": seconds(result["seconds"]),
-        "moved in all": f"{results.moved(records) / 1e6:.1f} MB",
+        "time in rounds": seconds(result["seconds"]),
+        "moved in total": f"{results.bytes_moved(records) / 1e6:.1f} MB",
     }
     return Page(
         title=f"Federated run: {directory.absolute().name}",
@@ -85,7 +67,7 @@ def of_run(directory: Path) -> Page:
             Section(title="Institutions", **_by_institution(result)),
             Section(title="Aggregation", **_aggregation(records)),
             Section(title="Cost", **_cost(config, result, records)),
-            environment(load(directory, "environment.json")),
+            environment(read_run_file(directory, "environment.json")),
             Section(title="Configuration", text=config.to_toml()),
         ],
     )
@@ -96,14 +78,14 @@ def _institutions(records: Sequence[Mapping[str, Any]], result: Mapping[str, Any
 
 
 def seconds(value: float) -> str:
-    """A duration in words."""
+    """Format a duration."""
     return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
 
 
 def _words(
     config: RunConfig, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """What was done, in words."""
+    """Describe the run in words."""
     adapter, training, counts = config.adapter, config.training, result["counts"]
     task = (
         f"to sort texts into {len(result['labels'])} classes"
@@ -116,14 +98,14 @@ def _words(
         "pooled": "All institutions' records were pooled, which banks may not do, to teach",
     }.get(config.data.view, f"{config.data.view.removeprefix('only:')} alone taught")
     moved = (
-        "No record left an institution: only the adapter's numbers travelled. "
+        "No record left an institution: institutions sent adapter parameters only. "
         if config.data.view == "all"
         else ""
     )
     did = (
-        f"{who} the language model {config.model.name} {task}. The model itself stayed as it is; "
-        f"trained was an adapter beside it ({adapter.method}, rank {adapter.rank}, "
-        f"{result['trained_parameters']:,} numbers). {moved}"
+        f"{who} the language model {config.model.name} {task}. The model itself did not "
+        f"change; the run trained an adapter for it ({adapter.method}, rank {adapter.rank}, "
+        f"{result['trained_parameters']:,} parameters). {moved}"
     )
     if not config.federation.rounds:
         did = f"Nothing was trained: this is what {config.model.name} does before training. "
@@ -133,14 +115,14 @@ def _words(
         else f"{training.batch_size} of its records"
     )
     how = (
-        f"In each of {result['rounds']} rounds every institution that was asked took "
+        f"In each of {result['rounds']} rounds every sampled institution took "
         f"{training.local_steps} step{'s' * (training.local_steps != 1)} on about {share}, and the "
-        f"server combined the answers ({config.federation.strategy}, "
+        f"server combined the updates ({config.federation.strategy}, "
         f"server optimizer {config.federation.server_optimizer})."
     )
     rows = [f"{counts[k]:,} {w}" for k, w in (("train", "to train on"), ("held_out", "held out"))
             if k in counts]  # fmt: skip
-    data = f"The records came from {config.data.source}, shared out by {config.data.partition}"
+    data = f"The records came from {config.data.source}, partitioned by {config.data.partition}"
     data += f": {' and '.join(rows)}." if rows else "."
     return [did, how, data] if config.federation.rounds else [did, data]
 
@@ -149,13 +131,13 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"note": privacy["protects"], "bad": config.privacy.protects_nobody}
     words = [
         f"Adversary: {privacy['adversary']}." if "adversary" in privacy else "",
-        f"Adjacency, what two data sets differ by that nobody can tell apart: "
+        f"Adjacency, the difference between two data sets that an adversary cannot tell apart: "
         f"{privacy['adjacency']}."
         if "adjacency" in privacy
         else "",
-        "Epsilon bounds what anyone can learn of one protected unit: by at most the factor "
-        "e^epsilon can their odds change. 1 is strong, 8 is common in practice, above 10 little is "
-        "left. Delta is the probability with which the bound may fail."
+        "Epsilon bounds what an adversary can learn about one protected unit: the adversary's odds "
+        "change by at most the factor e^epsilon. 1 is strong, 8 is common in practice, above 10 "
+        "protection is weak. Delta is the probability that the bound fails."
         if config.privacy.enabled
         else "",
     ]
@@ -183,13 +165,15 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
         ]
     ]
     if rows:
-        table = Table(rows=[heads, *rows], title="What each institution has spent at most",
+        table = Table(rows=[heads, *rows], title="Largest budget spent by each institution",
                       folded=len(rows) > 12)  # fmt: skip
         found["tables"] = [table]
     silent = privacy.get("without_report", {})
     if silent:
         words.append(
-            "Asked but never heard of, so counted as spent in full: " + ", ".join(silent) + "."
+            "Institutions without a report, counted as having spent everything: "
+            + ", ".join(silent)
+            + "."
         )
     return {**found, "words": [w for w in words if w]}
 
@@ -234,13 +218,13 @@ def _by_institution(result: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     order = dict(sorted(accuracies.items(), key=lambda item: item[1]))
     worst = next(iter(order))
-    shown = dict(list(order.items())[:MOST_BARS])
+    shown = dict(list(order.items())[:MAX_BARS])
     title = "Accuracy on each institution's held-out rows"
     if len(shown) < len(order):
-        title += f", the {MOST_BARS} lowest"
+        title += f", the {MAX_BARS} lowest"
     rows = [["institution", "accuracy, %"], *([n, f"{100 * a:.1f}"] for n, a in order.items())]
     return {
-        "words": [f"Worst off is {worst} with {100 * order[worst]:.1f} %."],
+        "words": [f"The lowest accuracy is {100 * order[worst]:.1f} %, at {worst}."],
         "figures": {
             title: figures.bars(
                 "institutions", title, {"accuracy": shown}, label="accuracy", worst=worst
@@ -251,7 +235,7 @@ def _by_institution(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How far the aggregate is from the exact mean, and how far institutions moved."""
+    """Show the error of the aggregate against the exact mean, and the norms of updates."""
     shown: dict[str, str] = {}
     errors = {r: e for r, e in figures.last_of(records, "aggregation_error").items() if e > 0}
     if errors:
@@ -280,15 +264,15 @@ def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name, why in r["aggregation"].get("rejected", {}).items()
     ]
     tables = (
-        [Table(rows=[["round", "institution", "why"], *refused], title="Without a part in a round",
+        [Table(rows=[["round", "institution", "reason"], *refused], title="Unused updates",
                folded=len(refused) > 12)]
         if refused
         else []
     )  # fmt: skip
     words = [
-        "Averaging the two factors of adapters is not quite averaging what they compute. The error "
-        "is how far the combined adapter was from the exact mean; an update's length is how far "
-        "an institution (its noise included) wanted to move."
+        "The mean of the adapters' factors differs from the mean of their products. The error is "
+        "the distance of the combined adapter from the exact mean. The length of an update is the "
+        "distance that an institution moved, noise included."
     ]
     return {"words": words if shown else (), "figures": shown, "tables": tables}
 
@@ -305,12 +289,12 @@ def _cost(
         for of, key in (("to institutions", "sent"), ("from institutions", "received"))
     }
     one, two = "Seconds by round", "Megabytes by round"
-    per = results.moved(records) / max(1, _institutions(records, result)) / 1e6
+    total = results.bytes_moved(records) / 1e6
+    per = total / max(1, _institutions(records, result))
     return {
         "words": [
-            f"{seconds(result['seconds'])} in rounds, {results.moved(records) / 1e6:.1f} MB moved, "
-            f"{per:.2f} MB for each institution in all. In a simulation nothing crosses a network; "
-            "these are the sizes of the adapters that would."
+            f"The rounds took {seconds(result['seconds'])} and moved {total:.1f} MB, {per:.2f} MB "
+            "for each institution. A simulation uses no network: these are the adapters' sizes."
         ],
         "figures": {
             one: figures.by_round(
@@ -318,9 +302,14 @@ def _cost(
                 one,
                 [("seconds", rounds, [r["seconds"] for r in records], nothing)],
                 label="seconds",
+                from_zero=True,
             ),
             two: figures.by_round(
-                "bytes", two, [(of, rounds, y, nothing) for of, y in moved.items()], label="MB"
+                "bytes",
+                two,
+                [(of, rounds, y, nothing) for of, y in moved.items()],
+                label="MB",
+                from_zero=True,
             ),
         },
     }

@@ -1,6 +1,6 @@
-"""What a sweep found: a line for each arm and point of the grid, over its seeds.
+"""Results of a sweep: a line for each arm and point of the grid, aggregated over seeds.
 
-Reads the sweep's manifest and its cells' run directories; what is not complete is left out.
+Reads the sweep's manifest and the run directories of its cells. Incomplete cells are left out.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from fedlora import metrics
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import read_records
+from fedlora.run_files import read_records, read_run_file
 
 MANIFEST = "cells.json"
 COLUMNS = (
@@ -22,28 +22,28 @@ COLUMNS = (
     "gain_over_local_dp", "gain_over_local_dp_ci95", "bytes", "seconds", "epsilon", "delta",
     "same_as",
 )  # fmt: skip
-"""Of a line, beside the axes of the grid."""
+"""Columns of a line, beside the axes of the grid."""
 ALL = "all"
-"""In place of an institution: the held-out rows of all of them together."""
+"""Stands for an institution in lines on the held-out rows of all institutions together."""
 CONFIDENCE = 0.95
-HOW = (
+CAPTION = (
     "Means over seeds ± half the 95 % confidence interval (Student's t), in percent of held-out "
     "rows; gains are percentage points against each institution alone, seed by seed. Worst "
-    "institution: the least of each seed. Settings that change nothing in an arm stand once."
+    "institution: the lowest accuracy of each seed. Settings without effect in an arm stand once."
 )
-"""To read the tables by."""
+"""Explains the tables."""
 
 
 def run_dir(out: Path, cell: str) -> Path:
-    """Where a cell is."""
+    """Return the run directory of a cell."""
     return out / "cells" / cell
 
 
 def manifest(out: Path) -> dict[str, Any]:
-    """A sweep's manifest.
+    """Read a sweep's manifest.
 
     Raises:
-        InputError: If there is none.
+        InputError: If it does not exist or cannot be read.
     """
     try:
         return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
@@ -55,40 +55,40 @@ def manifest(out: Path) -> dict[str, Any]:
 
 
 def score(result: Mapping[str, Any]) -> tuple[str, float]:
-    """Name and value of what a result is judged by; ("", nan) if nothing was measured.
+    """Return name and value of a result's main metric; ("", nan) if nothing was measured.
 
-    Accuracy where there are classes, else the share of answers that are exactly right.
+    The main metric is accuracy where there are classes, else the share of exact matches.
     """
     name = next((key for key in ("accuracy", "exact_match") if key in result), "")
     value = result.get(name)
     return name, math.nan if value is None else float(value)
 
 
-def moved(records: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes that were sent to institutions and received from them."""
+def bytes_moved(records: Sequence[Mapping[str, Any]]) -> int:
+    """Return the bytes sent to institutions and received from them."""
     return sum(i["sent"] + i["received"] for r in records for i in r["institutions"].values())
 
 
 def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What one case came to with its seed; None while a cell of it is missing.
+    """Measure one case with one seed; None while one of its cells is not complete.
 
-    Of the local arms the rows of all institutions together, each by its own adapter.
+    For local arms, the metrics pool the rows of all institutions, each under its own adapter.
     """
     found: list[dict[str, Any]] = []
-    bytes_moved = 0
+    total_bytes = 0
     for cell in case["cells"].values():
         directory = run_dir(out, cell)
         try:
-            found.append(json.loads((directory / "result.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError):
+            found.append(read_run_file(directory))
+        except InputError:
             return None
-        bytes_moved += moved(read_records(directory))
+        total_bytes += bytes_moved(read_records(directory))
     if not found:
         return None
     result = found[0] if "" in case["cells"] else metrics.pooled(found)
     kind = case["arm"].removesuffix("-dp")
     institutions: dict[str, float] = {}
-    if kind != "central":  # there an institution is all of them
+    if kind != "central":  # its one institution holds all records
         for one in found:
             institutions |= one["institutions"]
     return {
@@ -98,21 +98,21 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "epsilon": max(float(one["epsilon_max"]) for one in found),
         "delta": max((d for one in found if (d := one.get("delta")) is not None), default=None),
         "seconds": sum(one["seconds"] for one in found),
-        "bytes": bytes_moved if kind in ("federated", "base") else 0,
+        "bytes": total_bytes if kind in ("federated", "base") else 0,
     }
 
 
 def summary(out: Path) -> list[dict[str, Any]]:
-    """The lines of a sweep's results.
+    """Aggregate a sweep's results over seeds.
 
     Returns:
-        For each arm and point of the grid a line with ``institution`` "all", then one for each
-        institution: ``seeds`` (how many), ``accuracy``, ``macro_f1``, ``worst_accuracy`` (of each
-        seed the least of an institution), ``gain_over_local`` and ``gain_over_local_dp``
-        (differences within a seed), each as a mean and with ``_ci95``, the half width of its 95 %
-        confidence interval by Student's t (None of one seed), then ``bytes``, ``seconds``,
-        ``epsilon`` and ``delta`` (None without DP), and in ``same_as`` the first setting with the
-        same runs, where another has them too.
+        For each arm and point of the grid a line with ``institution`` "all", then a line for each
+        institution. ``seeds`` is the number of seeds. ``accuracy``, ``macro_f1``,
+        ``worst_accuracy`` (the lowest institution of each seed), ``gain_over_local`` and
+        ``gain_over_local_dp`` (differences within a seed) are means. Each has a ``_ci95``: the half
+        width of its 95 % confidence interval by Student's t, None for one seed. ``bytes``,
+        ``seconds``, ``epsilon`` and ``delta`` follow (None without DP). ``same_as`` names the first
+        setting with the same runs, if there are several.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     by_key: dict[str, dict[str, Any]] = {}
@@ -181,7 +181,7 @@ def _line(
 
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Mean of the finite values, and half the width of its confidence interval."""
+    """Return the mean of the finite values and half the width of its confidence interval."""
     known = [value for value in values if math.isfinite(value)]
     half = None
     if len(known) > 1:
@@ -215,7 +215,7 @@ def write(out: Path) -> None:
 
 
 def _of_one_type(values: Sequence[Any]) -> list[Any]:
-    """Values of an axis as a column holds them: as they are, else as numbers, else as text."""
+    """Convert an axis to one type: unchanged if it has one, else numbers, else text."""
     if len({type(value) for value in values}) == 1:
         return list(values)
     try:
@@ -225,7 +225,7 @@ def _of_one_type(values: Sequence[Any]) -> list[Any]:
 
 
 def percent(line: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
-    """A share as percent with its confidence interval, or "" where there is none."""
+    """Format a share as percent with its confidence interval; "" for a missing value."""
     value, half = line.get(key), line.get(f"{key}_ci95")
     if value is None:
         return ""
@@ -237,10 +237,9 @@ def percent(line: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
 def tables(
     out: Path, lines: Sequence[Mapping[str, Any]]
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """Two tables as rows of text, heads first: of all held-out rows, and by institution.
+    """Return two tables as rows of text, heads first: all held-out rows, and by institution.
 
-    Runs stand once, under the first of the settings that are the same to them; a column without
-    any figure is left out.
+    Settings with the same runs share one row, under the first of them. Empty columns are left out.
     """
     lines = [line for line in lines if not line["same_as"]]
     axes = list(dict.fromkeys(k for case in manifest(out)["cases"] for k in case["axes"]))
@@ -303,17 +302,17 @@ def _text(value: Any) -> str:
 
 
 def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
-    """The tables of ``results.md``."""
+    """Return the text of ``results.md``."""
     pooled, each = tables(out, lines)
     about = manifest(out)
-    text = f"# {about['name']}\n\n{HOW} By `{about['command']}`.\n\n{markdown_table(pooled)}\n"
+    text = f"# {about['name']}\n\n{CAPTION} By `{about['command']}`.\n\n{markdown_table(pooled)}\n"
     if len(each) > 1:
         text += f"\n## By institution\n\n{markdown_table(each)}\n"
     return text
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of which is the head, as a table of Markdown."""
+    """Format rows as a Markdown table; the first row is its head."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""What a sweep runs: arms x grid, as runs that are told apart by their configuration alone.
+"""The runs of a sweep: arms x grid, each identified by its configuration.
 
 A sweep is a TOML file: ``base`` names a configuration, ``[set]`` overrides keys of it,
 ``[set.ARM]`` those of one arm, ``[grid]`` lists values. A grid entry is a key with a list, or a
@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from experiments import results
-from fedlora import config as configuration
 from fedlora import model_files, records
-from fedlora.config import SECTIONS, RunConfig
+from fedlora.config import SECTIONS, RunConfig, load
 from fedlora.errors import InputError
 
 ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp")
 KEYS = ("base", "set", "grid", "arms")
 EPSILON = "privacy.epsilon"
-MOST_CELLS = 1000
-"""More need --yes."""
+MAX_CELLS = 1000
+"""Cells of a sweep without --yes."""
 
-ALONE = {
+SINGLE_INSTITUTION = {
     "federation.strategy": "fedavg",
     "federation.institutions-per-round": 0,
     "federation.min-updates": 1,
@@ -37,13 +36,13 @@ ALONE = {
     "adapter.ranks": "",
     "privacy.institution-epsilon": math.inf,
 }
-"""Of a single institution: nothing that only a federation has may change its result."""
-START = ("seed", "data.", "model.", "training.max-length")
-"""Keys that decide what an untrained adapter computes, and how the data is split."""
+"""Settings of a run with one institution: federation features must not change its result."""
+SPLIT_KEYS = ("seed", "data.", "model.", "training.max-length")
+"""Prefixes of keys that fix the untrained adapter and the split of the data."""
 
-SECONDS_TO_START = 15.0
-OPERATIONS_A_SECOND = 5e11
-"""Of a guess at what a cell costs; what was measured corrects it."""
+STARTUP_SECONDS = 15.0
+OPERATIONS_PER_SECOND = 5e11
+"""A guess for the cost of cells; measured seconds correct it during the sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,9 @@ class Case:
     """One arm at one point of the grid with one seed.
 
     Args:
-        arm: Of `ARMS`.
-        axes: What the grid chose, without the seed; ``privacy.epsilon`` is inf without DP.
-        config: The run; of the local arms, the one that each institution's own is made from.
+        arm: One of `ARMS`.
+        axes: The grid's values without the seed; ``privacy.epsilon`` is inf without DP.
+        config: The run. For local arms, the template of each institution's own run.
     """
 
     arm: str
@@ -66,9 +65,9 @@ class Cell:
     """One run of a sweep.
 
     Args:
-        name: Of its directory; follows from the configuration, the records and the base's weights.
-        config: What runs.
-        institutions: How many take part.
+        name: The name of its directory, made from configuration, records and base weights.
+        config: The run.
+        institutions: The number of institutions.
         cost: A guess at its seconds.
     """
 
@@ -79,7 +78,7 @@ class Cell:
 
 
 def read(path: Path) -> list[Case]:
-    """The cases of a sweep file, each checked; nothing is loaded but configurations.
+    """Read and check the cases of a sweep file. Loads configurations only.
 
     Raises:
         InputError: Naming the value, its bound and the remedy.
@@ -141,7 +140,7 @@ def _toml(path: Path) -> dict[str, Any]:
 
 def _base(path: Path, tree: Mapping[str, Any]) -> RunConfig:
     beside = path.parent / tree["base"]
-    base = configuration.load(beside if beside.exists() else Path(tree["base"]))
+    base = load(beside if beside.exists() else Path(tree["base"]))
     if base.deployed:
         raise InputError(
             "data.source is 'institutions', a deployment's; arms of a sweep need all records here: "
@@ -167,7 +166,7 @@ def _arms(tree: Mapping[str, Any]) -> list[str]:
 def _overrides(
     tree: Mapping[str, Any], arms: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Overrides of all arms, and of each."""
+    """Return the overrides for all arms, and those of each arm."""
     given = tree.get("set", {})
     if not isinstance(given, dict):
         raise InputError(f"set is {given!r}; it must be a table of keys, below [set]")
@@ -178,7 +177,7 @@ def _overrides(
     for arm, values in own.items():
         _check_keys(f"[set.{arm}]", values)
         for key in values:
-            if key.startswith(START):
+            if key.startswith(SPLIT_KEYS):
                 other = next((name for name in arms if name != arm), arm)
                 raise InputError(
                     f"arms {arm!r} and {other!r} cannot share a split: [set.{arm}] has {key}; "
@@ -189,19 +188,15 @@ def _overrides(
     return always, own
 
 
-def _grid(tree: Mapping[str, Any]) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
-    """Axis -> its values, each with what it sets."""
-    axes: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+Axes = dict[str, list[tuple[Any, dict[str, Any]]]]
+"""Axis -> its values, each as a label with the keys that the value sets."""
+
+
+def _grid(tree: Mapping[str, Any]) -> Axes:
+    """Read and check the axes of a sweep file."""
+    axes: Axes = {}
     for name, value in tree["grid"].items():
-        if isinstance(value, dict) and name not in SECTIONS:
-            if name == "seed":
-                raise InputError("grid has a table of variants named seed; list seeds, as [1, 2]")
-            axes[name] = [(label, _flat(values)) for label, values in value.items()]
-        else:
-            for key, listed in _flat({name: value}).items():
-                if not isinstance(listed, list):
-                    raise InputError(f"grid has {key} = {listed!r}; it must be a list of values")
-                axes[key] = [(_plain(one), {key: one}) for one in listed]
+        axes |= _variants(name, value) if _has_variants(name, value) else _lists({name: value})
     if not axes:
         raise InputError(
             "the grid is empty; list at least one key with its values, such as seed = [1, 2, 3]"
@@ -210,11 +205,30 @@ def _grid(tree: Mapping[str, Any]) -> dict[str, list[tuple[Any, dict[str, Any]]]
         if not choices:
             raise InputError(f"grid has no value for {name}; list at least one or drop it")
         labels = [label for label, _ in choices]
-        for label in labels:
+        for label, values in choices:
             if labels.count(label) > 1:
                 raise InputError(f"grid has {name} {label!r} twice; drop one")
-        for _, values in choices:
             _check_keys(f"grid {name}", values)
+    return axes
+
+
+def _has_variants(name: str, value: Any) -> bool:
+    """Whether a grid entry is a table of variants; a section of the configuration is none."""
+    return isinstance(value, dict) and name not in SECTIONS
+
+
+def _variants(name: str, table: Mapping[str, Any]) -> Axes:
+    if name == "seed":
+        raise InputError("grid has a table of variants named seed; list seeds, as [1, 2]")
+    return {name: [(label, _flat(values)) for label, values in table.items()]}
+
+
+def _lists(tree: Mapping[str, Any]) -> Axes:
+    axes: Axes = {}
+    for key, listed in _flat(tree).items():
+        if not isinstance(listed, list):
+            raise InputError(f"grid has {key} = {listed!r}; it must be a list of values")
+        axes[key] = [(_plain(one), {key: one}) for one in listed]
     return axes
 
 
@@ -222,7 +236,7 @@ def _check_labels(
     axes: Mapping[str, Sequence[tuple[Any, Mapping[str, Any]]]],
     own: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Refuse a grid whose labels would not say what ran."""
+    """Refuse a grid whose labels would misstate the settings of a run."""
     places: dict[str, str] = {}
     for name, choices in axes.items():
         if name in results.COLUMNS:
@@ -246,12 +260,12 @@ def _check_labels(
 
 
 def _plain(value: Any) -> Any:
-    """A grid value as one that names it in a table."""
+    """Return the label of a grid value in a table."""
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"privacy": {"epsilon": 8}}`` as ``{"privacy.epsilon": 8}``."""
+    """Flatten ``{"privacy": {"epsilon": 8}}`` to ``{"privacy.epsilon": 8}``."""
     if not isinstance(tree, dict):
         raise InputError(f"{prefix or 'a table'} is {tree!r}; it must be a table of keys")
     found: dict[str, Any] = {}
@@ -274,28 +288,28 @@ def _check_keys(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _in_arm(arm: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The configuration of an arm where the grid and [set] chose ``values``."""
+    """Return an arm's configuration with ``values`` of the grid and [set]."""
     kind = arm.removesuffix("-dp")
     if kind == "base":
-        start = {key: value for key, value in values.items() if key.startswith(START)}
-        base.replace(values)  # also keys that do not matter here are checked
-        values = {**start, **ALONE, "federation.rounds": 0}
+        start = {key: value for key, value in values.items() if key.startswith(SPLIT_KEYS)}
+        base.replace(values)  # checks also the keys that are dropped below
+        values = {**start, **SINGLE_INSTITUTION, "federation.rounds": 0}
     fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}
     if kind == arm:
         fixed |= {EPSILON: math.inf, "privacy.institution-epsilon": math.inf}
         weighting = {**base.flat(), **values}["federation.weighting"]
         if weighting == "noised-size":
             fixed["federation.weighting"] = "public-size"
-    alone = ALONE if kind in ("local", "central") else {}
+    alone = SINGLE_INSTITUTION if kind in ("local", "central") else {}
     config = base.replace({**values, **alone, **fixed})
     return config.replace({"data.view": "pooled"}) if kind == "central" else config
 
 
 def cells(cases: Sequence[Case]) -> tuple[dict[str, Cell], list[dict[str, str]]]:
-    """The runs that cases need, and for each case in turn which ones.
+    """Return the runs of all cases, and the names of each case's runs.
 
-    Reads, splits and caches the records of every seed and partition, so that what is wrong with
-    them shows here.
+    Reads, splits and caches the records of every seed and partition, so that bad records are
+    refused before the first run.
 
     Returns:
         Name -> cell, and a list of institution -> name of a cell; the institution is "" where all
@@ -318,18 +332,20 @@ def _split_key(config: RunConfig) -> tuple[Any, ...]:
 
 
 def _runs(case: Case) -> list[tuple[str, RunConfig]]:
-    """Institution (or "") and configuration of each run of a case."""
+    """Return institution (or "") and configuration of each run of a case."""
     config = case.config
     federation = records.load(config.replace({"data.view": "all"}))
     if not case.arm.startswith("local"):
         if case.arm.startswith("central") and not config.training.sample_rate:
-            size = config.training.batch_size * len(federation.names)  # as many rows as they all
+            size = config.training.batch_size * len(
+                federation.names
+            )  # the rows of all institutions
             config = config.replace({"training.batch-size": size})
         return [("", config)]
     return [
         (name, config.replace({"data.view": f"only:{name}"}))
         for i, name in enumerate(federation.names)
-        if len(federation.held_out(i))  # one without cannot be measured
+        if len(federation.held_out(i))  # without held-out rows nothing is measured
     ]
 
 
@@ -352,18 +368,18 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     budget = f"-epsilon-{config.privacy.epsilon:g}" if config.privacy.enabled else ""
     parts = [arm.removesuffix("-dp"), *([institution] if institution else [])]
     name = f"{'-'.join(parts)}{budget}-seed-{config.seed}-{digest[:12]}"
-    cost = SECONDS_TO_START + work * size / 4 / OPERATIONS_A_SECOND
+    cost = STARTUP_SECONDS + work * size / 4 / OPERATIONS_PER_SECOND
     return Cell(name=name, config=config, institutions=len(seen.names), cost=cost)
 
 
 def check_size(number: int, seconds: float) -> None:
-    """Refuse a sweep of more cells than somebody may want to have started by mistake.
+    """Refuse a sweep so large that it may have been started by mistake.
 
     Raises:
-        InputError: With the hours that it would take.
+        InputError: Naming the hours that the sweep would take.
     """
-    if number > MOST_CELLS:
+    if number > MAX_CELLS:
         raise InputError(
-            f"the sweep has {number:,} cells, over {MOST_CELLS:,}: about {seconds / 3600:.0f} "
+            f"the sweep has {number:,} cells, over {MAX_CELLS:,}: about {seconds / 3600:.0f} "
             "hours one after the other; make the grid smaller, or say --yes"
         )

@@ -1,6 +1,5 @@
-"""The page on a sweep: what a promise costs, and who gains from a federation."""
+"""The page on a sweep: the cost of privacy, and the gain of each institution."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ from experiments import figures, results
 from experiments.pages import Page, Section, Table, environment
 from experiments.results import ALL
 from experiments.sweep import EPSILON
-from fedlora import config as configuration
+from fedlora.config import load
 from fedlora.errors import InputError
+from fedlora.run_files import CONFIG, is_complete, read_run_file
 
 Lines = Sequence[Mapping[str, Any]]
 
-MEANING = {
+ARM_MEANINGS = {
     "base": "base: the model before any training",
     "local": "local: each institution trains alone on its own records",
     "local-dp": "local-dp: the same under differential privacy",
@@ -26,10 +26,10 @@ MEANING = {
 
 
 def of(out: Path) -> Page:
-    """The page on a sweep's complete cells.
+    """Make the page on a sweep's complete cells.
 
     Raises:
-        InputError: If none is complete.
+        InputError: If no case is complete.
     """
     about, lines = results.manifest(out), results.summary(out)
     if not lines:
@@ -53,7 +53,7 @@ def of(out: Path) -> Page:
             Section(title="Institutions", **_institutions(lines, axes)),
             Section(
                 title="Results",
-                words=[f"{results.HOW} Click a head to sort."],
+                words=[f"{results.CAPTION} Click a head to sort."],
                 tables=[
                     Table(rows=table),
                     *([Table(rows=each, title="By institution", folded=True)] if each[1:] else []),
@@ -75,7 +75,7 @@ def _words(
     many = f"{len(seeds)} seeds" if len(seeds) != 1 else "one seed, so there are no intervals"
     words = [
         "Compared on the same held-out rows, with the same split and the same number of steps: "
-        + "; ".join(MEANING[arm] for arm in arms)
+        + "; ".join(ARM_MEANINGS[arm] for arm in arms)
         + f".{varied} Each case with {many}."
     ]
     if missing:
@@ -84,7 +84,7 @@ def _words(
 
 
 def _tiles(lines: Lines) -> dict[str, str]:
-    """The best of each arm."""
+    """Return a tile with the best result of each arm."""
     best: dict[str, Mapping[str, Any]] = {}
     for line in lines:
         known = best.get(line["arm"])
@@ -104,14 +104,14 @@ def _label(line: Mapping[str, Any], axes: Iterable[str]) -> str:
 
 
 def _short(axis: str, value: Any) -> str:
-    """A value of an axis as a label: its name alone where that says enough."""
+    """Return the label of an axis value; numbers are labelled with the axis."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     number = isinstance(value, int | float) or text == "inf"
     return f"{axis.rpartition('.')[2]} {text}" if number else text
 
 
 def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
-    """Accuracy against epsilon: a line for each arm under DP and each other setting."""
+    """Draw accuracy against epsilon, with a line for each arm under DP and each setting."""
     if EPSILON not in axes:
         return {}
     others = [axis for axis in axes if axis != EPSILON]
@@ -124,7 +124,7 @@ def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
             series.setdefault(_name(line["arm"], _label(line, others)), []).append(line)
         else:
             free[line["arm"], _label(line, others)] = line
-    shown = list(series.items())[: figures.MOST_SERIES]
+    shown = list(series.items())[: figures.MAX_SERIES]
     drawn: list[figures.Line] = []
     for name, points in shown:
         arm, label = points[0]["arm"].removesuffix("-dp"), _label(points[0], others)
@@ -154,7 +154,7 @@ def _name(arm: str, label: str) -> str:
 
 
 def _against(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
-    """Accuracy against each other number that takes at least three values."""
+    """Draw accuracy against each other number with at least three values."""
     shown: dict[str, str] = {}
     for axis in axes:
         values = {line[axis] for line in lines}
@@ -167,7 +167,7 @@ def _against(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
                 label = _label(line, [o for o in others if o != EPSILON or _under_dp(line)])
                 series.setdefault(_name(line["arm"], label), []).append(line)
         drawn: list[figures.Line] = []
-        for name, points in list(series.items())[: figures.MOST_SERIES]:
+        for name, points in list(series.items())[: figures.MAX_SERIES]:
             points = sorted(points, key=lambda p: p[axis])
             drawn.append(
                 (
@@ -185,8 +185,8 @@ def _against(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
 
 
 def _part(settings: int) -> str:
-    """What a title adds where not every setting has a colour."""
-    shown = figures.MOST_SERIES
+    """Return the addition to a title when some settings are not drawn."""
+    shown = figures.MAX_SERIES
     return f" (the first {shown} of {settings} settings)" if settings > shown else ""
 
 
@@ -199,7 +199,7 @@ def _under_dp(line: Mapping[str, Any]) -> bool:
 
 
 def _settings(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
-    """Bars for each setting, a colour for each arm."""
+    """Draw bars for each setting, with a colour for each arm."""
     groups: dict[str, dict[str, float]] = {}
     errors: dict[tuple[str, str], float] = {}
     others = [axis for axis in axes if axis != EPSILON]
@@ -214,13 +214,13 @@ def _settings(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
         if line["accuracy_ci95"] is not None:
             errors[group, row] = line["accuracy_ci95"]
     title = "Accuracy of each arm"
-    if len(groups) > figures.MOST_SERIES or sum(map(len, groups.values())) > 60:
+    if len(groups) > figures.MAX_SERIES or sum(map(len, groups.values())) > 60:
         return {}
     return {title: figures.bars("arms", title, groups, label="accuracy", errors=errors)}
 
 
 def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
-    """Before, alone and together, institution by institution, in the setting with the best DP."""
+    """Compare before, alone and together for each institution, in the best setting under DP."""
     together = [x for x in lines if x["arm"].startswith("federated") and x["institution"] == ALL
                 and x["accuracy"] is not None]  # fmt: skip
     if not together:
@@ -249,13 +249,13 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
     gains = [own[n] - groups["local"][n] for n in own if n in groups.get("local", {})]
     words = [
         f"In the setting with the best result{' under DP' * _under_dp(best)}"
-        f"{f' ({setting})' if setting else ''}. Worst off is {order[0]} with "
-        f"{100 * own[order[0]]:.1f} %."
+        f"{f' ({setting})' if setting else ''}. The lowest accuracy is "
+        f"{100 * own[order[0]]:.1f} %, at {order[0]}."
     ]
     if best["seeds"] > 1:
         words.append(
-            "Each bar is a mean over seeds. Where a seed deals the records (iid, dirichlet), a "
-            "name stands for another institution in each of them."
+            "Each bar is a mean over seeds. Where seeds partition the records (iid, dirichlet), "
+            "a name stands for another institution under each seed."
         )
     if gains:
         words.append(
@@ -271,15 +271,15 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
 
 
 def _cells(about: Mapping[str, Any], out: Path) -> list[Path]:
-    """Directories of complete cells."""
+    """Return the directories of complete cells."""
     names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
     found = [results.run_dir(out, name) for name in names]
-    return [path for path in found if (path / "result.json").exists()]
+    return [path for path in found if is_complete(path)]
 
 
 def _dp(out: Path, about: Mapping[str, Any]) -> Section:
-    """The promises of the arms under DP."""
-    configs = [configuration.load(path / "config.toml").privacy for path in _cells(about, out)]
+    """State the privacy of the arms under DP."""
+    configs = [load(path / CONFIG).privacy for path in _cells(about, out)]
     private = [privacy for privacy in configs if privacy.enabled]
     if not private:
         return Section(
@@ -312,9 +312,8 @@ def _dp(out: Path, about: Mapping[str, Any]) -> Section:
 
 
 def _environment(out: Path, about: Mapping[str, Any]) -> list[Section]:
-
     cells = _cells(about, out)
-    found = [json.loads((path / "environment.json").read_text(encoding="utf-8")) for path in cells]
+    found = [read_run_file(path, "environment.json") for path in cells]
     shas = sorted({str(one["git_sha"]) for one in found})
     section = environment(found[-1])
     if len(shas) > 1:

@@ -1,12 +1,12 @@
-"""Imports what a run needs, for the process that a sweep's cells are forked from."""
+"""The imports of a run, preloaded by the fork server of a sweep's cells."""
 
 import gc
 import importlib
 
-from fedlora.startup import importing, quiet_libraries
+from fedlora.startup import paused_gc, quiet_libraries
 
 quiet_libraries()
-with importing():
+with paused_gc():
     for name in (
         "client.app",
         "client.dp_sgd",

@@ -19,10 +19,10 @@ __all__ = [
     "default_delta",
     "epsilon",
     "noise_multiplier",
-    "plan",
     "public_delta",
     "public_size",
     "sample_rate",
+    "size_events",
 ]
 
 _MAX_SIGMA = 1e6
@@ -175,15 +175,21 @@ def _positive(records: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """What one institution will spend in a run if it takes part in every round it may.
+    """The mechanism of one institution's whole run, chosen before its first round.
+
+    Training, the ledger's charges, the record that is sent and the server's check of that record
+    take their figures from here. Every figure depends on public values only.
 
     Args:
         epsilon: Target for the whole run; the plan's own epsilon is at most this.
         delta: Failure probability.
-        noise_multiplier: Deviation of the noise of a step divided by the clipping norm.
-        sample_rate: Probability that a unit takes part in a step.
+        noise_multiplier: Standard deviation of a step's noise over ``max_grad_norm``.
+        sample_rate: Probability that a unit is in a step's batch.
+        size_class: The institution's size class, in units (:func:`public_size`).
+        max_grad_norm: Clipping bound.
+        clipping: ``"flat"`` or ``"automatic"``.
         steps_per_round: Local steps a round.
-        rounds: Rounds it takes part in, at most.
+        rounds: Rounds that the institution takes part in, at most.
         accountant: ``"prv"`` or ``"rdp"``.
         size_noise: Deviation of the noise on the released number of units; 0: it is not released.
     """
@@ -192,61 +198,49 @@ class PrivacyPlan:
     delta: float
     noise_multiplier: float
     sample_rate: float
+    size_class: int
+    max_grad_norm: float
+    clipping: str
     steps_per_round: int
     rounds: int
     accountant: str
     size_noise: float = 0.0
 
     @property
+    def expected_batch_size(self) -> float:
+        """Units of an expected batch, from the size class; a step's noisy sum is divided by it."""
+        return self.sample_rate * self.size_class
+
+    @property
     def max_steps(self) -> int:
         """Steps of the whole run, at most."""
         return self.steps_per_round * self.rounds
 
+    @property
+    def round_event(self) -> Event:
+        """The cost of one round's steps."""
+        return self._steps(self.steps_per_round)
 
-def plan(
-    *,
-    epsilon: float,
-    delta: float,
-    sample_rate: float,
-    steps_per_round: int,
-    rounds: int,
-    accountant: str = "prv",
-    size_noise: float = 0.0,
-    history: Iterable[Event] = (),
-) -> PrivacyPlan:
-    """Choose the noise of a whole run: every round, and the noised size where one is released.
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The cost of the whole run, at most."""
+        return (self._steps(self.max_steps), *self.size_events)
+
+    @property
+    def size_events(self) -> tuple[Event, ...]:
+        """The cost of releasing a noised number of units; none where it is not released."""
+        return size_events(self.size_noise)
+
+    def _steps(self, steps: int) -> Event:
+        return Event(
+            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps
+        )
+
+
+def size_events(size_noise: float) -> tuple[Event, ...]:
+    """The release of a number of units: one Gaussian mechanism of sensitivity 1.
 
     Args:
-        epsilon: Target for the history and the run together.
-        delta: Failure probability.
-        sample_rate: Probability that a unit takes part in a step.
-        steps_per_round: Local steps a round, >= 1.
-        rounds: Rounds the institution takes part in, at most, >= 1.
-        accountant: ``"prv"`` or ``"rdp"``.
-        size_noise: Deviation of the noise on the number of units (a Gaussian mechanism of
-            sensitivity 1); 0: none.
-        history: What was released about the same data before.
-
-    Raises:
-        InputError: If a value is out of bounds or the target cannot be met.
-        Refusal: ``budget-exhausted`` if the history, with the noised size, exceeds the target.
+        size_noise: Standard deviation of its noise, in units; 0: no release.
     """
-    size = (Event(noise_multiplier=size_noise, sample_rate=1.0, steps=1),) if size_noise else ()
-    sigma = noise_multiplier(
-        epsilon=epsilon,
-        delta=delta,
-        sample_rate=sample_rate,
-        steps=steps_per_round * rounds,
-        accountant=accountant,
-        history=(*history, *size),
-    )
-    return PrivacyPlan(
-        epsilon=epsilon,
-        delta=delta,
-        noise_multiplier=sigma,
-        sample_rate=sample_rate,
-        steps_per_round=steps_per_round,
-        rounds=rounds,
-        accountant=accountant,
-        size_noise=size_noise,
-    )
+    return (Event(noise_multiplier=size_noise, sample_rate=1.0, steps=1),) if size_noise else ()

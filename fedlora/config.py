@@ -18,32 +18,15 @@ import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tomli_w
 
 from fedlora import schemes
 from fedlora.errors import InputError
 from fedlora.settings_schema import Scalar, Section, check_zero_or, coerce, is_tuple, kebab, key
+from fedlora.strategy_table import STRATEGY_TABLE, Traits, names_with
 
-if TYPE_CHECKING:
-    from fedlora.adapters import Part
-
-FACTOR_MEANS = ("fedavg", "ffa", "rolora", "fedsa")
-"""Strategies that average each factor by itself; what works on coordinates goes with these only."""
-MIXED_RANKS = ("svd", "stack", "pad")
-"""Strategies under which institutions may have ranks of their own."""
-RESIDUALS = ("stack", "exact")
-"""Strategies that put what the factors do not hold into a frozen residual of the base's layers."""
-KEPT = {"fedsa": ("B", "magnitude")}
-"""Strategy -> parts of the adapter that institutions train and never send, where there are any."""
-SENT: Mapping[str, tuple[tuple["Part", ...], ...]] = {
-    "ffa": (("B", "magnitude", "head"),),
-    "rolora": (("B", "magnitude", "head"), ("A", "magnitude", "head")),
-    "fedsa": (("A", "head"),),
-}
-"""Strategy -> parts of the adapter that institutions train and send in round 1, 2, ..., in turn;
-every part in every round where there are none."""
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
 INSTITUTIONS = "institutions"
@@ -59,12 +42,6 @@ MIN_DELTA = 1e-30
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
-
-
-def parts_sent(strategy: str, round: int) -> tuple["Part", ...]:
-    """The parts of the adapter that institutions train and send in a round, from 1."""
-    turns = SENT.get(strategy, (("A", "B", "magnitude", "head"),))
-    return turns[(round - 1) % len(turns)]
 
 
 def check_threads(name: str, count: int) -> None:
@@ -247,10 +224,8 @@ class FederationConfig(Section):
     rounds: int = key(40, "rounds; 0 measures what training would start from", at_least=0)
     strategy: str = key(
         "fedavg",
-        "aggregation: fedavg; ffa (A frozen, exact); rolora (A and B in turn, exact); "
-        "svd (mean of the products, cut back to the rank); stack, exact (exact, the base carries "
-        "what does not fit); fedsa (only A shared); pad (own ranks, padded)",
-        choices=("fedavg", "ffa", "rolora", "svd", "stack", "exact", "fedsa", "pad"),
+        "aggregation: " + "; ".join(f"{name} ({t.summary})" for name, t in STRATEGY_TABLE.items()),
+        choices=tuple(STRATEGY_TABLE),
     )
     residual_rank: int = key(
         64, "stack, exact: rank above which what the base carries is cut back to it", at_least=1
@@ -294,6 +269,11 @@ class FederationConfig(Section):
     evaluate_every: int = key(
         1, "rounds between evaluations on the held-out rows; 0: only at the end", at_least=0
     )
+
+    @property
+    def traits(self) -> Traits:
+        """What is known of the strategy."""
+        return STRATEGY_TABLE[self.strategy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -453,11 +433,11 @@ class RunConfig(Section):
                 "privacy.institution-epsilon bounds every institution's influence alike; "
                 "use uniform"
             )
-        if privacy.hides_institutions and federation.strategy not in FACTOR_MEANS:
+        if privacy.hides_institutions and not federation.traits.factor_means:
             raise InputError(
                 f"federation.strategy is {federation.strategy!r}, but with "
                 "privacy.institution-epsilon the server adds noise to a mean of the factors "
-                f"themselves; use {', '.join(FACTOR_MEANS)}"
+                f"themselves; use {names_with(lambda t: t.factor_means)}"
             )
         if self.deployed and (
             not self.data.institutions or (self.model.task != "sft" and not self.data.labels)
@@ -631,21 +611,21 @@ def parse_overrides(items: Iterable[str]) -> dict[str, str]:
 
 def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> None:
     """Refuse what would make a strategy something else than it says."""
-    strategy = federation.strategy
-    if adapter.ranks and strategy not in MIXED_RANKS:
+    strategy, traits = federation.strategy, federation.traits
+    if adapter.ranks and not traits.mixed_ranks:
         raise InputError(
             f"adapter.ranks is {adapter.ranks!r}, but federation.strategy {strategy!r} averages "
-            f"factors of one rank; leave it empty or use {', '.join(MIXED_RANKS)}"
+            f"factors of one rank; leave it empty or use {names_with(lambda t: t.mixed_ranks)}"
         )
     stepped = federation.server_optimizer != "none" or federation.server_learning_rate != 1
-    if strategy in RESIDUALS and stepped:
+    if traits.residuals and stepped:
         raise InputError(
             f"federation.server-optimizer is {federation.server_optimizer!r} with "
             f"server-learning-rate {federation.server_learning_rate:g}, but federation.strategy "
             f"{strategy!r} takes the exact mean, not a step towards it; use none and 1, and set "
             "the step with training.learning-rate"
         )
-    if (strategy in RESIDUALS or strategy in KEPT) and federation.average_last:
+    if (traits.residuals or traits.local_parts) and federation.average_last:
         raise InputError(
             f"federation.average-last is {federation.average_last:g}, but under "
             f"federation.strategy {strategy!r} adapters of different rounds go with different "
@@ -655,7 +635,7 @@ def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> Non
 
 def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
     """Refuse robust rules where they would not mean what they say."""
-    rule, strategy = federation.robust, federation.strategy
+    rule, strategy, traits = federation.robust, federation.strategy, federation.traits
     if rule == "none":
         return
     if federation.byzantine >= 0.5 and federation.byzantine != int(federation.byzantine):
@@ -663,13 +643,13 @@ def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
             f"federation.byzantine is {federation.byzantine:g}; it must be a share below 0.5 or a "
             "whole number: no rule withstands a majority"
         )
-    if rule in ("median", "trimmed-mean") and strategy not in FACTOR_MEANS:
+    if rule in ("median", "trimmed-mean") and not traits.factor_means:
         raise InputError(
             f"federation.robust is {rule!r}, which takes each coordinate of the factors by itself, "
             f"but under federation.strategy {strategy!r} institutions need not share a basis; use "
-            f"krum, multi-krum or norm-bound, or {', '.join(FACTOR_MEANS)}"
+            f"krum, multi-krum or norm-bound, or {names_with(lambda t: t.factor_means)}"
         )
-    if rule not in ("median", "trimmed-mean") and strategy in KEPT:
+    if rule not in ("median", "trimmed-mean") and traits.local_parts:
         raise InputError(
             f"federation.robust is {rule!r}, which measures products, but under "
             f"federation.strategy {strategy!r} institutions keep their B; use median, trimmed-mean"

@@ -20,6 +20,10 @@ Packed rows are checked in the same way, except that exchanging other examples m
 another place too, which must change no bit either. A layer that mixes tokens outside attention
 mixes the examples of a packed row and fails that check.
 
+A model that changes an attribute or a buffer of itself in a pass is refused: its later passes would
+follow from earlier rows. So are rotary positions that change with the longest row of a pass, where
+rows may be as long.
+
 What is not shown is the same for sizes and values that were not run. The code of a model is assumed
 to treat examples alike at all of them; the guard in `fedlora.per_sample` looks at the shapes of
 every pass.
@@ -47,7 +51,7 @@ from fedlora.errors import Refusal
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
-from fedlora.tasks import Task, shard_of
+from fedlora.tasks import LENGTH_DEPENDENT, Task, shard_of
 
 TOLERANCE = 3e-3
 """Relative difference of a parameter's gradient from that of one backward pass, at most."""
@@ -57,6 +61,8 @@ DIMENSION_SUFFIXES = ("size", "dim", "features", "heads")
 """Endings of the names of layers' attributes that hold dimensions."""
 TOKENS_MULTIPLE = 64
 """The length of a packed row is a multiple of this number of tokens, as in training."""
+PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype)
+"""Types of a module's attributes that are compared before and after the examination."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +100,14 @@ def examine(
     ):
         probe = _Probe(model, per_sample, task, labels)
         try:
-            probe.padded()
+            _check_positions(model, task)
+            with _unchanged(model):
+                probe.padded()
         except _Flaw as flaw:
             return Verdict(flaw=str(flaw), first_position=None)
         try:
-            return Verdict(flaw="", first_position=probe.packed())
+            with _unchanged(model):
+                return Verdict(flaw="", first_position=probe.packed())
         except _Flaw:
             return Verdict(flaw="", first_position=None)
 
@@ -333,6 +342,52 @@ def _same(one: _Pass, i: int, other: _Pass, j: int) -> None:
 def _layer(name: str) -> str:
     """The layer of a parameter, or of PEFT's module, as the base model calls it."""
     return name.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def _check_positions(model: PeftModel, task: Task) -> None:
+    """Refuse rotary positions that change for all rows of a pass when one row is long enough.
+
+    The rows of the examination are too short to show it.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if not any(kind in str(rope) for kind in LENGTH_DEPENDENT):
+        return
+    given = (rope, vars(config))
+    keys = ("original_max_position_embeddings", "max_position_embeddings")
+    limits = [n for found in given for key in keys if type(n := found.get(key)) is int]
+    longest = task.encoding.max_length
+    if longest > min(limits, default=0):
+        raise _Flaw(
+            f"rotary positions change with the longest row of a pass above "
+            f"{min(limits, default=0)} tokens, and training.max-length is {longest}"
+        )
+
+
+@contextmanager
+def _unchanged(model: PeftModel) -> Generator[None]:
+    """Refuse a model that changes itself in a pass: its results then follow from earlier rows."""
+    before = _state(model)
+    yield
+    after = _state(model)
+    for name in before.keys() | after.keys():
+        one, other = before.get(name), after.get(name)
+        same = (
+            torch.equal(one, other)
+            if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+            else type(one) is type(other) and one == other
+        )
+        if not same:
+            raise _Flaw(f"a pass changes {name} of the model, and so the passes that follow")
+
+
+def _state(model: PeftModel) -> dict[str, Any]:
+    """Plain values of all modules, and copies of all buffers."""
+    state: dict[str, Any] = {name: b.detach().clone() for name, b in model.named_buffers()}
+    for name, module in model.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, PLAIN_TYPES)}
+        state |= {f"{name}.{key}": value for key, value in plain.items()}
+    return state
 
 
 def _sizes(model: PeftModel) -> set[int]:

@@ -2,74 +2,65 @@
 
 # pyright: reportUnknownMemberType=false
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from fedlora import adapters, data, trainable
-from fedlora import config as configuration
 from fedlora.adapters import AdapterState
-from fedlora.config import KEPT, RESIDUALS
+from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
+from fedlora.run_files import CONFIG, read_run_file
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
 
 
-def _open(run_dir: Path, institution: str) -> tuple[configuration.RunConfig, Trainable]:
-    """A run's base with its released adapter in place.
+def _open(run_dir: Path, institution: str) -> tuple[RunConfig, Trainable]:
+    """Load a run's base model with the adapter that the run released.
 
     Args:
-        run_dir: Of a complete run.
-        institution: Whose adapter, where each has its own; else empty.
+        run_dir: The directory of a complete run.
+        institution: The institution whose adapter is loaded, where each institution has its own;
+            else empty.
 
     Raises:
-        InputError: If the run is not complete, its base is another one now, or it has no such
-            adapter.
+        InputError: If the run is not complete, the base model has changed since, or there is no
+            such adapter.
     """
-    if not (run_dir / "result.json").exists():
-        raise InputError(
-            f"{run_dir} holds no complete run (no result.json); give the directory that a "
-            f"finished run printed, or continue it with `fedlora run --resume {run_dir}`"
-        )
-    config = configuration.load(run_dir / "config.toml")
-    try:
-        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{run_dir / 'result.json'} cannot be read ({type(error).__name__}); "
-            "restore it, or run again"
-        ) from None
+    result = read_run_file(run_dir)
+    config = load(run_dir / CONFIG)
     work = trainable.load(config, tuple(result["labels"]))
     if work.base.digest != result["base"]["digest"]:
         raise InputError(
             f"model.name {config.model.name} is not the base that {run_dir} was trained on "
             "(weights differ); restore that base or run again"
         )
-    strategy = config.federation.strategy
+    traits = config.federation.traits
     own = (run_dir / "institutions").glob("*/adapter")
-    names = sorted(path.parent.name for path in own) if strategy in KEPT else [""]
+    names = sorted(path.parent.name for path in own) if traits.local_parts else [""]
     if institution not in names:
         raise InputError(
             f"--institution is {institution or 'not given'}, but {run_dir} has "
             + (
                 f"an adapter for each institution; give one of {', '.join(names)}"
-                if strategy in KEPT
+                if traits.local_parts
                 else "one adapter for all; leave it out"
             )
         )
     folder = run_dir / "institutions" / institution if institution else run_dir
     adapter = AdapterState.open(folder / "adapter")
-    if strategy in RESIDUALS:
+    if traits.residuals:
         adapter = adapter.as_residual(work.start)
     adapter.load_into(work.model)
     return config, work
 
 
 def evaluate(run_dir: Path, source: str, institution: str = "") -> dict[str, Any]:
-    """Metrics of a run's adapter on all rows of ``source``, by the run's text and label columns.
+    """Measure a run's adapter on all rows of ``source``, by the run's text and label columns.
 
-    With them ``truncated``, how many texts were longer than ``max_length`` tokens and were cut.
+    Returns:
+        The metrics of the task, and ``truncated``: the number of texts that were longer than
+        ``max_length`` tokens and were cut.
     """
     config, work = _open(run_dir, institution)
     shard, truncated = data.load_shard(
@@ -84,7 +75,12 @@ def evaluate(run_dir: Path, source: str, institution: str = "") -> dict[str, Any
 
 
 def predict(run_dir: Path, texts: list[str], institution: str = "") -> dict[str, Any]:
-    """``answers``, one to each text in turn, and as in `evaluate` what was cut."""
+    """Answer each text with a run's adapter.
+
+    Returns:
+        ``answers``, one for each text in order, and ``truncated`` and ``max_length`` as in
+        `evaluate`.
+    """
     for text in texts:
         if not is_unicode(text):
             raise InputError(
@@ -101,7 +97,7 @@ def predict(run_dir: Path, texts: list[str], institution: str = "") -> dict[str,
 
 
 def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
-    """Write the base with the adapter folded in, as safetensors with its tokenizer.
+    """Fold a run's adapter into its base model; write safetensors and the tokenizer.
 
     Raises:
         InputError: If ``out_dir`` exists.
@@ -112,7 +108,7 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"{parent} is no directory that can be written to; give another place")
     _, work = _open(run_dir, institution)
-    trainable.forget()  # merging takes the model apart
+    trainable.forget()  # merging changes the cached model
     merged = adapters.merge(work.model)
     if work.base.kind == "encoder":
         merged.config.id2label = dict(enumerate(work.labels))

@@ -83,6 +83,35 @@ def wrap_push_messages(wrap: Callable[[Callable[..., Any]], Callable[..., Any]])
     fleet_handlers.push_messages = wrap(fleet_handlers.push_messages)
 
 
+def contain_malformed_replies() -> None:
+    """Have Flower's Grid report a malformed reply as unavailable instead of raising.
+
+    ``HttpGrid.pull_messages`` confirms each reply and then inflates it. A reply that cannot be
+    inflated raises there, and the SuperLink does not hand out the other replies of that request
+    again. Here each reply is inflated once before it is confirmed.
+    """
+    from flwr.supercore.inflatable.inflatable_utils import (
+        ObjectPullError,
+        inflate_object_from_contents,
+    )
+    from flwr.superlink.grid import http_grid
+
+    pull_objects = http_grid.pull_objects
+
+    def pull(object_ids: list[str], *args: Any, **kwargs: Any) -> dict[str, bytes]:
+        contents = pull_objects(object_ids, *args, **kwargs)
+        message_id = object_ids[-1]  # children come first
+        try:
+            reply = inflate_object_from_contents(message_id, contents, keep_object_contents=True)
+        except Exception as error:
+            raise ObjectPullError(message_id, f"malformed ({type(error).__name__})") from None
+        if not isinstance(reply, Message):
+            raise ObjectPullError(message_id, "malformed (no message)")
+        return contents
+
+    http_grid.pull_objects = pull
+
+
 def set_database_wait(milliseconds: int) -> None:
     """Set how long a request of the SuperLink waits for a locked database."""
     from flwr.supercore import sql_mixin

@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.errors import InputError
+from fedlora.extras import require
 from fedlora.model_files import Kind, ModelFiles, Task, digest, encoder_decoder_error, kind, resolve
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def load_base(
         InputError: As `resolve`, for an architecture that transformers does not know, and for an
             encoder with sft.
     """
+    if quantization != "none":
+        require("bitsandbytes", "qlora", f"model.quantization {quantization}")
     files = resolve(name)
     kind(name, task)
     import torch

@@ -400,7 +400,7 @@ class PerSampleAdapters:
         self.layers: dict[str, nn.Module] = {}  # those whose forward is replaced
         self._named: dict[str, nn.Parameter] = {}
         covered: set[nn.Parameter] = set()
-        if experts := [key for key in MIXTURES if getattr(model.config, key, None)]:
+        if experts := [key for key in MIXTURES if _has(model.config.to_dict(), key)]:
             raise Refusal(
                 "guard-batch-coupled",
                 f"the base routes tokens to experts ({experts[0]}), whose products have as many "
@@ -500,6 +500,12 @@ class PerSampleAdapters:
         for parameter, leaf in self._mode.leaves.items():
             cast(Any, parameter).grad_sample = leaf.grad
             leaf.grad = None
+
+
+def _has(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a configuration, or one inside it, has a value under this key."""
+    inner = (value for value in config.values() if isinstance(value, Mapping))
+    return bool(config.get(key)) or any(_has(cast(Mapping[str, Any], v), key) for v in inner)
 
 
 MIXTURES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

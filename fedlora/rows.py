@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fedlora import schemes, sources
 from fedlora.config import DataConfig
 from fedlora.errors import InputError, RecordError
+from fedlora.extras import require
 from fedlora.partition import by_column, by_scheme, hold_out, normalise
 from fedlora.shards import Int64
 from fedlora.text import folded
@@ -82,6 +83,8 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     scheme, argument = schemes.parse(
         settings.partition, institutions=settings.institutions, has_classes=task != "sft"
     )
+    if scheme != "natural":
+        require("flwr_datasets", "simulation", f"data.partition {settings.partition}")
     partition_column = {argument: "data.partition"} if scheme == "natural" else {}
     unit_column = {unit: "privacy.unit"} if unit != "record" else {}
     text, label = settings.text, settings.label

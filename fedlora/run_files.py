@@ -1,6 +1,6 @@
-"""Files of a run that every room reads: rounds, environment, names of files, the lock.
+"""Files of a run directory that every room reads, and the lock on a run directory.
 
-Importing this module and reading a run's rounds load no torch.
+Importing this module and reading a run's files load no torch.
 """
 
 import contextlib
@@ -16,20 +16,27 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fedlora
+from fedlora.errors import InputError
+
+CONFIG = "config.toml"
+"""In a run directory: the resolved configuration."""
+RESULT = "result.json"
+"""In a run directory: the results. A run writes it last, so it marks a complete run."""
 SUBMISSION = "submission.json"
-"""What a deployment knows of a run that it submitted."""
+"""In a run directory: the deployment's record of a submitted run."""
 NODES = "nodes.json"
-"""Beside a deployment's runs: Flower's node id -> the institution whose public key it has."""
+"""Beside a deployment's runs: Flower's node id -> the institution whose public key the node has."""
 SIZES = "sizes.json"
-"""Beside it: institution -> the most records that the server believes it has."""
+"""Beside a deployment's runs: institution -> the most records that the server believes it has."""
 
 
 @contextlib.contextmanager
 def alone(path: Path) -> Generator[None]:
     """Wait until no other process runs in this directory, and keep others out.
 
-    A run that goes on after its server was killed may start before the old process is gone. A
-    directory that is not there yet is nobody's.
+    A resumed run may start before the process of the killed server is gone. A directory that does
+    not exist needs no lock.
     """
     if not path.is_dir():
         yield
@@ -42,21 +49,46 @@ def alone(path: Path) -> Generator[None]:
         os.close(descriptor)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run directory's ``rounds.jsonl``; a half-written last one is left out."""
+def is_complete(run_dir: Path) -> bool:
+    """Whether a directory holds a complete run."""
+    return (run_dir / RESULT).exists()
+
+
+def read_run_file(run_dir: Path, name: str = RESULT) -> dict[str, Any]:
+    """Read a JSON file of a complete run.
+
+    Raises:
+        InputError: If the file does not exist or cannot be read.
+    """
     try:
-        text = (path / "rounds.jsonl").read_text(encoding="utf-8")
+        return json.loads((run_dir / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{run_dir} holds no complete run that can be read ({name}: {type(error).__name__}); "
+            "give the directory that a finished run printed, or continue the run with "
+            f"`fedlora run --resume {run_dir}`"
+        ) from None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run directory's ``rounds.jsonl``."""
+    return read_lines(path / "rounds.jsonl")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines without a half-written last one; empty where there is no file."""
+    try:
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def environment() -> dict[str, Any]:
-    """Versions, source revision and device of this process."""
+    """Return versions, source revision and devices of this process."""
     import torch
 
     packages = (
-        "fedlora",
         "torch",
         "flwr",
         "peft",
@@ -66,7 +98,7 @@ def environment() -> dict[str, Any]:
         "bitsandbytes",
         "numpy",
     )
-    versions: dict[str, str] = {}
+    versions = {"fedlora": fedlora.__version__}
     for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -87,14 +119,15 @@ def environment() -> dict[str, Any]:
 
 
 def command() -> list[str]:
-    """How this process was called, without the place of the program."""
+    """Return this process's command line, with the program's name instead of its path."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _project_git(*arguments: str) -> str:
-    """The output of git in the project's own repository; empty where the code is in none.
+    """Run git in the project's own repository; return its output, empty without such a repository.
 
-    A virtual environment inside another repository must not report that repository's commit.
+    The code may lie inside another repository, as in a virtual environment. That repository's
+    commit says nothing about this code.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
@@ -109,7 +142,7 @@ def _project_git(*arguments: str) -> str:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no inf or nan: inf becomes the text "inf", nan becomes null."""
+    """Replace what JSON cannot hold: inf becomes the text "inf", nan becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     if isinstance(value, Mapping):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedlora.errors import InputError, RecordError
+from fedlora.extras import require
 from fedlora.text import is_unicode
 
 Rows = dict[str, list[str]]
@@ -261,6 +262,7 @@ def _words(camel_case: str) -> str:
 
 
 def _load_hub(source: str, split: str) -> Any:
+    require("datasets", "simulation", f"data source {source!r}")
     datasets: Any = importlib.import_module("datasets")
     name, _, config = source.removeprefix("hub:").partition(":")
     try:

@@ -1,4 +1,4 @@
-"""What every command shares: the way by which text reaches a terminal, errors, ``--json``."""
+"""Parts that all commands share: safe output to a terminal, one-line errors, ``--json``."""
 
 # pyright: reportUnknownMemberType=false
 
@@ -19,11 +19,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 
 class Terminal(Console):
-    """A console that shows every text as it is.
+    """A console that prints text literally.
 
-    Labels, names and predicted texts come from data and model directories. None of it may move the
-    cursor, change a colour or begin a line of its own: control characters are shown as Python
-    writes them, and neither ``[red]`` nor ``:warning:`` means anything.
+    Labels, names and predicted texts come from data and model directories. None of them may move
+    the cursor, change a colour or begin a line: control characters are printed as Python escapes
+    them, and ``[red]`` and ``:warning:`` have no meaning.
 
     Args:
         stderr: Write to standard error.
@@ -38,7 +38,7 @@ class Terminal(Console):
         self.print(*texts, sep="\t", soft_wrap=True)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As in rich, which turns every string, also one in a table, into `Text` by this method."""
+        """Escape control characters. Rich turns every string into `Text` here, also in tables."""
         return super().render_str(visible(text), **options)
 
 

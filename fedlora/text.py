@@ -4,22 +4,26 @@ import re
 import unicodedata
 
 _CONTROL = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u2028\u2029"  # C0 and C1 control characters, line and paragraph ends
-    r"\u202a-\u202e\u2066-\u2069"  # the direction of what follows
-    r"\ud800-\udfff]"  # halves of pairs, which no encoding can write
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029"  # C0 and C1 controls, line and paragraph separators
+    r"\u202a-\u202e\u2066-\u2069"  # writing direction
+    r"\ud800-\udfff]"  # surrogates
+)
+
+_IGNORABLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
 
 
 def visible(text: str) -> str:
-    r"""Return the text, each control character and lone surrogate as Python writes it: ``\x1b``.
+    r"""Escape each control character and lone surrogate as Python does: ``\x1b``.
 
-    So a terminal takes no part of it as a command, and a log no part of it as a line of its own.
+    A terminal then reads no part of the text as a command, and a log no part as a new line.
     """
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write the text, which it cannot where a surrogate stands alone."""
+    """Whether UTF-8 can encode the text. It cannot encode a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -30,9 +34,18 @@ def is_unicode(text: str) -> bool:
 def folded(name: str) -> str:
     """Return the form in which names of customers and institutions are compared.
 
-    NFKC, case folded, without invisible formatting characters, each run of white space one space,
-    none at the ends: spellings that a reader takes for one name are one.
+    The text is NFKC-normalised and case-folded. Invisible characters are removed, and each run of
+    white space becomes one space. Spellings that look alike to a reader are then equal. Folding a
+    folded name changes nothing.
     """
-    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-    shown = "".join(char for char in plain if unicodedata.category(char) != "Cf")
-    return " ".join(shown.split())
+    before, after = None, name
+    while before != after:  # an invisible character may keep two others from composing
+        before = after
+        shown = "".join(char for char in before if not _invisible(char))
+        after = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", shown).casefold())
+    return " ".join(after.split())
+
+
+def _invisible(char: str) -> bool:
+    """Whether Unicode shows nothing for the character (Default_Ignorable_Code_Point)."""
+    return unicodedata.category(char) == "Cf" or bool(_IGNORABLE.match(char))

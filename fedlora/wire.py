@@ -116,7 +116,16 @@ class TrainOrder:
     adapter: "AdapterState"
 
     def digest(self, config_fingerprint: str) -> str:
-        """SHA-256 (hex) that binds the order's every part and the configuration it came with."""
+        """SHA-256 (hex) that binds the order's every part and the configuration it came with.
+
+        It is computed once for an order and a configuration.
+        """
+        digests: dict[str, str] = self.__dict__.setdefault("_digests", {})
+        if config_fingerprint not in digests:
+            digests[config_fingerprint] = self._digest(config_fingerprint)
+        return digests[config_fingerprint]
+
+    def _digest(self, config_fingerprint: str) -> str:
         head = [
             self.run,
             self.round,
@@ -304,6 +313,22 @@ def unpack_order(content: RecordDict) -> TrainOrder:
     _holds_only(content, _ORDER, _ADAPTER)
     values = _config(content, _ORDER)
     return _identified(_build(TrainOrder, values | {"adapter": _adapter(content)}))
+
+
+class OrderReader:
+    """Unpacks the orders of one call: equal messages are parsed once and give one `TrainOrder`."""
+
+    def __init__(self) -> None:
+        self._read: list[tuple[RecordDict, TrainOrder]] = []
+
+    def unpack(self, content: RecordDict) -> TrainOrder:
+        """The `TrainOrder` in a message. Raises `Refusal` when it is not one."""
+        for other, order in self._read:
+            if other == content:
+                return order
+        order = unpack_order(content)
+        self._read.append((content, order))
+        return order
 
 
 def unpack_evaluate(content: RecordDict) -> EvaluateOrder:

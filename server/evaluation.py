@@ -17,18 +17,20 @@ from server.exchange import exchange
 from server.population import Population
 from server.replies import content
 
-OF_TOKENS = ("tokens", "token_loss", "perplexity", "exact_match", "generated")
-"""Figures of a model that writes its answer."""
-MOST_TOKENS = 2**40
+GENERATION_FIGURES = ("tokens", "token_loss", "perplexity", "exact_match", "generated")
+"""Names of the figures of a model that writes its answer."""
+MAX_TOKENS = 2**40
 log = logging.getLogger("fedlora.server")
 
 
-def of_one(work: Trainable, adapter: AdapterState, population: Population) -> dict[str, Any]:
+def evaluate_global(
+    work: Trainable, adapter: AdapterState, population: Population
+) -> dict[str, Any]:
     """Metrics of one adapter on all held-out rows together.
 
     Returns:
-        What `fedlora.tasks.Task.evaluate` says, and ``institutions``: the accuracy on each one's
-        rows, where it is known whose they are. Nothing but that where there are no rows.
+        The metrics of `fedlora.tasks.Task.evaluate`, and ``institutions``: institution -> accuracy
+        on its rows, where the owners of the rows are known. Without held-out rows: no metrics.
     """
     if population.held_out is None:
         return {"institutions": {}}
@@ -42,7 +44,7 @@ def of_one(work: Trainable, adapter: AdapterState, population: Population) -> di
     return result
 
 
-def of_each(
+def evaluate_own(
     grid: Grid,
     order: wire.EvaluateOrder,
     nodes: Mapping[int, str],
@@ -52,20 +54,20 @@ def of_each(
     timeout: float,
     patience: float,
 ) -> dict[str, Any]:
-    """The same of each institution's own adapter on its own rows.
+    """Metrics of each institution's own adapter on its own rows, pooled.
 
     Args:
         grid: To the institutions.
-        order: What they add their own part to.
+        order: The global adapter, to which each institution adds its local parts.
         nodes: Node -> institution.
-        rows: Institution -> its held-out rows, on which its figures must be; none: no figures.
+        rows: Institution -> number of its held-out rows; its figures must be of that many.
         labels: The classes; empty for sft.
-        timeout: Seconds that one may take.
-        patience: Seconds without any answer after which nobody is waited for.
+        timeout: Seconds that one institution may take.
+        patience: Seconds without any reply after which the server stops waiting.
 
     Returns:
-        Besides, ``not_evaluated``: institution -> reason of those whose answer does not count, if
-        there are any; the metrics are then those of the others.
+        As `evaluate_global`. If replies were refused, ``not_evaluated`` has institution -> reason,
+        and the metrics are those of the other institutions.
     """
     arrays = wire.pack_adapter(order.adapter)
     messages = [
@@ -86,7 +88,7 @@ def of_each(
             answer = wire.unpack_evaluation(content(reply))
             if answer.institution != name:
                 raise Refusal("wrong-institution", f"{name} answered as {answer.institution}")
-            if answer.metrics:  # else it holds no row
+            if answer.metrics:  # an institution without held-out rows sends none
                 check_figures(answer.metrics, rows.get(name, 0), labels)
                 results[name] = dict(answer.metrics)
         except Refusal as refusal:
@@ -104,43 +106,48 @@ def check_figures(figures: Mapping[str, Any], rows: int, labels: tuple[str, ...]
     """Refuse an institution's figures unless `fedlora.tasks.Task.evaluate` can have made them.
 
     Args:
-        figures: As they came.
-        rows: The institution's held-out rows.
+        figures: The figures that the institution sent.
+        rows: The number of the institution's held-out rows.
         labels: The classes; empty for sft.
 
     Raises:
         Refusal: ``invalid-metrics``.
     """
-    of_classes = {"accuracy", "macro_f1", "per_class"}
-    wanted = {"n", "loss", *of_classes} if labels else {"n", *OF_TOKENS}
+    class_figures = {"accuracy", "macro_f1", "per_class"}
+    wanted = {"n", "loss", *class_figures} if labels else {"n", *GENERATION_FIGURES}
     if not labels and "per_class" in figures:  # where references are few and short
-        wanted |= {"unparseable", *of_classes}
+        wanted |= {"unparseable", *class_figures}
     if set(figures) != wanted:
         _refuse(f"it sends {len(figures)} figures, and {', '.join(sorted(wanted))} are asked for")
-    if not _count(figures["n"], rows) or figures["n"] != rows:
+    if not _is_count(figures["n"], rows) or figures["n"] != rows:
         _refuse(f"n is {_short(figures['n'])}, and it holds {rows} held-out rows")
-    for name in sorted(wanted & {"tokens", "generated"}):
-        if not _count(figures[name], MOST_TOKENS) or figures[name] < 1:
-            _refuse(f"{name} is {_short(figures[name])}, and must be a number from 1")
-    for name in sorted(wanted & {"accuracy", "macro_f1", "exact_match"}):
-        if not _amount(figures[name]) or figures[name] > 1:
-            _refuse(f"{name} is {_short(figures[name])}, and must be from 0 to 1")
-    for name in sorted(wanted & {"loss", "token_loss", "perplexity"}):
-        if not _amount(figures[name]):
-            _refuse(f"{name} is {_short(figures[name])}, and must be a finite number from 0")
+    _check_amounts(figures)
     judged = rows if labels else figures["generated"]
     if judged > rows:
         _refuse(f"generated is {judged}, and it holds {rows} held-out rows")
-    if "unparseable" in wanted and not _count(figures["unparseable"], judged):
+    if "unparseable" in wanted and not _is_count(figures["unparseable"], judged):
         _refuse(f"unparseable is {_short(figures['unparseable'])} of {judged} rows")
     if "per_class" in wanted:
         _check_classes(figures["per_class"], judged, labels)
 
 
+def _check_amounts(figures: Mapping[str, Any]) -> None:
+    """Refuse counts, shares and losses that are out of their bounds."""
+    for name, value in sorted(figures.items()):
+        if name in ("tokens", "generated") and not (_is_count(value, MAX_TOKENS) and value >= 1):
+            _refuse(f"{name} is {_short(value)}, and must be a number from 1")
+        if name in ("accuracy", "macro_f1", "exact_match") and not (
+            _is_amount(value) and value <= 1
+        ):
+            _refuse(f"{name} is {_short(value)}, and must be from 0 to 1")
+        if name in ("loss", "token_loss", "perplexity") and not _is_amount(value):
+            _refuse(f"{name} is {_short(value)}, and must be a finite number from 0")
+
+
 def _check_classes(classes: Any, rows: int, labels: tuple[str, ...]) -> None:
     """Refuse counts by class that cannot be of so many rows."""
     if not isinstance(classes, dict) or not all(isinstance(c, dict) for c in classes.values()):
-        _refuse("per_class is no table")
+        _refuse("per_class is not a table")
     if labels and set(classes) != set(labels):
         _refuse(f"per_class has {len(classes)} classes, not the run's {len(labels)}")
     if not labels and (
@@ -149,16 +156,16 @@ def _check_classes(classes: Any, rows: int, labels: tuple[str, ...]) -> None:
         _refuse(f"per_class has more or longer answers than are read as classes: {len(classes)}")
     for name, counts in classes.items():
         if set(counts) != {"truth", "predicted", "correct"} or not all(
-            _count(value, rows) for value in counts.values()
+            _is_count(value, rows) for value in counts.values()
         ):
             _refuse(f"per_class counts {_short(counts)} for {_short(name)} of {rows} rows")
 
 
-def _count(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+def _is_count(value: Any, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
 
 
-def _amount(value: Any) -> bool:
+def _is_amount(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 

@@ -1,12 +1,18 @@
-"""Orders out, answers in, through any Flower Grid: streaming, with every node accounted for."""
+"""Orders out, replies in, through any Flower Grid: streaming, with every node accounted for."""
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from flwr.app import Message
+import httpx
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-LONGEST_PAUSE = 0.5  # seconds between polls when nothing arrives
+log = logging.getLogger("fedlora.server")
+
+MAX_PAUSE = 0.5  # seconds between polls when nothing arrives
+MALFORMED_REPLY = 102
+"""Error code, beside Flower's own, of a reply that the Grid cannot read."""
 
 
 def exchange(
@@ -23,28 +29,62 @@ def exchange(
         timeout: Seconds without any reply.
 
     Yields:
-        Node id and its reply.
+        Node id and its reply; an error with the code `MALFORMED_REPLY` for one that the Grid cannot
+        read.
     """
     ids = list(grid.push_messages(messages))
-    waiting = {i: m.metadata.dst_node_id for i, m in zip(ids, messages, strict=True)}
+    waiting = dict(zip(ids, messages, strict=True))
     deadline, pause = time.monotonic() + timeout, 0.001
     while waiting and time.monotonic() < deadline:
         asked = time.monotonic()
-        arrived, came = list(grid.pull_messages(list(waiting))), False
+        arrived, received = _pull(grid, waiting), False
         while arrived:
             # By the message replied to: the source of an error for a lost node is the SuperLink.
-            # Of two replies to one message the second is nobody's. Nothing here keeps a reply once
-            # it is handed over.
-            node = waiting.pop(arrived[-1].metadata.reply_to_message_id, None)
-            if node is None:
+            # A second reply to one message is dropped. Nothing here keeps a reply once it is
+            # yielded.
+            order = waiting.pop(arrived[-1][0], None)
+            if order is None:
                 arrived.pop()
                 continue
-            came = True
-            yield node, arrived.pop()
-        if came:
+            received = True
+            yield order.metadata.dst_node_id, arrived.pop()[1]
+        if received:
             deadline, pause = time.monotonic() + timeout, 0.001
         elif time.monotonic() - asked < pause:  # a grid that waits by itself needs no pause
             time.sleep(pause)
-            pause = min(pause * 2, LONGEST_PAUSE)
-    for node in waiting.values():
-        yield node, None
+            pause = min(pause * 2, MAX_PAUSE)
+    for order in waiting.values():
+        yield order.metadata.dst_node_id, None
+
+
+def _pull(grid: Grid, waiting: Mapping[str, Message]) -> list[tuple[str, Message]]:
+    """The replies that have arrived, each with the id of the message that it answers.
+
+    A Grid raises for a whole request where one reply is malformed. Each message is then pulled by
+    itself, and an error takes the place of the malformed reply. Flower's SuperLink hands out a
+    reply once, so that the valid replies of the failed request may be lost with it:
+    `fedlora.flower_internals.contain_malformed_replies` keeps Flower's Grid from raising at all.
+
+    Raises:
+        OSError, httpx.HTTPError: When the SuperLink cannot be reached; no reply is at fault.
+    """
+    try:
+        return _with_ids(grid.pull_messages(list(waiting)))
+    except (OSError, httpx.HTTPError):
+        raise
+    except Exception as error:
+        log.warning("a reply cannot be read (%s); replies are pulled singly", type(error).__name__)
+    arrived: list[tuple[str, Message]] = []
+    for message_id, order in waiting.items():
+        try:
+            arrived += _with_ids(grid.pull_messages([message_id]))
+        except (OSError, httpx.HTTPError):
+            raise
+        except Exception as error:
+            fault = Error(code=MALFORMED_REPLY, reason=type(error).__name__)
+            arrived.append((message_id, Message(fault, reply_to=order)))
+    return arrived
+
+
+def _with_ids(replies: Iterable[Message]) -> list[tuple[str, Message]]:
+    return [(reply.metadata.reply_to_message_id, reply) for reply in replies]

@@ -1,4 +1,4 @@
-"""The server's own budget: the plan and the accountant of institution-level DP."""
+"""Institution-level DP: the server's plan and its accountant."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,12 +27,13 @@ ADJACENCY = (
 class InstitutionMechanism:
     """Gaussian noise on the sum of clipped updates, planned for the whole run.
 
-    Being asked by lot earns no discount, so every round an institution is asked for counts in full.
+    Sampling of institutions amplifies nothing here: each round for which an institution is asked
+    counts in full.
 
     Args:
         noise_multiplier: Deviation of the noise over ``max_norm``.
         max_norm: Clipping bound of an institution's update.
-        delta: Of the whole run.
+        delta: The delta of the whole run.
         accountant: ``prv`` or ``rdp``.
         seed: The run's seed for noise that a simulation can repeat; None for noise that is keyed by
             the operating system.
@@ -44,15 +45,17 @@ class InstitutionMechanism:
     accountant: str
     seed: int | None
 
-    def aggregate(self, round: Round, updates: list[ClientUpdate], answered: int) -> AdapterState:
+    def aggregate(
+        self, this_round: Round, updates: list[ClientUpdate], answered: int
+    ) -> AdapterState:
         """One round's noised mean; see `strategies.institution_dp`."""
         source = (
             RandomSource.secure()
             if self.seed is None
-            else RandomSource.seeded("institution-noise", self.seed, round.number)
+            else RandomSource.seeded("institution-noise", self.seed, this_round.number)
         )
         return institution_dp.aggregate(
-            round.before.only(round.parts),
+            this_round.before.only(this_round.parts),
             updates,
             max_norm=self.max_norm,
             noise_multiplier=self.noise_multiplier,
@@ -64,7 +67,7 @@ class InstitutionMechanism:
         """Epsilon of the institution that was asked most often.
 
         Args:
-            asked: Rounds that each institution was asked for; whether it answered is not looked at.
+            asked: The number of rounds for which each institution was asked, answered or not.
         """
         steps = max(asked, default=0)
         if not steps:
@@ -73,37 +76,35 @@ class InstitutionMechanism:
         return accounting.epsilon((event,), self.delta, self.accountant)
 
     def statement(self, asked: Iterable[int]) -> dict[str, Any]:
-        """What privacy.json says of it."""
-        most = max(asked, default=0)
+        """The part of privacy.json on institutions."""
+        steps = max(asked, default=0)
         return {
             "unit": "institution",
             "adversary": ADVERSARY,
             "adjacency": ADJACENCY,
-            "epsilon": self.spent([most]),
+            "epsilon": self.spent([steps]),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": 1.0,
-            "steps": most,
+            "steps": steps,
             "accountant": self.accountant,
             "max_norm": self.max_norm,
             "noise": "secure" if self.seed is None else "seeded",
         }
 
 
-def plan(config: RunConfig, institutions: int, participations: int) -> InstitutionMechanism | None:
-    """The mechanism for a run, or None when institution-level DP is off.
+def plan(config: RunConfig, institutions: int, participations: int) -> InstitutionMechanism:
+    """The mechanism for a run under institution-level DP.
 
     Args:
         config: The run.
-        institutions: How many take part.
-        participations: Rounds that one of them can be asked for, at most.
+        institutions: The number of institutions.
+        participations: The most rounds for which one institution can be asked.
 
     Raises:
         InputError: If delta is not below 1 / institutions, or no noise reaches the budget.
     """
     privacy = config.privacy
-    if not privacy.hides_institutions:
-        return None
     delta = privacy.institution_delta or accounting.public_delta(institutions)
     if delta >= 1 / institutions:
         raise InputError(

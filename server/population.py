@@ -1,4 +1,4 @@
-"""What the server knows of institutions and records before the first round."""
+"""The institutions and the held-out rows of a run, as the server knows them beforehand."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ class Population:
     """Institutions and held-out rows.
 
     Args:
-        size: How many institutions there are.
-        names: Theirs, where they are known beforehand: in a simulation.
+        size: The number of institutions.
+        names: Their names, which are known beforehand in a simulation only.
         labels: The classes; empty for sft.
-        held_out: Rows to measure on; None where there are none.
-        owner: Institution of each of these rows ``(n,)``, an index of ``names``, or None.
-        counts: What became of the rows that were read.
-        fingerprint: What decides that a resume works on the same rows.
+        held_out: The rows for measurement; None where there are none.
+        owner: The institution of each of these rows ``(n,)``, an index of ``names``, or None.
+        counts: How many rows were read, truncated or dropped.
+        fingerprint: SHA-256 of the rows; a resumed run must have the same.
     """
 
     size: int
@@ -36,19 +36,19 @@ class Population:
 
     @property
     def held_out_rows(self) -> dict[str, int]:
-        """Institution -> its held-out rows, where it is known whose they are."""
+        """Institution -> number of its held-out rows, where the owners of the rows are known."""
         if self.owner is None:
             return {}
         counts = np.bincount(self.owner, minlength=len(self.names))
         return dict(zip(self.names, counts.tolist(), strict=True))
 
 
-def of(config: RunConfig) -> Population:
+def population_of(config: RunConfig) -> Population:
     """The population of a run, checked against its configuration.
 
-    In a simulation all records are at hand, and nothing is loaded but them. In a deployment nobody
-    sees them: the configuration says how many institutions there are, and held-out rows are those
-    of ``data.test-source``, which the server has of its own.
+    In a simulation the server reads all records. In a deployment it reads none: the configuration
+    gives the number of institutions, and the held-out rows are the server's own
+    ``data.test-source``.
 
     Raises:
         InputError: Naming value, bound and remedy.
@@ -68,8 +68,8 @@ def _simulated(config: RunConfig) -> Population:
     units = [records.train(i).num_units for i in range(size)]
     config.adapter.ranks_of([accounting.public_size(count) for count in units])
     if config.privacy.enabled and config.privacy.delta:
-        most = accounting.most_of_class(max(units))  # institutions look at their size class only
-        accounting.check_delta(config.privacy.delta, most)
+        largest = accounting.most_of_class(max(units))  # institutions plan for their size class
+        accounting.check_delta(config.privacy.delta, largest)
     held_out, owner = records.pooled_held_out()
     return Population(
         size=size,

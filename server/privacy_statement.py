@@ -1,10 +1,9 @@
-"""privacy.json: who is protected, from whom, by how much, in figures and in words."""
+"""privacy.json: the promise of a run, its unit, adversary and epsilon, in figures and in words."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config import RunConfig
-from server.institution_privacy import InstitutionMechanism
 from server.run_directory import RunState
 from server.spending import Spending
 
@@ -13,16 +12,16 @@ ADVERSARY = (
     "sent in any round"
 )
 ADJACENCY = "add or remove one unit"
-NOBODY_OFF = (
+NO_PROMISE_WITHOUT_DP = (
     "Differential privacy was off (epsilon = inf). This run protects nobody: adapters may reveal "
     "training records."
 )
-INSTITUTIONS_ONLY = (
+INSTITUTION_LEVEL_ONLY = (
     "Differential privacy of records was off (privacy.epsilon = inf): the server saw updates that "
     "may reveal training records. What an institution's data did to the global adapters is "
     'protected from those who see only these, as "institution_level" says.'
 )
-NOBODY_SEEDED = (
+NO_PROMISE_WITH_SEED = (
     "The noise came from a seed in the configuration. This run protects nobody: whoever has the "
     "configuration can subtract the noise. It is a simulation."
 )
@@ -32,7 +31,7 @@ def statement(
     config: RunConfig,
     names: Sequence[str],
     state: RunState,
-    mechanism: InstitutionMechanism | None,
+    institution_level: Mapping[str, Any],
     spending: Spending | None,
 ) -> dict[str, Any]:
     """The content of privacy.json.
@@ -41,23 +40,18 @@ def statement(
         config: The run.
         names: All institutions.
         state: After the last round.
-        mechanism: Of institution-level DP, when it is on.
+        institution_level: The aggregation's own keys; empty without institution-level DP.
         spending: Of DP at the institutions, when it is on.
 
     Returns:
-        ``protects`` in words, and for each institution what it has spent at most (see
+        ``protects`` in words, and for each institution an upper bound of its spending (see
         docs/privacy-accounting.md).
     """
     privacy = config.privacy
-    institution_level = (
-        {}
-        if mechanism is None
-        else {"institution_level": mechanism.statement(state.asked.values())}
-    )
     if spending is None:
-        words = INSTITUTIONS_ONLY if mechanism is not None else NOBODY_OFF
-        if mechanism is not None and privacy.noise == "seeded":
-            words = NOBODY_SEEDED
+        words = INSTITUTION_LEVEL_ONLY if privacy.hides_institutions else NO_PROMISE_WITHOUT_DP
+        if privacy.hides_institutions and privacy.noise == "seeded":
+            words = NO_PROMISE_WITH_SEED
         return {"protects": words, "epsilon": "inf", "institutions": {}, **institution_level}
 
     unit = (
@@ -69,7 +63,7 @@ def statement(
         "e^epsilon, except with probability delta."
     )
     return {
-        "protects": NOBODY_SEEDED if privacy.noise == "seeded" else words,
+        "protects": NO_PROMISE_WITH_SEED if privacy.noise == "seeded" else words,
         "adversary": ADVERSARY,
         "adjacency": ADJACENCY,
         "institutions": {
@@ -90,7 +84,7 @@ def statement(
 
 
 def largest_epsilon(statement: Mapping[str, Any]) -> float:
-    """The most that any institution may have spent, by its statement."""
+    """The largest epsilon that an institution may have spent, by its statement."""
     return max(
         (
             *(spent["epsilon"] for spent in statement["institutions"].values()),

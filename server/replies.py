@@ -1,4 +1,4 @@
-"""The answers of one round as they arrive: each is checked by itself, the valid ones go on."""
+"""The replies of one round, in the order of arrival; each is checked by itself."""
 
 import dataclasses
 import logging
@@ -11,14 +11,14 @@ from flwr.serverapp import Grid
 
 from fedlora import wire
 from fedlora.errors import Refusal
-from server.exchange import exchange
+from server.exchange import MALFORMED_REPLY, exchange
 from server.spending import Spending
 from strategies import base
 from strategies.base import Round, Weighted
 
 log = logging.getLogger("fedlora.server")
 
-OF_RECORDS = ("guard", "failed")
+RECORD_DEPENDENT_REFUSALS = ("guard", "failed")
 """Refusals that may depend on an institution's records."""
 FLOWER_ERRORS = {
     1: "load-error",
@@ -29,44 +29,45 @@ FLOWER_ERRORS = {
     8: "client-crashed",
     100: "worker-died",
     101: "timeout",
+    MALFORMED_REPLY: "malformed-message",
 }
 
 
 class Replies:
-    """Iterate once for the valid updates with their weights; the book of all answers stays.
+    """The valid updates of a round with their weights, for one iteration, and notes on all.
 
     Args:
         grid: To the institutions.
         orders: One message each.
         names: Node -> institution.
-        round: What the answers must fit.
+        this_round: The round that the replies must fit.
         report: The figures that the orders ask for.
-        spending: What an institution can have spent; None without DP.
-        timeout: Seconds without any answer after which nobody is waited for.
+        spending: The possible spending of an institution; None without DP.
+        timeout: Seconds without any reply after which the server stops waiting.
 
     Attributes:
-        valid: How many updates counted so far.
-        invalid: Institutions that answered with something that their records may have decided and
-            that does not count: an invalid update, or the news that a guard tripped.
+        valid: The number of valid updates so far.
+        invalid: Institutions whose reply does not count for a reason that may depend on their
+            records: an invalid update, or a guard that tripped.
         failed: Institution -> reason.
         received: Institution -> bytes of its adapter.
-        privacy: Institution -> what it says it has spent, also where the update does not count.
+        privacy: Institution -> the spending that it reported, also with an invalid update.
         reported: Institution -> the figures that the order asked for.
     """
 
     def __init__(
         self,
         grid: Grid,
-        orders: list[Message],
+        orders: Sequence[Message],
         names: Mapping[int, str],
-        round: Round,
+        this_round: Round,
         *,
         report: Sequence[str],
         spending: Spending | None,
         timeout: float,
     ) -> None:
         self._grid, self._orders, self._names = grid, orders, names
-        self._round, self._report = round, frozenset(report)
+        self._round, self._report = this_round, frozenset(report)
         self._spending, self._timeout = spending, timeout
         self.valid = 0
         self.invalid: set[str] = set()
@@ -84,7 +85,7 @@ class Replies:
                 self.failed[name] = refusal.code
                 log.warning("round %d, %s: %s", self._round.number, name, refusal)
                 continue
-            del reply  # its adapter is in memory of its own
+            del reply  # the update has its adapter in other memory
             yield update, self._round.weight(update)
             del update
 
@@ -94,13 +95,13 @@ class Replies:
         try:
             update = wire.unpack_update(message)
         except Refusal as refusal:
-            if refusal.code in OF_RECORDS:
+            if refusal.code in RECORD_DEPENDENT_REFUSALS:
                 self.invalid.add(name)
             raise
         self.invalid.add(name)  # until it is found to be valid
-        base.check_header(update, institution=name, round=self._round)
+        base.check_header(update, institution=name, this_round=self._round)
         self._record_privacy(name, update)
-        base.validate(update, institution=name, round=self._round)
+        base.validate(update, institution=name, this_round=self._round)
         self._check_figures(update.metrics)
         self.invalid.discard(name)
         self.valid += 1
@@ -109,14 +110,14 @@ class Replies:
         return update
 
     def _record_privacy(self, name: str, update: wire.ClientUpdate) -> None:
-        """Keep what was spent, if it can be: also where the update does not count."""
+        """Keep the reported spending if it is possible, also with an invalid update."""
         if self._spending is None:
             if update.privacy is not None:
                 raise Refusal("invalid-privacy-record", "DP is off, so nothing was spent")
             return
         if update.privacy is None:
             raise Refusal(
-                "no-privacy-record", "DP is on, but the update does not say what was spent"
+                "no-privacy-record", "DP is on, but the update does not state its spending"
             )
         by_class = self._round.weighting == "public-size"
         self._spending.checked(update.privacy, update.size if by_class else None)
@@ -134,15 +135,15 @@ class Replies:
 
 
 def content(reply: Message | None) -> RecordDict:
-    """What a node sent.
+    """The records of a reply.
 
     Raises:
-        Refusal: When it sent nothing, or Flower reports an error in its place.
+        Refusal: When no reply arrived, or Flower reports an error in its place.
     """
     if reply is None:
         raise Refusal("no-answer", "nothing arrived in time")
     if reply.has_error():
-        # reasons may quote what the institution holds: only the number is kept
+        # A reason may quote an institution's records: only the number is kept.
         raise Refusal(
             FLOWER_ERRORS.get(reply.error.code, f"error-{reply.error.code}"),
             "Flower reports an error",

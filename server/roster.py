@@ -1,4 +1,4 @@
-"""Who is there: each node is asked once who it is and whether it can take part."""
+"""The institutions of a run: each node is asked once for its name and its readiness."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 import fedlora
 from fedlora import wire
-from fedlora.config import MIXED_RANKS, RunConfig
+from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import NODES, SIZES
 from server.exchange import exchange
@@ -28,24 +28,24 @@ class RunFailed(RuntimeError):
 
 
 class Roster:
-    """Node id -> institution, asked once of each node that shows up.
+    """Node id -> institution, from one query to each node.
 
-    In a deployment a name belongs to a key: a node takes part under the name that `NODES` has for
-    it, and under no other. The server writes that file as it registers keys, and here it is read
-    anew each time: one that is registered late comes in, one whose key is replaced or taken off
-    goes out. Without the file nobody takes part. Where updates weigh by size, nobody takes part
-    either whose size `SIZES` does not bound: what an institution claims alone decides no weight.
+    In a deployment a name belongs to a key: a node takes part under the name that the file `NODES`
+    has for it, and under no other. The server writes the file as it registers keys, and the roster
+    reads it before each round, so that a late registration, a replaced key and a removed key take
+    effect. Without the file no node takes part. Where updates weigh by size, an institution without
+    a bound in the file `SIZES` does not take part: its own claim alone decides no weight.
 
     Attributes:
-        believed: Institution -> the most that its size counts, in a deployment.
-        refused: Node -> code.
+        max_sizes: Institution -> the most that its size counts, in a deployment.
+        refused: Node -> code of its refusal.
     """
 
     def __init__(self, grid: Grid, config: RunConfig, query: wire.Query) -> None:
         self._grid, self._config, self._query = grid, config, query
         self._names: dict[int, str] = {}  # by their keys, in a deployment
-        self._strangers: dict[int, str] = {}  # and the code that says why
-        self.believed: dict[str, float] = {}
+        self._unregistered: dict[int, str] = {}  # node -> code
+        self.max_sizes: dict[str, float] = {}
         self._known: dict[int, wire.Hello] = {}
         self.refused: dict[int, str] = {}
 
@@ -77,7 +77,8 @@ class Roster:
                         f"the server {fedlora.__version__}",
                     )
                 rank, strategy = self._config.adapter.rank, self._config.federation.strategy
-                if hello.rank != rank and not (strategy in MIXED_RANKS and 1 <= hello.rank <= rank):
+                mixed = self._config.federation.traits.mixed_ranks
+                if hello.rank != rank and not (mixed and 1 <= hello.rank <= rank):
                     raise Refusal(
                         "wrong-rank",
                         f"{hello.institution} has rank {hello.rank}, adapter.rank is {rank} and "
@@ -92,27 +93,27 @@ class Roster:
         return {self._known[node].institution: node for node in present if node in self._known}
 
     def _registered(self, present: list[int]) -> list[int]:
-        """Those of these nodes whose key is an institution's; who is known by another is forgotten.
+        """The nodes among these whose key is registered; a node under a replaced key is forgotten.
 
-        Whoever is not among them may be at the next look, so nobody is refused for good.
+        A node that is not registered now may be later, so that none is refused for good.
         """
         folder = Path(self._config.run_dir).parent
         try:
             self._names = {int(node): str(name) for node, name in _read(folder / NODES).items()}
         except ValueError:
             self._names = {}
-        self.believed = {n: v for n, v in _read(folder / SIZES).items() if _is_size(v)}
+        self.max_sizes = {n: v for n, v in _read(folder / SIZES).items() if _is_size(v)}
         self._known = {n: h for n, h in self._known.items() if self._names.get(n) == h.institution}
         strangers = dict.fromkeys(set(present) - set(self._names), "not-registered")
         if self._config.federation.weighting != "uniform":
             unsized = {n for n in present if n in self._names} - {
-                n for n, name in self._names.items() if name in self.believed
+                n for n, name in self._names.items() if name in self.max_sizes
             }
             strangers |= dict.fromkeys(unsized, "no-size")
         for node, code in sorted(strangers.items()):
-            if self._strangers.get(node) != code:
+            if self._unregistered.get(node) != code:
                 log.warning("node %d: %s: %s", node, code, self._why(node, code, folder))
-        self._strangers = strangers
+        self._unregistered = strangers
         return [node for node in present if node not in strangers]
 
     def _why(self, node: int, code: str, folder: Path) -> str:
@@ -129,7 +130,7 @@ class Roster:
         )
 
     def wait(self, institutions: int) -> None:
-        """Wait until all institutions have said something, or enough are here for a round.
+        """Wait until all institutions have replied, or until time is up.
 
         Raises:
             RunFailed: When too few are ready.
@@ -140,7 +141,7 @@ class Roster:
                 break
             time.sleep(1.0)
         if len(self) < max(1, self._config.federation.min_updates):
-            codes = {str(node): code for node, code in self._strangers.items()}
+            codes = {str(node): code for node, code in self._unregistered.items()}
             codes |= {str(node): code for node, code in self.refused.items()}
             raise RunFailed(
                 f"{len(self._known)} institutions are ready and {len(codes)} refuse or are refused "
@@ -153,7 +154,7 @@ class Roster:
         return self._known[node].rank
 
     def check_budgets(self) -> None:
-        """Refuse a run that would run dry, before anybody spends anything on it.
+        """Refuse a run whose budgets do not last, before any institution spends on it.
 
         Raises:
             InputError: When too few institutions have budget for the whole run.
@@ -186,7 +187,7 @@ def _is_size(value: Any) -> bool:
 
 
 def patience(config: RunConfig) -> float:
-    """Seconds without any answer after which nobody is waited for.
+    """Seconds without any reply after which the server stops waiting.
 
     An engine may take an institution's time twice, and a new worker's start with it, before it
     says which one hangs.

@@ -1,14 +1,12 @@
-"""The federation's rounds: who is asked, what counts, what is kept.
-
-One round reads top to bottom in `_round`.
-"""
+"""The federation's rounds: each is `Federation.ask`, `aggregate`, `step` and `record`."""
 
 import dataclasses
 import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +15,20 @@ from flwr.serverapp import Grid
 
 from fedlora import trainable, wire
 from fedlora.adapters import PARTS, AdapterState
-from fedlora.config import KEPT, RESIDUALS, RunConfig
+from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
-from fedlora.trainable import Trainable
-from server import evaluation, institution_privacy, tracking
-from server import population as populations
-from server.institution_privacy import InstitutionMechanism
-from server.population import Population
+from server import aggregation, evaluation, limits, tracking
+from server.aggregation import Aggregated, Report
+from server.population import population_of
 from server.privacy_statement import largest_epsilon, statement
 from server.replies import Replies
-from server.roster import Roster, RunFailed, patience, reasons
+from server.roster import Roster, patience
 from server.run_directory import RunDirectory, RunState
 from server.spending import Spending
-from strategies import STRATEGIES, base, robust, server_optimizer
+from strategies import STRATEGIES, base, server_optimizer
 from strategies.base import Round
-from strategies.diagnostics import Watch
 
 log = logging.getLogger("fedlora.server")
-
-MOST_FRUITLESS = 3
-"""Rounds in a row without any update after which a run ends that asks a part of the institutions;
-where all were asked, it ends after the first."""
-LARGEST_ADAPTER = 400 * 10**6
-"""Bytes of an adapter that a deployment takes: what went through Flower's SuperLink with its
-database on disk; at 1 GB it locked itself out."""
 
 
 def run(grid: Grid, config: RunConfig) -> None:
@@ -51,418 +39,370 @@ def run(grid: Grid, config: RunConfig) -> None:
             budget.
         RunFailed: When no institution is left; the last checkpoint stays.
     """
-    tracking.check(config)
-    population = populations.of(config)
-    cap = base.participations(
-        config.federation.rounds, population.size, config.federation.institutions_per_round
-    )
-    mechanism = institution_privacy.plan(config, population.size, cap)
-    spending = Spending(config=config, participations=cap) if config.privacy.enabled else None
-    directory = RunDirectory(Path(config.run_dir))
-    resumed = directory.check(config)
-    work = trainable.load(config, population.labels)
-    if config.deployed:
-        _check_size(config, work.start)
-    inputs = hashlib.sha256(f"{work.base.digest}\n{population.fingerprint}".encode()).hexdigest()
-    state = (directory.latest(newest_only=mechanism is not None) if resumed else None) or RunState(
-        run=uuid.uuid4().hex,
-        inputs=inputs,
-        round=0,
-        adapter=work.start,
-        moments={},
-        asked={},
-        average={},
-        averaged=0,
-        privacy={},
-        seconds=0.0,
-    )
-    if state.inputs != inputs:
-        raise InputError(
-            f"{directory.path} was run on other records or base weights than data.source and "
-            "model.name hold now; restore them, or start anew with another --out"
-        )
-    state = dataclasses.replace(
-        state, privacy={} if spending is None else spending.possible(state.privacy)
-    )
-    roster = Roster(
-        grid, config, wire.Query(run=state.run, first=state.round == 0, participations=cap)
-    )
-    roster.wait(population.size)
-    if state.round == 0 and config.privacy.enabled:
-        roster.check_budgets()
-    tracked = tracking.Tracking(config, state.run)
-    if state.round == 0:
-        directory.create(config)
-        directory.save(state)
-    measured: dict[str, Any] = {}
-    fruitless = 0
-    while state.round < config.federation.rounds:
-        nodes = roster.online()
-        chosen = _choose(config, nodes, state, cap)
-        if nodes and not chosen:
-            log.warning(
-                "the run ends after round %d: every institution that is here was asked for the "
-                "%d rounds that it planned for",
-                state.round,
-                cap,
-            )
-            break
-        asked = {nodes[name]: name for name in chosen}
-        state, record, measured = _round(
-            grid, config, asked, roster, state, cap, mechanism, spending, work, population
-        )
-        directory.append(record)
-        directory.save(state)
-        tracked.round(record)
-        rejected: dict[str, str] = record["aggregation"]["rejected"]
-        log.info(
-            "round %d of %d: %d of %d updates in %.1f s; rejected: %s",
-            state.round,
-            config.federation.rounds,
-            record["updates"],
-            record["asked"],
-            record["seconds"],
-            rejected or "none",
-        )
-        fruitless = 0 if record["updates"] else fruitless + 1
-        if fruitless and (len(chosen) == len(nodes) or fruitless == MOST_FRUITLESS):
-            diverged = "too-large" in rejected.values()
-            raise RunFailed(
-                f"round {state.round}: no institution sent a valid update ({reasons(rejected)}); "
-                + ("training diverged: lower the learning rates; " if diverged else "")
-                + "the last checkpoint is kept"
-            )
-    if config.federation.strategy in KEPT or not measured:
-        measured = _measured(grid, config, roster, state, work, population, save=True)
-    _finish(directory, config, state, mechanism, spending, work, population, measured)
-    tracked.end()
+    Federation(grid, config).run()
 
 
-def _check_size(config: RunConfig, adapter: AdapterState) -> None:
-    """Refuse an adapter that would not reach the institutions, before they are asked anything."""
-    size = sum(4 * tensor.numel() for tensor in adapter.values())  # sent as float32
-    if size > LARGEST_ADAPTER:
-        raise InputError(
-            f"the adapter has {size / 10**6:.0f} MB, and a deployment takes at most "
-            f"{LARGEST_ADAPTER / 10**6:.0f} MB; lower adapter.rank (now {config.adapter.rank}) or "
-            "name fewer adapter.target-modules"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """The orders of one round.
+
+    Args:
+        started: When the round began, by ``time.monotonic``.
+        this_round: The round.
+        names: Node -> institution.
+        report: The figures that the orders ask for.
+        messages: One for each node.
+        sent: Institution -> bytes of the adapter in its order.
+    """
+
+    started: float
+    this_round: Round
+    names: Mapping[int, str]
+    report: Sequence[str]
+    messages: Sequence[Message]
+    sent: Mapping[str, int]
 
 
-def _choose(config: RunConfig, nodes: Mapping[str, int], state: RunState, cap: int) -> list[str]:
-    """The institutions of the next round, among those that are here."""
-    return base.sample(
-        {name: state.asked.get(name, 0) for name in nodes},
-        per_round=config.federation.institutions_per_round,
-        cap=cap,
-        seed=config.seed,
-        round=state.round + 1,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of a round's aggregation.
+
+    Args:
+        aggregated: The aggregated adapter.
+        report: What may be said of the replies.
+        skipped: Whether the round changes nothing.
+        privacy: Institution -> the spending that it reported.
+        reported: Institution -> the figures that the orders asked for.
+    """
+
+    aggregated: Aggregated
+    report: Report
+    skipped: bool
+    privacy: Mapping[str, Mapping[str, Any]]
+    reported: Mapping[str, Mapping[str, float]]
 
 
-def _round(
-    grid: Grid,
-    config: RunConfig,
-    nodes: Mapping[int, str],
-    roster: Roster,
-    state: RunState,
-    cap: int,
-    mechanism: InstitutionMechanism | None,
-    spending: Spending | None,
-    work: Trainable,
-    population: Population,
-) -> tuple[RunState, dict[str, Any], dict[str, Any]]:
-    """One round: ask, aggregate what arrives, evaluate.
+class Federation:
+    """One run of a federation, from its first round, or from its checkpoint, to its results.
 
     Args:
         grid: To the institutions.
         config: The run.
-        nodes: Node -> name of the institutions to ask.
-        roster: Knows their ranks.
-        state: After the last round.
-        cap: The most rounds that an institution is asked for.
-        mechanism: Of institution-level DP, when it is on.
-        spending: Of DP at the institutions, when it is on.
-        work: The base model, for evaluation.
-        population: Its held-out rows, for evaluation.
-
-    Returns:
-        The state after this round, its line of ``rounds.jsonl``, and what was measured, if it was.
-    """
-    started, number, federation = time.monotonic(), state.round + 1, config.federation
-
-    # 1. Ask. One array record for each rank, shared by all messages.
-    strategy = STRATEGIES[federation.strategy]
-    this = Round(
-        number=number,
-        asked=len(nodes),
-        before=state.adapter,
-        parts=strategy.parts(number),
-        kept=strategy.kept,
-        weighting=federation.weighting,
-        believed=roster.believed,
-        alpha=config.adapter.alpha,
-        rslora=config.adapter.method.endswith("rslora"),
-        residual_rank=federation.residual_rank,
-        longest=federation.max_update_norm,
-        seed=config.seed,
-        run=state.run,
-    )
-    ranks = {name: roster.rank(node) for node, name in nodes.items()}
-    starts = {rank: strategy.start(this, rank) for rank in sorted(set(ranks.values()))}
-    this = dataclasses.replace(this, sent={name: starts[rank] for name, rank in ranks.items()})
-    quiet = config.privacy.enabled or config.privacy.hides_institutions or config.deployed
-    report = () if quiet else ("loss",)
-    orders = {
-        rank: wire.TrainOrder(
-            run=state.run,
-            round=number,
-            participations=cap,
-            base=work.base.digest,
-            report=report,
-            parts=this.parts,
-            kept=this.kept,
-            adapter=start,
-        )
-        for rank, start in starts.items()
-    }
-    arrays = {rank: wire.pack_adapter(start) for rank, start in starts.items()}
-    messages = {
-        name: Message(
-            wire.pack_order(orders[ranks[name]], arrays[ranks[name]]),
-            node,
-            MessageType.TRAIN,
-            group_id=str(number),
-            ttl=federation.timeout,
-        )
-        for node, name in nodes.items()
-    }
-    sent = {name: wire.adapter_bytes(message.content) for name, message in messages.items()}
-
-    # 2. Aggregate what arrives. Whatever is wrong with one answer concerns that institution only.
-    replies = Replies(
-        grid,
-        list(messages.values()),
-        nodes,
-        this,
-        report=report,
-        spending=spending,
-        timeout=patience(config),
-    )
-    watch = Watch(this)
-    try:
-        aggregated, rejected = _aggregate(config, mechanism, this, replies, watch)
-        skipped = _counted(replies, mechanism) < federation.min_updates
-        if (largest := base.largest(aggregated.only(PARTS))) > this.limit:
-            raise Refusal("too-large", f"the aggregate reached {largest:g}, above {this.limit:g}")
-    except Refusal as refusal:
-        log.warning("round %d changes nothing: %s", number, refusal)
-        aggregated, rejected, skipped = AdapterState({}), {}, True
-
-    # 3. Step.
-    adapter, moments = state.adapter, state.moments
-    if not skipped:
-        adapter, moments = server_optimizer.step(
-            federation.server_optimizer,
-            federation.server_learning_rate,
-            state.adapter,
-            aggregated,
-            moments,
-        )
-        if problem := adapter.validate_against(
-            state.adapter, residual=federation.strategy in RESIDUALS
-        ):
-            raise RunFailed(
-                f"round {number}: the server optimizer left {problem}; lower "
-                "federation.server-learning-rate. The last checkpoint is kept"
-            )
-        if (largest := base.largest(adapter.only(PARTS))) > this.limit:
-            raise RunFailed(
-                f"round {number}: the global adapter reached {largest:g}, and beyond "
-                f"{this.limit:g} no update counts; lower federation.server-learning-rate, or "
-                "training.learning-rate. The last checkpoint is kept"
-            )
-    average, averaged = dict(state.average), state.averaged
-    if number > federation.rounds - round(federation.average_last * federation.rounds):
-        averaged += 1
-        average = {k: average.get(k, 0.0) + v.double() for k, v in adapter.items()}
-
-    # 4. Evaluate and record.
-    spent = {**state.privacy, **replies.privacy}
-    new = dataclasses.replace(
-        state,
-        round=number,
-        adapter=adapter,
-        moments=moments,
-        asked={**state.asked, **{name: state.asked.get(name, 0) + 1 for name in nodes.values()}},
-        average=average,
-        averaged=averaged,
-        privacy=spent,
-    )
-    received = replies.received
-    if mechanism is not None:  # as if all had sent what they were asked for
-        part = wire.array_bytes(wire.pack_adapter(this.before.only(this.parts)))
-        received = dict.fromkeys(nodes.values(), part)
-    measured: dict[str, Any] = {}
-    every = federation.evaluate_every
-    if every and (number % every == 0 or number == federation.rounds):
-        measured = _measured(grid, config, roster, new, work, population)
-    figures = {} if mechanism is not None or skipped else watch.figures(aggregated)
-    seconds = time.monotonic() - started
-    record = {
-        "round": number,
-        "seconds": round(seconds, 4),
-        "asked": len(nodes),
-        "updates": _counted(replies, mechanism),
-        "skipped": skipped,
-        "aggregation_error": figures.pop("error", None),
-        "aggregation": {
-            **figures,
-            "rejected": {
-                name: reason
-                for name, reason in sorted({**replies.failed, **rejected}.items())
-                if mechanism is None or name not in replies.invalid
-            },
-        },
-        "metrics": {k: v for k, v in measured.items() if k != "institutions"},
-        "epsilon_max": _epsilon_max(config, mechanism, spent),
-        **(
-            {"institution_epsilon": mechanism.spent(new.asked.values())}
-            if mechanism is not None
-            else {}
-        ),
-        "institutions": {
-            name: {
-                "sent": sent[name],
-                "received": received.get(name, 0),
-                **({"epsilon": spent[name]["epsilon"]} if name in spent and not mechanism else {}),
-                **(
-                    {"accuracy": measured["institutions"][name]}
-                    if name in measured.get("institutions", {})
-                    else {}
-                ),
-            }
-            for name in nodes.values()
-        },
-        "reported": dict(sorted(replies.reported.items())),
-    }
-    return dataclasses.replace(new, seconds=state.seconds + seconds), record, measured
-
-
-def _epsilon_max(
-    config: RunConfig, mechanism: InstitutionMechanism | None, spent: Mapping[str, Any]
-) -> float | str | None:
-    """The most that an institution spent; where each one's part is hidden, may spend in all."""
-    if not config.privacy.enabled:
-        return "inf"
-    if mechanism is not None:
-        return config.privacy.epsilon
-    return max((p["epsilon"] for p in spent.values()), default=None)
-
-
-def _counted(replies: Replies, mechanism: InstitutionMechanism | None) -> int:
-    """Updates that make a round: the valid ones.
-
-    Under institution-level DP all that came, since whether one is valid follows from an
-    institution's records; an invalid one counts as zero.
-    """
-    return replies.valid + (0 if mechanism is None else len(replies.invalid))
-
-
-def _aggregate(
-    config: RunConfig,
-    mechanism: InstitutionMechanism | None,
-    round: Round,
-    replies: Replies,
-    watch: Watch,
-) -> tuple[AdapterState, dict[str, str]]:
-    """The new value of what was trained, and who had no part in it and why.
-
-    ``watch`` sees the updates, except under institution-level DP, which figures on each of them
-    would bypass.
 
     Raises:
-        Refusal: ``too-few-updates`` for the robust rule.
+        InputError: When the configuration does not fit the data or the budget, or the run's
+            directory holds something else. Nothing is written or sent before.
     """
-    federation = config.federation
-    strategy = STRATEGIES[federation.strategy]
-    if mechanism is not None:
-        updates = sorted((update for update, _ in replies), key=lambda u: u.institution)
-        answered = _counted(replies, mechanism)
-        return mechanism.aggregate(round, updates, answered) if answered else AdapterState({}), {}
-    updates = watch.through(replies)
-    if federation.robust == "none":
-        return strategy.aggregate(round, updates), {}
-    return robust.aggregate(
-        round,
-        updates,
-        rule=federation.robust,
-        byzantine=federation.byzantine,
-        mean=strategy.aggregate,
-    )
 
+    def __init__(self, grid: Grid, config: RunConfig) -> None:
+        tracking.check(config)
+        self.grid, self.config = grid, config
+        self.population = population_of(config)
+        size, federation = self.population.size, config.federation
+        self.participations = base.participations(
+            federation.rounds, size, federation.institutions_per_round
+        )
+        self.strategy = STRATEGIES[federation.strategy]
+        self.aggregation = aggregation.choose(config, size, self.participations)
+        self.spending = (
+            Spending(config=config, participations=self.participations)
+            if config.privacy.enabled
+            else None
+        )
+        self.directory = RunDirectory(Path(config.run_dir))
+        resumed = self.directory.check(config)
+        self.work = trainable.load(config, self.population.labels)
+        if config.deployed:
+            limits.check_size(config, self.work.start)
+        self.state = self._first_state(resumed)
+        query = wire.Query(
+            run=self.state.run,
+            first=self.state.round == 0,
+            participations=self.participations,
+        )
+        self.roster = Roster(grid, config, query)
+        self.measured: dict[str, Any] = {}
+        self.empty_rounds = 0
 
-def final_adapter(state: RunState) -> AdapterState:
-    """The adapter that a run releases: the last one, or the mean of the last ones."""
-    if not state.averaged:
-        return state.adapter
-    return AdapterState({k: (v / state.averaged).float() for k, v in state.average.items()})
+    def run(self) -> None:
+        """Run the rounds that are left, and write the results."""
+        self.roster.wait(self.population.size)
+        if self.state.round == 0 and self.config.privacy.enabled:
+            self.roster.check_budgets()
+        tracker = tracking.Tracking(self.config, self.state.run)
+        if self.state.round == 0:
+            self.directory.create(self.config)
+            self.directory.save(self.state)
+        while self.state.round < self.config.federation.rounds:
+            online = self.roster.online()
+            names = self.sample(online)
+            if online and not names:
+                log.warning(
+                    "the run ends after round %d: every institution that is online was asked for "
+                    "the %d rounds that it planned for",
+                    self.state.round,
+                    self.participations,
+                )
+                break
+            record = self.play_round({online[name]: name for name in names})
+            self.directory.append(record)
+            self.directory.save(self.state)
+            tracker.round(record)
+            log.info(
+                "round %d of %d: %d of %d updates in %.1f s; rejected: %s",
+                record["round"],
+                self.config.federation.rounds,
+                record["updates"],
+                record["asked"],
+                record["seconds"],
+                record["aggregation"]["rejected"] or "none",
+            )
+            self.empty_rounds = 0 if record["updates"] else self.empty_rounds + 1
+            limits.check_progress(record, self.empty_rounds, all_asked=len(names) == len(online))
+        self.finish()
+        tracker.end()
 
+    def sample(self, online: Mapping[str, int]) -> list[str]:
+        """The institutions of the next round, among those that are online."""
+        return base.sample(
+            {name: self.state.asked.get(name, 0) for name in online},
+            per_round=self.config.federation.institutions_per_round,
+            cap=self.participations,
+            seed=self.config.seed,
+            round_number=self.state.round + 1,
+        )
 
-def _measured(
-    grid: Grid,
-    config: RunConfig,
-    roster: Roster,
-    state: RunState,
-    work: Trainable,
-    population: Population,
-    *,
-    save: bool = False,
-) -> dict[str, Any]:
-    """Metrics on the pooled held-out rows, and each institution's accuracy on its own.
+    def play_round(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """One round with these institutions (node -> name); returns its line of rounds.jsonl."""
+        orders = self.ask(names)
+        self.directory.append_orders(orders.this_round.number, names.values())
+        outcome = self.aggregate(orders)
+        self.state = self.step(orders, outcome)
+        return self.record(orders, outcome)
 
-    This is the experimenter's measurement on rows that are set aside. It is not part of the
-    protocol and says nothing of training records. With ``save``, institutions that have an adapter
-    of their own write it down.
-    """
-    if config.federation.strategy not in KEPT:
-        return evaluation.of_one(work, final_adapter(state), population)
-    order = wire.EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter)
-    nodes = {node: name for name, node in roster.online().items()}
-    return evaluation.of_each(
-        grid,
-        order,
-        nodes,
-        rows=population.held_out_rows,
-        labels=work.labels,
-        timeout=config.federation.timeout,
-        patience=patience(config),
-    )
+    def ask(self, names: Mapping[int, str]) -> Orders:
+        """The orders of the next round, for these institutions (node -> name).
 
+        An order and its adapter are made and packed once for each rank.
+        """
+        started, number, config = time.monotonic(), self.state.round + 1, self.config
+        this_round = self._round(number, len(names))
+        ranks = {name: self.roster.rank(node) for node, name in names.items()}
+        starts = {r: self.strategy.start(this_round, r) for r in sorted(set(ranks.values()))}
+        sent = {name: starts[rank] for name, rank in ranks.items()}
+        this_round = dataclasses.replace(this_round, sent=sent)
+        quiet = config.privacy.enabled or config.privacy.hides_institutions or config.deployed
+        report = () if quiet else ("loss",)
+        contents = {
+            rank: wire.pack_order(
+                wire.TrainOrder(
+                    run=self.state.run,
+                    round=number,
+                    participations=self.participations,
+                    base=self.work.base.digest,
+                    report=report,
+                    parts=this_round.parts,
+                    kept=this_round.local_parts,
+                    adapter=start,
+                ),
+                wire.pack_adapter(start),
+            )
+            for rank, start in starts.items()
+        }
+        group, ttl = str(number), config.federation.timeout
+        return Orders(
+            started=started,
+            this_round=this_round,
+            names=names,
+            report=report,
+            messages=[
+                Message(contents[ranks[name]], node, MessageType.TRAIN, group_id=group, ttl=ttl)
+                for node, name in names.items()
+            ],
+            sent={name: wire.adapter_bytes(contents[rank]) for name, rank in ranks.items()},
+        )
 
-def _finish(
-    directory: RunDirectory,
-    config: RunConfig,
-    state: RunState,
-    mechanism: InstitutionMechanism | None,
-    spending: Spending | None,
-    work: Trainable,
-    population: Population,
-    measured: dict[str, Any],
-) -> None:
-    adapter = final_adapter(state)
-    adapter.save(directory.path / "adapter", work.model)
-    privacy = statement(config, population.names or sorted(state.asked), state, mechanism, spending)
-    result = {
-        **measured,
-        "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
-        "delta": max((p["delta"] for p in state.privacy.values()), default=None),
-        "rounds": state.round,
-        "seconds": round(state.seconds, 2),
-        "run_dir": str(directory.path),
-        "base": {"name": config.model.name, "digest": work.base.digest},
-        "labels": list(work.labels),
-        "trained_parameters": sum(t.numel() for t in adapter.only(PARTS).values()),
-        "counts": dict(population.counts),
-    }
-    directory.write_result(result, privacy)
+    def aggregate(self, orders: Orders) -> Outcome:
+        """Send the orders and aggregate the replies.
+
+        A fault of one reply concerns its institution only.
+        """
+        this_round = orders.this_round
+        replies = Replies(
+            self.grid,
+            orders.messages,
+            orders.names,
+            this_round,
+            report=orders.report,
+            spending=self.spending,
+            timeout=patience(self.config),
+        )
+        refused = False
+        try:
+            aggregated = self.aggregation.aggregate(this_round, replies)
+            largest = base.largest(aggregated.adapter.only(PARTS))
+            if largest > this_round.limit:
+                raise Refusal(
+                    "too-large", f"the aggregate reached {largest:g}, above {this_round.limit:g}"
+                )
+        except Refusal as refusal:
+            log.warning("round %d changes nothing: %s", this_round.number, refusal)
+            aggregated, refused = Aggregated(adapter=AdapterState({})), True
+        report = self.aggregation.report(this_round, replies, orders.names.values())
+        return Outcome(
+            aggregated=aggregated,
+            report=report,
+            skipped=refused or report.updates < self.config.federation.min_updates,
+            privacy=replies.privacy,
+            reported=replies.reported,
+        )
+
+    def step(self, orders: Orders, outcome: Outcome) -> RunState:
+        """The state after the round: the server optimizer's step, and all counts.
+
+        Raises:
+            RunFailed: If the step left an adapter that no update can follow.
+        """
+        state, federation, number = self.state, self.config.federation, orders.this_round.number
+        adapter, moments = state.adapter, state.moments
+        if not outcome.skipped:
+            adapter, moments = server_optimizer.step(
+                federation.server_optimizer,
+                federation.server_learning_rate,
+                state.adapter,
+                outcome.aggregated.adapter,
+                moments,
+            )
+            limits.check_adapter(adapter, orders.this_round, residuals=federation.traits.residuals)
+        average, averaged = dict(state.average), state.averaged
+        if number > federation.rounds - round(federation.average_last * federation.rounds):
+            averaged += 1
+            average = {k: average.get(k, 0.0) + v.double() for k, v in adapter.items()}
+        # With those whom an earlier try at this round asked: they may have been charged for it.
+        asked = {name: state.asked.get(name, 0) + 1 for name in self.directory.asked(number)}
+        return dataclasses.replace(
+            state,
+            round=number,
+            adapter=adapter,
+            moments=moments,
+            asked={**state.asked, **asked},
+            average=average,
+            averaged=averaged,
+            privacy={**state.privacy, **outcome.privacy},
+        )
+
+    def record(self, orders: Orders, outcome: Outcome) -> dict[str, Any]:
+        """Evaluate the new state; the round's line of ``rounds.jsonl``."""
+        state, report, number = self.state, outcome.report, orders.this_round.number
+        every, self.measured = self.config.federation.evaluate_every, {}
+        if every and (number % every == 0 or number == self.config.federation.rounds):
+            self.measured = self.measure()
+        figures = {} if outcome.skipped else outcome.aggregated.figures()
+        rejected = {**report.rejected, **outcome.aggregated.rejected}
+        epsilons = self.aggregation.epsilons(state)
+        accuracies = self.measured.get("institutions", {})
+        seconds = time.monotonic() - orders.started
+        self.state = dataclasses.replace(state, seconds=state.seconds + seconds)
+        enabled = self.config.privacy.enabled
+        return {
+            "round": number,
+            "seconds": round(seconds, 4),
+            "asked": len(orders.names),
+            "updates": report.updates,
+            "skipped": outcome.skipped,
+            "aggregation_error": figures.pop("error", None),
+            "aggregation": {**figures, "rejected": dict(sorted(rejected.items()))},
+            "metrics": {k: v for k, v in self.measured.items() if k != "institutions"},
+            "epsilon_max": self.aggregation.largest_epsilon(state) if enabled else "inf",
+            **self.aggregation.round_record(state),
+            "institutions": {
+                name: {
+                    "sent": orders.sent[name],
+                    "received": report.received.get(name, 0),
+                    **({"epsilon": epsilons[name]} if name in epsilons else {}),
+                    **({"accuracy": accuracies[name]} if name in accuracies else {}),
+                }
+                for name in orders.names.values()
+            },
+            "reported": dict(sorted(outcome.reported.items())),
+        }
+
+    def measure(self, *, save: bool = False) -> dict[str, Any]:
+        """Metrics on the pooled held-out rows, and each institution's accuracy on its own.
+
+        This is the experimenter's measurement on rows that are set aside. It is not part of the
+        protocol and says nothing of training records.
+
+        Args:
+            save: Whether institutions that have an adapter of their own write it down.
+        """
+        federation, state = self.config.federation, self.state
+        if not federation.traits.local_parts:
+            return evaluation.evaluate_global(self.work, state.final_adapter(), self.population)
+        return evaluation.evaluate_own(
+            self.grid,
+            wire.EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter),
+            {node: name for name, node in self.roster.online().items()},
+            rows=self.population.held_out_rows,
+            labels=self.work.labels,
+            timeout=federation.timeout,
+            patience=patience(self.config),
+        )
+
+    def finish(self) -> None:
+        """Write the final adapter, privacy.json and result.json."""
+        config, state, work, population = self.config, self.state, self.work, self.population
+        if config.federation.traits.local_parts or not self.measured:
+            self.measured = self.measure(save=True)
+        adapter = state.final_adapter()
+        adapter.save(self.directory.path / "adapter", work.model)
+        names = population.names or sorted(state.asked)
+        level = self.aggregation.statement(state)
+        privacy = statement(config, names, state, level, self.spending)
+        result = {
+            **self.measured,
+            "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
+            "delta": max((p["delta"] for p in state.privacy.values()), default=None),
+            "rounds": state.round,
+            "seconds": round(state.seconds, 2),
+            "run_dir": str(self.directory.path),
+            "base": {"name": config.model.name, "digest": work.base.digest},
+            "labels": list(work.labels),
+            "trained_parameters": sum(t.numel() for t in adapter.only(PARTS).values()),
+            "counts": dict(population.counts),
+        }
+        self.directory.write_result(result, privacy)
+
+    def _first_state(self, resumed: bool) -> RunState:
+        """The newest checkpoint of a run that goes on; otherwise the state before round 1."""
+        newest_only = self.aggregation.newest_checkpoint_only
+        found = f"{self.work.base.digest}\n{self.population.fingerprint}"
+        inputs = hashlib.sha256(found.encode()).hexdigest()
+        state = self.directory.latest(newest_only=newest_only) if resumed else None
+        state = state or RunState.first(uuid.uuid4().hex, inputs, self.work.start)
+        if state.inputs != inputs:
+            raise InputError(
+                f"{self.directory.path} was run on other records or base weights than data.source "
+                "and model.name hold now; restore them, or start anew with another --out"
+            )
+        privacy = {} if self.spending is None else self.spending.possible(state.privacy)
+        return dataclasses.replace(state, privacy=privacy)
+
+    def _round(self, number: int, asked: int) -> Round:
+        """A round before its orders are made."""
+        config, federation = self.config, self.config.federation
+        return Round(
+            number=number,
+            asked=asked,
+            before=self.state.adapter,
+            parts=federation.traits.parts_sent(number),
+            local_parts=federation.traits.local_parts,
+            weighting=federation.weighting,
+            max_sizes=self.roster.max_sizes,
+            alpha=config.adapter.alpha,
+            rslora=config.adapter.method.endswith("rslora"),
+            residual_rank=federation.residual_rank,
+            max_update_norm=federation.max_update_norm,
+            seed=config.seed,
+            run=self.state.run,
+        )

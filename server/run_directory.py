@@ -10,27 +10,28 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora import config as configuration
-from fedlora.config import ENGINE_ONLY, RunConfig
+from fedlora.config import ENGINE_ONLY, RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
-from fedlora.run_files import SUBMISSION, environment, finite, read_records
+from fedlora.run_files import SUBMISSION, environment, finite, read_lines, read_records
 
 if TYPE_CHECKING:
     import torch
 
     from fedlora.adapters import AdapterState
 
-KEPT_CHECKPOINTS = 2
-BESIDE = ("ledgers", "institutions.log", SUBMISSION)
+MAX_CHECKPOINTS = 2
+FOREIGN_FILES = ("ledgers", "institutions.log", SUBMISSION)
 """What may be in a run's directory before the run begins."""
-FREE_BYTES = 100 * 2**20
+MIN_FREE_BYTES = 100 * 2**20
 """Free disk space below which a run does not start."""
+ORDERS = "orders.jsonl"
+"""File with a line for each time that orders were sent: the round, and who was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,30 @@ class RunState:
     privacy: Mapping[str, Mapping[str, Any]]
     seconds: float
 
+    @classmethod
+    def first(cls, run: str, inputs: str, adapter: AdapterState) -> RunState:
+        """The state of a run before its first round."""
+        return cls(
+            run=run,
+            inputs=inputs,
+            round=0,
+            adapter=adapter,
+            moments={},
+            asked={},
+            average={},
+            averaged=0,
+            privacy={},
+            seconds=0.0,
+        )
+
+    def final_adapter(self) -> AdapterState:
+        """The adapter that a run releases: the last one, or the mean of the last ones."""
+        from fedlora.adapters import AdapterState
+
+        if not self.averaged:
+            return self.adapter
+        return AdapterState({k: (v / self.averaged).float() for k, v in self.average.items()})
+
 
 class RunDirectory:
     """The files of one run."""
@@ -76,7 +101,7 @@ class RunDirectory:
         """
         existing = self.path / "config.toml"
         if existing.exists():
-            changed = changes(configuration.load(existing), config)
+            changed = changes(load(existing), config)
             if changed:
                 raise InputError(
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}); "
@@ -84,7 +109,7 @@ class RunDirectory:
                 )
             return True
         if self.path.exists() and (
-            not self.path.is_dir() or any(e.name not in BESIDE for e in self.path.iterdir())
+            not self.path.is_dir() or any(e.name not in FOREIGN_FILES for e in self.path.iterdir())
         ):
             raise InputError(
                 f"{self.path} holds other files; give an --out that is empty or not there"
@@ -94,10 +119,10 @@ class RunDirectory:
         except OSError as error:
             raise InputError(f"{error}; give another --out") from None
         free = shutil.disk_usage(parent).free
-        if free < FREE_BYTES:
+        if free < MIN_FREE_BYTES:
             raise InputError(
                 f"{parent} has {free / 2**20:.0f} MiB free; a run needs at least "
-                f"{FREE_BYTES / 2**20:.0f} MiB: free some or give another --out"
+                f"{MIN_FREE_BYTES / 2**20:.0f} MiB: free some or give another --out"
             )
         return False
 
@@ -122,7 +147,7 @@ class RunDirectory:
         blob = safetensors.torch.save(tensors, {"state": json.dumps(plain)})
         folder = self.path / "checkpoints"
         write_atomic(folder / f"round-{state.round:06d}.safetensors", blob)
-        for old in sorted(folder.glob("round-*.safetensors"))[:-KEPT_CHECKPOINTS]:
+        for old in sorted(folder.glob("round-*.safetensors"))[:-MAX_CHECKPOINTS]:
             old.unlink()
 
     def latest(self, *, newest_only: bool = False) -> RunState | None:
@@ -169,6 +194,21 @@ class RunDirectory:
             average=parts["average"],
             **plain,
         )
+
+    def append_orders(self, number: int, names: Iterable[str]) -> None:
+        """Write down who is about to be asked in a round, before any order leaves.
+
+        An institution may be charged and answer although the server dies before the round's
+        checkpoint. Without this file the resumed run would not know that it was asked.
+        """
+        lines = [*read_lines(self.path / ORDERS), {"round": number, "institutions": sorted(names)}]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        write_atomic(self.path / ORDERS, text.encode())
+
+    def asked(self, number: int) -> set[str]:
+        """Institutions that were asked in a round, in this process or one before it."""
+        lines = read_lines(self.path / ORDERS)
+        return {name for line in lines if line["round"] == number for name in line["institutions"]}
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line to ``rounds.jsonl``."""

@@ -1,4 +1,4 @@
-"""What institutions say they have spent, held against the plans that the server makes itself.
+"""Institutions' privacy records, checked against the plans that the server makes itself.
 
 An institution plans its noise from the configuration, the number of rounds and its size class. The
 server knows the first two, and a record of what was spent names the class by its delta and sample
@@ -14,24 +14,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora import accounting, wire
-from fedlora.budget import Budget, budget, delta_of
+from fedlora.accounting import PrivacyPlan
+from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 
 log = logging.getLogger("fedlora.server")
 
-LARGEST_CLASS = 2**40
-"""Units of an institution beyond which no size class is believed."""
-SAME_NOISE = 0.01
+MAX_SIZE_CLASS = 2**40
+"""Units of an institution in the largest size class that the server accepts."""
+NOISE_TOLERANCE = 0.01
 """Relative difference of two plans' noise on different machines: each search ends within 0.1
 percent of the least noise, and floating point may end it elsewhere."""
-ABOVE = 1e-6
+EPSILON_TOLERANCE = 1e-6
 """Relative excess of epsilon over the budget that rounding explains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
-    """What institutions can have spent in a run under DP.
+    """The possible spending of institutions in a run under DP.
 
     Args:
         config: The run.
@@ -41,18 +42,18 @@ class Spending:
     config: RunConfig
     participations: int
 
-    def checked(self, said: wire.PrivacySpent, size_class: float | None = None) -> Budget:
-        """Hold a record against the run.
+    def checked(self, said: wire.PrivacySpent, size_class: float | None = None) -> PrivacyPlan:
+        """Check a record against the run.
 
         Args:
-            said: As the institution sent it.
-            size_class: The institution's, where it says so elsewhere.
+            said: The record, as the institution sent it.
+            size_class: The institution's size class, where its update states one.
 
         Returns:
             The plan that the record follows.
 
         Raises:
-            Refusal: ``invalid-privacy-record``, with the figure that cannot be.
+            Refusal: ``invalid-privacy-record``, with the impossible figure.
         """
         privacy = self.config.privacy
         noised = self.config.federation.weighting == "noised-size"
@@ -66,28 +67,29 @@ class Spending:
         }
         for name, value in known.items():
             _require(said, name, getattr(said, name) == value, f"the run has {value}")
-        most, once = privacy.epsilon * (1 + ABOVE), self.config.training.local_steps
-        steps = range(once, once * self.participations + 1, once)
-        _require(said, "epsilon", 0 <= said.epsilon <= most, f"it is at most {privacy.epsilon:g}")
+        limit = privacy.epsilon * (1 + EPSILON_TOLERANCE)
+        local_steps = self.config.training.local_steps
+        steps = range(local_steps, local_steps * self.participations + 1, local_steps)
+        _require(said, "epsilon", 0 <= said.epsilon <= limit, f"it is at most {privacy.epsilon:g}")
         _require(said, "steps", said.steps in steps, f"it is one of {steps}")
         _require(said, "ledger_epsilon", 0 <= said.ledger_epsilon < math.inf, "it is finite")
         _require(said, "ledger_delta", 0 < said.ledger_delta < 1, "it is above 0 and below 1")
         _require(said, "ledger_limit", 0 < said.ledger_limit < math.inf, "it is finite, above 0")
         plan = self._plan(said, size_class)
-        sigma = plan.plan.noise_multiplier
-        same = abs(said.noise_multiplier - sigma) <= SAME_NOISE * sigma
+        sigma = plan.noise_multiplier
+        same = abs(said.noise_multiplier - sigma) <= NOISE_TOLERANCE * sigma
         _require(said, "noise_multiplier", same, f"the plan has {sigma:.6g}")
         return plan
 
-    def _plan(self, said: wire.PrivacySpent, size_class: float | None) -> Budget:
+    def _plan(self, said: wire.PrivacySpent, size_class: float | None) -> PrivacyPlan:
         """The plan of the size class that has this delta and sample rate."""
-        sizes = [2**k for k in range(LARGEST_CLASS.bit_length())]
+        sizes = [2**k for k in range(MAX_SIZE_CLASS.bit_length())]
         for size in sizes if size_class is None else [s for s in sizes if s == size_class]:
             training = self.config.training
             rate = accounting.sample_rate(training.sample_rate, training.batch_size, size)
             try:
                 if (said.delta, said.sample_rate) == (delta_of(self.config.privacy, size), rate):
-                    return budget(self.config, size, self.participations)
+                    return plan_run(self.config, size, self.participations)
             except InputError:
                 continue  # an institution of this size cannot follow the configuration
         raise Refusal(
@@ -97,7 +99,7 @@ class Spending:
         )
 
     def possible(self, privacy: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-        """The records of a checkpoint that can be true; the others count as never sent."""
+        """The possible records of a checkpoint; the others count as never sent."""
         kept: dict[str, Mapping[str, Any]] = {}
         for name, record in privacy.items():
             try:
@@ -109,23 +111,23 @@ class Spending:
         return kept
 
     def stated(self, record: Mapping[str, Any], rounds_asked: int) -> dict[str, Any]:
-        """What privacy.json says of an institution that reported: figures of the server's own plan.
+        """The entry of privacy.json for an institution that reported, from the server's own plan.
 
-        An institution may have been charged, and its answer seen on the way, although nothing
-        arrived here in time. So every round counts that it was asked for, or more if it says so.
+        An institution may have been charged for a round, and its reply seen on the way, although no
+        reply arrived in time. So every round counts for which it was asked, or more if it says so.
 
         Args:
-            record: What it reported last, checked.
-            rounds_asked: How often it was asked.
+            record: Its last record, checked.
+            rounds_asked: The number of rounds for which it was asked.
         """
         said = wire.PrivacySpent(**record)
         whole = self.checked(said)
-        steps = max(said.steps, rounds_asked * whole.plan.steps_per_round)
+        steps = max(said.steps, rounds_asked * whole.steps_per_round)
         spent = (dataclasses.replace(whole.round_event, steps=steps), *whole.size_events)
         return {
             **dataclasses.asdict(said),
-            "epsilon": accounting.epsilon(spent, whole.plan.delta, whole.plan.accountant),
-            "noise_multiplier": whole.plan.noise_multiplier,
+            "epsilon": accounting.epsilon(spent, whole.delta, whole.accountant),
+            "noise_multiplier": whole.noise_multiplier,
             "steps": steps,
             "rounds_asked": rounds_asked,
             "unreported_steps": steps - said.steps,

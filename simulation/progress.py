@@ -1,10 +1,6 @@
-"""What a person sees while a run goes on and when it ends.
-
-Reads the run directory; asks the run nothing.
-"""
+"""Progress of a run on the terminal, and the table at its end. Reads the run directory only."""
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -16,8 +12,8 @@ from rich.styled import Styled
 from rich.table import Table
 
 from fedlora import metrics
-from fedlora.config import KEPT, RunConfig
-from fedlora.run_files import read_records
+from fedlora.config import RunConfig
+from fedlora.run_files import read_records, read_run_file
 from fedlora.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -32,7 +28,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     """
     done = threading.Event()
     started = time.monotonic()
-    first = len(read_records(Path(config.run_dir)))
+    resumed_at = len(read_records(Path(config.run_dir)))
 
     def line() -> tuple[int, str]:
         records = read_records(Path(config.run_dir))
@@ -42,7 +38,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
             grid.answered,
             grid.pushed,
             time.monotonic() - started,
-            len(records) - first,
+            len(records) - resumed_at,
         )
 
     def redraw() -> None:
@@ -51,7 +47,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
                 live.update(line()[1])
 
     def report() -> None:
-        every, shown = max(1, config.federation.rounds // 10), first
+        every, shown = max(1, config.federation.rounds // 10), resumed_at
         while not done.wait(0.25):
             finished, text = line()
             if finished >= shown + every or (finished and not shown):
@@ -75,15 +71,15 @@ def describe(
     elapsed: float,
     fresh: int,
 ) -> str:
-    """One line on where a run is.
+    """Describe the progress of a run in one line.
 
     Args:
         config: The run.
-        records: Its rounds so far.
-        answered: Institutions done in the round in progress.
-        pushed: Institutions asked in it.
+        records: The records of its finished rounds.
+        answered: Institutions that have replied in the current round.
+        pushed: Institutions that the server asked in the current round.
         elapsed: Seconds since this process started the run.
-        fresh: Rounds done since then.
+        fresh: Rounds that this process has finished.
     """
     total = config.federation.rounds
     if not records:
@@ -104,24 +100,24 @@ def describe(
 
 
 def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
-    """Add what accuracy has to beat, and whether a model says the same of every row."""
+    """Add the majority baseline, and a warning about a model that predicts one class only."""
     if classes := result.get("per_class"):
         name, share = metrics.majority(classes)
         table.add_row("always the most frequent", f"{share:.4f} ({name})")
         if only := metrics.only_prediction(classes):
-            said = f"the model says {only} of every row: it has learned nothing yet"
+            said = f"the model predicts {only} for every row: it has learned nothing yet"
             table.add_row("", Styled(said, "yellow"))
 
 
 def longer(truncated: int, max_length: int) -> str:
-    """How many texts were cut, in words."""
+    """Say how many texts were cut."""
     return f"{truncated} text{'s' * (truncated != 1)} longer than {max_length} tokens"
 
 
 def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> None:
-    """The table at the end of a run, and where everything is."""
+    """Print the results of a run as a table, and the paths of its files."""
     run_dir = Path(config.run_dir)
-    privacy = json.loads((run_dir / "privacy.json").read_text(encoding="utf-8"))
+    privacy = read_run_file(run_dir, "privacy.json")
     table = Table(title="Federated run", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -170,7 +166,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     table.add_row("protects", Styled(privacy["protects"], style))
     console.print(table)
     adapter = run_dir / "adapter"
-    if config.federation.strategy in KEPT:
+    if config.federation.traits.local_parts:
         adapter = run_dir / "institutions" / "NAME" / "adapter"
     console.write_line(f"adapter        {adapter}")
     console.write_line(f"report         {run_dir / 'report.html'}")

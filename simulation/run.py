@@ -1,11 +1,10 @@
 """One simulated run, from a resolved configuration to a complete run directory.
 
-This process imports and loads once for all workers on this machine, which are forks of it.
+Workers on this machine are forks of this process, so that it imports and loads once for all.
 """
 
 import contextlib
 import importlib
-import json
 import logging
 import operator
 import os
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from fedlora import logs
 from fedlora.config import RunConfig, check_threads
 from fedlora.errors import InputError
-from fedlora.startup import importing, uncollected
+from fedlora.extras import require
+from fedlora.run_files import read_run_file
+from fedlora.startup import paused_gc
 from fedlora.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -32,14 +33,13 @@ CLIENT_APP = "client.app:app"
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What a simulation needs before its institutions can be asked anything.
+    """The loaded parts of a simulation.
 
     Args:
         records: The tokenised records.
-        forks: What workers are forked from; None where they have to start by themselves: on other
-            machines, on GPUs, whose state does not survive a fork, with several threads, which do
-            not either, on systems that have not what it takes, and in later runs of a process, on
-            other records or another model than its first one.
+        forks: The fork server of the workers. None where workers start as new processes: on a
+            cluster; with GPUs or several threads, whose state does not survive a fork; on systems
+            without pidfds; and in later runs of a process with other records or another model.
     """
 
     records: "Federation"
@@ -62,6 +62,7 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     """
     from simulation.progress import progress
 
+    check_engine(kind)
     with console.status("reading records"):
         records = prepare(config)
     console.write_line(
@@ -74,29 +75,40 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
             grid = stack.enter_context(open_engine(kind, config, loaded))
         with progress(config, grid, console):
             run_rounds(config, grid)
-    return json.loads((Path(config.run_dir) / "result.json").read_text(encoding="utf-8"))
+    return read_run_file(Path(config.run_dir))
+
+
+def check_engine(kind: str) -> None:
+    """Refuse the Ray engine where Ray is not installed.
+
+    Raises:
+        InputError: Naming the remedy.
+    """
+    if kind == "ray":
+        require("ray", "simulation", "--engine ray (the other engine is inline)")
 
 
 @contextlib.contextmanager
 def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
-    """Read the records, check the budgets, load the base model, then start Ray.
+    """Read the records, check the budgets, load the base model and start Ray.
 
     Args:
         kind: ``ray`` or ``inline``.
         config: The run.
 
     Raises:
-        InputError: As `prepare` and `check_budgets`, if the base model cannot be loaded, and if
-            nobody answers at the cluster's address.
+        InputError: As `prepare` and `check_budgets`; also if the base model cannot be loaded, Ray
+            is not installed, or no cluster answers at its address.
     """
+    check_engine(kind)
     if kind == "ray":
         _reach(config.engine.ray_address)
-    if not config.engine.ray_address:  # a cluster's machines have processors of their own
+    if not config.engine.ray_address:  # machines of a cluster have other processors
         check_threads("engine.threads", config.engine.threads)
     records = prepare(config)
-    with importing():  # and loading: a collection in between would look at all that was imported
+    with paused_gc():  # a collection would scan all imported objects
         if config.privacy.enabled:
-            check_budgets(config)  # forks have the plans that it makes
+            check_budgets(config)  # forks inherit the cached plans
         import torch
 
         from fedlora import trainable
@@ -104,7 +116,7 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
         for name in _modules(config):
             importlib.import_module(name)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # others would be gone in a fork, which would wait for them
+        torch.set_num_threads(1)  # a fork would wait for threads that it does not have
         try:
             work = trainable.load(config, records.labels)
         finally:
@@ -113,7 +125,7 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
         yield Loaded(records=records, forks=None)
         return
     forks, settings = _forks(config, (records, work)), config.engine
-    with importing():
+    with paused_gc():
         from simulation.engines import ray
 
     cores = max(settings.workers * settings.threads, os.cpu_count() or 1)
@@ -122,89 +134,91 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
 
 
 def _reach(address: str) -> None:
-    """Refuse a cluster's address where nobody answers; Ray would try for over a minute.
+    """Refuse the address of a cluster that does not answer. Ray would try for over a minute.
 
     Raises:
-        InputError: Naming it.
+        InputError: Naming the address.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():  # none, or a name that Ray looks up by itself
+    if not port.isdecimal():  # no address, or a name that Ray resolves by itself
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise InputError(
-            f"engine.ray-address is {address}, where nobody answers ({error}); start Ray there "
-            "(ray start --head) or give another address"
+            f"engine.ray-address is {address}, where no Ray cluster answers ({error}); start Ray "
+            "there (ray start --head) or give another address"
         ) from None
 
 
 def _modules(config: RunConfig) -> list[str]:
-    """What institutions and server import."""
+    """Return the modules that institutions and server import."""
     private = ["client.dp_sgd"] if config.privacy.enabled else []
     return [CLIENT_APP.partition(":")[0], *private, "server.app"]
 
 
-_first: "tuple[ForkServer, tuple[object, object]] | None" = None
-"""Of this process's first run on Ray, with the records and the model that its forks have: later
-runs find Ray imported, which no fork may have."""
+_fork_server: "tuple[ForkServer, tuple[object, object]] | None" = None
+"""The fork server of this process's first run on Ray, with the records and the model of its forks.
+A later run cannot start another one, because Ray is imported by then."""
 
 
 def _forks(config: RunConfig, loaded: tuple[object, object]) -> "ForkServer | None":
-    global _first
+    global _fork_server
     if config.engine.ray_address or config.engine.gpus or config.engine.threads > 1:
         return None
-    if _first is not None:
-        server, of_first = _first
-        return server if server.alive and all(map(operator.is_, of_first, loaded)) else None
+    if _fork_server is not None:
+        server, inherited = _fork_server
+        return server if server.alive and all(map(operator.is_, inherited, loaded)) else None
     if "ray" in sys.modules:
         return None
     from simulation.engines.forkserver import ForkServer
 
     try:
-        _first = ForkServer(), loaded
-    except (AttributeError, OSError):  # no such sockets or descriptors, or a path too long
+        _fork_server = ForkServer(), loaded
+    except (AttributeError, OSError):  # no pidfds or Unix sockets, or a path too long for a socket
         return None
-    return _first[0]
+    return _fork_server[0]
 
 
 @contextlib.contextmanager
 def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[SimulationGrid]":
-    """The Grid that a simulation runs on.
+    """Open the Grid of a simulation.
 
     Args:
         kind: ``ray`` or ``inline``.
-        config: The run; only its engine keys and run directory are read here.
-        loaded: Of the same run.
+        config: The run; this function reads its engine keys and its run directory.
+        loaded: The loaded parts of the same run.
     """
     log = str(Path(config.run_dir) / "institutions.log")
     settings, institutions = config.engine, len(loaded.records.names)
     if kind == "inline":
-        with importing():
+        with paused_gc():
             from client.app import app
             from simulation.engines.inline import InlineGrid
 
         with _logging_to(log):
             yield InlineGrid(app, institutions, config.shared())
     else:
-        from simulation.engines.ray import RayGrid
+        from simulation.engines.ray import RayGrid, WorkerSpec
 
         with RayGrid(
             CLIENT_APP,
             institutions,
             config.shared(),
-            workers=settings.workers,
-            threads=settings.threads,
-            gpus=settings.gpus,
-            log=log,
-            forks=loaded.forks,
+            workers=WorkerSpec(
+                count=settings.workers,
+                threads=settings.threads,
+                gpus=settings.gpus,
+                log=log,
+                forks=loaded.forks,
+            ),
             costs=_costs(config, loaded.records),
         ) as grid:
             yield grid
 
 
 def _costs(config: RunConfig, records: "Federation") -> list[float]:
-    """Expected tokens of each institution's training step."""
+    """Return the expected tokens of a training step of each institution."""
     from fedlora import accounting
 
     training = config.training
@@ -219,7 +233,7 @@ def _costs(config: RunConfig, records: "Federation") -> list[float]:
 
 
 def prepare(config: RunConfig) -> "Federation":
-    """The tokenised records; what is wrong with the data or the base model's files shows here.
+    """Return the tokenised records; check the data and the base model's files on the way.
 
     Raises:
         InputError: Naming value, bound and remedy.
@@ -231,7 +245,7 @@ def prepare(config: RunConfig) -> "Federation":
         raise InputError(
             "data.source is 'institutions', which is a deployment's; to simulate, name the records"
         )
-    with uncollected():  # a tokenizer brings torch; what is cached needs none
+    with paused_gc():  # a tokenizer imports torch; cached records need none
         federation = records.load(config)
     if config.privacy.enabled:
         try:
@@ -244,13 +258,13 @@ def prepare(config: RunConfig) -> "Federation":
 
 
 def check_budgets(config: RunConfig) -> None:
-    """Plan the noise of every size class, so that a budget that fits nobody is known by now.
+    """Plan the noise of every size class, so that an impossible budget is refused early.
 
     Raises:
         InputError: Naming value, bound and remedy.
     """
-    from client import institution
     from fedlora import accounting, records
+    from fedlora.budget import plan_run
     from strategies import base
 
     federation = records.load(config)
@@ -258,7 +272,7 @@ def check_budgets(config: RunConfig) -> None:
     units = (federation.train(i).num_units for i in range(institutions))
     cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
     for size in sorted({accounting.public_size(count) for count in units}):
-        institution.budget(config, size, cap)
+        plan_run(config, size, cap)
 
 
 def run_rounds(config: RunConfig, grid: "SimulationGrid") -> None:

@@ -1,15 +1,13 @@
-"""Aggregation: one paper, one file, one pure ``aggregate`` each; `base` holds what they share."""
+"""Aggregation: one paper, one file, one pure ``aggregate`` each; `base` holds what they share.
 
-from strategies import exact, fedavg, fedsa, ffa, pad, rolora, stack, svd
+A strategy is the file ``strategies/NAME.py`` and its line in `fedlora.strategy_table`.
+"""
+
+import importlib
+
+from fedlora.strategy_table import STRATEGY_TABLE
 from strategies.base import Strategy
 
 STRATEGIES: dict[str, Strategy] = {
-    "fedavg": fedavg.STRATEGY,
-    "ffa": ffa.STRATEGY,
-    "rolora": rolora.STRATEGY,
-    "svd": svd.STRATEGY,
-    "stack": stack.STRATEGY,
-    "exact": exact.STRATEGY,
-    "fedsa": fedsa.STRATEGY,
-    "pad": pad.STRATEGY,
+    name: importlib.import_module(f"strategies.{name}").STRATEGY for name in STRATEGY_TABLE
 }

@@ -1,4 +1,4 @@
-"""What every strategy shares: its shape, who is asked in a round, which updates count, weights."""
+"""What strategies share: the round, the sampling of institutions, checks and weights of updates."""
 
 import functools
 import math
@@ -12,30 +12,30 @@ from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 from fedlora.wire import ClientUpdate
 
-LARGEST = 2.0**10
+MAX_VALUE = 2.0**10
 """Largest |value| of an update that counts."""
 Weighted = tuple[ClientUpdate, float]
-"""An update and its weight, not normalised: the total is known only once all have come."""
+"""An update and its weight, not normalised: the total is known only after the last update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What is known of a round before its answers come.
+    """A round before its replies arrive.
 
     Args:
         number: From 1.
-        asked: Institutions that were asked: no more updates than that can come.
+        asked: The number of asked institutions, an upper bound of the number of updates.
         before: The global adapter, all parts.
-        sent: Institution -> what it starts from, where that is not the global adapter itself.
-        parts: What they train and send.
-        kept: What they train and keep.
+        sent: Institution -> the adapter in its order, where that is not the global adapter.
+        parts: The parts that institutions train and send.
+        local_parts: The parts that institutions train and do not send.
         weighting: ``uniform``, or anything else for each update's own size.
-        believed: Institution -> the most that its size counts; whose is not there, any.
+        max_sizes: Institution -> the most that its size counts; without an entry, any size does.
         alpha: LoRA's alpha.
         rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
         residual_rank: The rank above which residuals are cut back.
-        longest: The longest change of an update that counts, over all its tensors; 0: any.
-        seed: Of what a strategy draws; public.
+        max_update_norm: The longest change of an update that counts, over all its tensors; 0: any.
+        seed: The public seed of a strategy's draws.
         run: Identity of the run.
     """
 
@@ -44,13 +44,13 @@ class Round:
     before: AdapterState
     sent: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
     parts: tuple[Part, ...] = PARTS
-    kept: tuple[str, ...] = ()
+    local_parts: tuple[Part, ...] = ()
     weighting: str = "uniform"
-    believed: Mapping[str, float] = field(default_factory=dict[str, float])
+    max_sizes: Mapping[str, float] = field(default_factory=dict[str, float])
     alpha: float = 1.0
     rslora: bool = False
     residual_rank: int = 64
-    longest: float = 0.0
+    max_update_norm: float = 0.0
     seed: int = 0
     run: str = ""
 
@@ -60,7 +60,7 @@ class Round:
 
         1,024 with uniform weights. Otherwise 2^24: a million records with values up to 16.
         """
-        return LARGEST if self.weighting == "uniform" else 2.0**24
+        return MAX_VALUE if self.weighting == "uniform" else 2.0**24
 
     @property
     def grid(self) -> float:
@@ -73,21 +73,21 @@ class Round:
         return largest(self.before.only(PARTS))
 
     def sent_to(self, institution: str) -> AdapterState:
-        """What an institution starts from."""
+        """The adapter from which an institution starts."""
         return self.sent.get(institution, self.before)
 
     def starts(self, institutions: Sequence[str]) -> tuple[list[AdapterState], list[int]]:
-        """The different adapters that these start from, and which of them is each one's."""
+        """The different adapters from which these start, and the index of each institution's."""
         sent = [self.sent_to(name) for name in institutions]
         found = {id(state): state for state in sent}
         numbers = {key: number for number, key in enumerate(found)}
         return list(found.values()), [numbers[id(state)] for state in sent]
 
     def weight(self, update: ClientUpdate) -> float:
-        """The update's weight beside others: 1, or its size, as far as that is believed."""
+        """The update's weight beside others: 1, or its size, up to ``max_sizes``."""
         if self.weighting == "uniform":
             return 1.0
-        return min(update.size, self.believed.get(update.institution, math.inf))
+        return min(update.size, self.max_sizes.get(update.institution, math.inf))
 
     def scale(self, rank: int) -> float:
         """The factor s of s B A for factors of this rank."""
@@ -97,36 +97,26 @@ class Round:
 Aggregate = Callable[[Round, Iterable[Weighted]], AdapterState]
 
 
-def the_global_adapter(round: Round, rank: int) -> AdapterState:
+def the_global_adapter(this_round: Round, rank: int) -> AdapterState:
     """Institutions start from the global adapter as it is."""
-    return round.before
-
-
-def all_parts(round: int) -> tuple[Part, ...]:
-    """Everything is trained in every round."""
-    return PARTS
+    return this_round.before
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """A way to make one adapter of many.
+    """A way to make one adapter of many: the algorithm; `fedlora.strategy_table` has its traits.
 
     Args:
         aggregate: Pure. Takes the round and its valid updates in whatever order they arrive;
             returns the new adapter, the same to the last bit for every order; of no update an
             empty one, which changes nothing. It reads nothing else and draws nothing, so under DP
             it is post-processing: it spends no privacy.
-        parts: Round (from 1) -> what institutions train and send in it; the rest of the global
-            adapter stays.
-        kept: What institutions train and keep to themselves.
         start: What an institution of a rank starts a round from, pure too, but it may draw from the
-            round's public seed. Only a strategy that is listed in `fedlora.config.MIXED_RANKS` sees
-            other ranks than the global adapter's.
+            round's public seed. Only a strategy with the trait ``mixed_ranks`` sees other ranks
+            than the global adapter's.
     """
 
     aggregate: Aggregate
-    parts: Callable[[int], tuple[Part, ...]] = all_parts
-    kept: tuple[str, ...] = ()
     start: Callable[[Round, int], AdapterState] = the_global_adapter
 
 
@@ -144,87 +134,92 @@ def participations(rounds: int, institutions: int, per_round: int) -> int:
 
 
 def sample(
-    asked: Mapping[str, int], *, per_round: int, cap: int, seed: int, round: int
+    asked: Mapping[str, int], *, per_round: int, cap: int, seed: int, round_number: int
 ) -> list[str]:
     """The institutions to ask in a round.
 
-    Those asked least so far, ties broken by lot, none over ``cap``. Asking the least-asked keeps
-    all counts within one of each other, so nobody can be asked more often than `participations`
-    says, and each can plan its noise for that many rounds.
+    These are the institutions asked least so far, ties broken by lot, none over ``cap``. So all
+    counts stay within one of each other, no institution is asked more often than `participations`,
+    and each can plan its noise for that many rounds.
 
     Args:
         asked: Institution -> rounds it was asked for so far. Only these can be asked.
         per_round: Asked each round; 0 for all.
         cap: From `participations`.
         seed: The run's seed.
-        round: From 1.
+        round_number: From 1.
 
     Returns:
         Names, sorted.
     """
     names = sorted(name for name, times in asked.items() if times < cap)
     if per_round and per_round < len(names):
-        lot = RandomSource.seeded("sampling", seed, round).permutation(len(names))
+        lot = RandomSource.seeded("sampling", seed, round_number).permutation(len(names))
         order = sorted(range(len(names)), key=lambda i: (asked[names[i]], int(lot[i])))
         names = sorted(names[i] for i in order[:per_round])
     return names
 
 
-def check_header(update: ClientUpdate, *, institution: str, round: Round) -> None:
+def check_header(update: ClientUpdate, *, institution: str, this_round: Round) -> None:
     """Refuse an update that answers another order, or has a size that its weighting does not know.
 
     Args:
-        update: As it came.
-        institution: Whose answer it has to be.
-        round: Of the order.
+        update: The update, as it arrived.
+        institution: The institution that was asked.
+        this_round: The round of the order.
 
     Raises:
         Refusal: ``wrong-institution``, ``other-run``, ``stale-update``, ``invalid-size``.
     """
     if update.institution != institution:
         raise Refusal("wrong-institution", f"{institution} answered as {update.institution!r}")
-    if update.run != round.run:
-        raise Refusal("other-run", f"run {update.run!r} was answered in run {round.run!r}")
-    if update.round != round.number:
-        raise Refusal("stale-update", f"round {update.round} was answered in round {round.number}")
-    _check_size(update.size, round.weighting)
+    if update.run != this_round.run:
+        raise Refusal("other-run", f"run {update.run!r} was answered in run {this_round.run!r}")
+    if update.round != this_round.number:
+        raise Refusal(
+            "stale-update", f"round {update.round} was answered in round {this_round.number}"
+        )
+    _check_size(update.size, this_round.weighting)
 
 
-def validate(update: ClientUpdate, *, institution: str, round: Round) -> None:
-    """Refuse an update that must not count. What others sent plays no part.
+def validate(update: ClientUpdate, *, institution: str, this_round: Round) -> None:
+    """Refuse an invalid update, whatever other institutions sent.
 
     Args:
-        update: As it came.
-        institution: Whose answer it is, by `check_header`.
-        round: What it sent decides: keys, shapes and dtype must be those of the
+        update: The update, as it arrived.
+        institution: The institution that sent it, by `check_header`.
+        this_round: The round of the order: keys, shapes and dtype must be those of the
             parts that were asked for, no value, nor one of the global adapter, may be beyond the
-            limits under this weight and scale, and the change no longer than ``longest``.
+            limits under this weight and scale, and the change no longer than ``max_update_norm``.
 
     Raises:
         Refusal: With the reason as its code.
     """
-    sent = round.sent_to(institution)
-    problem = update.adapter.validate_against(sent.only(round.parts))
+    sent = this_round.sent_to(institution)
+    problem = update.adapter.validate_against(sent.only(this_round.parts))
     if problem:
         raise Refusal("invalid-update", problem)
-    weight = round.weight(update)
-    stretch = max(1.0, round.scale(sent.rank) / round.scale(round.before.rank))
+    weight = this_round.weight(update)
+    stretch = max(1.0, this_round.scale(sent.rank) / this_round.scale(this_round.before.rank))
     own = stretch * largest(update.adapter)
-    if own > LARGEST:
-        raise Refusal("too-large", f"a value is {own:g}; at most {LARGEST:g} counts")
-    heaviest = weight * max(round.largest, own)
-    if heaviest > round.limit:
-        raise Refusal("too-large", f"a value weighs {heaviest:g}; at most {round.limit:g} counts")
-    if round.longest:
+    if own > MAX_VALUE:
+        raise Refusal("too-large", f"a value is {own:g}; at most {MAX_VALUE:g} counts")
+    heaviest = weight * max(this_round.largest, own)
+    if heaviest > this_round.limit:
+        raise Refusal(
+            "too-large", f"a value weighs {heaviest:g}; at most {this_round.limit:g} counts"
+        )
+    if this_round.max_update_norm:
         size = length(t.double() - sent[name].double() for name, t in update.adapter.items())
-        if size > round.longest:
+        if size > this_round.max_update_norm:
             raise Refusal(
-                "too-long", f"the change is {size:g} long; at most {round.longest:g} counts"
+                "too-long",
+                f"the change is {size:g} long; at most {this_round.max_update_norm:g} counts",
             )
 
 
 def _check_size(size: float, weighting: str) -> None:
-    """Refuse a size that nobody who follows the weighting has."""
+    """Refuse a size that the weighting cannot give."""
     fits, what = {
         "uniform": (size == 0, "none is asked for"),
         "public-size": (1 <= size < math.inf and math.frexp(size)[0] == 0.5, "a power of two"),

@@ -17,8 +17,8 @@ from fedlora.wire import ClientUpdate
 from strategies.base import Round, Weighted
 from strategies.products import Product
 
-IN_MEMORY = 128 * 2**20
-"""Bytes of updates that are held in memory; those that come later wait on disk."""
+MAX_MEMORY = 128 * 2**20
+"""Bytes of updates in memory; later updates wait on disk."""
 
 
 class Collected:
@@ -48,11 +48,11 @@ class Collected:
             for held in self._held
         ]
 
-    def products(self, round: Round, path: str) -> list[Product]:
+    def products(self, this_round: Round, path: str) -> list[Product]:
         """Each update's product in the layer at a module path, with its share and scale."""
         a, b = (self.tensors(name) for name in factor_names(path))
         return [
-            (share * round.scale(len(right)), left, right)
+            (share * this_round.scale(len(right)), left, right)
             for share, left, right in zip(self.shares, b, a, strict=True)
         ]
 
@@ -74,8 +74,8 @@ class Collected:
 
 
 @contextlib.contextmanager
-def collect(updates: Iterable[Weighted], in_memory: int = IN_MEMORY) -> Generator[Collected]:
-    """All updates; what does not fit into memory is in a temporary directory until the end.
+def collect(updates: Iterable[Weighted], in_memory: int = MAX_MEMORY) -> Generator[Collected]:
+    """All updates; updates beyond ``in_memory`` bytes are in a temporary directory until the end.
 
     Args:
         updates: Of different institutions, in any order.

@@ -1,4 +1,4 @@
-"""How far a round's result is from the true mean, and who sent what: figures for rounds.jsonl.
+"""A round's distance from the true mean, and each update's length: figures for rounds.jsonl.
 
 All come from the inner products of the round's adapters (`products`), float64. Where that would
 take too much memory or time, each product is seen through fixed Gaussian directions on both sides
@@ -23,29 +23,29 @@ from strategies.base import Round, Weighted
 from strategies.lowrank import carried
 from strategies.products import Floats, Product
 
-EXACT_BYTES = 512 * 2**20
-EXACT_RANKS = 1024  # of all updates together: the inner products of all their rows are made
-WIDTH = 32
-WHOLE = 4096  # a magnitude or head of so many values is held whole
+MAX_EXACT_BYTES = 512 * 2**20
+MAX_EXACT_RANKS = 1024  # of all updates together: the inner products of all their rows are made
+SKETCH_WIDTH = 32
+MAX_PLAIN_VALUES = 4096  # a magnitude or head of so many values is held whole
 
 
 class Watch:
-    """Remembers of each update what `figures` needs, while it passes.
+    """Notes of each passing update what `figures` needs.
 
     Args:
-        round: Whose updates pass.
+        this_round: The round of the updates.
         exact_bytes: Up to so many bytes of updates they are held whole.
     """
 
-    def __init__(self, round: Round, exact_bytes: int = EXACT_BYTES) -> None:
-        self._round = round
+    def __init__(self, this_round: Round, exact_bytes: int = MAX_EXACT_BYTES) -> None:
+        self._round = this_round
         self.exact = (
-            round.asked * round.before.only(round.parts).num_bytes <= exact_bytes
-            and round.asked * round.before.rank <= EXACT_RANKS
+            this_round.asked * this_round.before.only(this_round.parts).num_bytes <= exact_bytes
+            and this_round.asked * this_round.before.rank <= MAX_EXACT_RANKS
         )
-        self._layers = len(round.before.layers())
+        self._layers = len(this_round.before.layers())
         # What institutions keep of a product is not known here: then A is a vector like a head.
-        self._products = "B" not in round.kept
+        self._products = "B" not in this_round.local_parts
         self._seen: list[tuple[str, float, _Kept]] = []
 
     def through(self, updates: Iterable[Weighted]) -> Iterator[Weighted]:
@@ -57,7 +57,7 @@ class Watch:
             del update, whole  # before the next one comes
 
     def figures(self, result: AdapterState) -> dict[str, Any]:
-        """What the round's record says of its aggregation.
+        """The diagnostics of the aggregation for the round's record.
 
         Args:
             result: The strategy's, before any server optimizer.
@@ -73,13 +73,13 @@ class Watch:
             that they are rounding. ``residual_rank``: the largest rank of the result's
             residuals, if it has any.
         """
-        round = self._round
+        this_round = self._round
         seen = sorted(self._seen, key=lambda entry: entry[0])
         n, names = len(seen), [name for name, _, _ in seen]
         total = math.fsum(weight for _, weight, _ in seen)
         share = np.array([weight / total for _, weight, _ in seen])
-        starts, of = round.starts(names)
-        old, new = round.before, round.before.updated(result)
+        starts, of = this_round.starts(names)
+        old, new = this_round.before, this_round.before.updated(result)
         kept = [kept for _, _, kept in seen] + [self._kept(state) for state in starts]
         whole = [self._kept(s, residual=r) for s in (new, old) for r in (False, True)]
         factors, vectors = self._inner([*kept, *whole])
@@ -114,7 +114,10 @@ class Watch:
             np.ravel(c * (_directions("B", len(b)).T @ b) @ (a @ _directions("A", a.shape[1])))
             for c, b, a in found
         ]
-        seen = [t if t.numel() <= WHOLE else t @ _directions("head", t.shape[-1]) for t in plain]
+        seen = [
+            t if t.numel() <= MAX_PLAIN_VALUES else t @ _directions("head", t.shape[-1])
+            for t in plain
+        ]
         empty = np.zeros(0, np.float32)
         return _Kept([], [t.flatten().numpy() for t in seen], np.concatenate([empty, *sketch]))
 
@@ -156,8 +159,10 @@ class _Kept(NamedTuple):
 @functools.cache
 def _directions(side: str, length: int) -> torch.Tensor:
     """Fixed Gaussian directions, float32 ``(length, 32)``; they keep squared lengths on average."""
-    draw = RandomSource.seeded("diagnostics", 0, side, length).normal(length * WIDTH)
-    return torch.as_tensor(draw, dtype=torch.float32).view(length, WIDTH) / math.sqrt(WIDTH)
+    draw = RandomSource.seeded("diagnostics", 0, side, length).normal(length * SKETCH_WIDTH)
+    return torch.as_tensor(draw, dtype=torch.float32).view(length, SKETCH_WIDTH) / math.sqrt(
+        SKETCH_WIDTH
+    )
 
 
 def _ratio(square: float, reference: float) -> float:

@@ -6,7 +6,7 @@ The mean of the products is the product of the means and a rest of low rank,
     \sum_k p_k s B_k A_k = s \bar B \bar A + \Big(\sum_k p_k s B_k A_k - s \bar B \bar A\Big)
 
 Institutions go on from the mean factors on a layer that carries the rest. Nothing is written into
-the base, so quantised ones work. When a residual passes ``round.residual_rank`` it is cut back to
+the base, so quantised ones work. When a residual passes ``Round.residual_rank`` it is cut back to
 the nearest one of that rank; the round's ``aggregation_error`` is then what was lost.
 
 DoRA's direction is that of W + residual + s B A: its magnitudes and a head are plain tensors, and
@@ -26,28 +26,28 @@ from strategies.lowrank import carried, recompressed
 from strategies.products import product
 
 
-def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     """The mean of every tensor, and residuals with what the means' products miss.
 
     Args:
-        round: Its global adapter gives the residuals so far, its scale that of s B A.
+        this_round: Its global adapter gives the residuals so far, its scale that of s B A.
         updates: Validated, any order; same keys and shapes.
 
     Returns:
-        A new adapter with residuals, float32, of rank ``round.residual_rank`` at most; up to that
+        A new adapter with residuals, float32, of rank ``Round.residual_rank`` at most; up to that
         bound its product is exact but for rounding. Memory: beside the updates (`collected`), the
         sums of fedavg, and a few ``(d, sum r_k)`` matrices of one layer.
     """
     with collect(updates) as everyone:
         if not len(everyone):
             return AdapterState({})
-        mean = fedavg.aggregate(round, everyone.weighted(everyone.weights))
+        mean = fedavg.aggregate(this_round, everyone.weighted(everyone.weights))
         result = dict(mean)
         for path, layer in mean.layers().items():
-            scale, b, a = product(round, layer)
-            old = carried(round.before.factors(path))
-            products = [*old, *everyone.products(round, path), (-scale, b, a)]
-            pair = recompressed(products, round.residual_rank)
+            scale, b, a = product(this_round, layer)
+            old = carried(this_round.before.factors(path))
+            products = [*old, *everyone.products(this_round, path), (-scale, b, a)]
+            pair = recompressed(products, this_round.residual_rank)
             result |= zip(residual_names(path), pair, strict=True)
     return AdapterState(result)
 

@@ -21,17 +21,17 @@ from strategies.base import Round, Strategy, Weighted
 CHUNK = 1 << 16  # values at a time: the scratch arrays stay in the processor's cache
 
 
-def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     """Weighted mean of every tensor, folded in as updates arrive.
 
-    Each weighted value is rounded to a multiple of ``round.grid`` and added to an int64, which is
+    Each weighted value is rounded to a multiple of ``Round.grid`` and added to an int64, which is
     exact: no order of arrival gives another bit. The mean is off by at most ``grid / 2`` over the
     mean weight before it is rounded to float32: for 128 institutions 7e-15 with uniform weights,
     2e-10 over the mean size otherwise.
 
     Args:
-        round: Its grid is used, nothing else.
-        updates: Validated: same keys and shapes, float32, no weighted value above ``round.limit``.
+        this_round: Its grid is used, nothing else.
+        updates: Validated: same keys and shapes, float32, no weighted value above ``Round.limit``.
 
     Returns:
         A new adapter, float32. The inputs are not modified. Memory: one update, the sums (twice an
@@ -43,10 +43,10 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
         for name, tensor in update.adapter.items():
             if name not in total:
                 total[name] = np.zeros(tensor.shape, np.int64)
-            _add(total[name], tensor.numpy(), weight / round.grid)
+            _add(total[name], tensor.numpy(), weight / this_round.grid)
         weights.append(weight)
         del update  # before the next one comes
-    unit = round.grid / (math.fsum(weights) or 1.0)  # fsum is exact, so it has no order either
+    unit = this_round.grid / (math.fsum(weights) or 1.0)  # fsum is exact, so it has no order either
     return AdapterState(
         {name: torch.as_tensor((total.pop(name) * unit).astype(np.float32)) for name in list(total)}
     )

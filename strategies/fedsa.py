@@ -13,12 +13,7 @@ Reference: Guo et al. (2024), Selective Aggregation for Low-Rank Adaptation in F
 (FedSA-LoRA), arXiv 2410.01463.
 """
 
-import functools
-
-from fedlora.config import KEPT, parts_sent
 from strategies.base import Strategy
 from strategies.fedavg import aggregate
 
-STRATEGY = Strategy(
-    aggregate=aggregate, parts=functools.partial(parts_sent, "fedsa"), kept=KEPT["fedsa"]
-)
+STRATEGY = Strategy(aggregate=aggregate)

@@ -8,10 +8,7 @@ Reference: Sun et al. (2024), Improving LoRA in Privacy-preserving Federated Lea
 arXiv 2403.12313.
 """
 
-import functools
-
-from fedlora.config import parts_sent
 from strategies.base import Strategy
 from strategies.fedavg import aggregate
 
-STRATEGY = Strategy(aggregate=aggregate, parts=functools.partial(parts_sent, "ffa"))
+STRATEGY = Strategy(aggregate=aggregate)

@@ -10,7 +10,7 @@ import torch
 from fedlora.adapters import Factors
 from strategies.products import Product
 
-ZERO_SHARE = 1e-9
+MIN_SINGULAR_SHARE = 1e-9
 """A singular value below this share of the largest one counts as zero."""
 
 
@@ -47,7 +47,7 @@ def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor,
     vectors = torch.linalg.eigh((values + values.T) / 2)[1][:, -rank:]
     basis = torch.linalg.qr(left @ (w @ vectors))[0]
     u, s, vt = torch.linalg.svd((basis.T @ left) @ right, full_matrices=False)
-    used = int((s > ZERO_SHARE * s[0]).sum()) if float(s[0]) > 0 else 0
+    used = int((s > MIN_SINGULAR_SHARE * s[0]).sum()) if float(s[0]) > 0 else 0
     return basis @ u[:, :used], s[:used, None] * vt[:used]
 
 

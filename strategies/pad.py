@@ -24,35 +24,38 @@ from strategies import fedavg
 from strategies.base import Round, Strategy, Weighted
 
 
-def start(round: Round, rank: int) -> AdapterState:
+def start(this_round: Round, rank: int) -> AdapterState:
     """The first ``rank`` rows and columns of the global factors, under the scale of that rank."""
-    if rank == round.before.rank:
-        return round.before
-    return _scaled(round.before.cut(rank), round.scale(round.before.rank) / round.scale(rank))
+    if rank == this_round.before.rank:
+        return this_round.before
+    return _scaled(
+        this_round.before.cut(rank),
+        this_round.scale(this_round.before.rank) / this_round.scale(rank),
+    )
 
 
-def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     """Weighted mean of every tensor, with the global adapter's own values where one has no row.
 
     Args:
-        round: Its global adapter pads.
+        this_round: Its global adapter pads.
         updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
 
     Returns:
         A new adapter of the global adapter's shapes, float32. Memory as `fedavg`.
     """
     padded = (
-        (dataclasses.replace(update, adapter=_padded(round, update.adapter)), weight)
+        (dataclasses.replace(update, adapter=_padded(this_round, update.adapter)), weight)
         for update, weight in updates
     )
-    return fedavg.aggregate(round, padded)
+    return fedavg.aggregate(this_round, padded)
 
 
-def _padded(round: Round, state: AdapterState) -> AdapterState:
-    before = round.before
+def _padded(this_round: Round, state: AdapterState) -> AdapterState:
+    before = this_round.before
     if state.rank == before.rank:
         return state
-    state = _scaled(state, round.scale(state.rank) / round.scale(before.rank))
+    state = _scaled(state, this_round.scale(state.rank) / this_round.scale(before.rank))
     padded = dict(state)
     for path, own in state.layers().items():
         whole, rank = before.factors(path), len(own.a)

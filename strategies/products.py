@@ -27,28 +27,28 @@ Product = tuple[float, torch.Tensor, torch.Tensor]
 """c, B ``(d_out, R)`` and A ``(R, d_in)`` of a product c B A."""
 
 
-def factors(round: Round, tensors: Tensors) -> Floats:
+def factors(this_round: Round, tensors: Tensors) -> Floats:
     """Inner products of n adapters' products s B A, summed over all layers, float64 ``(n, n)``.
 
     Rounding is 1e-16 of the squared norms, so a distance below 1e-8 of the norms is not told from
     zero.
 
     Args:
-        round: Names of all tensors, and the scale of each rank.
+        this_round: Names of all tensors, and the scale of each rank.
         tensors: Gives A ``(r_k, d_in)`` and B ``(d_out, r_k)``, float32; ranks may differ.
     """
-    layers = list(round.before.layers())
+    layers = list(this_round.before.layers())
 
     def each(number: int) -> list[Product]:
         a, b = (tensors(name) for name in factor_names(layers[number]))
-        return [(round.scale(len(t)), u, t) for t, u in zip(a, b, strict=True)]
+        return [(this_round.scale(len(t)), u, t) for t, u in zip(a, b, strict=True)]
 
     return inner(len(layers), each)
 
 
-def product(round: Round, layer: Factors) -> Product:
+def product(this_round: Round, layer: Factors) -> Product:
     """A layer's s B A."""
-    return round.scale(len(layer.a)), layer.b, layer.a
+    return this_round.scale(len(layer.a)), layer.b, layer.a
 
 
 def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:
@@ -70,13 +70,15 @@ def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:
     return np.asarray(total)
 
 
-def vectors(round: Round, tensors: Tensors, parts: Sequence[str] = ("magnitude", "head")) -> Floats:
+def vectors(
+    this_round: Round, tensors: Tensors, parts: Sequence[str] = ("magnitude", "head")
+) -> Floats:
     """Inner products of n adapters' tensors of some parts, ``(n, n)``; 0 if they have none.
 
     Factors of different ranks count as padded with zeros.
     """
     total: Floats | float = 0.0
-    for name in round.before.only(parts):
+    for name in this_round.before.only(parts):
         found = [t.reshape(len(t), -1) for t in tensors(name)]
         shape = (max(t.shape[i] for t in found) for i in (0, 1))
         padded = torch.zeros(len(found), *shape, dtype=torch.float64)

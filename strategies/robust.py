@@ -11,10 +11,9 @@
 Distances and lengths are those of the products s B A with magnitudes and head (`products`). A large
 A and a small B have an innocent product, but not beside another's factors; so lengths of factors
 count too: norm-bound holds each of the two to its median, krum adds the two squared distances, each
-over the median squared length. Krum and norm-bound only choose weights; the
-strategy then takes its mean, so they go with every one. Weights are what institutions say, so none
-counts more than the median one. All rules read updates and nothing else: under DP they are
-post-processing.
+over the median squared length. Krum and norm-bound only choose weights; the strategy then takes its
+mean, so they go with every one. Weights rest on the word of institutions, so none counts more than
+the median weight. All rules read updates and nothing else: under DP they are post-processing.
 """
 
 import dataclasses
@@ -36,23 +35,23 @@ from strategies.products import Floats
 
 
 def tolerated(byzantine: float, updates: int) -> int:
-    """How many bad updates are assumed: a number, or below 1 a share of those that came."""
+    """The assumed number of bad updates: ``byzantine``, or below 1 that share of the updates."""
     return int(byzantine) if byzantine >= 1 else math.floor(byzantine * updates + 1e-9)
 
 
 def enough(rule: str, byzantine: float, updates: int) -> bool:
-    """Whether the rule holds what it promises: n > 2 f, for krum and multi-krum n >= 2 f + 3."""
+    """Whether there are enough updates: n > 2 f; for krum and multi-krum n >= 2 f + 3."""
     least = 2 * tolerated(byzantine, updates) + (3 if rule.endswith("krum") else 1)
     return updates >= least
 
 
 def aggregate(
-    round: Round, updates: Iterable[Weighted], *, rule: str, byzantine: float, mean: Aggregate
+    this_round: Round, updates: Iterable[Weighted], *, rule: str, byzantine: float, mean: Aggregate
 ) -> tuple[AdapterState, dict[str, str]]:
     """One round under a rule.
 
     Args:
-        round: As for a strategy.
+        this_round: As for a strategy.
         updates: As for a strategy.
         rule: See above.
         byzantine: See `tolerated`.
@@ -73,12 +72,12 @@ def aggregate(
             )
         bad = tolerated(byzantine, count)
         if rule in COORDINATE:
-            return _coordinates(round, everyone, COORDINATE[rule], bad), {}
-        changes = _changes(round, everyone)
+            return _coordinates(this_round, everyone, COORDINATE[rule], bad), {}
+        changes = _changes(this_round, everyone)
         most = statistics.median(everyone.weights)
         weights = [min(weight, most) for weight in everyone.weights]
         if rule == "norm-bound":
-            return _bounded(round, everyone, weights, changes, mean), {}
+            return _bounded(this_round, everyone, weights, changes, mean), {}
         kept = nearest(_comparable(changes), bad, 1 if rule == "krum" else count - bad)
         weights = [weight if i in kept else 0.0 for i, weight in enumerate(weights)]
         out = {
@@ -86,23 +85,23 @@ def aggregate(
             for name, weight in zip(everyone.institutions, weights, strict=True)
             if not weight
         }
-        return mean(round, everyone.weighted(weights)), out
+        return mean(this_round, everyone.weighted(weights)), out
 
 
-def _changes(round: Round, everyone: Collected) -> list[Floats]:
+def _changes(this_round: Round, everyone: Collected) -> list[Floats]:
     """Inner products of the updates' changes of what they were sent, ``(n, n)``.
 
     Of the products with magnitudes and head, and of the factors.
     """
-    starts, of = round.starts(everyone.institutions)
+    starts, of = this_round.starts(everyone.institutions)
 
     def tensors(name: str) -> list[torch.Tensor]:
         before = [state[name] for state in starts]
-        sent = kind(name) in round.parts
+        sent = kind(name) in this_round.parts
         return [*(everyone.tensors(name) if sent else (before[i] for i in of)), *before]
 
-    inner = products.factors(round, tensors) + products.vectors(round, tensors)
-    plain = products.vectors(round, tensors, ("A", "B"))
+    inner = products.factors(this_round, tensors) + products.vectors(this_round, tensors)
+    plain = products.vectors(this_round, tensors, ("A", "B"))
     return [products.changes(each, of) for each in (inner, plain)]
 
 
@@ -134,7 +133,7 @@ def nearest(changes: Floats, bad: int, keep: int) -> set[int]:
 
 
 def _bounded(
-    round: Round,
+    this_round: Round,
     everyone: Collected,
     weights: Sequence[float],
     changes: Sequence[Floats],
@@ -153,7 +152,7 @@ def _bounded(
         share = np.minimum(share, shorter)
     scaled = [weight * float(part) for weight, part in zip(weights, share, strict=True)]
     before = ClientUpdate(
-        institution="", round=round.number, adapter=round.before.only(round.parts)
+        institution="", round=this_round.number, adapter=this_round.before.only(this_round.parts)
     )
 
     def updates() -> Iterable[Weighted]:
@@ -161,7 +160,7 @@ def _bounded(
         yield from everyone.weighted(scaled)
 
     # twice as many: the global adapter weighs as much as all updates at most
-    return mean(dataclasses.replace(round, asked=2 * len(everyone)), updates())
+    return mean(dataclasses.replace(this_round, asked=2 * len(everyone)), updates())
 
 
 def _median(stack: npt.NDArray[np.float32], bad: int) -> Floats:
@@ -177,8 +176,10 @@ Coordinates = Callable[[npt.NDArray[np.float32], int], Floats]
 COORDINATE: dict[str, Coordinates] = {"median": _median, "trimmed-mean": _trimmed}
 
 
-def _coordinates(round: Round, everyone: Collected, rule: Coordinates, bad: int) -> AdapterState:
-    names: Sequence[str] = list(round.before.only(round.parts))
+def _coordinates(
+    this_round: Round, everyone: Collected, rule: Coordinates, bad: int
+) -> AdapterState:
+    names: Sequence[str] = list(this_round.before.only(this_round.parts))
     return AdapterState(
         {
             name: torch.tensor(

@@ -8,10 +8,7 @@ Reference: Chen et al. (2024), Robust Federated Finetuning of LLMs via Alternati
 LoRA, arXiv 2409.02346.
 """
 
-import functools
-
-from fedlora.config import parts_sent
 from strategies.base import Strategy
 from strategies.fedavg import aggregate
 
-STRATEGY = Strategy(aggregate=aggregate, parts=functools.partial(parts_sent, "rolora"))
+STRATEGY = Strategy(aggregate=aggregate)

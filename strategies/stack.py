@@ -6,7 +6,7 @@ the base carries: nothing is written into the base, so quantised ones work. Inst
 ranks of their own. In each round they start from B = 0 and a fresh A, here one that all of a rank
 share, so that it travels as part of the order.
 
-When a residual passes ``round.residual_rank`` it is cut back to the nearest one of that rank; the
+When a residual passes ``Round.residual_rank`` it is cut back to the nearest one of that rank; the
 round's ``aggregation_error`` is then what was lost.
 
 DoRA's direction is that of W + residual + s B A: its magnitudes and a head are plain tensors, and
@@ -27,25 +27,25 @@ from strategies.collected import collect
 from strategies.lowrank import carried, recompressed
 
 
-def start(round: Round, rank: int) -> AdapterState:
+def start(this_round: Round, rank: int) -> AdapterState:
     """Fresh factors of this rank on what the base carries; their product is zero."""
-    tensors = dict(round.before.cut(rank))
-    for path, old in round.before.layers().items():
-        source = RandomSource.seeded("stack", round.seed, round.number, path)
+    tensors = dict(this_round.before.cut(rank))
+    for path, old in this_round.before.layers().items():
+        source = RandomSource.seeded("stack", this_round.seed, this_round.number, path)
         a = fresh_a((rank, old.a.shape[1]), source)
         tensors |= Factors(a, old.b.new_zeros(len(old.b), rank)).named(path)
     return AdapterState(tensors)
 
 
-def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     """The residuals with the stack of all updates, magnitudes and head; the factors stay.
 
     Args:
-        round: Its global adapter gives the residuals so far; its scale is used for every rank r_k.
+        this_round: Its global adapter gives the residuals so far, its scale that of every rank r_k.
         updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
 
     Returns:
-        New residuals, float32, of rank ``round.residual_rank`` at most; up to that bound they are
+        New residuals, float32, of rank ``Round.residual_rank`` at most; up to that bound they are
         exact but for rounding. Memory: beside the updates (`collected`), a few ``(d, sum r_k)``
         matrices of one layer.
     """
@@ -53,11 +53,11 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
     with collect(updates) as everyone:
         if not len(everyone):
             return AdapterState({})
-        for path, old in round.before.layers().items():
-            products = [*carried(old), *everyone.products(round, path)]
-            pair = recompressed(products, round.residual_rank)
+        for path, old in this_round.before.layers().items():
+            products = [*carried(old), *everyone.products(this_round, path)]
+            pair = recompressed(products, this_round.residual_rank)
             result |= zip(residual_names(path), pair, strict=True)
-        for name in round.before.only(("magnitude", "head")):
+        for name in this_round.before.only(("magnitude", "head")):
             result[name] = everyone.mean(name)
     return AdapterState(result)
 

@@ -42,11 +42,11 @@ MIN_SINGULAR_SHARE = 0.01
 """A singular value of an A is at least this share of their root mean square."""
 
 
-def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
+def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     """The best rank-r approximation of the mean product, layer by layer in float64.
 
     Args:
-        round: Its global adapter gives rank and old A; its scale is used for every rank r_k.
+        this_round: Its global adapter gives rank and old A; its scale is used for every rank r_k.
         updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
 
     Returns:
@@ -58,53 +58,53 @@ def aggregate(round: Round, updates: Iterable[Weighted]) -> AdapterState:
     with collect(updates) as everyone:
         if not len(everyone):
             return AdapterState({})
-        for path, old in round.before.layers().items():
-            products = everyone.products(round, path)
-            near = _mean_a(round, everyone, path, [a for _, _, a in products])
-            products += _unsent(round, everyone, path)
-            pair = truncated(products, near, old.a, round.scale(len(old.a)))
+        for path, old in this_round.before.layers().items():
+            products = everyone.products(this_round, path)
+            near = _mean_a(this_round, everyone, path, [a for _, _, a in products])
+            products += _unsent(this_round, everyone, path)
+            pair = truncated(products, near, old.a, this_round.scale(len(old.a)))
             result |= Factors(*pair).named(path)
-        for name in round.before.only(("magnitude", "head")):
+        for name in this_round.before.only(("magnitude", "head")):
             result[name] = everyone.mean(name)
     return AdapterState(result)
 
 
 def _mean_a(
-    round: Round, everyone: Collected, path: str, sent: Sequence[torch.Tensor]
+    this_round: Round, everyone: Collected, path: str, sent: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The old A ``(r, d_in)`` and the mean of what institutions changed in their rows, float64."""
-    starts, of = round.starts(everyone.institutions)
-    near = round.before.factors(path).a.double()
+    starts, of = this_round.starts(everyone.institutions)
+    near = this_round.before.factors(path).a.double()
     for share, number, a in zip(everyone.shares, of, sent, strict=True):
         near[: len(a)] += share * (a.double() - starts[number].factors(path).a.double())
     return near
 
 
-def _unsent(round: Round, everyone: Collected, path: str) -> list[Product]:
+def _unsent(this_round: Round, everyone: Collected, path: str) -> list[Product]:
     """What institutions of lower ranks were not sent of the global product, by their shares.
 
     Added to what they send it leaves their change: none where they trained nothing.
     """
-    starts, of = round.starts(everyone.institutions)
+    starts, of = this_round.starts(everyone.institutions)
     found: list[Product] = []
     for number, state in enumerate(starts):
         share = math.fsum(s for s, i in zip(everyone.shares, of, strict=True) if i == number)
-        if state is not round.before and share:
-            for sign, each in ((1.0, round.before), (-1.0, state)):
-                scale, b, a = product(round, each.factors(path))
+        if state is not this_round.before and share:
+            for sign, each in ((1.0, this_round.before), (-1.0, state)):
+                scale, b, a = product(this_round, each.factors(path))
                 found.append((sign * share * scale, b, a))
     return found
 
 
-def start(round: Round, rank: int) -> AdapterState:
+def start(this_round: Round, rank: int) -> AdapterState:
     """The best approximation of that rank of the global product, as factors with its own scale."""
-    before = round.before
+    before = this_round.before
     if rank == before.rank:
         return before
     cut = dict(before)
     for path, old in before.layers().items():
         first = old.a[:rank]
-        pair = truncated([product(round, old)], first, first, round.scale(rank))
+        pair = truncated([product(this_round, old)], first, first, this_round.scale(rank))
         cut |= Factors(*pair).named(path)
     return AdapterState(cut)
 

@@ -128,19 +128,6 @@ def test_every_ready_sweep_is_valid(file):
     assert sweep.read(file)
 
 
-def test_what_the_configuration_says_of_strategies_is_what_they_are():
-    from strategies import STRATEGIES, base, fedavg
-
-    choices = next(shown for key, shown, *_ in config.describe() if key == "federation.strategy")
-    assert choices.split("|") == list(STRATEGIES)
-    kept = {name: s.kept for name, s in STRATEGIES.items() if s.kept}
-    assert kept == config.KEPT
-    own = {name for name, s in STRATEGIES.items() if s.start is not base.the_global_adapter}
-    assert own == set(config.MIXED_RANKS)
-    means = {name for name, s in STRATEGIES.items() if s.aggregate is fedavg.aggregate}
-    assert means == set(config.FACTOR_MEANS)
-
-
 LOADERS = ("from_pretrained", "from_config", "pipeline", "load_adapter")
 """Functions of transformers and PEFT that open a model directory."""
 

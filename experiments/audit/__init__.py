@@ -1,1 +1,1 @@
-"""Does the promise hold, and what would an attacker get: canaries, membership, extraction."""
+"""Audits of a run's privacy: canaries, membership inference, extraction of secrets."""

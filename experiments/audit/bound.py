@@ -1,9 +1,9 @@
 r"""A lower bound on epsilon from one run with canaries (Steinke, Nasr and Jagielski, 2023).
 
-Each of m canaries is in the training records or not by a fair coin of its own. An attacker ranks
-them, says "in" of the highest scores and "out" of the lowest ones, and abstains in between. If the
-run is (epsilon, delta)-DP, of r guesses at most about r e^epsilon / (1 + e^epsilon) can be right:
-more of them refute the claim.
+A fair coin decides for each of m canaries whether it is in the training records. An attacker ranks
+them, guesses "in" for the highest scores and "out" for the lowest, and abstains in between. If the
+run is (epsilon, delta)-DP, at most about r e^epsilon / (1 + e^epsilon) of r guesses are right. More
+right guesses refute the claim.
 
 Reference: arXiv 2305.08846, Theorem 5.2 for (epsilon, delta).
 """
@@ -15,22 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-SHARES = (0.1, 0.25, 0.5, 1.0)
-"""Shares of the canaries that are guessed. All are tried, so each has its part of the error."""
+GUESSED_SHARES = (0.1, 0.25, 0.5, 1.0)
+"""Shares of guessed canaries. `audit` tries all, so each gets a part of the error."""
 
-LARGEST = 50.0  # epsilon that no audit reaches: with m canaries it shows at most about ln m
+MAX_EPSILON = 50.0  # above every possible bound: m canaries show at most about ln m
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """What the guesses show.
+    """The lower bound on epsilon that the guesses show.
 
     Args:
         epsilon: The run is not (epsilon, delta)-DP for any smaller epsilon, with ``confidence``.
-        guesses: Guesses of the share of canaries that shows the most.
-        right: How many of them are right.
-        canaries: All, guessed or not.
-        confidence: Of the statement.
+        guesses: The number of guesses, for the share of canaries with the largest bound.
+        right: The number of right guesses.
+        canaries: The number of canaries, guessed or not.
+        confidence: The confidence of the bound.
     """
 
     epsilon: float
@@ -41,14 +41,14 @@ class Bound:
 
 
 def p_value(*, guesses: int, right: int, canaries: int, epsilon: float, delta: float) -> float:
-    r"""The most probable that ``right`` or more of the guesses are under (epsilon, delta)-DP.
+    r"""Bound the probability of ``right`` or more right guesses under (epsilon, delta)-DP.
 
     Args:
-        guesses: r, those that were not abstained from.
-        right: v of them.
-        canaries: m.
-        epsilon: Claimed.
-        delta: Claimed.
+        guesses: r, the number of guesses.
+        right: v, the number of right guesses.
+        canaries: m, the number of canaries.
+        epsilon: The claimed epsilon.
+        delta: The claimed delta.
 
     Returns:
         :math:`f(v) + 2 m \delta \max_{1 \le i \le v} (f(v - i) - f(v)) / i`, at most 1, with
@@ -64,14 +64,14 @@ def p_value(*, guesses: int, right: int, canaries: int, epsilon: float, delta: f
 def lower_bound(
     *, guesses: int, right: int, canaries: int, delta: float, confidence: float
 ) -> float:
-    """The largest epsilon that so many right guesses refute, 0 if they refute none.
+    """Return the largest epsilon that the right guesses refute, 0 if they refute none.
 
     Args:
         guesses: As in `p_value`.
         right: As in `p_value`.
         canaries: As in `p_value`.
         delta: As in `p_value`.
-        confidence: 1 - the chance of refuting a claim that is true.
+        confidence: 1 minus the probability of refuting a true claim.
     """
 
     def refuted(epsilon: float) -> bool:
@@ -80,21 +80,21 @@ def lower_bound(
 
     if not refuted(0.0):
         return 0.0
-    low, high = 0.0, LARGEST
+    low, high = 0.0, MAX_EPSILON
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if refuted(middle) else (low, middle)
     return low
 
 
-def most(canaries: int, delta: float, confidence: float) -> float:
-    """The epsilon that `audit` gives when every guess is right."""
+def largest(canaries: int, delta: float, confidence: float) -> float:
+    """Return the bound of `audit` when every guess is right."""
     return lower_bound(
         guesses=canaries,
         right=canaries,
         canaries=canaries,
         delta=delta,
-        confidence=1 - (1 - confidence) / len(SHARES),
+        confidence=1 - (1 - confidence) / len(GUESSED_SHARES),
     )
 
 
@@ -108,20 +108,20 @@ def audit(
     """Guess by scores and bound epsilon.
 
     Args:
-        scores: Of each canary ``(m,)``, higher where it seems to be in.
-        inside: Which of them are ``(m,)``, each by a fair coin that the scores did not see.
-        delta: The claimed one.
-        confidence: Of the bound, over all of ``SHARES`` together (Bonferroni).
+        scores: A score of each canary ``(m,)``; a higher score means "in".
+        inside: Whether each canary is in ``(m,)``, by fair coins independent of the scores.
+        delta: The claimed delta.
+        confidence: The confidence of the bound, over all ``GUESSED_SHARES`` (Bonferroni).
 
     Raises:
         ValueError: With fewer than two canaries.
     """
     m = len(scores)
     if m < 2:
-        raise ValueError(f"{m} canaries say nothing; at least 2 are needed")
+        raise ValueError(f"{m} canaries are too few for a bound; at least 2 are needed")
     order = np.argsort(-scores, kind="stable")
     found: list[Bound] = []
-    for share in SHARES:
+    for share in GUESSED_SHARES:
         half = max(1, round(share * m / 2))
         right = int(inside[order[:half]].sum() + (~inside[order[m - half :]]).sum())
         epsilon = lower_bound(
@@ -129,7 +129,7 @@ def audit(
             right=right,
             canaries=m,
             delta=delta,
-            confidence=1 - (1 - confidence) / len(SHARES),
+            confidence=1 - (1 - confidence) / len(GUESSED_SHARES),
         )
         found.append(
             Bound(epsilon=epsilon, guesses=2 * half, right=right, canaries=m, confidence=confidence)

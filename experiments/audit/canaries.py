@@ -1,7 +1,7 @@
-"""Records with canaries among them: rows of the auditor's own, each put in or left out by a coin.
+"""Records with canaries: rows of the auditor, each included or left out by a fair coin.
 
-What an audited run trains on are files that a user could have written, so that nothing of the path
-from records to adapter is different.
+An audited run trains on files that a user could have written. Its path from records to adapter is
+that of every other run.
 """
 
 import csv
@@ -21,7 +21,7 @@ from fedlora.rows import Table, partition_rows
 from fedlora.streams import RandomSource
 
 KINDS = ("wrong label", "random words", "secret")
-WORDS = 10  # of a text of random words
+RANDOM_WORDS = 10  # words of a text of random words
 SECRET_PROMPT = "The account number of customer {name} is"
 INSTITUTION, TEXT, LABEL = "institution", "text", "label"
 
@@ -31,11 +31,11 @@ class Canary:
     """A row that may be in an institution's records.
 
     Args:
-        institution: Whose.
+        institution: The institution that may hold the row.
         kind: One of ``KINDS``.
-        text: Its text.
-        label: Its label or response.
-        inside: Whether it is in.
+        text: The text.
+        label: The label or response.
+        inside: Whether the row is in the records.
     """
 
     institution: str
@@ -50,9 +50,9 @@ class Audited:
     """A configuration whose records hold canaries.
 
     Args:
-        config: As the run's, with the files below as its source.
-        canaries: All of them, in and out.
-        file: Text and label of each canary in turn, as a source.
+        config: The run's configuration with the new files as its source.
+        canaries: All canaries, planted or not.
+        file: A source with text and label of each canary, in order.
     """
 
     config: RunConfig
@@ -61,16 +61,16 @@ class Audited:
 
 
 def plant(config: RunConfig, count: int, folder: Path) -> Audited:
-    """Write the run's records with canaries, dealt as the run deals them.
+    """Write the run's records with canaries, partitioned as in the run.
 
     Args:
         config: The run.
-        count: Canaries in all, spread evenly over institutions. Coins come from the operating
-            system, their texts from the run's seed.
-        folder: Where the files go.
+        count: The number of canaries, spread evenly over institutions. Their coins come from the
+            operating system, their texts from the run's seed.
+        folder: The directory of the files.
 
     Raises:
-        InputError: If there are too few held-out rows to make them of, or fewer canaries than
+        InputError: If there are too few held-out rows to make canaries, or fewer canaries than
             institutions.
     """
     dealt = partition_rows(
@@ -131,17 +131,19 @@ def _rows(
     count: int,
     draw: RandomSource,
 ) -> tuple[list[Canary], NDArray[np.int64]]:
-    """Held-out texts under a wrong label, and texts of random words; with the rows that are used.
+    """Make canaries of held-out texts with a wrong label, and of random words.
 
-    Every text is another one, also to who drops equal texts, so that no canary stands in for
-    another.
+    All texts differ, also after `normalise`, so that no canary replaces another one.
+
+    Returns:
+        The canaries, and the indices of the held-out rows that they use.
     """
     distinct = {normalise(text): row for row, text in enumerate(held_out.texts)}
     known = {normalise(text) for text in train.texts}
     free = [row for text, row in distinct.items() if text not in known]
-    wrong = min(count // 2, len(free) // 2)  # the rest stays held out
+    wrong = min(count // 2, len(free) // 2)  # the other half stays held out
     vocabulary = sorted({word for text in train.texts for word in text.split()})
-    if not wrong or len(vocabulary) < WORDS:
+    if not wrong or len(vocabulary) < RANDOM_WORDS:
         raise InputError(
             f"{len(held_out.texts)} held-out rows are too few to make canaries of; raise "
             "data.test-fraction, or give more records"
@@ -151,7 +153,7 @@ def _rows(
     words = draw.child("words")
     canaries: list[Canary] = []
     for number in range(count):
-        # Half of each kind at every institution, as long as there are texts.
+        # Every institution gets half of each kind while held-out texts last.
         institution = names[number % len(names)]
         source = draw.child("label", number)
         if (number // len(names)) % 2 == 0 and texts:
@@ -159,7 +161,7 @@ def _rows(
             others = [name for name in classes if name != label]
             kind, label = KINDS[0], others[int(source.permutation(len(others))[0])]
         else:
-            picks = words.child("text", number).permutation(len(vocabulary))[:WORDS]
+            picks = words.child("text", number).permutation(len(vocabulary))[:RANDOM_WORDS]
             text = " ".join(vocabulary[int(i)] for i in picks)
             kind, label = KINDS[1], classes[int(source.permutation(len(classes))[0])]
         inside = bool(secrets.randbits(1))
@@ -173,7 +175,7 @@ def _rows(
 
 
 def _secrets(names: tuple[str, ...], count: int, draw: RandomSource) -> list[Canary]:
-    """Account numbers of eight digits, each behind a prompt of its own."""
+    """Make account numbers of eight digits, each after its own prompt."""
     return [
         Canary(
             institution=names[number % len(names)],
@@ -187,13 +189,13 @@ def _secrets(names: tuple[str, ...], count: int, draw: RandomSource) -> list[Can
 
 
 def secret(draw: RandomSource) -> str:
-    """A random account number: two groups of four digits."""
+    """Draw an account number: two groups of four digits."""
     digits = "".join(str(int(u * 10)) for u in draw.uniform(8))
     return f"{digits[:4]} {digits[4:]}"
 
 
 def alternatives(canaries: tuple[Canary, ...], each: int, seed: int) -> list[Canary]:
-    """Secrets that could have been planted instead, ``each`` for every canary in turn."""
+    """Draw ``each`` alternative secrets for every canary, in order."""
     draw = RandomSource.seeded("alternatives", seed)
     return [
         dataclasses.replace(canary, label=secret(draw.child("other", number, other)), inside=False)
@@ -207,7 +209,7 @@ def _unit(table: Table, unit: str) -> list[list[str]]:
 
 
 def write(path: Path, columns: list[str], rows: list[tuple[str, ...]]) -> None:
-    """A CSV file with these columns and rows."""
+    """Write a CSV file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

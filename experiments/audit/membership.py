@@ -1,4 +1,4 @@
-"""Membership inference on real rows: how well do losses tell who was trained on?
+"""Membership inference on real rows: attacks that tell training rows from others by loss.
 
 References: Yeom et al. (2018), arXiv 1709.01604 (loss); Carlini et al. (2022), arXiv 2112.03570
 (LiRA, and why the true positive rate at low false positive rates is what counts).
@@ -20,15 +20,15 @@ def measure(scores: Floats, member: Bools, confidence: float = 0.95) -> dict[str
     """ROC of an attack, ready for JSON.
 
     Args:
-        scores: Of each row ``(n,)``, higher where it seems to be a member. No row twice: intervals
-            count rows as independent of each other.
-        member: Which rows are.
-        confidence: Of the intervals.
+        scores: A score of each row ``(n,)``; a higher score means "member". Rows are distinct,
+            because the intervals assume independence.
+        member: Whether each row is a member ``(n,)``.
+        confidence: The confidence of the intervals.
 
     Returns:
-        ``auc`` with its interval (Hanley and McNeil), ``tpr`` at each of ``LOW_RATES`` that the
-        others are enough for (1 / rate of them) with exact intervals (Clopper and Pearson, for the
-        threshold as it was found), ``members``, ``others``, and ``roc``: pairs of false and true
+        ``auc`` with its interval (Hanley and McNeil). ``tpr`` at each of ``LOW_RATES`` with at
+        least 1 / rate non-members, with exact intervals (Clopper and Pearson, for the chosen
+        threshold). ``members`` and ``others``: numbers of rows. ``roc``: pairs of false and true
         positive rates.
     """
     members, others = scores[member], scores[~member]
@@ -40,7 +40,7 @@ def measure(scores: Floats, member: Bools, confidence: float = 0.95) -> dict[str
     descending = np.sort(others)[::-1]
     tpr: dict[str, Any] = {}
     for rate in (rate for rate in LOW_RATES if rate * m >= 1):
-        threshold = descending[int(rate * m)]  # at most that share of the others is above it
+        threshold = descending[int(rate * m)]  # at most this share of the others scores higher
         hits = int((members > threshold).sum())
         interval = stats.binomtest(hits, n).proportion_ci(confidence, method="exact")
         tpr[f"{rate:g}"] = {"value": hits / n, "low": interval.low, "high": interval.high}
@@ -55,17 +55,17 @@ def measure(scores: Floats, member: Bools, confidence: float = 0.95) -> dict[str
 
 
 def logit_confidence(losses: Floats) -> Floats:
-    """The logit of exp(-loss), which LiRA takes for normally distributed."""
+    """Return the logit of exp(-loss), which LiRA assumes to be normally distributed."""
     clipped = np.clip(losses, 1e-7, 50.0)
     return -np.log(np.expm1(clipped))
 
 
 def lira(target: Floats, shadows: Floats, inside: Bools) -> Floats:
-    """Likelihood ratio of each row's confidence under models that had it and models that had not.
+    """Return the log-likelihood ratio of each row's confidence: shadows with and without the row.
 
     Args:
         target: Confidences ``(n,)`` of the attacked model, from `logit_confidence`.
-        shadows: Of the shadow models ``(s, n)``.
+        shadows: Confidences of the shadow models ``(s, n)``.
         inside: Whether each shadow model had the row ``(s, n)``.
 
     Returns:
@@ -90,11 +90,11 @@ def lira(target: Floats, shadows: Floats, inside: Bools) -> Floats:
 
 
 def exposure(losses: Sequence[float] | Floats, others: Floats) -> Floats:
-    """Exposure of planted secrets, in bits: log2 of all candidates over the rank of the true one.
+    """Return the exposure of secrets in bits: log2 of all candidates over the rank of the true one.
 
     Args:
-        losses: Of each planted secret ``(n,)``.
-        others: Of candidates that were drawn like it ``(n, c)``.
+        losses: The loss of each secret ``(n,)``.
+        others: The losses of c alternatives to each secret ``(n, c)``.
 
     Returns:
         ``(n,)``, at most log2(c + 1), about 1.44 on average when nothing is learned.

@@ -1,8 +1,8 @@
-"""What the server sees of a run, and what it tells about single records.
+"""The server's view of a run, and attacks on single records from that view.
 
-A server knows every order that it sent and every update that came back. With one step of SGD an
-update is the clipped sum of the drawn gradients with noise, so how much of a canary's gradient is
-in it can be solved for.
+The server knows every order that it sent and every update that it received. With one step of SGD an
+update is the noisy sum of the clipped gradients of the sampled records. The share of a canary's
+gradient in that sum is the solution of a linear system.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +15,10 @@ import torch
 from flwr.app import Message, MessageType
 from numpy.typing import NDArray
 
-from client import institution
 from client.dp_sgd import Clipping
 from fedlora import adapters, records, wire
 from fedlora.adapters import AdapterState
+from fedlora.budget import plan_run
 from fedlora.config import RunConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable, training_mode
@@ -26,7 +26,7 @@ from simulation.engines.grid import SimulationGrid
 from strategies import base
 
 Floats = NDArray[np.float64]
-RIDGE = 1e-3  # of the mean squared gradient, where no noise says how much to trust a fit
+RIDGE_FRACTION = 1e-3  # ridge without noise, as a fraction of the mean squared gradient norm
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class Transcript:
     """Orders and updates of every round, on disk.
 
     Args:
-        folder: Where they are.
+        folder: The directory of the updates.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Transcript:
     )
 
     def watch(self, grid: SimulationGrid) -> None:
-        """Write down what passes through a grid from now on."""
+        """Record all orders and updates that pass through a grid from now on."""
         push, pull = grid.push_messages, grid.pull_messages
 
         def pushed(messages: Iterable[Message]) -> Iterable[str]:
@@ -58,29 +58,29 @@ class Transcript:
             replies = list(pull(message_ids))
             for reply in replies:
                 if reply.metadata.message_type == MessageType.TRAIN and reply.has_content():
-                    self._keep(reply)
+                    self._store(reply)
             return replies
 
         self.folder.mkdir(parents=True, exist_ok=True)
         cast(Any, grid).push_messages, cast(Any, grid).pull_messages = pushed, pulled
 
-    def _keep(self, reply: Message) -> None:
+    def _store(self, reply: Message) -> None:
         try:
             update = wire.unpack_update(reply.content)
-        except Exception:  # a refusal: it says so in the run's own record
+        except Exception:  # a refusal, which the run itself records
             return
         (self.folder / f"{update.round}-{update.institution}").write_bytes(
             wire.update_to_bytes(update)
         )
 
-    def update(self, round: int, institution: str) -> AdapterState | None:
-        """What an institution sent in a round, if it did."""
-        path = self.folder / f"{round}-{institution}"
+    def update(self, round_number: int, institution: str) -> AdapterState | None:
+        """Return the adapter that an institution sent in a round, or None."""
+        path = self.folder / f"{round_number}-{institution}"
         return wire.update_from_bytes(path.read_bytes()).adapter if path.exists() else None
 
 
 def losses(work: Trainable, shard: Shard, physical_batch: int) -> Floats:
-    """Loss of each row under the adapter that is loaded, ``(n,)``."""
+    """Compute the loss of each row under the loaded adapter, float64 ``(n,)``."""
     found = np.empty(len(shard))
     order = np.argsort(-shard.lengths, kind="stable")
     training_mode(work.model, False)
@@ -93,7 +93,7 @@ def losses(work: Trainable, shard: Shard, physical_batch: int) -> Floats:
 
 
 def gradients(work: Trainable, shard: Shard, physical_batch: int) -> torch.Tensor:
-    """Gradient of each row over all that is trained, float32 ``(n, p)``."""
+    """Compute the gradient of each row for all trained parameters, float32 ``(n, p)``."""
     found: list[torch.Tensor] = []
     order = np.argsort(shard.lengths, kind="stable")
     for start in range(0, len(order), physical_batch):
@@ -119,49 +119,49 @@ def scores(
     owners: Sequence[str],
     say: Callable[[str], None] = lambda _: None,
 ) -> Floats:
-    r"""How much of each canary's gradient its institution's updates hold, over all rounds.
+    r"""Estimate the share of each canary's gradient in its institution's updates, over all rounds.
 
     An update of one SGD step is :math:`-\eta / L (\sum_i w_i g_i + \text{others} + \text{noise})`
-    with :math:`w_i = 1` where canary i was drawn. The scores are ridge estimates of w, summed over
-    rounds; the ridge is the noise's variance over that of w, which are both public. Where there is
-    no noise the institution's other records are what hides a canary: they are solved for too, since
-    an auditor may know all but the coins.
+    with :math:`w_i = 1` where canary i was sampled. The scores are ridge estimates of w, summed
+    over rounds. The ridge is the variance of the noise over that of w; both are public. Without
+    noise, the institution's other records hide a canary. The system then contains them too, since
+    an auditor may know everything but the coins.
 
     Args:
         config: The run.
-        work: Its base; the adapter in it is replaced.
-        transcript: What the server saw.
-        canaries: ``(n,)`` rows.
-        owners: The institution of each.
-        say: Is told how far it is.
+        work: The run's base model; its adapter is replaced.
+        transcript: The server's view of the run.
+        canaries: The canaries' rows, ``(n,)``.
+        owners: The institution of each canary.
+        say: Receives progress messages.
 
     Returns:
-        ``(n,)``.
+        The scores, float64 ``(n,)``.
     """
     total = np.zeros(len(canaries))
     federation = records.load(config)
     owner = np.array(owners)
     cap = _cap(config)
     clipping = Clipping(max_grad_norm=config.privacy.max_grad_norm, kind=config.privacy.clipping)
-    for round, (sent, parts) in sorted(transcript.orders.items()):
-        say(f"scoring canaries, round {round} of {max(transcript.orders)}")
+    for number, (sent, parts) in sorted(transcript.orders.items()):
+        say(f"scoring canaries, round {number} of {max(transcript.orders)}")
         sent.load_into(work.model)
         work.train_only(parts)
         everyone = gradients(work, canaries, config.training.physical_batch)
         names = list(_trained(work))
         for index, name in enumerate(federation.names):
-            update = transcript.update(round, name)
+            update = transcript.update(number, name)
             rows = np.flatnonzero(owner == name)
             if update is None or not len(rows):
                 continue
             step = torch.cat([(sent[key] - update[key]).flatten() for key in names])
             g, shard = everyone[rows], federation.train(index)
             if config.privacy.enabled:
-                plan = institution.budget(config, shard.num_units, cap)
-                rate, many = plan.plan.sample_rate, plan.normaliser
-                noise = (plan.plan.noise_multiplier * config.privacy.max_grad_norm) ** 2
+                plan = plan_run(config, shard.num_units, cap)
+                rate, many = plan.sample_rate, plan.expected_batch_size
+                noise = (plan.noise_multiplier * config.privacy.max_grad_norm) ** 2
                 clipping.clip([g])
-                ridge = noise / (rate / 2 * (1 - rate / 2))  # in by a coin, then drawn
+                ridge = noise / (rate / 2 * (1 - rate / 2))  # included by a coin, then sampled
             else:
                 share, rows_of_step = config.training.sample_rate, config.training.batch_size
                 many = share * len(shard) if share else float(rows_of_step)
@@ -169,7 +169,7 @@ def scores(
                 others = shard.select(np.flatnonzero(~_among(shard, canaries)))
                 g = torch.cat([g, gradients(work, others, config.training.physical_batch)])
             gram = (g @ g.T).double()
-            ridge = ridge or RIDGE * float(gram.diagonal().mean())
+            ridge = ridge or RIDGE_FRACTION * float(gram.diagonal().mean())
             gram.diagonal().add_(ridge)
             share_of_step = g @ (step * many / config.training.learning_rate)
             held = torch.linalg.solve(gram, share_of_step.double())
@@ -178,14 +178,14 @@ def scores(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Likeness:
-    """How alike updates are that should have no noise in common.
+class NoiseReuse:
+    """The similarity of updates whose noise should be independent.
 
     Args:
-        cosine: The largest of two successive updates of an institution, and of two institutions'
-            updates in a round; None where no two could be compared.
-        institutions: Whose updates were compared: they are mostly noise, and there were two.
-        left_out: How many others there are.
+        cosine: The largest absolute cosine of two updates: successive ones of an institution, or
+            those of two institutions in a round. None if no two updates were comparable.
+        institutions: The number of institutions with compared updates.
+        left_out: The number of other institutions.
     """
 
     cosine: float | None
@@ -193,34 +193,34 @@ class Likeness:
     left_out: int
 
 
-def likeness(config: RunConfig, transcript: Transcript) -> Likeness:
+def noise_reuse(config: RunConfig, transcript: Transcript) -> NoiseReuse:
     """Look for noise that was used twice.
 
-    Noise that is drawn anew has a cosine of about 0 with any other; the same noise again, one near
-    1. Institutions are left out where noise is not at least twice as long as the longest sum of
-    gradients, so that their records alone could be as alike.
+    Independent noise vectors have a cosine of about 0; a repeated one has a cosine near 1. The
+    gradients of the records can be similar too. An institution is therefore compared only if its
+    noise is at least twice as long as the longest possible sum of its gradients.
     """
     federation, cap = records.load(config), _cap(config)
-    budgets = {
-        name: institution.budget(config, federation.train(index).num_units, cap)
+    plans = {
+        name: plan_run(config, federation.train(index).num_units, cap)
         for index, name in enumerate(federation.names)
     }
     steps = config.training.local_steps
     found: list[float] = []
     compared: set[str] = set()
-    # What an institution sent last of these tensors, at length 1.
+    # Tensor names -> institution -> its last update of these tensors, normalised.
     before: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-    for round, (sent, _) in sorted(transcript.orders.items()):
+    for number, (sent, _) in sorted(transcript.orders.items()):
         now: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-        for name, budget in budgets.items():
-            update = transcript.update(round, name)
+        for name, plan in plans.items():
+            update = transcript.update(number, name)
             if update is None:
                 continue
             keys = tuple(sorted(update))
             step = torch.cat([(sent[key] - update[key]).flatten() for key in keys]).float()
-            # In units of C and of the step size; no batch has a longer sum, but for chance.
-            noise = budget.plan.noise_multiplier * (step.numel() * steps) ** 0.5
-            if noise >= 2 * (2 * budget.normaliser * steps):
+            # In units of C and of the step size. A batch twice the expected size is very unlikely.
+            noise = plan.noise_multiplier * (step.numel() * steps) ** 0.5
+            if noise >= 2 * (2 * plan.expected_batch_size * steps):
                 now.setdefault(keys, {})[name] = torch.nn.functional.normalize(step, dim=0)
         for keys, units in now.items():
             last = before.setdefault(keys, {})
@@ -231,28 +231,28 @@ def likeness(config: RunConfig, transcript: Transcript) -> Likeness:
             found += (together @ together.T)[first, second].tolist()
             compared |= units.keys() if len(units) > 1 else again
             last |= units
-    return Likeness(
+    return NoiseReuse(
         cosine=max(map(abs, found), default=None),
         institutions=len(compared),
-        left_out=len(budgets) - len(compared),
+        left_out=len(plans) - len(compared),
     )
 
 
 def _cap(config: RunConfig) -> int:
-    """The most rounds that an institution is asked for."""
+    """Return the participations of an institution: the most rounds in which it trains."""
     institutions = len(records.load(config).names)
     rounds = config.federation
     return base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
 
 
 def _among(shard: Shard, others: Shard) -> NDArray[np.bool_]:
-    """Which rows of a shard, ``(n,)``, are among others too."""
+    """Tell for each row of a shard, ``(n,)``, whether other rows contain it."""
     assert shard.records is not None and others.records is not None, "rows of sources have digests"
     known = {bytes(row) for row in others.records}
     return np.array([bytes(row) in known for row in shard.records], dtype=bool)
 
 
 def _trained(work: Trainable) -> dict[str, torch.nn.Parameter]:
-    """Parameters that are trained now, under the names that adapters have."""
+    """Return the parameters that require gradients, by their names in an adapter."""
     named = adapters.parameters(work.model)
     return {name: p for name, p in named.items() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""`fedlora audit`: a run with canaries, and what attackers make of it."""
+"""`fedlora audit`: a run with canaries, and attacks on it."""
 
 import dataclasses
 import json
@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from experiments.audit import membership
-from experiments.audit.bound import audit as bound
-from experiments.audit.bound import most
+from experiments.audit import bound, membership
 from experiments.audit.canaries import (
     INSTITUTION,
     LABEL,
@@ -27,40 +25,41 @@ from experiments.audit.canaries import (
     plant,
     write,
 )
-from experiments.audit.observed import Transcript, likeness, losses, scores
+from experiments.audit.observed import Transcript, losses, noise_reuse, scores
 from fedlora import data, records, trainable
 from fedlora.adapters import AdapterState
-from fedlora.config import KEPT, RESIDUALS, RunConfig
+from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.rows import partition_rows
-from fedlora.run_files import finite
+from fedlora.run_files import finite, read_run_file
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.terminal import Terminal
 from fedlora.trainable import Trainable
 from simulation.progress import progress
-from simulation.run import load, open_engine, run_rounds
+from simulation.run import check_engine, load, open_engine, run_rounds
 
 CONFIDENCE = 0.95
 VIEWS = ("the final adapter", "every round, as the server sees it")
-EACH_VIEW = 1 - (1 - CONFIDENCE) / len(VIEWS)
-"""Confidence of each view's bound, so that both together have ``CONFIDENCE``."""
-ALIKE = 0.5  # updates with a larger cosine have noise in common; see `likeness`
-CANDIDATES = 255  # other secrets that a planted one is ranked among: exposure is at most 8 bits
+VIEW_CONFIDENCE = 1 - (1 - CONFIDENCE) / len(VIEWS)
+"""Confidence of the bound of each view; both together hold with ``CONFIDENCE``."""
+MAX_COSINE = 0.5  # updates with a larger cosine share noise; see `noise_reuse`
+ALTERNATIVE_SECRETS = 255  # a planted secret is ranked among them: exposure is at most 8 bits
 
 Floats = NDArray[np.float64]
 
 
-def check(config: RunConfig, out: Path) -> None:
-    """Refuse what cannot be audited.
+def check(config: RunConfig, out: Path, engine: str) -> None:
+    """Refuse a run that cannot be audited.
 
     Raises:
         InputError: Naming value, bound and remedy.
     """
+    check_engine(engine)
     if (out / "audit.json").exists() or (out / "run" / "config.toml").exists():
         raise InputError(f"{out} holds another audit; give another --out")
-    if config.federation.strategy in KEPT or config.adapter.ranks:
+    if config.federation.traits.local_parts or config.adapter.ranks:
         raise InputError(
             f"federation.strategy is {config.federation.strategy!r} and adapter.ranks "
             f"{config.adapter.ranks!r}, but the audit reads what all institutions get and send; "
@@ -85,46 +84,35 @@ def run(
     """Plant canaries, run, attack.
 
     Args:
-        config: What to audit.
-        out: The audit's directory; the run's is ``run`` in it.
-        canaries: In all.
+        config: The run to audit.
+        out: The audit's directory; the run directory is ``run`` in it.
+        canaries: The number of canaries, planted or not.
         shadows: Further runs for LiRA; 0 leaves it out.
         engine: ``ray`` or ``inline``.
-        console: Says what is being done.
+        console: Shows progress.
 
     Returns:
-        What ``audit.json`` holds; ``lira failed`` says why shadows did not end, if they did not.
+        The content of ``audit.json``; ``lira failed`` gives the reason if a shadow run failed.
     """
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as folder:
         audited = plant(config, canaries, Path(folder) / "records")
         out.mkdir(parents=True, exist_ok=True)
         run_dir = str((out / "run").absolute())
-        # Ledgers of its own: the user's are bound to records without canaries.
+        # The run gets its own ledgers: the user's are bound to records without canaries.
         target = audited.config.replace({"run-dir": run_dir, "privacy.ledger": ""})
         transcript = Transcript(folder=Path(folder) / "transcript")
         _train(target, engine, console, transcript)
-        # From here on nothing is trained but for shadows: read what was released.
-        work = _opened(target)
+        # The audited run is complete; the attacks below read what it released.
+        work = _load_released(target)
         with console.status("scoring canaries") as status:
             final, seen, shard = _scored(target, work, transcript, audited, status.update)
-        trained = _distinct(records.load(target).all_train)
-        for canary, row in zip(audited.canaries, _digests(shard), strict=True):
-            assert not canary.inside or bytes(row) in trained, f"{canary} was not trained on"
-        result = _promise(Path(target.run_dir))
+        _check_planted(target, audited, shard)
         inside = np.array([canary.inside for canary in audited.canaries])
-        delta = result["delta"] or 0.0
-        result["canaries"] = {
-            "planted": int(inside.sum()),
-            "in all": len(inside),
-            "most they can show": most(len(inside), delta, EACH_VIEW),
-            "kinds": dict(Counter(canary.kind for canary in audited.canaries)),
-        } | {
-            view: dataclasses.asdict(bound(found, inside, delta=delta, confidence=EACH_VIEW))
-            for view, found in zip(VIEWS, (final, seen), strict=True)
-        }
-        result["noise"] = {"source": config.privacy.noise, "bound": ALIKE}
+        result = _promise(Path(target.run_dir))
+        result["canaries"] = _bounds(audited, (final, seen), result["delta"] or 0.0)
+        result["noise"] = {"source": config.privacy.noise, "bound": MAX_COSINE}
         if config.privacy.enabled:
-            result["noise"] |= dataclasses.asdict(likeness(target, transcript))
+            result["noise"] |= dataclasses.asdict(noise_reuse(target, transcript))
         if config.model.task == "sft":
             with console.status("ranking secrets"):
                 result["extraction"] = _extraction(target, work, audited, Path(folder), inside)
@@ -133,10 +121,10 @@ def run(
             loss = membership.measure(-rows.losses, rows.inside, CONFIDENCE)
             result["membership"] = {"loss": loss}
         shutil.rmtree(Path(folder) / "transcript")
-        result["refuted"] = (result["noise"].get("cosine") or 0.0) > ALIKE or any(
+        result["refuted"] = (result["noise"].get("cosine") or 0.0) > MAX_COSINE or any(
             result["canaries"][view]["epsilon"] > result["epsilon"] for view in VIEWS
         )
-        result = _keep(out, result)
+        result = _write_result(out, result)
         if shadows:
             kept = f"kept so far: {out / 'audit.json'}; {shadows} shadow runs for LiRA follow"
             console.write_line(kept)
@@ -145,12 +133,34 @@ def run(
                 result["membership"]["lira"] = lira
             except Exception as error:
                 result["lira failed"] = f"{type(error).__name__}: {error}"
-            result = _keep(out, result)
+            result = _write_result(out, result)
     return result
 
 
-def _keep(out: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Write the result; gives it as the file holds it."""
+def _check_planted(config: RunConfig, audited: Audited, shard: Shard) -> None:
+    """Check that the run trained on every canary whose coin said so."""
+    trained = _distinct(records.load(config).all_train)
+    for canary, row in zip(audited.canaries, _digests(shard), strict=True):
+        assert not canary.inside or bytes(row) in trained, f"{canary} was not trained on"
+
+
+def _bounds(audited: Audited, scores_of_views: tuple[Floats, ...], delta: float) -> dict[str, Any]:
+    """Bound epsilon from below by the canaries' scores ``(m,)`` in each of `VIEWS`."""
+    inside = np.array([canary.inside for canary in audited.canaries])
+    found: dict[str, Any] = {
+        "planted": int(inside.sum()),
+        "in all": len(inside),
+        "most they can show": bound.largest(len(inside), delta, VIEW_CONFIDENCE),
+        "kinds": dict(Counter(canary.kind for canary in audited.canaries)),
+    }
+    for view, values in zip(VIEWS, scores_of_views, strict=True):
+        shown = bound.audit(values, inside, delta=delta, confidence=VIEW_CONFIDENCE)
+        found[view] = dataclasses.asdict(shown)
+    return found
+
+
+def _write_result(out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Write audit.json; return the result as the file holds it."""
     result = finite(result)
     write_atomic(out / "audit.json", json.dumps(result, indent=2).encode())
     return result
@@ -172,11 +182,11 @@ def _train(
             run_rounds(config, grid)
 
 
-def _opened(config: RunConfig) -> Trainable:
-    """The base with the adapter that a run released."""
+def _load_released(config: RunConfig) -> Trainable:
+    """Load the base model with the adapter that a run released."""
     work = trainable.load(config, records.load(config).labels)
     adapter = AdapterState.open(Path(config.run_dir) / "adapter")
-    if config.federation.strategy in RESIDUALS:
+    if config.federation.traits.residuals:
         adapter = adapter.as_residual(work.start)
     adapter.load_into(work.model)
     return work
@@ -189,7 +199,7 @@ def _scored(
     audited: Audited,
     say: Callable[[str], None],
 ) -> tuple[Floats, Floats, Shard]:
-    """Scores of canaries by the final adapter, by all rounds, and the canaries' rows."""
+    """Return the canaries' scores from the final adapter and from all rounds, and their rows."""
     shard = _rows(config, work, audited.file)
     physical = config.training.physical_batch
     final = losses(work, shard, physical)
@@ -211,8 +221,7 @@ def _rows(config: RunConfig, work: Trainable, file: Path) -> Shard:
 
 
 def _promise(run_dir: Path) -> dict[str, Any]:
-    result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-    privacy = json.loads((run_dir / "privacy.json").read_text(encoding="utf-8"))
+    result, privacy = read_run_file(run_dir), read_run_file(run_dir, "privacy.json")
     return {
         "epsilon": float(result["epsilon_max"]),
         "delta": result["delta"],
@@ -228,13 +237,13 @@ def _digests(shard: Shard) -> NDArray[np.uint8]:
 
 
 def _distinct(shard: Shard) -> dict[bytes, int]:
-    """Digest -> a row that has it: what stands at several institutions says the same once."""
+    """Return digest -> one row with it, so that equal rows of several institutions count once."""
     return {bytes(digest): row for row, digest in enumerate(_digests(shard))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """Real rows under attack: digests, losses ``(n,)``, and which were trained on ``(n,)``."""
+    """Real rows under attack: digests, losses ``(n,)`` and membership ``(n,)``."""
 
     digests: list[bytes]
     losses: Floats
@@ -242,8 +251,8 @@ class _Rows:
 
 
 def _attacked(config: RunConfig, planted: set[bytes]) -> _Rows:
-    """The rows that are no canaries, under the final adapter: trained on, then held out."""
-    federation, work = records.load(config), _opened(config)
+    """Measure all rows but the canaries under the final adapter: training rows, then held-out."""
+    federation, work = records.load(config), _load_released(config)
     digests, found, inside = list[bytes](), list[Floats](), list[bool]()
     for shard, trained in ((federation.all_train, True), (federation.all_held_out, False)):
         known = {digest: row for digest, row in _distinct(shard).items() if digest not in planted}
@@ -262,12 +271,12 @@ def _lira(
     folder: Path,
     console: Terminal,
 ) -> dict[str, Any]:
-    """The same rows under LiRA, which trains shadows."""
+    """Attack the same rows by LiRA, which trains shadow models."""
     confidences, had = list[Floats](), list[NDArray[np.bool_]]()
     for number in range(shadows):
         shadow = _shadow(config, number, folder)
         _train(shadow, engine, console)
-        work = _opened(shadow)
+        work = _load_released(shadow)
         inside = _distinct(records.load(shadow).all_train)
         had.append(np.array([row in inside for row in rows.digests]))
         confidences.append(_by_digest(shadow, work, rows.digests))
@@ -278,7 +287,7 @@ def _lira(
 
 
 def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
-    """A run like this one whose rows are split at random anew, half of them held out."""
+    """Return a run on a new random split of all rows, with half of them held out."""
     place = folder / f"shadow-{number}"
     place.mkdir()
     everything = dataclasses.replace(config.data, institutions=0, min_records=1, test_fraction=0.0)
@@ -302,7 +311,7 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
 
 
 def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes]) -> Floats:
-    """Confidence in each of these rows under the adapter that is loaded."""
+    """Compute the confidence in each of these rows under the loaded adapter."""
     federation = records.load(config)
     known: dict[bytes, float] = {}
     for shard in (federation.all_train, federation.all_held_out):
@@ -316,24 +325,24 @@ def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes]) -> Floa
 def _extraction(
     config: RunConfig, work: Trainable, audited: Audited, folder: Path, inside: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """Exposure of secrets that were planted, beside those that were not."""
-    _opened(config)
-    others = alternatives(audited.canaries, CANDIDATES, config.seed)
+    """Measure the exposure of planted secrets and of secrets that were not planted."""
+    _load_released(config)
+    others = alternatives(audited.canaries, ALTERNATIVE_SECRETS, config.seed)
     write(folder / "others.csv", [TEXT, LABEL], [(c.text, c.label) for c in others])
     physical = config.training.physical_batch
     own = losses(work, _rows(config, work, audited.file), physical)
     rest = losses(work, _rows(config, work, folder / "others.csv"), physical)
-    bits = membership.exposure(own, rest.reshape(len(own), CANDIDATES))
+    bits = membership.exposure(own, rest.reshape(len(own), ALTERNATIVE_SECRETS))
     draw = RandomSource.seeded("exposure", config.seed)
     return {
         "planted": _summary(bits[inside], draw.child("in")),
         "not planted": _summary(bits[~inside], draw.child("out")),
-        "most possible": float(np.log2(CANDIDATES + 1)),
+        "most possible": float(np.log2(ALTERNATIVE_SECRETS + 1)),
     }
 
 
 def _summary(bits: Floats, draw: RandomSource) -> dict[str, float]:
-    """Mean with a bootstrap interval, and the largest."""
+    """Return mean, its bootstrap interval, and maximum."""
     n = len(bits)
     again = bits[(draw.uniform(1000 * n) * n).astype(int)].reshape(1000, n).mean(1)
     low, high = np.quantile(again, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -347,7 +356,7 @@ def _summary(bits: Floats, draw: RandomSource) -> dict[str, float]:
 
 
 def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What an audit found, in words: what -> found. The last is its verdict."""
+    """Return an audit's findings as pairs of texts; the last pair is the verdict."""
     promised, canaries = float(result["epsilon"]), result["canaries"]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in canaries["kinds"].items())
     found = [
@@ -360,18 +369,18 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("canaries", f"{canaries['planted']:,} of {canaries['in all']:,} planted ({kinds})"),
     ]
     for view in VIEWS:
-        bound = canaries[view]
+        shown = canaries[view]
         text = (
-            f"epsilon at least {bound['epsilon']:.2f} ({100 * bound['confidence']:g} % "
-            f"confidence), from {view}: {bound['right']} of {bound['guesses']} guesses right"
+            f"epsilon at least {shown['epsilon']:.2f} ({100 * shown['confidence']:g} % "
+            f"confidence), from {view}: {shown['right']} of {shown['guesses']} guesses right"
         )
         found.append(("shown by canaries", text))
     if math.isfinite(promised):
         found.append(("noise", _noise(result["noise"])))
     for attack, measured in result["membership"].items():
-        found.append((f"who was trained on ({attack})", _attack(measured)))
+        found.append((f"membership inference ({attack})", _attack(measured)))
     if failed := result.get("lira failed"):
-        found.append(("who was trained on (lira)", f"not known: its runs failed ({failed})"))
+        found.append(("membership inference (lira)", f"not known: its runs failed ({failed})"))
     if extraction := result.get("extraction"):
         for which in ("planted", "not planted"):
             bits = extraction[which]
@@ -386,7 +395,7 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def show(result: Mapping[str, Any], console: Terminal) -> None:
-    """The audit as a table."""
+    """Print an audit as a table."""
     table = Table(title="Privacy audit", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -398,7 +407,7 @@ def show(result: Mapping[str, Any], console: Terminal) -> None:
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """What an audit says of the promise, in words."""
+    """Return the verdict on the privacy promise in words."""
     promised, canaries = float(result["epsilon"]), result["canaries"]
     if result["refuted"]:
         return "IS BROKEN"
@@ -411,20 +420,20 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def _noise(noise: Mapping[str, Any]) -> str:
-    """Whether noise was used twice, in words."""
+    """Say whether noise was used twice."""
     if noise["cosine"] is None:
         text = "not compared: no two updates were sent, or records could move them as far as noise"
     else:
-        said = "drawn anew each time" if noise["cosine"] <= noise["bound"] else "USED TWICE"
+        said = "independent" if noise["cosine"] <= noise["bound"] else "USED TWICE"
         text = f"{said} (largest cosine of two updates {noise['cosine']:.3f})"
         if noise["left_out"]:
             both = noise["institutions"] + noise["left_out"]
             text += f"; compared at {noise['institutions']} of {both} institutions"
-    return text + "; from a seed, so it protects nobody" * (noise["source"] == "seeded")
+    return text + "; from a seed, so it gives no protection" * (noise["source"] == "seeded")
 
 
 def _attack(measured: Mapping[str, Any]) -> str:
-    """How well an attack tells members, in words."""
+    """Say how well an attack identifies members."""
 
     def interval(value: Mapping[str, float], digits: int, scale: int = 1) -> str:
         middle, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("value", "low", "high"))

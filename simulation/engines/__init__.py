@@ -1,1 +1,1 @@
-"""Where a simulation runs: `ray` in worker processes, `inline` in this one. Same apps in both."""
+"""Grids of a simulation: `ray` with worker processes, `inline` in this one. Both run one app."""

@@ -1,16 +1,17 @@
-"""Ray's workers on this machine as forks of the process that starts the run.
+"""A fork server that starts Ray's workers on this machine as forks of the run's process.
 
-Imports are most of what a worker takes to start (three seconds of a core), and with base model and
-records most of what it holds; a fork has them already and shares their memory. Ray starts each
-worker by the command that it is given (``py_executable``): a small stand-in, which hands its
-arguments, environment and files over to the fork server and ends with the worker. Either one's end
-is the other's.
+Imports dominate the start of a worker (three seconds of a core). Imports, base model and records
+are most of its memory. A fork has all three at once and shares their memory.
 
-The fork server is itself a fork, made before Ray is imported, which reads a worker's environment as
-soon as it is. Nothing secret is made before the fork: keys come from the operating system when a
-round needs them.
+Ray starts a worker by a command (``py_executable``). Here the command runs a small stand-in
+process. The stand-in sends its arguments, environment and files to the fork server, and the fork
+becomes the worker. When one of stand-in and worker ends, the other ends too.
 
-Only the standard library is imported here, since the stand-in is this file too.
+The fork server is itself a fork of the run's process. It is made before Ray is imported, because
+Ray reads a worker's environment at import. No secret exists before the fork: keys come from the
+operating system in the round that needs them.
+
+This file imports the standard library only, because the stand-in runs it as a script.
 """
 
 import atexit
@@ -34,31 +35,31 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 STREAMS = (0, 1, 2)
-LENGTH = struct.Struct("!I")  # of what a stand-in asks for
+REQUEST_LENGTH = struct.Struct("!I")  # bytes of a stand-in's request, sent before it
 
 
 class ForkServer:
     """A fork of this process that forks on request, until `close` or the end of this process.
 
-    What this process has imported and loaded by now, its forks have. It must not have touched a
-    GPU, started threads that matter to a fork, or imported Ray.
+    Forks share the modules and objects that this process has loaded. The process must not have
+    used a GPU, imported Ray, or started threads that a fork needs.
 
     Raises:
-        AttributeError, OSError: Where the system has not what it takes.
+        AttributeError, OSError: If the system lacks pidfds or Unix sockets.
     """
 
     def __init__(self) -> None:
-        os.close(os.pidfd_open(os.getpid()))  # whether there is such a thing
-        self._folder = tempfile.mkdtemp(prefix="fedlora-fork-")  # only this user can enter
+        os.close(os.pidfd_open(os.getpid()))  # fails early where pidfds are missing
+        self._folder = tempfile.mkdtemp(prefix="fedlora-fork-")  # with access for this user only
         self._socket = str(Path(self._folder) / "socket")
         with contextlib.ExitStack() as undo, socket.socket(socket.AF_UNIX) as listener:
             undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
             listener.bind(self._socket)
             listener.listen()
-            alive, self._alive = os.pipe()  # its end is this process's
+            alive, self._alive = os.pipe()  # the pipe closes when this process ends
             self._owner = os.getpid()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # threads that draw a display
+                warnings.simplefilter("ignore", DeprecationWarning)  # a display has threads
                 self._pid = os.fork()
             if not self._pid:
                 _run(lambda: self._serve(listener, alive))
@@ -69,9 +70,9 @@ class ForkServer:
         atexit.register(self.close)
 
     def _serve(self, listener: socket.socket, alive: int) -> None:
-        """The server's whole life."""
+        """Run the server until this process's owner ends."""
         os.close(self._alive)
-        os.setsid()  # Ctrl-C is for its owner alone
+        os.setsid()  # Ctrl-C must reach the owner only
         os.dup2(alive, 0)
         os.close(alive)
         nothing = os.open(os.devnull, os.O_WRONLY)
@@ -87,22 +88,22 @@ class ForkServer:
 
     @property
     def py_executable(self) -> str:
-        """What Ray starts in place of Python."""
+        """The command that Ray runs in place of Python."""
         words = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), self._socket]
         return shlex.join(words)
 
     @property
     def alive(self) -> bool:
-        """Whether it still forks."""
+        """Whether the server runs."""
         return not self._has_ended(0.0)
 
     def check(self) -> None:
-        """Raise a RuntimeError when the server has ended: no worker could start any more."""
+        """Raise a RuntimeError if the server has ended, since no worker could start any more."""
         if not self.alive:
-            raise RuntimeError(f"the process that workers are forked from ended with {self._code}")
+            raise RuntimeError(f"the fork server of the workers ended with {self._code}")
 
     def close(self) -> None:
-        """End it, and what it forked; a second time, or in another process, this does nothing."""
+        """End the server and its forks. A second call, or one in another process, does nothing."""
         if self._alive < 0 or os.getpid() != self._owner:
             return
         os.close(self._alive)
@@ -127,7 +128,7 @@ class ForkServer:
 
 
 def _run(work: Callable[[], None]) -> NoReturn:
-    """All that a forked process still does."""
+    """Run a function in a forked process, then end the process."""
     code = 1
     try:
         work()
@@ -155,7 +156,7 @@ def _serve(listener: socket.socket) -> None:
             if descriptor == listener.fileno():
                 asked, _ = listener.accept()
                 worker = 0
-                with contextlib.suppress(OSError):  # one that asks wrongly, or too late, gets none
+                with contextlib.suppress(OSError):  # a malformed or late request gets no worker
                     worker = _forked(asked, listener, workers)
                 if worker:
                     ended = os.pidfd_open(worker)
@@ -167,13 +168,13 @@ def _serve(listener: socket.socket) -> None:
                 _, status = os.waitpid(worker, 0)
                 events.unregister(descriptor)
                 os.close(descriptor)
-                with contextlib.suppress(KeyError):  # it ended before
+                with contextlib.suppress(KeyError):  # the stand-in ended before
                     events.unregister(asked)
                 with contextlib.suppress(OSError):
                     asked.send(str(os.waitstatus_to_exitcode(status)).encode())
                 asked.close()
             for worker, asked in workers.values():
-                if asked.fileno() == descriptor:  # it sends nothing more, so it has ended
+                if asked.fileno() == descriptor:  # end of file: the stand-in has ended
                     events.unregister(descriptor)
                     os.kill(worker, signal.SIGKILL)
 
@@ -183,14 +184,17 @@ def _forked(
     listener: socket.socket,
     others: Mapping[int, tuple[int, socket.socket]],
 ) -> int:
-    """The worker that a stand-in asks for, or 0; in the worker itself this never returns."""
+    """Fork the worker of a stand-in; return its pid, or 0 for a bad request."""
     asked.settimeout(10.0)
-    length, files, _, _ = socket.recv_fds(asked, LENGTH.size, len(STREAMS))
-    message, size = b"", LENGTH.unpack(length)[0] if len(length) == LENGTH.size else 0
+    length, files, _, _ = socket.recv_fds(asked, REQUEST_LENGTH.size, len(STREAMS))
+    message, size = (
+        b"",
+        REQUEST_LENGTH.unpack(length)[0] if len(length) == REQUEST_LENGTH.size else 0,
+    )
     if len(files) == len(STREAMS):
         with asked.makefile("rb") as stream:
             message = stream.read(size)
-    if not message or len(message) < size:  # it has ended
+    if not message or len(message) < size:  # the stand-in has ended
         for file in files:
             os.close(file)
         asked.close()
@@ -218,28 +222,28 @@ def _forked(
         for file, stream in zip(files, STREAMS, strict=True):
             os.dup2(file, stream)
             os.close(file)
-        _become(json.loads(message))
+        _run_script(json.loads(message))
 
     _run(become)
 
 
 def _plain_streams() -> None:
-    """Files in the place of whatever the process that started the run has for them."""
+    """Replace the owner's stream objects with plain files."""
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
 
 
-def _become(asked: dict[str, Any]) -> None:
+def _run_script(request: dict[str, Any]) -> None:
     os.environ.clear()
-    os.environ.update(asked["environment"])
-    os.chdir(asked["folder"])
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
     _plain_streams()
-    sys.argv = asked["arguments"]
+    sys.argv = request["arguments"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def stand_in(path: str, arguments: Sequence[str]) -> int:
-    """Ask for a worker and wait for its end; gives its exit code."""
+    """Request a worker and wait for its end; return its exit code."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
         asked = {
@@ -248,7 +252,7 @@ def stand_in(path: str, arguments: Sequence[str]) -> int:
             "folder": str(Path.cwd()),
         }
         message = json.dumps(asked).encode()
-        socket.send_fds(server, [LENGTH.pack(len(message))], STREAMS)
+        socket.send_fds(server, [REQUEST_LENGTH.pack(len(message))], STREAMS)
         server.sendall(message)
         code = server.recv(64)
     return int(code) if code else 1

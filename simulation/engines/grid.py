@@ -1,4 +1,4 @@
-"""What our Flower Grids share: virtual nodes, and a reply for every message."""
+"""The base of both simulation grids: virtual nodes, and a reply for every message."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,8 +10,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.flower_internals import set_identity
 
 RUN_ID = 1
-TOGETHER = 32  # messages of a call, at most
-TOGETHER_BYTES = 128 * 2**20  # and of their adapters: sums and answers take several times as much
+MAX_MESSAGES_PER_CALL = 32
+MAX_ADAPTER_BYTES_PER_CALL = 128 * 2**20  # sums and replies take several times as much memory
 WORKER_DIED, TIMEOUT = 100, 101
 """Error codes of replies, beside Flower's own."""
 
@@ -43,7 +43,7 @@ class SimulationGrid(Grid):
         self.pushed = self.answered = 0  # of the round in progress, for a progress display
 
     def set_run(self, run: Any) -> None:
-        """Nothing to set: there is one run."""
+        """Do nothing: a simulation has one run."""
 
     @property
     def run(self) -> Any:
@@ -58,17 +58,17 @@ class SimulationGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message to one node; ``ttl`` is the time in seconds that its handling may take."""
+        """Create a message to one node; ``ttl`` limits its handling, in seconds."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes: virtual ones are always there."""
+        """Return all node ids. Virtual nodes are always available."""
         return list(self._contexts)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push, then pull until every reply is here."""
+        """Push messages, then pull until every reply has arrived."""
         waiting = set(self.push_messages(messages))
         replies: list[Message] = []
         while waiting:
@@ -79,17 +79,17 @@ class SimulationGrid(Grid):
 
 
 def identify() -> None:
-    """Tell Flower who sends messages from this process."""
+    """Set the sender that Flower writes into messages of this process."""
     set_identity(1, RUN_ID, 1)
 
 
 def error_reply(message: Message, code: int, reason: str) -> Message:
-    """The reply to a message that could not be handled."""
+    """Return the error reply to a message that could not be handled."""
     return Message(Error(code=code, reason=reason), reply_to=message)
 
 
 def run_server(app: ServerApp, grid: SimulationGrid, run_config: Mapping[str, Any]) -> None:
-    """Run a ServerApp on a grid in this process; its exceptions come through."""
+    """Run a ServerApp on a grid in this process; its exceptions propagate."""
     context = Context(
         run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
@@ -97,7 +97,7 @@ def run_server(app: ServerApp, grid: SimulationGrid, run_config: Mapping[str, An
 
 
 def call(app: ClientApp, message: Message, context: Context) -> Message:
-    """Let a ClientApp handle a message; an exception becomes the reply Flower's engines give."""
+    """Let a ClientApp handle a message; an exception becomes an error reply, as in Flower."""
     try:
         return app(message, context)
     except Exception as error:
@@ -105,7 +105,7 @@ def call(app: ClientApp, message: Message, context: Context) -> Message:
 
 
 def call_together(app: ClientApp, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """Let a ClientApp handle several messages, at once if it can train institutions together."""
+    """Let a ClientApp handle several messages, in shared passes if it supports them."""
     together = getattr(app, "together", None)
     train = all(message.metadata.message_type == MessageType.TRAIN for message, _ in calls)
     if together is not None and train and len(calls) > 1:
@@ -114,5 +114,7 @@ def call_together(app: ClientApp, calls: Sequence[tuple[Message, Context]]) -> l
 
 
 def fitting(adapter_bytes: Iterable[int]) -> int:
-    """How many messages a call holds by the size of their adapters: 1 to `TOGETHER`."""
-    return max(1, min(TOGETHER, TOGETHER_BYTES // max([1, *adapter_bytes])))
+    """Return how many messages fit into one call, by the size of their adapters; at least 1."""
+    return max(
+        1, min(MAX_MESSAGES_PER_CALL, MAX_ADAPTER_BYTES_PER_CALL // max([1, *adapter_bytes]))
+    )

@@ -1,4 +1,4 @@
-"""Everything in this process: for tests and debuggers, and where a run has one core to itself."""
+"""Simulation in one process: for tests, for debuggers, and for runs with one core."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -9,13 +9,13 @@ from flwr.clientapp import ClientApp
 
 from fedlora import wire
 from fedlora.flower_internals import set_message_id
-from simulation.engines.grid import TOGETHER, SimulationGrid, call_together, fitting
+from simulation.engines.grid import MAX_MESSAGES_PER_CALL, SimulationGrid, call_together, fitting
 
 
 class InlineGrid(SimulationGrid):
     """Calls the ClientApp when replies are pulled, in the order of the messages.
 
-    As in a worker of the Ray engine, what institutions are to train is handed over several at once.
+    As in a worker of the Ray engine, one call holds the training messages of several institutions.
 
     Args:
         app: The ClientApp.
@@ -36,9 +36,9 @@ class InlineGrid(SimulationGrid):
         return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Handle the first messages that wait, and return their replies."""
+        """Handle the first waiting messages and return their replies."""
         known = (self._waiting[i] for i in message_ids if i in self._waiting)
-        waiting = list(itertools.islice(known, TOGETHER))
+        waiting = list(itertools.islice(known, MAX_MESSAGES_PER_CALL))
         count = 1
         if waiting and waiting[0].metadata.message_type == MessageType.TRAIN:
             count = fitting(wire.adapter_bytes(message.content) for message in waiting)

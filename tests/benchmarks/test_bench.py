@@ -108,7 +108,7 @@ CHILD += "time.sleep(1.5)"
 
 
 def test_memory_is_that_of_the_whole_tree_and_the_last_json_counts(monkeypatch):
-    monkeypatch.setattr(measure, "EVERY", 0.3)
+    monkeypatch.setattr(measure, "SAMPLING_SECONDS", 0.3)
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}]); "
     script += 'print("{no json"); print(\'{"x": 1}\'); print("done")'
     done = measure.run([sys.executable, "-c", script])

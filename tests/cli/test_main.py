@@ -1,7 +1,10 @@
 """The command line as a person meets it: outputs, exit codes, one line for each bad input."""
 
+import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from typer.testing import CliRunner
 
 import fedlora
 from cli.main import app
+from fedlora import extras, records
 
 runner = CliRunner()
 QUIETLY = ("--engine", "inline", "--quiet")
@@ -122,7 +126,9 @@ def test_bad_input_that_no_encoding_can_write_is_one_line(config_file, tmp_path)
     (done / "config.toml").write_text(config_file().read_text())
     for content in ("[" * 100_000, "\ud800"):
         (done / "result.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-        refused("predict", done, "text", words=["result.json cannot be read"])
+        refused(
+            "predict", done, "text", words=["holds no complete run that can be read", "result.json"]
+        )
         refused("report", done, words=["holds no complete run that can be read"])
 
 
@@ -213,7 +219,7 @@ def test_other_files_in_the_run_directory_are_kept(config_file, tmp_path):
 def test_a_full_disk_is_said_before_the_run(config_file, tmp_path, monkeypatch):
     from server import run_directory
 
-    monkeypatch.setattr(run_directory, "FREE_BYTES", 2**60)
+    monkeypatch.setattr(run_directory, "MIN_FREE_BYTES", 2**60)
     refused("run", config_file(), "--out", tmp_path / "out", *QUIETLY, words=["MiB free"])
     assert not (tmp_path / "out").exists()
 
@@ -225,11 +231,11 @@ def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
 
     out, calls = tmp_path / "out", []
 
-    def second_fails(round, updates):
+    def second_fails(this_round, updates):
         calls.append(1)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        return fedavg.aggregate(round, updates)
+        return fedavg.aggregate(this_round, updates)
 
     import strategies
     from strategies.base import Strategy
@@ -282,3 +288,66 @@ def test_a_ledger_is_made_shown_and_verified(tmp_path):
     assert damaged.exit_code == 1
     assert not json.loads(damaged.stdout)["ok"] and json.loads(damaged.stdout)["problems"]
     assert invoke("ledger", "verify", tmp_path / "none.db").exit_code == 2
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """Make packages look as if they were not installed."""
+
+    def pretend(*packages):
+        find = importlib.util.find_spec
+        monkeypatch.setattr(extras, "find_spec", lambda n: None if n in packages else find(n))
+
+    return pretend
+
+
+def test_a_run_on_ray_without_ray_is_refused_before_records_are_read(
+    config_file, tmp_path, missing, monkeypatch
+):
+    monkeypatch.setattr(records, "load", lambda _: pytest.fail("records were read"))
+    missing("ray")
+    out = tmp_path / "out"
+    words = ["--engine ray", "needs the Python package ray", "fedlora[simulation]"]
+    refused("run", config_file(), "--out", out, words=words)
+    assert not out.exists()
+
+
+def test_a_sweep_and_an_audit_without_ray_are_refused_before_records_are_read(
+    config_file, tmp_path, missing, monkeypatch
+):
+    path = config_file(**{"data.test-fraction": 0.5})
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text(f'base = "{path}"\narms = ["federated"]\n[grid]\nseed = [1]\n')
+    monkeypatch.setattr(records, "load", lambda _: pytest.fail("records were read"))
+    monkeypatch.setattr("experiments.audit.run.plant", lambda *_: pytest.fail("records were read"))
+    missing("ray")
+    refused("sweep", sweep, "--out", tmp_path / "out", words=["package ray"])
+    refused("audit", path, "--out", tmp_path / "out", words=["package ray"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_pages_without_what_draws_them_are_refused_at_once(tmp_path, missing, package):
+    missing(package)
+    words = [f"needs the Python package {package}", "fedlora[experiments]"]
+    refused("report", tmp_path, words=words)
+    refused("compare", tmp_path, tmp_path, words=words)
+    refused("sweep", tmp_path / "x.toml", words=words)
+
+
+def test_a_run_without_what_draws_its_page_is_complete_and_warns(config_file, tmp_path):
+    """In a process of its own, in which the packages cannot be imported either."""
+    code = """
+import sys
+for name in ("matplotlib", "jinja2"):
+    sys.modules[name] = None
+from cli.main import app
+app(sys.argv[1:])
+"""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", code, "run", config_file(), "--out", out, *QUIETLY]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (out / "result.json").exists() and not (out / "report.html").exists()
+    assert "warning: report.html was not written" in done.stderr
+    assert "fedlora[experiments]" in done.stderr

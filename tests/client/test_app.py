@@ -1,16 +1,22 @@
 """What leaves an institution when it says no: a code, and nothing else."""
 
 import dataclasses
+import hashlib
 import os
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from client import app as client_app
-from client import institution
-from fedlora import adapters, config, wire
+from client.institution import Institution
+from fedlora import adapters, wire
+from fedlora.budget import plan_run
 from fedlora.errors import InputError, Refusal
+from fedlora.strategy_table import STRATEGY_TABLE
 from simulation.engines.grid import identify
 
 
@@ -81,7 +87,7 @@ def test_errors_leave_as_codes_and_their_text_stays(tiny_config, monkeypatch, er
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(institution, "locate", fail)
+    monkeypatch.setattr(Institution, "locate", fail)
     reply = _ask(tiny_config(), simulation=True)
     assert "secret" not in str(reply.content)
     assert _code(reply) == code
@@ -93,10 +99,10 @@ def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
     config = tiny_config()
     work = trainable.load(config, trainable.records(config).labels)
     order = _order(work, report=("loss",))
-    who = institution.locate(config, 0)
+    who = Institution.locate(config, 0)
     with pytest.raises(Refusal, match="metrics-not-allowed"):
-        institution.answer(who, order, config)
-    assert not who.ledger.exists()
+        who.answer(order)
+    assert not who.ledger_path.exists()
 
 
 def test_an_order_for_another_base_is_refused(tiny_config):
@@ -106,30 +112,28 @@ def test_an_order_for_another_base_is_refused(tiny_config):
     work = trainable.load(config, trainable.records(config).labels)
     order = _order(work, base="0" * 64)
     with pytest.raises(Refusal, match="base-mismatch"):
-        institution.answer(institution.locate(config, 0), order, config)
+        Institution.locate(config, 0).answer(order)
 
 
 def test_delta_is_checked_against_the_size_class_never_the_count(tiny_config):
     config = tiny_config(**{"privacy.delta": 1 / 100})
     for units in (64, 99, 100, 127):  # one class: one answer
         with pytest.raises(InputError, match="127 records"):
-            institution.budget(config, units, 3)
+            plan_run(config, units, 3)
     fine = tiny_config(**{"privacy.delta": 1 / 128})
-    plans = {institution.budget(fine, units, 3) for units in (64, 99, 127)}
+    plans = {plan_run(fine, units, 3) for units in (64, 99, 127)}
     assert len(plans) == 1
 
 
 def test_a_ledger_whose_delta_means_nothing_for_its_records_is_refused(tiny_config):
     from client.ledger import Ledger
-    from fedlora import trainable
 
     config = tiny_config()
-    who = institution.locate(config, 0)
-    who.ledger.parent.mkdir(parents=True)
-    Ledger.create(who.ledger, max_epsilon=8.0, delta=0.02)
-    shard = trainable.records(config).train(0)
+    who = Institution.locate(config, 0)
+    who.ledger_path.parent.mkdir(parents=True)
+    Ledger.create(who.ledger_path, max_epsilon=8.0, delta=0.02)
     with pytest.raises(Refusal, match="ledger-delta"):
-        institution.open_ledger(who, config, shard, create=False)
+        who.open_ledger()
 
 
 @pytest.fixture
@@ -144,8 +148,7 @@ def ask_banks(tiny_config, tmp_path):
         records = trainable.records(config)
         work = trainable.load(config, records.labels)
         for index in range(len(records.names) if config.privacy.enabled else 0):
-            who, shard = institution.locate(config, index), records.train(index)
-            institution.open_ledger(who, config, shard, create=True).close()
+            Institution.locate(config, index).open_ledger(create=True).close()
         calls = []
         for bank, changes in orders:
             order = _order(work, **changes)
@@ -191,12 +194,30 @@ def test_answers_given_together_are_those_given_one_by_one(ask_banks):
 def test_different_orders_in_one_call_are_each_followed(ask_banks):
     rolora = {"federation.strategy": "rolora"}
     first, second = (
-        {"round": number, "parts": config.parts_sent("rolora", number)} for number in (1, 2)
+        {"round": number, "parts": STRATEGY_TABLE["rolora"].parts_sent(number)} for number in (1, 2)
     )
     orders = [(0, first), (1, second), (2, first)]
     alone = ask_banks("alone", orders, together=False, **rolora)
     both = ask_banks("both", orders, together=True, **rolora)
     assert all(_same(one, other) for one, other in zip(alone, both, strict=True))
+
+
+def test_an_order_is_parsed_and_hashed_once_a_call(ask_banks, monkeypatch):
+    counts = Counter()
+
+    def counted(name, function):
+        def call(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    parse = counted("parsed", safetensors.torch.load)
+    monkeypatch.setattr(safetensors.torch, "load", parse)
+    digests = SimpleNamespace(sha256=counted("hashed", hashlib.sha256))
+    monkeypatch.setattr(wire, "hashlib", digests)
+    ask_banks("run", EVERYBODY, together=True)
+    assert counts == {"parsed": 1, "hashed": 1}
 
 
 def test_the_same_order_twice_in_one_call_gets_the_same_answer(ask_banks):
@@ -214,18 +235,18 @@ def test_one_refusal_in_a_call_is_one_refusal(ask_banks):
 def test_when_training_together_fails_each_trains_alone_and_is_charged_once(
     ask_banks, monkeypatch, tmp_path
 ):
-    from client import training
+    from client import private_training
     from client.ledger import Ledger
 
     alone = ask_banks("alone", EVERYBODY, together=False)
-    whole = training.train_privately
+    whole = private_training.train_privately
 
     def fail(work, participants, plan):
         if len(participants) > 1:
             raise Refusal("guard-noise", "as asked")
         return whole(work, participants, plan)
 
-    monkeypatch.setattr(training, "train_privately", fail)
+    monkeypatch.setattr(private_training, "train_privately", fail)
     replies = ask_banks("both", EVERYBODY, together=True)
     assert all(_same(one, other) for one, other in zip(alone, replies, strict=True))
     with Ledger.open(tmp_path / "both" / "ledgers" / "Alpha.db") as ledger:

@@ -20,7 +20,7 @@ def _optimizer(parameters, *, sigma=1.0, clipping="flat", bound=1.0, lr=1.0, cls
         names={p: f"p{i}" for i, p in enumerate(parameters)},
         noise_multiplier=sigma,
         clipping=Clipping(max_grad_norm=bound, kind=clipping),
-        normaliser=4.0,
+        expected_batch_size=4.0,
         source=RandomSource.seeded("test", 0),
     )
 
@@ -71,7 +71,7 @@ def test_a_unit_whose_gradient_is_not_finite_contributes_zero():
     torch.testing.assert_close(p.summed_grad.float(), torch.tensor([0.3, 0.4]))
 
 
-def test_the_step_is_minus_the_noised_sum_over_the_normaliser():
+def test_the_step_is_minus_the_noised_sum_over_the_expected_batch_size():
     parameters = _parameters()
     optimizer = _optimizer(parameters, sigma=2.0, bound=0.5)
     for p, g in zip(parameters, _gradients(3, 0.01), strict=True):

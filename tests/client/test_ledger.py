@@ -49,7 +49,7 @@ def new(path: Path, limit: float) -> Path:
 def charge(ledger: Ledger, round: int = 1, digest: str = "order", **changes):
     arguments = {
         "run_id": "run",
-        "round": round,
+        "round_number": round,
         "order_digest": digest,
         "event": STEP,
         "planned": (),

@@ -28,7 +28,7 @@ ANSWER = b"the update of round 2" * 20
 def charge(ledger: Ledger, run: str, round: int, digest: str = "order"):
     return ledger.charge(
         run_id=run,
-        round=round,
+        round_number=round,
         order_digest=digest,
         event=STEP,
         planned=(),

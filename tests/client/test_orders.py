@@ -10,13 +10,16 @@ from flwr.app import ConfigRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client import institution
+from client import checks, server_keys
+from client.institution import Institution
 from client.ledger import Ledger
+from client.settings import Settings
 from fedlora import accounting, adapters, trainable, wire
 from fedlora.adapters import AdapterState
-from fedlora.config import KEPT, from_flat, parts_sent
+from fedlora.budget import plan_run
+from fedlora.config import from_flat
 from fedlora.errors import InputError, Refusal
-from strategies import STRATEGIES
+from fedlora.strategy_table import STRATEGY_TABLE
 
 ALL = adapters.PARTS
 
@@ -29,18 +32,18 @@ def bank(tiny_config):
         config = tiny_config(**{"privacy.noise": "secure", **values})
         records = trainable.records(config)
         work = trainable.load(config, records.labels)
-        who = institution.locate(config, 0)
+        who = Institution.locate(config, 0)
         if config.privacy.enabled:
-            institution.open_ledger(who, config, records.train(0), create=True).close()
-        strategy = STRATEGIES[config.federation.strategy]
+            who.open_ledger(create=True).close()
+        traits = config.federation.traits
         order = wire.TrainOrder(
             run="a1",
             round=1,
             participations=3,
             base=work.base.digest,
             report=(),
-            parts=strategy.parts(1),
-            kept=strategy.kept,
+            parts=traits.parts_sent(1),
+            kept=traits.local_parts,
             adapter=work.start,
         )
         return who, config, order
@@ -48,11 +51,11 @@ def bank(tiny_config):
     return make
 
 
-def _refused(who, order, config):
+def _refused(who, order):
     """The code of the refusal, once it is sure that nothing was charged."""
     with pytest.raises((Refusal, InputError)) as caught:
-        institution.answer(who, order, config)
-    with Ledger.open(who.ledger) as ledger:
+        who.answer(order)
+    with Ledger.open(who.ledger_path) as ledger:
         assert not ledger.show()["entries"]
     return getattr(caught.value, "code", "bad-configuration")
 
@@ -86,9 +89,9 @@ def _refused(who, order, config):
     ],
 )
 def test_an_order_that_the_run_does_not_have_is_refused_before_the_charge(bank, changes, code):
-    who, config, order = bank()
-    assert _refused(who, dataclasses.replace(order, **changes), config) == code
-    assert institution.answer(who, order, config).privacy.steps == 1  # the right one is followed
+    who, _, order = bank()
+    assert _refused(who, dataclasses.replace(order, **changes)) == code
+    assert who.answer(order).privacy.steps == 1  # the right one is followed
 
 
 @pytest.mark.parametrize(
@@ -105,9 +108,9 @@ def test_an_order_that_the_run_does_not_have_is_refused_before_the_charge(bank, 
     ids=["empty", "A", "double", "nan", "inf", "shape", "more"],
 )
 def test_an_adapter_that_does_not_fit_is_refused_before_the_charge(bank, spoil):
-    who, config, order = bank()
+    who, _, order = bank()
     spoiled = dataclasses.replace(order, adapter=spoil(order.adapter))
-    assert _refused(who, spoiled, config) == "adapter-mismatch"
+    assert _refused(who, spoiled) == "adapter-mismatch"
 
 
 @pytest.mark.parametrize(
@@ -121,16 +124,18 @@ def test_an_adapter_that_does_not_fit_is_refused_before_the_charge(bank, spoil):
     ids=["large", "slow", "slow adam", "clipped"],
 )
 def test_an_adapter_that_no_step_changes_is_refused_before_the_charge(bank, value, values):
-    who, config, order = bank(**values)
+    who, _, order = bank(**values)
     state = {name: torch.full_like(tensor, value) for name, tensor in order.adapter.items()}
     stuck = dataclasses.replace(order, adapter=AdapterState(state))
-    assert _refused(who, stuck, config) == "step-too-small"
+    assert _refused(who, stuck) == "step-too-small"
 
 
 PARTS = st.lists(st.sampled_from([*ALL, "residual", "Z", ""]), max_size=6).map(tuple)
 
 
-@given(st.sampled_from(sorted(STRATEGIES)), PARTS, PARTS, st.integers(-3, 6), st.integers(-3, 6))
+@given(
+    st.sampled_from(sorted(STRATEGY_TABLE)), PARTS, PARTS, st.integers(-3, 6), st.integers(-3, 6)
+)
 def test_only_the_very_parts_of_strategy_and_round_are_accepted(
     strategy, parts, kept, round, participations
 ):
@@ -149,17 +154,16 @@ def test_only_the_very_parts_of_strategy_and_round_are_accepted(
 
     def accepted(order):
         try:
-            institution.check_order(order, config)
+            checks.check_order(order, config)
         except Refusal:
             return False
         return True
 
     numbers = 1 <= round <= 4 and 1 <= participations <= 4
-    own = STRATEGIES[strategy]
-    right = (parts, kept) == (own.parts(round), own.kept)
+    own = STRATEGY_TABLE[strategy]
+    right = (parts, kept) == (own.parts_sent(round), own.local_parts)
     assert accepted(order) == (numbers and right)
-    assert own.parts(round) == parts_sent(strategy, round) and own.kept == KEPT.get(strategy, ())
-    proper = dataclasses.replace(order, parts=own.parts(round), kept=own.kept)
+    proper = dataclasses.replace(order, parts=own.parts_sent(round), kept=own.local_parts)
     assert accepted(proper) == numbers
 
 
@@ -167,7 +171,7 @@ def test_only_the_very_parts_of_strategy_and_round_are_accepted(
 def test_a_query_for_rounds_that_the_run_does_not_have_is_not_planned_for(bank, participations):
     _, config, _ = bank()
     with pytest.raises(InputError, match=rf"asked for is {participations}; it must be from 1 to"):
-        institution.budget(config, 100, participations)
+        plan_run(config, 100, participations)
 
 
 @pytest.mark.parametrize("field", ["report", "parts", "kept"])
@@ -185,18 +189,18 @@ def test_what_is_no_list_of_names_is_a_malformed_order(bank, field, value):
 
 def test_epsilon_at_a_large_delta_is_refused_for_what_it_is_at_the_ledgers(bank, tmp_path):
     who, config, order = bank(**{"privacy.delta": 0.0039})
-    who.ledger.unlink()
-    Ledger.create(who.ledger, max_epsilon=50.0, delta=1e-5, accountant="rdp")
-    with Ledger.open(who.ledger) as ledger:
+    who.ledger_path.unlink()
+    Ledger.create(who.ledger_path, max_epsilon=50.0, delta=1e-5, accountant="rdp")
+    with Ledger.open(who.ledger_path) as ledger:
         ledger.bind(trainable.records(config).train(0).fingerprint(), "record")
     limited = dataclasses.replace(who, max_delta=0.5, max_run_epsilon=8.0)
     with pytest.raises(Refusal, match=r"spends epsilon 8 at its delta 0\.0039, which is 1\d\.\d"):
-        institution.answer(limited, order, config)
-    assert _refused(limited, order, config) == "epsilon-too-large"
+        limited.answer(order)
+    assert _refused(limited, order) == "epsilon-too-large"
     strict = dataclasses.replace(who, max_delta=0.0038, max_run_epsilon=50.0)
-    assert _refused(strict, order, config) == "delta-too-large"
+    assert _refused(strict, order) == "delta-too-large"
     exact = dataclasses.replace(who, max_delta=0.0039, max_run_epsilon=15.0)
-    assert institution.answer(exact, order, config).privacy.epsilon <= 8.0
+    assert exact.answer(order).privacy.epsilon <= 8.0
 
 
 @pytest.mark.parametrize(
@@ -223,12 +227,22 @@ def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
     }
     if size_noise:
         values |= {"privacy.size-noise": size_noise, "federation.weighting": "noised-size"}
-    plan = institution.budget(from_flat(values), 64, 4)
-    who = SimpleNamespace(max_delta=1.0, max_run_epsilon=8.0)
+    plan = plan_run(from_flat(values), 64, 4)
+    ledger = SimpleNamespace(delta=1e-5, accountant=own)
     spent = accounting.epsilon(plan.events, 1e-5, own)
     try:
-        institution.check_limits(who, SimpleNamespace(delta=1e-5, accountant=own), plan)
+        checks.check_limits(plan, ledger, max_delta=1.0, max_run_epsilon=8.0)
     except Refusal as refusal:
         assert refusal.code == "epsilon-too-large" and spent > 8.0
     else:
         assert spent <= 8.0
+
+
+def test_an_institution_without_classes_never_takes_them_from_its_records(tmp_path):
+    """A prompt that names the classes would carry one record's label to every row."""
+    own = Settings(name="a", source="r.jsonl", ledger="l.db", state=str(tmp_path), models=("m",))
+    asked = {"data.source": "institutions", "data.institutions": 2, "model.name": "m"}
+    assert server_keys.apply(own, asked | {"model.task": "sft"}).model.task == "sft"
+    with pytest.raises(Refusal) as refused:
+        server_keys.apply(own, asked | {"model.task": "classification"})
+    assert refused.value.code == "other-labels"

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from client import training
-from client.dp_sgd import PoissonSampler
+from client import passes, private_training, training
+from client.gradients import Batch, _passes, packed_gradients, padded_gradients
 from fedlora import adapters, trainable
 from fedlora import config as configuration
+from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.streams import RandomSource
 
@@ -58,8 +59,8 @@ def _dropout(row):
 
 
 def _gradients(work, shard, units, physical_batch, *, packed):
-    make = training._packed_gradients if packed else training._padded_gradients
-    drawn = training._Drawn(
+    make = packed_gradients if packed else padded_gradients
+    drawn = Batch(
         shard=shard,
         units=list(units),
         owner=[0] * len(units),
@@ -68,7 +69,7 @@ def _gradients(work, shard, units, physical_batch, *, packed):
         values=[],
     )
     found = {}
-    with training._training(work, private=True):
+    with training.training_steps(work, private=True):
         for numbers, gradients in make(work, work.parameters(), drawn):
             for index, number in enumerate(numbers):
                 rows = tuple(units[number])
@@ -154,10 +155,10 @@ def test_batches_padded_to_their_longest_row_would_let_others_in(minilm):
 
     def gradient(rows):
         with (
-            training._training(work, private=True),
+            training.training_steps(work, private=True),
             work.per_sample.expanded(len(rows), None),
         ):
-            training._losses(work, shard, np.array(rows), _dropout).sum().backward()
+            passes.padded_losses(work, shard, np.array(rows), _dropout).sum().backward()
             work.per_sample.collect()
         return torch.cat([p.grad_sample[0].flatten() for p in work.parameters().values()])
 
@@ -172,7 +173,7 @@ def test_a_pass_has_one_shape_and_fillers_belong_to_nobody(minilm):
     big = np.arange(21)  # one customer with more records than a pass holds
     group = [big, np.array([30]), np.array([31, 32])]
     seen = []
-    for rows, unit_of_row, width in training._passes(group, shapes, 8):
+    for rows, unit_of_row, width in _passes(group, shapes, 8):
         assert len(rows) == len(unit_of_row) == 8
         assert (shapes[rows, 0] == width).all()
         seen += [(int(u), int(r)) for u, r in zip(unit_of_row, rows, strict=True) if u < 3]
@@ -189,9 +190,7 @@ def test_plain_passes_hold_each_row_once_and_give_its_own_loss(minilm, physical)
         packed, padded = (
             [
                 losses.detach()
-                for losses in training._plain_passes(
-                    each, shard, np.array(rows), physical, _dropout
-                )
+                for losses in passes.plain_passes(each, shard, np.array(rows), physical, _dropout)
             ]
             for each in (work, dataclasses.replace(work, first_position=None))
         )
@@ -200,16 +199,25 @@ def test_plain_passes_hold_each_row_once_and_give_its_own_loss(minilm, physical)
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)  # huge factors
 
 
+def _mechanism(noise_multiplier, *, sample_rate, size_class):
+    return PrivacyPlan(
+        epsilon=8.0,
+        delta=1e-5,
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        size_class=size_class,
+        max_grad_norm=1.0,
+        clipping="flat",
+        steps_per_round=1,
+        rounds=1,
+        accountant="rdp",
+    )
+
+
 def _participant(shard, name, noise_multiplier=0.7):
-    return training.Participant(
+    return private_training.Participant(
         shard=shard,
-        mechanism=training.PrivacyMechanism(
-            noise_multiplier=noise_multiplier,
-            sample_rate=0.2,
-            normaliser=20.0,
-            max_grad_norm=1.0,
-            clipping="flat",
-        ),
+        mechanism=_mechanism(noise_multiplier, sample_rate=0.2, size_class=100),
         source=RandomSource.seeded(name, 3),
     )
 
@@ -233,14 +241,14 @@ def test_who_trains_together_changes_no_bit_of_anyones_adapter(minilm, optimizer
         _participant(_by_customer(second, 3), "second", noise_multiplier=1.3),
         _participant(third, "third"),
     ]
-    if not training.can_share(work, steps):
+    if not private_training.can_share(work, steps):
         with pytest.raises(ValueError, match="DoRA"):
-            training.train_privately(work, participants, plan)
+            private_training.train_privately(work, participants, plan)
         return
-    together = training.train_privately(work, participants, plan)
-    pairs = training.train_privately(work, participants[1:], plan)
+    together = private_training.train_privately(work, participants, plan)
+    pairs = private_training.train_privately(work, participants[1:], plan)
     for index, participant in enumerate(participants):
-        (alone,) = training.train_privately(work, [participant], plan)
+        (alone,) = private_training.train_privately(work, [participant], plan)
         others = [together[index]] + ([pairs[index - 1]] if index else [])
         for name, tensor in alone.items():
             assert all(torch.equal(tensor, other[name]) for other in others)
@@ -288,8 +296,8 @@ def test_padded_rows_of_others_change_nothing_where_heads_share_keys(grouped_que
     if not ours:
         work.base.model.set_attn_implementation("sdpa")
     plan = training.LocalPlan(steps=1, physical_batch=8, optimizer="sgd", learning_rate=0.5)
-    (alone,) = training.train_privately(work, [full], plan)
-    together, _ = training.train_privately(work, [full, padded], plan)
+    (alone,) = private_training.train_privately(work, [full], plan)
+    together, _ = private_training.train_privately(work, [full, padded], plan)
     same = all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
     assert same == ours
 
@@ -298,14 +306,11 @@ def test_padded_rows_of_others_change_nothing_where_heads_share_keys(grouped_que
 def test_nobody_drawn_still_takes_a_noisy_step(minilm):
     work, (shard, *_) = minilm
     before = AdapterState.read(work.model)
-    nobody = dataclasses.replace(
-        _participant(shard, "nobody"),
-        sampler=PoissonSampler(
-            units=len(shard), sample_rate=1e-12, steps=1, source=RandomSource.seeded("none", 1)
-        ),
-    )
+    size = 2**40  # so that at this rate the expected batch has 20 units, and the shard's none
+    mechanism = _mechanism(0.7, sample_rate=20 / size, size_class=size)
+    nobody = dataclasses.replace(_participant(shard, "nobody"), mechanism=mechanism)
     plan = training.LocalPlan(steps=1, physical_batch=8, optimizer="sgd", learning_rate=1.0)
-    (trained,) = training.train_privately(work, [nobody], plan)
+    (trained,) = private_training.train_privately(work, [nobody], plan)
     steps = torch.cat([(trained[n] - before[n]).flatten() for n in before]).double()
     # noise of deviation 0.7 / 20 and nothing else; 1 percent is over 5 standard errors
     assert abs(float(steps.std()) / (0.7 / 20) - 1) < 0.01
@@ -326,15 +331,11 @@ def test_fedprox_pulls_towards_the_global_adapter_by_mu_times_the_distance(tiny_
         )
         source = RandomSource.seeded("test", 3)
         if private:
-            mechanism = training.PrivacyMechanism(
-                noise_multiplier=1.0,
-                sample_rate=0.1,
-                normaliser=10.0,
-                max_grad_norm=1.0,
-                clipping="flat",
+            mechanism = _mechanism(1.0, sample_rate=0.1, size_class=100)
+            participant = private_training.Participant(
+                shard=shard, mechanism=mechanism, source=source
             )
-            participant = training.Participant(shard=shard, mechanism=mechanism, source=source)
-            return training.train_privately(work, [participant], plan)[0]
+            return private_training.train_privately(work, [participant], plan)[0]
         training.train(work, shard, plan, 16, source)
         return AdapterState.read(work.model)
 

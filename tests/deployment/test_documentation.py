@@ -1,4 +1,4 @@
-"""docs/deployment.md names each setting of an institution and each code that it refuses with."""
+"""The documentation names each setting, code and key, and its commands fit the tree."""
 
 import dataclasses
 import re
@@ -39,3 +39,13 @@ def test_each_key_of_a_configuration_is_named_under_its_rule():
         if key in server_keys.KEYS
     }
     assert named == {(k, type(rule).__name__.lower()) for k, rule in server_keys.KEYS.items()}
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/deployment.md", "docker-compose.yml"])
+def test_the_directory_of_keys_in_a_documented_command_is_free_and_never_committed(file):
+    named = set(re.findall(r"fedlora deploy init (\S+)", (ROOT / file).read_text()))
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert named
+    for directory in named:
+        assert not (ROOT / directory / "__init__.py").exists()
+        assert f"/{directory}/" in ignored

@@ -111,7 +111,7 @@ def test_an_institutions_log_quotes_no_record(message, context, monkeypatch, cap
     def situation(_):
         raise error
 
-    monkeypatch.setattr(client_app, "_situation", situation)
+    monkeypatch.setattr(client_app, "_institution", situation)
     with caplog.at_level(logging.DEBUG):
         client_app.train(message, context)
     assert caplog.records
@@ -122,7 +122,7 @@ def test_what_the_operator_can_mend_stays_in_the_log(message, context, monkeypat
     def situation(_):
         raise InputError("max-steps is 0")
 
-    monkeypatch.setattr(client_app, "_situation", situation)
+    monkeypatch.setattr(client_app, "_institution", situation)
     client_app.train(message, context)
     assert "max-steps is 0" in caplog.text
 

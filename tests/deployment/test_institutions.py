@@ -14,7 +14,7 @@ from client.ledger import Ledger
 from fedlora import config as configuration
 from fedlora import wire
 from fedlora.adapters import AdapterState
-from fedlora.budget import budget
+from fedlora.budget import plan_run
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import NODES, SIZES, read_records
 from server import app as server_app
@@ -310,7 +310,7 @@ def test_a_claimed_size_counts_no_more_than_the_server_believes(
     files = institutions()
     (rows / SIZES).write_text(json.dumps({**dict.fromkeys(BANKS, 64), "Beta": believed}))
     values = {"federation.weighting": "public-size", "federation.rounds": 1, "privacy.delta": 0.0}
-    plan = budget(deployed(**values), 2**23, 1).plan
+    plan = plan_run(deployed(**values), 2**23, 1)
     figures = ("delta", "sample_rate", "noise_multiplier")
     honest, weigh, weights = wire.pack_update, Round.weight, {}
 

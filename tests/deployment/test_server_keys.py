@@ -35,6 +35,7 @@ OWN = {
     "max-rank": 40,
     "physical-batch": 8,
     "max-run-epsilon": 8.0,
+    "max-delta": 1e-4,
 }
 """Settings; the tiny models have layers of width 32 and places for 64 tokens."""
 BASE = {
@@ -96,7 +97,8 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (followed, "model.dtype", "fp32", "bf16", "auto"),
         (bad, "model.dtype", "fp16"),
         (bad, "model.quantization", "int4"),
-        (bad, "model.task", "sft", "regression"),
+        (bad, "model.task", "regression"),
+        (("other-labels",), "model.task", "sft"),
         (followed, "adapter.method", "lora", "rslora", "dora", "dora-rslora"),
         (bad, "adapter.method", "ia3"),
         (followed, "adapter.rank", 1, 32),
@@ -107,8 +109,8 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (followed, "adapter.dropout", 0.0, 5e-324, 0.99),
         (bad, "adapter.dropout", 0.991, 1 - 1e-16, 1.0),
         (followed, "adapter.target-modules", "query,key,value,dense", '["query"]'),
-        (followed, "adapter.target-modules", json.dumps(["key"] * server_keys.MOST_MODULES)),
-        (large, "adapter.target-modules", json.dumps(["key"] * (server_keys.MOST_MODULES + 1))),
+        (followed, "adapter.target-modules", json.dumps(["key"] * server_keys.MAX_MODULES)),
+        (large, "adapter.target-modules", json.dumps(["key"] * (server_keys.MAX_MODULES + 1))),
         (bad, "adapter.target-modules", "classifier", ".*", "(a+)+$", "que", "LayerNorm"),
         (bad, "adapter.target-modules", json.dumps(["query"] * 10**6)),
         (("other-labels",), "data.labels", "[]", '["card"]', '["loan", "fraud", "card"]'),
@@ -130,6 +132,9 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (("rows-too-long",), "training.max-length", 21, 10**9, LARGEST),
         (bad, "training.max-length", 3),
         (followed, "training.gradient-checkpointing", True, "true"),
+        (followed, "federation.rounds", 2, LARGEST),
+        # The order and the query of the test ask for two rounds.
+        (("malformed-message", "bad-configuration"), "federation.rounds", 0, 1),
         (followed, "federation.strategy", "fedavg", "pad"),
         (("strategy-not-allowed",), "federation.strategy", "ffa", "fedsa"),
         (followed, "federation.residual-rank", 1, LARGEST),  # fedavg has no residuals
@@ -158,7 +163,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
     noised = {"federation__weighting": "noised-size"}
     yield case(followed, "privacy.size-noise", 1e6, **noised)
     yield case(("budget-exhausted",), "privacy.size-noise", 0.01, **noised)
-    longest = server_keys.PROMPT * int(str(OWN["max-length"]))
+    longest = server_keys.PROMPT_CHARACTERS_PER_TOKEN * int(str(OWN["max-length"]))
     prompts = {
         "{text}" + " " * (longest - 6): followed,
         "{text}" + " " * (longest - 5): bad,
@@ -269,7 +274,7 @@ def institution(tmp_path, tiny_encoder, causal, complaints) -> Path:
     file = tmp_path / "institution.toml"
     file.write_text(tomli_w.dumps({**OWN, "models": [str(tiny_encoder), causal]}))
     file.chmod(0o600)
-    Ledger.create(tmp_path / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
+    Ledger.create(tmp_path / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="prv")
     shutil.copy(tmp_path / "ledger.db", tmp_path / "ledger.empty")
     return tmp_path
 

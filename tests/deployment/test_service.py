@@ -15,8 +15,7 @@ from flwr.supercore.retry import http_retry
 from flwr.supercore.superexec import run_superexec
 from flwr.supernode import start_client_internal
 
-from deployment import node, service, supernode
-from deployment import polling as pauses
+from deployment import node, polling, service, supernode
 from fedlora import logs
 from tests.deployment import harness
 
@@ -169,10 +168,10 @@ def test_a_supernode_that_waits_for_an_answer_looks_often_afterwards(monkeypatch
 
 def test_pauses_grow_while_nothing_comes(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(pauses.time, "monotonic", lambda: now[0])
-    between = pauses.Pauses(0.2, 3.0)
+    monkeypatch.setattr(polling.time, "monotonic", lambda: now[0])
+    between = polling.Pauses(0.2, 3.0)
     assert between.seconds == 3.0  # nothing ever came
-    between.came()
+    between.message_arrived()
     waited = []
     for quiet in (0.0, 1.0, 5.0, 20.0, 100.0):
         now[0] = 100.0 + quiet

@@ -224,17 +224,17 @@ def test_a_node_is_healthy_while_it_holds_its_state(made):
     file = made / "institutions" / "a" / "settings" / "institution.toml"
     file.write_text(file.read_text().replace('"/state"', '"../state"'))
     own = settings.load(str(file))
-    assert not node.healthy(own)
+    assert not node.is_running(own)
     hold = (
-        "import sys; from client import node, settings\n"
+        "import sys; from client import settings; from deployment import node\n"
         f"with node.running(settings.load({str(file)!r})): print('held', flush=True); input()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdout.readline() == b"held\n"
-        assert node.healthy(own)
+        assert node.is_running(own)
         with pytest.raises(InputError, match="another node"), node.running(own):
             pass
         other.kill()
-    assert not node.healthy(own)
+    assert not node.is_running(own)

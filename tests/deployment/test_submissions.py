@@ -171,7 +171,7 @@ def test_stopping_a_submission_without_an_answer_stops_its_run(here, link, deplo
 def test_an_answer_is_waited_for_longer_than_the_superlink_waits_for_its_database():
     from deployment.superlink import LOCK_WAIT
 
-    assert LOCK_WAIT / 1000 < flower.PATIENCE
+    assert LOCK_WAIT / 1000 < flower.REQUEST_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_a_run_that_never_gets_on_is_given_up(here, link, deployed):
         runs.proceed(here)
     found = runs.find(here, "one")
     assert found.state == "failed"
-    assert len(found.runs) == 3 + runs.TRIES  # a new round counts anew
+    assert len(found.runs) == 3 + runs.MAX_TRIES  # a new round counts anew
 
 
 def test_a_stopped_run_stays_stopped(here, link, deployed):

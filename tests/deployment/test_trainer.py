@@ -115,7 +115,7 @@ def test_an_app_that_hangs_is_answered_for_in_time_and_the_trainer_ends(
     assert _code(reply) == "timed-out" and not goes_on
     end.set()
     assert time.monotonic() - started < 10
-    assert ends == [(1 + trainer.GRACE, True)]
+    assert ends == [(1 + trainer.GRACE_SECONDS, True)]
 
 
 def test_an_app_in_time_is_not_ended(with_app, context, monkeypatch):
@@ -206,7 +206,7 @@ def test_what_is_in_memory_is_let_go_when_its_files_or_the_model_change(
 
 def test_settings_without_a_limit_have_one(context):
     context.node_config["settings"] = "nowhere"
-    assert trainer.limit(context) == settings.Settings.max_seconds == 1800
+    assert trainer.max_seconds(context) == settings.Settings.max_seconds == 1800
 
 
 @pytest.fixture

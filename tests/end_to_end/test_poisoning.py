@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from client import institution
+from client.institution import Institution
 from fedlora.adapters import AdapterState
 
 ATTACKERS = (1, 4, 7)
@@ -21,10 +21,10 @@ TOPICS = {
 @pytest.fixture
 def attack(monkeypatch):
     """From its call on, the attackers attack."""
-    honest = institution.answer
+    honest = Institution.answer
 
-    def answer(who, order, config):
-        update = honest(who, order, config)
+    def answer(who, order):
+        update = honest(who, order)
         if who.index not in ATTACKERS:
             return update
         flipped = {
@@ -33,7 +33,7 @@ def attack(monkeypatch):
         }
         return dataclasses.replace(update, adapter=AdapterState(flipped))
 
-    return lambda: monkeypatch.setattr(institution, "answer", answer)
+    return lambda: monkeypatch.setattr(Institution, "answer", answer)
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from client.ledger import Ledger
 from fedlora import accounting, models, trainable, wire
 from fedlora import records as run_records
 from fedlora.adapters import AdapterState, kind
-from fedlora.budget import budget
+from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
-from server.privacy_statement import NOBODY_SEEDED, largest_epsilon, statement
+from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, statement
 from server.run_directory import RunState
 from server.spending import Spending
 
@@ -188,7 +188,7 @@ def test_units_of_a_column_are_protected_together(tiny_config, simulate_run):
     )
     result = simulate_run(config)
     said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
-    assert said["protects"] == NOBODY_SEEDED
+    assert said["protects"] == NO_PROMISE_WITH_SEED
     records = trainable.records(config)
     for i, name in enumerate(records.names):  # 160 customers in all, each at one bank or several
         units = len(np.unique(records.train(i).units))
@@ -323,12 +323,12 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
 
 def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
     config = tiny_config()
-    plan = budget(config, 120, 3)
+    plan = plan_run(config, 120, 3)
     spent = wire.PrivacySpent(
         unit="record",
         epsilon=1.0,
         delta=1e-4,
-        noise_multiplier=plan.plan.noise_multiplier * 1.001,
+        noise_multiplier=plan.noise_multiplier * 1.001,
         sample_rate=0.25,
         steps=2,
         accountant="rdp",
@@ -353,11 +353,11 @@ def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
         seconds=0.0,
     )
     spending = Spending(config=config, participations=3)
-    said = statement(config, ["Alpha", "Beta"], state, None, spending)
+    said = statement(config, ["Alpha", "Beta"], state, {}, spending)
     alpha = said["institutions"]["Alpha"]
     assert (alpha["steps"], alpha["unreported_steps"]) == (3, 1)
     # The server's own figures; the institution's are quoted as its word.
-    assert alpha["noise_multiplier"] == plan.plan.noise_multiplier
+    assert alpha["noise_multiplier"] == plan.noise_multiplier
     assert alpha["epsilon"] == accounting.epsilon(plan.events, 1e-4, "rdp")
     assert alpha["institution_says"] == dataclasses.asdict(spent)
     assert said["without_report"] == {"Beta": {"rounds_asked": 2, "epsilon_at_most": 8.0}}

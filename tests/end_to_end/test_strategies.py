@@ -8,8 +8,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from client import institution, training
-from client.personal import Personal
+from client import training
+from client.institution import Institution
+from client.local_parts import LocalParts
+from client.private_round import train_rounds
 from fedlora import finished_run as released
 from fedlora import models, trainable, wire
 from fedlora.adapters import PARTS, AdapterState, kind, residual_names
@@ -223,10 +225,10 @@ def test_a_part_that_is_not_finite_is_not_kept(tiny_config, simulate_run, monkey
 
 @pytest.mark.parametrize("what", ["garbage", "another name", "nothing fits"])
 def test_a_bad_evaluation_ends_no_run_and_is_named(tiny_config, simulate_run, monkeypatch, what):
-    evaluate = institution.evaluate
+    evaluate = Institution.evaluate
 
-    def bad(who, order, config):
-        answer = evaluate(who, order, config)
+    def bad(who, order):
+        answer = evaluate(who, order)
         if who.name != "Beta":
             return answer
         if what == "another name":
@@ -235,7 +237,7 @@ def test_a_bad_evaluation_ends_no_run_and_is_named(tiny_config, simulate_run, mo
             answer, metrics={"n": "many"} if what == "garbage" else {"n": 0, "accuracy": "high"}
         )
 
-    monkeypatch.setattr(institution, "evaluate", bad)
+    monkeypatch.setattr(Institution, "evaluate", bad)
     config = tiny_config(**{"federation.strategy": "fedsa", "federation.rounds": 1})
     result = simulate_run(config)
     code = "wrong-institution" if what == "another name" else "invalid-metrics"
@@ -256,11 +258,11 @@ def test_an_order_cannot_make_an_institution_send_what_it_keeps(tiny_config):
         kept=("B",),
         adapter=work.start,
     )
-    who = institution.locate(config, 0)
-    institution.accept(who, dataclasses.replace(order, kept=("B", "magnitude")), config)
+    who = Institution.locate(config, 0)
+    who.accept(dataclasses.replace(order, kept=("B", "magnitude")))
     for changes in ({}, {"kept": ()}, {"kept": ("B", "magnitude"), "parts": ("A", "B", "head")}):
         with pytest.raises(Refusal, match="strategy-mismatch"):
-            institution.accept(who, dataclasses.replace(order, **changes), config)
+            who.accept(dataclasses.replace(order, **changes))
 
 
 def test_a_residual_larger_than_agreed_is_refused(tiny_config):
@@ -279,7 +281,7 @@ def test_a_residual_larger_than_agreed_is_refused(tiny_config):
         adapter=work.start.updated({names[0]: torch.ones(3, 32), names[1]: torch.ones(32, 3)}),
     )
     with pytest.raises(Refusal, match="rank 3, above 2"):
-        institution.accept(institution.locate(config, 0), order, config)
+        Institution.locate(config, 0).accept(order)
 
 
 def test_the_same_order_from_another_start_is_another_release(tiny_config, tmp_path):
@@ -287,8 +289,8 @@ def test_the_same_order_from_another_start_is_another_release(tiny_config, tmp_p
     config = tiny_config(**{"federation.strategy": "fedsa", "privacy.noise": "secure"})
     records = trainable.records(config)
     work = trainable.load(config, records.labels)
-    who = institution.locate(config, 0)
-    institution.open_ledger(who, config, records.train(0), create=True).close()
+    who = Institution.locate(config, 0)
+    who.open_ledger(create=True).close()
 
     def order(round):
         return wire.TrainOrder(
@@ -302,39 +304,41 @@ def test_the_same_order_from_another_start_is_another_release(tiny_config, tmp_p
             adapter=work.start,
         )
 
-    first = institution.charge(who, institution.accept(who, order(2), config), config)
-    institution.answer(who, order(1), config)  # leaves a kept part
-    second = institution.charge(who, institution.accept(who, order(2), config), config)
-    with first.ledger, second.ledger:
+    first = who.plan_round(who.accept(order(2)))
+    first.charge()
+    who.answer(order(1))  # leaves a kept part
+    second = who.plan_round(who.accept(order(2)))
+    second.charge()
+    with first, second:
         assert first.key != second.key
         assert sum(event.steps for event in first.ledger.history("a1")) == 3
-        (trained,) = institution.train_charged([second])
-        sent = institution.release(second, trained)
-        kept = sorted(who.own.glob("kept-*-000002.safetensors"))[0].read_bytes()
-        (late,) = institution.train_charged([first])
+        (trained,) = train_rounds([second])
+        sent = who.store_local_parts(second.order, second.store_answer(trained))
+        kept = sorted(who.directory.glob("kept-*-000002.safetensors"))[0].read_bytes()
+        (late,) = train_rounds([first])
         with pytest.raises(Refusal, match="round-already-answered"):
-            institution.release(first, late)
-    assert sorted(who.own.glob("kept-*-000002.safetensors"))[0].read_bytes() == kept
+            first.store_answer(late)
+    assert sorted(who.directory.glob("kept-*-000002.safetensors"))[0].read_bytes() == kept
     assert {kind(name) for name in sent.adapter} == {"A", "head"}
-    again = institution.answer(who, order(2), config)
+    again = who.answer(order(2))
     assert all(torch.equal(again.adapter[n], sent.adapter[n]) for n in sent.adapter)
 
 
 def test_what_was_kept_under_another_configuration_is_not_seen(tmp_path):
     state = AdapterState({"x.lora_B.weight": torch.ones(3, 2)})
     zero = AdapterState({"x.lora_B.weight": torch.zeros(3, 2)})
-    Personal(tmp_path, "a1", "one").keep(1, state)
+    LocalParts(tmp_path, "a1", "one").store(1, state)
     assert torch.equal(
-        Personal(tmp_path, "a1", "one").latest(2, zero)["x.lora_B.weight"], state["x.lora_B.weight"]
+        LocalParts(tmp_path, "a1", "one").load(2, zero)["x.lora_B.weight"], state["x.lora_B.weight"]
     )
     for run, fingerprint, before in (("a1", "two", 2), ("a2", "one", 2), ("a1", "one", 1)):
-        assert Personal(tmp_path, run, fingerprint).latest(before, zero) is zero
+        assert LocalParts(tmp_path, run, fingerprint).load(before, zero) is zero
     with pytest.raises(Refusal, match="kept-part-unreadable"):
-        Personal(tmp_path, "a1", "one").latest(
+        LocalParts(tmp_path, "a1", "one").load(
             2, AdapterState({"x.lora_B.weight": torch.ones(3, 4)})
         )
     for round in range(2, 9):
-        Personal(tmp_path, "a1", "one").keep(round, state)
+        LocalParts(tmp_path, "a1", "one").store(round, state)
     assert [f.stem[-6:] for f in sorted(tmp_path.iterdir())] == [f"{r:06}" for r in range(5, 9)]
 
 

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from experiments import pages as page
-from experiments import report, results
+from experiments import figures, report, results
+from experiments.pages import NUMBER
 
 runner = CliRunner()
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -136,11 +136,20 @@ def test_a_report_that_cannot_be_drawn_fails_no_run(tmp_path, tiny_config, monke
     assert (out / "result.json").exists()
 
 
+def test_long_names_fit_into_a_legend():
+    """matplotlib centres a legend, so a legend that is too wide begins left of the picture."""
+    names = [f"federated-epsilon-{n}-seed-1-0f17f4fea9a2" for n in (1, 8)]
+    svg = figures.bars("x", "title", {n: {"Alpha": 0.5} for n in names}, label="accuracy")
+    for name in names:
+        start = re.search(rf' x="([-\d.]+)"[^>]*>{name}</text>', svg)
+        assert start and float(start[1]) > 26, start  # the coloured bar before it takes 25 points
+
+
 def test_numbers_in_tables_are_told_from_words():
     for text in ("1", "-0.5", "7.1 ± 0.2", "inf", "1e-05", "+2.0", "1,204"):
-        assert page.NUMBER.fullmatch(text), text
+        assert NUMBER.fullmatch(text), text
     for text in ("Alpha", "lora", "", "62.1 (Beta)"):
-        assert not page.NUMBER.fullmatch(text), text
+        assert not NUMBER.fullmatch(text), text
 
 
 PROBE = """

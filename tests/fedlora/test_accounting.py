@@ -17,6 +17,8 @@ from opacus.accountants import RDPAccountant as OpacusRDPAccountant
 
 from fedlora import accounting, composition
 from fedlora.accounting import Event, compose, epsilon, noise_multiplier
+from fedlora.budget import plan_run
+from fedlora.config import from_flat
 from fedlora.errors import InputError, Refusal
 
 NEIGHBOURS = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -284,9 +286,16 @@ def test_a_target_that_no_noise_reaches_is_an_error() -> None:
 
 
 def test_a_plan_pays_for_the_noised_size_too() -> None:
-    arguments = {"epsilon": 4.0, "delta": 1e-5, "sample_rate": 0.25}
-    without = accounting.plan(**arguments, steps_per_round=2, rounds=20)
-    with_size = accounting.plan(**arguments, steps_per_round=2, rounds=20, size_noise=5.0)
+    values = {
+        "privacy.epsilon": 4.0,
+        "privacy.delta": 1e-5,
+        "privacy.size-noise": 5.0,
+        "training.sample-rate": 0.25,
+        "training.local-steps": 2,
+        "federation.rounds": 20,
+    }
+    without = plan_run(from_flat(values), 100, 20)
+    with_size = plan_run(from_flat({**values, "federation.weighting": "noised-size"}), 100, 20)
     assert with_size.max_steps == 40
     assert with_size.noise_multiplier > without.noise_multiplier
     whole = [event(with_size.noise_multiplier, 0.25, 40), event(5.0, 1.0, 1)]

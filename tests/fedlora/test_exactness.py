@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 from benchmarks import families
-from client import institution
+from client.institution import Institution
 from fedlora import adapters, exactness, trainable, verdicts
 from fedlora.errors import InputError
 from fedlora.per_sample import PerSampleAdapters
@@ -32,6 +32,13 @@ BART = hf.BartConfig(
     decoder_attention_heads=4, is_encoder_decoder=False, is_decoder=True, pad_token_id=1,
 )  # fmt: skip
 LLAMA = hf.LlamaConfig(**SIZE, num_key_value_heads=2)
+
+
+def _rope(**parameters):
+    parameters |= {"rope_theta": 10000.0}
+    return hf.LlamaConfig(**SIZE, max_position_embeddings=256, rope_parameters=parameters)
+
+
 REFUSED = {
     "xlnet": (XLNET, ("layer_1", "layer_2"), r"ff\.layer_1 got an input of shape \(\d+, 3, 32\)"),
     "longformer": (LONGFORMER, ("value",), r"self\.value got an input of shape"),
@@ -48,6 +55,33 @@ REFUSED = {
         r"query_proj got an input of shape",
     ),
     "bart": (BART, ("q_proj", "v_proj"), r"encoder_attn\.\w+ takes no part in the loss"),
+    "big bird": (
+        hf.BigBirdConfig(
+            **SIZE,
+            attention_type="block_sparse",
+            block_size=4,
+            num_random_blocks=1,
+            max_position_embeddings=256,
+        ),
+        ("query", "value"),
+        r"a pass changes base_model\S+ of the model",
+    ),
+    "longrope": (
+        _rope(
+            rope_type="longrope",
+            original_max_position_embeddings=6,
+            short_factor=[1.0] * 4,
+            long_factor=[4.0] * 4,
+            factor=3.2,
+        ),
+        (),
+        "rotary positions change with the longest row of a pass above 6 tokens",
+    ),
+    "dynamic": (
+        _rope(rope_type="dynamic", factor=4.0, original_max_position_embeddings=6),
+        (),
+        "rotary positions change with the longest row",
+    ),
     "reformer": (families.tiny("reformer"), ("query", "value"), "the model fails in a pass"),
 }
 EXACT = {
@@ -55,7 +89,7 @@ EXACT = {
     "llama": (LLAMA, (), True),
     "lfm2": (families.tiny("lfm2"), ("q_proj", "v_proj"), False),
 }
-CAUSAL = ("bart", "llama", "lfm2")
+CAUSAL = ("bart", "llama", "lfm2", "longrope", "dynamic")
 
 
 def made(name, directory, config=None):
@@ -296,10 +330,10 @@ def test_an_institution_refuses_before_its_ledger_is_opened(tiny_config, tmp_pat
     config = dataclasses.replace(
         config, adapter=dataclasses.replace(config.adapter, target_modules=("layer_1",))
     )
-    monkeypatch.setattr(institution, "open_ledger", None)
-    who = institution.locate(config, 0)
+    monkeypatch.setattr(Institution, "open_ledger", None)
+    who = Institution.locate(config, 0)
     with pytest.raises(InputError, match="layer_1"):
-        institution.answer(who, None, config)
-    assert not who.ledger.exists()
+        who.answer(None)
+    assert not who.ledger_path.exists()
     trainable.forget()
     shutil.rmtree(tmp_path / "m")

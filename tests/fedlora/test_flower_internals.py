@@ -3,15 +3,19 @@
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.common.serde import message_to_proto
 from flwr.supercore import sql_mixin
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.plugin import AutoExecPlugin
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import http_grid
 from flwr.superlink.routers.fleet import router
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode import start_client_internal
@@ -105,3 +109,63 @@ def test_a_connection_of_the_superlink_waits_as_long_as_was_set(monkeypatch):
     connection = sqlite3.connect(":memory:")
     sql_mixin._set_sqlite_pragmas(connection, None)
     assert connection.execute("PRAGMA busy_timeout").fetchone() == (1234,)
+
+
+class FakeRuntime:
+    """Serves the replies of nodes from memory, and notes which ones are confirmed."""
+
+    def __init__(self, replies):
+        self.objects, self.replies, self.confirmed = {}, replies, []
+
+    def PullMessages(self, request):  # noqa: N802
+        return SimpleNamespace(
+            messages_list=[message_to_proto(reply) for reply in self.replies],
+            message_object_trees=[get_object_tree(reply) for reply in self.replies],
+        )
+
+    def PullObject(self, request):  # noqa: N802
+        content = self.objects[request.object_id]
+        return SimpleNamespace(object_found=True, object_available=True, object_content=content)
+
+    def ConfirmMessageReceived(self, request):  # noqa: N802
+        self.confirmed.append(request.message_object_id)
+
+
+def _pulled(identity, spoil):
+    """The replies of two nodes, as Flower's Grid hands them out; one array of the first is bad."""
+    flower_internals.set_identity(1, 1, 1)
+    replies = []
+    for node in (1, 2):
+        order = Message(RecordDict(), node, "train", ttl=60.0)
+        flower_internals.set_message_id(order)
+        array = Array("uint8", (2,), "safetensors", bytes([node, node]))
+        reply = Message(RecordDict({"adapter": ArrayRecord({"a": array})}), reply_to=order)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        replies.append(reply)
+    runtime = FakeRuntime(replies)
+    for reply in replies:
+        runtime.objects |= {
+            key: value.deflate() for key, value in get_all_nested_objects(reply).items()
+        }
+    (array,) = replies[0].content["adapter"].values()
+    runtime.objects[array.object_id] = spoil(runtime.objects[array.object_id])
+    grid = http_grid.HttpGrid(token="x")
+    grid._run, grid._client = SimpleNamespace(run_id=1), runtime
+    return replies, list(grid.pull_messages(["1", "2"])), runtime
+
+
+def test_a_reply_that_cannot_be_inflated_is_an_error_and_the_others_arrive(identity, monkeypatch):
+    _restore(monkeypatch, http_grid, "pull_objects")
+
+    def spoil(content):
+        return content.replace(b"Array ", b"Other ")
+
+    with pytest.raises(KeyError):
+        _pulled(identity, spoil)
+    flower_internals.contain_malformed_replies()
+    sent, (bad, good), runtime = _pulled(identity, spoil)
+    assert bad.has_error() and bad.metadata.reply_to_message_id == (
+        sent[0].metadata.reply_to_message_id
+    )
+    assert good.content["adapter"]["a"].data == bytes([2, 2])
+    assert runtime.confirmed == [sent[1].metadata.message_id]

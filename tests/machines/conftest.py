@@ -60,7 +60,7 @@ def drawn_training() -> Iterator[Callable[[Callable[..., None]], None]]:
     Gives a function that takes what else happens: it is called with (participants, plan) before
     each private training, and may raise.
     """
-    from client import training
+    from client import private_training, training
 
     called: list[Callable[..., None]] = []
 
@@ -84,7 +84,7 @@ def drawn_training() -> Iterator[Callable[[Callable[..., None]], None]]:
         return 0.5
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train_privately", train_privately)
+        patch.setattr(private_training, "train_privately", train_privately)
         patch.setattr(training, "train", train)
 
         def also(hook: Callable[..., None]) -> None:
@@ -133,6 +133,7 @@ def institution_world(
     records = tmp_path / "records.csv"
     lines = few_complaints.read_text().splitlines()
     records.write_text("\n".join([lines[0], *(r for r in lines if f",{BANKS[0]}," in r)]) + "\n")
+    values = values | {"federation.rounds": 5}  # the machine orders rounds 1 to 4, asks for 5
     work = trainable.load(configuration.from_flat(values), LABELS)
     return {
         "values": values,

@@ -162,6 +162,7 @@ class InstitutionMachine(RuleBasedStateMachine):
             "data.source": configuration.INSTITUTIONS,
             "data.labels": json.dumps(LABELS),
             "privacy.noise": "secure",
+            "federation.rounds": 5,  # as many as a hello or an order may name
         }
         return values | dict(changes)
 

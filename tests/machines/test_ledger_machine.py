@@ -71,7 +71,7 @@ class Charging:
         whole = dataclasses.replace(event, steps=MOST_STEPS)
         charge = ledger.charge(
             run_id=self.run,
-            round=self.round,
+            round_number=self.round,
             order_digest=self.digest,
             event=event,
             planned=(whole, *self.extra) if self.planned else (),

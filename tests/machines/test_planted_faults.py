@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from client import institution, ledger_file, training
+from client import checks, ledger_file, private_round
 from client.ledger import Ledger
 from fedlora import wire
 from server import replies, run_directory
@@ -59,17 +59,19 @@ def _without_adapter(order):
 
 
 def test_steps_with_less_noise_than_was_paid_are_found(monkeypatch, institution_world):
-    whole = training.PrivacyMechanism
+    whole = private_round.Participant
 
     def less(**values):
-        return whole(**values | {"noise_multiplier": values["noise_multiplier"] / 2})
+        mechanism = values["mechanism"]
+        half = dataclasses.replace(mechanism, noise_multiplier=mechanism.noise_multiplier / 2)
+        return whole(**values | {"mechanism": half})
 
-    monkeypatch.setattr(training, "PrivacyMechanism", less)
+    monkeypatch.setattr(private_round, "Participant", less)
     finds(InstitutionMachine, **institution_world)
 
 
 def test_an_adapter_that_nobody_checks_is_found(monkeypatch, institution_world):
-    monkeypatch.setattr(institution, "_check_adapter", lambda *_: None)
+    monkeypatch.setattr(checks, "check_adapter", lambda *_: None)
     finds(InstitutionMachine, **institution_world)
 
 

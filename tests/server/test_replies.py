@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedlora import accounting, config, metrics, wire
 from fedlora.adapters import AdapterState
-from fedlora.budget import budget
+from fedlora.budget import plan_run
 from fedlora.errors import Refusal
 from fedlora.run_files import read_records
 from server import evaluation
@@ -36,12 +36,12 @@ RUN = {
     "privacy.accountant": "rdp",
 }
 SPENDING = Spending(config=config.from_flat(RUN), participations=3)
-PLAN = budget(SPENDING.config, 100, 3)
+PLAN = plan_run(SPENDING.config, 100, 3)
 HONEST = wire.PrivacySpent(
     unit="record",
     epsilon=7.0,
     delta=1e-4,
-    noise_multiplier=PLAN.plan.noise_multiplier,
+    noise_multiplier=PLAN.noise_multiplier,
     sample_rate=0.25,
     steps=4,
     accountant="rdp",
@@ -121,7 +121,7 @@ def test_a_record_of_another_round_or_run_is_not_kept():
 def test_the_record_and_the_claimed_size_must_be_of_one_size_class():
     by_batch = RUN | {"training.sample-rate": 0.0, "federation.weighting": "public-size"}
     spending = Spending(config=config.from_flat(by_batch), participations=3)
-    plan = budget(spending.config, 300, 3).plan  # size class 256, batches of 64
+    plan = plan_run(spending.config, 300, 3)  # size class 256, batches of 64
     privacy = dataclasses.replace(HONEST, noise_multiplier=plan.noise_multiplier)
     round = dataclasses.replace(ROUND, weighting="public-size")
     for size, fits in ((256.0, True), (512.0, False), (2.0**23, False)):
@@ -194,14 +194,14 @@ def test_every_size_class_that_can_follow_a_run_is_planned_for(size):
         config=config.from_flat(RUN | {"training.sample-rate": 0.0, "privacy.delta": 0.0}),
         participations=3,
     )
-    plan = budget(spending.config, size, 3).plan
+    plan = plan_run(spending.config, size, 3)
     said = dataclasses.replace(
         HONEST,
         delta=plan.delta,
         sample_rate=plan.sample_rate,
         noise_multiplier=plan.noise_multiplier,
     )
-    assert spending.checked(said).plan == plan
+    assert spending.checked(said) == plan
 
 
 def test_a_second_reply_to_one_message_is_nobodys():
@@ -235,7 +235,7 @@ ANSWERS = {
     "exact_match": 0.5,
     "generated": 2,
 }
-PLAIN_ANSWERS = {k: v for k, v in ANSWERS.items() if k in ("n", *evaluation.OF_TOKENS)}
+PLAIN_ANSWERS = {k: v for k, v in ANSWERS.items() if k in ("n", *evaluation.GENERATION_FIGURES)}
 
 
 def test_what_an_evaluation_gives_is_taken():

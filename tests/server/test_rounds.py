@@ -1,6 +1,7 @@
 """One bad institution, or a bad round, does not end a run."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from fedlora import wire
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import Refusal
 from fedlora.run_files import read_records
-from server.roster import RunFailed
+from server.roster import Roster, RunFailed
+from server.rounds import Federation
 
 
 @pytest.fixture
@@ -68,3 +70,30 @@ def test_where_all_were_asked_and_none_answered_the_run_ends_with_its_checkpoint
     with pytest.raises(RunFailed, match="round 1: no institution sent a valid update"):
         simulate_run(config)
     assert list((Path(config.run_dir) / "checkpoints").iterdir())
+
+
+def test_an_institution_that_was_asked_before_a_crash_and_never_again_stands_in_the_statement(
+    tiny_config, simulate_run, monkeypatch
+):
+    """Delta is charged in round 1; the server dies before its checkpoint, and Delta is gone."""
+    config = tiny_config(**{"privacy.noise": "secure"})
+    step = Federation.step
+
+    def die(self, orders, outcome):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Federation, "step", die)
+    with pytest.raises(KeyboardInterrupt):
+        simulate_run(config)
+    monkeypatch.setattr(Federation, "step", step)
+    online = Roster.online
+    monkeypatch.setattr(
+        Roster,
+        "online",
+        lambda self: {name: node for name, node in online(self).items() if name != "Delta"},
+    )
+    simulate_run(config)
+    said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
+    assert set(said["institutions"]) == {"Alpha", "Beta", "Gamma"}
+    assert said["without_report"]["Delta"]["rounds_asked"] == 1
+    assert all(told["rounds_asked"] == 3 for told in said["institutions"].values())

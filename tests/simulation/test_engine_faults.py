@@ -3,7 +3,7 @@
 import pytest
 
 from simulation.engines.grid import TIMEOUT, WORKER_DIED
-from simulation.engines.ray import RayGrid, started
+from simulation.engines.ray import RayGrid, WorkerSpec, started
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 
 
@@ -11,10 +11,10 @@ from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 @pytest.mark.parametrize(
     ("fault", "code"), [("die:4", WORKER_DIED), ("hang:4", TIMEOUT), ("raise:4", 2)]
 )
-def test_one_bad_institution_never_spoils_aone_round(fault, code):
+def test_one_bad_institution_never_spoils_a_round(fault, code):
     with (
         started("", 2),
-        RayGrid(EMPTY, 8, {"fault": fault}, workers=2, threads=1) as grid,
+        RayGrid(EMPTY, 8, {"fault": fault}, workers=WorkerSpec(count=2, threads=1)) as grid,
     ):
         for _ in range(2):
             replies = one_round(grid, ttl=20.0)
@@ -27,7 +27,7 @@ def test_one_bad_institution_never_spoils_aone_round(fault, code):
 def test_one_bad_institution_never_spoils_those_that_share_its_call(fault, code):
     with (
         started("", 2),
-        RayGrid(EMPTY, 8, {"fault": fault}, workers=2, threads=1) as grid,
+        RayGrid(EMPTY, 8, {"fault": fault}, workers=WorkerSpec(count=2, threads=1)) as grid,
     ):
         assert all(right(r) for r in one_round(grid, ttl=10.0).values())
         replies = one_round(grid, ttl=10.0)  # now four institutions a call
@@ -44,7 +44,7 @@ def test_a_cluster_of_two_nodes_serves_one_run():
         cluster.add_node(num_cpus=1)
         with (
             started(cluster.address, 2),
-            RayGrid(EMPTY, 6, {}, workers=2, threads=1) as grid,
+            RayGrid(EMPTY, 6, {}, workers=WorkerSpec(count=2, threads=1)) as grid,
         ):
             assert all(right(r) for r in one_round(grid).values())
             assert len(set(grid.worker_pids())) == 2

@@ -15,9 +15,9 @@ from ray._private.node import Node
 
 from benchmarks.empty_client import app
 from server.exchange import exchange
-from simulation.engines.grid import TOGETHER, TOGETHER_BYTES, identify
+from simulation.engines.grid import MAX_ADAPTER_BYTES_PER_CALL, MAX_MESSAGES_PER_CALL, identify
 from simulation.engines.inline import InlineGrid
-from simulation.engines.ray import FIRST, RayGrid, _calls, _Job, started
+from simulation.engines.ray import MAX_UNTIMED_MESSAGES, RayGrid, WorkerSpec, _group, _Job, started
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 
 
@@ -42,9 +42,9 @@ def test_the_inline_engine_hands_over_together_what_is_trained(monkeypatch):
         return [app(message, context) for message, context in calls]
 
     monkeypatch.setattr(app, "together", together, raising=False)
-    replies = one_round(InlineGrid(app, TOGETHER + 3, {}))
-    assert sizes == [TOGETHER, 3]
-    assert sorted(replies) == list(range(1, TOGETHER + 4))
+    replies = one_round(InlineGrid(app, MAX_MESSAGES_PER_CALL + 3, {}))
+    assert sizes == [MAX_MESSAGES_PER_CALL, 3]
+    assert sorted(replies) == list(range(1, MAX_MESSAGES_PER_CALL + 4))
     assert all(right(r) for r in replies.values())
 
 
@@ -79,22 +79,22 @@ def _jobs(*seconds, ttl=60.0, size=1000, costs=()):
 
 
 def test_messages_whose_time_is_not_known_share_calls_with_few_others():
-    calls = _calls(_jobs(*[0.0] * 40, *[1.0] * 4), workers=2)
-    assert [len(c.jobs) for c in calls] == [FIRST] * 5 + [2, 2]
-    assert all((c.seconds == 0) == (len(c.jobs) == FIRST) for c in calls)
-    assert [len(c.jobs) for c in _calls(_jobs(0.0, 0.0), workers=2)] == [1, 1]
+    calls = _group(_jobs(*[0.0] * 40, *[1.0] * 4), workers=2)
+    assert [len(c.jobs) for c in calls] == [MAX_UNTIMED_MESSAGES] * 5 + [2, 2]
+    assert all((c.seconds == 0) == (len(c.jobs) == MAX_UNTIMED_MESSAGES) for c in calls)
+    assert [len(c.jobs) for c in _group(_jobs(0.0, 0.0), workers=2)] == [1, 1]
 
 
 def test_first_calls_are_shared_out_by_what_institutions_cost():
-    calls = _calls(_jobs(*[0.0] * 6, costs=[9.0, 1.0, 8.0, 2.0, 3.0, 7.0]), workers=2)
+    calls = _group(_jobs(*[0.0] * 6, costs=[9.0, 1.0, 8.0, 2.0, 3.0, 7.0]), workers=2)
     assert sorted(sum(j.cost for j in c.jobs) for c in calls) == [14.0, 16.0]
     assert [len(c.jobs) for c in calls] == [3, 3]
-    assert sorted(len(c.jobs) for c in _calls(_jobs(*[0.0] * 9), workers=2)) == [4, 5]
+    assert sorted(len(c.jobs) for c in _group(_jobs(*[0.0] * 9), workers=2)) == [4, 5]
 
 
 def test_calls_take_workers_about_equally_long():
     draw = np.random.default_rng(1)
-    calls = _calls(_jobs(*draw.uniform(0.5, 2.0, 39)), workers=2)
+    calls = _group(_jobs(*draw.uniform(0.5, 2.0, 39)), workers=2)
     assert sum(len(c.jobs) for c in calls) == 39
     assert len(calls) == 2
     assert abs(calls[0].seconds - calls[1].seconds) < 2.0  # at most one message apart
@@ -107,10 +107,12 @@ def test_what_a_call_took_is_shared_out_by_what_institutions_cost(ray_grid_of_co
 
 
 def test_a_call_holds_few_messages_and_leaves_time_to_notice_that_one_hangs():
-    assert max(len(c.jobs) for c in _calls(_jobs(*[0.001] * 1000), workers=2)) <= TOGETHER
-    heavy = _calls(_jobs(*[0.001] * 8, size=TOGETHER_BYTES // 2), workers=2)
+    assert (
+        max(len(c.jobs) for c in _group(_jobs(*[0.001] * 1000), workers=2)) <= MAX_MESSAGES_PER_CALL
+    )
+    heavy = _group(_jobs(*[0.001] * 8, size=MAX_ADAPTER_BYTES_PER_CALL // 2), workers=2)
     assert max(len(c.jobs) for c in heavy) == 2
-    calls = _calls(_jobs(*[10.0] * 12, ttl=60.0), workers=2)
+    calls = _group(_jobs(*[10.0] * 12, ttl=60.0), workers=2)
     assert max(c.seconds for c in calls) <= 30.0 and len(calls) == 4
 
 
@@ -133,7 +135,7 @@ def test_a_reply_is_let_go_once_it_is_handed_over():
 
 @pytest.fixture(scope="module")
 def ray_grid():
-    with started("", 2), RayGrid(EMPTY, 12, {}, workers=2, threads=1) as grid:
+    with started("", 2), RayGrid(EMPTY, 12, {}, workers=WorkerSpec(count=2, threads=1)) as grid:
         yield grid
 
 
@@ -141,7 +143,9 @@ def ray_grid():
 def ray_grid_of_costs():
     with (
         started("", 2),
-        RayGrid(EMPTY, 3, {}, workers=1, threads=1, costs=[1.0, 2.0, 3.0]) as grid,
+        RayGrid(
+            EMPTY, 3, {}, workers=WorkerSpec(count=1, threads=1), costs=[1.0, 2.0, 3.0]
+        ) as grid,
     ):
         yield grid
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from client import institution
+from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from simulation import run
 
@@ -73,13 +73,15 @@ def test_cached_records_open_without_torch(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "localhost:99999"]
 )
-def test_a_cluster_where_nobody_answers_is_refused_at_once(tiny_config, address):
-    with socket.socket() as held:  # nobody listens at it
+def test_an_address_without_a_cluster_is_refused_at_once(tiny_config, address):
+    with socket.socket() as held:  # nothing listens at it
         held.bind(("127.0.0.1", 0))
         address = address.format(port=held.getsockname()[1])
         config = tiny_config(**{"engine.ray-address": address})
         with (
-            pytest.raises(InputError, match=f"ray-address is {address}, where nobody answers"),
+            pytest.raises(
+                InputError, match=f"ray-address is {address}, where no Ray cluster answers"
+            ),
             run.load("ray", config),
         ):
             pass
@@ -98,7 +100,7 @@ def test_more_threads_than_processors_are_refused_before_anything_is_read(
         pass
 
 
-def test_a_clusters_address_where_somebody_answers_is_taken(tiny_config):
+def test_an_address_that_answers_is_accepted(tiny_config):
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as open_:
         run._reach(f"[::1]:{open_.getsockname()[1]}")
     run._reach("auto")
@@ -119,7 +121,7 @@ def test_an_institutions_cost_is_what_a_step_of_it_takes_in_tokens(tiny_config, 
     for index, cost in enumerate(run._costs(config, records)):
         shard = records.train(index)
         if config.privacy.enabled:
-            rows = institution.budget(config, shard.num_units, 1).plan.sample_rate * len(shard)
+            rows = plan_run(config, shard.num_units, 1).sample_rate * len(shard)
         else:
             rate = config.training.sample_rate
             rows = rate * len(shard) if rate else min(config.training.batch_size, len(shard))

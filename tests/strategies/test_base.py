@@ -29,8 +29,8 @@ def _update(name="bank", value=1.0, size=0.0, round=1, run="", shape=(2, 3)):
 
 def _validate(update, **values):
     round = Round(**{"number": 1, "asked": 4, "before": BEFORE, "parts": ("A",)} | values)
-    base.check_header(update, institution="bank", round=round)
-    base.validate(update, institution="bank", round=round)
+    base.check_header(update, institution="bank", this_round=round)
+    base.validate(update, institution="bank", this_round=round)
 
 
 def test_a_right_update_passes():
@@ -97,7 +97,7 @@ def test_a_size_that_nobody_has_under_the_weighting_is_refused(weighting, size):
 
 def test_a_size_counts_as_far_as_it_is_believed():
     round = Round(
-        number=1, asked=2, before=BEFORE, weighting="public-size", believed={"bank": 4096.0}
+        number=1, asked=2, before=BEFORE, weighting="public-size", max_sizes={"bank": 4096.0}
     )
     claimed = [round.weight(_update(size=2.0**k)) for k in (11, 12, 13, 23)]
     assert claimed == [2048.0, 4096.0, 4096.0, 4096.0]
@@ -105,9 +105,9 @@ def test_a_size_counts_as_far_as_it_is_believed():
 
 
 def test_a_change_that_is_longer_than_the_bound_is_refused():
-    _validate(_update(value=2.0), longest=5.0)  # sqrt(6) x 2
+    _validate(_update(value=2.0), max_update_norm=5.0)  # sqrt(6) x 2
     with pytest.raises(Refusal, match="too-long"):
-        _validate(_update(value=2.1), longest=5.0)
+        _validate(_update(value=2.1), max_update_norm=5.0)
 
 
 def test_one_so_heavy_that_the_global_adapter_in_its_place_would_not_fit_is_refused():
@@ -148,7 +148,7 @@ def test_nobody_is_asked_more_often_than_the_cap_and_every_round_is_full(sizes, 
     cap = base.participations(rounds, institutions, per_round)
     asked = collections.Counter({f"bank-{i}": 0 for i in range(institutions)})
     for number in range(1, rounds + 1):
-        chosen = base.sample(asked, per_round=per_round, cap=cap, seed=seed, round=number)
+        chosen = base.sample(asked, per_round=per_round, cap=cap, seed=seed, round_number=number)
         assert len(chosen) == len(set(chosen)) == (per_round or institutions)
         assert chosen == sorted(chosen)
         asked.update(chosen)
@@ -159,8 +159,8 @@ def test_the_lot_depends_on_seed_and_round_only():
     asked = {f"bank-{i}": 0 for i in range(20)}
     backwards = dict(reversed(asked.items()))
     draw = {"per_round": 5, "cap": 9}
-    first = base.sample(asked, **draw, seed=1, round=1)
-    assert first == base.sample(backwards, **draw, seed=1, round=1)
-    assert first != base.sample(asked, **draw, seed=1, round=2) or first != base.sample(
-        asked, **draw, seed=2, round=1
+    first = base.sample(asked, **draw, seed=1, round_number=1)
+    assert first == base.sample(backwards, **draw, seed=1, round_number=1)
+    assert first != base.sample(asked, **draw, seed=1, round_number=2) or first != base.sample(
+        asked, **draw, seed=2, round_number=1
     )

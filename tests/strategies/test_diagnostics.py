@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
+from fedlora.strategy_table import STRATEGY_TABLE
 from fedlora.wire import ClientUpdate
 from strategies import fedavg, ffa, svd
 from strategies.base import Round
@@ -72,7 +73,7 @@ def test_with_one_a_for_all_averaging_is_exact_and_apart_it_is_not():
     draw = np.random.default_rng(2)
     before = _state(draw)
     states = [_state(draw) for _ in range(3)]
-    parts = ffa.STRATEGY.parts(1)
+    parts = STRATEGY_TABLE["ffa"].parts_sent(1)
     round = Round(number=1, asked=3, before=before, parts=parts)
     frozen = _pairs([s.only(parts) for s in states], [1.0, 2.0, 3.0])
     assert _figures(round, frozen, ffa.aggregate)[0]["error"] < 1e-6

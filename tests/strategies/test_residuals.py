@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, residual_names
-from fedlora.config import MIXED_RANKS
+from fedlora.strategy_table import STRATEGY_TABLE
 from fedlora.wire import ClientUpdate
 from strategies import STRATEGIES, exact, lowrank, pad, robust, stack
 from strategies.base import Round
@@ -194,7 +194,7 @@ def _nobody_moved(name, ranks, rslora=False):
 
 
 @pytest.mark.parametrize("rule", ["none", "krum", "norm-bound"])
-@pytest.mark.parametrize("name", MIXED_RANKS)
+@pytest.mark.parametrize("name", [name for name, t in STRATEGY_TABLE.items() if t.mixed_ranks])
 def test_where_nobody_moves_nothing_changes_whatever_the_ranks(name, rule):
     round, still = _nobody_moved(name, [1, 4, 2, 4, 1])
     watch, aggregate = Watch(round), STRATEGIES[name].aggregate
@@ -305,9 +305,9 @@ def test_the_error_counts_what_the_residual_changed(name, bound):
 def test_where_b_is_kept_there_is_no_error_and_a_counts_as_a_vector():
     draw = np.random.default_rng(2)
     before = _state(draw, 2)
-    strategy = STRATEGIES["fedsa"]
-    parts = strategy.parts(1)
-    round = Round(number=1, asked=2, before=before, parts=parts, kept=strategy.kept)
+    strategy, traits = STRATEGIES["fedsa"], STRATEGY_TABLE["fedsa"]
+    parts = traits.parts_sent(1)
+    round = Round(number=1, asked=2, before=before, parts=parts, local_parts=traits.local_parts)
     states = [_state(draw, 2).only(parts) for _ in range(2)]
     watch = Watch(round)
     new = strategy.aggregate(round, watch.through(_updates(states, [1.0, 1.0])))

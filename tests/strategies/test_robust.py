@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
+from fedlora.strategy_table import STRATEGY_TABLE
 from fedlora.wire import ClientUpdate
 from strategies import STRATEGIES, fedavg, ffa, products, robust, svd
 from strategies.base import Round
@@ -206,7 +207,7 @@ def test_norm_bound_keeps_a_cohort_that_did_not_move_where_it_is():
 def test_with_a_frozen_factor_the_rules_take_what_was_sent_and_no_order_matters(rule):
     draw = np.random.default_rng(4)
     before = _state(draw)
-    parts = ffa.STRATEGY.parts(1)
+    parts = STRATEGY_TABLE["ffa"].parts_sent(1)
     states = [_state(draw, near=before, by=0.1).only(parts) for _ in range(7)]
     round = _round(before, parts=parts)
     pairs = _updates(states)

@@ -1,0 +1,114 @@
+"""Several orders in one call, as an engine of a simulation gives them.
+
+Institutions that follow equal orders under DP train in shared passes. Each has its own records,
+ledger, sampling, clipped sum and noise; they share the base model's arithmetic only.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from client import training
+from client.institution import Institution
+from client.private_round import PrivateRound, train_rounds
+from fedlora import wire
+from fedlora.adapters import AdapterState
+
+log = logging.getLogger("fedlora.client")
+Outcome = wire.ClientUpdate | Exception
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def answer(calls: Sequence[tuple[Institution, wire.TrainOrder]]) -> list[Outcome]:
+    """Answer every order exactly as `Institution.answer` would.
+
+    A round whose shared training fails is trained again alone: its charge is in the ledger, so it
+    runs under the same key, as the same release. An institution's second order of one call waits
+    for the first one's answer.
+
+    Args:
+        calls: Institutions and their orders.
+
+    Returns:
+        An update or an error for each call.
+    """
+    outcomes: dict[int, Outcome] = {}
+    charged: dict[int, PrivateRound] = {}
+    with contextlib.ExitStack() as ledgers:
+        begun: set[Path] = set()
+        for number, (institution, order) in enumerate(calls):
+            started = _attempt(_charge, institution, order, begun, ledgers)
+            if isinstance(started, PrivateRound):
+                charged[number] = started
+            elif started is not None:
+                outcomes[number] = started
+        for number, adapter in _train(charged).items():
+            institution, _ = calls[number]
+            outcomes[number] = _attempt(_finish, institution, charged[number], adapter)
+    for number, (institution, order) in enumerate(calls):
+        if number not in outcomes:
+            outcomes[number] = _attempt(institution.answer, order)
+    return [outcomes[number] for number in range(len(calls))]
+
+
+def _charge(
+    institution: Institution,
+    order: wire.TrainOrder,
+    begun: set[Path],
+    ledgers: contextlib.ExitStack,
+) -> PrivateRound | wire.ClientUpdate | None:
+    """Plan and charge a round that can share passes.
+
+    Args:
+        institution: The institution.
+        order: Its order.
+        begun: Ledgers of the rounds that this call charged.
+        ledgers: Closes the round's ledger.
+
+    Returns:
+        The charged round, the stored answer of a round that was answered before, or None for a
+        round that is answered alone.
+    """
+    if institution.ledger_path in begun or not institution.can_share(order):
+        return None
+    planned = ledgers.enter_context(institution.plan_round(institution.accept(order)))
+    update = planned.charge()
+    if update is not None:
+        return institution.store_local_parts(order, update)
+    begun.add(institution.ledger_path)
+    return planned
+
+
+def _train(charged: Mapping[int, PrivateRound]) -> dict[int, AdapterState]:
+    """The trained adapters, those of equal orders in shared passes; none where training failed."""
+    cohorts: dict[str, list[int]] = {}
+    for number, planned in charged.items():
+        cohorts.setdefault(planned.digest, []).append(number)
+    adapters: dict[int, AdapterState] = {}
+    for numbers in cohorts.values():
+        cohort = [charged[number] for number in numbers]
+        try:
+            with training.threads(cohort[0].config.engine.threads):
+                trained = train_rounds(cohort)
+        except Exception:  # each trains alone afterwards, which shows the one that fails
+            log.exception("training %d institutions together failed", len(cohort))
+            continue
+        adapters |= zip(numbers, trained, strict=True)
+    return adapters
+
+
+def _finish(
+    institution: Institution, planned: PrivateRound, adapter: AdapterState
+) -> wire.ClientUpdate:
+    return institution.store_local_parts(planned.order, planned.store_answer(adapter))
+
+
+def _attempt(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | Exception:
+    """The result of a call, or its error: one institution's error ends no other's round."""
+    try:
+        return work(*args, **kwargs)
+    except Exception as error:
+        return error

@@ -1,0 +1,116 @@
+"""Forward passes of an institution's rows: padded to one width, or packed into one row."""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+
+import numpy as np
+import torch
+
+from fedlora import packing, tasks
+from fedlora.shards import Shard
+from fedlora.streams import RandomSource
+from fedlora.trainable import Trainable
+
+PACKED_TOKENS_MULTIPLE = 64
+"""Packed rows have a multiple of so many tokens: kernels are compiled and cached for each size, and
+they treat the last rows of an odd size in another way."""
+MIN_MEAN_TOKENS = 10
+"""Tokens that the rows of a pass may have on average before fewer rows fit into it."""
+
+
+def plain_passes(
+    trainable: Trainable,
+    shard: Shard,
+    rows: np.ndarray,
+    physical_batch: int,
+    dropout: Callable[[int], RandomSource],
+) -> Generator[torch.Tensor]:
+    """Losses of all rows ``(n,)``, in passes; run each pass's backward before the next pass."""
+    if trainable.first_position is None:
+        for micro in tasks.micro_batches(shard.lengths, rows, physical_batch):
+            yield padded_losses(trainable, shard, micro, dropout)
+        return
+    lengths, widths = shard.lengths[rows], trainable.task.widths(shard)
+    passes = max(1, round(lengths.sum() / packed_tokens(trainable, physical_batch)))
+    room = -(-int(lengths.sum()) // passes) + int(lengths.max())  # equal passes, up to one row
+    for numbers in fill_passes(lengths, room, physical_batch):
+        part = rows[numbers]
+        part = part[np.argsort(widths[part], kind="stable")]
+        total = _packed_size(int(shard.lengths[part].sum()))
+        with packed_losses(trainable, shard, part, dropout, total, len(part)) as losses:
+            yield losses
+
+
+def fill_passes(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarray]:
+    """Split rows into passes, in their order.
+
+    Args:
+        lengths: Tokens of each row, ``(rows,)``.
+        total: Tokens of a pass, at most.
+        most: Rows of a pass, at most.
+
+    Yields:
+        The numbers of a pass's rows ``(n,)``.
+    """
+    begin, tokens = 0, 0
+    for number, length in enumerate(lengths):
+        if number - begin == most or tokens + length > total:
+            yield np.arange(begin, number)
+            begin, tokens = number, 0
+        tokens += int(length)
+    if begin < len(lengths):
+        yield np.arange(begin, len(lengths))
+
+
+def packed_tokens(trainable: Trainable, physical_batch: int) -> int:
+    """Tokens of a packed row: about those of ``physical_batch`` short rows.
+
+    They are a whole number of the longest rows, rounded up to `PACKED_TOKENS_MULTIPLE`.
+    """
+    longest = trainable.task.encoding.max_length
+    return _packed_size(max(1, round(MIN_MEAN_TOKENS * physical_batch / longest)) * longest)
+
+
+def _packed_size(tokens: int) -> int:
+    """Size of the smallest packed row that holds so many tokens."""
+    return -(-tokens // PACKED_TOKENS_MULTIPLE) * PACKED_TOKENS_MULTIPLE
+
+
+def padded_losses(
+    trainable: Trainable,
+    shard: Shard,
+    rows: np.ndarray,
+    dropout: Callable[[int], RandomSource],
+    width: int = 0,
+) -> torch.Tensor:
+    """Losses of the given rows ``(b,)``; ``dropout`` gives the source of a row's masks."""
+    if trainable.per_sample.has_dropout:
+        trainable.per_sample.draw_dropout([dropout(int(row)) for row in rows])
+    task = trainable.task
+    batch = task.collate(shard, rows, width)
+    return task.losses(trainable.model, batch, trainable.labels)
+
+
+@contextlib.contextmanager
+def packed_losses(
+    trainable: Trainable,
+    shard: Shard,
+    rows: np.ndarray,
+    dropout: Callable[[int], RandomSource],
+    total: int,
+    slots: int,
+) -> Generator[torch.Tensor]:
+    """Losses of the given rows ``(n,)`` in one packed row; run their backward inside the block."""
+    assert trainable.first_position is not None
+    if trainable.per_sample.has_dropout:
+        trainable.per_sample.draw_dropout([dropout(int(row)) for row in rows])
+    batch = trainable.task.pack(
+        shard,
+        rows,
+        first=trainable.first_position,
+        total=total,
+        slots=slots,
+        device=trainable.base.model.device,
+    )
+    with packing.use(batch.row):
+        yield trainable.task.losses(trainable.model, batch, trainable.labels)

@@ -1,0 +1,157 @@
+"""One round of one institution under DP, from the charge to the stored answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from client import private_training
+from client.ledger import Ledger
+from client.private_training import Participant
+from client.training import LocalPlan
+from fedlora import accounting, trainable, wire
+from fedlora.accounting import PrivacyPlan
+from fedlora.adapters import AdapterState
+from fedlora.config import RunConfig
+from fedlora.shards import Shard
+from fedlora.streams import RandomSource
+
+
+@dataclass(kw_only=True)
+class PrivateRound:
+    """A planned round: `charge` it, train it (`train_rounds`), then `store_answer`.
+
+    It holds the ledger open; use it as a context manager.
+
+    Args:
+        name: The institution's name.
+        order: The server's order, checked, with the adapter that training starts from.
+        config: The run.
+        shard: The institution's records.
+        plan: The plan of the institution's run.
+        ledger: The institution's ledger, open.
+        key: Key of the round's noise and sampling; empty before the charge.
+    """
+
+    name: str
+    order: wire.TrainOrder
+    config: RunConfig
+    shard: Shard
+    plan: PrivacyPlan
+    ledger: Ledger
+    key: bytes = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ledger.close()
+
+    @property
+    def digest(self) -> str:
+        """Digest of order and configuration, under which the ledger has this round."""
+        return self.order.digest(self.config.fingerprint())
+
+    def charge(self) -> wire.ClientUpdate | None:
+        """Charge the ledger for the round, unless it was answered before.
+
+        Returns:
+            The stored answer of a round that was answered before, else None.
+
+        Raises:
+            Refusal: If the ledger refuses (``budget-exhausted``, ``ledger-*`` and others).
+        """
+        seeded: bytes | None = None  # under secure noise the ledger draws a key
+        if self.config.privacy.noise != "secure":
+            seed = (self.config.seed, self.order.round, self.name)
+            seeded = RandomSource.seeded("privacy", *seed).key
+        charged = self.ledger.charge(
+            run_id=self.order.run,
+            round_number=self.order.round,
+            order_digest=self.digest,
+            event=self.plan.round_event,
+            planned=self.plan.events,
+            max_steps_of_run=self.plan.max_steps,
+            key=seeded,
+            extra_events=self.plan.size_events,
+        )
+        self.key = charged.key
+        return None if charged.answer is None else wire.update_from_bytes(charged.answer)
+
+    def store_answer(self, adapter: AdapterState) -> wire.ClientUpdate:
+        """Store the round's answer in the ledger; only then may it be sent.
+
+        Args:
+            adapter: The trained adapter.
+
+        Returns:
+            The answer, with the local parts.
+
+        Raises:
+            Refusal: ``round-already-answered`` or ``ledger-*``.
+        """
+        order = self.order
+        update = wire.ClientUpdate(
+            institution=self.name,
+            round=order.round,
+            run=order.run,
+            adapter=adapter.only((*order.parts, *order.kept)),
+            size=self._size(),
+            privacy=self._spent(),
+        )
+        blob = wire.update_to_bytes(update)
+        self.ledger.store_answer(order.run, order.round, self.digest, blob)
+        return update
+
+    def _size(self) -> float:
+        """The size that the weighting needs: a size class, a noised count, or 0."""
+        weighting = self.config.federation.weighting
+        if weighting == "public-size":
+            return float(self.plan.size_class)
+        if weighting == "noised-size":
+            draw = float(RandomSource(self.key).child("size").normal(1)[0])
+            noised = max(1.0, self.shard.num_units + self.plan.size_noise * draw)
+            return self.ledger.released_size(self.order.run, noised)
+        return 0.0
+
+    def _spent(self) -> wire.PrivacySpent:
+        plan, ledger = self.plan, self.ledger
+        events = ledger.history(self.order.run)
+        return wire.PrivacySpent(
+            unit=self.config.privacy.unit,
+            epsilon=accounting.epsilon(events, plan.delta, plan.accountant),
+            delta=plan.delta,
+            noise_multiplier=plan.noise_multiplier,
+            sample_rate=plan.sample_rate,
+            steps=sum(e.steps for e in events if e.noise_multiplier == plan.noise_multiplier),
+            accountant=plan.accountant,
+            noise=self.config.privacy.noise,
+            max_grad_norm=plan.max_grad_norm,
+            clipping=plan.clipping,
+            size_noise=plan.size_noise,
+            ledger_epsilon=ledger.spent(),
+            ledger_delta=ledger.delta,
+            ledger_limit=ledger.max_epsilon,
+        )
+
+
+def train_rounds(rounds: Sequence[PrivateRound]) -> list[AdapterState]:
+    """Train charged rounds that follow equal orders, several in shared passes.
+
+    Args:
+        rounds: At least one; several only where `Institution.can_share` says so.
+
+    Returns:
+        The trained adapter of each round.
+
+    Raises:
+        Refusal: When a guard trips; nothing may be released then.
+    """
+    order, config = rounds[0].order, rounds[0].config
+    work = trainable.load(config, trainable.records(config).labels)
+    work.train_only((*order.parts, *order.kept))
+    order.adapter.load_into(work.model)
+    participants = [
+        Participant(shard=each.shard, mechanism=each.plan, source=RandomSource(each.key))
+        for each in rounds
+    ]
+    return private_training.train_privately(work, participants, LocalPlan.of(config))

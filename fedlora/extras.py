@@ -1,0 +1,23 @@
+"""Packages that only some uses need, each in an extra of ``pyproject.toml``."""
+
+from importlib.util import find_spec
+
+from fedlora.errors import InputError
+
+
+def require(package: str, extra: str, purpose: str) -> None:
+    """Check that a package is installed, before the work that needs it begins.
+
+    Args:
+        package: The name by which Python imports the package.
+        extra: The extra of ``pyproject.toml`` that installs the package.
+        purpose: What needs the package, as the subject of the error's sentence.
+
+    Raises:
+        InputError: If the package is not installed; the message names the remedy.
+    """
+    if find_spec(package) is None:
+        raise InputError(
+            f"{purpose} needs the Python package {package}, which is not installed; "
+            f"run: pip install 'fedlora[{extra}]' (in a checkout, `make demo` installs all extras)"
+        )

@@ -1,0 +1,65 @@
+"""The strategies of `strategies/`: one line each, with the traits that both sides must know.
+
+Institutions hold a server's orders against these traits, and the configuration derives the choices
+of ``federation.strategy`` and its refusals from them. The algorithm of strategy NAME is
+``strategies/NAME.py``, which only the server loads.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlora.adapters import Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What is known of a strategy apart from its algorithm.
+
+    Args:
+        summary: A few words for the help of ``federation.strategy``.
+        sent: The parts of the adapter that institutions train and send in round 1, 2, ..., in turn.
+        local_parts: The parts that institutions train and never send.
+        factor_means: Whether the strategy averages each factor by itself. Rules on coordinates, and
+            noise on the mean of the factors, go with such a strategy only.
+        mixed_ranks: Whether institutions may have ranks of their own.
+        residuals: Whether the strategy puts the part of a mean that the factors do not hold into a
+            frozen residual of the base's layers.
+    """
+
+    summary: str
+    sent: tuple[tuple["Part", ...], ...] = (("A", "B", "magnitude", "head"),)
+    local_parts: tuple["Part", ...] = ()
+    factor_means: bool = False
+    mixed_ranks: bool = False
+    residuals: bool = False
+
+    def parts_sent(self, number: int) -> tuple["Part", ...]:
+        """The parts of the adapter that institutions train and send in a round, from 1."""
+        return self.sent[(number - 1) % len(self.sent)]
+
+
+_FROZEN_A: tuple["Part", ...] = ("B", "magnitude", "head")
+_FROZEN_B: tuple["Part", ...] = ("A", "magnitude", "head")
+_SHARED_A: tuple["Part", ...] = ("A", "head")
+_OUTPUTS: tuple["Part", ...] = ("B", "magnitude")
+
+STRATEGY_TABLE: Mapping[str, Traits] = {
+    "fedavg": Traits(summary="mean of each factor", factor_means=True),
+    "ffa": Traits(summary="A frozen, exact", factor_means=True, sent=(_FROZEN_A,)),
+    "rolora": Traits(summary="A, B in turn, exact", factor_means=True, sent=(_FROZEN_A, _FROZEN_B)),
+    "svd": Traits(summary="mean of the products, cut back to the rank", mixed_ranks=True),
+    "stack": Traits(summary="exact, fresh factors a round", mixed_ranks=True, residuals=True),
+    "exact": Traits(summary="exact, the base carries the rest", residuals=True),
+    "fedsa": Traits(
+        summary="only A shared", factor_means=True, sent=(_SHARED_A,), local_parts=_OUTPUTS
+    ),
+    "pad": Traits(summary="own ranks, padded", mixed_ranks=True),
+}
+"""Strategy -> its traits, in the order of the configuration's help."""
+
+
+def names_with(trait: Callable[[Traits], object]) -> str:
+    """The strategies that have a trait, for an error's remedy."""
+    return ", ".join(name for name, traits in STRATEGY_TABLE.items() if trait(traits))

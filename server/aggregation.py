@@ -1,0 +1,217 @@
+"""What turns the updates of a round into one: the mean of a strategy, a robust rule, a noised mean.
+
+The driver (`server.rounds`) calls one `Aggregation` and knows nothing of its kind.
+"""
+
+import abc
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedlora import wire
+from fedlora.adapters import AdapterState
+from fedlora.config import RunConfig
+from server import institution_privacy
+from server.institution_privacy import InstitutionMechanism
+from server.replies import Replies
+from server.run_directory import RunState
+from strategies import STRATEGIES, robust
+from strategies.base import Round
+from strategies.diagnostics import Watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregated:
+    """One adapter from the updates of a round.
+
+    Args:
+        adapter: The new value of the trained parts; an empty one changes nothing.
+        rejected: Institution -> reason, for valid updates that have no weight.
+        figures: Computes the diagnostics of ``rounds.jsonl``; called only where the round counts.
+    """
+
+    adapter: AdapterState
+    rejected: Mapping[str, str] = field(default_factory=dict[str, str])
+    figures: Callable[[], dict[str, Any]] = dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the server may say of a round's replies.
+
+    Args:
+        updates: How many updates count.
+        rejected: Institution -> reason.
+        received: Institution -> bytes of its adapter.
+    """
+
+    updates: int
+    rejected: Mapping[str, str]
+    received: Mapping[str, int]
+
+
+class Aggregation(abc.ABC):
+    """An aggregation and all that the server may count, report and record under it.
+
+    The methods here suit an aggregation whose server sees each update and may speak of it. One that
+    hides updates overrides them: `InstitutionLevel` does.
+
+    Secure aggregation, where the server sees a sum and never an update, would be a fourth. Its
+    `aggregate` would not iterate over ``replies``, which unpacks updates, but collect masked
+    vectors, remove the masks of institutions that did not answer, and divide. Its `report` would
+    count answers and name institutions by missing answers only. ``figures`` would stay empty.
+
+    Attributes:
+        newest_checkpoint_only: Whether a resume may take no checkpoint but the newest one.
+    """
+
+    newest_checkpoint_only = False
+
+    @abc.abstractmethod
+    def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
+        """Take all replies of a round and make one adapter of the valid updates.
+
+        Raises:
+            Refusal: When the round must change nothing, with the reason as its code.
+        """
+
+    def report(self, this_round: Round, replies: Replies, names: Iterable[str]) -> Report:
+        """What may be said of the replies, after `aggregate`.
+
+        Args:
+            this_round: The round.
+            replies: Its replies.
+            names: The institutions that were asked.
+        """
+        return Report(updates=replies.valid, rejected=replies.failed, received=replies.received)
+
+    def epsilons(self, state: RunState) -> dict[str, float]:
+        """Institution -> epsilon spent of its records' budget, where that may be said."""
+        return {name: spent["epsilon"] for name, spent in state.privacy.items()}
+
+    def largest_epsilon(self, state: RunState) -> float | None:
+        """The largest epsilon that an institution has spent of its records' budget."""
+        return max(self.epsilons(state).values(), default=None)
+
+    def round_record(self, state: RunState) -> dict[str, Any]:
+        """Further keys of a line of ``rounds.jsonl``."""
+        return {}
+
+    def statement(self, state: RunState) -> dict[str, Any]:
+        """Further keys of ``privacy.json``."""
+        return {}
+
+
+class Mean(Aggregation):
+    """The mean of a strategy.
+
+    Args:
+        config: The run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._strategy = STRATEGIES[config.federation.strategy]
+
+    def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
+        """The strategy's mean of the valid updates, as they arrive."""
+        watch = Watch(this_round)
+        adapter = self._strategy.aggregate(this_round, watch.through(replies))
+        return Aggregated(adapter=adapter, figures=lambda: watch.figures(adapter))
+
+
+class RobustRule(Aggregation):
+    """A rule that bounds the influence of a few bad institutions (`strategies.robust`).
+
+    Args:
+        config: The run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        federation = config.federation
+        self._rule, self._byzantine = federation.robust, federation.byzantine
+        self._mean = STRATEGIES[federation.strategy].aggregate
+
+    def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
+        """The rule's choice among the valid updates. Raises `Refusal` ``too-few-updates``."""
+        watch = Watch(this_round)
+        adapter, rejected = robust.aggregate(
+            this_round,
+            watch.through(replies),
+            rule=self._rule,
+            byzantine=self._byzantine,
+            mean=self._mean,
+        )
+        return Aggregated(
+            adapter=adapter, rejected=rejected, figures=lambda: watch.figures(adapter)
+        )
+
+
+class InstitutionLevel(Aggregation):
+    """A noised mean that hides each institution's part (`strategies.institution_dp`).
+
+    Whether an update is valid follows from an institution's records. So an invalid update counts as
+    one of zero, and no figure that depends on a single update is recorded.
+
+    Args:
+        mechanism: The noise and its accountant.
+        record_epsilon: The budget of the institutions' records: the spent part of it is not told.
+    """
+
+    newest_checkpoint_only = True  # an older one would release a round again, under fresh noise
+
+    def __init__(self, mechanism: InstitutionMechanism, record_epsilon: float) -> None:
+        self._mechanism, self._record_epsilon = mechanism, record_epsilon
+
+    def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
+        """The noised mean; an empty adapter when no institution answered."""
+        updates = sorted((update for update, _ in replies), key=lambda u: u.institution)
+        answered = _answered(replies)
+        if not answered:
+            return Aggregated(adapter=AdapterState({}))
+        return Aggregated(adapter=self._mechanism.aggregate(this_round, updates, answered))
+
+    def report(self, this_round: Round, replies: Replies, names: Iterable[str]) -> Report:
+        """All answers, valid or not; bytes as if each institution had sent the asked parts."""
+        asked = this_round.before.only(this_round.parts)
+        return Report(
+            updates=_answered(replies),
+            rejected={n: code for n, code in replies.failed.items() if n not in replies.invalid},
+            received=dict.fromkeys(names, wire.array_bytes(wire.pack_adapter(asked))),
+        )
+
+    def epsilons(self, state: RunState) -> dict[str, float]:
+        """No institution's: its spending tells whether its update was valid."""
+        return {}
+
+    def largest_epsilon(self, state: RunState) -> float:
+        """The whole budget of an institution's records."""
+        return self._record_epsilon
+
+    def round_record(self, state: RunState) -> dict[str, Any]:
+        """The epsilon of the institution that was asked most often."""
+        return {"institution_epsilon": self._mechanism.spent(state.asked.values())}
+
+    def statement(self, state: RunState) -> dict[str, Any]:
+        """The promise about institutions."""
+        return {"institution_level": self._mechanism.statement(state.asked.values())}
+
+
+def _answered(replies: Replies) -> int:
+    return replies.valid + len(replies.invalid)
+
+
+def choose(config: RunConfig, institutions: int, participations: int) -> Aggregation:
+    """The aggregation of a run.
+
+    Args:
+        config: The run.
+        institutions: How many take part.
+        participations: The most rounds for which one institution can be asked.
+
+    Raises:
+        InputError: If institution-level DP cannot be had within its budget.
+    """
+    if config.privacy.hides_institutions:
+        mechanism = institution_privacy.plan(config, institutions, participations)
+        return InstitutionLevel(mechanism, config.privacy.epsilon)
+    return Mean(config) if config.federation.robust == "none" else RobustRule(config)

@@ -1,0 +1,76 @@
+"""The bounds beyond which a run does not start or does not go on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.adapters import PARTS, AdapterState
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+from server.roster import RunFailed, reasons
+from strategies import base
+from strategies.base import Round
+
+MAX_EMPTY_ROUNDS = 3
+"""Rounds in a row without any update after which a run ends that samples institutions; a run that
+asks all of them ends after the first."""
+MAX_ADAPTER_BYTES = 400 * 10**6
+"""Bytes of an adapter in a deployment. Flower's SuperLink, with its database on disk, passed an
+adapter of this size; at 1 GB it locked itself out."""
+
+
+def check_size(config: RunConfig, adapter: AdapterState) -> None:
+    """Refuse an adapter that is too large for a deployment. Raises `InputError`."""
+    size = sum(4 * tensor.numel() for tensor in adapter.values())  # sent as float32
+    if size > MAX_ADAPTER_BYTES:
+        raise InputError(
+            f"the adapter has {size / 10**6:.0f} MB, and a deployment takes at most "
+            f"{MAX_ADAPTER_BYTES / 10**6:.0f} MB; lower adapter.rank (now {config.adapter.rank}) "
+            "or name fewer adapter.target-modules"
+        )
+
+
+def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) -> None:
+    """Refuse the global adapter of a server optimizer that no update can follow.
+
+    Args:
+        adapter: The new global adapter.
+        this_round: The round that gave it.
+        residuals: Whether the strategy puts residuals into it.
+
+    Raises:
+        RunFailed: If its shapes changed, or a value is beyond the limit of updates.
+    """
+    number = this_round.number
+    if problem := adapter.validate_against(this_round.before, residual=residuals):
+        raise RunFailed(
+            f"round {number}: the server optimizer left {problem}; lower "
+            "federation.server-learning-rate. The last checkpoint is kept"
+        )
+    if (largest := base.largest(adapter.only(PARTS))) > this_round.limit:
+        raise RunFailed(
+            f"round {number}: the global adapter reached {largest:g}, and beyond "
+            f"{this_round.limit:g} no update counts; lower federation.server-learning-rate, or "
+            "training.learning-rate. The last checkpoint is kept"
+        )
+
+
+def check_progress(record: Mapping[str, Any], empty_rounds: int, *, all_asked: bool) -> None:
+    """End a run whose institutions send no valid update.
+
+    Args:
+        record: The round's line of ``rounds.jsonl``.
+        empty_rounds: Rounds in a row without an update, with this one.
+        all_asked: Whether the round asked every institution that is online.
+
+    Raises:
+        RunFailed: After `MAX_EMPTY_ROUNDS`; after one round that asked all institutions.
+    """
+    if not empty_rounds or not (all_asked or empty_rounds == MAX_EMPTY_ROUNDS):
+        return
+    rejected: dict[str, str] = record["aggregation"]["rejected"]
+    diverged = "too-large" in rejected.values()
+    raise RunFailed(
+        f"round {record['round']}: no institution sent a valid update ({reasons(rejected)}); "
+        + ("training diverged: lower the learning rates; " if diverged else "")
+        + "the last checkpoint is kept"
+    )

@@ -1,0 +1,83 @@
+"""Files of a run directory that every room reads."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedlora
+from fedlora import run_files
+from fedlora.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def git(directory, *arguments):
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(directory), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def commit_seen_from(package):
+    """What a copy of the package says of its commit, in a process of its own."""
+    code = (
+        "from fedlora import run_files\n"
+        "print(run_files.__file__)\n"
+        "print(repr(run_files._project_git('rev-parse', 'HEAD')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=package.parent,
+        env={"PYTHONPATH": str(package.parent), "PATH": "/usr/bin:/bin:/usr/local/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file, commit = done.stdout.split()
+    assert Path(file).parent == package
+    return commit.strip("'")
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A git repository with one commit."""
+    root = tmp_path / "theirs"
+    root.mkdir()
+    git(root, "init", "-q")
+    git(root, "commit", "-q", "--allow-empty", "-m", "first")
+    return root
+
+
+def test_a_copy_of_the_package_in_another_repository_reports_no_commit(repository):
+    site = repository / ".venv" / "site-packages"
+    package = shutil.copytree(ROOT / "fedlora", site / "fedlora")
+    assert git(site, "rev-parse", "HEAD")  # git itself would answer there
+    assert commit_seen_from(package) == ""
+
+
+def test_a_checkout_reports_its_own_commit(repository):
+    package = shutil.copytree(ROOT / "fedlora", repository / "fedlora")
+    assert commit_seen_from(package) == git(repository, "rev-parse", "HEAD")
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[" * 100_000])
+def test_a_result_that_is_missing_or_broken_is_refused_with_its_directory(tmp_path, content):
+    assert not run_files.is_complete(tmp_path)
+    if content is not None:
+        (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(InputError, match="holds no complete run that can be read") as caught:
+        run_files.read_run_file(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "--resume" in str(caught.value)
+
+
+def test_a_complete_run_is_read(tmp_path):
+    (tmp_path / "result.json").write_text('{"rounds": 3}')
+    assert run_files.is_complete(tmp_path)
+    assert run_files.read_run_file(tmp_path) == {"rounds": 3}
+
+
+def test_the_reported_version_is_that_of_the_code_and_not_of_an_old_installation(monkeypatch):
+    monkeypatch.setattr(run_files.importlib.metadata, "version", lambda _: "0.0.1")
+    versions = run_files.environment()["versions"]
+    assert versions["fedlora"] == fedlora.__version__ != versions["torch"] == "0.0.1"
