@@ -92,7 +92,7 @@ def _cannot_open(files: ModelFiles, error: Exception) -> InputError:
     )
 
 
-def load_base(
+def load_base(  # noqa: C901  (one branch for each way in which a base can be wrong)
     name: str,
     *,
     dtype: Dtype,

@@ -58,7 +58,7 @@ class _LowRankUpdate(torch.autograd.Function):
 
     # Ten arguments: torch tracks gradients of arguments only, not of what an object holds.
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: Any,
         x: torch.Tensor,
         base: torch.Tensor,

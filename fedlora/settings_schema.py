@@ -21,7 +21,7 @@ Scalar = str | int | float | bool
 
 def key(
     default: Any,
-    help: str,
+    help: str,  # noqa: A002  (the field's own word for it)
     *,
     choices: tuple[str, ...] = (),
     at_least: float | None = None,
@@ -98,7 +98,7 @@ def is_tuple(kind: Any) -> bool:
     return isinstance(kind, types.GenericAlias)
 
 
-def coerce(name: str, value: Any, kind: Any) -> Any:
+def coerce(name: str, value: Any, kind: Any) -> Any:  # noqa: C901  (one branch for each type)
     """A value from TOML, Flower or the command line as the type of its field.
 
     Args:
