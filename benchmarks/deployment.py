@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks import measure
-from fedlora import models
+from fedlora import model_files
 from fedlora.adapters import AdapterState
 from tests.conftest import write_complaints
 from tests.deployment import conftest, harness
@@ -72,7 +72,7 @@ def main() -> None:
         scratch.chmod(0o755)
         rows = scratch / "complaints.csv"
         write_complaints(rows)
-        model = models.resolve(arguments.model).path
+        model = model_files.resolve(arguments.model).path
         with conftest.rehearsal(scratch, model, rows, volumes=volumes) as federation:
             for name in conftest.NAMES:
                 federation.settings(name, max_rank=1024)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from benchmarks import rival_model
-from fedlora import models
+from fedlora import model_files
 from fedlora.adapters import TARGETS
 
 IGNORED = -100  # in labels, for transformers
@@ -29,7 +29,7 @@ def make(name: str, rows: Sequence[rival_model.Row], *, private: bool) -> Callab
         rows: Token ids and class of each.
         private: Whether Opacus clips per-sample gradients and adds noise.
     """
-    files = models.resolve(name)
+    files = model_files.resolve(name)
     batch = rival_model.collate(rows)
     if files.kind == "causal":
         base = AutoModelForCausalLM.from_pretrained(

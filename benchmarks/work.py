@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import data, models
+from fedlora import model_files
 from fedlora.adapters import TARGETS
 from fedlora.config import RunConfig, load
+from fedlora.rows import PartitionedRows, Table, partition_rows
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "work.toml"
@@ -79,7 +80,7 @@ class Work:
         held_out = _csv(directory / "held-out.csv", dealt.held_out[0])
         training, adapter = config.training, config.adapter
         said = {
-            "model": str(models.resolve(config.model.name).path),
+            "model": str(model_files.resolve(config.model.name).path),
             "classes": dealt.classes,
             "shards": shards,
             "held_out": held_out,
@@ -101,25 +102,13 @@ class Work:
         return file
 
 
-def _dealt(config: RunConfig) -> data.Dealt:
-    source = config.data
-    return data.deal(
-        source=source.source,
-        test_source=source.test_source,
-        text=source.text,
-        label=source.label,
-        labels=source.labels,
-        unit=config.privacy.unit,
-        partition=source.partition,
-        institutions=source.institutions,
-        min_records=source.min_records,
-        test_fraction=source.test_fraction,
-        seed=config.seed,
-        task=config.model.task,
+def _dealt(config: RunConfig) -> PartitionedRows:
+    return partition_rows(
+        config.data, unit=config.privacy.unit, seed=config.seed, task=config.model.task
     )
 
 
-def _csv(path: Path, table: data.Table) -> str:
+def _csv(path: Path, table: Table) -> str:
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["text", "label"])

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import files
-from fedlora.config import Section, check_threads, section
-from fedlora.config import key as setting
+from fedlora.config import check_threads
 from fedlora.errors import InputError
+from fedlora.settings_schema import Section, section
+from fedlora.settings_schema import key as setting
 
 
 @dataclass(frozen=True, kw_only=True)

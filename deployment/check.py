@@ -323,6 +323,6 @@ def _gpu() -> str:
 
 
 def _model(name: str) -> str:
-    from fedlora import models
+    from fedlora import model_files
 
-    return str(models.resolve(name).path)
+    return str(model_files.resolve(name).path)

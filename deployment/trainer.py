@@ -23,7 +23,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from client import settings
-from fedlora import data, flower_internals, logs, models, records, shards, wire
+from fedlora import data, flower_internals, logs, model_files, records, shards, wire
 from fedlora.config import ModelConfig
 from fedlora.errors import InputError, place
 from fedlora.startup import end_with_parent, paused_gc
@@ -137,7 +137,7 @@ def _files(name: str, own: settings.Settings) -> object:
     Raises:
         InputError: If the base model is not there.
     """
-    files = [*models.resolve(name).path.iterdir(), Path(own.source), Path(own.test_source)]
+    files = [*model_files.resolve(name).path.iterdir(), Path(own.source), Path(own.test_source)]
     found = sorted((str(file), file.stat()) for file in files if file.is_file())
     return name, [(path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import results
-from fedlora import models, records
+from fedlora import model_files, records
 from fedlora.config import SECTIONS, RunConfig, load
 from fedlora.errors import InputError
 
@@ -361,9 +361,9 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     measured = len(seen.all_held_out) * (rounds // every if every else 1)
     tokens = len(seen.all_train.tokens) / max(1, len(seen.all_train))
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
-    weights = models.resolve(config.model.name).weights
+    weights = model_files.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
-    inputs = (config.fingerprint(), models.digest(weights), seen.fingerprint())
+    inputs = (config.fingerprint(), model_files.digest(weights), seen.fingerprint())
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     budget = f"-epsilon-{config.privacy.epsilon:g}" if config.privacy.enabled else ""
     parts = [arm.removesuffix("-dp"), *([institution] if institution else [])]

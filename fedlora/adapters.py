@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import safetensors.torch
 import torch
@@ -36,6 +36,7 @@ Part = Literal["A", "B", "magnitude", "head"]
 PARTS: tuple[Part, ...] = ("A", "B", "magnitude", "head")
 METHODS: tuple[Method, ...] = ("lora", "rslora", "dora", "dora-rslora")
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
+FACTOR_A, FACTOR_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 RESIDUAL_A, RESIDUAL_B = ".residual_A.weight", ".residual_B.weight"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -337,38 +338,50 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def kind(name: str) -> Part | Literal["residual"]:
-    """Tell tensors apart: A ``(rank, d_in)``, B ``(d_out, rank)``, magnitude ``(d_out,)``, head.
-
-    ``residual``: a factor of what a strategy added to the frozen base (`residual_names`).
-    """
+    """The part of an adapter that the tensor of this name belongs to; see `Factors`."""
     if name.endswith((RESIDUAL_A, RESIDUAL_B)):
         return "residual"
-    if name.endswith(".lora_A.weight"):
+    if name.endswith(FACTOR_A):
         return "A"
-    if name.endswith(".lora_B.weight"):
+    if name.endswith(FACTOR_B):
         return "B"
-    return "magnitude" if name.endswith(".lora_magnitude_vector") else "head"
+    return "magnitude" if name.endswith(MAGNITUDE) else "head"
 
 
-def layer(name: str) -> str:
-    """The path of the layer that a saved tensor belongs to, the same for its A, B and magnitude."""
-    if kind(name) == "head":
-        return name.rpartition(".")[0]
-    return name.partition(".residual_" if kind(name) == "residual" else ".lora_")[0]
+def factor_names(path: str) -> tuple[str, str]:
+    """Names of the factors A and B of the layer at a module path."""
+    return path + FACTOR_A, path + FACTOR_B
 
 
-def factor_names(layer: str) -> tuple[str, str]:
-    """Names of a layer's A ``(rank, d_in)`` and B ``(d_out, rank)``."""
-    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+def residual_names(path: str) -> tuple[str, str]:
+    """Names of the residual factors A and B of the layer at a module path."""
+    return path + RESIDUAL_A, path + RESIDUAL_B
 
 
-def residual_names(layer: str) -> tuple[str, str]:
-    """Names of a layer's residual factors A ``(R, d_in)`` and B ``(d_out, R)``.
+class Factors(NamedTuple):
+    """The part of an adapter that belongs to one layer, float32.
 
-    A layer that has them computes with W + B A where it otherwise computes with W; they are frozen,
-    of any rank R, and their scale is 1.
+    Attributes:
+        a: ``(rank, d_in)``.
+        b: ``(d_out, rank)``.
+        magnitude: DoRA's norms of the output rows, ``(d_out,)``; None without DoRA.
+        residual: Frozen factors A ``(R, d_in)`` and B ``(d_out, R)`` of any rank R and scale 1. The
+            layer computes with W + B A where it otherwise computes with W.
     """
-    return layer + RESIDUAL_A, layer + RESIDUAL_B
+
+    a: torch.Tensor
+    b: torch.Tensor
+    magnitude: torch.Tensor | None = None
+    residual: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def named(self, path: str) -> dict[str, torch.Tensor]:
+        """The tensors by the names that they have in the adapter of the layer at ``path``."""
+        tensors = dict(zip(factor_names(path), (self.a, self.b), strict=True))
+        if self.magnitude is not None:
+            tensors[path + MAGNITUDE] = self.magnitude
+        if self.residual is not None:
+            tensors |= zip(residual_names(path), self.residual, strict=True)
+        return tensors
 
 
 class AdapterState(Mapping[str, torch.Tensor]):
@@ -413,10 +426,11 @@ class AdapterState(Mapping[str, torch.Tensor]):
         if problem := _difference(self, targets, any_rank=True, residual=True):
             raise ValueError(f"the adapter does not fit the model: {problem}")
         for path, layer in lora_layers(model):
-            _set_rank(layer, self[factor_names(path)[0]].shape[0])
+            factors = self.factors(path)
+            _set_rank(layer, len(factors.a))
             device = cast(nn.Parameter, layer.lora_A[ADAPTER].weight).device
-            pair = [self[name].to(device) for name in residual_names(path) if name in self]
-            cast(Any, layer).fedlora_residual = tuple(pair) or None
+            pair = factors.residual
+            cast(Any, layer).fedlora_residual = pair and tuple(t.to(device) for t in pair)
         for name, parameter in targets.items():
             parameter.copy_(self[name])
 
@@ -424,6 +438,26 @@ class AdapterState(Mapping[str, torch.Tensor]):
     def num_bytes(self) -> int:
         """Size of the tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.values())
+
+    def layers(self) -> dict[str, Factors]:
+        """Module path -> the tensors of each adapted layer, not copied.
+
+        Raises:
+            KeyError: If a layer has one factor without the other.
+        """
+        names = [name for name in self if kind(name) in ("A", "B")]
+        paths = [name.removesuffix(FACTOR_A).removesuffix(FACTOR_B) for name in names]
+        return {path: self.factors(path) for path in dict.fromkeys(paths)}
+
+    def factors(self, path: str) -> Factors:
+        """The tensors of the layer at a module path, not copied.
+
+        Raises:
+            KeyError: If there is no such layer, or it has one factor without the other.
+        """
+        (a, b), (residual_a, residual_b) = factor_names(path), residual_names(path)
+        residual = (self[residual_a], self[residual_b]) if residual_a in self else None
+        return Factors(self[a], self[b], self.get(path + MAGNITUDE), residual)
 
     def only(self, parts: Sequence[str]) -> Self:
         """The tensors of the given parts (see `kind`), not copied."""
@@ -436,9 +470,8 @@ class AdapterState(Mapping[str, torch.Tensor]):
     def cut(self, rank: int) -> Self:
         """The first ``rank`` rows of each A and columns of each B, not copied."""
         cut = dict(self)
-        for name, tensor in self.items():
-            if kind(name) in ("A", "B"):
-                cut[name] = tensor.narrow("AB".index(kind(name)), 0, rank)
+        for path, layer in self.layers().items():
+            cut |= Factors(layer.a.narrow(0, 0, rank), layer.b.narrow(1, 0, rank)).named(path)
         return type(self)(cut)
 
     @property
@@ -448,11 +481,10 @@ class AdapterState(Mapping[str, torch.Tensor]):
 
     def as_residual(self, start: "AdapterState") -> Self:
         """An adapter of scale 1 as residuals under the factors of ``start``, whose B is zero."""
-        tensors = {n: t for n, t in self.items() if kind(n) in ("magnitude", "head")}
-        for name in self:
-            if kind(name) in ("A", "B"):
-                tensors[name] = start[name]
-                tensors[residual_names(layer(name))["AB".index(kind(name))]] = self[name]
+        tensors = dict(self.only(("head",)))
+        for path, own in self.layers().items():
+            fresh = start.factors(path)
+            tensors |= Factors(fresh.a, fresh.b, own.magnitude, (own.a, own.b)).named(path)
         return type(self)(tensors)
 
     def validate_against(self, reference: "AdapterState", *, residual: bool = False) -> str | None:
@@ -485,23 +517,22 @@ class AdapterState(Mapping[str, torch.Tensor]):
             The adapter and whether it had residuals. All layers then have the rank of the largest
             one; the others are padded with zeros.
         """
-        layers = [layer(name) for name in self if kind(name) == "A"]
-        if not any(n in self for path in layers for n in residual_names(path)):
+        if not any(kind(name) == "residual" for name in self):
             return self, False
-        tensors = {name: t for name, t in self.items() if kind(name) != "residual"}
-        for path in layers:
-            a, b = factor_names(path)
-            first, second = residual_names(path)
-            tensors[b] = self[b] * scale(self[a].shape[0])
-            if first in self:
-                tensors[a] = torch.cat([self[a], self[first]])
-                tensors[b] = torch.cat([tensors[b], self[second]], 1)
-        most = max(tensors[factor_names(path)[0]].shape[0] for path in layers)
-        for name, tensor in tensors.items():
-            if kind(name) in ("A", "B"):
-                missing = most - tensor.shape["AB".index(kind(name))]
-                sides = (0, 0, 0, missing) if kind(name) == "A" else (0, missing)
-                tensors[name] = nn.functional.pad(tensor, sides)
+        whole: dict[str, Factors] = {}
+        for path, layer in self.layers().items():
+            a, b = layer.a, layer.b * scale(len(layer.a))
+            if layer.residual is not None:
+                a = torch.cat([a, layer.residual[0]])
+                b = torch.cat([b, layer.residual[1]], 1)
+            whole[path] = Factors(a, b, layer.magnitude)
+        rank = max(len(layer.a) for layer in whole.values())
+        tensors = dict(self.only(("head",)))
+        for path, layer in whole.items():
+            missing = rank - len(layer.a)
+            a = nn.functional.pad(layer.a, (0, 0, 0, missing))
+            b = nn.functional.pad(layer.b, (0, missing))
+            tensors |= layer._replace(a=a, b=b).named(path)
         return type(self)(tensors), True
 
     def save(self, directory: Path, model: PeftModel) -> None:
@@ -548,16 +579,17 @@ def _difference(
 ) -> str | None:
     """What differs in names or shapes, or None; see `AdapterState.validate_against`."""
     wanted = {name: tuple(t.shape) for name, t in reference.items() if kind(name) != "residual"}
-    for name in list(wanted):
-        if kind(name) == "A":
-            other = factor_names(layer(name))[1]
-            if any_rank and name in state and other in wanted:
-                rank = state[name].shape[0]
-                wanted |= {name: (rank, wanted[name][1]), other: (wanted[other][0], rank)}
-            extra = residual_names(layer(name))
-            if residual and any(n in state for n in extra) and other in wanted:
-                rank = state[extra[0]].shape[0] if extra[0] in state else 0
-                wanted |= {extra[0]: (rank, wanted[name][1]), extra[1]: (wanted[other][0], rank)}
+    for path in [name.removesuffix(FACTOR_A) for name in wanted if kind(name) == "A"]:
+        (a, b), (residual_a, residual_b) = factor_names(path), residual_names(path)
+        if b not in wanted:
+            continue
+        (_, d_in), (d_out, _) = wanted[a], wanted[b]
+        if any_rank and a in state:
+            rank = state[a].shape[0]
+            wanted |= {a: (rank, d_in), b: (d_out, rank)}
+        if residual and (residual_a in state or residual_b in state):
+            rank = state[residual_a].shape[0] if residual_a in state else 0
+            wanted |= {residual_a: (rank, d_in), residual_b: (d_out, rank)}
     if missing := sorted(set(wanted) - set(state)):
         return f"{missing[0]} is missing ({len(missing)} in all)"
     if extra := sorted(set(state) - set(wanted)):

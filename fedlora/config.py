@@ -13,7 +13,6 @@ import math
 import os
 import re
 import tomllib
-import types
 import typing
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,10 +24,8 @@ import tomli_w
 
 from fedlora import schemes
 from fedlora.errors import InputError
+from fedlora.settings_schema import Scalar, Section, check_zero_or, coerce, is_tuple, kebab, key
 from fedlora.strategy_table import STRATEGY_TABLE, Traits, names_with
-from fedlora.text import is_unicode
-
-Scalar = str | int | float | bool
 
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
@@ -38,78 +35,13 @@ INSTITUTIONS = "institutions"
 _CREDENTIALS = re.compile(
     r"://.*:.*@|^https?://[^/]*@|(passw|pwd|token|secret)\w*\s*=", re.IGNORECASE | re.DOTALL
 )
-LEAST_RATE = 1e-6
-"""The least sample rate above 0: an update is divided by the expected number of units of a step."""
-LEAST_DELTA = 1e-30
-"""The least delta above 0: far below, accountants divide by parts of it that are 0 in float64."""
+MIN_SAMPLE_RATE = 1e-6
+"""The smallest sample rate above 0: an update is divided by the expected batch size."""
+MIN_DELTA = 1e-30
+"""The smallest delta above 0. Accountants divide by parts of delta, which underflow to 0."""
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that may differ between a run and its resumption: they change where and how fast only."""
-
-
-def key(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    infinite: bool = False,
-) -> Any:
-    """A field of a `Section`: its default, one line of help, and what its value may be."""
-    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    given = {word: bound for word, bound in bounds.items() if bound is not None}
-    metadata = {"help": help, "choices": choices, "bounds": given, "infinite": infinite}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _holds(value: float, word: str, bound: float) -> bool:
-    if word == "at least":
-        return value >= bound
-    if word == "above":
-        return value > bound
-    if word == "at most":
-        return value <= bound
-    return value < bound
-
-
-class Section:
-    """Checks every field against the choices and bounds declared beside it."""
-
-    prefix: typing.ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(typing.cast(Any, self)):
-            name = self.prefix + _kebab(field.name)
-            value = getattr(self, field.name)
-            choices: tuple[str, ...] = field.metadata.get("choices", ())
-            if choices and value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InputError(
-                    f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}"
-                )
-            if isinstance(value, float) and math.isinf(value) and not field.metadata["infinite"]:
-                raise InputError(f"{name} is {value:g}; it must be finite: give a number")
-            for word, bound in field.metadata.get("bounds", {}).items():
-                if math.isnan(value) or not _holds(value, word, bound):
-                    raise InputError(
-                        f"{name} is {value:g}; it must be {word} {bound:g}: "
-                        f"set {name} to such a value in the config or with --set {name}=VALUE"
-                    )
-
-
-def _check_zero_or(name: str, value: float, least: float) -> None:
-    if 0 < value < least:
-        raise InputError(
-            f"{name} is {value:g}; it must be 0 or at least {least:g}: set {name} to such a value"
-        )
 
 
 def check_threads(name: str, count: int) -> None:
@@ -124,9 +56,6 @@ def check_threads(name: str, count: int) -> None:
             f"{name} is {count}; it must be at most {most}, the number of this machine's "
             "processors: lower it"
         )
-
-
-_S = typing.TypeVar("_S", bound=Section)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +206,7 @@ class TrainingConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_zero_or(self.prefix + "sample-rate", self.sample_rate, LEAST_RATE)
+        check_zero_or(self.prefix + "sample-rate", self.sample_rate, MIN_SAMPLE_RATE)
         # Each step multiplies the distance to the global adapter by 1 - learning-rate x proximal.
         if self.optimizer == "sgd" and self.learning_rate * self.proximal > 2:
             raise InputError(
@@ -409,7 +338,7 @@ class PrivacyConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("delta", "institution_delta"):
-            _check_zero_or(self.prefix + _kebab(field), getattr(self, field), LEAST_DELTA)
+            check_zero_or(self.prefix + kebab(field), getattr(self, field), MIN_DELTA)
 
     @property
     def enabled(self) -> bool:
@@ -584,9 +513,9 @@ def _walk(config: RunConfig) -> Iterable[tuple[str, Any]]:
         value = getattr(config, field.name)
         if field.name in SECTIONS:
             for inner in dataclasses.fields(value):
-                yield f"{field.name}.{_kebab(inner.name)}", getattr(value, inner.name)
+                yield f"{field.name}.{kebab(inner.name)}", getattr(value, inner.name)
         else:
-            yield _kebab(field.name), value
+            yield kebab(field.name), value
 
 
 def _fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
@@ -596,7 +525,7 @@ def _fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(typing.cast(Any, cls)):
             if field.name not in SECTIONS:
-                found[cls.prefix + _kebab(field.name)] = (field, hints[field.name])
+                found[cls.prefix + kebab(field.name)] = (field, hints[field.name])
     return found
 
 
@@ -605,85 +534,9 @@ def describe() -> list[tuple[str, str, str, str]]:
     rows: list[tuple[str, str, str, str]] = []
     for name, (field, kind) in _fields().items():
         word = "text" if kind is str else kind.__name__
-        shown = "|".join(field.metadata["choices"]) or ("list of text" if _is_tuple(kind) else word)
+        shown = "|".join(field.metadata["choices"]) or ("list of text" if is_tuple(kind) else word)
         rows.append((name, shown, json.dumps(field.default), field.metadata["help"]))
     return rows
-
-
-def _is_tuple(kind: Any) -> bool:
-    return isinstance(kind, types.GenericAlias)
-
-
-def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """``value`` (from TOML, Flower or text) as ``kind``; InputError where that would guess."""
-    if isinstance(value, str) and not is_unicode(value):
-        raise _half(name, value)
-    if _is_tuple(kind):
-        if isinstance(value, str):
-            text = value.strip()
-            try:
-                value = (
-                    json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
-                )
-            except (ValueError, RecursionError):  # no JSON, endless digits, endless brackets
-                value = None
-        if isinstance(value, list | tuple):
-            items = typing.cast(list[Any], value)
-            if all(isinstance(item, str) for item in items):
-                for item in items:
-                    if not is_unicode(item):
-                        raise _half(name, item)
-                return tuple(item.strip() for item in items)
-        raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
-    if kind is str and isinstance(value, str) and "\0" not in value:
-        return value
-    if kind is bool and isinstance(value, bool):
-        return value
-    try:
-        if kind is bool and value in ("true", "false"):
-            return value == "true"
-        if kind is float and not isinstance(value, bool):
-            return float(value)
-        if kind is int and not isinstance(value, bool):
-            whole = int(value)
-            if abs(whole) < 2**63 and (isinstance(value, str) or whole == value):
-                return whole
-    except (TypeError, ValueError, OverflowError):
-        pass
-    wanted = {
-        int: "a whole number below 2^63",
-        float: "a number",
-        bool: "true or false",
-        str: "Unicode text without NUL",
-    }[kind]
-    raise InputError(f"{name} is {value!r}; it must be {wanted}")
-
-
-def _half(name: str, value: str) -> InputError:
-    return InputError(
-        f"{name} has {value!r}, which holds half of a surrogate pair and so is no text; write it "
-        "in UTF-8"
-    )
-
-
-def section(cls: type[_S], values: Mapping[str, Any]) -> _S:
-    """A section of its own from kebab-case keys.
-
-    Raises:
-        InputError: For an unknown key, a wrong type or a value out of bounds.
-    """
-    hints = typing.get_type_hints(cls)
-    known = {_kebab(field.name): field.name for field in dataclasses.fields(typing.cast(Any, cls))}
-    made: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            raise InputError(
-                f"{name} is no key here; "
-                + (f"did you mean {near[0]}?" if near else f"keys are {', '.join(known)}")
-            )
-        made[known[name]] = _coerce(name, value, hints[known[name]])
-    return cls(**made)
 
 
 def from_flat(values: Mapping[str, Any]) -> RunConfig:
@@ -700,7 +553,7 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
             hint = f"did you mean {near[0]}?" if near else "`fedlora config` lists the keys"
             raise InputError(f"{name} is not a configuration key; {hint}")
         section, _, key = name.rpartition(".")
-        parts[section][key.replace("-", "_")] = _coerce(name, value, known[name][1])
+        parts[section][key.replace("-", "_")] = coerce(name, value, known[name][1])
     made = {section: cls(**parts[section]) for section, cls in SECTIONS.items()}
     return RunConfig(**parts[""], **typing.cast(dict[str, Any], made))
 

@@ -55,19 +55,19 @@ from fedlora.tasks import LENGTH_DEPENDENT, Task, shard_of
 
 TOLERANCE = 3e-3
 """Relative difference of a parameter's gradient from that of one backward pass, at most."""
-LEAST = 0.1
-"""An example's gradient shorter than this share of the longest is compared with that share."""
-SIZES = ("size", "dim", "features", "heads")
-"""Endings of what layers call their dimensions."""
-PLAIN = (bool, int, float, str, type(None), torch.dtype)
+MIN_NORM_SHARE = 0.1
+"""An error is relative to the gradient's norm, or to this share of the largest norm if more."""
+DIMENSION_SUFFIXES = ("size", "dim", "features", "heads")
+"""Endings of the names of layers' attributes that hold dimensions."""
+TOKENS_MULTIPLE = 64
+"""The length of a packed row is a multiple of this number of tokens, as in training."""
+PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype)
 """Types of a module's attributes that are compared before and after the examination."""
-MULTIPLE = 64
-"""A packed row has a multiple of so many tokens, as in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What was found.
+    """The result of an examination.
 
     Args:
         flaw: Why a layer's per-example gradients are not exact; empty if all are.
@@ -87,9 +87,9 @@ def examine(
     are and once at twice the size. Quantised weights stay, and are multiplied in float32.
 
     Args:
-        model: With an adapter of any values.
-        per_sample: Of that model.
-        task: Gives batches and losses.
+        model: A model with an adapter of any values.
+        per_sample: The layers of that model.
+        task: The task, which gives batches and losses.
         labels: The label set; empty for sft.
     """
     plain = next(model.parameters()).device.type != "cpu"
@@ -113,7 +113,7 @@ def examine(
 
 
 class _Flaw(Exception):
-    """What is wrong with the model, with the layer's name where it is known."""
+    """A failed check. The message names the layer where it is known."""
 
 
 Parts = torch.Tensor | tuple[torch.Tensor, ...]
@@ -121,7 +121,7 @@ Parts = torch.Tensor | tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class _Pass:
-    """What one pass computed.
+    """Gradients and inputs of one pass.
 
     Args:
         gradients: Parameter's name -> ``(count, *shape)``.
@@ -135,8 +135,8 @@ class _Pass:
 class _Probe:
     """Examples made up for a model, and the passes over them.
 
-    Rows 0 to count - 1 of the shard are the examples that are looked at, of lengths from 1 or 2 to
-    the width; row ``i + count`` is what example i is exchanged for, as long as the width.
+    Rows 0 to count - 1 of the shard are the examined examples, of lengths from 1 or 2 to the width.
+    Row ``i + count`` replaces example i when it is exchanged; its length is the width.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class _Probe:
         """Check passes of padded rows.
 
         Raises:
-            _Flaw: With the first thing that is wrong.
+            _Flaw: At the first failed check.
         """
         rows = np.arange(self.count)
         alone = self._alone(self.width)
@@ -191,13 +191,13 @@ class _Probe:
             Where each example's positions begin in them; None if the model cannot be told.
 
         Raises:
-            _Flaw: With the first thing that is wrong.
+            _Flaw: At the first failed check.
         """
         with _explained():
             first = self.task.first_position(self.model)
         if first is None:
             return None
-        total = -(-self.count * self.width // MULTIPLE) * MULTIPLE
+        total = -(-self.count * self.width // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
 
         def run(rows: Int64) -> _Pass:
             batch = self.task.pack(
@@ -227,7 +227,7 @@ class _Probe:
     def _ordered(self, rows: Int64) -> Int64:
         """The rows in an order in which equally wide ones follow each other, the widest first.
 
-        So the shortest, all of whose tokens are near its neighbours', comes after another one.
+        The shortest example, whose tokens are all near its neighbour's, thus follows another one.
         """
         return rows[np.argsort(-self.task.widths(self.shard)[rows], kind="stable")]
 
@@ -255,7 +255,7 @@ class _Probe:
         ):
             self.task.losses(self.model, batch, self.labels).sum().backward()
             self.per_sample.collect()
-        gradients = {name: _taken(parameter) for parameter, name in self.names.items()}
+        gradients = {name: _pop_grad_sample(parameter) for parameter, name in self.names.items()}
         return _Pass(gradients=gradients, inputs=inputs)
 
     @contextmanager
@@ -284,7 +284,7 @@ class _Probe:
                 hook.remove()
 
 
-def _taken(parameter: Any) -> torch.Tensor:
+def _pop_grad_sample(parameter: Any) -> torch.Tensor:
     gradient: torch.Tensor = parameter.grad_sample
     del parameter.grad_sample
     return gradient
@@ -292,7 +292,7 @@ def _taken(parameter: Any) -> torch.Tensor:
 
 @contextmanager
 def _explained() -> Generator[None]:
-    """What a model raises, which may be anything, as a flaw; but not that memory is short."""
+    """Turn any error of the model into a flaw, except a lack of memory."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -312,7 +312,7 @@ def _compare(found: _Pass, alone: Mapping[str, torch.Tensor]) -> None:
         if not lengths.any() and not gradients.any():
             continue
         errors = (gradients - expected).flatten(1).norm(dim=1)
-        scales = lengths.maximum(LEAST * lengths.amax())
+        scales = lengths.maximum(MIN_NORM_SHARE * lengths.amax())
         worst = float((errors / scales).amax())
         if not worst <= TOLERANCE:  # nor if it is no number
             raise _Flaw(
@@ -322,7 +322,7 @@ def _compare(found: _Pass, alone: Mapping[str, torch.Tensor]) -> None:
 
 
 def _same(one: _Pass, i: int, other: _Pass, j: int) -> None:
-    """Refuse what differs in any bit between example i of a pass and the same one, j, of another.
+    """Refuse any difference in bits between example i of one pass and example j of another.
 
     Inputs come first, in the order of calls: they name the place where examples meet.
     """
@@ -385,24 +385,28 @@ def _state(model: PeftModel) -> dict[str, Any]:
     """Plain values of all modules, and copies of all buffers."""
     state: dict[str, Any] = {name: b.detach().clone() for name, b in model.named_buffers()}
     for name, module in model.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, PLAIN)}
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, PLAIN_TYPES)}
         state |= {f"{name}.{key}": value for key, value in plain.items()}
     return state
 
 
 def _sizes(model: PeftModel) -> set[int]:
-    """All dimensions of the model, as far as its weights, layers and configuration show them."""
+    """The dimensions of the model that its weights, layers and configuration show."""
     config: Any = model.config
     found = {n for tensor in (*model.parameters(), *model.buffers()) for n in tensor.shape}
     found |= {n for n in config.to_dict().values() if type(n) is int}
     for module in model.modules():
-        found |= {n for name, n in vars(module).items() if type(n) is int and name.endswith(SIZES)}
+        found |= {
+            n
+            for name, n in vars(module).items()
+            if type(n) is int and name.endswith(DIMENSION_SUFFIXES)
+        }
     return found
 
 
 @contextmanager
 def _in_float32(model: nn.Module) -> Generator[None]:
-    """Weights in 16 bits as float32, then the same tensors again."""
+    """Hold 16-bit weights as float32 inside the context; restore the same tensors after it."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     kept = [(t, t.data) for t in tensors if t.dtype != torch.float32]
     states = [(m, dict(vars(m))) for m in model.modules() if hasattr(m, "compute_type_is_set")]
@@ -421,10 +425,13 @@ def _in_float32(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def _moved(model: PeftModel) -> Generator[None]:
-    """Trained values that all have an effect, then the same values again."""
+    """Give every trained parameter a value with an effect; restore the old values after it."""
     named = adapters.parameters(model)
     kept = {name: p.detach().clone() for name, p in named.items()}
-    scale = {name: s.scaling[adapters.ADAPTER] for name, s in adapters.lora_layers(model)}
+    scale = {
+        adapters.factor_names(path)[1]: layer.scaling[adapters.ADAPTER]
+        for path, layer in adapters.lora_layers(model)
+    }
     source = RandomSource.seeded("exactness", 1)
     try:
         with torch.no_grad():
@@ -434,7 +441,7 @@ def _moved(model: PeftModel) -> Generator[None]:
                     case "magnitude":
                         p.mul_(1 + values / 10)
                     case "B":  # an update about as large as its input
-                        p.copy_(values / (scale[adapters.layer(name)] * p.shape[1] ** 0.5))
+                        p.copy_(values / (scale[name] * p.shape[1] ** 0.5))
                     case _:
                         p.copy_(2 * values / p.shape[-1] ** 0.5)
         yield

@@ -211,17 +211,19 @@ def by_scheme(
         )
     width = max(2, len(str(institutions - 1)))
     names = tuple(f"institution-{index:0{width}d}" for index in range(institutions))
-    return Assignment(names=names, train=owner, held_out=_deal(held, targets, owner, sizes, source))
+    return Assignment(
+        names=names, train=owner, held_out=_assign_held_out(held, targets, owner, sizes, source)
+    )
 
 
-def _deal(
+def _assign_held_out(
     held: NDArray[np.int64],
     targets: NDArray[np.int64],
     owner: NDArray[np.int64],
     sizes: NDArray[np.int64],
     source: RandomSource,
 ) -> NDArray[np.int64]:
-    dealt = np.empty(len(held), dtype=np.int64)
+    owners = np.empty(len(held), dtype=np.int64)
     for target in np.unique(held):
         rows = np.flatnonzero(held == target)
         rows = rows[source.child("held-out", int(target)).permutation(len(rows))]
@@ -229,10 +231,10 @@ def _deal(
         share = share if share.any() else sizes
         # Row j of m goes to the institution whose slice of [0, 1] holds (j + 1/2) / m.
         edges = np.cumsum(share) / share.sum()
-        dealt[rows] = np.searchsorted(
+        owners[rows] = np.searchsorted(
             edges[:-1], (np.arange(len(rows)) + 0.5) / len(rows), side="right"
         )
-    return dealt
+    return owners
 
 
 def _partitioners() -> Any:

@@ -56,8 +56,9 @@ class _LowRankUpdate(torch.autograd.Function):
             bases; on others the sum is rounded once, as PEFT does there.
     """
 
+    # Ten arguments: torch tracks gradients of arguments only, not of what an object holds.
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: Any,
         x: torch.Tensor,
         base: torch.Tensor,

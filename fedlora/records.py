@@ -5,10 +5,10 @@ cached.
 """
 
 import functools
-from typing import Any
+from typing import cast
 
-from fedlora import data, models
-from fedlora.config import RunConfig
+from fedlora import data, model_files, models
+from fedlora.config import DataConfig, ModelConfig, RunConfig
 from fedlora.encoding import encoding_key
 from fedlora.shards import Federation
 
@@ -25,44 +25,39 @@ def load(config: RunConfig) -> Federation:
 
 
 def forget() -> None:
-    """Let go of the records in memory: their sources have changed."""
+    """Drop the records in memory, so that changed sources are read again."""
     _load.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
-def _load(seed: int, model: Any, source: Any, max_length: int, unit: str) -> Federation:
-    kind = models.kind(model.name, model.task)
-    files = models.resolve(model.name)
+def _load(
+    seed: int, model: ModelConfig, settings: DataConfig, max_length: int, unit: str
+) -> Federation:
+    task = cast(model_files.Task, model.task)
+    kind = model_files.kind(model.name, task)
+    files = model_files.resolve(model.name)
 
     def encoder() -> data.Encode:
         from fedlora import tasks
 
         tokenizer = models.load_tokenizer(model.name)
         return tasks.make(
-            model.task,
+            task,
             kind,
             tokenizer,
-            prompt=source.prompt,
+            prompt=settings.prompt,
             max_length=max_length,
             positions=files.positions,
         ).encode
 
     federation = data.prepare(
-        source=source.source,
-        test_source=source.test_source,
-        text=source.text,
-        label=source.label,
-        labels=source.labels,
+        settings,
         unit=unit,
-        partition=source.partition,
-        institutions=source.institutions,
-        min_records=source.min_records,
-        test_fraction=source.test_fraction,
         seed=seed,
-        task=model.task,
+        task=task,
         encoder=encoder,
         encoding_key=encoding_key(
-            files.path, task=model.task, prompt=source.prompt, max_length=max_length
+            files.path, task=task, prompt=settings.prompt, max_length=max_length
         ),
     )
-    return federation.seen_as(source.view)
+    return federation.seen_as(settings.view)

@@ -1,4 +1,4 @@
-"""What a process keeps in memory: a base model with one adapter slot, its task, tokenised records.
+"""A process's model in memory: a base with one adapter slot, its task, tokenised records.
 
 Both sides use it: an institution trains in it, the server starts from it and evaluates in it.
 Loading is the slow part of a round, so each process loads once and swaps adapters.
@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 
-from fedlora import adapters, exactness, models, tasks, verdicts
+from fedlora import adapters, exactness, model_files, models, tasks, verdicts
 from fedlora.adapters import AdapterState
-from fedlora.config import RunConfig
+from fedlora.config import AdapterConfig, ModelConfig, RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.records import load as records
@@ -50,7 +50,7 @@ class Trainable:
         """Freeze every part of the adapter but these, until the next call.
 
         Raises:
-            Refusal: ``malformed-message`` for a part that there is not, or when none is left.
+            Refusal: ``malformed-message`` if a part is unknown or no part is left.
         """
         named = adapters.parameters(self.model)
         kinds = {name: adapters.kind(name) for name in named}
@@ -71,46 +71,54 @@ class Trainable:
 def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
     """The process's one `Trainable` for this configuration, loaded at the first call.
 
-    What is guaranteed: under DP the model was found to give exact per-example gradients
-    (`fedlora.exactness`), before any record is looked at by it and any budget charged.
+    Guarantee: under DP the model has been found to give exact per-example gradients
+    (`fedlora.exactness`) before it reads a record and before any charge.
 
     Raises:
-        InputError: If the base model is not there, is pickle-only, cannot take the adapter, or
+        InputError: If the base model is missing, has pickles only, cannot take the adapter, or
             gives no exact per-example gradients under DP or with dropout.
     """
     device = "cuda" if config.engine.gpus > 0 and torch.cuda.is_available() else "cpu"
     return _load(
-        config.seed,
-        config.model,
-        config.adapter,
-        config.data.prompt,
-        config.training.max_length,
-        config.training.gradient_checkpointing,
-        labels,
-        device,
-        config.privacy.enabled,
+        _Settings(
+            seed=config.seed,
+            model=config.model,
+            adapter=config.adapter,
+            prompt=config.data.prompt,
+            max_length=config.training.max_length,
+            gradient_checkpointing=config.training.gradient_checkpointing,
+            labels=labels,
+            device=device,
+            private=config.privacy.enabled,
+        )
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The settings that decide a `Trainable`. Runs that differ in others share one in memory."""
+
+    seed: int
+    model: ModelConfig
+    adapter: AdapterConfig
+    prompt: str
+    max_length: int
+    gradient_checkpointing: bool
+    labels: tuple[str, ...]
+    device: str
+    private: bool
+
+
 @functools.lru_cache(maxsize=1)
-def _load(
-    seed: int,
-    model: Any,
-    adapter: Any,
-    prompt: str,
-    max_length: int,
-    checkpointing: bool,
-    labels: tuple[str, ...],
-    device: str,
-    private: bool,
-) -> Trainable:
+def _load(settings: _Settings) -> Trainable:
+    model, adapter, labels = cast(Any, settings.model), cast(Any, settings.adapter), settings.labels
     base = models.load_base(
         model.name,
         dtype=model.dtype,
         quantization=model.quantization,
         task=model.task,
         num_labels=len(labels),
-        device=device,
+        device=settings.device,
     )
     spec = adapters.LoraSpec(
         method=adapter.method,
@@ -119,27 +127,18 @@ def _load(
         dropout=adapter.dropout,
         target_modules=adapter.target_modules,
     )
-    peft_model = adapters.attach(base, spec, seed)
-    if checkpointing:
+    peft_model = adapters.attach(base, spec, settings.seed)
+    if settings.gradient_checkpointing:
         cast(Any, base.model).gradient_checkpointing_enable({"use_reentrant": False})
     task = tasks.make(
         model.task,
         base.kind,
         base.tokenizer,
-        prompt=prompt,
-        max_length=max_length,
-        positions=models.resolve(model.name).positions,
+        prompt=settings.prompt,
+        max_length=settings.max_length,
+        positions=model_files.resolve(model.name).positions,
     )
     per_sample = PerSampleAdapters(peft_model)
-    question = {
-        "weights": base.digest,
-        "configuration": cast(Any, base.model.config).to_json_string(use_diff=False),
-        "adapter": dataclasses.asdict(spec),
-        "task": (model.task, max_length, len(labels), base.tokenizer.pad_token_id),
-        "checkpointing": checkpointing,
-        "device": torch.cuda.get_device_name(device) if device != "cpu" else device,
-        "threads": torch.get_num_threads(),
-    }
 
     def examine() -> exactness.Verdict:
         training_mode(peft_model, True)
@@ -148,8 +147,8 @@ def _load(
         finally:
             training_mode(peft_model, False)
 
-    verdict = verdicts.remembered(question, examine)
-    if verdict.flaw and (private or per_sample.has_dropout):
+    verdict = verdicts.remembered(_question(settings, base, spec), examine)
+    if verdict.flaw and (settings.private or per_sample.has_dropout):
         raise InputError(
             f"model.name is {base.name!r}, whose layers in adapter.target-modules give no exact "
             f"per-example gradients: {verdict.flaw}; choose other adapter.target-modules or "
@@ -166,8 +165,28 @@ def _load(
     )
 
 
+def _question(settings: _Settings, base: models.Base, spec: adapters.LoraSpec) -> dict[str, Any]:
+    """The properties of a loaded model that a verdict on it depends on; see `verdicts`."""
+    tokenizer: Any = base.tokenizer
+    device = settings.device
+    return {
+        "weights": base.digest,
+        "configuration": cast(Any, base.model.config).to_json_string(use_diff=False),
+        "adapter": dataclasses.asdict(spec),
+        "task": (
+            settings.model.task,
+            settings.max_length,
+            len(settings.labels),
+            tokenizer.pad_token_id,
+        ),
+        "checkpointing": settings.gradient_checkpointing,
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else device,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def forget() -> None:
-    """Let go of the process's `Trainable`, for whoever is about to take its model apart."""
+    """Drop the process's `Trainable`, before its model is taken apart."""
     _load.cache_clear()
 
 

@@ -1,10 +1,10 @@
-"""What `fedlora.exactness` found, kept on disk so that one model is examined once a machine.
+"""A cache of verdicts of `fedlora.exactness`, so that a machine examines a model once.
 
-An entry holds all that its verdict follows from, and counts only if that is what is asked now, to
-the letter: the weights' digest, the configuration, adapter, task and shapes, the versions of the
-libraries, the source of this package, the processor's instructions. A damaged entry counts as
-absent, and so does one that another user of the machine owns or may write: it would switch the
-examination off.
+An entry holds its verdict and everything that the verdict depends on: the weights' digest, the
+configuration, adapter, task and shapes, the versions of the libraries, the source of this package,
+the processor's instructions. An entry counts only if all of these equal the present ones. A damaged
+entry counts as absent. So does an entry that another user of the machine owns or may write, because
+it could switch the examination off.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ import torch
 from fedlora.exactness import Verdict
 from fedlora.files import cache_directory, write_atomic
 
-MOST = 200
-"""Entries that are kept: a server that asks for ever other adapters fills no disk."""
+MAX_ENTRIES = 200
+"""Number of entries on disk. The oldest go first, so that no server can fill the disk."""
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
 def remembered(question: Mapping[str, Any], examine: Callable[[], Verdict]) -> Verdict:
-    """The kept verdict for this question, or that of ``examine``, which is kept then.
+    """The cached verdict for this question, or the verdict of ``examine``, which is then cached.
 
     Args:
-        question: All that the verdict depends on and `environment` does not hold, fit for JSON.
-        examine: Finds the verdict.
+        question: Everything that the verdict depends on beside `environment`, fit for JSON.
+        examine: Examines the model.
     """
     asked = json.dumps({**question, **environment()}, sort_keys=True)
     directory = cache_directory() / "verdicts"
@@ -46,7 +46,7 @@ def remembered(question: Mapping[str, Any], examine: Callable[[], Verdict]) -> V
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(entry, f"{lines}{_checksum(lines)}".encode())
         entries = sorted(directory.iterdir(), key=lambda file: file.stat().st_mtime_ns)
-        for old in entries[:-MOST]:
+        for old in entries[:-MAX_ENTRIES]:
             old.unlink(missing_ok=True)
     return verdict
 
@@ -66,7 +66,7 @@ def environment() -> dict[str, str]:
 
 
 def _read(entry: Path, asked: str) -> Verdict | None:
-    """The verdict of an entry that is whole, answers what is asked and is this user's alone."""
+    """The verdict of an entry that is whole, answers this question and is this user's alone."""
     try:
         with entry.open(encoding="utf-8") as file:
             # Nobody else may enter the directory, so a file that a group may write is out of reach.

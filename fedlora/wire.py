@@ -30,19 +30,19 @@ _SAFETENSORS = "safetensors"
 LARGEST_HEADER = 2**20
 """Bytes that the names and shapes of an adapter may take. A thousand tensors take some 0.2 MB; each
 tensor that somebody else's header names takes memory here before it is compared with anything."""
-LONGEST_TEXT = 1000
+MAX_TEXT_CHARACTERS = 1000
 """Characters of a text in a message: a name, a digest, a version."""
-MOST_NAMES = 16
-"""Names in a list of an order: its parts, what is kept, the figures that are asked for."""
-LONGEST_EVALUATION = 2**20
+MAX_LIST_TEXTS = 16
+"""Texts in a list of an order: its parts, its local parts, the requested figures."""
+MAX_EVALUATION_CHARACTERS = 2**20
 """Characters of an evaluation's figures as JSON: some thousand classes."""
 _CODE = re.compile(r"[a-z0-9-]{1,64}")
 _PLAIN: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
-    str: f"a text of at most {LONGEST_TEXT} characters",
+    str: f"a text of at most {MAX_TEXT_CHARACTERS} characters",
     bool: "true or false",
-    tuple[str, ...]: f"a list of at most {MOST_NAMES} texts",
+    tuple[str, ...]: f"a list of at most {MAX_LIST_TEXTS} texts",
 }
 _ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY, _EVALUATION = (
     "adapter",
@@ -350,7 +350,7 @@ def unpack_evaluation(content: RecordDict) -> Evaluation:
     _holds_only(content, _EVALUATION)
     values = _config(content, _EVALUATION)
     text, metrics = values.get("metrics"), None
-    if isinstance(text, str) and len(text) <= LONGEST_EVALUATION:
+    if isinstance(text, str) and len(text) <= MAX_EVALUATION_CHARACTERS:
         with contextlib.suppress(ValueError, RecursionError):
             metrics = json.loads(text)
     if not isinstance(metrics, dict):
@@ -385,7 +385,7 @@ def unpack_update(content: RecordDict) -> ClientUpdate:
         privacy = _build(PrivacySpent, _config(content, _PRIVACY))
     metrics = dict(content.metric_records.get(_METRICS, MetricRecord()))
     for name, value in metrics.items():
-        if len(name) > LONGEST_TEXT or not isinstance(value, int | float):
+        if len(name) > MAX_TEXT_CHARACTERS or not isinstance(value, int | float):
             raise Refusal("malformed-message", f"the figure {_quoted(name)} is no number")
     values = _config(content, _UPDATE)
     return _build(
@@ -487,10 +487,10 @@ def _as(kind: Any, value: Any) -> Any:
     if kind is int and isinstance(value, bool):
         return None
     if kind is str:
-        return value if isinstance(value, str) and len(value) <= LONGEST_TEXT else None
+        return value if isinstance(value, str) and len(value) <= MAX_TEXT_CHARACTERS else None
     if kind == tuple[str, ...]:
         items = typing.cast(list[Any], value if isinstance(value, list | tuple) else [None])
-        fine = len(items) <= MOST_NAMES and all(_as(str, item) is not None for item in items)
+        fine = len(items) <= MAX_LIST_TEXTS and all(_as(str, item) is not None for item in items)
         return tuple(items) if fine else None
     return value if isinstance(value, kind) else None
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from fedlora import wire
-from fedlora.adapters import factor_names, layer
+from fedlora.adapters import factor_names
 from fedlora.wire import ClientUpdate
 from strategies.base import Round, Weighted
 from strategies.products import Product
@@ -48,9 +48,9 @@ class Collected:
             for held in self._held
         ]
 
-    def products(self, this_round: Round, name: str) -> list[Product]:
-        """Each update's product in the layer of this A, with its share and scale."""
-        b, a = self.tensors(factor_names(layer(name))[1]), self.tensors(name)
+    def products(self, this_round: Round, path: str) -> list[Product]:
+        """Each update's product in the layer at a module path, with its share and scale."""
+        a, b = (self.tensors(name) for name in factor_names(path))
         return [
             (share * this_round.scale(len(right)), left, right)
             for share, left, right in zip(self.shares, b, a, strict=True)

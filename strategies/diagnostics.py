@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.adapters import RESIDUAL_A, AdapterState, kind, layer, residual_names
+from fedlora.adapters import AdapterState
 from fedlora.streams import RandomSource
 from strategies import products
 from strategies.base import Round, Weighted
+from strategies.lowrank import carried
 from strategies.products import Floats, Product
 
 MAX_EXACT_BYTES = 512 * 2**20
@@ -42,7 +43,7 @@ class Watch:
             this_round.asked * this_round.before.only(this_round.parts).num_bytes <= exact_bytes
             and this_round.asked * this_round.before.rank <= MAX_EXACT_RANKS
         )
-        self._layers = [layer(name) for name in this_round.before if kind(name) == "A"]
+        self._layers = len(this_round.before.layers())
         # What institutions keep of a product is not known here: then A is a vector like a head.
         self._products = "B" not in this_round.local_parts
         self._seen: list[tuple[str, float, _Kept]] = []
@@ -92,7 +93,8 @@ class Watch:
         mean[:n], off[:n], off[-4:] = share, -share, (1.0, 1.0, -1.0, -1.0)
         np.add.at(off, n + np.asarray(of, dtype=int), share)
         error = _ratio(float(off @ factors @ off), float(mean @ factors @ mean))
-        ranks = [len(t) for name, t in new.items() if name.endswith(RESIDUAL_A)]
+        residuals = [layer.residual for layer in new.layers().values()]
+        ranks = [len(residual[0]) for residual in residuals if residual is not None]
         return {
             "exact": self.exact,
             "error": error if self._products else None,
@@ -104,11 +106,8 @@ class Watch:
     def _kept(self, state: AdapterState, *, residual: bool = False) -> "_Kept":
         """What is looked at of an adapter, or of its residuals alone."""
         found = self._residuals(state) if residual else self._factors(state)
-        plain = [
-            torch.zeros_like(tensor) if residual else tensor
-            for name, tensor in state.items()
-            if kind(name) in (("magnitude", "head") if self._products else ("A", "head"))
-        ]
+        parts = ("magnitude", "head") if self._products else ("A", "head")
+        plain = [torch.zeros_like(t) if residual else t for t in state.only(parts).values()]
         if self.exact:
             return _Kept(found, [t.flatten().numpy() for t in plain])
         sketch = [
@@ -125,18 +124,15 @@ class Watch:
     def _factors(self, state: AdapterState) -> list[Product]:
         if not self._products:
             return []
-        return [products.product(self._round, state, path) for path in self._layers]
+        return [products.product(self._round, layer) for layer in state.layers().values()]
 
     def _residuals(self, state: AdapterState) -> list[Product]:
-        """A product of zero where a layer has none."""
-        found = self._factors(state)
-        for i, (_, b, a) in enumerate(found):
-            names = residual_names(self._layers[i])
-            if names[0] in state:
-                found[i] = (1.0, state[names[1]], state[names[0]])
-            else:
-                found[i] = (0.0, b[:, :1], a[:1])
-        return found
+        """A product of zero where a layer has no residual."""
+        if not self._products:
+            return []
+        zero = [(0.0, layer.b[:, :1], layer.a[:1]) for layer in state.layers().values()]
+        found = [carried(layer) for layer in state.layers().values()]
+        return [each[0] if each else none for each, none in zip(found, zero, strict=True)]
 
     def _inner(self, kept: "Sequence[_Kept]") -> tuple[Floats, Floats]:
         """Inner products of the products, and of all else, ``(n, n)`` each."""
@@ -149,7 +145,7 @@ class Watch:
             return sketches @ sketches.T, vectors
         if not self._products:
             return np.zeros_like(vectors), vectors
-        return products.inner(len(self._layers), lambda i: [k.products[i] for k in kept]), vectors
+        return products.inner(self._layers, lambda i: [k.products[i] for k in kept]), vectors
 
 
 class _Kept(NamedTuple):

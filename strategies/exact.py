@@ -18,11 +18,12 @@ Fine-Tuning of Foundation Models, arXiv 2410.09432.
 
 from collections.abc import Iterable
 
-from fedlora.adapters import AdapterState, factor_names, kind, layer, residual_names
+from fedlora.adapters import AdapterState, residual_names
 from strategies import fedavg
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import collect
 from strategies.lowrank import carried, recompressed
+from strategies.products import product
 
 
 def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
@@ -42,15 +43,12 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
             return AdapterState({})
         mean = fedavg.aggregate(this_round, everyone.weighted(everyone.weights))
         result = dict(mean)
-        for name in mean:
-            if kind(name) == "A":
-                other = factor_names(layer(name))[1]
-                means = (-this_round.scale(len(mean[name])), mean[other], mean[name])
-                pair = recompressed(
-                    [*carried(this_round, name), *everyone.products(this_round, name), means],
-                    this_round.residual_rank,
-                )
-                result |= dict(zip(residual_names(layer(name)), pair, strict=True))
+        for path, layer in mean.layers().items():
+            scale, b, a = product(this_round, layer)
+            old = carried(this_round.before.factors(path))
+            products = [*old, *everyone.products(this_round, path), (-scale, b, a)]
+            pair = recompressed(products, this_round.residual_rank)
+            result |= zip(residual_names(path), pair, strict=True)
     return AdapterState(result)
 
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlora.adapters import layer, residual_names
-from strategies.base import Round
+from fedlora.adapters import Factors
 from strategies.products import Product
 
-MIN_SINGULAR_VALUE = 1e-9
-"""Share of the largest singular value below which one counts as zero."""
+MIN_SINGULAR_SHARE = 1e-9
+"""A singular value below this share of the largest one counts as zero."""
 
 
 def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +47,7 @@ def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor,
     vectors = torch.linalg.eigh((values + values.T) / 2)[1][:, -rank:]
     basis = torch.linalg.qr(left @ (w @ vectors))[0]
     u, s, vt = torch.linalg.svd((basis.T @ left) @ right, full_matrices=False)
-    used = int((s > MIN_SINGULAR_VALUE * s[0]).sum()) if float(s[0]) > 0 else 0
+    used = int((s > MIN_SINGULAR_SHARE * s[0]).sum()) if float(s[0]) > 0 else 0
     return basis @ u[:, :used], s[:used, None] * vt[:used]
 
 
@@ -90,7 +89,9 @@ def recompressed(products: Sequence[Product], bound: int) -> tuple[torch.Tensor,
     return (sv / root[:, None]).float(), (u * root).float()
 
 
-def carried(this_round: Round, name: str) -> list[Product]:
-    """The residual so far of the layer that a tensor belongs to: none, or one product."""
-    a, b = residual_names(layer(name))
-    return [(1.0, this_round.before[b], this_round.before[a])] if a in this_round.before else []
+def carried(layer: Factors) -> list[Product]:
+    """The residual of a layer as a product, or an empty list."""
+    if layer.residual is None:
+        return []
+    a, b = layer.residual
+    return [(1.0, b, a)]

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fedlora.adapters import AdapterState, kind
+from fedlora.adapters import AdapterState, Factors, factor_names
 from strategies import fedavg
 from strategies.base import Round, Strategy, Weighted
 
@@ -56,20 +56,19 @@ def _padded(this_round: Round, state: AdapterState) -> AdapterState:
     if state.rank == before.rank:
         return state
     state = _scaled(state, this_round.scale(state.rank) / this_round.scale(before.rank))
-    dimension = {"A": 0, "B": 1}
-    return AdapterState(
-        {
-            name: torch.cat([t, before[name].narrow(d, state.rank, before.rank - state.rank)], d)
-            if (d := dimension.get(kind(name))) is not None
-            else t
-            for name, t in state.items()
-        }
-    )
+    padded = dict(state)
+    for path, own in state.layers().items():
+        whole, rank = before.factors(path), len(own.a)
+        a = torch.cat([own.a, whole.a[rank:]])
+        b = torch.cat([own.b, whole.b[:, rank:]], 1)
+        padded |= Factors(a, b).named(path)
+    return AdapterState(padded)
 
 
 def _scaled(state: AdapterState, factor: float) -> AdapterState:
     """The adapter with its B times a factor."""
-    return AdapterState({n: t * factor if kind(n) == "B" else t for n, t in state.items()})
+    scaled = {factor_names(path)[1]: layer.b * factor for path, layer in state.layers().items()}
+    return state.updated(scaled)
 
 
 STRATEGY = Strategy(aggregate=aggregate, start=start)

@@ -11,13 +11,13 @@ Two factor pairs with the same product are the same here, whatever their basis. 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.adapters import AdapterState, factor_names, kind, layer
+from fedlora.adapters import Factors, factor_names
 from strategies.base import Round
 
 Floats = npt.NDArray[np.float64]
@@ -37,7 +37,7 @@ def factors(this_round: Round, tensors: Tensors) -> Floats:
         this_round: Names of all tensors, and the scale of each rank.
         tensors: Gives A ``(r_k, d_in)`` and B ``(d_out, r_k)``, float32; ranks may differ.
     """
-    layers = [layer(name) for name in this_round.before if kind(name) == "A"]
+    layers = list(this_round.before.layers())
 
     def each(number: int) -> list[Product]:
         a, b = (tensors(name) for name in factor_names(layers[number]))
@@ -46,10 +46,9 @@ def factors(this_round: Round, tensors: Tensors) -> Floats:
     return inner(len(layers), each)
 
 
-def product(this_round: Round, state: AdapterState, path: str) -> Product:
+def product(this_round: Round, layer: Factors) -> Product:
     """A layer's s B A."""
-    a, b = (state[name] for name in factor_names(path))
-    return this_round.scale(len(a)), b, a
+    return this_round.scale(len(layer.a)), layer.b, layer.a
 
 
 def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:
@@ -72,22 +71,21 @@ def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:
 
 
 def vectors(
-    this_round: Round, tensors: Tensors, kinds: Collection[str] = ("magnitude", "head")
+    this_round: Round, tensors: Tensors, parts: Sequence[str] = ("magnitude", "head")
 ) -> Floats:
-    """Inner products of n adapters' tensors of some kinds, ``(n, n)``; 0 if they have none.
+    """Inner products of n adapters' tensors of some parts, ``(n, n)``; 0 if they have none.
 
     Factors of different ranks count as padded with zeros.
     """
     total: Floats | float = 0.0
-    for name in this_round.before:
-        if kind(name) in kinds:
-            found = [t.reshape(len(t), -1) for t in tensors(name)]
-            shape = (max(t.shape[i] for t in found) for i in (0, 1))
-            padded = torch.zeros(len(found), *shape, dtype=torch.float64)
-            for place, t in zip(padded, found, strict=True):
-                place[: t.shape[0], : t.shape[1]] = t
-            padded = padded.flatten(1)
-            total = total + (padded @ padded.T).numpy()
+    for name in this_round.before.only(parts):
+        found = [t.reshape(len(t), -1) for t in tensors(name)]
+        shape = (max(t.shape[i] for t in found) for i in (0, 1))
+        padded = torch.zeros(len(found), *shape, dtype=torch.float64)
+        for place, t in zip(padded, found, strict=True):
+            place[: t.shape[0], : t.shape[1]] = t
+        padded = padded.flatten(1)
+        total = total + (padded @ padded.T).numpy()
     return np.asarray(total)
 
 

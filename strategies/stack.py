@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fedlora.adapters import AdapterState, fresh_a, kind, layer, residual_names
+from fedlora.adapters import AdapterState, Factors, fresh_a, residual_names
 from fedlora.streams import RandomSource
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import collect
@@ -30,12 +30,10 @@ from strategies.lowrank import carried, recompressed
 def start(this_round: Round, rank: int) -> AdapterState:
     """Fresh factors of this rank on what the base carries; their product is zero."""
     tensors = dict(this_round.before.cut(rank))
-    for name, tensor in tensors.items():
-        if kind(name) == "A":
-            source = RandomSource.seeded("stack", this_round.seed, this_round.number, layer(name))
-            tensors[name] = fresh_a(tensor.shape, source)
-        elif kind(name) == "B":
-            tensors[name] = torch.zeros_like(tensor)
+    for path, old in this_round.before.layers().items():
+        source = RandomSource.seeded("stack", this_round.seed, this_round.number, path)
+        a = fresh_a((rank, old.a.shape[1]), source)
+        tensors |= Factors(a, old.b.new_zeros(len(old.b), rank)).named(path)
     return AdapterState(tensors)
 
 
@@ -55,14 +53,12 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     with collect(updates) as everyone:
         if not len(everyone):
             return AdapterState({})
-        for name in this_round.before:
-            if kind(name) == "A":
-                added = everyone.products(this_round, name)
-                names = residual_names(layer(name))
-                pair = recompressed([*carried(this_round, name), *added], this_round.residual_rank)
-                result |= dict(zip(names, pair, strict=True))
-            elif kind(name) in ("magnitude", "head"):
-                result[name] = everyone.mean(name)
+        for path, old in this_round.before.layers().items():
+            products = [*carried(old), *everyone.products(this_round, path)]
+            pair = recompressed(products, this_round.residual_rank)
+            result |= zip(residual_names(path), pair, strict=True)
+        for name in this_round.before.only(("magnitude", "head")):
+            result[name] = everyone.mean(name)
     return AdapterState(result)
 
 

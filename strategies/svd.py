@@ -32,11 +32,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fedlora.adapters import AdapterState, factor_names, kind, layer
+from fedlora.adapters import AdapterState, Factors
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import Collected, collect
 from strategies.lowrank import truncated_svd
-from strategies.products import Product
+from strategies.products import Product, product
 
 MIN_SINGULAR_SHARE = 0.01
 """A singular value of an A is at least this share of their root mean square."""
@@ -58,45 +58,41 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     with collect(updates) as everyone:
         if not len(everyone):
             return AdapterState({})
-        for name, old in this_round.before.items():
-            if kind(name) == "A":
-                other = factor_names(layer(name))[1]
-                products = everyone.products(this_round, name)
-                near = _mean_a(this_round, everyone, name, [a for _, _, a in products])
-                products += _unsent(this_round, everyone, name)
-                result[name], result[other] = truncated(
-                    products, near, old, this_round.scale(len(old))
-                )
-            elif kind(name) != "B":
-                result[name] = everyone.mean(name)
+        for path, old in this_round.before.layers().items():
+            products = everyone.products(this_round, path)
+            near = _mean_a(this_round, everyone, path, [a for _, _, a in products])
+            products += _unsent(this_round, everyone, path)
+            pair = truncated(products, near, old.a, this_round.scale(len(old.a)))
+            result |= Factors(*pair).named(path)
+        for name in this_round.before.only(("magnitude", "head")):
+            result[name] = everyone.mean(name)
     return AdapterState(result)
 
 
 def _mean_a(
-    this_round: Round, everyone: Collected, name: str, sent: Sequence[torch.Tensor]
+    this_round: Round, everyone: Collected, path: str, sent: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The old A ``(r, d_in)`` and the mean of what institutions changed in their rows, float64."""
     starts, of = this_round.starts(everyone.institutions)
-    near = this_round.before[name].double()
+    near = this_round.before.factors(path).a.double()
     for share, number, a in zip(everyone.shares, of, sent, strict=True):
-        near[: len(a)] += share * (a.double() - starts[number][name].double())
+        near[: len(a)] += share * (a.double() - starts[number].factors(path).a.double())
     return near
 
 
-def _unsent(this_round: Round, everyone: Collected, name: str) -> list[Product]:
+def _unsent(this_round: Round, everyone: Collected, path: str) -> list[Product]:
     """What institutions of lower ranks were not sent of the global product, by their shares.
 
     Added to what they send it leaves their change: none where they trained nothing.
     """
-    other = factor_names(layer(name))[1]
     starts, of = this_round.starts(everyone.institutions)
     found: list[Product] = []
     for number, state in enumerate(starts):
         share = math.fsum(s for s, i in zip(everyone.shares, of, strict=True) if i == number)
         if state is not this_round.before and share:
             for sign, each in ((1.0, this_round.before), (-1.0, state)):
-                a = each[name]
-                found.append((sign * share * this_round.scale(len(a)), each[other], a))
+                scale, b, a = product(this_round, each.factors(path))
+                found.append((sign * share * scale, b, a))
     return found
 
 
@@ -106,13 +102,10 @@ def start(this_round: Round, rank: int) -> AdapterState:
     if rank == before.rank:
         return before
     cut = dict(before)
-    for name, old in before.items():
-        if kind(name) == "A":
-            other = factor_names(layer(name))[1]
-            whole = (this_round.scale(before.rank), before[other], old)
-            cut[name], cut[other] = truncated(
-                [whole], old[:rank], old[:rank], this_round.scale(rank)
-            )
+    for path, old in before.layers().items():
+        first = old.a[:rank]
+        pair = truncated([product(this_round, old)], first, first, this_round.scale(rank))
+        cut |= Factors(*pair).named(path)
     return AdapterState(cut)
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import data
 from fedlora.config import RunConfig
-from fedlora.data import Table
 from fedlora.errors import InputError
 from fedlora.partition import normalise
+from fedlora.rows import Table, partition_rows
 from fedlora.streams import RandomSource
 
 KINDS = ("wrong label", "random words", "secret")
@@ -74,20 +73,8 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
         InputError: If there are too few held-out rows to make canaries, or fewer canaries than
             institutions.
     """
-    source = config.data
-    dealt = data.deal(
-        source=source.source,
-        test_source=source.test_source,
-        text=source.text,
-        label=source.label,
-        labels=source.labels,
-        unit=config.privacy.unit,
-        partition=source.partition,
-        institutions=source.institutions,
-        min_records=source.min_records,
-        test_fraction=source.test_fraction,
-        seed=config.seed,
-        task=config.model.task,
+    dealt = partition_rows(
+        config.data, unit=config.privacy.unit, seed=config.seed, task=config.model.task
     )
     if count < len(dealt.names):
         raise InputError(

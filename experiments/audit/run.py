@@ -31,6 +31,7 @@ from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
+from fedlora.rows import partition_rows
 from fedlora.run_files import finite, read_run_file
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -289,20 +290,8 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
     """Return a run on a new random split of all rows, with half of them held out."""
     place = folder / f"shadow-{number}"
     place.mkdir()
-    dealt = data.deal(
-        source=config.data.source,
-        test_source=config.data.test_source,
-        text=config.data.text,
-        label=config.data.label,
-        labels=config.data.labels,
-        unit="record",
-        partition=config.data.partition,
-        institutions=0,
-        min_records=1,
-        test_fraction=0.0,
-        seed=config.seed,
-        task=config.model.task,
-    )
+    everything = dataclasses.replace(config.data, institutions=0, min_records=1, test_fraction=0.0)
+    dealt = partition_rows(everything, unit="record", seed=config.seed, task=config.model.task)
     rows: list[tuple[str, str, str]] = []
     for table, bounds in (dealt.train, dealt.held_out):
         owners = np.repeat(np.array(dealt.names), np.diff(bounds)).tolist()

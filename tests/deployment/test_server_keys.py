@@ -144,7 +144,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (("epsilon-too-large",), "privacy.epsilon", 8.001, 1e308),
         (("dp-required",), "privacy.epsilon", math.inf),
         (bad, "privacy.epsilon", 5e-324, 1e-9),
-        (followed, "privacy.delta", 0.0, configuration.LEAST_DELTA),
+        (followed, "privacy.delta", 0.0, configuration.MIN_DELTA),
         (bad, "privacy.delta", 5e-324, 9e-31),
         ((*bad, "delta-too-large"), "privacy.delta", 1 / 127, 0.999),
         (followed, "privacy.max-grad-norm", 1e-6, 1e6),

@@ -307,20 +307,29 @@ def test_a_state_is_sorted_and_counts_its_bytes():
     assert list(state) == ["a", "b"] and state.num_bytes == 40
 
 
-def test_kinds_and_layers_follow_from_the_name(directories):
+def test_parts_and_layers_follow_from_the_name(directories):
     state = AdapterState.read(trained(load(directories / "bert"), "dora"))
     head = [n for n in state if adapters.kind(n) == "head"]
     assert [n.removeprefix("base_model.model.") for n in head] == [
         "classifier.bias",
         "classifier.weight",
     ]
-    assert {adapters.layer(n) for n in head} == {"base_model.model.classifier"}
-    query = "base_model.model.bert.encoder.layer.0.attention.self.query"
-    assert {adapters.kind(n) for n in state if adapters.layer(n) == query} == {
-        "A",
-        "B",
-        "magnitude",
-    }
+    layers = state.layers()
+    assert set(layers) == {name.removesuffix(".lora_A.weight") for name in state.only(("A",))}
+    path = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    ends = ("A.weight", "B.weight", "magnitude_vector")
+    query = {f"{path}.lora_{end}": layers[path][i] for i, end in enumerate(ends)}
+    assert layers[path].named(path).keys() == query.keys() < state.keys()
+    assert all(tensor is state[name] for name, tensor in query.items())
+    assert layers[path].residual is None
+    whole = {name: t for at, layer in layers.items() for name, t in layer.named(at).items()}
+    assert whole.keys() | set(head) == state.keys()
+
+
+def test_a_layer_with_one_factor_of_two_is_an_error_and_not_left_out():
+    for end in ("A", "B"):
+        with pytest.raises(KeyError, match=r"q\.lora_"):
+            AdapterState({f"q.lora_{end}.weight": torch.ones(1, 1)}).layers()
 
 
 @pytest.mark.parametrize(

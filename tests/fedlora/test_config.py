@@ -54,8 +54,8 @@ def test_every_key_is_described_with_its_default():
         ("training.proximal", 2.5, ["training.proximal", "2.5", "product must be at most 2"]),
         ("data.labels", "[" * 100_000, ["data.labels", "list of text"]),
         ("data.labels", f"[{'9' * 5000}]", ["data.labels", "list of text"]),
-        ("data.labels", '["\\ud800"]', ["data.labels", "list of text"]),
-        ("data.prompt", "\ud800", ["data.prompt", "Unicode text"]),
+        ("data.labels", '["\\ud800"]', ["data.labels", "surrogate pair"]),
+        ("data.prompt", "\ud800", ["data.prompt", "surrogate pair"]),
         ("run-dir", "a\0b", ["run-dir", "Unicode text without NUL"]),
     ],
 )

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora import data
+from fedlora.config import DataConfig
 from fedlora.data import Federation, Shard
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
@@ -44,22 +46,18 @@ def write(path: Path, rows: list[tuple[str, ...]], columns: tuple[str, ...] = CO
 def prepare(tmp_path: Path, source: str, **changes: Any) -> Federation:
     values: dict[str, Any] = {
         "source": source,
-        "test_source": "",
-        "text": "text",
-        "label": "label",
-        "labels": (),
-        "unit": "record",
         "partition": "natural:bank",
-        "institutions": 0,
-        "min_records": 1,
-        "test_fraction": 0.2,
+        "unit": "record",
         "seed": 0,
         "task": "classification",
         "encoder": lambda: encode,
         "encoding_key": "characters",
         "cache_dir": tmp_path / "cache",
     }
-    return data.prepare(**{**values, **changes})
+    values |= changes
+    names = {field.name for field in dataclasses.fields(DataConfig)} & set(values)
+    settings = DataConfig(**{name: values.pop(name) for name in names})
+    return data.prepare(settings, **values)
 
 
 def fixed(
@@ -380,14 +378,14 @@ needs_edgartools = pytest.mark.skipif(
 SCRIPT = """
 import sys, time
 from pathlib import Path
+from fedlora.config import DataConfig
 from fedlora.data import prepare
+settings = DataConfig(source="package:edgartools", partition="natural:industry", min_records=50)
 seconds = []
 for _ in range(3):
     start = time.perf_counter()
-    fed = prepare(source="package:edgartools", test_source="", text="text", label="label",
-        labels=(), unit="record", partition="natural:industry", institutions=0, min_records=50,
-        test_fraction=0.2, seed=0, task="classification", encoder=None, encoding_key="characters",
-        cache_dir=Path(sys.argv[1]))
+    fed = prepare(settings, unit="record", seed=0, task="classification", encoder=None,
+        encoding_key="characters", cache_dir=Path(sys.argv[1]))
     for index in range(len(fed.names)):
         fed.train(index), fed.held_out(index)
     seconds.append(time.perf_counter() - start)

@@ -297,7 +297,7 @@ def test_an_entry_that_others_may_write_counts_as_absent(kept):
 
 def test_entries_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(verdicts, "MOST", 5)
+    monkeypatch.setattr(verdicts, "MAX_ENTRIES", 5)
     for number in range(9):
         verdicts.remembered({"n": number}, lambda: exactness.Verdict(flaw="", first_position=None))
     assert len(list((tmp_path / "verdicts").iterdir())) == 5

