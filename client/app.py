@@ -36,10 +36,12 @@ class InstitutionApp(ClientApp):
                 replies[number] = _refusal(error, institution)
         outcomes = cohort.answer(list(orders.values()))
         for (number, (institution, _)), outcome in zip(orders.items(), outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                replies[number] = _refusal(outcome, institution)
-            else:
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
                 replies[number] = wire.pack_update(outcome)
+            except Exception as error:
+                replies[number] = _refusal(error, institution)
         return [
             Message(replies[number], reply_to=message) for number, (message, _) in enumerate(calls)
         ]

@@ -92,7 +92,7 @@ def _cannot_open(files: ModelFiles, error: Exception) -> InputError:
     )
 
 
-def load_base(  # noqa: C901  (one branch for each way in which a base can be wrong)
+def load_base(
     name: str,
     *,
     dtype: Dtype,
@@ -123,46 +123,19 @@ def load_base(  # noqa: C901  (one branch for each way in which a base can be wr
     files = resolve(name)
     kind(name, task)
     import torch
-    from torch.nn import Dropout
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    from fedlora import attention, encoder
+    from fedlora import attention
 
     weights_dtype = torch.float32
     if dtype == "bf16" or (dtype == "auto" and fast_bf16(device)):
         weights_dtype = torch.bfloat16
-    options: dict[str, Any] = {
-        "dtype": weights_dtype,
-        "local_files_only": True,
-        "use_safetensors": True,
-    }
-    if quantization != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=quantization == "nf4",
-            load_in_8bit=quantization == "int8",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=weights_dtype,
-            llm_int8_threshold=0.0,
-        )
-    if device != "cpu":
-        options["device_map"] = {"": device}
+    options = _options(quantization, weights_dtype, device)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line per layer and forward
     tokenizer = load_tokenizer(name)
     weights_digest = digest(files.weights)
     with _quiet():
         try:
-            if files.kind == "causal":
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    files.path, trust_remote_code=False, **options
-                )
-            else:
-                family: Any = AutoConfig.from_pretrained(
-                    files.path, local_files_only=True, trust_remote_code=False
-                )
-                # A T5 encoder saved by itself says that it is no encoder-decoder; its family is.
-                if getattr(type(family), "is_encoder_decoder", False) is True:
-                    raise encoder_decoder_error(name, family.model_type)
-                model = encoder.load(files.path, name=name, num_labels=num_labels, options=options)
+            model = _open(files, num_labels, options)
         except InputError:
             raise
         except Exception as error:  # of Python, transformers, torch or safetensors
@@ -172,16 +145,7 @@ def load_base(  # noqa: C901  (one branch for each way in which a base can be wr
             f"model.name is {name!r}, whose weights changed while they were loaded; run again when "
             "nobody writes to them"
         )
-    for module in model.modules():
-        # bitsandbytes repacks a 4-bit weight at the first evaluation on a CPU and then no longer
-        # differentiates through the layer, so training after an evaluation would silently lose
-        # gradients.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        # A frozen base has nothing to regularise; its dropout would tie a row to its place.
-        for key, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in key or type(module) is Dropout):
-                setattr(module, key, 0.0)
+    _freeze_behaviour(model)
     attention.use(model)
     model.requires_grad_(False).eval()
     return Base(
@@ -192,6 +156,61 @@ def load_base(  # noqa: C901  (one branch for each way in which a base can be wr
         digest=weights_digest,
         name=name,
     )
+
+
+def _options(quantization: Quantization, dtype: "torch.dtype", device: str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for weights of this dtype, on this device."""
+    from transformers import BitsAndBytesConfig
+
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "use_safetensors": True,
+    }
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=quantization == "nf4",
+            load_in_8bit=quantization == "int8",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_threshold=0.0,
+        )
+    if device != "cpu":
+        options["device_map"] = {"": device}
+    return options
+
+
+def _open(files: ModelFiles, num_labels: int, options: dict[str, Any]) -> Any:
+    """The model of these files; an encoder gets mean pooling and a head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fedlora import encoder
+
+    if files.kind == "causal":
+        return AutoModelForCausalLM.from_pretrained(files.path, trust_remote_code=False, **options)
+    family: Any = AutoConfig.from_pretrained(
+        files.path, local_files_only=True, trust_remote_code=False
+    )
+    # A T5 encoder saved by itself says that it is no encoder-decoder; its family is.
+    if getattr(type(family), "is_encoder_decoder", False) is True:
+        raise encoder_decoder_error(files.name, family.model_type)
+    return encoder.load(files.path, name=files.name, num_labels=num_labels, options=options)
+
+
+def _freeze_behaviour(model: Any) -> None:
+    """Switch off what would change a frozen base's results between passes."""
+    from torch.nn import Dropout
+
+    for module in model.modules():
+        # bitsandbytes repacks a 4-bit weight at the first evaluation on a CPU and then no longer
+        # differentiates through the layer, so training after an evaluation would silently lose
+        # gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        # A frozen base has nothing to regularise; its dropout would tie a row to its place.
+        for key, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in key or type(module) is Dropout):
+                setattr(module, key, 0.0)
 
 
 @contextmanager

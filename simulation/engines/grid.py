@@ -1,5 +1,6 @@
 """The base of both simulation grids: virtual nodes, and a reply for every message."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.flower_internals import set_identity
 
+log = logging.getLogger("fedlora.simulation")
 RUN_ID = 1
 MAX_MESSAGES_PER_CALL = 32
 MAX_ADAPTER_BYTES_PER_CALL = 128 * 2**20  # sums and replies take several times as much memory
@@ -109,7 +111,10 @@ def call_together(app: ClientApp, calls: Sequence[tuple[Message, Context]]) -> l
     together = getattr(app, "together", None)
     train = all(message.metadata.message_type == MessageType.TRAIN for message, _ in calls)
     if together is not None and train and len(calls) > 1:
-        return together(calls)
+        try:
+            return together(calls)
+        except Exception:  # each call then gets the reply, or the error, that it would get alone
+            log.exception("a call of %d messages failed; each is handled alone", len(calls))
     return [call(app, message, context) for message, context in calls]
 
 
