@@ -88,15 +88,14 @@ def contain_malformed_replies() -> None:
 
     ``HttpGrid.pull_messages`` confirms each reply and then inflates it. A reply that cannot be
     inflated raises there, and the SuperLink does not hand out the other replies of that request
-    again. Here each reply is inflated once before it is confirmed.
+    again. Here each reply is inflated once before it is confirmed. A second call changes nothing.
     """
     from flwr.supercore.inflatable.inflatable_utils import (
         ObjectPullError,
         inflate_object_from_contents,
+        pull_objects,
     )
     from flwr.superlink.grid import http_grid
-
-    pull_objects = http_grid.pull_objects
 
     def pull(object_ids: list[str], *args: Any, **kwargs: Any) -> dict[str, bytes]:
         contents = pull_objects(object_ids, *args, **kwargs)

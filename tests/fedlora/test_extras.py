@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from fedlora import data, extras, models, sources
+from fedlora import extras, models, rows, sources
 from fedlora.errors import InputError
 
 
@@ -58,7 +58,7 @@ def test_a_partition_by_a_scheme_without_flwr_datasets_is_refused_before_rows_ar
 ):
     from fedlora import records
 
-    monkeypatch.setattr(data, "_read", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(rows, "read_table", lambda *_: pytest.fail("rows were read"))
     missing("flwr_datasets")
     with pytest.raises(InputError, match=r"data\.partition iid needs .* flwr_datasets"):
         records.load(tiny_config(**{"data.partition": "iid", "data.institutions": 3}))
