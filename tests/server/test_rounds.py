@@ -11,6 +11,7 @@ from fedlora import wire
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import Refusal
 from fedlora.run_files import read_records
+from server import roster
 from server.roster import Roster, RunFailed
 from server.rounds import Federation
 
@@ -86,6 +87,7 @@ def test_an_institution_that_was_asked_before_a_crash_and_never_again_stands_in_
     with pytest.raises(KeyboardInterrupt):
         simulate_run(config)
     monkeypatch.setattr(Federation, "step", step)
+    monkeypatch.setattr(roster, "NODES_TIMEOUT", 0.0)
     online = Roster.online
     monkeypatch.setattr(
         Roster,
