@@ -373,7 +373,7 @@ def test_who_knows_anothers_node_can_neither_send_it_orders_nor_answer_for_it(fe
         ({"data.source": "/data/records.csv"}, ["other-data"] * 3),
         (
             {"federation.weighting": "records"},
-            ["dp-required", "metrics-not-allowed", "metrics-not-allowed"],
+            ["metrics-not-allowed"] * 3,
         ),
     ],
 )
