@@ -370,7 +370,7 @@ def _unchanged(model: PeftModel) -> Generator[None]:
     before = _state(model)
     yield
     after = _state(model)
-    for name in before.keys() | after.keys():
+    for name in sorted(before.keys() | after.keys()):
         one, other = before.get(name), after.get(name)
         same = (
             torch.equal(one, other)
