@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import httpx
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 log = logging.getLogger("fedlora.server")
 
+MAX_PUSHES = 3
 MAX_PAUSE = 0.5  # seconds between polls when nothing arrives
 MALFORMED_REPLY = 102
 """Error code, beside Flower's own, of a reply that the Grid cannot read."""
@@ -32,7 +34,7 @@ def exchange(
         Node id and its reply; an error with the code `MALFORMED_REPLY` for one that the Grid cannot
         read.
     """
-    ids = list(grid.push_messages(messages))
+    ids, messages = _push(grid, messages)
     waiting = dict(zip(ids, messages, strict=True))
     deadline, pause = time.monotonic() + timeout, 0.001
     while waiting and time.monotonic() < deadline:
@@ -55,6 +57,32 @@ def exchange(
             pause = min(pause * 2, MAX_PAUSE)
     for order in waiting.values():
         yield order.metadata.dst_node_id, None
+
+
+def _push(grid: Grid, messages: Sequence[Message]) -> tuple[list[str], Sequence[Message]]:
+    """Push messages, again where the SuperLink restarts in between and forgets the push.
+
+    A node that gets an order twice answers both with one update: its ledger knows the order.
+
+    Returns:
+        The messages' ids, and the messages that were pushed.
+    """
+    for _ in range(MAX_PUSHES - 1):
+        try:
+            return list(grid.push_messages(messages)), messages
+        except ObjectPushError as error:
+            log.warning("the SuperLink lost a push (%s); it is repeated", type(error).__name__)
+        messages = [
+            Message(
+                m.content,
+                m.metadata.dst_node_id,
+                m.metadata.message_type,
+                ttl=m.metadata.ttl,
+                group_id=m.metadata.group_id,
+            )
+            for m in messages
+        ]
+    return list(grid.push_messages(messages)), messages
 
 
 def _pull(grid: Grid, waiting: Mapping[str, Message]) -> list[tuple[str, Message]]:

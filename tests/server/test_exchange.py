@@ -4,6 +4,7 @@ import httpx
 import pytest
 from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedlora import wire
 from fedlora.errors import Refusal
@@ -39,6 +40,20 @@ def orders():
     identify()
     query = wire.pack_query(wire.Query(run="a1", first=True, participations=1))
     return [Message(query, node, MessageType.QUERY) for node in (1, 2, 3)]
+
+
+def test_orders_that_a_restarting_superlink_lost_are_pushed_again(orders):
+    grid, push = RaisingGrid(1, ValueError()), InlineGrid.push_messages
+    lost = iter([ObjectPushError("id", 1, "session")])
+
+    def push_messages(messages):
+        for error in lost:
+            raise error
+        return push(grid, messages)
+
+    grid.push_messages = push_messages
+    replies = dict(exchange(grid, orders[:1], 5.0))
+    assert not replies[1].has_error()
 
 
 @pytest.mark.parametrize("error", [ValueError("torn"), KeyError("x"), AttributeError("y")])
