@@ -7,6 +7,7 @@ step on rows of many lengths, among them rows padded to the number of rows of a 
 goes to docs/families.md. A few minutes on one core.
 """
 
+import argparse
 import logging
 import tempfile
 import warnings
@@ -305,6 +306,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     """Examine all families and write the table."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

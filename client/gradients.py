@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from client.passes import fill_passes, packed_losses, packed_tokens, padded_losses
-from fedlora.errors import Refusal
+from fedlora.per_sample import pop_grad_sample
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
@@ -74,7 +74,7 @@ def packed_gradients(
             with packed_losses(trainable, shard, rows[order], dropout, total, slots) as losses:
                 losses.sum().backward()
             trainable.per_sample.collect()
-        row_gradients = [_pop_grad_sample(name, p) for name, p in named.items()]
+        row_gradients = [pop_grad_sample(name, p) for name, p in named.items()]
         if single:
             yield of_row[order].tolist(), row_gradients
             continue
@@ -124,22 +124,13 @@ def padded_gradients(
                 dropout = batch.dropout.__getitem__
                 padded_losses(trainable, batch.shard, rows, dropout, width).sum().backward()
                 trainable.per_sample.collect()
-            gradients = [_pop_grad_sample(name, p)[: len(group)] for name, p in named.items()]
+            gradients = [pop_grad_sample(name, p)[: len(group)] for name, p in named.items()]
             if sums is None:
                 sums = gradients
             else:
                 sums = [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
         assert sums is not None, "a group has at least one unit with at least one row"
         yield group, sums
-
-
-def _pop_grad_sample(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Remove a parameter's per-example gradient ``(units, *shape)`` and return it."""
-    gradient: torch.Tensor | None = getattr(parameter, "grad_sample", None)
-    if gradient is None:
-        raise Refusal("guard-no-gradient", f"{name} has no per-example gradient")
-    parameter.grad_sample = None  # pyright: ignore[reportAttributeAccessIssue]
-    return gradient
 
 
 def _groups(

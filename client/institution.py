@@ -271,7 +271,8 @@ class Institution:
         return trainable.records(self.config).train(self.index)
 
     def _load(self) -> trainable.Trainable:
-        return trainable.load(self.config, trainable.records(self.config).labels)
+        with training.threads(self.config.engine.threads):  # the model is examined as it trains
+            return trainable.load(self.config, trainable.records(self.config).labels)
 
     def _local_parts(self, run: str) -> LocalParts:
         return LocalParts(self.directory, run, self.config.fingerprint())

@@ -11,9 +11,6 @@ from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
 
-PACKED_TOKENS_MULTIPLE = 64
-"""Packed rows have a multiple of so many tokens: kernels are compiled and cached for each size, and
-they treat the last rows of an odd size in another way."""
 MIN_MEAN_TOKENS = 10
 """Tokens that the rows of a pass may have on average before fewer rows fit into it."""
 
@@ -36,7 +33,7 @@ def plain_passes(
     for numbers in fill_passes(lengths, room, physical_batch):
         part = rows[numbers]
         part = part[np.argsort(widths[part], kind="stable")]
-        total = _packed_size(int(shard.lengths[part].sum()))
+        total = packing.row_size(int(shard.lengths[part].sum()))
         with packed_losses(trainable, shard, part, dropout, total, len(part)) as losses:
             yield losses
 
@@ -65,15 +62,10 @@ def fill_passes(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarr
 def packed_tokens(trainable: Trainable, physical_batch: int) -> int:
     """Tokens of a packed row: about those of ``physical_batch`` short rows.
 
-    They are a whole number of the longest rows, rounded up to `PACKED_TOKENS_MULTIPLE`.
+    They are a whole number of the longest rows, rounded up by `packing.row_size`.
     """
     longest = trainable.task.encoding.max_length
-    return _packed_size(max(1, round(MIN_MEAN_TOKENS * physical_batch / longest)) * longest)
-
-
-def _packed_size(tokens: int) -> int:
-    """Size of the smallest packed row that holds so many tokens."""
-    return -(-tokens // PACKED_TOKENS_MULTIPLE) * PACKED_TOKENS_MULTIPLE
+    return packing.row_size(max(1, round(MIN_MEAN_TOKENS * physical_batch / longest)) * longest)
 
 
 def padded_losses(

@@ -14,6 +14,7 @@ import typer
 from deployment import service
 from fedlora import logs
 from fedlora.errors import InputError
+from fedlora.run_files import read_run_file
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
@@ -304,7 +305,7 @@ def results(name: Name, as_json: Json = False) -> None:
     if submission.state != "completed":
         _show(submission, as_json)
         raise typer.Exit(1)
-    result = json.loads((submission.directory / "result.json").read_text(encoding="utf-8"))
+    result = read_run_file(submission.directory)
     if as_json:
         print(json.dumps(result))
         return

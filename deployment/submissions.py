@@ -21,7 +21,7 @@ from deployment.superlink_client import FlowerError, Server, Unanswered
 from fedlora.config import INSTITUTIONS, RunConfig, from_flat
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import SUBMISSION, alone, read_records
+from fedlora.run_files import SUBMISSION, alone, is_complete, read_records
 
 State = Literal["running", "completed", "failed", "stopped"]
 APP = Path(__file__).resolve().parents[1]
@@ -66,7 +66,7 @@ class Submission:
     @property
     def complete(self) -> bool:
         """Whether the ServerApp wrote a result, which it does last."""
-        return (self.directory / "result.json").exists()
+        return is_complete(self.directory)
 
     def save(self) -> None:
         """Write the submission to its file."""

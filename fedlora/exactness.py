@@ -48,7 +48,7 @@ from fedlora.batches import Batch, Int64, PackedBatch
 from fedlora.encoder import HEAD
 from fedlora.encoding import Encoded
 from fedlora.errors import Refusal
-from fedlora.per_sample import PerSampleAdapters
+from fedlora.per_sample import PerSampleAdapters, pop_grad_sample
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.tasks import LENGTH_DEPENDENT, Task, shard_of
@@ -59,8 +59,6 @@ MIN_NORM_SHARE = 0.1
 """An error is relative to the gradient's norm, or to this share of the largest norm if more."""
 DIMENSION_SUFFIXES = ("size", "dim", "features", "heads")
 """Endings of the names of layers' attributes that hold dimensions."""
-TOKENS_MULTIPLE = 64
-"""The length of a packed row is a multiple of this number of tokens, as in training."""
 PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype)
 """Types of a module's attributes that are compared before and after the examination."""
 
@@ -197,7 +195,7 @@ class _Probe:
             first = self.task.first_position(self.model)
         if first is None:
             return None
-        total = -(-self.count * self.width // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+        total = packing.row_size(self.count * self.width)
 
         def run(rows: Int64) -> _Pass:
             batch = self.task.pack(
@@ -255,7 +253,7 @@ class _Probe:
         ):
             self.task.losses(self.model, batch, self.labels).sum().backward()
             self.per_sample.collect()
-        gradients = {name: _pop_grad_sample(parameter) for parameter, name in self.names.items()}
+        gradients = {name: pop_grad_sample(name, p) for p, name in self.names.items()}
         return _Pass(gradients=gradients, inputs=inputs)
 
     @contextmanager
@@ -282,12 +280,6 @@ class _Probe:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _pop_grad_sample(parameter: Any) -> torch.Tensor:
-    gradient: torch.Tensor = parameter.grad_sample
-    del parameter.grad_sample
-    return gradient
 
 
 @contextmanager

@@ -26,6 +26,14 @@ import torch
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
+TOKENS_MULTIPLE = 64
+"""Packed rows have a multiple of so many tokens: kernels are compiled and cached for each size, and
+they treat the last rows of an odd size in another way."""
+
+
+def row_size(tokens: int) -> int:
+    """Tokens of the smallest packed row that holds so many."""
+    return -(-tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)

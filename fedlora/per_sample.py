@@ -508,6 +508,23 @@ def _has(config: Mapping[str, Any], key: str) -> bool:
     return bool(config.get(key)) or any(_has(cast(Mapping[str, Any], v), key) for v in inner)
 
 
+def pop_grad_sample(name: str, parameter: nn.Parameter) -> torch.Tensor:
+    """Remove a parameter's per-example gradient and return it, float32 ``(units, *shape)``.
+
+    Args:
+        name: The parameter's name, for the error.
+        parameter: After `PerSampleAdapters.collect`.
+
+    Raises:
+        Refusal: ``guard-no-gradient`` if it has none.
+    """
+    gradient: torch.Tensor | None = getattr(parameter, "grad_sample", None)
+    if gradient is None:
+        raise Refusal("guard-no-gradient", f"{name} has no per-example gradient")
+    del cast(Any, parameter).grad_sample
+    return gradient
+
+
 MIXTURES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What configurations call the number of experts in a mixture."""
 

@@ -31,7 +31,7 @@ FOREIGN_FILES = ("ledgers", "institutions.log", SUBMISSION)
 MIN_FREE_BYTES = 100 * 2**20
 """Free disk space below which a run does not start."""
 ORDERS = "orders.jsonl"
-"""File with a line for each time that orders were sent: the round, and who was asked."""
+"""File with a line for each recent time that orders were sent: the round, and who was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +186,8 @@ class RunDirectory:
             for key in keys:
                 part, _, name = key.partition("/")
                 parts[part][name] = file.get_tensor(key)
-        lines = [json.dumps(r) for r in read_records(self.path) if r["round"] <= plain["round"]]
-        write_atomic(self.path / "rounds.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        records = [r for r in read_records(self.path) if r["round"] <= plain["round"]]
+        self._lines("rounds.jsonl", records)
         return RunState(
             adapter=AdapterState(parts["adapter"]),
             moments=parts["moments"],
@@ -199,11 +199,12 @@ class RunDirectory:
         """Write down who is about to be asked in a round, before any order leaves.
 
         An institution may be charged and answer although the server dies before the round's
-        checkpoint. Without this file the resumed run would not know that it was asked.
+        checkpoint. Without this file the resumed run would not know that it was asked. Only rounds
+        stay that a resume from the oldest checkpoint would repeat.
         """
-        lines = [*read_lines(self.path / ORDERS), {"round": number, "institutions": sorted(names)}]
-        text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        write_atomic(self.path / ORDERS, text.encode())
+        oldest = number - MAX_CHECKPOINTS
+        lines = [line for line in read_lines(self.path / ORDERS) if line["round"] > oldest]
+        self._lines(ORDERS, [*lines, {"round": number, "institutions": sorted(names)}])
 
     def asked(self, number: int) -> set[str]:
         """Institutions that were asked in a round, in this process or one before it."""
@@ -221,6 +222,10 @@ class RunDirectory:
         """Write ``privacy.json`` and, last, ``result.json``: a run that has one is complete."""
         self._json("privacy.json", privacy)
         self._json("result.json", result)
+
+    def _lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(f"{json.dumps(record)}\n" for record in records)
+        write_atomic(self.path / name, text.encode())
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
         write_atomic(self.path / name, (json.dumps(finite(content), indent=2) + "\n").encode())
