@@ -109,18 +109,15 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
     with paused_gc():  # a collection would scan all imported objects
         if config.privacy.enabled:
             check_budgets(config)  # forks inherit the cached plans
-        import torch
-
+        from client import training
         from fedlora import trainable
 
         for name in _modules(config):
             importlib.import_module(name)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a fork would wait for threads that it does not have
-        try:
+        # The base is examined with the threads that train it. There are forks with one thread only:
+        # a fork would wait for threads that it does not have.
+        with training.threads(1 if config.engine.ray_address else config.engine.threads):
             work = trainable.load(config, records.labels)
-        finally:
-            torch.set_num_threads(threads)
     if kind == "inline":
         yield Loaded(records=records, forks=None)
         return
