@@ -24,14 +24,14 @@ ALLOWED = {
     "experiments": {"simulation", "server", "strategies", "client", "fedlora"},
     "cli": {"deployment", "experiments", "simulation", "server", "strategies", "client", "fedlora"},
 }
-"""Each room and the rooms that its files may import."""
+"""Each package and the packages that its files may import."""
 
 
 def _files() -> dict[str, Path]:
-    """Module name -> file, of all rooms."""
+    """Module name -> file, of all packages."""
     found = {}
-    for room in ALLOWED:
-        for path in (ROOT / room).rglob("*.py"):
+    for package in ALLOWED:
+        for path in (ROOT / package).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
@@ -51,13 +51,13 @@ def _imports(path: Path, modules: dict[str, Path]) -> set[str]:
     return names & set(modules)
 
 
-def test_every_file_imports_only_the_rooms_below_its_own():
+def test_every_file_imports_only_the_packages_below_its_own():
     modules = _files()
     assert len(modules) > 80
     for name, path in modules.items():
-        room = name.partition(".")[0]
-        above = {m for m in _imports(path, modules) if m.partition(".")[0] not in ALLOWED[room]}
-        above = {m for m in above if m.partition(".")[0] != room}
+        package = name.partition(".")[0]
+        above = {m for m in _imports(path, modules) if m.partition(".")[0] not in ALLOWED[package]}
+        above = {m for m in above if m.partition(".")[0] != package}
         assert not above, f"{path.relative_to(ROOT)} imports {', '.join(sorted(above))}"
 
 
@@ -100,8 +100,8 @@ def test_a_bank_s_node_loads_no_module_of_simulations_or_experiments():
     )
     loaded = done.stdout.split()
     assert "client.training" in loaded
-    rooms = {name.partition(".")[0] for name in loaded}
-    assert rooms == {"cli", "deployment", "client", "fedlora"}
+    packages = {name.partition(".")[0] for name in loaded}
+    assert packages == {"cli", "deployment", "client", "fedlora"}
 
 
 def test_flower_finds_the_demo_in_pyproject():
