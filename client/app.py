@@ -23,7 +23,7 @@ class InstitutionApp(ClientApp):
     """A ClientApp that can also answer for several institutions of a simulation at once."""
 
     def together(self, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
-        """Reply to train messages, to each exactly as if it had come alone (`client.cohort`)."""
+        """Reply to train messages, to each exactly as if it had arrived alone (`client.cohort`)."""
         replies: dict[int, RecordDict] = {}
         orders: dict[int, tuple[Institution, wire.TrainOrder]] = {}
         reader = wire.OrderReader()
@@ -90,14 +90,15 @@ def _reply(
 def _institution(context: Context) -> Institution:
     """This machine's institution, with the configuration as it follows it.
 
-    In a simulation the experimenter is every institution, and the server's configuration decides
-    everything. Elsewhere an institution's own settings decide where its records and its ledger are
-    and which runs it takes part in. Only this machine says that it simulates: our inline engine
-    tells the app, and Ray, ours or Flower's, runs the app in one of its workers.
+    In a simulation the experimenter plays every institution, and the server's configuration decides
+    everything. Elsewhere the institution's own settings name its records, its ledger and the runs
+    that it accepts. Only this machine decides that it simulates: the inline engine tells the app,
+    and Ray, with fedlora's engine or Flower's, runs the app in one of its workers.
 
     Raises:
         InputError: For a configuration or settings that cannot be followed on this machine.
-        Refusal: ``no-settings`` for a machine that has none, and codes of what the settings forbid.
+        Refusal: ``no-settings`` for a machine without settings; other codes for runs that the
+            settings forbid.
     """
     ray = sys.modules.get("ray")
     if context.node_config.get("simulation") is True or (ray and ray.is_initialized()):
@@ -121,7 +122,7 @@ def _refusal(error: Exception, institution: Institution | None) -> RecordDict:
     """The code of an error, as a reply; the error's text goes to this institution's log.
 
     Args:
-        error: What ended the call.
+        error: The error that ended the call.
         institution: The institution; None if the error came before it was known.
     """
     name = "this institution" if institution is None else institution.name

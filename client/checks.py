@@ -52,7 +52,8 @@ def check_base(order: wire.TrainOrder, digest: str) -> None:
     """
     if order.base != digest:
         raise Refusal(
-            "base-mismatch", "the server trains another base model than model.name gives here"
+            "base-mismatch",
+            "the server trains another base model than the one of model.name here",
         )
 
 
@@ -91,7 +92,7 @@ def check_report(asked: Sequence[str], allowed: Sequence[str]) -> None:
     if not set(asked) <= set(allowed):
         raise Refusal(
             "metrics-not-allowed",
-            f"the server asks for {_listed(asked)}; what may leave is {_listed(allowed)}",
+            f"the server asks for {_listed(asked)}; the settings let {_listed(allowed)} leave",
         )
 
 
@@ -171,8 +172,8 @@ def check_ledger_delta(ledger: Ledger, path: object, units: int) -> None:
     if ledger.delta >= 1 / most:
         raise Refusal(
             "ledger-delta",
-            f"{path} reckons at delta {ledger.delta:g}; it must be below 1 / "
-            f"units ({1 / most:g} for this size class): make another with a smaller --delta",
+            f"{path} has delta {ledger.delta:g}; it must be below 1 / "
+            f"units ({1 / most:g} for this size class): make another ledger with a smaller --delta",
         )
 
 

@@ -93,7 +93,7 @@ def _train(charged: Mapping[int, PrivateRound]) -> dict[int, AdapterState]:
         try:
             with training.threads(cohort[0].config.engine.threads):
                 trained = train_rounds(cohort)
-        except Exception:  # each trains alone afterwards, which shows the one that fails
+        except Exception:  # each institution then trains alone, which shows the one that fails
             log.exception("training %d institutions together failed", len(cohort))
             continue
         adapters |= zip(numbers, trained, strict=True)

@@ -128,8 +128,8 @@ class PrivateOptimizer(DPOptimizer):
     Guarantee: the gradient handed to the wrapped optimizer is
     :math:`\frac{1}{L}(\sum_u \mathrm{clip}(g_u) + \mathcal N(0, \sigma^2 C^2 I))`, where each
     unit's clipped gradient has norm at most C (checked), and the noise has the planned deviation
-    (checked). A unit whose gradient is not finite contributes zero, so that no abort tells anything
-    about a record. L is a public constant.
+    (checked). A unit whose gradient is not finite contributes zero, so that no abort reveals
+    anything about a record. L is a public constant.
 
     Args:
         optimizer: Over exactly the parameters that are trained.

@@ -51,7 +51,7 @@ def packed_gradients(
 ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
     """Each unit's summed gradient, from packed rows of one size.
 
-    A unit's gradient is the same to the last bit whatever other units are there: all packed rows
+    A unit's gradient is the same to the last bit whatever other units there are: all packed rows
     have equally many tokens, and a unit's rows are added one after the other in their order.
 
     Yields:
@@ -96,8 +96,8 @@ def padded_gradients(
 ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
     """Each unit's summed gradient, from padded passes.
 
-    A unit's gradient is the same to the last bit whatever other units are there: all passes have
-    ``physical_batch`` rows of one shape, and a unit's rows are summed in an order of their own.
+    A unit's gradient is the same to the last bit whatever other units there are: all passes have
+    ``physical_batch`` rows of one shape, and the order of a unit's rows depends on the unit alone.
     Memory holds one pass and the gradients of up to ``physical_batch`` units.
 
     Yields:

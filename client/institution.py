@@ -1,8 +1,8 @@
-"""How an institution answers the server: its own records, its own budget, its own refusals.
+"""An institution in one run: its records, its budget, its answers and refusals.
 
 The privacy claim rests on the order of events in `Institution.answer`: plan, *charge*, train,
-*store the answer*, send. Whenever the process is killed, the ledger never says less than what was
-released (docs/threat-model.md).
+*store the answer*, send. Whenever the process is killed, the ledger states at least the released
+spending (docs/threat-model.md).
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Institution:
         report: Names of figures that it sends where DP is off.
         max_delta: Largest delta of a run.
         max_run_epsilon: Largest epsilon of a run, at the ledger's delta.
-        simulated: Whether one experimenter is every institution.
+        simulated: Whether one experimenter plays every institution.
     """
 
     config: RunConfig
@@ -90,7 +90,7 @@ class Institution:
         )
 
     def hello(self, query: wire.Query) -> wire.Hello:
-        """Say who this institution is, and whether the whole run fits its ledger.
+        """Give the institution's name, version and rank, and whether its ledger allows the run.
 
         Raises:
             Refusal: ``ledger-*``, or for a run beyond the institution's limits.
@@ -110,7 +110,7 @@ class Institution:
         """Train one round and account for it. `client.cohort` does the same for several.
 
         Raises:
-            Refusal: With the code that may leave.
+            Refusal: With a code; only the code may leave.
         """
         order = self.accept(order)
         with training.threads(self.config.engine.threads):
@@ -131,8 +131,8 @@ class Institution:
             The order whose adapter training starts from; its digest determines the release.
 
         Raises:
-            Refusal: If the order does not fit this configuration, or asks for what may not leave;
-                ``kept-part-unreadable``.
+            Refusal: If the order does not fit this configuration, or asks for figures that may not
+                leave; ``kept-part-unreadable``.
         """
         work = self._load()
         checks.check_base(order, work.base.digest)

@@ -1,13 +1,13 @@
 """An institution's privacy ledger: the epsilon that its records have spent, on its own disk.
 
 One SQLite file that outlives every process. Spending is written, and on the disk, *before* the
-steps run; nothing is ever refunded. An answer is stored before it is sent. So at whatever point a
-machine dies, the ledger says at least what left it.
+steps run; nothing is ever refunded. An answer is stored before it is sent. At whatever point
+a machine dies, the ledger therefore states at least the spending of all sent answers.
 
 Guaranteed: charges of any number of processes never add up to more than the limit, at the ledger's
 own delta, over all runs ever made on these records. What voids it: putting an older copy of the
 file back, separating it from its ``-wal`` file while that exists or damage to that file, a second
-ledger for the same records, or somebody who writes to the file and computes its hashes anew.
+ledger for the same records, or an edit of the file with all hashes computed anew.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Ledger:
 
     Args:
         connection: From :meth:`open`.
-        path: Of the file.
+        path: The ledger's file.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
@@ -70,8 +70,8 @@ class Ledger:
 
         Args:
             path: A file that does not exist yet; its directory does.
-            max_epsilon: What these records may ever spend.
-            delta: At which it is reckoned; below 1 / records.
+            max_epsilon: The epsilon that all runs on these records may spend together.
+            delta: The delta of that epsilon; below 1 / records.
             accountant: ``"prv"`` or ``"rdp"``.
 
         Raises:
@@ -85,7 +85,7 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path | str) -> Ledger:
-        """Open a ledger and check all of it: that nothing in it was altered or removed.
+        """Open a ledger after a check that nothing in it was altered or removed.
 
         A ledger of version 1 is checked as far as it can be and becomes one of version 2.
 
@@ -141,7 +141,7 @@ class Ledger:
         extra_events: Sequence[Event] = (),
         key: bytes | None = None,
     ) -> Charge:
-        """Pay for a round before it runs, or say that it was paid for or answered already.
+        """Charge a round before it runs, or report an earlier charge or answer of the same round.
 
         One immediate transaction, on the disk when this returns:
 
@@ -156,12 +156,12 @@ class Ledger:
             order_digest: Digest of everything that determines the release: the order and the
                 configuration.
             event: The round's steps.
-            planned: Everything the whole run may spend, ``extra_events`` included. It never forbids
-                anything; if all of it fits, rounds within it need no evaluation of their own, and
-                one result serves the whole run.
-            max_steps_of_run: Steps that the noise was planned for.
+            planned: All events of the whole run, ``extra_events`` included. They forbid nothing: if
+                the whole run fits the limit, so does each of its rounds, and one evaluation
+                serves all rounds.
+            max_steps_of_run: The number of steps for which the noise was planned.
             extra_events: Releases that the run makes once, such as its noised size. The run's first
-                charge pays them.
+                charge pays for them.
             key: Instead of a key from the operating system: 32 bytes for a reproducible simulation.
 
         Raises:
@@ -205,7 +205,7 @@ class Ledger:
         before, others = ledger_file.events(db), ledger_file.events(db, other_than=run)
         with_cost = accounting.compose((*before, *cost))
         whole = accounting.compose((*others, *planned))
-        # Epsilon grows with every step, so what is part of a whole that fits, fits.
+        # Epsilon grows with every step, so each part of a run that fits the limit fits it too.
         if _within(with_cost, whole) and self._epsilon(whole) <= self.max_epsilon:
             return
         needed = self._epsilon(with_cost)
@@ -219,7 +219,7 @@ class Ledger:
     def store_answer(
         self, run_id: str, round_number: int, order_digest: str, answer: bytes
     ) -> None:
-        """Keep a round's answer, which may be sent once this returns.
+        """Store a round's answer, which may be sent once this returns.
 
         The same transaction wipes the round's key and drops the answers of the run's earlier
         rounds.
@@ -256,7 +256,7 @@ class Ledger:
             return db.execute("SELECT size FROM sizes WHERE run = ?", (run_id,)).fetchone()[0]
 
     def history(self, run_id: str | None = None) -> History:
-        """Everything charged, by all runs or by one, in canonical form."""
+        """All charged events, of all runs or of one, in canonical form."""
         with ledger_file.refusing(self._path):
             return ledger_file.events(self._connection, only=run_id)
 
@@ -267,15 +267,15 @@ class Ledger:
             return tuple(row[0] for row in rows)
 
     def spent(self) -> float:
-        """Epsilon of everything charged, at the ledger's delta."""
+        """Epsilon of all charged events, at the ledger's delta."""
         return self._epsilon(self.history())
 
     def fits(self, planned: Sequence[Event]) -> bool:
-        """Whether everything charged and a whole planned run are within the limit."""
+        """Whether all charged events and a whole planned run together are within the limit."""
         return self._epsilon((*self.history(), *planned)) <= self.max_epsilon
 
     def show(self) -> dict[str, Any]:
-        """The ledger in plain values, for people and for JSON."""
+        """The ledger in plain values, for display and JSON."""
         with ledger_file.refusing(self._path):
             fingerprint, unit = self._connection.execute(
                 "SELECT fingerprint, unit FROM ledger"

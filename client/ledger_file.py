@@ -1,4 +1,4 @@
-"""The file behind a privacy ledger: how it is made, opened and read, what SQLite's errors mean."""
+"""The file of a privacy ledger: creation, opening, reading, and refusals for SQLite's errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
             draft = Path(scratch) / "ledger.db"
             draft.touch(mode=0o600)
             with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
-                # Nobody sees the draft: it is synced once, as a whole, not statement by statement.
+                # No other process opens the draft: it is synced once, not after each statement.
                 db.execute("PRAGMA synchronous=OFF")
                 db.execute("PRAGMA journal_mode=WAL")
                 db.executescript(ledger_integrity.SCHEMA)
@@ -45,11 +45,11 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
                 db.execute(f"PRAGMA application_id={_APPLICATION}")
                 db.execute(f"PRAGMA user_version={ledger_integrity.VERSION}")
             files.sync(draft)
-            path.hardlink_to(draft)  # unlike a rename, it fails where a file is
+            path.hardlink_to(draft)  # unlike a rename, a link fails if the file exists
         files.sync(path.parent)
     except FileExistsError:
         raise InputError(
-            f"{path} exists; a ledger is never overwritten, because what it records stays spent"
+            f"{path} exists; a ledger is never overwritten, because its spending stays spent"
         ) from None
     except (OSError, sqlite3.Error) as error:
         raise InputError(f"the ledger {path} cannot be written: {error}") from error
@@ -66,8 +66,8 @@ def connect(path: Path) -> sqlite3.Connection:
         if not path.is_file():
             raise Refusal(
                 "ledger-missing",
-                f"there is no ledger at {path}; mend the path, or for records on which nothing was "
-                "spent yet make one with `fedlora ledger init`",
+                f"there is no ledger at {path}; correct the path, or, for records without "
+                "spending, create one with `fedlora ledger init`",
             )
         if exposed := files.exposed(path):
             raise Refusal("ledger-exposed", exposed)
@@ -102,7 +102,7 @@ def _number(db: sqlite3.Connection, pragma: str) -> int:
 
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Generator[None]:
-    """All of the block is done and on the disk, or nothing."""
+    """Make a block of statements atomic: all of it is on the disk afterwards, or nothing."""
     db.execute(f"BEGIN {kind}")
     try:
         yield
@@ -168,11 +168,11 @@ def store_answer(db: sqlite3.Connection, run: str, number: int, digest: str, ans
 def check_same_run(
     db: sqlite3.Connection, run: str, event: Event, extra_events: Sequence[Event]
 ) -> None:
-    """Refuse a charge that is not of the run's first charge's kind.
+    """Refuse a charge with other noise, rate, steps or one-off releases than the run's first.
 
-    What a run does to the data is fixed by its first charge. A server that changed its mind between
-    rounds could otherwise have a one-off release made that nobody paid for, or choose the next
-    noise after seeing the last answer, which numerical composition does not cover.
+    The first charge fixes the mechanism of a run. Otherwise a server could change it between
+    rounds: it could have a one-off release made that no charge covers, or choose the next noise
+    after seeing the last answer, which numerical composition does not cover.
     """
     first = db.execute(
         "SELECT noise_multiplier, sample_rate, steps, extra FROM charges "
@@ -226,7 +226,7 @@ def append(
 def events(
     db: sqlite3.Connection, *, only: str | None = None, other_than: str | None = None
 ) -> History:
-    """Everything charged, or one run's part, or all but one run's, in canonical form."""
+    """All charged events, or those of one run, or those of all other runs, in canonical form."""
     rows = db.execute(
         "SELECT noise_multiplier, sample_rate, steps, extra FROM charges"
         " WHERE (:only IS NULL OR run = :only) AND (:other IS NULL OR run <> :other)",

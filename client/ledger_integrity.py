@@ -1,16 +1,16 @@
-"""What a ledger's file holds, and what shows that it is whole: its tables, a hash chain, a seal.
+"""The contents of a ledger's file and their integrity: tables, a hash chain, a seal.
 
 Charges are only ever added. Each carries a hash of itself and of all charges before it: the chain.
-Everything else changes: the binding is set, keys are wiped, answers are dropped. The seal is a hash
-of all that and of the chain's end; every transaction checks it first and renews it last.
+The other contents change: the binding is set, keys are wiped, answers are dropped. The seal is a
+hash of these contents and of the chain's end; every transaction checks it first and renews it last.
 
 The whole file is checked when it is opened, which is once a round. While it is open, each write
-checks the seal, which shows another program's change to all but the earlier charges; the chain
-shows those at the next opening.
+checks the seal, which shows another program's change to anything but the earlier charges; the chain
+shows a change to those at the next opening.
 
-Guaranteed: a change by accident, or by hand, to anything that is read is found when the ledger is
-opened. Not guaranteed: that a change is found after which somebody computed the hashes anew, since
-they have no key, or that an older copy of the whole file is.
+Guaranteed: opening a ledger finds every accidental or manual change to a value that is read. Not
+guaranteed: finding a change after which the hashes were computed anew, since they have no key, or
+finding that the whole file is an older copy.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def link(previous: str, *values: object) -> str:
 
 
 def sha256(answer: bytes) -> str:
-    """The digest that an answer is stored with."""
+    """The digest that is stored with an answer."""
     return hashlib.sha256(answer).hexdigest()
 
 
@@ -79,16 +79,16 @@ def seal(db: sqlite3.Connection) -> None:
 
 
 def broken_seal(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with the state that changes, in words. The first thing of a transaction."""
+    """Problems of the changing contents, in words. The first step of a transaction."""
     if _seal(db) == _stated_seal(db):
         return []
     return ["its limits, records, unit, keys, answers or sizes were changed by something else"]
 
 
 def problems(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with a file of this version, in words. Call it in a transaction."""
+    """Problems of a file of this version, in words. Call it in a transaction."""
     return (
-        broken_pages(db)  # of a damaged file nothing else can be said
+        broken_pages(db)  # further checks of a damaged file mean nothing
         or _other_tables(db)
         or broken_chain(db)
         or broken_seal(db)
@@ -103,12 +103,12 @@ def problems(db: sqlite3.Connection) -> list[str]:
 
 
 def broken_pages(db: sqlite3.Connection) -> list[str]:
-    """What SQLite finds wrong with its own structures, types included."""
+    """Problems that SQLite finds in its own structures, types included."""
     return [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
 
 
 def broken_chain(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with the limits and the charges."""
+    """Problems of the limits and the charges."""
     limits = db.execute(
         "SELECT max_epsilon, delta, accountant, entries, head FROM ledger"
     ).fetchall()
@@ -130,7 +130,7 @@ def broken_chain(db: sqlite3.Connection) -> list[str]:
 def _other_tables(db: sqlite3.Connection) -> list[str]:
     found, wanted = _tables(db), _made()
     changed = sorted({str(name) for _, name, _, _ in found ^ wanted})
-    return [f"{', '.join(changed)} is not as a ledger has it"] if changed else []
+    return [f"{', '.join(changed)} is not defined as in a ledger"] if changed else []
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""An institution's local parts: what it trains and does not send, on its own disk.
+"""An institution's local parts on its own disk: the parts that it trains and does not send.
 
 A round reads the newest file of an earlier round and writes its own. A round that is trained again,
 after a crash or for a resumed server, therefore starts from the same values as before.

@@ -43,8 +43,8 @@ def fill_passes(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarr
 
     Args:
         lengths: Tokens of each row, ``(rows,)``.
-        total: Tokens of a pass, at most.
-        most: Rows of a pass, at most.
+        total: The most tokens of a pass.
+        most: The most rows of a pass.
 
     Yields:
         The numbers of a pass's rows ``(n,)``.
@@ -62,7 +62,7 @@ def fill_passes(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarr
 def packed_tokens(trainable: Trainable, physical_batch: int) -> int:
     """Tokens of a packed row: about those of ``physical_batch`` short rows.
 
-    They are a whole number of the longest rows, rounded up by `packing.row_size`.
+    The result is a multiple of the longest row, rounded up by `packing.row_size`.
     """
     longest = trainable.task.encoding.max_length
     return packing.row_size(max(1, round(MIN_MEAN_TOKENS * physical_batch / longest)) * longest)

@@ -138,7 +138,7 @@ def train_rounds(rounds: Sequence[PrivateRound]) -> list[AdapterState]:
     """Train charged rounds that follow equal orders, several in shared passes.
 
     Args:
-        rounds: At least one; several only where `Institution.can_share` says so.
+        rounds: At least one; several only where `Institution.can_share` is true.
 
     Returns:
         The trained adapter of each round.

@@ -91,7 +91,7 @@ def train_privately(
 def can_share(trainable: Trainable, steps: int) -> bool:
     """Whether several participants can share the passes of so many steps.
 
-    DoRA's norms are those of one A and B, so under DoRA participants share the first step only.
+    DoRA's norms hold for one pair of A and B, so under DoRA participants share the first step only.
     """
     return steps == 1 or not trainable.per_sample.has_magnitude
 

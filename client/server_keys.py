@@ -129,7 +129,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "data.label": Own(lambda own: own.label),
     "data.labels": Taken(
         (
-            # Whether records have other labels than these must not be a server's question.
+            # A server must not learn whether the records have other labels than these.
             Limit(
                 "other-labels",
                 lambda own, run: run.data.labels == own.labels,
@@ -152,7 +152,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     ),
     "training.batch-size": Taken(),
     "training.sample-rate": Taken(),
-    # The institution takes the smaller one of the server's and its own (`apply`).
+    # The institution takes the smaller of the server's value and its own (`apply`).
     "training.physical-batch": Taken(),
     "training.learning-rate": Taken(),
     "training.optimizer": Taken(),
@@ -203,7 +203,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "federation.server-optimizer": Unused(),
     "federation.server-learning-rate": Unused(),
     "federation.average-last": Unused(),
-    "federation.timeout": Unused(),  # max-seconds of the settings ends what takes too long
+    "federation.timeout": Unused(),  # max-seconds of the settings ends a long message
     "federation.evaluate-every": Unused(),
     "privacy.epsilon": Taken(
         (
@@ -268,7 +268,7 @@ def apply(settings: Settings, asked: Mapping[str, Scalar]) -> RunConfig:
 
     Raises:
         InputError: For an unknown key, and for a value that no run may have.
-        Refusal: For each thing that the settings do not allow, with a code that says which.
+        Refusal: For a run that the settings do not allow; the code names the reason.
     """
     if asked.get("data.source") != INSTITUTIONS:
         raise _refusal(settings, "other-data", "names data of its own")
@@ -277,7 +277,8 @@ def apply(settings: Settings, asked: Mapping[str, Scalar]) -> RunConfig:
         for limit in rule.limits if isinstance(rule, Taken) else ():
             if not limit.allows(settings, run):
                 raise _refusal(settings, limit.code, limit.what.format(run=run))
-    # Its own batch changes no result. Without it, running out of memory could depend on a record.
+    # The institution's own batch changes no result. Under the server's, running out of memory could
+    # depend on a record.
     physical_batch = min(run.training.physical_batch, settings.physical_batch)
     return run.replace({"training.physical-batch": physical_batch, "privacy.unit": settings.unit})
 

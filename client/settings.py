@@ -21,33 +21,37 @@ from fedlora.settings_schema import key as setting
 class Settings(Section):
     """An institution's own settings; paths are absolute, or relative to the file's directory."""
 
-    name: str = setting("", "its name in the federation")
-    source: str = setting("", "its training records, as in data.source")
-    test_source: str = setting("", "records whose texts are never trained on")
-    text: str = setting("text", "column of the text (several: joined by commas)")
-    label: str = setting("label", "column of the label; for sft the response")
+    name: str = setting("", "the institution's name in the federation")
+    source: str = setting("", "the training records, as in data.source")
+    test_source: str = setting("", "held-out records, whose texts are never trained on")
+    text: str = setting("text", "column of the text, or several joined by commas")
+    label: str = setting("label", "column of the label; the response for sft")
     labels: tuple[str, ...] = setting(
         (), "the classes, in order; a run must use the same; none for sft"
     )
-    unit: str = setting("record", "who is protected: a record, or the column that names them")
-    ledger: str = setting("", "its privacy ledger, made by `fedlora ledger init`")
-    state: str = setting("", "directory of what it keeps from round to round")
-    rank: int = setting(0, "rank of its factors; 0: the run's adapter.rank", at_least=0)
-    models: tuple[str, ...] = setting((), "base models that it trains (model.name)")
-    strategies: tuple[str, ...] = setting(("fedavg",), "strategies that it takes part in")
+    unit: str = setting("record", "unit of privacy: record, or the column that names the unit")
+    ledger: str = setting("", "the privacy ledger, made by `fedlora ledger init`")
+    state: str = setting("", "directory of local parts and other files between rounds")
+    rank: int = setting(
+        0, "rank of the institution's factors; 0: the run's adapter.rank", at_least=0
+    )
+    models: tuple[str, ...] = setting((), "accepted base models (model.name)")
+    strategies: tuple[str, ...] = setting(("fedavg",), "accepted strategies")
     max_steps: int = setting(10, "most optimizer steps of a round", at_least=1)
     max_length: int = setting(512, "most tokens of a row", at_least=4)
-    max_rank: int = setting(64, "most rank of the adapter, and of a residual", at_least=1)
+    max_rank: int = setting(64, "largest rank of the adapter and of a residual", at_least=1)
     physical_batch: int = setting(64, "most records in memory at a time", at_least=1)
     max_run_epsilon: float = setting(
-        8.0, "most epsilon of one run, at its delta and at the ledger's", above=0
+        8.0, "largest epsilon of one run, at the run's delta and at the ledger's", above=0
     )
     max_delta: float = setting(1e-5, "largest delta of one run", above=0, below=1)
-    without_dp: bool = setting(False, "whether it trains without differential privacy")
+    without_dp: bool = setting(
+        False, "whether the institution trains without differential privacy too"
+    )
     report: tuple[str, ...] = setting((), "figures that may leave without DP: loss, records")
     max_seconds: float = setting(1800.0, "most seconds that one message may take", at_least=1)
-    threads: int = setting(1, "threads that training takes", at_least=1)
-    gpu: bool = setting(False, "whether it trains on a GPU")
+    threads: int = setting(1, "threads of training", at_least=1)
+    gpu: bool = setting(False, "whether training uses a GPU")
     gateway: str = setting(
         "", "HOST:PORT of the federation (this and the next two: `fedlora node`)"
     )
@@ -76,8 +80,8 @@ def load(path: str) -> Settings:
     """Read a settings file.
 
     Args:
-        path: As the SuperNode's ``--node-config`` gives it. Absolute, without ``..``, no link, and
-            nobody but its owner may write to it or its directory: a change can lift every limit.
+        path: The path in the SuperNode's ``--node-config``: absolute, without ``..``, no link.
+            Only the owner may write to the file and its directory: a change can lift every limit.
 
     Raises:
         InputError: For such a path, or a missing, damaged or invalid file.
@@ -90,7 +94,7 @@ def load(path: str) -> Settings:
             raise InputError(exposed)
         values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; mend settings") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}; correct settings") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     made = section(Settings, values)

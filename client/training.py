@@ -1,6 +1,6 @@
-"""An institution's local steps without DP, and what steps with and without DP have in common.
+"""An institution's local steps without DP, and the parts that steps with DP share.
 
-Steps with DP are in `client.private_training`. Neither touches the network or the ledger.
+Steps with DP are in `client.private_training`. Neither module uses the network or the ledger.
 """
 
 # torch and Opacus type some of their functions in part only
@@ -65,7 +65,7 @@ def train(
         trainable: A model with the global adapter; afterwards with the trained one.
         shard: The institution's records.
         plan: The local plan.
-        batch_size: Records a step; at most the shard's.
+        batch_size: Records in a step; at most those of the shard.
         source: The random source of shuffling and dropout.
 
     Returns:

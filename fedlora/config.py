@@ -41,7 +41,7 @@ MIN_DELTA = 1e-30
 """The smallest delta above 0. Accountants divide by parts of delta, which underflow to 0."""
 
 ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address", "tracking.")
-"""Keys that may differ between a run and its resumption: they change where and how fast only."""
+"""Keys that may change when a run is resumed: they decide its place and speed, no result."""
 
 
 def check_threads(name: str, count: int) -> None:
@@ -69,13 +69,11 @@ class ModelConfig(Section):
     )
     dtype: str = key(
         "auto",
-        "dtype of the frozen base; auto: bf16 where the processor is fast at it, else fp32",
+        "dtype of the frozen base; auto: bf16 where the processor computes it fast, else fp32",
         choices=("auto", "fp32", "bf16"),
     )
     quantization: str = key("none", "quantised base (QLoRA)", choices=("none", "nf4", "int8"))
-    task: str = key(
-        "classification", "what is learned from text and label", choices=("classification", "sft")
-    )
+    task: str = key("classification", "kind of training", choices=("classification", "sft"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +85,12 @@ class AdapterConfig(Section):
     rank: int = key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
     ranks: str = key(
         "",
-        "ranks of the institutions' own, at most adapter.rank, with svd, stack or pad: one each "
-        "in the order of their names, joined by commas; or size: adapter.rank for the largest size "
-        "class, half of it for half the size and so on; empty: adapter.rank for all",
+        "heterogeneous ranks, at most adapter.rank, for svd, stack and pad: one for each "
+        "institution in the order of names, joined by commas; or size: adapter.rank for the "
+        "largest size class, half of it for half the size and so on; empty: adapter.rank for all",
     )
     alpha: float = key(
-        16.0, "scale: alpha / r, or alpha / sqrt(r) with rslora", at_least=1e-6, at_most=1e4
+        16.0, "the scale is alpha / r, or alpha / sqrt(r) with rslora", at_least=1e-6, at_most=1e4
     )
     dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, at_most=0.99)
     target_modules: tuple[str, ...] = key(
@@ -115,10 +113,10 @@ class AdapterConfig(Section):
         """The rank of each institution.
 
         Args:
-            classes: Their size classes, powers of two, in the order of their names.
+            classes: The institutions' size classes, powers of two, in the order of names.
 
         Raises:
-            InputError: If ``ranks`` lists more or fewer.
+            InputError: If ``ranks`` lists more or fewer ranks.
         """
         if not self.ranks:
             return [self.rank] * len(classes)
@@ -141,27 +139,29 @@ class DataConfig(Section):
     source: str = key(
         "package:edgartools",
         "a .csv, .jsonl or .parquet file, hub:NAME[:CONFIG], package:NAME/FILE, "
-        "or package:edgartools; institutions: a deployment, where each has its own",
+        "or package:edgartools; institutions: a deployment, where each has its own records",
     )
-    test_source: str = key("", "held-out rows of their own; empty: split from data.source")
-    partition: str = key("natural:industry", f"who holds what: {schemes.USAGE}")
+    test_source: str = key("", "source of the held-out rows; empty: split from data.source")
+    partition: str = key(
+        "natural:industry", f"assignment of records to institutions: {schemes.USAGE}"
+    )
     institutions: int = key(
-        0, "number of institutions; with natural the largest ones, 0 for all", at_least=0
+        0, "number of institutions; natural keeps the largest ones; 0: all", at_least=0
     )
     min_records: int = key(
-        1, "natural: fewer training records and the institution is left out", at_least=1
+        1, "natural: an institution with fewer training records is left out", at_least=1
     )
-    text: str = key("text", "column of the text (several: joined by commas); for sft the prompt")
-    label: str = key("label", "column of the label; for sft the response")
-    labels: tuple[str, ...] = key((), "the label set; empty: the distinct values found")
+    text: str = key("text", "column of the text, or several joined by commas; the prompt for sft")
+    label: str = key("label", "column of the label; the response for sft")
+    labels: tuple[str, ...] = key((), "the classes; empty: the distinct labels of the records")
     prompt: str = key(
-        "", "causal models: template around {text}; empty: a default one that names the labels"
+        "", "template around {text} for causal models; empty: a default that names the labels"
     )
     test_fraction: float = key(0.2, "share of distinct texts held out", at_least=0, below=1)
     view: str = key(
         "all",
-        "after split and partition: all institutions; pooled: one institution holds what they all "
-        "hold (what no bank may do); only:NAME: that institution alone",
+        "institutions after split and partition: all; pooled: one that holds the records of all "
+        "(no bank may do so); only:NAME: that one alone",
     )
 
     def __post_init__(self) -> None:
@@ -179,11 +179,13 @@ class DataConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Section):
-    """What an institution does in one round."""
+    """Local training of an institution in one round."""
 
     prefix = "training."
-    local_steps: int = key(1, "optimizer steps a round", at_least=1)
-    batch_size: int = key(64, "records (or units) a step, expected number under DP", at_least=1)
+    local_steps: int = key(1, "optimizer steps in a round", at_least=1)
+    batch_size: int = key(
+        64, "records (or units) in a step; the expected number under DP", at_least=1
+    )
     sample_rate: float = key(
         0.0,
         "share of an institution's records in a step; above 0 it replaces batch-size",
@@ -191,17 +193,19 @@ class TrainingConfig(Section):
         at_most=1,
     )
     physical_batch: int = key(
-        64, "records in memory at a time; changes a result by rounding only", at_least=1
+        64, "records in memory at a time; changes results by rounding only", at_least=1
     )
-    learning_rate: float = key(1.0, "step size at the institution", at_least=1e-7, at_most=1e4)
+    learning_rate: float = key(1.0, "learning rate at the institution", at_least=1e-7, at_most=1e4)
     optimizer: str = key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
     proximal: float = key(
         0.0,
-        "FedProx: mu of the pull mu (w - w_global) on every step; 0 switches it off",
+        "FedProx: mu of the term mu (w - w_global) in every step; 0 switches it off",
         at_least=0,
         at_most=1e4,
     )
-    max_length: int = key(128, "tokens of a text; longer ones are cut and counted", at_least=4)
+    max_length: int = key(
+        128, "most tokens of a text; longer texts are cut and counted", at_least=4
+    )
     gradient_checkpointing: bool = key(False, "recompute activations to save memory")
 
     def __post_init__(self) -> None:
@@ -221,36 +225,36 @@ class FederationConfig(Section):
     """Rounds and aggregation."""
 
     prefix = "federation."
-    rounds: int = key(40, "rounds; 0 measures what training would start from", at_least=0)
+    rounds: int = key(40, "rounds; 0 measures the adapter before training", at_least=0)
     strategy: str = key(
         "fedavg",
         "aggregation: " + "; ".join(f"{name} ({t.summary})" for name, t in STRATEGY_TABLE.items()),
         choices=tuple(STRATEGY_TABLE),
     )
     residual_rank: int = key(
-        64, "stack, exact: rank above which what the base carries is cut back to it", at_least=1
+        64, "stack, exact: the largest rank of a residual, which is cut back to it", at_least=1
     )
-    institutions_per_round: int = key(0, "institutions asked each round; 0: all", at_least=0)
-    min_updates: int = key(1, "fewer valid updates and the round changes nothing", at_least=1)
+    institutions_per_round: int = key(0, "institutions asked in each round; 0: all", at_least=0)
+    min_updates: int = key(1, "with fewer valid updates a round changes nothing", at_least=1)
     max_update_norm: float = key(
-        0.0, "longest change of an update that counts, over all its tensors; 0: any", at_least=0
+        0.0, "largest norm of an update that counts, over all its tensors; 0: any", at_least=0
     )
     weighting: str = key(
         "uniform",
-        "weight of an institution: uniform, public-size (its size class, a power of two), "
-        "noised-size (paid from its budget), records (exact; without DP only)",
+        "weight of an institution: uniform, public-size (the size class, a power of two), "
+        "noised-size (paid from the institution's budget), records (exact; without DP only)",
         choices=("uniform", "public-size", "noised-size", "records"),
     )
     robust: str = key(
         "none",
         "rule against bad institutions: median, trimmed-mean (each coordinate by itself); krum, "
-        "multi-krum, norm-bound (by distances of the products)",
+        "multi-krum, norm-bound (from distances of the products)",
         choices=("none", *ROBUST),
     )
     byzantine: float = key(
         0.2,
-        "how many bad institutions a robust rule assumes: a number, or below 1 a share of the "
-        "updates that come",
+        "bad institutions that a robust rule assumes: a number, or below 1 a share of the "
+        "updates that arrive",
         at_least=0,
     )
     server_optimizer: str = key(
@@ -258,21 +262,24 @@ class FederationConfig(Section):
         "optimizer on the aggregated update (Reddi et al.)",
         choices=("none", "momentum", "adam", "yogi", "adagrad"),
     )
-    server_learning_rate: float = key(1.0, "its step size", at_least=1e-7, at_most=1e4)
+    server_learning_rate: float = key(
+        1.0, "learning rate of the server optimizer", at_least=1e-7, at_most=1e4
+    )
     average_last: float = key(
         0.0,
-        "share of the last rounds whose adapters are averaged into the final one; costs no privacy",
+        "share of the rounds, the last ones, whose adapters are averaged into the final one; costs "
+        "no privacy",
         at_least=0,
         at_most=1,
     )
-    timeout: float = key(600.0, "seconds an institution may take for a round", above=0)
+    timeout: float = key(600.0, "seconds that an institution may take for a round", above=0)
     evaluate_every: int = key(
         1, "rounds between evaluations on the held-out rows; 0: only at the end", at_least=0
     )
 
     @property
     def traits(self) -> Traits:
-        """What is known of the strategy."""
+        """The facts about the strategy that both sides need."""
         return STRATEGY_TABLE[self.strategy]
 
 
@@ -286,26 +293,33 @@ class PrivacyConfig(Section):
     )
     delta: float = key(
         0.0,
-        "0: the largest power of ten not above 1 / (10 x the size class's most records)",
+        "delta of one run; 0: the largest power of ten not above 1 / (10 x the most records of the "
+        "size class)",
         at_least=0,
         below=1,
     )
     max_grad_norm: float = key(
-        1.0, "clipping bound C on one unit's gradient", at_least=1e-6, at_most=1e6
+        1.0, "clipping bound C of a unit's gradient", at_least=1e-6, at_most=1e6
     )
     clipping: str = key(
-        "flat", "flat: scale down to C; automatic: normalise to C", choices=("flat", "automatic")
+        "flat",
+        "flat: scale larger gradients to norm C; automatic: scale all gradients to norm C",
+        choices=("flat", "automatic"),
     )
-    accountant: str = key("prv", "Opacus accountant", choices=("prv", "rdp"))
-    unit: str = key("record", "who is protected: a record, or a column that names them (customer)")
+    accountant: str = key("prv", "accountant of Opacus", choices=("prv", "rdp"))
+    unit: str = key(
+        "record",
+        "unit of privacy: record, or a column (customer) whose values are protected with all their "
+        "records",
+    )
     noise: str = key(
         "secure",
-        "secure: keyed by the operating system; seeded: reproducible, protects nobody",
+        "secure: under a key from the operating system; seeded: reproducible, protects nobody",
         choices=("secure", "seeded"),
     )
     size_noise: float = key(
         10.0,
-        "weighting noised-size: deviation of the noise on the record count",
+        "weighting noised-size: standard deviation of the noise on the number of units",
         at_least=0.01,
         at_most=1e6,
     )
@@ -320,19 +334,20 @@ class PrivacyConfig(Section):
 
     institution_epsilon: float = key(
         math.inf,
-        "budget of one run for hiding an institution as a whole from those who see global "
-        "adapters; inf switches it off",
+        "institution-level DP: budget of one run for a whole institution, against those who see "
+        "global adapters; inf switches it off",
         above=0,
         infinite=True,
     )
     institution_delta: float = key(
         0.0,
-        "its delta; 0: the largest power of ten not above 1 / (10 x institutions)",
+        "delta of institution-level DP; 0: the largest power of ten not above "
+        "1 / (10 x institutions)",
         at_least=0,
         below=1,
     )
     institution_max_norm: float = key(
-        1.0, "clipping bound on one institution's update of a round", at_least=1e-6, at_most=1e6
+        1.0, "clipping bound of an institution's update in a round", at_least=1e-6, at_most=1e6
     )
 
     def __post_init__(self) -> None:
@@ -347,7 +362,7 @@ class PrivacyConfig(Section):
 
     @property
     def protects_nobody(self) -> bool:
-        """Whether a run gives no one any guarantee."""
+        """Whether a run gives no guarantee to anyone."""
         return self.noise == "seeded" or not (self.enabled or self.hides_institutions)
 
     @property
@@ -358,18 +373,18 @@ class PrivacyConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Section):
-    """Where a simulation runs. Threads and GPUs change rounding, the rest no result."""
+    """The machine of a simulation. Threads and GPUs change rounding; the other keys no result."""
 
     prefix = "engine."
     workers: int = key(0, "worker processes; 0: one per engine.threads cores", at_least=0)
     threads: int = key(1, "threads of a worker", at_least=1)
-    gpus: float = key(0.0, "share of a GPU that a worker takes; 0: CPU", at_least=0)
+    gpus: float = key(0.0, "share of a GPU for each worker; 0: CPU", at_least=0)
     ray_address: str = key("", "a Ray cluster to join; empty: start one on this machine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig(Section):
-    """Copies of each round's figures elsewhere; they hold what rounds.jsonl holds and no more."""
+    """Trackers that get copies of each round's figures: those of rounds.jsonl and no others."""
 
     prefix = "tracking."
     mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")
@@ -388,10 +403,10 @@ class TrackingConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
-    """Everything that decides a run."""
+    """The configuration of one run, complete."""
 
-    seed: int = key(1, "seed of everything that is not private noise", at_least=0)
-    run_dir: str = key("", "where results go; empty: runs/NAME-TIME")
+    seed: int = key(1, "seed of all random draws except private noise", at_least=0)
+    run_dir: str = key("", "directory of the results; empty: runs/NAME-TIME")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -444,8 +459,7 @@ class RunConfig(Section):
         ):
             raise InputError(
                 "data.source is 'institutions', where nobody sees all records: list the classes in "
-                "data.labels (none for sft), and say how many institutions there are in "
-                "data.institutions"
+                "data.labels (none for sft), and the number of institutions in data.institutions"
             )
         _check_robust(federation, privacy)
         _check_strategy(self.adapter, federation)
@@ -470,7 +484,7 @@ class RunConfig(Section):
         return {name: json.dumps(v) if isinstance(v, tuple) else v for name, v in _walk(self)}
 
     def shared(self) -> dict[str, Scalar]:
-        """`flat` without what only the server needs: where it sends its figures."""
+        """`flat` without the keys of tracking, which only the server needs."""
         return {k: v for k, v in self.flat().items() if not k.startswith(TrackingConfig.prefix)}
 
     def to_toml(self) -> str:
@@ -559,9 +573,9 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
 
 
 def from_context(run_config: Mapping[str, Any], run_id: int) -> RunConfig:
-    """The configuration that a Flower app was started with.
+    """The configuration with which a Flower app was started.
 
-    When it names no run directory, that is ``runs/flower-ID``.
+    Its run directory is ``runs/flower-ID`` unless the configuration names another.
     """
     config = from_flat(run_config)
     return (
@@ -610,7 +624,7 @@ def parse_overrides(items: Iterable[str]) -> dict[str, str]:
 
 
 def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> None:
-    """Refuse what would make a strategy something else than it says."""
+    """Refuse settings under which a strategy would not be the method of its paper."""
     strategy, traits = federation.strategy, federation.traits
     if adapter.ranks and not traits.mixed_ranks:
         raise InputError(
@@ -634,7 +648,7 @@ def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> Non
 
 
 def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
-    """Refuse robust rules where they would not mean what they say."""
+    """Refuse a robust rule where its guarantee would not hold."""
     rule, strategy, traits = federation.robust, federation.strategy, federation.traits
     if rule == "none":
         return
@@ -656,7 +670,7 @@ def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
         )
     if rule in ("median", "trimmed-mean", "krum") and federation.weighting != "uniform":
         raise InputError(
-            f"federation.robust is {rule!r}, which knows no weights, but federation.weighting is "
+            f"federation.robust is {rule!r}, which takes no weights, but federation.weighting is "
             f"{federation.weighting!r}; use uniform, or multi-krum or norm-bound"
         )
     if privacy.hides_institutions:

@@ -21,7 +21,7 @@ Scalar = str | int | float | bool
 
 def key(
     default: Any,
-    help: str,  # noqa: A002  (the field's own word for it)
+    help: str,  # noqa: A002  (the usual name, as in argparse)
     *,
     choices: tuple[str, ...] = (),
     at_least: float | None = None,
@@ -30,7 +30,7 @@ def key(
     below: float | None = None,
     infinite: bool = False,
 ) -> Any:
-    """A field of a `Section`: its default, one line of help, and what its value may be."""
+    """A field of a `Section`: its default, one line of help, and the allowed values."""
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     given = {word: bound for word, bound in bounds.items() if bound is not None}
     metadata = {"help": help, "choices": choices, "bounds": given, "infinite": infinite}
@@ -53,7 +53,7 @@ def _holds(value: float, word: str, bound: float) -> bool:
 
 
 class Section:
-    """Checks every field against the choices and bounds declared beside it."""
+    """A dataclass that checks each field against the choices and bounds of its declaration."""
 
     prefix: typing.ClassVar[str] = ""
 

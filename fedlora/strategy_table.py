@@ -23,7 +23,7 @@ class Traits:
         local_parts: The parts that institutions train and never send.
         factor_means: Whether the strategy averages each factor by itself. Rules on coordinates, and
             noise on the mean of the factors, go with such a strategy only.
-        mixed_ranks: Whether institutions may have ranks of their own.
+        mixed_ranks: Whether institutions may have different ranks.
         residuals: Whether the strategy puts the part of a mean that the factors do not hold into a
             frozen residual of the base's layers.
     """

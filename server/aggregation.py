@@ -1,4 +1,4 @@
-"""What turns the updates of a round into one: the mean of a strategy, a robust rule, a noised mean.
+"""Aggregations of a round's updates: a strategy's mean, a robust rule, or a noised mean.
 
 The driver (`server.rounds`) calls one `Aggregation` and knows nothing of its kind.
 """
@@ -37,10 +37,10 @@ class Aggregated:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the server may say of a round's replies.
+    """The figures about a round's replies that the server may record.
 
     Args:
-        updates: How many updates count.
+        updates: The number of updates that count.
         rejected: Institution -> reason.
         received: Institution -> bytes of its adapter.
     """
@@ -51,18 +51,18 @@ class Report:
 
 
 class Aggregation(abc.ABC):
-    """An aggregation and all that the server may count, report and record under it.
+    """An aggregation, and the figures that the server may count, report and record under it.
 
-    The methods here suit an aggregation whose server sees each update and may speak of it. One that
-    hides updates overrides them: `InstitutionLevel` does.
+    The methods here suit an aggregation whose server may record figures of each update. An
+    aggregation that hides updates overrides them, as `InstitutionLevel` does.
 
-    Secure aggregation, where the server sees a sum and never an update, would be a fourth. Its
+    Secure aggregation, where the server sees a sum and never an update, would be a fourth kind. Its
     `aggregate` would not iterate over ``replies``, which unpacks updates, but collect masked
     vectors, remove the masks of institutions that did not answer, and divide. Its `report` would
     count answers and name institutions by missing answers only. ``figures`` would stay empty.
 
     Attributes:
-        newest_checkpoint_only: Whether a resume may take no checkpoint but the newest one.
+        newest_checkpoint_only: Whether a run may be resumed from its newest checkpoint only.
     """
 
     newest_checkpoint_only = False
@@ -76,7 +76,7 @@ class Aggregation(abc.ABC):
         """
 
     def report(self, this_round: Round, replies: Replies, names: Iterable[str]) -> Report:
-        """What may be said of the replies, after `aggregate`.
+        """The figures about the replies, after `aggregate`.
 
         Args:
             this_round: The round.
@@ -86,7 +86,7 @@ class Aggregation(abc.ABC):
         return Report(updates=replies.valid, rejected=replies.failed, received=replies.received)
 
     def epsilons(self, state: RunState) -> dict[str, float]:
-        """Institution -> epsilon spent of its records' budget, where that may be said."""
+        """Institution -> epsilon spent of its records' budget, where that may be recorded."""
         return {name: spent["epsilon"] for name, spent in state.privacy.items()}
 
     def largest_epsilon(self, state: RunState) -> float | None:
@@ -149,15 +149,17 @@ class RobustRule(Aggregation):
 class InstitutionLevel(Aggregation):
     """A noised mean that hides each institution's part (`strategies.institution_dp`).
 
-    Whether an update is valid follows from an institution's records. So an invalid update counts as
-    one of zero, and no figure that depends on a single update is recorded.
+    The validity of an update depends on the institution's records. So an invalid update counts as
+    an update of zero, and no figure that depends on a single update is recorded.
 
     Args:
         mechanism: The noise and its accountant.
-        record_epsilon: The budget of the institutions' records: the spent part of it is not told.
+        record_epsilon: The budget of the institutions' records; the spent part is not recorded.
     """
 
-    newest_checkpoint_only = True  # an older one would release a round again, under fresh noise
+    newest_checkpoint_only = (
+        True  # an older checkpoint would release a round again, under fresh noise
+    )
 
     def __init__(self, mechanism: InstitutionMechanism, record_epsilon: float) -> None:
         self._mechanism, self._record_epsilon = mechanism, record_epsilon
@@ -180,7 +182,7 @@ class InstitutionLevel(Aggregation):
         )
 
     def epsilons(self, state: RunState) -> dict[str, float]:
-        """No institution's: its spending tells whether its update was valid."""
+        """Empty, because the spending shows whether an update was valid."""
         return {}
 
     def largest_epsilon(self, state: RunState) -> float:
@@ -205,11 +207,11 @@ def choose(config: RunConfig, institutions: int, participations: int) -> Aggrega
 
     Args:
         config: The run.
-        institutions: How many take part.
+        institutions: The number of institutions.
         participations: The most rounds for which one institution can be asked.
 
     Raises:
-        InputError: If institution-level DP cannot be had within its budget.
+        InputError: If no noise keeps institution-level DP within its budget.
     """
     if config.privacy.hides_institutions:
         mechanism = institution_privacy.plan(config, institutions, participations)

@@ -15,7 +15,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run every round that is left. Raises on failure: Flower counts a plain exit as success."""
+    """Run all remaining rounds. Raises on failure: Flower counts a plain exit as success."""
     if logs.wanted():
         logs.to_stderr()
     config = run_directory.with_tracking(from_context(context.run_config, context.run_id))

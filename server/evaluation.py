@@ -18,7 +18,7 @@ from server.population import Population
 from server.replies import content
 
 GENERATION_FIGURES = ("tokens", "token_loss", "perplexity", "exact_match", "generated")
-"""Names of the figures of a model that writes its answer."""
+"""Names of the figures of a model that generates its answer."""
 MAX_TOKENS = 2**40
 log = logging.getLogger("fedlora.server")
 
@@ -57,16 +57,16 @@ def evaluate_own(
     """Metrics of each institution's own adapter on its own rows, pooled.
 
     Args:
-        grid: To the institutions.
+        grid: The Grid that reaches the institutions.
         order: The global adapter, to which each institution adds its local parts.
         nodes: Node -> institution.
-        rows: Institution -> number of its held-out rows; its figures must be of that many.
+        rows: Institution -> number of its held-out rows, which its figures must cover.
         labels: The classes; empty for sft.
         timeout: Seconds that one institution may take.
         patience: Seconds without any reply after which the server stops waiting.
 
     Returns:
-        As `evaluate_global`. If replies were refused, ``not_evaluated`` has institution -> reason,
+        As `evaluate_global`. If replies were refused, ``not_evaluated`` is institution -> reason,
         and the metrics are those of the other institutions.
     """
     arrays = wire.pack_adapter(order.adapter)
@@ -132,7 +132,7 @@ def check_figures(figures: Mapping[str, Any], rows: int, labels: tuple[str, ...]
 
 
 def _check_amounts(figures: Mapping[str, Any]) -> None:
-    """Refuse counts, shares and losses that are out of their bounds."""
+    """Refuse counts, shares and losses that are out of bounds."""
     for name, value in sorted(figures.items()):
         if name in ("tokens", "generated") and not (_is_count(value, MAX_TOKENS) and value >= 1):
             _refuse(f"{name} is {_short(value)}, and must be a number from 1")
@@ -145,7 +145,7 @@ def _check_amounts(figures: Mapping[str, Any]) -> None:
 
 
 def _check_classes(classes: Any, rows: int, labels: tuple[str, ...]) -> None:
-    """Refuse counts by class that cannot be of so many rows."""
+    """Refuse counts by class that are impossible for the number of rows."""
     if not isinstance(classes, dict) or not all(isinstance(c, dict) for c in classes.values()):
         _refuse("per_class is not a table")
     if labels and set(classes) != set(labels):

@@ -20,10 +20,10 @@ MALFORMED_REPLY = 102
 def exchange(
     grid: Grid, messages: Sequence[Message], timeout: float
 ) -> Iterator[tuple[int, Message | None]]:
-    """Send messages and yield each node's reply as it arrives; None for a node that stayed silent.
+    """Send messages and yield each node's reply as it arrives; None for a node without a reply.
 
-    Grids end what takes too long by the message's time to live. Should one fail to, the wait ends
-    when nothing at all has arrived for ``timeout`` seconds.
+    A Grid ends a message that outlives its time to live. If a Grid fails to do so, the wait ends
+    when no reply has arrived for ``timeout`` seconds.
 
     Args:
         grid: Any Flower Grid.
@@ -31,8 +31,8 @@ def exchange(
         timeout: Seconds without any reply.
 
     Yields:
-        Node id and its reply; an error with the code `MALFORMED_REPLY` for one that the Grid cannot
-        read.
+        Node id and its reply; an error with the code `MALFORMED_REPLY` replaces a reply that the
+        Grid cannot read.
     """
     ids, messages = _push(grid, messages)
     waiting = dict(zip(ids, messages, strict=True))
@@ -41,8 +41,8 @@ def exchange(
         asked = time.monotonic()
         arrived, received = _pull(grid, waiting), False
         while arrived:
-            # By the message replied to: the source of an error for a lost node is the SuperLink.
-            # A second reply to one message is dropped. Nothing here keeps a reply once it is
+            # Keyed by the message of the reply: an error for a lost node comes from the SuperLink.
+            # A second reply to one message is dropped. This loop keeps no reply once it is
             # yielded.
             order = waiting.pop(arrived[-1][0], None)
             if order is None:
@@ -60,9 +60,9 @@ def exchange(
 
 
 def _push(grid: Grid, messages: Sequence[Message]) -> tuple[list[str], Sequence[Message]]:
-    """Push messages, again where the SuperLink restarts in between and forgets the push.
+    """Push messages, and repeat a push that a restarting SuperLink has forgotten.
 
-    A node that gets an order twice answers both with one update: its ledger knows the order.
+    A node that gets an order twice answers both with one update, since its ledger has the order.
 
     Returns:
         The messages' ids, and the messages that were pushed.
@@ -71,7 +71,9 @@ def _push(grid: Grid, messages: Sequence[Message]) -> tuple[list[str], Sequence[
         try:
             return list(grid.push_messages(messages)), messages
         except ObjectPushError as error:
-            log.warning("the SuperLink lost a push (%s); it is repeated", type(error).__name__)
+            log.warning(
+                "the SuperLink lost a push (%s); the push is repeated", type(error).__name__
+            )
         messages = [
             Message(
                 m.content,
@@ -86,7 +88,7 @@ def _push(grid: Grid, messages: Sequence[Message]) -> tuple[list[str], Sequence[
 
 
 def _pull(grid: Grid, waiting: Mapping[str, Message]) -> list[tuple[str, Message]]:
-    """The replies that have arrived, each with the id of the message that it answers.
+    """The replies that have arrived, each with the id of its message.
 
     A Grid raises for a whole request where one reply is malformed. Each message is then pulled by
     itself, and an error takes the place of the malformed reply. Flower's SuperLink hands out a

@@ -19,7 +19,7 @@ ADVERSARY = (
     "which sees every update"
 )
 ADJACENCY = (
-    "one institution's updates, in all rounds, replaced by zero; that it takes part is public"
+    "one institution's updates, in all rounds, replaced by zero; its participation is public"
 )
 
 
@@ -35,7 +35,7 @@ class InstitutionMechanism:
         max_norm: Clipping bound of an institution's update.
         delta: The delta of the whole run.
         accountant: ``prv`` or ``rdp``.
-        seed: The run's seed for noise that a simulation can repeat; None for noise that is keyed by
+        seed: The run's seed for noise that a simulation can repeat; None for noise under a key from
             the operating system.
     """
 

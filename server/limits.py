@@ -1,4 +1,4 @@
-"""The bounds beyond which a run does not start or does not go on."""
+"""Bounds beyond which a run does not start or does not continue."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from strategies import base
 from strategies.base import Round
 
 MAX_EMPTY_ROUNDS = 3
-"""Rounds in a row without any update after which a run ends that samples institutions; a run that
-asks all of them ends after the first."""
+"""Rounds in a row without any update after which a run ends, if it samples institutions. A run that
+asks all of them ends after the first such round."""
 MAX_ADAPTER_BYTES = 400 * 10**6
-"""Bytes of an adapter in a deployment. Flower's SuperLink, with its database on disk, passed an
-adapter of this size; at 1 GB it locked itself out."""
+"""The most bytes of an adapter in a deployment. Flower's SuperLink, with its database on disk, passed
+an adapter of this size; at 1 GB it locked itself out."""
 
 
 def check_size(config: RunConfig, adapter: AdapterState) -> None:
@@ -30,11 +30,11 @@ def check_size(config: RunConfig, adapter: AdapterState) -> None:
 
 
 def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) -> None:
-    """Refuse the global adapter of a server optimizer that no update can follow.
+    """Refuse a global adapter of a server optimizer on which no update can be valid.
 
     Args:
         adapter: The new global adapter.
-        this_round: The round that gave it.
+        this_round: The round of the adapter.
         residuals: Whether the strategy puts residuals into it.
 
     Raises:
@@ -48,7 +48,7 @@ def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) 
         )
     if (largest := base.largest(adapter.only(PARTS))) > this_round.limit:
         raise RunFailed(
-            f"round {number}: the global adapter reached {largest:g}, and beyond "
+            f"round {number}: the global adapter reached {largest:g}, and above "
             f"{this_round.limit:g} no update counts; lower federation.server-learning-rate, or "
             "training.learning-rate. The last checkpoint is kept"
         )

@@ -1,4 +1,4 @@
-"""The institutions and the held-out rows of a run, as the server knows them beforehand."""
+"""The institutions and the held-out rows of a run, as the server plans for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ class Population:
 
     Args:
         size: The number of institutions.
-        names: Their names, which are known beforehand in a simulation only.
+        names: The institutions' names, which only a simulation knows beforehand.
         labels: The classes; empty for sft.
         held_out: The rows for measurement; None where there are none.
-        owner: The institution of each of these rows ``(n,)``, an index of ``names``, or None.
-        counts: How many rows were read, truncated or dropped.
-        fingerprint: SHA-256 of the rows; a resumed run must have the same.
+        owner: The institution of each held-out row ``(n,)``, an index of ``names``, or None.
+        counts: The numbers of rows that were read, truncated or dropped.
+        fingerprint: SHA-256 of the rows, which must not change before a run is resumed.
     """
 
     size: int
@@ -106,7 +106,7 @@ def _deployed(config: RunConfig) -> Population:
 
 
 def _check_federation(config: RunConfig, institutions: int) -> None:
-    """Check what depends on the number of institutions."""
+    """Check the settings that depend on the number of institutions."""
     federation = config.federation
     remedy = (
         "lower it or raise data.institutions"

@@ -18,7 +18,7 @@ NO_PROMISE_WITHOUT_DP = (
 )
 INSTITUTION_LEVEL_ONLY = (
     "Differential privacy of records was off (privacy.epsilon = inf): the server saw updates that "
-    "may reveal training records. What an institution's data did to the global adapters is "
+    "may reveal training records. The influence of an institution's data on the global adapters is "
     'protected from those who see only these, as "institution_level" says.'
 )
 NO_PROMISE_WITH_SEED = (
@@ -39,9 +39,9 @@ def statement(
     Args:
         config: The run.
         names: All institutions.
-        state: After the last round.
+        state: The state after the last round.
         institution_level: The aggregation's own keys; empty without institution-level DP.
-        spending: Of DP at the institutions, when it is on.
+        spending: The possible spending of institutions; None when DP at institutions is off.
 
     Returns:
         ``protects`` in words, and for each institution an upper bound of its spending (see
@@ -84,7 +84,7 @@ def statement(
 
 
 def largest_epsilon(statement: Mapping[str, Any]) -> float:
-    """The largest epsilon that an institution may have spent, by its statement."""
+    """The largest epsilon of an institution in the statement."""
     return max(
         (
             *(spent["epsilon"] for spent in statement["institutions"].values()),

@@ -1,4 +1,4 @@
-"""The replies of one round, in the order of arrival; each is checked by itself."""
+"""The replies of one round, in the order of arrival; each is checked on its own."""
 
 import dataclasses
 import logging
@@ -34,11 +34,11 @@ FLOWER_ERRORS = {
 
 
 class Replies:
-    """The valid updates of a round with their weights, for one iteration, and notes on all.
+    """The valid updates of a round with their weights, for one iteration, and notes on all replies.
 
     Args:
-        grid: To the institutions.
-        orders: One message each.
+        grid: The Grid that reaches the institutions.
+        orders: One message for each institution.
         names: Node -> institution.
         this_round: The round that the replies must fit.
         report: The figures that the orders ask for.
@@ -85,7 +85,7 @@ class Replies:
                 self.failed[name] = refusal.code
                 log.warning("round %d, %s: %s", self._round.number, name, refusal)
                 continue
-            del reply  # the update has its adapter in other memory
+            del reply  # the update holds a copy of the adapter
             yield update, self._round.weight(update)
             del update
 
@@ -98,7 +98,7 @@ class Replies:
             if refusal.code in RECORD_DEPENDENT_REFUSALS:
                 self.invalid.add(name)
             raise
-        self.invalid.add(name)  # until it is found to be valid
+        self.invalid.add(name)  # until the update is found to be valid
         base.check_header(update, institution=name, this_round=self._round)
         self._record_privacy(name, update)
         base.validate(update, institution=name, this_round=self._round)
@@ -110,7 +110,7 @@ class Replies:
         return update
 
     def _record_privacy(self, name: str, update: wire.ClientUpdate) -> None:
-        """Keep the reported spending if it is possible, also with an invalid update."""
+        """Keep the reported spending if it is possible, even if the update is invalid."""
         if self._spending is None:
             if update.privacy is not None:
                 raise Refusal("invalid-privacy-record", "DP is off, so nothing was spent")

@@ -33,24 +33,24 @@ class Roster:
     In a deployment a name belongs to a key: a node takes part under the name that the file `NODES`
     has for it, and under no other. The server writes the file as it registers keys, and the roster
     reads it before each round, so that a late registration, a replaced key and a removed key take
-    effect. Without the file no node takes part. Where updates weigh by size, an institution without
-    a bound in the file `SIZES` does not take part: its own claim alone decides no weight.
+    effect. Without the file no node takes part. Where updates are weighted by size, an institution
+    without a bound in the file `SIZES` does not take part: its claim alone decides no weight.
 
     Attributes:
-        max_sizes: Institution -> the most that its size counts, in a deployment.
+        max_sizes: Institution -> the bound of its size as a weight, in a deployment.
         refused: Node -> code of its refusal.
     """
 
     def __init__(self, grid: Grid, config: RunConfig, query: wire.Query) -> None:
         self._grid, self._config, self._query = grid, config, query
-        self._names: dict[int, str] = {}  # by their keys, in a deployment
+        self._names: dict[int, str] = {}  # names by keys, in a deployment
         self._unregistered: dict[int, str] = {}  # node -> code
         self.max_sizes: dict[str, float] = {}
         self._known: dict[int, wire.Hello] = {}
         self.refused: dict[int, str] = {}
 
     def online(self) -> dict[str, int]:
-        """Institution -> node, of those that are connected now."""
+        """Institution -> node, for the institutions that are connected now."""
         present = sorted(self._grid.get_node_ids())
         if self._config.deployed:
             present = self._registered(present)
@@ -67,8 +67,8 @@ class Roster:
                 if self._config.deployed and hello.institution != self._names[node]:
                     raise Refusal(
                         "wrong-name",
-                        f"it calls itself {hello.institution}, and has the key of "
-                        f"{self._names[node]}; name in its settings must be that",
+                        f"it calls itself {hello.institution}, but has the key of "
+                        f"{self._names[node]}; set name in its settings to that",
                     )
                 if hello.version != fedlora.__version__:
                     raise Refusal(
@@ -95,7 +95,7 @@ class Roster:
     def _registered(self, present: list[int]) -> list[int]:
         """The nodes among these whose key is registered; a node under a replaced key is forgotten.
 
-        A node that is not registered now may be later, so that none is refused for good.
+        A node that is not registered now may register later, so no node is refused for good.
         """
         folder = Path(self._config.run_dir).parent
         try:
@@ -119,13 +119,13 @@ class Roster:
     def _why(self, node: int, code: str, folder: Path) -> str:
         if code == "not-registered":
             return (
-                f"{folder / NODES} does not name it, or cannot be read; "
+                f"{folder / NODES} does not name the node, or cannot be read; "
                 "`fedlora deploy register` writes it"
             )
         name = self._names[node]
         return (
             f"federation.weighting is {self._config.federation.weighting}, and {folder / SIZES} "
-            f"does not say how large {name} may be; write the number into "
+            f"has no bound for the size of {name}; write the number into "
             f"server/institutions/{name}.size"
         )
 
@@ -166,7 +166,7 @@ class Roster:
                 f"budget exhausted: {lacking} of {len(self)} institutions have too little left in "
                 f"their ledgers for a run at privacy.epsilon {privacy.epsilon:g}, and "
                 f"federation.min-updates is {federation.min_updates}; lower privacy.epsilon or use "
-                "other records (`fedlora ledger show` tells what is left)"
+                "other records (`fedlora ledger show` prints the remaining budget)"
             )
 
     def __len__(self) -> int:
@@ -189,14 +189,14 @@ def _is_size(value: Any) -> bool:
 def patience(config: RunConfig) -> float:
     """Seconds without any reply after which the server stops waiting.
 
-    An engine may take an institution's time twice, and a new worker's start with it, before it
-    says which one hangs.
+    An engine may take an institution's time twice, and the start of a new worker, before it reports
+    the institution that hangs.
     """
     return 2 * (config.federation.timeout + NODES_TIMEOUT)
 
 
 def reasons(failed: Mapping[str, str]) -> str:
-    """How often each reason occurs, in words."""
+    """The number of times that each reason occurs, in words."""
     counts: dict[str, int] = {}
     for reason in failed.values():
         counts[reason] = counts.get(reason, 0) + 1

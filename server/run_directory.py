@@ -1,4 +1,4 @@
-"""A run on disk: what ran, where it is, and what a resume needs.
+"""A run on disk: its configuration and environment, its state, and the files to resume it.
 
 Every file is written whole or not at all. Importing this module, checking a directory and reading a
 run's lines load no torch.
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 MAX_CHECKPOINTS = 2
 FOREIGN_FILES = ("ledgers", "institutions.log", SUBMISSION)
-"""What may be in a run's directory before the run begins."""
+"""Files that may be in a run's directory before the run begins."""
 MIN_FREE_BYTES = 100 * 2**20
 """Free disk space below which a run does not start."""
 ORDERS = "orders.jsonl"
-"""File with a line for each recent time that orders were sent: the round, and who was asked."""
+"""File with a line for each recent round whose orders were sent: its number and institutions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Everything that the next round depends on.
+    """The complete state on which the next round depends.
 
     Args:
         run: Identity of the run; survives a resume.
@@ -44,10 +44,10 @@ class RunState:
         round: The last round done; 0 before the first.
         adapter: The global adapter.
         moments: State of the server optimizer.
-        asked: Institution -> rounds it was asked for.
+        asked: Institution -> number of rounds for which it was asked.
         average: Sum of the adapters averaged so far, float64; empty when none is.
-        averaged: How many that are.
-        privacy: Institution -> what it last said it had spent.
+        averaged: The number of adapters in ``average``.
+        privacy: Institution -> its last report of its spending.
         seconds: Time spent in rounds.
     """
 
@@ -94,7 +94,7 @@ class RunDirectory:
         self.path = path
 
     def check(self, config: RunConfig) -> bool:
-        """Whether the directory holds this very run, to be continued, or is free for it.
+        """Whether the directory holds this run, to be resumed; otherwise it is free for the run.
 
         Raises:
             InputError: If it holds another run or other files, or the disk is nearly full.
@@ -112,7 +112,7 @@ class RunDirectory:
             not self.path.is_dir() or any(e.name not in FOREIGN_FILES for e in self.path.iterdir())
         ):
             raise InputError(
-                f"{self.path} holds other files; give an --out that is empty or not there"
+                f"{self.path} holds other files; give an --out that is empty or does not exist"
             )
         try:
             parent = existing_parent(self.path)
@@ -127,7 +127,7 @@ class RunDirectory:
         return False
 
     def create(self, config: RunConfig) -> None:
-        """Make the directory, with what runs in it and on what."""
+        """Make the directory, with the run's configuration and environment."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.toml", config.to_toml().encode())
         self._json("environment.json", environment())
@@ -154,11 +154,11 @@ class RunDirectory:
         """The newest checkpoint that can be read, or None. ``rounds.jsonl`` is cut back to it.
 
         Args:
-            newest_only: Whether the one before may not take a damaged one's place: the round
-                between them would be released a second time, under fresh noise.
+            newest_only: Whether a damaged newest checkpoint is an error. An older checkpoint would
+                release the round between them a second time, under fresh noise.
 
         Raises:
-            InputError: If there are checkpoints and none of those allowed can be read.
+            InputError: If there are checkpoints, but no allowed one can be read.
         """
         from safetensors import SafetensorError
 
@@ -167,7 +167,7 @@ class RunDirectory:
             try:
                 return self._read(file)
             except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-                continue  # a damaged file; the one before it is whole
+                continue  # a damaged file; the checkpoint before it is whole
         if found:
             raise InputError(
                 f"no checkpoint in {found[0].parent} can be read; start anew with another --out"
@@ -196,18 +196,18 @@ class RunDirectory:
         )
 
     def append_orders(self, number: int, names: Iterable[str]) -> None:
-        """Write down who is about to be asked in a round, before any order leaves.
+        """Record the institutions of a round before any order leaves.
 
         An institution may be charged and answer although the server dies before the round's
-        checkpoint. Without this file the resumed run would not know that it was asked. Only rounds
-        stay that a resume from the oldest checkpoint would repeat.
+        checkpoint. Without this record the resumed run would not know that it was asked. The file
+        keeps only the rounds that a resume from the oldest checkpoint would repeat.
         """
         oldest = number - MAX_CHECKPOINTS
         lines = [line for line in read_lines(self.path / ORDERS) if line["round"] > oldest]
         self._lines(ORDERS, [*lines, {"round": number, "institutions": sorted(names)}])
 
     def asked(self, number: int) -> set[str]:
-        """Institutions that were asked in a round, in this process or one before it."""
+        """Institutions that were asked in a round, by this process or an earlier one."""
         lines = read_lines(self.path / ORDERS)
         return {name for line in lines if line["round"] == number for name in line["institutions"]}
 
@@ -219,7 +219,7 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def write_result(self, result: Mapping[str, Any], privacy: Mapping[str, Any]) -> None:
-        """Write ``privacy.json`` and, last, ``result.json``: a run that has one is complete."""
+        """Write ``privacy.json`` and, last, ``result.json``, which marks a complete run."""
         self._json("privacy.json", privacy)
         self._json("result.json", result)
 
@@ -245,7 +245,7 @@ def with_tracking(config: RunConfig) -> RunConfig:
 
 
 def changes(old: RunConfig, new: RunConfig) -> list[str]:
-    """What differs between two configurations, leaving out keys that cannot change a result."""
+    """Differences between two configurations, without keys that cannot change a result."""
     before, after = old.flat(), new.flat()
     return [
         f"{key} was {before[key]}, now {after[key]}"

@@ -1,8 +1,8 @@
 """Institutions' privacy records, checked against the plans that the server makes itself.
 
 An institution plans its noise from the configuration, the number of rounds and its size class. The
-server knows the first two, and a record of what was spent names the class by its delta and sample
-rate. So almost every figure of a record is known beforehand, and a record with another one is no
+server knows the first two; delta and sample rate of a privacy record imply the size class. Almost
+every figure of a record is therefore known beforehand, and a record with another figure is no
 record of this run.
 """
 
@@ -24,10 +24,10 @@ log = logging.getLogger("fedlora.server")
 MAX_SIZE_CLASS = 2**40
 """Units of an institution in the largest size class that the server accepts."""
 NOISE_TOLERANCE = 0.01
-"""Relative difference of two plans' noise on different machines: each search ends within 0.1
-percent of the least noise, and floating point may end it elsewhere."""
+"""Relative difference between two machines' noise for one plan: each search ends within 0.1 percent
+of the least noise, and floating point decides where."""
 EPSILON_TOLERANCE = 1e-6
-"""Relative excess of epsilon over the budget that rounding explains."""
+"""Relative excess of epsilon over the budget that rounding can cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Spending:
 
     Args:
         config: The run.
-        participations: The most rounds that an institution is asked for.
+        participations: The most rounds for which an institution is asked.
     """
 
     config: RunConfig
@@ -114,7 +114,8 @@ class Spending:
         """The entry of privacy.json for an institution that reported, from the server's own plan.
 
         An institution may have been charged for a round, and its reply seen on the way, although no
-        reply arrived in time. So every round counts for which it was asked, or more if it says so.
+        reply arrived in time. So every round counts for which it was asked, or more if it reports
+        more.
 
         Args:
             record: Its last record, checked.

@@ -1,6 +1,6 @@
-"""Copies of a run's figures in MLflow and TensorBoard, for those who keep their runs there.
+"""Copies of a run's figures in MLflow and TensorBoard.
 
-Off unless configured, and only then imported. What goes out is what rounds.jsonl holds.
+Trackers are off, and not imported, unless configured. They get figures of rounds.jsonl only.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ def check(config: RunConfig) -> None:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of rounds.jsonl that are of the whole federation."""
+    """The numbers of the whole federation in a line of rounds.jsonl."""
     found = {
         "seconds": record["seconds"],
         "updates": record["updates"],
@@ -48,11 +48,11 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
 class Tracking:
     """The trackers that a run has configured, if any.
 
-    One that fails midway is left alone with a warning: it is a copy, and the run goes on.
+    A tracker that fails during the run is dropped with a warning, since it holds copies only.
 
     Args:
         config: The run.
-        run: Its identity, so that a resumed run goes on in the same place.
+        run: The run's identity, so that a resumed run continues in the same place.
     """
 
     def __init__(self, config: RunConfig, run: str) -> None:
@@ -72,7 +72,7 @@ class Tracking:
             except Exception as error:  # of its server, file or database
                 raise InputError(
                     f"tracking.mlflow is {config.tracking.mlflow!r}, but nothing can be logged "
-                    f"there ({type(error).__name__}: {error}); mend it or leave it empty"
+                    f"there ({type(error).__name__}: {error}); correct it or leave it empty"
                 ) from None
 
     def _begin(self, config: RunConfig, run: str) -> str:
@@ -103,11 +103,11 @@ class Tracking:
             self._board = self._client = None
 
     def end(self) -> None:
-        """Say that the run is complete."""
+        """Mark the run as complete."""
         try:
             if self._board is not None:
                 self._board.close()
             if self._client is not None:
                 self._client.set_terminated(self._id)
         except Exception as error:
-            log.warning("tracking did not end well: %s", error)
+            log.warning("tracking ended with an error: %s", error)

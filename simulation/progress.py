@@ -110,7 +110,7 @@ def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
 
 
 def longer(truncated: int, max_length: int) -> str:
-    """Say how many texts were cut."""
+    """The number of truncated texts, in words."""
     return f"{truncated} text{'s' * (truncated != 1)} longer than {max_length} tokens"
 
 

@@ -39,7 +39,7 @@ class Loaded:
         records: The tokenised records.
         forks: The fork server of the workers. None where workers start as new processes: on a
             cluster; with GPUs or several threads, whose state does not survive a fork; on systems
-            without pidfds; and in later runs of a process with other records or another model.
+            without pidfds; and in a later run of a process with other records or another model.
     """
 
     records: "Federation"
@@ -240,7 +240,7 @@ def prepare(config: RunConfig) -> "Federation":
 
     if config.deployed:
         raise InputError(
-            "data.source is 'institutions', which is a deployment's; to simulate, name the records"
+            "data.source is 'institutions', which is for deployments; to simulate, name the records"
         )
     with paused_gc():  # a tokenizer imports torch; cached records need none
         federation = records.load(config)
@@ -255,7 +255,7 @@ def prepare(config: RunConfig) -> "Federation":
 
 
 def check_budgets(config: RunConfig) -> None:
-    """Plan the noise of every size class, so that an impossible budget is refused early.
+    """Plan the noise of each size class, so that an impossible budget is refused early.
 
     Raises:
         InputError: Naming value, bound and remedy.

@@ -1,1 +1,1 @@
-"""Grids of a simulation: `ray` with worker processes, `inline` in this one. Both run one app."""
+"""Grids of a simulation: `ray` with worker processes, `inline` in one. Both run the same app."""

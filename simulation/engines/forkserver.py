@@ -1,11 +1,11 @@
 """A fork server that starts Ray's workers on this machine as forks of the run's process.
 
 Imports dominate the start of a worker (three seconds of a core). Imports, base model and records
-are most of its memory. A fork has all three at once and shares their memory.
+take most of its memory. A fork has all three at once and shares their memory.
 
 Ray starts a worker by a command (``py_executable``). Here the command runs a small stand-in
 process. The stand-in sends its arguments, environment and files to the fork server, and the fork
-becomes the worker. When one of stand-in and worker ends, the other ends too.
+becomes the worker. When the stand-in or the worker ends, the other ends too.
 
 The fork server is itself a fork of the run's process. It is made before Ray is imported, because
 Ray reads a worker's environment at import. No secret exists before the fork: keys come from the

@@ -91,7 +91,7 @@ def test_values_that_exclude_each_other_are_refused():
     [
         ({"federation.robust": "median", "federation.strategy": "svd"}, "share a basis"),
         ({"federation.robust": "trimmed-mean", "federation.strategy": "svd"}, "share a basis"),
-        ({"federation.robust": "krum", "federation.weighting": "public-size"}, "knows no weights"),
+        ({"federation.robust": "krum", "federation.weighting": "public-size"}, "takes no weights"),
         ({"federation.robust": "median", "federation.weighting": "public-size"}, "no weights"),
         ({"federation.robust": "norm-bound", "privacy.institution-epsilon": 3.0}, "sensitivity"),
         ({"federation.robust": "krum", "federation.byzantine": 0.5}, "withstands a majority"),
