@@ -1,1 +1,1 @@
-"""What is measured against what; LOG.md keeps what was tried."""
+"""Benchmarks of fedlora and its rivals; LOG.md has a line for each attempt."""

@@ -2,9 +2,9 @@
 
 Usage: python -m benchmarks.aggregation [--strategy fedavg] [--institutions 100] [--layers 32]
 
-Updates are random and made one at a time; making them is not timed. Peak memory is the process's
-above what it had with the global adapter loaded, in units of one adapter of this many layers: svd's
-scratch is that of one layer, so few layers make its figure in adapters look worse than it is.
+Updates are random and created one at a time; their creation is not timed. Peak memory is the
+increase over the process with the global adapter loaded, in units of one adapter of this many
+layers. svd's scratch memory is that of one layer, so few layers overstate its figure in adapters.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def forget_peak() -> None:
 
 
 class Updates:
-    """Makes updates one at a time and remembers how long that took."""
+    """Creates updates one at a time and records the time of it."""
 
     def __init__(self, institutions: int, layers: int) -> None:
         self.institutions, self.layers = institutions, layers
@@ -76,7 +76,7 @@ class Updates:
 
 
 def warm_up(strategy: str) -> None:
-    """Load what the first call loads (kernels, code), which no size of adapter changes."""
+    """Make a first call, which loads kernels and code, whatever the size of the adapter."""
     small = AdapterState(
         {k: v[:, :RANK] if "lora_A" in k else v[:RANK] for k, v in adapter(1, 0).items()}
     )

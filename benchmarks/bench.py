@@ -2,14 +2,15 @@
 
 Usage: python -m benchmarks.bench [--only ROW ...] [--smollm2 DIR] [--repeats 3] [--quick]
 
-Each row is a ratio within one run on one machine, or a figure with a bound. What is printed is the
-median and the spread (lowest to highest) over the repeats. The result is
-benchmarks/results/PROCESSOR.json, one for each processor, and the table in docs/performance.md.
+Each row is a ratio within one run on one machine, or a figure with a bound. The command prints the
+median and the spread (lowest to highest) over the repeats. It writes
+benchmarks/results/PROCESSOR.json, one file for each processor, and the table in
+docs/performance.md.
 
 A row that is over 20 % worse than in the last committed result of the same processor fails the
-command, as does a rival that ends at another accuracy than fedlora. A target that is missed does
-not: the table says by how much. Run it on an idle machine. ``--quick`` only shows that everything
-runs: as little work as there can be, nothing compared and nothing written.
+command, and so does a rival whose final accuracy differs from fedlora's. A missed target does not
+fail it; the table marks the row. Run the command on an idle machine. ``--quick`` only checks that
+everything runs: with the least work, without comparisons and files.
 """
 
 import argparse
@@ -40,7 +41,7 @@ BEGIN, END = "<!-- table: make bench -->", "<!-- end of table -->"
 MAX_SLOWDOWN = 1.2
 """A figure this many times worse than the last one is a regression."""
 MAX_ACCURACY_GAP = {False: 0.05, True: 0.10}
-"""Largest difference of mean accuracies without and with DP, whose noise is real.
+"""Largest difference of mean accuracies without and with DP, where noise is not seeded.
 
 Each repeat has another seed, since a seed moves an accuracy by about 0.04 on any side.
 """
@@ -51,10 +52,10 @@ class Row:
     """A line of the table.
 
     Args:
-        what: What is compared, for a reader.
+        what: The comparison, in words.
         target: The bound.
         most: Whether the bound is an upper one.
-        unit: Of figure and bound; a plain ratio is ``x``.
+        unit: The unit of figure and bound; ``x`` for a plain ratio.
     """
 
     what: str
@@ -67,7 +68,7 @@ class Row:
         return value <= self.target if self.most else value >= self.target
 
     def worse(self, value: float, before: float) -> float:
-        """How many times worse a figure is than another."""
+        """The factor by which a figure is worse than another."""
         return value / before if self.most else before / value
 
     def shown(self, value: float) -> str:
@@ -127,13 +128,13 @@ ROWS = {
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What came of a row.
+    """The measurement of a row.
 
     Args:
         values: One figure for each repeat.
-        details: What it follows from, for the result file.
-        skipped: Why there is no figure.
-        problem: Why the figures do not count.
+        details: The figures behind it, for the result file.
+        skipped: The reason why there is no figure.
+        problem: The reason why the figures do not count.
     """
 
     values: list[float] = field(default_factory=list)
@@ -144,7 +145,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a measurement is told: SmolLM2's directory (or ""), repeats, and whether in brief."""
+    """The options of a measurement: SmolLM2's directory (or ""), repeats, and ``--quick``."""
 
     smollm2: str
     repeats: int
@@ -154,9 +155,9 @@ class Options:
 def in_turn(
     sides: Mapping[str, Callable[[int], measure.Measured]], repeats: int
 ) -> dict[str, list[measure.Measured]]:
-    """Run all sides, then all again, so that what changes with time falls on each alike.
+    """Run all sides, then all again, so that changes over time affect all sides equally.
 
-    Sides are told which turn it is, from 0.
+    Each side gets the number of its turn, from 0.
     """
     found: dict[str, list[measure.Measured]] = {name: [] for name in sides}
     for turn in range(repeats):
@@ -232,7 +233,7 @@ def _other_accuracy(sides: Mapping[str, Mapping[str, Any]], tolerance: float) ->
 
 
 def module(name: str, *arguments: str) -> Mapping[str, Any]:
-    """What a benchmark of its own prints."""
+    """The output of a benchmark in its own module."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     done = measure.run(command, cwd=ROOT)
     say(f"  {name} {' '.join(arguments)}: {done.seconds:.0f} s")
@@ -242,13 +243,13 @@ def module(name: str, *arguments: str) -> Mapping[str, Any]:
 def repeated(
     options: Options, keys: Mapping[str, str], name: str, *arguments: str
 ) -> dict[str, Outcome]:
-    """Figures of a benchmark of its own, which itself takes its sides in turn.
+    """Figures of a benchmark in its own module, which itself runs its sides in turn.
 
     Args:
-        options: How often.
-        keys: Row -> key of what it prints.
-        name: Of its module.
-        arguments: For it.
+        options: The options of the measurement.
+        keys: Row -> key of the module's output.
+        name: The module's name.
+        arguments: The module's arguments.
     """
     said = [module(name, *arguments) for _ in range(options.repeats)]
     return {
@@ -408,7 +409,7 @@ MEASUREMENTS: dict[Callable[[Options], dict[str, Outcome]], tuple[str, ...]] = {
     start: ("start",),
     deployed: ("deployed",),
 }
-"""Which rows each measurement gives."""
+"""The rows of each measurement."""
 
 
 def _brief(options: Options, *smaller: str) -> list[str]:
@@ -416,7 +417,7 @@ def _brief(options: Options, *smaller: str) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on, and with which code."""
+    """The machine and the code of the figures."""
     known = environment()
     info = Path("/proc/cpuinfo").read_text()
     name = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
@@ -433,13 +434,13 @@ def machine() -> dict[str, Any]:
 
 
 def result_file(on: Mapping[str, Any]) -> Path:
-    """Where results of this processor are."""
+    """The file of this processor's results."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{on['processor']} {on['cores']} cores".lower())
     return RESULTS / f"{name.strip('-')}.json"
 
 
 def committed(file: Path) -> dict[str, Any]:
-    """The last committed result in a file; none gives no rows."""
+    """The last committed result in a file; without one, no rows."""
     path = file.relative_to(ROOT)
     done = subprocess.run(
         ["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -463,11 +464,11 @@ def record(outcome: Outcome, sha: str) -> dict[str, Any]:
 
 
 def complaints(rows: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """What fails the command: rows that do not count, and those that became worse.
+    """The reasons to fail the command: rows that do not count, and rows that became worse.
 
     Args:
-        rows: Name -> `record` of what was measured now.
-        before: The same of the last committed result on the same processor.
+        rows: Name -> `record` of the present measurement.
+        before: The same for the last committed result on the same processor.
     """
     found: list[str] = []
     for name, now in rows.items():
@@ -551,7 +552,7 @@ def main() -> None:
             rows = {name: row for name, row in {**rows, **measured}.items() if name in ROWS}
             result["rows"] = measured if options.quick else rows
             if not options.quick:
-                write(result, file)  # what is interrupted keeps what it has
+                write(result, file)  # an interrupted command keeps its figures so far
     print(table(result))
     if options.quick:
         return

@@ -1,11 +1,11 @@
 """Time to up, seconds a round and memory of a federation of three institutions, in the harness.
 
 The services of docker-compose.yml as processes (tests/deployment/harness.py), with the demo's own
-model: `python -m benchmarks.deployment`. A round is one small DP step at each institution, so that
-what shows is what surrounds training. With ``--fresh`` each message has a process of its own that
-loads the base model, as Flower does it, in the place of the resident trainer. Memory is each
-service's proportional set size, all its processes together, every two seconds: the highest, and
-what it holds after the last round.
+model: `python -m benchmarks.deployment`. A round is one small DP step at each institution, so the
+figures show the cost outside training. With ``--fresh`` each message has its own process that loads
+the base model, as in Flower, instead of the resident trainer. Memory is the proportional set size
+of all processes of a service, sampled every two seconds: the highest, and that after the last
+round.
 
 ``--set KEY=VALUE`` changes the run. An adapter of 205 MB, with SmolLM2-135M in DIR:
 ``--model DIR --set adapter.rank=168 --set 'adapter.target-modules=["q_proj","k_proj","v_proj",
@@ -40,13 +40,13 @@ FRESH_LAUNCHER = Path(__file__).with_name("fresh_launcher.py")
 
 
 def memory(federation: harness.Federation, service: str) -> float:
-    """MiB that a service's processes hold."""
+    """Memory of a service's processes, in MiB."""
     return sum(measure.pss_mib(process.pid) for process in federation.processes(service))
 
 
 @contextlib.contextmanager
 def watched(federation: harness.Federation) -> Iterator[dict[str, float]]:
-    """Service -> the most memory that it held meanwhile, MiB."""
+    """Service -> its peak memory during the block, in MiB."""
     peaks = dict.fromkeys(federation.names, 0.0)
 
     def watch() -> None:

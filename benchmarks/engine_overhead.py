@@ -1,4 +1,4 @@
-"""Seconds an institution-round of the Ray engine costs when the institution does nothing.
+"""Seconds of an institution-round on the Ray engine when the institution does nothing.
 
 Usage: python -m benchmarks.engine_overhead [--institutions 1000] [--rounds 10] [--workers 2]
 """

@@ -1,10 +1,8 @@
-"""Which model families train under DP, and how: every text family of transformers, built tiny.
+"""The text families of transformers under DP: a tiny model of each, examined and trained.
 
-    python -m benchmarks.families
-
-builds a model with random weights of each family, loads it as a run would, and trains a private
-step on rows of many lengths, among them rows padded to the number of rows of a pass. The table
-goes to docs/families.md. A few minutes on one core.
+``python -m benchmarks.families`` builds a model of each family with random weights, loads it as a
+run would, and trains private steps on rows of many lengths, some padded to as many tokens as a pass
+has rows. The table goes to docs/families.md. A few minutes on one core.
 """
 
 import argparse
@@ -63,7 +61,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
     **dict.fromkeys(("initializer_range", "init_std"), 0.2),
 }
-"""What configurations call sizes, and how large they are here."""
+"""Names of sizes in configurations, and their values here."""
 OVERRIDES: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 8},
@@ -90,7 +88,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 8,
     },
 }
-"""What some families need besides."""
+"""Further values that some families need."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def tiny(family: str) -> Any:
     """A small configuration of a family.
 
     Raises:
-        ValueError: For one that holds several models, of text and something else.
+        ValueError: For a configuration of several models, of text and another kind of data.
     """
     known = CONFIG_MAPPING[family]()
     if any(hasattr(known, part) for part in ("vision_config", "audio_config", "text_config")):
@@ -135,7 +133,7 @@ def build(family: str, kind: str, directory: Path) -> None:
     """Write a tiny model of a family with random weights, and a tokenizer.
 
     Raises:
-        ValueError: For a model that is not tiny: its sizes have names that are not known here.
+        ValueError: For a model that is not tiny, because its sizes have names unknown here.
     """
     config = tiny(family)
     factory = AutoModelForCausalLM if kind == "causal" else AutoModel
@@ -151,7 +149,7 @@ def build(family: str, kind: str, directory: Path) -> None:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One that knows a few words, the labels among them."""
+    """A tokenizer with a few words, the labels among them."""
     words = ["[UNK]", "[PAD]", *LABELS, *(f"w{i}" for i in range(WORDS - 2 - len(LABELS)))]
     made = Tokenizer(
         vocabularies.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
@@ -170,8 +168,7 @@ def load(directory: Path, targets: tuple[str, ...], **values: Any) -> trainable.
     """The model as a private run loads it.
 
     Raises:
-        InputError: If it is refused.
-        Refusal: The same.
+        InputError, Refusal: If the model is refused.
     """
     config = configuration.from_flat(
         {
@@ -238,13 +235,13 @@ LIKELY = (
     ("q", "v"),
     ("in_proj",),
 )
-"""Targets of families without a default of their own; the first that a model has."""
+"""Targets of families without a default; the first that a model has is used."""
 LARGEST = 20_000_000
-"""Parameters of a model here, at most: a family whose sizes have other names is left out."""
+"""The most parameters of a model; a family whose sizes have other names is left out."""
 
 
 def endings(model: Any) -> set[str]:
-    """Last parts of the names of linear layers, the output layer's and the narrowest aside."""
+    """Last parts of the names of linear layers, except the output layer and the narrowest."""
     output, linear, others = model.get_output_embeddings(), set[str](), set[str]()
     for name, module in model.named_modules():
         wide = adapters.is_linear(module) and min(module.weight.shape) >= RANK
@@ -254,11 +251,11 @@ def endings(model: Any) -> set[str]:
 
 
 def examined(family: str, kind: str, task: str = "classification") -> Iterator[Row]:
-    """The family's lines: with usual targets, and with all linear layers if those are others."""
+    """The family's lines: with the usual targets, and with all linear layers if these differ."""
     with tempfile.TemporaryDirectory() as name:
         try:
             build(family, kind, Path(name))
-        except Exception as error:  # of code that nobody wrote for sizes as small as these
+        except Exception as error:  # warnings of code that was not written for such small sizes
             yield Row(family, kind, "", "not built", _first(error))
             return
         options = {"dtype": "fp32", "quantization": "none", "task": task, "num_labels": len(LABELS)}
@@ -292,7 +289,7 @@ def _first(error: Exception) -> str:
 
 
 def _reason(error: InputError | Refusal) -> str:
-    """Why a model is refused, without its name and the remedy."""
+    """The reason for a refusal, without the model's name and the remedy."""
     said = error.detail if isinstance(error, Refusal) else str(error)
     return said.split("per-example gradients: ", 1)[-1].split("', ", 1)[-1].split(";")[0]
 

@@ -1,11 +1,11 @@
-"""How near a training step comes to bare matrix products of the same shapes, layouts and dtypes.
+"""The rate of a training step over that of bare matrix products of the same shapes and dtypes.
 
 Usage: python -m benchmarks.flop_rate [--model NAME] [--dtype bf16] [--rows 64] [--tokens 40]
 
-One DP step is watched for every matrix product that it takes, forward and backward. Then, in turn,
-the step is timed, and the same products by themselves, one after the other on operands that are
-there already. Both take the same floating-point operations, so the share of the rate is the
-products' time over the step's.
+The benchmark records every matrix product of one DP step, forward and backward. Then it times, in
+turn, the step and the same products alone, one after the other on existing operands of the same
+layout. Both take the same floating-point operations, so the share of the rate is the products' time
+over the step's.
 """
 
 import collections
@@ -27,7 +27,7 @@ Product = tuple[Operand, Operand]
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products that are taken while it is active."""
+    """Counts the matrix products that are computed while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
-            left, right = args[-2:]  # after what is added
+            left, right = args[-2:]  # after the added tensor
             self.counts[_operand(left), _operand(right)] += 1
         return func(*args, **(kwargs or {}))
 
@@ -58,7 +58,7 @@ def operations(product: Product) -> int:
 
 
 def bare(counts: collections.Counter[Product]) -> Callable[[], None]:
-    """The products by themselves."""
+    """The products alone."""
     work = [
         (torch.bmm if len(left[0]) == 3 else torch.mm, _made(left), _made(right), count)
         for (left, right), count in counts.items()

@@ -1,7 +1,7 @@
-"""In the place of deployment/launcher.py: a fresh process for each message, as Flower starts one.
+"""A launcher like deployment/launcher.py, with a fresh process for each message, as in Flower.
 
-What `benchmarks.deployment --fresh` measures the resident trainer against. Each process imports
-our installed app and everything below it, loads the base model, answers and ends.
+`benchmarks.deployment --fresh` measures the resident trainer against it. Each process imports
+fedlora's installed app and everything below it, loads the base model, answers and ends.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ class FreshProcesses(SubprocessExecutor):
 
 
 def main() -> None:
-    """Be the launcher, or answer one message."""
+    """Run the launcher, or answer one message."""
     first = sys.argv.pop(1)
     if first == ANSWER:
         logs.to_stderr()

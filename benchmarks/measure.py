@@ -18,13 +18,13 @@ from typing import Any
 import psutil
 
 SAMPLING_SECONDS = 2.0
-"""Seconds between two looks at the memory. Each costs the run some 60 ms; shorter peaks are missed,
-on every side."""
+"""Seconds between two samples of the memory. A sample costs the run some 60 ms; shorter peaks are
+missed, on every side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run of a command: wall time, peak MiB of its tree, the last line of JSON it printed."""
+    """One run of a command: wall time, peak MiB of its tree, its last line of JSON."""
 
     seconds: float
     peak_mib: float
@@ -32,11 +32,11 @@ class Measured:
 
 
 class Failed(RuntimeError):
-    """A command that did not end well; the text is the end of what it wrote."""
+    """A command that failed; the text is the end of its output."""
 
 
 def pss_mib(pid: int) -> float:
-    """Proportional memory of one process; 0 when it has ended meanwhile."""
+    """Proportional memory of one process; 0 when it has ended."""
     with contextlib.suppress(OSError):
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         return int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0]) / 1024
@@ -44,7 +44,7 @@ def pss_mib(pid: int) -> float:
 
 
 def tree_mib(root: int) -> float:
-    """Proportional memory of a process and everything below it."""
+    """Proportional memory of a process and all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         below = psutil.Process(root).children(recursive=True)
         return sum(map(pss_mib, [root, *(process.pid for process in below)]))
@@ -53,7 +53,7 @@ def tree_mib(root: int) -> float:
 
 @contextlib.contextmanager
 def meanwhile(look: Callable[[], None], every: float) -> Iterator[None]:
-    """Do something every so many seconds, in a thread, until the block ends."""
+    """Call a function at intervals, in a thread, until the block ends."""
     ended = threading.Event()
 
     def again() -> None:
@@ -75,12 +75,12 @@ def run(
     """Run a command to its end.
 
     Args:
-        command: Its last line on stdout that begins with ``{`` is taken as its result.
-        environment: All of it; None for this process's own.
-        cwd: Where; None for here.
+        command: The command; its last line on stdout that begins with ``{`` is its result.
+        environment: The whole environment; None for this process's own.
+        cwd: The working directory; None for this process's own.
 
     Raises:
-        Failed: When it exits with another code than 0.
+        Failed: When the command exits with another code than 0.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where the time of local training goes: operators' shares of an institution's step.
+"""Shares of the operators in the time of an institution's training step.
 
 Usage: python -m benchmarks.profile_step [--private] [--institutions 5] [--threads 1]
 

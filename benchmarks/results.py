@@ -2,8 +2,8 @@
 
 Usage: python -m benchmarks.results runs/sweeps/epsilon runs/audits/demo-1 ...
 
-Each directory is one that `fedlora sweep` or `fedlora audit` has written; its part of the document
-is replaced, the others stay. Nothing is typed in by hand: figures come from the directories.
+Each directory is that of a `fedlora sweep` or `fedlora audit`; its part of the document is
+replaced, the other parts stay. All figures come from the directories, none is typed by hand.
 """
 
 import argparse
@@ -35,11 +35,11 @@ COLOURS = {
     "--series-7": "#a3324f",
     "--series-8": "#4d5a66",
 }
-"""Colours of pictures outside a page, on white."""
+"""Colours of figures outside a page, on white."""
 
 
 def of_sweep(out: Path) -> str:
-    """The part on a sweep; its pictures are written."""
+    """The part on a sweep; its figures are written to files."""
     about, lines = results.manifest(out), results.summary(out)
     pooled, _ = results.tables(out, lines)
     text = f"{results.CAPTION}\n\n{results.markdown_table(pooled)}\n"
@@ -56,7 +56,7 @@ def of_sweep(out: Path) -> str:
 
 
 def standing_alone(svg: str) -> str:
-    """A page's figure as a file of its own: with colours, and a ground of white."""
+    """A page's figure as a separate file, with colours and a white background."""
     for variable, colour in COLOURS.items():
         svg = svg.replace(f"var({variable})", colour)
     head, end, rest = svg.partition(">")
@@ -75,12 +75,12 @@ def of_audit(out: Path) -> str:
 
 
 def _command(made: str) -> str:
-    """What was called, without the machine's own place for results."""
+    """The command, without the machine's own directory of results."""
     return f"`{re.sub(r' --out [^ ]+', '', made)}`"
 
 
 def _where(cells: Mapping[Path, Any]) -> str:
-    """Commits and processors of runs; a commit with changes that were not committed has a plus."""
+    """Commits and processors of runs; a plus marks uncommitted changes."""
     found = [read_run_file(cell, "environment.json") for cell in cells if is_complete(cell)]
     commits = sorted({str(one["git_sha"])[:12] + "+" * bool(one["git_dirty"]) for one in found})
     processors = sorted({str(one["processor"]) for one in found})

@@ -1,7 +1,7 @@
-"""The work of benchmarks/work.py as a plain Flower app does it, the way its users write one today.
+"""The work of benchmarks/work.py as a plain Flower app, as Flower's users write one today.
 
 Each train message loads the model, attaches the adapter, reads and tokenises the institution's
-rows, and trains with PEFT in float32: the shape of Flower's published fine-tuning examples. Under
+rows, and trains with PEFT in float32, as in Flower's published fine-tuning examples. Under
 DP the loop is wrapped by Opacus' `PrivacyEngine` with Poisson sampling and per-sample gradients
 from hooks, as in Flower's Opacus example. One ClientApp process for each worker, one core each.
 

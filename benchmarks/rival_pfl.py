@@ -1,14 +1,14 @@
-"""The work of benchmarks/work.py as Apple's pfl does it: one process that keeps the model.
+"""The work of benchmarks/work.py with Apple's pfl: one process that keeps the model.
 
 pfl 0.4.0 from PyPI asks for numpy below 2 and for packages that this environment has in later
-versions. `benchmarks.work.pfl_python` installs it without its dependencies into an environment of
-its own and lets that one see this one's packages, so that torch, transformers and PEFT are the
-same; it works there as it is. bf16 autocast is pfl's own (``amp_dtype``), where the processor has
+versions. `benchmarks.work.pfl_python` installs it without its dependencies into a separate
+environment that sees this environment's packages, so that torch, transformers and PEFT are the
+same; pfl works there unchanged. bf16 autocast is pfl's own (``amp_dtype``), where the processor has
 native bf16 products.
 
-An institution's rows are padded to its longest one, since a data set of pfl is tensors. pfl walks
-through them in one order and stops after the last; here they are shuffled anew for each round and
-walked through until the steps are done, as on the other sides.
+An institution's rows are padded to the longest one, since a data set of pfl is tensors. pfl
+iterates over them in one order and stops after the last; here they are shuffled anew for each round
+and repeated until the steps are done, as on the other sides.
 
 Usage: PYTHON -m benchmarks.rival_pfl WORK.json (written by `benchmarks.work.Work.write`)
 """
@@ -68,7 +68,7 @@ class Trained(nn.Module):
         return functional.cross_entropy(self.model(ids, mask), labels)
 
     def metrics(self, *_: torch.Tensor) -> dict[str, Any]:
-        """Next to nothing, though pfl evaluates in the first round: accuracy is for the end."""
+        """Almost no work, though pfl evaluates in the first round: accuracy comes at the end."""
         return {"batches": Weighted(1, 1)}
 
 

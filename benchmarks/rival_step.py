@@ -1,7 +1,7 @@
 """One training step as a user of transformers and PEFT writes it, with and without Opacus' hooks.
 
-In float32 and in one batch. A causal model learns the token that follows each row, from
-``labels`` that name nothing else: transformers computes the logits of every position for it.
+In float32 and in one batch. A causal model learns the token that follows each row, from ``labels``
+without other tokens, although transformers computes the logits of every position.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def make(name: str, rows: Sequence[rival_model.Row], *, private: bool) -> Callab
 
     Args:
         name: The base model, as fedlora spells it.
-        rows: Token ids and class of each.
+        rows: Token ids and class of each row.
         private: Whether Opacus clips per-sample gradients and adds noise.
     """
     files = model_files.resolve(name)
@@ -62,7 +62,7 @@ def make(name: str, rows: Sequence[rival_model.Row], *, private: bool) -> Callab
             data_loader=loader,
             noise_multiplier=1.0,
             max_grad_norm=1.0,
-            poisson_sampling=False,  # the step gets its batch as it is
+            poisson_sampling=False,  # the step gets its batch unchanged
         )
 
     def step() -> None:

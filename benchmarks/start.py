@@ -1,9 +1,9 @@
-"""Seconds from `fedlora run` to the first training step, when the same was run before.
+"""Seconds from `fedlora run` to the first training step, after an earlier equal run.
 
 Usage: python -m benchmarks.start [--config experiments/configs/demo.toml] [--turns 3]
 
-A first run fills the caches and is not counted. The command is the user's own; the institutions'
-app is `benchmarks.timed_client`, which notes the time and is otherwise the same.
+A first run fills the caches and is not counted. The command is the usual one; the institutions'
+app is `benchmarks.timed_client`, which also records the time.
 """
 
 import argparse
@@ -29,7 +29,7 @@ app()
 
 
 def seconds(config: str, out: Path) -> float:
-    """Of one run of one round."""
+    """The seconds of one run of one round."""
     moment = out.with_suffix(".moment")
     command = [sys.executable, "-c", RUN, "run", config, "--set", "federation.rounds=1"]
     started = time.time()

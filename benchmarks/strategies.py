@@ -4,10 +4,10 @@ Usage: python -m benchmarks.strategies [--seeds 1 2 3] [--only fedavg ffa ...] [
            [--jobs 2]
 
 Each run is `fedlora run experiments/configs/fpb.toml` with the settings below; a seed decides
-split, shards, start and (without DP) everything else. What ran is a line of
-benchmarks/strategies.jsonl and is not run again while settings and the strategy's own file stay the
-same; the table goes into docs/strategies.md. Settings
-were tuned on seed 11, which the table leaves out.
+split, shards, start and (without DP) all other draws. Each run is a line of
+benchmarks/strategies.jsonl and is not repeated while settings and the strategy's own file stay the
+same. The table goes into docs/strategies.md. Settings were tuned on seed 11, which the table leaves
+out.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DOCUMENT = HERE.parent / "docs" / "strategies.md"
 TUNING_SEED = 11
 BEGIN, END = "<!-- table: python -m benchmarks.strategies -->", "<!-- end of table -->"
 
-# What a strategy takes in place of fpb.toml's settings: at every epsilon, without DP, at epsilon 8.
+# Settings of a strategy that replace those of fpb.toml: at every epsilon, without DP, at epsilon 8.
 ADAM = {
     "inf": {"federation.server-learning-rate": "0.008", "federation.average-last": "0.5"},
     "8": {},
@@ -55,7 +55,7 @@ STRATEGY_SETTINGS = {"pad": {"adapter.ranks": "8,8,4,4"}}
 
 
 def settings(strategy: str, epsilon: str) -> dict[str, str]:
-    """What a run changes in fpb.toml, but for the seed."""
+    """The settings of a run that differ from fpb.toml, except the seed."""
     return {
         **SHARED_SETTINGS,
         **STRATEGY_SETTINGS.get(strategy, {}),
@@ -101,7 +101,7 @@ def code(strategy: str) -> str:
 
 
 def lines() -> list[dict[str, Any]]:
-    """What was measured so far with the settings and the strategies of today."""
+    """The measurements so far with the present settings and strategies."""
     if not RESULTS.exists():
         return []
     found = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
@@ -132,7 +132,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def write(found: list[dict[str, Any]]) -> None:
-    """Put the table where the document has it."""
+    """Replace the table in the document."""
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     text = f"{before}{BEGIN}\n{table(found)}\n{END}{after}"

@@ -1,4 +1,4 @@
-"""The institutions' app, which writes down when the first of them takes its first training step."""
+"""The institutions' app, which records the time of the first training step of any institution."""
 
 import functools
 import os
@@ -23,7 +23,7 @@ def _noted(train: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with Path(os.environ[FIRST_STEP_VARIABLE]).open("x") as file:
                 file.write(now)
-        except FileExistsError:  # another was first
+        except FileExistsError:  # another institution was first
             pass
         return train(*args, **options)
 

@@ -2,8 +2,8 @@
 
 Usage: python -m benchmarks.timeline [--config benchmarks/work.toml | --private] [--cached]
 
-The run is the user's own command in a process of its own, with Ray; without ``--cached`` nothing
-from another run is there. A part ends where the next one begins.
+The run is the usual command in its own process, with Ray; without ``--cached`` there is no cache of
+another run. A part ends where the next one begins.
 """
 
 import argparse
@@ -60,7 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="benchmarks/work.toml")
     parser.add_argument("--private", action="store_true", help="the work of `make bench` under DP")
-    parser.add_argument("--cached", action="store_true", help="run it once before, uncounted")
+    parser.add_argument(
+        "--cached", action="store_true", help="make a first run that is not counted"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)

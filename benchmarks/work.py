@@ -1,10 +1,10 @@
-"""The work that fedlora and its rivals do side by side, and the command of each of them.
+"""The work that fedlora and its rivals do side by side, and the command of each side.
 
-Rivals get the very rows that a run of fedlora deals to its institutions, as CSV files, and every
-number that decides the work: steps, batch, learning rate, rank, seed, and under DP the noise that
+Rivals get exactly the rows of fedlora's institutions, as CSV files, and every number that
+determines the work: steps, batch, learning rate, rank, seed, and under DP the noise that
 fedlora plans for each institution. Under DP batches are Poisson samples, of expected sizes that
 differ a little: Opacus takes one over the number of batches as its rate, so fedlora's rate is set
-to where both see as many rows.
+such that both see equally many rows.
 """
 
 import csv
@@ -27,12 +27,12 @@ from fedlora.rows import PartitionedRows, Table, partition_rows
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "work.toml"
 PFL = ("pfl==0.4.0", "multiprocess==0.70.18", "prv-accountant==0.2.0")
-"""What rival_pfl needs beside this environment's own packages; see there."""
+"""Packages that rival_pfl needs beside those of this environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How much is done, and whether under DP (epsilon 8 for each institution's records)."""
+    """The amount of work, and whether it is under DP (epsilon 8 for each institution's records)."""
 
     institutions: int = 10
     rounds: int = 3
@@ -60,7 +60,7 @@ class Work:
         return values
 
     def fedlora(self, out: Path) -> list[str]:
-        """The command that runs it with fedlora; what it prints has the accuracy."""
+        """The command that runs the work with fedlora; its output has the accuracy."""
         assigned = [f"{key}={value}" for key, value in self._values().items()]
         return [
             *(str(Path(sys.executable).with_name("fedlora")), "run", str(CONFIG)),
@@ -69,7 +69,7 @@ class Work:
         ]
 
     def write(self, directory: Path) -> Path:
-        """Write the rows and the numbers of a rival; gives the file that names all of them."""
+        """Write the rows and the numbers of a rival; return the file that names all of them."""
         config = self.config()
         dealt = _dealt(config)
         train, bounds = dealt.train
@@ -117,7 +117,7 @@ def _csv(path: Path, table: Table) -> str:
 
 
 def _rate(config: RunConfig) -> float:
-    """The sample rate with which a step of everybody has as many rows as Opacus' has."""
+    """The sample rate with which a step of all institutions has as many rows as Opacus' step."""
     counts = np.diff(_dealt(config).train[1])
     batches = np.ceil(counts / config.training.batch_size)
     return round(float((counts / batches).sum() / counts.sum()), 4)
@@ -137,7 +137,7 @@ def rival(name: str, python: Path, work: Path) -> list[str]:
 
 
 def environment(cache: Path) -> Mapping[str, str]:
-    """Of every side: no cache of another run, no telemetry."""
+    """The environment of every side: no cache of another run, no telemetry."""
     return {
         **os.environ,
         "FEDLORA_CACHE": str(cache),
@@ -151,13 +151,15 @@ def environment(cache: Path) -> Mapping[str, str]:
 
 
 def pfl_python(directory: Path) -> Path:
-    """The interpreter of an environment with pfl, made where there is none."""
+    """The interpreter of an environment with pfl, which is created if it is missing."""
     python = directory / "bin" / "python"
     if not (directory / ".ready").exists():
         subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PFL], check=True)
         (site,) = directory.glob("lib/python*/site-packages")
         ours = next(p for p in sys.path if p.endswith("site-packages"))
-        (site / "beside.pth").write_text(ours + "\n")  # after its own: torch is the same
+        (site / "beside.pth").write_text(
+            ours + "\n"
+        )  # after its own packages, so torch is the same
         (directory / ".ready").touch()
     return python

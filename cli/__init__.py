@@ -1,1 +1,1 @@
-"""The command line: one entry for every room."""
+"""The command line: one entry point for all packages."""

@@ -27,9 +27,9 @@ def run_sweep(
     ] = None,
     jobs: Annotated[int, typer.Option(help="Cells at a time; they share the cores.")] = 1,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the sweep in the directory.")
+        bool, typer.Option("--resume", help="Continue the sweep in its directory.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Also if it has over 1,000 cells.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Run a sweep of over 1,000 cells.")] = False,
     engine: Annotated[
         Literal["auto", "ray", "inline"],
         typer.Option(help="Engine of the cells; auto: ray, but inline for a cell with one core."),
@@ -132,20 +132,22 @@ def compare_runs(
 @clean_errors
 def plan(
     records: Annotated[int, typer.Option(help="Records, or units, of the institution.")],
-    batch_size: Annotated[int, typer.Option(help="Expected records a step.")],
+    batch_size: Annotated[int, typer.Option(help="Expected records in a step.")],
     steps: Annotated[int, typer.Option(help="Steps of the whole plan, all rounds together.")],
     epsilon: Annotated[
         float | None, typer.Option(help="Budget; yields the noise multiplier.")
     ] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Noise; yields epsilon.")] = None,
-    delta: Annotated[float | None, typer.Option(help="By default 1 / (10 x records).")] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="The delta; by default 1 / (10 x records).")
+    ] = None,
     accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
     table: Annotated[
         bool, typer.Option("--table", help="Epsilon against noise and against steps.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compute the noise for a budget over a whole plan, or the epsilon that a noise spends."""
+    """Compute the noise for the budget of a whole plan, or the epsilon of a noise multiplier."""
     from experiments import planning
 
     result = planning.plan(
@@ -186,13 +188,13 @@ def audit(
     ] = "ray",
     as_json: Json = False,
 ) -> None:
-    """Train with canaries among the records and attack the result; exit 3 if a promise breaks."""
+    """Train with canaries among the records, attack the run; exit 3 if the promise is broken."""
     from experiments.audit.run import check, run, show
 
     loaded = load(config, parse_overrides(assign or []))
     place = out or Path(f"runs/audit-{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if shadows < 0:
-        raise InputError(f"--shadows is {shadows}; it must be at least 0, which leaves LiRA out")
+        raise InputError(f"--shadows is {shadows}; it must be at least 0, where 0 leaves LiRA out")
     check(loaded, place, engine)
     console = Terminal(quiet=as_json)
     console.write_line(f"auditing; results in {place}")

@@ -1,7 +1,7 @@
-"""The command line. It loads a room's commands when one of them is called.
+"""The command line. It loads a package's commands when one of them is called.
 
 Exit codes: 0 done, 1 failed midway (finished work is kept), 2 bad input (nothing was written),
-3 an audit's promise is broken.
+3 an audit refutes the promise.
 """
 
 import atexit
@@ -35,7 +35,7 @@ COMMANDS = {
     "node": "deployment.cli",
     "deploy": "deployment.cli",
 }
-"""Each command and the module that holds it, in the order of the help page."""
+"""Each command and its module, in the order of the help page."""
 atexit.register(gc.freeze)  # skips a second of garbage collection at exit
 
 

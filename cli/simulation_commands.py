@@ -17,7 +17,7 @@ from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 app = typer.Typer()
 Institution = Annotated[
     str,
-    typer.Option(help="The institution whose adapter is used, where each has its own."),
+    typer.Option(help="The institution whose adapter is used, where each institution has its own."),
 ]
 
 

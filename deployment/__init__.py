@@ -1,1 +1,1 @@
-"""A federation on machines of its own: keys, services, submitted runs, checks."""
+"""A federation on separate machines: keys, services, submitted runs, checks."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MIN_DAYS_LEFT = 30
 MAX_SECONDS_AHEAD = 4.0
-"""Flower refuses signatures 5 s ahead of its clock, and an HTTP date has lost up to 1 s."""
+"""Flower refuses signatures 5 s ahead of its clock; an HTTP date is rounded down by up to 1 s."""
 MAX_SECONDS_BEHIND = 60.0
 """Flower accepts signatures up to 305 s behind its clock."""
 GROUP_AND_OTHERS = 0o077
@@ -50,7 +50,7 @@ def get(url: str, ca: Path, seconds: float = 10.0) -> tuple[str, dict[str, Any]]
 
     Args:
         url: The address.
-        ca: The only CA that may have signed its certificate.
+        ca: The certificate of the only accepted CA.
         seconds: The timeout.
 
     Returns:
@@ -61,7 +61,9 @@ def get(url: str, ca: Path, seconds: float = 10.0) -> tuple[str, dict[str, Any]]
     try:
         context = ssl.create_default_context(cafile=str(ca))
     except (OSError, ssl.SSLError) as error:
-        raise InputError(f"{ca} is not a CA certificate: {error}; give the federation's") from None
+        raise InputError(
+            f"{ca} is not a CA certificate: {error}; give that of the federation"
+        ) from None
     try:
         with urllib.request.urlopen(url, timeout=seconds, context=context) as response:
             body, date = response.read(4096), response.headers.get("Date", "")
@@ -70,7 +72,7 @@ def get(url: str, ca: Path, seconds: float = 10.0) -> tuple[str, dict[str, Any]]
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
-            return f"{url} has a certificate that does not pass: {reason.verify_message}", {}
+            return f"{url} has a certificate that is not accepted: {reason.verify_message}", {}
         return f"{url} does not answer: {reason}", {}
     try:
         said = json.loads(body)
@@ -83,7 +85,9 @@ def operator(directory: Path) -> list[Check]:
     """Check the operator's directory, which ``fedlora deploy init`` made."""
     ca = directory / "gateway" / "ca.crt"  # ca/ may be on another machine
     if not ca.is_file():
-        raise InputError(f"{directory} has no gateway/ca.crt; give what `fedlora deploy init` made")
+        raise InputError(
+            f"{directory} has no gateway/ca.crt; give the directory of `fedlora deploy init`"
+        )
     found = [_certificate("CA certificate", ca)]
     for name in ("gateway", "superlink"):
         pem = directory / name / "server.pem"
@@ -162,7 +166,9 @@ def clock(date: str) -> Check:
     try:
         theirs = email.utils.parsedate_to_datetime(date)
     except (TypeError, ValueError):
-        return Check("clock", "warn", "the gateway says no time, so clocks cannot be compared")
+        return Check(
+            "clock", "warn", "the gateway's answer has no time, so clocks cannot be compared"
+        )
     skew = (datetime.now(UTC) - theirs).total_seconds()
     side, most = ("ahead of", MAX_SECONDS_AHEAD) if skew > 0 else ("behind", MAX_SECONDS_BEHIND)
     far = abs(skew) > most
@@ -170,7 +176,7 @@ def clock(date: str) -> Check:
         "clock",
         "fail" if far else "ok",
         f"{abs(skew):.0f} s {side} the gateway's"
-        + (f", and at most {most:.0f} s may be; set this machine's clock (NTP)" if far else ""),
+        + (f"; at most {most:.0f} s are allowed: set this machine's clock (NTP)" if far else ""),
     )
 
 
@@ -178,7 +184,7 @@ def versions(theirs: Mapping[str, Any]) -> Check:
     """Compare both sides' versions of fedlora and Flower."""
     ours = {"fedlora": fedlora.__version__, "flower": importlib.metadata.version("flwr")}
     if not set(ours) <= set(theirs):
-        return Check("versions", "warn", "the gateway does not say its versions; not checked")
+        return Check("versions", "warn", "the gateway does not state its versions; not checked")
     different = [
         f"{name} is {ours[name]} here and {theirs[name]} at the gateway"
         for name in ours
@@ -187,7 +193,7 @@ def versions(theirs: Mapping[str, Any]) -> Check:
     return Check(
         "versions",
         "fail" if different else "ok",
-        f"{'; '.join(different)}: install the federation's"
+        f"{'; '.join(different)}: install the federation's versions"
         if different
         else ", ".join(f"{name} {version}" for name, version in ours.items()),
     )
@@ -226,7 +232,7 @@ def _certificate(name: str, path: Path) -> Check:
         return Check(
             name,
             "fail",
-            f"valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M}, which is to come; set "
+            f"valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M}, in the future; set "
             "this machine's clock",
         )
     days = (until - now).total_seconds() / 86400
@@ -318,7 +324,9 @@ def _gpu() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        raise InputError("gpu is true, but torch finds no GPU here; set it to false, or mend CUDA")
+        raise InputError(
+            "gpu is true, but torch finds no GPU here; set it to false, or repair CUDA"
+        )
     return torch.cuda.get_device_name()
 
 

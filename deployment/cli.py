@@ -19,7 +19,7 @@ from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
 deploy = typer.Typer(
-    no_args_is_help=True, help="A federation on machines of its own (docs/deployment.md)."
+    no_args_is_help=True, help="A federation on separate machines (docs/deployment.md)."
 )
 app.add_typer(deploy, name="deploy")
 log = logging.getLogger("fedlora.server")
@@ -55,7 +55,7 @@ def run_service(
     name: Annotated[str, typer.Argument(help="The service's name in its log.")],
     command: Annotated[list[str], typer.Argument(help="After --: what to run.")],
     json_lines: Annotated[
-        bool, typer.Option("--json-lines", help="Take its lines of JSON as they are.")
+        bool, typer.Option("--json-lines", help="Pass on lines of JSON unchanged.")
     ] = False,
 ) -> None:
     """Run a command; each line that it writes becomes one line of JSON."""
@@ -67,10 +67,10 @@ def run_service(
 def run_node(
     settings: Annotated[Path, typer.Argument(help="The institution's settings, a TOML file.")],
     healthy: Annotated[
-        bool, typer.Option("--healthy", help="Only say, by the exit code, whether it runs.")
+        bool, typer.Option("--healthy", help="Only report by the exit code whether the node runs.")
     ] = False,
 ) -> None:
-    """Run an institution: it answers the federation with its own installed app."""
+    """Run an institution, which answers the federation with its own installed app."""
     from client.settings import load
     from deployment import node
 
@@ -92,12 +92,12 @@ def run_node(
 @deploy.command()
 @clean_errors
 def init(
-    directory: Annotated[Path, typer.Argument(help="Directory to make; it must not exist.")],
-    institutions: Annotated[str, typer.Option(help="Their names, joined by commas.")],
+    directory: Annotated[Path, typer.Argument(help="Directory to create; it must not exist.")],
+    institutions: Annotated[str, typer.Option(help="Names of the institutions, joined by commas.")],
     host: Annotated[
         str, typer.Option(help="Name or address under which institutions reach the gateway.")
     ] = "localhost",
-    port: Annotated[int, typer.Option(help="On which the gateway is published.")] = 8443,
+    port: Annotated[int, typer.Option(help="Port on which the gateway is published.")] = 8443,
 ) -> None:
     """Make CA, certificates, keys, secrets and settings of a federation."""
     from deployment import setup
@@ -107,7 +107,7 @@ def init(
         raise InputError("--institutions is empty; give one or more names, joined by commas")
     setup.make(directory, names, host=host, port=port)
     PLAIN.write_line(
-        f"{directory} has the keys of {len(names)} institutions. Next: their records and ledgers "
+        f"{directory} has the keys of {len(names)} institutions. Next: records and ledgers "
         f"(docs/deployment.md), then docker compose --env-file {directory}/.env up --detach --wait"
     )
 
@@ -117,7 +117,7 @@ def init(
 def add(
     directory: Directory, name: Annotated[str, typer.Argument(help="The new institution.")]
 ) -> None:
-    """Add an institution: its folder, its keys, its public key at the server."""
+    """Add an institution: its folder, its keys, and its public key at the server."""
     from deployment import setup
 
     setup.add(directory, name)
@@ -129,14 +129,15 @@ def add(
 def renew(
     directory: Directory,
     host: Annotated[
-        str, typer.Option(help="Where institutions reach the gateway, if that has changed.")
+        str,
+        typer.Option(help="Host under which institutions reach the gateway, if it has changed."),
     ] = "",
 ) -> None:
-    """New certificates of gateway and SuperLink, valid for another year, for the same names."""
+    """Renew the certificates of gateway and SuperLink for another year, with the same names."""
     from deployment import setup
 
     setup.renew(directory, host=host)
-    PLAIN.write_line("restart gateway and superlink for them to be used")
+    PLAIN.write_line("restart gateway and superlink to use the new certificates")
 
 
 @deploy.command()
@@ -176,7 +177,9 @@ def keep(
                 registered = files
             for line in submissions.proceed(here, since=since):
                 log.info("%s", line)
-        except superlink_client.FlowerError as error:  # the SuperLink may be away for a while
+        except (
+            superlink_client.FlowerError
+        ) as error:  # the SuperLink may be unreachable for a while
             log.warning("%s", error)
         time.sleep(submissions.ASK_SECONDS)
 
@@ -203,9 +206,12 @@ def register() -> None:
 @clean_errors
 def reachable(
     url: Annotated[str, typer.Argument(help="An https address.")],
-    ca: Annotated[Path, typer.Option(help="The CA certificate that must have signed it.")],
+    ca: Annotated[
+        Path,
+        typer.Option(help="The CA certificate that the service's certificate must be signed by."),
+    ],
 ) -> None:
-    """Say by the exit code whether a service answers under a valid certificate."""
+    """Report by the exit code whether a service answers under a valid certificate."""
     from deployment import check
 
     problem, _ = check.get(url, ca, seconds=4.0)
@@ -222,11 +228,13 @@ def submit(
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
     ] = None,
-    name: Annotated[str, typer.Option(help="By default the file's name and the time.")] = "",
+    name: Annotated[
+        str, typer.Option(help="Name of the submission; by default the file's name and the time.")
+    ] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Wait for its end.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Submit a run. With --wait the exit code is 0 only when it has a result."""
+    """Submit a run. With --wait the exit code is 0 only when the run has a result."""
     from deployment import submissions, superlink_client
     from fedlora.config import load, parse_overrides
 
@@ -259,12 +267,14 @@ def submit(
 @clean_errors
 @_superlink_errors
 def status(
-    name: Annotated[str, typer.Argument(help="A submission's name; without one, all.")] = "",
+    name: Annotated[
+        str, typer.Argument(help="A submission's name; without it, all submissions.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """What became of a run: exit code 0 completed, 1 failed or stopped, 3 not at its end.
+    """Show the state of a run: exit code 0 completed, 1 failed or stopped, 3 not ended yet.
 
-    Without a name it is 0 whatever became of them.
+    Without a name the exit code is 0 for any states.
     """
     from deployment import submissions, superlink_client
 
@@ -296,7 +306,7 @@ def stop(name: Name) -> None:
 @clean_errors
 @_superlink_errors
 def results(name: Name, as_json: Json = False) -> None:
-    """A completed run's result; exit code 1 when there is none."""
+    """Show the result of a completed run; exit code 1 without a result."""
     from deployment import submissions, superlink_client
 
     here = superlink_client.server()
@@ -319,7 +329,7 @@ def results(name: Name, as_json: Json = False) -> None:
 @clean_errors
 def run_checks(
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="At the operator's: what `deploy init` made.")
+        Path | None, typer.Option("--dir", help="At the operator: the directory of `deploy init`.")
     ] = None,
     institution: Annotated[
         Path | None, typer.Option(help="At an institution: its settings, a TOML file.")

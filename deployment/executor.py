@@ -1,8 +1,8 @@
 """One message at an institution: it goes to the institution's trainer, whose answer goes back.
 
-Flower's ``flwr-clientapp`` installs and runs the app that came with the run. A run's submitter
-could then decide what an institution does, and none of its limits would hold. This is the same
-process with two changes: it installs nothing that was sent, and it runs the app that is installed
+Flower's ``flwr-clientapp`` installs and runs the app that is sent with the run. A run's submitter
+could then run any code at an institution, and none of its limits would hold. This is the same
+process with two changes: it installs no code from the run, and it runs the app that is installed
 here, in the process that keeps the base model (`deployment.trainer`).
 """
 
@@ -26,11 +26,11 @@ START_SECONDS = 120.0
 """Time for a trainer to start listening."""
 
 TITLE = "fedlora-answer"
-"""The name that the process of a message has in lists of processes."""
+"""The name of a message's process in lists of processes."""
 
 
 def answer(path: Path, message: Message, context: Context) -> Message:
-    """The trainer's answer, or Flower's error for a crashed app where the trainer gave none.
+    """The trainer's answer, or Flower's error for a crashed app where the trainer gave no answer.
 
     Args:
         path: The trainer's socket.
@@ -65,7 +65,7 @@ def _connected(path: Path) -> Connection:
             time.sleep(0.05)
     if not trainer.of_this_user(connection):
         connection.close()
-        raise PermissionError("the trainer's socket is another user's")
+        raise PermissionError("the trainer's socket belongs to another user")
     return connection
 
 

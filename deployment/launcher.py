@@ -1,11 +1,10 @@
-"""An institution's SuperExec: keeps its trainer running and has each message handed over to it.
+"""An institution's SuperExec: it keeps the trainer running and passes each message to it.
 
-Flower's SuperExec starts ``flwr-clientapp``, ``flwr-agentapp`` and others by the type that the run
-has, and these install and run the app that the run's submitter sent. Here the type decides only
-between our executor and a refusal.
+Flower's SuperExec starts ``flwr-clientapp``, ``flwr-agentapp`` and others by the type of the run,
+and these install and run the app of the run's submitter. Here the type decides only between
+fedlora's executor and a refusal.
 
-The process of a message is forked from one that has imported what it needs, which is Flower and no
-torch.
+The process of a message is forked from a process that has imported Flower, but not torch.
 """
 
 import logging
@@ -34,7 +33,7 @@ MIN_PAUSE, MAX_PAUSE = 0.1, 1.0
 
 
 class InstalledApp(SubprocessExecutor):
-    """Starts our executor for a ClientApp's task; refuses every other.
+    """Starts fedlora's executor for a ClientApp's task; refuses every other task.
 
     Args:
         path: The trainer's socket.
@@ -87,14 +86,14 @@ def arguments(spec: ExecutionSpec) -> list[str]:
 
 
 def _installed_app(path: Path) -> InstalledApp:
-    """Make the executor. It also decides how long Flower's loop pauses."""
+    """Make the executor, which also sets the pauses of Flower's loop."""
     made = InstalledApp(path)
     flower_internals.use_superexec_sleep(made.sleep)
     return made
 
 
 def main() -> None:
-    """Run Flower's SuperExec with our executor: the trainer's socket, then Flower's arguments."""
+    """Run Flower's SuperExec with this executor: the trainer's socket, then Flower's arguments."""
     path = Path(sys.argv.pop(1))
     logs.to_stderr()
     flower_internals.use_executor(lambda: _installed_app(path))

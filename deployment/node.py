@@ -1,7 +1,7 @@
 """The processes of an institution: Flower's SuperNode, and the launcher of its own app.
 
-The SuperNode talks to the federation's gateway. It hands each message to the launcher over a port
-of the loopback, with a secret of this start.
+The SuperNode connects to the federation's gateway. It hands each message to the launcher over a
+loopback port, with a secret that is made at each start.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from fedlora.errors import InputError
 LOCK = "node.lock"
 SOCKET = "trainer"
 MAX_SOCKET_PATH = 107
-"""Characters of a socket's path, on Linux."""
+"""The most characters of a socket's path on Linux."""
 
 GAVE_UP = "SSL/TLS handshake error detected."
-"""A SuperNode logs this when it meets a certificate that it cannot trust, such as an expired one.
-It then asks no more and does not end; after a restart it asks again."""
+"""Log line of a SuperNode that gets a certificate it cannot trust, such as an expired one. It then
+stops polling without ending; after a restart it polls again."""
 
 
 def check(settings: Settings) -> None:
-    """Refuse settings that are not enough to start.
+    """Refuse settings with which the node cannot start.
 
     Raises:
         InputError: For a missing setting, or a file that others may read or write.
@@ -39,8 +39,8 @@ def check(settings: Settings) -> None:
     for field in ("ca", "key"):
         path = Path(getattr(settings, field))
         if not path.is_file():
-            raise InputError(f"{field} is {path}, which is not a file; mend the settings")
-    ledger = Path(settings.ledger)  # without one, orders are refused
+            raise InputError(f"{field} is {path}, which is not a file; correct the settings")
+    ledger = Path(settings.ledger)  # without a ledger, orders are refused
     if ledger.parent.is_dir() and (exposed := files.exposed(ledger)):
         raise InputError(exposed)
     mode = Path(settings.key).stat().st_mode
@@ -53,7 +53,7 @@ def check(settings: Settings) -> None:
         Path(settings.state).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"state is {settings.state}, which cannot be made: {error.strerror}; mend the settings"
+            f"state is {settings.state}, which cannot be created: {error.strerror}; correct state"
         ) from None
 
 
@@ -87,7 +87,7 @@ def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
 
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[Path]:
-    """Hold the institution's state while its node runs; gives a directory of this start alone.
+    """Lock the institution's state while its node runs; yield a directory for this start only.
 
     Raises:
         InputError: When a node with the same state runs already, or the directory's path is too
@@ -101,7 +101,7 @@ def running(settings: Settings) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"state is {settings.state}, which another node uses now; stop that one first"
+                f"state is {settings.state}, which another node uses now; stop that node first"
             ) from None
         if len(str(Path(private) / SOCKET)) > MAX_SOCKET_PATH:
             raise InputError(

@@ -1,4 +1,4 @@
-"""The server's SuperExec: Flower's, except that what the ServerApp writes is seen."""
+"""The server's SuperExec: Flower's, with the ServerApp's output in its log."""
 
 from flwr.supercore.cli.flower_superexec import flower_superexec
 
@@ -6,7 +6,7 @@ from fedlora import flower_internals, logs
 
 
 def main() -> None:
-    """Run it. Its arguments are Flower's."""
+    """Run the SuperExec with Flower's arguments."""
     logs.want()
     flower_internals.show_server_app_output()
     flower_superexec()

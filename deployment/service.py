@@ -1,6 +1,6 @@
 """A service's processes, with every line of their output as one line of JSON.
 
-Flower, uvicorn, nginx and our own apps each have a log format; a log collector gets one.
+Flower, uvicorn, nginx and fedlora's apps have different log formats; a log collector gets one.
 """
 
 import io
@@ -47,7 +47,7 @@ def record(
         before: The level of the line before. A line without a level continues an error, as a
             traceback does; after any other line its level is ``info``.
         ready: Whether a JSON object with a level is a finished record, which keeps its fields. Only
-            for a program that escapes what it quotes: else a quoted text could forge records.
+            for a program that escapes quoted text, which could otherwise forge records.
     """
     text = _COLOUR.sub("", line).strip()
     if not text:
@@ -89,17 +89,17 @@ def run(
     SIGTERM and SIGINT are passed on. No process outlives this one, however that ends.
 
     Args:
-        service: Its name in the log.
+        service: The service's name in the log.
         commands: The command of each process.
         environment: Variables to add to this process's own.
         ready: Whether the processes write records themselves (`record`).
-        last_words: A message after which a process is stopped: it runs on and does no more work.
+        last_words: A message after which a process is stopped, because it would do no more work.
 
     Returns:
-        The exit code of the first that ended, 128 + N after signal N.
+        The exit code of the first process that ended, or 128 + N after signal N.
 
     Raises:
-        InputError: When a program is not there.
+        InputError: When a program is missing.
     """
     stopping = threading.Event()
     started: list[subprocess.Popen[bytes]] = []
@@ -145,7 +145,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
         )
     except OSError as error:
         raise InputError(
-            f"{command[0]} cannot be started: {error.strerror}; install it, or mend PATH"
+            f"{command[0]} cannot be started: {error.strerror}; install it, or correct PATH"
         ) from None
 
 
@@ -171,7 +171,7 @@ def _read(
 ) -> None:
     """Write one process's lines as records.
 
-    Its pipe may stay open in processes that it left behind, so a second thread waits for its end.
+    The pipe may stay open in child processes, so a second thread waits for the process to end.
     """
     waiter = threading.Thread(target=lambda: (process.wait(), ended.release()), daemon=True)
     waiter.start()

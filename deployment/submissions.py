@@ -1,8 +1,8 @@
 """Submitted runs: their configurations, Flower runs and states.
 
 A submission is a directory below the results; its ``submission.json`` outlives every process. When
-the server dies in mid-run, Flower's run dies with it. A new one is then submitted with the same
-configuration and directory, and the ServerApp goes on from its last checkpoint.
+the server dies during a run, Flower's run dies with it. A new Flower run is then submitted with the
+same configuration and directory, and the ServerApp continues from its last checkpoint.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ INTERRUPTED = ("No heartbeat received from the task", "Task failed with unknown 
 """Flower's details of a ServerApp that was ended from outside."""
 RAISED = "ServerApp failed with exception: "
 MAX_TRIES = 5
-"""Starts of one submission without a new round between them."""
+"""The most starts of one submission without a new round."""
 ASK_SECONDS = 5.0
 """Seconds between two requests to the SuperLink about one run."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -43,7 +43,7 @@ class Submission:
     Args:
         name: The name of the submission and of its directory.
         config: The configuration, flat.
-        state: ``running`` until it is known to have ended.
+        state: The state; ``running`` until the end is known.
         details: The reason for its end.
         runs: Ids of its Flower runs, in order.
         rounds: Rounds that were done at the start of its last Flower run.
@@ -60,12 +60,12 @@ class Submission:
 
     @property
     def directory(self) -> Path:
-        """The directory of its results."""
+        """The directory of the submission's results."""
         return Path(self.config["run-dir"])
 
     @property
     def complete(self) -> bool:
-        """Whether the ServerApp wrote a result, which it does last."""
+        """Whether the ServerApp wrote its result, which it writes last."""
         return is_complete(self.directory)
 
     def save(self) -> None:
@@ -78,9 +78,10 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
     """Submit a new run.
 
     Raises:
-        InputError: For a configuration that is not a deployment's, or a name that is taken.
-        Unanswered: When the SuperLink may have accepted it. It stays, and `proceed` finds out.
-        FlowerError: When the SuperLink did not accept it; nothing is left of it.
+        InputError: For a configuration that is not for a deployment, or a name that is taken.
+        Unanswered: When the SuperLink may have accepted the run. The submission stays, and
+            `proceed` checks for its run.
+        FlowerError: When the SuperLink did not accept the run; the submission is removed.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -114,7 +115,7 @@ def find(server: Server, name: str) -> Submission:
     """The submission of this name.
 
     Raises:
-        InputError: When there is none.
+        InputError: When there is no such submission.
     """
     found = {one.name: one for one in every(server)}
     if name not in found:
@@ -136,7 +137,7 @@ def every(server: Server) -> list[Submission]:
 
 
 def observe(server: Server, name: str) -> Submission:
-    """The submission's current state, by Flower and by its directory."""
+    """The submission's current state, from Flower and from its directory."""
     with alone(server.results):
         return _observed(server, find(server, name))[0]
 
@@ -156,7 +157,7 @@ def stop(server: Server, name: str) -> Submission:
 
 
 def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
-    """Start every submission again whose Flower run was ended from outside.
+    """Restart every submission whose Flower run was ended from outside.
 
     Args:
         server: The server.
@@ -185,7 +186,9 @@ def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
                 if submission.runs:
                     superlink_client.stop(server, submission.runs[-1])
                 again = _start(server, dataclasses.replace(submission, rounds=done, tries=tries))
-                lines.append(f"{name} goes on after round {done} as Flower's run {again.runs[-1]}")
+                lines.append(
+                    f"{name} continues after round {done} as Flower's run {again.runs[-1]}"
+                )
     return lines
 
 
@@ -210,16 +213,16 @@ def follow(
             return submission
         if time.monotonic() - asked > ASK_SECONDS:
             asked = time.monotonic()
-            with contextlib.suppress(FlowerError):  # a SuperLink that is away comes back
+            with contextlib.suppress(FlowerError):  # an unreachable SuperLink may come back
                 observe(server, name)
         time.sleep(seconds)
 
 
 def _start(server: Server, submission: Submission) -> Submission:
-    """Start a Flower run, or adopt one that an earlier, unanswered start made."""
+    """Start a Flower run, or adopt the run of an earlier start without an answer."""
     unfinished = superlink_client.unfinished(server, str(submission.directory))
     unknown = [run for run in unfinished if run not in submission.runs]
-    sent = from_flat(submission.config).shared()  # institutions get what Flower gets
+    sent = from_flat(submission.config).shared()  # institutions get the same values as Flower
     run = unknown[-1] if unknown else superlink_client.start(server, APP, sent)
     started = dataclasses.replace(
         submission, runs=(*submission.runs, run), tries=submission.tries + 1

@@ -1,12 +1,12 @@
-"""The SuperLink: Flower's, with a check on who sends what, and more patience with its database.
+"""The SuperLink: Flower's, with a check of each message's sender, and a longer database timeout.
 
-Flower checks by its key that a node is the one it says it is, not that the messages it sends are
-its own. Whoever knew another node's id could send it orders, which spend its privacy budget, and
-whoever guessed the id of an order as well could answer it in the other's name. A node's id is 64
-random bits that no call tells to others, but it stands in logs and is not kept as a secret is.
+Flower checks a node's identity by its key, but not that the node's messages are its own. A node
+that knew another node's id could send it orders, which spend its privacy budget; with the id of an
+order it could also answer in the other node's name. A node's id is 64 random bits that no call
+reveals to others, but logs contain it, and it is not protected like a secret.
 
 A request that finds the database locked for 5 s gets 500 from Flower, which ends a node or a
-ServerApp. Large adapters on a busy machine lock it for longer.
+ServerApp. Large adapters on a busy machine lock the database for longer.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ from flwr.superlink.cli.flower_superlink import flower_superlink
 from fedlora import flower_internals
 
 LOCK_WAIT = 60_000
-"""Milliseconds that a request waits for the database. Who asked tries again after 30 s."""
+"""Milliseconds that a request waits for the database. Clients try again after 30 s."""
 
 Push = Callable[..., PushMessagesResponse]
 
 
 def own_answers(push: Push) -> Push:
-    """Flower's handler of what nodes send, behind a check that each message is its sender's answer.
+    """Flower's handler of nodes' messages, behind a check that each is its sender's own answer.
 
-    The sender is the node whose key signed the request: Flower has checked that before.
+    The sender is the node whose key signed the request, which Flower has already checked.
     """
 
     def checked(request: PushMessagesRequest, state: LinkState) -> Any:
@@ -46,7 +46,7 @@ def own_answers(push: Push) -> Push:
 
 
 def main() -> None:
-    """Run it. Its arguments are Flower's."""
+    """Run the SuperLink with Flower's arguments."""
     flower_internals.wrap_push_messages(own_answers)
     flower_internals.set_database_wait(LOCK_WAIT)
     flower_superlink()

@@ -1,6 +1,6 @@
-"""Requests to the SuperLink, with the functions of Flower's command line.
+"""Requests to the SuperLink through the functions of Flower's command line.
 
-A process of that command line would take seconds to start.
+A process of the command line itself would take seconds to start.
 """
 
 import contextlib
@@ -47,11 +47,11 @@ LINK = "fedlora"
 REQUEST_SECONDS = 90.0
 """Timeout of a request: longer than the SuperLink waits for its database."""
 MAX_LISTED_RUNS = 1000
-"""The newest runs, among which a run without a known id is searched."""
+"""The number of newest runs among which a run without a known id is searched."""
 
 
 class FlowerError(RuntimeError):
-    """Flower's error to a request that it did not fulfil."""
+    """Flower's error for a request that it did not fulfil."""
 
 
 class Unanswered(FlowerError):
@@ -65,7 +65,7 @@ class Server:
     Args:
         keys: Directory with ``ca.crt`` and ``superexec.secret``.
         institutions: Directory with a public key ``NAME.pub`` of each institution, and perhaps
-            ``NAME.size``: the most records that the server believes an institution to have.
+            ``NAME.size``: the server's bound of the institution's number of records.
         results: Directory of the runs' directories.
         superlink: HOST:PORT of the SuperLink.
         home: Flower's own directory.
@@ -84,7 +84,7 @@ class Server:
 
     @property
     def secret(self) -> Path:
-        """The secret by which the SuperLink knows a SuperExec."""
+        """The secret with which a SuperExec identifies itself to the SuperLink."""
         return self.keys / "superexec.secret"
 
 
@@ -104,7 +104,7 @@ def server(environment: Mapping[str, str] = os.environ) -> Server:
     places = [Path(environment[name]) for name in names]
     for name, place in zip(names, places, strict=True):
         if not place.is_dir():
-            raise InputError(f"{name} is {place}, which is not a directory; mend it")
+            raise InputError(f"{name} is {place}, which is not a directory; correct it")
     made = Server(
         keys=places[0],
         institutions=places[1],
@@ -134,7 +134,7 @@ def key_files(server: Server) -> dict[Path, int]:
 def register(server: Server) -> dict[str, str]:
     """Register the public key of each institution, and write the file of nodes and institutions.
 
-    A key identifies a node, whatever name it was registered under: `NODES` maps the node's id to
+    A key identifies a node, whatever its name at registration: `NODES` maps the node's id to
     the institution whose file holds that key. No other node takes part in a run (`server.roster`).
     `SIZES` holds the content of the files ``NAME.size``.
 
@@ -175,7 +175,7 @@ def register(server: Server) -> dict[str, str]:
 
 
 def _public_key(file: Path) -> bytes:
-    """A public key as Flower knows it."""
+    """A public key in the form that Flower uses."""
     try:
         key = load_ssh_public_key(file.read_bytes())
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -186,7 +186,7 @@ def _public_key(file: Path) -> bytes:
 
 
 def _size(file: Path) -> int:
-    """The most records that the server believes an institution has."""
+    """The server's bound of an institution's number of records."""
     text = file.read_text(encoding="utf-8").strip()
     if not re.fullmatch("[1-9][0-9]{0,11}", text):
         raise ValueError(f"{file} holds {text[:40]!r}; it must be a whole number from 1")
@@ -194,7 +194,7 @@ def _size(file: Path) -> int:
 
 
 def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
-    """Submit the app with these values of its configuration; the run's id."""
+    """Submit the app with these values of its configuration; return the run's id."""
     with _superlink(server) as superlink, _errors():
         content = build_fab_from_disk(app)
         fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
@@ -245,7 +245,7 @@ def status(server: Server, run: str) -> tuple[str, str, float]:
 
 
 def stop(server: Server, run: str) -> None:
-    """Stop a run; one that has ended stays as it is."""
+    """Stop a run; a run that has ended stays as it is."""
     try:
         with _superlink(server) as superlink, _errors():
             superlink.StopRun(StopRunRequest(run_id=int(run)))

@@ -1,4 +1,4 @@
-"""The SuperNode: Flower's, which looks more often for messages while they come."""
+"""The SuperNode: Flower's, which polls more often while messages arrive."""
 
 import time
 
@@ -8,11 +8,11 @@ from deployment.polling import Pauses
 from fedlora import flower_internals
 
 LOOK = 3.0
-"""Seconds that Flower's SuperNode pauses between two looks for a message. Its other pauses, of half
-a second, are those in which it waits for the answer of a message that came."""
+"""Seconds that Flower's SuperNode pauses between two polls for a message. In its other pauses, of
+half a second, it waits for the answer to a message."""
 
 SHORTEST = 0.2
-"""Seconds. A look costs the SuperLink some 8 ms."""
+"""The shortest pause in seconds. A poll costs the SuperLink some 8 ms."""
 
 
 class Sleep:
@@ -22,14 +22,14 @@ class Sleep:
         self._pauses = Pauses(SHORTEST, LOOK)
 
     def __call__(self, seconds: float) -> None:
-        """Pause, for this long at most."""
+        """Pause for at most this time."""
         if seconds < LOOK:
             self._pauses.message_arrived()
         time.sleep(min(seconds, self._pauses.seconds))
 
 
 def main() -> None:
-    """Run it. Its arguments are Flower's."""
+    """Run the SuperNode with Flower's arguments."""
     flower_internals.use_supernode_sleep(Sleep())
     flower_supernode()
 

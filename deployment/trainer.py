@@ -1,11 +1,12 @@
 """An institution's trainer: one process that keeps the base model and answers every message.
 
-Flower starts a process for each message. That process hands its message over and takes the answer
-back (`deployment.executor`). The trainer imports torch, loads the base and opens the records once.
+Flower starts a process for each message. That process hands its message to the trainer and takes
+the answer back (`deployment.executor`). The trainer imports torch, loads the base and opens the
+records once.
 
-They meet at a socket in the directory of the node's start, which only this user can enter, and each
-end refuses another user's process. The trainer ends with its launcher, however that ends. When the
-trainer ends by itself, the launcher starts another one: a crash costs one message.
+Both use a socket in the directory of the node's start, which only this user can enter, and each end
+refuses another user's process. The trainer ends with its launcher, however the launcher ends. When
+the trainer ends by itself, the launcher starts another one: a crash costs one message.
 """
 
 import faulthandler
@@ -31,7 +32,7 @@ from fedlora.startup import end_with_parent, paused_gc
 log = logging.getLogger("fedlora.client")
 
 GRACE_SECONDS = 30.0
-"""Seconds from a refusal for lack of time to the hard end of a process that did not end."""
+"""Seconds from a refusal after a timeout until the process is ended by force."""
 
 _TITLE = "fedlora-trainer"
 
@@ -39,7 +40,7 @@ App = Callable[[Message, Context], Message]
 
 
 def installed_app() -> App:
-    """The app of this installation. It is imported here: torch's import takes seconds."""
+    """The app of this installation, imported late: torch's import takes seconds."""
     with paused_gc():
         from client.app import app
 
@@ -47,10 +48,10 @@ def installed_app() -> App:
 
 
 def max_seconds(context: Context) -> float:
-    """Seconds that one message may take."""
+    """The most seconds of one message."""
     try:
         return settings.load(str(context.node_config.get("settings"))).max_seconds
-    except InputError:  # the app says so itself
+    except InputError:  # the app reports it
         return settings.Settings.max_seconds
 
 
@@ -67,7 +68,7 @@ class Trainer:
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(max_workers=1)
-        self._worker.submit(installed_app)  # an error shows again at the first message
+        self._worker.submit(installed_app)  # the first message meets the same error
         self._loaded_from: object = None
 
     def serve(self, connection: Connection) -> bool:
@@ -77,8 +78,8 @@ class Trainer:
         values in the log.
 
         Returns:
-            Whether the trainer can go on: not after a timeout, when the reply is ``timed-out`` and
-            the app still runs.
+            Whether the trainer can continue; false after a timeout, when the reply is ``timed-out``
+            and the app still runs.
         """
         if not of_this_user(connection):
             log.error("refused: a process of another user at the trainer's socket")
@@ -113,14 +114,14 @@ class Trainer:
             return Message(wire.pack_refusal("failed"), reply_to=message)
 
     def _forget_changed_files(self, context: Context) -> None:
-        """Forget base model and records when their files have changed."""
+        """Drop base model and records when their files have changed."""
         try:
             own = settings.load(str(context.node_config.get("settings")))
             name = str(context.run_config.get("model.name", ModelConfig.name))
             if name not in own.models:
                 return  # the app refuses; that name is not resolved
             now = _files(name, own)
-        except InputError:  # the app says so itself
+        except InputError:  # the app reports it
             now = None
         if self._loaded_from not in (None, now):
             from fedlora import trainable
@@ -132,10 +133,10 @@ class Trainer:
 
 
 def _files(name: str, own: settings.Settings) -> object:
-    """The files that a base model and the records are loaded from, as they are now.
+    """The current state of the files of the base model and the records.
 
     Raises:
-        InputError: If the base model is not there.
+        InputError: If the base model is missing.
     """
     files = [*model_files.resolve(name).path.iterdir(), Path(own.source), Path(own.test_source)]
     found = sorted((str(file), file.stat()) for file in files if file.is_file())
@@ -159,7 +160,7 @@ def main() -> None:
     if os.getppid() != parent:
         sys.exit("the launcher has ended")
     Path("/proc/self/comm").write_text(_TITLE)
-    # Tokenised records are records: they stay in the node's private directory and go with it.
+    # Tokenised records are private: they stay in the node's private directory and go with it.
     os.environ["FEDLORA_CACHE"] = str(path.parent / "cache")
     logs.to_stderr()
     trainer = Trainer()
@@ -171,7 +172,7 @@ def main() -> None:
                 except (EOFError, OSError):  # the asking process has ended
                     continue
             if not goes_on:
-                os._exit(1)  # its worker would be waited for
+                os._exit(1)  # a normal exit would wait for the worker
 
 
 if __name__ == "__main__":

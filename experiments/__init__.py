@@ -1,1 +1,1 @@
-"""The command line, simulation engines, and everything that measures a run."""
+"""Experiments: sweeps, audits, reports and comparisons of runs."""

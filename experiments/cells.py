@@ -50,15 +50,15 @@ def run(
         out: The sweep's directory.
         jobs: Cells at a time.
         resume: Whether ``out`` may hold a sweep already.
-        yes: Whether more than `sweep.MAX_CELLS` cells are meant.
+        yes: Whether the sweep may have more than `sweep.MAX_CELLS` cells.
         engine: The cells' engine; auto: ray where a cell has several institutions and workers.
         execute: Runs `fedlora` with given arguments in the process of a cell. It must be a
             module's function, because the fork server looks it up by name.
-        console: For progress.
+        console: Shows progress.
 
     Returns:
         ``cells``, ``done`` (in this call), ``before`` (already complete), ``failed`` (cell ->
-        reason), ``seconds``, ``out``, and ``results`` as of `results.summary`.
+        reason), ``seconds``, ``out``, and ``results`` as returned by `results.summary`.
 
     Raises:
         InputError: Before anything runs or is written.
@@ -115,7 +115,7 @@ def _check_place(out: Path, resume: bool) -> None:
                 f"{out} holds a sweep; continue it with --resume, or give another --out"
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} holds other files; give an --out that is empty or not there")
+        raise InputError(f"{out} holds other files; give an --out that is empty or does not exist")
 
 
 @contextlib.contextmanager

@@ -63,10 +63,10 @@ def draw(
 
     Args:
         name: Unique on its page.
-        title: Its heading.
+        title: The figure's heading.
         says: The figure in words, for screen readers.
         plot: Draws on the axes.
-        height: Inches, of 4.5 in width.
+        height: The height in inches; the width is 4.5.
     """
     style: Any = {**STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style):

@@ -1,4 +1,4 @@
-"""A self-contained page: words, figures and tables in one template."""
+"""A self-contained page: text, figures and tables in one template."""
 
 import dataclasses
 import math
@@ -81,7 +81,7 @@ def environment(found: Mapping[str, Any]) -> Section:
 
 
 def _numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
-    """Tell for each column whether it holds numbers only."""
+    """Return for each column whether it holds numbers only."""
     return [
         any(column) and all(NUMBER.fullmatch(cell) for cell in column if cell)
         for column in zip(*rows[1:], strict=True)

@@ -1,4 +1,4 @@
-"""`fedlora report`: one page on a run, or on a sweep, for people who are not researchers.
+"""`fedlora report`: one page on a run, or on a sweep, for readers who are not researchers.
 
 Reads the directory only: no model, no records, no torch.
 """
@@ -19,7 +19,7 @@ FILE = "report.html"
 MAX_BARS = 40
 METRICS = (
     "Accuracy is the share of correct answers on held-out rows, which no institution trained on. "
-    "Macro-F1 weighs every class equally, also rare ones."
+    "Macro-F1 weights every class equally, rare classes included."
 )
 
 
@@ -108,7 +108,7 @@ def _words(
         f"{result['trained_parameters']:,} parameters). {moved}"
     )
     if not config.federation.rounds:
-        did = f"Nothing was trained: this is what {config.model.name} does before training. "
+        did = f"Nothing was trained: these are the results of {config.model.name} before training. "
     share = (
         f"{100 * training.sample_rate:g} % of its records"
         if training.sample_rate

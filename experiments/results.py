@@ -24,7 +24,7 @@ COLUMNS = (
 )  # fmt: skip
 """Columns of a line, beside the axes of the grid."""
 ALL = "all"
-"""Stands for an institution in lines on the held-out rows of all institutions together."""
+"""The institution's name in lines on the held-out rows of all institutions together."""
 CONFIDENCE = 0.95
 CAPTION = (
     "Means over seeds ± half the 95 % confidence interval (Student's t), in percent of held-out "
@@ -88,7 +88,7 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
     result = found[0] if "" in case["cells"] else metrics.pooled(found)
     kind = case["arm"].removesuffix("-dp")
     institutions: dict[str, float] = {}
-    if kind != "central":  # its one institution holds all records
+    if kind != "central":  # the one institution holds all records
         for one in found:
             institutions |= one["institutions"]
     return {
@@ -112,7 +112,7 @@ def summary(out: Path) -> list[dict[str, Any]]:
         ``gain_over_local_dp`` (differences within a seed) are means. Each has a ``_ci95``: the half
         width of its 95 % confidence interval by Student's t, None for one seed. ``bytes``,
         ``seconds``, ``epsilon`` and ``delta`` follow (None without DP). ``same_as`` names the first
-        setting with the same runs, if there are several.
+        setting with the same runs, if several settings share them.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     by_key: dict[str, dict[str, Any]] = {}

@@ -1,9 +1,9 @@
 """The runs of a sweep: arms x grid, each identified by its configuration.
 
 A sweep is a TOML file: ``base`` names a configuration, ``[set]`` overrides keys of it,
-``[set.ARM]`` those of one arm, ``[grid]`` lists values. A grid entry is a key with a list, or a
-name with a table of variants, each of which sets several keys together. An arm's own values win
-over a variant's; a key that is listed has one place. See docs/experiments.md.
+``[set.ARM]`` overrides keys in one arm, ``[grid]`` lists values. A grid entry is a key with a list,
+or a name with a table of variants, each of which sets several keys together. An arm's own values
+win over a variant's; a listed key may be set nowhere else. See docs/experiments.md.
 """
 
 import difflib
@@ -25,7 +25,7 @@ ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "fede
 KEYS = ("base", "set", "grid", "arms")
 EPSILON = "privacy.epsilon"
 MAX_CELLS = 1000
-"""Cells of a sweep without --yes."""
+"""The most cells of a sweep without --yes."""
 
 SINGLE_INSTITUTION = {
     "federation.strategy": "fedavg",
@@ -68,7 +68,7 @@ class Cell:
         name: The name of its directory, made from configuration, records and base weights.
         config: The run.
         institutions: The number of institutions.
-        cost: A guess at its seconds.
+        cost: A guess of the run's seconds.
     """
 
     name: str
@@ -99,7 +99,7 @@ def read(path: Path) -> list[Case]:
         for arm in arms:
             config = _in_arm(arm, base, {**values, **own[arm]})
             if arm.endswith("-dp") and not config.privacy.enabled:
-                continue  # the arm without DP is this one
+                continue  # this would be the arm without DP
             epsilon = {EPSILON: config.privacy.epsilon} if EPSILON in labels else {}
             case = Case(arm=arm, axes=labels | epsilon, config=config)
             cases.setdefault(repr((arm, sorted(case.axes.items()), config.seed)), case)
@@ -143,8 +143,8 @@ def _base(path: Path, tree: Mapping[str, Any]) -> RunConfig:
     base = load(beside if beside.exists() else Path(tree["base"]))
     if base.deployed:
         raise InputError(
-            "data.source is 'institutions', a deployment's; arms of a sweep need all records here: "
-            "name them"
+            "data.source is 'institutions', for deployments; arms of a sweep need all records "
+            "here: name them"
         )
     return base
 
@@ -173,7 +173,7 @@ def _overrides(
     own = {arm: _flat(given.get(arm, {})) for arm in arms}
     for arm in ARMS:
         if arm in given and arm not in arms:
-            raise InputError(f"[set.{arm}] is there, but arms has no {arm!r}; drop it or add it")
+            raise InputError(f"[set.{arm}] exists, but arms has no {arm!r}; drop it or add it")
     for arm, values in own.items():
         _check_keys(f"[set.{arm}]", values)
         for key in values:
@@ -181,7 +181,7 @@ def _overrides(
                 other = next((name for name in arms if name != arm), arm)
                 raise InputError(
                     f"arms {arm!r} and {other!r} cannot share a split: [set.{arm}] has {key}; "
-                    "move it to [set], where it is for all arms"
+                    "move it to [set], which is for all arms"
                 )
     always = _flat({name: value for name, value in given.items() if name not in ARMS})
     _check_keys("[set]", always)
@@ -247,14 +247,14 @@ def _check_labels(
             if key in places:
                 raise InputError(
                     f"grid {places[key]} and grid {name} both set {key}, so labels of one would "
-                    "not be what ran; set it in one of them"
+                    "not match the runs; set it in one of them"
                 )
             places[key] = name
     for (arm, values), (name, choices) in itertools.product(own.items(), axes.items()):
         for label, chosen in choices:
             if chosen and chosen.keys() <= values.keys():
                 raise InputError(
-                    f"[set.{arm}] sets all that grid {name} {label!r} sets, so the arm would run "
+                    f"[set.{arm}] sets all keys of grid {name} {label!r}, so the arm would run "
                     "without it under its name; drop one of them"
                 )
 
@@ -281,7 +281,7 @@ def _check_keys(where: str, values: Mapping[str, Any]) -> None:
     for key, remedy in (
         ("run-dir", "use --out"),
         ("data.view", "arms decide it"),
-        ("privacy.ledger", "each cell has ledgers of its own"),
+        ("privacy.ledger", "each cell has its own ledgers"),
     ):
         if key in values:
             raise InputError(f"{where} has {key}, which a sweep sets itself: {remedy}; drop it")
@@ -292,7 +292,7 @@ def _in_arm(arm: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     kind = arm.removesuffix("-dp")
     if kind == "base":
         start = {key: value for key, value in values.items() if key.startswith(SPLIT_KEYS)}
-        base.replace(values)  # checks also the keys that are dropped below
+        base.replace(values)  # also checks the keys that are dropped below
         values = {**start, **SINGLE_INSTITUTION, "federation.rounds": 0}
     fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}
     if kind == arm:
@@ -313,7 +313,7 @@ def cells(cases: Sequence[Case]) -> tuple[dict[str, Cell], list[dict[str, str]]]
 
     Returns:
         Name -> cell, and a list of institution -> name of a cell; the institution is "" where all
-        are in one run.
+        institutions are in one run.
     """
     made: dict[str, Cell] = {}
     needed: list[dict[str, str]] = [{} for _ in cases]
@@ -381,5 +381,5 @@ def check_size(number: int, seconds: float) -> None:
     if number > MAX_CELLS:
         raise InputError(
             f"the sweep has {number:,} cells, over {MAX_CELLS:,}: about {seconds / 3600:.0f} "
-            "hours one after the other; make the grid smaller, or say --yes"
+            "hours one after the other; make the grid smaller, or add --yes"
         )

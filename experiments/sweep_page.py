@@ -1,4 +1,4 @@
-"""The page on a sweep: the cost of privacy, and the gain of each institution."""
+"""The page on a sweep: the cost of privacy, and each institution's gain."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ ARM_MEANINGS = {
     "local-dp": "local-dp: the same under differential privacy",
     "central": "central: all records in one place, which banks may not do; the upper bound",
     "central-dp": "central-dp: the same under differential privacy",
-    "federated": "federated: together, records stay where they are, without differential privacy",
+    "federated": "federated: together, records at their institutions, without differential privacy",
     "federated-dp": "federated-dp: together and under differential privacy",
 }
 
@@ -34,7 +34,7 @@ def of(out: Path) -> Page:
     about, lines = results.manifest(out), results.summary(out)
     if not lines:
         raise InputError(
-            f"no case of the sweep in {out} is complete; go on with `fedlora sweep ... --resume`"
+            f"no case of the sweep in {out} is complete; continue with `fedlora sweep ... --resume`"
         )
     axes = list(dict.fromkeys(k for case in about["cases"] for k in case["axes"]))
     pooled = [line for line in lines if line["institution"] == ALL]

@@ -1,4 +1,4 @@
-"""What servers and institutions share.
+"""The package that servers and institutions share.
 
 Configuration, models, adapters, tasks, data, privacy accounting, the wire.
 """

@@ -1,4 +1,4 @@
-"""How much noise a whole plan needs, which delta, and which size may be public.
+"""The noise of a whole plan, its delta, and the public size of an institution.
 
 The figures rest on :mod:`fedlora.composition`; docs/privacy-accounting.md works an example by hand.
 """
@@ -45,15 +45,15 @@ def noise_multiplier(
 
     Args:
         epsilon: Target for the history and the plan together, > 0.
-        delta: In (0, 1).
-        sample_rate: In (0, 1].
+        delta: The target's delta, in (0, 1).
+        sample_rate: Probability that a unit is in a step's batch, in (0, 1].
         steps: Steps of the plan, >= 1.
         accountant: ``"prv"`` or ``"rdp"``.
-        history: What was released about the same data before.
+        history: Earlier releases about the same data.
 
     Raises:
         InputError: If a value is out of bounds, or the accountant cannot certify so small an
-            epsilon with any noise.
+            epsilon for any noise.
         Refusal: ``budget-exhausted`` if the history alone exceeds the target.
     """
     if not 0 < epsilon < math.inf:
@@ -72,7 +72,7 @@ def noise_multiplier(
         try:
             value = _bound((*before, plan), delta, accountant)
         except InputError:
-            return math.inf  # so little noise that no finite epsilon exists
+            return math.inf  # with so little noise no finite epsilon exists
         return math.log(max(value, 1e-300) / epsilon)
 
     # First guess: the Gaussian mechanism with the mean square of the sampled steps.
@@ -98,7 +98,7 @@ def _shrink(
     for turn in range(200):
         if high <= low * (1 + tolerance):
             return high
-        # The secant in log sigma, but every third turn halves, so that the loop is sure to end.
+        # The secant in log sigma, but every third turn halves the interval, so the loop must end.
         secant = turn % 3 < 2 and math.isfinite(under)
         share = under / (under - over) if secant else 0.5
         middle = low * (high / low) ** share
@@ -115,7 +115,7 @@ def _shrink(
 
 
 def default_delta(records: int) -> float:
-    """Return 1 / (10 x records): what a report uses when no delta was chosen."""
+    """Return 1 / (10 x records), the delta of a report when none was chosen."""
     return 1 / (10 * _positive(records))
 
 
@@ -123,7 +123,7 @@ def public_delta(records: int) -> float:
     """Return the largest power of ten not above 1 / (10 x records).
 
     Training uses it in place of :func:`default_delta`, because the noise follows from delta and
-    would otherwise tell the exact number of records.
+    would otherwise reveal the exact number of records.
     """
     return float(f"1e-{len(str(10 * _positive(records) - 1))}")
 
@@ -131,24 +131,24 @@ def public_delta(records: int) -> float:
 def public_size(records: int) -> int:
     """Return the size class: the largest power of two not above the number of records.
 
-    It is treated as public, and is the only size that influences anything released under DP.
+    It is treated as public, and is the only size that influences a release under DP.
     """
     return 1 << (_positive(records).bit_length() - 1)
 
 
 def sample_rate(given: float, batch_size: int, size: int) -> float:
-    """Return the part of its records that an institution trains on in a step, in (0, 1].
+    """Return the share of its records that an institution trains on in a step, in (0, 1].
 
     Args:
-        given: ``training.sample-rate``; 0: it follows from the others.
+        given: ``training.sample-rate``; 0: the share follows from the other arguments.
         batch_size: ``training.batch-size``.
-        size: How many records it counts as: under DP its :func:`public_size`.
+        size: The institution's number of records; under DP its :func:`public_size`.
     """
     return given or min(1.0, batch_size / size)
 
 
 def most_of_class(records: int) -> int:
-    """Return the most records that the size class of :func:`public_size` holds."""
+    """Return the most records in a size class of :func:`public_size`."""
     return 2 * public_size(records) - 1
 
 
@@ -158,12 +158,12 @@ def check_delta(delta: float, records: int) -> None:
     Above it, publishing one whole record would count as private.
 
     Raises:
-        InputError: If it is not, or not positive.
+        InputError: If delta is not below the bound, or not positive.
     """
     if not 0 < delta < 1 / _positive(records):
         raise InputError(
             f"privacy.delta is {delta:g}, but must be above 0 and below 1 / {records} records = "
-            f"{1 / records:.3g}; {public_delta(records):g} would do"
+            f"{1 / records:.3g}; use {public_delta(records):g}"
         )
 
 
@@ -189,7 +189,7 @@ class PrivacyPlan:
         max_grad_norm: Clipping bound.
         clipping: ``"flat"`` or ``"automatic"``.
         steps_per_round: Local steps a round.
-        rounds: Rounds that the institution takes part in, at most.
+        rounds: The most rounds in which the institution takes part.
         accountant: ``"prv"`` or ``"rdp"``.
         size_noise: Deviation of the noise on the released number of units; 0: it is not released.
     """
@@ -208,12 +208,12 @@ class PrivacyPlan:
 
     @property
     def expected_batch_size(self) -> float:
-        """Units of an expected batch, from the size class; a step's noisy sum is divided by it."""
+        """Expected units of a batch, from the size class; a step's noisy sum is divided by this."""
         return self.sample_rate * self.size_class
 
     @property
     def max_steps(self) -> int:
-        """Steps of the whole run, at most."""
+        """The most steps of the whole run."""
         return self.steps_per_round * self.rounds
 
     @property
@@ -223,12 +223,12 @@ class PrivacyPlan:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """The cost of the whole run, at most."""
+        """The largest cost of the whole run."""
         return (self._steps(self.max_steps), *self.size_events)
 
     @property
     def size_events(self) -> tuple[Event, ...]:
-        """The cost of releasing a noised number of units; none where it is not released."""
+        """The cost of releasing a noised number of units; empty without that release."""
         return size_events(self.size_noise)
 
     def _steps(self, steps: int) -> Event:

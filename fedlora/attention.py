@@ -1,9 +1,10 @@
 """torch's attention, always with a mask, and in float32 on a CPU.
 
-Under DP a row's result must be its own. transformers leaves the mask out when no row of a batch is
-padded, and shares keys between heads (grouped queries) in another way then, which rounds
-differently. On a CPU the backward pass of torch's fused bf16 kernel takes five times as long as
-that of the float32 one, and plain products take twice as long (benchmarks/LOG.md).
+Under DP a row's result must not depend on other rows. When no row of a batch is padded,
+transformers leaves the mask out and shares keys between heads (grouped queries) by another
+computation, which rounds differently. On a CPU the backward pass of torch's fused bf16 kernel takes
+five times as long as that of the float32 kernel, and plain products take twice as long
+(benchmarks/LOG.md).
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -22,7 +23,7 @@ NAME = "fedlora"
 
 
 def use(model: PreTrainedModel) -> None:
-    """Let a model attend by `attention`, if it uses torch's kernels."""
+    """Have a model use `attention`, if it uses torch's kernels."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, mask)
@@ -41,11 +42,11 @@ def attention(
 
     Args:
         module: The layer, which knows how many heads share a key.
-        query: In any floating dtype.
-        key: The same.
-        value: The same.
+        query: The queries, in any floating dtype.
+        key: The keys, in the same dtype.
+        value: The values, in the same dtype.
         attention_mask: Float, ``(b, 1, t, u)``, added to the products; not read in a packed row.
-        options: As transformers gives them: scaling, dropout, position_bias.
+        options: Further arguments of transformers: scaling, dropout, position_bias.
 
     Returns:
         ``(b, t, heads, d)`` in the query's dtype, and no weights.

@@ -1,4 +1,4 @@
-"""Rows to tensors: padded batches of rows alike in length, or packed rows without padding."""
+"""Rows to tensors: padded batches of rows of similar length, or packed rows without padding."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,11 +33,11 @@ class Batch:
 
 
 def rounded(lengths: Int64, at_most: int) -> Int64:
-    """The size that each row is padded to whatever its companions are.
+    """The padded length of each row, which does not depend on the other rows.
 
     Args:
         lengths: Tokens of each row ``(n,)``, at most ``at_most``.
-        at_most: ``training.max-length``.
+        at_most: The most tokens of a row, ``training.max-length``.
 
     Returns:
         ``(n,)``: the next multiple of 8 up to 64, of 16 up to 128, of 32 up to 256 and so on, so
@@ -88,7 +88,7 @@ class PackedBatch:
         input_ids: ``(1, T)`` int64.
         position_ids: ``(1, T)`` int64; each example's begin anew.
         targets: ``(n,)`` int64.
-        row: Where the examples are.
+        row: The places of the examples.
     """
 
     input_ids: torch.Tensor
@@ -133,11 +133,11 @@ def micro_batches(
 
     Args:
         lengths: Tokens of every row of the shard.
-        indices: Rows to split, in any order; equally long ones keep theirs.
-        physical_batch: Rows of a batch; the last one may have fewer.
+        indices: Rows to split, in any order; rows of equal length keep their order.
+        physical_batch: Rows of a batch; the last batch may have fewer.
 
     Returns:
-        Batches from the longest rows to the shortest: what does not fit into memory fails at once.
+        Batches from the longest rows to the shortest, so that a lack of memory shows at once.
     """
     rows = np.asarray(indices, dtype=np.int64)
     order = np.argsort(-np.asarray(lengths, dtype=np.int64)[rows], kind="stable")
@@ -146,7 +146,7 @@ def micro_batches(
 
 
 def distinct(keys: Iterable[bytes]) -> tuple[Int64, Int64]:
-    """Finds repeated rows, so that a model sees each of them once.
+    """Finds repeated rows, so that a model computes each of them once.
 
     Returns:
         ``first`` ``(u,)``, the first row of each kind in order, and ``copy_of`` ``(n,)``, such that

@@ -1,7 +1,7 @@
 """The plan of an institution's run: its noise follows from public values only.
 
-Both sides plan: an institution before a charge, the server to tell whether a privacy record can be
-true. Plans are cached for the life of the process.
+Both sides plan: an institution before a charge, the server to check whether a privacy record is
+possible. Plans are cached for the life of the process.
 """
 
 import functools
@@ -18,7 +18,7 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
     Args:
         config: The run.
         units: Records, or distinct values of the unit column.
-        participations: Rounds it may be asked for, at most.
+        participations: The most rounds for which the institution may be asked.
 
     Raises:
         InputError: If there are fewer than one or more participations than the run has rounds, if
@@ -28,7 +28,7 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
     rounds = config.federation.rounds
     if not 1 <= participations <= rounds:
         raise InputError(
-            f"the most rounds that an institution is asked for is {participations}; it must be "
+            f"an institution is asked for at most {participations} rounds; the number must be "
             f"from 1 to federation.rounds ({rounds})"
         )
     return _plan_run(
@@ -80,7 +80,7 @@ def _plan_run(
 
 
 def delta_of(privacy: PrivacyConfig, units: int) -> float:
-    """The run's delta, checked against the size class: a check against the count would tell it."""
+    """The run's delta, checked against the size class, since the exact count is private."""
     most = accounting.most_of_class(units)
     delta = privacy.delta or accounting.public_delta(most)
     accounting.check_delta(delta, most)

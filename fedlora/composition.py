@@ -1,6 +1,6 @@
 """Epsilon of a whole history of noisy releases.
 
-Every release here is a sampled Gaussian mechanism: each unit (a record, or all records of one
+Every release is a sampled Gaussian mechanism: each unit (a record, or all records of one
 customer) enters independently with probability q, its contribution is clipped to norm C, and
 Gaussian noise of deviation sigma * C is added to the sum. Neighbouring data sets differ by adding
 or removing one unit. docs/privacy-accounting.md works an example by hand.
@@ -42,11 +42,11 @@ _ROUNDING = 1e-12
 
 # Points of the privacy loss grid: at most 130 MB, and a third of a second for each mechanism.
 _MAX_GRID = 1 << 20
-_MARGIN = 3.0  # width of the grid beyond the losses that are likely
+_MARGIN = 3.0  # width of the grid beyond the likely losses
 # Below this epsilon the margin would be most of the grid, which is then narrower.
 _SMALL_EPSILON = 0.5
 _SMALL_MARGIN = 0.03
-_MAX_LOSS = 300.0  # exp(loss) must stay far inside float64; beyond it RDP answers
+_MAX_LOSS = 300.0  # exp(loss) must stay far inside float64; above it the RDP bound is used
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -56,7 +56,7 @@ class Event:
     Args:
         noise_multiplier: Deviation of the noise divided by the sensitivity, > 0.
         sample_rate: Probability that a unit takes part in a step, in (0, 1].
-        steps: How many steps, >= 1.
+        steps: Number of steps, >= 1.
 
     Raises:
         InputError: If a value is out of its bounds.
@@ -85,7 +85,7 @@ History = tuple[Event, ...]
 def compose(events: Iterable[Event]) -> History:
     """Bring events into canonical form: steps of equal mechanisms added up, sorted.
 
-    Epsilon does not depend on the order of the steps, so equal spending always has one spelling
+    Epsilon does not depend on the order of the steps, so equal spending always has the same form
     (and one cache entry).
     """
     steps: Counter[tuple[float, float]] = Counter()
@@ -101,13 +101,13 @@ def epsilon(history: Iterable[Event], delta: float, accountant: str = "prv") -> 
     """Bound the epsilon that a history has spent at ``delta``.
 
     Guarantee: the true epsilon is at most the returned number, which is finite and not negative.
-    Where the PRV method cannot vouch for its figure (a loss above 300, a delta near float
+    Where the PRV method cannot guarantee its figure (a loss above 300, a delta near float
     precision, a grid that does not fit in memory) the RDP bound, also sound, is returned instead.
     Results are cached for the life of the process.
 
     Args:
-        history: Everything released about the same data, in any order. Empty: 0.
-        delta: In (0, 1).
+        history: All releases about the same data, in any order; an empty history gives 0.
+        delta: The delta of the epsilon, in (0, 1).
         accountant: ``"prv"`` or ``"rdp"``.
 
     Raises:
@@ -173,7 +173,7 @@ def _renyi(sigma: float, rate: float, orders: tuple[float, ...]) -> Floats:
 
 
 def _prv_epsilon(history: History, delta: float) -> float:
-    """Compose privacy loss variables on a grid; inf where the result could not be vouched for.
+    """Compose privacy loss variables on a grid; inf where the result has no guarantee.
 
     The steps are those of Opacus' ``PRVAccountant`` with these changes. The width of the grid comes
     from whole Renyi orders only (valid, and ten times quicker). The error of epsilon is 0.2 percent
@@ -186,8 +186,7 @@ def _prv_epsilon(history: History, delta: float) -> float:
     bound = _rdp_epsilon(history, delta, _WHOLE_ORDERS)
     if bound >= _SMALL_EPSILON:
         return _grid_epsilon(history, delta, bound, min(0.1, 0.002 * bound), _MARGIN)
-    # Renyi's bound is then several times the epsilon: a first figure says how fine the mesh must
-    # be.
+    # The Renyi bound is then several times the epsilon: a first figure gives the needed mesh.
     first = _grid_epsilon(history, delta, bound, 0.002 * _SMALL_EPSILON, _SMALL_MARGIN)
     if not 0 < first < math.inf:
         return first
@@ -197,12 +196,12 @@ def _prv_epsilon(history: History, delta: float) -> float:
 def _grid_epsilon(
     history: History, delta: float, bound: float, error: float, margin: float
 ) -> float:
-    """Bound epsilon on a grid of half width ``margin`` + the losses that are likely.
+    """Bound epsilon on a grid of half width ``margin`` + the likely losses.
 
     Args:
-        history: Canonical.
-        delta: In (0, 1).
-        bound: A valid epsilon, of which the result is never above.
+        history: The history in canonical form.
+        delta: The delta of the epsilon, in (0, 1).
+        bound: A valid epsilon; the result is never above it.
         error: Wanted error of epsilon; it grows where the grid would be too large.
         margin: Width that is added to the losses; above 0.
     """
@@ -233,7 +232,9 @@ def _grid_epsilon(
     )
     scale = math.sqrt(steps * math.log(12 / delta_error) / 2)
     error = max(error, 2 * width * scale / _MAX_GRID)
-    convolutions = max(1.0, len(history) / 100)  # each rounds by far less than a whole grid's sum
+    convolutions = max(
+        1.0, len(history) / 100
+    )  # rounding of each is far below that of the whole grid's sum
     rounding = np.finfo(np.float64).eps * (
         4 * (2 * width * scale / error) * convolutions + 64 * steps
     )

@@ -1,6 +1,6 @@
 """From the rows of institutions to tokenised shards, cached.
 
-`prepare` is the way in. The key of a cache entry covers the content of the sources, every
+`prepare` is the entry point. The key of a cache entry covers the content of the sources, every
 setting that shapes the shards, the tokeniser's key and this code. A cached federation opens in
 milliseconds, without ``datasets``, pandas or torch.
 """
@@ -46,12 +46,12 @@ def prepare(
     """Open a federation from the cache, or build it and cache it.
 
     Args:
-        settings: See `fedlora.rows.partition_rows`; ``view`` and ``prompt`` play no part.
+        settings: See `fedlora.rows.partition_rows`; ``view`` and ``prompt`` are not used.
         unit: "record", or the column that names the unit of privacy of a row.
         seed: Seed of split and partition.
         task: "classification" or "sft".
         encoder: Makes the tokeniser; called once, and only if nothing is cached.
-        encoding_key: Names everything that the tokeniser depends on.
+        encoding_key: A key of everything on which the tokeniser depends.
         cache_dir: Directory of cached shards; None: `cached_shards`.
 
     Raises:
@@ -120,7 +120,7 @@ def load_shard(
         split: Split of a Hub data set.
 
     Returns:
-        The rows, and how many of them were cut to length.
+        The rows, and the number of rows that were cut to length.
 
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
@@ -129,7 +129,7 @@ def load_shard(
     if not table.texts:
         raise InputError(f"{source} has no row with a text and a label; give one that has")
     if labels:
-        check_labels(table.labels, labels, source, "the model was trained on no other")
+        check_labels(table.labels, labels, source, "the model was trained on no other label")
     encoded = encode(table.texts, table.labels, labels)
     return _shard(encoded, table.texts, table.labels), encoded.truncated
 
@@ -152,7 +152,7 @@ def count(source: str, *, text: str, label: str, labels: tuple[str, ...], unit: 
 def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:
     """Number the units of privacy from 0 within each institution; without values, each row is one.
 
-    Values are compared as `folded`, so that a customer is one unit in whatever spelling.
+    Values are compared as `folded`, so that spellings of one customer are one unit.
 
     Raises:
         InputError: If a row has no value: its unit would be a guess.
@@ -189,7 +189,7 @@ def _shard(encoded: Encoded, texts: Sequence[str], answers: Sequence[str]) -> Sh
 
 
 def _code_digest() -> str:
-    """Return a sha256 of the modules that decide what a cache entry holds."""
+    """Return a SHA-256 of the modules that decide the content of a cache entry."""
     digest = hashlib.sha256()
     for module in (
         "data.py",

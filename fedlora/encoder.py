@@ -26,13 +26,13 @@ HEAD = "classifier"
 class EncoderClassifier(PreTrainedModel):
     """An encoder, mean pooling over the mask, a linear head: token ids ``(b, t)`` to logits.
 
-    The encoder sits under the name its own family uses (``bert``, ``roberta``, ``model``), so
-    that a saved classifier also opens with ``AutoModel``. Pooling and head are float32 whatever
-    the encoder is.
+    The encoder is stored under the name that its own family uses (``bert``, ``roberta``,
+    ``model``), so that a saved classifier also opens with ``AutoModel``. Pooling and head are
+    float32 whatever the encoder is.
 
     Args:
-        config: Of the encoder; the number of classes is its ``num_labels``.
-        encoder: A loaded one; without it a fresh one is built, for ``from_pretrained`` to fill.
+        config: The encoder's configuration; ``num_labels`` is the number of classes.
+        encoder: A loaded encoder; without it a fresh one is built, for ``from_pretrained`` to fill.
     """
 
     supports_gradient_checkpointing = True
@@ -55,7 +55,7 @@ class EncoderClassifier(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the encoder comes loaded and the head starts at zero."""
+        """Do nothing: the encoder is loaded and the head starts at zero."""
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
@@ -89,7 +89,7 @@ class EncoderClassifier(PreTrainedModel):
         attention_mask: torch.Tensor | None,
         **encoder_inputs: Any,
     ) -> torch.Tensor:
-        """What the head gets, ``(b, hidden)`` float32."""
+        """The input of the head, ``(b, hidden)`` float32."""
         encoder = getattr(self, self.base_model_prefix)
         output = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
         hidden = output[0].float()  # (b, t, hidden)
@@ -106,9 +106,9 @@ def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> 
 
     Args:
         path: Directory of the model.
-        name: As the user wrote it.
+        name: The model's name, as the user wrote it.
         num_labels: Classes of the head.
-        options: Of ``from_pretrained``.
+        options: Arguments of ``from_pretrained``.
 
     Raises:
         InputError: If a saved classifier has another number of classes.

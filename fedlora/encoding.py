@@ -1,9 +1,9 @@
 """Texts to tokens, one encoding per task; nothing here imports torch or transformers.
 
 An encoding turns (text, answer) into the ids a model reads and the target of the row. The causal
-encodings render a prompt around the text, inside the tokenizer's chat template when it has one, and
-tokenise the whole string once; character offsets then tell which tokens belong to the text (which
-alone may be cut when a row is too long) and where the answer begins.
+encodings render a prompt around the text, inside the tokenizer's chat template if there is one, and
+tokenise the whole string once. Character offsets then show the tokens of the text (the only part
+that may be cut when a row is too long) and the start of the answer.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from fedlora.errors import InputError, RecordError
 
-VERSION = 1  # raise it whenever the same inputs would give other ids or targets
+VERSION = 1  # to be raised when the same inputs give other ids or targets
 CHUNK = 1000  # rows tokenised at a time: offsets of many rows would not fit into memory
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL_PROMPT = (
@@ -59,12 +59,12 @@ class Encoded:
 
 
 def encoding_key(directory: Path, *, task: str, prompt: str, max_length: int) -> str:
-    """Digest of everything that changes an encoding, but for the labels: a key for cached shards.
+    """Digest of everything that changes an encoding, except the labels: a key for cached shards.
 
     Args:
-        directory: Where the model's ``config.json`` and tokenizer files are.
-        task: ``model.task``.
-        prompt: ``data.prompt``, empty for the task's own.
+        directory: The directory of the model's ``config.json`` and tokenizer files.
+        task: The value of ``model.task``.
+        prompt: The value of ``data.prompt``; empty for the task's own prompt.
         max_length: ``training.max-length``, in tokens.
 
     Returns:
@@ -99,7 +99,7 @@ def class_index(answers: Sequence[str], labels: tuple[str, ...]) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainText:
-    """The text as an encoder's tokenizer frames it ([CLS] text [SEP]), cut at ``max_length``."""
+    """Texts with the special tokens of an encoder ([CLS] text [SEP]), cut at ``max_length``."""
 
     tokenizer: Any
     max_length: int
@@ -122,10 +122,10 @@ class Template:
     """The fixed strings around a text and its answer: ``before + text + middle + answer + after``.
 
     Args:
-        before: Up to the text.
-        middle: Between text and answer; a plain prompt ends with a newline or else a blank.
+        before: The string up to the text.
+        middle: The string between text and answer; a plain prompt ends with a newline or a blank.
         after: The mark that ends an answer, such as ``<|im_end|>``.
-        add_special_tokens: Whether the tokenizer adds its own; a chat template has them in it.
+        add_special_tokens: Whether the tokenizer adds special tokens; a chat template has them.
     """
 
     before: str
@@ -135,11 +135,12 @@ class Template:
 
 
 def template(tokenizer: Any, prompt: str) -> Template:
-    """Reads the strings around text and answer off the tokenizer's chat template.
+    """Takes the strings around text and answer from the tokenizer's chat template.
 
     A chat template is rendered once, with the prompt as the user's turn and a mark as the
-    assistant's, so that whatever it puts before an answer (a header, an empty thought) is in
-    ``middle``. Without one the prompt is used as it is, and the end-of-text token ends an answer.
+    assistant's, so that the template's text before an answer (a header, an empty thought) is in
+    ``middle``. Without a template the prompt is used as it is, and the end-of-text token ends an
+    answer.
 
     Raises:
         InputError: If the prompt does not hold ``{text}`` exactly once.
@@ -150,11 +151,13 @@ def template(tokenizer: Any, prompt: str) -> Template:
             "write it where a record's text belongs"
         )
     if _TEXT in prompt or _ANSWER in prompt:
-        raise InputError(f"data.prompt has {_TEXT} or {_ANSWER}, which mark places here; drop it")
+        raise InputError(
+            f"data.prompt has {_TEXT} or {_ANSWER}, which are reserved markers; drop them"
+        )
     marked = prompt.replace("{text}", _TEXT)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": marked}, {"role": "assistant", "content": _ANSWER}]
-        # Llama 3 would print today's date: a resumed run must see what the first one saw.
+        # Llama 3 would insert today's date, but a resumed run must see the same prompt.
         rendered: str = tokenizer.apply_chat_template(
             turns, tokenize=False, date_string="01 Jan 2025"
         )
@@ -176,7 +179,7 @@ def template(tokenizer: Any, prompt: str) -> Template:
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     ids: list[int]
-    text: tuple[int, int]  # tokens [start, end) that belong to the text alone
+    text: tuple[int, int]  # tokens [start, end) of the text alone
     answer: int  # first token of the answer
 
 
@@ -208,7 +211,7 @@ def _compose(
 
 
 def _cut_text(row: _Row, surplus: int) -> _Row:
-    """Drops ``surplus`` tokens (0 or less: none) from the end of the text, or as many as it has."""
+    """Drops up to ``surplus`` tokens from the end of the text; none if ``surplus`` is 0 or less."""
     start, end = row.text
     cut = min(max(surplus, 0), end - start)
     if cut == 0:
@@ -221,8 +224,8 @@ def _cut_text(row: _Row, surplus: int) -> _Row:
 def _check_room(tokenizer: Any, around: Template, answer: str, room: int) -> None:
     """Refuse a prompt that is too long by itself.
 
-    Found out without any record: that a row does not fit must not be a server's question, and how
-    many tokens a prompt has beside it depends on the row. Such a row is cut.
+    The check reads no record: a server must not learn whether a row fits, and the number of tokens
+    of a prompt beside a text depends on the row. A row that is too long is cut.
 
     Raises:
         InputError: If the prompt alone has more tokens than ``room``.
@@ -253,7 +256,7 @@ class LabelPrompt:
     ) -> Encoded:
         """Tokenises prompts up to the answer; the targets are class indices.
 
-        Every row is composed with the same answer, which is then cut off: no label can show in ids.
+        Every row is composed with the same answer, which is then cut off, so ids reveal no label.
         """
         around, options = self._layout(labels)
         _check_room(self.tokenizer, around, options[0], self.max_length)
@@ -270,7 +273,7 @@ class LabelPrompt:
         return self._first_tokens(*self._layout(labels))
 
     def _layout(self, labels: tuple[str, ...]) -> tuple[Template, Sequence[str]]:
-        """The strings around a text, and the answers that are scored: labels or letters.
+        """The strings around a text, and the scored answers: labels or letters.
 
         Raises:
             InputError: If neither labels nor letters can be told apart by one token.
@@ -317,7 +320,7 @@ class ResponsePrompt:
 
         A row that is too long loses the end of its text, and only when no text is left the end of
         its response. Where a row's prompt has no token of its own, an end token takes its place.
-        ``labels`` plays no part.
+        ``labels`` is not used.
         """
         around = self._around()
         _check_room(self.tokenizer, around, "text", self.max_length - 1)

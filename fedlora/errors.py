@@ -1,26 +1,26 @@
-"""The two kinds of error that people and machines act on, and how a log names any other."""
+"""Errors for users and for machines, and the form of any other error in a log."""
 
 import traceback
 from pathlib import Path
 
 
 class InputError(ValueError):
-    """A value that the user can mend. One line: name, value, bound, remedy. The command exits 2."""
+    """A value that the user can correct. One line: name, value, bound, remedy. Exit code 2."""
 
 
 class RecordError(InputError):
-    """One whose text quotes a record: for a terminal, not for a log."""
+    """An `InputError` whose text quotes a record: for a terminal, not for a log."""
 
 
 class Refusal(RuntimeError):
-    """An institution says no, or one of its guards tripped.
+    """A refusal of an institution, or a guard that tripped.
 
     Only ``code`` leaves the institution; ``detail`` may quote private facts and stays in its own
     log.
 
     Args:
         code: A short fixed word such as ``budget-exhausted``.
-        detail: What happened and what to do, for the institution's operator.
+        detail: The cause and the remedy, for the institution's own staff.
     """
 
     def __init__(self, code: str, detail: str) -> None:
@@ -30,7 +30,7 @@ class Refusal(RuntimeError):
 
 
 def place(error: BaseException) -> str:
-    """What kind of error this is and where it was raised, without its text: that may quote data."""
+    """The type of an error and its place in the code, without its text, which may quote data."""
     frames = traceback.extract_tb(error.__traceback__)
     where = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-6:])
     return f"{type(error).__name__} at {where or 'an unknown place'}"

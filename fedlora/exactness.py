@@ -2,31 +2,31 @@
 
 Differential privacy rests on gradients that belong to one example each. Whether a layer's input has
 an entry for each example is a property of the model's code, and the shapes of one batch can suggest
-it by coincidence. So a loaded model is run on examples made up here, in numbers that no dimension
-of the model has, before any record is looked at and any budget charged.
+it by coincidence. A loaded model is therefore run on synthetic examples before any record is read
+and any budget charged. The numbers of examples and tokens differ from every dimension of the model.
 
-What is checked, in float32 and with every trained parameter away from its start, in passes of
+The checks run in float32, with every trained parameter away from its initial value, in passes of
 ``count`` examples of one padded width:
 
 1. Each layer's input and each trained parameter's gradient of an example are the same **to the last
    bit** when all other examples are exchanged. The example keeps its place and the pass its shape,
    so that kernels compute the same, and any difference comes from the other examples.
-2. Each example's gradients are those of one backward pass with that example alone, and move with it
-   to another place, both within `TOLERANCE` of their norm: kernels may round a product of another
-   number of rows, or a row at another place, in another way. That makes differences of up to 7e-5
-   in models of 110 and 135 million parameters; a wrong layout makes differences of 0.05 and more.
+2. Each example's gradients equal those of one backward pass with that example alone, and those of
+   the example at another place, both within `TOLERANCE` of their norm. Kernels may round a product
+   of another number of rows, or a row at another place, differently: by up to 7e-5 in models of 110
+   and 135 million parameters. A wrong layout makes differences of 0.05 and more.
 
 Packed rows are checked in the same way, except that exchanging other examples moves an example to
 another place too, which must change no bit either. A layer that mixes tokens outside attention
 mixes the examples of a packed row and fails that check.
 
-A model that changes an attribute or a buffer of itself in a pass is refused: its later passes would
-follow from earlier rows. So are rotary positions that change with the longest row of a pass, where
-rows may be as long.
+A model that changes one of its attributes or buffers in a pass is refused, since its later passes
+would depend on earlier rows. Rotary positions that change with the longest row of a pass are
+refused too, where rows may be that long.
 
-What is not shown is the same for sizes and values that were not run. The code of a model is assumed
-to treat examples alike at all of them; the guard in `fedlora.per_sample` looks at the shapes of
-every pass.
+The examination does not cover sizes and values that were not run. The code of a model is assumed to
+treat examples alike at all of them; the guard in `fedlora.per_sample` checks the shapes of every
+pass.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -54,7 +54,7 @@ from fedlora.streams import RandomSource
 from fedlora.tasks import LENGTH_DEPENDENT, Task, shard_of
 
 TOLERANCE = 3e-3
-"""Relative difference of a parameter's gradient from that of one backward pass, at most."""
+"""The largest relative difference of a parameter's gradient from that of one backward pass."""
 MIN_NORM_SHARE = 0.1
 """An error is relative to the gradient's norm, or to this share of the largest norm if more."""
 DIMENSION_SUFFIXES = ("size", "dim", "features", "heads")
@@ -68,8 +68,9 @@ class Verdict:
     """The result of an examination.
 
     Args:
-        flaw: Why a layer's per-example gradients are not exact; empty if all are.
-        first_position: Where a row's positions begin in a packed row; None where rows are padded.
+        flaw: The reason why a layer's per-example gradients are not exact; empty if all are.
+        first_position: The position of an example's first token in a packed row; None where rows
+            are padded.
     """
 
     flaw: str
@@ -81,12 +82,12 @@ def examine(
 ) -> Verdict:
     """Run the checks of this module on a loaded model, which is left as it was.
 
-    Weights in 16 bits are converted to float32 for that time, whole: memory holds them once as they
-    are and once at twice the size. Quantised weights stay, and are multiplied in float32.
+    Weights in 16 bits are converted to float32 during the examination: memory holds them once as
+    they are and once at twice the size. Quantised weights stay, and are multiplied in float32.
 
     Args:
         model: A model with an adapter of any values.
-        per_sample: The layers of that model.
+        per_sample: The trained layers of the model.
         task: The task, which gives batches and losses.
         labels: The label set; empty for sft.
     """
@@ -122,7 +123,7 @@ class _Pass:
     """Gradients and inputs of one pass.
 
     Args:
-        gradients: Parameter's name -> ``(count, *shape)``.
+        gradients: Parameter's name -> gradients ``(count, *shape)``.
         inputs: Layer's name -> for each of its calls, each example's part of the input.
     """
 
@@ -131,7 +132,7 @@ class _Pass:
 
 
 class _Probe:
-    """Examples made up for a model, and the passes over them.
+    """Synthetic examples for a model, and the passes over them.
 
     Rows 0 to count - 1 of the shard are the examined examples, of lengths from 1 or 2 to the width.
     Row ``i + count`` replaces example i when it is exchanged; its length is the width.
@@ -225,7 +226,7 @@ class _Probe:
     def _ordered(self, rows: Int64) -> Int64:
         """The rows in an order in which equally wide ones follow each other, the widest first.
 
-        The shortest example, whose tokens are all near its neighbour's, thus follows another one.
+        The shortest example, whose tokens are all near the neighbour's, thus follows another one.
         """
         return rows[np.argsort(-self.task.widths(self.shard)[rows], kind="stable")]
 
@@ -258,7 +259,7 @@ class _Probe:
 
     @contextmanager
     def _inputs(self, row: packing.Packing | None) -> Generator[dict[str, list[Parts]]]:
-        """Each layer's inputs while a pass runs, in the order of first calls."""
+        """Record each layer's inputs while a pass runs, in the order of first calls."""
         found: dict[str, list[Parts]] = {}
 
         def keep(name: str, flat: bool) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -306,7 +307,7 @@ def _compare(found: _Pass, alone: Mapping[str, torch.Tensor]) -> None:
         errors = (gradients - expected).flatten(1).norm(dim=1)
         scales = lengths.maximum(MIN_NORM_SHARE * lengths.amax())
         worst = float((errors / scales).amax())
-        if not worst <= TOLERANCE:  # nor if it is no number
+        if not worst <= TOLERANCE:  # also if it is nan
             raise _Flaw(
                 f"per-example gradients of {_layer(name)} are off by {worst:.2g} from those of one "
                 f"backward pass per example, above {TOLERANCE:g}"
@@ -316,7 +317,7 @@ def _compare(found: _Pass, alone: Mapping[str, torch.Tensor]) -> None:
 def _same(one: _Pass, i: int, other: _Pass, j: int) -> None:
     """Refuse any difference in bits between example i of one pass and example j of another.
 
-    Inputs come first, in the order of calls: they name the place where examples meet.
+    Inputs are compared first, in the order of calls: they show the layer that mixes examples.
     """
     for name, calls in one.inputs.items():
         for a, b in zip(calls, other.inputs[name], strict=True):
@@ -358,7 +359,7 @@ def _check_positions(model: PeftModel, task: Task) -> None:
 
 @contextmanager
 def _unchanged(model: PeftModel) -> Generator[None]:
-    """Refuse a model that changes itself in a pass: its results then follow from earlier rows."""
+    """Refuse a model that changes itself in a pass: its results then depend on earlier rows."""
     before = _state(model)
     yield
     after = _state(model)
@@ -383,7 +384,7 @@ def _state(model: PeftModel) -> dict[str, Any]:
 
 
 def _sizes(model: PeftModel) -> set[int]:
-    """The dimensions of the model that its weights, layers and configuration show."""
+    """The dimensions in the model's weights, layers and configuration."""
     config: Any = model.config
     found = {n for tensor in (*model.parameters(), *model.buffers()) for n in tensor.shape}
     found |= {n for n in config.to_dict().values() if type(n) is int}
@@ -405,7 +406,10 @@ def _in_float32(model: nn.Module) -> Generator[None]:
     try:
         for tensor, data in kept:
             tensor.data = data.float()
-        for module, _ in states:  # of bitsandbytes, which else keeps the dtype of its first input
+        for (
+            module,
+            _,
+        ) in states:  # of bitsandbytes, which otherwise keeps the dtype of its first input
             vars(module).update(compute_dtype=torch.float32, compute_type_is_set=True)
         yield
     finally:

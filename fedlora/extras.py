@@ -11,7 +11,7 @@ def require(package: str, extra: str, purpose: str) -> None:
     Args:
         package: The name by which Python imports the package.
         extra: The extra of ``pyproject.toml`` that installs the package.
-        purpose: What needs the package, as the subject of the error's sentence.
+        purpose: The feature that needs the package, as the subject of the error's sentence.
 
     Raises:
         InputError: If the package is not installed; the message names the remedy.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """Where is kept what can be made again: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
+    """The directory of caches: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
     return Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
 
 
@@ -36,7 +36,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest directory at or above ``path`` that exists: where making it would begin.
+    """The nearest existing directory at or above ``path``, in which creation would begin.
 
     Raises:
         NotADirectoryError: If a file is in the way.
@@ -62,14 +62,14 @@ def sync(path: Path) -> None:
 
 
 def exposed(file: Path) -> str:
-    """Why others than its owner could change or replace a file, in words; empty: they could not.
+    """The reason why other users could change or replace a file, in words; empty if they could not.
 
-    The file, where it exists, and the directory that it lies in (for a link: both directories) must
-    belong to this user or root, and group and others must not be able to write to them. For root
-    the owner does not matter: it acts for others, as in a container.
+    The file, if it exists, and its directory (both directories for a link) must
+    belong to this user or root, and group and others must not be able to write to them. If this
+    process runs as root, the owner does not matter: root acts for others, as in a container.
 
     Raises:
-        OSError: If the directory does not exist, or may not be looked into.
+        OSError: If the directory does not exist or cannot be read.
     """
     me = os.geteuid()
     places = [file.absolute().parent, file.resolve().parent, *([file] if file.exists() else [])]

@@ -1,4 +1,4 @@
-"""Using a finished run: evaluate its adapter on other data, predict, merge it into its base."""
+"""Use of a finished run: evaluate its adapter on other data, predict, merge it into its base."""
 
 # pyright: reportUnknownMemberType=false
 
@@ -21,7 +21,7 @@ def _open(run_dir: Path, institution: str) -> tuple[RunConfig, Trainable]:
     Args:
         run_dir: The directory of a complete run.
         institution: The institution whose adapter is loaded, where each institution has its own;
-            else empty.
+            empty otherwise.
 
     Raises:
         InputError: If the run is not complete, the base model has changed since, or there is no
@@ -103,10 +103,10 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
         InputError: If ``out_dir`` exists.
     """
     if out_dir.exists():
-        raise InputError(f"{out_dir} exists; give a directory that is not there")
+        raise InputError(f"{out_dir} exists; give a directory that does not exist")
     parent = out_dir.absolute().parent
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"{parent} is no directory that can be written to; give another place")
+        raise InputError(f"{parent} is no directory that can be written to; give another directory")
     _, work = _open(run_dir, institution)
     trainable.forget()  # merging changes the cached model
     merged = adapters.merge(work.model)

@@ -25,7 +25,7 @@ def set_identity(task_id: int, run_id: int, node_id: int) -> None:
 
 
 def identity() -> tuple[Any, Any, Any]:
-    """The task, run and node that Flower believes this process to be."""
+    """The task, run and node as which Flower sees this process."""
     return TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id
 
 
@@ -60,7 +60,7 @@ def use_supernode_sleep(sleep: Sleep) -> None:
 
 
 def use_installed_client_app(app: Callable[..., Message]) -> None:
-    """Have ``flwr-clientapp`` call this app. Nothing that a run's submitter sent is installed."""
+    """Have ``flwr-clientapp`` call this app, and install nothing from a run's submitter."""
     from flwr.supernode.runtime import run_clientapp
 
     run_clientapp.install_from_fab = lambda *_, **__: Path()
@@ -69,7 +69,7 @@ def use_installed_client_app(app: Callable[..., Message]) -> None:
 
 
 def show_server_app_output() -> None:
-    """Have the SuperExec pass on what the ServerApp writes to its log."""
+    """Have the SuperExec pass on the ServerApp's log output."""
     from flwr.supercore.constant import TaskType
     from flwr.supercore.superexec.plugin import AutoExecPlugin
 

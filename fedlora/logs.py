@@ -1,4 +1,4 @@
-"""Our own log of a process that serves in a deployment."""
+"""fedlora's own log in a process of a deployment."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ _VARIABLE = "FEDLORA_LOG"
 
 
 class OneLine(logging.Formatter):
-    """Escapes what could begin a line of its own: messages quote what the other side sent."""
+    """Escapes characters that could begin a new line: messages quote text of the other side."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """The message, each control character as Python writes it."""
@@ -17,24 +17,27 @@ class OneLine(logging.Formatter):
 
 
 def want() -> None:
-    """Have the apps that this process starts log to stderr."""
+    """Have the apps of this process's children log to stderr."""
     os.environ[_VARIABLE] = "stderr"
 
 
 def wanted() -> bool:
-    """Whether the process that started this one wants that."""
+    """Whether the parent process asked for a log on stderr."""
     return os.environ.get(_VARIABLE) == "stderr"
 
 
 def to_stderr() -> None:
-    """Write what ``fedlora`` logs to stderr, in the form that Flower's own log has.
+    """Write the log of ``fedlora`` to stderr, in the form of Flower's own log.
 
-    For a process of Flower's alone: nothing propagates to the root logger any more.
+    Only for Flower's processes: afterwards no message propagates to the root logger.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(levelname)s : %(message)s"))
     logger = logging.getLogger("fedlora")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
-    for name in ("fedlora", "flwr"):  # libraries give the root logger a handler: else all is twice
+    for name in (
+        "fedlora",
+        "flwr",
+    ):  # libraries give the root logger a handler, which would write all lines twice
         logging.getLogger(name).propagate = False

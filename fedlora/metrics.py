@@ -1,4 +1,4 @@
-"""Classification metrics by hand: no scikit-learn at run time, one definition for every task."""
+"""Classification metrics without scikit-learn: one definition for every task."""
 
 import math
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def accuracy(truth: Sequence[str], predicted: Sequence[str | None]) -> float:
-    """Share of rows whose prediction is the truth, in [0, 1]; nan without rows."""
+    """Share of rows with a right prediction, in [0, 1]; nan without rows."""
     if not truth:
         return float("nan")
     return sum(t == p for t, p in zip(truth, predicted, strict=True)) / len(truth)
@@ -17,7 +17,7 @@ def macro_f1(truth: Sequence[str], predicted: Sequence[str | None]) -> float:
     """Mean F1 over the classes that occur in truth or prediction, in [0, 1]; nan without rows.
 
     The same as scikit-learn's ``f1_score(average="macro")``. ``None`` is no class: it lowers the
-    recall of the true class and nobody's precision.
+    recall of the true class and the precision of none.
     """
     return _mean_f1(per_class(truth, predicted))
 
@@ -38,12 +38,12 @@ def per_class(
 
     Args:
         truth: The class of each row.
-        predicted: The predicted class of each row, ``None`` where the model named none.
-        labels: Classes to list first, in this order, also when no row has them.
+        predicted: The predicted class of each row; ``None`` where the model named no class.
+        labels: Classes to list first, in this order, even when no row has them.
 
     Returns:
-        For each class that was asked for or occurs: rows that are it (``truth``), rows said to be
-        it (``predicted``), rows where both agree (``correct``).
+        For each class in ``labels`` or in the rows: the numbers of rows of the class (``truth``),
+        of predictions of it (``predicted``), and of right predictions of it (``correct``).
     """
     is_it, said, right = Counter(truth), Counter(predicted), Counter[str]()
     right.update(t for t, p in zip(truth, predicted, strict=True) if t == p)
@@ -55,20 +55,20 @@ def per_class(
 
 
 def majority(classes: Mapping[str, Mapping[str, int]]) -> tuple[str, float]:
-    """What accuracy has to beat: the class that most rows are, and its share.
+    """The baseline for accuracy: the most frequent class, and its share of the rows.
 
     Args:
-        classes: As `per_class` gives them, of at least one row.
+        classes: The result of `per_class` for at least one row.
     """
     name = max(classes, key=lambda name: classes[name]["truth"])
     return name, classes[name]["truth"] / sum(counts["truth"] for counts in classes.values())
 
 
 def only_prediction(classes: Mapping[str, Mapping[str, int]]) -> str | None:
-    """The one class that is ever predicted, or None where there are more.
+    """The only class that is predicted, or None if there are several.
 
     Args:
-        classes: As `per_class` gives them.
+        classes: The result of `per_class`.
     """
     said = [name for name, counts in classes.items() if counts["predicted"]]
     return said[0] if len(said) == 1 and len(classes) > 1 else None
@@ -90,11 +90,11 @@ def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Metrics over the rows of several evaluations.
 
     Args:
-        results: Each from `fedlora.tasks.Task.evaluate`, all of one task.
+        results: Results of `fedlora.tasks.Task.evaluate`, all of one task.
 
     Returns:
-        The same keys, of all rows; nothing of no result. For sft, answers were read against each
-        evaluation's own references, and at most so many rows of each were generated.
+        The same keys, over all rows; an empty dictionary without results. For sft, each evaluation
+        compared answers with its own references, and generated answers for a part of its rows.
     """
     if not results:
         return {}
@@ -136,11 +136,11 @@ def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def leading_answer(text: str, answers: Sequence[str]) -> str | None:
-    """Reads which of the ``answers`` a generated ``text`` gives.
+    """Finds the one of the ``answers`` that a generated ``text`` begins with.
 
-    Case, surrounding blanks and what follows the answer's last word are ignored: "Positive." gives
-    "positive". The answer has to come first; of two that fit, the longer one counts. Anything else
-    is ``None``, unparseable: it is never turned into a class.
+    Case, surrounding blanks and any text after the answer's last word are ignored: "Positive."
+    gives "positive". If two answers fit, the longer one counts. Any other text is unparseable and
+    gives ``None``, never a class.
     """
     said = text.strip().casefold()
     fitting = [

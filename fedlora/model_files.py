@@ -31,12 +31,13 @@ class ModelFiles:
     """A base model on this machine's disk, checked but not loaded.
 
     Args:
-        name: As the user wrote it.
+        name: The model's name, as the user wrote it.
         path: Directory with ``config.json``, the weights and the tokenizer.
         weights: Its safetensors files, sorted by name.
-        kind: ``causal`` for a language model with a head, ``encoder`` for everything that returns
+        kind: ``causal`` for a language model with a head, ``encoder`` for a model that returns
             hidden states.
-        positions: The most tokens of a row that it can place; 0 when ``config.json`` sets no limit.
+        positions: The number of positions, the most tokens of a row; 0 when ``config.json`` sets
+            no limit.
     """
 
     name: str
@@ -53,7 +54,7 @@ def resolve(name: str) -> ModelFiles:
         name: ``package:NAME``, a directory, or a hub name such as ``org/model``.
 
     Raises:
-        InputError: If it is not there, is not readable, or holds pickles instead of safetensors.
+        InputError: If it does not exist, is not readable, or holds pickles instead of safetensors.
     """
     if name.startswith("package:"):
         return _inspect(name, _package_directory(name))
@@ -83,7 +84,7 @@ def _package_directory(name: str) -> Path:
             return config.parent
     raise InputError(
         f"model.name is {name!r}, but that package ships no directory with config.json and "
-        "*.safetensors; name one that does"
+        "*.safetensors; name a package that does"
     )
 
 
@@ -102,7 +103,7 @@ def _from_hub(name: str) -> ModelFiles:
         )
 
     hint = f"download it where there is a network (hf download {name}) or give a directory"
-    incomplete: InputError | None = None  # what is wrong with a copy in the cache
+    incomplete: InputError | None = None  # names the problem of a copy in the cache
     try:
         return _inspect(name, snapshot(local_files_only=True))
     except HFValidationError:
@@ -135,7 +136,7 @@ def _from_hub(name: str) -> ModelFiles:
             f"model.name is {name!r}, which the hub does not have or does not show without "
             "a login; check the name, or run: hf auth login"
         ) from None
-    except Exception as error:  # every transport has errors of its own
+    except Exception as error:  # each transport has its own errors
         raise incomplete or InputError(
             f"model.name is {name!r}, which is not on this machine, and the hub cannot be reached "
             f"({type(error).__name__}); {hint}"
@@ -223,7 +224,7 @@ def digest(weights: tuple[Path, ...]) -> str:
 
 
 def _identity(file: Path) -> tuple[int, ...]:
-    """Numbers of which one changes when a file is written or replaced: no program sets ctime."""
+    """Numbers that change when a file is written or replaced: no program can set ctime."""
     stat = file.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -238,7 +239,7 @@ def kind(name: str, task: Task) -> Kind:
     """The kind of a base model, without loading it.
 
     Raises:
-        InputError: As `resolve`, and for a task that the model cannot do.
+        InputError: As `resolve`, and for a task that the model does not support.
     """
     found = resolve(name).kind
     if task == "sft" and found != "causal":

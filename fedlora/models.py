@@ -32,11 +32,11 @@ class Base:
 
     Args:
         model: `EncoderClassifier` or a causal language model; no parameter requires a gradient.
-        tokenizer: With a padding token.
+        tokenizer: The tokenizer, with a padding token.
         kind: See `ModelFiles`.
-        dtype: Of the frozen weights that are not quantised, and of the activations.
+        dtype: The dtype of activations and of frozen weights that are not quantised.
         digest: SHA-256 (hex) of the weight files; equal digests mean equal weights.
-        name: As the user wrote it.
+        name: The model's name, as the user wrote it.
     """
 
     model: "PreTrainedModel"
@@ -71,7 +71,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         tokenizer: Any = AutoTokenizer.from_pretrained(
             files.path, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # of Python, transformers or the Rust tokenizers
+    except Exception as error:  # errors of Python, transformers or the Rust tokenizers
         raise _cannot_open(files, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -105,10 +105,10 @@ def load_base(
 
     Args:
         name: See `model_files.resolve`.
-        dtype: Of weights and activations; ``auto`` is bf16 where `fast_bf16`, else fp32.
+        dtype: The dtype of weights and activations; ``auto`` is bf16 where `fast_bf16`, else fp32.
         quantization: ``nf4`` or ``int8`` store the linear layers in 4 or 8 bits (bitsandbytes).
-            int8 runs without the outlier columns of LLM.int8(), which are picked over the whole
-            batch and so couple its examples.
+            int8 runs without the outlier columns of LLM.int8(), which depend on the whole batch and
+            so couple its examples.
         task: ``classification`` puts mean pooling and a zero float32 head on an encoder (a causal
             model scores label words, without a head); ``sft`` needs a causal model.
         num_labels: Classes of the head of an encoder; not used for a causal model.
@@ -130,7 +130,9 @@ def load_base(
     if dtype == "bf16" or (dtype == "auto" and fast_bf16(device)):
         weights_dtype = torch.bfloat16
     options = _options(quantization, weights_dtype, device)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line per layer and forward
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # otherwise it logs a line for each layer and forward
     tokenizer = load_tokenizer(name)
     weights_digest = digest(files.weights)
     with _quiet():
@@ -191,14 +193,14 @@ def _open(files: ModelFiles, num_labels: int, options: dict[str, Any]) -> Any:
     family: Any = AutoConfig.from_pretrained(
         files.path, local_files_only=True, trust_remote_code=False
     )
-    # A T5 encoder saved by itself says that it is no encoder-decoder; its family is.
+    # The configuration of a saved T5 encoder denies being an encoder-decoder; its family is one.
     if getattr(type(family), "is_encoder_decoder", False) is True:
         raise encoder_decoder_error(files.name, family.model_type)
     return encoder.load(files.path, name=files.name, num_labels=num_labels, options=options)
 
 
 def _freeze_behaviour(model: Any) -> None:
-    """Switch off what would change a frozen base's results between passes."""
+    """Switch off parts that would change a frozen base's results between passes."""
     from torch.nn import Dropout
 
     for module in model.modules():

@@ -1,6 +1,6 @@
-"""Which rows are held out, and which institution holds which row.
+"""Selection of held-out rows, and assignment of rows to institutions.
 
-Every function is pure: the same rows and seed give the same answer. The partitions by a scheme come
+Every function is pure: the same rows and seed give the same result. The partitions by a scheme come
 from ``flwr-datasets``, which is imported only here and only while a federation is built.
 """
 
@@ -27,7 +27,7 @@ from fedlora.text import folded
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """Who holds what.
+    """The assignment of rows to institutions.
 
     ``train`` and ``held_out`` are int64, one entry a row: the index into ``names``, or -1 for a row
     that no institution of this federation holds. ``dropped`` counts institutions left out.
@@ -40,7 +40,7 @@ class Assignment:
 
 
 def normalise(text: str) -> str:
-    """Return the form in which texts are compared: NFKC, case folded, only words and numbers."""
+    """Return the form in which texts are compared: NFKC, case-folded, only words and numbers."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", folded)) or folded
 
@@ -50,16 +50,16 @@ def hold_out(
 ) -> NDArray[np.bool_]:
     """Choose the held-out rows by text.
 
-    A text is held out when a hash of it and the seed falls below the fraction. So equal texts share
-    a side, also between institutions that split their data apart from each other, and new rows move
-    no old one.
+    A text is held out when a hash of it and the seed falls below the fraction. Equal texts are
+    therefore on one side, even where institutions split their data separately, and new rows move no
+    old row.
 
     Args:
-        texts: One a row.
+        texts: The text of each row.
         fraction: Expected share of distinct texts held out, in [0, 1).
-        seed: Another seed is another split.
-        labels: One a row where each label must keep a training text: of a label that would lose
-            them all, the text with the greatest hash stays. None where the label set is known
+        seed: Seed of the split.
+        labels: The label of each row, where each label must keep a training text: if a label would
+            lose all, its text with the greatest hash stays. None where the classes are known
             without the rows.
 
     Returns:
@@ -94,19 +94,19 @@ def by_column(
     """Give each value of a column its own institution; values are compared as `folded`.
 
     Args:
-        column: Its name, for messages.
+        column: The column's name, for messages.
         train: The column's value of each training row.
-        held_out: The same of each held-out row.
-        institutions: How many of the largest to keep (ties by value); 0 keeps all.
+        held_out: The column's value of each held-out row.
+        institutions: The number of largest ones to keep (ties by value); 0 keeps all.
         min_records: Values with fewer training rows are left out; at least one is always needed.
 
     Returns:
-        Institutions sorted by name; names are the values, each in the first of its spellings, made
-        safe for file names and unique.
+        The assignment, sorted by name. A name is the first spelling of its value, made unique and
+        safe for file names.
 
     Raises:
-        InputError: If no value has enough rows, fewer than ``institutions`` have, or two would get
-            one name.
+        InputError: If no value or fewer than ``institutions`` values have enough rows, or two would
+            get one name.
     """
     least = max(1, min_records)
     same = {value: folded(value) for value in {*train, *held_out}}
@@ -148,19 +148,19 @@ def by_scheme(
     min_records: int,
     seed: int,
 ) -> Assignment:
-    """Deal rows to a number of made-up institutions.
+    """Assign rows to a number of synthetic institutions.
 
-    Training rows follow the scheme. Held-out rows follow them: those of a class are dealt in
-    proportion to each institution's training rows of that class, so that it is tested on what it
-    trains on. A class that nobody trains on is dealt in proportion to size.
+    Training rows follow the scheme. Held-out rows of a class are assigned in proportion to each
+    institution's training rows of that class, so that an institution is tested on its own mix. A
+    class without training rows is assigned in proportion to size.
 
     Args:
         spec: A partition other than natural.
         train: int64 (n,) class index of each training row; or n alone, where rows have no classes.
-        held_out: The same of the held-out rows.
-        institutions: How many.
+        held_out: The same for the held-out rows.
+        institutions: The number of institutions.
         min_records: Every institution gets at least this many training rows, and at least one.
-        seed: Of the partition.
+        seed: Seed of the partition.
 
     Raises:
         InputError: If there are more institutions than rows, the scheme needs classes and there are
@@ -200,7 +200,7 @@ def by_scheme(
         raise InputError(
             f"data.partition {spec} cannot give {institutions} institutions {least} or more of "
             f"{len(targets)} training rows each ({' '.join(str(error).split())[:200]}); lower "
-            "data.institutions or data.min-records, or choose a milder partition"
+            "data.institutions or data.min-records, or choose a more even partition"
         ) from None
     sizes = np.bincount(owner[owner >= 0], minlength=institutions)
     if sizes.min() < least:
@@ -257,12 +257,12 @@ def _through_flower(partitioner: Any, columns: Mapping[str, Any]) -> NDArray[np.
 def file_names(values: Sequence[str]) -> dict[str, str]:
     """Return a name for each value, safe as a file name: ``[A-Za-z0-9_-]``, short, and unique.
 
-    A value that is such a name already keeps it. Others that would collide with it or with each
-    other, also where case is ignored, get ``--`` and a hash of their value: no other name has
-    ``--`` in it.
+    A value that is already such a name keeps it. Other values that would collide with it or with
+    each other, even where case is ignored, get ``--`` and a hash of the value: no other name
+    contains ``--``.
 
     Raises:
-        InputError: If two values have one hash, which happens only where somebody looked for it.
+        InputError: If two values have the same hash, which does not happen by accident.
     """
     plain: dict[str, str] = {}
     for value in values:

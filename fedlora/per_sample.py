@@ -1,9 +1,9 @@
 r"""Exact per-example gradients for LoRA, rsLoRA and DoRA on any frozen base.
 
-Opacus records activations with hooks, which fails for DoRA. Here each trained layer gets a forward
-of its own, and in expanded mode every trained parameter stands in as a leaf of shape ``(units,
-*shape)`` whose gradient autograd keeps per unit. The base is only called, never looked into, so
-quantised bases work the same.
+Opacus records activations with hooks, which fails for DoRA. Here the forward of each trained layer
+is replaced, and in expanded mode a leaf of shape ``(units, *shape)`` takes the place of every
+trained parameter, so that autograd keeps its gradient per unit. The base layer is only called,
+never inspected, so quantised bases work too.
 
 With ``u = s x A^T`` the low-rank update of example i is ``u_i B^T``, and for its output gradient
 ``g_i``
@@ -51,7 +51,7 @@ class _LowRankUpdate(torch.autograd.Function):
         scaling: s.
         unit: The unit of each example ``(n,)`` int64; None when example i is unit i.
         own: Whether units may have other values than the first.
-        row: Where the examples are if ``x`` is one packed row of them, ``(1, T, d_in)``.
+        row: The places of the examples if ``x`` is one packed row, ``(1, T, d_in)``.
         apart: Round the update to the base's dtype before it is added, as PEFT does on quantised
             bases; on others the sum is rounded once, as PEFT does there.
     """
@@ -103,13 +103,13 @@ class _LowRankUpdate(torch.autograd.Function):
 
 
 Examples = Packing | int
-"""Where examples are: in a packed row, or so many of equal length one after the other."""
+"""The places of examples: those of a packed row, or equal lengths one after the other."""
 
 
 def _product(
     rows: torch.Tensor, factor: torch.Tensor, of: Examples, plus: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows ``(N, p)`` of n examples times a factor ``(p, q)``, or ``(n, p, q)``: each its own.
+    """Rows ``(N, p)`` of n examples times one factor ``(p, q)``, or times their own ``(n, p, q)``.
 
     Returns:
         ``(N, q)``, with ``plus`` of the same shape added.
@@ -152,7 +152,7 @@ def _factor_gradient(
     factor: torch.Tensor,
     unit: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Gradient of a factor: per unit if it is expanded, else summed over all rows."""
+    """Gradient of a factor: per unit if the factor is expanded, else summed over all rows."""
     if factor.dim() == 2:
         return left.float().T @ right.float()
     if isinstance(of, Packing):
@@ -171,14 +171,14 @@ def _each(rows: torch.Tensor, n: int) -> torch.Tensor:
 
 @dataclass
 class _Mode:
-    """What all trained layers of one model look at in their forward.
+    """The state that all trained layers of one model share in their forward.
 
     Args:
         leaves: Parameter -> its leaf ``(units, *shape)``; empty in plain mode.
-        examples: First dimension that every input must have.
+        examples: The first dimension of every input.
         unit: Unit of each example ``(examples,)``; None when example i is unit i.
-        own: Whether units have values of their own.
-        rows: Where the dropout of each example of a batch is drawn from; empty: no dropout.
+        own: Whether units have different values.
+        rows: The random source of the dropout of each example in a batch; empty: no dropout.
     """
 
     leaves: dict[nn.Parameter, torch.Tensor]
@@ -201,9 +201,9 @@ class _Mode:
     def check(self, name: str, x: torch.Tensor, flat: bool) -> None:
         """Refuse an input in which an example is not one entry of the first dimension.
 
-        In a packed row examples are where it says, and only what is pooled has entries for them.
-        Shapes can fit by coincidence: `fedlora.exactness` has shown, at a size where they cannot,
-        that the first dimension of this layer's input is that of examples.
+        A packed row gives the places of its examples, and only pooled inputs have an entry for each
+        of them. Shapes can fit by coincidence: `fedlora.exactness` has shown, at a size where they
+        cannot, that the first dimension of this layer's input is that of examples.
         """
         row = active()
         fits = x.shape[0] == self.examples and (x.dim() >= 3 or flat)
@@ -223,7 +223,7 @@ class _Mode:
 def dropout_mask(source: RandomSource, shape: Sequence[int], rate: float) -> torch.Tensor:
     """Draw a mask, float32 of ``shape``: 0 with probability ``rate``, else 1 / (1 - rate).
 
-    The probability is met to 1 / 65536.
+    The probability is exact to 1 / 65536.
     """
     n = math.prod(shape)
     kept = source.words(-(-n // 4)).view(np.uint16)[:n] >= round(rate * 65536)
@@ -238,7 +238,7 @@ class _AdaptedLayer:
         self.base = layer.get_base_layer()
         self.apart = is_quantized(self.base)
         self.dropout = cast(float, getattr(layer.lora_dropout[ADAPTER], "p", 0.0))
-        self.flat = name.rpartition(".")[2] == HEAD  # pooled: one row an example
+        self.flat = name.rpartition(".")[2] == HEAD  # pooled: one row for each example
         self.a = cast(nn.Parameter, layer.lora_A[ADAPTER].weight)
         self.b = cast(nn.Parameter, layer.lora_B[ADAPTER].weight)
         self.magnitude: nn.Parameter | None = None
@@ -263,11 +263,11 @@ class _AdaptedLayer:
         return self._dora(x, dropped, result, self.magnitude)
 
     def _row(self) -> Packing | None:
-        """Where examples are in the layer's input; None where each has an entry of its own."""
+        """The places of examples in the layer's input; None where each example has an entry."""
         return None if self.flat else active()
 
     def _masks(self, x: torch.Tensor) -> torch.Tensor:
-        """Dropout masks of the shape of ``x``, each example's from a source of its own."""
+        """Dropout masks of the shape of ``x``; each example's mask has its own source."""
         rows, row = self.mode.rows, self._row()
         shapes = [x.shape[1:]] * len(rows)
         if row is not None:
@@ -282,7 +282,7 @@ class _AdaptedLayer:
         return torch.cat([*(mask.to(x.device) for mask in masks), filler])[None]
 
     def _frozen(self, x: torch.Tensor) -> torch.Tensor:
-        """What the layer computes without its factors: the base, and the residual if it has one."""
+        """The layer's output without its factors: that of the base and of any residual."""
         out = cast(torch.Tensor, self.base(x))
         pair = residual(self.layer)
         if pair is None:
@@ -310,7 +310,7 @@ class _AdaptedLayer:
         result: torch.Tensor,
         magnitude: nn.Parameter,
     ) -> torch.Tensor:
-        """``m / |W + sBA| (W + sBA) x + bias``; dropout touches only what is added to the base."""
+        """``m / |W + sBA| (W + sBA) x + bias``; dropout applies to the added update only."""
         bias = cast(torch.Tensor | None, self.base.bias)
         linear = (result if dropped is None else self._frozen(dropped.to(x.dtype))).float()
         if bias is not None:
@@ -327,7 +327,9 @@ class _AdaptedLayer:
         out = scale * self._update(x if dropped is None else dropped, linear)
         return (out if kept is None else out + kept).to(result.dtype)
 
-    @torch.inference_mode(False)  # what an evaluation keeps here, training must be able to use
+    @torch.inference_mode(
+        False
+    )  # training must be able to use a result that an evaluation keeps here
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
         """Row norms of W + sBA, float32 ``(d_out,)``; constants to autograd (DoRA, section 4.3).
@@ -380,16 +382,15 @@ class PerSampleAdapters:
             losses(model, batch).sum().backward()
             per_sample.collect()  # p.grad_sample (units, *shape) of each trained parameter
 
-    What is guaranteed: ``grad_sample[k]`` is the gradient of the summed losses of unit k's
-    examples, as if each had been computed alone, for models in which `fedlora.exactness` finds no
-    flaw; layers and inputs this cannot be true for are refused. What voids it: a loss that mixes
-    examples.
+    Guarantee: ``grad_sample[k]`` is the gradient of the summed losses of unit k's examples, as if
+    each had been computed alone, for models in which `fedlora.exactness` finds no flaw. Layers and
+    inputs for which this cannot hold are refused. What voids it: a loss that mixes examples.
 
     Args:
-        model: With an adapter attached; its trained layers are changed.
+        model: A model with an adapter attached; its trained layers are changed.
 
     Raises:
-        Refusal: ``guard-no-gradient`` if something else is trained; ``guard-batch-coupled`` if a
+        Refusal: ``guard-no-gradient`` if another layer is trained; ``guard-batch-coupled`` if a
             layer computes with statistics of the batch.
     """
 
@@ -397,7 +398,7 @@ class PerSampleAdapters:
         self._mode = _Mode({})
         self.has_dropout = False  # whether `draw_dropout` has an effect
         self.has_magnitude = False
-        self.layers: dict[str, nn.Module] = {}  # those whose forward is replaced
+        self.layers: dict[str, nn.Module] = {}  # layers with a replaced forward
         self._named: dict[str, nn.Parameter] = {}
         covered: set[nn.Parameter] = set()
         if experts := [key for key in MIXTURES if _has(model.config.to_dict(), key)]:
@@ -448,14 +449,15 @@ class PerSampleAdapters:
             n_units: Number of units of privacy in the batch.
             unit_of_example: Unit of each example, int64 ``(b,)`` in [0, n_units); None when example
                 i is unit i.
-            values: What each trained parameter is for each unit, float32 ``(n_units, *shape)``;
-                None: what it is in the model. Then products are taken example by example.
+            values: The value of each trained parameter for each unit, float32 ``(n_units,
+                *shape)``, so that products are computed example by example; None: the model's
+                values.
 
         Raises:
-            ValueError: For values where a magnitude is trained: its norms are of one A and B.
+            ValueError: For values under DoRA, whose norms are those of one A and B.
         """
         if values is not None and self.has_magnitude:
-            raise ValueError("units cannot have values of their own under DoRA")
+            raise ValueError("units cannot have different values under DoRA")
         device = next(iter(self._named.values())).device
         unit = None if unit_of_example is None else unit_of_example.to(device)
         for name, parameter in self._trained().items():
@@ -471,13 +473,13 @@ class PerSampleAdapters:
             self._mode.unit, self._mode.own = None, False
 
     def draw_dropout(self, rows: Sequence[RandomSource]) -> None:
-        """Draw dropout for the coming batches from a source for each row, until told otherwise.
+        """Draw dropout for the next batches from a source for each row, until the next call.
 
         A row's mask then depends on its source and the layer only, not on its place in a batch,
         and is the same again when activations are recomputed.
 
         Args:
-            rows: One for each example of a batch; empty switches dropout off.
+            rows: A source for each example of a batch; empty switches dropout off.
         """
         self._mode.rows = rows
 
@@ -488,7 +490,7 @@ class PerSampleAdapters:
         """Set ``p.grad_sample``, float32 ``(units, *shape)``, on each trained parameter.
 
         Raises:
-            Refusal: ``guard-no-gradient`` if one got no gradient; nothing is set then.
+            Refusal: ``guard-no-gradient`` if a parameter got no gradient; nothing is set then.
         """
         for name, parameter in self._trained().items():
             if parameter not in self._mode.leaves or self._mode.leaves[parameter].grad is None:
@@ -513,10 +515,10 @@ def pop_grad_sample(name: str, parameter: nn.Parameter) -> torch.Tensor:
 
     Args:
         name: The parameter's name, for the error.
-        parameter: After `PerSampleAdapters.collect`.
+        parameter: The parameter, after `PerSampleAdapters.collect`.
 
     Raises:
-        Refusal: ``guard-no-gradient`` if it has none.
+        Refusal: ``guard-no-gradient`` if there is none.
     """
     gradient: torch.Tensor | None = getattr(parameter, "grad_sample", None)
     if gradient is None:
@@ -526,10 +528,10 @@ def pop_grad_sample(name: str, parameter: nn.Parameter) -> torch.Tensor:
 
 
 MIXTURES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""What configurations call the number of experts in a mixture."""
+"""Names of the number of experts in configurations of mixtures."""
 
 
 def _couples_examples(module: nn.Module) -> bool:
-    """BatchNorm, or LLM.int8() with outlier columns, which are picked over the whole batch."""
+    """Whether it is BatchNorm, or LLM.int8() with outlier columns, which depend on the batch."""
     state = getattr(module, "state", None)
     return isinstance(module, _BatchNorm) or getattr(state, "threshold", 0.0) > 0

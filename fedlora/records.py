@@ -14,7 +14,7 @@ from fedlora.shards import Federation
 
 
 def load(config: RunConfig) -> Federation:
-    """Every institution's shard and held-out rows, from the cache when it has them.
+    """Every institution's shard and held-out rows, from the cache if they are there.
 
     Raises:
         InputError: If the source cannot be read or does not fit the configuration.

@@ -1,6 +1,6 @@
 """From a source to the rows of each institution: read, checked, split and partitioned.
 
-`partition_rows` is the way in. Nothing here tokenises or caches; `fedlora.data` does both.
+`partition_rows` is the entry point. `fedlora.data` tokenises and caches the rows.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ class Table:
         texts: One for each row, never empty.
         labels: One for each row, never empty; for sft the responses.
         others: Column name -> values of further columns.
-        read: Number of rows in the source, with those that lack a text or a label.
+        read: Number of rows in the source, including rows without a text or a label.
     """
 
     texts: list[str]
@@ -72,7 +72,7 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     Args:
         settings: Sources, columns, classes and partition. With ``test_source``, training rows whose
             text is among its rows are removed and counted. Otherwise a share ``test_fraction`` of
-            the distinct texts is held out, everywhere alike.
+            the distinct texts is held out, the same at all institutions.
         unit: "record", or the column that names the unit of privacy of a row.
         seed: Seed of split and partition.
         task: "classification" or "sft".
@@ -177,7 +177,7 @@ def _classes(settings: DataConfig, rows: Table, test: Table | None) -> tuple[str
             f"there is only one label, {', '.join(classes) or '(none)'}, but at least 2 classes "
             "are needed; set data.label to another column"
         )
-    remedy = "mend these rows, or list every label in data.labels"
+    remedy = "correct these rows, or list every label in data.labels"
     check_labels(rows.labels, classes, settings.source, remedy)
     if test is not None:
         check_labels(test.labels, classes, settings.test_source, remedy)
@@ -202,7 +202,7 @@ def check_labels(found: list[str], classes: tuple[str, ...], source: str, remedy
 def _split(
     rows: Table, test: Table | None, *, fraction: float, seed: int, keep_labels: bool
 ) -> tuple[Table, Table, int]:
-    """Return training rows, held-out rows, and how many training rows duplicated a held-out one."""
+    """Return training rows, held-out rows, and the number of removed copies of held-out rows."""
     if test is None:
         labels = rows.labels if keep_labels else None
         held = hold_out(rows.texts, fraction=fraction, seed=seed, labels=labels)
@@ -214,7 +214,7 @@ def _split(
 
 
 def _with_value(table: Table, column: str) -> tuple[Table, int]:
-    """Return the rows that have a value in a column, and how many have none."""
+    """Return the rows with a value in a column, and the number of rows without one."""
     values = table.others[column]
     given = {value for value in set(values) if folded(value)}
     rows = np.flatnonzero([value in given for value in values])
@@ -230,7 +230,7 @@ def _class_indices(table: Table, classes: tuple[str, ...]) -> Int64 | int:
 
 
 def _by_institution(table: Table, owner: Int64, institutions: int) -> tuple[Table, Int64]:
-    """Return the rows that have an owner, sorted by it, and where each owner's rows begin."""
+    """Return the rows with an owner, sorted by owner, and the first row of each owner."""
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(institutions + 1)).astype(np.int64)
     return table.take(order[bounds[0] :]), bounds - bounds[0]

@@ -1,4 +1,4 @@
-"""Files of a run directory that every room reads, and the lock on a run directory.
+"""Files of a run directory that every package reads, and the lock on a run directory.
 
 Importing this module and reading a run's files load no torch.
 """
@@ -22,18 +22,18 @@ from fedlora.errors import InputError
 CONFIG = "config.toml"
 """In a run directory: the resolved configuration."""
 RESULT = "result.json"
-"""In a run directory: the results. A run writes it last, so it marks a complete run."""
+"""In a run directory: the results. A run writes this file last, so it marks a complete run."""
 SUBMISSION = "submission.json"
 """In a run directory: the deployment's record of a submitted run."""
 NODES = "nodes.json"
 """Beside a deployment's runs: Flower's node id -> the institution whose public key the node has."""
 SIZES = "sizes.json"
-"""Beside a deployment's runs: institution -> the most records that the server believes it has."""
+"""Beside a deployment's runs: institution -> the server's bound of its number of records."""
 
 
 @contextlib.contextmanager
 def alone(path: Path) -> Generator[None]:
-    """Wait until no other process runs in this directory, and keep others out.
+    """Wait until no other process runs in this directory, and keep other processes out.
 
     A resumed run may start before the process of the killed server is gone. A directory that does
     not exist needs no lock.
@@ -142,7 +142,7 @@ def _project_git(*arguments: str) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Replace what JSON cannot hold: inf becomes the text "inf", nan becomes null."""
+    """Replace values that JSON cannot hold: inf becomes the text "inf", nan becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What ``data.partition`` may say, checked before anything is read. Imports nothing heavy."""
+"""The values of ``data.partition``, checked before any data are read. No heavy imports."""
 
 import math
 
@@ -14,12 +14,12 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
 
     Args:
         spec: ``data.partition``.
-        institutions: ``data.institutions``; only with natural do the rows say how many there are.
-        has_classes: Whether rows have classes that can be dealt out; those of sft have none.
+        institutions: The value of ``data.institutions``, which only natural takes from the rows.
+        has_classes: Whether rows have classes; those of sft have none.
 
     Raises:
         InputError: If the scheme is unknown, its argument is missing or out of bounds, or it needs
-            what is not there.
+            a number of institutions or classes that is missing.
     """
     scheme, _, argument = spec.partition(":")
     valid = {
@@ -36,8 +36,8 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
         )
     if scheme != "natural" and institutions < 1:
         raise InputError(
-            f"data.institutions is {institutions}, but partition {spec} needs to know how many "
-            "there are; set data.institutions to 1 or more"
+            f"data.institutions is {institutions}, but partition {spec} needs their number; "
+            "set data.institutions to 1 or more"
         )
     if scheme in ("dirichlet", "pathological") and not has_classes:
         raise InputError(

@@ -77,12 +77,12 @@ def paused_gc() -> Generator[None]:
 
 
 def quiet_libraries() -> None:
-    """Set what libraries read at import: no telemetry, no banners, no compiler."""
+    """Set variables that libraries read at import: no telemetry, no banners, no compiler."""
     apply_environment()
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
     )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

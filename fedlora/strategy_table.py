@@ -1,6 +1,6 @@
-"""The strategies of `strategies/`: one line each, with the traits that both sides must know.
+"""The strategies of `strategies/`: one line each, with the traits that both sides need.
 
-Institutions hold a server's orders against these traits, and the configuration derives the choices
+Institutions check a server's orders against these traits, and the configuration derives the choices
 of ``federation.strategy`` and its refusals from them. The algorithm of strategy NAME is
 ``strategies/NAME.py``, which only the server loads.
 """
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What is known of a strategy apart from its algorithm.
+    """The properties of a strategy apart from its algorithm.
 
     Args:
         summary: A few words for the help of ``federation.strategy``.
         sent: The parts of the adapter that institutions train and send in round 1, 2, ..., in turn.
         local_parts: The parts that institutions train and never send.
-        factor_means: Whether the strategy averages each factor by itself. Rules on coordinates, and
-            noise on the mean of the factors, go with such a strategy only.
+        factor_means: Whether the strategy averages each factor by itself. Coordinate-wise
+            robust rules, and noise on the mean of the factors, need such a strategy.
         mixed_ranks: Whether institutions may have different ranks.
         residuals: Whether the strategy puts the part of a mean that the factors do not hold into a
             frozen residual of the base's layers.
@@ -50,7 +50,7 @@ STRATEGY_TABLE: Mapping[str, Traits] = {
     "ffa": Traits(summary="A frozen, exact", factor_means=True, sent=(_FROZEN_A,)),
     "rolora": Traits(summary="A, B in turn, exact", factor_means=True, sent=(_FROZEN_A, _FROZEN_B)),
     "svd": Traits(summary="mean of the products, cut back to the rank", mixed_ranks=True),
-    "stack": Traits(summary="exact, fresh factors a round", mixed_ranks=True, residuals=True),
+    "stack": Traits(summary="exact, fresh factors in each round", mixed_ranks=True, residuals=True),
     "exact": Traits(summary="exact, the base carries the rest", residuals=True),
     "fedsa": Traits(
         summary="only A shared", factor_means=True, sent=(_SHARED_A,), local_parts=_OUTPUTS

@@ -1,8 +1,8 @@
 """Named random streams under 32-byte keys: one ChaCha20 keystream per purpose.
 
-The same class draws what privacy rests on (Gaussian noise, Poisson sampling) and what it does not
-(shuffles, initial weights), so a stream is always told apart by its purpose and never shared
-between two of them.
+The same class draws private numbers (Gaussian noise, Poisson sampling) and public ones (shuffles,
+initial weights). A stream is therefore always derived for one purpose and never shared between two
+purposes.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 Floats = npt.NDArray[np.float64]
 
 KEY_BYTES = 32
-_CHUNK = 1 << 14  # normals made at a time, so that the scratch arrays stay in the processor's cache
+_CHUNK = (
+    1 << 14
+)  # normals computed at a time, so that the scratch arrays stay in the processor's cache
 
 
 class RandomSource:
-    r"""A stream of random numbers that nobody without the key can tell from true randomness.
+    r"""A stream of random numbers; without the key it is indistinguishable from true randomness.
 
-    What is guaranteed: with :meth:`secure` the key comes from the operating system, and the numbers
+    Guarantee: with :meth:`secure` the key comes from the operating system, and the numbers
     are those of the ChaCha20 keystream, so noise drawn from it cannot be predicted or subtracted.
-    What voids it: a key that somebody else can know. :meth:`seeded` makes such keys on purpose, for
+    What voids it: a key that others can know. :meth:`seeded` derives such keys on purpose, for
     simulation; its noise protects nobody.
 
     The numbers depend on the key and on the sequence of calls, never on global state. Two objects
     with one key and the same calls give the same numbers (the last bits of :meth:`normal` follow
     the processor's sine and logarithm). A source belongs to the process that made it: in a fork of
-    that process it draws nothing, since both would draw the same.
+    that process it refuses to draw, since both would draw the same numbers.
 
     Args:
-        key: 32 bytes.
+        key: The key, 32 bytes.
 
     Raises:
         ValueError: If the key is not 32 bytes long.
@@ -57,16 +59,16 @@ class RandomSource:
         """Make a reproducible source for one purpose: anyone who knows the seed can repeat it.
 
         Args:
-            purpose: What the numbers are for, such as ``"noise"``.
+            purpose: The purpose of the numbers, such as ``"noise"``.
             seed: The run's seed.
-            path: Where they are used, such as the round and the institution. ``1`` and ``"1"``
+            path: The place of their use, such as the round and the institution. ``1`` and ``"1"``
                 differ.
         """
         return cls(hashlib.sha256(b"fedlora stream\0" + _encode(purpose, seed, *path)).digest())
 
     @property
     def key(self) -> bytes:
-        """The 32-byte key, for one who must store it to repeat the stream."""
+        """The 32-byte key, to be stored where the stream must be repeated."""
         return self._key
 
     def child(self, purpose: str, *path: int | str) -> RandomSource:
@@ -96,10 +98,10 @@ class RandomSource:
     def normal(self, n: int) -> Floats:
         r"""Draw ``n`` independent standard normal numbers, float64 ``(n,)``.
 
-        Each is half the sum of four Box-Muller normals from four different pairs of uniforms. One
-        such normal takes few enough values near a given float that an observer who sees all its
-        digits can tell which value was added to; with four, finding the draws behind a sum takes
-        more than 2**100 work. Opacus' secure mode does the same.
+        Each is half the sum of four Box-Muller normals from four different pairs of uniforms. A
+        single normal takes so few values near a given float that an observer of all digits of a sum
+        can infer the value without noise; with four, finding the draws behind a sum takes more than
+        2**100 work. Opacus' secure mode does the same.
 
         Reference: Holohan & Braghin (2021), Secure Random Sampling in Differential Privacy, arXiv
         2107.10138.
@@ -135,5 +137,5 @@ class RandomSource:
 
 
 def _encode(*parts: int | str) -> bytes:
-    # JSON keeps the number 1 and the text "1" apart, and no two lists share a spelling.
+    # JSON distinguishes the number 1 and the text "1", and different lists have different texts.
     return json.dumps(parts, separators=(",", ":")).encode()

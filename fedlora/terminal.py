@@ -21,9 +21,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 class Terminal(Console):
     """A console that prints text literally.
 
-    Labels, names and predicted texts come from data and model directories. None of them may move
-    the cursor, change a colour or begin a line: control characters are printed as Python escapes
-    them, and ``[red]`` and ``:warning:`` have no meaning.
+    Labels, names and predicted texts come from data and model directories. None of these texts may
+    move the cursor, change a colour or begin a line: control characters are printed as Python
+    escapes them, and ``[red]`` and ``:warning:`` have no meaning.
 
     Args:
         stderr: Write to standard error.

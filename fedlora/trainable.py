@@ -1,6 +1,6 @@
 """A process's model in memory: a base with one adapter slot, its task, tokenised records.
 
-Both sides use it: an institution trains in it, the server starts from it and evaluates in it.
+Both sides use it: an institution trains it, the server starts from it and evaluates with it.
 Loading is the slow part of a round, so each process loads once and swaps adapters.
 """
 
@@ -28,14 +28,15 @@ class Trainable:
     """A base with an adapter attached, ready to train and to predict.
 
     Args:
-        base: The frozen base, its tokenizer, kind and weight digest.
+        base: The frozen base, with its tokenizer, kind and weight digest.
         model: The base wrapped by PEFT; only the adapter (and a head, where the task has one)
             requires gradients.
         per_sample: The layers that give per-example gradients.
         task: Losses, predictions, metrics.
         labels: The label set; empty for sft.
-        start: The adapter as it was attached: the same for the same seed.
-        first_position: Where a row's positions begin in a packed row; None where rows are padded.
+        start: The initial adapter: the same for the same seed.
+        first_position: The position of an example's first token in a packed row; None where rows
+            are padded.
     """
 
     base: models.Base
@@ -47,7 +48,7 @@ class Trainable:
     first_position: int | None
 
     def train_only(self, parts: Sequence[str]) -> None:
-        """Freeze every part of the adapter but these, until the next call.
+        """Freeze every part of the adapter except these, until the next call.
 
         Raises:
             Refusal: ``malformed-message`` if a part is unknown or no part is left.
@@ -96,7 +97,7 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """The settings that decide a `Trainable`. Runs that differ in others share one in memory."""
+    """The settings that decide a `Trainable`. Runs that differ only in other settings share it."""
 
     seed: int
     model: ModelConfig

@@ -2,9 +2,9 @@
 
 An entry holds its verdict and everything that the verdict depends on: the weights' digest, the
 configuration, adapter, task and shapes, the versions of the libraries, the source of this package,
-the processor's instructions. An entry counts only if all of these equal the present ones. A damaged
-entry counts as absent. So does an entry that another user of the machine owns or may write, because
-it could switch the examination off.
+the processor's instructions. An entry counts only if all of these equal the present ones. Damaged
+entries do not count, nor do entries that another user of the machine owns or may write, because
+they could switch the examination off.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from fedlora.exactness import Verdict
 from fedlora.files import cache_directory, write_atomic
 
 MAX_ENTRIES = 200
-"""Number of entries on disk. The oldest go first, so that no server can fill the disk."""
+"""The most entries on disk. The oldest are deleted, so that no server can fill the disk."""
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
@@ -66,10 +66,10 @@ def environment() -> dict[str, str]:
 
 
 def _read(entry: Path, asked: str) -> Verdict | None:
-    """The verdict of an entry that is whole, answers this question and is this user's alone."""
+    """The verdict of an entry that is whole, answers this question and is this user's only."""
     try:
         with entry.open(encoding="utf-8") as file:
-            # Nobody else may enter the directory, so a file that a group may write is out of reach.
+            # No other user may enter the directory, so a group-writable file in it is out of reach.
             held = (
                 (os.fstat(file.fileno()), stat.S_IWOTH),
                 (entry.parent.stat(), stat.S_IRWXG | stat.S_IRWXO),

@@ -14,8 +14,8 @@ MAX_EMPTY_ROUNDS = 3
 """Rounds in a row without any update after which a run ends, if it samples institutions. A run that
 asks all of them ends after the first such round."""
 MAX_ADAPTER_BYTES = 400 * 10**6
-"""The most bytes of an adapter in a deployment. Flower's SuperLink, with its database on disk, passed
-an adapter of this size; at 1 GB it locked itself out."""
+"""The most bytes of an adapter in a deployment. Flower's SuperLink, with its database on disk,
+passed an adapter of this size; at 1 GB it locked itself out."""
 
 
 def check_size(config: RunConfig, adapter: AdapterState) -> None:

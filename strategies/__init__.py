@@ -1,4 +1,4 @@
-"""Aggregation: one paper, one file, one pure ``aggregate`` each; `base` holds what they share.
+"""Aggregation: one paper, one file, one pure ``aggregate`` each; `base` holds the shared parts.
 
 A strategy is the file ``strategies/NAME.py`` and its line in `fedlora.strategy_table`.
 """

@@ -1,4 +1,4 @@
-"""What strategies share: the round, the sampling of institutions, checks and weights of updates."""
+"""Shared parts of strategies: the round, sampling of institutions, checks, weights of updates."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from fedlora.streams import RandomSource
 from fedlora.wire import ClientUpdate
 
 MAX_VALUE = 2.0**10
-"""Largest |value| of an update that counts."""
+"""Largest magnitude of a value in an update that counts."""
 Weighted = tuple[ClientUpdate, float]
 """An update and its weight, not normalised: the total is known only after the last update."""
 
@@ -23,14 +23,14 @@ class Round:
     """A round before its replies arrive.
 
     Args:
-        number: From 1.
+        number: The round's number, from 1.
         asked: The number of asked institutions, an upper bound of the number of updates.
-        before: The global adapter, all parts.
+        before: The global adapter with all parts.
         sent: Institution -> the adapter in its order, where that is not the global adapter.
         parts: The parts that institutions train and send.
         local_parts: The parts that institutions train and do not send.
         weighting: ``uniform``, or anything else for each update's own size.
-        max_sizes: Institution -> the most that its size counts; without an entry, any size does.
+        max_sizes: Institution -> the bound of its size as a weight; no entry means no bound.
         alpha: LoRA's alpha.
         rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
         residual_rank: The rank above which residuals are cut back.
@@ -104,16 +104,16 @@ def the_global_adapter(this_round: Round, rank: int) -> AdapterState:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """A way to make one adapter of many: the algorithm; `fedlora.strategy_table` has its traits.
+    """The algorithm that combines adapters into one; `fedlora.strategy_table` has its traits.
 
     Args:
-        aggregate: Pure. Takes the round and its valid updates in whatever order they arrive;
-            returns the new adapter, the same to the last bit for every order; of no update an
-            empty one, which changes nothing. It reads nothing else and draws nothing, so under DP
-            it is post-processing: it spends no privacy.
-        start: What an institution of a rank starts a round from, pure too, but it may draw from the
-            round's public seed. Only a strategy with the trait ``mixed_ranks`` sees other ranks
-            than the global adapter's.
+        aggregate: A pure function of the round and its valid updates, in any order of arrival. It
+            returns the new adapter, the same to the last bit for every order; without updates an
+            empty adapter, which changes nothing. It reads nothing else and draws no random number,
+            so under DP it is post-processing: it spends no privacy.
+        start: A pure function of the round and a rank that returns the adapter from which an
+            institution of this rank starts. It may draw from the round's public seed. Ranks other
+            than the global adapter's occur only under the trait ``mixed_ranks``.
     """
 
     aggregate: Aggregate
@@ -121,12 +121,12 @@ class Strategy:
 
 
 def participations(rounds: int, institutions: int, per_round: int) -> int:
-    """The most rounds that `sample` can ask one institution for: every one, or an even share.
+    """The most rounds for which `sample` can ask one institution: all rounds, or an even share.
 
     Args:
         rounds: Rounds of the run.
         institutions: Institutions in the federation.
-        per_round: Asked each round; 0 for all.
+        per_round: Institutions asked in each round; 0 for all.
     """
     if not per_round or per_round >= institutions:
         return rounds
@@ -143,11 +143,11 @@ def sample(
     and each can plan its noise for that many rounds.
 
     Args:
-        asked: Institution -> rounds it was asked for so far. Only these can be asked.
-        per_round: Asked each round; 0 for all.
-        cap: From `participations`.
+        asked: Institution -> rounds for which it was asked so far; only these can be asked.
+        per_round: Institutions asked in each round; 0 for all.
+        cap: The most rounds of an institution, from `participations`.
         seed: The run's seed.
-        round_number: From 1.
+        round_number: The round's number, from 1.
 
     Returns:
         Names, sorted.
@@ -161,7 +161,7 @@ def sample(
 
 
 def check_header(update: ClientUpdate, *, institution: str, this_round: Round) -> None:
-    """Refuse an update that answers another order, or has a size that its weighting does not know.
+    """Refuse an update for another order, or with a size that the weighting does not allow.
 
     Args:
         update: The update, as it arrived.
@@ -187,10 +187,10 @@ def validate(update: ClientUpdate, *, institution: str, this_round: Round) -> No
 
     Args:
         update: The update, as it arrived.
-        institution: The institution that sent it, by `check_header`.
-        this_round: The round of the order: keys, shapes and dtype must be those of the
-            parts that were asked for, no value, nor one of the global adapter, may be beyond the
-            limits under this weight and scale, and the change no longer than ``max_update_norm``.
+        institution: The institution that sent it, checked by `check_header`.
+        this_round: The round of the order. Keys, shapes and dtype must be those of the parts in
+            the order; values of update and global adapter must be within the limits under this
+            weight and scale; the change must be no longer than ``max_update_norm``.
 
     Raises:
         Refusal: With the reason as its code.
@@ -236,5 +236,5 @@ def largest(adapter: AdapterState) -> float:
 
 
 def length(tensors: Iterable[torch.Tensor]) -> float:
-    """The L2 norm over tensors together."""
+    """The L2 norm over all tensors together."""
     return float(torch.stack([tensor.square().sum() for tensor in tensors]).sum().sqrt())

@@ -26,8 +26,8 @@ class Collected:
 
     Attributes:
         institutions: Their names, sorted.
-        weights: One each, not normalised.
-        shares: The same, so that their sum is 1.
+        weights: The weight of each, not normalised.
+        shares: The weights divided by their sum.
     """
 
     def __init__(self, entries: Sequence[tuple[str, float, ClientUpdate | Path]]) -> None:
@@ -42,7 +42,7 @@ class Collected:
         return len(self._held)
 
     def tensors(self, name: str) -> list[torch.Tensor]:
-        """This tensor of every update, float32."""
+        """The tensor of this name of every update, float32."""
         return [
             _tensor(held, name) if isinstance(held, Path) else held.adapter[name]
             for held in self._held
@@ -78,8 +78,8 @@ def collect(updates: Iterable[Weighted], in_memory: int = MAX_MEMORY) -> Generat
     """All updates; updates beyond ``in_memory`` bytes are in a temporary directory until the end.
 
     Args:
-        updates: Of different institutions, in any order.
-        in_memory: Bytes to hold at most; the rest goes where ``TMPDIR`` says.
+        updates: Updates of different institutions, in any order.
+        in_memory: The most bytes in memory; the rest goes to the directory in ``TMPDIR``.
     """
     entries: list[tuple[str, float, ClientUpdate | Path]] = []
     with tempfile.TemporaryDirectory(prefix="fedlora-round-") as folder:
@@ -91,7 +91,7 @@ def collect(updates: Iterable[Weighted], in_memory: int = MAX_MEMORY) -> Generat
                 held = Path(folder) / str(len(entries))
                 held.write_bytes(wire.update_to_bytes(update))
             entries.append((update.institution, weight, held))
-            del update, held  # before the next one comes
+            del update, held  # frees memory before the next one arrives
         yield Collected(entries)
 
 

@@ -1,10 +1,10 @@
 """A round's distance from the true mean, and each update's length: figures for rounds.jsonl.
 
-All come from the inner products of the round's adapters (`products`), float64. Where that would
-take too much memory or time, each product is seen through fixed Gaussian directions on both sides
-(Johnson & Lindenstrauss 1984), as a 32 x 32 matrix a layer, and the same figures are computed from
-what is seen. As that is linear in the product, what is zero stays zero; a norm is off by up to 18 %
-(standard deviation), less where many unrelated layers weigh alike.
+All figures come from the inner products of the round's adapters (`products`), float64. Where these
+would take too much memory or time, each product is projected onto fixed Gaussian directions on both
+sides (Johnson & Lindenstrauss 1984), to a 32 x 32 matrix a layer, and the figures are computed from
+the projections. The projection is linear, so zero stays zero; a norm is off by up to 18 % (standard
+deviation), less where many unrelated layers weigh alike.
 """
 
 import functools
@@ -24,9 +24,9 @@ from strategies.lowrank import carried
 from strategies.products import Floats, Product
 
 MAX_EXACT_BYTES = 512 * 2**20
-MAX_EXACT_RANKS = 1024  # of all updates together: the inner products of all their rows are made
+MAX_EXACT_RANKS = 1024  # of all updates together: the inner products of all their rows are computed
 SKETCH_WIDTH = 32
-MAX_PLAIN_VALUES = 4096  # a magnitude or head of so many values is held whole
+MAX_PLAIN_VALUES = 4096  # a magnitude or head with up to so many values is held whole
 
 
 class Watch:
@@ -34,7 +34,7 @@ class Watch:
 
     Args:
         this_round: The round of the updates.
-        exact_bytes: Up to so many bytes of updates they are held whole.
+        exact_bytes: The most bytes of updates that are held whole.
     """
 
     def __init__(self, this_round: Round, exact_bytes: int = MAX_EXACT_BYTES) -> None:
@@ -44,7 +44,7 @@ class Watch:
             and this_round.asked * this_round.before.rank <= MAX_EXACT_RANKS
         )
         self._layers = len(this_round.before.layers())
-        # What institutions keep of a product is not known here: then A is a vector like a head.
+        # The local parts of a product are not known here: then A is a vector like a head.
         self._products = "B" not in this_round.local_parts
         self._seen: list[tuple[str, float, _Kept]] = []
 
@@ -54,20 +54,20 @@ class Watch:
             whole = self._round.sent_to(update.institution).updated(update.adapter)
             self._seen.append((update.institution, weight, self._kept(whole)))
             yield update, weight
-            del update, whole  # before the next one comes
+            del update, whole  # frees memory before the next one arrives
 
     def figures(self, result: AdapterState) -> dict[str, Any]:
         """The diagnostics of the aggregation for the round's record.
 
         Args:
-            result: The strategy's, before any server optimizer.
+            result: The strategy's result, before any server optimizer.
 
         Returns:
-            ``exact``: whether these are no estimates. ``error``: Frobenius distance of the change
-            of the global s B A, residuals with it, to the weighted mean of the changes of all
-            s_k B_k A_k that passed, relative to the weighted mean of s_k B_k A_k, over all
-            layers; None where institutions keep their B. Where all start from the global
-            adapter that is the distance of the global s B A to that mean. ``norm``, ``cosine``:
+            ``exact``: whether the figures are exact, not estimates. ``error``: Frobenius distance
+            of the change of the global s B A, with residuals, to the weighted mean of the changes
+            of all noted s_k B_k A_k, relative to the weighted mean of s_k B_k A_k, over all layers;
+            None where institutions keep their B. Where all start from the global adapter, this is
+            the distance of the global s B A to that mean. ``norm``, ``cosine``:
             institution -> length of its change of s B A, magnitudes and head, and its cosine to
             the weighted mean change. Exact ones are right to 1e-8 of the products' norms; below
             that they are rounding. ``residual_rank``: the largest rank of the result's
@@ -104,7 +104,7 @@ class Watch:
         }
 
     def _kept(self, state: AdapterState, *, residual: bool = False) -> "_Kept":
-        """What is looked at of an adapter, or of its residuals alone."""
+        """The products and vectors of an adapter, or of its residuals alone."""
         found = self._residuals(state) if residual else self._factors(state)
         parts = ("magnitude", "head") if self._products else ("A", "head")
         plain = [torch.zeros_like(t) if residual else t for t in state.only(parts).values()]
@@ -135,7 +135,7 @@ class Watch:
         return [each[0] if each else none for each, none in zip(found, zero, strict=True)]
 
     def _inner(self, kept: "Sequence[_Kept]") -> tuple[Floats, Floats]:
-        """Inner products of the products, and of all else, ``(n, n)`` each."""
+        """Inner products of the products, and of the other tensors, ``(n, n)`` each."""
         vectors = np.zeros((len(kept), len(kept)))
         for rows in zip(*(k.vectors for k in kept), strict=True):
             stack = np.stack(rows).astype(np.float64)
@@ -149,7 +149,7 @@ class Watch:
 
 
 class _Kept(NamedTuple):
-    """What is kept of an adapter: its products, whole or as they are seen, and all else."""
+    """The stored parts of an adapter: its products, whole or projected, and the other tensors."""
 
     products: list[Product]
     vectors: list[npt.NDArray[np.float32]]

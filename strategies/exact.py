@@ -1,13 +1,13 @@
-r"""FedEx-LoRA: fedavg, and what it misses goes into a frozen residual of the layer.
+r"""FedEx-LoRA: fedavg, with the rest of the exact mean in a frozen residual of the layer.
 
 The mean of the products is the product of the means and a rest of low rank,
 
 .. math::
     \sum_k p_k s B_k A_k = s \bar B \bar A + \Big(\sum_k p_k s B_k A_k - s \bar B \bar A\Big)
 
-Institutions go on from the mean factors on a layer that carries the rest. Nothing is written into
-the base, so quantised ones work. When a residual passes ``Round.residual_rank`` it is cut back to
-the nearest one of that rank; the round's ``aggregation_error`` is then what was lost.
+Institutions continue from the mean factors on a layer that carries the rest. Nothing is written
+into the base, so quantised bases work. A residual above ``Round.residual_rank`` is cut back to the
+nearest one of that rank; the round's ``aggregation_error`` is then the loss.
 
 DoRA's direction is that of W + residual + s B A: its magnitudes and a head are plain tensors, and
 their weighted mean is exact.
@@ -27,10 +27,11 @@ from strategies.products import product
 
 
 def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
-    """The mean of every tensor, and residuals with what the means' products miss.
+    """The mean of every tensor, and residuals with the rest of the mean product.
 
     Args:
-        this_round: Its global adapter gives the residuals so far, its scale that of s B A.
+        this_round: The round; its global adapter has the residuals so far, its scale is the s of
+            s B A.
         updates: Validated, any order; same keys and shapes.
 
     Returns:

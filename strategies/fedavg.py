@@ -1,8 +1,8 @@
 r"""Federated averaging of the factors: :math:`A = \sum_k p_k A_k`, :math:`B = \sum_k p_k B_k`.
 
 Averaging A and B apart is not averaging BA: the difference is a product of the institutions'
-deviations, small when they take few local steps from a common start. Magnitudes are averaged alike:
-DoRA's is a plain vector and its mean is exact.
+deviations, small when they take few local steps from a common start. Magnitudes are averaged too:
+DoRA's magnitude is a plain vector and its mean is exact.
 
 Reference: McMahan et al. (2017), arXiv 1602.05629; for LoRA under DP: Liu et al. (2023), DP-LoRA,
 arXiv 2312.17493.
@@ -25,12 +25,12 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     """Weighted mean of every tensor, folded in as updates arrive.
 
     Each weighted value is rounded to a multiple of ``Round.grid`` and added to an int64, which is
-    exact: no order of arrival gives another bit. The mean is off by at most ``grid / 2`` over the
+    exact: the order of arrival changes no bit. The mean is off by at most ``grid / 2`` over the
     mean weight before it is rounded to float32: for 128 institutions 7e-15 with uniform weights,
     2e-10 over the mean size otherwise.
 
     Args:
-        this_round: Its grid is used, nothing else.
+        this_round: The round, for its grid.
         updates: Validated: same keys and shapes, float32, no weighted value above ``Round.limit``.
 
     Returns:
@@ -45,8 +45,10 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
                 total[name] = np.zeros(tensor.shape, np.int64)
             _add(total[name], tensor.numpy(), weight / this_round.grid)
         weights.append(weight)
-        del update  # before the next one comes
-    unit = this_round.grid / (math.fsum(weights) or 1.0)  # fsum is exact, so it has no order either
+        del update  # frees memory before the next one arrives
+    unit = this_round.grid / (
+        math.fsum(weights) or 1.0
+    )  # fsum is exact, so no order matters here either
     return AdapterState(
         {name: torch.as_tensor((total.pop(name) * unit).astype(np.float32)) for name in list(total)}
     )

@@ -1,13 +1,12 @@
-r"""FedSA-LoRA: A is shared, B stays with the institution: each ends with a model of its own.
+r"""FedSA-LoRA: A is shared, B stays with the institution, which ends with its own model.
 
-A learns what is general, B what is particular. The server averages A and a head; B and DoRA's
-magnitude, which like B belong to a layer's outputs, are trained beside them, kept at the
-institution from round to round and never sent. The server's B stays zero: what it holds computes
-what the base and the head compute, and only together with an institution's own part is it the model
-of that institution.
+A learns general features, B those of one institution. The server averages A and a head. B and
+DoRA's magnitude, which both belong to a layer's outputs, are local parts: the institution trains
+them, keeps them from round to round and never sends them. The server's B stays zero, so its adapter
+computes the same as base and head; an institution's model needs its local parts too.
 
-Under DP all parts that are trained are clipped together and noised, those that stay too: the A of a
-later round depends on them.
+Under DP all trained parts are clipped and noised together, including the local ones, because the A
+of a later round depends on them.
 
 Reference: Guo et al. (2024), Selective Aggregation for Low-Rank Adaptation in Federated Learning
 (FedSA-LoRA), arXiv 2410.01463.

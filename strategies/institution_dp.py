@@ -1,4 +1,4 @@
-r"""Institution-level DP: what one institution's whole data do to the global adapter is hidden.
+r"""Institution-level DP: noise hides the influence of an institution's whole data.
 
 With updates :math:`\Delta_k = w_k - w`, each clipped to norm C, and m institutions that answered,
 
@@ -7,10 +7,11 @@ With updates :math:`\Delta_k = w_k - w`, each clipped to norm C, and m instituti
     + \mathcal N(0, \sigma^2 C^2 I)\Big)
 
 Guarantee: w' is one Gaussian mechanism of noise multiplier sigma under replacing one institution's
-update by zero; that it takes part, and so m, is public. It holds for those who see global adapters,
-not for the server, which sees the updates. Weights are equal: a weight of its own would raise an
-institution's influence above C / m. The noise is that of the sum, so a smaller cohort than planned
-gets more of it in the mean, never less. What voids it: a seed that others know.
+update by zero; participation, and so m, is public. The guarantee holds against observers of global
+adapters, not against the server, which sees the updates. Weights are equal: a larger weight would
+raise an institution's influence above C / m. The noise is added to the sum, so a smaller cohort
+than planned has more noise in its mean, never less. What voids the guarantee: a seed that others
+know.
 
 Reference: McMahan et al. (2018), Learning Differentially Private Recurrent Language Models,
 arXiv 1710.06963; zero-out adjacency: Kairouz et al. (2021), arXiv 2103.00039.
@@ -39,13 +40,13 @@ def aggregate(
     """The noised mean of clipped updates.
 
     Args:
-        before: The global adapter that the institutions started from.
+        before: The global adapter from which the institutions started.
         updates: At least one, validated (finite, same keys and shapes), sorted by institution.
         max_norm: C, over all tensors of an update together (L2).
         noise_multiplier: sigma > 0.
-        answered: m, at least the number of updates: an answer that is not valid counts as zero, so
-            that m does not tell whether it was.
-        source: Of the noise; fresh for every round.
+        answered: m, at least the number of updates: an invalid answer counts as zero, so that m
+            does not reveal whether an answer was valid.
+        source: The random source of the noise; fresh for every round.
 
     Returns:
         A new adapter, float32. Sums and noise are float64, rounded once.

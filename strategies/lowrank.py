@@ -15,21 +15,21 @@ MIN_SINGULAR_SHARE = 1e-9
 
 
 def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""The leading singular triplets of a sum of products c B A, which is never made.
+    r"""The leading singular triplets of a sum of products c B A, without computing the sum.
 
-    Stacked, the sum is one product L R of factors with all ranks between them. With
+    Stacked, the sum is one product L R whose inner dimension is the sum of all ranks. With
     :math:`R R^\top = W W^\top` (Cholesky) the left singular vectors of L R are those of L W, so the
-    eigenvectors of the small :math:`(LW)^\top L W` give their span. What squaring the singular
-    values costs in precision is mended in that span: there the product itself is decomposed. Rows
-    of R are taken at length 1, so that no loud A hides another's product.
+    eigenvectors of the small :math:`(LW)^\top L W` give their span. Squaring the singular values
+    loses precision; the product itself is therefore decomposed within that span. Rows of R are
+    normalised to length 1, so that a large A does not hide the product of another.
 
     Args:
         products: At least one.
-        rank: How many at most.
+        rank: The most triplets.
 
     Returns:
         U ``(d_out, q)``, orthonormal columns, and S V^T ``(q, d_in)``, orthogonal rows by falling
-        length, float64; q is at most ``rank``, fewer where the sum has no more.
+        length, float64; q is at most ``rank``, and less where the sum has a lower rank.
     """
     left, right = _stacked(products)
     lengths = right.norm(dim=1)
@@ -69,11 +69,11 @@ def recompressed(products: Sequence[Product], bound: int) -> tuple[torch.Tensor,
 
     Args:
         products: At least one.
-        bound: Largest rank of the result.
+        bound: The largest rank of the result.
 
     Returns:
         A ``(R, d_in)`` and B ``(d_out, R)``, float32. Up to the bound the factors are stacked,
-        which is exact; above it they are those of the nearest product of that rank, each taking
+        which is exact. Above it they are factors of the nearest product of that rank, each with
         the root of the singular values.
     """
     _, first_b, first_a = products[0]
@@ -83,7 +83,7 @@ def recompressed(products: Sequence[Product], bound: int) -> tuple[torch.Tensor,
         left, right = _stacked(kept)
         return right.float(), left.float()
     u, sv = truncated_svd(kept, bound)
-    if not len(sv):  # a factor of rank 0 cannot travel
+    if not len(sv):  # a factor of rank 0 cannot be sent
         return first_a[:1].clone(), torch.zeros_like(first_b[:, :1])
     root = sv.norm(dim=1).sqrt()
     return (sv / root[:, None]).float(), (u * root).float()

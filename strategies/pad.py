@@ -1,12 +1,12 @@
-r"""HetLoRA: institutions with ranks of their own, by truncation and zero-padding.
+r"""HetLoRA: heterogeneous ranks, by truncation and zero-padding.
 
 An institution of rank k starts from the first k rows of the global A and columns of the global B.
-What it changes there is padded with zeros to the global rank, and then factors are averaged as in
-fedavg. B carries the ratio of the scales, so that s_k B_k A_k is the product it had at home.
+Its change of them is padded with zeros to the global rank, and then factors are averaged as in
+fedavg. B carries the ratio of the scales, so that s_k B_k A_k is the institution's own product.
 
 The paper pads the factors themselves, so a row that a share q of the institutions holds is
-multiplied by q in every round, whatever they learn. Here the change is padded: who does not hold a
-row has no say in it.
+multiplied by q in every round, whatever they learn. Here the change is padded, so an institution
+without a row does not influence it.
 
 DoRA's magnitudes and a head are plain tensors: their weighted mean.
 
@@ -35,10 +35,10 @@ def start(this_round: Round, rank: int) -> AdapterState:
 
 
 def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
-    """Weighted mean of every tensor, with the global adapter's own values where one has no row.
+    """Weighted mean of every tensor, with the global adapter's values for rows that one lacks.
 
     Args:
-        this_round: Its global adapter pads.
+        this_round: The round, whose global adapter pads.
         updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
 
     Returns:

@@ -1,11 +1,11 @@
-r"""Lengths and angles of products s B A, from their factors: no ``(d_out, d_in)`` matrix is made.
+r"""Lengths and angles of products s B A, from their factors, without ``(d_out, d_in)`` matrices.
 
 .. math::
     \langle s_i B_i A_i, s_j B_j A_j \rangle
     = s_i s_j \operatorname{tr}\big((B_i^\top B_j)(A_j A_i^\top)\big)
 
-Two factor pairs with the same product are the same here, whatever their basis. What is no factor
-(DoRA's magnitudes, a head) counts as a plain vector beside the products.
+Two factor pairs with the same product are the same here, whatever their basis. Tensors other than
+factors (DoRA's magnitudes, a head) count as plain vectors beside the products.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -30,12 +30,12 @@ Product = tuple[float, torch.Tensor, torch.Tensor]
 def factors(this_round: Round, tensors: Tensors) -> Floats:
     """Inner products of n adapters' products s B A, summed over all layers, float64 ``(n, n)``.
 
-    Rounding is 1e-16 of the squared norms, so a distance below 1e-8 of the norms is not told from
-    zero.
+    Rounding is 1e-16 of the squared norms, so a distance below 1e-8 of the norms cannot be
+    distinguished from zero.
 
     Args:
-        this_round: Names of all tensors, and the scale of each rank.
-        tensors: Gives A ``(r_k, d_in)`` and B ``(d_out, r_k)``, float32; ranks may differ.
+        this_round: The round, for the names of all tensors and the scale of each rank.
+        tensors: Returns A ``(r_k, d_in)`` and B ``(d_out, r_k)``, float32; ranks may differ.
     """
     layers = list(this_round.before.layers())
 
@@ -55,8 +55,8 @@ def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:
     """Inner products of n products, summed over the layers, float64 ``(n, n)``.
 
     Args:
-        layers: How many.
-        each: Number of a layer -> the n products there.
+        layers: The number of layers.
+        each: Number of a layer -> its n products.
     """
     total: Floats | float = 0.0
     for number in range(layers):
@@ -73,7 +73,7 @@ def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:
 def vectors(
     this_round: Round, tensors: Tensors, parts: Sequence[str] = ("magnitude", "head")
 ) -> Floats:
-    """Inner products of n adapters' tensors of some parts, ``(n, n)``; 0 if they have none.
+    """Inner products of n adapters' tensors of some parts, ``(n, n)``; 0 without such tensors.
 
     Factors of different ranks count as padded with zeros.
     """
@@ -90,11 +90,11 @@ def vectors(
 
 
 def changes(inner: Floats, start: Sequence[int]) -> Floats:
-    """Inner products of n adapters' differences to what they started from, ``(n, n)``.
+    """Inner products of n adapters' changes since their starts, ``(n, n)``.
 
     Args:
-        inner: Of the n adapters and, after them, all starts.
-        start: Which start is each adapter's.
+        inner: The inner products of the n adapters and, after them, all starts.
+        start: The index of each adapter's start.
     """
     n = len(start)
     pick = np.eye(len(inner))[:n]
@@ -103,5 +103,5 @@ def changes(inner: Floats, start: Sequence[int]) -> Floats:
 
 
 def norms(inner: Floats) -> Floats:
-    """Lengths ``(n,)`` from inner products; what rounding made negative is 0."""
+    """Lengths ``(n,)`` from inner products; a square that rounding made negative counts as 0."""
     return np.sqrt(np.maximum(np.diagonal(inner), 0.0))

@@ -1,19 +1,20 @@
-"""Rules that bound what a few bad institutions can do to the global adapter.
+"""Rules that bound the influence of a few bad institutions on the global adapter.
 
 - ``median``, ``trimmed-mean`` (Yin et al. 2018, arXiv 1803.01498): each coordinate of each factor
-  by itself, without the f largest and smallest values. They mean something only where all factors
-  share a basis: fedavg, ffa, rolora.
+  by itself, without the f largest and smallest values. These rules need factors that share a
+  basis: fedavg, ffa, rolora.
 - ``krum``, ``multi-krum`` (Blanchard et al. 2017, NeurIPS): an update is scored by its squared
   distances to its n - f - 2 nearest others; krum takes the best one, multi-krum the n - f best.
 - ``norm-bound`` (Sun et al. 2019, arXiv 1911.07963): a change longer than the cohort's median is
   scaled down to it.
 
 Distances and lengths are those of the products s B A with magnitudes and head (`products`). A large
-A and a small B have an innocent product, but not beside another's factors; so lengths of factors
-count too: norm-bound holds each of the two to its median, krum adds the two squared distances, each
-over the median squared length. Krum and norm-bound only choose weights; the strategy then takes its
-mean, so they go with every one. Weights rest on the word of institutions, so none counts more than
-the median weight. All rules read updates and nothing else: under DP they are post-processing.
+A with a small B has a harmless product, but does harm once averaged with other factors. Lengths of
+factors therefore count too: norm-bound limits each of the two to its median; krum adds the two
+squared distances, each over the median squared length. Krum and norm-bound only choose weights, and
+the strategy then takes its mean, so they work with every strategy. Institutions report their own
+weights, so none counts more than the median weight. All rules read updates only: under DP they are
+post-processing.
 """
 
 import dataclasses
@@ -51,9 +52,9 @@ def aggregate(
     """One round under a rule.
 
     Args:
-        this_round: As for a strategy.
-        updates: As for a strategy.
-        rule: See above.
+        this_round: The round, as for a strategy.
+        updates: The updates, as for a strategy.
+        rule: The name of the rule, as above.
         byzantine: See `tolerated`.
         mean: The strategy's aggregate.
 
@@ -61,14 +62,14 @@ def aggregate(
         The new adapter, and institution -> reason for those that had no weight.
 
     Raises:
-        Refusal: ``too-few-updates`` when not `enough` came.
+        Refusal: ``too-few-updates`` when there are not `enough` updates.
     """
     with collect(updates) as everyone:
         count = len(everyone)
         if not enough(rule, byzantine, count):
             raise Refusal(
                 "too-few-updates",
-                f"{rule} with federation.byzantine {byzantine:g} means nothing for {count} updates",
+                f"{rule} with federation.byzantine {byzantine:g} cannot use {count} updates",
             )
         bad = tolerated(byzantine, count)
         if rule in COORDINATE:
@@ -89,9 +90,9 @@ def aggregate(
 
 
 def _changes(this_round: Round, everyone: Collected) -> list[Floats]:
-    """Inner products of the updates' changes of what they were sent, ``(n, n)``.
+    """Inner products ``(n, n)`` of the updates' changes since the adapters in their orders.
 
-    Of the products with magnitudes and head, and of the factors.
+    The first are those of the products with magnitudes and head, the second those of the factors.
     """
     starts, of = this_round.starts(everyone.institutions)
 
@@ -119,7 +120,7 @@ def nearest(changes: Floats, bad: int, keep: int) -> set[int]:
     Args:
         changes: Inner products, ``(n, n)``.
         bad: f.
-        keep: How many to choose.
+        keep: The number of updates to choose.
 
     Returns:
         Indices of the ``keep`` lowest scores; among equals the first ones.
@@ -139,11 +140,11 @@ def _bounded(
     changes: Sequence[Floats],
     mean: Aggregate,
 ) -> AdapterState:
-    """The mean of updates scaled towards the start, which joins as one more update.
+    """The mean of updates that are scaled towards the start, which joins as one more update.
 
-    Where the mean is one of factors, c w_k + (1 - c) w has a change of factors c times as long;
-    where it is one of products, of products. The mean of such is that of all w_k under weights c,
-    with w under what is missing.
+    The scaled update c w_k + (1 - c) w has a change that is c times as long: of factors, where the
+    strategy averages factors, and of products, where it averages products. The mean of scaled
+    updates is the mean of all w_k with weights c, and of w with the remaining weight.
     """
     share = np.ones(len(everyone))
     for lengths in map(products.norms, changes):

@@ -1,6 +1,6 @@
 r"""RoLoRA: B and A are trained and averaged in alternate rounds.
 
-In each round one factor is the same for all, so averaging is exact as in FFA-LoRA, and yet both
+In each round one factor is the same for all, so averaging is exact as in FFA-LoRA, yet both factors
 are learned. B goes first: as long as it is zero, A has no gradient. DoRA's magnitude and a head are
 trained in every round.
 

@@ -1,8 +1,8 @@
 r"""Optimizers on the aggregated update :math:`\Delta_t = \bar w_t - w_t`.
 
-They treat the update as a descent direction. Under DP they see noised updates only, so they are
-post-processing. Averaging comes before the adaptive step: the noise shrinks by the square root of
-the cohort first.
+The optimizers treat the update as a descent direction. Under DP they see noised updates only, so
+they are post-processing. Averaging comes before the adaptive step, so the noise first shrinks by
+the square root of the cohort.
 
 Reference: Reddi et al. (2021), Adaptive Federated Optimization, arXiv 2003.00295.
 """
@@ -16,7 +16,8 @@ from fedlora.adapters import AdapterState
 BETA1, BETA2, TAU = 0.9, 0.99, 1e-8
 
 Moments = Mapping[str, torch.Tensor]
-"""Optimizer state of each NAME: ``m/``, ``v/`` float32 of its shape, ``t/`` int64 (), its steps."""
+"""Optimizer state of each tensor NAME: ``m/NAME``, ``v/NAME`` float32 of its shape, and its number
+of steps ``t/NAME``, int64 ()."""
 
 
 def step(
@@ -31,9 +32,9 @@ def step(
         kind: ``none`` (:math:`w + \eta \Delta`), ``momentum``, ``adam``, ``yogi`` or ``adagrad``.
         learning_rate: :math:`\eta`.
         before: The global adapter.
-        aggregated: The strategy's result. What it does not hold stays as it is, its state too: a
-            factor that is trained every other round takes every other step.
-        state: From the last step; empty at first.
+        aggregated: The strategy's result. Other tensors and their state stay as they are: a factor
+            that is trained every other round takes every other step.
+        state: The state after the last step; empty at first.
 
     Returns:
         The new global adapter and the new state. The inputs are not modified.

@@ -2,12 +2,12 @@ r"""FLoRA: factors are stacked, so their sum is exact, and every round starts fr
 
 With weights :math:`p_k` and scales :math:`s_k` the sum :math:`\sum_k p_k s_k B_k A_k` is the
 product of two stacked matrices. It goes into the layers' residual, a frozen pair of factors that
-the base carries: nothing is written into the base, so quantised ones work. Institutions may have
-ranks of their own. In each round they start from B = 0 and a fresh A, here one that all of a rank
-share, so that it travels as part of the order.
+the base carries: nothing is written into the base, so quantised bases work. Ranks may be
+heterogeneous. In each round institutions start from B = 0 and a fresh A, which here all
+institutions of a rank share, so that it is part of the order.
 
-When a residual passes ``Round.residual_rank`` it is cut back to the nearest one of that rank; the
-round's ``aggregation_error`` is then what was lost.
+A residual above ``Round.residual_rank`` is cut back to the nearest one of that rank; the round's
+``aggregation_error`` is then the loss.
 
 DoRA's direction is that of W + residual + s B A: its magnitudes and a head are plain tensors, and
 their weighted mean is exact.
@@ -28,7 +28,7 @@ from strategies.lowrank import carried, recompressed
 
 
 def start(this_round: Round, rank: int) -> AdapterState:
-    """Fresh factors of this rank on what the base carries; their product is zero."""
+    """Fresh factors of this rank, whose product is zero, beside the residuals of the base."""
     tensors = dict(this_round.before.cut(rank))
     for path, old in this_round.before.layers().items():
         source = RandomSource.seeded("stack", this_round.seed, this_round.number, path)
@@ -41,7 +41,7 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     """The residuals with the stack of all updates, magnitudes and head; the factors stay.
 
     Args:
-        this_round: Its global adapter gives the residuals so far, its scale that of every rank r_k.
+        this_round: The round, for the residuals so far and the scale of every rank r_k.
         updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
 
     Returns:

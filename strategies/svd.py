@@ -6,17 +6,21 @@ decomposition,
 .. math::
     s B A = \mathrm{SVD}_r\Big(\sum_k p_k s_k B_k A_k\Big) = U S V^\top
 
-It is the best rank-r adapter for the mean that fedavg misses. Institutions may have ranks of their
-own; then what one was not sent of the global product is added to what it sends, so that who trains
-nothing changes nothing (the paper leaves it out, which shrinks the global product). Among the
-factors of one product, :math:`A = G V^\top` and :math:`B = U S G^{-1} / s` for any invertible G, it
-takes the A nearest to the mean A, the old A moved by the mean of what institutions moved theirs.
-Where all send the same factors, they come back; where nobody moved A, it stays, so that a server
-optimizer sees no step that nobody took. (Nearest to the old A, training's growth of A would all go
-into B, round after round.) The i-th singular value of the new A is at least the old A's i-th, or
-half of the old ones' root mean square if that is less: B stays of a size that can be learned on. A
-direction that the mean does not use keeps an A from the mean A's row space, and B = 0 there, so
-that it can still be learned.
+The result is the best rank-r adapter for the exact mean of the products, which fedavg misses. Ranks
+may be heterogeneous: the part of the global product that an institution was not sent is then added
+to its update, so that an institution without training changes nothing. (The paper does not add it,
+which shrinks the global product.)
+
+A product has many pairs of factors, :math:`A = G V^\top` and :math:`B = U S G^{-1} / s` for any
+invertible G. The chosen A is nearest to the mean A: the old A plus the mean of the institutions'
+changes of A. Equal factors of all institutions are therefore returned as they are, and an A that no
+institution changed stays, so that a server optimizer sees no step that no institution took. (With
+the A nearest to the old A, the growth of A in training would all go into B, round after round.)
+
+The i-th singular value of the new A is at least that of the old A, or half of the old A's root mean
+square singular value if that is less: B stays of a size from which it can be trained further. A
+direction that the mean does not use keeps an A from the row space of the mean A, and B = 0 there,
+so that it can still be learned.
 
 DoRA's magnitudes and a head are plain tensors: their weighted mean.
 
@@ -46,13 +50,13 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     """The best rank-r approximation of the mean product, layer by layer in float64.
 
     Args:
-        this_round: Its global adapter gives rank and old A; its scale is used for every rank r_k.
+        this_round: The round, for rank and old A of its global adapter and the scale of every r_k.
         updates: Validated, any order. A ``(r_k, d_in)``, B ``(d_out, r_k)``; other tensors alike.
 
     Returns:
         A new adapter of the global adapter's shapes, float32. The product is within 1e-5 (relative,
         Frobenius) of the truncated SVD. Memory: beside the updates (`collected`), a few
-        ``(d, sum r_k)`` matrices of one layer; no ``(d_out, d_in)`` one.
+        ``(d, sum r_k)`` matrices of one layer; no ``(d_out, d_in)`` matrix.
     """
     result: dict[str, torch.Tensor] = {}
     with collect(updates) as everyone:
@@ -72,7 +76,7 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
 def _mean_a(
     this_round: Round, everyone: Collected, path: str, sent: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The old A ``(r, d_in)`` and the mean of what institutions changed in their rows, float64."""
+    """The old A ``(r, d_in)`` plus the mean of the institutions' changes of it, float64."""
     starts, of = this_round.starts(everyone.institutions)
     near = this_round.before.factors(path).a.double()
     for share, number, a in zip(everyone.shares, of, sent, strict=True):
@@ -81,9 +85,9 @@ def _mean_a(
 
 
 def _unsent(this_round: Round, everyone: Collected, path: str) -> list[Product]:
-    """What institutions of lower ranks were not sent of the global product, by their shares.
+    """The parts of the global product that institutions of lower ranks were not sent, by shares.
 
-    Added to what they send it leaves their change: none where they trained nothing.
+    Added to an update, its part leaves the institution's change: none without training.
     """
     starts, of = this_round.starts(everyone.institutions)
     found: list[Product] = []
@@ -116,9 +120,9 @@ def truncated(
 
     Args:
         products: c_k, B_k ``(d_out, r_k)``, A_k ``(r_k, d_in)`` each; at least one.
-        near: ``(r, d_in)``.
-        old: ``(r, d_in)``, whose singular values say how short A may become.
-        scale: s of the result.
+        near: The given A, ``(r, d_in)``.
+        old: The old A, ``(r, d_in)``; its singular values bound those of the new A from below.
+        scale: The s of the result.
 
     Returns:
         A ``(r, d_in)`` and B ``(d_out, r)``, float32.

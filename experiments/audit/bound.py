@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 GUESSED_SHARES = (0.1, 0.25, 0.5, 1.0)
-"""Shares of guessed canaries. `audit` tries all, so each gets a part of the error."""
+"""Shares of guessed canaries. `audit` tries all, so each has a part of the error probability."""
 
 MAX_EPSILON = 50.0  # above every possible bound: m canaries show at most about ln m
 

@@ -65,8 +65,8 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
 
     Args:
         config: The run.
-        count: The number of canaries, spread evenly over institutions. Their coins come from the
-            operating system, their texts from the run's seed.
+        count: The number of canaries, spread evenly over institutions. Their coin flips come from
+            the operating system, their texts from the run's seed.
         folder: The directory of the files.
 
     Raises:
@@ -133,7 +133,7 @@ def _rows(
 ) -> tuple[list[Canary], NDArray[np.int64]]:
     """Make canaries of held-out texts with a wrong label, and of random words.
 
-    All texts differ, also after `normalise`, so that no canary replaces another one.
+    All texts differ, even after `normalise`, so that no canary replaces another one.
 
     Returns:
         The canaries, and the indices of the held-out rows that they use.

@@ -1,7 +1,7 @@
-"""Membership inference on real rows: attacks that tell training rows from others by loss.
+"""Membership inference on real rows: attacks that distinguish training rows from others by loss.
 
 References: Yeom et al. (2018), arXiv 1709.01604 (loss); Carlini et al. (2022), arXiv 2112.03570
-(LiRA, and why the true positive rate at low false positive rates is what counts).
+(LiRA, and the reason to report true positive rates at low false positive rates).
 """
 
 from collections.abc import Sequence
@@ -69,8 +69,8 @@ def lira(target: Floats, shadows: Floats, inside: Bools) -> Floats:
         inside: Whether each shadow model had the row ``(s, n)``.
 
     Returns:
-        ``(n,)`` scores. Deviations are pooled over rows, as the paper does with few models; a row
-        that all or no shadow models had is scored by the mean it has alone.
+        ``(n,)`` scores. Deviations are pooled over rows, as the paper does with few models. A row
+        that all or no shadow models had is scored by its one mean.
     """
     means: list[Floats] = []
     deviations: list[float] = []

@@ -125,7 +125,7 @@ def scores(
     with :math:`w_i = 1` where canary i was sampled. The scores are ridge estimates of w, summed
     over rounds. The ridge is the variance of the noise over that of w; both are public. Without
     noise, the institution's other records hide a canary. The system then contains them too, since
-    an auditor may know everything but the coins.
+    an auditor may know everything except the coin flips.
 
     Args:
         config: The run.
@@ -161,7 +161,7 @@ def scores(
                 rate, many = plan.sample_rate, plan.expected_batch_size
                 noise = (plan.noise_multiplier * config.privacy.max_grad_norm) ** 2
                 clipping.clip([g])
-                ridge = noise / (rate / 2 * (1 - rate / 2))  # included by a coin, then sampled
+                ridge = noise / (rate / 2 * (1 - rate / 2))  # included by a coin flip, then sampled
             else:
                 share, rows_of_step = config.training.sample_rate, config.training.batch_size
                 many = share * len(shard) if share else float(rows_of_step)
@@ -246,7 +246,7 @@ def _cap(config: RunConfig) -> int:
 
 
 def _among(shard: Shard, others: Shard) -> NDArray[np.bool_]:
-    """Tell for each row of a shard, ``(n,)``, whether other rows contain it."""
+    """Return for each row of a shard, ``(n,)``, whether other rows contain it."""
     assert shard.records is not None and others.records is not None, "rows of sources have digests"
     known = {bytes(row) for row in others.records}
     return np.array([bytes(row) in known for row in shard.records], dtype=bool)

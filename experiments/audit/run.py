@@ -62,13 +62,13 @@ def check(config: RunConfig, out: Path, engine: str) -> None:
     if config.federation.traits.local_parts or config.adapter.ranks:
         raise InputError(
             f"federation.strategy is {config.federation.strategy!r} and adapter.ranks "
-            f"{config.adapter.ranks!r}, but the audit reads what all institutions get and send; "
-            "use another strategy and one rank"
+            f"{config.adapter.ranks!r}, but the audit needs adapters that all institutions "
+            "receive and send; use another strategy and one rank"
         )
     if config.deployed:
         raise InputError(
-            "data.source is 'institutions', which is a deployment's; an audit plants its own rows, "
-            "so name records"
+            "data.source is 'institutions', which is for deployments; an audit plants its own "
+            "rows, so name records"
         )
 
 
@@ -102,7 +102,7 @@ def run(
         target = audited.config.replace({"run-dir": run_dir, "privacy.ledger": ""})
         transcript = Transcript(folder=Path(folder) / "transcript")
         _train(target, engine, console, transcript)
-        # The audited run is complete; the attacks below read what it released.
+        # The audited run is complete; the attacks below read its released adapters.
         work = _load_released(target)
         with console.status("scoring canaries") as status:
             final, seen, shard = _scored(target, work, transcript, audited, status.update)
@@ -138,7 +138,7 @@ def run(
 
 
 def _check_planted(config: RunConfig, audited: Audited, shard: Shard) -> None:
-    """Check that the run trained on every canary whose coin said so."""
+    """Check that the run trained on every planted canary."""
     trained = _distinct(records.load(config).all_train)
     for canary, row in zip(audited.canaries, _digests(shard), strict=True):
         assert not canary.inside or bytes(row) in trained, f"{canary} was not trained on"
@@ -251,7 +251,7 @@ class _Rows:
 
 
 def _attacked(config: RunConfig, planted: set[bytes]) -> _Rows:
-    """Measure all rows but the canaries under the final adapter: training rows, then held-out."""
+    """Measure all rows except canaries under the final adapter: training rows, then held-out."""
     federation, work = records.load(config), _load_released(config)
     digests, found, inside = list[bytes](), list[Floats](), list[bool]()
     for shard, trained in ((federation.all_train, True), (federation.all_held_out, False)):
@@ -420,7 +420,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def _noise(noise: Mapping[str, Any]) -> str:
-    """Say whether noise was used twice."""
+    """State whether noise was used twice."""
     if noise["cosine"] is None:
         text = "not compared: no two updates were sent, or records could move them as far as noise"
     else:
@@ -433,7 +433,7 @@ def _noise(noise: Mapping[str, Any]) -> str:
 
 
 def _attack(measured: Mapping[str, Any]) -> str:
-    """Say how well an attack identifies members."""
+    """State the success of an attack on membership."""
 
     def interval(value: Mapping[str, float], digits: int, scale: int = 1) -> str:
         middle, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("value", "low", "high"))

@@ -341,7 +341,7 @@ def test_an_institution_that_takes_anothers_name_counts_for_nothing(federation):
         federation.submit("names", wait=False, **PRIVATE, **values)
         federation.until(asked)
         assert asked()[0] == {"b"}
-        assert "wrong-name: it calls itself a, and has the key of c" in federation.log("server")
+        assert "wrong-name: it calls itself a, but has the key of c" in federation.log("server")
         federation.start("institution-a")
         federation.until(lambda: {"a", "b"} in asked())
         federation.deploy("stop", "names")

@@ -265,7 +265,7 @@ def test_a_run_whose_server_died_goes_on_in_the_same_directory(here, link, deplo
     made = runs.submit(here, deployed, "one")
     assert runs.proceed(here) == []  # it runs
     (line,) = runs.proceed(here, since=time.monotonic() - 9)
-    assert "goes on after round 0" in line
+    assert "continues after round 0" in line
     assert link.runs == {"1": ("finished:stopped", ""), "2": ("running", "")}
     assert link.configs[0] == link.configs[1]
     again = runs.find(here, "one")

@@ -321,7 +321,7 @@ def test_the_public_size_is_the_power_of_two_at_or_below(records: int, size: int
 
 def test_a_delta_of_one_in_n_or_more_is_an_error_that_says_what_would_do() -> None:
     for delta in (1 / 3100, 0.5, 0.0, math.nan):
-        with pytest.raises(InputError, match=r"below 1 / 3100 records .* 1e-05 would do"):
+        with pytest.raises(InputError, match=r"below 1 / 3100 records .* use 1e-05"):
             accounting.check_delta(delta, 3100)
     for function in (accounting.public_delta, accounting.public_size, accounting.default_delta):
         with pytest.raises(InputError, match="number of records is 0"):

@@ -1,4 +1,4 @@
-"""Files of a run directory that every room reads."""
+"""Files of a run directory that every package reads."""
 
 import shutil
 import subprocess

@@ -60,7 +60,7 @@ def test_a_node_takes_part_under_the_name_of_its_key_and_no_other(made, register
     one = made(Nodes("a", "a", "b"))  # node 1 has the key of c, and says hello first
     assert one.online() == {"a": 2, "b": 3}
     assert one.refused == {1: "wrong-name"}
-    assert "it calls itself a, and has the key of c" in caplog.text
+    assert "it calls itself a, but has the key of c" in caplog.text
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"x": "a"}', "{"])
