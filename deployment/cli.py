@@ -208,7 +208,9 @@ def reachable(
     url: Annotated[str, typer.Argument(help="An https address.")],
     ca: Annotated[
         Path,
-        typer.Option(help="The CA certificate that the service's certificate must be signed by."),
+        typer.Option(
+            help="The certificate of the CA that must have signed the service's certificate."
+        ),
     ],
 ) -> None:
     """Report by the exit code whether a service answers under a valid certificate."""

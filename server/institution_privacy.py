@@ -19,7 +19,7 @@ ADVERSARY = (
     "which sees every update"
 )
 ADJACENCY = (
-    "one institution's updates, in all rounds, replaced by zero; its participation is public"
+    "one institution's updates, in all rounds, replaced by zero; that it takes part is public"
 )
 
 

@@ -128,7 +128,7 @@ def _check_federation(config: RunConfig, institutions: int) -> None:
     ):
         raise InputError(
             f"federation.robust is {federation.robust!r} with federation.byzantine "
-            f"{federation.byzantine:g}, which means nothing for {asked} institutions a round "
+            f"{federation.byzantine:g}, which needs more than {asked} institutions a round "
             "(median, trimmed-mean and norm-bound need over 2 f of them, krum and multi-krum at "
             "least 2 f + 3); ask more institutions or lower federation.byzantine"
         )

@@ -18,7 +18,7 @@ NO_PROMISE_WITHOUT_DP = (
 )
 INSTITUTION_LEVEL_ONLY = (
     "Differential privacy of records was off (privacy.epsilon = inf): the server saw updates that "
-    "may reveal training records. The influence of an institution's data on the global adapters is "
+    "may reveal training records. What an institution's data did to the global adapters is "
     'protected from those who see only these, as "institution_level" says.'
 )
 NO_PROMISE_WITH_SEED = (
