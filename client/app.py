@@ -77,7 +77,7 @@ def _reply(
     call: Callable[[Institution, _Question], _Answer],
     pack: Callable[[_Answer], RecordDict],
 ) -> Message:
-    """The reply to a message: what the institution answers, or a refusal."""
+    """The reply to a message: the institution's answer, or a refusal."""
     institution = None
     try:
         institution = _institution(context)

@@ -122,7 +122,7 @@ class Institution:
                     if update is None:  # else it was answered before, and is not trained again
                         (adapter,) = train_rounds([planned])
                         update = planned.store_answer(adapter)
-        return self.store_local_parts(order, update)  # the caller sends what remains
+        return self.store_local_parts(order, update)  # the caller sends the rest
 
     def accept(self, order: wire.TrainOrder) -> wire.TrainOrder:
         """Check an order, and put the local parts into its adapter.

@@ -15,7 +15,7 @@ from fedlora import files
 from fedlora.accounting import Event, History, compose
 from fedlora.errors import InputError, Refusal
 
-_APPLICATION = 0x66646C64  # "fdld": what `file` and PRAGMA application_id show
+_APPLICATION = 0x66646C64  # "fdld", as `file` and PRAGMA application_id show it
 BUSY_SECONDS = 30.0
 
 

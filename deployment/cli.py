@@ -53,7 +53,7 @@ def _superlink_errors(command: Callable[..., None]) -> Callable[..., None]:
 @clean_errors
 def run_service(
     name: Annotated[str, typer.Argument(help="The service's name in its log.")],
-    command: Annotated[list[str], typer.Argument(help="After --: what to run.")],
+    command: Annotated[list[str], typer.Argument(help="The command, after --.")],
     json_lines: Annotated[
         bool, typer.Option("--json-lines", help="Pass on lines of JSON unchanged.")
     ] = False,

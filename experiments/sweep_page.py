@@ -48,7 +48,7 @@ def of(out: Path) -> Page:
         tiles=_tiles(pooled),
         sections=[
             _dp(out, about),
-            Section(title="What privacy costs", figures=_privacy(pooled, axes)),
+            Section(title="The cost of privacy", figures=_privacy(pooled, axes)),
             Section(title="By setting", figures=_against(pooled, axes) or _settings(pooled, axes)),
             Section(title="Institutions", **_institutions(lines, axes)),
             Section(

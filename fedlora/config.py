@@ -105,7 +105,7 @@ class AdapterConfig(Section):
                 if not whole or not 1 <= int(text) <= self.rank:
                     raise InputError(
                         f"adapter.ranks has {text[:40]!r}; it must be size, or whole numbers from "
-                        f"1 to adapter.rank ({self.rank}) joined by commas: mend it, or raise "
+                        f"1 to adapter.rank ({self.rank}) joined by commas: correct it, or raise "
                         "adapter.rank"
                     )
 

@@ -145,7 +145,7 @@ def count(source: str, *, text: str, label: str, labels: tuple[str, ...], unit: 
     if not table.texts:
         raise InputError(f"{source} has no row with a text and a label; give one that has")
     if labels:
-        check_labels(table.labels, labels, source, "mend these rows")
+        check_labels(table.labels, labels, source, "correct these rows")
     return len(table.texts)
 
 

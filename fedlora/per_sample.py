@@ -56,7 +56,7 @@ class _LowRankUpdate(torch.autograd.Function):
             bases; on others the sum is rounded once, as PEFT does there.
     """
 
-    # Ten arguments: torch tracks gradients of arguments only, not of what an object holds.
+    # Ten arguments: torch tracks gradients of arguments only, not of an object's contents.
     @staticmethod
     def forward(  # noqa: PLR0913
         ctx: Any,

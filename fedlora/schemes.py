@@ -41,7 +41,7 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
         )
     if scheme in ("dirichlet", "pathological") and not has_classes:
         raise InputError(
-            f"data.partition is {spec!r}, which deals out classes, but model.task is 'sft', which "
+            f"data.partition is {spec!r}, which assigns classes, but model.task is 'sft', which "
             "has none; use iid, natural:COLUMN or size:linear"
         )
     return scheme, argument

@@ -21,7 +21,7 @@ def check(config: RunConfig) -> None:
     """Refuse a configuration whose tracker is not installed.
 
     Raises:
-        InputError: Naming the key and what to install.
+        InputError: Naming the key and the package to install.
     """
     for name in ("mlflow", "tensorboard"):
         value = getattr(config.tracking, name)

@@ -138,7 +138,7 @@ def sample(
 ) -> list[str]:
     """The institutions to ask in a round.
 
-    These are the institutions asked least so far, ties broken by lot, none over ``cap``. So all
+    These are the institutions asked least so far, ties broken at random, none over ``cap``. So all
     counts stay within one of each other, no institution is asked more often than `participations`,
     and each can plan its noise for that many rounds.
 

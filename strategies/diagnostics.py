@@ -30,7 +30,7 @@ MAX_PLAIN_VALUES = 4096  # a magnitude or head with up to so many values is held
 
 
 class Watch:
-    """Notes of each passing update what `figures` needs.
+    """Records the values of each passing update that `figures` needs.
 
     Args:
         this_round: The round of the updates.

@@ -72,7 +72,7 @@ def test_the_largest_whole_number_of_a_flower_configuration_is_taken():
 
 
 def test_values_that_exclude_each_other_are_refused():
-    with pytest.raises(InputError, match="deals out classes, but model"):
+    with pytest.raises(InputError, match="assigns classes, but model"):
         config.from_flat(
             {"model.task": "sft", "data.partition": "dirichlet:0.5", "data.institutions": 4}
         )

@@ -183,7 +183,7 @@ def test_a_partition_that_the_rows_cannot_fill_is_an_error(
 
 
 def test_rows_without_classes_cannot_be_dealt_by_class() -> None:
-    with pytest.raises(InputError, match="deals out classes, but model"):
+    with pytest.raises(InputError, match="assigns classes, but model"):
         by_scheme("dirichlet:1", 10, 0, institutions=2, min_records=1, seed=0)
 
 

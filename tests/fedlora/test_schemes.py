@@ -44,7 +44,7 @@ def test_only_natural_may_leave_the_number_of_institutions_to_the_rows() -> None
 
 @pytest.mark.parametrize("spec", ["dirichlet:1", "pathological:2"])
 def test_classes_are_dealt_out_only_where_there_are_some(spec: str) -> None:
-    with pytest.raises(InputError, match="deals out classes, but model"):
+    with pytest.raises(InputError, match="assigns classes, but model"):
         parse(spec, institutions=3, has_classes=False)
 
 
