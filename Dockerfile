@@ -19,7 +19,7 @@ COPY cli cli
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" --editable '.[demo]'
 
-# Nothing here is secret and nothing is writable: keys, records and state are mounted.
+# The image holds no secret and nothing writable: keys, records and state are mounted.
 ENV HOME=/tmp \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -36,7 +36,7 @@ lint: $(READY)  ## format and lint
 types: $(READY)  ## static types
 	$(BIN)/pyright
 
-check: lint types test  ## what the gate runs
+check: lint types test  ## the gate: format, lint, types, fast tests
 
 bench: $(READY)  ## the table of docs/performance.md, both sides in turn; on an idle machine, about an hour and a half
 	$(BIN)/python -m benchmarks.bench $(BENCH)

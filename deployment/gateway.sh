@@ -1,5 +1,5 @@
-# The gateway's command. nginx does not read /etc/resolv.conf, and the names of other containers are known to
-# the resolver that is named there: Docker's is 127.0.0.11, podman's is another in every network.
+# The gateway's command. nginx does not read /etc/resolv.conf, but only the resolver in that file knows the names of
+# other containers: Docker's is 127.0.0.11, podman's differs from network to network.
 set -eu
 awk '$1 == "nameserver" { print "resolver " ($2 ~ ":" ? "[" $2 "]" : $2) " valid=5s ipv6=off;"; exit }' \
   /etc/resolv.conf > /tmp/resolver.conf
