@@ -28,8 +28,8 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
     rounds = config.federation.rounds
     if not 1 <= participations <= rounds:
         raise InputError(
-            f"an institution is asked for at most {participations} rounds; the number must be "
-            f"from 1 to federation.rounds ({rounds})"
+            f"the number of rounds for which an institution is asked is {participations}; it must "
+            f"be from 1 to federation.rounds ({rounds})"
         )
     return _plan_run(
         config.privacy,

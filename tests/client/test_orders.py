@@ -170,7 +170,7 @@ def test_only_the_very_parts_of_strategy_and_round_are_accepted(
 @pytest.mark.parametrize("participations", [-5, 0, 4, 10**9])
 def test_a_query_for_rounds_that_the_run_does_not_have_is_not_planned_for(bank, participations):
     _, config, _ = bank()
-    with pytest.raises(InputError, match=rf"asked for is {participations}; it must be from 1 to"):
+    with pytest.raises(InputError, match=rf"is asked is {participations}; it must be from 1 to"):
         plan_run(config, 100, participations)
 
 

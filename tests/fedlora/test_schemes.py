@@ -38,7 +38,7 @@ def test_any_other_partition_is_refused_with_the_list_of_valid_ones(spec: str) -
 
 def test_only_natural_may_leave_the_number_of_institutions_to_the_rows() -> None:
     assert parse("natural:bank", institutions=0, has_classes=True) == ("natural", "bank")
-    with pytest.raises(InputError, match="is 0, but partition iid needs to know"):
+    with pytest.raises(InputError, match="is 0, but partition iid needs their number"):
         parse("iid", institutions=0, has_classes=True)
 
 
