@@ -9,7 +9,7 @@ factors its product with A anew, by a singular value decomposition:
 Both factors go out with the next orders. The product, its rank and its scale stay, so averaging is
 exact as with FFA-LoRA, and the norms of DoRA, which read the product only, stay too. Now
 :math:`A' A'^\top = I`: a gradient of B is no longer than that of the whole product, and noise on B
-is as long in the product as in B. DoRA's magnitude and a head are trained and averaged with B.
+is as long in B A as in B. DoRA's magnitude and a head are trained and averaged with B.
 
 The rows of A' span the space of the old A's rows, so no round leaves the space of the first A.
 Two orthonormal A of one space differ by a rotation alone, and a step of plain SGD does not see it:
