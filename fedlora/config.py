@@ -632,14 +632,15 @@ def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> Non
             f"factors of one rank; leave it empty or use {names_with(lambda t: t.mixed_ranks)}"
         )
     stepped = federation.server_optimizer != "none" or federation.server_learning_rate != 1
-    if traits.residuals and stepped:
+    if (traits.residuals or traits.changes_basis) and stepped:
         raise InputError(
             f"federation.server-optimizer is {federation.server_optimizer!r} with "
             f"server-learning-rate {federation.server_learning_rate:g}, but federation.strategy "
             f"{strategy!r} takes the exact mean, not a step towards it; use none and 1, and set "
             "the step with training.learning-rate"
         )
-    if (traits.residuals or traits.local_parts) and federation.average_last:
+    meanless = traits.residuals or traits.local_parts or traits.changes_basis
+    if meanless and federation.average_last:
         raise InputError(
             f"federation.average-last is {federation.average_last:g}, but under "
             f"federation.strategy {strategy!r} adapters of different rounds go with different "
@@ -660,7 +661,7 @@ def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
     if rule in ("median", "trimmed-mean") and not traits.factor_means:
         raise InputError(
             f"federation.robust is {rule!r}, which takes each coordinate of the factors by itself, "
-            f"but under federation.strategy {strategy!r} institutions need not share a basis; use "
+            f"but federation.strategy {strategy!r} does not average each factor by itself; use "
             f"krum, multi-krum or norm-bound, or {names_with(lambda t: t.factor_means)}"
         )
     if rule not in ("median", "trimmed-mean") and traits.local_parts:

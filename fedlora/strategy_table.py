@@ -26,6 +26,9 @@ class Traits:
         mixed_ranks: Whether institutions may have different ranks.
         residuals: Whether the strategy puts the part of a mean that the factors do not hold into a
             frozen residual of the base's layers.
+        changes_basis: Whether the factors of two rounds stand in different bases. A difference or a
+            mean of factors of two rounds then means nothing, so there is no server optimizer, no
+            server learning rate and no mean over the last rounds.
     """
 
     summary: str
@@ -34,6 +37,7 @@ class Traits:
     factor_means: bool = False
     mixed_ranks: bool = False
     residuals: bool = False
+    changes_basis: bool = False
 
     def parts_sent(self, number: int) -> tuple["Part", ...]:
         """The parts of the adapter that institutions train and send in a round, from 1."""
@@ -48,6 +52,9 @@ _OUTPUTS: tuple["Part", ...] = ("B", "magnitude")
 STRATEGY_TABLE: Mapping[str, Traits] = {
     "fedavg": Traits(summary="mean of each factor", factor_means=True),
     "ffa": Traits(summary="A frozen, exact", factor_means=True, sent=(_FROZEN_A,)),
+    "fedsvd": Traits(
+        summary="as ffa, A orthonormal by an SVD a round", sent=(_FROZEN_A,), changes_basis=True
+    ),
     "rolora": Traits(summary="A, B in turn, exact", factor_means=True, sent=(_FROZEN_A, _FROZEN_B)),
     "svd": Traits(summary="mean of the products, cut back to the rank", mixed_ranks=True),
     "stack": Traits(summary="exact, fresh factors in each round", mixed_ranks=True, residuals=True),

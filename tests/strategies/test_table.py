@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,12 @@ def test_the_configuration_offers_and_describes_the_strategies_of_the_table():
     assert all(f"{name} ({traits.summary})" in text for name, traits in STRATEGY_TABLE.items())
     for name in STRATEGY_TABLE:
         assert from_flat({"federation.strategy": name}).federation.traits is STRATEGY_TABLE[name]
+
+
+def test_the_page_of_strategies_has_a_row_for_each_in_the_order_of_the_table():
+    page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+    first = page[page.index("| name |") :].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", first, re.M) == list(STRATEGY_TABLE)
 
 
 def test_the_traits_of_each_strategy_are_those_of_its_algorithm():

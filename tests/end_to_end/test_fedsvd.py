@@ -1,0 +1,210 @@
+"""Whole rounds under fedsvd, whose frozen A is another one in every round."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from client.dp_sgd import Clipping
+from client.institution import Institution
+from client.private_round import train_rounds
+from fedlora import models, trainable, wire
+from fedlora.adapters import AdapterState, kind
+from fedlora.errors import InputError
+from fedlora.run_files import read_records
+
+FEDSVD = {
+    "federation.strategy": "fedsvd",
+    "federation.server-optimizer": "none",
+    "federation.server-learning-rate": 1.0,
+}
+
+
+def _final(config):
+    return AdapterState.open(Path(config.run_dir) / "adapter")
+
+
+def _orthonormal(state):
+    """Whether each A has orthonormal rows, to 1e-6."""
+    return [
+        bool(((layer.a @ layer.a.T) - torch.eye(len(layer.a))).abs().max() < 1e-6)
+        for layer in state.layers().values()
+    ]
+
+
+def _order(work, config, **changes):
+    return wire.TrainOrder(
+        **{
+            "run": "a1",
+            "round": 2,
+            "participations": 3,
+            "base": work.base.digest,
+            "report": (),
+            "parts": config.federation.traits.parts_sent(2),
+            "kept": (),
+            "adapter": work.start,
+        }
+        | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization", "epsilon"),
+    [
+        ("lora", "none", 8.0),
+        ("dora", "none", 8.0),
+        ("rslora", "nf4", 8.0),
+        ("dora-rslora", "nf4", math.inf),
+    ],
+)
+def test_a_run_in_which_half_the_institutions_are_asked_is_the_same_after_a_resume(
+    tiny_config, simulate_run, tmp_path, method, quantization, epsilon
+):
+    ends = []
+    for name in ("calm", "resumed"):
+        config = tiny_config(
+            **FEDSVD,
+            **{
+                "run-dir": str(tmp_path / name),
+                "adapter.method": method,
+                "model.quantization": quantization,
+                "privacy.epsilon": epsilon,
+                "privacy.ledger": str(tmp_path / f"ledgers-{name}"),
+                "training.local-steps": 2,
+                "federation.rounds": 4,
+                "federation.institutions-per-round": 2,
+            },
+        )
+        result = simulate_run(config)
+        if name == "resumed":  # as if the server had died in the last round
+            run = Path(config.run_dir)
+            max((run / "checkpoints").iterdir()).unlink()
+            (run / "result.json").unlink()
+            result = simulate_run(config)
+        ends.append(_final(config))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert all(_orthonormal(ends[0]))
+    rounds = read_records(Path(config.run_dir))
+    assert [r["asked"] for r in rounds] == [2] * 4
+    assert all(r["aggregation_error"] < 1e-5 for r in rounds)
+    start = trainable.load(config, trainable.records(config).labels).start
+    answer = wire.pack_adapter(start.only(config.federation.traits.parts_sent(1)))
+    size = sum(len(array.data) for array in answer.values())
+    assert {i["received"] for r in rounds for i in r["institutions"].values()} == {size}
+    # PEFT alone opens the released adapter and answers alike.
+    base = models.load_base(
+        config.model.name,
+        dtype="fp32",
+        quantization=quantization,
+        task="classification",
+        num_labels=3,
+    )
+    model = PeftModel.from_pretrained(
+        base.model, Path(config.run_dir) / "adapter", trust_remote_code=False
+    )
+    records = trainable.records(config)
+    work = trainable.load(config, records.labels)
+    shard, _ = records.pooled_held_out()
+    batch = work.task.collate(shard, range(len(shard)))
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    right = (logits.argmax(1) == torch.tensor(shard.targets)).double().mean()
+    assert result["accuracy"] == pytest.approx(float(right), abs=0.011)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_under_dp_only_b_magnitude_and_head_are_clipped_and_noised(
+    tiny_config, monkeypatch, method
+):
+    clipped = []
+    clip = Clipping.clip
+
+    def watched(self, gradients):
+        clipped.append(sum(gradient[0].numel() for gradient in gradients if len(gradient)))
+        return clip(self, gradients)
+
+    monkeypatch.setattr(Clipping, "clip", watched)
+    config = tiny_config(**FEDSVD, **{"adapter.method": method})
+    work = trainable.load(config, trainable.records(config).labels)
+    who = Institution.locate(config, 0)
+    who.open_ledger(create=True).close()
+    order = _order(work, config)
+    with who.plan_round(who.accept(order)) as planned:
+        planned.charge()
+        (trained,) = train_rounds([planned])
+        sent = who.store_local_parts(order, planned.store_answer(trained)).adapter
+    before = work.start.only(order.parts)
+    assert {kind(name) for name in trained if torch.equal(trained[name], work.start[name])} == {"A"}
+    assert all(not torch.equal(trained[name], before[name]) for name in before)
+    assert set(sent) == set(before)
+    assert set(clipped) - {0} == {sum(tensor.numel() for tensor in before.values())}
+
+
+def test_an_institution_trains_with_the_a_of_its_order_whatever_it_trained_with_before(
+    tiny_config,
+):
+    """Under SGD the product after a round is the same for the factors B A and (B Q^T) (Q A).
+
+    Q is orthogonal. With the A of the first order the second product is another one.
+    """
+    config = tiny_config(
+        **FEDSVD,
+        **{
+            "privacy.epsilon": math.inf,
+            "training.local-steps": 3,
+            "training.learning-rate": 2.0,
+        },
+    )
+    work = trainable.load(config, trainable.records(config).labels)
+    who = Institution.locate(config, 0)
+    draw = torch.Generator().manual_seed(3)
+    plain, turned = dict(work.start), dict(work.start)
+    for path, layer in work.start.layers().items():
+        b = 0.1 * torch.randn(layer.b.shape, generator=draw)
+        q = torch.linalg.qr(torch.randn(len(layer.a), len(layer.a), generator=draw))[0]
+        plain |= layer._replace(b=b).named(path)
+        turned |= layer._replace(a=q @ layer.a, b=b @ q.T).named(path)
+    products = []
+    for state in (plain, turned):
+        order = _order(work, config, adapter=AdapterState(state))
+        after = order.adapter.updated(who.answer(order).adapter)
+        products.append({path: f.b @ f.a for path, f in after.layers().items()})
+        began = {path: f.b @ f.a for path, f in order.adapter.layers().items()}
+    for path, product in products[0].items():
+        moved = float((product - began[path]).norm())
+        assert moved > 0
+        assert float((products[1][path] - product).norm()) < 1e-3 * moved
+
+
+def test_until_b_has_moved_the_first_a_stays(tiny_config, simulate_run):
+    """A head of zeros gives B no gradient, so the first step without DP moves the head alone."""
+    config = tiny_config(**FEDSVD, **{"privacy.epsilon": math.inf, "federation.rounds": 1})
+    simulate_run(config)
+    start = trainable.load(config, trainable.records(config).labels).start
+    end = _final(config)
+    moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
+    assert moved == {"head"}
+    more = dataclasses.replace(config, federation=dataclasses.replace(config.federation, rounds=2))
+    more = dataclasses.replace(more, run_dir=config.run_dir + "-more")
+    simulate_run(more)
+    end = _final(more)
+    assert all(_orthonormal(end)) and not any(_orthonormal(start))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"federation.server-optimizer": "adam"}, "takes the exact mean, not a step towards it"),
+        ({"federation.server-learning-rate": 0.5}, "takes the exact mean, not a step towards it"),
+        ({"federation.average-last": 0.5}, "adapters of different rounds"),
+        ({"federation.robust": "median"}, "does not average each factor by itself"),
+        ({"privacy.institution-epsilon": 8.0}, "a mean of the factors themselves"),
+        ({"adapter.ranks": "2,4,4,4"}, "averages factors of one rank"),
+    ],
+)
+def test_what_would_act_on_one_factor_alone_is_refused(tiny_config, values, message):
+    with pytest.raises(InputError, match=message):
+        tiny_config(**FEDSVD | values)

@@ -1,0 +1,174 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.adapters import AdapterState
+from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.wire import ClientUpdate
+from strategies import fedavg, fedsvd, ffa, robust
+from strategies.base import Round
+from strategies.diagnostics import Watch
+
+A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
+MAGNITUDE, HEAD = "base.q.lora_magnitude_vector", "base.score.weight"
+PARTS = STRATEGY_TABLE["fedsvd"].parts_sent(1)
+EYE = {"rtol": 0, "atol": 1e-6}
+
+
+def _normal(draw, *shape):
+    return torch.from_numpy(draw.normal(size=shape)).float()
+
+
+def _state(draw, rank, d_out=14, d_in=11):
+    return AdapterState(
+        {
+            A: _normal(draw, rank, d_in),
+            B: _normal(draw, d_out, rank),
+            MAGNITUDE: _normal(draw, d_out),
+            HEAD: _normal(draw, 3, d_in),
+        }
+    )
+
+
+def _round(before, **values):
+    return Round(**{"number": 1, "asked": 9, "before": before, "parts": PARTS} | values)
+
+
+def _updates(states, weights=None):
+    weights = weights if weights is not None else [1.0] * len(states)
+    return [
+        (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state.only(PARTS)), weight)
+        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
+    ]
+
+
+def _product(state):
+    return state[B].double() @ state[A].double()
+
+
+def test_two_institutions_by_hand():
+    """The mean B is [[2, 0], [0, 6]], so B A is [[0, 4, 0], [6, 0, 0]]: singular values 6 and 4."""
+    before = AdapterState(
+        {A: torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]), B: torch.zeros(2, 2)}
+    )
+    sent = [
+        AdapterState({B: torch.tensor(values)})
+        for values in ([[1.0, 0.0], [0.0, 0.0]], [[3.0, 0.0], [0.0, 12.0]])
+    ]
+    new = fedsvd.aggregate(_round(before), _updates(sent))
+    # Each singular pair has a sign of its own, which the product does not see.
+    assert new[A].abs().tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    assert new[B].abs().tolist() == [[0.0, 4.0], [6.0, 0.0]]
+    assert (new[B] @ new[A]).tolist() == [[0.0, 4.0, 0.0], [6.0, 0.0, 0.0]]
+    assert before[A].tolist() == [[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]] and not before[B].any()
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rank=st.integers(1, 11),
+    count=st.integers(1, 6),
+    size=st.sampled_from([1e-4, 1.0, 30.0]),
+)
+def test_the_product_is_the_mean_one_and_the_rows_of_a_are_orthonormal(seed, rank, count, size):
+    draw = np.random.default_rng(seed)
+    before = _state(draw, rank)
+    states = [_state(draw, rank) for _ in range(count)]
+    states = [state.updated({B: state[B] * size}) for state in states]
+    weights = draw.uniform(1, 100, count)
+    updates = _updates(states, weights)
+    round = _round(before)
+    new = fedsvd.aggregate(round, updates)
+    mean = sum(w * s[B].double() for s, w in zip(states, weights, strict=True)) / weights.sum()
+    dense = mean @ before[A].double()
+    torch.testing.assert_close(_product(new), dense, rtol=0, atol=1e-6 * float(dense.norm()))
+    torch.testing.assert_close(new[A] @ new[A].T, torch.eye(rank), **EYE)
+    values = torch.linalg.svdvals(dense)[:rank]
+    gram = new[B].double().T @ new[B].double()
+    torch.testing.assert_close(
+        gram, values.square().diag(), rtol=1e-5, atol=1e-6 * float(values[0]) ** 2
+    )
+    plain = fedavg.aggregate(round, updates)
+    assert all(torch.equal(new[name], plain[name]) for name in (MAGNITUDE, HEAD))
+    assert new.validate_against(before) is None
+    again = fedsvd.aggregate(round, reversed(updates))
+    assert all(torch.equal(again[name], new[name]) for name in new)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6))
+@settings(deadline=None)
+def test_every_new_a_spans_the_space_of_the_first_so_a_step_of_b_moves_the_product_alike(
+    seed, rank
+):
+    """A step of B along -G A^T moves B A along -G A^T A: the projection of G on A's rows."""
+    draw = np.random.default_rng(seed)
+    first = state = _state(draw, rank)
+    projection = torch.linalg.pinv(first[A].double()) @ first[A].double()
+    for _ in range(3):
+        state = state.updated(fedsvd.aggregate(_round(state), _updates([_state(draw, rank)] * 2)))
+        span = state[A].double().T @ state[A].double()
+        torch.testing.assert_close(span, projection, rtol=0, atol=1e-5)
+
+
+def test_a_layer_whose_b_is_zero_keeps_its_a_to_the_last_bit():
+    draw = np.random.default_rng(1)
+    still, moved = "base.k.lora_{}.weight", "base.q.lora_{}.weight"
+    before = AdapterState(
+        {
+            name.format(part): _normal(draw, *shape)
+            for name in (still, moved)
+            for part, shape in (("A", (4, 11)), ("B", (14, 4)))
+        }
+    )
+    before = before.updated({still.format("B"): torch.zeros(14, 4)})
+    new = fedsvd.aggregate(_round(before), _updates([before] * 3))
+    assert torch.equal(new[still.format("A")], before[still.format("A")])
+    assert not new[still.format("B")].any()
+    assert not torch.equal(new[moved.format("A")], before[moved.format("A")])
+
+
+def test_a_direction_that_nobody_uses_keeps_an_a_and_its_b_is_zero():
+    draw = np.random.default_rng(5)
+    before = _state(draw, 4)
+    one = before.updated({B: before[B] * torch.tensor([1.0, 0.0, 0.0, 0.0])})
+    new = fedsvd.aggregate(_round(before), _updates([one]))
+    torch.testing.assert_close(new[A] @ new[A].T, torch.eye(4), **EYE)
+    assert new[B][:, 1:].abs().max() < 1e-6 * new[B].abs().max()
+    rows = torch.linalg.qr(before[A].T)[0]
+    torch.testing.assert_close(new[A] @ rows @ rows.T, new[A], **EYE)
+
+
+def test_of_nothing_comes_nothing():
+    assert len(fedsvd.aggregate(_round(_state(np.random.default_rng(0), 2)), [])) == 0
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_averaging_is_exact_by_the_figures_of_a_round(rslora):
+    draw = np.random.default_rng(2)
+    before = _state(draw, 4)
+    round = _round(before, asked=3, alpha=16.0, rslora=rslora)
+    watch = Watch(round)
+    updates = _updates([_state(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0])
+    new = fedsvd.aggregate(round, watch.through(updates))
+    assert watch.figures(new)["error"] < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi-krum", "norm-bound"])
+def test_a_rule_that_weighs_updates_gives_the_product_that_it_gives_with_a_fixed_a(rule):
+    draw = np.random.default_rng(4)
+    before = _state(draw, 4)
+    states = [before.updated({B: before[B] + 0.1 * _normal(draw, 14, 4)}) for _ in range(6)]
+    states.append(before.updated({B: -50 * before[B]}))
+    results = [
+        robust.aggregate(
+            _round(before), _updates(states), rule=rule, byzantine=2, mean=strategy.aggregate
+        )
+        for strategy in (fedsvd, ffa)
+    ]
+    (new, out), (plain, out_too) = results
+    assert out == out_too and ("bank-06" in out or rule == "norm-bound")
+    expected = _product(before.updated(plain))
+    torch.testing.assert_close(_product(new), expected, rtol=0, atol=1e-6 * float(expected.norm()))
+    torch.testing.assert_close(new[A] @ new[A].T, torch.eye(4), **EYE)
