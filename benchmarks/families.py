@@ -30,8 +30,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from client import private_training, training
-from fedlora import adapters, models, trainable
 from fedlora import config as configuration
+from fedlora import lora, lora_layers, models, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.encoder import HEAD
 from fedlora.errors import InputError, Refusal
@@ -247,7 +247,7 @@ def endings(model: Any) -> set[str]:
     """Last parts of the names of linear layers, the output layer's and the narrowest aside."""
     output, linear, others = model.get_output_embeddings(), set[str](), set[str]()
     for name, module in model.named_modules():
-        wide = adapters.is_linear(module) and min(module.weight.shape) >= RANK
+        wide = lora_layers.is_linear(module) and min(module.weight.shape) >= RANK
         trained = wide and module is not output and name != HEAD
         (linear if trained else others).add(name.rpartition(".")[2])
     return linear - others
@@ -269,7 +269,7 @@ def examined(family: str, kind: str, task: str = "classification") -> Iterator[R
             return
         found = endings(base.model)
         likely = (targets for targets in LIKELY if found.issuperset(targets))
-        usual = adapters.TARGETS.get(base.model.config.model_type) or next(likely, ())
+        usual = lora.TARGETS.get(base.model.config.model_type) or next(likely, ())
         for targets in dict.fromkeys((usual, tuple(sorted(found)))):
             if targets:
                 yield line(family, kind, task, Path(name), targets)

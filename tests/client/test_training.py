@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client import passes, private_training, training
 from client.gradients import Batch, _passes, packed_gradients, padded_gradients
-from fedlora import adapters, trainable
+from fedlora import adapters, lora_layers, trainable
 from fedlora import config as configuration
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
@@ -132,7 +132,7 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
     work = trainable.load(config, records.labels)
     generator = torch.Generator().manual_seed(1)
     state = {n: 2 * torch.randn(t.shape, generator=generator) for n, t in work.start.items()}
-    for path, _ in adapters.lora_layers(work.model) if residual else ():
+    for path, _ in lora_layers.lora_layers(work.model) if residual else ():
         for name, shape in zip(
             adapters.residual_names(path), ((residual, 384), (384, residual)), strict=True
         ):

@@ -12,7 +12,8 @@ from peft import PeftModel
 
 from fedlora import config as configuration
 from fedlora import trainable
-from fedlora.adapters import METHODS, AdapterState
+from fedlora.adapters import AdapterState
+from fedlora.lora import METHODS
 from fedlora.run_files import read_records
 from tests.conftest import shared_data
 

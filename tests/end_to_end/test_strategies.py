@@ -14,10 +14,11 @@ from client.local_parts import LocalParts
 from client.private_round import train_rounds
 from fedlora import finished_run as released
 from fedlora import models, trainable, wire
-from fedlora.adapters import PARTS, AdapterState, kind, residual_names
+from fedlora.adapters import AdapterState, kind, residual_names
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import read_records
 from server.run_directory import RunDirectory
+from tests.samples import train_order
 
 PLAIN = {"federation.server-optimizer": "none", "federation.server-learning-rate": 1.0}
 LEARNING = {
@@ -248,16 +249,7 @@ def test_a_bad_evaluation_ends_no_run_and_is_named(tiny_config, simulate_run, mo
 def test_an_order_cannot_make_an_institution_send_what_it_keeps(tiny_config):
     config = tiny_config(**{"federation.strategy": "fedsa"})
     work = trainable.load(config, trainable.records(config).labels)
-    order = wire.TrainOrder(
-        run="a1",
-        round=1,
-        participations=3,
-        base=work.base.digest,
-        report=(),
-        parts=("A", "head"),
-        kept=("B",),
-        adapter=work.start,
-    )
+    order = train_order(work, parts=("A", "head"), kept=("B",))
     who = Institution.locate(config, 0)
     who.accept(dataclasses.replace(order, kept=("B", "magnitude")))
     for changes in ({}, {"kept": ()}, {"kept": ("B", "magnitude"), "parts": ("A", "B", "head")}):
@@ -270,15 +262,8 @@ def test_a_residual_larger_than_agreed_is_refused(tiny_config):
     work = trainable.load(config, trainable.records(config).labels)
     path = next(name for name in work.start if kind(name) == "A").removesuffix(".lora_A.weight")
     names = residual_names(path)
-    order = wire.TrainOrder(
-        run="a1",
-        round=1,
-        participations=3,
-        base=work.base.digest,
-        report=(),
-        parts=PARTS,
-        kept=(),
-        adapter=work.start.updated({names[0]: torch.ones(3, 32), names[1]: torch.ones(32, 3)}),
+    order = train_order(
+        work, adapter=work.start.updated({names[0]: torch.ones(3, 32), names[1]: torch.ones(32, 3)})
     )
     with pytest.raises(Refusal, match="rank 3, above 2"):
         Institution.locate(config, 0).accept(order)
@@ -293,16 +278,7 @@ def test_the_same_order_from_another_start_is_another_release(tiny_config, tmp_p
     who.open_ledger(create=True).close()
 
     def order(round):
-        return wire.TrainOrder(
-            run="a1",
-            round=round,
-            participations=3,
-            base=work.base.digest,
-            report=(),
-            parts=("A", "head"),
-            kept=("B", "magnitude"),
-            adapter=work.start,
-        )
+        return train_order(work, round=round, parts=("A", "head"), kept=("B", "magnitude"))
 
     first = who.plan_round(who.accept(order(2)))
     first.charge()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora import adapters, trainable
 from fedlora import config as configuration
+from fedlora import lora_layers, trainable
 from fedlora.adapters import AdapterState
 from server import exchange, roster
 
@@ -66,7 +66,7 @@ def drawn_training() -> Iterator[Callable[[Callable[..., None]], None]]:
 
     def moved(work: Any, source: Any) -> AdapterState:
         """The adapter with a draw added to what is trained."""
-        named, new = adapters.parameters(work.model), {}
+        named, new = lora_layers.parameters(work.model), {}
         for name, tensor in AdapterState.read(work.model).items():
             if name in named and named[name].requires_grad:
                 draw = torch.from_numpy(source.child(name).normal(tensor.numel()))

@@ -25,9 +25,11 @@ from fedlora import config as configuration
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
+from fedlora.messages import Query, TrainOrder
 from simulation.engines.grid import identify
 from tests.machines.budgets import search, searched
 from tests.machines.conftest import LABELS
+from tests.samples import train_order
 
 DELTA, LIMIT = 1e-5, 7.0
 BREAKDOWNS = ("guard", "error", "killed")
@@ -81,7 +83,7 @@ class Killed(BaseException):
 class Sent:
     """An order as it was sent, so that it can be sent again."""
 
-    order: wire.TrainOrder
+    order: TrainOrder
     changes: tuple
     honest: bool
 
@@ -323,7 +325,7 @@ class InstitutionMachine(RuleBasedStateMachine):
     def hello(self, run, first, participations):
         """The question before a run: it charges nothing, and knows a run that has begun."""
         before = self._entries()
-        query = wire.Query(run=run, first=first, participations=participations)
+        query = Query(run=run, first=first, participations=participations)
         message = Message(wire.pack_query(query), 1, MessageType.QUERY)
         said = wire.unpack_hello(app(message, self._context(())).content)
         assert said.institution == "Alpha"
@@ -333,14 +335,11 @@ class InstitutionMachine(RuleBasedStateMachine):
     # What must come of it.
 
     def _order(self, run, round, participations, adapter):
-        return wire.TrainOrder(
+        return train_order(
             run=run,
             round=round,
             participations=participations,
             base=self.base,
-            report=(),
-            parts=adapters.PARTS,
-            kept=(),
             adapter=_bent(self.start, adapter),
         )
 

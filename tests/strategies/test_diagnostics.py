@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
+from fedlora.messages import ClientUpdate
 from fedlora.strategy_table import STRATEGY_TABLE
-from fedlora.wire import ClientUpdate
 from strategies import fedavg, ffa, svd
 from strategies.base import Round
 from strategies.diagnostics import Watch

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, residual_names
+from fedlora.messages import ClientUpdate
 from fedlora.strategy_table import STRATEGY_TABLE
-from fedlora.wire import ClientUpdate
 from strategies import STRATEGIES, exact, lowrank, pad, robust, stack
 from strategies.base import Round
 from strategies.diagnostics import Watch

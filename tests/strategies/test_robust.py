@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
+from fedlora.messages import ClientUpdate
 from fedlora.strategy_table import STRATEGY_TABLE
-from fedlora.wire import ClientUpdate
 from strategies import STRATEGIES, fedavg, ffa, products, robust, svd
 from strategies.base import Round
 

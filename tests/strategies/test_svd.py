@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
-from fedlora.wire import ClientUpdate
+from fedlora.messages import ClientUpdate
 from strategies import collected, svd
 from strategies.base import Round
 
