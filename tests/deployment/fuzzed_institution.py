@@ -17,8 +17,8 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from client.app import app
 from client.ledger import Ledger
-from fedlora import config as configuration
 from fedlora import trainable, wire
+from fedlora.config import from_flat
 from fedlora.errors import Refusal
 from fedlora.messages import Query
 from simulation.engines.grid import identify
@@ -64,7 +64,7 @@ def _reset(directory: Path, empty: bytes) -> None:
 
 def _order(values: dict[str, object]) -> RecordDict:
     """The order of a server that trains under this configuration."""
-    config = configuration.from_flat(values)
+    config = from_flat(values)
     work = trainable.load(config, config.data.labels)
     order = train_order(work, run=RUN, participations=2)
     return wire.pack_order(order, wire.pack_adapter(order.adapter))

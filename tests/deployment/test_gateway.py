@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
-from deployment import setup as init
+from deployment import setup
 from tests.deployment.harness import ROOT
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -28,7 +28,7 @@ def place(tmp_path):
     """A function that puts a file of server/ here: with the paths of a container in this place."""
     if shutil.which("nginx", path=PATH) is None:
         pytest.skip("nginx is not installed (apt-get install nginx-light)")
-    init.make(tmp_path / "made", ["a"], host="localhost", port=8443)
+    setup.make(tmp_path / "made", ["a"], host="localhost", port=8443)
 
     def put(name, **words):
         text = (ROOT / "deployment" / name).read_text()

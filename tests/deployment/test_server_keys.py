@@ -18,8 +18,7 @@ import tomli_w
 from client import server_keys
 from client.ledger import Ledger
 from client.server_keys import KEYS, Taken
-from fedlora import config as configuration
-from fedlora.config import RunConfig
+from fedlora.config import INSTITUTIONS, MIN_DELTA, RunConfig
 from tests.deployment.harness import ROOT
 
 LABELS = ["card", "fraud", "loan"]
@@ -41,7 +40,7 @@ OWN = {
 BASE = {
     "model.dtype": "fp32",
     "adapter.rank": 2,
-    "data.source": configuration.INSTITUTIONS,
+    "data.source": INSTITUTIONS,
     "data.institutions": 4,
     "data.labels": json.dumps(LABELS),
     "training.sample-rate": 0.25,
@@ -144,7 +143,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (("epsilon-too-large",), "privacy.epsilon", 8.001, 1e308),
         (("dp-required",), "privacy.epsilon", math.inf),
         (bad, "privacy.epsilon", 5e-324, 1e-9),
-        (followed, "privacy.delta", 0.0, configuration.MIN_DELTA),
+        (followed, "privacy.delta", 0.0, MIN_DELTA),
         (bad, "privacy.delta", 5e-324, 9e-31),
         ((*bad, "delta-too-large"), "privacy.delta", 1 / 127, 0.999),
         (followed, "privacy.max-grad-norm", 1e-6, 1e6),

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting, models, trainable
-from fedlora import records as run_records
+from fedlora import accounting, models, records, trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
@@ -317,7 +316,7 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
     simulate_run(config)
     (Path(config.run_dir) / "result.json").unlink()
     copy.write_text("".join(complaints.read_text().splitlines(keepends=True)[:-5]))
-    run_records._load.cache_clear()  # as in a new process
+    records._load.cache_clear()  # as in a new process
     with pytest.raises(InputError, match="other records or base weights"):
         simulate_run(config)
 

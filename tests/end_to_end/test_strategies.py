@@ -12,8 +12,7 @@ from client import training
 from client.institution import Institution
 from client.local_parts import LocalParts
 from client.private_round import train_rounds
-from fedlora import finished_run as released
-from fedlora import models, trainable, wire
+from fedlora import finished_run, models, trainable, wire
 from fedlora.adapters import AdapterState, kind, residual_names
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import read_records
@@ -97,10 +96,10 @@ def test_what_is_carried_by_the_base_is_saved_as_one_plain_adapter(
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     assert _accuracy(theirs, config) == pytest.approx(result["accuracy"], abs=0.011)
     # evaluate and merge open the same thing
-    _, opened = released._open(_run_dir(config), "")
+    _, opened = finished_run._open(_run_dir(config), "")
     torch.testing.assert_close(_logits(opened.model, config), ours, rtol=1e-4, atol=1e-4)
     if quantization == "none":
-        released.merge(_run_dir(config), tmp_path / "merged")
+        finished_run.merge(_run_dir(config), tmp_path / "merged")
         merged = models.load_base(
             str(tmp_path / "merged"),
             dtype="fp32",
@@ -193,14 +192,14 @@ def test_an_adapter_of_ones_own_is_asked_for_by_name(tiny_config, simulate_run, 
     simulate_run(config)
     run = _run_dir(config)
     with pytest.raises(InputError, match="give one of Alpha, Beta, Delta, Gamma"):
-        released.evaluate(run, str(complaints))
+        finished_run.evaluate(run, str(complaints))
     with pytest.raises(InputError, match="give one of Alpha"):
-        released.predict(run, ["about my loan"], "Nobody")
-    assert released.evaluate(run, str(complaints), "Beta")["n"] == 480
+        finished_run.predict(run, ["about my loan"], "Nobody")
+    assert finished_run.evaluate(run, str(complaints), "Beta")["n"] == 480
     other = tiny_config(**{"federation.rounds": 1, "run-dir": str(run.parent / "other")})
     simulate_run(other)
     with pytest.raises(InputError, match="one adapter for all"):
-        released.predict(run.parent / "other", ["about my loan"], "Beta")
+        finished_run.predict(run.parent / "other", ["about my loan"], "Beta")
 
 
 def test_a_part_that_is_not_finite_is_not_kept(tiny_config, simulate_run, monkeypatch):

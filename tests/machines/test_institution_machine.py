@@ -21,9 +21,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 from client.app import app
 from client.ledger import Ledger
 from fedlora import adapters, wire
-from fedlora import config as configuration
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
+from fedlora.config import INSTITUTIONS, from_flat
 from fedlora.errors import Refusal
 from fedlora.messages import Query, TrainOrder
 from simulation.engines.grid import identify
@@ -161,7 +161,7 @@ class InstitutionMachine(RuleBasedStateMachine):
 
     def _config(self, changes):
         values = type(self).values | {
-            "data.source": configuration.INSTITUTIONS,
+            "data.source": INSTITUTIONS,
             "data.labels": json.dumps(LABELS),
             "privacy.noise": "secure",
             "federation.rounds": 5,  # as many as a hello or an order may name
@@ -169,7 +169,7 @@ class InstitutionMachine(RuleBasedStateMachine):
         return values | dict(changes)
 
     def _context(self, changes):
-        flat = configuration.from_flat(self._config({})).flat()
+        flat = from_flat(self._config({})).flat()
         return Context(
             run_id=1,
             node_id=1,
@@ -387,9 +387,9 @@ class InstitutionMachine(RuleBasedStateMachine):
         assert update.privacy.noise_multiplier == event.noise_multiplier
         assert update.privacy.sample_rate == event.sample_rate
         assert update.privacy.ledger_epsilon <= LIMIT
-        assert update.privacy.epsilon <= configuration.from_flat(
-            self._config(sent.changes)
-        ).privacy.epsilon * (1 + 1e-6)
+        assert update.privacy.epsilon <= from_flat(self._config(sent.changes)).privacy.epsilon * (
+            1 + 1e-6
+        )
         self.answers[place] = (digest, _bytes(reply))
         self.last[order.run] = max(order.round, self.last.get(order.run, 0))
 
