@@ -1,16 +1,16 @@
-"""What a ledger's file holds, and what shows that it is whole: its tables, a hash chain, a seal.
+"""A ledger's tables, and the checks that they are unchanged: a hash chain and a seal.
 
-Charges are only ever added. Each carries a hash of itself and of all charges before it: the chain.
-Everything else changes: the binding is set, keys are wiped, answers are dropped. The seal is a hash
-of all that and of the chain's end; every transaction checks it first and renews it last.
+Charges are only added. Each holds a hash of itself and of all charges before it: the chain.
+The rest changes: the binding is set, keys are wiped, answers are dropped. The seal is a hash over
+the rest and the chain's end; every transaction checks it first and renews it last.
 
-The whole file is checked when it is opened, which is once a round. While it is open, each write
-checks the seal, which shows another program's change to all but the earlier charges; the chain
-shows those at the next opening.
+The whole file is checked when it is opened, once a round. While it is open, each write checks the
+seal, which shows another program's change to all but the earlier charges; the chain shows changes
+to those at the next opening.
 
-Guaranteed: a change by accident, or by hand, to anything that is read is found when the ledger is
-opened. Not guaranteed: that a change is found after which somebody computed the hashes anew, since
-they have no key, or that an older copy of the whole file is.
+Guaranteed: an opening finds a change, by accident or by hand, to anything that is read. Not found:
+a change after which somebody computed the hashes anew, since they have no key, and an older copy
+of the whole file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 import sqlite3
 
 VERSION = 2
-_CHAIN_VERSION = 1  # of the chain, whose form is still the first
+_CHAIN_VERSION = 1  # the chain's form did not change with the file's version
 
 LEDGER = """CREATE TABLE ledger (
     max_epsilon REAL NOT NULL, delta REAL NOT NULL, accountant TEXT NOT NULL,
@@ -67,7 +67,7 @@ def link(previous: str, *values: object) -> str:
 
 
 def sha256(answer: bytes) -> str:
-    """The digest that an answer is stored with."""
+    """The digest of a stored answer."""
     return hashlib.sha256(answer).hexdigest()
 
 
@@ -79,16 +79,16 @@ def seal(db: sqlite3.Connection) -> None:
 
 
 def broken_seal(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with the state that changes, in words. The first thing of a transaction."""
+    """Problems of the sealed state, in words. The first call of a transaction."""
     if _seal(db) == _stated_seal(db):
         return []
     return ["its limits, records, unit, keys, answers or sizes were changed by something else"]
 
 
 def problems(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with a file of this version, in words. Call it in a transaction."""
+    """Problems of a file of this version, in words. Call it in a transaction."""
     return (
-        broken_pages(db)  # of a damaged file nothing else can be said
+        broken_pages(db)  # a damaged file cannot be checked further
         or _other_tables(db)
         or broken_chain(db)
         or broken_seal(db)
@@ -103,12 +103,12 @@ def problems(db: sqlite3.Connection) -> list[str]:
 
 
 def broken_pages(db: sqlite3.Connection) -> list[str]:
-    """What SQLite finds wrong with its own structures, types included."""
+    """Problems that SQLite finds in its own structures, types included."""
     return [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
 
 
 def broken_chain(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with the limits and the charges."""
+    """Problems of the limits and the charges."""
     limits = db.execute(
         "SELECT max_epsilon, delta, accountant, entries, head FROM ledger"
     ).fetchall()
@@ -128,13 +128,13 @@ def broken_chain(db: sqlite3.Connection) -> list[str]:
 
 
 def _other_tables(db: sqlite3.Connection) -> list[str]:
-    found, wanted = _tables(db), _made()
+    found, wanted = _tables(db), _expected_tables()
     changed = sorted({str(name) for _, name, _, _ in found ^ wanted})
     return [f"{', '.join(changed)} is not as a ledger has it"] if changed else []
 
 
 @functools.cache
-def _made() -> frozenset[tuple[object, ...]]:
+def _expected_tables() -> frozenset[tuple[object, ...]]:
     db = sqlite3.connect(":memory:")
     try:
         db.executescript(SCHEMA)

@@ -1,7 +1,7 @@
-"""Ledgers of version 1, which had a chain and no seal, become ledgers of version 2.
+"""The upgrade of ledgers from version 1, which had a chain and no seal, to version 2.
 
-Version 1 does not show a change of fingerprint, unit, keys, answers or sizes. What they say at the
-upgrade is what is sealed.
+Version 1 does not show a change of fingerprint, unit, keys, answers or sizes. The upgrade seals
+their present values.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import sqlite3
 
 from client import ledger_integrity
 
-FROM = 1
+FROM_VERSION = 1
 
 
 def upgrade(db: sqlite3.Connection) -> list[str]:
     """Check a ledger of version 1 and rewrite it as one of version 2. Call it in a transaction.
 
-    Charges stay as they are. All or nothing of it is done, whenever the process is killed.
+    Charges stay as they are. The transaction makes the upgrade atomic.
 
     Returns:
-        What is wrong with the ledger, in words; the transaction must then be rolled back.
+        The ledger's problems, in words; the transaction must then be rolled back.
     """
     if found := ledger_integrity.broken_pages(db) or ledger_integrity.broken_chain(db):
         return found
