@@ -238,7 +238,8 @@ class AdapterState(Mapping[str, torch.Tensor]):
         """
         config = cast(LoraConfig, copy.copy(model.peft_config[ADAPTER]))
         config.inference_mode = True
-        whole, scaled = self.single(lambda rank: _scaling(config, rank))
+        root = config.use_rslora
+        whole, scaled = self.single(lambda rank: config.lora_alpha / (rank**0.5 if root else rank))
         if scaled:
             config.use_rslora, config.lora_alpha = False, whole.rank  # a scale of 1
         config.r = whole.rank
@@ -292,7 +293,3 @@ def _difference(
         if tuple(state[name].shape) != shape or 0 in shape:
             return f"{name} has shape {tuple(state[name].shape)}, expected {shape}"
     return None
-
-
-def _scaling(config: LoraConfig, rank: int) -> float:
-    return config.lora_alpha / (rank**0.5 if config.use_rslora else rank)

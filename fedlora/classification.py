@@ -105,11 +105,9 @@ class Classification(Task):
         inputs["logits_to_keep"] = torch.tensor([-1], device=inputs["input_ids"].device)
         return model(**inputs, use_cache=False).logits[:, -1]
 
-    def predict(
-        self, model: nn.Module, shard: Shard, labels: tuple[str, ...], physical_batch: int = 64
-    ) -> list[str]:
+    def predict(self, model: nn.Module, shard: Shard, labels: tuple[str, ...]) -> list[str]:
         """The label with the highest score for each row."""
-        scores = self._scores(model, shard, labels, physical_batch)
+        scores = self._scores(model, shard, labels)
         return [labels[int(i)] for i in scores.argmax(1)]
 
     def evaluate(
@@ -117,13 +115,12 @@ class Classification(Task):
         model: nn.Module,
         shard: Shard,
         labels: tuple[str, ...],
-        physical_batch: int = 64,
         *,
         owner: Int64 | None = None,
     ) -> dict[str, Any]:
         """``n``, ``accuracy``, ``macro_f1``, ``per_class``, ``loss`` (mean cross-entropy, nats)."""
         check_rows(shard)
-        scores = self._scores(model, shard, labels, physical_batch)
+        scores = self._scores(model, shard, labels)
         predicted = scores.argmax(1)
         result = metrics.classification(
             [labels[int(i)] for i in shard.targets], [labels[int(i)] for i in predicted], labels
@@ -136,12 +133,12 @@ class Classification(Task):
         return result
 
     def _scores(
-        self, model: nn.Module, shard: Shard, labels: tuple[str, ...], physical_batch: int
+        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
     ) -> NDArray[np.float32]:
         first, copy_of = distinct(shard.row(i).tobytes() for i in range(len(shard)))
         scores = np.empty((len(shard), len(labels)), dtype=np.float32)
         with evaluation_mode(model):
-            for rows in micro_batches(shard.lengths, first, physical_batch):
+            for rows in micro_batches(shard.lengths, first, self.physical_batch):
                 logits = self.logits(model, self.collate(shard, rows), labels)
                 scores[rows] = logits.cpu().numpy()
         return scores[first[copy_of]]

@@ -45,19 +45,16 @@ class Sft(Task):
         responses = rounded(shard.lengths - shard.targets, self.encoding.max_length)
         return np.column_stack([super().shapes(shard), responses])
 
-    def predict(
-        self, model: nn.Module, shard: Shard, labels: tuple[str, ...], physical_batch: int = 64
-    ) -> list[str]:
+    def predict(self, model: nn.Module, shard: Shard, labels: tuple[str, ...]) -> list[str]:
         """The response to each row's prompt, generated greedily."""
         rows = np.arange(len(shard))
-        return self._generate(model, shard, rows, physical_batch, MAX_RESPONSE_TOKENS)
+        return self._generate(model, shard, rows, MAX_RESPONSE_TOKENS)
 
     def evaluate(
         self,
         model: nn.Module,
         shard: Shard,
         labels: tuple[str, ...],
-        physical_batch: int = 64,
         *,
         owner: Int64 | None = None,
     ) -> dict[str, Any]:
@@ -70,11 +67,11 @@ class Sft(Task):
             and ``unparseable``: rows whose response begins with no reference, which are wrong.
         """
         check_rows(shard)
-        total, tokens = self._token_loss(model, shard, physical_batch)
+        total, tokens = self._token_loss(model, shard)
         sampled = RandomSource.seeded("generated rows", 0).permutation(len(shard))[:GENERATED_ROWS]
         lengths = shard.lengths[sampled] - shard.targets[sampled]
         longest = min(int(lengths.max()), MAX_RESPONSE_TOKENS)
-        said = self._generate(model, shard, sampled, physical_batch, longest)
+        said = self._generate(model, shard, sampled, longest)
         references: list[str] = [
             self._text(shard.row(i)[shard.targets[i] :]) for i in range(len(shard))
         ]
@@ -113,21 +110,19 @@ class Sft(Task):
         totals = nll.view(b, r).masked_fill(~counts, 0.0).sum(1)
         return totals, counts.sum(1).to(nll.dtype)
 
-    def _token_loss(self, model: nn.Module, shard: Shard, physical_batch: int) -> tuple[float, int]:
+    def _token_loss(self, model: nn.Module, shard: Shard) -> tuple[float, int]:
         first, copy_of = distinct(
             shard.row(i).tobytes() + shard.targets[i].tobytes() for i in range(len(shard))
         )
         losses = np.empty((len(shard), 2))
         with evaluation_mode(model):
-            for rows in micro_batches(shard.lengths, first, physical_batch):
+            for rows in micro_batches(shard.lengths, first, self.physical_batch):
                 both = torch.stack(self._response_losses(model, self.collate(shard, rows)), 1)
                 losses[rows] = both.cpu().numpy()
         total, tokens = losses[first[copy_of]].sum(0)
         return float(total), int(tokens)
 
-    def _generate(
-        self, model: nn.Module, shard: Shard, rows: Int64, physical_batch: int, max_tokens: int
-    ) -> list[str]:
+    def _generate(self, model: nn.Module, shard: Shard, rows: Int64, max_tokens: int) -> list[str]:
         """Greedy responses to the prompts of the given rows."""
         prompts = [shard.row(int(i))[: shard.targets[i]] for i in rows]
         first, copy_of = distinct(prompt.tobytes() for prompt in prompts)
@@ -136,7 +131,7 @@ class Sft(Task):
         said: dict[int, str] = {}
         generate: Any = model.generate
         with evaluation_mode(model):
-            for some in micro_batches(lengths, first, physical_batch):
+            for some in micro_batches(lengths, first, self.physical_batch):
                 tokens = [prompts[int(i)] for i in some]
                 batch = pad(tokens, some, lengths[some], self._pad_id, "left")
                 inputs = model_inputs(model, batch)

@@ -29,6 +29,9 @@ class Task(ABC):
         side: The side on which batches are padded.
     """
 
+    physical_batch = 64
+    """The most rows of one pass of an evaluation."""
+
     def __init__(self, encoding: PlainText | LabelPrompt | ResponsePrompt, side: Side) -> None:
         tokenizer = encoding.tokenizer
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -108,9 +111,7 @@ class Task(ABC):
         """Loss of each example, float32 ``(b,)``; it depends on no other example of the batch."""
 
     @abstractmethod
-    def predict(
-        self, model: nn.Module, shard: Shard, labels: tuple[str, ...], physical_batch: int = 64
-    ) -> list[str]:
+    def predict(self, model: nn.Module, shard: Shard, labels: tuple[str, ...]) -> list[str]:
         """The model's answer to each row: a label, or the text it generates greedily."""
 
     @abstractmethod
@@ -119,7 +120,6 @@ class Task(ABC):
         model: nn.Module,
         shard: Shard,
         labels: tuple[str, ...],
-        physical_batch: int = 64,
         *,
         owner: Int64 | None = None,
     ) -> dict[str, Any]:
@@ -129,7 +129,6 @@ class Task(ABC):
             model: The model; its mode is restored.
             shard: The records, at least one.
             labels: The classes; empty for sft.
-            physical_batch: The most rows of one pass; it changes the speed only.
             owner: Institution of each row ``(n,)``, to add ``by_owner``: its accuracy
                 (classification only).
 

@@ -1,7 +1,7 @@
 """Messages with ordinary values, for tests that change some of them."""
 
 from fedlora.adapters import PARTS, AdapterState
-from fedlora.messages import PrivacySpent, TrainOrder
+from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
 
 
 def train_order(work=None, **changes):
@@ -38,3 +38,12 @@ def privacy_spent(**changes):
         "ledger_limit": 9.0,
     }
     return PrivacySpent(**(values | changes))
+
+
+def updates_of(states, weights=None):
+    """An update of each state, from ``bank-00`` on, with its weight; equal weights if None."""
+    weights = [1.0] * len(states) if weights is None else weights
+    return [
+        (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state), weight)
+        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
+    ]

@@ -46,12 +46,16 @@ def minilm(request):
     )
     records = trainable.records(config)
     work = trainable.load(config, records.labels)
+    _set_values(work, 2.0)
+    yield work, [records.train(i) for i in range(len(records.names))]
+    trainable.forget()
+
+
+def _set_values(work, scale=1.0):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in work.parameters().values():
-            parameter.copy_(2.0 * torch.randn(parameter.shape, generator=generator))
-    yield work, [records.train(i) for i in range(len(records.names))]
-    trainable.forget()
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def _dropout(row):
@@ -277,10 +281,7 @@ def grouped_queries(request, tiny_config, tiny_encoder, tmp_path):
     )
     records = trainable.records(config)
     work = trainable.load(config, records.labels)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in work.parameters().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    _set_values(work)
     shard = records.all_train
     full, padded = (np.flatnonzero(shard.lengths == n)[:24] for n in (10, 9))
     assert len(full) and len(padded)

@@ -187,7 +187,8 @@ def test_evaluation_runs_equal_rows_once_without_dropout_and_restores_each_modul
     model.bert.embeddings.dropout.train()
     modes = [module.training for module in model.modules()]
     owner = np.array([0, 0, 0, 2, 2, 2])
-    result = task.evaluate(model, rows, ("x", "y"), 2, owner=owner)
+    task.physical_batch = 2
+    result = task.evaluate(model, rows, ("x", "y"), owner=owner)
     assert model.rows_seen == 3
     assert [module.training for module in model.modules()] == modes
     model.eval()
@@ -211,10 +212,11 @@ def test_predictions_are_the_same_whatever_the_batch() -> None:
     model = llama(len(tokenizer))
     for task, labels in ((label_task(tokenizer), LABELS), (sft_task(tokenizer), ())):
         rows = shard_of(task.encode(TEXTS, ANSWERS, labels))
-        if isinstance(task, Sft):
-            said = [task._generate(model, rows, np.arange(6), n, 8) for n in (1, 4)]
-        else:
-            said = [task.predict(model, rows, labels, n) for n in (1, 4)]
+        said = []
+        for task.physical_batch in (1, 4):
+            sft = isinstance(task, Sft)
+            short = task._generate(model, rows, np.arange(6), 8) if sft else None
+            said.append(short or task.predict(model, rows, labels))
         assert said[0] == said[1]
         assert said[0][1] == said[0][4]  # the same text twice
 
