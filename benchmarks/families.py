@@ -143,7 +143,7 @@ def build(family: str, kind: str, directory: Path) -> None:
         size = sum(
             p.numel() for p in factory.from_config(config, trust_remote_code=False).parameters()
         )
-    if size > LARGEST:
+    if size > MAX_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
     factory.from_config(config, trust_remote_code=False).float().save_pretrained(directory)
@@ -239,7 +239,7 @@ LIKELY = (
     ("in_proj",),
 )
 """Targets of families without a default of their own; the first that a model has."""
-LARGEST = 20_000_000
+MAX_PARAMETERS = 20_000_000
 """Parameters of a model here, at most: a family whose sizes have other names is left out."""
 
 

@@ -1,4 +1,4 @@
-"""The SuperNode: Flower's, which looks more often for messages while they come."""
+"""Flower's SuperNode with shorter pauses while messages arrive."""
 
 import time
 
@@ -7,23 +7,23 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from deployment.polling import Pauses
 from fedlora import flower_internals
 
-LOOK = 3.0
-"""Seconds that Flower's SuperNode pauses between two looks for a message. Its other pauses, of half
-a second, are those in which it waits for the answer of a message that came."""
+MAX_SECONDS = 3.0
+"""Flower's pause between two requests for a message. Its other pauses, of half a second, wait for
+answers."""
 
-SHORTEST = 0.2
-"""Seconds. A look costs the SuperLink some 8 ms."""
+MIN_SECONDS = 0.2
+"""The pause while messages arrive. A request costs the SuperLink some 8 ms."""
 
 
 class Sleep:
     """``time.sleep`` of Flower's loop."""
 
     def __init__(self) -> None:
-        self._pauses = Pauses(SHORTEST, LOOK)
+        self._pauses = Pauses(MIN_SECONDS, MAX_SECONDS)
 
     def __call__(self, seconds: float) -> None:
         """Pause, for this long at most."""
-        if seconds < LOOK:
+        if seconds < MAX_SECONDS:
             self._pauses.message_arrived()
         time.sleep(min(seconds, self._pauses.seconds))
 

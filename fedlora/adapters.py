@@ -79,7 +79,7 @@ class Factors(NamedTuple):
 
 
 class AdapterState(Mapping[str, torch.Tensor]):
-    """Values of everything that is trained: name -> float32 CPU tensor, sorted by name.
+    """The values of an adapter: name -> float32 CPU tensor, sorted by name.
 
     Names are those of PEFT's ``adapter_model.safetensors``. Tensors are held, not copied.
 
@@ -182,12 +182,12 @@ class AdapterState(Mapping[str, torch.Tensor]):
         return type(self)(tensors)
 
     def validate_against(self, reference: "AdapterState", *, residual: bool = False) -> str | None:
-        """Say what makes this adapter unusable beside ``reference``, or None.
+        """The first difference that makes this adapter unusable beside ``reference``, or None.
 
         Checked: names, shapes, float32, all values finite.
 
         Args:
-            reference: Whose names and shapes count; its residuals do not.
+            reference: The adapter with the right names and shapes; its residuals do not count.
             residual: Whether layers may have residuals, of any rank.
         """
         if problem := _difference(self, reference, residual=residual):
@@ -200,9 +200,9 @@ class AdapterState(Mapping[str, torch.Tensor]):
         return None
 
     def single(self, scale: Callable[[int], float]) -> tuple[Self, bool]:
-        """This adapter with its residuals taken into its factors, whose scale is then 1.
+        """This adapter with its residuals concatenated to its factors, whose scale is then 1.
 
-        DoRA's norm is that of W + residual + s B A, so its magnitudes stay what they are.
+        DoRA's norm is that of W + residual + s B A, so its magnitudes do not change.
 
         Args:
             scale: Rank -> s of s B A.
@@ -272,7 +272,7 @@ def _difference(
     any_rank: bool = False,
     residual: bool = False,
 ) -> str | None:
-    """What differs in names or shapes, or None; see `AdapterState.validate_against`."""
+    """The first difference in names or shapes, or None; see `AdapterState.validate_against`."""
     wanted = {name: tuple(t.shape) for name, t in reference.items() if kind(name) != "residual"}
     for path in [name.removesuffix(FACTOR_A) for name in wanted if kind(name) == "A"]:
         (a, b), (residual_a, residual_b) = factor_names(path), residual_names(path)

@@ -31,7 +31,7 @@ class Mode:
         examples: First dimension that every input must have.
         unit: Unit of each example ``(examples,)``; None when example i is unit i.
         own: Whether units have values of their own.
-        rows: Where the dropout of each example of a batch is drawn from; empty: no dropout.
+        rows: The random source of each example's dropout; empty: no dropout.
     """
 
     leaves: dict[nn.Parameter, torch.Tensor]
@@ -54,7 +54,7 @@ class Mode:
     def check(self, name: str, x: torch.Tensor, flat: bool) -> None:
         """Refuse an input in which an example is not one entry of the first dimension.
 
-        In a packed row examples are where it says, and only what is pooled has entries for them.
+        In a packed row the packing places examples, and only pooled inputs have an entry for each.
         Shapes can fit by coincidence: `fedlora.exactness` has shown, at a size where they cannot,
         that the first dimension of this layer's input is that of examples.
         """
@@ -97,7 +97,7 @@ class AdaptedLayer:
         self.magnitude: nn.Parameter | None = None
         if ADAPTER in layer.lora_magnitude_vector:
             self.magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
-        # Of which A, B and residual (which is replaced, never changed).
+        # A, B and the residual (which is replaced, never changed) with their norm.
         self._norm: tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
@@ -118,7 +118,7 @@ class AdaptedLayer:
         return self._dora(x, dropped, result, self.magnitude)
 
     def _row(self) -> Packing | None:
-        """Where examples are in the layer's input; None where each has an entry of its own."""
+        """The packing of the layer's input; None where each example has its own entry."""
         return None if self.flat else active()
 
     def _masks(self, x: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ class AdaptedLayer:
         return torch.cat([*(mask.to(x.device) for mask in masks), filler])[None]
 
     def _frozen(self, x: torch.Tensor) -> torch.Tensor:
-        """What the layer computes without its factors: the base, and the residual if it has one."""
+        """The output without the factors: the base, with the residual if the layer has one."""
         out = cast(torch.Tensor, self.base(x))
         pair = residual(self.layer)
         if pair is None:
@@ -182,15 +182,15 @@ class AdaptedLayer:
         out = scale * self._update(x if dropped is None else dropped, linear)
         return (out if kept is None else out + kept).to(result.dtype)
 
-    @torch.inference_mode(False)  # what an evaluation keeps here, training must be able to use
+    @torch.inference_mode(False)  # training also uses norms that an evaluation stored
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
         """Row norms of W + sBA, float32 ``(d_out,)``; constants to autograd (DoRA, section 4.3).
 
         W is the base weight with the residual.
 
-        Kept until A or B changes, by value: fused optimizers write without counting up a tensor's
-        version.
+        The result is stored until the values of A or B change: fused optimizers write without a new
+        tensor version.
         """
         pair = residual(self.layer)
         if self._norm is None or not (

@@ -44,15 +44,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """What is trained: low-rank factors on some linear layers of the base.
+    """Settings of an adapter: low-rank factors on some linear layers of the base.
 
     Args:
         method: ``lora`` (W + s B A); ``rslora`` has s = alpha / sqrt(rank) instead of alpha / rank;
             ``dora`` also learns the norm of each output row (Liu et al. 2024, arXiv 2402.09353);
             ``dora-rslora`` both.
         rank: Rank of B A, at least 1.
-        alpha: Above 0.
-        dropout: On the input of A, in [0, 1).
+        alpha: The numerator of the scale, above 0.
+        dropout: The dropout rate on the input of A, in [0, 1).
         target_modules: Last parts of layer names; empty for the default of the architecture
             (`TARGETS`).
 
@@ -86,7 +86,7 @@ class LoraSpec:
 
 
 def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
-    """Put a fresh adapter on a base; the model computes what the base computes until it is trained.
+    """Put a fresh adapter on a base; until it is trained, outputs equal those of the base.
 
     B is zero, A uniform in +-1/sqrt(d_in) as in PEFT but from named streams (the same on every
     machine, whatever the order of layers), DoRA's magnitudes are the row norms of the base.
@@ -94,13 +94,13 @@ def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
     of the result.
 
     Args:
-        base: Its model must carry no adapter yet.
-        spec: What to train.
-        seed: Of the initial A.
+        base: A base without an adapter.
+        spec: The adapter's settings.
+        seed: The seed of the initial A.
 
     Raises:
         InputError: If a target module is not in the model or is not a linear layer, or the rank is
-            above what one of these layers can have.
+            above the largest rank of one of these layers.
     """
     targets = _targets(base.model, spec.target_modules)
     _check_rank(base.model, spec.rank, targets)

@@ -42,7 +42,7 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def frozen_weight(layer: LoraLayer) -> torch.Tensor:
-    """What a layer's factors are added to: base weight and residual, float32 ``(d_out, d_in)``."""
+    """Base weight plus residual of a layer, float32 ``(d_out, d_in)``."""
     weight = dense_weight(layer.get_base_layer())
     pair = residual(layer)
     return weight if pair is None else torch.addmm(weight, pair[1], pair[0])

@@ -30,8 +30,8 @@ class LowRankUpdate(torch.autograd.Function):
         b: float32 ``(d_out, r)``, or ``(units, d_out, r)``. Either may be frozen.
         scaling: s.
         unit: The unit of each example ``(n,)`` int64; None when example i is unit i.
-        own: Whether units may have other values than the first.
-        row: Where the examples are if ``x`` is one packed row of them, ``(1, T, d_in)``.
+        own: Whether units have values of their own; else all have the first unit's.
+        row: The packing if ``x`` is one packed row, ``(1, T, d_in)``.
         apart: Round the update to the base's dtype before it is added, as PEFT does on quantised
             bases; on others the sum is rounded once, as PEFT does there.
     """
@@ -85,13 +85,13 @@ class LowRankUpdate(torch.autograd.Function):
 
 
 Examples = Packing | int
-"""Where examples are: in a packed row, or so many of equal length one after the other."""
+"""The examples' places: a packing, or a number of examples of equal length in turn."""
 
 
 def _product(
     rows: torch.Tensor, factor: torch.Tensor, of: Examples, plus: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows ``(N, p)`` of n examples times a factor ``(p, q)``, or ``(n, p, q)``: each its own.
+    """Rows ``(N, p)`` of n examples times a factor ``(p, q)``, or one for each ``(n, p, q)``.
 
     Returns:
         ``(N, q)``, with ``plus`` of the same shape added.

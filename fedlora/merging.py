@@ -72,7 +72,7 @@ def _dense(like: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> nn.Modu
     layer: nn.Module
     if (
         isinstance(like, Conv1D) or getattr(like, "source_cls", None) is Conv1D
-    ):  # what quantising replaced
+    ):  # a quantised Conv1D
         layer = Conv1D(weight.shape[0], weight.shape[1])
         layer.weight = nn.Parameter(weight.T.contiguous().to(dtype))
     else:

@@ -41,7 +41,7 @@ class PerSampleAdapters:
     examples.
 
     Args:
-        model: With an adapter attached; its trained layers are changed.
+        model: A model with an adapter; its trained layers are changed.
 
     Raises:
         Refusal: ``guard-no-gradient`` if something else is trained; ``guard-batch-coupled`` if a
@@ -126,7 +126,7 @@ class PerSampleAdapters:
             self._mode.unit, self._mode.own = None, False
 
     def draw_dropout(self, rows: Sequence[RandomSource]) -> None:
-        """Draw dropout for the coming batches from a source for each row, until told otherwise.
+        """Set the random sources of dropout, one for each row, for the next batches.
 
         A row's mask then depends on its source and the layer only, not on its place in a batch,
         and is the same again when activations are recomputed.
@@ -181,7 +181,7 @@ def pop_grad_sample(name: str, parameter: nn.Parameter) -> torch.Tensor:
 
 
 MIXTURES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""What configurations call the number of experts in a mixture."""
+"""Keys of configurations for the number of experts in a mixture."""
 
 
 def _couples_examples(module: nn.Module) -> bool:
