@@ -238,8 +238,8 @@ class AdapterState(Mapping[str, torch.Tensor]):
         """
         config = cast(LoraConfig, copy.copy(model.peft_config[ADAPTER]))
         config.inference_mode = True
-        root = config.use_rslora
-        whole, scaled = self.single(lambda rank: config.lora_alpha / (rank**0.5 if root else rank))
+        power = 0.5 if config.use_rslora else 1
+        whole, scaled = self.single(lambda rank: config.lora_alpha / rank**power)
         if scaled:
             config.use_rslora, config.lora_alpha = False, whole.rank  # a scale of 1
         config.r = whole.rank

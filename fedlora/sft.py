@@ -19,9 +19,9 @@ from fedlora.tasks import Task, check_rows, evaluation_mode, model_inputs
 GENERATED_ROWS = 200  # rows of an evaluation with a generated response: generation is slow
 MAX_RESPONSE_TOKENS = 128  # of a generated response
 MAX_ANSWERS = 100
-"""References are a closed set, and read as classes, if there are at most so many different ones."""
+"""The largest number of different references that are read as classes."""
 MAX_ANSWER_CHARACTERS = 40
-"""The longest reference in a closed set."""
+"""The length of the longest reference that is read as a class."""
 
 
 class Sft(Task):
