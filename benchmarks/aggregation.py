@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fedlora.adapters import AdapterState
-from fedlora.wire import ClientUpdate
+from fedlora.messages import ClientUpdate
 from strategies import STRATEGIES
 from strategies.base import Round, Weighted
 

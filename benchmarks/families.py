@@ -28,9 +28,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from client import private_training, training
-from fedlora import adapters, models, trainable
-from fedlora import config as configuration
+from fedlora import lora, lora_layers, models, trainable
 from fedlora.accounting import PrivacyPlan
+from fedlora.config import from_flat
 from fedlora.encoder import HEAD
 from fedlora.errors import InputError, Refusal
 from fedlora.shards import Shard
@@ -141,7 +141,7 @@ def build(family: str, kind: str, directory: Path) -> None:
         size = sum(
             p.numel() for p in factory.from_config(config, trust_remote_code=False).parameters()
         )
-    if size > LARGEST:
+    if size > MAX_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
     factory.from_config(config, trust_remote_code=False).float().save_pretrained(directory)
@@ -170,7 +170,7 @@ def load(directory: Path, targets: tuple[str, ...], **values: Any) -> trainable.
     Raises:
         InputError, Refusal: If the model is refused.
     """
-    config = configuration.from_flat(
+    config = from_flat(
         {
             "model.name": str(directory),
             "model.dtype": "fp32",
@@ -235,16 +235,16 @@ LIKELY = (
     ("q", "v"),
     ("in_proj",),
 )
-"""Targets of families without a default; the first that a model has is used."""
-LARGEST = 20_000_000
-"""The most parameters of a model; a family whose sizes have other names is left out."""
+"""Targets of families without a default of their own; the first that a model has."""
+MAX_PARAMETERS = 20_000_000
+"""Parameters of a model here, at most: a family whose sizes have other names is left out."""
 
 
 def endings(model: Any) -> set[str]:
     """Last parts of the names of linear layers, except the output layer and the narrowest."""
     output, linear, others = model.get_output_embeddings(), set[str](), set[str]()
     for name, module in model.named_modules():
-        wide = adapters.is_linear(module) and min(module.weight.shape) >= RANK
+        wide = lora_layers.is_linear(module) and min(module.weight.shape) >= RANK
         trained = wide and module is not output and name != HEAD
         (linear if trained else others).add(name.rpartition(".")[2])
     return linear - others
@@ -266,7 +266,7 @@ def examined(family: str, kind: str, task: str = "classification") -> Iterator[R
             return
         found = endings(base.model)
         likely = (targets for targets in LIKELY if found.issuperset(targets))
-        usual = adapters.TARGETS.get(base.model.config.model_type) or next(likely, ())
+        usual = lora.TARGETS.get(base.model.config.model_type) or next(likely, ())
         for targets in dict.fromkeys((usual, tuple(sorted(found)))):
             if targets:
                 yield line(family, kind, task, Path(name), targets)

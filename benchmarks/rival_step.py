@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import rival_model
 from fedlora import model_files
-from fedlora.adapters import TARGETS
+from fedlora.lora import TARGETS
 
 IGNORED = -100  # in labels, for transformers
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from fedlora import model_files
-from fedlora.adapters import TARGETS
 from fedlora.config import RunConfig, load
+from fedlora.lora import TARGETS
 from fedlora.rows import PartitionedRows, Table, partition_rows
 
 HERE = Path(__file__).resolve().parent

@@ -13,6 +13,7 @@ from client.institution import Institution
 from fedlora import wire
 from fedlora.config import check_threads, from_context
 from fedlora.errors import InputError, RecordError, Refusal, place
+from fedlora.messages import TrainOrder
 
 log = logging.getLogger("fedlora.client")
 _Question = TypeVar("_Question")
@@ -25,7 +26,7 @@ class InstitutionApp(ClientApp):
     def together(self, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
         """Reply to train messages, to each exactly as if it had arrived alone (`client.cohort`)."""
         replies: dict[int, RecordDict] = {}
-        orders: dict[int, tuple[Institution, wire.TrainOrder]] = {}
+        orders: dict[int, tuple[Institution, TrainOrder]] = {}
         reader = wire.OrderReader()
         for number, (message, context) in enumerate(calls):
             institution = None

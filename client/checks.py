@@ -6,17 +6,18 @@ from collections.abc import Sequence
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting, wire
+from fedlora import accounting
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import RESIDUAL_A, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
+from fedlora.messages import TrainOrder
 
 ADAM_EPS = 1e-8
 """torch's Adam adds this to the root of its second moment."""
 
 
-def check_order(order: wire.TrainOrder, config: RunConfig) -> None:
+def check_order(order: TrainOrder, config: RunConfig) -> None:
     """Refuse rounds that the run does not have, and parts that its strategy does not train.
 
     Raises:
@@ -40,7 +41,7 @@ def check_order(order: wire.TrainOrder, config: RunConfig) -> None:
         )
 
 
-def check_base(order: wire.TrainOrder, digest: str) -> None:
+def check_base(order: TrainOrder, digest: str) -> None:
     """Refuse an order for another base model.
 
     Args:
@@ -96,7 +97,7 @@ def check_report(asked: Sequence[str], allowed: Sequence[str]) -> None:
         )
 
 
-def check_step(order: wire.TrainOrder, config: RunConfig, plan: PrivacyPlan) -> None:
+def check_step(order: TrainOrder, config: RunConfig, plan: PrivacyPlan) -> None:
     """Refuse an adapter that no step can change: training would end in a guard, after the charge.
 
     The noise alone moves every value by about the deviation of the noise on the averaged gradient

@@ -13,16 +13,16 @@ from typing import ParamSpec, TypeVar
 from client import training
 from client.institution import Institution
 from client.private_round import PrivateRound, train_rounds
-from fedlora import wire
 from fedlora.adapters import AdapterState
+from fedlora.messages import ClientUpdate, TrainOrder
 
 log = logging.getLogger("fedlora.client")
-Outcome = wire.ClientUpdate | Exception
+Outcome = ClientUpdate | Exception
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def answer(calls: Sequence[tuple[Institution, wire.TrainOrder]]) -> list[Outcome]:
+def answer(calls: Sequence[tuple[Institution, TrainOrder]]) -> list[Outcome]:
     """Answer every order exactly as `Institution.answer` would.
 
     A round whose shared training fails is trained again alone: its charge is in the ledger, so it
@@ -56,10 +56,10 @@ def answer(calls: Sequence[tuple[Institution, wire.TrainOrder]]) -> list[Outcome
 
 def _charge(
     institution: Institution,
-    order: wire.TrainOrder,
+    order: TrainOrder,
     begun: set[Path],
     ledgers: contextlib.ExitStack,
-) -> PrivateRound | wire.ClientUpdate | None:
+) -> PrivateRound | ClientUpdate | None:
     """Plan and charge a round that can share passes.
 
     Args:
@@ -100,9 +100,7 @@ def _train(charged: Mapping[int, PrivateRound]) -> dict[int, AdapterState]:
     return adapters
 
 
-def _finish(
-    institution: Institution, planned: PrivateRound, adapter: AdapterState
-) -> wire.ClientUpdate:
+def _finish(institution: Institution, planned: PrivateRound, adapter: AdapterState) -> ClientUpdate:
     return institution.store_local_parts(planned.order, planned.store_answer(adapter))
 
 

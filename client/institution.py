@@ -21,12 +21,13 @@ from client.local_parts import LocalParts
 from client.private_round import PrivateRound, train_rounds
 from client.settings import Settings
 from client.training import LocalPlan
-from fedlora import accounting, trainable, wire
+from fedlora import accounting, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
+from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, Hello, Query, TrainOrder
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
@@ -89,7 +90,7 @@ class Institution:
             simulated=False,
         )
 
-    def hello(self, query: wire.Query) -> wire.Hello:
+    def hello(self, query: Query) -> Hello:
         """Give the institution's name, version and rank, and whether its ledger allows the run.
 
         Raises:
@@ -102,11 +103,9 @@ class Institution:
             with self.open_ledger(shard, create=query.first and self.simulated) as ledger:
                 self._check_limits(plan, ledger)
                 fits = query.run in ledger.runs() or ledger.fits(plan.events)
-        return wire.Hello(
-            institution=self.name, version=fedlora.__version__, fits=fits, rank=self.rank
-        )
+        return Hello(institution=self.name, version=fedlora.__version__, fits=fits, rank=self.rank)
 
-    def answer(self, order: wire.TrainOrder) -> wire.ClientUpdate:
+    def answer(self, order: TrainOrder) -> ClientUpdate:
         """Train one round and account for it. `client.cohort` does the same for several.
 
         Raises:
@@ -124,7 +123,7 @@ class Institution:
                         update = planned.store_answer(adapter)
         return self.store_local_parts(order, update)  # the caller sends the rest
 
-    def accept(self, order: wire.TrainOrder) -> wire.TrainOrder:
+    def accept(self, order: TrainOrder) -> TrainOrder:
         """Check an order, and put the local parts into its adapter.
 
         Returns:
@@ -144,7 +143,7 @@ class Institution:
         local = self._local_parts(order.run).load(order.round, order.adapter.only(order.kept))
         return dataclasses.replace(order, adapter=order.adapter.updated(local))
 
-    def plan_round(self, order: wire.TrainOrder) -> PrivateRound:
+    def plan_round(self, order: TrainOrder) -> PrivateRound:
         """Plan a round under DP.
 
         Args:
@@ -168,15 +167,13 @@ class Institution:
             name=self.name, order=order, config=self.config, shard=shard, plan=plan, ledger=ledger
         )
 
-    def store_local_parts(
-        self, order: wire.TrainOrder, update: wire.ClientUpdate
-    ) -> wire.ClientUpdate:
+    def store_local_parts(self, order: TrainOrder, update: ClientUpdate) -> ClientUpdate:
         """Store an update's local parts on this disk, and return the update without them."""
         if order.kept:
             self._local_parts(order.run).store(order.round, update.adapter.only(order.kept))
         return dataclasses.replace(update, adapter=update.adapter.only(order.parts))
 
-    def evaluate(self, order: wire.EvaluateOrder) -> wire.Evaluation:
+    def evaluate(self, order: EvaluateOrder) -> Evaluation:
         """Evaluate the institution's own adapter on its held-out rows; save it on request.
 
         This is the experimenter's measurement on rows that are set aside, in simulations only.
@@ -197,9 +194,9 @@ class Institution:
                 adapter.save(self.directory / "adapter", work.model)
             shard = trainable.records(self.config).held_out(self.index)
             metrics = work.task.evaluate(work.model, shard, work.labels) if len(shard) else {}
-        return wire.Evaluation(institution=self.name, metrics=metrics)
+        return Evaluation(institution=self.name, metrics=metrics)
 
-    def can_share(self, order: wire.TrainOrder) -> bool:
+    def can_share(self, order: TrainOrder) -> bool:
         """Whether a round of this order can share passes with other institutions' rounds."""
         return (
             self.config.privacy.enabled
@@ -235,7 +232,7 @@ class Institution:
             ledger.bind(shard.fingerprint(), privacy.unit)
         return ledger
 
-    def _train_without_dp(self, order: wire.TrainOrder) -> wire.ClientUpdate:
+    def _train_without_dp(self, order: TrainOrder) -> ClientUpdate:
         work, shard, config = self._load(), self._records(), self.config
         work.train_only((*order.parts, *order.kept))
         order.adapter.load_into(work.model)
@@ -253,7 +250,7 @@ class Institution:
             "records": float(len(shard)),
             "public-size": float(accounting.public_size(len(shard))),
         }
-        return wire.ClientUpdate(
+        return ClientUpdate(
             institution=self.name,
             round=order.round,
             run=order.run,

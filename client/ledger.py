@@ -1,13 +1,13 @@
 """An institution's privacy ledger: the epsilon that its records have spent, on its own disk.
 
-One SQLite file that outlives every process. Spending is written, and on the disk, *before* the
-steps run; nothing is ever refunded. An answer is stored before it is sent. At whatever point
-a machine dies, the ledger therefore states at least the spending of all sent answers.
+One SQLite file that outlives every process. A charge is on the disk *before* the steps run, and is
+never refunded. An answer is stored before it is sent. So the ledger covers every sent answer,
+whenever the machine dies.
 
 Guaranteed: charges of any number of processes never add up to more than the limit, at the ledger's
-own delta, over all runs ever made on these records. What voids it: putting an older copy of the
-file back, separating it from its ``-wal`` file while that exists or damage to that file, a second
-ledger for the same records, or an edit of the file with all hashes computed anew.
+own delta, over all runs on these records. The guarantee is void after: an older copy of the file is
+put back; the file is separated from its ``-wal`` file, or that file is damaged; a second ledger is
+made for the same records; somebody writes to the file and computes its hashes anew.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from fedlora.streams import KEY_BYTES
 
 @dataclass(frozen=True, kw_only=True)
 class Charge:
-    """A charge that was written, or found.
+    """A charge, new or found in the ledger.
 
     Args:
-        key: 32 bytes from which the round's noise and sampling are drawn; empty when the round was
+        key: 32 bytes, the seed of the round's noise and sampling; empty when the round was
             answered before.
         answer: The stored answer to send again instead of training, or None.
     """
@@ -47,8 +47,8 @@ class Ledger:
     """An open ledger; use it as a context manager, in the process and thread that opened it.
 
     Args:
-        connection: From :meth:`open`.
-        path: The ledger's file.
+        connection: The connection that `open` made.
+        path: The file's path.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
@@ -66,12 +66,12 @@ class Ledger:
     def create(
         cls, path: Path | str, *, max_epsilon: float, delta: float, accountant: str = "prv"
     ) -> None:
-        """Make an empty ledger, readable by its owner only. It appears whole or not at all.
+        """Make an empty ledger, readable by its owner only, atomically.
 
         Args:
-            path: A file that does not exist yet; its directory does.
-            max_epsilon: The epsilon that all runs on these records may spend together.
-            delta: The delta of that epsilon; below 1 / records.
+            path: The new file, in a directory that exists.
+            max_epsilon: The limit on epsilon of all runs together.
+            delta: The delta of that limit; below 1 / records.
             accountant: ``"prv"`` or ``"rdp"``.
 
         Raises:
@@ -85,9 +85,9 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path | str) -> Ledger:
-        """Open a ledger after a check that nothing in it was altered or removed.
+        """Open a ledger and check that nothing in it was altered or removed.
 
-        A ledger of version 1 is checked as far as it can be and becomes one of version 2.
+        A ledger of version 1 is checked as far as possible and upgraded to version 2.
 
         Raises:
             Refusal: ``ledger-missing``, ``ledger-exposed`` (others may write to it or to its
@@ -112,7 +112,7 @@ class Ledger:
         """Bind the ledger to records and unit on first use; afterwards check both.
 
         Args:
-            fingerprint: Digest of the records and their units.
+            fingerprint: The digest of the records and their units.
             unit: ``"record"``, or the column whose values are the units of privacy.
 
         Raises:
@@ -141,28 +141,26 @@ class Ledger:
         extra_events: Sequence[Event] = (),
         key: bytes | None = None,
     ) -> Charge:
-        """Charge a round before it runs, or report an earlier charge or answer of the same round.
+        """Charge a round before it runs, or find its earlier charge or answer.
 
-        One immediate transaction, on the disk when this returns:
+        One immediate transaction, on the disk when the method returns:
 
         1. The round was answered: the same order gets the stored answer, nothing is charged.
-        2. The same order was charged and not answered: nothing left this machine, so the round may
-           run again under the same key, as the same release; nothing is charged.
-        3. Otherwise it is charged, with a fresh key, if it fits.
+        2. The same order was charged and not answered: nothing was sent, so the round may run again
+           under the same key, as the same release; nothing is charged.
+        3. Otherwise the round is charged, with a fresh key, if it fits the limit.
 
         Args:
             run_id: The run.
-            round_number: Its round.
-            order_digest: Digest of everything that determines the release: the order and the
-                configuration.
+            round_number: The round's number.
+            order_digest: The digest of order and configuration, which determine the release.
             event: The round's steps.
-            planned: All events of the whole run, ``extra_events`` included. They forbid nothing: if
-                the whole run fits the limit, so does each of its rounds, and one evaluation
-                serves all rounds.
-            max_steps_of_run: The number of steps for which the noise was planned.
-            extra_events: Releases that the run makes once, such as its noised size. The run's first
-                charge pays for them.
-            key: Instead of a key from the operating system: 32 bytes for a reproducible simulation.
+            planned: All events of the whole run, ``extra_events`` included. If they fit, rounds
+                within them are not evaluated one by one. They never forbid a charge.
+            max_steps_of_run: The number of steps in the run's plan.
+            extra_events: One-off releases of the run, such as its noised size. The run's first
+                charge covers them.
+            key: 32 bytes for a reproducible simulation; None for a key from the operating system.
 
         Raises:
             Refusal: ``round-already-answered`` (with another order, or the answer is gone),
@@ -205,7 +203,7 @@ class Ledger:
         before, others = ledger_file.events(db), ledger_file.events(db, other_than=run)
         with_cost = accounting.compose((*before, *cost))
         whole = accounting.compose((*others, *planned))
-        # Epsilon grows with every step, so each part of a run that fits the limit fits it too.
+        # Epsilon grows with every step, so a part of a history that fits also fits.
         if _within(with_cost, whole) and self._epsilon(whole) <= self.max_epsilon:
             return
         needed = self._epsilon(with_cost)
@@ -219,7 +217,7 @@ class Ledger:
     def store_answer(
         self, run_id: str, round_number: int, order_digest: str, answer: bytes
     ) -> None:
-        """Store a round's answer, which may be sent once this returns.
+        """Store a round's answer; it may be sent after the method returns.
 
         The same transaction wipes the round's key and drops the answers of the run's earlier
         rounds.
@@ -242,14 +240,14 @@ class Ledger:
             ledger_file.store_answer(db, run_id, round_number, order_digest, answer)
 
     def released_size(self, run_id: str, noised: float) -> float:
-        """Remember the noised size that a run releases; the first one given stays.
+        """Store a run's noised size; later calls change nothing.
 
         Args:
-            run_id: The run, in which a charge paid for the release.
-            noised: A candidate, used only if the run has none yet.
+            run_id: The run, in which a charge covered the release.
+            noised: The value to store if the run has none.
 
         Returns:
-            The one value that may leave in this run.
+            The stored value, the only one that this run may send.
         """
         with self._transaction() as db:
             db.execute("INSERT INTO sizes VALUES (?, ?) ON CONFLICT DO NOTHING", (run_id, noised))
@@ -261,21 +259,21 @@ class Ledger:
             return ledger_file.events(self._connection, only=run_id)
 
     def runs(self) -> tuple[str, ...]:
-        """The runs that were charged, sorted."""
+        """The identities of all charged runs, sorted."""
         with ledger_file.refusing(self._path):
             rows = self._connection.execute("SELECT DISTINCT run FROM charges ORDER BY run")
             return tuple(row[0] for row in rows)
 
     def spent(self) -> float:
-        """Epsilon of all charged events, at the ledger's delta."""
+        """Epsilon of all charges, at the ledger's delta."""
         return self._epsilon(self.history())
 
     def fits(self, planned: Sequence[Event]) -> bool:
-        """Whether all charged events and a whole planned run together are within the limit."""
+        """Whether all charges and a whole planned run are within the limit."""
         return self._epsilon((*self.history(), *planned)) <= self.max_epsilon
 
     def show(self) -> dict[str, Any]:
-        """The ledger in plain values, for display and JSON."""
+        """The ledger as plain values, ready for JSON."""
         with ledger_file.refusing(self._path):
             fingerprint, unit = self._connection.execute(
                 "SELECT fingerprint, unit FROM ledger"

@@ -1,4 +1,4 @@
-"""The file of a privacy ledger: creation, opening, reading, and refusals for SQLite's errors."""
+"""The file of a privacy ledger: creation, opening, statements, and SQLite's errors as refusals."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fedlora import files
 from fedlora.accounting import Event, History, compose
 from fedlora.errors import InputError, Refusal
 
-_APPLICATION = 0x66646C64  # "fdld", as `file` and PRAGMA application_id show it
+_APPLICATION = 0x66646C64  # "fdld", the file's mark for `file` and PRAGMA application_id
 BUSY_SECONDS = 30.0
 
 
 def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> None:
-    """Write an empty ledger, readable by its owner only. It appears whole or not at all.
+    """Write an empty ledger, readable by its owner only, atomically.
 
     Raises:
         InputError: If the file exists, cannot be written, or others may write to its directory.
@@ -33,7 +33,7 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
             draft = Path(scratch) / "ledger.db"
             draft.touch(mode=0o600)
             with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
-                # No other process opens the draft: it is synced once, not after each statement.
+                # The draft is private, so it is synced once and not after each statement.
                 db.execute("PRAGMA synchronous=OFF")
                 db.execute("PRAGMA journal_mode=WAL")
                 db.executescript(ledger_integrity.SCHEMA)
@@ -56,7 +56,7 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a ledger's file after checking all of it. One of an older version is upgraded.
+    """Open a ledger's file after checking all of it. An older version is upgraded.
 
     Raises:
         Refusal: ``ledger-missing``, ``-exposed``, ``-corrupt``, ``-foreign``, ``-locked`` or
@@ -77,18 +77,18 @@ def connect(path: Path) -> sqlite3.Connection:
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA secure_delete=ON")  # a wiped key is overwritten
             if _number(db, "application_id") != _APPLICATION or _number(db, "user_version") not in (
-                ledger_upgrade.FROM,
+                ledger_upgrade.FROM_VERSION,
                 ledger_integrity.VERSION,
             ):
                 raise Refusal(
                     "ledger-foreign",
                     f"{path} is not a ledger of version {ledger_integrity.VERSION}",
                 )
-            if _number(db, "user_version") == ledger_upgrade.FROM:
+            if _number(db, "user_version") == ledger_upgrade.FROM_VERSION:
                 with transaction(db):
-                    if _number(db, "user_version") == ledger_upgrade.FROM:  # still
+                    if _number(db, "user_version") == ledger_upgrade.FROM_VERSION:  # still
                         refuse(path, ledger_upgrade.upgrade(db))
-            with transaction(db, "DEFERRED"):  # one snapshot, whatever others charge meanwhile
+            with transaction(db, "DEFERRED"):  # one snapshot beside charges of other processes
                 refuse(path, ledger_integrity.problems(db))
         except BaseException:
             db.close()
@@ -102,7 +102,7 @@ def _number(db: sqlite3.Connection, pragma: str) -> int:
 
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Generator[None]:
-    """Make a block of statements atomic: all of it is on the disk afterwards, or nothing."""
+    """Run a block as one transaction: all of it is on the disk, or nothing."""
     db.execute(f"BEGIN {kind}")
     try:
         yield
@@ -121,7 +121,7 @@ def refuse(path: Path, problems: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def refusing(path: Path) -> Generator[None]:
-    """Turn SQLite's errors into refusals: an institution that cannot account does not train."""
+    """Turn SQLite's errors into refusals: without its ledger an institution does not train."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -137,7 +137,7 @@ def refusing(path: Path) -> Generator[None]:
 
 
 def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> bytes | None:
-    """The stored answer to this very order, or None if the round has no answer yet."""
+    """The stored answer to this order, or None if the round has no answer yet."""
     stored = db.execute(
         "SELECT digest, answer FROM answers WHERE (run, round) = (?, ?)", (run, number)
     ).fetchone()
@@ -168,11 +168,10 @@ def store_answer(db: sqlite3.Connection, run: str, number: int, digest: str, ans
 def check_same_run(
     db: sqlite3.Connection, run: str, event: Event, extra_events: Sequence[Event]
 ) -> None:
-    """Refuse a charge with other noise, rate, steps or one-off releases than the run's first.
+    """Refuse a charge whose mechanism or one-off releases differ from the run's first charge.
 
-    The first charge fixes the mechanism of a run. Otherwise a server could change it between
-    rounds: it could have a one-off release made that no charge covers, or choose the next noise
-    after seeing the last answer, which numerical composition does not cover.
+    A server that changes them between rounds could obtain a one-off release without a charge, or
+    choose the next noise after the last answer, which numerical composition does not cover.
     """
     first = db.execute(
         "SELECT noise_multiplier, sample_rate, steps, extra FROM charges "
@@ -226,7 +225,7 @@ def append(
 def events(
     db: sqlite3.Connection, *, only: str | None = None, other_than: str | None = None
 ) -> History:
-    """All charged events, or those of one run, or those of all other runs, in canonical form."""
+    """The charged events of all runs, of one, or of all but one, in canonical form."""
     rows = db.execute(
         "SELECT noise_multiplier, sample_rate, steps, extra FROM charges"
         " WHERE (:only IS NULL OR run = :only) AND (:other IS NULL OR run <> :other)",

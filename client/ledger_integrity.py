@@ -1,16 +1,16 @@
-"""The contents of a ledger's file and their integrity: tables, a hash chain, a seal.
+"""A ledger's tables, and the checks that they are unchanged: a hash chain and a seal.
 
-Charges are only ever added. Each carries a hash of itself and of all charges before it: the chain.
-The other contents change: the binding is set, keys are wiped, answers are dropped. The seal is a
-hash of these contents and of the chain's end; every transaction checks it first and renews it last.
+Charges are only added. Each holds a hash of itself and of all charges before it: the chain.
+The rest changes: the binding is set, keys are wiped, answers are dropped. The seal is a hash over
+the rest and the chain's end; every transaction checks it first and renews it last.
 
-The whole file is checked when it is opened, which is once a round. While it is open, each write
-checks the seal, which shows another program's change to anything but the earlier charges; the chain
-shows a change to those at the next opening.
+The whole file is checked when it is opened, once a round. While it is open, each write checks the
+seal, which shows another program's change to all but the earlier charges; the chain shows changes
+to those at the next opening.
 
-Guaranteed: opening a ledger finds every accidental or manual change to a value that is read. Not
-guaranteed: finding a change after which the hashes were computed anew, since they have no key, or
-finding that the whole file is an older copy.
+Guaranteed: an opening finds a change, by accident or by hand, to anything that is read. Not found:
+a change after which somebody computed the hashes anew, since they have no key, and an older copy
+of the whole file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 import sqlite3
 
 VERSION = 2
-_CHAIN_VERSION = 1  # of the chain, whose form is still the first
+_CHAIN_VERSION = 1  # the chain's form did not change with the file's version
 
 LEDGER = """CREATE TABLE ledger (
     max_epsilon REAL NOT NULL, delta REAL NOT NULL, accountant TEXT NOT NULL,
@@ -67,7 +67,7 @@ def link(previous: str, *values: object) -> str:
 
 
 def sha256(answer: bytes) -> str:
-    """The digest that is stored with an answer."""
+    """The digest of a stored answer."""
     return hashlib.sha256(answer).hexdigest()
 
 
@@ -79,7 +79,7 @@ def seal(db: sqlite3.Connection) -> None:
 
 
 def broken_seal(db: sqlite3.Connection) -> list[str]:
-    """Problems of the changing contents, in words. The first step of a transaction."""
+    """Problems of the sealed state, in words. The first call of a transaction."""
     if _seal(db) == _stated_seal(db):
         return []
     return ["its limits, records, unit, keys, answers or sizes were changed by something else"]
@@ -88,7 +88,7 @@ def broken_seal(db: sqlite3.Connection) -> list[str]:
 def problems(db: sqlite3.Connection) -> list[str]:
     """Problems of a file of this version, in words. Call it in a transaction."""
     return (
-        broken_pages(db)  # further checks of a damaged file mean nothing
+        broken_pages(db)  # a damaged file cannot be checked further
         or _other_tables(db)
         or broken_chain(db)
         or broken_seal(db)
@@ -128,13 +128,13 @@ def broken_chain(db: sqlite3.Connection) -> list[str]:
 
 
 def _other_tables(db: sqlite3.Connection) -> list[str]:
-    found, wanted = _tables(db), _made()
+    found, wanted = _tables(db), _expected_tables()
     changed = sorted({str(name) for _, name, _, _ in found ^ wanted})
     return [f"{', '.join(changed)} is not defined as in a ledger"] if changed else []
 
 
 @functools.cache
-def _made() -> frozenset[tuple[object, ...]]:
+def _expected_tables() -> frozenset[tuple[object, ...]]:
     db = sqlite3.connect(":memory:")
     try:
         db.executescript(SCHEMA)

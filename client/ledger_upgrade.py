@@ -1,7 +1,7 @@
-"""Upgrade of ledgers of version 1, which had a chain and no seal, to version 2.
+"""The upgrade of ledgers from version 1, which had a chain and no seal, to version 2.
 
 Version 1 does not show a change of fingerprint, unit, keys, answers or sizes. The upgrade seals
-their values as it finds them.
+their present values.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import sqlite3
 
 from client import ledger_integrity
 
-FROM = 1
+FROM_VERSION = 1
 
 
 def upgrade(db: sqlite3.Connection) -> list[str]:
     """Check a ledger of version 1 and rewrite it as one of version 2. Call it in a transaction.
 
-    Charges stay as they are. The upgrade is atomic, whenever the process is killed.
+    Charges stay as they are. The transaction makes the upgrade atomic.
 
     Returns:
-        Problems of the ledger, in words; if there are any, the transaction must be rolled back.
+        The ledger's problems, in words; the transaction must then be rolled back.
     """
     if found := ledger_integrity.broken_pages(db) or ledger_integrity.broken_chain(db):
         return found

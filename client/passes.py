@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Iterator
 import numpy as np
 import torch
 
-from fedlora import packing, tasks
+from fedlora import packing
+from fedlora.batches import micro_batches
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
@@ -24,7 +25,7 @@ def plain_passes(
 ) -> Generator[torch.Tensor]:
     """Losses of all rows ``(n,)``, in passes; run each pass's backward before the next pass."""
     if trainable.first_position is None:
-        for micro in tasks.micro_batches(shard.lengths, rows, physical_batch):
+        for micro in micro_batches(shard.lengths, rows, physical_batch):
             yield padded_losses(trainable, shard, micro, dropout)
         return
     lengths, widths = shard.lengths[rows], trainable.task.widths(shard)

@@ -12,6 +12,7 @@ from fedlora import accounting, trainable, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
+from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
@@ -33,7 +34,7 @@ class PrivateRound:
     """
 
     name: str
-    order: wire.TrainOrder
+    order: TrainOrder
     config: RunConfig
     shard: Shard
     plan: PrivacyPlan
@@ -51,7 +52,7 @@ class PrivateRound:
         """Digest of order and configuration, under which the ledger has this round."""
         return self.order.digest(self.config.fingerprint())
 
-    def charge(self) -> wire.ClientUpdate | None:
+    def charge(self) -> ClientUpdate | None:
         """Charge the ledger for the round, unless it was answered before.
 
         Returns:
@@ -77,7 +78,7 @@ class PrivateRound:
         self.key = charged.key
         return None if charged.answer is None else wire.update_from_bytes(charged.answer)
 
-    def store_answer(self, adapter: AdapterState) -> wire.ClientUpdate:
+    def store_answer(self, adapter: AdapterState) -> ClientUpdate:
         """Store the round's answer in the ledger; only then may it be sent.
 
         Args:
@@ -90,7 +91,7 @@ class PrivateRound:
             Refusal: ``round-already-answered`` or ``ledger-*``.
         """
         order = self.order
-        update = wire.ClientUpdate(
+        update = ClientUpdate(
             institution=self.name,
             round=order.round,
             run=order.run,
@@ -113,10 +114,10 @@ class PrivateRound:
             return self.ledger.released_size(self.order.run, noised)
         return 0.0
 
-    def _spent(self) -> wire.PrivacySpent:
+    def _spent(self) -> PrivacySpent:
         plan, ledger = self.plan, self.ledger
         events = ledger.history(self.order.run)
-        return wire.PrivacySpent(
+        return PrivacySpent(
             unit=self.config.privacy.unit,
             epsilon=accounting.epsilon(events, plan.delta, plan.accountant),
             delta=plan.delta,

@@ -23,12 +23,12 @@ class Authority:
 
     @property
     def pem(self) -> bytes:
-        """Its certificate, for everybody."""
+        """The certificate in PEM; public."""
         return self.certificate.public_bytes(serialization.Encoding.PEM)
 
     @property
     def private_pem(self) -> bytes:
-        """Its private key, for the operator alone."""
+        """The private key in PEM; for the operator alone."""
         return _private(self.key, serialization.PrivateFormat.PKCS8)
 
 
@@ -46,10 +46,10 @@ def make_authority() -> Authority:
 
 
 def read_authority(certificate: bytes, key: bytes) -> Authority:
-    """The authority of these two PEM files.
+    """Read an authority from two PEM files.
 
     Raises:
-        ValueError: If they are damaged, or do not belong together.
+        ValueError: If a file is damaged, or the key is not that of the certificate.
     """
     private = serialization.load_pem_private_key(key, None)
     public = x509.load_pem_x509_certificate(certificate)
@@ -63,12 +63,12 @@ def read_authority(certificate: bytes, key: bytes) -> Authority:
 def make_server(
     authority: Authority, hosts: Sequence[str], days: int = SERVER_DAYS
 ) -> tuple[bytes, bytes]:
-    """Certificate and private key of a server that is reached under these names.
+    """Certificate and private key of a server.
 
     Args:
-        authority: Signs it.
-        hosts: Names and addresses; the first is its common name.
-        days: How long it is valid; it begins an hour ago, since clocks differ.
+        authority: The signer.
+        hosts: The server's names and addresses; the first is the common name.
+        days: The certificate's validity in days, from an hour ago, since clocks differ.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     issuer = authority.certificate.subject
@@ -87,11 +87,11 @@ def make_server(
 
 
 def hosts(certificate: bytes) -> tuple[str, ...]:
-    """Names and addresses under which the server of this certificate is reached.
+    """The server names and addresses in a certificate.
 
     Raises:
-        ValueError: If it is damaged.
-        cryptography.x509.ExtensionNotFound: If it names none.
+        ValueError: If the certificate is damaged.
+        cryptography.x509.ExtensionNotFound: If it has no names.
     """
     names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(
         x509.SubjectAlternativeName
@@ -100,7 +100,7 @@ def hosts(certificate: bytes) -> tuple[str, ...]:
 
 
 def make_node(name: str) -> tuple[bytes, bytes]:
-    """Public and private key of an institution, as Flower reads them: OpenSSH's formats."""
+    """Public and private key of an institution, in OpenSSH's formats, which Flower reads."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH

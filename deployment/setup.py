@@ -1,4 +1,4 @@
-"""Make the directory that a federation's services are mounted from."""
+"""The directory of a federation: keys, settings and folders that containers mount."""
 
 import os
 import re
@@ -22,13 +22,13 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?")
 
 
 def make(directory: Path, institutions: Sequence[str], *, host: str, port: int) -> None:
-    """Make everything, or nothing: it is built beside its place, then renamed.
+    """Make the directory atomically: it is built beside its place, then renamed.
 
     Args:
-        directory: Must not exist.
-        institutions: Their names.
-        host: Name or address under which institutions reach the gateway; also in its certificate.
-        port: On which the gateway is published.
+        directory: The new directory.
+        institutions: The institutions' names.
+        host: The gateway's name or address for institutions and for its certificate.
+        port: The gateway's published port.
 
     Raises:
         InputError: For a directory that exists, bad names, or a place that cannot be written.
@@ -50,7 +50,7 @@ def make(directory: Path, institutions: Sequence[str], *, host: str, port: int) 
         _write(building / ".env", _environment(directory, port), 0o644)
         building.chmod(0o755)
         if os.geteuid() == 0:
-            _give(building, IMAGE_USER)
+            _change_owner(building, IMAGE_USER)
         directory.parent.mkdir(parents=True, exist_ok=True)
         building.rename(directory)
     except BaseException:
@@ -76,15 +76,15 @@ def add(directory: Path, name: str) -> None:
             )
     _institution(directory, name, _authority(directory).pem)
     if os.geteuid() == 0:
-        _give(directory / "institutions" / name, IMAGE_USER)
+        _change_owner(directory / "institutions" / name, IMAGE_USER)
 
 
 def renew(directory: Path, *, host: str = "") -> None:
     """New certificates of the gateway and the SuperLink, from the same CA.
 
     Args:
-        directory: That `make` made.
-        host: Where institutions reach the gateway; by default the names of its old certificate.
+        directory: A directory from `make`.
+        host: The gateway's name or address; empty for the names of its old certificate.
 
     Raises:
         InputError: When the directory holds no CA, or no certificate to take names from.
@@ -100,7 +100,7 @@ def renew(directory: Path, *, host: str = "") -> None:
     _servers(directory, authority, hosts)
     if os.geteuid() == 0:
         for name in ("gateway", "superlink"):
-            _give(directory / name, IMAGE_USER)
+            _change_owner(directory / name, IMAGE_USER)
 
 
 def _check(institutions: Sequence[str], host: str, port: int) -> None:
@@ -173,7 +173,7 @@ def _authority(directory: Path) -> keys.Authority:
 
 
 def _settings(name: str) -> bytes:
-    """An institution's settings, with the paths that it has in its container."""
+    """An institution's settings, with paths inside its container."""
     values = {
         "name": name,
         "gateway": "gateway:8443",
@@ -231,7 +231,7 @@ def _environment(directory: Path, port: int) -> bytes:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a file that never was more open than ``mode``."""
+    """Write a file atomically, with the permissions ``mode`` from the start."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
     with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
@@ -242,8 +242,8 @@ def _write(path: Path, content: bytes, mode: int) -> None:
     beside.replace(path)
 
 
-def _give(root: Path, owner: int) -> None:
-    """Give all but the CA to the image's user."""
+def _change_owner(root: Path, owner: int) -> None:
+    """Make the image's user the owner of everything but the CA."""
     for path in (root, *root.rglob("*")):
         if root / "ca" not in (path, *path.parents):
             os.chown(path, owner, owner, follow_symlinks=False)

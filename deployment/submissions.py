@@ -192,16 +192,13 @@ def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
     return lines
 
 
-def follow(
-    server: Server, name: str, show: Callable[[dict[str, Any]], None], seconds: float = 1.0
-) -> Submission:
+def follow(server: Server, name: str, show: Callable[[dict[str, Any]], None]) -> Submission:
     """Wait until a submission has ended.
 
     Args:
         server: The server.
         name: The submission.
-        show: Gets the record of each round once.
-        seconds: Seconds between two reads of its directory.
+        show: Called once with the record of each round.
     """
     shown, asked = 0, time.monotonic()
     while True:
@@ -215,7 +212,7 @@ def follow(
             asked = time.monotonic()
             with contextlib.suppress(FlowerError):  # an unreachable SuperLink may come back
                 observe(server, name)
-        time.sleep(seconds)
+        time.sleep(1.0)
 
 
 def _start(server: Server, submission: Submission) -> Submission:

@@ -1,4 +1,4 @@
-"""The SuperNode: Flower's, which polls more often while messages arrive."""
+"""Flower's SuperNode with shorter pauses while messages arrive."""
 
 import time
 
@@ -7,23 +7,23 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from deployment.polling import Pauses
 from fedlora import flower_internals
 
-LOOK = 3.0
-"""Seconds that Flower's SuperNode pauses between two polls for a message. In its other pauses, of
-half a second, it waits for the answer to a message."""
+MAX_SECONDS = 3.0
+"""Flower's pause between two requests for a message. Its other pauses, of half a second, wait for
+answers."""
 
-SHORTEST = 0.2
-"""The shortest pause in seconds. A poll costs the SuperLink some 8 ms."""
+MIN_SECONDS = 0.2
+"""The pause while messages arrive. A request costs the SuperLink some 8 ms."""
 
 
 class Sleep:
     """``time.sleep`` of Flower's loop."""
 
     def __init__(self) -> None:
-        self._pauses = Pauses(SHORTEST, LOOK)
+        self._pauses = Pauses(MIN_SECONDS, MAX_SECONDS)
 
     def __call__(self, seconds: float) -> None:
-        """Pause for at most this time."""
-        if seconds < LOOK:
+        """Pause, for this long at most."""
+        if seconds < MAX_SECONDS:
             self._pauses.message_arrived()
         time.sleep(min(seconds, self._pauses.seconds))
 

@@ -66,7 +66,7 @@ def of_run(directory: Path) -> Page:
             Section(title="Quality", words=[METRICS], **_quality(result, records)),
             Section(title="Institutions", **_by_institution(result)),
             Section(title="Aggregation", **_aggregation(records)),
-            Section(title="Cost", **_cost(config, result, records)),
+            Section(title="Cost", **_cost(result, records)),
             environment(read_run_file(directory, "environment.json")),
             Section(title="Configuration", text=config.to_toml()),
         ],
@@ -277,9 +277,7 @@ def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"words": words if shown else (), "figures": shown, "tables": tables}
 
 
-def _cost(
-    config: RunConfig, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def _cost(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not records:
         return {}
     rounds = [r["round"] for r in records]

@@ -196,7 +196,8 @@ def _grid(tree: Mapping[str, Any]) -> Axes:
     """Read and check the axes of a sweep file."""
     axes: Axes = {}
     for name, value in tree["grid"].items():
-        axes |= _variants(name, value) if _has_variants(name, value) else _lists({name: value})
+        variants = isinstance(value, dict) and name not in SECTIONS
+        axes |= _variants(name, value) if variants else _lists({name: value})
     if not axes:
         raise InputError(
             "the grid is empty; list at least one key with its values, such as seed = [1, 2, 3]"
@@ -210,11 +211,6 @@ def _grid(tree: Mapping[str, Any]) -> Axes:
                 raise InputError(f"grid has {name} {label!r} twice; drop one")
             _check_keys(f"grid {name}", values)
     return axes
-
-
-def _has_variants(name: str, value: Any) -> bool:
-    """Whether a grid entry is a table of variants; a section of the configuration is none."""
-    return isinstance(value, dict) and name not in SECTIONS
 
 
 def _variants(name: str, table: Mapping[str, Any]) -> Axes:

@@ -107,7 +107,6 @@ def load_shard(
     label: str,
     labels: tuple[str, ...],
     encode: Encode,
-    split: str = "test",
 ) -> tuple[Shard, int]:
     """Read all rows of one source, uncached; rows without text or label are left out.
 
@@ -117,7 +116,6 @@ def load_shard(
         label: Column of the label.
         labels: The classes that the model knows; empty for sft.
         encode: The tokeniser.
-        split: Split of a Hub data set.
 
     Returns:
         The rows, and the number of rows that were cut to length.
@@ -125,7 +123,7 @@ def load_shard(
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
     """
-    table = read_table(source, text, label, {}, split)
+    table = read_table(source, text, label, {}, "test")
     if not table.texts:
         raise InputError(f"{source} has no row with a text and a label; give one that has")
     if labels:

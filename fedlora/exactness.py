@@ -43,15 +43,16 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedlora import adapters, packing
+from fedlora import adapters, lora_layers, packing
 from fedlora.batches import Batch, Int64, PackedBatch
+from fedlora.classification import LENGTH_DEPENDENT
 from fedlora.encoder import HEAD
 from fedlora.encoding import Encoded
 from fedlora.errors import Refusal
 from fedlora.per_sample import PerSampleAdapters, pop_grad_sample
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
-from fedlora.tasks import LENGTH_DEPENDENT, Task, shard_of
+from fedlora.tasks import Task, shard_of
 
 TOLERANCE = 3e-3
 """The largest relative difference of a parameter's gradient from that of one backward pass."""
@@ -422,11 +423,11 @@ def _in_float32(model: nn.Module) -> Generator[None]:
 @contextmanager
 def _moved(model: PeftModel) -> Generator[None]:
     """Give every trained parameter a value with an effect; restore the old values after it."""
-    named = adapters.parameters(model)
+    named = lora_layers.parameters(model)
     kept = {name: p.detach().clone() for name, p in named.items()}
     scale = {
-        adapters.factor_names(path)[1]: layer.scaling[adapters.ADAPTER]
-        for path, layer in adapters.lora_layers(model)
+        adapters.factor_names(path)[1]: layer.scaling[lora_layers.ADAPTER]
+        for path, layer in lora_layers.lora_layers(model)
     }
     source = RandomSource.seeded("exactness", 1)
     try:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fedlora import adapters, data, trainable
+from fedlora import data, merging, trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
@@ -109,7 +109,7 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
         raise InputError(f"{parent} is no directory that can be written to; give another directory")
     _, work = _open(run_dir, institution)
     trainable.forget()  # merging changes the cached model
-    merged = adapters.merge(work.model)
+    merged = merging.merge(work.model)
     if work.base.kind == "encoder":
         merged.config.id2label = dict(enumerate(work.labels))
         merged.config.label2id = {label: i for i, label in enumerate(work.labels)}

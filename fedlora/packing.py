@@ -1,15 +1,13 @@
-"""Examples without padding: their tokens one after the other in a single row.
+"""Packed rows: examples without padding, one after the other in a single row.
 
-Rows of financial text are short and differ in length, so that much of a padded batch is padding. In
-a packed row every layer that looks at one token at a time computes real tokens only. Attention,
-pooling and per-example gradients, which look at one example at a time, take the examples of similar
-length from the row, pad those, and put the result back.
+Rows of financial text are short and differ in length, so much of a padded batch is padding. In a
+packed row, layers on single tokens compute real tokens only. Attention, pooling and per-example
+gradients work on whole examples: they take examples of similar length from the row, pad them, and
+put the result back. `active` gives a model's layers the packing of the present row.
 
-While a packed row passes through a model, `active` tells its layers where the examples are.
-
-What an example gets depends on no other one to the last bit, as long as the row has the same number
-of tokens in all: products with the base see as many rows then, and those that are taken for each
-example have the shape of its own padded length.
+An example's result does not depend on the other examples, to the last bit, if the row has the same
+number of tokens: products with the base then have the same number of rows, and products per example
+have the shape of the example's padded length.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -27,18 +25,18 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 TOKENS_MULTIPLE = 64
-"""Packed rows have a multiple of so many tokens: kernels are compiled and cached for each size, and
-they treat the last rows of an odd size in another way."""
+"""The length of a packed row is a multiple of this number. Kernels are compiled and cached for each
+size, and compute the last rows of an odd size differently."""
 
 
 def row_size(tokens: int) -> int:
-    """Tokens of the smallest packed row that holds so many."""
+    """The length of the smallest packed row for this number of tokens."""
     return -(-tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Examples that are padded to one width: which, and where their padded tokens are."""
+    """Examples of one padded width, and the places of their padded tokens."""
 
     examples: slice
     places: slice
@@ -46,18 +44,17 @@ class _Group:
 
 
 class Packing:
-    """Where the tokens of each example are in a packed row.
+    """The places of each example's tokens in a packed row.
 
-    What an example's tokens compute, and their gradient, is the example's own; filler gets zeros
-    wherever examples are told apart, and no gradient.
+    Outputs and gradients of an example's tokens depend on that example only. Filler gets zeros in
+    every operation per example, and no gradient.
 
     Args:
-        lengths: Tokens of each example ``(n,)``, at least 1.
-        widths: What each is padded to where examples are looked at one by one ``(n,)``; equal ones
-            follow each other.
-        total: Tokens of the row, T; what examples leave of it is filler.
-        slots: The most examples that such a row may hold, at least n.
-        device: Of the row.
+        lengths: The number of tokens in each example ``(n,)``, at least 1.
+        widths: The padded width of each example ``(n,)``; equal widths follow each other.
+        total: The number of tokens in the row, T; tokens after the examples are filler.
+        slots: The largest number of examples in a packed row, at least n.
+        device: The row's device.
     """
 
     def __init__(
@@ -71,7 +68,7 @@ class Packing:
         within = np.concatenate([np.arange(width) for width in widths])  # a place in its example
         of_place = np.repeat(np.arange(len(widths)), widths)
         padding = within >= lengths[of_place]
-        # Padding holds its own example's first token: what others hold never comes near it.
+        # Padding repeats its own example's first token, so no other example has a part in it.
         token = starts[of_place] + np.where(padding, 0, within)
         place = np.zeros(total, dtype=np.int64)
         place[token[~padding]] = np.flatnonzero(~padding)
@@ -99,7 +96,7 @@ class Packing:
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """``(T, f)`` to the padded places ``(P, f)``; padding holds its example's first token.
 
-        Padding must have no part in what follows: no gradient comes back from it.
+        The caller must ignore padding: it passes no gradient back.
         """
         return _linear(x, self._padded, self._packed)
 
@@ -112,7 +109,7 @@ class Packing:
         return _linear(x, self._summed, self._repeated)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """What belongs to each example, at each of its tokens: ``(n, f)`` to ``(T, f)``."""
+        """Each example's values, repeated at its tokens: ``(n, f)`` to ``(T, f)``."""
         return _linear(x, self._repeated, self._summed)
 
     def means(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,12 +117,12 @@ class Packing:
         return self.sums(x) / self._counts
 
     def groups(self, y: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """For each width its examples and what they have of ``(P, ...)``: ``(m, width, ...)``."""
+        """For each width its examples and their part of ``(P, ...)``: ``(m, width, ...)``."""
         for group in self._groups:
             yield group.examples, y[group.places].unflatten(0, (-1, group.width))
 
     def masks(self, causal: bool) -> list[torch.Tensor]:
-        """What attention of each group adds to its products, float32 ``(m, 1, width, width)``."""
+        """The additive attention mask of each group, float32 ``(m, 1, width, width)``."""
         if causal not in self._masks:
             masks: list[torch.Tensor] = []
             for _, padding in self.groups(self._padding[:, 0]):
@@ -196,7 +193,7 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map that is given with its transpose."""
+    """A linear map with its transpose."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, there: Map, back: Map) -> torch.Tensor:
@@ -216,13 +213,13 @@ _active: list[Packing] = []
 
 
 def active() -> Packing | None:
-    """Of the row that passes through a model now; None when batches are padded."""
+    """The packing of the row in the present pass; None in padded passes."""
     return _active[-1] if _active else None
 
 
 @contextmanager
 def use(packing: Packing) -> Generator[None]:
-    """Forward and backward of one packed row go inside."""
+    """Set the packing for the forward and backward of one row."""
     _active.append(packing)
     try:
         yield

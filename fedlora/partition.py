@@ -180,7 +180,7 @@ def by_scheme(
     source = RandomSource.seeded("partition", seed)
     order = source.child("order").permutation(len(targets))
     draw = int(source.child("flower").words(1)[0])
-    flower = _partitioners()
+    flower: Any = importlib.import_module("flwr_datasets.partitioner")
     try:
         if scheme == "iid":
             partitioner = flower.IidPartitioner(institutions)
@@ -235,10 +235,6 @@ def _assign_held_out(
             edges[:-1], (np.arange(len(rows)) + 0.5) / len(rows), side="right"
         )
     return owners
-
-
-def _partitioners() -> Any:
-    return importlib.import_module("flwr_datasets.partitioner")
 
 
 def _through_flower(partitioner: Any, columns: Mapping[str, Any]) -> NDArray[np.int64]:

@@ -38,10 +38,10 @@ def _load(
     files = model_files.resolve(model.name)
 
     def encoder() -> data.Encode:
-        from fedlora import tasks
+        from fedlora.task_choice import choose_task
 
         tokenizer = models.load_tokenizer(model.name)
-        return tasks.make(
+        return choose_task(
             task,
             kind,
             tokenizer,

@@ -1,8 +1,8 @@
-"""Tokenised records on disk: written once, whole or not at all, and memory-mapped from then on.
+"""Tokenised records on disk: written once, atomically, and memory-mapped.
 
 A cache entry is a directory of ``.npy`` arrays, ``meta.json`` and a checksum over both. It is
-written under another name and renamed under a lock, so that processes that race for one entry all
-end up with a whole one. An entry that does not match its checksum counts as absent. Importing this
+written under another name and renamed under a lock, so that all processes that race for one entry
+get a complete one. An entry that does not match its checksum counts as absent. Importing this
 module and opening an entry loads numpy and nothing heavier.
 """
 
@@ -37,8 +37,8 @@ class Shard:
         offsets: int64 (n + 1,), row i is ``tokens[offsets[i]:offsets[i + 1]]``.
         targets: int64 (n,), class index, or for sft the position of the first response token.
         units: int64 (n,), unit of privacy of each row, numbered from 0 within an institution.
-        records: uint8 (n, 32), sha256 of each row's text and answer before tokenising. If it is
-            not given, it is taken from tokens and target.
+        records: uint8 (n, 32), sha256 of each row's text and answer before tokenising. None:
+            hashes of tokens and target take their place.
     """
 
     tokens: NDArray[np.int32]
@@ -72,11 +72,11 @@ class Shard:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def select(self, indices: Sequence[int] | Int64) -> "Shard":
-        """Return a copy of the given rows, in that order; units keep their numbers."""
+        """Return a copy of these rows, in this order; units keep their numbers."""
         index = np.asarray(indices, dtype=np.int64)
         lengths = self.lengths[index]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        shifts = np.repeat(self.offsets[index] - offsets[:-1], lengths)  # of each token's place
+        shifts = np.repeat(self.offsets[index] - offsets[:-1], lengths)  # (tokens,)
         return Shard(
             tokens=self.tokens[np.arange(len(shifts)) + shifts],
             offsets=offsets,
@@ -97,11 +97,11 @@ class Shard:
         )
 
     def fingerprint(self) -> str:
-        """Return a sha256 (hex) of the records and how units group them.
+        """Return a sha256 (hex) of the records and their grouping by units.
 
-        It depends on neither the order of rows nor the numbers of units; with ``records`` given it
-        does not depend on the tokeniser either, so a ledger stays with its data when the base
-        model changes.
+        It depends neither on the order of rows nor on the numbers of units. With ``records`` it
+        does not depend on the tokeniser, so a ledger stays with its data when the base model
+        changes.
         """
         units: dict[int, list[bytes]] = {}
         for index, unit in enumerate(self.units.tolist()):
@@ -117,7 +117,7 @@ class Shard:
 
 
 def concatenate(parts: Sequence[Shard]) -> Shard:
-    """The rows of all parts in turn; units keep their numbers, digests of records are left out."""
+    """The rows of all parts in turn; units keep their numbers, ``records`` is None."""
     lengths = np.concatenate([part.lengths for part in parts])
     return Shard(
         tokens=np.concatenate([part.tokens for part in parts]),
@@ -134,9 +134,9 @@ class Federation:
     Attributes:
         names: Institutions, safe as file names, unique, sorted.
         labels: The classes in index order; empty for sft.
-        counts: rows (of data.source), test_rows (of data.test-source); where each of them went:
-            train, held_out, empty (no text or label), without_institution, duplicates_removed,
-            rows_dropped (their institution was left out); and institutions_dropped, truncated.
+        counts: rows (of data.source) and test_rows (of data.test-source), as the sum of train,
+            held_out, empty (no text or label), without_institution, duplicates_removed and
+            rows_dropped (of a dropped institution); and institutions_dropped, truncated.
         all_train: Training rows of all institutions, one institution after the other.
         train_bounds: int64 (institutions + 1,), where each institution's rows begin.
         all_held_out: The same of the held-out rows.
@@ -160,7 +160,7 @@ class Federation:
         return self.all_held_out.slice(*self.held_out_bounds[index : index + 2].tolist())
 
     def fingerprint(self) -> str:
-        """Return a sha256 (hex) of who holds and who is measured on which records."""
+        """Return a sha256 (hex) of each institution's name, training and held-out records."""
         digest = hashlib.sha256()
         for index, name in enumerate(self.names):
             shards = (self.train(index), self.held_out(index))
@@ -170,12 +170,12 @@ class Federation:
         return digest.hexdigest()
 
     def seen_as(self, view: str) -> "Federation":
-        """Return the same rows, trained on by others: what is held out stays as it is.
+        """Return the same rows with other institutions; held-out rows stay as they are.
 
         Args:
-            view: ``all`` changes nothing. ``pooled`` makes all institutions one; units that two
-                of them share stay two, so that the promise is the one that the federation gives.
-                ``only:NAME`` leaves one institution.
+            view: ``all`` changes nothing. ``pooled`` makes all institutions one; a unit of
+                two institutions stays two units, so the promise is that of the federation.
+                ``only:NAME`` keeps one institution.
 
         Raises:
             InputError: If there is no institution of that name.
@@ -247,7 +247,7 @@ def evict(base: Path) -> None:
     """Remove all cache entries but the one that was opened last."""
     entries = [entry for entry in base.glob("*") if (entry / "checksum").is_file()]
     for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime_ns)[:-1]:
-        shutil.rmtree(entry, ignore_errors=True)  # whoever has it mapped keeps it
+        shutil.rmtree(entry, ignore_errors=True)  # processes that have it mapped keep it
 
 
 def store_entry(directory: Path, federation: Federation) -> Federation:

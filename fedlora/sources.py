@@ -2,9 +2,9 @@
 
 A source is one string: the path of a ``.csv``, ``.jsonl`` or ``.parquet`` file,
 ``package:NAME/FILE`` for such a file inside an installed package, ``package:edgartools`` for the
-us-gaap concepts that edgartools ships, or ``hub:NAME[:CONFIG]``. Every value comes back as text; a
-missing value is the empty text. The heavy readers are imported by the function that needs them, so
-that a federation that is already cached opens without them.
+us-gaap concepts that edgartools ships, or ``hub:NAME[:CONFIG]``. Every value is read as text; a
+missing value is the empty text. Each function imports its heavy reader itself, so a cached
+federation opens without those readers.
 """
 
 import csv
@@ -33,9 +33,9 @@ def read(source: str, wanted: Mapping[str, str], split: str = "train") -> Rows:
     """Read the wanted columns of a source.
 
     Args:
-        source: See the module.
-        wanted: Column name -> the config key that names it, for error messages.
-        split: Which split of a Hub data set; files have none.
+        source: The source, as described above.
+        wanted: Column name -> its config key, for error messages.
+        split: The split of a Hub data set; files have none.
 
     Raises:
         InputError: If the source is not there or not readable, has no row, or a column is missing;
@@ -58,10 +58,10 @@ def read(source: str, wanted: Mapping[str, str], split: str = "train") -> Rows:
 
 
 def digest(source: str, split: str = "train") -> str:
-    """Return a sha256 that changes whenever `read` would return something else.
+    """Return a sha256 that changes with the rows that `read` returns.
 
-    A Hub data set is downloaded if it is not here yet; afterwards its digest names the revisions in
-    the local cache of ``datasets``, so that a later run needs neither the network nor that import.
+    A Hub data set is downloaded if the cache of ``datasets`` lacks it. Its digest covers the
+    revisions in that cache, so a later run needs neither the network nor that import.
     """
     if source.startswith("hub:"):
         revisions = _hub_revisions(source)
@@ -131,7 +131,7 @@ def _suffix(source: str) -> str:
 def _check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]) -> None:
     """Raise a RecordError for the first wanted column that is not present.
 
-    Without a header a file's columns are called like the values of its first record.
+    A RecordError, because without a header a file's columns are the values of its first record.
     """
     columns = list(dict.fromkeys(present))
     if not columns:
@@ -148,7 +148,7 @@ def _check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str
 
 
 def _unreadable(source: str, error: Exception) -> InputError:
-    # Arrow quotes the offending row after its column count; rows are private and may span lines.
+    # Arrow quotes the bad row after its column count; rows are private and may span lines.
     reason = re.sub(r"(got \d+):.*", r"\1", str(error), flags=re.DOTALL)
     return InputError(
         f"data source {source!r} cannot be read: {' '.join(reason.split())[:300]}; mend the file"
@@ -190,13 +190,13 @@ def _read_csv(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
             raise InputError(
                 f"{source} has {header.count(column)} columns named {column!r}; rename all but one"
             )
-    if not has_rows:  # Arrow calls that a parse error when the header has no end of line
+    if not has_rows:  # a parse error to Arrow when the header has no end of line
         return {column: [] for column in wanted}
     try:
         table = arrow_csv.read_csv(
             path,
-            # A block must hold a whole row, however many lines that spans; with one thread errors
-            # tell the row's number.
+            # A block must hold a whole row, which may span many lines. With one thread, errors
+            # give the row's number.
             read_options=arrow_csv.ReadOptions(use_threads=False, block_size=1 << 28),
             parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
             convert_options=arrow_csv.ConvertOptions(
@@ -242,7 +242,7 @@ def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
 
 
 def _read_us_gaap(path: Path, wanted: Mapping[str, str]) -> Rows:
-    """Make a row of each concept and industry that reports it; some have no statement: skipped."""
+    """Make a row of each concept with a statement and each industry that reports it."""
     _check_columns(US_GAAP, wanted, ("text", "label", "industry"))
     rows: Rows = {"text": [], "label": [], "industry": []}
     for concept, entry in json.loads(path.read_bytes()).items():
@@ -283,10 +283,10 @@ def _hub_revisions(source: str) -> list[str]:
     home = os.environ.get("HF_HOME", f"{home}/huggingface")
     root = Path(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets")).expanduser()
 
-    def plain(text: str) -> str:  # datasets writes owner/camelCase as owner___camel_case
+    def normalised(text: str) -> str:  # datasets writes owner/camelCase as owner___camel_case
         return text.lower().replace("_", "").replace("/", "")
 
-    folders = [folder for folder in root.glob("*") if plain(folder.name) == plain(name)]
+    folders = [folder for folder in root.glob("*") if normalised(folder.name) == normalised(name)]
     return sorted(
         str(info.parent.relative_to(root))
         for f in folders

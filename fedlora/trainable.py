@@ -13,12 +13,14 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 
-from fedlora import adapters, exactness, model_files, models, tasks, verdicts
+from fedlora import adapters, exactness, lora, lora_layers, model_files, models, verdicts
 from fedlora.adapters import AdapterState
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.records import load as records
+from fedlora.task_choice import choose_task
+from fedlora.tasks import Task
 
 __all__ = ["AdapterState", "Trainable", "forget", "load", "records", "training_mode"]
 
@@ -42,7 +44,7 @@ class Trainable:
     base: models.Base
     model: PeftModel
     per_sample: PerSampleAdapters
-    task: tasks.Task
+    task: Task
     labels: tuple[str, ...]
     start: AdapterState
     first_position: int | None
@@ -53,7 +55,7 @@ class Trainable:
         Raises:
             Refusal: ``malformed-message`` if a part is unknown or no part is left.
         """
-        named = adapters.parameters(self.model)
+        named = lora_layers.parameters(self.model)
         kinds = {name: adapters.kind(name) for name in named}
         if not set(parts) <= set(adapters.PARTS) or not set(parts) & set(kinds.values()):
             raise Refusal(
@@ -121,17 +123,17 @@ def _load(settings: _Settings) -> Trainable:
         num_labels=len(labels),
         device=settings.device,
     )
-    spec = adapters.LoraSpec(
+    spec = lora.LoraSpec(
         method=adapter.method,
         rank=adapter.rank,
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         target_modules=adapter.target_modules,
     )
-    peft_model = adapters.attach(base, spec, settings.seed)
+    peft_model = lora.attach(base, spec, settings.seed)
     if settings.gradient_checkpointing:
         cast(Any, base.model).gradient_checkpointing_enable({"use_reentrant": False})
-    task = tasks.make(
+    task = choose_task(
         model.task,
         base.kind,
         base.tokenizer,
@@ -166,7 +168,7 @@ def _load(settings: _Settings) -> Trainable:
     )
 
 
-def _question(settings: _Settings, base: models.Base, spec: adapters.LoraSpec) -> dict[str, Any]:
+def _question(settings: _Settings, base: models.Base, spec: lora.LoraSpec) -> dict[str, Any]:
     """The properties of a loaded model that a verdict on it depends on; see `verdicts`."""
     tokenizer: Any = base.tokenizer
     device = settings.device

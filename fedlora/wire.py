@@ -1,24 +1,27 @@
-"""Every record key that crosses the wire, and the typed packages that such records carry.
+"""Messages as Flower's records. Record keys are spelled here only.
 
-Nothing outside this module spells a record key. All packages are plain data; whoever receives one
-validates it: an institution checks an order against its own limits, a strategy checks an update
-against the global adapter. Importing this module loads no torch: an engine starts its workers
-before this process has it.
+Importing this module loads no torch: an engine starts its workers before torch is loaded.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlora.errors import Refusal
+from fedlora.messages import (
+    ClientUpdate,
+    EvaluateOrder,
+    Evaluation,
+    Hello,
+    PrivacySpent,
+    Query,
+    TrainOrder,
+)
 
 if TYPE_CHECKING:
     from fedlora.adapters import AdapterState
@@ -27,11 +30,11 @@ _T = typing.TypeVar("_T")
 _Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder")
 
 _SAFETENSORS = "safetensors"
-LARGEST_HEADER = 2**20
-"""Bytes that the names and shapes of an adapter may take. A thousand tensors take some 0.2 MB; each
-tensor that somebody else's header names takes memory here before it is compared with anything."""
+MAX_HEADER_BYTES = 2**20
+"""Bytes of names and shapes in an adapter's file. A thousand tensors take some 0.2 MB. Each tensor
+that a header names takes memory before it is compared with anything."""
 MAX_TEXT_CHARACTERS = 1000
-"""Characters of a text in a message: a name, a digest, a version."""
+"""Characters of a text in a message, such as a name, a digest, a version."""
 MAX_LIST_TEXTS = 16
 """Texts in a list of an order: its parts, its local parts, the requested figures."""
 MAX_EVALUATION_CHARACTERS = 2**20
@@ -57,189 +60,11 @@ _ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY, _EVALUA
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hello:
-    """What an institution says of itself before the first round.
-
-    Args:
-        institution: Its name; unique in the federation.
-        version: Its fedlora version.
-        fits: Whether the whole run fits what its privacy ledger has left.
-        rank: Of the factors that it trains.
-    """
-
-    institution: str
-    version: str
-    fits: bool
-    rank: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Query:
-    """What the server asks before the first round.
-
-    Args:
-        run: Identity of the run; the same after a resume.
-        first: Whether this is the run's first start, not a resume.
-        participations: The most rounds that the institution will be asked for.
-    """
-
-    run: str
-    first: bool
-    participations: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOrder:
-    """What the server asks of one institution in one round.
-
-    Args:
-        run: Identity of the run; the same after a resume.
-        round: From 1.
-        participations: The most rounds of this run that the institution will be asked for. It plans
-            its noise for that many and enforces the number.
-        base: SHA-256 of the base model's weights as the server holds them.
-        report: Extra figures that are asked for (``loss``, ``records``). Under DP any is refused.
-        parts: What is trained and sent back (`fedlora.adapters.PARTS`).
-        kept: What is trained and kept from round to round, in place of what comes; the rest stays
-            as it comes.
-        adapter: The global adapter to start from.
-    """
-
-    run: str
-    round: int
-    participations: int
-    base: str
-    report: tuple[str, ...]
-    parts: tuple[str, ...]
-    kept: tuple[str, ...]
-    adapter: "AdapterState"
-
-    def digest(self, config_fingerprint: str) -> str:
-        """SHA-256 (hex) that binds the order's every part and the configuration it came with.
-
-        It is computed once for an order and a configuration.
-        """
-        digests: dict[str, str] = self.__dict__.setdefault("_digests", {})
-        if config_fingerprint not in digests:
-            digests[config_fingerprint] = self._digest(config_fingerprint)
-        return digests[config_fingerprint]
-
-    def _digest(self, config_fingerprint: str) -> str:
-        head = [
-            self.run,
-            self.round,
-            self.participations,
-            self.base,
-            self.report,
-            self.parts,
-            self.kept,
-            config_fingerprint,
-        ]
-        hasher = hashlib.sha256(json.dumps(head).encode())
-        for name, tensor in self.adapter.items():
-            hasher.update(json.dumps([name, list(tensor.shape)]).encode())
-            hasher.update(tensor.numpy().tobytes())
-        return hasher.hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOrder:
-    """What the server of a simulation asks where institutions keep a part of their adapter.
-
-    Args:
-        run: Identity of the run.
-        round: The last round that was trained.
-        save: Whether the institution saves its adapter for use after the run.
-        adapter: The global adapter; the institution puts what it keeps in its place.
-    """
-
-    run: str
-    round: int
-    save: bool
-    adapter: "AdapterState"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """An institution's answer to an `EvaluateOrder`.
-
-    Args:
-        institution: Who answers.
-        metrics: Of its own adapter on its own held-out rows (`fedlora.tasks.Task.evaluate`); empty
-            when it has none.
-    """
-
-    institution: str
-    metrics: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivacySpent:
-    """What an institution has spent, in figures that depend on public values only.
-
-    Args:
-        unit: ``record``, or the column whose values are protected.
-        epsilon: Spent by this run so far, at ``delta``.
-        delta: The run's delta.
-        noise_multiplier: Standard deviation of the noise over ``max_grad_norm``.
-        sample_rate: Probability that a unit is in a step's batch.
-        steps: Steps taken in this run.
-        accountant: ``prv`` or ``rdp``.
-        noise: ``secure`` or ``seeded``.
-        max_grad_norm: Clipping bound.
-        clipping: ``flat`` or ``automatic``.
-        size_noise: Deviation of the noise on the released record count; 0 when none was released.
-        ledger_epsilon: Spent on these records by all runs ever, at ``ledger_delta``.
-        ledger_delta: The ledger's delta.
-        ledger_limit: The limit that the institution set itself.
-    """
-
-    unit: str
-    epsilon: float
-    delta: float
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    accountant: str
-    noise: str
-    max_grad_norm: float
-    clipping: str
-    size_noise: float
-    ledger_epsilon: float
-    ledger_delta: float
-    ledger_limit: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientUpdate:
-    """An institution's answer to a `TrainOrder`.
-
-    Args:
-        institution: Who answers.
-        round: The order's round.
-        adapter: What was trained, after local training.
-        run: The order's run.
-        size: What the weighting asked for: a size class, a noised or an exact count; 0 for uniform
-            weights.
-        privacy: What was spent; None without DP.
-        metrics: The figures that ``report`` asked for; empty under DP.
-    """
-
-    institution: str
-    round: int
-    adapter: "AdapterState"
-    run: str = ""
-    size: float = 0.0
-    privacy: PrivacySpent | None = None
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
-
-
 def pack_adapter(state: "AdapterState") -> ArrayRecord:
-    """An adapter as it crosses the wire: one array, whose data are those of a safetensors file.
+    """An adapter as one array, whose bytes are a safetensors file.
 
-    Flower stores and moves every array of a message as two objects with a request for each, so
-    that an adapter of some hundred tensors took longer on its way than to train.
+    Flower stores and sends each array of a message as two objects, with a request for each. An
+    adapter of some hundred tensors took longer to send than to train.
     """
     data = _blob(state)
     return ArrayRecord({_ADAPTER: Array("uint8", (len(data),), _SAFETENSORS, data)})
@@ -297,14 +122,14 @@ def pack_hello(hello: Hello) -> RecordDict:
 
 
 def unpack_hello(content: RecordDict) -> Hello:
-    """The `Hello` in a reply. Raises `Refusal` when it is none, or when the institution refused."""
+    """The `Hello` in a reply. Raises `Refusal` when it is not one, or the institution refused."""
     _raise_refusal(content)
     _holds_only(content, _HELLO)
     return _build(Hello, _config(content, _HELLO))
 
 
 def pack_order(order: "TrainOrder | EvaluateOrder", adapter: ArrayRecord) -> RecordDict:
-    """An order around the round's one `ArrayRecord`, so that engines can share it."""
+    """An order and its adapter as records; engines share the adapter's record between orders."""
     return RecordDict({_ORDER: _plain(order, "adapter"), _ADAPTER: adapter})
 
 
@@ -316,7 +141,7 @@ def unpack_order(content: RecordDict) -> TrainOrder:
 
 
 class OrderReader:
-    """Unpacks the orders of one call: equal messages are parsed once and give one `TrainOrder`."""
+    """Unpacks the orders of one call; equal messages give one `TrainOrder`, parsed once."""
 
     def __init__(self) -> None:
         self._read: list[tuple[RecordDict, TrainOrder]] = []
@@ -345,7 +170,7 @@ def pack_evaluation(evaluation: Evaluation) -> RecordDict:
 
 
 def unpack_evaluation(content: RecordDict) -> Evaluation:
-    """The `Evaluation` in a reply. Raises `Refusal` when it is none."""
+    """The `Evaluation` in a reply. Raises `Refusal` when it is not one."""
     _raise_refusal(content)
     _holds_only(content, _EVALUATION)
     values = _config(content, _EVALUATION)
@@ -359,7 +184,7 @@ def unpack_evaluation(content: RecordDict) -> Evaluation:
 
 
 def pack_update(update: ClientUpdate) -> RecordDict:
-    """An institution's answer as records."""
+    """A `ClientUpdate` as records."""
     content = RecordDict(
         {
             _UPDATE: _plain(update, "adapter", "privacy", "metrics"),
@@ -427,39 +252,39 @@ def _adapter(content: RecordDict) -> "AdapterState":
         raise Refusal("malformed-message", "the message has no adapter")
     try:
         return _state(_only(record))
-    except Exception as error:  # whatever reading another's bytes may end in
+    except Exception as error:  # a stranger's bytes can raise anything
         said = f"{type(error).__name__}: {error}"[:200]
         raise Refusal("malformed-message", f"the adapter cannot be read: {said}") from None
 
 
 def _only(record: ArrayRecord) -> bytes:
-    """The data of the record's one array: what is not read is not accepted either."""
+    """The data of the record's one array; a record with anything else is refused."""
     ((name, array),) = record.items()
     data = array.data
     if (name, array.stype, array.dtype) != (_ADAPTER, _SAFETENSORS, "uint8"):
         raise ValueError("it is no array that holds a safetensors file")
     if tuple(array.shape) != (len(data),):
         raise ValueError(f"its shape is {tuple(array.shape)} for {len(data)} bytes")
-    if (size := int.from_bytes(data[:8], "little")) > LARGEST_HEADER:
-        raise ValueError(f"its header has {size} bytes, above {LARGEST_HEADER}")
+    if (size := int.from_bytes(data[:8], "little")) > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {size} bytes, above {MAX_HEADER_BYTES}")
     return data
 
 
 def _identified(order: _Order) -> _Order:
-    """The order, if its run and round can name files."""
+    """The order, if its run and round are safe in a file's name."""
     if not re.fullmatch("[0-9A-Za-z]{1,64}", order.run) or order.round < 0:
         raise Refusal("malformed-message", f"run {order.run!r}, round {order.round} name no round")
     return order
 
 
 def _holds_only(content: RecordDict, *names: str) -> None:
-    """What is not read is not accepted either."""
+    """Refuse a message with records that nobody reads."""
     if extra := sorted(set(content) - set(names)):
         raise Refusal("malformed-message", f"the message has a record {_quoted(extra[0])}")
 
 
 def _build(cls: type[_T], values: dict[str, Any]) -> _T:
-    """The package with exactly its fields, each of its declared plain type."""
+    """The message from its fields; each must have its declared plain type."""
     made = dict(values)
     for field in dataclasses.fields(typing.cast(Any, cls)):
         kind = typing.cast(Any, field.type)
@@ -478,7 +303,7 @@ def _build(cls: type[_T], values: dict[str, Any]) -> _T:
 
 
 def _as(kind: Any, value: Any) -> Any:
-    """The value as a field of this type has it; None where it is of another."""
+    """The value as this type; None if it has another type or is too large."""
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(value)
@@ -496,12 +321,12 @@ def _as(kind: Any, value: Any) -> Any:
 
 
 def _quoted(value: Any) -> str:
-    """Another's value for a log: escaped, and not all of it."""
+    """A stranger's value for a log, escaped and cut to 80 characters."""
     return repr(value)[:80]
 
 
 def update_to_bytes(update: ClientUpdate) -> bytes:
-    """An update as one safetensors blob, for the institution's own store of answers."""
+    """An update as the bytes of a safetensors file, for the institution's store of answers."""
     fields = {
         "institution": update.institution,
         "round": update.round,
@@ -514,7 +339,7 @@ def update_to_bytes(update: ClientUpdate) -> bytes:
 
 
 def update_from_bytes(blob: bytes) -> ClientUpdate:
-    """The update that `update_to_bytes` wrote; every figure comes back to the last bit."""
+    """The update that `update_to_bytes` wrote, equal to the last bit."""
     size = int.from_bytes(blob[:8], "little")
     fields = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"][_UPDATE])
     if fields["privacy"] is not None:

@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 from fedlora import metrics, wire
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
-from fedlora.tasks import CLOSED_ANSWERS, CLOSED_CHARACTERS
+from fedlora.messages import EvaluateOrder
+from fedlora.sft import MAX_ANSWER_CHARACTERS, MAX_ANSWERS
 from fedlora.trainable import Trainable
 from server.exchange import exchange
 from server.population import Population
@@ -46,7 +47,7 @@ def evaluate_global(
 
 def evaluate_own(
     grid: Grid,
-    order: wire.EvaluateOrder,
+    order: EvaluateOrder,
     nodes: Mapping[int, str],
     *,
     rows: Mapping[str, int],
@@ -151,7 +152,7 @@ def _check_classes(classes: Any, rows: int, labels: tuple[str, ...]) -> None:
     if labels and set(classes) != set(labels):
         _refuse(f"per_class has {len(classes)} classes, not the run's {len(labels)}")
     if not labels and (
-        len(classes) > CLOSED_ANSWERS or any(len(name) > CLOSED_CHARACTERS for name in classes)
+        len(classes) > MAX_ANSWERS or any(len(name) > MAX_ANSWER_CHARACTERS for name in classes)
     ):
         _refuse(f"per_class has more or longer answers than are read as classes: {len(classes)}")
     for name, counts in classes.items():

@@ -9,8 +9,8 @@ from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
+from fedlora.messages import ClientUpdate
 from fedlora.streams import RandomSource
-from fedlora.wire import ClientUpdate
 from strategies import institution_dp
 from strategies.base import Round
 

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from fedlora import wire
 from fedlora.errors import Refusal
+from fedlora.messages import ClientUpdate
 from server.exchange import MALFORMED_REPLY, exchange
 from server.spending import Spending
 from strategies import base
@@ -89,7 +90,7 @@ class Replies:
             yield update, self._round.weight(update)
             del update
 
-    def _accepted(self, name: str, reply: Message | None) -> wire.ClientUpdate:
+    def _accepted(self, name: str, reply: Message | None) -> ClientUpdate:
         message = content(reply)
         self.received[name] = wire.adapter_bytes(message)
         try:
@@ -109,8 +110,8 @@ class Replies:
             self.reported[name] = dict(update.metrics)
         return update
 
-    def _record_privacy(self, name: str, update: wire.ClientUpdate) -> None:
-        """Keep the reported spending if it is possible, even if the update is invalid."""
+    def _record_privacy(self, name: str, update: ClientUpdate) -> None:
+        """Keep the reported spending if it is possible, also with an invalid update."""
         if self._spending is None:
             if update.privacy is not None:
                 raise Refusal("invalid-privacy-record", "DP is off, so nothing was spent")

@@ -14,6 +14,7 @@ import fedlora
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
+from fedlora.messages import Hello, Query
 from fedlora.run_files import NODES, SIZES
 from server.exchange import exchange
 from server.replies import content
@@ -41,12 +42,12 @@ class Roster:
         refused: Node -> code of its refusal.
     """
 
-    def __init__(self, grid: Grid, config: RunConfig, query: wire.Query) -> None:
+    def __init__(self, grid: Grid, config: RunConfig, query: Query) -> None:
         self._grid, self._config, self._query = grid, config, query
         self._names: dict[int, str] = {}  # names by keys, in a deployment
         self._unregistered: dict[int, str] = {}  # node -> code
         self.max_sizes: dict[str, float] = {}
-        self._known: dict[int, wire.Hello] = {}
+        self._known: dict[int, Hello] = {}
         self.refused: dict[int, str] = {}
 
     def online(self) -> dict[str, int]:

@@ -17,6 +17,7 @@ from fedlora import trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
+from fedlora.messages import EvaluateOrder, Query, TrainOrder
 from server import aggregation, evaluation, limits, tracking
 from server.aggregation import Aggregated, Report
 from server.population import population_of
@@ -115,7 +116,7 @@ class Federation:
         if config.deployed:
             limits.check_size(config, self.work.start)
         self.state = self._first_state(resumed)
-        query = wire.Query(
+        query = Query(
             run=self.state.run,
             first=self.state.round == 0,
             participations=self.participations,
@@ -195,7 +196,7 @@ class Federation:
         report = () if quiet else ("loss",)
         contents = {
             rank: wire.pack_order(
-                wire.TrainOrder(
+                TrainOrder(
                     run=self.state.run,
                     round=number,
                     participations=self.participations,
@@ -341,7 +342,7 @@ class Federation:
             return evaluation.evaluate_global(self.work, state.final_adapter(), self.population)
         return evaluation.evaluate_own(
             self.grid,
-            wire.EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter),
+            EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter),
             {node: name for name, node in self.roster.online().items()},
             rows=self.population.held_out_rows,
             labels=self.work.labels,

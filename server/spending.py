@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora import accounting, wire
+from fedlora import accounting
 from fedlora.accounting import PrivacyPlan
 from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
+from fedlora.messages import PrivacySpent
 
 log = logging.getLogger("fedlora.server")
 
@@ -42,7 +43,7 @@ class Spending:
     config: RunConfig
     participations: int
 
-    def checked(self, said: wire.PrivacySpent, size_class: float | None = None) -> PrivacyPlan:
+    def checked(self, said: PrivacySpent, size_class: float | None = None) -> PrivacyPlan:
         """Check a record against the run.
 
         Args:
@@ -81,7 +82,7 @@ class Spending:
         _require(said, "noise_multiplier", same, f"the plan has {sigma:.6g}")
         return plan
 
-    def _plan(self, said: wire.PrivacySpent, size_class: float | None) -> PrivacyPlan:
+    def _plan(self, said: PrivacySpent, size_class: float | None) -> PrivacyPlan:
         """The plan of the size class that has this delta and sample rate."""
         sizes = [2**k for k in range(MAX_SIZE_CLASS.bit_length())]
         for size in sizes if size_class is None else [s for s in sizes if s == size_class]:
@@ -103,7 +104,7 @@ class Spending:
         kept: dict[str, Mapping[str, Any]] = {}
         for name, record in privacy.items():
             try:
-                self.checked(wire.PrivacySpent(**record))
+                self.checked(PrivacySpent(**record))
             except (Refusal, ArithmeticError, TypeError, ValueError) as error:
                 log.warning("the checkpoint's privacy record of %s is left out: %s", name, error)
             else:
@@ -121,7 +122,7 @@ class Spending:
             record: Its last record, checked.
             rounds_asked: The number of rounds for which it was asked.
         """
-        said = wire.PrivacySpent(**record)
+        said = PrivacySpent(**record)
         whole = self.checked(said)
         steps = max(said.steps, rounds_asked * whole.steps_per_round)
         spent = (dataclasses.replace(whole.round_event, steps=steps), *whole.size_events)
@@ -136,7 +137,7 @@ class Spending:
         }
 
 
-def _require(said: wire.PrivacySpent, name: str, holds: bool, bound: str) -> None:
+def _require(said: PrivacySpent, name: str, holds: bool, bound: str) -> None:
     if not holds:
         value = repr(getattr(said, name))[:80]
         raise Refusal("invalid-privacy-record", f"{name} is {value}, but {bound}")

@@ -9,8 +9,8 @@ import torch
 
 from fedlora.adapters import PARTS, AdapterState, Part
 from fedlora.errors import Refusal
+from fedlora.messages import ClientUpdate
 from fedlora.streams import RandomSource
-from fedlora.wire import ClientUpdate
 
 MAX_VALUE = 2.0**10
 """Largest magnitude of a value in an update that counts."""

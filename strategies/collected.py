@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from fedlora import wire
 from fedlora.adapters import factor_names
-from fedlora.wire import ClientUpdate
+from fedlora.messages import ClientUpdate
 from strategies.base import Round, Weighted
 from strategies.products import Product
 

@@ -23,8 +23,8 @@ import torch
 
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
+from fedlora.messages import ClientUpdate
 from fedlora.streams import RandomSource
-from fedlora.wire import ClientUpdate
 from strategies.base import length
 
 

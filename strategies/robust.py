@@ -28,7 +28,7 @@ import torch
 
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import Refusal
-from fedlora.wire import ClientUpdate
+from fedlora.messages import ClientUpdate
 from strategies import products
 from strategies.base import Aggregate, Round, Weighted
 from strategies.collected import Collected, collect

@@ -20,7 +20,8 @@ from collections.abc import Iterable
 
 import torch
 
-from fedlora.adapters import AdapterState, Factors, fresh_a, residual_names
+from fedlora.adapters import AdapterState, Factors, residual_names
+from fedlora.lora import fresh_a
 from fedlora.streams import RandomSource
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import collect

@@ -1,6 +1,7 @@
 """What many tests need: a tiny encoder on disk, a few records, a configuration over both."""
 
 import csv
+import importlib.util
 import json
 import os
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from fedlora import extras
 from fedlora.startup import quiet_libraries
 from simulation import run
 
@@ -131,6 +133,17 @@ def simulate_run():
         return json.loads((Path(config.run_dir) / "result.json").read_text())
 
     return go
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """Make packages look as if they were not installed."""
+
+    def pretend(*packages):
+        find = importlib.util.find_spec
+        monkeypatch.setattr(extras, "find_spec", lambda n: None if n in packages else find(n))
+
+    return pretend
 
 
 def shared_data(name: str) -> Path:

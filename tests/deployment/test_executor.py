@@ -11,7 +11,7 @@ from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultS
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime import run_clientapp
 
-from client import app as client_app
+from client import app
 from deployment import executor, launcher
 from fedlora import flower_internals
 from fedlora.errors import InputError, RecordError, place
@@ -111,9 +111,9 @@ def test_an_institutions_log_quotes_no_record(message, context, monkeypatch, cap
     def situation(_):
         raise error
 
-    monkeypatch.setattr(client_app, "_institution", situation)
+    monkeypatch.setattr(app, "_institution", situation)
     with caplog.at_level(logging.DEBUG):
-        client_app.train(message, context)
+        app.train(message, context)
     assert caplog.records
     assert SECRET not in caplog.text
 
@@ -122,8 +122,8 @@ def test_what_the_operator_can_mend_stays_in_the_log(message, context, monkeypat
     def situation(_):
         raise InputError("max-steps is 0")
 
-    monkeypatch.setattr(client_app, "_institution", situation)
-    client_app.train(message, context)
+    monkeypatch.setattr(app, "_institution", situation)
+    app.train(message, context)
     assert "max-steps is 0" in caplog.text
 
 

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
-from deployment import setup as init
+from deployment import setup
 from tests.deployment.harness import ROOT
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 REQUEST = "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
 AT_ONCE = 250  # requests of one connection
-LARGEST_REQUEST = 16 * 2**20
+MAX_REQUEST_BYTES = 16 * 2**20
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def place(tmp_path):
     """A function that puts a file of server/ here: with the paths of a container in this place."""
     if shutil.which("nginx", path=PATH) is None:
         pytest.skip("nginx is not installed (apt-get install nginx-light)")
-    init.make(tmp_path / "made", ["a"], host="localhost", port=8443)
+    setup.make(tmp_path / "made", ["a"], host="localhost", port=8443)
 
     def put(name, **words):
         text = (ROOT / "deployment" / name).read_text()
@@ -106,16 +106,16 @@ def _post(link, length):
 
 
 def test_a_request_is_little_larger_than_flowers_largest_and_is_told_so(gateway):
-    assert 3 * FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < LARGEST_REQUEST
+    assert 3 * FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < MAX_REQUEST_BYTES
     with gateway.link_from("127.0.0.1") as link:
-        _post(link, LARGEST_REQUEST + 1)
+        _post(link, MAX_REQUEST_BYTES + 1)
         said = b""
         while b"}" not in said and (more := link.recv(65536)):
             said += more
     assert b" 413 " in said
     assert b"16 MB" in said
     with gateway.link_from("127.0.0.1") as link:
-        _post(link, LARGEST_REQUEST)
+        _post(link, MAX_REQUEST_BYTES)
         link.settimeout(1.0)  # it passes: the SuperLink is waited for, which nobody finds here
         with pytest.raises(TimeoutError):
             link.recv(1)

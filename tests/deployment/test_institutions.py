@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import client.app
+import server.app
 from client import server_keys, settings
-from client.app import app
 from client.ledger import Ledger
-from fedlora import config as configuration
 from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
+from fedlora.config import INSTITUTIONS
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import NODES, SIZES, read_records
-from server import app as server_app
 from server import roster
 from server.roster import RunFailed
 from simulation.engines.grid import run_server
@@ -37,7 +37,7 @@ class Remote(InlineGrid):
     """Institutions on machines of their own: each app gets its settings and nothing else."""
 
     def __init__(self, files, run_config):
-        super().__init__(app, len(files), run_config)
+        super().__init__(client.app.app, len(files), run_config)
         for context, file in zip(self._contexts.values(), files, strict=True):
             context.node_config.clear()
             context.node_config["settings"] = str(file)
@@ -120,7 +120,7 @@ def deployed(tiny_config, rows):
 
 
 def _run(config, files):
-    run_server(server_app.app, Remote(files, config.flat()), config.flat())
+    run_server(server.app.app, Remote(files, config.flat()), config.flat())
     return json.loads((Path(config.run_dir) / "result.json").read_text())
 
 
@@ -223,7 +223,7 @@ def test_a_machine_without_settings_refuses(deployed, institutions):
     for context in grid._contexts.values():
         context.node_config.clear()
     with pytest.raises(RunFailed, match="no-settings x 4"):
-        run_server(server_app.app, grid, deployed().flat())
+        run_server(server.app.app, grid, deployed().flat())
 
 
 def test_settings_that_others_could_change_are_refused(institutions):
@@ -276,7 +276,7 @@ def test_a_deployment_is_no_simulation(deployed, simulate_run):
 def test_a_deployment_must_say_what_nobody_can_count(tiny_config):
     for values in ({"data.labels": LABELS}, {"data.institutions": 4}):
         with pytest.raises(InputError, match=r"list the classes in data\.labels"):
-            tiny_config(**{"data.source": configuration.INSTITUTIONS, **values})
+            tiny_config(**{"data.source": INSTITUTIONS, **values})
 
 
 @pytest.mark.parametrize(("strategy", "refused"), [("pad", False), ("fedavg", True)])

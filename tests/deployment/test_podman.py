@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from benchmarks import measure
-from fedlora import config as configuration
+from fedlora.config import from_flat
 from fedlora.run_files import read_records
 from tests.deployment import harness
 from tests.deployment.conftest import MODEL, NAMES, PLAIN, as_in_an_image, prepare
@@ -175,7 +175,7 @@ def test_an_institution_knows_nobody_but_the_gateway(containers):
 
 
 def test_a_run_ends_with_a_result(containers):
-    config = configuration.from_flat(PLAIN)
+    config = from_flat(PLAIN)
     (containers.directory / "server" / "configs" / "run.toml").write_text(config.to_toml())
     submit = ("fedlora", "deploy", "submit", "--wait", "--json")
     done = containers.exec("server", *submit, "/configs/run.toml", "--name", "one", check=False)

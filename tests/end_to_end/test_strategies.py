@@ -12,13 +12,13 @@ from client import training
 from client.institution import Institution
 from client.local_parts import LocalParts
 from client.private_round import train_rounds
-from fedlora import finished_run as released
-from fedlora import models, trainable, wire
-from fedlora.adapters import PARTS, AdapterState, kind, residual_names
+from fedlora import finished_run, models, trainable, wire
+from fedlora.adapters import AdapterState, kind, residual_names
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import read_records
 from fedlora.strategy_table import STRATEGY_TABLE
 from server.run_directory import RunDirectory
+from tests.samples import train_order
 
 PLAIN = {"federation.server-optimizer": "none", "federation.server-learning-rate": 1.0}
 LEARNING = {
@@ -97,10 +97,10 @@ def test_what_is_carried_by_the_base_is_saved_as_one_plain_adapter(
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     assert _accuracy(theirs, config) == pytest.approx(result["accuracy"], abs=0.011)
     # evaluate and merge open the same thing
-    _, opened = released._open(_run_dir(config), "")
+    _, opened = finished_run._open(_run_dir(config), "")
     torch.testing.assert_close(_logits(opened.model, config), ours, rtol=1e-4, atol=1e-4)
     if quantization == "none":
-        released.merge(_run_dir(config), tmp_path / "merged")
+        finished_run.merge(_run_dir(config), tmp_path / "merged")
         merged = models.load_base(
             str(tmp_path / "merged"),
             dtype="fp32",
@@ -193,14 +193,14 @@ def test_an_adapter_of_ones_own_is_asked_for_by_name(tiny_config, simulate_run, 
     simulate_run(config)
     run = _run_dir(config)
     with pytest.raises(InputError, match="give one of Alpha, Beta, Delta, Gamma"):
-        released.evaluate(run, str(complaints))
+        finished_run.evaluate(run, str(complaints))
     with pytest.raises(InputError, match="give one of Alpha"):
-        released.predict(run, ["about my loan"], "Nobody")
-    assert released.evaluate(run, str(complaints), "Beta")["n"] == 480
+        finished_run.predict(run, ["about my loan"], "Nobody")
+    assert finished_run.evaluate(run, str(complaints), "Beta")["n"] == 480
     other = tiny_config(**{"federation.rounds": 1, "run-dir": str(run.parent / "other")})
     simulate_run(other)
     with pytest.raises(InputError, match="one adapter for all"):
-        released.predict(run.parent / "other", ["about my loan"], "Beta")
+        finished_run.predict(run.parent / "other", ["about my loan"], "Beta")
 
 
 def test_a_part_that_is_not_finite_is_not_kept(tiny_config, simulate_run, monkeypatch):
@@ -249,16 +249,7 @@ def test_a_bad_evaluation_ends_no_run_and_is_named(tiny_config, simulate_run, mo
 def test_an_order_cannot_make_an_institution_send_what_it_keeps(tiny_config):
     config = tiny_config(**{"federation.strategy": "fedsa"})
     work = trainable.load(config, trainable.records(config).labels)
-    order = wire.TrainOrder(
-        run="a1",
-        round=1,
-        participations=3,
-        base=work.base.digest,
-        report=(),
-        parts=("A", "head"),
-        kept=("B",),
-        adapter=work.start,
-    )
+    order = train_order(work, parts=("A", "head"), kept=("B",))
     who = Institution.locate(config, 0)
     who.accept(dataclasses.replace(order, kept=("B", "magnitude")))
     for changes in ({}, {"kept": ()}, {"kept": ("B", "magnitude"), "parts": ("A", "B", "head")}):
@@ -271,15 +262,8 @@ def test_a_residual_larger_than_agreed_is_refused(tiny_config):
     work = trainable.load(config, trainable.records(config).labels)
     path = next(name for name in work.start if kind(name) == "A").removesuffix(".lora_A.weight")
     names = residual_names(path)
-    order = wire.TrainOrder(
-        run="a1",
-        round=1,
-        participations=3,
-        base=work.base.digest,
-        report=(),
-        parts=PARTS,
-        kept=(),
-        adapter=work.start.updated({names[0]: torch.ones(3, 32), names[1]: torch.ones(32, 3)}),
+    order = train_order(
+        work, adapter=work.start.updated({names[0]: torch.ones(3, 32), names[1]: torch.ones(32, 3)})
     )
     with pytest.raises(Refusal, match="rank 3, above 2"):
         Institution.locate(config, 0).accept(order)
@@ -294,16 +278,7 @@ def test_the_same_order_from_another_start_is_another_release(tiny_config, tmp_p
     who.open_ledger(create=True).close()
 
     def order(round):
-        return wire.TrainOrder(
-            run="a1",
-            round=round,
-            participations=3,
-            base=work.base.digest,
-            report=(),
-            parts=("A", "head"),
-            kept=("B", "magnitude"),
-            adapter=work.start,
-        )
+        return train_order(work, round=round, parts=("A", "head"), kept=("B", "magnitude"))
 
     first = who.plan_round(who.accept(order(2)))
     first.charge()

@@ -179,30 +179,19 @@ def test_noise_that_is_smaller_than_promised_breaks_the_promise(audited, monkeyp
     assert code == 3 and found["refuted"]
 
 
-def test_noise_that_is_used_again_breaks_the_promise(audited, monkeypatch):
-    from client.dp_sgd import PrivateOptimizer
-
-    draws = np.random.default_rng(0).normal(size=(4, 10_000))
-    calls = itertools.count()
-
-    def same_each_round(_, count):
-        return draws[next(calls) % 4][:count]  # of four institutions each its own
-
-    monkeypatch.setattr(PrivateOptimizer, "_draw", same_each_round)
-    code, found = audited(**{"privacy.epsilon": 1.0})
-    assert code == 3 and found["noise"]["cosine"] > 0.5
-
-
-def test_noise_that_institutions_share_breaks_the_promise(audited, monkeypatch):
-    from client.dp_sgd import PrivateOptimizer
-
+@pytest.mark.parametrize(
+    "source",
+    [lambda call: call % 4, lambda call: call // 4],
+    ids=["used again in each round", "shared by institutions"],
+)
+def test_noise_that_is_used_twice_breaks_the_promise(audited, monkeypatch, source):
+    """The calls are those of four institutions, then of the next round."""
     draws = np.random.default_rng(0).normal(size=(12, 10_000))
     calls = itertools.count()
-
-    def same_for_all(_, count):
-        return draws[next(calls) // 4][:count]  # four institutions, then the next round
-
-    monkeypatch.setattr(PrivateOptimizer, "_draw", same_for_all)
+    monkeypatch.setattr(
+        "client.dp_sgd.PrivateOptimizer._draw",
+        lambda _, count: draws[source(next(calls))][:count],
+    )
     code, found = audited(**{"privacy.epsilon": 1.0})
     assert code == 3 and found["noise"]["cosine"] > 0.5
 

@@ -2,7 +2,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +19,7 @@ from fedlora.data import Federation, Shard
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.partition import normalise
+from tests.conftest import shared_data
 
 COLUMNS = ("text", "label", "bank", "customer")
 
@@ -412,16 +412,10 @@ def test_cached_us_gaap_opens_at_once_without_heavy_imports(tmp_path: Path) -> N
     assert float(seconds) < 0.2
 
 
-def shared(relative: str) -> str:
-    default = Path(__file__).parents[2] / "../shared/data"
-    path = Path(os.environ.get("FEDLORA_SHARED_DATA", default)) / relative
-    if not path.is_file():
-        pytest.skip(f"{path} is not there; set FEDLORA_SHARED_DATA to run this")
-    return str(path)
-
-
 def test_fpb_is_dealt_to_four_institutions(tmp_path: Path) -> None:
-    fed = prepare(tmp_path, shared("fpb/fpb.csv"), partition="dirichlet:0.5", institutions=4)
+    fed = prepare(
+        tmp_path, str(shared_data("fpb/fpb.csv")), partition="dirichlet:0.5", institutions=4
+    )
     assert (len(fed.names), fed.labels) == (4, ("negative", "neutral", "positive"))
     assert fed.counts["train"] + fed.counts["held_out"] == 4846
     assert abs(fed.counts["held_out"] / 4846 - 0.2) < 0.02
@@ -431,7 +425,7 @@ def test_cfpb_companies_are_institutions(tmp_path: Path) -> None:
     # Ten companies have 49 rows or more; without held-out rows all of them train.
     fed = prepare(
         tmp_path,
-        shared("cfpb/complaints.csv"),
+        str(shared_data("cfpb/complaints.csv")),
         text="narrative",
         label="product",
         partition="natural:company",
@@ -445,7 +439,7 @@ def test_cfpb_companies_are_institutions(tmp_path: Path) -> None:
 def test_sentfin_entities_are_institutions(tmp_path: Path) -> None:
     fed = prepare(
         tmp_path,
-        shared("sentfin/sentfin_long.csv"),
+        str(shared_data("sentfin/sentfin_long.csv")),
         text="text,entity",
         partition="natural:entity",
         min_records=20,
@@ -457,8 +451,8 @@ def test_sentfin_entities_are_institutions(tmp_path: Path) -> None:
 def test_banking77_and_tfns_keep_their_own_test_rows(tmp_path: Path) -> None:
     banking = prepare(
         tmp_path,
-        shared("banking77/train.csv"),
-        test_source=shared("banking77/test.csv"),
+        str(shared_data("banking77/train.csv")),
+        test_source=str(shared_data("banking77/test.csv")),
         label="category",
         partition="iid",
         institutions=8,
@@ -466,8 +460,8 @@ def test_banking77_and_tfns_keep_their_own_test_rows(tmp_path: Path) -> None:
     assert (len(banking.labels), banking.counts["held_out"]) == (77, 3080)
     tfns = prepare(
         tmp_path,
-        shared("tfns/train.csv"),
-        test_source=shared("tfns/valid.csv"),
+        str(shared_data("tfns/train.csv")),
+        test_source=str(shared_data("tfns/valid.csv")),
         partition="dirichlet:0.5",
         institutions=8,
     )

@@ -1,22 +1,9 @@
 """Packages that only some uses need: one clear error before the use begins."""
 
-import importlib.util
-
 import pytest
 
 from fedlora import extras, models, rows, sources
 from fedlora.errors import InputError
-
-
-@pytest.fixture
-def missing(monkeypatch):
-    """Make packages look as if they were not installed."""
-
-    def pretend(*packages):
-        find = importlib.util.find_spec
-        monkeypatch.setattr(extras, "find_spec", lambda n: None if n in packages else find(n))
-
-    return pretend
 
 
 def test_an_installed_package_is_accepted_and_a_missing_one_named_with_its_remedy(missing):

@@ -408,16 +408,16 @@ def test_another_process_does_not_believe_what_was_remembered_of_the_weights(
 
 
 def test_weights_that_are_swapped_while_they_are_loaded_are_refused(encoder, tmp_path, monkeypatch):
-    from fedlora import encoder as encoders
+    import fedlora.encoder
 
-    directory, opened = shutil.copytree(encoder, tmp_path / "base"), encoders.load
+    directory, opened = shutil.copytree(encoder, tmp_path / "base"), fedlora.encoder.load
 
     def opens(*arguments, **options):
         model = opened(*arguments, **options)
         swap(directory / "model.safetensors", in_place=False)
         return model
 
-    monkeypatch.setattr(encoders, "load", opens)
+    monkeypatch.setattr(fedlora.encoder, "load", opens)
     with pytest.raises(InputError, match="changed while they were loaded; run again"):
         load(directory)
 

@@ -6,11 +6,12 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fedlora import adapters, attention, exactness, packing, tasks
+from fedlora import attention, exactness, lora, packing
 from fedlora.encoder import EncoderClassifier
 from fedlora.models import Base
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.shards import Shard
+from fedlora.task_choice import choose_task
 
 LABELS = ("a", "b", "c")
 PAD = 1
@@ -85,7 +86,7 @@ def made(family):
         model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     attention.use(model)
     kind = "encoder" if encoder else "causal"
-    task = tasks.make("classification", kind, tokenizer(), prompt="", max_length=16)
+    task = choose_task("classification", kind, tokenizer(), prompt="", max_length=16)
     model.requires_grad_(False).eval()
     return model, task, first
 
@@ -101,8 +102,8 @@ def found_first(model, task):
         name="made",
     )
     targets = ("q_proj", "v_proj") if model.config.model_type == "lfm2" else ()
-    spec = adapters.LoraSpec(method="lora", rank=2, alpha=4, target_modules=targets)
-    peft = adapters.attach(base, spec, seed=1).eval()
+    spec = lora.LoraSpec(method="lora", rank=2, alpha=4, target_modules=targets)
+    peft = lora.attach(base, spec, seed=1).eval()
     found = exactness.examine(peft, PerSampleAdapters(peft), task, LABELS)
     assert not found.flaw
     return found.first_position

@@ -11,60 +11,25 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
 
-from fedlora import adapters, models, packing
-from fedlora.adapters import METHODS, LoraSpec
+from fedlora import adapters, lora_layers, models, packing
 from fedlora.batches import pack, rounded
 from fedlora.errors import Refusal
-from fedlora.per_sample import PerSampleAdapters, dropout_mask
+from fedlora.layer_forwards import dropout_mask
+from fedlora.lora import METHODS
+from fedlora.per_sample import PerSampleAdapters
 from fedlora.streams import RandomSource
+from tests.fedlora.small_models import CONFIGS, load, trained
 
-CONFIGS = {
-    "bert": BertConfig(
-        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        architectures=["BertModel"],
-    ),
-    "llama": LlamaConfig(
-        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=128,
-    ),
-    "gpt2": GPT2Config(
-        vocab_size=60, n_embd=64, n_layer=2, n_head=4, n_positions=32,
-        bos_token_id=0, eos_token_id=0, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-    ),
-}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("no_tokenizer")
+
 CLASSES = 3
 BATCH, WIDTH = 5, 9
 
 
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    """Family -> directory of a tiny random model."""
-    root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    for family, config in CONFIGS.items():
-        factory = AutoModel if family == "bert" else AutoModelForCausalLM
-        factory.from_config(config, trust_remote_code=False).save_pretrained(root / family)
-    return root
-
-
-@pytest.fixture(autouse=True)
-def no_tokenizer(monkeypatch):
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: None)
-
-
 def build(directory, method="lora", quantization="none", dtype="fp32", dropout=0.0, dense=False):
-    """A model with every trained value away from its start, in training mode.
-
-    The scaling 7/3 is no power of two: with one, PEFT's results and ours can agree to the last
-    bit, and a table of zeros shows nothing. ``dense`` puts plain layers in place of int8 ones.
-    """
-    task = "classification" if directory.name == "bert" else "sft"
-    base = models.load_base(
-        str(directory), dtype=dtype, quantization=quantization, task=task, num_labels=CLASSES
-    )
+    """A trained model in training mode; ``dense`` puts plain layers in place of int8 ones."""
+    base = load(directory, quantization, dtype)
     if dense:
         for name, module in list(base.model.named_modules()):
             if type(module).__name__ == "Linear8bitLt":
@@ -73,12 +38,7 @@ def build(directory, method="lora", quantization="none", dtype="fp32", dropout=0
                 plain.weight.data, plain.bias = weight, module.bias
                 base.model.set_submodule(name, plain.requires_grad_(False))
         base.model.is_loaded_in_8bit = False
-    model = adapters.attach(base, LoraSpec(method=method, rank=3, alpha=7, dropout=dropout), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapters.parameters(model).values():
-            p += 0.1 * torch.randn(p.shape, generator=generator)
-    return model.train()
+    return trained(base, method, dropout=dropout).train()
 
 
 def with_adapters(directory, **options):
@@ -136,11 +96,11 @@ def either_losses(model, inputs, packed):
 
 def one_by_one(model, inputs):
     """Name -> gradients (examples, *shape) from one backward pass per example."""
-    grads = {name: [] for name in adapters.parameters(model)}
+    grads = {name: [] for name in lora_layers.parameters(model)}
     for i in range(len(inputs[0])):
         model.zero_grad()
         losses(model, *(x[i : i + 1] for x in inputs)).sum().backward()
-        for name, p in adapters.parameters(model).items():
+        for name, p in lora_layers.parameters(model).items():
             grads[name].append(p.grad.clone())
     model.zero_grad()
     return {name: torch.stack(each) for name, each in grads.items()}
@@ -151,7 +111,7 @@ def all_at_once(model, per_sample, inputs, packed=False, n_units=None, unit=None
         with either_losses(model, inputs, packed) as found:
             found.sum().backward()
         per_sample.collect()
-    return {name: p.grad_sample for name, p in adapters.parameters(model).items()}
+    return {name: p.grad_sample for name, p in lora_layers.parameters(model).items()}
 
 
 def worst_error(found, expected):
@@ -367,7 +327,7 @@ def test_plain_mode_gives_pefts_gradients(directories, family, method, packed):
     for model, grads in ((peft, expected), (ours, found)):
         with either_losses(model, batch(), packed and model is ours) as each:
             each.sum().backward()
-        grads.update({n: p.grad for n, p in adapters.parameters(model).items()})
+        grads.update({n: p.grad for n, p in lora_layers.parameters(model).items()})
     assert worst_error(found, expected) <= 1e-5
 
 
@@ -387,12 +347,12 @@ def test_norms_kept_by_an_evaluation_serve_the_training_after_it(directories):
     with torch.inference_mode():
         model(**batch)
     model(**batch).logits.sum().backward()
-    assert all(p.grad is not None for p in adapters.parameters(model).values())
+    assert all(p.grad is not None for p in lora_layers.parameters(model).values())
 
 
 def test_dora_norms_follow_every_kind_of_change_to_the_factors(directories):
     model, _ = with_adapters(directories / "bert", method="dora")
-    trained = adapters.parameters(model)
+    trained = lora_layers.parameters(model)
     fresh = adapters.AdapterState.read(model)
     for change in (
         lambda: torch.optim.SGD(trained.values(), lr=0.1).step(),
@@ -412,7 +372,7 @@ def test_dora_norms_follow_every_kind_of_change_to_the_factors(directories):
 def test_gradients_can_be_clipped_in_place_and_do_not_leak_into_the_next_batch(directories):
     model, per_sample = with_adapters(directories / "bert", method="dora")
     first = {n: g.clone() for n, g in all_at_once(model, per_sample, batch()).items()}
-    for p in adapters.parameters(model).values():
+    for p in lora_layers.parameters(model).values():
         p.grad_sample.mul_(0)
         assert p.grad is None
     again = all_at_once(model, per_sample, batch())
@@ -443,7 +403,7 @@ def test_a_loss_that_misses_a_layer_is_refused(directories):
         with pytest.raises(Refusal, match="classifier") as refusal:
             per_sample.collect()
     assert refusal.value.code == "guard-no-gradient"
-    assert not hasattr(next(iter(adapters.parameters(model).values())), "grad_sample")
+    assert not hasattr(next(iter(lora_layers.parameters(model).values())), "grad_sample")
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4)])
@@ -483,12 +443,12 @@ def test_an_input_that_is_not_one_entry_an_example_is_refused(directories, shape
 def test_a_frozen_part_changes_no_gradient_of_the_others(directories, family, method, frozen):
     expected = one_by_one(build(directories / family, method=method), batch())
     model, per_sample = with_adapters(directories / family, method=method)
-    for name, parameter in adapters.parameters(model).items():
+    for name, parameter in lora_layers.parameters(model).items():
         parameter.requires_grad_(adapters.kind(name) != frozen)
     with per_sample.expanded(BATCH):
         losses(model, *batch()).sum().backward()
         per_sample.collect()
-    for name, parameter in adapters.parameters(model).items():
+    for name, parameter in lora_layers.parameters(model).items():
         if parameter.requires_grad:
             error = (parameter.grad_sample - expected[name]).norm() / expected[name].norm()
             assert error <= 1e-5
@@ -504,9 +464,9 @@ def test_a_residual_is_a_part_of_the_frozen_weight(directories, family, method):
     plain = build(directories / family, method=method)
     generator = torch.Generator().manual_seed(4)
     state = dict(adapters.AdapterState.read(model))
-    for path, layer in adapters.lora_layers(plain):
+    for path, layer in lora_layers.lora_layers(plain):
         weight = layer.get_base_layer().weight
-        dense = adapters.dense_weight(layer.get_base_layer())
+        dense = lora_layers.dense_weight(layer.get_base_layer())
         b = 0.1 * torch.randn(dense.shape[0], 5, generator=generator)
         a = 0.1 * torch.randn(5, dense.shape[1], generator=generator)
         state |= dict(zip(adapters.residual_names(path), (a, b), strict=True))

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -10,16 +9,9 @@ import pytest
 
 from fedlora import sources
 from fedlora.errors import InputError
+from tests.conftest import shared_data
 
 TEXT_LABEL = {"text": "data.text", "label": "data.label"}
-
-
-def shared(relative: str) -> str:
-    default = Path(__file__).parents[2] / "../shared/data"
-    path = Path(os.environ.get("FEDLORA_SHARED_DATA", default)) / relative
-    if not path.is_file():
-        pytest.skip(f"{path} is not there; set FEDLORA_SHARED_DATA to run this")
-    return str(path)
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -305,7 +297,7 @@ def test_a_hub_digest_follows_the_revision_in_the_local_cache_without_loading_it
     ],
 )
 def test_real_files_are_read_whole(file: str, columns: str, rows: int, classes: int) -> None:
-    table = sources.read(shared(file), dict.fromkeys(columns.split(), "data.text"))
+    table = sources.read(str(shared_data(file)), dict.fromkeys(columns.split(), "data.text"))
     assert {len(values) for values in table.values()} == {rows}
     assert len(set(table[columns.split()[-1]])) == classes
     assert all(value for values in table.values() for value in values)

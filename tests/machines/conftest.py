@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora import adapters, trainable
-from fedlora import config as configuration
+from fedlora import lora_layers, trainable
 from fedlora.adapters import AdapterState
+from fedlora.config import RunConfig, from_flat
 from server import exchange, roster
 
 ROWS, BANKS = 40, ("Alpha", "Beta", "Gamma")
@@ -66,7 +66,7 @@ def drawn_training() -> Iterator[Callable[[Callable[..., None]], None]]:
 
     def moved(work: Any, source: Any) -> AdapterState:
         """The adapter with a draw added to what is trained."""
-        named, new = adapters.parameters(work.model), {}
+        named, new = lora_layers.parameters(work.model), {}
         for name, tensor in AdapterState.read(work.model).items():
             if name in named and named[name].requires_grad:
                 draw = torch.from_numpy(source.child(name).normal(tensor.numel()))
@@ -94,10 +94,10 @@ def drawn_training() -> Iterator[Callable[[Callable[..., None]], None]]:
 
 
 @pytest.fixture(scope="module")
-def make_config(values, drawn_training) -> Callable[..., configuration.RunConfig]:
+def make_config(values, drawn_training) -> Callable[..., RunConfig]:
     """Makes a `RunConfig` of ``values``; others given win."""
     drawn_training(lambda *_: None)
-    return lambda **changes: configuration.from_flat(values | changes)
+    return lambda **changes: from_flat(values | changes)
 
 
 class Clock:
@@ -134,7 +134,7 @@ def institution_world(
     lines = few_complaints.read_text().splitlines()
     records.write_text("\n".join([lines[0], *(r for r in lines if f",{BANKS[0]}," in r)]) + "\n")
     values = values | {"federation.rounds": 5}  # the machine orders rounds 1 to 4, asks for 5
-    work = trainable.load(configuration.from_flat(values), LABELS)
+    work = trainable.load(from_flat(values), LABELS)
     return {
         "values": values,
         "source": records,

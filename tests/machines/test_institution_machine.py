@@ -21,13 +21,15 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 from client.app import app
 from client.ledger import Ledger
 from fedlora import adapters, wire
-from fedlora import config as configuration
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
+from fedlora.config import INSTITUTIONS, from_flat
 from fedlora.errors import Refusal
+from fedlora.messages import Query, TrainOrder
 from simulation.engines.grid import identify
 from tests.machines.budgets import search, searched
 from tests.machines.conftest import LABELS
+from tests.samples import train_order
 
 DELTA, LIMIT = 1e-5, 7.0
 BREAKDOWNS = ("guard", "error", "killed")
@@ -81,7 +83,7 @@ class Killed(BaseException):
 class Sent:
     """An order as it was sent, so that it can be sent again."""
 
-    order: wire.TrainOrder
+    order: TrainOrder
     changes: tuple
     honest: bool
 
@@ -159,7 +161,7 @@ class InstitutionMachine(RuleBasedStateMachine):
 
     def _config(self, changes):
         values = type(self).values | {
-            "data.source": configuration.INSTITUTIONS,
+            "data.source": INSTITUTIONS,
             "data.labels": json.dumps(LABELS),
             "privacy.noise": "secure",
             "federation.rounds": 5,  # as many as a hello or an order may name
@@ -167,7 +169,7 @@ class InstitutionMachine(RuleBasedStateMachine):
         return values | dict(changes)
 
     def _context(self, changes):
-        flat = configuration.from_flat(self._config({})).flat()
+        flat = from_flat(self._config({})).flat()
         return Context(
             run_id=1,
             node_id=1,
@@ -323,7 +325,7 @@ class InstitutionMachine(RuleBasedStateMachine):
     def hello(self, run, first, participations):
         """The question before a run: it charges nothing, and knows a run that has begun."""
         before = self._entries()
-        query = wire.Query(run=run, first=first, participations=participations)
+        query = Query(run=run, first=first, participations=participations)
         message = Message(wire.pack_query(query), 1, MessageType.QUERY)
         said = wire.unpack_hello(app(message, self._context(())).content)
         assert said.institution == "Alpha"
@@ -333,14 +335,11 @@ class InstitutionMachine(RuleBasedStateMachine):
     # What must come of it.
 
     def _order(self, run, round, participations, adapter):
-        return wire.TrainOrder(
+        return train_order(
             run=run,
             round=round,
             participations=participations,
             base=self.base,
-            report=(),
-            parts=adapters.PARTS,
-            kept=(),
             adapter=_bent(self.start, adapter),
         )
 
@@ -388,9 +387,9 @@ class InstitutionMachine(RuleBasedStateMachine):
         assert update.privacy.noise_multiplier == event.noise_multiplier
         assert update.privacy.sample_rate == event.sample_rate
         assert update.privacy.ledger_epsilon <= LIMIT
-        assert update.privacy.epsilon <= configuration.from_flat(
-            self._config(sent.changes)
-        ).privacy.epsilon * (1 + 1e-6)
+        assert update.privacy.epsilon <= from_flat(self._config(sent.changes)).privacy.epsilon * (
+            1 + 1e-6
+        )
         self.answers[place] = (digest, _bytes(reply))
         self.last[order.run] = max(order.round, self.last.get(order.run, 0))
 

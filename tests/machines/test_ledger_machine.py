@@ -35,7 +35,7 @@ EVENTS = {
     "b": Event(noise_multiplier=3.0, sample_rate=0.5, steps=2),
 }
 SIZE = Event(noise_multiplier=20.0, sample_rate=1.0, steps=1)
-MOST_STEPS = 4
+MAX_STEPS = 4
 OWNER = ("f" * 64, "record")
 
 
@@ -68,14 +68,14 @@ class Charging:
 
     def on(self, ledger: Ledger) -> Any:
         event = EVENTS[self.like]
-        whole = dataclasses.replace(event, steps=MOST_STEPS)
+        whole = dataclasses.replace(event, steps=MAX_STEPS)
         charge = ledger.charge(
             run_id=self.run,
             round_number=self.round,
             order_digest=self.digest,
             event=event,
             planned=(whole, *self.extra) if self.planned else (),
-            max_steps_of_run=MOST_STEPS,
+            max_steps_of_run=MAX_STEPS,
             extra_events=self.extra,
         )
         return charge.key if charge.answer is None else ("answer", charge.answer)
@@ -187,7 +187,7 @@ def _charged(book: Book, operation: Charging, said: Any) -> Book | None:
     if same:
         return _keyed(book, same[-1], said)
     mine = [row for row in book.rows if row.run == operation.run]
-    if sum(row.event.steps for row in mine) + event.steps > MOST_STEPS:
+    if sum(row.event.steps for row in mine) + event.steps > MAX_STEPS:
         return book if said in (..., "participation-cap") else None
     first = mine[0] if mine else None
     if first and (first.event, first.extra) != (event, operation.extra):

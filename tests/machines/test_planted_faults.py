@@ -7,7 +7,7 @@ import pytest
 
 from client import checks, ledger_file, private_round
 from client.ledger import Ledger
-from fedlora import wire
+from fedlora.messages import TrainOrder
 from server import replies, run_directory
 from tests.machines.budgets import finds
 from tests.machines.test_institution_machine import InstitutionMachine
@@ -47,9 +47,9 @@ def test_an_answer_to_any_order_of_its_round_is_found(monkeypatch):
 
 
 def test_an_order_that_its_adapter_has_no_part_in_is_found(monkeypatch, institution_world):
-    digest = wire.TrainOrder.digest
+    digest = TrainOrder.digest
     monkeypatch.setattr(
-        wire.TrainOrder, "digest", lambda order, config: digest(_without_adapter(order), config)
+        TrainOrder, "digest", lambda order, config: digest(_without_adapter(order), config)
     )
     finds(InstitutionMachine, **institution_world)
 

@@ -8,6 +8,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedlora import wire
 from fedlora.errors import Refusal
+from fedlora.messages import Query
 from server.exchange import exchange
 from server.replies import content
 from simulation.engines.grid import identify
@@ -38,7 +39,7 @@ class RaisingGrid(InlineGrid):
 @pytest.fixture
 def orders():
     identify()
-    query = wire.pack_query(wire.Query(run="a1", first=True, participations=1))
+    query = wire.pack_query(Query(run="a1", first=True, participations=1))
     return [Message(query, node, MessageType.QUERY) for node in (1, 2, 3)]
 
 

@@ -16,6 +16,7 @@ from fedlora import accounting, config, metrics, wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.errors import Refusal
+from fedlora.messages import ClientUpdate, Query
 from fedlora.run_files import read_records
 from server import evaluation
 from server.exchange import exchange
@@ -24,6 +25,7 @@ from server.run_directory import RunDirectory
 from server.spending import Spending
 from simulation.engines.inline import InlineGrid
 from strategies.base import Round
+from tests.samples import privacy_spent
 
 STATE = AdapterState({"x.lora_A.weight": torch.zeros(2, 3), "x.lora_B.weight": torch.zeros(4, 2)})
 ROUND = Round(number=2, asked=1, before=STATE, parts=("A", "B"), run="a1")
@@ -37,23 +39,15 @@ RUN = {
 }
 SPENDING = Spending(config=config.from_flat(RUN), participations=3)
 PLAN = plan_run(SPENDING.config, 100, 3)
-HONEST = wire.PrivacySpent(
-    unit="record",
+HONEST = privacy_spent(
     epsilon=7.0,
-    delta=1e-4,
     noise_multiplier=PLAN.noise_multiplier,
-    sample_rate=0.25,
     steps=4,
-    accountant="rdp",
-    noise="seeded",
-    max_grad_norm=1.0,
-    clipping="flat",
-    size_noise=0.0,
     ledger_epsilon=7.0,
     ledger_delta=1e-4,
     ledger_limit=8.0,
 )
-UPDATE = wire.ClientUpdate(institution="bank", round=2, run="a1", adapter=STATE, privacy=HONEST)
+UPDATE = ClientUpdate(institution="bank", round=2, run="a1", adapter=STATE, privacy=HONEST)
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 BAD = [
     *(("epsilon", value) for value in (*NOT_FINITE, -1.0, 8.1, 1e9)),
@@ -83,7 +77,7 @@ def _answered(*contents, report=(), spending=SPENDING, round=ROUND):
 
     grid = InlineGrid(app, len(contents), {})
     orders = [
-        Message(wire.pack_query(wire.Query(run="a1", first=True, participations=3)), node, "train")
+        Message(wire.pack_query(Query(run="a1", first=True, participations=3)), node, "train")
         for node in range(1, len(contents) + 1)
     ]
     names = {1: "bank"} | {node: f"bank-{node}" for node in range(2, len(contents) + 1)}
@@ -216,7 +210,7 @@ def test_a_second_reply_to_one_message_is_nobodys():
         return Message(message.content, reply_to=message)
 
     grid = Twice(app, 3, {})
-    query = wire.pack_query(wire.Query(run="a1", first=True, participations=1))
+    query = wire.pack_query(Query(run="a1", first=True, participations=1))
     orders = [Message(query, node, MessageType.QUERY) for node in (1, 2, 3)]
     came = [node for node, reply in exchange(grid, orders, 5.0) if reply is not None]
     assert sorted(came) == [1, 2, 3]

@@ -8,6 +8,7 @@ from flwr.clientapp import ClientApp
 
 import fedlora
 from fedlora import config, wire
+from fedlora.messages import Hello, Query
 from fedlora.run_files import NODES
 from server import roster
 from server.roster import Roster, RunFailed
@@ -26,7 +27,7 @@ class Nodes(InlineGrid):
         def hello(message, context):
             self.asked.append(context.node_id)
             name = self.names[context.node_id - 1]
-            said = wire.Hello(institution=name, version=fedlora.__version__, fits=True, rank=8)
+            said = Hello(institution=name, version=fedlora.__version__, fits=True, rank=8)
             return Message(wire.pack_hello(said), reply_to=message)
 
         super().__init__(app, len(names), {})
@@ -49,7 +50,7 @@ def made(tmp_path):
 
     def make(grid, **values):
         values = {**DEPLOYED, "run-dir": str(tmp_path / "run"), **values}
-        query = wire.Query(run="0", first=True, participations=1)
+        query = Query(run="0", first=True, participations=1)
         return Roster(grid, config.from_flat(values), query)
 
     return make

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
-from fedlora.wire import ClientUpdate
+from fedlora.messages import ClientUpdate
 from strategies import base
 from strategies.base import Round
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
 from fedlora.strategy_table import STRATEGY_TABLE
-from fedlora.wire import ClientUpdate
 from strategies import fedavg, ffa, svd
 from strategies.base import Round
 from strategies.diagnostics import Watch
+from tests.samples import updates_of
 
 HEAD = "base.score.weight"
 NAMES = [f"base.{i}.q.lora_{{}}.weight" for i in range(8)]
@@ -32,13 +32,6 @@ def _dense(round, state, head=True):
     return torch.cat([p.flatten() for p in parts]).numpy()
 
 
-def _pairs(states, weights):
-    return [
-        (ClientUpdate(institution=f"bank-{i}", round=1, adapter=state), weight)
-        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
-    ]
-
-
 def _figures(round, pairs, aggregate, **values):
     watch = Watch(round, **values)
     result = aggregate(round, watch.through(pairs))
@@ -53,7 +46,7 @@ def test_the_figures_are_those_of_the_dense_products(seed, count, strategy):
     states = [_state(draw) for _ in range(count)]
     weights = draw.uniform(1, 9, count)
     round = Round(number=1, asked=9, before=before, alpha=8.0)
-    pairs = _pairs(states, weights)
+    pairs = updates_of(states, weights)
     figures, result = _figures(round, pairs, strategy.aggregate)
     backwards, _ = _figures(round, pairs[::-1], strategy.aggregate)
     assert figures == backwards and figures["exact"]
@@ -64,9 +57,9 @@ def test_the_figures_are_those_of_the_dense_products(seed, count, strategy):
     along = np.average(changes, axis=0, weights=weights)
     for i, change in enumerate(changes):
         length = np.linalg.norm(change)
-        assert figures["norm"][f"bank-{i}"] == pytest.approx(length, rel=1e-6)
+        assert figures["norm"][f"bank-{i:02}"] == pytest.approx(length, rel=1e-6)
         cosine = change @ along / length / np.linalg.norm(along)
-        assert figures["cosine"][f"bank-{i}"] == pytest.approx(cosine, abs=1e-6)
+        assert figures["cosine"][f"bank-{i:02}"] == pytest.approx(cosine, abs=1e-6)
 
 
 def test_with_one_a_for_all_averaging_is_exact_and_apart_it_is_not():
@@ -75,16 +68,16 @@ def test_with_one_a_for_all_averaging_is_exact_and_apart_it_is_not():
     states = [_state(draw) for _ in range(3)]
     parts = STRATEGY_TABLE["ffa"].parts_sent(1)
     round = Round(number=1, asked=3, before=before, parts=parts)
-    frozen = _pairs([s.only(parts) for s in states], [1.0, 2.0, 3.0])
+    frozen = updates_of([s.only(parts) for s in states], [1.0, 2.0, 3.0])
     assert _figures(round, frozen, ffa.aggregate)[0]["error"] < 1e-6
     whole = Round(number=1, asked=3, before=before)
-    assert _figures(whole, _pairs(states, [1.0, 2.0, 3.0]), fedavg.aggregate)[0]["error"] > 0.1
+    assert _figures(whole, updates_of(states, [1.0, 2.0, 3.0]), fedavg.aggregate)[0]["error"] > 0.1
 
 
 def test_who_did_not_move_has_no_length_and_no_direction():
     before = _state(np.random.default_rng(0))
     round = Round(number=1, asked=2, before=before)
-    figures, _ = _figures(round, _pairs([before, before], [1.0, 1.0]), fedavg.aggregate)
+    figures, _ = _figures(round, updates_of([before, before], [1.0, 1.0]), fedavg.aggregate)
     assert all(norm < 1e-6 for norm in figures["norm"].values())
     assert figures["error"] < 1e-6
 
@@ -100,7 +93,7 @@ def test_where_updates_are_not_held_the_figures_are_estimates():
     before = _state(draw, **size)
     states = [_state(draw, **size) for _ in range(4)]
     round = Round(number=1, asked=4, before=before, alpha=8.0)
-    pairs = _pairs(states, [1.0, 2.0, 3.0, 4.0])
+    pairs = updates_of(states, [1.0, 2.0, 3.0, 4.0])
     exact, _ = _figures(round, pairs, fedavg.aggregate)
     estimate, _ = _figures(round, pairs, fedavg.aggregate, exact_bytes=0)
     assert exact["exact"] and not estimate["exact"]

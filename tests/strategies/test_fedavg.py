@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
-from fedlora.wire import ClientUpdate
+from fedlora.messages import ClientUpdate
 from strategies import fedavg
 from strategies.base import Round
 

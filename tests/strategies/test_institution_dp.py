@@ -7,8 +7,8 @@ from scipy import stats
 
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
+from fedlora.messages import ClientUpdate
 from fedlora.streams import RandomSource
-from fedlora.wire import ClientUpdate
 from strategies import institution_dp
 
 

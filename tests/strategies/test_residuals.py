@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, residual_names
 from fedlora.strategy_table import STRATEGY_TABLE
-from fedlora.wire import ClientUpdate
 from strategies import STRATEGIES, exact, lowrank, pad, robust, stack
 from strategies.base import Round
 from strategies.diagnostics import Watch
+from tests.samples import updates_of
 
 LAYER = "base.q"
 A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
@@ -37,13 +37,6 @@ def _state(draw, rank, residual=0):
     if residual:
         tensors |= {RA: _normal(draw, residual, D_IN), RB: _normal(draw, D_OUT, residual)}
     return AdapterState(tensors)
-
-
-def _updates(states, weights):
-    return [
-        (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state), weight)
-        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
-    ]
 
 
 def _product(round, state):
@@ -73,7 +66,7 @@ def _case(seed, strategy, ranks, rslora, residual, bound):
     sent = {f"bank-{i:02}": starts[r] for i, r in enumerate(ranks)}
     round = dataclasses.replace(round, sent=sent)
     states = [_state(draw, r) for r in ranks]
-    return round, _updates(states, draw.uniform(1, 100, len(states)))
+    return round, updates_of(states, draw.uniform(1, 100, len(states)))
 
 
 CASES = {
@@ -161,7 +154,7 @@ def test_pad_leaves_a_row_alone_that_nobody_who_answered_holds():
     torch.testing.assert_close(
         _product(round, sent), round.scale(4) * (before[B][:, :2] @ before[A][:2]).double()
     )
-    same = pad.aggregate(round, _updates([sent, sent], [1.0, 3.0]))
+    same = pad.aggregate(round, updates_of([sent, sent], [1.0, 3.0]))
     for name in before:
         torch.testing.assert_close(same[name], before[name])
 
@@ -310,7 +303,7 @@ def test_where_b_is_kept_there_is_no_error_and_a_counts_as_a_vector():
     round = Round(number=1, asked=2, before=before, parts=parts, local_parts=traits.local_parts)
     states = [_state(draw, 2).only(parts) for _ in range(2)]
     watch = Watch(round)
-    new = strategy.aggregate(round, watch.through(_updates(states, [1.0, 1.0])))
+    new = strategy.aggregate(round, watch.through(updates_of(states, [1.0, 1.0])))
     figures = watch.figures(new)
     assert figures["error"] is None
     for i, state in enumerate(states):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.strategy_table import STRATEGY_TABLE
-from fedlora.wire import ClientUpdate
 from strategies import STRATEGIES, fedavg, ffa, products, robust, svd
 from strategies.base import Round
+from tests.samples import updates_of
 
 A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
 MAGNITUDE, HEAD = "base.q.lora_magnitude_vector", "base.score.weight"
@@ -35,14 +35,6 @@ def _state(draw, rank=2, near=None, by=1.0):
 
 def _round(before, **values):
     return Round(**{"number": 1, "asked": 20, "before": before, "alpha": 8.0} | values)
-
-
-def _updates(states, weights=None):
-    weights = weights or [1.0] * len(states)
-    return [
-        (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state), weight)
-        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
-    ]
 
 
 def _dense(round, state):
@@ -101,7 +93,7 @@ def test_krum_chooses_what_flowers_krum_chooses_among_dense_products_and_factors
     expected = {i for i, content in enumerate(contents) if any(content is t for t in theirs)}
     _, out = robust.aggregate(
         round,
-        reversed(_updates(states)),
+        reversed(updates_of(states)),
         rule="multi-krum" if multi else "krum",
         byzantine=bad,
         mean=fedavg.aggregate,
@@ -121,7 +113,11 @@ def test_coordinate_rules_are_flowers_own(seed, count):
         ("trimmed-mean", aggregate_trimmed_avg(results, (bad + 0.25) / count)),
     ):
         mine, _ = robust.aggregate(
-            _round(states[0]), _updates(states), rule=rule, byzantine=bad, mean=fedavg.aggregate
+            _round(states[0]),
+            updates_of(states),
+            rule=rule,
+            byzantine=bad,
+            mean=fedavg.aggregate,
         )
         for got, expected in zip(mine.values(), theirs, strict=True):
             np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
@@ -141,7 +137,7 @@ def test_norm_bound_is_the_mean_of_changes_scaled_to_the_medians(seed, weighting
     for strategy in (svd, fedavg):  # with one A for all both are exact
         mine, _ = robust.aggregate(
             round,
-            _updates(states, weights),
+            updates_of(states, weights),
             rule="norm-bound",
             byzantine=0.2,
             mean=strategy.aggregate,
@@ -167,7 +163,7 @@ def test_an_innocent_product_of_a_large_and_a_small_factor_does_no_harm(rule, st
     round = _round(before)
     mine, _ = robust.aggregate(
         round,
-        _updates([*honest, bad]),
+        updates_of([*honest, bad]),
         rule=rule,
         byzantine=1,
         mean=STRATEGIES[strategy].aggregate,
@@ -183,7 +179,7 @@ def test_nobody_counts_more_than_the_median_however_large_it_says_it_is():
     round = _round(before, weighting="records")
 
     def result(largest):
-        updates = _updates(states, [1000.0] * 4 + [largest])
+        updates = updates_of(states, [1000.0] * 4 + [largest])
         rule = {"rule": "norm-bound", "byzantine": 1}
         return robust.aggregate(round, updates, **rule, mean=fedavg.aggregate)[0]
 
@@ -195,7 +191,7 @@ def test_norm_bound_keeps_a_cohort_that_did_not_move_where_it_is():
     before = _state(np.random.default_rng(0))
     mine, _ = robust.aggregate(
         _round(before),
-        _updates([before] * 4),
+        updates_of([before] * 4),
         rule="norm-bound",
         byzantine=0.2,
         mean=fedavg.aggregate,
@@ -210,7 +206,7 @@ def test_with_a_frozen_factor_the_rules_take_what_was_sent_and_no_order_matters(
     parts = STRATEGY_TABLE["ffa"].parts_sent(1)
     states = [_state(draw, near=before, by=0.1).only(parts) for _ in range(7)]
     round = _round(before, parts=parts)
-    pairs = _updates(states)
+    pairs = updates_of(states)
     both = [
         robust.aggregate(round, order, rule=rule, byzantine=2, mean=ffa.aggregate)
         for order in (pairs, pairs[::-1])
@@ -228,5 +224,9 @@ def test_how_many_bad_ones_are_assumed():
     with pytest.raises(Refusal, match="too-few-updates"):
         before = _state(np.random.default_rng(0))
         robust.aggregate(
-            _round(before), _updates([before] * 4), rule="krum", byzantine=1, mean=fedavg.aggregate
+            _round(before),
+            updates_of([before] * 4),
+            rule="krum",
+            byzantine=1,
+            mean=fedavg.aggregate,
         )

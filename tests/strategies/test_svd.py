@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
-from fedlora.wire import ClientUpdate
 from strategies import collected, svd
 from strategies.base import Round
+from tests.samples import updates_of
 
 A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
 MAGNITUDE, HEAD = "base.q.lora_magnitude_vector", "base.score.weight"
@@ -25,13 +25,6 @@ def _state(draw, rank, d_out=14, d_in=11):
             HEAD: normal(3, d_in),
         }
     )
-
-
-def _updates(states, weights):
-    return [
-        (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state), weight)
-        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
-    ]
 
 
 def _mean(round, updates):
@@ -69,7 +62,7 @@ def test_the_product_is_the_truncated_dense_svd(seed, rank, ranks, same, rslora)
     before = _still(draw, rank)
     starts = {r: _still(draw, r) for r in range(1, rank)} | {rank: before}
     ranks = [rank if same else min(r, rank) for r in ranks]
-    updates = _updates([_state(draw, r) for r in ranks], draw.uniform(1, 100, len(ranks)))
+    updates = updates_of([_state(draw, r) for r in ranks], draw.uniform(1, 100, len(ranks)))
     sent = {u.institution: starts[r] for (u, _), r in zip(updates, ranks, strict=True)}
     round = Round(number=1, asked=9, before=before, sent=sent, alpha=16.0, rslora=rslora)
     new = svd.aggregate(round, updates)
@@ -94,7 +87,7 @@ def test_when_all_send_the_same_factors_they_come_back(moved):
     if moved:
         sent = sent.updated({A: sent[A] * 2})  # so that it is nowhere too short beside the old one
     round = Round(number=1, asked=3, before=before, alpha=8.0)
-    new = svd.aggregate(round, _updates([sent] * 3, [1.0, 1.0, 1.0]))
+    new = svd.aggregate(round, updates_of([sent] * 3, [1.0, 1.0, 1.0]))
     for name in before:
         torch.testing.assert_close(new[name], sent[name], rtol=1e-5, atol=1e-6)
 
@@ -108,7 +101,7 @@ def test_no_other_factors_of_the_product_bring_a_nearer_to_the_mean_one(seed):
     states, weights = [_state(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0]
     share = torch.tensor(weights) / sum(weights)
     mean = torch.einsum("k,kij->ij", share, torch.stack([state[A] for state in states]))
-    new = svd.aggregate(round, _updates(states, weights))
+    new = svd.aggregate(round, updates_of(states, weights))
     least = torch.linalg.svdvals(before[A]).clamp(max=float(before[A].norm()) / 2 / 2)
     distance = float((new[A] - mean).norm())
     assert (torch.linalg.svdvals(new[A]) >= least - 1e-5).all()
@@ -126,7 +119,7 @@ def test_where_nobody_moved_a_it_stays(shortest):
     u, _, v = torch.linalg.svd(before[A], full_matrices=False)
     before = before.updated({A: u * torch.logspace(0, float(np.log10(shortest)), 4) @ v})
     moved = [before.updated({B: _state(draw, 4)[B]}) for _ in range(3)]
-    new = svd.aggregate(Round(number=1, asked=3, before=before), _updates(moved, [1.0, 2.0, 3.0]))
+    new = svd.aggregate(Round(number=1, asked=3, before=before), updates_of(moved, [1.0, 2.0, 3.0]))
     torch.testing.assert_close(new[A], before[A], rtol=0, atol=1e-6)
 
 
@@ -135,13 +128,13 @@ def test_a_direction_that_nobody_uses_keeps_an_a_and_its_b_is_zero():
     before = _state(draw, 4)
     one = before.updated({B: before[B] * torch.tensor([1.0, 0.0, 0.0, 0.0])})
     round = Round(number=1, asked=1, before=before)
-    new = svd.aggregate(round, _updates([one], [1.0]))
+    new = svd.aggregate(round, updates_of([one], [1.0]))
     assert torch.linalg.matrix_rank(new[A]) == 4
     assert torch.linalg.matrix_rank(new[B], rtol=1e-5) == 1
     row_space = torch.linalg.qr(before[A].T)[0]
     torch.testing.assert_close(new[A] @ row_space @ row_space.T, new[A])
     still = before.updated({B: torch.zeros_like(before[B])})
-    fresh = svd.aggregate(round, _updates([still], [1.0]))
+    fresh = svd.aggregate(round, updates_of([still], [1.0]))
     assert not fresh[B].any() and torch.linalg.matrix_rank(fresh[A]) == 4
 
 
@@ -153,7 +146,7 @@ def test_of_nothing_comes_nothing():
 @pytest.mark.parametrize("in_memory", [0, 1500, 10**9])
 def test_updates_that_wait_on_disk_come_back_the_same(in_memory):
     draw = np.random.default_rng(1)
-    updates = _updates([_state(draw, 2) for _ in range(4)], [1.0, 2.0, 3.0, 4.0])
+    updates = updates_of([_state(draw, 2) for _ in range(4)], [1.0, 2.0, 3.0, 4.0])
     with collected.collect(reversed(updates), in_memory=in_memory) as all_of_them:
         assert all_of_them.institutions == [u.institution for u, _ in updates]
         assert all_of_them.weights == [1.0, 2.0, 3.0, 4.0]

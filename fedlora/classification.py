@@ -1,0 +1,152 @@
+"""Classification: class logits of an encoder, or label tokens of a causal model."""
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from fedlora import metrics
+from fedlora.batches import Batch, Int64, PackedBatch, distinct, micro_batches
+from fedlora.data import Shard
+from fedlora.encoding import LabelPrompt, PlainText
+from fedlora.tasks import Task, base_model, check_rows, evaluation_mode, model_inputs, text_config
+
+WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "sliding_windows",
+    "local_attention",
+    "attention_chunk_size",
+    "window_size",
+)
+"""Keys of configurations for the number of tokens that a token attends to."""
+
+
+LENGTH_DEPENDENT = ("longrope", "dynamic")
+"""Kinds of rotary positions that depend on the longest row of a batch."""
+
+
+class Classification(Task):
+    """One label for each text, from an encoder's head or from a causal model's next token."""
+
+    encoding: PlainText | LabelPrompt
+
+    def __init__(self, encoding: PlainText | LabelPrompt) -> None:
+        # With padding on the left, the answer follows the last position of every row.
+        super().__init__(encoding, "left" if isinstance(encoding, LabelPrompt) else "right")
+        self._label_tokens: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def first_position(self, model: nn.Module) -> int | None:
+        """The first position of an unpacked row: 0, but RoBERTa's family counts from after padding.
+
+        An encoder's first position is the one whose output equals, to the last bit, the output
+        without explicit positions.
+        """
+        from fedlora import attention  # imports transformers' models; reading records needs none
+
+        base, config, most = base_model(model), text_config(model), self.encoding.max_length
+        windows = [getattr(config, key, None) for key in WINDOWS]
+        rope = str(getattr(config, "rope_parameters", ""))
+        inner = base
+        if isinstance(self.encoding, PlainText):
+            inner = getattr(base, base.base_model_prefix)
+        if (
+            base.config._attn_implementation != attention.NAME
+            or any(type(window) is int and window < most for window in windows)
+            or any(kind in rope for kind in LENGTH_DEPENDENT)
+            or "position_ids" not in inspect.signature(inner.forward).parameters
+        ):
+            return None
+        if not isinstance(self.encoding, PlainText):
+            return 0  # as in padded rows
+        ids = torch.tensor([self.words(model)[: min(most, 5)]], device=base.device)
+        mask = torch.ones_like(ids)
+        with evaluation_mode(model):
+            without = base.pooled(ids, mask)
+            for first in (0, self._pad_id + 1):
+                if first + most > (getattr(config, "max_position_embeddings", 0) or math.inf):
+                    continue
+                positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+                if torch.equal(base.pooled(ids, mask, position_ids=positions), without):
+                    return first
+        return None
+
+    def losses(
+        self, model: nn.Module, batch: Batch | PackedBatch, labels: tuple[str, ...]
+    ) -> torch.Tensor:
+        """Cross-entropy over the classes."""
+        logits = self.logits(model, batch, labels)
+        return functional.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
+
+    def logits(
+        self, model: nn.Module, batch: Batch | PackedBatch, labels: tuple[str, ...]
+    ) -> torch.Tensor:
+        """Score of each class, float32 ``(b, C)``: a softmax over them gives probabilities."""
+        if isinstance(self.encoding, PlainText):
+            return model(**model_inputs(model, batch)).logits.float()
+        if labels not in self._label_tokens:
+            self._label_tokens[labels] = torch.tensor(self.encoding.tokens(labels))
+        logits = self.next_token(model, batch)
+        return logits[:, self._label_tokens[labels].to(logits.device)].float()
+
+    def next_token(self, model: nn.Module, batch: Batch | PackedBatch) -> torch.Tensor:
+        """A causal model's logits of the token after each row, ``(b, V)`` in its dtype."""
+        if isinstance(batch, PackedBatch):
+            inputs = {**model_inputs(model, batch), "logits_to_keep": batch.row.last}
+            return model(**inputs, use_cache=False).logits[0, : batch.row.examples]
+        inputs = _causal_inputs(model, batch)
+        # An index and not a number: a number gives a view, for which torch's product copies the
+        # whole vocabulary's weights for every row.
+        inputs["logits_to_keep"] = torch.tensor([-1], device=inputs["input_ids"].device)
+        return model(**inputs, use_cache=False).logits[:, -1]
+
+    def predict(self, model: nn.Module, shard: Shard, labels: tuple[str, ...]) -> list[str]:
+        """The label with the highest score for each row."""
+        scores = self._scores(model, shard, labels)
+        return [labels[int(i)] for i in scores.argmax(1)]
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        shard: Shard,
+        labels: tuple[str, ...],
+        *,
+        owner: Int64 | None = None,
+    ) -> dict[str, Any]:
+        """``n``, ``accuracy``, ``macro_f1``, ``per_class``, ``loss`` (mean cross-entropy, nats)."""
+        check_rows(shard)
+        scores = self._scores(model, shard, labels)
+        predicted = scores.argmax(1)
+        result = metrics.classification(
+            [labels[int(i)] for i in shard.targets], [labels[int(i)] for i in predicted], labels
+        )
+        losses = functional.cross_entropy(torch.tensor(scores), torch.tensor(shard.targets))
+        result["loss"] = float(losses)
+        if owner is not None:
+            right = predicted == shard.targets
+            result["by_owner"] = {int(i): float(right[owner == i].mean()) for i in np.unique(owner)}
+        return result
+
+    def _scores(
+        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
+    ) -> NDArray[np.float32]:
+        first, copy_of = distinct(shard.row(i).tobytes() for i in range(len(shard)))
+        scores = np.empty((len(shard), len(labels)), dtype=np.float32)
+        with evaluation_mode(model):
+            for rows in micro_batches(shard.lengths, first, self.physical_batch):
+                logits = self.logits(model, self.collate(shard, rows), labels)
+                scores[rows] = logits.cpu().numpy()
+        return scores[first[copy_of]]
+
+
+def _causal_inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Inputs with positions that count from each row's first token, for models that take them."""
+    inputs = model_inputs(model, batch)
+    if "position_ids" in inspect.signature(base_model(model).forward).parameters:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return inputs

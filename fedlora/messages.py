@@ -1,0 +1,193 @@
+"""The typed messages between server and institutions: plain data, without Flower and torch.
+
+The receiver validates them: an institution holds an order against its own limits, a strategy holds
+an update against the global adapter.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedlora.adapters import AdapterState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """An institution's first reply.
+
+    Args:
+        institution: Its name, unique in the federation.
+        version: Its fedlora version.
+        fits: Whether the whole run fits what its privacy ledger has left.
+        rank: The rank of its factors.
+    """
+
+    institution: str
+    version: str
+    fits: bool
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """The server's question before the first round.
+
+    Args:
+        run: The run's identity, also after a resume.
+        first: Whether this is the run's first start, not a resume.
+        participations: The largest number of rounds for which the institution may be asked.
+    """
+
+    run: str
+    first: bool
+    participations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOrder:
+    """The server's message to an institution for one round.
+
+    Args:
+        run: The run's identity, also after a resume.
+        round: The number of the round, from 1.
+        participations: The largest number of rounds of this run for which the institution may be
+            asked. The institution plans its noise for this number and enforces it.
+        base: SHA-256 of the base model's weights as the server holds them.
+        report: Names of requested figures (``loss``, ``records``). Under DP each is refused.
+        parts: The parts to train and send back (`fedlora.adapters.PARTS`).
+        kept: The local parts: trained, kept from round to round and not sent. All other parts stay
+            as they are in ``adapter``.
+        adapter: The adapter to start from.
+    """
+
+    run: str
+    round: int
+    participations: int
+    base: str
+    report: tuple[str, ...]
+    parts: tuple[str, ...]
+    kept: tuple[str, ...]
+    adapter: "AdapterState"
+
+    def digest(self, config_fingerprint: str) -> str:
+        """SHA-256 (hex) over every field of the order and its configuration.
+
+        It is computed once for an order and a configuration.
+        """
+        digests: dict[str, str] = self.__dict__.setdefault("_digests", {})
+        if config_fingerprint not in digests:
+            digests[config_fingerprint] = self._digest(config_fingerprint)
+        return digests[config_fingerprint]
+
+    def _digest(self, config_fingerprint: str) -> str:
+        head = [
+            self.run,
+            self.round,
+            self.participations,
+            self.base,
+            self.report,
+            self.parts,
+            self.kept,
+            config_fingerprint,
+        ]
+        hasher = hashlib.sha256(json.dumps(head).encode())
+        for name, tensor in self.adapter.items():
+            hasher.update(json.dumps([name, list(tensor.shape)]).encode())
+            hasher.update(tensor.numpy().tobytes())
+        return hasher.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOrder:
+    """The order to evaluate an institution's own adapter, in simulations with local parts.
+
+    Args:
+        run: The run's identity.
+        round: The number of the last round.
+        save: Whether the institution saves its adapter for use after the run.
+        adapter: The global adapter; the institution's local parts replace its own.
+    """
+
+    run: str
+    round: int
+    save: bool
+    adapter: "AdapterState"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """An institution's answer to an `EvaluateOrder`.
+
+    Args:
+        institution: The institution's name.
+        metrics: Metrics of its own adapter on its own held-out rows, from
+            `fedlora.tasks.Task.evaluate`; empty without such rows.
+    """
+
+    institution: str
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySpent:
+    """The privacy that an institution has spent, in figures that depend on public values only.
+
+    Args:
+        unit: The unit of privacy: ``record``, or a column.
+        epsilon: The spending of this run so far, at ``delta``.
+        delta: The run's delta.
+        noise_multiplier: Standard deviation of the noise over ``max_grad_norm``.
+        sample_rate: Probability that a unit is in a step's batch.
+        steps: Steps taken in this run.
+        accountant: ``prv`` or ``rdp``.
+        noise: ``secure`` or ``seeded``.
+        max_grad_norm: Clipping bound.
+        clipping: ``flat`` or ``automatic``.
+        size_noise: Standard deviation of the noise on the noised size; 0 without a noised size.
+        ledger_epsilon: The spending of all runs on these records, at ``ledger_delta``.
+        ledger_delta: The ledger's delta.
+        ledger_limit: The ledger's limit, which the institution sets.
+    """
+
+    unit: str
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    accountant: str
+    noise: str
+    max_grad_norm: float
+    clipping: str
+    size_noise: float
+    ledger_epsilon: float
+    ledger_delta: float
+    ledger_limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """An institution's answer to a `TrainOrder`.
+
+    Args:
+        institution: The institution's name.
+        round: The order's round.
+        adapter: The trained parts, after local training.
+        run: The order's run.
+        size: The size for the weighting: a size class, a noised size or a record count; 0 for
+            uniform weights.
+        privacy: The privacy spent; None without DP.
+        metrics: The requested figures; empty under DP.
+    """
+
+    institution: str
+    round: int
+    adapter: "AdapterState"
+    run: str = ""
+    size: float = 0.0
+    privacy: PrivacySpent | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])

@@ -1,0 +1,152 @@
+"""Supervised fine-tuning: a causal model learns to write whole responses."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from fedlora import metrics
+from fedlora.batches import Batch, Int64, PackedBatch, distinct, micro_batches, pad, rounded
+from fedlora.data import Shard
+from fedlora.encoding import ResponsePrompt
+from fedlora.streams import RandomSource
+from fedlora.tasks import Task, check_rows, evaluation_mode, model_inputs
+
+GENERATED_ROWS = 200  # rows of an evaluation with a generated response: generation is slow
+MAX_RESPONSE_TOKENS = 128  # of a generated response
+MAX_ANSWERS = 100
+"""The largest number of different references that are read as classes."""
+MAX_ANSWER_CHARACTERS = 40
+"""The length of the longest reference that is read as a class."""
+
+
+class Sft(Task):
+    """Instruction tuning: the loss of an example is the mean over its response's tokens."""
+
+    encoding: ResponsePrompt
+
+    def __init__(self, encoding: ResponsePrompt) -> None:
+        super().__init__(encoding, "right")
+
+    def losses(
+        self, model: nn.Module, batch: Batch | PackedBatch, labels: tuple[str, ...]
+    ) -> torch.Tensor:
+        """Mean negative log-likelihood of the response tokens, with the end token, in nats."""
+        assert isinstance(batch, Batch), "responses are padded"
+        totals, tokens = self._response_losses(model, batch)
+        return totals / tokens
+
+    def shapes(self, shard: Shard) -> Int64:
+        """Padded width and padded response of each row, ``(n, 2)``."""
+        responses = rounded(shard.lengths - shard.targets, self.encoding.max_length)
+        return np.column_stack([super().shapes(shard), responses])
+
+    def predict(self, model: nn.Module, shard: Shard, labels: tuple[str, ...]) -> list[str]:
+        """The response to each row's prompt, generated greedily."""
+        rows = np.arange(len(shard))
+        return self._generate(model, shard, rows, MAX_RESPONSE_TOKENS)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        shard: Shard,
+        labels: tuple[str, ...],
+        *,
+        owner: Int64 | None = None,
+    ) -> dict[str, Any]:
+        """Token loss on all rows; exact match, and accuracy over a closed set of answers, on some.
+
+        Returns:
+            ``n`` rows; ``token_loss`` (nats, mean over all response ``tokens``), ``perplexity``;
+            ``exact_match`` over ``generated`` rows, always the same ones. If the references are
+            few and short, ``accuracy``, ``macro_f1`` and ``per_class`` over the generated rows too,
+            and ``unparseable``: rows whose response begins with no reference, which are wrong.
+        """
+        check_rows(shard)
+        total, tokens = self._token_loss(model, shard)
+        sampled = RandomSource.seeded("generated rows", 0).permutation(len(shard))[:GENERATED_ROWS]
+        lengths = shard.lengths[sampled] - shard.targets[sampled]
+        longest = min(int(lengths.max()), MAX_RESPONSE_TOKENS)
+        said = self._generate(model, shard, sampled, longest)
+        references: list[str] = [
+            self._text(shard.row(i)[shard.targets[i] :]) for i in range(len(shard))
+        ]
+        truth = [references[int(i)] for i in sampled]
+        result: dict[str, Any] = {
+            "n": len(shard),
+            "tokens": tokens,
+            "token_loss": total / tokens,
+            "perplexity": math.exp(min(total / tokens, 700.0)),
+            "exact_match": metrics.accuracy(truth, said),
+            "generated": len(sampled),
+        }
+        closed = sorted(set(references))
+        if len(closed) <= MAX_ANSWERS and max(map(len, closed)) <= MAX_ANSWER_CHARACTERS:
+            parsed = [metrics.leading_answer(text, closed) for text in said]
+            result["unparseable"] = parsed.count(None)
+            result |= {**metrics.classification(truth, parsed, closed), "n": len(shard)}
+        return result
+
+    def _response_losses(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the response tokens' losses and their number, float32 ``(b,)`` each."""
+        inputs = model_inputs(model, batch)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        b, width = ids.shape
+        first, last = batch.targets.to(ids.device)[:, None], mask.sum(1, keepdim=True)
+        # A position's logits predict the token after it: from before the first to before the last.
+        # Every row gets logits at equally many positions: the longest response's number, rounded.
+        most = rounded((last - first).amax(0).cpu().numpy(), self.encoding.max_length)
+        r = min(int(most[0]), width)
+        positions = (first - 1).clamp(max=width - r) + torch.arange(r, device=ids.device)  # (b, r)
+        scored = torch.zeros_like(mask, dtype=torch.bool).scatter_(1, positions, True)
+        logits = model(**inputs, use_cache=False, logits_to_keep=scored).logits  # (b * r, V)
+        following = ids.gather(1, (positions + 1).clamp(max=width - 1))
+        nll = functional.cross_entropy(logits.float(), following.flatten(), reduction="none")
+        counts = (positions >= first - 1) & (positions < last - 1)
+        totals = nll.view(b, r).masked_fill(~counts, 0.0).sum(1)
+        return totals, counts.sum(1).to(nll.dtype)
+
+    def _token_loss(self, model: nn.Module, shard: Shard) -> tuple[float, int]:
+        first, copy_of = distinct(
+            shard.row(i).tobytes() + shard.targets[i].tobytes() for i in range(len(shard))
+        )
+        losses = np.empty((len(shard), 2))
+        with evaluation_mode(model):
+            for rows in micro_batches(shard.lengths, first, self.physical_batch):
+                both = torch.stack(self._response_losses(model, self.collate(shard, rows)), 1)
+                losses[rows] = both.cpu().numpy()
+        total, tokens = losses[first[copy_of]].sum(0)
+        return float(total), int(tokens)
+
+    def _generate(self, model: nn.Module, shard: Shard, rows: Int64, max_tokens: int) -> list[str]:
+        """Greedy responses to the prompts of the given rows."""
+        prompts = [shard.row(int(i))[: shard.targets[i]] for i in rows]
+        first, copy_of = distinct(prompt.tobytes() for prompt in prompts)
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+        ends = self.encoding.end_tokens()
+        said: dict[int, str] = {}
+        generate: Any = model.generate
+        with evaluation_mode(model):
+            for some in micro_batches(lengths, first, self.physical_batch):
+                tokens = [prompts[int(i)] for i in some]
+                batch = pad(tokens, some, lengths[some], self._pad_id, "left")
+                inputs = model_inputs(model, batch)
+                written = generate(
+                    **inputs,
+                    do_sample=False,
+                    use_cache=True,
+                    max_new_tokens=max_tokens,
+                    eos_token_id=ends,
+                    pad_token_id=self._pad_id,
+                )[:, inputs["input_ids"].shape[1] :]
+                for i, ids in zip(some, written.cpu().numpy(), strict=True):
+                    stop = np.flatnonzero(np.isin(ids, ends))
+                    said[int(i)] = self._text(ids[: stop[0]] if len(stop) else ids)
+        return [said[int(i)] for i in first[copy_of]]
+
+    def _text(self, ids: NDArray[Any]) -> str:
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
