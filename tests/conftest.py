@@ -1,17 +1,20 @@
 """What many tests need: a tiny encoder on disk, a few records, a configuration over both."""
 
 import csv
+import gc
 import importlib.util
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 from fedlora import extras
-from fedlora.startup import quiet_libraries
+from fedlora.startup import ENVIRONMENT, quiet_libraries
 from simulation import run
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
@@ -29,6 +32,17 @@ TOPICS = {
 }
 FILLER = ["the", "bank", "my", "about", "please", "account", "today", "help", "with", "a"]
 BANKS = ["Alpha", "Beta", "Gamma", "Delta"]
+
+
+def pytest_configure():
+    """Collect no garbage while test files import libraries."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """Spare every later collection the millions of objects of imported libraries."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -144,6 +158,43 @@ def missing(monkeypatch):
         monkeypatch.setattr(extras, "find_spec", lambda n: None if n in packages else find(n))
 
     return pretend
+
+
+NODE = """
+import importlib, sys
+from fedlora.startup import quiet_libraries
+quiet_libraries()
+from cli import main
+main.Commands().get_command(None, "node")
+for name in (
+    "client.app",
+    "client.dp_sgd",
+    "deployment.executor",
+    "deployment.launcher",
+    "deployment.node",
+    "deployment.supernode",
+    "deployment.trainer",
+):
+    importlib.import_module(name)
+print(*sys.modules)
+"""
+"""Imports what the processes of `fedlora node` import."""
+
+
+@pytest.fixture(scope="session")
+def modules_of_a_node() -> set[str]:
+    """The modules that the processes of `fedlora node` load, under the user's own environment."""
+    root = str(Path(__file__).parents[1])
+    environment = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
+    done = subprocess.run(
+        [sys.executable, "-c", NODE],
+        cwd=root,
+        env={**environment, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())
 
 
 def shared_data(name: str) -> Path:

@@ -73,7 +73,7 @@ def tiny_causal(tmp_path, tiny_encoder) -> Path:
 @pytest.mark.parametrize("epsilon", [8.0, float("inf")])
 @pytest.mark.parametrize("task", ["classification", "sft"])
 def test_a_seeded_run_gives_the_recorded_adapter(
-    task, epsilon, engine, tmp_path, simulate_run, tiny_config, tiny_causal
+    task, epsilon, engine, tmp_path, request, tiny_config, tiny_causal
 ):
     values = {
         "run-dir": str(tmp_path / "run"),
@@ -101,7 +101,7 @@ def test_a_seeded_run_gives_the_recorded_adapter(
                 "adapter.dropout": 0.1,
             },
         )
-    simulate_run(config, engine)
+    request.getfixturevalue("simulate_on_ray" if engine == "ray" else "simulate_run")(config)
     trainable.forget()
     # The engine is not part of the case: both engines give the same adapter.
     _check(

@@ -90,16 +90,17 @@ def test_the_adapter_opens_with_peft_and_gives_the_same_outputs(tiny_config, sim
 
 
 def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(
-    tiny_config, simulate_run, tmp_path
+    tiny_config, simulate_run, simulate_on_ray, tmp_path
 ):
-    made = []
-    for name, engine, workers in (("inline", "inline", 1), ("one", "ray", 1), ("three", "ray", 3)):
-        config = tiny_config(
-            **{"run-dir": str(tmp_path / name), "engine.workers": workers, "adapter.dropout": 0.1}
-        )
-        simulate_run(config, engine)
-        made.append(_adapter(config))
-    assert _same(made[0], made[1]) and _same(made[0], made[2])
+    def made(name, workers, simulate, **options):
+        values = {"run-dir": str(tmp_path / name), "engine.workers": workers}
+        config = tiny_config(**values, **{"adapter.dropout": 0.1})
+        simulate(config, **options)
+        return _adapter(config)
+
+    inline = made("inline", 1, simulate_run)
+    assert _same(inline, made("one", 1, simulate_on_ray, forked=False))
+    assert _same(inline, made("three", 3, simulate_on_ray))
 
 
 def test_secure_noise_is_never_the_same_twice(tiny_config, simulate_run, tmp_path):

@@ -115,10 +115,10 @@ def test_what_is_carried_by_the_base_is_saved_as_one_plain_adapter(
 
 @pytest.mark.parametrize("strategy", ["stack", "pad", "svd"])
 def test_institutions_of_their_own_ranks_train_together_in_both_engines(
-    tiny_config, simulate_run, tmp_path, strategy
+    tiny_config, simulate_run, simulate_on_ray, tmp_path, strategy
 ):
     made = []
-    for engine in ("inline", "ray"):
+    for engine, simulate in (("inline", simulate_run), ("ray", simulate_on_ray)):
         config = tiny_config(
             **PLAIN,
             **{
@@ -129,7 +129,7 @@ def test_institutions_of_their_own_ranks_train_together_in_both_engines(
                 "engine.workers": 2,
             },
         )
-        simulate_run(config, engine)
+        simulate(config)
         made.append(AdapterState.open(_run_dir(config) / "adapter"))
     assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
     sent = {n: i["sent"] for n, i in read_records(tmp_path / "ray")[0]["institutions"].items()}

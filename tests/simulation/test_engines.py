@@ -134,19 +134,21 @@ def test_a_reply_is_let_go_once_it_is_handed_over():
 
 
 @pytest.fixture(scope="module")
-def ray_grid():
-    with started("", 2), RayGrid(EMPTY, 12, {}, workers=WorkerSpec(count=2, threads=1)) as grid:
+def ray_cores():
+    with started("", 3):  # two of them for one grid, one for the other
+        yield
+
+
+@pytest.fixture(scope="module")
+def ray_grid(ray_cores):
+    with RayGrid(EMPTY, 12, {}, workers=WorkerSpec(count=2, threads=1)) as grid:
         yield grid
 
 
 @pytest.fixture
-def ray_grid_of_costs():
-    with (
-        started("", 2),
-        RayGrid(
-            EMPTY, 3, {}, workers=WorkerSpec(count=1, threads=1), costs=[1.0, 2.0, 3.0]
-        ) as grid,
-    ):
+def ray_grid_of_costs(ray_cores):
+    workers = WorkerSpec(count=1, threads=1)
+    with RayGrid(EMPTY, 3, {}, workers=workers, costs=[1.0, 2.0, 3.0]) as grid:
         yield grid
 
 

@@ -49,7 +49,8 @@ with run.load("ray", config) as ready, run.open_engine("ray", config, ready) as 
 
 def test_workers_are_forks_that_have_base_model_and_records_already(tiny_config, tmp_path):
     """What a worker holds it shares with the process that started the run."""
-    config = tiny_config(**{"engine.workers": 2, "federation.rounds": 1})
+    values = {"engine.workers": 2, "federation.rounds": 1, "federation.evaluate-every": 0}
+    config = tiny_config(**values, **{"privacy.epsilon": float("inf")})
     (tmp_path / "x.toml").write_text(config.to_toml())
     arguments = [sys.executable, "-c", FORKED, tmp_path / "x.toml", tmp_path / "out"]
     arguments.append(tmp_path / "loads")
