@@ -13,7 +13,6 @@ from client.institution import Institution
 from fedlora import wire
 from fedlora.config import check_threads, from_context
 from fedlora.errors import InputError, RecordError, Refusal, place
-from fedlora.messages import TrainOrder
 
 log = logging.getLogger("fedlora.client")
 _Question = TypeVar("_Question")
@@ -24,28 +23,43 @@ class InstitutionApp(ClientApp):
     """A ClientApp that can also answer for several institutions of a simulation at once."""
 
     def together(self, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
-        """Reply to train messages, to each exactly as if it had arrived alone (`client.cohort`)."""
-        replies: dict[int, RecordDict] = {}
-        orders: dict[int, tuple[Institution, TrainOrder]] = {}
-        reader = wire.OrderReader()
-        for number, (message, context) in enumerate(calls):
-            institution = None
-            try:
-                institution = _institution(context)
-                orders[number] = institution, reader.unpack(message.content)
-            except Exception as error:
-                replies[number] = _refusal(error, institution)
-        outcomes = cohort.answer(list(orders.values()))
-        for (number, (institution, _)), outcome in zip(orders.items(), outcomes, strict=True):
-            try:
-                if isinstance(outcome, Exception):
-                    raise outcome
-                replies[number] = wire.pack_update(outcome)
-            except Exception as error:
-                replies[number] = _refusal(error, institution)
-        return [
-            Message(replies[number], reply_to=message) for number, (message, _) in enumerate(calls)
-        ]
+        """Reply to messages of one type, to each exactly as if it had arrived alone.
+
+        Args:
+            calls: Messages of `wire.SHARED_TYPES` with their contexts (`client.cohort`).
+        """
+        if calls[0][0].metadata.message_type == wire.HOME:
+            return _together(
+                calls, wire.unpack_evaluate, cohort.compare_at_home, wire.pack_evaluation
+            )
+        return _together(calls, wire.OrderReader().unpack, cohort.answer, wire.pack_update)
+
+
+def _together(
+    calls: Sequence[tuple[Message, Context]],
+    unpack: Callable[[RecordDict], _Question],
+    answer: Callable[[Sequence[tuple[Institution, _Question]]], Sequence[_Answer | Exception]],
+    pack: Callable[[_Answer], RecordDict],
+) -> list[Message]:
+    """The replies to messages that institutions answer together."""
+    replies: dict[int, RecordDict] = {}
+    orders: dict[int, tuple[Institution, _Question]] = {}
+    for number, (message, context) in enumerate(calls):
+        institution = None
+        try:
+            institution = _institution(context)
+            orders[number] = institution, unpack(message.content)
+        except Exception as error:
+            replies[number] = _refusal(error, institution)
+    outcomes = answer(list(orders.values()))
+    for (number, (institution, _)), outcome in zip(orders.items(), outcomes, strict=True):
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            replies[number] = pack(outcome)
+        except Exception as error:
+            replies[number] = _refusal(error, institution)
+    return [Message(replies[number], reply_to=message) for number, (message, _) in enumerate(calls)]
 
 
 app = InstitutionApp()
@@ -69,6 +83,13 @@ def evaluate(message: Message, context: Context) -> Message:
     return _reply(
         message, context, wire.unpack_evaluate, Institution.evaluate, wire.pack_evaluation
     )
+
+
+@app.evaluate("home")
+def home(message: Message, context: Context) -> Message:
+    """Compare the models that the institution trains at home, in a simulation."""
+    (reply,) = app.together([(message, context)])
+    return reply
 
 
 def _reply(

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from client import training
+from client.home import Home
 from client.institution import Institution
 from client.private_round import PrivateRound, train_rounds
 from fedlora.adapters import AdapterState
-from fedlora.messages import ClientUpdate, TrainOrder
+from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, TrainOrder
 
 log = logging.getLogger("fedlora.client")
 Outcome = ClientUpdate | Exception
@@ -51,6 +52,38 @@ def answer(calls: Sequence[tuple[Institution, TrainOrder]]) -> list[Outcome]:
     for number, (institution, order) in enumerate(calls):
         if number not in outcomes:
             outcomes[number] = _attempt(institution.answer, order)
+    return [outcomes[number] for number in range(len(calls))]
+
+
+def compare_at_home(
+    calls: Sequence[tuple[Institution, EvaluateOrder]],
+) -> list[Evaluation | Exception]:
+    """Train the models of institutions at home, in shared passes, and evaluate them.
+
+    Args:
+        calls: Institutions of one run and their orders.
+
+    Returns:
+        An evaluation or an error for each call.
+    """
+    outcomes: dict[int, Evaluation | Exception] = {}
+    homes: dict[int, Home] = {}
+    for number, (institution, order) in enumerate(calls):
+        found = _attempt(institution.home, order)
+        if isinstance(found, Exception):
+            outcomes[number] = found
+        else:
+            homes[number] = found
+    if homes:
+        first, _ = calls[next(iter(homes))]
+        made = _attempt(first.models_at_home, list(homes.values()))
+        for position, (number, home) in enumerate(homes.items()):
+            institution, _ = calls[number]
+            outcomes[number] = (
+                made
+                if isinstance(made, Exception)
+                else _attempt(institution.compare, home.shared, made[position])
+            )
     return [outcomes[number] for number in range(len(calls))]
 
 

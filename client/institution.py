@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import fedlora
 from client import checks, private_training, training
+from client.home import OWN_CARD, Home, HomeModels, models_at_home
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from client.private_round import PrivateRound, train_rounds
@@ -27,6 +28,7 @@ from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
+from fedlora.files import write_atomic
 from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, Hello, Query, TrainOrder
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -181,20 +183,62 @@ class Institution:
         Raises:
             Refusal: If the order's adapter does not fit; ``kept-part-unreadable``.
         """
-        if not self.simulated:
-            raise Refusal("metrics-not-allowed", "the server asks for metrics of held-out rows")
         with training.threads(self.config.engine.threads):
-            work = self._load()
-            checks.check_adapter(order.adapter, work.start.cut(self.rank), self.config)
-            sent = order.adapter.only(self.config.federation.traits.local_parts)
-            local = self._local_parts(order.run).load(order.round + 1, sent)
-            adapter = order.adapter.updated(local)
+            work, adapter = self._load(), self.released(order)
             adapter.load_into(work.model)
             if order.save:
                 adapter.save(self.directory / "adapter", work.model)
             shard = trainable.records(self.config).held_out(self.index)
             metrics = work.task.evaluate(work.model, shard, work.labels) if len(shard) else {}
         return Evaluation(institution=self.name, metrics=metrics)
+
+    def released(self, order: EvaluateOrder) -> AdapterState:
+        """The adapter that the run released to this institution: the global one and local parts.
+
+        Raises:
+            Refusal: ``metrics-not-allowed`` outside of simulations; if the adapter does not fit;
+                ``kept-part-unreadable``.
+        """
+        if not self.simulated:
+            raise Refusal("metrics-not-allowed", "the server asks for metrics of held-out rows")
+        checks.check_adapter(order.adapter, self._load().start, self.config)
+        sent = order.adapter.only(self.config.federation.traits.local_parts)
+        local = self._local_parts(order.run).load(order.round + 1, sent)
+        return order.adapter.updated(local)
+
+    def home(self, order: EvaluateOrder) -> Home:
+        """This institution as it trains models of its own, after the run (`client.home`).
+
+        Raises:
+            Refusal: As `released`.
+        """
+        return Home(
+            shard=self._records(),
+            shared=self.released(order),
+            source=RandomSource.seeded("home", self.config.seed, self.name),
+        )
+
+    def models_at_home(self, homes: Sequence[Home]) -> list[HomeModels]:
+        """Train the models of institutions that take part in the same run."""
+        with training.threads(self.config.engine.threads):
+            return models_at_home(
+                self._load(), homes, self.config.home, self.config.training.physical_batch
+            )
+
+    def compare(self, shared: AdapterState, models: HomeModels) -> Evaluation:
+        """Give the predictions of the three models on the held-out rows; save the own one."""
+        with training.threads(self.config.engine.threads):
+            work = self._load()
+            shard = trainable.records(self.config).held_out(self.index)
+            predicted: dict[str, list[int]] = {}
+            for name, adapter in (("alone", models.alone), ("shared", shared), ("own", models.own)):
+                adapter.load_into(work.model)
+                answers = work.task.predict(work.model, shard, work.labels) if len(shard) else []
+                predicted[name] = [work.labels.index(answer) for answer in answers]
+            models.own.save(self.directory / "own", work.model)
+            write_atomic(self.directory / "own" / "README.md", OWN_CARD.encode())
+        choice = dataclasses.asdict(models.choice)
+        return Evaluation(institution=self.name, metrics={**predicted, **choice})
 
     def can_share(self, order: TrainOrder) -> bool:
         """Whether a round of this order can share passes with other institutions' rounds."""

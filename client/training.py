@@ -77,7 +77,7 @@ def train(
     size = min(batch_size, len(shard))
     total = 0.0
     with training_steps(trainable, private=False):
-        batches = _shuffled(len(shard), size, plan.steps, source.child("shuffle"))
+        batches = shuffled(len(shard), size, plan.steps, source.child("shuffle"))
         for step, rows in enumerate(batches):
             dropout = functools.partial(source.child("dropout", step).child, "row")
             optimizer.zero_grad()
@@ -91,7 +91,7 @@ def train(
     return total / (size * plan.steps)
 
 
-def _shuffled(records: int, size: int, steps: int, source: RandomSource) -> Iterator[np.ndarray]:
+def shuffled(records: int, size: int, steps: int, source: RandomSource) -> Iterator[np.ndarray]:
     """``steps`` batches of ``size`` rows, walking through fresh permutations."""
     queue = np.empty(0, dtype=np.int64)
     for _ in range(steps):

@@ -265,6 +265,13 @@ class FederationConfig(Section):
     server_learning_rate: float = key(
         1.0, "learning rate of the server optimizer", at_least=1e-7, at_most=1e4
     )
+    server_head_learning_rate: float = key(
+        0.0,
+        "the server optimizer's learning rate of a classification head, which starts at zero; 0: "
+        "server-learning-rate",
+        at_least=0,
+        at_most=1e4,
+    )
     average_last: float = key(
         0.0,
         "share of the rounds, the last ones, whose adapters are averaged into the final one; costs "
@@ -372,6 +379,30 @@ class PrivacyConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HomeConfig(Section):
+    """Models that each institution trains for itself after the run: alone, and from the shared one.
+
+    In a deployment they are the institution's own command, `fedlora home`.
+    """
+
+    prefix = "home."
+    method: str = key(
+        "interpolate",
+        "an institution's own model: fine-tune trains the shared adapter on; interpolate takes a "
+        "weighted mean of both; ditto trains with a pull to the shared one and interpolates; none "
+        "trains no model at home",
+        choices=("none", "fine-tune", "interpolate", "ditto"),
+    )
+    steps: int = key(40, "steps at home, at most; validation records choose how many", at_least=1)
+    batch_size: int = key(16, "records of a step at home", at_least=1)
+    learning_rate: float = key(0.002, "Adam's learning rate at home", at_least=1e-7, at_most=1e4)
+    head_learning_rate: float = key(
+        0.05, "Adam's learning rate of a head that starts at zero", at_least=1e-7, at_most=1e4
+    )
+    proximal: float = key(0.1, "ditto: mu of the pull mu (w - w_shared)", at_least=0, at_most=1e4)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig(Section):
     """The machine of a simulation. Threads and GPUs change rounding; the other keys no result."""
 
@@ -413,6 +444,7 @@ class RunConfig(Section):
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     federation: FederationConfig = dataclasses.field(default_factory=FederationConfig)
     privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
+    home: HomeConfig = dataclasses.field(default_factory=HomeConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
@@ -517,6 +549,7 @@ SECTIONS: dict[str, type[Section]] = {
     "training": TrainingConfig,
     "federation": FederationConfig,
     "privacy": PrivacyConfig,
+    "home": HomeConfig,
     "engine": EngineConfig,
     "tracking": TrackingConfig,
 }
@@ -631,7 +664,11 @@ def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> Non
             f"adapter.ranks is {adapter.ranks!r}, but federation.strategy {strategy!r} averages "
             f"factors of one rank; leave it empty or use {names_with(lambda t: t.mixed_ranks)}"
         )
-    stepped = federation.server_optimizer != "none" or federation.server_learning_rate != 1
+    stepped = (
+        federation.server_optimizer != "none"
+        or federation.server_learning_rate != 1
+        or federation.server_head_learning_rate not in (0, 1)
+    )
     if (traits.residuals or traits.changes_basis) and stepped:
         raise InputError(
             f"federation.server-optimizer is {federation.server_optimizer!r} with "

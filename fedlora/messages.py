@@ -103,7 +103,10 @@ class TrainOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOrder:
-    """The order to evaluate an institution's own adapter, in simulations with local parts.
+    """The order to evaluate an institution's adapters on its held-out rows, in simulations.
+
+    It asks for the institution's own adapter where institutions have local parts, and, under the
+    message type `fedlora.wire.HOME`, for the comparison of the models that it trains at home.
 
     Args:
         run: The run's identity.
@@ -125,7 +128,9 @@ class Evaluation:
     Args:
         institution: The institution's name.
         metrics: Metrics of its own adapter on its own held-out rows, from
-            `fedlora.tasks.Task.evaluate`; empty without such rows.
+            `fedlora.tasks.Task.evaluate`; empty without such rows. At home: for ``alone``,
+            ``shared`` and ``own`` the predicted class of each held-out row (its index), and
+            ``alone_steps``, ``own_steps`` and ``weight`` of `client.home.Choice`.
     """
 
     institution: str

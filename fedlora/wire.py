@@ -10,7 +10,15 @@ import re
 import typing
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 
 from fedlora.errors import Refusal
 from fedlora.messages import (
@@ -29,6 +37,10 @@ if TYPE_CHECKING:
 _T = typing.TypeVar("_T")
 _Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder")
 
+HOME = f"{MessageType.EVALUATE}.home"
+"""Message type of an `EvaluateOrder` that asks for the models that are trained at home."""
+SHARED_TYPES = (MessageType.TRAIN, HOME)
+"""Message types that several institutions of a simulation answer in shared passes."""
 _SAFETENSORS = "safetensors"
 MAX_HEADER_BYTES = 2**20
 """Bytes of names and shapes in an adapter's file. A thousand tensors take some 0.2 MB. Each tensor

@@ -18,7 +18,7 @@ from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query, TrainOrder
-from server import aggregation, evaluation, limits, tracking
+from server import aggregation, evaluation, joining, limits, tracking
 from server.aggregation import Aggregated, Report
 from server.population import population_of
 from server.privacy_statement import largest_epsilon, statement
@@ -273,6 +273,7 @@ class Federation:
                 state.adapter,
                 outcome.aggregated.adapter,
                 moments,
+                head_learning_rate=federation.server_head_learning_rate,
             )
             limits.check_adapter(adapter, orders.this_round, residuals=federation.traits.residuals)
         average, averaged = dict(state.average), state.averaged
@@ -350,6 +351,22 @@ class Federation:
             patience=patience(self.config),
         )
 
+    def compare_at_home(self) -> dict[str, Any]:
+        """The models that institutions train at home, compared; empty where none are trained."""
+        config, state = self.config, self.state
+        if not joining.is_measured(config, self.population.size):
+            return {}
+        local = config.federation.traits.local_parts
+        adapter = state.adapter if local else state.final_adapter()
+        return joining.measure(
+            self.grid,
+            EvaluateOrder(run=state.run, round=state.round, save=True, adapter=adapter),
+            {node: name for name, node in self.roster.online().items()},
+            config,
+            self.population,
+            patience(config),
+        )
+
     def finish(self) -> None:
         """Write the final adapter, privacy.json and result.json."""
         config, state, work, population = self.config, self.state, self.work, self.population
@@ -357,11 +374,13 @@ class Federation:
             self.measured = self.measure(save=True)
         adapter = state.final_adapter()
         adapter.save(self.directory.path / "adapter", work.model)
+        compared = self.compare_at_home()
         names = population.names or sorted(state.asked)
         level = self.aggregation.statement(state)
         privacy = statement(config, names, state, level, self.spending)
         result = {
             **self.measured,
+            **({"joining": compared} if compared else {}),
             "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
             "delta": max((p["delta"] for p in state.privacy.values()), default=None),
             "rounds": state.round,

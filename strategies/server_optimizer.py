@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fedlora.adapters import AdapterState
+from fedlora.adapters import AdapterState, kind
 
 BETA1, BETA2, TAU = 0.9, 0.99, 1e-8
 
@@ -21,7 +21,13 @@ of steps ``t/NAME``, int64 ()."""
 
 
 def step(
-    kind: str, learning_rate: float, before: AdapterState, aggregated: AdapterState, state: Moments
+    method: str,
+    learning_rate: float,
+    before: AdapterState,
+    aggregated: AdapterState,
+    state: Moments,
+    *,
+    head_learning_rate: float = 0.0,
 ) -> tuple[AdapterState, dict[str, torch.Tensor]]:
     r"""One server step from ``before`` towards ``aggregated``.
 
@@ -29,20 +35,27 @@ def step(
     tens of rounds.
 
     Args:
-        kind: ``none`` (:math:`w + \eta \Delta`), ``momentum``, ``adam``, ``yogi`` or ``adagrad``.
+        method: ``none`` (:math:`w + \eta \Delta`), ``momentum``, ``adam``, ``yogi`` or ``adagrad``.
         learning_rate: :math:`\eta`.
         before: The global adapter.
         aggregated: The strategy's result. Other tensors and their state stay as they are: a factor
             that is trained every other round takes every other step.
         state: The state after the last step; empty at first.
+        head_learning_rate: :math:`\eta` of a classification head; 0: ``learning_rate``. A head
+            starts at zero and has to reach the scale of its classes, while A starts at a scale of
+            its own, which the noise in the steps of a large rate would drown.
 
     Returns:
         The new global adapter and the new state. The inputs are not modified.
     """
-    if kind == "none":
-        if learning_rate == 1:  # residuals have another shape than before
+    rates = {
+        name: head_learning_rate if head_learning_rate and kind(name) == "head" else learning_rate
+        for name in aggregated
+    }
+    if method == "none":
+        if set(rates.values()) <= {1.0}:  # residuals have another shape than before
             return before.updated(aggregated), dict(state)
-        moved = {n: before[n] + learning_rate * (t - before[n]) for n, t in aggregated.items()}
+        moved = {n: before[n] + rates[n] * (t - before[n]) for n, t in aggregated.items()}
         return before.updated(moved), dict(state)
     new: dict[str, torch.Tensor] = {}
     moments = dict(state)
@@ -53,20 +66,20 @@ def step(
         moments[f"t/{name}"] = torch.tensor(t, dtype=torch.int64)
         m = BETA1 * state.get(f"m/{name}", torch.zeros_like(old)) + (1 - BETA1) * delta
         moments[f"m/{name}"] = m
-        if kind == "momentum":
-            new[name] = old + learning_rate * m / (1 - BETA1**t)
+        if method == "momentum":
+            new[name] = old + rates[name] * m / (1 - BETA1**t)
             continue
         v = state.get(f"v/{name}", torch.zeros_like(old))
         square = delta * delta
-        if kind == "adam":
+        if method == "adam":
             v = BETA2 * v + (1 - BETA2) * square
             scale = v / (1 - BETA2**t)
-        elif kind == "yogi":
+        elif method == "yogi":
             v = v - (1 - BETA2) * square * torch.sign(v - square)
             scale = v / (1 - BETA2**t)
         else:
             v = v + square
             scale = v
         moments[f"v/{name}"] = v
-        new[name] = old + learning_rate * (m / (1 - BETA1**t)) / (scale.sqrt() + TAU)
+        new[name] = old + rates[name] * (m / (1 - BETA1**t)) / (scale.sqrt() + TAU)
     return before.updated(new), moments

@@ -128,6 +128,7 @@ def tiny_config(tmp_path, tiny_encoder, complaints):
             "privacy.noise": "seeded",
             "privacy.delta": 1e-4,
             "privacy.accountant": "rdp",
+            "home.method": "none",
         }
         return config.from_flat(base | values)
 

@@ -4,10 +4,11 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedlora import wire
 from fedlora.flower_internals import set_identity
 
 log = logging.getLogger("fedlora.simulation")
@@ -109,8 +110,9 @@ def call(app: ClientApp, message: Message, context: Context) -> Message:
 def call_together(app: ClientApp, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
     """Let a ClientApp handle several messages, in shared passes if it supports them."""
     together = getattr(app, "together", None)
-    train = all(message.metadata.message_type == MessageType.TRAIN for message, _ in calls)
-    if together is not None and train and len(calls) > 1:
+    kinds = {message.metadata.message_type for message, _ in calls}
+    shared = len(kinds) == 1 and kinds <= set(wire.SHARED_TYPES)
+    if together is not None and shared and len(calls) > 1:
         try:
             return together(calls)
         except Exception:  # each call then gets the reply, or the error, that it would get alone

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import Message, MessageType
+from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from fedlora import wire
@@ -40,7 +40,7 @@ class InlineGrid(SimulationGrid):
         known = (self._waiting[i] for i in message_ids if i in self._waiting)
         waiting = list(itertools.islice(known, MAX_MESSAGES_PER_CALL))
         count = 1
-        if waiting and waiting[0].metadata.message_type == MessageType.TRAIN:
+        if waiting and waiting[0].metadata.message_type in wire.SHARED_TYPES:
             count = fitting(wire.adapter_bytes(message.content) for message in waiting)
         taken = waiting[:count]
         for message in taken:
