@@ -12,7 +12,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from client import app
 from client.institution import Institution
-from fedlora import wire
+from fedlora import messages, wire
 from fedlora.budget import plan_run
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Query
@@ -199,7 +199,7 @@ def test_an_order_is_parsed_and_hashed_once_a_call(ask_banks, monkeypatch):
     parse = counted("parsed", safetensors.torch.load)
     monkeypatch.setattr(safetensors.torch, "load", parse)
     digests = SimpleNamespace(sha256=counted("hashed", hashlib.sha256))
-    monkeypatch.setattr(wire, "hashlib", digests)
+    monkeypatch.setattr(messages, "hashlib", digests)
     ask_banks("run", EVERYBODY, together=True)
     assert counts == {"parsed": 1, "hashed": 1}
 
