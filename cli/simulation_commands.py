@@ -101,7 +101,7 @@ def _resolve(
     values: dict[str, Any] = {"run-dir": str(chosen.absolute())}
     if loaded.privacy.ledger:
         values["privacy.ledger"] = str(Path(loaded.privacy.ledger).absolute())
-    for key in ("data.source", "data.test-source", "model.name"):
+    for key in ("data.source", "data.test-source", "model.name", "adapter.start"):
         value = str(loaded.flat()[key])
         if value and Path(value).exists():
             values[key] = str(Path(value).absolute())

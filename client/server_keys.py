@@ -107,6 +107,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             ),
         )
     ),
+    "adapter.start": Unused(),
     "adapter.ranks": Unused(),
     "adapter.alpha": Taken(),
     "adapter.dropout": Taken(),

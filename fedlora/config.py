@@ -93,6 +93,11 @@ class AdapterConfig(Section):
         16.0, "the scale is alpha / r, or alpha / sqrt(r) with rslora", at_least=1e-6, at_most=1e4
     )
     dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, at_most=0.99)
+    start: str = key(
+        "",
+        "directory of an adapter to start from, such as one trained on public records: starting "
+        "from it costs no privacy if no institution's records made it; empty: a fresh one",
+    )
     target_modules: tuple[str, ...] = key(
         (), "names of the layers that get an adapter; empty: the architecture's usual ones"
     )

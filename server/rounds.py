@@ -26,6 +26,7 @@ from server.replies import Replies
 from server.roster import Roster, patience
 from server.run_directory import RunDirectory, RunState
 from server.spending import Spending
+from server.start import start_adapter
 from strategies import STRATEGIES, base, server_optimizer
 from strategies.base import Round
 
@@ -399,7 +400,9 @@ class Federation:
         found = f"{self.work.base.digest}\n{self.population.fingerprint}"
         inputs = hashlib.sha256(found.encode()).hexdigest()
         state = self.directory.latest(newest_only=newest_only) if resumed else None
-        state = state or RunState.first(uuid.uuid4().hex, inputs, self.work.start)
+        if state is None:
+            adapter = start_adapter(self.config.adapter, self.work.start)
+            state = RunState.first(uuid.uuid4().hex, inputs, adapter)
         if state.inputs != inputs:
             raise InputError(
                 f"{self.directory.path} was run on other records or base weights than data.source "
