@@ -263,24 +263,28 @@ class FederationConfig(Section):
         at_least=0,
     )
     server_optimizer: str = key(
-        "none",
-        "optimizer on the aggregated update (Reddi et al.)",
+        "adam",
+        "optimizer on the aggregated update (Reddi et al.); by default none with strategies that "
+        "take the exact mean",
         choices=("none", "momentum", "adam", "yogi", "adagrad"),
     )
     server_learning_rate: float = key(
-        1.0, "learning rate of the server optimizer", at_least=1e-7, at_most=1e4
+        0.006,
+        "learning rate of the server optimizer; by default 1 with none and momentum",
+        at_least=1e-7,
+        at_most=1e4,
     )
     server_head_learning_rate: float = key(
-        0.0,
-        "the server optimizer's learning rate of a classification head, which starts at zero; 0: "
-        "server-learning-rate",
+        0.05,
+        "the same for a classification head, which starts at zero, with adam, yogi and adagrad; "
+        "0: server-learning-rate",
         at_least=0,
         at_most=1e4,
     )
     average_last: float = key(
-        0.0,
-        "share of the rounds, the last ones, whose adapters are averaged into the final one; costs "
-        "no privacy",
+        0.2,
+        "share of the last rounds whose adapters are averaged into the final one, at no cost in "
+        "privacy; by default 0 with strategies whose adapters have no mean",
         at_least=0,
         at_most=1,
     )
@@ -598,6 +602,7 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
         InputError: For an unknown key (with the nearest valid one), a wrong type or a bad value.
     """
     known = _fields()
+    values = {**_dependent_defaults(values), **values}
     parts: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
         if name not in known:
@@ -608,6 +613,20 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
         parts[section][key.replace("-", "_")] = coerce(name, value, known[name][1])
     made = {section: cls(**parts[section]) for section, cls in SECTIONS.items()}
     return RunConfig(**parts[""], **typing.cast(dict[str, Any], made))
+
+
+def _dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that differ from the declared ones, given the values of other keys."""
+    traits = STRATEGY_TABLE.get(str(values.get("federation.strategy", "fedavg")))
+    found: dict[str, Any] = {}
+    if traits is not None and traits.exact_mean:
+        found["federation.server-optimizer"] = "none"
+    if traits is not None and not traits.averaged:
+        found["federation.average-last"] = 0.0
+    optimizer = {**found, **values}.get("federation.server-optimizer")
+    if optimizer in ("none", "momentum"):
+        found["federation.server-learning-rate"] = 1.0
+    return found
 
 
 def from_context(run_config: Mapping[str, Any], run_id: int) -> RunConfig:
@@ -669,20 +688,15 @@ def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> Non
             f"adapter.ranks is {adapter.ranks!r}, but federation.strategy {strategy!r} averages "
             f"factors of one rank; leave it empty or use {names_with(lambda t: t.mixed_ranks)}"
         )
-    stepped = (
-        federation.server_optimizer != "none"
-        or federation.server_learning_rate != 1
-        or federation.server_head_learning_rate not in (0, 1)
-    )
-    if (traits.residuals or traits.changes_basis) and stepped:
+    stepped = federation.server_optimizer != "none" or federation.server_learning_rate != 1
+    if traits.exact_mean and stepped:
         raise InputError(
             f"federation.server-optimizer is {federation.server_optimizer!r} with "
             f"server-learning-rate {federation.server_learning_rate:g}, but federation.strategy "
             f"{strategy!r} takes the exact mean, not a step towards it; use none and 1, and set "
             "the step with training.learning-rate"
         )
-    meanless = traits.residuals or traits.local_parts or traits.changes_basis
-    if meanless and federation.average_last:
+    if federation.average_last and not traits.averaged:
         raise InputError(
             f"federation.average-last is {federation.average_last:g}, but under "
             f"federation.strategy {strategy!r} adapters of different rounds go with different "

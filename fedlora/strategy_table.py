@@ -39,6 +39,16 @@ class Traits:
     residuals: bool = False
     changes_basis: bool = False
 
+    @property
+    def exact_mean(self) -> bool:
+        """Whether the strategy takes the exact mean, so that no server optimizer goes with it."""
+        return self.residuals or self.changes_basis
+
+    @property
+    def averaged(self) -> bool:
+        """Whether adapters of several rounds have a mean."""
+        return not (self.exact_mean or self.local_parts)
+
     def parts_sent(self, number: int) -> tuple["Part", ...]:
         """The parts of the adapter that institutions train and send in a round, from 1."""
         return self.sent[(number - 1) % len(self.sent)]

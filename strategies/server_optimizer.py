@@ -41,21 +41,17 @@ def step(
         aggregated: The strategy's result. Other tensors and their state stay as they are: a factor
             that is trained every other round takes every other step.
         state: The state after the last step; empty at first.
-        head_learning_rate: :math:`\eta` of a classification head; 0: ``learning_rate``. A head
-            starts at zero and has to reach the scale of its classes, while A starts at a scale of
-            its own, which the noise in the steps of a large rate would drown.
+        head_learning_rate: :math:`\eta` of a classification head, with adam, yogi and adagrad;
+            0: ``learning_rate``. A head starts at zero and has to reach the scale of its classes.
+            A starts at a scale of its own, which the noise in steps of a large rate would drown.
 
     Returns:
         The new global adapter and the new state. The inputs are not modified.
     """
-    rates = {
-        name: head_learning_rate if head_learning_rate and kind(name) == "head" else learning_rate
-        for name in aggregated
-    }
     if method == "none":
-        if set(rates.values()) <= {1.0}:  # residuals have another shape than before
+        if learning_rate == 1:  # residuals have another shape than before
             return before.updated(aggregated), dict(state)
-        moved = {n: before[n] + rates[n] * (t - before[n]) for n, t in aggregated.items()}
+        moved = {n: before[n] + learning_rate * (t - before[n]) for n, t in aggregated.items()}
         return before.updated(moved), dict(state)
     new: dict[str, torch.Tensor] = {}
     moments = dict(state)
@@ -67,7 +63,7 @@ def step(
         m = BETA1 * state.get(f"m/{name}", torch.zeros_like(old)) + (1 - BETA1) * delta
         moments[f"m/{name}"] = m
         if method == "momentum":
-            new[name] = old + rates[name] * m / (1 - BETA1**t)
+            new[name] = old + learning_rate * m / (1 - BETA1**t)
             continue
         v = state.get(f"v/{name}", torch.zeros_like(old))
         square = delta * delta
@@ -81,5 +77,7 @@ def step(
             v = v + square
             scale = v
         moments[f"v/{name}"] = v
-        new[name] = old + rates[name] * (m / (1 - BETA1**t)) / (scale.sqrt() + TAU)
+        of_head = kind(name) == "head" and head_learning_rate > 0
+        rate = head_learning_rate if of_head else learning_rate
+        new[name] = old + rate * (m / (1 - BETA1**t)) / (scale.sqrt() + TAU)
     return before.updated(new), moments

@@ -42,6 +42,8 @@ PLAIN = {
     "federation.rounds": 2,
     "federation.server-optimizer": "adam",
     "federation.server-learning-rate": 0.01,
+    "federation.server-head-learning-rate": 0.0,
+    "federation.average-last": 0.0,
     "federation.timeout": 120.0,
     "privacy.epsilon": float("inf"),
 }

@@ -45,6 +45,8 @@ def values(tiny_encoder, few_complaints) -> dict[str, Any]:
         "federation.rounds": 3,
         "federation.server-optimizer": "adam",
         "federation.server-learning-rate": 0.01,
+        "federation.server-head-learning-rate": 0.0,
+        "federation.average-last": 0.0,
         "federation.evaluate-every": 0,
         "privacy.epsilon": 3.0,
         "privacy.delta": 1e-5,
