@@ -18,6 +18,7 @@ from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query, TrainOrder
+from fedlora.run_files import read_records
 from server import aggregation, evaluation, joining, limits, tracking
 from server.aggregation import Aggregated, Report
 from server.population import population_of
@@ -27,6 +28,7 @@ from server.roster import Roster, patience
 from server.run_directory import RunDirectory, RunState
 from server.spending import Spending
 from server.start import start_adapter
+from server.trend import still_rising
 from strategies import STRATEGIES, base, server_optimizer
 from strategies.base import Round
 
@@ -352,6 +354,15 @@ class Federation:
             patience=patience(self.config),
         )
 
+    def still_rising(self) -> dict[str, Any]:
+        """What more rounds would cost, if a simulation's accuracy still rises at its end."""
+        if self.config.deployed or self.population.held_out is None:
+            return {}
+        records = trainable.records(self.config)
+        units = min(records.train(i).num_units for i in range(self.population.size))
+        lines = read_records(self.directory.path)
+        return still_rising(self.config, lines, len(self.population.held_out), units)
+
     def compare_at_home(self) -> dict[str, Any]:
         """The models that institutions train at home, compared; empty where none are trained."""
         config, state = self.config, self.state
@@ -382,6 +393,7 @@ class Federation:
         result = {
             **self.measured,
             **({"joining": compared} if compared else {}),
+            **({"still_rising": rising} if (rising := self.still_rising()) else {}),
             "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
             "delta": max((p["delta"] for p in state.privacy.values()), default=None),
             "rounds": state.round,

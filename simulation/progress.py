@@ -15,6 +15,7 @@ from fedlora import metrics
 from fedlora.config import RunConfig
 from fedlora.run_files import read_records, read_run_file
 from fedlora.terminal import Terminal
+from server.trend import advice
 
 if TYPE_CHECKING:
     from simulation.engines.grid import SimulationGrid
@@ -140,6 +141,8 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
             f"{len(institutions)}: worst {low} {institutions[low]:.3f}, "
             f"best {high} {institutions[high]:.3f}",
         )
+    if rising := result.get("still_rising"):
+        table.add_row("", Styled(advice(rising), "yellow"))
     table.add_row("rounds", f"{result['rounds']} in {result['seconds']:.0f} s")
     table.add_row(
         "trained",
