@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from client import training
-from client.home import Home
+from client.home import Home, HomeModels
 from client.institution import Institution
 from client.private_round import PrivateRound, train_rounds
 from fedlora.adapters import AdapterState
@@ -74,17 +74,33 @@ def compare_at_home(
             outcomes[number] = found
         else:
             homes[number] = found
-    if homes:
-        first, _ = calls[next(iter(homes))]
-        made = _attempt(first.models_at_home, list(homes.values()))
-        for position, (number, home) in enumerate(homes.items()):
-            institution, _ = calls[number]
-            outcomes[number] = (
-                made
-                if isinstance(made, Exception)
-                else _attempt(institution.compare, home.shared, made[position])
-            )
+    for number, made in _train_at_home(calls, homes).items():
+        institution, _ = calls[number]
+        outcomes[number] = (
+            made
+            if isinstance(made, Exception)
+            else _attempt(institution.compare, homes[number].shared, made)
+        )
     return [outcomes[number] for number in range(len(calls))]
+
+
+def _train_at_home(
+    calls: Sequence[tuple[Institution, EvaluateOrder]], homes: Mapping[int, Home]
+) -> dict[int, HomeModels | Exception]:
+    """The models of institutions, each trained alone where training together failed."""
+    if not homes:
+        return {}
+    together, _ = calls[next(iter(homes))]
+    made = _attempt(together.models_at_home, list(homes.values()))
+    if not isinstance(made, Exception):
+        return dict(zip(homes, made, strict=True))
+    if len(homes) == 1:
+        return dict.fromkeys(homes, made)
+    log.error("training %d institutions at home together failed", len(homes), exc_info=made)
+    found: dict[int, HomeModels | Exception] = {}
+    for number, home in homes.items():
+        found |= _train_at_home(calls, {number: home})
+    return found
 
 
 def _charge(

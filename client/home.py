@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from client.home_training import HomePlan, Trainee, mean_loss, train_at_home
+from client.home_training import HomePlan, Trainee, mean_losses, train_at_home
 from fedlora.adapters import PARTS, AdapterState, kind
 from fedlora.config import HomeConfig
 from fedlora.shards import Shard
@@ -122,16 +123,13 @@ def models_at_home(
     work.train_only([part for part in PARTS if part in {kind(name) for name in work.start}])
     trainer = _Trainer(work, homes, settings, physical_batch)
     splits = [_split(home) for home in homes]
-    measured = [i for i, (_, validation) in enumerate(splits) if validation is not None]
+    validation = {i: held for i, (_, held) in enumerate(splits) if held is not None}
     steps = tuple(sorted({max(1, settings.steps // part) for part in (4, 2, 1)}))
-    fits = {i: splits[i][0] for i in measured}
-    tried = [trainer.train(model, fits, dict.fromkeys(measured, steps), "fit") for model in Model]
+    fits = {i: splits[i][0] for i in validation}
+    tried = [trainer.train(model, fits, dict.fromkeys(fits, steps), "fit") for model in Model]
     choices = [Choice(settings.steps, settings.steps, 1.0)] * len(homes)
-    for i in measured:
-        alone, own = (found[i] for found in tried)
-        validation = splits[i][1]
-        assert validation is not None
-        choices[i] = trainer.choose(steps, alone, own, homes[i].shared, validation)
+    for i, choice in trainer.choose(steps, *tried, validation).items():
+        choices[i] = choice
     whole = {i: home.shard for i, home in enumerate(homes)}
     alone, own = (
         trainer.train(
@@ -186,22 +184,49 @@ class _Trainer:
     def choose(
         self,
         steps: Sequence[int],
-        alone: Sequence[AdapterState],
-        own: Sequence[AdapterState],
-        shared: AdapterState,
-        validation: Shard,
-    ) -> Choice:
-        """Choose steps and weight by the loss on validation records."""
-        alone_losses = [self._loss(adapter, validation) for adapter in alone]
-        own_losses = [self._loss(adapter, validation) for adapter in own]
-        best, weight = int(np.argmin(own_losses)), 1.0
-        if self.settings.method != "fine-tune":
-            losses = [self._loss(mixed(shared, own[best], w), validation) for w in WEIGHTS[:-1]]
-            weight = WEIGHTS[int(np.argmin([*losses, own_losses[best]]))]
-        return Choice(steps[int(np.argmin(alone_losses))], steps[best], weight)
+        alone: Mapping[int, Sequence[AdapterState]],
+        own: Mapping[int, Sequence[AdapterState]],
+        validation: Mapping[int, Shard],
+    ) -> dict[int, Choice]:
+        """Choose steps and weight of each institution by the loss on its validation records.
 
-    def _loss(self, adapter: AdapterState, records: Shard) -> float:
-        return mean_loss(self.work, adapter, records, self.physical_batch)
+        Args:
+            steps: Numbers of steps.
+            alone: Number -> the institution's models alone after those steps.
+            own: Number -> the institution's adapters from the shared one after those steps.
+            validation: Number -> the institution's validation records.
+        """
+        numbers = list(validation)
+        if not numbers:
+            return {}
+        alone_losses, own_losses = (
+            np.array(
+                [self._losses([m[i][k] for i in numbers], validation) for k in range(len(steps))]
+            )
+            for m in (alone, own)
+        )  # (steps, institutions)
+        alone_best, own_best = alone_losses.argmin(0), own_losses.argmin(0)
+        weights = np.ones(len(numbers))
+        if self.settings.method != "fine-tune":
+            pairs = [
+                (self.homes[i].shared, own[i][k]) for i, k in zip(numbers, own_best, strict=True)
+            ]
+            losses = [
+                self._losses([mixed(*pair, weight) for pair in pairs], validation)
+                for weight in WEIGHTS[:-1]
+            ]
+            weights = np.array(WEIGHTS)[np.argmin([*losses, own_losses.min(0)], 0)]
+        return {
+            number: Choice(steps[alone_best[i]], steps[own_best[i]], float(weights[i]))
+            for i, number in enumerate(numbers)
+        }
+
+    def _losses(
+        self, adapters: Sequence[AdapterState], records: Mapping[int, Shard]
+    ) -> NDArray[np.float64]:
+        """The loss of each institution's adapter on its records; infinite if it is no number."""
+        losses = mean_losses(self.work, adapters, list(records.values()), self.physical_batch)
+        return np.nan_to_num(losses, nan=np.inf, posinf=np.inf)
 
 
 def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> AdapterState:

@@ -16,13 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from client.passes import fill_passes, packed_losses, packed_tokens, plain_passes
+from client.passes import equal_passes, packed_losses, plain_passes
 from client.training import shuffled, training_steps
+from fedlora import packing
 from fedlora.adapters import AdapterState, kind, parameters
 from fedlora.per_sample import pop_grad_sample
 from fedlora.shards import Shard, concatenate
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
+
+PASS_TOKENS = 2048
+"""Tokens of a shared pass: gradients are summed, so that memory holds activations only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,76 +83,96 @@ def train_at_home(
     Returns:
         For each trainee an adapter for each entry of its ``steps``.
     """
-    together = (
-        work.first_position is not None
-        and not work.per_sample.has_magnitude
-        and not work.per_sample.has_dropout
-        and work.base.model.device.type == "cpu"
-    )
-    if together:
-        return _train_together(work, trainees, plan)
-    return [_train_one(work, trainee, plan) for trainee in trainees]
+    if not _can_share(work, [trainee.start for trainee in trainees]):
+        return [_train_one(work, trainee, plan) for trainee in trainees]
+    order = sorted(range(len(trainees)), key=lambda i: -trainees[i].steps[-1])
+    trained = _train_together(work, [trainees[i] for i in order], plan)
+    found = dict(zip(order, trained, strict=True))
+    return [found[i] for i in range(len(trainees))]
 
 
-def mean_loss(work: Trainable, adapter: AdapterState, shard: Shard, physical_batch: int) -> float:
-    """Mean loss of an adapter on records, in nats."""
-    adapter.load_into(work.model)
-    total = 0.0
-    rows = np.arange(len(shard))
+def mean_losses(
+    work: Trainable, adapters: Sequence[AdapterState], shards: Sequence[Shard], physical_batch: int
+) -> list[float]:
+    """The mean loss of each adapter on records of its own, in nats.
+
+    Args:
+        work: The model; it has one of the adapters afterwards.
+        adapters: The adapters.
+        shards: The records of each, at least one.
+        physical_batch: Records in memory at a time.
+    """
+    sums = torch.zeros(len(adapters), dtype=torch.float64)
     with torch.no_grad():
-        passes = plain_passes(work, shard, rows, physical_batch, _no_dropout)
-        with contextlib.closing(passes):
-            for losses in passes:
-                total += float(losses.sum())
-    return total / len(shard)
+        if _can_share(work, adapters):
+            owner = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])
+            values = _stacked(work, adapters)
+            rows_of_all = concatenate(shards)
+            for rows, losses, _ in _shared_passes(work, rows_of_all, owner, values, physical_batch):
+                sums.index_add_(0, torch.from_numpy(owner[rows]), losses.double())
+        else:
+            for i, (adapter, shard) in enumerate(zip(adapters, shards, strict=True)):
+                adapter.load_into(work.model)
+                rows = np.arange(len(shard))
+                passes = plain_passes(work, shard, rows, physical_batch, _no_dropout)
+                with contextlib.closing(passes):
+                    sums[i] = sum(float(losses.sum()) for losses in passes)
+    return [float(total) / len(shard) for total, shard in zip(sums, shards, strict=True)]
 
 
 def _no_dropout(row: int) -> RandomSource:
     return RandomSource.seeded("unused", row)
 
 
+def _can_share(work: Trainable, adapters: Sequence[AdapterState]) -> bool:
+    """Whether several adapters can share passes: they differ in trained tensors only."""
+    if (
+        not adapters
+        or work.first_position is None
+        or work.per_sample.has_magnitude
+        or work.per_sample.has_dropout
+        or work.base.model.device.type != "cpu"
+    ):
+        return False
+    named, (first, *others) = _trained(work), adapters
+    return all(
+        other.keys() == first.keys()
+        and all(other[n].shape == t.shape for n, t in first.items())
+        and all(torch.equal(other[n], t) for n, t in first.items() if n not in named)
+        for other in others
+    )
+
+
 class _TailMeans:
     """Means of the second half of the iterates, at chosen steps.
 
     Args:
-        steps: The chosen steps, ascending.
+        steps: The chosen steps.
         values: The iterates, which change in place.
     """
 
     def __init__(self, steps: Iterable[int], values: Sequence[torch.Tensor]) -> None:
         self._steps, self._values = tuple(steps), values
-        self._sums = [torch.zeros_like(v, dtype=torch.float64) for v in values]
-        self._halves: dict[int, list[torch.Tensor]] = {
-            s: [total.clone() for total in self._sums] for s in self._steps if s == 1
-        }
         self.means: dict[int, list[torch.Tensor]] = {}
 
     def add(self, step: int) -> None:
         """Count the iterate after this step, from 1."""
-        for total, value in zip(self._sums, self._values, strict=True):
-            total.add_(value.detach())
         for wanted in self._steps:
-            if step == wanted // 2:
-                self._halves[wanted] = [total.clone() for total in self._sums]
-            if step == wanted:
-                count = wanted - wanted // 2
-                self.means[wanted] = [
-                    ((total - half) / count).to(value.dtype)
-                    for total, half, value in zip(
-                        self._sums, self._halves[wanted], self._values, strict=True
-                    )
-                ]
+            count = step - wanted // 2
+            if count == 1:
+                self.means[wanted] = [value.detach().clone() for value in self._values]
+            elif count > 1 and step <= wanted:
+                for mean, value in zip(self.means[wanted], self._values, strict=True):
+                    mean.lerp_(value.detach(), 1 / count)
 
 
 def _optimizer(named: Mapping[str, torch.nn.Parameter], plan: HomePlan) -> torch.optim.Optimizer:
-    groups = [
-        {
-            "params": [parameter],
-            "lr": plan.head_learning_rate if kind(name) == "head" else plan.learning_rate,
-        }
-        for name, parameter in named.items()
-    ]
-    return torch.optim.Adam(groups)
+    rates: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in named.items():
+        rate = plan.head_learning_rate if kind(name) == "head" else plan.learning_rate
+        rates.setdefault(rate, []).append(parameter)
+    groups = [{"params": members, "lr": rate} for rate, members in rates.items()]
+    return torch.optim.Adam(groups, fused=True)
 
 
 def _trained(work: Trainable) -> dict[str, torch.nn.Parameter]:
@@ -188,56 +212,66 @@ def _train_together(
 ) -> list[list[AdapterState]]:
     """Train with values ``(trainees, *shape)`` of each parameter, in shared packed passes.
 
-    A trainee that has taken its last step moves on with a gradient of zero, unseen.
+    Trainees with more steps come first. A trainee that has taken its last step moves on with a
+    gradient of zero, unseen.
     """
-    if not trainees:
-        return []
-    trainees[0].start.load_into(work.model)  # the residual, which all share
-    named = _trained(work)
-    inner = {id(p): name for name, p in work.parameters().items()}
     stacked = {
-        name: torch.nn.Parameter(torch.stack([t.start[name] for t in trainees]).clone())
-        for name in named
+        name: torch.nn.Parameter(values)
+        for name, values in _stacked(work, [t.start for t in trainees]).items()
     }
     origin = {name: values.detach().clone() for name, values in stacked.items()}
     optimizer = _optimizer(stacked, plan)
-    tail = _TailMeans(sorted({s for t in trainees for s in t.steps}), list(stacked.values()))
-    last = max(t.steps[-1] for t in trainees)
+    tail = _TailMeans({s for t in trainees for s in t.steps}, list(stacked.values()))
+    last = trainees[0].steps[-1]
     batches = [
         shuffled(len(t.shard), min(plan.batch_size, len(t.shard)), last, t.source.child("shuffle"))
         for t in trainees
     ]
+    for values in stacked.values():
+        values.grad = torch.zeros_like(values)
     with training_steps(work, private=False):
         for step in range(1, last + 1):
-            gradients = {name: torch.zeros_like(values) for name, values in stacked.items()}
-            active = [i for i, t in enumerate(trainees) if step <= t.steps[-1]]
-            parts = [trainees[i].shard.select(np.sort(next(batches[i]))) for i in active]
-            owner = np.repeat(active, [len(part) for part in parts])
-            weight = np.repeat([1 / len(part) for part in parts], [len(part) for part in parts])
-            values = {inner[id(p)]: stacked[name] for name, p in named.items()}
-            for rows, losses, places in _shared_passes(
-                work, concatenate(parts), owner, values, plan.physical_batch
+            optimizer.zero_grad(set_to_none=False)
+            active = sum(step <= t.steps[-1] for t in trainees)
+            parts = [
+                t.shard.select(np.sort(next(rows)))
+                for t, rows in zip(trainees[:active], batches, strict=False)
+            ]
+            sizes = [len(part) for part in parts]
+            owner = np.repeat(np.arange(active), sizes)
+            for rows, losses, owners in _shared_passes(
+                work, concatenate(parts), owner, stacked, plan.physical_batch
             ):
-                scale = torch.from_numpy(weight[rows]).to(losses.dtype)
-                (losses * scale).sum().backward()
+                share = torch.tensor([1 / sizes[i] for i in owner[rows]], dtype=losses.dtype)
+                (losses * share).sum().backward()
                 work.per_sample.collect()
-                for name, parameter in named.items():
-                    gradients[name].index_add_(0, places, pop_grad_sample(name, parameter))
+                for name, parameter in _trained(work).items():
+                    gradient = stacked[name].grad
+                    assert gradient is not None
+                    gradient[owners].add_(pop_grad_sample(name, parameter))
             for name, values in stacked.items():
-                values.grad = gradients[name]
-                if plan.proximal:
+                if plan.proximal and values.grad is not None:
                     values.grad.add_(values.detach() - origin[name], alpha=plan.proximal)
             optimizer.step()
             tail.add(step)
     return [
         [
             trainee.start.updated(
-                {n: means[i] for n, means in zip(named, tail.means[steps], strict=True)}
+                {n: means[i].clone() for n, means in zip(stacked, tail.means[steps], strict=True)}
             )
             for steps in trainee.steps
         ]
         for i, trainee in enumerate(trainees)
     ]
+
+
+def _stacked(work: Trainable, adapters: Sequence[AdapterState]) -> dict[str, torch.Tensor]:
+    """The values ``(adapters, *shape)`` of each trained parameter, by name in an adapter.
+
+    The model gets the tensors that are not trained, in which the adapters agree.
+    """
+    adapters[0].load_into(work.model)
+    return {name: torch.stack([each[name] for each in adapters]) for name in _trained(work)}
 
 
 def _shared_passes(
@@ -246,21 +280,30 @@ def _shared_passes(
     owner: np.ndarray,
     values: Mapping[str, torch.Tensor],
     physical_batch: int,
-) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-    """Packed passes over rows of several trainees, each row with its owner's values.
+) -> Iterator[tuple[np.ndarray, torch.Tensor, slice]]:
+    """Packed passes over rows of several adapters, each row with its own adapter's values.
+
+    Args:
+        work: The model.
+        shard: The rows.
+        owner: The number of each row's adapter ``(rows,)``, from 0, ascending, each at least once.
+        values: The values of each trained parameter ``(adapters, *shape)``.
+        physical_batch: Records in memory at a time.
 
     Yields:
-        The rows of a pass, their losses ``(n,)``, and the numbers of the trainees that have rows in
-        it ``(units,)`` int64. The caller runs backward and ``collect`` before the next pass.
+        The rows of a pass, their losses ``(n,)``, and the adapters of these rows. The caller runs
+        backward and ``collect`` before the next pass.
     """
-    total, widths = packed_tokens(work, physical_batch), work.task.widths(shard)
-    for part in fill_passes(shard.lengths, total, physical_batch):
-        rows = part[np.argsort(widths[part], kind="stable")]
-        owners, unit = np.unique(owner[rows], return_inverse=True)
-        places = torch.from_numpy(owners)
-        own = {name: stacked.detach()[places] for name, stacked in values.items()}
+    inner = {id(p): name for name, p in work.parameters().items()}
+    inner_names = {name: inner[id(p)] for name, p in _trained(work).items()}
+    tokens = min(PASS_TOKENS, physical_batch * work.task.encoding.max_length)
+    for rows in equal_passes(shard.lengths, tokens, len(shard)):
+        owners = slice(int(owner[rows[0]]), int(owner[rows[-1]]) + 1)
+        own = {inner_names[name]: each.detach()[owners] for name, each in values.items()}
+        unit = torch.from_numpy(owner[rows] - owners.start)
+        total = packing.row_size(int(shard.lengths[rows].sum()))
         with (
-            work.per_sample.expanded(len(owners), torch.from_numpy(unit), own),
-            packed_losses(work, shard, rows, _no_dropout, total, physical_batch) as losses,
+            work.per_sample.expanded(owners.stop - owners.start, unit, own),
+            packed_losses(work, shard, rows, _no_dropout, total, len(rows)) as losses,
         ):
-            yield rows, losses, places
+            yield rows, losses, owners

@@ -29,14 +29,20 @@ def plain_passes(
             yield padded_losses(trainable, shard, micro, dropout)
         return
     lengths, widths = shard.lengths[rows], trainable.task.widths(shard)
-    passes = max(1, round(lengths.sum() / packed_tokens(trainable, physical_batch)))
-    room = -(-int(lengths.sum()) // passes) + int(lengths.max())  # equal passes, up to one row
-    for numbers in fill_passes(lengths, room, physical_batch):
+    tokens = packed_tokens(trainable, physical_batch)
+    for numbers in equal_passes(lengths, tokens, physical_batch):
         part = rows[numbers]
         part = part[np.argsort(widths[part], kind="stable")]
         total = packing.row_size(int(shard.lengths[part].sum()))
         with packed_losses(trainable, shard, part, dropout, total, len(part)) as losses:
             yield losses
+
+
+def equal_passes(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarray]:
+    """Split rows into passes of about ``total`` tokens, equal up to one row; see `fill_passes`."""
+    passes = max(1, round(lengths.sum() / total))
+    room = -(-int(lengths.sum()) // passes) + int(lengths.max())
+    return fill_passes(lengths, room, most)
 
 
 def fill_passes(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarray]:

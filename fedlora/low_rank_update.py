@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from fedlora.packing import Packing
+from fedlora.packing import Packing, Spans
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -30,7 +30,8 @@ class LowRankUpdate(torch.autograd.Function):
         b: float32 ``(d_out, r)``, or ``(units, d_out, r)``. Either may be frozen.
         scaling: s.
         unit: The unit of each example ``(n,)`` int64; None when example i is unit i.
-        own: Whether units have values of their own; else all have the first unit's.
+        own: Whether units have values of their own; else all have the first unit's. In a packed
+            row the examples of a unit must then follow each other.
         row: The packing if ``x`` is one packed row, ``(1, T, d_in)``.
         apart: Round the update to the base's dtype before it is added, as PEFT does on quantised
             bases; on others the sum is rounded once, as PEFT does there.
@@ -51,7 +52,10 @@ class LowRankUpdate(torch.autograd.Function):
         apart: bool,
     ) -> torch.Tensor:
         """The sum, ``(n, ..., d_out)``."""
-        of, b_t = row or len(x), _values(b, 1, unit, own).mT
+        of: Examples = row or len(x)
+        if own and unit is not None and row is not None:
+            of, unit = row.spans(unit), None
+        b_t = _values(b, 1, unit, own).mT
         u = _product(x.reshape(-1, x.shape[-1]).float(), _values(a, 0, unit, own).mT, of)
         u *= scaling
         ctx.save_for_backward(x, u, a, b)
@@ -84,8 +88,9 @@ class LowRankUpdate(torch.autograd.Function):
         return grad_x, grads[0], grad_a, grad_b, None, None, None, None, None
 
 
-Examples = Packing | int
-"""The examples' places: a packing, or a number of examples of equal length in turn."""
+Examples = Packing | Spans | int
+"""Places of examples in a packed row, or of units with values of their own; or a number of examples
+of equal length in turn."""
 
 
 def _product(
@@ -93,12 +98,14 @@ def _product(
 ) -> torch.Tensor:
     """Rows ``(N, p)`` of n examples times a factor ``(p, q)``, or one for each ``(n, p, q)``.
 
+    With `Spans` it is one for each unit.
+
     Returns:
         ``(N, q)``, with ``plus`` of the same shape added.
     """
     if factor.dim() == 2:
         return rows @ factor if plus is None else torch.addmm(plus, rows, factor)
-    if isinstance(of, Packing):
+    if not isinstance(of, int):
         return of.product(rows, factor, plus)
     each = rows.view(of, -1, rows.shape[-1])
     if plus is None:
@@ -137,7 +144,7 @@ def _factor_gradient(
     """Gradient of a factor: per unit if it is expanded, else summed over all rows."""
     if factor.dim() == 2:
         return left.float().T @ right.float()
-    if isinstance(of, Packing):
+    if not isinstance(of, int):
         each = of.outer(left, right)
     else:
         each = torch.bmm(_each(left, of).mT, _each(right, of))

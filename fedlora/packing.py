@@ -7,7 +7,7 @@ put the result back. `active` gives a model's layers the packing of the present 
 
 An example's result does not depend on the other examples, to the last bit, if the row has the same
 number of tokens: products with the base then have the same number of rows, and products per example
-have the shape of the example's padded length.
+have the shape of the example's padded length. Products per unit (`Spans`) do not keep this.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -51,7 +51,8 @@ class Packing:
 
     Args:
         lengths: The number of tokens in each example ``(n,)``, at least 1.
-        widths: The padded width of each example ``(n,)``; equal widths follow each other.
+        widths: The padded width of each example ``(n,)``. Examples of equal width are computed
+            together; a row whose widths ascend needs no sorting of results.
         total: The number of tokens in the row, T; tokens after the examples are filler.
         slots: The largest number of examples in a packed row, at least n.
         device: The row's device.
@@ -64,9 +65,11 @@ class Packing:
         self.lengths: list[int] = lengths.tolist()
         self.used = sum(self.lengths)
         starts = np.concatenate([[0], np.cumsum(lengths)])
+        order = np.argsort(widths, kind="stable")  # of the examples among the padded places
+        widths = widths[order]
         offsets = np.concatenate([[0], np.cumsum(widths)])
         within = np.concatenate([np.arange(width) for width in widths])  # a place in its example
-        of_place = np.repeat(np.arange(len(widths)), widths)
+        of_place = np.repeat(order, widths)
         padding = within >= lengths[of_place]
         # Padding repeats its own example's first token, so no other example has a part in it.
         token = starts[of_place] + np.where(padding, 0, within)
@@ -92,6 +95,11 @@ class Packing:
             for a, b in itertools.pairwise(bounds)
         ]
         self._masks: dict[bool, list[torch.Tensor]] = {}
+        self._order = self._number = None  # None: the examples are sorted by width
+        if (order[:-1] > order[1:]).any():
+            self._order = torch.from_numpy(order).to(device)
+            self._number = torch.from_numpy(np.argsort(order)).to(device)
+        self._spans: tuple[torch.Tensor, Spans] | None = None
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """``(T, f)`` to the padded places ``(P, f)``; padding holds its example's first token.
@@ -117,7 +125,10 @@ class Packing:
         return self.sums(x) / self._counts
 
     def groups(self, y: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """For each width its examples and their part of ``(P, ...)``: ``(m, width, ...)``."""
+        """For each width its examples and their part of ``(P, ...)``: ``(m, width, ...)``.
+
+        The examples are a slice of all in ascending order of width.
+        """
         for group in self._groups:
             yield group.examples, y[group.places].unflatten(0, (-1, group.width))
 
@@ -144,6 +155,8 @@ class Packing:
 
         ``plus`` ``(T, q)`` is added.
         """
+        if self._order is not None:
+            factors = factors[self._order]
         parts = [
             torch.bmm(part, factors[examples]).flatten(0, 1)
             for examples, part in self.groups(self._padded(rows))
@@ -167,7 +180,25 @@ class Packing:
         pairs = zip(self.groups(lefts), self.groups(rights), strict=True)
         for (examples, a), (_, b) in pairs:
             torch.bmm(a.mT, b, out=found[examples])
-        return found
+        return self._numbered(found)
+
+    def spans(self, unit: torch.Tensor) -> "Spans":
+        """The places of units whose examples follow each other.
+
+        Args:
+            unit: The unit of each example ``(n,)`` int64: it starts at 0 and ascends by 0 or 1.
+
+        Raises:
+            ValueError: For other units.
+        """
+        if self._spans is None or self._spans[0] is not unit:
+            steps = np.diff(unit.numpy(force=True))
+            if int(unit[0]) != 0 or not np.isin(steps, (0, 1)).all():
+                raise ValueError("the examples of a unit do not follow each other")
+            ends = np.cumsum(self.lengths)
+            bounds = [0, *ends[np.flatnonzero(steps)].tolist(), self.used]
+            self._spans = unit, Spans(bounds, self.total)
+        return self._spans[1]
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._token)
@@ -176,7 +207,12 @@ class Packing:
         return self._without_filler(y.index_select(0, self._place))
 
     def _summed(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part.sum(1) for _, part in self.groups(self._zeroed(self._padded(x)))])
+        parts = self.groups(self._zeroed(self._padded(x)))
+        return self._numbered(torch.cat([part.sum(1) for _, part in parts]))
+
+    def _numbered(self, y: torch.Tensor) -> torch.Tensor:
+        """``(n, ...)`` in ascending order of width, in the order of the examples."""
+        return y if self._number is None else y[self._number]
 
     def _repeated(self, x: torch.Tensor) -> torch.Tensor:
         return self._without_filler(x.index_select(0, self._example))
@@ -187,6 +223,48 @@ class Packing:
     def _without_filler(self, x: torch.Tensor) -> torch.Tensor:
         x[self.used :] = 0.0
         return x
+
+
+class Spans:
+    """The places of units in a packed row, each unit's tokens in one stretch.
+
+    Products of a unit are then products of matrices, without a copy of its tokens. Their rounding
+    depends on the number of the unit's tokens, so that they serve training without DP only.
+
+    Args:
+        bounds: The place of each unit's first token, and the end of the last unit.
+        total: The number of tokens in the row, T.
+    """
+
+    def __init__(self, bounds: list[int], total: int) -> None:
+        self._places = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+        self._used, self._total = bounds[-1], total
+
+    def product(
+        self, rows: torch.Tensor, factors: torch.Tensor, plus: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Each unit's tokens ``(T, p)`` times its own factor ``(units, p, q)``: ``(T, q)``.
+
+        ``plus`` ``(T, q)`` is added.
+        """
+        if plus is None:
+            found = rows.new_empty(self._total, factors.shape[2])
+            found[self._used :] = 0.0
+            for place, factor in zip(self._places, factors, strict=True):
+                torch.mm(rows[place], factor, out=found[place])
+            return found
+        found = plus.clone()
+        for place, factor in zip(self._places, factors, strict=True):
+            found[place].addmm_(rows[place], factor)
+        return found
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Sum ``left_t^T right_t`` over each unit's tokens: ``(units, p, q)`` float32."""
+        left, right = left.float(), right.float()
+        found = left.new_empty(len(self._places), left.shape[1], right.shape[1])
+        for place, sums in zip(self._places, found, strict=True):
+            torch.mm(left[place].T, right[place], out=sums)
+        return found
 
 
 Map = Callable[[torch.Tensor], torch.Tensor]

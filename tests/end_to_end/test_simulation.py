@@ -103,6 +103,22 @@ def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(
     assert _same(inline, made("three", 3, simulate_on_ray))
 
 
+def test_inline_and_ray_give_the_same_figures_of_joining(
+    tiny_config, simulate_run, simulate_on_ray, tmp_path
+):
+    """Workers train institutions in other groups, which rounds differently and predicts alike."""
+
+    def made(name, workers, simulate):
+        values = {"run-dir": str(tmp_path / name), "engine.workers": workers}
+        home = {"home.method": "interpolate", "home.steps": 8, "home.learning-rate": 0.02}
+        joining = simulate(tiny_config(**values, **home, **{"federation.rounds": 1}))["joining"]
+        assert len(joining["institutions"]) == 4 and "not_compared" not in joining
+        assert sum(one["rows"] for one in joining["institutions"].values()) == 96
+        return {name: figure for name, figure in joining.items() if name != "seconds"}
+
+    assert made("inline", 1, simulate_run) == made("three", 3, simulate_on_ray)
+
+
 def test_secure_noise_is_never_the_same_twice(tiny_config, simulate_run, tmp_path):
     made = []
     for name in ("a", "b"):

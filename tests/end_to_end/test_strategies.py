@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -400,3 +401,26 @@ def test_the_released_file_says_the_rank_that_it_has(tiny_config, simulate_run):
     saved = json.loads((_run_dir(config) / "adapter" / "adapter_config.json").read_text())
     state = AdapterState.open(_run_dir(config) / "adapter")
     assert saved["r"] == saved["lora_alpha"] == state.rank > 8 and not saved["use_rslora"]
+
+
+@pytest.mark.parametrize("strategy", ["stack", "exact", "fedsa"])
+def test_a_run_with_residuals_or_local_parts_compares_models_at_home(
+    strategy, tiny_config, simulate_run
+):
+    config = tiny_config(
+        **PLAIN,
+        **{"federation.strategy": strategy, "federation.rounds": 2, "privacy.epsilon": 1e3},
+        **{"home.method": "ditto", "home.steps": 8, "home.learning-rate": 0.02},
+    )
+    joining = simulate_run(config)["joining"]
+    assert len(joining["institutions"]) == 4 and "not_compared" not in joining
+    for name in joining["institutions"]:
+        own = AdapterState.open(_run_dir(config) / "institutions" / name / "own")
+        records = trainable.records(config)
+        shard = records.held_out(records.names.index(name))
+        model = _opened(config, _run_dir(config) / "institutions" / name / "own")
+        work = trainable.load(config, records.labels)
+        said = work.task.predict(model, shard, work.labels)
+        right = np.mean([work.labels[t] == s for t, s in zip(shard.targets, said, strict=True)])
+        assert right == joining["institutions"][name]["own"]
+        assert (own.rank > work.start.rank) == (strategy != "fedsa")  # with the residual inside

@@ -1,0 +1,293 @@
+"""The models of an institution at home: which records choose, and what is kept and said of them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from client import cohort, home, home_training
+from client.home import WEIGHTS, Choice, mixed, models_at_home
+from client.institution import Institution
+from fedlora import models, trainable
+from fedlora.adapters import AdapterState
+from fedlora.messages import EvaluateOrder
+from fedlora.shards import Federation
+from tests.client.test_home_training import moved, with_residual
+
+SMALL = {"home.method": "interpolate", "home.steps": 8, "home.learning-rate": 0.02}
+
+
+@pytest.fixture
+def banks(tiny_config):
+    """Four banks after a run that released a random adapter, and the order to compare."""
+
+    def make(residual=False, **values):
+        config = tiny_config(**(SMALL | values))
+        work = trainable.load(config, trainable.records(config).labels)
+        released = moved(work.start, 5)
+        if residual:
+            released = with_residual(released, work)
+        order = EvaluateOrder(run="a1", round=1, save=True, adapter=released)
+        return [Institution.locate(config, i) for i in range(4)], order, work, config
+
+    return make
+
+
+def homes_of(institutions, order):
+    return [institution.home(order) for institution in institutions]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def hashes(shard):
+    return [record.tobytes() for record in shard.records]
+
+
+def test_a_mixture_is_a_weighted_mean_of_all_but_the_residual():
+    shared = AdapterState(
+        {
+            "l.lora_A.weight": torch.tensor([[1.0, 2.0]]),
+            "l.lora_B.weight": torch.tensor([[4.0]]),
+            "l.residual_A.weight": torch.tensor([[7.0, 7.0]]),
+            "l.residual_B.weight": torch.tensor([[8.0]]),
+            "classifier.weight": torch.tensor([[0.0]]),
+        }
+    )
+    trained = AdapterState({n: torch.full_like(t, 10.0) for n, t in shared.items()})
+    found = mixed(shared, trained, 0.25)
+    assert {n: t.tolist() for n, t in found.items()} == {
+        "l.lora_A.weight": [[3.25, 4.0]],
+        "l.lora_B.weight": [[5.5]],
+        "l.residual_A.weight": [[7.0, 7.0]],
+        "l.residual_B.weight": [[8.0]],
+        "classifier.weight": [[2.5]],
+    }
+    assert same(mixed(shared, trained, 0.0), shared)
+    assert same(mixed(shared, trained, 1.0), trained)
+
+
+def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(banks, monkeypatch):
+    institutions, order, _, _ = banks()
+    trained, measured = [], []
+    train, measure = home.train_at_home, home.mean_losses
+
+    def spied_train(work, trainees, plan):
+        trained.append([one.shard for one in trainees])
+        return train(work, trainees, plan)
+
+    def spied_measure(work, adapters, shards, physical_batch):
+        measured.append(shards)
+        return measure(work, adapters, shards, physical_batch)
+
+    monkeypatch.setattr(home, "train_at_home", spied_train)
+    monkeypatch.setattr(home, "mean_losses", spied_measure)
+    homes = homes_of(institutions, order)
+
+    def held_out(*_):
+        raise AssertionError("a held-out row was read")
+
+    monkeypatch.setattr(Federation, "held_out", held_out)
+    monkeypatch.setattr(Federation, "pooled_held_out", held_out)
+    institutions[0].models_at_home(homes)
+    assert len(trained) == 4 and len(measured) == 2 * 3 + len(WEIGHTS) - 1
+    for i, one in enumerate(homes):
+        everything = sorted(hashes(one.shard))
+        for shards in trained[:2]:
+            for validation in measured:
+                fit, held = hashes(shards[i]), hashes(validation[i])
+                assert sorted([*fit, *held]) == everything
+                assert len(held) == round(0.2 * len(everything))
+        for shards in trained[2:]:
+            assert sorted(hashes(shards[i])) == everything
+
+
+@pytest.mark.parametrize("method", ["fine-tune", "interpolate", "ditto"])
+def test_the_choice_is_the_one_with_the_least_loss(banks, method):
+    """By hand, from the trial's own adapters."""
+    institutions, order, work, config = banks(**{"home.method": method})
+    one = institutions[0].home(order)
+    (found,) = models_at_home(work, [one], config.home, 64)
+    fit, validation = home._split(one)
+    assert validation is not None
+
+    def trial(start, name, rate, proximal):
+        plan = home_training.HomePlan(
+            batch_size=16,
+            physical_batch=64,
+            learning_rate=0.02,
+            head_learning_rate=rate,
+            proximal=proximal,
+        )
+        source = one.source.child(name, "fit")
+        trainee = home_training.Trainee(shard=fit, start=start, steps=(2, 4, 8), source=source)
+        (adapters,) = home_training.train_at_home(work, [trainee], plan)
+        return adapters
+
+    def loss(adapter):
+        return home_training.mean_losses(work, [adapter], [validation], 64)[0]
+
+    alone = trial(work.start, "alone", config.home.head_learning_rate, 0.0)
+    own = trial(one.shared, "own", 0.02, 0.1 if method == "ditto" else 0.0)
+    best = min(own, key=loss)
+    weight = 1.0
+    if method != "fine-tune":
+        weight = min(WEIGHTS, key=lambda w: loss(mixed(one.shared, best, w)))
+    assert found.choice == Choice(
+        (2, 4, 8)[alone.index(min(alone, key=loss))], (2, 4, 8)[own.index(best)], weight
+    )
+
+
+def test_models_are_the_same_when_they_are_made_again(banks):
+    institutions, order, work, config = banks()
+    first, again = (
+        models_at_home(work, homes_of(institutions, order), config.home, 64) for _ in range(2)
+    )
+    for a, b in zip(first, again, strict=True):
+        assert same(a.alone, b.alone) and same(a.own, b.own) and a.choice == b.choice
+    assert len({a.own["base_model.model.classifier.weight"].sum().item() for a in first}) == 4
+
+
+@pytest.mark.parametrize(("records", "chooses"), [(37, False), (38, True), (1, False)])
+def test_an_institution_with_under_eight_validation_records_takes_the_trained_adapter(
+    banks, records, chooses, monkeypatch
+):
+    institutions, order, work, config = banks()
+    calls, measure = [], home.mean_losses
+    monkeypatch.setattr(home, "mean_losses", lambda *a: calls.append(a) or measure(*a))
+    one = institutions[0].home(order)
+    one = dataclasses.replace(one, shard=one.shard.select(range(records)))
+    (found,) = models_at_home(work, [one], config.home, 64)
+    assert bool(calls) == chooses
+    if not chooses:
+        assert found.choice == Choice(8, 8, 1.0)
+    assert not same(found.own, one.shared)
+
+
+def test_a_trial_that_diverges_is_not_chosen(banks, monkeypatch):
+    """A loss that is no number counts as infinite: numpy would take it for the least."""
+    institutions, order, work, config = banks()
+    measure = home.mean_losses
+
+    def diverged(work, adapters, shards, physical_batch):
+        losses = measure(work, adapters, shards, physical_batch)
+        return [
+            v if same(a, order.adapter) else np.nan for a, v in zip(adapters, losses, strict=True)
+        ]
+
+    monkeypatch.setattr(home, "mean_losses", diverged)
+    one = institutions[0].home(order)
+    (found,) = models_at_home(work, [one], config.home, 64)
+    assert found.choice.weight == 0.0
+    assert same(found.own, order.adapter)
+
+
+def test_alone_starts_without_the_residual_of_a_strategy_and_own_with_it(banks, monkeypatch):
+    institutions, order, work, config = banks(residual=True)
+    starts, train = [], home.train_at_home
+
+    def spied(work, trainees, plan):
+        starts.append([one.start for one in trainees])
+        return train(work, trainees, plan)
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+    found = models_at_home(work, homes_of(institutions, order), config.home, 64)
+    alone, own, *_ = starts
+    assert [len(each) for each in starts] == [4, 4, 4, 4]
+    assert all(same(start, work.start) for start in alone)
+    assert all(same(start, order.adapter) for start in own)
+    residual = order.adapter.only(("residual",))
+    assert len(residual)
+    for models_of_one in found:
+        assert not len(models_of_one.alone.only(("residual",)))
+        assert same(models_of_one.own.only(("residual",)), residual)
+
+
+def test_local_parts_of_an_institution_are_where_its_own_model_starts(banks):
+    institutions, order, work, _ = banks(**{"federation.strategy": "fedsa"})
+    for i, institution in enumerate(institutions):
+        kept = moved(work.start, 20 + i).only(("B",))
+        institution._local_parts("a1").store(1, kept)
+    homes = homes_of(institutions, order)
+    for i, one in enumerate(homes):
+        assert same(one.shared.only(("B",)), moved(work.start, 20 + i).only(("B",)))
+        assert same(one.shared.only(("A", "head")), order.adapter.only(("A", "head")))
+    together = institutions[0].models_at_home(homes)
+    alone = [institutions[0].models_at_home([one])[0] for one in homes]
+    for a, b in zip(together, alone, strict=True):
+        assert a.choice == b.choice
+        for n in a.own:
+            torch.testing.assert_close(a.own[n], b.own[n], rtol=0, atol=1e-3)
+
+
+def _predictions(model, work, shard):
+    batch = work.task.collate(shard, range(len(shard)))
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_own_adapter_opens_with_peft_and_predicts_what_was_reported(banks, residual):
+    institutions, order, work, config = banks(residual=residual)
+    for i, answer in enumerate(cohort.compare_at_home([(one, order) for one in institutions])):
+        directory = institutions[i].directory / "own"
+        base = models.load_base(
+            config.model.name,
+            dtype="fp32",
+            quantization="none",
+            task="classification",
+            num_labels=len(work.labels),
+        )
+        opened = PeftModel.from_pretrained(base.model, directory, trust_remote_code=False)
+        shard = trainable.records(config).held_out(i)
+        assert answer.institution == institutions[i].name
+        assert _predictions(opened, work, shard) == answer.metrics["own"]
+        order.adapter.load_into(work.model)
+        assert _predictions(work.model, work, shard) == answer.metrics["shared"]
+        assert answer.metrics["weight"] in WEIGHTS
+        card = " ".join((directory / "README.md").read_text().split())
+        assert "must not leave the institution" in card and "without differential privacy" in card
+
+
+@pytest.mark.parametrize("place", ["records", "training", "saving"])
+def test_an_institution_that_fails_does_not_end_the_comparison_of_the_others(
+    banks, place, monkeypatch
+):
+    institutions, order, *_ = banks()
+    calls = [(one, order) for one in institutions]
+    whole = cohort.compare_at_home(calls)
+    failing, take = institutions[1].name, Institution.home
+    if place == "saving":
+        institutions[1] = dataclasses.replace(
+            institutions[1], directory=institutions[1].ledger_path / "x"
+        )
+        institutions[1].ledger_path.parent.mkdir(parents=True, exist_ok=True)
+        institutions[1].ledger_path.write_text("a file where a directory should be")
+        calls[1] = (institutions[1], order)
+
+    def broken(self, order):
+        if self.name == failing and place == "records":
+            raise OSError("the records cannot be read")
+        found = take(self, order)
+        if self.name == failing and place == "training":
+            return dataclasses.replace(found, shard=found.shard.select([]))
+        return found
+
+    monkeypatch.setattr(Institution, "home", broken)
+    found = cohort.compare_at_home(calls)
+    assert isinstance(found[1], Exception)
+    for i in (0, 2, 3):
+        assert found[i] == whole[i]
+
+
+def test_the_source_of_an_institution_is_its_own(banks):
+    institutions, order, *_ = banks()
+    draws = {
+        tuple(one.source.child("validation").permutation(96))
+        for one in homes_of(institutions, order)
+    }
+    assert len(draws) == 4
