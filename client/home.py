@@ -11,14 +11,16 @@ but the figures at the end.
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from client.home_training import HomePlan, Trainee, mean_losses, train_at_home
-from fedlora.adapters import PARTS, AdapterState, kind
+from fedlora.adapters import PARTS, AdapterState, Factors, kind
 from fedlora.config import HomeConfig
+from fedlora.lora_layers import ADAPTER, lora_layers
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
@@ -138,10 +140,8 @@ def models_at_home(
         for model in Model
     )
     return [
-        HomeModels(
-            alone=alone[i][0], own=mixed(home.shared, own[i][0], choice.weight), choice=choice
-        )
-        for i, (home, choice) in enumerate(zip(homes, choices, strict=True))
+        HomeModels(alone=alone[i][0], own=mixed(start, own[i][0], choice.weight), choice=choice)
+        for i, (start, choice) in enumerate(zip(trainer.starts, choices, strict=True))
     ]
 
 
@@ -153,6 +153,9 @@ class _Trainer:
     ) -> None:
         self.work, self.homes, self.settings = work, homes, settings
         self.physical_batch = physical_batch
+        self.starts = [home.shared for home in homes]  # of the own models
+        if settings.method == "dual":
+            self.starts = [beside(home.shared, work) for home in homes]
 
     def train(
         self,
@@ -173,7 +176,7 @@ class _Trainer:
         trainees = [
             Trainee(
                 shard=shard,
-                start=self.work.start if alone else self.homes[i].shared,
+                start=self.work.start if alone else self.starts[i],
                 steps=steps[i],
                 source=self.homes[i].source.child(model.value, purpose),
             )
@@ -208,9 +211,7 @@ class _Trainer:
         alone_best, own_best = alone_losses.argmin(0), own_losses.argmin(0)
         weights = np.ones(len(numbers))
         if self.settings.method != "fine-tune":
-            pairs = [
-                (self.homes[i].shared, own[i][k]) for i, k in zip(numbers, own_best, strict=True)
-            ]
+            pairs = [(self.starts[i], own[i][k]) for i, k in zip(numbers, own_best, strict=True)]
             losses = [
                 self._losses([mixed(*pair, weight) for pair in pairs], validation)
                 for weight in WEIGHTS[:-1]
@@ -227,6 +228,28 @@ class _Trainer:
         """The loss of each institution's adapter on its records; infinite if it is no number."""
         losses = mean_losses(self.work, adapters, list(records.values()), self.physical_batch)
         return np.nan_to_num(losses, nan=np.inf, posinf=np.inf)
+
+
+def beside(shared: AdapterState, work: Trainable) -> AdapterState:
+    """Fresh factors beside the frozen shared ones, which become a residual of the base.
+
+    Args:
+        shared: The released adapter.
+        work: Its model; gives the fresh factors and the scale s of s B A.
+
+    Returns:
+        An adapter that computes what ``shared`` computes until it is trained.
+    """
+    _, layer = next(iter(lora_layers(work.model)))
+    scale = cast(float, cast(Any, layer).scaling[ADAPTER])
+    tensors = dict(shared.only(("head",)))
+    for path, own in shared.layers().items():
+        a, b = own.a, scale * own.b
+        if own.residual is not None:
+            a, b = torch.cat([own.residual[0], a]), torch.cat([own.residual[1], b], 1)
+        fresh = work.start.factors(path)
+        tensors |= Factors(fresh.a, fresh.b, own.magnitude, (a, b)).named(path)
+    return AdapterState(tensors)
 
 
 def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> AdapterState:

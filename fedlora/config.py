@@ -398,9 +398,10 @@ class HomeConfig(Section):
     method: str = key(
         "interpolate",
         "an institution's own model: fine-tune trains the shared adapter on; interpolate takes a "
-        "weighted mean of both; ditto trains with a pull to the shared one and interpolates; none "
-        "trains no model at home",
-        choices=("none", "fine-tune", "interpolate", "ditto"),
+        "weighted mean of both; ditto trains with a pull to the shared one and interpolates; "
+        "dual trains a second adapter beside the frozen shared one and interpolates; none trains "
+        "no model at home",
+        choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
     )
     steps: int = key(40, "steps at home, at most; validation records choose how many", at_least=1)
     batch_size: int = key(16, "records of a step at home", at_least=1)
