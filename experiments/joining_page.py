@@ -118,7 +118,7 @@ def _accuracies(of: Mapping[str, Any]) -> list[str]:
 
 def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:
     head = ["institution", "training records", "held-out records", *_MODEL_HEADS]
-    head += ["95 % from", "to", "steps alone", "steps own", "weight of own training"]
+    head += ["95 % from", "to", "steps alone", "steps own", "weight"]
     rows = [
         [
             name,
@@ -131,7 +131,7 @@ def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:
         ]
         for name, of in institutions.items()
     ]
-    title = "By institution (a weight of 0 keeps the shared adapter, 1 keeps nothing of it)"
+    title = "By institution (weight: 0 is the shared adapter itself, 1 the one trained from it)"
     return Table(rows=[head, *rows], title=title, folded=True)
 
 
@@ -184,13 +184,13 @@ def arrows(name: str, title: str, ends: Mapping[str, tuple[float, float]]) -> st
             if i in drawn
         ]
         figure: Any = axes.figure
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
     words = ", ".join(
         f"{who} {_percent(alone)} % alone and {_percent(own)} % own"
         for who, (alone, own) in ends.items()
     )
-    height = 1.1 + max(1.2, 0.2 * len(ends))
+    height = 1.3 + max(1.2, 0.2 * len(ends))
     return figures.draw(name, title, f"Accuracy alone and own. {words}.", plot, height)
 
 

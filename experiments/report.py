@@ -44,14 +44,17 @@ def of_run(directory: Path) -> Page:
     config = load(directory / CONFIG)
     records = read_records(directory)
     name, value = results.score(result)
-    tiles = {name.replace("_", " ") or "nothing measured": f"{100 * value:.1f} %" if name else ""}
+    joining = joining_verdict.comparison(result)
+    model = "" if joining is None else " of the shared adapter"
+    label = f"{name.replace('_', ' ')}{model}" if name else "nothing measured"
+    tiles = {label: f"{100 * value:.1f} %" if name else ""}
     if result.get("macro_f1") is not None:
-        tiles["macro-F1"] = f"{100 * result['macro_f1']:.1f} %"
+        tiles[f"macro-F1{model}"] = f"{100 * result['macro_f1']:.1f} %"
     if classes := result.get("per_class"):
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
         tiles["loss per token"] = f"{result['token_loss']:.3f}"
-    if (joining := joining_verdict.comparison(result)) is not None:
+    if joining is not None:
         tiles["gain of joining, points"] = f"{100 * joining['gain']['mean']:+.1f}"
     tiles |= {
         "largest epsilon (smaller is more private)": number(result["epsilon_max"]),
