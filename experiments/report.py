@@ -106,11 +106,11 @@ def _words(
     }.get(config.data.view, f"{config.data.view.removeprefix('only:')} alone taught")
     moved = ""
     if config.deployed:
-        moved = "No record left an institution: the institutions sent adapter parameters. "
+        moved = "No record left an institution: institutions and server exchanged adapters. "
     elif config.data.view == "all":
         moved = (
-            "This was a simulation, so one machine held the records of all institutions. Between "
-            "institutions and server only adapter parameters were exchanged to train it. "
+            "This was a simulation, so one machine held the records of all institutions. As in a "
+            "deployment, institutions and server exchanged adapters, not records. "
         )
     did = (
         f"{who} the language model {config.model.name} {task}. The model itself did not "

@@ -38,6 +38,10 @@ CAPTION = (
     "institution: the lowest accuracy of each seed. Settings without effect in an arm stand once."
 )
 """Explains the tables."""
+JOINING_CAPTION = (
+    " Alone, shared, own: accuracies of the institutions' models at home within a run; the gain of "
+    "joining is own minus alone, in points."
+)
 
 
 def run_dir(out: Path, cell: str) -> Path:
@@ -337,11 +341,17 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def caption(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return the explanation of the tables of these lines."""
+    return CAPTION + JOINING_CAPTION * any("gain" in line for line in lines)
+
+
 def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the text of ``results.md``."""
     pooled, each = tables(out, lines)
     about = manifest(out)
-    text = f"# {about['name']}\n\n{CAPTION} By `{about['command']}`.\n\n{markdown_table(pooled)}\n"
+    text = f"# {about['name']}\n\n{caption(lines)} By `{about['command']}`.\n\n"
+    text += f"{markdown_table(pooled)}\n"
     if len(each) > 1:
         text += f"\n## By institution\n\n{markdown_table(each)}\n"
     return text

@@ -54,7 +54,7 @@ def of(out: Path) -> Page:
             Section(title="Institutions", **_institutions(lines, axes)),
             Section(
                 title="Results",
-                words=[f"{results.CAPTION} Click a head to sort."],
+                words=[f"{results.caption(lines)} Click a head to sort."],
                 tables=[
                     Table(rows=table),
                     *([Table(rows=each, title="By institution", folded=True)] if each[1:] else []),

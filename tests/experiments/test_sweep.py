@@ -308,7 +308,7 @@ def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
         first = next(csv.DictReader(file))
     assert float(first["gain"]) == line["gain"] and float(first["own"]) == line["own"]
     text = (out / "results.md").read_text()
-    assert "gain of joining" in text and "+22.7 ± 57.8" in text
+    assert "own minus alone, in points" in text and "+22.7 ± 57.8" in text
 
 
 def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):

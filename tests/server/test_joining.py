@@ -2,21 +2,28 @@
 
 import json
 import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from flwr.app import RecordDict
+from flwr.clientapp import ClientApp
 from rich.console import Console
 from rich.table import Table
 
+from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.messages import Evaluation
+from fedlora.terminal import Terminal
 from server import joining
 from server.joining import summary
 from server.joining_verdict import Outcome, comparison, outcome, verdict
 from server.population import population_of
 from simulation import progress
+from simulation.engines.inline import InlineGrid
 from tests.samples import compared_rows
 
 LABELS = ("loan", "card", "fraud")
@@ -168,6 +175,30 @@ def test_progress_says_that_institutions_train_at_home(tiny_config) -> None:
     said = progress.describe(tiny_config(), records, 12, 39, 60.0, 3, at_home=True)
     assert said == "models at home: institutions 12/39 (60 s)"
     assert "at home" not in progress.describe(tiny_config(), records, 12, 39, 60.0, 3)
+
+
+def test_a_grid_tells_the_type_of_the_messages_that_it_carries() -> None:
+    grid = InlineGrid(ClientApp(), 2, {})
+    assert grid.pushed_type == ""
+    orders = [grid.create_message(RecordDict(), wire.HOME, node, "home") for node in (1, 2)]
+    grid.push_messages(orders)
+    assert (grid.pushed_type, grid.pushed, grid.answered) == (wire.HOME, 2, 0)
+
+
+def test_a_log_has_one_line_on_training_at_home(tiny_config, tmp_path) -> None:
+    file = tmp_path / "log"
+    grid = SimpleNamespace(pushed_type=wire.HOME, pushed=39, answered=12)
+    with file.open("w") as stream:
+        console = Terminal()
+        console.file = stream
+        with progress.progress(tiny_config(), grid, console):
+            deadline = time.monotonic() + 60
+            while not file.read_text() and time.monotonic() < deadline:
+                stream.flush()
+                time.sleep(0.05)
+            time.sleep(0.8)  # three more looks
+    lines = file.read_text().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("models at home: institutions 12/39")
 
 
 @pytest.fixture
