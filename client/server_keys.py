@@ -126,6 +126,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "data.partition": Own(lambda _: "iid"),
     "data.institutions": Own(lambda _: 1),
     "data.min-records": Own(lambda _: 1),
+    "data.max-records": Own(lambda _: 0),
     "data.text": Own(lambda own: own.text),
     "data.label": Own(lambda own: own.label),
     "data.labels": Taken(

@@ -10,6 +10,7 @@ from fedlora.config import ENGINE_ONLY, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.run_files import CONFIG, finite, read_records, read_run_file
+from server import joining_verdict
 
 METRICS = ("accuracy", "macro_f1", "exact_match", "token_loss")
 
@@ -44,6 +45,12 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     figures_of["worst institution"] = [
         min(result["institutions"].values(), default=None) for result in loaded
     ]
+    compared_at_home = [joining_verdict.comparison(result) for result in loaded]
+    joinings = [joining for joining in compared_at_home if joining is not None]
+    if len(joinings) == len(loaded):
+        for model in joining_verdict.MODELS:
+            figures_of[f"{model}, accuracy"] = [joining[model]["accuracy"] for joining in joinings]
+        figures_of["gain of joining"] = [joining["gain"]["mean"] for joining in joinings]
     figures_of["epsilon"] = [result["epsilon_max"] for result in loaded]
     figures_of["rounds"] = [result["rounds"] for result in loaded]
     figures_of["seconds"] = [result["seconds"] for result in loaded]

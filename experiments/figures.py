@@ -98,7 +98,7 @@ def _inline(svg: str, name: str, title: str, says: str) -> str:
     return head + svg[svg.index(">") + 1 :]
 
 
-def _percent(axes: Axes, along: str = "y") -> None:
+def percent_axis(axes: Axes, along: str = "y") -> None:
     """Label an axis in percent and cut it at 0 and 100 %, also where an interval goes beyond."""
     axis = axes.yaxis if along == "y" else axes.xaxis
     low, high = axis.get_view_interval()
@@ -107,7 +107,7 @@ def _percent(axes: Axes, along: str = "y") -> None:
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=3))
 
 
-def _legend(axes: Axes) -> None:
+def legend_below(axes: Axes) -> None:
     """Add a legend below the axes: two columns, or one in a higher figure for long labels."""
     handles, labels = axes.get_legend_handles_labels()
     figure: Any = axes.figure
@@ -154,9 +154,9 @@ def by_round(
         elif known and from_zero and max(known) > 0:
             axes.set_ylim(0, 1.08 * max(known))
         if shares:
-            _percent(axes)
+            percent_axis(axes)
         if len(lines) > 1:
-            _legend(axes)
+            legend_below(axes)
         if epsilons:
             _epsilon_axis(axes, epsilons)
 
@@ -213,8 +213,8 @@ def against_epsilon(
         axes.set_xlabel("epsilon (smaller is more private)")
         axes.set_ylabel(label)
         axes.margins(x=0.08)
-        _percent(axes)
-        _legend(axes)
+        percent_axis(axes)
+        legend_below(axes)
 
     words = [
         f"{of}: "
@@ -259,8 +259,8 @@ def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str)
         axes.margins(x=0.08)
         axes.set_xlabel(axis)
         axes.set_ylabel(label)
-        _percent(axes)
-        _legend(axes)
+        percent_axis(axes)
+        legend_below(axes)
 
     words = [
         f"{of}: " + ", ".join(f"{100 * y:.1f} % at {x:g}" for x, y in zip(xs, ys, strict=True))
@@ -314,7 +314,7 @@ def bars(
         marked = [f"{row} (worst)" if row == worst else row for row in rows]
         axes.set_yticks(range(len(rows)), marked)
         axes.grid(False, axis="y")
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top
         for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
             tick.set_fontsize(9)
             if row == worst:
@@ -322,9 +322,9 @@ def bars(
                 tick.set_fontweight("bold")
         axes.set_xlabel(label)
         if shares:
-            _percent(axes, "x")
+            percent_axis(axes, "x")
         if len(groups) > 1:
-            _legend(axes)
+            legend_below(axes)
 
     def said(value: float) -> str:
         return f"{100 * value:.1f} %" if shares else f"{value:.4g}"

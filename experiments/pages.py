@@ -25,12 +25,16 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a page. ``bad`` makes its note a warning; ``text`` keeps its white space."""
+    """A part of a page.
+
+    ``bad`` makes its note a warning, ``caution`` a milder one; ``text`` keeps its white space.
+    """
 
     title: str
     words: Sequence[str] = ()
     note: str = ""
     bad: bool = False
+    caution: bool = False
     figures: Mapping[str, str] = field(default_factory=dict[str, str])
     tables: Sequence[Table] = ()
     text: str = ""

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import figures, results, sweep_page
+from experiments import figures, joining_page, results, sweep_page
 from experiments.pages import Page, Section, Table, environment, number, render
 from fedlora import metrics
 from fedlora.config import RunConfig, load
 from fedlora.files import write_atomic
 from fedlora.run_files import CONFIG, read_records, read_run_file
+from server import joining_verdict
 
 FILE = "report.html"
 MAX_BARS = 40
@@ -43,13 +44,18 @@ def of_run(directory: Path) -> Page:
     config = load(directory / CONFIG)
     records = read_records(directory)
     name, value = results.score(result)
-    tiles = {name.replace("_", " ") or "nothing measured": f"{100 * value:.1f} %" if name else ""}
+    joining = joining_verdict.comparison(result)
+    model = "" if joining is None else " of the shared adapter"
+    label = f"{name.replace('_', ' ')}{model}" if name else "nothing measured"
+    tiles = {label: f"{100 * value:.1f} %" if name else ""}
     if result.get("macro_f1") is not None:
-        tiles["macro-F1"] = f"{100 * result['macro_f1']:.1f} %"
+        tiles[f"macro-F1{model}"] = f"{100 * result['macro_f1']:.1f} %"
     if classes := result.get("per_class"):
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
         tiles["loss per token"] = f"{result['token_loss']:.3f}"
+    if joining is not None:
+        tiles["gain of joining, points"] = f"{100 * joining['gain']['mean']:+.1f}"
     tiles |= {
         "largest epsilon (smaller is more private)": number(result["epsilon_max"]),
         "institutions": str(_institutions(records, result)),
@@ -63,6 +69,7 @@ def of_run(directory: Path) -> Page:
         tiles=tiles,
         sections=[
             Section(title="Privacy", **_privacy(config, privacy)),
+            *joining_page.section(result),
             Section(title="Quality", words=[METRICS], **_quality(result, records)),
             Section(title="Institutions", **_by_institution(result)),
             Section(title="Aggregation", **_aggregation(records)),
@@ -97,11 +104,14 @@ def _words(
         "all": f"{many} institutions together taught",
         "pooled": "All institutions' records were pooled, which banks may not do, to teach",
     }.get(config.data.view, f"{config.data.view.removeprefix('only:')} alone taught")
-    moved = (
-        "No record left an institution: institutions sent adapter parameters only. "
-        if config.data.view == "all"
-        else ""
-    )
+    moved = ""
+    if config.deployed:
+        moved = "No record left an institution: institutions and server exchanged adapters. "
+    elif config.data.view == "all":
+        moved = (
+            "This was a simulation, so one machine held the records of all institutions. As in a "
+            "deployment, institutions and server exchanged adapters, not records. "
+        )
     did = (
         f"{who} the language model {config.model.name} {task}. The model itself did not "
         f"change; the run trained an adapter for it ({adapter.method}, rank {adapter.rank}, "

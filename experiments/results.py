@@ -14,6 +14,7 @@ from fedlora import metrics
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import read_records, read_run_file
+from server import joining_verdict
 
 MANIFEST = "cells.json"
 COLUMNS = (
@@ -23,6 +24,11 @@ COLUMNS = (
     "same_as",
 )  # fmt: skip
 """Columns of a line, beside the axes of the grid."""
+JOINING = ("alone", "shared", "own", "gain")
+JOINING_HEADS = ("alone, %", "shared, %", "own, %", "gain of joining")
+JOINING_COLUMNS = (*(f"{key}{end}" for key in JOINING for end in ("", "_ci95")),
+                   "institutions", "records")  # fmt: skip
+"""Further columns where institutions trained at home."""
 ALL = "all"
 """The institution's name in lines on the held-out rows of all institutions together."""
 CONFIDENCE = 0.95
@@ -32,6 +38,10 @@ CAPTION = (
     "institution: the lowest accuracy of each seed. Settings without effect in an arm stand once."
 )
 """Explains the tables."""
+JOINING_CAPTION = (
+    " Alone, shared, own: accuracies of the institutions' models at home within a run; the gain of "
+    "joining is own minus alone, in points."
+)
 
 
 def run_dir(out: Path, cell: str) -> Path:
@@ -99,6 +109,7 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "delta": max((d for one in found if (d := one.get("delta")) is not None), default=None),
         "seconds": sum(one["seconds"] for one in found),
         "bytes": total_bytes if kind in ("federated", "base") else 0,
+        "joining": joining_verdict.comparison(found[0]),
     }
 
 
@@ -112,7 +123,9 @@ def summary(out: Path) -> list[dict[str, Any]]:
         ``gain_over_local_dp`` (differences within a seed) are means. Each has a ``_ci95``: the half
         width of its 95 % confidence interval by Student's t, None for one seed. ``bytes``,
         ``seconds``, ``epsilon`` and ``delta`` follow (None without DP). ``same_as`` names the first
-        setting with the same runs, if several settings share them.
+        setting with the same runs, if several settings share them. Where institutions trained at
+        home, ``alone``, ``shared``, ``own`` (accuracies) and ``gain`` (own minus alone) follow,
+        with the number of institutions and their mean number of training records.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     by_key: dict[str, dict[str, Any]] = {}
@@ -168,6 +181,9 @@ def _line(
     else:
         nothing: dict[str, None] = dict.fromkeys(("macro_f1", "worst_accuracy"))
         line |= nothing | {f"{key}_ci95": None for key in nothing}
+    compared = [found["joining"] for found in results if found["joining"] is not None]
+    if compared:
+        line |= _joining(institution, compared)
     line |= _mean("gain_over_local", gains["local"])
     line |= _mean("gain_over_local_dp", gains["local-dp"])
     for key in ("bytes", "seconds"):
@@ -177,6 +193,27 @@ def _line(
     line["epsilon"] = max(found["epsilon"] for found in results)
     deltas = [found["delta"] for found in results if found["delta"] is not None]
     line["delta"] = max(deltas, default=None)
+    return line
+
+
+def _joining(institution: str, compared: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return the columns of `JOINING_COLUMNS` for one institution or all, over seeds."""
+    by_seed = [joining["institutions"] for joining in compared]
+    line: dict[str, float | None] = {}
+    for key in JOINING:
+        if institution != ALL:
+            values = [one.get(institution, {}).get(key, math.nan) for one in by_seed]
+        elif key == "gain":
+            values = [joining["gain"]["mean"] for joining in compared]
+        else:
+            values = [joining[key]["accuracy"] for joining in compared]
+        line |= _mean(key, values)
+    everyone = institution == ALL
+    line["institutions"] = statistics.fmean(map(len, by_seed)) if everyone else None
+    held = [
+        of["records"] for one in by_seed for name, of in one.items() if institution in (ALL, name)
+    ]
+    line["records"] = statistics.fmean(held) if held else None
     return line
 
 
@@ -253,6 +290,7 @@ def tables(
             "worst institution, %",
             "gain over local",
             "gain over local-dp",
+            *JOINING_HEADS,
             "epsilon",
             "delta",
             "MB moved",
@@ -270,6 +308,7 @@ def tables(
                 percent(line, "worst_accuracy"),
                 percent(line, "gain_over_local", signed=True),
                 percent(line, "gain_over_local_dp", signed=True),
+                *(percent(line, key, signed=key == "gain") for key in JOINING),
                 _text(round(line["epsilon"], 3)),
                 "" if line["delta"] is None else _text(line["delta"]),
                 f"{line['bytes'] / 1e6:.1f}",
@@ -277,7 +316,7 @@ def tables(
                 str(line["seeds"]),
             ]
         )
-    each = [["arm", *axes, "institution", "accuracy, %", "gain over local"]]
+    each = [["arm", *axes, "institution", "accuracy, %", "gain over local", *JOINING_HEADS]]
     each += [
         [
             line["arm"],
@@ -285,6 +324,7 @@ def tables(
             line["institution"],
             percent(line, "accuracy"),
             percent(line, "gain_over_local", signed=True),
+            *(percent(line, key, signed=key == "gain") for key in JOINING),
         ]
         for line in lines
         if line["institution"] != ALL
@@ -301,11 +341,17 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def caption(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return the explanation of the tables of these lines."""
+    return CAPTION + JOINING_CAPTION * any("gain" in line for line in lines)
+
+
 def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the text of ``results.md``."""
     pooled, each = tables(out, lines)
     about = manifest(out)
-    text = f"# {about['name']}\n\n{CAPTION} By `{about['command']}`.\n\n{markdown_table(pooled)}\n"
+    text = f"# {about['name']}\n\n{caption(lines)} By `{about['command']}`.\n\n"
+    text += f"{markdown_table(pooled)}\n"
     if len(each) > 1:
         text += f"\n## By institution\n\n{markdown_table(each)}\n"
     return text

@@ -35,6 +35,7 @@ SINGLE_INSTITUTION = {
     "federation.robust": "none",
     "adapter.ranks": "",
     "privacy.institution-epsilon": math.inf,
+    "home.method": "none",
 }
 """Settings of a run with one institution: federation features must not change its result."""
 SPLIT_KEYS = ("seed", "data.", "model.", "training.max-length")
@@ -235,7 +236,7 @@ def _check_labels(
     """Refuse a grid whose labels would misstate the settings of a run."""
     places: dict[str, str] = {}
     for name, choices in axes.items():
-        if name in results.COLUMNS:
+        if name in (*results.COLUMNS, *results.JOINING_COLUMNS):
             raise InputError(
                 f"grid has {name}, which is a column of the results; give it another name"
             )
@@ -357,6 +358,8 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     measured = len(seen.all_held_out) * (rounds // every if every else 1)
     tokens = len(seen.all_train.tokens) / max(1, len(seen.all_train))
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
+    if config.home.method != "none" and rounds:  # two models, each to choose steps and at the end
+        work += tokens * 6 * 4 * config.home.steps * config.home.batch_size * len(seen.names)
     weights = model_files.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
     inputs = (config.fingerprint(), model_files.digest(weights), seen.fingerprint())

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import figures, results
+from experiments import figures, joining_page, results
 from experiments.pages import Page, Section, Table, environment
 from experiments.results import ALL
 from experiments.sweep import EPSILON
@@ -48,12 +48,13 @@ def of(out: Path) -> Page:
         tiles=_tiles(pooled),
         sections=[
             _dp(out, about),
+            _joining(pooled),
             Section(title="The cost of privacy", figures=_privacy(pooled, axes)),
             Section(title="By setting", figures=_against(pooled, axes) or _settings(pooled, axes)),
             Section(title="Institutions", **_institutions(lines, axes)),
             Section(
                 title="Results",
-                words=[f"{results.CAPTION} Click a head to sort."],
+                words=[f"{results.caption(lines)} Click a head to sort."],
                 tables=[
                     Table(rows=table),
                     *([Table(rows=each, title="By institution", folded=True)] if each[1:] else []),
@@ -268,6 +269,13 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
             title: figures.bars("institutions", title, shown, label="accuracy", worst=order[0])
         },
     }
+
+
+def _joining(pooled: Lines) -> Section:
+    """Show the gain of joining where institutions trained at home; else an empty section."""
+    drawn = joining_page.by_records(pooled, EPSILON)
+    words = [joining_page.MEANINGS, joining_page.STAYS, joining_page.CHOICES] if drawn else ()
+    return Section(title=joining_page.TITLE, words=words, figures=drawn)
 
 
 def _cells(about: Mapping[str, Any], out: Path) -> list[Path]:

@@ -156,6 +156,11 @@ class DataConfig(Section):
     min_records: int = key(
         1, "natural: an institution with fewer training records is left out", at_least=1
     )
+    max_records: int = key(
+        0,
+        "an institution with more training records keeps a random part of so many; 0: all",
+        at_least=0,
+    )
     text: str = key("text", "column of the text, or several joined by commas; the prompt for sft")
     label: str = key("label", "column of the label; the response for sft")
     labels: tuple[str, ...] = key((), "the classes; empty: the distinct labels of the records")

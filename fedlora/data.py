@@ -66,6 +66,7 @@ def prepare(
         settings.partition,
         settings.institutions,
         settings.min_records,
+        settings.max_records,
         settings.test_fraction,
         seed,
     ]

@@ -139,6 +139,27 @@ def by_column(
     return Assignment(names=names, train=owner, held_out=held, dropped=len(values) - len(names))
 
 
+def at_most(placed: Assignment, records: int, *, seed: int) -> NDArray[np.int64]:
+    """Leave each institution a random part of its training rows, of a given size at most.
+
+    A smaller part lies within a larger one, and does not depend on other institutions.
+
+    Args:
+        placed: The assignment.
+        records: The most training rows of an institution; 0: any number.
+        seed: Seed of the parts.
+
+    Returns:
+        The index of each training row's institution (n,), or -1 for a row that is left out.
+    """
+    owner = placed.train.copy()
+    for index, name in enumerate(placed.names) if records else ():
+        rows = np.flatnonzero(owner == index)
+        order = RandomSource.seeded("max-records", seed, name).permutation(len(rows))
+        owner[rows[order[records:]]] = -1
+    return owner
+
+
 def by_scheme(
     spec: str,
     train: NDArray[np.int64] | int,

@@ -15,7 +15,7 @@ from fedlora import schemes, sources
 from fedlora.config import DataConfig
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
-from fedlora.partition import by_column, by_scheme, hold_out, normalise
+from fedlora.partition import at_most, by_column, by_scheme, hold_out, normalise
 from fedlora.shards import Int64
 from fedlora.text import folded
 
@@ -125,12 +125,13 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
             seed=seed,
         )
     counts["institutions_dropped"] = placed.dropped
-    counts["rows_dropped"] = int((placed.train < 0).sum() + (placed.held_out < 0).sum())
+    owner = at_most(placed, settings.max_records, seed=seed)
+    counts["rows_dropped"] = int((owner < 0).sum() + (placed.held_out < 0).sum())
 
     return PartitionedRows(
         names=placed.names,
         classes=classes,
-        train=_by_institution(train, placed.train, len(placed.names)),
+        train=_by_institution(train, owner, len(placed.names)),
         held_out=_by_institution(held_out, placed.held_out, len(placed.names)),
         counts=counts,
     )

@@ -19,14 +19,12 @@ from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.messages import EvaluateOrder, Evaluation
 from server.exchange import exchange
+from server.joining_verdict import MAX_SCARCE_RECORDS, MODELS
 from server.population import Population
 from server.replies import content
 
-MODELS = ("alone", "shared", "own")
 CONFIDENCE = 0.95
 RESAMPLES = 4000
-SCARCE = 5
-"""An institution with at most so many training records of a class holds little of it."""
 log = logging.getLogger("fedlora.server")
 
 
@@ -49,8 +47,8 @@ class _Rows:
         records: Number of its training records.
         truth: The class of each held-out row ``(n,)`` int64.
         predicted: Model -> predicted classes ``(n,)`` int64.
-        scarce: Whether the institution has at most `SCARCE` training records of each row's class
-            ``(n,)``.
+        scarce: Whether each row's class is scarce at the institution ``(n,)``: it has at most
+            `MAX_SCARCE_RECORDS` training records of it.
         choice: ``alone_steps``, ``own_steps`` and ``weight``.
     """
 
@@ -135,7 +133,7 @@ def _rows(name: str, answer: Evaluation, config: RunConfig, population: Populati
         records=len(train),
         truth=truth,
         predicted=predicted,
-        scarce=held[truth] <= SCARCE,
+        scarce=held[truth] <= MAX_SCARCE_RECORDS,
         choice={k: answer.metrics.get(k) for k in ("alone_steps", "own_steps", "weight")},
     )
 
@@ -151,9 +149,9 @@ def summary(found: Mapping[str, _Rows], labels: Sequence[str]) -> dict[str, Any]
         ``alone``, ``shared`` and ``own``: accuracy and macro-F1 over all rows. ``gain`` of own over
         alone: mean over all rows, 95 % interval of a paired bootstrap within institutions, and how
         many institutions gain or lose by more than their own interval. ``scarce``: accuracies on
-        rows of classes that an institution holds at most `SCARCE` training records of. ``sizes``:
-        size class -> institutions, rows, accuracies, gain. ``institutions``: name -> the same of
-        one institution, with ``records``, ``low``, ``high`` and what validation records chose.
+        rows of classes that are scarce at their institution. ``sizes``: size class ->
+        institutions, rows, accuracies, gain. ``institutions``: name -> the same of one
+        institution, with ``records``, ``low``, ``high`` and what validation records chose.
         Empty without rows.
     """
     if not found:
@@ -244,21 +242,3 @@ def _interval(group: Sequence[_Rows], draw: np.random.Generator) -> tuple[float,
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(shares, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def verdict(joining: Mapping[str, Any]) -> str:
-    """One sentence: whether joining pays in this run."""
-    gain, count = joining["gain"], len(joining["institutions"])
-    if gain["low"] > 0:
-        said = "Joining pays"
-    elif gain["high"] < 0:
-        said = "Joining does not pay: an institution does better alone"
-    else:
-        said = "Joining makes no difference that these rows can show"
-    return (
-        f"{said}: own models are right on {100 * joining['own']['accuracy']:.1f} % of held-out "
-        f"rows, models trained alone on {100 * joining['alone']['accuracy']:.1f} % "
-        f"({100 * gain['mean']:+.1f} points, 95 % interval {100 * gain['low']:+.1f} to "
-        f"{100 * gain['high']:+.1f}); of {count} institutions {gain['gaining']} gain and "
-        f"{gain['losing']} lose by more than their own interval."
-    )

@@ -15,18 +15,25 @@ from fedlora import metrics
 from fedlora.config import RunConfig
 from fedlora.run_files import read_records, read_run_file
 from fedlora.terminal import Terminal
+from server import joining_verdict
+from server.joining_verdict import Outcome
 from server.trend import advice
 
 if TYPE_CHECKING:
     from simulation.engines.grid import SimulationGrid
+
+VERDICT_STYLES = {Outcome.GAIN: "green", Outcome.UNCLEAR: "yellow", Outcome.LOSS: "bold red"}
 
 
 @contextlib.contextmanager
 def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> Iterator[None]:
     """Show round, institutions done, accuracy, epsilon and seconds left until the block ends.
 
-    On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run.
+    On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run, and one
+    when institutions begin to train at home.
     """
+    from fedlora import wire  # loads torch, which this module's other functions do without
+
     done = threading.Event()
     started = time.monotonic()
     resumed_at = len(read_records(Path(config.run_dir)))
@@ -40,6 +47,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
             grid.pushed,
             time.monotonic() - started,
             len(records) - resumed_at,
+            at_home=grid.pushed_type == wire.HOME,
         )
 
     def redraw() -> None:
@@ -48,12 +56,14 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
                 live.update(line()[1])
 
     def report() -> None:
-        every, shown = max(1, config.federation.rounds // 10), resumed_at
+        every, shown, home_shown = max(1, config.federation.rounds // 10), resumed_at, False
         while not done.wait(0.25):
+            at_home = grid.pushed_type == wire.HOME
             finished, text = line()
-            if finished >= shown + every or (finished and not shown):
+            due = finished >= shown + every or (finished and not shown)
+            if due or (at_home and not home_shown):
                 console.write_line(text)
-                shown = finished
+                shown, home_shown = finished, at_home
 
     thread = threading.Thread(target=redraw if console.is_terminal else report, daemon=True)
     thread.start()
@@ -71,17 +81,22 @@ def describe(
     pushed: int,
     elapsed: float,
     fresh: int,
+    *,
+    at_home: bool = False,
 ) -> str:
     """Describe the progress of a run in one line.
 
     Args:
         config: The run.
         records: The records of its finished rounds.
-        answered: Institutions that have replied in the current round.
-        pushed: Institutions that the server asked in the current round.
+        answered: Institutions that have replied in the current exchange.
+        pushed: Institutions that the server asked in the current exchange.
         elapsed: Seconds since this process started the run.
         fresh: Rounds that this process has finished.
+        at_home: Whether the current exchange asks for models that institutions train at home.
     """
+    if at_home:
+        return f"models at home: institutions {answered}/{pushed} ({elapsed:.0f} s)"
     total = config.federation.rounds
     if not records:
         return f"starting: base model and {pushed or 'the'} institutions ({elapsed:.0f} s)"
@@ -108,6 +123,33 @@ def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
         if only := metrics.only_prediction(classes):
             said = f"the model predicts {only} for every row: it has learned nothing yet"
             table.add_row("", Styled(said, "yellow"))
+
+
+def add_joining(table: Table, result: Mapping[str, Any]) -> None:
+    """Add the three models of institutions, the gain of joining, and the verdict."""
+    if failed := result.get("joining", {}).get("not_compared"):
+        table.add_row("not compared", ", ".join(f"{n} ({code})" for n, code in failed.items()))
+    joining = joining_verdict.comparison(result)
+    if joining is None:
+        return
+    for model, meaning in (
+        ("alone", "each institution by itself"),
+        ("shared", "the federation's adapter"),
+        ("own", "from the shared adapter, trained on at home"),
+    ):
+        quality = joining[model]
+        table.add_row(
+            model,
+            f"accuracy {quality['accuracy']:.4f}, macro-F1 {quality['macro_f1']:.4f} ({meaning})",
+        )
+    gain = joining["gain"]
+    table.add_row(
+        "gain of joining",
+        f"{joining_verdict.interval(gain)}; {gain['gaining']} institutions gain, "
+        f"{gain['losing']} lose",
+    )
+    style = VERDICT_STYLES[joining_verdict.outcome(joining)]
+    table.add_row("", Styled(joining_verdict.verdict(joining), style))
 
 
 def longer(truncated: int, max_length: int) -> str:
@@ -141,6 +183,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
             f"{len(institutions)}: worst {low} {institutions[low]:.3f}, "
             f"best {high} {institutions[high]:.3f}",
         )
+    add_joining(table, result)
     if rising := result.get("still_rising"):
         table.add_row("", Styled(advice(rising), "yellow"))
     table.add_row("rounds", f"{result['rounds']} in {result['seconds']:.0f} s")
@@ -172,6 +215,9 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     if config.federation.traits.local_parts:
         adapter = run_dir / "institutions" / "NAME" / "adapter"
     console.write_line(f"adapter        {adapter}")
+    if joining_verdict.comparison(result) is not None:
+        own = run_dir / "institutions" / "NAME" / "own"
+        console.write_line(f"own adapters   {own} (no DP: they must not leave)")
     console.write_line(f"report         {run_dir / 'report.html'}")
     console.write_line(f"privacy        {run_dir / 'privacy.json'}")
     console.write_line(f"every round    {run_dir / 'rounds.jsonl'}")

@@ -1,7 +1,10 @@
 """Messages with ordinary values, for tests that change some of them."""
 
+import numpy as np
+
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
+from server import joining
 
 
 def train_order(work=None, **changes):
@@ -47,3 +50,33 @@ def updates_of(states, weights=None):
         (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state), weight)
         for i, (state, weight) in enumerate(zip(states, weights, strict=True))
     ]
+
+
+def compared_rows(truth, alone, shared, own, records=64, scarce=None):
+    """One institution's held-out rows and the answers of its three models, as class indices."""
+    return joining._Rows(
+        records=records,
+        truth=np.array(truth),
+        predicted={
+            "alone": np.array(alone),
+            "shared": np.array(shared),
+            "own": np.array(own),
+        },
+        scarce=np.array(scarce or [False] * len(truth)),
+        choice={"alone_steps": 8, "own_steps": 4, "weight": 0.5},
+    )
+
+
+def compared(institutions, labels=("loan", "card", "fraud"), better=6, worse=2):
+    """``joining`` of a result.json: own is right on 20 rows of each institution, alone on fewer."""
+    rows = {
+        name: compared_rows(
+            truth=[0] * 22,
+            alone=[1] * better + [0] * (22 - better),
+            shared=[0] * 11 + [2] * 11,
+            own=[0] * (22 - worse) + [1] * worse,
+            records=40 + 40 * place,
+        )
+        for place, name in enumerate(institutions)
+    }
+    return joining.summary(rows, labels) | {"method": "interpolate", "seconds": 1.0}

@@ -117,6 +117,7 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
                 "data.partition": f"natural:{INSTITUTION}",
                 "data.institutions": 0,
                 "data.min-records": 1,
+                "data.max-records": 0,
             }
         ),
         canaries=tuple(canaries),

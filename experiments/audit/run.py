@@ -99,7 +99,9 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         run_dir = str((out / "run").absolute())
         # The run gets its own ledgers: the user's are bound to records without canaries.
-        target = audited.config.replace({"run-dir": run_dir, "privacy.ledger": ""})
+        target = audited.config.replace(
+            {"run-dir": run_dir, "privacy.ledger": "", "home.method": "none"}
+        )
         transcript = Transcript(folder=Path(folder) / "transcript")
         _train(target, engine, console, transcript)
         # The audited run is complete; the attacks below read its released adapters.

@@ -1,7 +1,7 @@
 """The base of both simulation grids: virtual nodes, and a reply for every message."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -43,7 +43,13 @@ class SimulationGrid(Grid):
             )
             for index in range(institutions)
         }
-        self.pushed = self.answered = 0  # of the round in progress, for a progress display
+        self.pushed = self.answered = 0  # of the exchange in progress, for a progress display
+        self.pushed_type = ""  # the type of its messages
+
+    def _begin_exchange(self, messages: Collection[Message]) -> None:
+        """Note an exchange for a progress display."""
+        self.pushed, self.answered = len(messages), 0
+        self.pushed_type = next((m.metadata.message_type for m in messages), "")
 
     def set_run(self, run: Any) -> None:
         """Do nothing: a simulation has one run."""

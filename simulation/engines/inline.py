@@ -32,7 +32,7 @@ class InlineGrid(SimulationGrid):
         """Keep messages until they are pulled."""
         pushed = {set_message_id(message): message for message in messages}
         self._waiting |= pushed
-        self.pushed, self.answered = len(pushed), 0
+        self._begin_exchange(pushed.values())
         return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

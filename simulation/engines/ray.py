@@ -265,7 +265,7 @@ class RayGrid(SimulationGrid):
                 worker.store_shared.remote(list(fresh), *fresh.values())
         self._queue.clear()  # no caller waits for the messages of an earlier push
         self._queue.extend(_group(jobs, len(self._workers)))
-        self.pushed, self.answered = len(jobs), 0
+        self._begin_exchange([job.message for job in jobs])
         self._dispatch()
         return [job.message.metadata.message_id for job in jobs]
 

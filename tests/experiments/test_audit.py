@@ -117,6 +117,12 @@ def test_canaries_are_in_the_records_where_the_coin_said_so_and_nowhere_held_out
     assert not any(f",{canary.text}," in held for canary in audited.canaries)
 
 
+def test_canaries_stay_in_records_that_are_a_part_of_an_institutions(tiny_config, tmp_path):
+    audited = plant(tiny_config(**{"data.max-records": 20}), 40, tmp_path / "audit")
+    inside = sum(canary.inside for canary in audited.canaries)
+    assert len(records.load(audited.config).all_train) == 4 * 20 + inside
+
+
 def test_fewer_canaries_than_institutions_are_refused(tiny_config, tmp_path):
     with pytest.raises(InputError, match="--canaries is 3"):
         plant(tiny_config(), 3, tmp_path / "audit")
@@ -137,12 +143,14 @@ def audited(tiny_config, tmp_path, monkeypatch):
 
     def run(*options, expect=0, **values):
         file = tmp_path / "config.toml"
-        file.write_text(tiny_config(**{**FEW, **values}).to_toml())
+        values = {"home.method": "interpolate", **FEW, **values}  # audits do not train at home
+        file.write_text(tiny_config(**values).to_toml())
         out = tmp_path / "audit"
         command = ["audit", str(file), "--engine", "inline", "--canaries", "120"]
         result = CliRunner().invoke(app, [*command, "--out", str(out), "--json", *options])
         assert result.exit_code in (expect, 3), result.output
         assert json.loads(result.stdout) == json.loads((out / "audit.json").read_text())
+        assert "joining" not in json.loads((out / "run" / "result.json").read_text())
         return result.exit_code, json.loads(result.stdout)
 
     return run

@@ -1,11 +1,13 @@
 """`fedlora compare`: two runs side by side."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from tests.samples import compared
 
 runner = CliRunner()
 
@@ -37,6 +39,21 @@ def test_only_what_differs_is_compared(two_runs, tmp_path):
     shown = runner.invoke(app, ["compare", *two_runs, "--out", str(page)])
     assert shown.exit_code == 0, (shown.output, shown.exception)
     assert "adapter.rank" in shown.stdout and "large" in shown.stdout
+
+
+def test_the_gain_of_joining_is_compared_where_all_runs_have_it(two_runs, tmp_path):
+    page = tmp_path / "page.html"
+    command = ["compare", *two_runs, "--out", str(page), "--json"]
+    for number, run in enumerate(two_runs):
+        before = json.loads(runner.invoke(app, command).stdout)["results"]
+        assert "gain of joining" not in before and "own, accuracy" not in before
+        file = Path(run) / "result.json"
+        joining = compared(["Alpha"], better=6 + 2 * number)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"joining": joining}))
+    found = json.loads(runner.invoke(app, command).stdout)["results"]
+    assert found["gain of joining"] == pytest.approx([4 / 22, 6 / 22])
+    assert found["alone, accuracy"] == pytest.approx([16 / 22, 14 / 22])
+    assert "gain of joining" in page.read_text()
 
 
 def test_one_run_or_none_is_refused(two_runs, tmp_path):

@@ -10,11 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from cli.main import app
 from experiments import figures, report, results
 from experiments.pages import NUMBER
+from tests.samples import compared
 
 runner = CliRunner()
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -95,12 +97,89 @@ def test_a_run_that_protects_nobody_is_marked(run_directory):
         config.write_text(before)
 
 
+def with_joining(directory, **changes):
+    """Adds what joining gave to a run's result.json, and gives the page."""
+    path = directory / "result.json"
+    result = json.loads(path.read_text())
+    result["joining"] = compared(BANKS, **changes)
+    path.write_text(json.dumps(result))
+    return report.write(directory).read_text(encoding="utf-8")
+
+
+def test_the_page_says_first_after_the_promise_what_joining_gives(run_directory):
+    text = with_joining(run_directory)
+    heads = re.findall(r"<h2>(.*?)</h2>", text)
+    assert heads[:3] == ["Privacy", "What joining gives", "Quality"]
+    section = text[text.index("<h2>What joining gives") : text.index("<h2>Quality")]
+    first = re.search(r"<h2>.*?</h2>\s*<p class=\"note *\">(.*?)</p>", section, re.DOTALL)
+    # 20 and 16 of 22 rows at each of four banks
+    assert first and first[1].startswith("Joining pays: own models are right on 90.9 %")
+    assert "alone on 72.7 % (+18.2 points" in first[1]
+    for said in (
+        "no differential privacy",
+        "must not be passed on",
+        "validation records",
+        "measured on them once",
+        "no held-out record is of a class",
+    ):
+        assert said in section, said
+    assert section.count("<svg") == 1 and "Alpha 72.7 % alone and 90.9 % own" in section
+    tables = [re.sub(r"<[^>]*>", " ", t) for t in section.split("<table")[1:]]
+    assert len(tables) == 3
+    assert re.search(r"32 to 63 \s* 1 \s* 22 \s* 72.7 \s* 50.0 \s* 90.9 \s* \+18.2", tables[1])
+    assert section.count("<details>") == 1 and "weight: 0 is the shared" in section
+    assert ">+18.2</b><span>gain of joining, points" in text
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "mark", "said"),
+    [(3, 3, "note caution", "no difference"), (1, 9, "note bad", "does not pay")],
+)
+def test_a_run_in_which_joining_does_not_pay_is_marked(run_directory, better, worse, mark, said):
+    text = with_joining(run_directory, better=better, worse=worse)
+    note = re.search(rf'class="{mark}">(.*?)</p>', text, re.DOTALL)
+    assert note and said in note[1]
+
+
+def test_a_run_without_models_at_home_says_nothing_of_joining(run_directory):
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    assert "What joining gives" not in text and "gain of joining" not in text
+
+
+def test_a_run_whose_institutions_all_failed_at_home_says_so(run_directory):
+    path = run_directory / "result.json"
+    result = json.loads(path.read_text())
+    result["joining"] = {"method": "ditto", "seconds": 1.0, "not_compared": {"Beta": "timeout"}}
+    path.write_text(json.dumps(result))
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    assert "No institution was compared" in text and "Beta (timeout)" in text
+
+
+def test_a_simulation_says_that_one_machine_held_all_records(run_directory):
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    assert "one machine held the records of all institutions" in text
+    assert "No record left" not in text
+
+
+def test_bars_leave_no_blank_space_above_the_first_and_below_the_last(monkeypatch):
+    axes = Figure().add_subplot()
+    monkeypatch.setattr(figures, "draw", lambda name, title, says, plot, height: plot(axes) or "")
+    rows = {f"bank {i}": 0.5 for i in range(40)}
+    figures.bars("x", "title", {"accuracy": rows}, label="accuracy")
+    low, high = min(axes.get_ylim()), max(axes.get_ylim())
+    first = min(bar.get_y() for bar in axes.patches)
+    last = max(bar.get_y() + bar.get_height() for bar in axes.patches)
+    assert first - low < 0.2 and high - last < 0.2  # a bar takes 0.8 of its row
+    assert axes.yaxis_inverted()  # the first row is on top
+
+
 def test_names_from_data_cannot_become_markup(run_directory):
     path = run_directory / "result.json"
     result = json.loads(path.read_text())
     result["labels"] = ["<script>alert(1)</script>"]
     result["per_class"] = {"<script>alert(1)</script>": {"truth": 1, "predicted": 1, "correct": 1}}
     result["institutions"] = {"<img src=x>": 0.5, "</svg><script>": 0.4}
+    result["joining"] = compared(["<img src=x>", "</svg><script>"])
     path.write_text(json.dumps(result))
     text = report.write(run_directory).read_text(encoding="utf-8")
     assert "<script>alert" not in text and "<img" not in text and "</svg><script>" not in text

@@ -16,9 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from experiments import results, sweep
+from experiments import joining_page, results, sweep
 from fedlora import records
 from fedlora.errors import InputError
+from tests.samples import compared
 
 runner = CliRunner()
 ALL_ARMS = (
@@ -209,6 +210,10 @@ def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
             "[grid.size]\nbig = { adapter.rank = 8 }",
             ["[set.federated]", "grid size 'big'", "drop one"],
         ),
+        (
+            'arms = ["federated"]\n[grid.gain]\nfew = { adapter.rank = 4 }',
+            ["gain", "column", "another name"],
+        ),
         ('arms = ["federated"]\n[grid.seed]\na = { seed = 1 }', ["seed", "list"]),
     ],
 )
@@ -258,6 +263,72 @@ def test_the_gain_and_its_interval_are_those_by_hand(tmp_path, monkeypatch):
     assert line["worst_accuracy"] == pytest.approx(0.7)
     assert line.keys() == set(results.COLUMNS)
     assert line["seconds"] == 2.0 and line["epsilon"] == math.inf
+
+
+def joined_sweep(out):
+    """A made-up sweep whose institutions trained at home: two settings with two seeds each."""
+    cases = [
+        {
+            "arm": "federated-dp",
+            "axes": {"holdings": holdings, "privacy.epsilon": 8.0},
+            "seed": seed,
+            "cells": {"": f"{holdings}-{seed}"},
+        }
+        for holdings in ("few", "many")
+        for seed in (1, 2)
+    ]
+    out.mkdir()
+    about = {"name": "x", "command": "fedlora sweep x.toml", "cases": cases}
+    (out / results.MANIFEST).write_text(json.dumps(about))
+    for case in cases:
+        folder = results.run_dir(out, case["cells"][""])
+        folder.mkdir(parents=True)
+        names = ("A", "B") if case["axes"]["holdings"] == "few" else ("A", "B", "C", "D")
+        result = {"accuracy": 0.5, "macro_f1": 0.5, "institutions": dict.fromkeys(names, 0.5)}
+        result |= {"epsilon_max": 8.0, "delta": 1e-5, "seconds": 2.0}
+        result["joining"] = compared(names, better=4 + 2 * case["seed"])
+        (folder / "result.json").write_text(json.dumps(result))
+    return out
+
+
+def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
+    out = joined_sweep(tmp_path / "sweep")
+    line = results.summary(out)[0]
+    assert set(line) == {*results.COLUMNS, *results.JOINING_COLUMNS, "holdings", "privacy.epsilon"}
+    # alone is right on 16 and 14 of 22 rows, own on 20, shared on 11
+    assert line["alone"] == pytest.approx(15 / 22) and line["own"] == pytest.approx(20 / 22)
+    assert line["shared"] == pytest.approx(0.5) and line["gain"] == pytest.approx(5 / 22)
+    # t(0.975, 1) = 12.706, s = sqrt(2) / 22, sqrt(2)
+    assert line["gain_ci95"] == pytest.approx(12.706 / 22, rel=1e-4)
+    assert (line["institutions"], line["records"]) == (2, 60)  # 40 and 80 records
+    beta = next(x for x in results.summary(out) if x["institution"] == "B")
+    assert beta["gain"] == pytest.approx(5 / 22) and beta["records"] == 80
+    results.write(out)
+    with (out / "results.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert float(first["gain"]) == line["gain"] and float(first["own"]) == line["own"]
+    text = (out / "results.md").read_text()
+    assert "own minus alone, in points" in text and "+22.7 ± 57.8" in text
+
+
+def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
+    lines = [x for x in results.summary(joined_sweep(tmp_path / "sweep")) if x["gain"] is not None]
+    pooled = [x for x in lines if x["institution"] == results.ALL]
+    ((title, svg),) = joining_page.by_records(pooled, "privacy.epsilon").items()
+    assert title == "Gain of joining by records held, epsilon 8"
+    assert "2 institutions: +22.7 at 60 records" in svg
+    assert "4 institutions: +22.7 at 100 records" in svg
+    twice = [*pooled, pooled[0]]  # as with another setting that varies: the lines would zigzag
+    assert joining_page.by_records(twice, "privacy.epsilon") == {}
+
+
+def test_arms_of_one_institution_do_not_train_at_home(sweep_file):
+    text = f"{ALL_ARMS}\n[grid]\nseed = [1]\nhome.steps = [8, 16]"
+    cases = sweep.read(sweep_file(text, **{"home.method": "interpolate"}))
+    made, needed = sweep.cells(cases)
+    for case, names in zip(cases, needed, strict=True):
+        home = "interpolate" if case.arm.startswith("federated") else "none"
+        assert {made[name].config.home.method for name in names.values()} == {home}
 
 
 @pytest.mark.slow

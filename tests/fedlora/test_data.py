@@ -95,6 +95,19 @@ def test_rows_reach_their_institution_with_target_and_unit(tmp_path: Path) -> No
     assert fed.counts["rows"], fed.counts["test_rows"] == (4, 1)
 
 
+def test_institutions_with_more_records_keep_a_part_and_all_held_out_rows(tmp_path: Path) -> None:
+    train = [(f"text {i}", ("good", "bad")[i % 2], "North", "1") for i in range(40)]
+    train += [("dip", "bad", "South", "2")]
+    test = [("rise", "good", "North", "3"), ("sink", "bad", "North", "3")]
+    fed, whole = (fixed(tmp_path, train, test, max_records=most) for most in (10, 0))
+    assert [len(fed.train(i)) for i in (0, 1)] == [10, 1]
+    assert [len(whole.train(i)) for i in (0, 1)] == [40, 1]  # another entry of the cache
+    assert set(read_back(fed.train(0))) < set(read_back(whole.train(0)))
+    assert read_back(fed.held_out(0)) == read_back(whole.held_out(0)) == ["rise", "sink"]
+    assert fed.counts["rows_dropped"] == 30
+    assert where_rows_went(fed.counts) == fed.counts["rows"] + fed.counts["test_rows"]
+
+
 def test_the_unit_record_numbers_the_rows_of_each_institution(tmp_path: Path) -> None:
     fed = fixed(tmp_path, TRAIN, [("rise", "good", "South"), ("sink", "bad", "North")])
     assert fed.train(1).units.tolist() == [0, 1, 2]

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.errors import InputError
-from fedlora.partition import by_column, by_scheme, file_names, hold_out, normalise
+from fedlora.partition import (
+    Assignment,
+    at_most,
+    by_column,
+    by_scheme,
+    file_names,
+    hold_out,
+    normalise,
+)
 
 SCHEMES = ["iid", "dirichlet:0.5", "pathological:2", "size:linear", "size:square"]
 CLASSES = np.repeat(np.arange(3), [60, 90, 30])
@@ -191,3 +199,35 @@ def test_more_than_a_hundred_names_sort_in_order() -> None:
     names = by_scheme("iid", 120, 0, institutions=101, min_records=1, seed=0).names
     assert (names[0], names[-1]) == ("institution-000", "institution-100")
     assert list(names) == sorted(names)
+
+
+def placed(*sizes: int) -> Assignment:
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.random.default_rng(0).permutation(len(owner))
+    names = tuple(f"bank {i}" for i in range(len(sizes)))
+    return Assignment(names=names, train=owner[order], held_out=owner)
+
+
+def test_an_institution_keeps_a_random_part_of_so_many_records_at_most() -> None:
+    dealt = placed(100, 20, 5)
+    kept = at_most(dealt, 20, seed=1)
+    assert np.bincount(kept[kept >= 0]).tolist() == [20, 20, 5]
+    assert (kept[kept >= 0] == dealt.train[kept >= 0]).all()
+    assert at_most(dealt, 0, seed=1).tolist() == dealt.train.tolist()
+    assert at_most(dealt, 20, seed=1).tolist() == kept.tolist()
+    assert at_most(dealt, 20, seed=2).tolist() != kept.tolist()
+    rows = np.flatnonzero(dealt.train == 0)
+    places = np.searchsorted(rows, np.flatnonzero(kept == 0))
+    assert places.max() > 60 and places.min() < 40  # not the first 20, nor the last
+
+
+def test_a_smaller_part_lies_within_a_larger_one() -> None:
+    few, many = (at_most(placed(100, 60), most, seed=3) for most in (10, 30))
+    assert set(np.flatnonzero(few >= 0)) < set(np.flatnonzero(many >= 0))
+
+
+def test_a_part_does_not_depend_on_other_institutions() -> None:
+    alone = Assignment(names=("bank 0",), train=np.zeros(50, dtype=np.int64), held_out=np.zeros(0))
+    train = np.concatenate([alone.train, np.ones(9, dtype=np.int64)])
+    more = Assignment(names=("bank 0", "x"), train=train, held_out=np.zeros(0))
+    assert at_most(more, 5, seed=0)[:50].tolist() == at_most(alone, 5, seed=0).tolist()

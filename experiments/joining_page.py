@@ -1,0 +1,255 @@
+"""What joining gives: the part of a run's page and of a sweep's page, with its figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
+
+from experiments import figures
+from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
+from experiments.pages import Section, Table
+from server import joining_verdict
+from server.joining_verdict import MAX_SCARCE_RECORDS, MODELS, Outcome
+
+TITLE = "What joining gives"
+MAX_ROWS = 40  # institutions in the figure of a run
+POINTS = "own minus alone, percentage points"
+MEANINGS = (
+    "Each institution has three models, all measured on its own held-out records. Alone: trained "
+    "at the institution on its own records, as if there were no federation. Shared: the adapter "
+    "that the federation released. Own: the shared adapter, trained further at the institution. "
+    "The gain of joining is own minus alone."
+)
+STAYS = (
+    "Alone and own have no differential privacy: such a model may reveal records, so it stays at "
+    "its institution and must not be passed on. What this page says of privacy is said of the "
+    "shared adapter only."
+)
+CHOICES = (
+    "The number of training steps at home, and how much an own model keeps of the shared adapter, "
+    "were chosen by each institution on validation records, a part of its training records. "
+    "Held-out records decided nothing: the three models were measured on them once, at the end."
+)
+INTERVALS = (
+    "An interval says how far the gain could differ with other held-out records of the same kind. "
+    "Where joining makes no difference at all, chance still lets about one institution in forty "
+    "count as gaining, and one in forty as losing."
+)
+
+
+def section(result: Mapping[str, Any]) -> list[Section]:
+    """Return the section on what joining gave in a run; nothing where nothing was compared."""
+    if "joining" not in result:
+        return []
+    failed = ", ".join(
+        f"{name} ({code})" for name, code in result["joining"].get("not_compared", {}).items()
+    )
+    missing = [f"Not compared, because the reply was refused: {failed}."] if failed else []
+    joining = joining_verdict.comparison(result)
+    if joining is None:
+        return [Section(title=TITLE, note="No institution was compared.", bad=True, words=missing)]
+    outcome = joining_verdict.outcome(joining)
+    return [
+        Section(
+            title=TITLE,
+            note=joining_verdict.verdict(joining),
+            bad=outcome is Outcome.LOSS,
+            caution=outcome is Outcome.UNCLEAR,
+            words=[MEANINGS, STAYS, CHOICES, INTERVALS, _scarce(joining["scarce"]), *missing],
+            figures=_figure(joining["institutions"]),
+            tables=[
+                _models(joining),
+                _sizes(joining["sizes"]),
+                _institutions(joining["institutions"]),
+            ],
+        )
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _scarce(scarce: Mapping[str, Any]) -> str:
+    few = f"a class of which its institution has at most {MAX_SCARCE_RECORDS} training records"
+    if not scarce["rows"]:
+        return f"Scarce classes: no held-out record is of {few}."
+    right = ", ".join(f"{model} on {_percent(scarce[model])} %" for model in MODELS)
+    return (
+        f"Scarce classes: {scarce['rows']:,} held-out records are of {few}. On these, models are "
+        f"right as follows: {right}."
+    )
+
+
+def _models(joining: Mapping[str, Any]) -> Table:
+    rows = [
+        [model, _percent(joining[model]["accuracy"]), _percent(joining[model]["macro_f1"])]
+        for model in MODELS
+    ]
+    return Table(rows=[["model", "accuracy, %", "macro-F1, %"], *rows], title="The three models")
+
+
+def _sizes(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
+    head = ["training records", "institutions", "held-out records", *_MODEL_HEADS]
+    rows = [
+        [
+            f"{int(size):,} to {2 * int(size) - 1:,}",
+            str(of["institutions"]),
+            f"{of['rows']:,}",
+            *_accuracies(of),
+        ]
+        for size, of in sizes.items()
+    ]
+    return Table(rows=[head, *rows], title="By number of training records")
+
+
+_MODEL_HEADS = (*(f"{model}, %" for model in MODELS), "gain, points")
+
+
+def _accuracies(of: Mapping[str, Any]) -> list[str]:
+    return [*(_percent(of[model]) for model in MODELS), _points(of["gain"])]
+
+
+def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:
+    head = ["institution", "training records", "held-out records", *_MODEL_HEADS]
+    head += ["95 % from", "to", "steps alone", "steps own", "weight"]
+    rows = [
+        [
+            name,
+            f"{of['records']:,}",
+            f"{of['rows']:,}",
+            *_accuracies(of),
+            _points(of["low"]),
+            _points(of["high"]),
+            *(str(of[key]) for key in ("alone_steps", "own_steps", "weight")),
+        ]
+        for name, of in institutions.items()
+    ]
+    title = "By institution (weight: 0 is the shared adapter itself, 1 the one trained from it)"
+    return Table(rows=[head, *rows], title=title, folded=True)
+
+
+def _figure(institutions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Draw each institution's step from alone to own, the largest gain first."""
+    order = sorted(institutions, key=lambda name: (-institutions[name]["gain"], name))
+    title = "Accuracy of each institution: from alone to own"
+    if len(order) > MAX_ROWS:
+        title += f", the {MAX_ROWS} lowest gains"
+    ends = {
+        name: (institutions[name]["alone"], institutions[name]["own"]) for name in order[-MAX_ROWS:]
+    }
+    return {title: arrows("joining", title, ends)}
+
+
+def arrows(name: str, title: str, ends: Mapping[str, tuple[float, float]]) -> str:
+    """Draw an arrow for each institution, from its accuracy alone to that of its own model.
+
+    Directions and colours say the same, so that the figure needs no colours.
+
+    Args:
+        name: Unique on its page.
+        title: Its heading.
+        ends: Institution -> the two accuracies, in the order of rows.
+    """
+    kinds = (
+        ("own, better", ">", SERIES[0]),
+        ("own, worse", "<", SERIES[1]),
+        ("own, the same", "D", MUTED),
+    )
+
+    def plot(axes: Axes) -> None:
+        drawn: set[int] = set()
+        for place, (alone, own) in enumerate(ends.values()):
+            kind = 0 if own > alone else 1 if own < alone else 2
+            _, marker, colour = kinds[kind]
+            drawn.add(kind)
+            axes.plot([alone, own], [place, place], color=colour, lw=1.8)
+            axes.plot([alone], [place], color=INK, marker="o", ms=3.5, ls="")
+            axes.plot([own], [place], color=colour, marker=marker, ms=6 - kind // 2 * 2, ls="")
+        axes.set_yticks(range(len(ends)), list(ends))
+        axes.set_ylim(len(ends) - 0.5, -0.5)
+        axes.tick_params(axis="y", labelsize=9)
+        axes.set_xlabel("accuracy on its own held-out records")
+        figures.percent_axis(axes, "x")
+        handles = [Line2D([], [], color=INK, marker="o", ms=3.5, ls="", label="alone")]
+        handles += [
+            Line2D([], [], color=colour, marker=marker, ms=6, ls="", label=label)
+            for i, (label, marker, colour) in enumerate(kinds)
+            if i in drawn
+        ]
+        figure: Any = axes.figure
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+
+    words = ", ".join(
+        f"{who} {_percent(alone)} % alone and {_percent(own)} % own"
+        for who, (alone, own) in ends.items()
+    )
+    height = 1.3 + max(1.2, 0.2 * len(ends))
+    return figures.draw(name, title, f"Accuracy alone and own. {words}.", plot, height)
+
+
+def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, str]:
+    """Draw the gain of a sweep's settings against the records that an institution holds.
+
+    Args:
+        lines: Lines of `experiments.results.summary` on all rows together.
+        epsilon: The name of the axis of budgets.
+    """
+    pictures: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        if line.get("gain") is not None:
+            private = line["arm"].endswith("-dp")
+            budget = line.get(epsilon, line["epsilon"])
+            label = f", epsilon {float(budget):g}" if private else ", no DP"
+            pictures.setdefault(label, []).append(line)
+    shown: dict[str, str] = {}
+    for number, (label, points) in enumerate(pictures.items()):
+        places = [(round(p["institutions"]), round(p["records"])) for p in points]
+        if len(set(places)) < len(places):
+            continue  # another setting varies too, and the table tells the points apart
+        title = f"Gain of joining by records held{label}"
+        shown[title] = _gains(f"joining-{number}", title, points)
+    return shown
+
+
+def _gains(name: str, title: str, points: Sequence[Mapping[str, Any]]) -> str:
+    """Draw gains against records, with a line for each number of institutions."""
+    series: dict[int, list[Mapping[str, Any]]] = {}
+    for point in sorted(points, key=lambda p: (p["institutions"], p["records"])):
+        series.setdefault(round(point["institutions"]), []).append(point)
+
+    def plot(axes: Axes) -> None:
+        axes.axhline(0, color=MUTED, lw=1.2)
+        for i, (count, line) in enumerate(list(series.items())[:MAX_SERIES]):
+            axes.errorbar(
+                [p["records"] for p in line],
+                [100 * p["gain"] for p in line],
+                yerr=[100 * (p["gain_ci95"] or 0.0) for p in line],
+                color=SERIES[i],
+                ls=DASHES[i],
+                marker=MARKERS[i],
+                ms=5,
+                capsize=2,
+                label=f"{count} institutions",
+            )
+        axes.set_xscale("log")
+        ticks = sorted({round(p["records"]) for p in points})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+        axes.set_xlabel("training records of an institution")
+        axes.set_ylabel(POINTS)
+        figures.legend_below(axes)
+
+    words = "; ".join(
+        f"{count} institutions: "
+        + ", ".join(f"{_points(p['gain'])} at {p['records']:.0f} records" for p in line)
+        for count, line in series.items()
+    )
+    return figures.draw(name, title, f"{POINTS}, against records. {words}.", plot, 3.6)

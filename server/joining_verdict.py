@@ -1,0 +1,56 @@
+"""Whether joining pays, in words. Reads the key ``joining`` of a result.json and loads no torch."""
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+MODELS = ("alone", "shared", "own")
+"""The models of an institution, as keys of ``joining``."""
+MAX_SCARCE_RECORDS = 5
+"""A class is scarce at an institution with at most so many training records of it."""
+
+
+class Outcome(enum.Enum):
+    """What the 95 % interval of the gain says."""
+
+    GAIN = "gain"
+    UNCLEAR = "unclear"
+    LOSS = "loss"
+
+
+def comparison(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return ``joining`` of a result, if it compares at least one institution's models."""
+    joining = result.get("joining", {})
+    return joining if "gain" in joining else None
+
+
+def outcome(joining: Mapping[str, Any]) -> Outcome:
+    """Return what the interval of the gain says."""
+    gain = joining["gain"]
+    if gain["low"] > 0:
+        return Outcome.GAIN
+    return Outcome.LOSS if gain["high"] < 0 else Outcome.UNCLEAR
+
+
+def verdict(joining: Mapping[str, Any]) -> str:
+    """One sentence: whether joining pays in this run."""
+    gain, count = joining["gain"], len(joining["institutions"])
+    said = {
+        Outcome.GAIN: "Joining pays",
+        Outcome.LOSS: "Joining does not pay: an institution does better alone",
+        Outcome.UNCLEAR: "Joining makes no difference that these rows can show",
+    }[outcome(joining)]
+    return (
+        f"{said}: own models are right on {100 * joining['own']['accuracy']:.1f} % of held-out "
+        f"rows, models trained alone on {100 * joining['alone']['accuracy']:.1f} % "
+        f"({interval(gain)}); of {count} institutions {gain['gaining']} gain and "
+        f"{gain['losing']} lose by more than their own interval."
+    )
+
+
+def interval(gain: Mapping[str, Any]) -> str:
+    """A gain with its interval, in points."""
+    return (
+        f"{100 * gain['mean']:+.1f} points, 95 % interval {100 * gain['low']:+.1f} to "
+        f"{100 * gain['high']:+.1f}"
+    )

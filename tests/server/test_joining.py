@@ -1,0 +1,270 @@
+"""What joining gives: figures by hand, intervals against exact ones, refused answers, a run."""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from flwr.app import RecordDict
+from flwr.clientapp import ClientApp
+from rich.console import Console
+from rich.table import Table
+
+from fedlora import wire
+from fedlora.adapters import AdapterState
+from fedlora.errors import Refusal
+from fedlora.messages import Evaluation
+from fedlora.terminal import Terminal
+from server import joining
+from server.joining import summary
+from server.joining_verdict import Outcome, comparison, outcome, verdict
+from server.population import population_of
+from simulation import progress
+from simulation.engines.inline import InlineGrid
+from tests.samples import compared_rows
+
+LABELS = ("loan", "card", "fraud")
+
+
+def by_counts(better: int, worse: int, same: int):
+    """Rows on which own alone is right, alone alone is right, and both are right."""
+    n = better + worse + same
+    return compared_rows(
+        truth=[0] * n,
+        alone=[1] * better + [0] * worse + [0] * same,
+        shared=[1] * n,
+        own=[0] * better + [1] * worse + [0] * same,
+    )
+
+
+TWO = {
+    # Alpha: 8 rows; alone 4 right, shared 3, own 6.
+    "Alpha": compared_rows(
+        records=100,
+        truth=[0, 0, 0, 0, 1, 1, 2, 2],
+        alone=[0, 0, 1, 1, 1, 1, 0, 0],
+        shared=[0, 0, 0, 1, 0, 0, 0, 0],
+        own=[0, 0, 0, 1, 1, 1, 2, 0],
+        scarce=[False] * 6 + [True] * 2,
+    ),
+    # Beta: 2 rows; alone 2 right, shared 1, own 1.
+    "Beta": compared_rows(records=30, truth=[0, 2], alone=[0, 2], shared=[0, 0], own=[0, 0]),
+}
+
+
+def test_accuracies_and_gain_are_those_by_hand() -> None:
+    found = summary(TWO, LABELS)
+    assert [found[model]["accuracy"] for model in ("alone", "shared", "own")] == [0.6, 0.4, 0.7]
+    assert found["gain"]["mean"] == pytest.approx(0.1)
+    alpha, beta = found["institutions"]["Alpha"], found["institutions"]["Beta"]
+    assert (alpha["alone"], alpha["shared"], alpha["own"]) == (0.5, 0.375, 0.75)
+    assert (alpha["records"], alpha["rows"], alpha["gain"]) == (100, 8, 0.25)
+    assert (beta["alone"], beta["shared"], beta["own"], beta["gain"]) == (1.0, 0.5, 0.5, -0.5)
+    assert (alpha["alone_steps"], alpha["own_steps"], alpha["weight"]) == (8, 4, 0.5)
+
+
+def test_macro_f1_is_the_mean_over_classes_by_hand() -> None:
+    # Own: loan 4 of 5 with 3 others called loan; card 2 of 2 and 1 other; fraud 1 of 3.
+    f1 = [2 * 4 / (5 + 6), 2 * 2 / (2 + 3), 2 * 1 / (3 + 1)]
+    assert summary(TWO, LABELS)["own"]["macro_f1"] == pytest.approx(sum(f1) / 3)
+
+
+def test_scarce_rows_are_those_of_classes_that_their_institution_has_little_of() -> None:
+    scarce = summary(TWO, LABELS)["scarce"]
+    assert scarce == {"rows": 2, "alone": 0.0, "shared": 0.0, "own": 0.5, "gain": 0.5}
+    assert summary({"Beta": TWO["Beta"]}, LABELS)["scarce"] == {"rows": 0}
+
+
+def test_size_classes_hold_the_institutions_of_their_powers_of_two() -> None:
+    sizes = summary({**TWO, "Gamma": by_counts(1, 0, 1)}, LABELS)["sizes"]
+    assert list(sizes) == ["16", "64"]  # 30 records; 100 and 64 records
+    assert [sizes[size]["institutions"] for size in sizes] == [1, 2]
+    assert [sizes[size]["rows"] for size in sizes] == [2, 10]
+    assert sizes["64"]["gain"] == pytest.approx((2 + 1) / 10)
+
+
+def test_without_institutions_there_is_nothing_to_say() -> None:
+    assert summary({}, LABELS) == {}
+    assert comparison({}) is None and comparison({"joining": {"seconds": 1.0}}) is None
+
+
+def test_the_interval_is_that_of_the_exact_bootstrap() -> None:
+    """With 30 of 100 rows better and none worse, the resampled gain is Binomial(100, 0.3) / 100.
+
+    Its quantiles at 2.5 and 97.5 % are 21 and 39. That 4,000 resamples miss either by more than one
+    row has probability below 1e-9; the resampling has a fixed seed besides.
+    """
+    found = summary({"A": by_counts(30, 0, 70)}, LABELS)["gain"]
+    assert abs(100 * found["low"] - 21) <= 1 and abs(100 * found["high"] - 39) <= 1
+    assert found["mean"] == pytest.approx(0.3)
+
+
+def test_a_gain_on_every_row_has_no_uncertainty() -> None:
+    found = summary({"A": by_counts(9, 0, 0)}, LABELS)["gain"]
+    assert (found["low"], found["high"]) == (1.0, 1.0)
+
+
+def test_rows_are_drawn_within_institutions() -> None:
+    """All rows of A gain and all of B lose: the gain is 0 in every resample.
+
+    Rows drawn across institutions would give intervals of about +-0.2.
+    """
+    found = summary({"A": by_counts(50, 0, 0), "B": by_counts(0, 50, 0)}, LABELS)["gain"]
+    assert (found["low"], found["mean"], found["high"]) == (0.0, 0.0, 0.0)
+    assert (found["gaining"], found["losing"]) == (1, 1)
+
+
+def test_intervals_hold_the_true_gain_as_often_as_they_say() -> None:
+    """600 samples of 200 rows with a true gain of 0.1; nominal coverage 95 %.
+
+    The bootstrap of 200 rows covers 94 to 95.5 %. Fewer than 91 % or more than 98.5 % of 600 have
+    probability below 2e-3 at a coverage of 94 %, and the seed is fixed.
+    """
+    draw = np.random.default_rng(5)
+    held = 0
+    for _ in range(600):
+        better, worse, same = draw.multinomial(200, [0.2, 0.1, 0.7])
+        rows = by_counts(int(better), int(worse), int(same))
+        low, high = joining._interval([rows], draw)
+        held += low <= 0.1 <= high
+    assert 0.91 <= held / 600 <= 0.985
+
+
+@pytest.mark.parametrize(
+    ("counts", "said", "expected"),
+    [
+        ((30, 5, 65), "Joining pays", Outcome.GAIN),
+        ((5, 5, 90), "no difference", Outcome.UNCLEAR),
+        ((5, 30, 65), "does not pay", Outcome.LOSS),
+    ],
+)
+def test_the_verdict_follows_the_interval(counts, said, expected) -> None:
+    found = summary({"A": by_counts(*counts)}, LABELS)
+    assert outcome(found) is expected
+    sentence = verdict(found)
+    assert said in sentence and f"{counts[0] - counts[1]:+.1f} points" in sentence
+    gains, loses = int(expected is Outcome.GAIN), int(expected is Outcome.LOSS)
+    assert f"of 1 institutions {gains} gain and {loses} lose" in sentence
+
+
+def printed(result) -> str:
+    table = Table(show_header=False)
+    progress.add_joining(table, result)
+    console = Console(width=200, force_terminal=True, color_system="standard")
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_the_end_table_has_the_three_models_and_marks_a_loss() -> None:
+    text = printed({"joining": summary(TWO, LABELS)})
+    for said in ("alone", "shared", "own", "accuracy 0.7000", "gain of joining", "+10.0 points"):
+        assert said in text
+    yellow, red, green = "\x1b[33m", "\x1b[1;31m", "\x1b[32m"
+    for counts, style in (((30, 5, 65), green), ((5, 5, 90), yellow), ((5, 30, 65), red)):
+        said = printed({"joining": summary({"A": by_counts(*counts)}, LABELS)})
+        assert f"{style}Joining" in said
+    assert "not compared" in printed({"joining": {"not_compared": {"Beta": "invalid-metrics"}}})
+
+
+def test_progress_says_that_institutions_train_at_home(tiny_config) -> None:
+    records = [{"seconds": 1.0, "metrics": {"accuracy": 0.5}, "epsilon_max": 1.0}] * 3
+    said = progress.describe(tiny_config(), records, 12, 39, 60.0, 3, at_home=True)
+    assert said == "models at home: institutions 12/39 (60 s)"
+    assert "at home" not in progress.describe(tiny_config(), records, 12, 39, 60.0, 3)
+
+
+def test_a_grid_tells_the_type_of_the_messages_that_it_carries() -> None:
+    grid = InlineGrid(ClientApp(), 2, {})
+    assert grid.pushed_type == ""
+    orders = [grid.create_message(RecordDict(), wire.HOME, node, "home") for node in (1, 2)]
+    grid.push_messages(orders)
+    assert (grid.pushed_type, grid.pushed, grid.answered) == (wire.HOME, 2, 0)
+
+
+def test_a_log_has_one_line_on_training_at_home(tiny_config, tmp_path) -> None:
+    file = tmp_path / "log"
+    grid = SimpleNamespace(pushed_type=wire.HOME, pushed=39, answered=12)
+    with file.open("w") as stream:
+        console = Terminal()
+        console.file = stream
+        with progress.progress(tiny_config(), grid, console):
+            deadline = time.monotonic() + 60
+            while not file.read_text() and time.monotonic() < deadline:
+                stream.flush()
+                time.sleep(0.05)
+            time.sleep(0.8)  # three more looks
+    lines = file.read_text().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("models at home: institutions 12/39")
+
+
+@pytest.fixture
+def answers(tiny_config):
+    """Config, population and an honest answer of Beta."""
+    config = tiny_config(**{"home.method": "interpolate"})
+    population = population_of(config)
+    assert population.owner is not None
+    n = int((population.owner == population.names.index("Beta")).sum())
+    honest = {model: [0] * n for model in ("alone", "shared", "own")}
+    return config, population, honest | {"alone_steps": 8, "own_steps": 8, "weight": 1.0}
+
+
+def test_an_honest_answer_is_measured_against_the_institutions_own_rows(answers) -> None:
+    config, population, honest = answers
+    answer = Evaluation(institution="Beta", metrics=honest)
+    rows = joining._rows("Beta", answer, config, population)
+    beta = population.names.index("Beta")
+    assert rows.truth.tolist() == population.held_out.targets[population.owner == beta].tolist()
+    assert rows.predicted["own"].tolist() == honest["own"] and not rows.scarce.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda said: said.pop("own"), "invalid-metrics"),
+        (lambda said: said["own"].pop(), "invalid-metrics"),
+        (lambda said: said["alone"].append(0), "invalid-metrics"),
+        (lambda said: said["own"].__setitem__(0, 3), "invalid-metrics"),
+        (lambda said: said["own"].__setitem__(0, -1), "invalid-metrics"),
+        (lambda said: said["own"].__setitem__(0, True), "invalid-metrics"),
+        (lambda said: said["own"].__setitem__(0, 1.0), "invalid-metrics"),
+        (lambda said: said.update(own="000"), "invalid-metrics"),
+    ],
+)
+def test_impossible_answers_are_refused(answers, change, code) -> None:
+    config, population, honest = answers
+    change(honest)
+    with pytest.raises(Refusal) as refused:
+        joining._rows("Beta", Evaluation(institution="Beta", metrics=honest), config, population)
+    assert refused.value.code == code
+
+
+def test_an_answer_of_another_institution_is_refused(answers) -> None:
+    config, population, honest = answers
+    with pytest.raises(Refusal) as refused:
+        joining._rows("Alpha", Evaluation(institution="Beta", metrics=honest), config, population)
+    assert refused.value.code == "wrong-institution"
+
+
+def test_a_run_compares_the_models_and_each_institution_keeps_its_own(
+    tiny_config, simulate_run
+) -> None:
+    config = tiny_config(**{"home.method": "interpolate", "home.steps": 8, "federation.rounds": 1})
+    result = simulate_run(config)
+    found = result["joining"]
+    assert list(found["institutions"]) == ["Alpha", "Beta", "Delta", "Gamma"]
+    assert sum(of["rows"] for of in found["institutions"].values()) == result["n"]
+    assert found["shared"]["accuracy"] == result["accuracy"]
+    assert found["own"]["accuracy"] - found["alone"]["accuracy"] == pytest.approx(
+        found["gain"]["mean"]
+    )
+    run = Path(config.run_dir)
+    for name, of in found["institutions"].items():
+        own = run / "institutions" / name / "own"
+        assert "must not leave" in " ".join((own / "README.md").read_text().split())
+        assert list(AdapterState.open(own)) == list(AdapterState.open(run / "adapter"))
+        assert of["shared"] == result["institutions"][name]
+    assert json.dumps(result) and math.isfinite(found["seconds"])
