@@ -69,7 +69,7 @@ def compare_at_home(
     outcomes: dict[int, Evaluation | Exception] = {}
     homes: dict[int, Home] = {}
     for number, (institution, order) in enumerate(calls):
-        found = _attempt(institution.home, order)
+        found = _attempt(_home, institution, order)
         if isinstance(found, Exception):
             outcomes[number] = found
         else:
@@ -85,6 +85,10 @@ def compare_at_home(
                 else _attempt(institution.compare, home.shared, made[position])
             )
     return [outcomes[number] for number in range(len(calls))]
+
+
+def _home(institution: Institution, order: EvaluateOrder) -> Home:
+    return institution.home(institution.released(order))
 
 
 def _charge(
