@@ -123,7 +123,7 @@ class EvaluateOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """The adapter that a run released, for an institution's own use; sent once, after the last round.
+    """The adapter that a run released, for an institution's own use; sent after the last round.
 
     Args:
         run: The run's identity.

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-
 from fedlora.adapters import AdapterState
-from fedlora.settings_schema import Scalar
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.messages import Release
 from fedlora.run_files import RUN_NAME, finite
+from fedlora.settings_schema import Scalar
 from fedlora.trainable import Trainable
 
 FILE = "release.json"
