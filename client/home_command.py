@@ -42,13 +42,13 @@ SPLIT_NOTE = (
 PRIVATE_CARD = """# An institution's own model, trained under differential privacy
 
 The model starts from the adapter that run {name} released and was trained at the institution. This
-training protects each {unit} of the institution's records: epsilon {epsilon:.4g} at delta {delta:g}
+training protects each {unit} in the institution's records: epsilon {epsilon:.4g} at delta {delta:g}
 (one {unit} added or removed; {steps} steps, sample rate {sample_rate:.4g}, noise multiplier
 {noise_multiplier:.4g}, clipping bound {max_grad_norm:g}).
 
-The run had used the same records. Together with it, and with all other runs in the institution's
-ledger, the spending is epsilon {ledger_epsilon:.4g} at delta {ledger_delta:g}. Runs without
-differential privacy on these records, if there were any, are not covered.
+The run may have used the same records. Together with it, and with all other runs in the ledger of
+the institution, the spending is epsilon {ledger_epsilon:.4g} at delta {ledger_delta:g}. Runs
+without differential privacy on these records, if there were any, are not covered.
 """
 """The model card of an own adapter that was trained under DP."""
 

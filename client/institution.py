@@ -21,7 +21,7 @@ from client.ledger import Ledger
 from client.local_parts import LocalParts
 from client.private_round import PrivateRound, train_rounds
 from client.releases import Releases
-from client.server_keys import asked
+from client.server_keys import server_values
 from client.settings import Settings
 from client.training import LocalPlan
 from fedlora import accounting, trainable
@@ -228,7 +228,7 @@ class Institution:
             checks.check_base(release, work.base.digest)
             checks.check_adapter(release.adapter, work.start, self.config)
             whole = dataclasses.replace(release, adapter=self._with_local_parts(release))
-            Releases(Path(self.config.run_dir)).store(whole, asked(self.config), work.model)
+            Releases(Path(self.config.run_dir)).store(whole, server_values(self.config), work.model)
         return Evaluation(institution=self.name, metrics={})
 
     def _with_local_parts(self, sent: EvaluateOrder | Release) -> AdapterState:

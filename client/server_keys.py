@@ -291,7 +291,7 @@ def apply(settings: Settings, asked: Mapping[str, Scalar]) -> RunConfig:
     return run.replace({"training.physical-batch": physical_batch, "privacy.unit": settings.unit})
 
 
-def asked(run: RunConfig) -> dict[str, Scalar]:
+def server_values(run: RunConfig) -> dict[str, Scalar]:
     """The part of a followed configuration that a server chose; `apply` gives the run again."""
     chosen = {key: v for key, v in run.flat().items() if isinstance(KEYS[key], Taken)}
     return {**chosen, "data.source": INSTITUTIONS}

@@ -203,7 +203,6 @@ def test_a_release_that_comes_again_replaces_the_first_one_and_the_oldest_go(ban
     made = bank()
     release = made.release()
     for run in ("a1", "a2", "a2", "a3"):
-        (made.directory / "state" / "released").mkdir(parents=True, exist_ok=True)
         made.receive(dataclasses.replace(release, run=run))
     assert _stored(made) == ["a2", "a3"]
 
@@ -392,7 +391,7 @@ def test_under_dp_the_own_model_is_charged_and_its_card_says_the_promise(bank):
     assert 1.8 < spent["epsilon"] <= 2.0 and (spent["unit"], spent["delta"]) == ("record", 1e-4)
     assert spent["noise"] == "secure"
     card = (made.directory / "state" / "home" / "first" / "own" / "README.md").read_text()
-    assert f"protects each record of the institution's records: epsilon {spent['epsilon']:.4g}" in (
+    assert f"protects each record in the institution's records: epsilon {spent['epsilon']:.4g}" in (
         card.replace("\n", " ")
     )
     assert "delta 0.0001" in card and "must not leave" not in card
