@@ -33,6 +33,7 @@ COMMANDS = {
     "ledger": "cli.ledger_commands",
     "service": "deployment.cli",
     "node": "deployment.cli",
+    "home": "cli.home_command",
     "deploy": "deployment.cli",
 }
 """Each command and its module, in the order of the help page."""

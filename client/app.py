@@ -92,6 +92,12 @@ def home(message: Message, context: Context) -> Message:
     return reply
 
 
+@app.evaluate("released")
+def released(message: Message, context: Context) -> Message:
+    """Store the adapter that the run released."""
+    return _reply(message, context, wire.unpack_release, Institution.receive, wire.pack_evaluation)
+
+
 def _reply(
     message: Message,
     context: Context,

@@ -11,7 +11,7 @@ from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import RESIDUAL_A, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
-from fedlora.messages import TrainOrder
+from fedlora.messages import Release, TrainOrder
 
 ADAM_EPS = 1e-8
 """torch's Adam adds this to the root of its second moment."""
@@ -41,11 +41,11 @@ def check_order(order: TrainOrder, config: RunConfig) -> None:
         )
 
 
-def check_base(order: TrainOrder, digest: str) -> None:
+def check_base(order: TrainOrder | Release, digest: str) -> None:
     """Refuse an order for another base model.
 
     Args:
-        order: The server's order.
+        order: The server's order or release.
         digest: SHA-256 of the base model that is loaded here.
 
     Raises:

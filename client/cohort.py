@@ -69,7 +69,7 @@ def compare_at_home(
     outcomes: dict[int, Evaluation | Exception] = {}
     homes: dict[int, Home] = {}
     for number, (institution, order) in enumerate(calls):
-        found = _attempt(institution.home, order)
+        found = _attempt(_home, institution, order)
         if isinstance(found, Exception):
             outcomes[number] = found
         else:
@@ -101,6 +101,10 @@ def _train_at_home(
     for number, home in homes.items():
         found |= _train_at_home(calls, {number: home})
     return found
+
+
+def _home(institution: Institution, order: EvaluateOrder) -> Home:
+    return institution.home(institution.released(order))
 
 
 def _charge(

@@ -20,6 +20,8 @@ from client.home import OWN_CARD, Home, HomeModels, models_at_home
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from client.private_round import PrivateRound, train_rounds
+from client.releases import Releases
+from client.server_keys import server_values
 from client.settings import Settings
 from client.training import LocalPlan
 from fedlora import accounting, trainable
@@ -29,7 +31,15 @@ from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
-from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, Hello, Query, TrainOrder
+from fedlora.messages import (
+    ClientUpdate,
+    EvaluateOrder,
+    Evaluation,
+    Hello,
+    Query,
+    Release,
+    TrainOrder,
+)
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
@@ -202,19 +212,39 @@ class Institution:
         if not self.simulated:
             raise Refusal("metrics-not-allowed", "the server asks for metrics of held-out rows")
         checks.check_adapter(order.adapter, self._load().start, self.config)
-        sent = order.adapter.only(self.config.federation.traits.local_parts)
-        local = self._local_parts(order.run).load(order.round + 1, sent)
-        return order.adapter.updated(local)
+        return self._with_local_parts(order)
 
-    def home(self, order: EvaluateOrder) -> Home:
-        """This institution as it trains models of its own, after the run (`client.home`).
+    def receive(self, release: Release) -> Evaluation:
+        """Store the released adapter with this institution's local parts (`client.releases`).
+
+        Returns:
+            The institution's name, without metrics.
 
         Raises:
-            Refusal: As `released`.
+            Refusal: If the adapter does not fit; ``kept-part-unreadable``.
+        """
+        with training.threads(self.config.engine.threads):
+            work = self._load()
+            checks.check_base(release, work.base.digest)
+            checks.check_adapter(release.adapter, work.start, self.config)
+            whole = dataclasses.replace(release, adapter=self._with_local_parts(release))
+            Releases(Path(self.config.run_dir)).store(whole, server_values(self.config), work.model)
+        return Evaluation(institution=self.name, metrics={})
+
+    def _with_local_parts(self, sent: EvaluateOrder | Release) -> AdapterState:
+        """A released adapter with the local parts of the last round in place of the server's."""
+        default = sent.adapter.only(self.config.federation.traits.local_parts)
+        return sent.adapter.updated(self._local_parts(sent.run).load(sent.round + 1, default))
+
+    def home(self, shared: AdapterState) -> Home:
+        """This institution as it trains models of its own, after the run (`client.home`).
+
+        Args:
+            shared: The adapter that the run released to it.
         """
         return Home(
             shard=self._records(),
-            shared=self.released(order),
+            shared=shared,
             source=RandomSource.seeded("home", self.config.seed, self.name),
         )
 
@@ -225,8 +255,14 @@ class Institution:
                 self._load(), homes, self.config.home, self.config.training.physical_batch
             )
 
-    def compare(self, shared: AdapterState, models: HomeModels) -> Evaluation:
-        """Give the predictions of the three models on the held-out rows; save the own one."""
+    def compare(self, shared: AdapterState, models: HomeModels, card: str = OWN_CARD) -> Evaluation:
+        """Give the predictions of the three models on the held-out rows.
+
+        Args:
+            shared: The adapter that the run released to it.
+            models: Its other models; the own one is saved into ``own/``.
+            card: The model card of the own one.
+        """
         with training.threads(self.config.engine.threads):
             work = self._load()
             shard = trainable.records(self.config).held_out(self.index)
@@ -236,7 +272,7 @@ class Institution:
                 answers = work.task.predict(work.model, shard, work.labels) if len(shard) else []
                 predicted[name] = [work.labels.index(answer) for answer in answers]
             models.own.save(self.directory / "own", work.model)
-            write_atomic(self.directory / "own" / "README.md", OWN_CARD.encode())
+            write_atomic(self.directory / "own" / "README.md", card.encode())
         choice = dataclasses.asdict(models.choice)
         return Evaluation(institution=self.name, metrics={**predicted, **choice})
 

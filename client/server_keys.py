@@ -253,12 +253,13 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "privacy.institution-epsilon": Unused(),
     "privacy.institution-delta": Unused(),
     "privacy.institution-max-norm": Unused(),
-    "home.method": Unused(),
-    "home.steps": Unused(),
-    "home.batch-size": Unused(),
-    "home.learning-rate": Unused(),
-    "home.head-learning-rate": Unused(),
-    "home.proximal": Unused(),
+    # A wish for `fedlora home`, which the institution itself starts; no order depends on them.
+    "home.method": Taken(),
+    "home.steps": Taken(),
+    "home.batch-size": Taken(),
+    "home.learning-rate": Taken(),
+    "home.head-learning-rate": Taken(),
+    "home.proximal": Taken(),
     "engine.workers": Unused(),
     "engine.threads": Own(lambda own: own.threads),
     "engine.gpus": Own(lambda own: float(own.gpu)),
@@ -290,6 +291,12 @@ def apply(settings: Settings, asked: Mapping[str, Scalar]) -> RunConfig:
     # depend on a record.
     physical_batch = min(run.training.physical_batch, settings.physical_batch)
     return run.replace({"training.physical-batch": physical_batch, "privacy.unit": settings.unit})
+
+
+def server_values(run: RunConfig) -> dict[str, Scalar]:
+    """The part of a followed configuration that a server chose; `apply` gives the run again."""
+    chosen = {key: v for key, v in run.flat().items() if isinstance(KEYS[key], Taken)}
+    return {**chosen, "data.source": INSTITUTIONS}
 
 
 def _taken(settings: Settings, asked: Mapping[str, Scalar]) -> dict[str, Any]:

@@ -325,6 +325,9 @@ def results(name: Name, as_json: Json = False) -> None:
         if not isinstance(value, dict | list):
             PLAIN.write_line(f"{key:20} {value}")
     PLAIN.write_line(f"{'adapter':20} {submission.directory / 'adapter'}")
+    for institution, outcome in result.get("released", {}).items():
+        if outcome != "stored":
+            PLAIN.write_line(f"{'hand the adapter to':20} {institution} ({outcome})")
 
 
 @deploy.command("check")

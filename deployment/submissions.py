@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from deployment.superlink_client import FlowerError, Server, Unanswered
 from fedlora.config import INSTITUTIONS, RunConfig, from_flat
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import SUBMISSION, alone, is_complete, read_records
+from fedlora.run_files import RUN_NAME, SUBMISSION, alone, is_complete, read_records
 
 State = Literal["running", "completed", "failed", "stopped"]
 APP = Path(__file__).resolve().parents[1]
@@ -33,7 +32,6 @@ MAX_TRIES = 5
 """The most starts of one submission without a new round."""
 ASK_SECONDS = 5.0
 """Seconds between two requests to the SuperLink about one run."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +81,7 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
             `proceed` checks for its run.
         FlowerError: When the SuperLink did not accept the run; the submission is removed.
     """
-    if not _NAME.fullmatch(name):
+    if not RUN_NAME.fullmatch(name):
         raise InputError(
             f"--name is {name!r}; it must be 1 to 63 letters, digits, '-', '_' and '.', and begin "
             "with a letter or digit"

@@ -6,11 +6,11 @@ from typing import Any
 
 from experiments import figures, report, results
 from experiments.pages import Page, Section, Table, render
+from fedlora import joining_verdict
 from fedlora.config import ENGINE_ONLY, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.run_files import CONFIG, finite, read_records, read_run_file
-from server import joining_verdict
 
 METRICS = ("accuracy", "macro_f1", "exact_match", "token_loss")
 

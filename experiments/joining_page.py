@@ -10,8 +10,8 @@ from matplotlib.ticker import NullFormatter
 from experiments import figures
 from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
-from server import joining_verdict
-from server.joining_verdict import MAX_SCARCE_RECORDS, MODELS, Outcome
+from fedlora import joining_verdict
+from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MODELS, Outcome
 
 TITLE = "What joining gives"
 MAX_ROWS = 40  # institutions in the figure of a run

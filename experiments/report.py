@@ -10,11 +10,10 @@ from typing import Any
 
 from experiments import figures, joining_page, results, sweep_page
 from experiments.pages import Page, Section, Table, environment, number, render
-from fedlora import metrics
+from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig, load
 from fedlora.files import write_atomic
 from fedlora.run_files import CONFIG, read_records, read_run_file
-from server import joining_verdict
 
 FILE = "report.html"
 MAX_BARS = 40

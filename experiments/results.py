@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora import metrics
+from fedlora import joining_verdict, metrics
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import read_records, read_run_file
-from server import joining_verdict
 
 MANIFEST = "cells.json"
 COLUMNS = (

@@ -534,6 +534,11 @@ class RunConfig(Section):
         """`flat` without the keys of tracking, which only the server needs."""
         return {k: v for k, v in self.flat().items() if not k.startswith(TrackingConfig.prefix)}
 
+    def public(self) -> dict[str, Scalar]:
+        """`shared` without paths and machines of the server, for a released adapter."""
+        own = ("run-dir", "data.test-source", "privacy.ledger", EngineConfig.prefix)
+        return {k: v for k, v in self.shared().items() if not k.startswith(own)}
+
     def to_toml(self) -> str:
         """The fully resolved configuration as TOML text."""
         tree: dict[str, Any] = {}

@@ -122,8 +122,27 @@ class EvaluateOrder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Release:
+    """The adapter that a run released, for an institution's own use; sent after the last round.
+
+    Args:
+        run: The run's identity.
+        name: The name under which the operator knows the run.
+        round: The number of the last round.
+        base: SHA-256 of the base model's weights as the server holds them.
+        adapter: The released adapter; an institution's local parts replace its own.
+    """
+
+    run: str
+    name: str
+    round: int
+    base: str
+    adapter: "AdapterState"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """An institution's answer to an `EvaluateOrder`.
+    """An institution's answer to an `EvaluateOrder`, and, without metrics, to a `Release`.
 
     Args:
         institution: The institution's name.

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Generator, Mapping
@@ -25,6 +26,8 @@ RESULT = "result.json"
 """In a run directory: the results. A run writes this file last, so it marks a complete run."""
 SUBMISSION = "submission.json"
 """In a run directory: the deployment's record of a submitted run."""
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+"""The name of a run in a deployment, which is also its directory's."""
 NODES = "nodes.json"
 """Beside a deployment's runs: Flower's node id -> the institution whose public key the node has."""
 SIZES = "sizes.json"

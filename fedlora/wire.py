@@ -28,17 +28,21 @@ from fedlora.messages import (
     Hello,
     PrivacySpent,
     Query,
+    Release,
     TrainOrder,
 )
+from fedlora.run_files import RUN_NAME
 
 if TYPE_CHECKING:
     from fedlora.adapters import AdapterState
 
 _T = typing.TypeVar("_T")
-_Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder")
+_Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder", "Release")
 
 HOME = f"{MessageType.EVALUATE}.home"
 """Message type of an `EvaluateOrder` that asks for the models that are trained at home."""
+RELEASED = f"{MessageType.EVALUATE}.released"
+"""Message type of a `Release`."""
 SHARED_TYPES = (MessageType.TRAIN, HOME)
 """Message types that several institutions of a simulation answer in shared passes."""
 _SAFETENSORS = "safetensors"
@@ -140,7 +144,7 @@ def unpack_hello(content: RecordDict) -> Hello:
     return _build(Hello, _config(content, _HELLO))
 
 
-def pack_order(order: "TrainOrder | EvaluateOrder", adapter: ArrayRecord) -> RecordDict:
+def pack_order(order: "TrainOrder | EvaluateOrder | Release", adapter: ArrayRecord) -> RecordDict:
     """An order and its adapter as records; engines share the adapter's record between orders."""
     return RecordDict({_ORDER: _plain(order, "adapter"), _ADAPTER: adapter})
 
@@ -173,6 +177,16 @@ def unpack_evaluate(content: RecordDict) -> EvaluateOrder:
     _holds_only(content, _ORDER, _ADAPTER)
     values = _config(content, _ORDER)
     return _identified(_build(EvaluateOrder, values | {"adapter": _adapter(content)}))
+
+
+def unpack_release(content: RecordDict) -> Release:
+    """The `Release` in a message. Raises `Refusal` when it is not one."""
+    _holds_only(content, _ORDER, _ADAPTER)
+    values = _config(content, _ORDER)
+    release = _identified(_build(Release, values | {"adapter": _adapter(content)}))
+    if not RUN_NAME.fullmatch(release.name):
+        raise Refusal("malformed-message", f"{_quoted(release.name)} is no name of a run")
+    return release
 
 
 def pack_evaluation(evaluation: Evaluation) -> RecordDict:

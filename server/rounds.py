@@ -13,13 +13,13 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlora import trainable, wire
+from fedlora import released, trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import EvaluateOrder, Query, TrainOrder
+from fedlora.messages import EvaluateOrder, Query, Release, TrainOrder
 from fedlora.run_files import read_records
-from server import aggregation, evaluation, joining, limits, tracking
+from server import aggregation, evaluation, handout, joining, limits, tracking
 from server.aggregation import Aggregated, Report
 from server.population import population_of
 from server.privacy_statement import largest_epsilon, statement
@@ -379,6 +379,27 @@ class Federation:
             patience(config),
         )
 
+    def hand_out(self, adapter: AdapterState) -> dict[str, str]:
+        """Write down the released adapter of a deployed run, and send it to its institutions.
+
+        Returns:
+            Institution -> ``stored``, or the reason why it has no adapter.
+        """
+        config, state = self.config, self.state
+        release = Release(
+            run=state.run,
+            name=self.directory.path.name,
+            round=state.round,
+            base=self.work.base.digest,
+            adapter=adapter,
+        )
+        released.describe(self.directory.path / "adapter", release, config.public())
+        nodes = {node: name for name, node in self.roster.online().items()}
+        outcomes = handout.send(
+            self.grid, release, nodes, config.federation.timeout, patience(config)
+        )
+        return {**dict.fromkeys(sorted(state.asked), "offline"), **outcomes}
+
     def finish(self) -> None:
         """Write the final adapter, privacy.json and result.json."""
         config, state, work, population = self.config, self.state, self.work, self.population
@@ -386,6 +407,7 @@ class Federation:
             self.measured = self.measure(save=True)
         adapter = state.final_adapter()
         adapter.save(self.directory.path / "adapter", work.model)
+        outcomes = self.hand_out(adapter) if config.deployed else {}
         compared = self.compare_at_home()
         names = population.names or sorted(state.asked)
         level = self.aggregation.statement(state)
@@ -394,6 +416,7 @@ class Federation:
             **self.measured,
             **({"joining": compared} if compared else {}),
             **({"still_rising": rising} if (rising := self.still_rising()) else {}),
+            **({"released": outcomes} if outcomes else {}),
             "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
             "delta": max((p["delta"] for p in state.privacy.values()), default=None),
             "rounds": state.round,

@@ -11,12 +11,11 @@ from rich.live import Live
 from rich.styled import Styled
 from rich.table import Table
 
-from fedlora import metrics
+from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
+from fedlora.joining_verdict import Outcome
 from fedlora.run_files import read_records, read_run_file
 from fedlora.terminal import Terminal
-from server import joining_verdict
-from server.joining_verdict import Outcome
 from server.trend import advice
 
 if TYPE_CHECKING:
@@ -157,6 +156,12 @@ def longer(truncated: int, max_length: int) -> str:
     return f"{truncated} text{'s' * (truncated != 1)} longer than {max_length} tokens"
 
 
+def add_advice(table: Table, result: Mapping[str, Any]) -> None:
+    """Add what more rounds would cost, if the accuracy still rises at the end."""
+    if rising := result.get("still_rising"):
+        table.add_row("", Styled(advice(rising), "yellow"))
+
+
 def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> None:
     """Print the results of a run as a table, and the paths of its files."""
     run_dir = Path(config.run_dir)
@@ -184,8 +189,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
             f"best {high} {institutions[high]:.3f}",
         )
     add_joining(table, result)
-    if rising := result.get("still_rising"):
-        table.add_row("", Styled(advice(rising), "yellow"))
+    add_advice(table, result)
     table.add_row("rounds", f"{result['rounds']} in {result['seconds']:.0f} s")
     table.add_row(
         "trained",

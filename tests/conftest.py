@@ -168,10 +168,12 @@ import importlib, sys
 from fedlora.startup import quiet_libraries
 quiet_libraries()
 from cli import main
-main.Commands().get_command(None, "node")
+for name in ("node", "home"):
+    main.Commands().get_command(None, name)
 for name in (
     "client.app",
     "client.dp_sgd",
+    "client.home_command",
     "deployment.executor",
     "deployment.launcher",
     "deployment.node",
@@ -181,12 +183,12 @@ for name in (
     importlib.import_module(name)
 print(*sys.modules)
 """
-"""Imports what the processes of `fedlora node` import."""
+"""Imports what the processes of `fedlora node` and `fedlora home` import."""
 
 
 @pytest.fixture(scope="session")
 def modules_of_a_node() -> set[str]:
-    """The modules that the processes of `fedlora node` load, under the user's own environment."""
+    """The modules that `fedlora node` and `fedlora home` load, under the user's own environment."""
     root = str(Path(__file__).parents[1])
     environment = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
     done = subprocess.run(

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from fedlora import comparison
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
-from server import joining
 
 
 def train_order(work=None, **changes):
@@ -54,7 +54,7 @@ def updates_of(states, weights=None):
 
 def compared_rows(truth, alone, shared, own, records=64, scarce=None):
     """One institution's held-out rows and the answers of its three models, as class indices."""
-    return joining._Rows(
+    return comparison.Rows(
         records=records,
         truth=np.array(truth),
         predicted={
@@ -79,4 +79,4 @@ def compared(institutions, labels=("loan", "card", "fraud"), better=6, worse=2):
         )
         for place, name in enumerate(institutions)
     }
-    return joining.summary(rows, labels) | {"method": "interpolate", "seconds": 1.0}
+    return comparison.summary(rows, labels) | {"method": "interpolate", "seconds": 1.0}

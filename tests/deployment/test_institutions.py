@@ -12,14 +12,17 @@ import client.app
 import server.app
 from client import server_keys, settings
 from client.ledger import Ledger
+from client.releases import Releases
 from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.config import INSTITUTIONS
 from fedlora.errors import InputError, Refusal
+from fedlora.released import ReleaseFiles
 from fedlora.run_files import NODES, SIZES, read_records
 from server import roster
 from server.roster import RunFailed
+from server.rounds import Federation
 from simulation.engines.grid import run_server
 from simulation.engines.inline import InlineGrid
 from strategies.base import Round
@@ -160,6 +163,45 @@ def test_under_dp_each_ledger_is_charged_and_nothing_but_adapters_leaves(
         assert 0 < shown["epsilon"] <= 8.0 < shown["limit"]
     assert all(not record["reported"] for record in read_records(Path(config.run_dir)))
     assert 7.5 < result["epsilon_max"] <= 8.0
+
+
+def test_every_institution_that_is_online_at_the_end_has_the_released_adapter(
+    deployed, institutions, rows
+):
+    config = deployed()
+    files = institutions()
+    result = _run(config, files)
+    assert result["released"] == dict.fromkeys(BANKS, "stored")
+    theirs = AdapterState.open(Path(config.run_dir) / "adapter")
+    for bank, file in zip(BANKS, files, strict=True):
+        found = Releases(rows / bank / "state").find("run")  # the name of the run's directory
+        ours = AdapterState.open(found.directory)
+        assert set(ours) == set(theirs) and all(torch.equal(ours[n], t) for n, t in theirs.items())
+        handed = ReleaseFiles.open(Path(config.run_dir) / "adapter")
+        assert (found.run, found.base, found.round) == (handed.run, handed.base, 3)
+        own = settings.load(str(file))
+        assert server_keys.apply(own, handed.config) == server_keys.apply(own, found.config)
+        assert str(rows) not in json.dumps(dict(handed.config))
+
+
+def test_an_institution_that_is_offline_or_refuses_at_the_end_is_named_and_ends_no_run(
+    deployed, institutions, rows, monkeypatch
+):
+    config, files = deployed(), institutions()
+    finish = Federation.finish
+
+    def last_round_done(self):
+        present = self.grid.get_node_ids
+        monkeypatch.setattr(self.grid, "get_node_ids", lambda: [n for n in present() if n != 1])
+        files[1].write_text(files[1].read_text().replace("max-delta = 1e-4", "max-delta = 2"))
+        finish(self)
+
+    monkeypatch.setattr(Federation, "finish", last_round_done)
+    result = _run(config, files)
+    outcomes = {"Alpha": "offline", "Beta": "bad-configuration"}
+    assert result["released"] == {**dict.fromkeys(BANKS, "stored"), **outcomes}
+    assert not (rows / "Alpha" / "state" / "released").exists()
+    assert not (rows / "Beta" / "state" / "released").exists()
 
 
 def test_without_rows_of_its_own_the_server_measures_nothing(deployed, institutions):

@@ -53,3 +53,23 @@ def test_logs_are_json_lines_without_a_record_in_them(federation, complaints):
             assert {"time", "level", "service", "message"} <= record.keys(), record
         said = federation.log(name)
         assert not any(text in said for text in texts)
+
+
+def test_an_institution_trains_its_own_models_after_a_run(federation):
+    assert federation.submit("short", **{"federation.rounds": 1})["state"] == "completed"
+    result = json.loads((federation.results("short") / "result.json").read_text())
+    assert result["released"] == dict.fromkeys("abc", "stored")
+    command = ("fedlora", "home", "/etc/fedlora/institution.toml", "--steps", "2", "--json")
+    unknown = federation.exec("institution-a", *command, "--run", "none", check=False)
+    assert unknown.returncode == 2 and "there are: " in unknown.stderr
+    done = federation.exec("institution-a", *command, "--run", "short", check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["institution"] == "a" and said["held_out"]["from"] == "split"
+    home = federation.folder("a") / "state" / "home" / "short"
+    assert (
+        AdapterState.open(home / "own").keys()
+        == AdapterState.open(federation.results("short") / "adapter").keys()
+    )
+    handed = federation.deploy("results", "short").stdout
+    assert "hand the adapter to" not in handed

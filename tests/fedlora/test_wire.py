@@ -15,6 +15,7 @@ from fedlora.messages import (
     EvaluateOrder,
     Evaluation,
     Hello,
+    Release,
 )
 from tests.samples import privacy_spent, train_order
 
@@ -130,6 +131,16 @@ def test_a_refusal_carries_its_code_and_nothing_else():
     with pytest.raises(Refusal) as caught:
         wire.unpack_update(content)
     assert caught.value.code == "budget-exhausted"
+
+
+def test_a_release_comes_back_and_its_name_is_a_run_s():
+    release = Release(run="a1", name="first.2-b", round=4, base="0" * 64, adapter=STATE)
+    arrays = wire.pack_adapter(STATE)
+    _same(wire.unpack_release(wire.pack_order(release, arrays)), release)
+    for changes in ({"name": "../x"}, {"name": ""}, {"name": "x" * 64}, {"run": "a/b"}):
+        content = wire.pack_order(dataclasses.replace(release, **changes), arrays)
+        with pytest.raises(Refusal, match="malformed-message"):
+            wire.unpack_release(content)
 
 
 def test_what_an_evaluation_asks_and_answers_comes_back():

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from fedlora import wire
 from fedlora.adapters import AdapterState
+from fedlora.comparison import _interval, summary
 from fedlora.errors import Refusal
+from fedlora.joining_verdict import Outcome, comparison, outcome, verdict
 from fedlora.messages import Evaluation
 from fedlora.terminal import Terminal
 from server import joining
-from server.joining import summary
-from server.joining_verdict import Outcome, comparison, outcome, verdict
 from server.population import population_of
 from simulation import progress
 from simulation.engines.inline import InlineGrid
@@ -128,7 +128,7 @@ def test_intervals_hold_the_true_gain_as_often_as_they_say() -> None:
     for _ in range(600):
         better, worse, same = draw.multinomial(200, [0.2, 0.1, 0.7])
         rows = by_counts(int(better), int(worse), int(same))
-        low, high = joining._interval([rows], draw)
+        low, high = _interval([rows], draw)
         held += low <= 0.1 <= high
     assert 0.91 <= held / 600 <= 0.985
 

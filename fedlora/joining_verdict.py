@@ -18,6 +18,13 @@ class Outcome(enum.Enum):
     LOSS = "loss"
 
 
+FINDINGS = {
+    Outcome.GAIN: "Joining pays",
+    Outcome.LOSS: "Joining does not pay: an institution does better alone",
+    Outcome.UNCLEAR: "Joining makes no difference that these rows can show",
+}
+
+
 def comparison(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return ``joining`` of a result, if it compares at least one institution's models."""
     joining = result.get("joining", {})
@@ -35,14 +42,9 @@ def outcome(joining: Mapping[str, Any]) -> Outcome:
 def verdict(joining: Mapping[str, Any]) -> str:
     """One sentence: whether joining pays in this run."""
     gain, count = joining["gain"], len(joining["institutions"])
-    said = {
-        Outcome.GAIN: "Joining pays",
-        Outcome.LOSS: "Joining does not pay: an institution does better alone",
-        Outcome.UNCLEAR: "Joining makes no difference that these rows can show",
-    }[outcome(joining)]
     return (
-        f"{said}: own models are right on {100 * joining['own']['accuracy']:.1f} % of held-out "
-        f"rows, models trained alone on {100 * joining['alone']['accuracy']:.1f} % "
+        f"{FINDINGS[outcome(joining)]}: own models are right on "
+        f"{100 * joining['own']['accuracy']:.1f} % of held-out rows, models trained alone on {100 * joining['alone']['accuracy']:.1f} % "
         f"({interval(gain)}); of {count} institutions {gain['gaining']} gain and "
         f"{gain['losing']} lose by more than their own interval."
     )

@@ -1,0 +1,64 @@
+"""``fedlora home``: an institution's own models after a run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.errors import one_line_errors
+from fedlora.errors import InputError
+from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
+
+app = typer.Typer()
+
+
+@app.command()
+@clean_errors
+def home(
+    settings: Annotated[Path, typer.Argument(help="The institution's settings, a TOML file.")],
+    run: Annotated[str, typer.Option(help="The run's name at the operator, or its identity.")] = "",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="A released adapter from the operator, if none arrived at this node."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="As home.method; wins over the run's.")] = "",
+    steps: Annotated[
+        int | None, typer.Option(help="Steps at home, at most; wins over the run's home.steps.")
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Train the own model under DP, charged to the ledger, to publish it."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory to create; by default state/home/NAME."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train an institution's own models after a run, and compare them. Nothing is sent."""
+    from client import home_command
+    from client.settings import load
+
+    own = load(str(settings.absolute()))
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps is {steps}; it must be at least 1")
+    if epsilon is not None and not 0 < epsilon < math.inf:
+        raise InputError(f"--epsilon is {epsilon:g}; it must be a finite number above 0")
+    choices = home_command.Choices(
+        run=run,
+        adapter=adapter,
+        method=method,
+        steps=steps or 0,
+        epsilon=math.inf if epsilon is None else epsilon,
+        out=out,
+    )
+    with one_line_errors(Path(own.state)):
+        result = home_command.train(own, choices, say=ERRORS.write_line)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for line in home_command.report(result):
+            Terminal().write_line(line)
+        Terminal().write_line(f"written to {result['directory']}")

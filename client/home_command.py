@@ -1,0 +1,308 @@
+"""``fedlora home``: an institution's own models after a run, on its own machine.
+
+The command reads the institution's settings, records and held-out rows, and the adapter that the
+run released. Nothing that it computes is sent.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client import server_keys
+from client.home import OWN_CARD, Choice, HomeModels
+from client.institution import Institution
+from client.releases import Releases
+from client.settings import Settings
+from fedlora import comparison, trainable
+from fedlora.adapters import AdapterState
+from fedlora.comparison import Rows
+from fedlora.config import HomeConfig, RunConfig
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+from fedlora.joining_verdict import FINDINGS, MODELS, outcome
+from fedlora.messages import PrivacySpent, TrainOrder
+from fedlora.released import ReleaseFiles
+
+SPLIT = 0.2
+"""Share of the records that are held back where the settings name no ``test-source``."""
+SPLIT_NOTE = (
+    "The settings name no test-source, so a seeded fifth of the records was held back. The run may "
+    "have trained on these rows: the figures of shared and own can be too high"
+)
+PRIVATE_CARD = """# An institution's own model, trained under differential privacy
+
+The model starts from the adapter that run {name} released and was trained at the institution. This
+training protects each {unit} in the institution's records: epsilon {epsilon:.4g} at delta {delta:g}
+(one {unit} added or removed; {steps} steps, sample rate {sample_rate:.4g}, noise multiplier
+{noise_multiplier:.4g}, clipping bound {max_grad_norm:g}).
+
+The run may have used the same records. Together with it, and with all other runs in the ledger of
+the institution, the spending is epsilon {ledger_epsilon:.4g} at delta {ledger_delta:g}. Runs
+without differential privacy on these records, if there were any, are not covered.
+"""
+"""The model card of an own adapter that was trained under DP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The choices of the institution's own command.
+
+    Args:
+        run: The run's name or identity; empty with ``adapter``.
+        adapter: A directory that the operator handed out; None: the adapter that arrived.
+        method: As ``home.method``; empty: the run's.
+        steps: As ``home.steps``; 0: the run's.
+        epsilon: The budget of the own model; infinite: no DP.
+        out: The directory to write; None: ``state/home/NAME``.
+    """
+
+    run: str = ""
+    adapter: Path | None = None
+    method: str = ""
+    steps: int = 0
+    epsilon: float = math.inf
+    out: Path | None = None
+
+
+def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train an institution's models after a run and compare them on its held-out rows.
+
+    Args:
+        own: The institution's settings.
+        choices: The choices of the command line.
+        say: Called with a line of progress.
+
+    Returns:
+        The content of ``result.json``, with ``directory``.
+
+    Raises:
+        InputError: For bad input, before any training or charge; nothing is written then.
+        Refusal: For a run that the settings forbid, and under DP for a budget that does not last.
+    """
+    started = time.monotonic()
+    found = _release(own, choices)
+    config = _config(own, choices, found)
+    out = choices.out or Path(own.state) / "home" / found.name
+    if choices.out is None:
+        out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _private_cache(own), _new_directory(out) as new:
+        institution = dataclasses.replace(Institution.deployed(own, config), directory=new)
+        records = trainable.records(config)
+        train_rows, held_out = records.train(0), records.held_out(0)
+        if not len(held_out):
+            raise InputError("no held-out row is left; name a test-source with rows of its own")
+        work = trainable.load(config, records.labels)
+        shared = found.adapter(work, residuals=config.federation.traits.residuals)
+        say(f"run {found.name}: {len(train_rows)} records, {len(held_out)} held-out rows")
+        private = None
+        if choices.epsilon < math.inf:
+            say(f"own: {config.home.steps} steps at epsilon {choices.epsilon:g}")
+            private = _train_privately(institution, found, shared, choices.epsilon)
+        say(f"alone and own: up to {config.home.steps} steps each, first to choose, then to train")
+        home = institution.home(shared)
+        (models,) = institution.models_at_home([home])
+        card = OWN_CARD
+        if private is not None:
+            adapter, spent = private
+            choice = Choice(models.choice.alone_steps, config.home.steps, 1.0)
+            models = HomeModels(alone=models.alone, own=adapter, choice=choice)
+            card = PRIVATE_CARD.format(name=found.name, **dataclasses.asdict(spent))
+        say("comparing alone, shared and own")
+        said = institution.compare(shared, models, card).metrics
+        truth = np.asarray(held_out.targets, dtype=np.int64)
+        rows = Rows.of(train_rows, truth, said, len(records.labels))
+        compared = comparison.summary({own.name: rows}, records.labels)
+        result = {
+            "institution": own.name,
+            "run": found.run,
+            "name": found.name,
+            "records": len(train_rows),
+            "held_out": {
+                "rows": len(held_out),
+                "from": "test-source" if own.test_source else "split",
+            },
+            **{model: compared[model] for model in MODELS},
+            "gain": {key: compared["gain"][key] for key in ("mean", "low", "high")},
+            "choices": {**rows.choice, "method": config.home.method, "steps": config.home.steps},
+            "privacy": None if private is None else dataclasses.asdict(private[1]),
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        write_atomic(new / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        write_atomic(new / "report.txt", ("\n".join(report(result)) + "\n").encode())
+    return {**result, "directory": str(out)}
+
+
+def report(result: dict[str, Any]) -> list[str]:
+    """The lines of ``report.txt``."""
+    held_out, gain, chosen = result["held_out"], result["gain"], result["choices"]
+    lines = [
+        f"{result['institution']} after run {result['name']}: {result['records']} records, "
+        f"{held_out['rows']} held-out rows",
+        "",
+        f"{'model':8}{'accuracy':>10}{'macro-F1':>10}",
+        *(
+            f"{model:8}{result[model]['accuracy']:10.4f}{result[model]['macro_f1']:10.4f}"
+            for model in MODELS
+        ),
+        "",
+        f"{FINDINGS[outcome(result)]}: own against alone {100 * gain['mean']:+.1f} points, 95 % "
+        f"interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}.",
+        f"Steps: alone {chosen['alone_steps']}, own {chosen['own_steps']}; weight of the trained "
+        f"adapter in the own model {chosen['weight']:g}.",
+    ]
+    if held_out["from"] == "split":
+        lines.append(f"{SPLIT_NOTE}.")
+    if result["privacy"] is None:
+        lines.append("The own model has no differential privacy and must not leave.")
+    else:
+        lines.append(
+            f"The own model was trained at epsilon {result['privacy']['epsilon']:.4g}, delta "
+            f"{result['privacy']['delta']:g}; the figures above are not covered by it."
+        )
+    return lines
+
+
+def _release(own: Settings, choices: Choices) -> ReleaseFiles:
+    """The released adapter that the command line names."""
+    if choices.adapter is None:
+        return Releases(Path(own.state)).find(choices.run)
+    found = ReleaseFiles.open(choices.adapter)
+    if choices.run not in ("", found.name, found.run):
+        raise InputError(
+            f"--run is {choices.run!r}, but the adapter in {choices.adapter} is of run "
+            f"{found.name}; give that name, or leave --run out"
+        )
+    return found
+
+
+def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
+    """The run's configuration as the institution followed it, with its own choices for home."""
+    config = server_keys.apply(own, found.config)
+    wish = HomeConfig.method if config.home.method == "none" else config.home.method
+    values: dict[str, Any] = {
+        "home.method": choices.method or wish,
+        "home.steps": choices.steps or config.home.steps,
+    }
+    if not own.test_source:
+        values["data.test-fraction"] = SPLIT
+    if values["home.method"] == "none":
+        raise InputError("--method is none; it must be fine-tune, interpolate or ditto")
+    if config.model.task != "classification":
+        raise InputError(
+            f"run {found.name} has the task {config.model.task}; models at home are compared for "
+            "classification only"
+        )
+    if choices.adapter is not None and config.federation.traits.local_parts:
+        raise InputError(
+            f"--adapter is {choices.adapter}, but under {config.federation.strategy} a part of the "
+            "adapter stays at the institution; use --run, for which the node must be online at the "
+            "end of a run"
+        )
+    if choices.epsilon < math.inf:
+        if not own.test_source:
+            raise InputError(
+                "--epsilon needs a test-source in the settings: the ledger belongs to all records, "
+                "so that none of them can be held back"
+            )
+        if not config.privacy.enabled:
+            raise InputError(
+                f"--epsilon is {choices.epsilon:g}, but run {found.name} had no DP, so its adapter "
+                "may reveal records, and a model that starts from it may too; leave --epsilon out"
+            )
+    return config.replace(values)
+
+
+def _train_privately(
+    institution: Institution, found: ReleaseFiles, shared: AdapterState, epsilon: float
+) -> tuple[AdapterState, PrivacySpent]:
+    """Train the own model under DP, as one round of a run of its own.
+
+    `Institution.answer` plans, charges the ledger, trains and stores the answer in this order. A
+    command that ended after the charge is the same release when it is repeated. Steps and rate are
+    those of home; no record chooses among them.
+
+    Raises:
+        InputError: If no noise reaches the budget.
+        Refusal: ``ledger-*``, ``budget-exhausted``, ``delta-too-large``, ``epsilon-too-large``,
+            ``guard-*``.
+    """
+    config = institution.config
+    with institution.open_ledger() as ledger:
+        delta, accountant = ledger.delta, ledger.accountant
+    residuals = config.federation.traits.residuals
+    config = config.replace(
+        {
+            "privacy.epsilon": epsilon,
+            "privacy.delta": delta,
+            "privacy.accountant": accountant,
+            "privacy.noise": "secure",
+            "training.local-steps": config.home.steps,
+            "training.optimizer": "adam",
+            "training.learning-rate": config.home.learning_rate,
+            "training.proximal": 0.0,
+            "federation.rounds": 1,
+            "federation.weighting": "uniform",
+            "federation.strategy": config.federation.strategy if residuals else "fedavg",
+            "federation.residual-rank": max(
+                (len(f.residual[0]) for f in shared.layers().values() if f.residual), default=1
+            ),
+        }
+    )
+    alone = dataclasses.replace(institution, config=config, rank=config.adapter.rank)
+    order = TrainOrder(
+        run=f"home:{found.run}:{config.fingerprint()[:16]}",
+        round=1,
+        participations=1,
+        base=found.base,
+        report=(),
+        parts=config.federation.traits.parts_sent(1),
+        kept=(),
+        adapter=shared,
+    )
+    update = alone.answer(order)
+    assert update.privacy is not None
+    return shared.updated(update.adapter), update.privacy
+
+
+@contextlib.contextmanager
+def _private_cache(own: Settings) -> Generator[None]:
+    """Keep tokenised records in the institution's state, and delete them at the end."""
+    Path(own.state).mkdir(parents=True, exist_ok=True, mode=0o700)
+    before = os.environ.get("FEDLORA_CACHE")
+    with tempfile.TemporaryDirectory(dir=own.state, prefix=".cache-") as cache:
+        os.environ["FEDLORA_CACHE"] = cache
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["FEDLORA_CACHE"]
+            else:
+                os.environ["FEDLORA_CACHE"] = before
+
+
+@contextlib.contextmanager
+def _new_directory(out: Path) -> Generator[Path]:
+    """A directory for its owner only, in its place when the block has ended without an error."""
+    if out.exists():
+        raise InputError(f"{out} exists; give another --out")
+    parent = out.absolute().parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{parent} is no directory that can be written to; give another --out")
+    new = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
+    try:
+        yield new
+        new.rename(out)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise

@@ -1,0 +1,87 @@
+"""The adapters that runs released to an institution, on its own disk: ``state/released/RUN/``."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import PeftModel
+
+from fedlora import files, released
+from fedlora.errors import InputError
+from fedlora.messages import Release
+from fedlora.released import ReleaseFiles
+from fedlora.settings_schema import Scalar
+
+MAX_RELEASES = 20
+"""Directories that stay, so that no server fills the disk."""
+
+
+class Releases:
+    """The released adapters of an institution.
+
+    Args:
+        state: The institution's directory of state.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self._directory = state / "released"
+
+    def store(self, release: Release, config: Mapping[str, Scalar], model: PeftModel) -> None:
+        """Store a released adapter whole or not at all, then delete the oldest ones.
+
+        Args:
+            release: The adapter and its run.
+            config: The run's configuration, without the institution's own values.
+            model: The model that the adapter belongs to.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for left in self._directory.glob(".new-*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        new = Path(tempfile.mkdtemp(dir=self._directory, prefix=".new-"))
+        release.adapter.save(new, model)
+        released.describe(new, release, config)
+        place = self._directory / release.run
+        if place.exists():  # the server went on after a crash and sends it again
+            shutil.rmtree(place)
+        new.rename(place)
+        files.sync(self._directory)
+        for old in self._directories()[:-MAX_RELEASES]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def find(self, run: str) -> ReleaseFiles:
+        """The released adapter of a run.
+
+        Args:
+            run: The run's name at the operator, or its identity.
+
+        Raises:
+            InputError: If there is none, or several runs have the name.
+        """
+        known = self._known()
+        found = [one for one in known if run in (one.name, one.run)]
+        if not found:
+            names = ", ".join(one.name for one in known) or "none"
+            raise InputError(
+                f"--run is {run!r}, but {self._directory} has no such run; there are: {names}. "
+                "For another run give --adapter DIR, with adapter/ of the operator's results"
+            )
+        if len(found) > 1:
+            raise InputError(
+                f"--run is {run!r}, the name of {len(found)} runs; give the identity of one: "
+                f"{', '.join(one.run for one in found)}"
+            )
+        return found[0]
+
+    def _known(self) -> list[ReleaseFiles]:
+        known: list[ReleaseFiles] = []
+        for directory in self._directories():
+            with contextlib.suppress(InputError):
+                known.append(ReleaseFiles.open(directory))
+        return known
+
+    def _directories(self) -> list[Path]:
+        """The directories, the oldest first."""
+        found = [path for path in self._directory.glob("*") if not path.name.startswith(".")]
+        return sorted(found, key=lambda path: path.stat().st_mtime_ns)

@@ -1,0 +1,116 @@
+"""The files of a released adapter: PEFT's two, and ``release.json`` about the run that made it.
+
+The server writes them into a deployed run's ``adapter/``, which the operator can hand to any
+institution; an institution that is online at the end of a run writes the same files itself.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fedlora.adapters import AdapterState
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+from fedlora.messages import Release
+from fedlora.run_files import RUN_NAME, finite
+from fedlora.settings_schema import Scalar
+from fedlora.trainable import Trainable
+
+FILE = "release.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseFiles:
+    """A directory with a released adapter.
+
+    Args:
+        directory: The directory.
+        run: The run's identity.
+        name: The run's name at the operator.
+        round: The number of the last round.
+        base: SHA-256 of the base model's weights.
+        config: The run's configuration, flat, without any institution's own values.
+    """
+
+    directory: Path
+    run: str
+    name: str
+    round: int
+    base: str
+    config: Mapping[str, Scalar]
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read ``release.json``.
+
+        Raises:
+            InputError: If it is missing or damaged.
+        """
+        try:
+            content: Any = json.loads((directory / FILE).read_text(encoding="utf-8"))
+            made = cls(directory=directory, **content)
+            if not (
+                isinstance(made.run, str)
+                and made.run.isascii()
+                and made.run.isalnum()
+                and isinstance(made.base, str)
+                and isinstance(made.name, str)
+                and RUN_NAME.fullmatch(made.name)
+                and type(made.round) is int
+                and isinstance(made.config, dict)
+            ):
+                raise ValueError("a field has a wrong type")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{directory / FILE} cannot be read ({type(error).__name__}); give the directory "
+                "adapter/ of a finished run's results, as the operator hands it out"
+            ) from None
+        return made
+
+    def adapter(self, work: Trainable, *, residuals: bool) -> AdapterState:
+        """Read the adapter.
+
+        Args:
+            work: The model of the run.
+            residuals: Whether the run's strategy has residuals; the adapter is then one.
+
+        Raises:
+            InputError: If the base is another one, or the adapter does not fit the run.
+        """
+        if self.base != work.base.digest:
+            raise InputError(
+                f"model.name {work.base.name} is not the base that run {self.name} was trained on "
+                "(weights differ); restore that base"
+            )
+        found = AdapterState.open(self.directory)
+        try:
+            adapter = found.as_residual(work.start) if residuals else found
+            problem = adapter.validate_against(work.start, residual=residuals)
+        except KeyError as error:
+            problem = f"{error.args[0]} is missing"
+        if problem:
+            raise InputError(
+                f"the adapter in {self.directory} does not fit run {self.name}: {problem}; ask the "
+                "operator for it again"
+            )
+        return adapter
+
+
+def describe(directory: Path, release: Release, config: Mapping[str, Scalar]) -> None:
+    """Write ``release.json`` beside an adapter.
+
+    Args:
+        directory: The directory of the adapter's own files.
+        release: The adapter and its run.
+        config: The run's configuration, flat.
+    """
+    about = {
+        "run": release.run,
+        "name": release.name,
+        "round": release.round,
+        "base": release.base,
+        "config": finite(config),
+    }
+    write_atomic(directory / FILE, (json.dumps(about, indent=2) + "\n").encode())

@@ -1,0 +1,444 @@
+"""An institution's own models after a run: its own command, on its own machine, for itself."""
+
+import csv
+import dataclasses
+import json
+import socket
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from typer.testing import CliRunner
+
+from cli.main import app as cli
+from client import app, releases, server_keys, settings
+from client.ledger import Ledger
+from client.local_parts import LocalParts
+from fedlora import released, trainable, wire
+from fedlora.adapters import AdapterState
+from fedlora.errors import Refusal
+from fedlora.messages import Release
+from simulation.engines.grid import identify
+
+LABELS = ["card", "fraud", "loan"]
+RUN = "0123456789abcdef"
+NONE = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+@dataclasses.dataclass
+class Bank:
+    """A bank's directory, its settings, and the run as its server configured it."""
+
+    directory: object
+    config: object
+
+    @property
+    def settings(self):
+        return self.directory / "institution.toml"
+
+    def load(self):
+        return settings.load(str(self.settings))
+
+    def set(self, **changes):
+        kept = dict(line.split(" = ", 1) for line in self.settings.read_text().splitlines())
+        kept |= {key.replace("_", "-"): json.dumps(value) for key, value in changes.items()}
+        self.settings.write_text("".join(f"{key} = {value}\n" for key, value in kept.items()))
+
+    def followed(self):
+        return server_keys.apply(self.load(), self.config.flat())
+
+    def work(self):
+        return trainable.load(self.followed(), tuple(LABELS))
+
+    def adapter(self):
+        """An adapter as of a finished run: not the one that training starts from."""
+        torch.manual_seed(3)
+        start = self.work().start
+        return AdapterState({name: t + 0.02 * torch.randn_like(t) for name, t in start.items()})
+
+    def release(self, **changes):
+        work = self.work()
+        made = Release(
+            run=RUN, name="first", round=3, base=work.base.digest, adapter=self.adapter()
+        )
+        return dataclasses.replace(made, **changes)
+
+    def receive(self, release):
+        """The bank's reply to a release."""
+        identify()
+        content = wire.pack_order(release, wire.pack_adapter(release.adapter))
+        context = Context(
+            run_id=1,
+            node_id=1,
+            node_config={"settings": str(self.settings)},
+            state=RecordDict(),
+            run_config=self.config.flat(),
+        )
+        return app.app(Message(content, 1, wire.RELEASED), context).content
+
+    def home(self, *arguments, code=0):
+        done = CliRunner().invoke(cli, ["home", str(self.settings), *map(str, arguments)])
+        assert done.exit_code == code, done.output
+        return done
+
+    def result(self, *arguments):
+        return json.loads(self.home(*arguments, "--json").stdout)
+
+    def refused(self, *arguments):
+        """The one line of an error, once it is sure that nothing was written."""
+        said = self.home(*arguments, code=2).stderr.splitlines()
+        assert not (self.directory / "state" / "home" / "first").exists()
+        return said[-1]
+
+    def charges(self):
+        with Ledger.open(self.directory / "ledger.db") as ledger:
+            return ledger.show()["entries"]
+
+
+def _write(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def bank(tmp_path, tiny_encoder, complaints, tiny_config):
+    """Makes a bank with 80 records, 40 held-out rows and a ledger; values are of the run."""
+    with complaints.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["bank"] == "Alpha"]
+
+    def make(**values):
+        config = tiny_config(
+            **{
+                "data.source": "institutions",
+                "data.institutions": 4,
+                "data.labels": json.dumps(LABELS),
+                "privacy.noise": "secure",
+                "home.method": "interpolate",
+                "home.steps": 4,
+                **values,
+            }
+        )
+        made = Bank(tmp_path, config)
+        _write(tmp_path / "own.csv", rows[:80])
+        _write(tmp_path / "test.csv", rows[80:])
+        made.settings.write_text("")
+        made.settings.chmod(0o600)
+        made.set(
+            name="Alpha",
+            source="own.csv",
+            test_source="test.csv",
+            labels=LABELS,
+            ledger="ledger.db",
+            state="state",
+            models=[str(tiny_encoder)],
+            strategies=["fedavg", "fedsa", "exact"],
+            max_delta=1e-4,
+            without_dp=True,
+        )
+        Ledger.create(tmp_path / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
+        return made
+
+    return make
+
+
+def _stored(bank):
+    return sorted(path.name for path in (bank.directory / "state" / "released").glob("*"))
+
+
+# The released adapter.
+
+
+def test_a_released_adapter_is_stored_and_the_reply_holds_the_name_and_nothing_else(bank):
+    made = bank()
+    release = made.release()
+    reply = made.receive(release)
+    assert list(reply) == ["evaluation"]
+    assert dict(reply["evaluation"]) == {"institution": "Alpha", "metrics": "{}"}
+    assert _stored(made) == [RUN]
+    found = releases.Releases(made.directory / "state").find("first")
+    stored = found.adapter(made.work(), residuals=False)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in release.adapter.items())
+    again = server_keys.apply(made.load(), found.config)
+    assert again.fingerprint() == made.followed().fingerprint()
+    assert not {"run-dir", "data.test-source", "privacy.ledger"} & set(found.config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"base": "0" * 64}, "base-mismatch"),
+        ({"adapter": AdapterState({"x.lora_A.weight": torch.zeros(2, 3)})}, "adapter-mismatch"),
+        ({"name": "../first"}, "malformed-message"),
+        ({"name": ""}, "malformed-message"),
+        ({"run": "../run"}, "malformed-message"),
+        ({"round": -1}, "malformed-message"),
+    ],
+)
+def test_a_release_that_does_not_fit_the_run_is_refused_and_not_stored(bank, changes, code):
+    made = bank()
+    with pytest.raises(Refusal) as caught:
+        wire.unpack_evaluation(made.receive(made.release(**changes)))
+    assert caught.value.code == code
+    assert _stored(made) == []
+
+
+def test_a_release_of_a_run_that_the_settings_forbid_is_not_stored(bank):
+    made = bank()
+    release = made.release()
+    made.set(strategies=["ffa"])
+    with pytest.raises(Refusal, match="strategy-not-allowed"):
+        wire.unpack_evaluation(made.receive(release))
+    assert _stored(made) == []
+
+
+def test_a_release_that_comes_again_replaces_the_first_one_and_the_oldest_go(bank, monkeypatch):
+    monkeypatch.setattr(releases, "MAX_RELEASES", 2)
+    made = bank()
+    release = made.release()
+    for run in ("a1", "a2", "a2", "a3"):
+        made.receive(dataclasses.replace(release, run=run))
+    assert _stored(made) == ["a2", "a3"]
+
+
+def test_a_released_adapter_has_the_parts_that_stayed_at_the_institution(bank):
+    made = bank(**{"federation.strategy": "fedsa"})
+    release = made.release()
+    local = release.adapter.only(("B", "magnitude"))
+    mine = AdapterState({name: torch.full_like(t, 0.5) for name, t in local.items()})
+    kept = LocalParts(made.directory / "state" / "kept", RUN, made.followed().fingerprint())
+    kept.store(3, mine)
+    made.receive(release)
+    stored = AdapterState.open(made.directory / "state" / "released" / RUN)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in mine.items())
+    handed = made.directory / "state" / "released" / RUN
+    assert "under fedsa a part of the adapter stays" in made.refused("--adapter", handed)
+
+
+# The command.
+
+
+def test_the_command_trains_compares_and_writes_own_and_sends_and_charges_nothing(
+    bank, monkeypatch
+):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    made = bank()
+    made.receive(made.release())
+
+    def connect(*_):
+        raise AssertionError("the command opens a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    result = made.result("--run", "first")
+    out = made.directory / "state" / "home" / "first"
+    assert result["directory"] == str(out) and result["run"] == RUN
+    assert result["held_out"] == {"rows": 40, "from": "test-source"}
+    assert json.loads((out / "result.json").read_text()).items() <= result.items()
+    assert result["gain"]["mean"] == pytest.approx(
+        result["own"]["accuracy"] - result["alone"]["accuracy"]
+    )
+    assert result["gain"]["low"] <= result["gain"]["mean"] <= result["gain"]["high"]
+    assert made.charges() == []
+    assert out.stat().st_mode & 0o077 == 0
+    assert "must not leave" in (out / "own" / "README.md").read_text()
+    assert "test-source" not in (out / "report.txt").read_text()
+    base = AutoModelForSequenceClassification.from_pretrained(
+        made.config.model.name, num_labels=3, trust_remote_code=False
+    )
+    PeftModel.from_pretrained(base, str(out / "own"))
+    left = {path.name for path in (made.directory / "state").iterdir()}
+    assert left == {"released", "home"}
+
+
+def test_own_is_trained_from_the_shared_adapter_and_shared_is_what_was_released(bank):
+    made = bank(**{"home.method": "fine-tune", "home.learning-rate": 1e-7})
+    release = made.release()
+    made.receive(release)
+    result = made.result("--run", RUN)
+    own = AdapterState.open(made.directory / "state" / "home" / "first" / "own")
+    moved = {name: float((own[name] - t).abs().max()) for name, t in release.adapter.items()}
+    assert 0 < max(moved.values()) < 1e-5
+    assert result["own"] == result["shared"]
+
+
+def test_flags_of_the_institution_win_over_the_wish_of_the_run(bank):
+    made = bank(**{"home.steps": 10**9, "home.method": "none"})
+    made.receive(made.release())
+    wished = made.result("--run", "first", "--steps", 4)["choices"]
+    assert (wished["method"], wished["steps"]) == ("interpolate", 4)
+    assert 1 <= wished["alone_steps"] <= 4 and 1 <= wished["own_steps"] <= 4
+    out = made.directory / "other"
+    flags = ("--steps", 2, "--method", "fine-tune", "--out", out)
+    chosen = made.result("--run", "first", *flags)["choices"]
+    assert (chosen["method"], chosen["steps"], chosen["weight"]) == ("fine-tune", 2, 1.0)
+
+
+def test_without_a_test_source_rows_are_held_back_and_the_command_says_so(bank):
+    made = bank()
+    made.receive(made.release())
+    made.set(test_source="")
+    said = made.home("--run", "first").stdout
+    assert "The settings name no test-source" in said and "can be too high" in said
+    result = json.loads((made.directory / "state" / "home" / "first" / "result.json").read_text())
+    rows = result["held_out"]["rows"]
+    assert result["held_out"]["from"] == "split" and 10 <= rows <= 20
+    assert result["records"] + rows <= 80
+
+
+def test_the_adapter_that_the_operator_hands_out_gives_the_same_models(bank, tmp_path):
+    made = bank()
+    release = made.release()
+    made.receive(release)
+    handed = tmp_path / "handed"
+    release.adapter.save(handed, made.work().model)
+    released.describe(handed, release, made.config.public())
+    arrived = made.result("--run", "first", "--out", tmp_path / "one")
+    given = made.result("--adapter", handed, "--out", tmp_path / "two")
+    changing = {"seconds", "directory"}
+    assert {k: v for k, v in arrived.items() if k not in changing} == {
+        k: v for k, v in given.items() if k not in changing
+    }
+    one, two = (AdapterState.open(tmp_path / name / "own") for name in ("one", "two"))
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    said = made.refused("--adapter", handed, "--run", "second")
+    assert "--run is 'second'" in said and "is of run first" in said
+
+
+def test_an_unknown_run_is_one_error_that_lists_the_known_runs(bank):
+    made = bank()
+    assert "there are: none" in made.refused("--run", "first")
+    for run, name in (("a1", "first"), ("a2", "second"), ("a3", "second")):
+        made.receive(made.release(run=run, name=name))
+    said = made.refused("--run", "third")
+    assert "--run is 'third'" in said and "there are: first, second, second." in said
+    assert "give the identity of one: a2, a3" in made.refused("--run", "second")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--steps", "0"), "--steps is 0; it must be at least 1"),
+        (("--method", "best"), "home.method is 'best'; it must be one of"),
+        (("--method", "none"), "it must be fine-tune, interpolate or ditto"),
+        (("--epsilon", "0"), "--epsilon is 0; it must be a finite number above 0"),
+        (("--epsilon", "inf"), "--epsilon is inf; it must be"),
+        (("--adapter", "none"), "release.json cannot be read"),
+        (("--out", "."), "exists; give another --out"),
+        (("--out", "none/there"), "is no directory that can be written to"),
+    ],
+)
+def test_bad_arguments_of_the_command_are_one_line_and_nothing_is_written(bank, arguments, words):
+    made = bank()
+    made.receive(made.release())
+    run = () if "--adapter" in arguments else ("--run", "first")
+    assert words in made.refused(*run, *arguments)
+
+
+def test_a_damaged_adapter_or_another_base_is_one_line(bank):
+    made = bank()
+    made.receive(made.release())
+    place = made.directory / "state" / "released" / RUN
+    about = json.loads((place / "release.json").read_text())
+    (place / "release.json").write_text(json.dumps({**about, "base": "0" * 64}))
+    assert "is not the base that run first was trained on" in made.refused("--run", "first")
+    (place / "release.json").write_text(json.dumps(about))
+    (place / "adapter_model.safetensors").write_bytes(b"no")
+    assert "cannot be read" in made.refused("--run", "first")
+
+
+def test_a_run_that_the_settings_forbid_is_refused(bank):
+    made = bank()
+    made.receive(made.release())
+    made.set(models=["another"])
+    assert "model-not-allowed" in made.refused("--run", "first")
+
+
+def test_a_strategy_with_residuals_gives_models_too(bank):
+    made = bank(**{"federation.strategy": "exact"})
+    work = made.work()
+    layers = work.start.layers()
+    torch.manual_seed(1)
+    residual = {}
+    for path, layer in layers.items():
+        pair = (
+            0.05 * torch.randn(3, layer.a.shape[1]),
+            0.05 * torch.randn(layer.b.shape[0], 3),
+        )
+        residual |= layer._replace(residual=pair).named(path)
+    made.receive(made.release(adapter=made.adapter().updated(residual)))
+    result = made.result("--run", "first", "--epsilon", 2)
+    assert result["choices"]["weight"] == 1.0
+
+
+# Under DP.
+
+
+def test_under_dp_the_own_model_is_charged_and_its_card_says_the_promise(bank):
+    made = bank()
+    made.receive(made.release())
+    result = made.result("--run", "first", "--epsilon", 2)
+    (charge,) = made.charges()
+    assert charge["steps"] == 4 and charge["answered"] and charge["run"].startswith(f"home:{RUN}")
+    spent = result["privacy"]
+    assert 1.8 < spent["epsilon"] <= 2.0 and (spent["unit"], spent["delta"]) == ("record", 1e-4)
+    assert spent["noise"] == "secure"
+    card = (made.directory / "state" / "home" / "first" / "own" / "README.md").read_text()
+    assert f"protects each record in the institution's records: epsilon {spent['epsilon']:.4g}" in (
+        card.replace("\n", " ")
+    )
+    assert "delta 0.0001" in card and "must not leave" not in card
+    stated = {name: result[name]["accuracy"] for name in ("alone", "shared", "own")}
+    assert not any(f"{value:.4f}" in card for value in stated.values())
+
+
+def test_the_charge_is_on_the_disk_before_the_first_step_and_a_repeat_costs_nothing(
+    bank, monkeypatch
+):
+    made = bank()
+    made.receive(made.release())
+    charged = []
+
+    def killed(rounds):
+        charged.append(len(made.charges()))
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("client.institution.train_rounds", killed)
+        said = made.home("--run", "first", "--epsilon", 2, code=1).stderr
+    assert charged == [1] and "error: RuntimeError: killed" in said
+    assert not list((made.directory / "state" / "home").iterdir())
+    made.result("--run", "first", "--epsilon", 2)
+    made.result("--run", "first", "--epsilon", 2, "--out", made.directory / "again")
+    assert len(made.charges()) == 1
+    one, two = (
+        AdapterState.open(made.directory / place / "own") for place in ("state/home/first", "again")
+    )
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+
+
+def test_what_the_ledger_or_the_limits_do_not_allow_is_refused_before_a_charge(bank):
+    made = bank()
+    made.receive(made.release())
+    assert "epsilon-too-large" in made.refused("--run", "first", "--epsilon", 8.5)
+    made.set(max_run_epsilon=20.0)
+    assert "budget-exhausted" in made.refused("--run", "first", "--epsilon", 9.5)
+    made.set(test_source="")
+    said = made.refused("--run", "first", "--epsilon", 2)
+    assert "--epsilon needs a test-source" in said
+    assert made.charges() == []
+
+
+def test_a_run_without_dp_gives_no_model_with_a_promise(bank):
+    made = bank(**{"privacy.epsilon": NONE})
+    made.receive(made.release())
+    said = made.refused("--run", "first", "--epsilon", 2)
+    assert "run first had no DP" in said and made.charges() == []
+    assert made.result("--run", "first")["privacy"] is None
