@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.home_training import HomePlan, Trainee, mean_losses, train_at_home
+from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
 from fedlora.adapters import PARTS, AdapterState, Factors, kind
 from fedlora.config import HomeConfig
 from fedlora.lora_layers import ADAPTER, lora_layers
@@ -105,7 +105,8 @@ def models_at_home(
     """Train the models of institutions at home.
 
     Each institution holds back a fifth of its training records, trains both models on the rest,
-    and chooses by the loss on what it held back: the number of steps of each (a quarter, a half,
+    and chooses by the expected errors on what it held back: the number of steps of each (a
+    quarter, a half,
     or all of ``home.steps``), and the weight of the own adapter against the shared one. Then it
     trains both anew on all its training records.
 
@@ -128,9 +129,11 @@ def models_at_home(
     validation = {i: held for i, (_, held) in enumerate(splits) if held is not None}
     steps = tuple(sorted({max(1, settings.steps // part) for part in (4, 2, 1)}))
     fits = {i: splits[i][0] for i in validation}
-    tried = [trainer.train(model, fits, dict.fromkeys(fits, steps), "fit") for model in Model]
+    trials = dict.fromkeys(fits, steps)
+    alone_trials = trainer.train(Model.ALONE, fits, trials, "fit")
+    own_trials = trainer.train(Model.OWN, fits, trials, "fit")
     choices = [Choice(settings.steps, settings.steps, 1.0)] * len(homes)
-    for i, choice in trainer.choose(steps, *tried, validation).items():
+    for i, choice in trainer.choose(steps, alone_trials, own_trials, validation).items():
         choices[i] = choice
     whole = {i: home.shard for i, home in enumerate(homes)}
     alone, own = (
@@ -191,7 +194,7 @@ class _Trainer:
         own: Mapping[int, Sequence[AdapterState]],
         validation: Mapping[int, Shard],
     ) -> dict[int, Choice]:
-        """Choose steps and weight of each institution by the loss on its validation records.
+        """Choose steps and weight of each institution by its errors on validation records.
 
         Args:
             steps: Numbers of steps.
@@ -202,32 +205,35 @@ class _Trainer:
         numbers = list(validation)
         if not numbers:
             return {}
-        alone_losses, own_losses = (
+        alone_errors, own_errors = (
             np.array(
-                [self._losses([m[i][k] for i in numbers], validation) for k in range(len(steps))]
+                [self._errors([m[i][k] for i in numbers], validation) for k in range(len(steps))]
             )
             for m in (alone, own)
         )  # (steps, institutions)
-        alone_best, own_best = alone_losses.argmin(0), own_losses.argmin(0)
+        alone_best, own_best = alone_errors.argmin(0), own_errors.argmin(0)
         weights = np.ones(len(numbers))
         if self.settings.method != "fine-tune":
-            pairs = [(self.starts[i], own[i][k]) for i, k in zip(numbers, own_best, strict=True)]
-            losses = [
-                self._losses([mixed(*pair, weight) for pair in pairs], validation)
+            pairs = [
+                (self.starts[i], own[i][int(k)]) for i, k in zip(numbers, own_best, strict=True)
+            ]
+            errors = [
+                self._errors([mixed(*pair, weight) for pair in pairs], validation)
                 for weight in WEIGHTS[:-1]
             ]
-            weights = np.array(WEIGHTS)[np.argmin([*losses, own_losses.min(0)], 0)]
+            best = np.stack([*errors, own_errors.min(0)]).argmin(0)
+            weights = np.array(WEIGHTS)[best]
         return {
-            number: Choice(steps[alone_best[i]], steps[own_best[i]], float(weights[i]))
+            number: Choice(steps[int(alone_best[i])], steps[int(own_best[i])], float(weights[i]))
             for i, number in enumerate(numbers)
         }
 
-    def _losses(
+    def _errors(
         self, adapters: Sequence[AdapterState], records: Mapping[int, Shard]
     ) -> NDArray[np.float64]:
-        """The loss of each institution's adapter on its records; infinite if it is no number."""
-        losses = mean_losses(self.work, adapters, list(records.values()), self.physical_batch)
-        return np.nan_to_num(losses, nan=np.inf, posinf=np.inf)
+        """The expected errors of each institution's adapter; infinite if they are no number."""
+        errors = expected_errors(self.work, adapters, list(records.values()), self.physical_batch)
+        return np.nan_to_num(errors, nan=np.inf, posinf=np.inf)
 
 
 def beside(shared: AdapterState, work: Trainable) -> AdapterState:

@@ -91,10 +91,13 @@ def train_at_home(
     return [found[i] for i in range(len(trainees))]
 
 
-def mean_losses(
+def expected_errors(
     work: Trainable, adapters: Sequence[AdapterState], shards: Sequence[Shard], physical_batch: int
 ) -> list[float]:
-    """The mean loss of each adapter on records of its own, in nats.
+    """The expected share of wrong answers of each adapter on records of its own, in [0, 1].
+
+    It is the mean of 1 - e^-loss: one minus the probability of the right class. Unlike the mean
+    loss it is not ruled by the few records of which a model is sure and wrong.
 
     Args:
         work: The model; it has one of the adapters afterwards.
@@ -109,15 +112,19 @@ def mean_losses(
             values = _stacked(work, adapters)
             rows_of_all = concatenate(shards)
             for rows, losses, _ in _shared_passes(work, rows_of_all, owner, values, physical_batch):
-                sums.index_add_(0, torch.from_numpy(owner[rows]), losses.double())
+                sums.index_add_(0, torch.from_numpy(owner[rows]), _errors(losses))
         else:
             for i, (adapter, shard) in enumerate(zip(adapters, shards, strict=True)):
                 adapter.load_into(work.model)
                 rows = np.arange(len(shard))
                 passes = plain_passes(work, shard, rows, physical_batch, _no_dropout)
                 with contextlib.closing(passes):
-                    sums[i] = sum(float(losses.sum()) for losses in passes)
+                    sums[i] = sum(float(_errors(losses).sum()) for losses in passes)
     return [float(total) / len(shard) for total, shard in zip(sums, shards, strict=True)]
+
+
+def _errors(losses: torch.Tensor) -> torch.Tensor:
+    return -torch.expm1(-losses.double())
 
 
 def _no_dropout(row: int) -> RandomSource:

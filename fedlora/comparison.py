@@ -6,7 +6,7 @@ Three models of an institution are compared on its own held-out rows: alone, sha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,11 +59,12 @@ class Rows:
         """
         predicted: dict[str, NDArray[np.int64]] = {}
         for model in MODELS:
-            values = said.get(model)
+            values: Any = said.get(model)
             if not isinstance(values, list) or not all(
-                type(value) is int and 0 <= value < classes for value in values
+                type(value) is int and 0 <= value < classes for value in cast(list[Any], values)
             ):
                 raise ValueError(f"{model} is no list of classes")
+            values = cast(list[int], values)
             if len(values) != len(truth):
                 raise ValueError(f"{model} has {len(values)} of {len(truth)} rows")
             predicted[model] = np.array(values, dtype=np.int64)
@@ -141,8 +142,8 @@ def _selected(rows: Rows, which: NDArray[np.bool_]) -> Rows:
 
 
 def _quality(group: Sequence[Rows], model: str, labels: Sequence[str]) -> dict[str, float]:
-    truth = [labels[i] for rows in group for i in rows.truth]
-    said = [labels[i] for rows in group for i in rows.predicted[model]]
+    truth = [labels[int(i)] for rows in group for i in rows.truth]
+    said = [labels[int(i)] for rows in group for i in rows.predicted[model]]
     return {
         "accuracy": metrics.accuracy(truth, said),
         "macro_f1": metrics.macro_f1(truth, said),

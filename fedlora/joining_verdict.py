@@ -44,7 +44,8 @@ def verdict(joining: Mapping[str, Any]) -> str:
     gain, count = joining["gain"], len(joining["institutions"])
     return (
         f"{FINDINGS[outcome(joining)]}: own models are right on "
-        f"{100 * joining['own']['accuracy']:.1f} % of held-out rows, models trained alone on {100 * joining['alone']['accuracy']:.1f} % "
+        f"{100 * joining['own']['accuracy']:.1f} % of held-out rows, models trained alone "
+        f"on {100 * joining['alone']['accuracy']:.1f} % "
         f"({interval(gain)}); of {count} institutions {gain['gaining']} gain and "
         f"{gain['losing']} lose by more than their own interval."
     )

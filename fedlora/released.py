@@ -51,15 +51,14 @@ class ReleaseFiles:
         try:
             content: Any = json.loads((directory / FILE).read_text(encoding="utf-8"))
             made = cls(directory=directory, **content)
+            texts = (content["run"], content["base"], content["name"])
             if not (
-                isinstance(made.run, str)
+                all(type(text) is str for text in texts)
                 and made.run.isascii()
                 and made.run.isalnum()
-                and isinstance(made.base, str)
-                and isinstance(made.name, str)
                 and RUN_NAME.fullmatch(made.name)
                 and type(made.round) is int
-                and isinstance(made.config, dict)
+                and type(made.config) is dict
             ):
                 raise ValueError("a field has a wrong type")
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -84,9 +83,10 @@ class ReleaseFiles:
                 f"model.name {work.base.name} is not the base that run {self.name} was trained on "
                 "(weights differ); restore that base"
             )
-        found = AdapterState.open(self.directory)
+        adapter = AdapterState.open(self.directory)
         try:
-            adapter = found.as_residual(work.start) if residuals else found
+            if residuals:
+                adapter = adapter.as_residual(work.start)
             problem = adapter.validate_against(work.start, residual=residuals)
         except KeyError as error:
             problem = f"{error.args[0]} is missing"

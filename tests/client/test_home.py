@@ -73,7 +73,7 @@ def test_a_mixture_is_a_weighted_mean_of_all_but_the_residual():
 def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(banks, monkeypatch):
     institutions, order, _, _ = banks()
     trained, measured = [], []
-    train, measure = home.train_at_home, home.mean_losses
+    train, measure = home.train_at_home, home.expected_errors
 
     def spied_train(work, trainees, plan):
         trained.append([one.shard for one in trainees])
@@ -84,7 +84,7 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
         return measure(work, adapters, shards, physical_batch)
 
     monkeypatch.setattr(home, "train_at_home", spied_train)
-    monkeypatch.setattr(home, "mean_losses", spied_measure)
+    monkeypatch.setattr(home, "expected_errors", spied_measure)
     homes = homes_of(institutions, order)
 
     def held_out(*_):
@@ -128,7 +128,7 @@ def test_the_choice_is_the_one_with_the_least_loss(banks, method):
         return adapters
 
     def loss(adapter):
-        return home_training.mean_losses(work, [adapter], [validation], 64)[0]
+        return home_training.expected_errors(work, [adapter], [validation], 64)[0]
 
     alone = trial(work.start, "alone", config.home.head_learning_rate, 0.0)
     own = trial(one.shared, "own", 0.02, 0.1 if method == "ditto" else 0.0)
@@ -156,8 +156,8 @@ def test_an_institution_with_under_eight_validation_records_takes_the_trained_ad
     banks, records, chooses, monkeypatch
 ):
     institutions, order, work, config = banks()
-    calls, measure = [], home.mean_losses
-    monkeypatch.setattr(home, "mean_losses", lambda *a: calls.append(a) or measure(*a))
+    calls, measure = [], home.expected_errors
+    monkeypatch.setattr(home, "expected_errors", lambda *a: calls.append(a) or measure(*a))
     one = institutions[0].home(order)
     one = dataclasses.replace(one, shard=one.shard.select(range(records)))
     (found,) = models_at_home(work, [one], config.home, 64)
@@ -170,7 +170,7 @@ def test_an_institution_with_under_eight_validation_records_takes_the_trained_ad
 def test_a_trial_that_diverges_is_not_chosen(banks, monkeypatch):
     """A loss that is no number counts as infinite: numpy would take it for the least."""
     institutions, order, work, config = banks()
-    measure = home.mean_losses
+    measure = home.expected_errors
 
     def diverged(work, adapters, shards, physical_batch):
         losses = measure(work, adapters, shards, physical_batch)
@@ -178,7 +178,7 @@ def test_a_trial_that_diverges_is_not_chosen(banks, monkeypatch):
             v if same(a, order.adapter) else np.nan for a, v in zip(adapters, losses, strict=True)
         ]
 
-    monkeypatch.setattr(home, "mean_losses", diverged)
+    monkeypatch.setattr(home, "expected_errors", diverged)
     one = institutions[0].home(order)
     (found,) = models_at_home(work, [one], config.home, 64)
     assert found.choice.weight == 0.0

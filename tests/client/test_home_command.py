@@ -253,7 +253,7 @@ def test_the_command_trains_compares_and_writes_own_and_sends_and_charges_nothin
     base = AutoModelForSequenceClassification.from_pretrained(
         made.config.model.name, num_labels=3, trust_remote_code=False
     )
-    PeftModel.from_pretrained(base, str(out / "own"))
+    PeftModel.from_pretrained(base, str(out / "own"), trust_remote_code=False)
     left = {path.name for path in (made.directory / "state").iterdir()}
     assert left == {"released", "home"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from client import home_training
-from client.home_training import HomePlan, Trainee, _TailMeans, mean_losses, train_at_home
+from client.home_training import HomePlan, Trainee, _TailMeans, expected_errors, train_at_home
 from client.training import shuffled
 from fedlora import trainable
 from fedlora.adapters import PARTS, AdapterState, kind, parameters, residual_names
@@ -110,7 +110,7 @@ def test_institutions_that_share_passes_get_the_adapters_that_each_gets_alone(
 def test_no_institutions_are_trained_to_no_adapters(bank):
     work = bank().work
     assert train_at_home(work, [], PLAN) == []
-    assert mean_losses(work, [], [], 8) == []
+    assert expected_errors(work, [], [], 8) == []
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -186,7 +186,7 @@ def test_an_institution_with_few_records_or_one_class_trains(bank, shared, monke
     same = shard.select(np.flatnonzero(shard.targets == shard.targets[0]))
     for records in (shard.select([3]), shard.select(range(5)), same):
         ((after,),) = train_at_home(made.work, [trainee(records, made.starts[0], (10,))], PLAN)
-        before_loss, after_loss = mean_losses(
+        before_loss, after_loss = expected_errors(
             made.work, [made.starts[0], after], [records, records], 8
         )
         assert after_loss < before_loss
@@ -211,8 +211,10 @@ def test_models_that_cannot_share_passes_train_one_institution_after_the_other(
     monkeypatch.setattr(home_training, "_shared_passes", never)
     trained = train_at_home(work, cohort(made, [(12,)] * 4), PLAN)
     ends = [adapters[0] for adapters in trained]
-    before = mean_losses(work, made.starts, made.shards, 8)
-    assert all(b > a for b, a in zip(before, mean_losses(work, ends, made.shards, 8), strict=True))
+    before = expected_errors(work, made.starts, made.shards, 8)
+    assert all(
+        b > a for b, a in zip(before, expected_errors(work, ends, made.shards, 8), strict=True)
+    )
 
 
 @pytest.mark.slow
@@ -223,15 +225,15 @@ def test_quantised_bases_train_and_give_what_each_institution_gets_alone(
     made = bank(**{"model.quantization": quantization, "model.dtype": "bf16"})
     trainees = cohort(made, [(6,)] * 4)
     together = [adapters[0] for adapters in train_at_home(made.work, trainees, PLAN)]
-    before = mean_losses(made.work, made.starts, made.shards, 8)
-    after = mean_losses(made.work, together, made.shards, 8)
+    before = expected_errors(made.work, made.starts, made.shards, 8)
+    after = expected_errors(made.work, together, made.shards, 8)
     assert all(b > a for b, a in zip(before, after, strict=True))
     monkeypatch.setattr(home_training, "_can_share", lambda *_: False)
     for (alone,), found, shard in zip(
         train_at_home(made.work, trainees, PLAN), together, made.shards, strict=True
     ):
         # activations are bf16, which rounds to 0.4 %
-        (a,), (b,) = (mean_losses(made.work, [s], [shard], 8) for s in (alone, found))
+        (a,), (b,) = (expected_errors(made.work, [s], [shard], 8) for s in (alone, found))
         assert a == pytest.approx(b, rel=0.02)
 
 
@@ -255,7 +257,7 @@ def test_residuals_are_computed_with_and_left_as_they_are(bank, alike):
     ]
     trainees = cohort(made, [(4,)] * 4)
     together = train_at_home(made.work, trainees, PLAN)
-    losses = mean_losses(made.work, [found for (found,) in together], made.shards, 8)
+    losses = expected_errors(made.work, [found for (found,) in together], made.shards, 8)
     for one, (found,), loss in zip(trainees, together, losses, strict=True):
         ((alone,),) = train_at_home(made.work, [one], PLAN)
         assert_near(found, alone, steps=4)
@@ -263,7 +265,7 @@ def test_residuals_are_computed_with_and_left_as_they_are(bank, alike):
         assert residual
         assert all(torch.equal(found[n], one.start[n]) for n in residual)
         bare = AdapterState({n: t for n, t in found.items() if n not in residual})
-        ((without,),) = ([mean_losses(made.work, [bare], [one.shard], 8)],)
+        ((without,),) = ([expected_errors(made.work, [bare], [one.shard], 8)],)
         assert abs(without - loss) > 1e-3  # the residual counts
 
 
@@ -282,14 +284,14 @@ def test_a_model_that_had_a_residual_trains_an_adapter_without_one_as_a_fresh_mo
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_mean_losses_are_the_cross_entropies_of_each_adapter_on_its_records(
+def test_expected_errors_are_the_cross_entropies_of_each_adapter_on_its_records(
     bank, shared, monkeypatch
 ):
     made = bank()
     if not shared:
         monkeypatch.setattr(home_training, "_can_share", lambda *_: False)
     shards = [shard.select(range(7 + i)) for i, shard in enumerate(made.shards)]
-    found = mean_losses(made.work, made.starts, shards, 8)
+    found = expected_errors(made.work, made.starts, shards, 8)
     for loss, start, shard in zip(found, made.starts, shards, strict=True):
         start.load_into(made.work.model)
         batch = made.work.task.collate(shard, range(len(shard)))
