@@ -10,7 +10,7 @@ adapter of its own institution.
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,16 +110,17 @@ def expected_errors(
         if _can_share(work, adapters):
             owner = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])
             values = _stacked(work, adapters)
-            rows_of_all = concatenate(shards)
-            for rows, losses, _ in _shared_passes(work, rows_of_all, owner, values, physical_batch):
-                sums.index_add_(0, torch.from_numpy(owner[rows]), _errors(losses))
+            passes = _shared_passes(work, concatenate(shards), owner, values, physical_batch)
+            with contextlib.closing(passes):
+                for rows, losses, _ in passes:
+                    sums.index_add_(0, torch.from_numpy(owner[rows]), _errors(losses))
         else:
             for i, (adapter, shard) in enumerate(zip(adapters, shards, strict=True)):
                 adapter.load_into(work.model)
                 rows = np.arange(len(shard))
-                passes = plain_passes(work, shard, rows, physical_batch, _no_dropout)
-                with contextlib.closing(passes):
-                    sums[i] = sum(float(_errors(losses).sum()) for losses in passes)
+                plain = plain_passes(work, shard, rows, physical_batch, _no_dropout)
+                with contextlib.closing(plain):
+                    sums[i] = sum(float(_errors(losses).sum()) for losses in plain)
     return [float(total) / len(shard) for total, shard in zip(sums, shards, strict=True)]
 
 
@@ -246,16 +247,16 @@ def _train_together(
             ]
             sizes = [len(part) for part in parts]
             owner = np.repeat(np.arange(active), sizes)
-            for rows, losses, owners in _shared_passes(
-                work, concatenate(parts), owner, stacked, plan.physical_batch
-            ):
-                share = torch.tensor([1 / sizes[i] for i in owner[rows]], dtype=losses.dtype)
-                (losses * share).sum().backward()
-                work.per_sample.collect()
-                for name, parameter in _trained(work).items():
-                    gradient = stacked[name].grad
-                    assert gradient is not None
-                    gradient[owners].add_(pop_grad_sample(name, parameter))
+            passes = _shared_passes(work, concatenate(parts), owner, stacked, plan.physical_batch)
+            with contextlib.closing(passes):
+                for rows, losses, owners in passes:
+                    share = torch.tensor([1 / sizes[i] for i in owner[rows]], dtype=losses.dtype)
+                    (losses * share).sum().backward()
+                    work.per_sample.collect()
+                    for name, parameter in _trained(work).items():
+                        gradient = stacked[name].grad
+                        assert gradient is not None
+                        gradient[owners].add_(pop_grad_sample(name, parameter))
             for name, values in stacked.items():
                 if plan.proximal and values.grad is not None:
                     values.grad.add_(values.detach() - origin[name], alpha=plan.proximal)
@@ -287,7 +288,7 @@ def _shared_passes(
     owner: np.ndarray,
     values: Mapping[str, torch.Tensor],
     physical_batch: int,
-) -> Iterator[tuple[np.ndarray, torch.Tensor, slice]]:
+) -> Generator[tuple[np.ndarray, torch.Tensor, slice]]:
     """Packed passes over rows of several adapters, each row with its own adapter's values.
 
     Args:

@@ -30,8 +30,8 @@ class LowRankUpdate(torch.autograd.Function):
         b: float32 ``(d_out, r)``, or ``(units, d_out, r)``. Either may be frozen.
         scaling: s.
         unit: The unit of each example ``(n,)`` int64; None when example i is unit i.
-        own: Whether units have values of their own; else all have the first unit's. In a packed
-            row the examples of a unit must then follow each other.
+        own: Whether units have values of their own; else all have the first unit's. Units whose
+            examples are sorted by unit in a packed row are then computed unit by unit.
         row: The packing if ``x`` is one packed row, ``(1, T, d_in)``.
         apart: Round the update to the base's dtype before it is added, as PEFT does on quantised
             bases; on others the sum is rounded once, as PEFT does there.
@@ -53,8 +53,10 @@ class LowRankUpdate(torch.autograd.Function):
     ) -> torch.Tensor:
         """The sum, ``(n, ..., d_out)``."""
         of: Examples = row or len(x)
-        if own and unit is not None and row is not None:
-            of, unit = row.spans(unit), None
+        units = max(len(factor) if factor.dim() == 3 else 0 for factor in (a, b))
+        if own and units and unit is not None and row is not None:
+            spans = row.spans(unit, units)
+            of, unit = (of, unit) if spans is None else (spans, None)
         b_t = _values(b, 1, unit, own).mT
         u = _product(x.reshape(-1, x.shape[-1]).float(), _values(a, 0, unit, own).mT, of)
         u *= scaling

@@ -99,7 +99,7 @@ class Packing:
         if (order[:-1] > order[1:]).any():
             self._order = torch.from_numpy(order).to(device)
             self._number = torch.from_numpy(np.argsort(order)).to(device)
-        self._spans: tuple[torch.Tensor, Spans] | None = None
+        self._spans: tuple[torch.Tensor, Spans | None] | None = None
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """``(T, f)`` to the padded places ``(P, f)``; padding holds its example's first token.
@@ -182,22 +182,19 @@ class Packing:
             torch.bmm(a.mT, b, out=found[examples])
         return self._numbered(found)
 
-    def spans(self, unit: torch.Tensor) -> "Spans":
-        """The places of units whose examples follow each other.
+    def spans(self, unit: torch.Tensor, units: int) -> "Spans | None":
+        """The places of units; None where a unit's examples do not follow each other.
 
         Args:
-            unit: The unit of each example ``(n,)`` int64: it starts at 0 and ascends by 0 or 1.
-
-        Raises:
-            ValueError: For other units.
+            unit: The unit of each example ``(n,)`` int64; the examples must be sorted by it.
+            units: The number of units; some may have no example.
         """
         if self._spans is None or self._spans[0] is not unit:
-            steps = np.diff(unit.numpy(force=True))
-            if int(unit[0]) != 0 or not np.isin(steps, (0, 1)).all():
-                raise ValueError("the examples of a unit do not follow each other")
-            ends = np.cumsum(self.lengths)
-            bounds = [0, *ends[np.flatnonzero(steps)].tolist(), self.used]
-            self._spans = unit, Spans(bounds, self.total)
+            of_example = unit.numpy(force=True)
+            ends = np.concatenate([[0], np.cumsum(self.lengths)])
+            bounds = ends[np.searchsorted(of_example, np.arange(units + 1))].tolist()
+            ascends = bool((of_example[:-1] <= of_example[1:]).all())
+            self._spans = unit, Spans(bounds, self.total) if ascends else None
         return self._spans[1]
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:

@@ -103,8 +103,8 @@ class PerSampleAdapters:
             unit_of_example: Unit of each example, int64 ``(b,)`` in [0, n_units); None when example
                 i is unit i.
             values: The value of each trained parameter for each unit, float32 ``(n_units,
-                *shape)``, so that products are computed example by example, or in a packed row
-                with ``unit_of_example`` unit by unit; None: the model's values.
+                *shape)``, so that products are computed example by example, or unit by unit in a
+                packed row that is sorted by ``unit_of_example``; None: the model's values.
 
         Raises:
             ValueError: For values under DoRA, whose norms are those of one A and B.

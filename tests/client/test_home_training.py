@@ -265,7 +265,7 @@ def test_residuals_are_computed_with_and_left_as_they_are(bank, alike):
         assert residual
         assert all(torch.equal(found[n], one.start[n]) for n in residual)
         bare = AdapterState({n: t for n, t in found.items() if n not in residual})
-        ((without,),) = ([expected_errors(made.work, [bare], [one.shard], 8)],)
+        (without,) = expected_errors(made.work, [bare], [one.shard], 8)
         assert abs(without - loss) > 1e-3  # the residual counts
 
 

@@ -214,7 +214,8 @@ def test_examples_in_any_order_of_widths_get_what_sorted_ones_get():
 def test_products_of_units_are_those_of_their_tokens():
     lengths = np.array([3, 8, 9, 1])
     row = packing.Packing(lengths, np.array([8, 8, 16, 8]), total=25, slots=4, device="cpu")
-    spans = row.spans(torch.tensor([0, 1, 1, 2]))
+    spans = row.spans(torch.tensor([0, 1, 1, 2]), 3)
+    assert spans is not None
     generator = torch.Generator().manual_seed(1)
     x, y, plus = (torch.randn(25, n, generator=generator) for n in (5, 3, 4))
     x[21:] = torch.nan  # filler
@@ -231,10 +232,19 @@ def test_products_of_units_are_those_of_their_tokens():
     torch.testing.assert_close(spans.outer(x, y), outers)
 
 
-@pytest.mark.parametrize("unit", [[0, 1, 0, 1], [1, 1, 2, 2], [0, 2, 2, 3], [1, 0, 0, 0]])
-def test_units_whose_examples_are_scattered_are_refused(unit):
+@pytest.mark.parametrize(
+    ("unit", "sorted_"),
+    [([0, 1, 0, 1], False), ([1, 0, 0, 0], False), ([1, 1, 3, 3], True), ([0, 0, 0, 0], True)],
+)
+def test_units_have_places_if_examples_are_sorted_by_unit(unit, sorted_):
     row = packing.Packing(
         np.array([3, 8, 9, 1]), np.array([8, 8, 16, 8]), total=25, slots=4, device="cpu"
     )
-    with pytest.raises(ValueError, match="follow each other"):
-        row.spans(torch.tensor(unit))
+    spans = row.spans(torch.tensor(unit), 5)
+    assert (spans is not None) == sorted_
+    if spans is not None:  # a unit without examples has sums of zero
+        x = torch.ones(25, 1)
+        counts = [
+            sum(n for n, u in zip([3, 8, 9, 1], unit, strict=True) if u == k) for k in range(5)
+        ]
+        assert spans.outer(x, x).flatten().tolist() == counts

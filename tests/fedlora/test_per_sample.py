@@ -281,9 +281,15 @@ def test_gradients_of_a_unit_are_the_sums_over_its_examples(directories, family,
 def test_units_with_values_of_their_own_get_the_gradients_there(
     directories, family, quantization, only_b, packed
 ):
-    unit = torch.tensor([2, 0, 2, 1, 0])
-    peft = build(directories / family, quantization=quantization)
-    model, per_sample = with_adapters(directories / family, quantization=quantization)
+    for unit in ([2, 0, 2, 1, 0], [0, 0, 1, 2, 2]):  # the second is computed unit by unit
+        _check_values_of_units(
+            directories / family, quantization, only_b, packed, torch.tensor(unit)
+        )
+
+
+def _check_values_of_units(directory, quantization, only_b, packed, unit):
+    peft = build(directory, quantization=quantization)
+    model, per_sample = with_adapters(directory, quantization=quantization)
     if only_b:
         for name, p in (*peft.named_parameters(), *model.named_parameters()):
             p.requires_grad_(p.requires_grad and "lora_A" not in name)
