@@ -82,7 +82,12 @@ def train_at_home(
 
     Returns:
         For each trainee an adapter for each entry of its ``steps``.
+
+    Raises:
+        ValueError: If a trainee has no records.
     """
+    if not all(len(trainee.shard) for trainee in trainees):
+        raise ValueError("training at home needs at least one record")
     if not _can_share(work, [trainee.start for trainee in trainees]):
         return [_train_one(work, trainee, plan) for trainee in trainees]
     order = sorted(range(len(trainees)), key=lambda i: -trainees[i].steps[-1])

