@@ -362,7 +362,8 @@ def test_a_run_that_the_settings_forbid_is_refused(bank):
 
 
 def test_a_strategy_with_residuals_gives_models_too(bank):
-    made = bank(**{"federation.strategy": "exact"})
+    whole = {"federation.server-optimizer": "none", "federation.server-learning-rate": 1.0}
+    made = bank(**{"federation.strategy": "exact", **whole})
     work = made.work()
     layers = work.start.layers()
     torch.manual_seed(1)
