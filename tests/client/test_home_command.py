@@ -327,7 +327,7 @@ def test_an_unknown_run_is_one_error_that_lists_the_known_runs(bank):
     [
         (("--steps", "0"), "--steps is 0; it must be at least 1"),
         (("--method", "best"), "home.method is 'best'; it must be one of"),
-        (("--method", "none"), "it must be fine-tune, interpolate or ditto"),
+        (("--method", "none"), "--method is none, which trains no model"),
         (("--epsilon", "0"), "--epsilon is 0; it must be a finite number above 0"),
         (("--epsilon", "inf"), "--epsilon is inf; it must be"),
         (("--adapter", "none"), "release.json cannot be read"),
