@@ -197,7 +197,7 @@ def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
     if not own.test_source:
         values["data.test-fraction"] = SPLIT
     if values["home.method"] == "none":
-        raise InputError("--method is none; it must be fine-tune, interpolate or ditto")
+        raise InputError("--method is none, which trains no model; name another, or leave it out")
     if config.model.task != "classification":
         raise InputError(
             f"run {found.name} has the task {config.model.task}; models at home are compared for "

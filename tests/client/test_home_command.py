@@ -327,7 +327,7 @@ def test_an_unknown_run_is_one_error_that_lists_the_known_runs(bank):
     [
         (("--steps", "0"), "--steps is 0; it must be at least 1"),
         (("--method", "best"), "home.method is 'best'; it must be one of"),
-        (("--method", "none"), "it must be fine-tune, interpolate or ditto"),
+        (("--method", "none"), "--method is none, which trains no model"),
         (("--epsilon", "0"), "--epsilon is 0; it must be a finite number above 0"),
         (("--epsilon", "inf"), "--epsilon is inf; it must be"),
         (("--adapter", "none"), "release.json cannot be read"),
@@ -362,13 +362,8 @@ def test_a_run_that_the_settings_forbid_is_refused(bank):
 
 
 def test_a_strategy_with_residuals_gives_models_too(bank):
-    made = bank(
-        **{
-            "federation.strategy": "exact",
-            "federation.server-optimizer": "none",
-            "federation.server-learning-rate": 1.0,
-        }
-    )
+    whole = {"federation.server-optimizer": "none", "federation.server-learning-rate": 1.0}
+    made = bank(**{"federation.strategy": "exact", **whole})
     work = made.work()
     layers = work.start.layers()
     torch.manual_seed(1)

@@ -155,7 +155,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (followed, "privacy.size-noise", 0.01, 1e6),  # not used by this weighting
         (bad, "privacy.size-noise", 5e-324, 9e-3, 1.1e6),
         (followed, "home.method", "none", "fine-tune", "interpolate", "ditto"),
-        (bad, "home.method", "dual", ""),
+        (bad, "home.method", "another", ""),
         (followed, "home.steps", 1, MAX_INTEGER),
         (bad, "home.steps", 0),
         (followed, "home.batch-size", 1, MAX_INTEGER),
