@@ -202,8 +202,8 @@ def _selected(rows: _Rows, which: NDArray[np.bool_]) -> _Rows:
 
 
 def _quality(group: Sequence[_Rows], model: str, labels: Sequence[str]) -> dict[str, float]:
-    truth = [labels[i] for rows in group for i in rows.truth]
-    said = [labels[i] for rows in group for i in rows.predicted[model]]
+    truth = [labels[i] for rows in group for i in rows.truth.tolist()]
+    said = [labels[i] for rows in group for i in rows.predicted[model].tolist()]
     return {
         "accuracy": metrics.accuracy(truth, said),
         "macro_f1": metrics.macro_f1(truth, said),
