@@ -202,8 +202,9 @@ def _selected(rows: _Rows, which: NDArray[np.bool_]) -> _Rows:
 
 
 def _quality(group: Sequence[_Rows], model: str, labels: Sequence[str]) -> dict[str, float]:
-    truth = [labels[i] for rows in group for i in rows.truth.tolist()]
-    said = [labels[i] for rows in group for i in rows.predicted[model].tolist()]
+    true_classes: list[int] = np.concatenate([rows.truth for rows in group]).tolist()
+    said_classes: list[int] = np.concatenate([rows.predicted[model] for rows in group]).tolist()
+    truth, said = [labels[i] for i in true_classes], [labels[i] for i in said_classes]
     return {
         "accuracy": metrics.accuracy(truth, said),
         "macro_f1": metrics.macro_f1(truth, said),
