@@ -264,7 +264,7 @@ def test_residuals_are_computed_with_and_left_as_they_are(bank, alike):
         assert all(torch.equal(found[n], one.start[n]) for n in residual)
         bare = AdapterState({n: t for n, t in found.items() if n not in residual})
         (without,) = mean_losses(made.work, [bare], [one.shard], 8)
-        assert abs(without - loss) > 1e-3  # the residual counts
+        assert abs(without - loss) > 1e-4  # the residual counts: rounding is about 1e-7
 
 
 def test_a_model_that_had_a_residual_trains_an_adapter_without_one_as_a_fresh_model_does(bank):
