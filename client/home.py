@@ -9,6 +9,7 @@ but the figures at the end.
 """
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -200,24 +201,21 @@ class _Trainer:
         if not numbers:
             return {}
         alone_losses, own_losses = (
-            np.array(
-                [self._losses([m[i][k] for i in numbers], validation) for k in range(len(steps))]
-            )
+            [self._losses([m[i][k] for i in numbers], validation) for k in range(len(steps))]
             for m in (alone, own)
-        )  # (steps, institutions)
-        alone_best, own_best = alone_losses.argmin(0), own_losses.argmin(0)
-        weights = np.ones(len(numbers))
+        )
+        alone_best, own_best, weights = _least(alone_losses), _least(own_losses), [1.0] * len(own)
         if self.settings.method != "fine-tune":
-            pairs = [
-                (self.homes[i].shared, own[i][k]) for i, k in zip(numbers, own_best, strict=True)
-            ]
+            trained = [own[i][k] for i, k in zip(numbers, own_best, strict=True)]
+            pairs = [(self.homes[i].shared, t) for i, t in zip(numbers, trained, strict=True)]
             losses = [
-                self._losses([mixed(*pair, weight) for pair in pairs], validation)
+                self._losses([mixed(shared, t, weight) for shared, t in pairs], validation)
                 for weight in WEIGHTS[:-1]
             ]
-            weights = np.array(WEIGHTS)[np.argmin([*losses, own_losses.min(0)], 0)]
+            best = _least([*losses, np.min(np.stack(own_losses), axis=0)])
+            weights = [WEIGHTS[k] for k in best]
         return {
-            number: Choice(steps[alone_best[i]], steps[own_best[i]], float(weights[i]))
+            number: Choice(steps[alone_best[i]], steps[own_best[i]], weights[i])
             for i, number in enumerate(numbers)
         }
 
@@ -226,7 +224,12 @@ class _Trainer:
     ) -> NDArray[np.float64]:
         """The loss of each institution's adapter on its records; infinite if it is no number."""
         losses = mean_losses(self.work, adapters, list(records.values()), self.physical_batch)
-        return np.nan_to_num(losses, nan=np.inf, posinf=np.inf)
+        return np.array([loss if math.isfinite(loss) else math.inf for loss in losses])
+
+
+def _least(losses: Sequence[NDArray[np.float64]]) -> list[int]:
+    """For each institution the number of the array that has its least loss."""
+    return [int(k) for k in np.stack(losses).argmin(axis=0)]
 
 
 def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> AdapterState:
