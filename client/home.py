@@ -129,7 +129,8 @@ def models_at_home(
     fits = {i: splits[i][0] for i in validation}
     tried = [trainer.train(model, fits, dict.fromkeys(fits, steps), "fit") for model in Model]
     choices = [Choice(settings.steps, settings.steps, 1.0)] * len(homes)
-    for i, choice in trainer.choose(steps, *tried, validation).items():
+    alone, own = tried
+    for i, choice in trainer.choose(steps, alone, own, validation).items():
         choices[i] = choice
     whole = {i: home.shard for i, home in enumerate(homes)}
     alone, own = (
