@@ -408,8 +408,8 @@ class HomeConfig(Section):
         "no model at home",
         choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
     )
-    steps: int = key(40, "steps at home, at most; validation records choose how many", at_least=1)
-    batch_size: int = key(16, "records of a step at home", at_least=1)
+    steps: int = key(60, "steps at home, at most; validation records choose how many", at_least=1)
+    batch_size: int = key(32, "records of a step at home", at_least=1)
     learning_rate: float = key(0.002, "Adam's learning rate at home", at_least=1e-7, at_most=1e4)
     head_learning_rate: float = key(
         0.05, "Adam's learning rate of a head that starts at zero", at_least=1e-7, at_most=1e4
