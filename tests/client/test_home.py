@@ -109,7 +109,7 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
 
 
 @pytest.mark.parametrize("method", ["fine-tune", "interpolate", "ditto"])
-def test_the_choice_is_the_one_with_the_least_loss(banks, method):
+def test_the_choice_is_the_one_with_the_fewest_expected_errors(banks, method):
     """By hand, from the trial's own adapters."""
     institutions, order, work, config = banks(**{"home.method": method})
     one = institutions[0].home(institutions[0].released(order))
@@ -119,7 +119,7 @@ def test_the_choice_is_the_one_with_the_least_loss(banks, method):
 
     def trial(start, name, rate, proximal):
         plan = home_training.HomePlan(
-            batch_size=16,
+            batch_size=config.home.batch_size,
             physical_batch=64,
             learning_rate=0.02,
             head_learning_rate=rate,
@@ -130,16 +130,16 @@ def test_the_choice_is_the_one_with_the_least_loss(banks, method):
         (adapters,) = home_training.train_at_home(work, [trainee], plan)
         return adapters
 
-    def loss(adapter):
+    def error(adapter):
         return home_training.expected_errors(work, [adapter], [validation], 64)[0]
 
     alone = trial(work.start, "alone", config.home.head_learning_rate, 0.0)
     own = trial(one.shared, "own", 0.02, 0.1 if method == "ditto" else 0.0)
-    best = min(range(3), key=lambda k: loss(own[k]))
+    best = min(range(3), key=lambda k: error(own[k]))
     weight = 1.0
     if method != "fine-tune":
-        weight = min(WEIGHTS, key=lambda w: loss(mixed(one.shared, own[best], w)))
-    alone_best = min(range(3), key=lambda k: loss(alone[k]))
+        weight = min(WEIGHTS, key=lambda w: error(mixed(one.shared, own[best], w)))
+    alone_best = min(range(3), key=lambda k: error(alone[k]))
     assert found.choice == Choice((2, 4, 8)[alone_best], (2, 4, 8)[best], weight)
 
 
@@ -170,7 +170,7 @@ def test_an_institution_with_under_eight_validation_records_takes_the_trained_ad
 
 
 def test_a_trial_that_diverges_is_not_chosen(banks, monkeypatch):
-    """A loss that is no number counts as infinite: numpy would take it for the least."""
+    """An error that is no number counts as infinite: numpy would take it for the least."""
     institutions, order, work, config = banks()
     measure = home.expected_errors
 
@@ -293,3 +293,25 @@ def test_the_source_of_an_institution_is_its_own(banks):
         for one in homes_of(institutions, order)
     }
     assert len(draws) == 4
+
+
+def test_a_second_adapter_stands_beside_the_frozen_shared_one(banks):
+    """The shared product is a residual, and counts as before until the second adapter is trained."""
+    institutions, order, work, config = banks(**{"home.method": "dual", "adapter.alpha": 6.0})
+    one = institutions[0].home(institutions[0].released(order))
+    start = home.beside(one.shared, work)
+    scale = 6.0 / config.adapter.rank
+    for path, layer in start.layers().items():
+        shared = one.shared.factors(path)
+        assert not layer.b.any()
+        residual_a, residual_b = layer.residual
+        assert torch.allclose(residual_b @ residual_a, scale * shared.b @ shared.a, atol=1e-6)
+    (before, after) = (
+        home_training.expected_errors(work, [adapter], [one.shard], 64)[0]
+        for adapter in (one.shared, start)
+    )
+    assert after == pytest.approx(before, rel=1e-4)
+    (found,) = models_at_home(work, [one], config.home, 64)
+    assert same(found.own.only(("residual",)), start.only(("residual",)))
+    if found.choice.weight:
+        assert any(layer.b.any() for layer in found.own.layers().values())
