@@ -296,7 +296,7 @@ def test_the_source_of_an_institution_is_its_own(banks):
 
 
 def test_a_second_adapter_stands_beside_the_frozen_shared_one(banks):
-    """The shared product is a residual, and counts as before until the second adapter is trained."""
+    """The shared product is a residual, and counts as before until the second one is trained."""
     institutions, order, work, config = banks(**{"home.method": "dual", "adapter.alpha": 6.0})
     one = institutions[0].home(institutions[0].released(order))
     start = home.beside(one.shared, work)
