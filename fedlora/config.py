@@ -536,7 +536,13 @@ class RunConfig(Section):
 
     def public(self) -> dict[str, Scalar]:
         """`shared` without paths and machines of the server, for a released adapter."""
-        own = ("run-dir", "data.test-source", "privacy.ledger", EngineConfig.prefix)
+        own = (
+            "run-dir",
+            "adapter.start",
+            "data.test-source",
+            "privacy.ledger",
+            EngineConfig.prefix,
+        )
         return {k: v for k, v in self.shared().items() if not k.startswith(own)}
 
     def to_toml(self) -> str:
