@@ -47,6 +47,7 @@ def values(tiny_encoder, few_complaints) -> dict[str, Any]:
         "federation.server-learning-rate": 0.01,
         "federation.server-head-learning-rate": 0.0,
         "federation.average-last": 0.0,
+        "home.method": "none",
         "federation.evaluate-every": 0,
         "privacy.epsilon": 3.0,
         "privacy.delta": 1e-5,
