@@ -8,7 +8,7 @@ from typing import TypeVar
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import cohort, server_keys, settings
+from client import cohort, config_policy, settings
 from client.institution import Institution
 from fedlora import wire
 from fedlora.config import check_threads, from_context
@@ -143,7 +143,7 @@ def _institution(context: Context) -> Institution:
             'settings="/path/to/institution.toml"',
         )
     own = settings.load(path)
-    return Institution.deployed(own, server_keys.apply(own, context.run_config))
+    return Institution.deployed(own, config_policy.apply(own, context.run_config))
 
 
 def _refusal(error: Exception, institution: Institution | None) -> RecordDict:

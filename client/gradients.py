@@ -20,7 +20,7 @@ from fedlora.trainable import Trainable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class SampledUnits:
     """The units that all participants sampled in one step.
 
     Args:
@@ -47,7 +47,7 @@ class Batch:
 
 
 def packed_gradients(
-    trainable: Trainable, named: dict[str, torch.nn.Parameter], batch: Batch
+    trainable: Trainable, named: dict[str, torch.nn.Parameter], batch: SampledUnits
 ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
     """Each unit's summed gradient, from packed rows of one size.
 
@@ -92,7 +92,7 @@ def packed_gradients(
 
 
 def padded_gradients(
-    trainable: Trainable, named: dict[str, torch.nn.Parameter], batch: Batch
+    trainable: Trainable, named: dict[str, torch.nn.Parameter], batch: SampledUnits
 ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
     """Each unit's summed gradient, from padded passes.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from client import server_keys
+from client import config_policy
 from client.home import OWN_CARD, Choice, HomeModels
 from client.institution import Institution
 from client.releases import Releases
@@ -188,7 +188,7 @@ def _release(own: Settings, choices: Choices) -> ReleaseFiles:
 
 def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
     """The run's configuration as the institution followed it, with its own choices for home."""
-    config = server_keys.apply(own, found.config)
+    config = config_policy.apply(own, found.config)
     wish = HomeConfig.method if config.home.method == "none" else config.home.method
     values: dict[str, Any] = {
         "home.method": choices.method or wish,

@@ -16,12 +16,12 @@ from typing import Self
 
 import fedlora
 from client import checks, private_training, training
+from client.config_policy import server_values
 from client.home import OWN_CARD, Home, HomeModels, models_at_home
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from client.private_round import PrivateRound, train_rounds
 from client.releases import Releases
-from client.server_keys import server_values
 from client.settings import Settings
 from client.training import LocalPlan
 from fedlora import accounting, trainable

@@ -239,7 +239,7 @@ class Ledger:
                 raise ValueError(f"round {round_number} of run {run_id} was never charged")
             ledger_file.store_answer(db, run_id, round_number, order_digest, answer)
 
-    def released_size(self, run_id: str, noised: float) -> float:
+    def noised_size_of_run(self, run_id: str, noised: float) -> float:
         """Store a run's noised size; later calls change nothing.
 
         Args:

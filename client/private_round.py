@@ -111,7 +111,7 @@ class PrivateRound:
         if weighting == "noised-size":
             draw = float(RandomSource(self.key).child("size").normal(1)[0])
             noised = max(1.0, self.shard.num_units + self.plan.size_noise * draw)
-            return self.ledger.released_size(self.order.run, noised)
+            return self.ledger.noised_size_of_run(self.order.run, noised)
         return 0.0
 
     def _spent(self) -> PrivacySpent:

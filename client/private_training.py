@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from client.gradients import Batch, packed_gradients, padded_gradients
+from client.gradients import SampledUnits, packed_gradients, padded_gradients
 from client.training import OPTIMIZERS, LocalPlan, proximal_term, training_steps
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
@@ -141,7 +141,9 @@ class _Member:
                 p.copy_(value)
 
 
-def _draw(trainable: Trainable, members: Sequence[_Member], plan: LocalPlan, step: int) -> Batch:
+def _draw(
+    trainable: Trainable, members: Sequence[_Member], plan: LocalPlan, step: int
+) -> SampledUnits:
     """Sample each participant's units of a step."""
     units: list[np.ndarray] = []
     owner: list[int] = []
@@ -164,7 +166,7 @@ def _draw(trainable: Trainable, members: Sequence[_Member], plan: LocalPlan, ste
         values = [
             torch.stack(each) for each in zip(*(member.values for member in members), strict=True)
         ]
-    return Batch(
+    return SampledUnits(
         shard=concatenate(parts),
         units=units,
         owner=owner,
@@ -178,7 +180,7 @@ def _clipped_sums(
     trainable: Trainable,
     named: dict[str, torch.nn.Parameter],
     members: Sequence[_Member],
-    batch: Batch,
+    batch: SampledUnits,
 ) -> list[torch.Tensor]:
     """Sums of each participant's clipped gradients, float64 ``(members, *shape)`` a parameter.
 

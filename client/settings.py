@@ -1,7 +1,7 @@
 """An institution's own settings: a TOML file on its own disk that no server can reach.
 
 The settings name a deployed institution's records and ledger, its machine and its limits. The rules
-for each key of a server's configuration are in `client.server_keys`.
+for each key of a server's configuration are in `client.config_policy`.
 """
 
 import dataclasses

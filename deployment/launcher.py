@@ -32,7 +32,7 @@ MIN_PAUSE, MAX_PAUSE = 0.1, 1.0
 """Seconds between two requests for a message. Flower's own second is a fifth of a small round."""
 
 
-class InstalledApp(SubprocessExecutor):
+class InstalledAppExecutor(SubprocessExecutor):
     """Starts fedlora's executor for a ClientApp's task; refuses every other task.
 
     Args:
@@ -85,9 +85,9 @@ def arguments(spec: ExecutionSpec) -> list[str]:
     ]
 
 
-def _installed_app(path: Path) -> InstalledApp:
+def _installed_app(path: Path) -> InstalledAppExecutor:
     """Make the executor, which also sets the pauses of Flower's loop."""
-    made = InstalledApp(path)
+    made = InstalledAppExecutor(path)
     flower_internals.use_superexec_sleep(made.sleep)
     return made
 

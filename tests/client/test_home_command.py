@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from typer.testing import CliRunner
 
 from cli.main import app as cli
-from client import app, releases, server_keys, settings
+from client import app, config_policy, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from fedlora import released, trainable, wire
@@ -50,7 +50,7 @@ class Bank:
         self.settings.write_text("".join(f"{key} = {value}\n" for key, value in kept.items()))
 
     def followed(self):
-        return server_keys.apply(self.load(), self.config.flat())
+        return config_policy.apply(self.load(), self.config.flat())
 
     def work(self):
         return trainable.load(self.followed(), tuple(LABELS))
@@ -165,7 +165,7 @@ def test_a_released_adapter_is_stored_and_the_reply_holds_the_name_and_nothing_e
     found = releases.Releases(made.directory / "state").find("first")
     stored = found.adapter(made.work(), residuals=False)
     assert all(torch.equal(stored[name], tensor) for name, tensor in release.adapter.items())
-    again = server_keys.apply(made.load(), found.config)
+    again = config_policy.apply(made.load(), found.config)
     assert again.fingerprint() == made.followed().fingerprint()
     assert not {"run-dir", "data.test-source", "privacy.ledger"} & set(found.config)
 

@@ -238,9 +238,9 @@ def test_what_a_run_releases_once_is_paid_once_and_stays_the_same(path: Path) ->
     with Ledger.open(path) as ledger:
         for round in (1, 2, 3):
             charge(ledger, round, extra_events=(SIZE,))
-            assert ledger.released_size("run", 500.0 + round) == 501.0
+            assert ledger.noised_size_of_run("run", 500.0 + round) == 501.0
         charge(ledger, 1, run_id="second", extra_events=(SIZE,))
-        assert ledger.released_size("second", 498.0) == 498.0
+        assert ledger.noised_size_of_run("second", 498.0) == 498.0
         assert ledger.history("run") == (steps(3), SIZE)
         assert ledger.history() == accounting.compose([steps(4), SIZE, SIZE])
 

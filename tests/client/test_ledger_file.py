@@ -46,7 +46,7 @@ def path(tmp_path: Path) -> Path:
         ledger.bind(FINGERPRINT, "record")
         for round in (1, 2):
             charge(ledger, "run", round)
-            ledger.released_size("run", 100.5)
+            ledger.noised_size_of_run("run", 100.5)
             ledger.store_answer("run", round, "order", ANSWER)
         charge(ledger, "run", 3)
         charge(ledger, "second", 1)
@@ -59,7 +59,7 @@ def read(path: Path) -> object:
         ledger.bind(FINGERPRINT, "record")
         said = [ledger.show(), ledger.history(), ledger.history("run"), ledger.runs()]
         said += [charge(ledger, "run", 2), charge(ledger, "run", 3), charge(ledger, "second", 1)]
-        said.append(ledger.released_size("run", 7.0))
+        said.append(ledger.noised_size_of_run("run", 7.0))
         try:
             charge(ledger, "run", 1)
         except Refusal as refusal:

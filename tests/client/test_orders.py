@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client import checks, server_keys
+from client import checks, config_policy
 from client.institution import Institution
 from client.ledger import Ledger
 from client.settings import Settings
@@ -225,7 +225,7 @@ def test_an_institution_without_classes_never_takes_them_from_its_records(tmp_pa
     """A prompt that names the classes would carry one record's label to every row."""
     own = Settings(name="a", source="r.jsonl", ledger="l.db", state=str(tmp_path), models=("m",))
     asked = {"data.source": "institutions", "data.institutions": 2, "model.name": "m"}
-    assert server_keys.apply(own, asked | {"model.task": "sft"}).model.task == "sft"
+    assert config_policy.apply(own, asked | {"model.task": "sft"}).model.task == "sft"
     with pytest.raises(Refusal) as refused:
-        server_keys.apply(own, asked | {"model.task": "classification"})
+        config_policy.apply(own, asked | {"model.task": "classification"})
     assert refused.value.code == "other-labels"

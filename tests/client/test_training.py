@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client import passes, private_training, training
-from client.gradients import Batch, _passes, packed_gradients, padded_gradients
+from client.gradients import SampledUnits, _passes, packed_gradients, padded_gradients
 from fedlora import adapters, lora_layers, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
@@ -64,7 +64,7 @@ def _dropout(row):
 
 def _gradients(work, shard, units, physical_batch, *, packed):
     make = packed_gradients if packed else padded_gradients
-    drawn = Batch(
+    drawn = SampledUnits(
         shard=shard,
         units=list(units),
         owner=[0] * len(units),

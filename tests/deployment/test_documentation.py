@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from client import server_keys
+from client import config_policy
 from client.settings import Settings
 from tests.deployment.harness import ROOT
 
@@ -22,7 +22,7 @@ def test_each_refusal_is_named():
     files = [f for room in ("client", "deployment") for f in (ROOT / room).glob("*.py")]
     text = "".join(file.read_text() for file in files)
     codes = set(re.findall(r'(?:Refusal|pack_refusal)\(\s*"([a-z-]+)"', text))
-    rules = [rule for rule in server_keys.KEYS.values() if isinstance(rule, server_keys.Taken)]
+    rules = [rule for rule in config_policy.KEYS.values() if isinstance(rule, config_policy.Taken)]
     codes |= {limit.code for rule in rules for limit in rule.limits} | {"other-data"}
     sent = {"guard" if code.startswith("guard-") else code for code in codes}
     assert len(sent) > 15
@@ -36,9 +36,9 @@ def test_each_key_of_a_configuration_is_named_under_its_rule():
         for row in rows
         if row[1].strip() in ("taken", "own", "unused")
         for key in re.findall(r"`([a-z.-]+)`", row[2])
-        if key in server_keys.KEYS
+        if key in config_policy.KEYS
     }
-    assert named == {(k, type(rule).__name__.lower()) for k, rule in server_keys.KEYS.items()}
+    assert named == {(k, type(rule).__name__.lower()) for k, rule in config_policy.KEYS.items()}
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/deployment.md", "docker-compose.yml"])

@@ -80,7 +80,9 @@ def test_an_app_that_was_sent_is_neither_installed_nor_run(
 def test_no_other_kind_of_task_is_started(kind, monkeypatch):
     started = []
     monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(a))
-    result = launcher.InstalledApp.launch(object.__new__(launcher.InstalledApp), _spec(kind))
+    result = launcher.InstalledAppExecutor.launch(
+        object.__new__(launcher.InstalledAppExecutor), _spec(kind)
+    )
     assert result.status == LaunchResultStatus.FAILED
     assert not started
 

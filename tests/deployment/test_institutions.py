@@ -10,7 +10,7 @@ import torch
 
 import client.app
 import server.app
-from client import server_keys, settings
+from client import config_policy, settings
 from client.ledger import Ledger
 from client.releases import Releases
 from fedlora import wire
@@ -180,7 +180,7 @@ def test_every_institution_that_is_online_at_the_end_has_the_released_adapter(
         handed = ReleaseFiles.open(Path(config.run_dir) / "adapter")
         assert (found.run, found.base, found.round) == (handed.run, handed.base, 3)
         own = settings.load(str(file))
-        assert server_keys.apply(own, handed.config) == server_keys.apply(own, found.config)
+        assert config_policy.apply(own, handed.config) == config_policy.apply(own, found.config)
         assert str(rows) not in json.dumps(dict(handed.config))
 
 
@@ -257,7 +257,7 @@ def test_the_federation_goes_on_without_one_that_refuses(deployed, institutions)
 def test_a_configuration_cannot_name_an_institutions_data(tiny_config, institutions):
     own = settings.load(str(institutions()[0]))
     with pytest.raises(Refusal, match="other-data"):
-        server_keys.apply(own, tiny_config().flat())
+        config_policy.apply(own, tiny_config().flat())
 
 
 def test_a_machine_without_settings_refuses(deployed, institutions):

@@ -218,7 +218,7 @@ def running(tmp_path, monkeypatch):
         return real([sys.executable, "-c", STUB, *command[-2:]], **options)
 
     monkeypatch.setattr(subprocess, "Popen", stub)
-    made = object.__new__(launcher.InstalledApp)
+    made = object.__new__(launcher.InstalledAppExecutor)
     made._path = tmp_path / "socket"
     made._trainer = made._start()
     yield made

@@ -99,13 +99,13 @@ class Storing:
 
 @dataclass(frozen=True)
 class Sizing:
-    """`Ledger.released_size`."""
+    """`Ledger.noised_size_of_run`."""
 
     run: str
     size: float
 
     def on(self, ledger: Ledger) -> Any:
-        return ledger.released_size(self.run, self.size)
+        return ledger.noised_size_of_run(self.run, self.size)
 
 
 Operation = Charging | Storing | Sizing

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import tomli_w
 
-from client import server_keys
+from client import config_policy
+from client.config_policy import KEYS, Taken
 from client.ledger import Ledger
-from client.server_keys import KEYS, Taken
 from fedlora.config import INSTITUTIONS, MIN_DELTA, RunConfig
 from tests.deployment.harness import ROOT
 
@@ -108,8 +108,8 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (followed, "adapter.dropout", 0.0, 5e-324, 0.99),
         (bad, "adapter.dropout", 0.991, 1 - 1e-16, 1.0),
         (followed, "adapter.target-modules", "query,key,value,dense", '["query"]'),
-        (followed, "adapter.target-modules", json.dumps(["key"] * server_keys.MAX_MODULES)),
-        (large, "adapter.target-modules", json.dumps(["key"] * (server_keys.MAX_MODULES + 1))),
+        (followed, "adapter.target-modules", json.dumps(["key"] * config_policy.MAX_MODULES)),
+        (large, "adapter.target-modules", json.dumps(["key"] * (config_policy.MAX_MODULES + 1))),
         (bad, "adapter.target-modules", "classifier", ".*", "(a+)+$", "que", "LayerNorm"),
         (bad, "adapter.target-modules", json.dumps(["query"] * 10**6)),
         (("other-labels",), "data.labels", "[]", '["card"]', '["loan", "fraud", "card"]'),
@@ -176,7 +176,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
     noised = {"federation__weighting": "noised-size"}
     yield case(followed, "privacy.size-noise", 1e6, **noised)
     yield case(("budget-exhausted",), "privacy.size-noise", 0.01, **noised)
-    longest = server_keys.PROMPT_CHARACTERS_PER_TOKEN * int(str(OWN["max-length"]))
+    longest = config_policy.PROMPT_CHARACTERS_PER_TOKEN * int(str(OWN["max-length"]))
     prompts = {
         "{text}" + " " * (longest - 6): followed,
         "{text}" + " " * (longest - 5): bad,
