@@ -47,7 +47,18 @@ def verdict(joining: Mapping[str, Any]) -> str:
         f"{100 * joining['own']['accuracy']:.1f} % of held-out rows, models trained alone "
         f"on {100 * joining['alone']['accuracy']:.1f} % "
         f"({interval(gain)}); of {count} institutions {gain['gaining']} gain and "
-        f"{gain['losing']} lose by more than their own interval."
+        f"{gain['losing']} lose by more than their own interval.{_classes(joining)}"
+    )
+
+
+def _classes(joining: Mapping[str, Any]) -> str:
+    """A further sentence where macro-F1 says the opposite of the accuracy."""
+    alone, own = joining["alone"]["macro_f1"], joining["own"]["macro_f1"]
+    if joining["gain"]["mean"] <= 0 or own >= alone:
+        return ""
+    return (
+        f" In macro-F1, which counts rare classes as much as others, own models reach "
+        f"{100 * own:.1f} % and models alone {100 * alone:.1f} %."
     )
 
 

@@ -268,3 +268,15 @@ def test_a_run_compares_the_models_and_each_institution_keeps_its_own(
         assert list(AdapterState.open(own)) == list(AdapterState.open(run / "adapter"))
         assert of["shared"] == result["institutions"][name]
     assert json.dumps(result) and math.isfinite(found["seconds"])
+
+
+def test_a_verdict_names_the_macro_f1_where_it_falls_while_accuracy_grows():
+    figures = {
+        "gain": {"mean": 0.02, "low": 0.01, "high": 0.03, "gaining": 1, "losing": 0},
+        "alone": {"accuracy": 0.80, "macro_f1": 0.75},
+        "own": {"accuracy": 0.82, "macro_f1": 0.70},
+        "institutions": {"Alpha": {}},
+    }
+    assert "own models reach 70.0 % and models alone 75.0 %" in verdict(figures)
+    figures["own"]["macro_f1"] = 0.75
+    assert "macro-F1" not in verdict(figures)
