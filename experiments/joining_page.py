@@ -34,6 +34,7 @@ CHOICES = (
 )
 INTERVALS = (
     "An interval says how far the gain could differ with other held-out records of the same kind. "
+    "It does not cover the noise of training: another run of this configuration has other noise. "
     "Where joining makes no difference at all, chance still lets about one institution in forty "
     "count as gaining, and one in forty as losing."
 )
