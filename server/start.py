@@ -26,7 +26,10 @@ def start_adapter(config: AdapterConfig, fresh: AdapterState) -> AdapterState:
     if not config.start:
         return fresh
     folder = Path(config.start)
-    loaded = AdapterState.open(folder)
+    try:
+        loaded = AdapterState.open(folder)
+    except InputError as error:
+        raise InputError(f"adapter.start is {config.start}: {error}") from None
     head = fresh.only(("head",))
     if any(loaded.get(name) is None or loaded[name].shape != t.shape for name, t in head.items()):
         loaded = loaded.only(("A", "B", "magnitude")).updated(head)

@@ -79,7 +79,7 @@ def test_an_adapter_of_another_rank_or_without_its_configuration_is_refused(work
 
 def test_a_missing_directory_is_refused_by_name(work, tmp_path):
     config, made = work
-    with pytest.raises(InputError, match="nowhere"):
+    with pytest.raises(InputError, match=r"adapter\.start is .*nowhere: .*cannot be read"):
         start_adapter(settings(config, tmp_path / "nowhere"), made.start)
 
 
