@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
-from fedlora.adapters import PARTS, AdapterState, Factors, kind
+from fedlora.adapters import PARTS, AdapterState, factor_names, kind
 from fedlora.config import HomeConfig
 from fedlora.lora_layers import ADAPTER, lora_layers
 from fedlora.shards import Shard
@@ -31,8 +31,6 @@ MIN_VALIDATION = 8
 """An institution with fewer such records takes all steps and the trained adapter."""
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Weights of the adapter that was trained at home, against the shared one."""
-
-
 OWN_CARD = """# An institution's own model
 
 This adapter was trained on the institution's records without differential privacy. It may reveal
@@ -106,9 +104,8 @@ def models_at_home(
 
     Each institution holds back a fifth of its training records, trains both models on the rest,
     and chooses by the expected errors on what it held back: the number of steps of each (a
-    quarter, a half,
-    or all of ``home.steps``), and the weight of the own adapter against the shared one. Then it
-    trains both anew on all its training records.
+    quarter, a half or all of ``home.steps``), and the weight of the own adapter against the shared
+    one. Then it trains both anew on all its training records.
 
     Args:
         work: The model; a fresh adapter is its ``start``.
@@ -248,14 +245,11 @@ def beside(shared: AdapterState, work: Trainable) -> AdapterState:
     """
     _, layer = next(iter(lora_layers(work.model)))
     scale = cast(float, cast(Any, layer).scaling[ADAPTER])
-    tensors = dict(shared.only(("head",)))
-    for path, own in shared.layers().items():
-        a, b = own.a, scale * own.b
-        if own.residual is not None:
-            a, b = torch.cat([own.residual[0], a]), torch.cat([own.residual[1], b], 1)
-        fresh = work.start.factors(path)
-        tensors |= Factors(fresh.a, fresh.b, own.magnitude, (a, b)).named(path)
-    return AdapterState(tensors)
+    whole, scaled = shared.single(lambda _: scale)
+    if not scaled:
+        factors = shared.layers().items()
+        whole = shared.updated({factor_names(path)[1]: scale * own.b for path, own in factors})
+    return whole.as_residual(work.start)
 
 
 def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> AdapterState:

@@ -30,7 +30,7 @@ from fedlora.comparison import Rows
 from fedlora.config import HomeConfig, RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.joining_verdict import FINDINGS, MODELS, outcome
+from fedlora.joining_verdict import FINDINGS, MODELS, interval, outcome
 from fedlora.messages import PrivacySpent, TrainOrder
 from fedlora.released import ReleaseFiles
 
@@ -156,8 +156,7 @@ def report(result: dict[str, Any]) -> list[str]:
             for model in MODELS
         ),
         "",
-        f"{FINDINGS[outcome(result)]}: own against alone {100 * gain['mean']:+.1f} points, 95 % "
-        f"interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}.",
+        f"{FINDINGS[outcome(result)]}: own against alone {interval(gain)}.",
         f"Steps: alone {chosen['alone_steps']}, own {chosen['own_steps']}; weight of the trained "
         f"adapter in the own model {chosen['weight']:g}.",
     ]

@@ -9,7 +9,6 @@ adapter of its own institution.
 # pyright: reportUnknownArgumentType=false
 
 import contextlib
-import functools
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from client.passes import equal_passes, packed_losses, plain_passes
-from client.training import shuffled, training_steps
+from client.training import add_gradients, proximal_term, shuffled, training_steps
 from fedlora import packing
 from fedlora.adapters import AdapterState, kind, parameters
 from fedlora.per_sample import pop_grad_sample
@@ -169,7 +168,7 @@ class _TailMeans:
         self.means: dict[int, list[torch.Tensor]] = {}
 
     def add(self, step: int) -> None:
-        """Count the iterate after this step, from 1."""
+        """Include the iterate after this step, from 1."""
         for wanted in self._steps:
             count = step - wanted // 2
             if count == 1:
@@ -196,22 +195,16 @@ def _trained(work: Trainable) -> dict[str, torch.nn.Parameter]:
 def _train_one(work: Trainable, trainee: Trainee, plan: HomePlan) -> list[AdapterState]:
     trainee.start.load_into(work.model)
     named = _trained(work)
-    origin = [p.detach().clone() for p in named.values()]
+    pull = proximal_term(list(named.values()), plan.proximal)
     optimizer, shard = _optimizer(named, plan), trainee.shard
     tail = _TailMeans(trainee.steps, list(named.values()))
     size, source = min(plan.batch_size, len(shard)), trainee.source
     with training_steps(work, private=False):
         batches = shuffled(len(shard), size, trainee.steps[-1], source.child("shuffle"))
         for step, rows in enumerate(batches, 1):
-            dropout = functools.partial(source.child("dropout", step).child, "row")
             optimizer.zero_grad()
-            passes = plain_passes(work, shard, rows, plan.physical_batch, dropout)
-            with contextlib.closing(passes):
-                for losses in passes:
-                    (losses.sum() / len(rows)).backward()
-            for p, start in zip(named.values(), origin, strict=True):
-                if plan.proximal and p.grad is not None:
-                    p.grad.add_(p.detach() - start, alpha=plan.proximal)
+            add_gradients(work, shard, rows, plan.physical_batch, source.child("dropout", step))
+            pull()
             optimizer.step()
             tail.add(step)
     return [
@@ -232,8 +225,8 @@ def _train_together(
         name: torch.nn.Parameter(values)
         for name, values in _stacked(work, [t.start for t in trainees]).items()
     }
-    origin = {name: values.detach().clone() for name, values in stacked.items()}
-    optimizer = _optimizer(stacked, plan)
+    pull = proximal_term(list(stacked.values()), plan.proximal)
+    optimizer, named = _optimizer(stacked, plan), _trained(work)
     tail = _TailMeans({s for t in trainees for s in t.steps}, list(stacked.values()))
     last = trainees[0].steps[-1]
     batches = [
@@ -258,13 +251,11 @@ def _train_together(
                     share = torch.tensor([1 / sizes[i] for i in owner[rows]], dtype=losses.dtype)
                     (losses * share).sum().backward()
                     work.per_sample.collect()
-                    for name, parameter in _trained(work).items():
+                    for name, parameter in named.items():
                         gradient = stacked[name].grad
                         assert gradient is not None
                         gradient[owners].add_(pop_grad_sample(name, parameter))
-            for name, values in stacked.items():
-                if plan.proximal and values.grad is not None:
-                    values.grad.add_(values.detach() - origin[name], alpha=plan.proximal)
+            pull()
             optimizer.step()
             tail.add(step)
     return [

@@ -79,16 +79,41 @@ def train(
     with training_steps(trainable, private=False):
         batches = shuffled(len(shard), size, plan.steps, source.child("shuffle"))
         for step, rows in enumerate(batches):
-            dropout = functools.partial(source.child("dropout", step).child, "row")
             optimizer.zero_grad()
-            passes = plain_passes(trainable, shard, rows, plan.physical_batch, dropout)
-            with contextlib.closing(passes):
-                for losses in passes:
-                    (losses.sum() / len(rows)).backward()
-                    total += float(losses.detach().sum())
+            dropout = source.child("dropout", step)
+            total += add_gradients(trainable, shard, rows, plan.physical_batch, dropout)
             pull()
             optimizer.step()
     return total / (size * plan.steps)
+
+
+def add_gradients(
+    trainable: Trainable,
+    shard: Shard,
+    rows: np.ndarray,
+    physical_batch: int,
+    dropout: RandomSource,
+) -> float:
+    """Add the gradient of the mean loss of some rows to the trained parameters.
+
+    Args:
+        trainable: The model.
+        shard: The records.
+        rows: Numbers of the rows ``(n,)``.
+        physical_batch: Records in memory at a time.
+        dropout: The random source of the step's dropout.
+
+    Returns:
+        The sum of the rows' losses.
+    """
+    total = 0.0
+    of_row = functools.partial(dropout.child, "row")
+    passes = plain_passes(trainable, shard, rows, physical_batch, of_row)
+    with contextlib.closing(passes):
+        for losses in passes:
+            (losses.sum() / len(rows)).backward()
+            total += float(losses.detach().sum())
+    return total
 
 
 def shuffled(records: int, size: int, steps: int, source: RandomSource) -> Iterator[np.ndarray]:

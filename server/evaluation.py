@@ -1,27 +1,24 @@
 """Measuring a simulation's adapters on held-out rows."""
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from flwr.app import Message, MessageType
+from flwr.app import MessageType
 from flwr.serverapp import Grid
 
-from fedlora import metrics, wire
+from fedlora import metrics
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
-from fedlora.messages import EvaluateOrder
+from fedlora.messages import EvaluateOrder, Evaluation
 from fedlora.sft import MAX_ANSWER_CHARACTERS, MAX_ANSWERS
 from fedlora.trainable import Trainable
-from server.exchange import exchange
+from server.answers import ask
 from server.population import Population
-from server.replies import content
 
 GENERATION_FIGURES = ("tokens", "token_loss", "perplexity", "exact_match", "generated")
 """Names of the figures of a model that generates its answer."""
 MAX_TOKENS = 2**40
-log = logging.getLogger("fedlora.server")
 
 
 def evaluate_global(
@@ -70,36 +67,28 @@ def evaluate_own(
         As `evaluate_global`. If replies were refused, ``not_evaluated`` is institution -> reason,
         and the metrics are those of the other institutions.
     """
-    arrays = wire.pack_adapter(order.adapter)
-    messages = [
-        Message(
-            wire.pack_order(order, arrays),
-            node,
-            MessageType.EVALUATE,
-            group_id=str(order.round),
-            ttl=timeout,
-        )
-        for node in nodes
-    ]
-    results: dict[str, dict[str, Any]] = {}
-    failed: dict[str, str] = {}
-    for node, reply in exchange(grid, messages, patience):
-        name = nodes[node]
-        try:
-            answer = wire.unpack_evaluation(content(reply))
-            if answer.institution != name:
-                raise Refusal("wrong-institution", f"{name} answered as {answer.institution}")
-            if answer.metrics:  # an institution without held-out rows sends none
-                check_figures(answer.metrics, rows.get(name, 0), labels)
-                results[name] = dict(answer.metrics)
-        except Refusal as refusal:
-            failed[name] = refusal.code
-            log.warning("%s was not evaluated: %s", name, refusal)
+
+    def read(name: str, answer: Evaluation) -> dict[str, Any]:
+        if answer.metrics:  # an institution without held-out rows sends none
+            check_figures(answer.metrics, rows.get(name, 0), labels)
+        return dict(answer.metrics)
+
+    found, failed = ask(
+        grid,
+        order,
+        MessageType.EVALUATE,
+        nodes,
+        read,
+        failure="was not evaluated",
+        timeout=timeout,
+        patience=patience,
+    )
+    results = {name: figures for name, figures in found.items() if figures}
     names = sorted(results)
     return {
         **metrics.pooled([results[name] for name in names]),
         "institutions": {n: results[n]["accuracy"] for n in names if "accuracy" in results[n]},
-        **({"not_evaluated": dict(sorted(failed.items()))} if failed else {}),
+        **({"not_evaluated": failed} if failed else {}),
     }
 
 

@@ -3,13 +3,11 @@
 This is the experimenter's measurement on held-out rows, in simulations only.
 """
 
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora import trainable, wire
@@ -17,11 +15,8 @@ from fedlora.comparison import Rows, summary
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.messages import EvaluateOrder, Evaluation
-from server.exchange import exchange
+from server.answers import ask
 from server.population import Population
-from server.replies import content
-
-log = logging.getLogger("fedlora.server")
 
 
 def is_measured(config: RunConfig, institutions: int) -> bool:
@@ -58,27 +53,22 @@ def measure(
         reason) if a reply was refused.
     """
     started = time.monotonic()
-    arrays, timeout = wire.pack_adapter(order.adapter), config.federation.timeout
-    messages = [
-        Message(wire.pack_order(order, arrays), node, wire.HOME, group_id="home", ttl=timeout)
-        for node in nodes
-    ]
-    found: dict[str, Rows] = {}
-    failed: dict[str, str] = {}
-    for node, reply in exchange(grid, messages, patience):
-        name = nodes[node]
-        try:
-            rows = _rows(name, wire.unpack_evaluation(content(reply)), config, population)
-            if len(rows.truth):
-                found[name] = rows
-        except Refusal as refusal:
-            failed[name] = refusal.code
-            log.warning("%s trained no model at home: %s", name, refusal)
+    answers, failed = ask(
+        grid,
+        order,
+        wire.HOME,
+        nodes,
+        lambda name, answer: _rows(name, answer, config, population),
+        failure="trained no model at home",
+        timeout=config.federation.timeout,
+        patience=patience,
+    )
+    found = {name: rows for name, rows in answers.items() if len(rows.truth)}
     return {
         **summary(found, population.labels),
         "method": config.home.method,
         "seconds": round(time.monotonic() - started, 2),
-        **({"not_compared": dict(sorted(failed.items()))} if failed else {}),
+        **({"not_compared": failed} if failed else {}),
     }
 
 
@@ -86,11 +76,9 @@ def _rows(name: str, answer: Evaluation, config: RunConfig, population: Populati
     """One institution's rows, if its answer can be of them.
 
     Raises:
-        Refusal: ``wrong-institution``, ``invalid-metrics``.
+        Refusal: ``invalid-metrics``.
     """
     assert population.held_out is not None and population.owner is not None
-    if answer.institution != name:
-        raise Refusal("wrong-institution", f"{name} answered as {answer.institution}")
     index = population.names.index(name)
     truth = np.asarray(population.held_out.targets[population.owner == index], dtype=np.int64)
     train = trainable.records(config).train(index)

@@ -347,12 +347,16 @@ class Federation:
         return evaluation.evaluate_own(
             self.grid,
             EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter),
-            {node: name for name, node in self.roster.online().items()},
+            self.nodes(),
             rows=self.population.held_out_rows,
             labels=self.work.labels,
             timeout=federation.timeout,
             patience=patience(self.config),
         )
+
+    def nodes(self) -> dict[int, str]:
+        """Node -> institution, for the institutions that are online."""
+        return {node: name for name, node in self.roster.online().items()}
 
     def still_rising(self) -> dict[str, Any]:
         """What more rounds would cost, if a simulation's accuracy still rises at its end."""
@@ -363,17 +367,19 @@ class Federation:
         lines = read_records(self.directory.path)
         return still_rising(self.config, lines, len(self.population.held_out), units)
 
-    def compare_at_home(self) -> dict[str, Any]:
-        """The models that institutions train at home, compared; empty where none are trained."""
+    def compare_at_home(self, adapter: AdapterState) -> dict[str, Any]:
+        """The models that institutions train at home, compared; empty where none are trained.
+
+        Args:
+            adapter: The released adapter.
+        """
         config, state = self.config, self.state
         if not joining.is_measured(config, self.population.size):
             return {}
-        local = config.federation.traits.local_parts
-        adapter = state.adapter if local else state.final_adapter()
         return joining.measure(
             self.grid,
             EvaluateOrder(run=state.run, round=state.round, save=True, adapter=adapter),
-            {node: name for name, node in self.roster.online().items()},
+            self.nodes(),
             config,
             self.population,
             patience(config),
@@ -394,9 +400,8 @@ class Federation:
             adapter=adapter,
         )
         released.describe(self.directory.path / "adapter", release, config.public())
-        nodes = {node: name for name, node in self.roster.online().items()}
         outcomes = handout.send(
-            self.grid, release, nodes, config.federation.timeout, patience(config)
+            self.grid, release, self.nodes(), config.federation.timeout, patience(config)
         )
         return {**dict.fromkeys(sorted(state.asked), "offline"), **outcomes}
 
@@ -408,7 +413,7 @@ class Federation:
         adapter = state.final_adapter()
         adapter.save(self.directory.path / "adapter", work.model)
         outcomes = self.hand_out(adapter) if config.deployed else {}
-        compared = self.compare_at_home()
+        compared = self.compare_at_home(adapter)
         names = population.names or sorted(state.asked)
         level = self.aggregation.statement(state)
         privacy = statement(config, names, state, level, self.spending)

@@ -53,13 +53,8 @@ def still_rising(
         rounds = config.federation.rounds
         plan = plan_run(config, units, rounds)
         longer = config.replace({"federation.rounds": rounds + more})
-        events = [
-            dataclasses.replace(event, steps=event.steps * (rounds + more) // rounds)
-            if event.noise_multiplier == plan.noise_multiplier
-            else event
-            for event in plan.events
-        ]
-        found["epsilon"] = accounting.epsilon(events, plan.delta, plan.accountant)
+        same_noise = dataclasses.replace(plan, rounds=rounds + more)
+        found["epsilon"] = accounting.epsilon(same_noise.events, plan.delta, plan.accountant)
         again = plan_run(longer, units, rounds + more)
         found["noise"] = again.noise_multiplier / plan.noise_multiplier
     return found

@@ -18,9 +18,9 @@ from fedlora.adapters import AdapterState
 from fedlora.comparison import _interval, summary
 from fedlora.errors import Refusal
 from fedlora.joining_verdict import Outcome, comparison, outcome, verdict
-from fedlora.messages import Evaluation
+from fedlora.messages import EvaluateOrder, Evaluation
 from fedlora.terminal import Terminal
-from server import joining
+from server import answers, joining
 from server.population import population_of
 from simulation import progress
 from simulation.engines.inline import InlineGrid
@@ -202,7 +202,7 @@ def test_a_log_has_one_line_on_training_at_home(tiny_config, tmp_path) -> None:
 
 
 @pytest.fixture
-def answers(tiny_config):
+def beta(tiny_config):
     """Config, population and an honest answer of Beta."""
     config = tiny_config(**{"home.method": "interpolate"})
     population = population_of(config)
@@ -212,12 +212,12 @@ def answers(tiny_config):
     return config, population, honest | {"alone_steps": 8, "own_steps": 8, "weight": 1.0}
 
 
-def test_an_honest_answer_is_measured_against_the_institutions_own_rows(answers) -> None:
-    config, population, honest = answers
+def test_an_honest_answer_is_measured_against_the_institutions_own_rows(beta) -> None:
+    config, population, honest = beta
     answer = Evaluation(institution="Beta", metrics=honest)
     rows = joining._rows("Beta", answer, config, population)
-    beta = population.names.index("Beta")
-    assert rows.truth.tolist() == population.held_out.targets[population.owner == beta].tolist()
+    index = population.names.index("Beta")
+    assert rows.truth.tolist() == population.held_out.targets[population.owner == index].tolist()
     assert rows.predicted["own"].tolist() == honest["own"] and not rows.scarce.any()
 
 
@@ -234,19 +234,24 @@ def test_an_honest_answer_is_measured_against_the_institutions_own_rows(answers)
         (lambda said: said.update(own="000"), "invalid-metrics"),
     ],
 )
-def test_impossible_answers_are_refused(answers, change, code) -> None:
-    config, population, honest = answers
+def test_impossible_answers_are_refused(beta, change, code) -> None:
+    config, population, honest = beta
     change(honest)
     with pytest.raises(Refusal) as refused:
         joining._rows("Beta", Evaluation(institution="Beta", metrics=honest), config, population)
     assert refused.value.code == code
 
 
-def test_an_answer_of_another_institution_is_refused(answers) -> None:
-    config, population, honest = answers
-    with pytest.raises(Refusal) as refused:
-        joining._rows("Alpha", Evaluation(institution="Beta", metrics=honest), config, population)
-    assert refused.value.code == "wrong-institution"
+def test_an_answer_of_another_institution_is_refused(beta, monkeypatch) -> None:
+    config, population, honest = beta
+    reply = wire.pack_evaluation(Evaluation(institution="Beta", metrics=honest))
+    monkeypatch.setattr(answers, "exchange", lambda *_: iter([(1, reply), (2, reply)]))
+    monkeypatch.setattr(answers, "content", lambda reply: reply)
+    order = EvaluateOrder(run="a1", round=3, save=True, adapter=AdapterState({}))
+    nodes = {1: "Alpha", 2: "Beta"}
+    found = joining.measure(None, order, nodes, config, population, patience=1.0)
+    assert found["not_compared"] == {"Alpha": "wrong-institution"}
+    assert list(found["institutions"]) == ["Beta"]
 
 
 def test_a_run_compares_the_models_and_each_institution_keeps_its_own(

@@ -1,0 +1,61 @@
+"""One order to several institutions outside of rounds, and an answer from each."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlora import wire
+from fedlora.errors import Refusal
+from fedlora.messages import EvaluateOrder, Evaluation, Release
+from server.exchange import exchange
+from server.replies import content
+
+log = logging.getLogger("fedlora.server")
+_T = TypeVar("_T")
+
+
+def ask(
+    grid: Grid,
+    order: EvaluateOrder | Release,
+    message_type: str,
+    nodes: Mapping[int, str],
+    read: Callable[[str, Evaluation], _T],
+    *,
+    failure: str,
+    timeout: float,
+    patience: float,
+) -> tuple[dict[str, _T], dict[str, str]]:
+    """Send an order to institutions and read their answers. One bad answer spoils no other.
+
+    Args:
+        grid: The Grid that reaches the institutions.
+        order: The order; its adapter is packed once.
+        message_type: Flower's type of the messages.
+        nodes: Node -> institution.
+        read: Makes the result of an institution's name and answer; may raise `Refusal`.
+        failure: What a refused answer means for the institution, for the log.
+        timeout: Seconds that one institution may take.
+        patience: Seconds without any reply after which the server stops waiting.
+
+    Returns:
+        Institution -> its result, and institution -> the code of its refusal.
+    """
+    packed = wire.pack_order(order, wire.pack_adapter(order.adapter))
+    group = str(order.round)
+    messages = [Message(packed, node, message_type, group_id=group, ttl=timeout) for node in nodes]
+    results: dict[str, _T] = {}
+    failed: dict[str, str] = {}
+    for node, reply in exchange(grid, messages, patience):
+        name = nodes[node]
+        try:
+            answer = wire.unpack_evaluation(content(reply))
+            if answer.institution != name:
+                raise Refusal("wrong-institution", f"{name} answered as {answer.institution}")
+            results[name] = read(name, answer)
+        except Refusal as refusal:
+            failed[name] = refusal.code
+            log.warning("%s %s: %s", name, failure, refusal)
+    return results, dict(sorted(failed.items()))
