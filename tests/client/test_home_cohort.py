@@ -16,12 +16,12 @@ from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query
 from tests.client.test_home_training import moved, with_residual
 
-PRIVATE = {"home.method": "interpolate", "home.steps": 8, "home.epsilon": 2.0}
+PRIVATE = {"home.method": "interpolate", "home.steps": 4, "home.epsilon": 2.0}
 
 
 @pytest.fixture
 def banks(tiny_config):
-    """Four banks with ledgers, and the order to compare their models after a run."""
+    """Two of four banks with ledgers, and the order to compare their models after a run."""
 
     def make(residual=False, **values):
         config = tiny_config(**(PRIVATE | values))
@@ -29,7 +29,7 @@ def banks(tiny_config):
         released = moved(work.start, 5)
         if residual:
             released = with_residual(released, work)
-        institutions = [Institution.locate(config, i) for i in range(4)]
+        institutions = [Institution.locate(config, i) for i in range(2)]
         for one in institutions:
             one.hello(Query(run="a1", first=True, participations=3))
         return institutions, EvaluateOrder(run="a1", round=3, save=True, adapter=released)
@@ -56,11 +56,11 @@ def test_each_own_model_is_charged_to_the_ledger_of_its_institution_and_its_card
         shown = ledger_of(one)
         (charge,) = shown["entries"]
         assert charge["run"].startswith("home:a1:") and charge["answered"]
-        assert (charge["steps"], charge["sample_rate"], charge["round"]) == (8, 0.25, 4)
+        assert (charge["steps"], charge["sample_rate"], charge["round"]) == (4, 0.25, 4)
         assert 1.9 < shown["epsilon"] <= 2.0
         assert f"epsilon {shown['epsilon']:.4g} at delta 0.0001" in card_of(one)
         assert "must not leave" not in card_of(one)
-        assert (answer.metrics["own_steps"], answer.metrics["weight"]) == (8, 1.0)
+        assert (answer.metrics["own_steps"], answer.metrics["weight"]) == (4, 1.0)
 
 
 def test_a_card_says_that_seeded_noise_protects_nobody(banks):
@@ -86,7 +86,7 @@ def test_a_model_under_dp_is_the_only_own_model_that_is_trained(banks, monkeypat
     monkeypatch.setattr(home, "train_at_home", spied)
     work = institutions[0]._load()
     compare(institutions, order)
-    assert len(starts) == 2 * 4  # the model alone, to choose and at the end
+    assert len(starts) == 2 * 2  # the model alone, to choose and at the end
     assert all(torch.equal(start[n], t) for start in starts for n, t in work.start.items())
 
 
@@ -129,7 +129,7 @@ def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks):
     found = compare(institutions, order)
     assert isinstance(found[1], Refusal) and found[1].code == "budget-exhausted"
     assert not (institutions[1].directory / "own").exists()
-    assert all(not isinstance(found[i], Exception) for i in (0, 2, 3))
+    assert not isinstance(found[0], Exception)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,7 @@ def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks):
         {"federation.strategy": "exact", "residual": True},
         {"federation.strategy": "fedsa"},
         {"federation.strategy": "rolora"},
-        {"federation.weighting": "noised-size"},
-        {"federation.robust": "median"},
-        {"home.method": "dual"},
+        {"home.method": "dual", "federation.weighting": "noised-size"},
     ],
     ids=str,
 )
@@ -150,8 +148,7 @@ def test_every_kind_of_run_trains_own_models_under_dp(banks, values):
     residual = values.pop("residual", False)
     whole = {"federation.server-optimizer": "none", "federation.server-learning-rate": 1.0}
     institutions, order = banks(residual=residual, **whole, **values)
-    two = institutions[:2]
-    for one, answer in zip(two, compare(two, order), strict=True):
+    for one, answer in zip(institutions, compare(institutions, order), strict=True):
         assert not isinstance(answer, Exception), answer
         own = AdapterState.open(one.directory / "own")
         assert len(ledger_of(one)["entries"]) == 1
@@ -208,7 +205,7 @@ def test_a_run_states_the_budget_of_own_models_and_spends_what_it_planned(
     joining = result["joining"]
     assert joining["epsilon"] == 2.0 and "not_compared" not in joining
     for name, found in joining["institutions"].items():
-        assert (found["own_steps"], found["weight"]) == (8, 1.0)
+        assert (found["own_steps"], found["weight"]) == (4, 1.0)
         with Ledger.open(Path(config.run_dir) / "ledgers" / f"{name}.db") as ledger:
             runs = sorted(ledger.runs())
             home_run = next(run for run in runs if run.startswith("home:"))
