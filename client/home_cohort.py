@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from client import private_home
+from client import private_home, training
 from client.cohort import answer, attempt
 from client.home_models import Home, HomeModels, PrivateOwn
 from client.institution import Institution
@@ -126,7 +126,9 @@ def _private_call(member: Member) -> tuple[Institution, TrainOrder]:
         accountant=accountant,
         residual_rank=private_home.residual_rank(shared),
     )
-    work = trainable.load(config, trainable.records(config).labels)
+    with training.threads(config.engine.threads):
+        labels = trainable.records(institution.config).labels
+        work = trainable.load(institution.config, labels)
     order = private_home.order_at_home(config, member.run, work.base.digest, shared)
     return dataclasses.replace(institution, config=config, rank=config.adapter.rank), order
 

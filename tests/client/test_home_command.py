@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from flwr.app import Context, Message, RecordDict
 from typer.testing import CliRunner
 
 from cli.main import app as cli
-from client import app, config_policy, home, releases, settings
+from client import app, config_policy, home, home_command, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from fedlora import released, trainable, wire
 from fedlora.adapters import AdapterState
-from fedlora.errors import Refusal
+from fedlora.errors import InputError, Refusal
 from fedlora.messages import Release
 from simulation.engines.grid import identify
 
@@ -359,6 +360,14 @@ def test_a_run_that_the_settings_forbid_is_refused(bank):
     made.receive(made.release())
     made.set(models=["another"])
     assert "model-not-allowed" in made.refused("--run", "first")
+
+
+def test_a_run_of_instruction_tuning_is_refused_by_its_task(bank):
+    made = bank(**{"model.task": "sft", "data.labels": "[]"})
+    made.set(labels=[])
+    found = SimpleNamespace(name="first", config=made.config.flat())
+    with pytest.raises(InputError, match="run first has the task sft; models at home"):
+        home_command._config(made.load(), home_command.Choices(run="first"), found)
 
 
 def test_a_strategy_with_residuals_gives_models_too(bank):
