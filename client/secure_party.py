@@ -11,13 +11,23 @@ institution masks one vector, signs one list, and reveals for each institution o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import os
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from client import secure_store
+from fedlora import masks, secure_aggregation, shamir
+from fedlora.errors import Refusal
 from fedlora.secure_aggregation import (
+    KEY_BYTES,
     KeysMessage,
     ListMessage,
     ListOrder,
@@ -29,6 +39,9 @@ from fedlora.secure_aggregation import (
     UnmaskMessage,
     UnmaskOrder,
 )
+
+_NONCE = bytes(12)  # each key seals one message
+_SHARES_BYTES = 2 * shamir.SHARE_BYTES  # of one round: of the mask key and of the seed
 
 
 class SecureParty:
@@ -53,7 +66,9 @@ class SecureParty:
         key: ec.EllipticCurvePrivateKey,
         peers: Mapping[str, ec.EllipticCurvePublicKey],
         before_unmask: Callable[[str, int], None],
-    ) -> None: ...
+    ) -> None:
+        self._path, self._name, self._key = store, name, key
+        self._peers, self._before_unmask = peers, before_unmask
 
     def keys(self, terms: Terms) -> KeysMessage:
         """Make the keys of a run (first exchange of the setup); the same terms, the same answer.
@@ -64,7 +79,52 @@ class SecureParty:
             Refusal: ``secure-name-missing``, ``secure-own-key``, ``secure-unknown-institution``,
                 ``secure-shared-key``, ``secure-curve``, or ``secure-terms-changed``.
         """
-        ...
+        if self._name not in terms.names:
+            raise Refusal("secure-name-missing", f"run {terms.run} does not name {self._name}")
+        secure_aggregation.check_roster(terms, self._peers)
+        if self._key.public_key() != self._peers[self._name]:
+            raise Refusal("secure-own-key", f"the pinned key of {self._name} is not its own")
+        with secure_store.opened(self._path) as db:
+            if secure_store.run(db, terms.run) is not None:
+                stored, agreed = self._run(db, terms.run)
+                if agreed != terms:
+                    raise Refusal(
+                        "secure-terms-changed",
+                        f"run {terms.run} was set up with other terms; give it another name",
+                    )
+                return KeysMessage.from_bytes(stored.keys)
+            channel, message, secrets = self._new_keys(terms)
+            secure_store.add_run(
+                db,
+                secure_store.StoredRun(
+                    run=terms.run,
+                    terms=terms.to_bytes(),
+                    roster=secure_aggregation.roster_digest(terms, self._peers),
+                    keys=message.to_bytes(),
+                    channel=channel,
+                ),
+                secrets,
+            )
+        return message
+
+    def _new_keys(self, terms: Terms) -> tuple[bytes, KeysMessage, list[secure_store.Pair]]:
+        """A channel key, the public message, and each round's mask key and seed."""
+        channel = X25519PrivateKey.generate()
+        private = [X25519PrivateKey.generate() for _ in range(terms.rounds)]
+        secrets = [(key.private_bytes_raw(), os.urandom(KEY_BYTES)) for key in private]
+        message = KeysMessage(
+            terms=terms.digest,
+            name=self._name,
+            channel=channel.public_key().public_bytes_raw(),
+            masks=b"".join(key.public_key().public_bytes_raw() for key in private),
+            commitments=b"".join(
+                secure_aggregation.commitment(terms, self._name, number, seed)
+                for number, (_, seed) in enumerate(secrets, 1)
+            ),
+            signature=b"",
+        )
+        signature = secure_aggregation.sign(self._key, message.statement)
+        return channel.private_bytes_raw(), replace(message, signature=signature), secrets
 
     def shares(self, order: SharesOrder) -> SharesMessage:
         """Check all keys and seal the shares of this institution's secrets (second exchange).
@@ -73,7 +133,61 @@ class SecureParty:
             Refusal: ``secure-run-unknown``, ``secure-roster-changed``, ``secure-keys-*``, or
                 ``secure-other-keys``.
         """
-        ...
+        with secure_store.opened(self._path) as db:
+            stored, terms = self._run(db, order.run)
+            if stored.sealed is not None:
+                if stored.peers != order.to_bytes():
+                    raise Refusal(
+                        "secure-other-keys",
+                        f"the setup of run {order.run} has two different sets of keys",
+                    )
+                return SharesMessage.from_bytes(stored.sealed)
+            keys = self._checked_keys(terms, order, stored.keys)
+            bound = secure_aggregation.transcript(keys)
+            dealt = _deal(terms, secure_store.secrets(db, order.run))
+            sealed = tuple(
+                b""
+                if peer.name == self._name
+                else ChaCha20Poly1305(
+                    self._channel_key(stored, peer, bound, sender=self._name, receiver=peer.name)
+                ).encrypt(_NONCE, b"".join(map(b"".join, shares.values())), None)
+                for peer, shares in zip(keys, dealt, strict=True)
+            )
+            message = SharesMessage(name=self._name, sealed=sealed)
+            own = dealt[terms.names.index(self._name)]
+            secure_store.add_shares(db, order.run, self._name, own)
+            secure_store.add_sealed(
+                db, order.run, peers=order.to_bytes(), sealed=message.to_bytes()
+            )
+        return message
+
+    def _checked_keys(self, terms: Terms, order: SharesOrder, own: bytes) -> list[KeysMessage]:
+        if len(order.keys) != len(terms.names) or not all(order.keys):
+            raise Refusal(
+                "secure-keys-missing",
+                f"the setup of run {order.run} has not the keys of its {len(terms.names)} names",
+            )
+        keys = [KeysMessage.from_bytes(encoded) for encoded in order.keys]
+        for name, message in zip(terms.names, keys, strict=True):
+            secure_aggregation.check_keys(terms, name, message, self._peers[name])
+        if own != order.keys[terms.names.index(self._name)]:
+            raise Refusal("secure-keys-own", f"the keys of {self._name} are not those it sent")
+        secure_aggregation.check_all_keys(terms, keys)
+        return keys
+
+    def _channel_key(
+        self,
+        stored: secure_store.StoredRun,
+        peer: KeysMessage,
+        bound: bytes,
+        *,
+        sender: str,
+        receiver: str,
+    ) -> bytes:
+        assert stored.channel is not None
+        private = X25519PrivateKey.from_private_bytes(stored.channel)
+        secret = secure_aggregation.agree(private, peer.channel, peer.name)
+        return secure_aggregation.derive(secret, "share", stored.run, bound, sender, receiver)
 
     def begin(self, order: MaskedOrder) -> None:
         """Begin a round, before any training: check the order, store it, erase earlier rounds.
@@ -82,7 +196,70 @@ class SecureParty:
             Refusal: ``secure-setup-unfinished``, ``secure-shares-missing``, ``secure-digest``,
                 ``secure-round-range``, ``secure-round-past``, ``secure-round-other-order``.
         """
-        ...
+        with secure_store.opened(self._path) as db:
+            self._begin(db, order)
+
+    def _begin(
+        self, db: sqlite3.Connection, order: MaskedOrder
+    ) -> tuple[Terms, list[KeysMessage], secure_store.Pair]:
+        """Begin a round, or go on with it; returns the round's own secrets, too."""
+        stored, terms = self._run(db, order.run)
+        keys = _peer_keys(stored)
+        if not 1 <= order.round <= terms.rounds:
+            raise Refusal(
+                "secure-round-range", f"round {order.round} is not one of 1 to {terms.rounds}"
+            )
+        if len(order.digest) != KEY_BYTES:
+            raise Refusal("secure-digest", f"a digest has {KEY_BYTES} bytes")
+        latest = secure_store.latest_round(db, order.run)
+        if latest is not None and order.round < latest.round:
+            raise _past(order.round, latest.round)
+        self._open_shares(db, stored, terms, keys, order)
+        if latest is None or latest.round < order.round:
+            secure_store.begin_round(db, order.run, order.round, order.digest)
+        elif latest.digest != order.digest:
+            raise Refusal(
+                "secure-round-other-order",
+                f"round {order.round} of run {order.run} began with another order",
+            )
+        return terms, keys, secure_store.secrets(db, order.run)[order.round]
+
+    def _open_shares(
+        self,
+        db: sqlite3.Connection,
+        stored: secure_store.StoredRun,
+        terms: Terms,
+        keys: Sequence[KeysMessage],
+        order: MaskedOrder,
+    ) -> None:
+        """Open the shares that were sealed for this institution, as far as they are new.
+
+        A share that does not open is absent from later answers; the server names its dealer.
+        """
+        if not order.sealed:
+            if not stored.delivered:
+                raise Refusal(
+                    "secure-shares-missing",
+                    f"run {order.run} sent {self._name} no shares of the other institutions",
+                )
+            return
+        if len(order.sealed) != len(terms.names):
+            raise Refusal(
+                "secure-shares-length", "the number of sealed shares is not that of names"
+            )
+        held = secure_store.shares(db, order.run, order.round)
+        bound = secure_aggregation.transcript(keys)
+        for peer, sealed in zip(keys, order.sealed, strict=True):
+            if peer.name in held:
+                continue
+            key = self._channel_key(stored, peer, bound, sender=peer.name, receiver=self._name)
+            shares = _open(key, sealed, terms.rounds)
+            if shares is None:
+                continue
+            later = {number: pair for number, pair in shares.items() if number >= order.round}
+            secure_store.add_shares(db, order.run, peer.name, later)
+            held[peer.name] = shares[order.round]
+        secure_store.delivered(db, order.run, all_opened=len(held) == len(terms.names))
 
     def mask(self, order: MaskedOrder, words: np.ndarray) -> MaskedMessage:
         """Mask this round's vector. Calls `begin` first.
@@ -95,7 +272,53 @@ class SecureParty:
             Refusal: As `begin`, ``secure-words-length``, ``secure-words-range`` if a word is not
                 below 2^62 / n in size, ``secure-words-changed`` if the round masked other words.
         """
-        ...
+        with secure_store.opened(self._path) as db:
+            terms, keys, (private, seed) = self._begin(db, order)
+        self._check_words(terms, words)
+        own = X25519PrivateKey.from_private_bytes(private)
+        bound = secure_aggregation.transcript(keys)
+        pairs = {
+            peer.name: secure_aggregation.pair_key(
+                secure_aggregation.agree(own, peer.mask(order.round), peer.name),
+                terms,
+                bound,
+                order.round,
+                (self._name, peer.name),
+            )
+            for peer in keys
+            if peer.name != self._name
+        }
+        masked = words.astype("<i8").view("<u8")
+        masks.apply(
+            masked,
+            add=[seed, *(key for name, key in pairs.items() if name > self._name)],
+            subtract=[key for name, key in pairs.items() if name < self._name],
+        )
+        digest = hashlib.sha256(masked.data).digest()
+        with secure_store.opened(self._path) as db:
+            stored = self._round(db, order.run, order.round)
+            if stored.masked not in (None, digest):
+                raise Refusal(
+                    "secure-words-changed",
+                    f"round {order.round} of run {order.run} was masked with other words: two "
+                    "vectors under one mask would show their difference",
+                )
+            secure_store.add_masked(db, order.run, order.round, digest)
+        return MaskedMessage(name=self._name, round=order.round, words=masked.tobytes())
+
+    def _check_words(self, terms: Terms, words: np.ndarray) -> None:
+        if words.dtype != np.int64 or words.shape != (terms.parameters,):
+            raise Refusal(
+                "secure-words-length",
+                f"a vector has {terms.parameters} words of int64, not {words.shape} {words.dtype}",
+            )
+        bound = 2**62 // len(terms.names)
+        if words.max() >= bound or words.min() <= -bound:
+            raise Refusal(
+                "secure-words-range",
+                f"a word is not below {bound} in size: the sum of {len(terms.names)} could wrap; "
+                "raise max-grad-norm or lower the noise",
+            )
 
     def sign_list(self, order: ListOrder) -> ListMessage:
         """Sign the survivors of a round: one list a round.
@@ -103,7 +326,38 @@ class SecureParty:
         Raises:
             Refusal: ``secure-list-unmasked``, ``-names``, ``-excluded``, ``-short`` or ``-second``.
         """
-        ...
+        with secure_store.opened(self._path) as db:
+            stored, terms = self._run(db, order.run)
+            current = self._round(db, order.run, order.round)
+            if current.masked is None:
+                raise _unmasked(order.round)
+            self._check_list(terms, order.survivors)
+            if current.list is not None:
+                if current.list != order.to_bytes():
+                    raise Refusal(
+                        "secure-list-second",
+                        f"another list of round {order.round} of run {order.run} was signed",
+                    )
+                signature = current.signature or b""
+            else:
+                signature = secure_aggregation.sign(
+                    self._key, _list_statement(stored, terms, current, order.survivors)
+                )
+                secure_store.add_list(
+                    db, order.run, order.round, listed=order.to_bytes(), signature=signature
+                )
+        return ListMessage(name=self._name, round=order.round, signature=signature)
+
+    def _check_list(self, terms: Terms, survivors: Sequence[str]) -> None:
+        if list(survivors) != sorted({*survivors} & {*terms.names}):
+            raise Refusal("secure-list-names", "a list is not sorted, repeats or adds a name")
+        if self._name not in survivors:
+            raise Refusal("secure-list-excluded", f"a list has not {self._name}, which masked")
+        if len(survivors) < terms.least_survivors:
+            raise Refusal(
+                "secure-list-short",
+                f"a list of {len(survivors)} institutions is below {terms.least_survivors}",
+            )
 
     def unmask(self, order: UnmaskOrder) -> UnmaskMessage:
         """Reveal shares for the list that this institution signed, if enough others signed it.
@@ -113,8 +367,117 @@ class SecureParty:
         Raises:
             Refusal: ``secure-unmask-unsigned`` or ``secure-unmask-signatures``.
         """
-        ...
+        with secure_store.opened(self._path) as db:
+            stored, terms = self._run(db, order.run)
+            current = self._round(db, order.run, order.round)
+            if current.list is None:
+                raise Refusal(
+                    "secure-unmask-unsigned",
+                    f"{self._name} signed no list of round {order.round} of run {order.run}",
+                )
+            survivors = ListOrder.from_bytes(current.list).survivors
+            self._check_signatures(
+                terms, survivors, order, _list_statement(stored, terms, current, survivors)
+            )
+            held = secure_store.shares(db, order.run, order.round)
+        self._before_unmask(order.run, order.round)
+        shares = tuple(
+            held[name][name in survivors] if name in held else b"" for name in terms.names
+        )
+        return UnmaskMessage(name=self._name, round=order.round, shares=shares)
+
+    def _check_signatures(
+        self, terms: Terms, survivors: Sequence[str], order: UnmaskOrder, statement: bytes
+    ) -> None:
+        valid = 0
+        if len(order.signatures) == len(survivors):
+            for name, signature in zip(survivors, order.signatures, strict=True):
+                valid += bool(signature) and secure_aggregation.is_signed(
+                    self._peers[name], signature, statement
+                )
+                if valid == terms.threshold:
+                    return
+        raise Refusal(
+            "secure-unmask-signatures",
+            f"the list of round {order.round} that {self._name} signed has {valid} valid "
+            f"signatures, below {terms.threshold}",
+        )
 
     def forget(self, run: str) -> None:
         """Erase all secrets of a run that has ended. The run cannot be set up again."""
-        ...
+        with secure_store.opened(self._path) as db:
+            secure_store.end(db, run)
+
+    def _run(self, db: sqlite3.Connection, run: str) -> tuple[secure_store.StoredRun, Terms]:
+        stored = secure_store.run(db, run)
+        if stored is None:
+            raise Refusal("secure-run-unknown", f"{self._name} has no keys for run {run}")
+        if stored.ended:
+            raise Refusal("secure-run-ended", f"the secrets of run {run} are erased")
+        terms = Terms.from_bytes(stored.terms)
+        secure_aggregation.check_roster(terms, self._peers)
+        if secure_aggregation.roster_digest(terms, self._peers) != stored.roster:
+            raise Refusal(
+                "secure-roster-changed",
+                f"pinned keys changed since the setup of run {run}; begin a new run",
+            )
+        return stored, terms
+
+    def _round(self, db: sqlite3.Connection, run: str, number: int) -> secure_store.StoredRound:
+        """The round that is under way."""
+        latest = secure_store.latest_round(db, run)
+        if latest is None or latest.round < number:
+            raise _unmasked(number)
+        if latest.round > number:
+            raise _past(number, latest.round)
+        return latest
+
+
+def _deal(
+    terms: Terms, secrets: Mapping[int, secure_store.Pair]
+) -> list[dict[int, secure_store.Pair]]:
+    """For each name: round -> its shares of that round's mask key and seed."""
+    points = range(1, len(terms.names) + 1)
+    dealt: list[dict[int, secure_store.Pair]] = [{} for _ in terms.names]
+    for number, pair in secrets.items():
+        mask, seed = (shamir.split(secret, terms.threshold, points) for secret in pair)
+        for shares, *of_name in zip(dealt, mask, seed, strict=True):
+            shares[number] = (of_name[0], of_name[1])
+    return dealt
+
+
+def _open(key: bytes, sealed: bytes, rounds: int) -> dict[int, secure_store.Pair] | None:
+    """Round -> shares, or None if these are no shares under this key."""
+    try:
+        plain = ChaCha20Poly1305(key).decrypt(_NONCE, sealed, None)
+    except InvalidTag:
+        return None
+    if len(plain) != rounds * _SHARES_BYTES:
+        return None
+    middle, size = shamir.SHARE_BYTES, _SHARES_BYTES
+    parts = (plain[at : at + size] for at in range(0, len(plain), size))
+    return {number: (part[:middle], part[middle:]) for number, part in enumerate(parts, 1)}
+
+
+def _peer_keys(stored: secure_store.StoredRun) -> list[KeysMessage]:
+    if stored.peers is None:
+        raise Refusal("secure-setup-unfinished", f"run {stored.run} has not shared its secrets")
+    return [KeysMessage.from_bytes(keys) for keys in SharesOrder.from_bytes(stored.peers).keys]
+
+
+def _list_statement(
+    stored: secure_store.StoredRun,
+    terms: Terms,
+    current: secure_store.StoredRound,
+    survivors: Sequence[str],
+) -> bytes:
+    bound = secure_aggregation.transcript(_peer_keys(stored))
+    return secure_aggregation.list_statement(terms, bound, current.round, current.digest, survivors)
+
+
+def _past(number: int, latest: int) -> Refusal:
+    return Refusal("secure-round-past", f"round {number} is over: round {latest} began")
+
+
+def _unmasked(number: int) -> Refusal:
+    return Refusal("secure-list-unmasked", f"round {number} has no masked vector of this one")

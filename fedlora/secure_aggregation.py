@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedlora import canonical
 from fedlora.errors import Refusal
@@ -324,6 +325,15 @@ def check_roster(terms: Terms, peers: Mapping[str, ec.EllipticCurvePublicKey]) -
             raise Refusal("secure-shared-key", f"{other} and {name} have the same pinned key")
 
 
+def roster_digest(terms: Terms, peers: Mapping[str, ec.EllipticCurvePublicKey]) -> bytes:
+    """SHA-256 over the pinned keys of a run's names, in order."""
+    points = tuple(
+        peers[name].public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+        for name in terms.names
+    )
+    return hashlib.sha256(canonical.encode(f"{_TAG}roster", points)).digest()
+
+
 def check_keys(
     terms: Terms, name: str, message: KeysMessage, key: ec.EllipticCurvePublicKey
 ) -> None:
@@ -368,7 +378,10 @@ def check_all_keys(terms: Terms, keys: Sequence[KeysMessage]) -> None:
             # X25519 ignores the top bit and reduces the rest: several encodings are one key
             value = (int.from_bytes(public, "little") & (2**255 - 1)) % _CURVE_PRIME
             if value in seen:
-                raise Refusal("secure-keys-repeated", f"{message.name} sent a key twice")
+                raise Refusal(
+                    "secure-keys-repeated",
+                    f"{message.name} sent a key that is in the setup already",
+                )
             seen.add(value)
             agree(probe, public, message.name)
 
