@@ -11,20 +11,16 @@ institution masks one vector, signs one list, and reveals for each institution o
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from client import secure_store
-from fedlora import masks, secure_aggregation, shamir
+from client import secure_keys, secure_store
+from fedlora import masks, secure_aggregation
 from fedlora.errors import Refusal
 from fedlora.secure_aggregation import (
     KEY_BYTES,
@@ -39,9 +35,6 @@ from fedlora.secure_aggregation import (
     UnmaskMessage,
     UnmaskOrder,
 )
-
-_NONCE = bytes(12)  # each key seals one message
-_SHARES_BYTES = 2 * shamir.SHARE_BYTES  # of one round: of the mask key and of the seed
 
 
 class SecureParty:
@@ -93,7 +86,7 @@ class SecureParty:
                         f"run {terms.run} was set up with other terms; give it another name",
                     )
                 return KeysMessage.from_bytes(stored.keys)
-            channel, message, secrets = self._new_keys(terms)
+            channel, message, secrets = secure_keys.generate(terms, self._name, self._key)
             secure_store.add_run(
                 db,
                 secure_store.StoredRun(
@@ -106,25 +99,6 @@ class SecureParty:
                 secrets,
             )
         return message
-
-    def _new_keys(self, terms: Terms) -> tuple[bytes, KeysMessage, list[secure_store.Pair]]:
-        """A channel key, the public message, and each round's mask key and seed."""
-        channel = X25519PrivateKey.generate()
-        private = [X25519PrivateKey.generate() for _ in range(terms.rounds)]
-        secrets = [(key.private_bytes_raw(), os.urandom(KEY_BYTES)) for key in private]
-        message = KeysMessage(
-            terms=terms.digest,
-            name=self._name,
-            channel=channel.public_key().public_bytes_raw(),
-            masks=b"".join(key.public_key().public_bytes_raw() for key in private),
-            commitments=b"".join(
-                secure_aggregation.commitment(terms, self._name, number, seed)
-                for number, (_, seed) in enumerate(secrets, 1)
-            ),
-            signature=b"",
-        )
-        signature = secure_aggregation.sign(self._key, message.statement)
-        return channel.private_bytes_raw(), replace(message, signature=signature), secrets
 
     def shares(self, order: SharesOrder) -> SharesMessage:
         """Check all keys and seal the shares of this institution's secrets (second exchange).
@@ -142,52 +116,19 @@ class SecureParty:
                         f"the setup of run {order.run} has two different sets of keys",
                     )
                 return SharesMessage.from_bytes(stored.sealed)
-            keys = self._checked_keys(terms, order, stored.keys)
-            bound = secure_aggregation.transcript(keys)
-            dealt = _deal(terms, secure_store.secrets(db, order.run))
-            sealed = tuple(
-                b""
-                if peer.name == self._name
-                else ChaCha20Poly1305(
-                    self._channel_key(stored, peer, bound, sender=self._name, receiver=peer.name)
-                ).encrypt(_NONCE, b"".join(map(b"".join, shares.values())), None)
-                for peer, shares in zip(keys, dealt, strict=True)
+            keys = secure_keys.checked(terms, self._peers, order)
+            if stored.keys != order.keys[terms.names.index(self._name)]:
+                raise Refusal("secure-keys-own", f"the keys of {self._name} are not those it sent")
+            dealt = secure_keys.deal(terms, secure_store.secrets(db, order.run))
+            message = SharesMessage(
+                name=self._name,
+                sealed=secure_keys.seal(terms, self._name, stored.channel or b"", keys, dealt),
             )
-            message = SharesMessage(name=self._name, sealed=sealed)
-            own = dealt[terms.names.index(self._name)]
-            secure_store.add_shares(db, order.run, self._name, own)
+            secure_store.add_shares(db, order.run, self._name, dealt[self._name])
             secure_store.add_sealed(
                 db, order.run, peers=order.to_bytes(), sealed=message.to_bytes()
             )
         return message
-
-    def _checked_keys(self, terms: Terms, order: SharesOrder, own: bytes) -> list[KeysMessage]:
-        if len(order.keys) != len(terms.names) or not all(order.keys):
-            raise Refusal(
-                "secure-keys-missing",
-                f"the setup of run {order.run} has not the keys of its {len(terms.names)} names",
-            )
-        keys = [KeysMessage.from_bytes(encoded) for encoded in order.keys]
-        for name, message in zip(terms.names, keys, strict=True):
-            secure_aggregation.check_keys(terms, name, message, self._peers[name])
-        if own != order.keys[terms.names.index(self._name)]:
-            raise Refusal("secure-keys-own", f"the keys of {self._name} are not those it sent")
-        secure_aggregation.check_all_keys(terms, keys)
-        return keys
-
-    def _channel_key(
-        self,
-        stored: secure_store.StoredRun,
-        peer: KeysMessage,
-        bound: bytes,
-        *,
-        sender: str,
-        receiver: str,
-    ) -> bytes:
-        assert stored.channel is not None
-        private = X25519PrivateKey.from_private_bytes(stored.channel)
-        secret = secure_aggregation.agree(private, peer.channel, peer.name)
-        return secure_aggregation.derive(secret, "share", stored.run, bound, sender, receiver)
 
     def begin(self, order: MaskedOrder) -> None:
         """Begin a round, before any training: check the order, store it, erase earlier rounds.
@@ -247,19 +188,15 @@ class SecureParty:
             raise Refusal(
                 "secure-shares-length", "the number of sealed shares is not that of names"
             )
-        held = secure_store.shares(db, order.run, order.round)
-        bound = secure_aggregation.transcript(keys)
-        for peer, sealed in zip(keys, order.sealed, strict=True):
-            if peer.name in held:
-                continue
-            key = self._channel_key(stored, peer, bound, sender=peer.name, receiver=self._name)
-            shares = _open(key, sealed, terms.rounds)
-            if shares is None:
-                continue
+        held = secure_store.shares(db, order.run, order.round).keys()
+        absent = {*terms.names} - held
+        opened = secure_keys.opened(
+            terms, self._name, stored.channel or b"", keys, order.sealed, absent
+        )
+        for dealer, shares in opened.items():
             later = {number: pair for number, pair in shares.items() if number >= order.round}
-            secure_store.add_shares(db, order.run, peer.name, later)
-            held[peer.name] = shares[order.round]
-        secure_store.delivered(db, order.run, all_opened=len(held) == len(terms.names))
+            secure_store.add_shares(db, order.run, dealer, later)
+        secure_store.delivered(db, order.run, all_opened=absent == opened.keys())
 
     def mask(self, order: MaskedOrder, words: np.ndarray) -> MaskedMessage:
         """Mask this round's vector. Calls `begin` first.
@@ -431,32 +368,6 @@ class SecureParty:
         if latest.round > number:
             raise _past(number, latest.round)
         return latest
-
-
-def _deal(
-    terms: Terms, secrets: Mapping[int, secure_store.Pair]
-) -> list[dict[int, secure_store.Pair]]:
-    """For each name: round -> its shares of that round's mask key and seed."""
-    points = range(1, len(terms.names) + 1)
-    dealt: list[dict[int, secure_store.Pair]] = [{} for _ in terms.names]
-    for number, pair in secrets.items():
-        mask, seed = (shamir.split(secret, terms.threshold, points) for secret in pair)
-        for shares, *of_name in zip(dealt, mask, seed, strict=True):
-            shares[number] = (of_name[0], of_name[1])
-    return dealt
-
-
-def _open(key: bytes, sealed: bytes, rounds: int) -> dict[int, secure_store.Pair] | None:
-    """Round -> shares, or None if these are no shares under this key."""
-    try:
-        plain = ChaCha20Poly1305(key).decrypt(_NONCE, sealed, None)
-    except InvalidTag:
-        return None
-    if len(plain) != rounds * _SHARES_BYTES:
-        return None
-    middle, size = shamir.SHARE_BYTES, _SHARES_BYTES
-    parts = (plain[at : at + size] for at in range(0, len(plain), size))
-    return {number: (part[:middle], part[middle:]) for number, part in enumerate(parts, 1)}
 
 
 def _peer_keys(stored: secure_store.StoredRun) -> list[KeysMessage]:

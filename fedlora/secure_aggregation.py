@@ -11,6 +11,7 @@ server's; docs/secure-aggregation.md draws both.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import typing
 from collections.abc import Mapping, Sequence
@@ -58,13 +59,18 @@ class _Message:
             Refusal: ``secure-malformed`` if the bytes are another message or none.
         """
         values = canonical.decode(_TAG + cls.__name__, data)
-        types = typing.get_type_hints(cls)
+        types = _types(cls)
         if len(values) != len(types) or not all(map(_fits, values, types.values())):
             raise Refusal(
                 "secure-malformed",
                 f"the values of a {cls.__name__} have other types than {', '.join(types)}",
             )
         return cls(**dict(zip(types, values, strict=True)))
+
+
+@functools.cache
+def _types(message: type[_Message]) -> dict[str, typing.Any]:
+    return typing.get_type_hints(message)
 
 
 def _fits(value: canonical.Value, wanted: typing.Any) -> bool:
