@@ -543,8 +543,9 @@ def test_a_party_that_is_killed_at_any_write_goes_on(memory_path):
             first, again = call(), call()
             assert first == again
             if not died:
-                return first
+                break
             kills += 1
+        return first
 
     def ask(name, call):
         return step(call) if name == "bob" else call()
@@ -565,7 +566,7 @@ def test_a_party_that_is_killed_at_any_write_goes_on(memory_path):
     for name in survivors:
         one.add_shares(ask(name, lambda n=name: made.party(n).unmask(one.unmask_order())))
     assert np.array_equal(one.total(), made.plain(survivors))
-    assert kills > 30
+    assert kills > 20  # several in each of the five steps
 
 
 def test_terms_and_keys_survive_their_encoding():
