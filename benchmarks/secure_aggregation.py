@@ -11,6 +11,7 @@ plain sum. Keys are made for 30 rounds, above 300 institutions for one, and one 
 import argparse
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ class Run:
 
     def ask(self, step: str, orders, take=None) -> None:
         """Send each institution its order; ``take`` receives each answer at the server."""
+        began = time.perf_counter()
         tasks = ((name, step, data, self.terms.parameters) for name, data in orders)
         for name, encoded, seconds in self.pool.imap_unordered(answer, self._counted(tasks)):
             self.seconds[name] += seconds
@@ -97,6 +99,8 @@ class Run:
                 started = time.perf_counter()
                 take(encoded)
                 self.server += time.perf_counter() - started
+        took, count = time.perf_counter() - began, len(self.terms.names)
+        print(f"{count} institutions: {step} took {took:.1f} s", file=sys.stderr, flush=True)
 
     def _counted(self, tasks):
         for task in tasks:
@@ -262,7 +266,7 @@ def table(rows) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--institutions", type=int, nargs="*", default=[10, 39, 100, 300, 1000])
-    parser.add_argument("--flower", type=int, nargs="*", default=[10, 39, 100])
+    parser.add_argument("--flower", type=int, nargs="*", default=[10, 39])
     parser.add_argument("--parameters", type=int, default=75_000)
     parser.add_argument("--mask-parameters", type=int, default=40_000_000)
     parser.add_argument("--mask-peers", type=int, default=39)
