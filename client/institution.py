@@ -112,6 +112,7 @@ class Institution:
         Raises:
             Refusal: ``ledger-*``, or for a run beyond the institution's limits.
         """
+        self._check_protocol()
         fits, size = True, 0
         if self.config.privacy.enabled:
             shard = self._records()
@@ -182,6 +183,7 @@ class Institution:
                 changes (``step-too-small``) or that is too large (``adapter-too-large``), or
                 ``ledger-*``.
         """
+        self._check_protocol()
         shard = self._records()
         plan = plan_run(self.config, shard.num_units, order.participations)
         checks.check_step(order, self.config, plan)
@@ -375,7 +377,9 @@ class Institution:
             max_run_epsilon=self.max_run_epsilon,
             max_alone_epsilon=self.max_alone_epsilon,
         )
-        if plan.honest and self.config.privacy.protocol == "full":
+
+    def _check_protocol(self) -> None:
+        if self.config.privacy.shares_noise and self.config.privacy.protocol == "full":
             raise Refusal(
                 "protocol-missing",
                 "privacy.protocol is 'full', which this version cannot run; use ideal, in a "
