@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from client import config_policy, home_cohort
 from client.home_cohort import Member
 from client.institution import Institution
@@ -102,8 +100,8 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             raise models
         say("comparing alone, shared and own")
         said = institution.compare(shared, models).metrics
-        truth = np.asarray(held_out.targets, dtype=np.int64)
-        rows = Rows.of(train_rows, truth, said, len(records.labels))
+        texts = comparison.text_numbers(held_out)
+        rows = Rows.of(train_rows, held_out, texts, said, len(records.labels))
         compared = comparison.summary({own.name: rows}, records.labels)
         result = {
             "institution": own.name,

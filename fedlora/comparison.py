@@ -28,6 +28,7 @@ class Rows:
     Args:
         records: Number of its training records.
         truth: The class of each held-out row ``(n,)`` int64.
+        texts: The number of each row's text ``(n,)`` int64 (`text_numbers`).
         predicted: Model -> predicted classes ``(n,)`` int64.
         scarce: Whether each row's class is scarce at the institution ``(n,)``: it has at most
             `MAX_SCARCE_RECORDS` training records of it.
@@ -36,6 +37,7 @@ class Rows:
 
     records: int
     truth: NDArray[np.int64]
+    texts: NDArray[np.int64]
     predicted: Mapping[str, NDArray[np.int64]]
     scarce: NDArray[np.bool_]
     choice: Mapping[str, Any]
@@ -44,7 +46,8 @@ class Rows:
     def of(
         cls,
         train: Shard,
-        truth: NDArray[np.int64],
+        held_out: Shard,
+        texts: NDArray[np.int64],
         said: Mapping[str, Any],
         classes: int,
     ) -> Self:
@@ -52,7 +55,8 @@ class Rows:
 
         Args:
             train: Its training records.
-            truth: The class of each held-out row ``(n,)`` int64.
+            held_out: Its held-out rows, n of them.
+            texts: The number of each row's text ``(n,)`` int64.
             said: Its `fedlora.messages.Evaluation` at home.
             classes: The number of classes.
 
@@ -60,6 +64,7 @@ class Rows:
             ValueError: If the predictions of a model are no classes of these rows.
         """
         predicted: dict[str, NDArray[np.int64]] = {}
+        truth = held_out.targets
         for model in MODELS:
             values: Any = said.get(model)
             if not isinstance(values, list) or not all(
@@ -74,6 +79,7 @@ class Rows:
         return cls(
             records=len(train),
             truth=truth,
+            texts=texts,
             predicted=predicted,
             scarce=held[truth] <= MAX_SCARCE_RECORDS,
             choice={name: said.get(name) for name in CHOICES},
@@ -89,8 +95,8 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         ``alone``, ``shared`` and ``own``: accuracy and macro-F1 over all rows. ``gain`` of own over
-        alone: mean over all rows, 95 % interval of a paired bootstrap within institutions, and how
-        many institutions gain or lose by more than their own interval. ``scarce``: accuracies on
+        alone: mean over all rows, 95 % interval of a paired bootstrap over texts, and how many
+        institutions gain or lose by more than their own interval. ``scarce``: accuracies on
         rows of classes that are scarce at their institution. ``sizes``: size class ->
         institutions, rows, accuracies, gain. ``institutions``: name -> the same of
         one institution, with ``records``, ``low``, ``high`` and what validation records chose.
@@ -133,10 +139,18 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def text_numbers(shard: Shard) -> NDArray[np.int64]:
+    """A number for each row's text ``(n,)`` int64; rows of equal tokens have equal numbers."""
+    numbers: dict[bytes, int] = {}
+    rows = (shard.row(index).tobytes() for index in range(len(shard)))
+    return np.array([numbers.setdefault(row, len(numbers)) for row in rows], dtype=np.int64)
+
+
 def _selected(rows: Rows, which: NDArray[np.bool_]) -> Rows:
     return Rows(
         records=rows.records,
         truth=rows.truth[which],
+        texts=rows.texts[which],
         predicted={model: said[which] for model, said in rows.predicted.items()},
         scarce=rows.scarce[which],
         choice=rows.choice,
@@ -169,18 +183,33 @@ def _accuracies(group: Sequence[Rows]) -> dict[str, Any]:
 
 
 def _interval(group: Sequence[Rows], draw: np.random.Generator) -> tuple[float, float]:
-    """The 95 % interval of the gain by a paired bootstrap: rows are drawn within institutions.
+    """The 95 % interval of the gain by a paired bootstrap over texts.
 
-    A row's difference is -1, 0 or 1, so that the counts of the three are multinomial.
+    Rows of one text, at one institution or at several, are right or wrong together, so a text is
+    drawn with all of its rows. Texts of one institution are drawn within it, and those that several
+    institutions have among themselves. Texts with equal sums of differences and equal numbers of
+    rows count alike, so that their counts are multinomial.
+
+    Reference: Field and Welsh (2007), Bootstrapping clustered data.
     """
-    total = np.zeros(RESAMPLES)
-    for rows in group:
-        alone = rows.predicted["alone"] == rows.truth
-        own = rows.predicted["own"] == rows.truth
-        better, worse, n = int((own & ~alone).sum()), int((alone & ~own).sum()), len(rows.truth)
-        counts = draw.multinomial(n, [better / n, worse / n, (n - better - worse) / n], RESAMPLES)
-        total += counts[:, 0] - counts[:, 1]
-    shares = total / sum(len(rows.truth) for rows in group)
+    right = [{m: rows.predicted[m] == rows.truth for m in ("alone", "own")} for rows in group]
+    gains = np.concatenate([one["own"].astype(np.int64) - one["alone"] for one in right])
+    owner = np.repeat(np.arange(len(group)), [len(rows.truth) for rows in group])
+    _, text = np.unique(np.concatenate([rows.texts for rows in group]), return_inverse=True)
+    first = np.full(int(text.max()) + 1, len(group))
+    last = np.full(len(first), -1)
+    np.minimum.at(first, text, owner)
+    np.maximum.at(last, text, owner)
+    found = np.stack(
+        [np.where(first == last, first, -1), np.bincount(text, gains), np.bincount(text)]
+    )
+    difference, count = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    for stratum in np.unique(found[0]):
+        kinds, times = np.unique(found[1:, found[0] == stratum], axis=1, return_counts=True)
+        drawn = draw.multinomial(times.sum(), times / times.sum(), RESAMPLES)
+        difference += drawn @ kinds[0]
+        count += drawn @ kinds[1]
+    shares = difference / count
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(shares, [tail, 1 - tail])
     return float(low), float(high)

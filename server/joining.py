@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from fedlora import trainable, wire
-from fedlora.comparison import Rows, summary
+from fedlora.comparison import Rows, summary, text_numbers
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.messages import EvaluateOrder, Evaluation
@@ -52,12 +53,14 @@ def measure(
         were trained under DP; ``not_compared`` (institution -> reason) if a reply was refused.
     """
     started = time.monotonic()
+    assert population.held_out is not None
+    texts = text_numbers(population.held_out)
     answers, failed = ask(
         grid,
         order,
         wire.HOME,
         nodes,
-        lambda name, answer: _rows(name, answer, config, population),
+        lambda name, answer: _rows(name, answer, config, population, texts),
         failure="trained no model at home",
         timeout=config.federation.timeout,
         patience=patience,
@@ -72,17 +75,30 @@ def measure(
     }
 
 
-def _rows(name: str, answer: Evaluation, config: RunConfig, population: Population) -> Rows:
+def _rows(
+    name: str,
+    answer: Evaluation,
+    config: RunConfig,
+    population: Population,
+    texts: NDArray[np.int64],
+) -> Rows:
     """One institution's rows, if its answer can be of them.
+
+    Args:
+        name: The institution.
+        answer: Its answer.
+        config: The run.
+        population: The institutions and their held-out rows.
+        texts: The number of the text of each held-out row of all institutions.
 
     Raises:
         Refusal: ``invalid-metrics``.
     """
     assert population.held_out is not None and population.owner is not None
     index = population.names.index(name)
-    truth = np.asarray(population.held_out.targets[population.owner == index], dtype=np.int64)
-    train = trainable.records(config).train(index)
+    own = np.flatnonzero(population.owner == index)
+    train, held_out = trainable.records(config).train(index), population.held_out.select(own)
     try:
-        return Rows.of(train, truth, answer.metrics, len(population.labels))
+        return Rows.of(train, held_out, texts[own], answer.metrics, len(population.labels))
     except ValueError as error:
         raise Refusal("invalid-metrics", str(error)) from None

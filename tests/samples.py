@@ -1,5 +1,7 @@
 """Messages with ordinary values, for tests that change some of them."""
 
+import itertools
+
 import numpy as np
 
 from fedlora import comparison
@@ -52,11 +54,15 @@ def updates_of(states, weights=None):
     ]
 
 
-def compared_rows(truth, alone, shared, own, records=64, scarce=None):
+_TEXTS = itertools.count(1000)  # no two rows have one text unless a test says so
+
+
+def compared_rows(truth, alone, shared, own, records=64, scarce=None, texts=None):
     """One institution's held-out rows and the answers of its three models, as class indices."""
     return comparison.Rows(
         records=records,
         truth=np.array(truth),
+        texts=np.array(texts or [next(_TEXTS) for _ in truth]),
         predicted={
             "alone": np.array(alone),
             "shared": np.array(shared),

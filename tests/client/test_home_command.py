@@ -438,17 +438,17 @@ def test_the_charge_is_on_the_disk_before_the_first_step_and_a_repeat_costs_noth
 def test_under_dp_no_own_model_is_trained_without_dp(bank, monkeypatch):
     made = bank()
     made.receive(made.release())
-    starts, train = [], home.train_at_home
+    origins, train = [], home.train_at_home
 
     def spied(work, trainees, plan):
-        starts.extend(one.start for one in trainees)
+        origins.extend(one.origin for one in trainees)
         return train(work, trainees, plan)
 
     monkeypatch.setattr(home, "train_at_home", spied)
     made.result("--run", "first", "--epsilon", 2)
     fresh = made.work().start
-    assert len(starts) == 2  # the model alone, to choose and at the end
-    assert all(torch.equal(start[n], t) for start in starts for n, t in fresh.items())
+    assert len(origins) == 2  # the model alone, to choose and at the end
+    assert all(torch.equal(origin[n], t) for origin in origins for n, t in fresh.items())
     made.result("--run", "first", "--out", made.directory / "again")
     assert len(starts) == 2 + 4
 
