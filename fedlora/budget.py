@@ -56,6 +56,7 @@ def _plan_run(
     delta = delta_of(privacy, units)
     rate = accounting.sample_rate(given_rate, batch_size, size_class)
     size_noise = privacy.size_noise if weighting == "noised-size" else 0.0
+    honest = privacy.honest if privacy.shares_noise else 0
     noise_multiplier = accounting.noise_multiplier(
         epsilon=privacy.epsilon,
         delta=delta,
@@ -63,6 +64,7 @@ def _plan_run(
         steps=local_steps * participations,
         accountant=privacy.accountant,
         history=accounting.size_events(size_noise),
+        shares=honest,
     )
     return PrivacyPlan(
         epsilon=privacy.epsilon,
@@ -76,6 +78,8 @@ def _plan_run(
         rounds=participations,
         accountant=privacy.accountant,
         size_noise=size_noise,
+        honest=honest,
+        colluding=privacy.colluding if privacy.shares_noise else 0,
     )
 
 
