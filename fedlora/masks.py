@@ -30,7 +30,9 @@ def apply(words: np.ndarray, *, add: Iterable[bytes] = (), subtract: Iterable[by
     Reference: Bernstein (2008), ChaCha, a variant of Salsa20; RFC 8439.
     """
     if words.dtype != np.dtype("<u8") or words.ndim != 1 or not words.flags.c_contiguous:
-        raise ValueError(f"a vector of uint64 is masked, not {words.dtype} {words.shape}")
+        raise ValueError(
+            f"a contiguous vector of uint64 is masked, not {words.dtype} {words.shape}"
+        )
     streams = [
         (Cipher(ChaCha20(key, _NONCE), mode=None).encryptor(), operation)
         for keys, operation in ((add, np.add), (subtract, np.subtract))

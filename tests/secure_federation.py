@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.secure_party import SecureParty
+from fedlora.errors import Refusal
 from fedlora.secure_aggregation import (
     KeysMessage,
     ListMessage,
@@ -28,6 +31,14 @@ NAMES = ("ada", "bob", "cyd", "dan", "eve")
 def key(name: str) -> ec.EllipticCurvePrivateKey:
     """A P-384 key of a name, the same in a whole session of tests."""
     return ec.generate_private_key(ec.SECP384R1())
+
+
+@contextlib.contextmanager
+def refused(code: str) -> Generator[None]:
+    """A block that must be refused with a code."""
+    with pytest.raises(Refusal) as caught:
+        yield
+    assert caught.value.code == code
 
 
 def pinned(*names: str) -> dict[str, ec.EllipticCurvePublicKey]:
@@ -55,7 +66,7 @@ class Federation:
         self.folder, self.terms = folder, agreed or terms()
         self.revealed: list[tuple[str, str, int]] = []  # of the points of no return
         self.setup = SecureSetup(self.terms, pinned(*self.terms.names))
-        for name in self.terms.names:
+        for name in self.terms.names if until != "nothing" else ():
             message = self.party(name).keys(self.terms)
             self.setup.add_keys(KeysMessage.from_bytes(message.to_bytes()))
         if until == "shares":
