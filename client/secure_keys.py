@@ -76,7 +76,7 @@ def checked(
 
 def deal(terms: Terms, secrets: Mapping[int, Pair]) -> dict[str, Shares]:
     """Holder -> its shares of the mask key and the seed of each round."""
-    points = range(1, len(terms.names) + 1)
+    points = [*terms.points.values()]
     dealt: dict[str, Shares] = {name: {} for name in terms.names}
     for number, pair in secrets.items():
         mask, seed = (shamir.split(secret, terms.threshold, points) for secret in pair)

@@ -138,14 +138,15 @@ class Terms(SecureMessage):
         """Number of survivors below which a round is given up before anything is unmasked."""
         return max(self.honest + self.colluding, self.threshold)
 
-    @property
+    @functools.cached_property
     def digest(self) -> bytes:
         """SHA-256 of these terms."""
         return hashlib.sha256(self.to_bytes()).digest()
 
-    def point(self, name: str) -> int:
-        """The point x >= 1 at which an institution's shares are values of the polynomials."""
-        return 1 + self.names.index(name)
+    @functools.cached_property
+    def points(self) -> Mapping[str, int]:
+        """Name -> point x >= 1 at which its shares are values of the polynomials."""
+        return {name: x for x, name in enumerate(self.names, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)

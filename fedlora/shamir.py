@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 PRIME = 2**256 + 297
 """The least prime above 2^256."""
@@ -49,20 +49,34 @@ def combine(shares: Mapping[int, bytes], at: int = 0) -> int:
         shares: Point -> share, as many as the threshold.
         at: The point.
     """
+    if at in shares:
+        return int.from_bytes(shares[at], "big") % PRIME
     weights = _weights(tuple(shares), at)
     total = sum(w * int.from_bytes(s, "big") for w, s in zip(weights, shares.values(), strict=True))
     return total % PRIME
 
 
-@functools.lru_cache(maxsize=64)
-def _weights(points: tuple[int, ...], at: int) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=4)
+def _weights(points: tuple[int, ...], at: int) -> list[int]:
     """Lagrange's weights: the value at ``at`` is the sum of weight times value at the points."""
-    weights: list[int] = []
-    for i, point in enumerate(points):
-        above = below = 1
-        for j, other in enumerate(points):
-            if i != j:
-                above = above * (at - other) % PRIME
-                below = below * (point - other) % PRIME
-        weights.append(above * pow(below, -1, PRIME) % PRIME)
-    return tuple(weights)
+    whole = _product(at - point for point in points)
+    return [
+        whole * inverse * pow(at - point, -1, PRIME) % PRIME
+        for point, inverse in zip(points, _inverses(points), strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=4)
+def _inverses(points: tuple[int, ...]) -> list[int]:
+    """For each point the inverse of the product of its differences to the others."""
+    return [
+        pow(_product(point - other for other in points if other != point), -1, PRIME)
+        for point in points
+    ]
+
+
+def _product(factors: Iterable[int]) -> int:
+    product = 1
+    for factor in factors:
+        product = product * factor % PRIME
+    return product

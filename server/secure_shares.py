@@ -96,7 +96,7 @@ def _search(
     """The secret, and the holders of wrong shares as far as they had to be found."""
     order = sorted(shares, key=lambda holder: (holder in distrusted, holder))
     for tries, chosen in enumerate(_subsets(order, terms.threshold)):
-        points = {terms.point(holder): shares[holder] for holder in chosen}
+        points = {terms.points[holder]: shares[holder] for holder in chosen}
         value = shamir.combine(points)
         if value < 2 ** (8 * shamir.SECRET_BYTES):
             secret = value.to_bytes(shamir.SECRET_BYTES, "big")
@@ -105,7 +105,7 @@ def _search(
                 return secret, {
                     holder
                     for holder in suspects
-                    if shamir.combine(points, terms.point(holder))
+                    if shamir.combine(points, terms.points[holder])
                     != int.from_bytes(shares[holder], "big")
                 }
     return None

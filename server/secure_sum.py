@@ -10,7 +10,7 @@ A message that is refused changes nothing, so the caller notes its code and goes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -275,7 +275,7 @@ class SecureRound:
                 ``secure-shares-wrong`` that names the institution whose secret the shares do not
                 give. The round is given up; more shares may be added first.
         """
-        survivors = self.list_order().survivors
+        survivors = frozenset(self.list_order().survivors)
         secrets = self._reveal(survivors)
         words = self._sum.copy()
         masks.apply(words, subtract=[secrets[name] for name in survivors])
@@ -283,12 +283,12 @@ class SecureRound:
             self._remove_pairs(words, dead, secrets[dead], survivors)
         return words.view("<i8")
 
-    def _reveal(self, survivors: Sequence[str]) -> dict[str, bytes]:
+    def _reveal(self, survivors: Collection[str]) -> dict[str, bytes]:
         """Each survivor's seed of this round, each other institution's private mask key."""
         number, terms = self._number, self._terms
 
         def is_right(name: str, secret: bytes) -> bool:
-            keys = self._keys[terms.names.index(name)]
+            keys = self._keys[terms.points[name] - 1]
             if name in survivors:
                 made = secure_aggregation.commitment(terms, name, number, secret)
                 return made == keys.commitment(number)
@@ -306,7 +306,7 @@ class SecureRound:
         return dict(revealed.secrets)
 
     def _remove_pairs(
-        self, words: np.ndarray, dead: str, private: bytes, survivors: Sequence[str]
+        self, words: np.ndarray, dead: str, private: bytes, survivors: Collection[str]
     ) -> None:
         """Remove what the survivors added and subtracted for an institution without a vector."""
         own = X25519PrivateKey.from_private_bytes(private)
