@@ -6,7 +6,7 @@ possible. Plans are cached for the life of the process.
 
 import functools
 
-from fedlora import accounting
+from fedlora import accounting, discrete_gaussian, noise_shares
 from fedlora.accounting import PrivacyPlan
 from fedlora.config import PrivacyConfig, RunConfig
 from fedlora.errors import InputError
@@ -66,7 +66,7 @@ def _plan_run(
         history=accounting.size_events(size_noise),
         shares=honest,
     )
-    return PrivacyPlan(
+    plan = PrivacyPlan(
         epsilon=privacy.epsilon,
         delta=delta,
         noise_multiplier=noise_multiplier,
@@ -81,6 +81,12 @@ def _plan_run(
         honest=honest,
         colluding=privacy.colluding if privacy.shares_noise else 0,
     )
+    if honest and plan.share_scale(noise_shares.MAX_PARAMETERS) > discrete_gaussian.MAX_SCALE:
+        raise InputError(
+            f"privacy.epsilon is {privacy.epsilon:g}, which needs a noise multiplier of "
+            f"{noise_multiplier:g}, beyond the integers of secure aggregation; raise it"
+        )
+    return plan
 
 
 def delta_of(privacy: PrivacyConfig, units: int) -> float:

@@ -214,7 +214,9 @@ def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
     ledger = SimpleNamespace(delta=1e-5, accountant=own)
     spent = accounting.epsilon(plan.events, 1e-5, own)
     try:
-        checks.check_limits(plan, ledger, max_delta=1.0, max_run_epsilon=8.0)
+        checks.check_limits(
+            plan, ledger, max_delta=1.0, max_run_epsilon=8.0, max_alone_epsilon=math.inf
+        )
     except Refusal as refusal:
         assert refusal.code == "epsilon-too-large" and spent > 8.0
     else:
