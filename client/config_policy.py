@@ -239,7 +239,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             ),
         )
     ),
-    "privacy.protocol": Taken(),  # a deployment runs full (`fedlora.config`)
+    "privacy.protocol": Own(lambda _: "full"),  # no server talks it out of its masks
     "privacy.epsilon": Taken(
         (
             Limit(

@@ -5,7 +5,7 @@ the institution follows, its digest is that of the order that was received, and 
 return is in the ledger.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +54,12 @@ class SecureRole:
     key: ec.EllipticCurvePrivateKey
     peers: Mapping[str, ec.EllipticCurvePublicKey]
 
-    def keys(self, terms: Terms, parameters: Callable[[], int]) -> KeysMessage:
+    def keys(self, terms: Terms, parameters: int) -> KeysMessage:
         """Make the keys of a run whose terms are those of the configuration.
 
         Args:
             terms: The server's terms.
-            parameters: Gives the length of this run's vectors.
+            parameters: The length of this run's vectors.
 
         Raises:
             Refusal: ``secure-terms-mismatch``, or those of `SecureParty.keys`.
@@ -69,7 +69,7 @@ class SecureRole:
             "honest": privacy.honest,
             "colluding": privacy.colluding,
             "rounds": self.config.federation.rounds,
-            "parameters": parameters(),
+            "parameters": parameters,
         }
         for name, value in wanted.items():
             if getattr(terms, name) != value:

@@ -123,7 +123,11 @@ def load(path: str) -> Settings:
     return dataclasses.replace(
         made,
         **{field: str(here / getattr(made, field)) for field in ("ledger", "state")},
-        **{field: str(here / path) for field in ("ca", "key", "peers") if (path := getattr(made, field))},
+        **{
+            field: str(here / path)
+            for field in ("ca", "key", "peers")
+            if (path := getattr(made, field))
+        },
         **{
             field: str(here / value) if value.endswith((".csv", ".jsonl", ".parquet")) else value
             for field in ("source", "test_source")

@@ -380,7 +380,9 @@ def fingerprint(
         if not getattr(own, name):
             raise InputError(f"{name} is missing from the institution's settings; add it")
     keys = peers.pinned(Path(own.peers), own.name, peers.read_private(Path(own.key)))
-    found = {name: peers.fingerprint(keys[name]) for name in (own.name, *sorted({*keys} - {own.name}))}
+    found = {
+        name: peers.fingerprint(keys[name]) for name in (own.name, *sorted({*keys} - {own.name}))
+    }
     if as_json:
         print(json.dumps({"own": own.name, "fingerprints": found}))
         return

@@ -42,7 +42,6 @@ def digest(order: TrainOrder, config: RunConfig) -> bytes:
     return bytes.fromhex(order.digest(json.dumps([values[key] for key in BOUND])))
 
 
-
 def parameters(adapter: AdapterState, config: RunConfig) -> int:
     """The length of the vectors of a run: the most parameters that a round of it trains.
 

@@ -1,14 +1,14 @@
-"""The full protocol of secure aggregation over a Grid: a run's setup, and each round's exchanges.
+"""The full protocol of secure aggregation over a Grid: a run's setup and its rounds' exchanges.
 
-The roles are in ``server.secure_sum`` (here) and ``client.secure_party`` (at the institutions). This
-file sends, receives and stores. Two files in the run's directory make a restart harmless: the setup
+The roles are in ``server.secure_sum`` and ``client.secure_party``. This file sends, receives and
+stores. Two files in the run's directory make a restart harmless: the setup
 once it is complete, and a round's masked sum with its list before the list is sent. A killed server
 asks for everything else again, and an institution answers the same order in the same way.
 """
 
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlora import canonical, wire
+from fedlora import canonical, peers, wire
+from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
+from fedlora.run_files import KEYS
 from fedlora.secure_aggregation import (
     KeysMessage,
     ListMessage,
@@ -35,7 +37,7 @@ from fedlora.secure_aggregation import (
 )
 from server.exchange import exchange
 from server.replies import Replies, content
-from server.roster import RunFailed, reasons
+from server.roster import RunFailed, patience, reasons
 from server.secure_sum import SecureRound, SecureSetup
 from strategies.base import Round
 
@@ -46,21 +48,6 @@ SETUP_TRIES = 3
 _TAG = "fedlora secure aggregation 1 server "
 _Answer = TypeVar("_Answer", KeysMessage, SharesMessage, ListMessage, UnmaskMessage)
 Words = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """The way to the institutions.
-
-    Args:
-        grid: Any Flower Grid.
-        timeout: Seconds that one institution may take.
-        patience: Seconds without any reply after which the server stops waiting.
-    """
-
-    grid: Grid
-    timeout: float
-    patience: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,33 +75,52 @@ class SecureSession:
     """The protocol of one run.
 
     Args:
-        link: The way to the institutions.
-        peers: Institution -> its public key.
-        directory: The run's directory.
+        grid: The Grid that reaches the institutions.
+        config: The run.
+        names: The institutions' names, which only a simulation knows beforehand.
     """
 
-    def __init__(
-        self, link: Link, peers: Mapping[str, ec.EllipticCurvePublicKey], directory: Path
-    ) -> None:
-        self._link, self._peers, self._folder = link, peers, directory / "secure"
+    def __init__(self, grid: Grid, config: RunConfig, names: Sequence[str]) -> None:
+        self._grid, self._config, self._names = grid, config, names
+        self._folder = Path(config.run_dir) / "secure"
         self._setup: SecureSetup | None = None
         self._delivered: set[str] = set()  # institutions that have the others' shares
         self._nodes: Mapping[int, str] = {}
         self._digest = b""
 
-    def set_up(self, terms: Terms, nodes: Mapping[int, str]) -> None:
+    def set_up(
+        self, run: str, parameters: int, nodes: Mapping[int, str], institutions: int
+    ) -> None:
         """Make the keys of a run, or read the setup that an earlier process of the run stored.
 
         Args:
-            terms: The run's terms. Those of a stored setup win, where the institutions that are
-                online now are others.
+            run: The run's identity.
+            parameters: The length of its vectors (``secure_order.parameters``).
             nodes: Node -> institution, for the institutions that are online.
+            institutions: The number of institutions of the run.
 
         Raises:
             RunFailed: If an institution has no part in the setup, which needs all of them.
         """
         try:
-            self._setup = self._read_setup() or self._made(terms, nodes)
+            self._setup = self._read_setup()
+            if self._setup is None:
+                if len(nodes) < institutions:
+                    raise Refusal(
+                        "institutions-missing",
+                        f"{len(nodes)} of {institutions} institutions are online, and the setup "
+                        "needs all; start the others, and resume the run",
+                    )
+                privacy = self._config.privacy
+                terms = Terms(
+                    run=run,
+                    names=tuple(sorted(nodes.values())),
+                    colluding=privacy.colluding,
+                    honest=privacy.honest,
+                    rounds=self._config.federation.rounds,
+                    parameters=parameters,
+                )
+                self._setup = self._made(terms, nodes)
         except Refusal as refusal:
             raise RunFailed(f"secure aggregation cannot be set up: {refusal}") from None
 
@@ -123,7 +129,7 @@ class SecureSession:
         if stored is None:
             return None
         terms, keys, shares = stored
-        setup = SecureSetup(Terms.from_bytes(terms), self._peers)
+        setup = SecureSetup(Terms.from_bytes(terms), self._peers())
         for message in keys:
             setup.add_keys(KeysMessage.from_bytes(message))
         for message in shares:
@@ -131,7 +137,7 @@ class SecureSession:
         return setup
 
     def _made(self, terms: Terms, nodes: Mapping[int, str]) -> SecureSetup:
-        setup = SecureSetup(terms, self._peers)
+        setup = SecureSetup(terms, self._peers())
         keys: dict[str, bytes] = {}
         shares: dict[str, bytes] = {}
 
@@ -191,10 +197,11 @@ class SecureSession:
 
         Args:
             this_round: The round of the last call of `masked_orders`.
-            replies: Its replies. They are not asked for where an earlier process has collected them.
+            replies: Its replies; not asked for where an earlier process has collected them.
 
         Returns:
-            The sum of the survivors' vectors, int64 ``(this_round.words,)``, and their size classes.
+            The sum of the survivors' vectors, int64 ``(this_round.words,)``, and their size
+            classes.
 
         Raises:
             Refusal: When the round is given up, with the reason as its code.
@@ -204,9 +211,10 @@ class SecureSession:
         if collected is None:
             collected = self._collect(one, this_round, replies)
         else:
-            one.restore(ListOrder(run=this_round.run, round=this_round.number,
-                                  survivors=collected.survivors), collected.words)  # fmt: skip
-            replies.privacy |= {name: dict(spent) for name, spent in collected.privacy.items()}
+            survivors = collected.survivors
+            listed = ListOrder(run=this_round.run, round=this_round.number, survivors=survivors)
+            one.restore(listed, collected.words)
+            replies.restore(len(collected.survivors), collected.privacy)
         nodes = {n: name for n, name in self._nodes.items() if name in collected.survivors}
         self._ask(one.list_order(), wire.LIST, nodes, ListMessage, one.add_signature)
         self._ask(one.unmask_order(), wire.UNMASK, nodes, UnmaskMessage, one.add_shares)
@@ -270,12 +278,11 @@ class SecureSession:
     ) -> dict[str, str]:
         """Send one message to institutions; returns institution -> code where none was accepted."""
         packed, failed = wire.pack_secure(order), dict[str, str]()
-        link = self._link
+        ttl = self._config.federation.timeout
         messages = [
-            Message(packed, node, message_type, group_id=message_type, ttl=link.timeout)
-            for node in nodes
+            Message(packed, node, message_type, group_id=message_type, ttl=ttl) for node in nodes
         ]
-        for node, reply in exchange(link.grid, messages, link.patience):
+        for node, reply in exchange(self._grid, messages, patience(self._config)):
             name = nodes[node]
             try:
                 answer = wire.unpack_secure(kind, content(reply))
@@ -286,6 +293,20 @@ class SecureSession:
                 failed[name] = refusal.code
                 log.warning("%s, %s: %s", message_type, name, refusal)
         return failed
+
+    def _peers(self) -> Mapping[str, ec.EllipticCurvePublicKey]:
+        """Institution -> its public key; in a deployment the registered one."""
+        config = self._config
+        if not config.deployed:
+            return peers.simulated_public(config.seed, self._names)
+        file = Path(config.run_dir).parent / KEYS
+        try:
+            keys = json.loads(file.read_text(encoding="utf-8"))
+            return {str(name): peers.read(key.encode(), file) for name, key in keys.items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise RunFailed(
+                f"{file} holds no public keys ({error}); `fedlora deploy register` writes it"
+            ) from None
 
     def _finished(self) -> SecureSetup:
         if self._setup is None:
