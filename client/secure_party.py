@@ -19,7 +19,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from client import secure_keys, secure_store
+from client import secure_checks, secure_keys, secure_store
 from fedlora import masks, secure_aggregation
 from fedlora.errors import Refusal
 from fedlora.secure_aggregation import (
@@ -211,7 +211,7 @@ class SecureParty:
         """
         with secure_store.opened(self._path) as db:
             terms, keys, (private, seed) = self._begin(db, order)
-        self._check_words(terms, words)
+        secure_checks.check_words(terms, words)
         own = X25519PrivateKey.from_private_bytes(private)
         bound = secure_aggregation.transcript(keys)
         pairs = {
@@ -243,20 +243,6 @@ class SecureParty:
             secure_store.add_masked(db, order.run, order.round, digest)
         return MaskedMessage(name=self._name, round=order.round, words=masked.tobytes())
 
-    def _check_words(self, terms: Terms, words: np.ndarray) -> None:
-        if words.dtype != np.int64 or words.shape != (terms.parameters,):
-            raise Refusal(
-                "secure-words-length",
-                f"a vector has {terms.parameters} words of int64, not {words.shape} {words.dtype}",
-            )
-        bound = 2**62 // len(terms.names)
-        if words.max() >= bound or words.min() <= -bound:
-            raise Refusal(
-                "secure-words-range",
-                f"a word is not below {bound} in size: the sum of {len(terms.names)} could wrap; "
-                "raise max-grad-norm or lower the noise",
-            )
-
     def sign_list(self, order: ListOrder) -> ListMessage:
         """Sign the survivors of a round: one list a round.
 
@@ -268,7 +254,7 @@ class SecureParty:
             current = self._round(db, order.run, order.round)
             if current.masked is None:
                 raise _unmasked(order.round)
-            self._check_list(terms, order.survivors)
+            secure_checks.check_list(terms, self._name, order.survivors)
             if current.list is not None:
                 if current.list != order.to_bytes():
                     raise Refusal(
@@ -284,17 +270,6 @@ class SecureParty:
                     db, order.run, order.round, listed=order.to_bytes(), signature=signature
                 )
         return ListMessage(name=self._name, round=order.round, signature=signature)
-
-    def _check_list(self, terms: Terms, survivors: Sequence[str]) -> None:
-        if list(survivors) != sorted({*survivors} & {*terms.names}):
-            raise Refusal("secure-list-names", "a list is not sorted, repeats or adds a name")
-        if self._name not in survivors:
-            raise Refusal("secure-list-excluded", f"a list has not {self._name}, which masked")
-        if len(survivors) < terms.least_survivors:
-            raise Refusal(
-                "secure-list-short",
-                f"a list of {len(survivors)} institutions is below {terms.least_survivors}",
-            )
 
     def unmask(self, order: UnmaskOrder) -> UnmaskMessage:
         """Reveal shares for the list that this institution signed, if enough others signed it.
@@ -313,32 +288,14 @@ class SecureParty:
                     f"{self._name} signed no list of round {order.round} of run {order.run}",
                 )
             survivors = ListOrder.from_bytes(current.list).survivors
-            self._check_signatures(
-                terms, survivors, order, _list_statement(stored, terms, current, survivors)
-            )
+            statement = _list_statement(stored, terms, current, survivors)
+            secure_checks.check_signatures(terms, self._peers, survivors, order, statement)
             held = secure_store.shares(db, order.run, order.round)
         self._before_unmask(order.run, order.round, current.digest, survivors)
         shares = tuple(
             held[name][name in survivors] if name in held else b"" for name in terms.names
         )
         return UnmaskMessage(name=self._name, round=order.round, shares=shares)
-
-    def _check_signatures(
-        self, terms: Terms, survivors: Sequence[str], order: UnmaskOrder, statement: bytes
-    ) -> None:
-        valid = 0
-        if len(order.signatures) == len(survivors):
-            for name, signature in zip(survivors, order.signatures, strict=True):
-                valid += bool(signature) and secure_aggregation.is_signed(
-                    self._peers[name], signature, statement
-                )
-                if valid == terms.threshold:
-                    return
-        raise Refusal(
-            "secure-unmask-signatures",
-            f"the list of round {order.round} that {self._name} signed has {valid} valid "
-            f"signatures, below {terms.threshold}",
-        )
 
     def terms(self, run: str) -> Terms:
         """The terms of a run that has keys here. Raises `Refusal` as `begin` does."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import random
 import signal
 import sqlite3
 import stat
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from client import secure_store
+from client import ledger_file, secure_store
 from fedlora import secure_aggregation
 from fedlora.errors import Refusal
 from fedlora.secure_aggregation import (
@@ -409,9 +412,9 @@ def test_an_answer_reveals_one_kind_of_share_for_each_name_whatever_is_asked(mem
     bound = secure_aggregation.transcript(made.setup.keys)
     other = secure_aggregation.list_statement(made.terms, bound, 1, DIGEST, NAMES)
     signatures = tuple(secure_aggregation.sign(key(name), other) for name in NAMES)
-    for given in (signatures, signatures[:4]):
+    for forged in (signatures, signatures[:4]):
         with refused("secure-unmask-signatures"):
-            made.party("ada").unmask(UnmaskOrder(run="run", round=1, signatures=given))
+            made.party("ada").unmask(UnmaskOrder(run="run", round=1, signatures=forged))
 
 
 def test_shares_of_another_round_are_refused(memory_path):
@@ -441,6 +444,84 @@ def test_nothing_is_revealed_where_the_point_of_no_return_is_not_stored(memory_p
     with refused("ledger-locked"):
         made.party("ada", before_unmask=fails).unmask(order)
     assert made.party("ada").unmask(order)
+
+
+class LyingServer:
+    """A server that, with eve, asks the four others for anything, in any order, again and again."""
+
+    LISTS = (NAMES, NAMES[:3] + NAMES[4:], NAMES[:4], NAMES[1:], NAMES[:3])
+    DIGESTS = (DIGEST, b"\1" * 32)
+
+    def __init__(self, made, draw):
+        self.made, self.draw = made, draw
+        self.bound = secure_aggregation.transcript(made.setup.keys)
+        self.signatures = {}  # round, digest, list -> name -> signature
+        self.kinds = {}  # round, name -> kinds of shares that were revealed
+        self.vectors = {}  # round, name -> masked vectors
+        self.answers = 0
+
+    def step(self):
+        name = self.draw.choice(NAMES[:4])
+        number = self.draw.choices((1, 2, 3), (40, 2, 1))[0]
+        ask = self.draw.choice((self.mask, self.sign, self.sign, self.unmask))
+        with contextlib.suppress(Refusal):
+            ask(self.made.party(name), name, number)
+
+    def mask(self, party, name, number):
+        sealed = self.draw.choice(((), self.made.setup.sealed_for(name)))
+        digest = self.draw.choices(self.DIGESTS, (9, 1))[0]
+        words = self.made.words(name, self.draw.choices((number, 9), (9, 1))[0])
+        order = MaskedOrder(run="run", round=number, digest=digest, sealed=sealed)
+        masked = party.mask(order, words).words
+        self.vectors.setdefault((number, name), set()).add(masked)
+
+    def sign(self, party, name, number):
+        survivors = self.draw.choices(self.LISTS, (12, 3, 1, 1, 1))[0]
+        order = ListOrder(run="run", round=number, survivors=survivors)
+        signature = party.sign_list(order).signature
+        for digest in self.DIGESTS:
+            statement = secure_aggregation.list_statement(
+                self.made.terms, self.bound, number, digest, survivors
+            )
+            found = self.signatures.setdefault((number, digest, survivors), {})
+            found["eve"] = secure_aggregation.sign(key("eve"), statement)
+            if secure_aggregation.is_signed(key(name).public_key(), signature, statement):
+                found[name] = signature
+
+    def unmask(self, party, name, number):
+        known = [choice for choice in self.signatures if choice[0] == number]
+        if not known:
+            return
+        chosen = max(known, key=lambda k: (len(self.signatures[k]), self.draw.random()))
+        chosen = self.draw.choices((chosen, self.draw.choice(known)), (3, 1))[0]
+        found, survivors = self.signatures[chosen], chosen[2]
+        signatures = tuple(found.get(signer, b"") for signer in survivors)
+        order = UnmaskOrder(run="run", round=number, signatures=signatures)
+        with secure_store.opened(self.made.folder / f"{name}.db") as db:
+            held = secure_store.shares(db, "run", number)
+        for of, share in zip(NAMES, party.unmask(order).shares, strict=True):
+            self.kinds.setdefault((number, of), set()).add(held[of].index(share))
+        self.answers += 1
+
+
+@settings(max_examples=8, deadline=None)
+@given(draw=st.randoms(use_true_random=False))
+def test_no_schedule_of_a_lying_server_gets_both_shares_or_two_vectors(draw):
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        server = LyingServer(Federation(Path(folder)), draw)
+        for _ in range(80):
+            server.step()
+        assert all(len(kinds) == 1 for kinds in server.kinds.values())
+        assert all(len(vectors) == 1 for vectors in server.vectors.values())
+
+
+def test_a_lying_server_is_answered_where_its_schedule_is_honest_enough(memory_path):
+    # the property above is about something: with this schedule shares are revealed
+    server = LyingServer(Federation(memory_path), random.Random(5))
+    for _ in range(150):
+        server.step()
+    assert server.answers > 0
 
 
 # The store
@@ -492,6 +573,13 @@ def test_a_store_of_something_else_a_damaged_one_and_an_exposed_one_are_refused(
         made.party("ada").keys(made.terms)
     with refused("secure-store-unusable"):
         made.party("ada", store=memory_path / "absent" / "ada.db").keys(made.terms)
+
+
+def test_a_store_that_another_process_holds_is_refused(memory_path, monkeypatch):
+    made = Federation(memory_path, until="keys")
+    monkeypatch.setattr(ledger_file, "BUSY_SECONDS", 0.05)
+    with secure_store.opened(memory_path / "ada.db"), refused("secure-store-locked"):
+        made.party("ada").keys(made.terms)
 
 
 WRITES = ("INSERT", "UPDATE", "DELETE", "COMMIT", "PRAGMA wal_checkpoint")
