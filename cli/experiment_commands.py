@@ -142,6 +142,15 @@ def plan(
         float | None, typer.Option(help="The delta; by default 1 / (10 x records).")
     ] = None,
     accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
+    institutions: Annotated[
+        int, typer.Option(help="Secure aggregation: the institutions of the run.")
+    ] = 0,
+    honest: Annotated[
+        int, typer.Option(help="Secure aggregation: those whose noise is in every sum.")
+    ] = 0,
+    colluding: Annotated[
+        int, typer.Option(help="Secure aggregation: those that may collude with the server.")
+    ] = 0,
     table: Annotated[
         bool, typer.Option("--table", help="Epsilon against noise and against steps.")
     ] = False,
@@ -158,6 +167,9 @@ def plan(
         noise_multiplier=noise_multiplier,
         delta=delta,
         accountant=accountant,
+        trust=planning.Trust(institutions=institutions, honest=honest, colluding=colluding)
+        if institutions or honest or colluding
+        else None,
     )
     if table:
         result["table"] = planning.table(result)

@@ -242,6 +242,7 @@ def _train_privately(
     residuals = config.federation.traits.residuals
     config = config.replace(
         {
+            "privacy.trust": "local",
             "privacy.epsilon": epsilon,
             "privacy.delta": delta,
             "privacy.accountant": accountant,

@@ -322,11 +322,13 @@ class PrivacyConfig(Section):
         "secure-aggregation: institutions whose shares of noise are in every sum; at least "
         f"{noise_shares.MIN_HONEST}",
         at_least=0,
+        at_most=10**6,
     )
     colluding: int = key(
         0,
         "secure-aggregation: institutions that may tell the server all that they know, at most",
         at_least=0,
+        at_most=10**6,
     )
     protocol: str = key(
         "ideal",

@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from client.ledger import Ledger
+from experiments import report
 from fedlora import accounting, discrete_gaussian, lora_layers, noise_shares, trainable
 from fedlora.adapters import PARTS, AdapterState, kind
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
 from fedlora.streams import RandomSource
+from fedlora.terminal import Terminal
 from server import roster
 from server.population import population_of
 from server.roster import Roster, RunFailed
 from server.rounds import Federation
+from simulation import progress
 
 SECURE = {
     "privacy.trust": "secure-aggregation",
@@ -118,6 +121,13 @@ def test_a_run_states_both_epsilons_and_whom_to_trust(tiny_config, simulate_run)
         assert one["epsilon_alone"] == shown["epsilon_alone"] == result["epsilon_alone_max"] > 8.0
         assert [entry["shares"] for entry in shown["entries"]] == [2, 2, 2]
         assert one["share_noise_multiplier"] == one["noise_multiplier"] / math.sqrt(2)
+    terminal = Terminal()
+    terminal.width = 500
+    with terminal.capture() as table:
+        progress.summary(config, result, terminal)
+    for shown in (report.write(run).read_text(), table.get()):
+        assert "2 honest institutions" in shown and "others collude" in shown
+        assert f"{result['epsilon_alone_max']:.1f}" in shown
     for record in read_records(run):
         assert record["updates"] == 4 and not record["skipped"]
         assert record["aggregation"] == {"rejected": {}}  # no figure of a single vector
