@@ -70,13 +70,14 @@ class SecureRole:
             "colluding": privacy.colluding,
             "rounds": self.config.federation.rounds,
             "parameters": parameters,
+            "mechanism": secure_order.mechanism(self.config),
         }
         for name, value in wanted.items():
             if getattr(terms, name) != value:
                 raise Refusal(
                     "secure-terms-mismatch",
-                    f"the terms of run {terms.run} have {name} {getattr(terms, name)}, and the "
-                    f"run's configuration has {value}",
+                    f"the terms of run {terms.run} have {name} {getattr(terms, name)!r}, and the "
+                    f"run's configuration has {value!r}",
                 )
         return self._party().keys(terms)
 
@@ -96,12 +97,13 @@ class SecureRole:
                 `SecureParty.begin`.
         """
         masked = self._masked(order)
-        digest = secure_order.digest(order, self.config)
-        if (masked.run, masked.round, masked.digest) != (order.run, order.round, digest):
+        found = (masked.run, masked.round, masked.digest, order.participations)
+        rounds = self.config.federation.rounds  # all are asked in each: all plan the same noise
+        if found != (order.run, order.round, secure_order.digest(order, self.config), rounds):
             raise Refusal(
                 "secure-order-mismatch",
-                f"round {order.round} of run {order.run} is bound to another order or to another "
-                "configuration than this institution has",
+                f"round {order.round} of run {order.run} is bound to another order, or plans noise "
+                f"for {order.participations} of {rounds} rounds",
             )
         party = self._party()
         party.begin(masked)

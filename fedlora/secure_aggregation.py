@@ -91,6 +91,8 @@ class Terms(SecureMessage):
         honest: Least number h >= 2 of honest institutions whose noise is in every sum.
         rounds: Number of rounds for which keys are made. A round that is given up is one of them.
         parameters: Number d of words in a vector.
+        mechanism: Bytes that name the noise and the grid of all vectors. Masks follow from the
+            terms, so vectors with other noise than these terms say have no sum with the others.
 
     Raises:
         Refusal: ``secure-terms`` if a value is outside its bounds.
@@ -102,6 +104,7 @@ class Terms(SecureMessage):
     honest: int
     rounds: int
     parameters: int
+    mechanism: bytes = b""
 
     def __post_init__(self) -> None:
         n = len(self.names)

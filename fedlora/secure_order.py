@@ -1,10 +1,11 @@
-"""What institutions agree on in a round of secure aggregation: an order, and the values behind it.
+"""What institutions agree on under secure aggregation: a run's mechanism, and a round's order.
 
-Each institution computes this digest from the order that it received and from the configuration
-that it follows, signs it, and unmasks only for institutions that signed the same. So a server that
-tells one institution of less noise than another learns no sum of both.
+Each institution computes both digests from the configuration that it follows and the order that it
+received. All masks of a run follow from the first: a server that tells one institution of less
+noise than another learns no sum of both. The second is part of what institutions sign in a round.
 """
 
+import hashlib
 import json
 
 from fedlora.adapters import AdapterState
@@ -31,15 +32,24 @@ BOUND = (
 """Configuration keys on which an institution's noise, its grid or its promise depends."""
 
 
-def digest(order: TrainOrder, config: RunConfig) -> bytes:
-    """SHA-256 of an order without its shares, and of the values of `BOUND`; 32 bytes.
+def mechanism(config: RunConfig) -> bytes:
+    """SHA-256 of the values of `BOUND`: `Terms.mechanism`; 32 bytes.
 
     Args:
-        order: The round's order, as it was sent.
         config: The run, as the institution follows it, or as the server has it.
     """
     values = config.flat()
-    return bytes.fromhex(order.digest(json.dumps([values[key] for key in BOUND])))
+    return hashlib.sha256(json.dumps([values[key] for key in BOUND]).encode()).digest()
+
+
+def digest(order: TrainOrder, config: RunConfig) -> bytes:
+    """SHA-256 of an order without its shares, and of the run's `mechanism`; 32 bytes.
+
+    Args:
+        order: The round's order, as it was sent.
+        config: The run.
+    """
+    return bytes.fromhex(order.digest(mechanism(config).hex()))
 
 
 def parameters(adapter: AdapterState, config: RunConfig) -> int:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlora import canonical, peers, wire
+from fedlora import canonical, peers, secure_order, wire
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
@@ -119,6 +119,7 @@ class SecureSession:
                     honest=privacy.honest,
                     rounds=self._config.federation.rounds,
                     parameters=parameters,
+                    mechanism=secure_order.mechanism(self._config),
                 )
                 self._setup = self._made(terms, nodes)
         except Refusal as refusal:

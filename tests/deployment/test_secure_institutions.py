@@ -233,18 +233,31 @@ def test_nothing_is_unmasked_without_the_signatures_of_the_threshold(deployed, f
     assert not any(entry["answered"] for name in BANKS for entry in _entries(rows, name))
 
 
-def test_less_noise_for_one_institution_than_for_another_is_refused_before_it_is_charged(
+def test_less_noise_for_one_institution_than_for_another_is_refused_at_the_setup(
     deployed, files, rows
 ):
-    """One digest for all is what they sign; the order of one follows another configuration."""
     config = deployed(**SECURE)
-    grid = Lying(files, config, "none", lambda content, _: content)
+    grid = Lying(files, config, wire.KEYS, lambda content, _: content)
     grid._contexts[2].run_config["privacy.epsilon"] = 4.0
-    result = _run(config, grid)
-    assert result["rounds"] == 2
-    rejected = [r["aggregation"]["rejected"] for r in read_records(Path(config.run_dir))]
-    assert rejected == [{"Beta": "secure-order-mismatch"}] * 2
-    assert not _entries(rows, "Beta") and len(_entries(rows, "Alpha")) == 2
+    with pytest.raises(RunFailed, match="secure-terms-mismatch x 1"):
+        _run(config, grid)
+    assert grid.codes == {"Beta": "secure-terms-mismatch"}
+    assert not any(_entries(rows, name) for name in BANKS)
+
+
+def test_less_noise_after_the_setup_is_refused_before_it_is_charged(deployed, files, rows):
+    """Two of four follow another configuration from the first round on."""
+    config = deployed(**SECURE)
+
+    def lie(content, node):
+        grid._contexts[node + 1].run_config["privacy.epsilon"] = 4.0 if node < 2 else 8.0
+        return content
+
+    grid = Lying(files, config, "train", lie)
+    _run(config, grid)
+    assert grid.codes == dict.fromkeys(("Alpha", "Beta"), "secure-order-mismatch")
+    assert all(record["skipped"] for record in read_records(Path(config.run_dir)))
+    assert not _entries(rows, "Alpha") and len(_entries(rows, "Delta")) == 2
 
 
 def test_a_server_that_asks_for_the_ideal_protocol_gets_no_plain_words(deployed, files, rows):
