@@ -83,7 +83,7 @@ def _known(federation) -> set[str]:
 
 
 def _never_low(federation, run) -> None:
-    """Each institution is charged once for each round in which its vector is in the sum, or more."""
+    """Each institution is charged, once, for each round with its vector in the sum, or for more."""
     said = json.loads((federation.results(run) / "privacy.json").read_text())
     for name in NAMES:
         new = [e for e in federation.charges(name) if e["run"] not in federation.known]
