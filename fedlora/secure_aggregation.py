@@ -10,7 +10,6 @@ server's; docs/secure-aggregation.md draws both.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import typing
@@ -46,10 +45,8 @@ class SecureMessage:
 
     def to_bytes(self) -> bytes:
         """The canonical encoding under the message's own tag."""
-        fields = typing.cast("typing.Any", dataclasses.fields(self))  # type: ignore[arg-type]
-        return canonical.encode(
-            _TAG + type(self).__name__, *(getattr(self, field.name) for field in fields)
-        )
+        values = (getattr(self, name) for name in _types(type(self)))
+        return canonical.encode(_TAG + type(self).__name__, *values)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> typing.Self:
@@ -110,7 +107,10 @@ class Terms(SecureMessage):
         n = len(self.names)
         texts = (self.run, *self.names)
         for wrong, words in (
-            (not all(0 < len(text) <= MAX_TEXT_CHARACTERS for text in texts), "a name is too long"),
+            (
+                not all(0 < len(text) <= MAX_TEXT_CHARACTERS for text in texts),
+                f"the run or a name has not 1 to {MAX_TEXT_CHARACTERS} characters",
+            ),
             (list(self.names) != sorted(set(self.names)), "names are not sorted, or repeated"),
             (n > MAX_INSTITUTIONS, f"{n} institutions are more than {MAX_INSTITUTIONS}"),
             (self.honest < 2, f"honest is {self.honest}, below 2: a sum of one is no sum"),
