@@ -17,8 +17,8 @@ help:  ## this list
 demo: $(READY)  ## a federation of 39 industries under differential privacy; no network after installing
 	$(BIN)/fedlora run experiments/configs/demo.toml
 
-test: $(READY)  ## the fast tests
-	$(BIN)/pytest
+test: $(READY)  ## the fast tests, on up to four processors
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)  ## the slow tests
 	$(BIN)/pytest -m "slow and not gpu"

@@ -46,6 +46,19 @@ class Trust:
             )
 
 
+def trust_of(institutions: int | None, honest: int | None, colluding: int | None) -> Trust | None:
+    """The trust of these options; None where none is given.
+
+    Raises:
+        InputError: If a part is missing, or the numbers do not fit together.
+    """
+    if institutions is None and honest is None and colluding is None:
+        return None
+    if institutions is None or honest is None:
+        raise InputError("secure aggregation needs --institutions and --honest; give both")
+    return Trust(institutions=institutions, honest=honest, colluding=colluding or 0)
+
+
 def plan(
     *,
     records: int,
