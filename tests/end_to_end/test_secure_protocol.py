@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import client.app
+import server.app
+from client import secure_store
 from client.ledger import Ledger
 from fedlora import wire
 from fedlora.adapters import AdapterState
@@ -70,22 +72,24 @@ class Lossy(InlineGrid):
         kind, node = reply.metadata.message_type, reply.metadata.src_node_id
         if (kind, self.exchanges.get(kind, 0), node) not in self.lost:
             return reply
-        reply.__dict__["_content"] = wire.pack_refusal("lost")
+        reply.content = wire.pack_refusal("lost")
         return reply
 
 
 def _play(config, lost=(), **kinds):
-    """Run a configuration on a lossy grid; gives its adapter."""
+    """Run a configuration on a lossy grid; gives the grid."""
     with run.load("inline", config):
         grid = Lossy(config, lost, **kinds)
-        run_server(run_app(), grid, config.flat())
+        run_server(server.app.app, grid, config.flat())
     return grid
 
 
-def run_app():
-    from server.app import app
-
-    return app
+def _ledgers(config):
+    """The entries of each institution's ledger."""
+    for file in sorted((Path(config.run_dir) / "ledgers").glob("*.db")):
+        if not file.name.endswith(secure_store.FILE):
+            with Ledger.open(file) as ledger:
+                yield ledger.show()["entries"]
 
 
 def _adapter(config) -> AdapterState:
@@ -124,11 +128,8 @@ def test_ideal_and_full_give_one_adapter_to_the_last_bit(both, strategy):
     said = [json.loads((Path(c.run_dir) / "privacy.json").read_text()) for c in (ideal, full)]
     assert said[0]["institutions"] == said[1]["institutions"]
     assert said[1]["secure_aggregation"]["protocol"] == "full"
-    for name in said[1]["institutions"]:
-        with Ledger.open(Path(full.run_dir) / "ledgers" / f"{name}.db") as ledger:
-            assert [(e["round"], e["answered"]) for e in ledger.show()["entries"]] == [
-                (1, True), (2, True), (3, True)
-            ]  # fmt: skip
+    spent = [[(e["round"], e["answered"]) for e in entries] for entries in _ledgers(full)]
+    assert spent == [[(1, True), (2, True), (3, True)]] * 5
 
 
 @pytest.mark.parametrize("reply", [False, True])
@@ -152,12 +153,7 @@ def test_a_round_with_too_few_is_given_up_changes_nothing_and_the_run_goes_on(bo
     records = read_records(Path(full.run_dir))
     assert [record["skipped"] for record in records] == [False, True, False]
     assert grid.exchanges[wire.UNMASK] == (3 if step == wire.UNMASK else 2)
-    closed = []
-    for ledger in (Path(full.run_dir) / "ledgers").glob("*.db"):
-        if "secure" not in ledger.name:
-            with Ledger.open(ledger) as opened:
-                entries = opened.show()["entries"]
-                closed += [e["round"] for e in entries if e["answered"]]
+    closed = [e["round"] for entries in _ledgers(full) for e in entries if e["answered"]]
     assert closed.count(2) == answered and closed.count(1) == closed.count(3) == 5
 
 
@@ -200,21 +196,18 @@ def test_a_server_killed_in_any_step_goes_on_and_gives_the_same_adapter(both, ki
     _play(ideal)
     with run.load("inline", full), pytest.raises(Killed):
         number = 1 if kind in (wire.KEYS, wire.SHARES) else 2
-        run_server(run_app(), Mortal(full, kind, number, sent=sent), full.flat())
+        run_server(server.app.app, Mortal(full, kind, number, sent=sent), full.flat())
     grid = _play(full)
     assert _same(_adapter(ideal), _adapter(full))
     again = 0 if kind in STEPS else 1
     assert grid.exchanges[wire.SHARES] == again  # a stored setup is found
-    for ledger in (Path(full.run_dir) / "ledgers").glob("*.db"):
-        if "secure" not in ledger.name:
-            with Ledger.open(ledger) as opened:
-                assert len(opened.show()["entries"]) == 2
+    assert [len(entries) for entries in _ledgers(full)] == [2] * 5
 
 
-def test_the_protocol_runs_on_ray(both, simulate_run):
+def test_the_protocol_runs_on_ray(both, simulate_on_ray):
     ideal, full = both(**{"federation.rounds": 2})
     _play(ideal)
-    simulate_run(full, "ray")
+    simulate_on_ray(full)
     assert _same(_adapter(ideal), _adapter(full))
 
 
@@ -227,18 +220,13 @@ def test_an_order_without_a_mask_is_refused_before_a_charge(both):
         def push_messages(self, messages):
             messages = list(messages)
             for message in messages:
-                message.content.pop("secure", None) if self._is_train(message) else None
+                if message.metadata.message_type == TRAIN:
+                    del message.content["secure"]
             return super().push_messages(messages)
 
-        def _is_train(self, message):
-            return message.metadata.message_type == TRAIN
-
     with run.load("inline", full), pytest.raises(RunFailed, match="secure-order-missing x 5"):
-        run_server(run_app(), Plain(full, ()), full.flat())
-    for ledger in (Path(full.run_dir) / "ledgers").glob("*.db"):
-        if "secure" not in ledger.name:
-            with Ledger.open(ledger) as opened:
-                assert not opened.show()["entries"]
+        run_server(server.app.app, Plain(full, ()), full.flat())
+    assert list(_ledgers(full)) == [[]] * 5
 
 
 def test_a_message_of_the_protocol_in_a_run_without_it_is_refused(both):
