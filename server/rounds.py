@@ -144,7 +144,7 @@ class Federation:
             parameters = secure_order.parameters(self.state.adapter, self.config)
             self.session.set_up(self.state.run, parameters, self.nodes(), self.population.size)
         while self.state.round < self.config.federation.rounds:
-            online = self.roster.online()
+            online = self.online()
             names = self.sample(online)
             limits.check_online(online, self.aggregation.least_asked)
             if online and not names:
@@ -172,6 +172,13 @@ class Federation:
             limits.check_progress(record, self.empty_rounds, all_asked=len(names) == len(online))
         self.finish()
         tracker.end()
+
+    def online(self) -> dict[str, int]:
+        """Institution -> node, for those that are online and may be asked."""
+        online = self.roster.online()
+        if self.session is None:
+            return online
+        return {name: node for name, node in online.items() if name in self.session.members}
 
     def sample(self, online: Mapping[str, int]) -> list[str]:
         """The institutions of the next round, among those that are online."""

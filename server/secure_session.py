@@ -105,11 +105,12 @@ class SecureSession:
         try:
             self._setup = self._read_setup()
             if self._setup is None:
-                if len(nodes) < institutions:
+                if len(nodes) != institutions:
                     raise Refusal(
                         "institutions-missing",
                         f"{len(nodes)} of {institutions} institutions are online, and the setup "
-                        "needs all; start the others, and resume the run",
+                        "needs all; start the others and resume the run, or correct "
+                        "data.institutions",
                     )
                 privacy = self._config.privacy
                 terms = Terms(
@@ -175,6 +176,11 @@ class SecureSession:
             f"{len(failed)} institutions have no part in the setup of secure aggregation, which "
             f"needs all ({reasons(failed)}); repair them, and resume the run"
         )
+
+    @property
+    def members(self) -> Collection[str]:
+        """The institutions of the setup. Nobody can join them later."""
+        return self._finished().terms.names
 
     def masked_orders(
         self, number: int, digest: bytes, nodes: Mapping[int, str]
