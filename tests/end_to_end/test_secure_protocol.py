@@ -134,12 +134,11 @@ def test_ideal_and_full_give_one_adapter_to_the_last_bit(both, strategy):
 
 @pytest.mark.parametrize("reply", [False, True])
 def test_an_institution_that_vanishes_at_any_step_changes_no_bit_and_comes_back(both, reply):
-    """One institution is lost at each step, another one at each round."""
+    """Each round loses another institution, at another step: four of five are enough."""
     ideal, full = both(**{"federation.rounds": 4})
     trains = {(TRAIN, 2, 4), (TRAIN, 4, 1)}
     _play(ideal, trains, reply=reply)
-    _play(full, {*trains, (wire.LIST, 1, 2), (wire.UNMASK, 2, 3), (wire.LIST, 3, 5),
-                 (wire.UNMASK, 3, 4)}, reply=reply)  # fmt: skip
+    _play(full, {*trains, (wire.LIST, 1, 2), (wire.UNMASK, 3, 3)}, reply=reply)
     assert _same(_adapter(ideal), _adapter(full))
     counts = [[r["updates"] for r in read_records(Path(c.run_dir))] for c in (ideal, full)]
     assert counts == [[5, 4, 5, 4]] * 2
