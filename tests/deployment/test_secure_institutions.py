@@ -277,7 +277,7 @@ def test_a_round_that_is_asked_for_again_with_one_institution_fewer_shows_no_dif
     deployed, files, rows
 ):
     """The differencing attack: the sums of two lists of one round would differ by one vector."""
-    config = deployed(**SECURE, **{"privacy.colluding": 0, "federation.rounds": 1})
+    config = deployed(**{**SECURE, "privacy.colluding": 0, "federation.rounds": 1})
     grid = Lying(files, config, "none", lambda content, _: content)
     orders, lists, unmasks = [], [], []
 
@@ -349,7 +349,7 @@ def test_between_two_rounds_a_revealed_round_gives_the_same_shares_and_nothing_e
         yield sent[wire.UNMASK][0].content, wire.UNMASK
         yield sent["train"][0].content, "train"
 
-    config = deployed(**SECURE, **{"privacy.colluding": 0})
+    config = deployed(**{**SECURE, "privacy.colluding": 0})
     grid = Holding(files, config, more)
     _run(config, grid)
     assert grid.said == [
@@ -374,7 +374,7 @@ def test_settings_without_peers_or_without_the_trust_take_no_part(deployed, file
 
 def test_half_of_the_bits_that_leave_are_ones(deployed, files):
     """False alarm: 2e-9 for each of 4 vectors (6 deviations)."""
-    config = deployed(**SECURE, **{"federation.rounds": 1})
+    config = deployed(**{**SECURE, "federation.rounds": 1})
     grid = Lying(files, config, "none", lambda content, _: content)
     _run(config, grid)
     assert len(grid.words) == 4

@@ -107,8 +107,12 @@ def both(tiny_config, tmp_path):
     def make(**values):
         return [
             tiny_config(
-                **FIVE,
-                **{"privacy.protocol": kind, "run-dir": str(tmp_path / kind), **values},
+                **{
+                    **FIVE,
+                    "privacy.protocol": kind,
+                    "run-dir": str(tmp_path / kind),
+                    **values,
+                }
             )
             for kind in ("ideal", "full")
         ]
