@@ -5,6 +5,7 @@ the institution follows, its digest is that of the order that was received, and 
 return is in the ledger.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ class SecureRole:
                     f"the terms of run {terms.run} have {name} {getattr(terms, name)!r}, and the "
                     f"run's configuration has {value!r}",
                 )
+        with contextlib.suppress(OSError):  # the store then says what is wrong with its place
+            self.store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self._party().keys(terms)
 
     def shares(self, order: SharesOrder) -> SharesMessage:

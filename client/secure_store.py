@@ -92,7 +92,6 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
             ``-unusable``; the block's own error otherwise.
     """
     with _refusing(path):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if exposed := files.exposed(path):
             raise Refusal("secure-store-exposed", exposed)
         if not path.exists():
