@@ -191,18 +191,18 @@ class Institution:
         Raises:
             Refusal: For a run beyond the institution's limits (``delta-too-large``,
                 ``epsilon-too-large``, ``alone-epsilon-too-large``), for an adapter that no step
-                changes (``step-too-small``) or that is too large (``adapter-too-large``), or
-                ``ledger-*``.
+                changes (``step-too-small``) or that is too large (``adapter-too-large``),
+                ``ledger-*``, or ``secure-*`` (`SecureRole.begin`).
         """
         shard = self._records()
         plan = plan_run(self.config, shard.num_units, order.participations)
         checks.check_step(order, self.config, plan)
         checks.check_vector(order, plan)
-        secure = self.secure_role() if self.config.privacy.masks else None
-        count = len(trainable.records(self.config).names) if secure is None else secure.begin(order)
         ledger = self.open_ledger(shard)
         with _closed_on_error(ledger):
             self._check_limits(plan, ledger)
+            secure = self.secure_role() if self.config.privacy.masks else None
+            count = secure.begin(order) if secure else len(trainable.records(self.config).names)
         return PrivateRound(
             name=self.name,
             order=order,

@@ -61,7 +61,7 @@ def test_a_sum_beyond_the_integers_trips_a_guard(value):
 
 
 def test_the_limit_of_a_word_leaves_room_for_all_institutions():
-    sums = np.array([2.0**24 - 1.0])  # 2^61 - 2^37 on the grid
+    sums = np.array([2.0**24 + 1.0])  # 2^61 + 2^37 on the grid, far above the noise
     assert abs(int(_words(sums, institutions=1)[0])) < 2**62
     with pytest.raises(Refusal, match="guard-range"):
         _words(sums, institutions=2)

@@ -38,7 +38,6 @@ OWN = {
     "secure-aggregation": True,
     "min-honest": 3,
     "min-colluding": 1,
-    "max-alone-epsilon": 25.0,
 }
 """Settings; the tiny models have layers of width 32 and places for 64 tokens."""
 BASE = {
@@ -176,21 +175,24 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         "privacy__trust": "secure-aggregation",
         "privacy__honest": 3,
         "privacy__colluding": 1,
+        "privacy__protocol": "full",
         "federation__weighting": "public-size",
     }
     for codes, key, *values in (
-        (("secure-order-missing",), "privacy.trust", "secure-aggregation"),
-        (("secure-order-missing",), "privacy.honest", 3, 4),
+        (("no-peers",), "privacy.trust", "secure-aggregation"),
+        (("no-peers",), "privacy.honest", 3),
         (("too-few-honest",), "privacy.honest", 2),
         (bad, "privacy.honest", 0, 1, -1, 10**6 + 1),
-        (("secure-order-missing",), "privacy.colluding", 1, 10**6),
+        (("no-peers",), "privacy.colluding", 1, 10**6),
         (("too-few-colluding",), "privacy.colluding", 0),
         (bad, "privacy.colluding", -1, 10**6 + 1),
         (("alone-epsilon-too-large",), "privacy.honest", 40),
+        (("masks-required",), "privacy.protocol", "ideal"),
+        (bad, "privacy.protocol", "plain"),
         (bad, "training.local-steps", 2),
         (bad, "training.sample-rate", 0.0),
         (bad, "privacy.delta", 0.0),
-        (bad, "privacy.epsilon", 1e-4),
+        (bad, "privacy.epsilon", 1e-9),
         (bad, "federation.weighting", "uniform"),
         (bad, "federation.strategy", "pad", "stack"),
     ):

@@ -236,21 +236,21 @@ SECURE = {
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"privacy.honest": 0}, "privacy.honest is 0 .* at least 2"),
-        ({"privacy.honest": 1}, "privacy.honest is 1 .* at least 2"),
-        ({"privacy.epsilon": math.inf}, "privacy.epsilon is inf .* give a budget"),
+        ({"privacy.honest": 0}, "privacy.honest is 0, .* at least 2"),
+        ({"privacy.honest": 1}, "privacy.honest is 1, .* at least 2"),
+        ({"privacy.epsilon": math.inf}, "privacy.epsilon is inf, .* give a budget"),
         *(
             ({"federation.strategy": name}, f"{name!r}, .* use fedavg, ffa, rolora$")
             for name in ("svd", "stack", "exact", "pad", "fedsa", "fedsvd")
         ),
-        ({"training.local-steps": 2}, "local-steps is 2 .* one step.* set it to 1"),
-        ({"training.optimizer": "adam"}, "optimizer is 'adam' .* set it to 'sgd'"),
-        ({"training.proximal": 0.1}, "proximal is 0.1 .* set it to 0"),
-        ({"federation.weighting": "uniform"}, "weighting is 'uniform' .* set it to 'public-size'"),
+        ({"training.local-steps": 2}, "local-steps is 2, .* one step.* set it to 1"),
+        ({"training.optimizer": "adam"}, "optimizer is 'adam', .* set it to 'sgd'"),
+        ({"training.proximal": 0.1}, "proximal is 0.1, .* set it to 0"),
+        ({"federation.weighting": "uniform"}, "weighting is 'uniform', .* set it to 'public-size'"),
         ({"federation.weighting": "noised-size"}, "weighting is 'noised-size'"),
-        ({"federation.institutions-per-round": 3}, "institutions-per-round is 3 .* all inst"),
-        ({"federation.robust": "norm-bound"}, "robust is 'norm-bound' .* no single update"),
-        ({"federation.max-update-norm": 1.0}, "max-update-norm is 1.0 .* no single update"),
+        ({"federation.institutions-per-round": 3}, "institutions-per-round is 3, .* all inst"),
+        ({"federation.robust": "norm-bound"}, "robust is 'norm-bound', .* no single update"),
+        ({"federation.max-update-norm": 1.0}, "max-update-norm is 1.0, .* no single update"),
         ({"privacy.institution-epsilon": 3.0}, "institution-epsilon"),
         ({"training.sample-rate": 0.0}, "sample-rate is 0, .* give the value"),
         ({"privacy.delta": 0.0}, "privacy.delta is 0, .* give the value"),
