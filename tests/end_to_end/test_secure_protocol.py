@@ -192,8 +192,19 @@ class Mortal(Lossy):
         return ids
 
 
-@pytest.mark.parametrize("sent", [False, True])
-@pytest.mark.parametrize("kind", [wire.KEYS, wire.SHARES, *STEPS])
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        (TRAIN, True),
+        (wire.UNMASK, True),
+        *(
+            pytest.param(kind, sent, marks=pytest.mark.slow)
+            for kind in (wire.KEYS, wire.SHARES, *STEPS)
+            for sent in (False, True)
+            if not (sent and kind in (TRAIN, wire.UNMASK))
+        ),
+    ],
+)
 def test_a_server_killed_in_any_step_goes_on_and_gives_the_same_adapter(both, kind, sent):
     ideal, full = both(**{"federation.rounds": 2})
     _play(ideal)
@@ -207,6 +218,7 @@ def test_a_server_killed_in_any_step_goes_on_and_gives_the_same_adapter(both, ki
     assert [len(entries) for entries in _ledgers(full)] == [2] * 5
 
 
+@pytest.mark.slow
 def test_the_protocol_runs_on_ray(both, simulate_on_ray):
     ideal, full = both(**{"federation.rounds": 2})
     _play(ideal)
