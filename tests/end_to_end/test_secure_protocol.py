@@ -120,7 +120,7 @@ def both(tiny_config, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "rolora"])
+@pytest.mark.parametrize("strategy", ["fedavg", pytest.param("rolora", marks=pytest.mark.slow)])
 def test_ideal_and_full_give_one_adapter_to_the_last_bit(both, strategy):
     ideal, full = both(**{"federation.strategy": strategy})
     _play(ideal)
@@ -136,7 +136,7 @@ def test_ideal_and_full_give_one_adapter_to_the_last_bit(both, strategy):
     assert spent == [[(1, True), (2, True), (3, True)]] * 5
 
 
-@pytest.mark.parametrize("reply", [False, True])
+@pytest.mark.parametrize("reply", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_institution_that_vanishes_at_any_step_changes_no_bit_and_comes_back(both, reply):
     """Each round loses another institution, at another step: four of five are enough."""
     ideal, full = both(**{"federation.rounds": 4})
@@ -195,13 +195,12 @@ class Mortal(Lossy):
 @pytest.mark.parametrize(
     ("kind", "sent"),
     [
-        (TRAIN, True),
         (wire.UNMASK, True),
         *(
             pytest.param(kind, sent, marks=pytest.mark.slow)
             for kind in (wire.KEYS, wire.SHARES, *STEPS)
             for sent in (False, True)
-            if not (sent and kind in (TRAIN, wire.UNMASK))
+            if (kind, sent) != (wire.UNMASK, True)
         ),
     ],
 )
