@@ -1,5 +1,6 @@
 """The Flower ClientApp of an institution: unpack, call, pack. Errors leave as codes."""
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -10,13 +11,22 @@ from flwr.clientapp import ClientApp
 
 from client import cohort, config_policy, home_cohort, settings
 from client.institution import Institution
+from client.secure_role import SecureRole
 from fedlora import wire
 from fedlora.config import check_threads, from_context
 from fedlora.errors import InputError, RecordError, Refusal, place
+from fedlora.secure_aggregation import (
+    ListOrder,
+    SecureMessage,
+    SharesOrder,
+    Terms,
+    UnmaskOrder,
+)
 
 log = logging.getLogger("fedlora.client")
 _Question = TypeVar("_Question")
 _Answer = TypeVar("_Answer")
+_Order = TypeVar("_Order", bound=SecureMessage)
 
 
 class InstitutionApp(ClientApp):
@@ -71,6 +81,30 @@ def hello(message: Message, context: Context) -> Message:
     return _reply(message, context, wire.unpack_query, Institution.hello, wire.pack_hello)
 
 
+@app.query("keys")
+def keys(message: Message, context: Context) -> Message:
+    """Make and sign the keys of a run with secure aggregation."""
+    return _reply(message, context, _reads(Terms), Institution.secure_keys, wire.pack_secure)
+
+
+@app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Check all keys of a run, and seal shares of this institution's secrets."""
+    return _secure(message, context, SharesOrder, SecureRole.shares)
+
+
+@app.query("list")
+def sign_list(message: Message, context: Context) -> Message:
+    """Sign the survivors of a round."""
+    return _secure(message, context, ListOrder, SecureRole.sign_list)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Close a round in the ledger, and reveal shares for its sum."""
+    return _secure(message, context, UnmaskOrder, SecureRole.unmask)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
@@ -96,6 +130,24 @@ def home(message: Message, context: Context) -> Message:
 def released(message: Message, context: Context) -> Message:
     """Store the adapter that the run released."""
     return _reply(message, context, wire.unpack_release, Institution.receive, wire.pack_evaluation)
+
+
+def _secure(
+    message: Message,
+    context: Context,
+    kind: type[_Order],
+    call: Callable[[SecureRole, _Order], SecureMessage],
+) -> Message:
+    """The reply to a message of secure aggregation."""
+
+    def answer(institution: Institution, order: _Order) -> SecureMessage:
+        return call(institution.secure_role(), order)
+
+    return _reply(message, context, _reads(kind), answer, wire.pack_secure)
+
+
+def _reads(kind: type[_Order]) -> Callable[[RecordDict], _Order]:
+    return functools.partial(wire.unpack_secure, kind)
 
 
 def _reply(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 import fedlora
-from client import checks, private_home, private_training, training
+from client import checks, private_home, private_training, secure_store, training
 from client.config_policy import server_values
 from client.home import models_at_home
 from client.home_models import Home, HomeModels
@@ -23,9 +23,10 @@ from client.ledger import Ledger
 from client.local_parts import LocalParts
 from client.private_round import PrivateRound, train_rounds
 from client.releases import Releases
+from client.secure_role import SecureRole
 from client.settings import Settings
 from client.training import LocalPlan
-from fedlora import accounting, trainable
+from fedlora import accounting, peers, secure_order, trainable
 from fedlora.accounting import Event, PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
@@ -41,6 +42,7 @@ from fedlora.messages import (
     Release,
     TrainOrder,
 )
+from fedlora.secure_aggregation import KeysMessage, Terms
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
@@ -61,6 +63,9 @@ class Institution:
         max_run_epsilon: Largest epsilon of a run, at the ledger's delta.
         max_alone_epsilon: The same if all other institutions collude, under secure aggregation.
         simulated: Whether one experimenter plays every institution.
+        key_path: The file of its own key; None in a simulation, where keys follow from the seed.
+        peers_path: The directory of the pinned keys of its peers; None likewise.
+        secure_store: The file of its keys and shares in secure aggregation.
     """
 
     config: RunConfig
@@ -74,6 +79,9 @@ class Institution:
     max_run_epsilon: float = math.inf
     max_alone_epsilon: float = math.inf
     simulated: bool = True
+    key_path: Path | None = None
+    peers_path: Path | None = None
+    secure_store: Path = Path()
 
     @classmethod
     def locate(cls, config: RunConfig, index: int) -> Self:
@@ -87,6 +95,7 @@ class Institution:
             ledger_path=ledgers / f"{name}.db",
             directory=Path(config.run_dir) / "institutions" / name,
             rank=_ranks(config)[index],
+            secure_store=ledgers / f"{name}.{secure_store.FILE}",
         )
 
     @classmethod
@@ -104,6 +113,9 @@ class Institution:
             max_run_epsilon=settings.max_run_epsilon,
             max_alone_epsilon=settings.max_alone_epsilon,
             simulated=False,
+            key_path=Path(settings.key) if settings.key else None,
+            peers_path=Path(settings.peers) if settings.peers else None,
+            secure_store=Path(settings.state) / secure_store.FILE,
         )
 
     def hello(self, query: Query) -> Hello:
@@ -112,7 +124,6 @@ class Institution:
         Raises:
             Refusal: ``ledger-*``, or for a run beyond the institution's limits.
         """
-        self._check_protocol()
         fits, size = True, 0
         if self.config.privacy.enabled:
             shard = self._records()
@@ -180,10 +191,9 @@ class Institution:
         Raises:
             Refusal: For a run beyond the institution's limits (``delta-too-large``,
                 ``epsilon-too-large``, ``alone-epsilon-too-large``), for an adapter that no step
-                changes (``step-too-small``) or that is too large (``adapter-too-large``), or
-                ``ledger-*``.
+                changes (``step-too-small``) or that is too large (``adapter-too-large``),
+                ``ledger-*``, or ``secure-*`` (`SecureRole.begin`).
         """
-        self._check_protocol()
         shard = self._records()
         plan = plan_run(self.config, shard.num_units, order.participations)
         checks.check_step(order, self.config, plan)
@@ -191,6 +201,8 @@ class Institution:
         ledger = self.open_ledger(shard)
         with _closed_on_error(ledger):
             self._check_limits(plan, ledger)
+            secure = self.secure_role() if self.config.privacy.masks else None
+            count = secure.begin(order) if secure else len(trainable.records(self.config).names)
         return PrivateRound(
             name=self.name,
             order=order,
@@ -198,8 +210,44 @@ class Institution:
             shard=shard,
             plan=plan,
             ledger=ledger,
-            institutions=len(trainable.records(self.config).names),
+            institutions=count,
+            secure=secure,
         )
+
+    def secure_role(self) -> SecureRole:
+        """This institution in the full protocol of secure aggregation.
+
+        Raises:
+            Refusal: ``protocol-mismatch`` if the run has none, ``no-peers`` without pinned keys.
+            InputError: If a file of a key cannot be used.
+        """
+        config, name = self.config, self.name
+        if not config.privacy.masks:
+            raise Refusal("protocol-mismatch", "the run has no masked vectors")
+        if self.simulated:
+            key = peers.simulated(config.seed, name)
+            pinned = peers.simulated_public(config.seed, trainable.records(config).names)
+        elif self.key_path is None or self.peers_path is None:
+            raise Refusal(
+                "no-peers",
+                "under secure aggregation the settings must have key and peers; add them",
+            )
+        else:
+            key = peers.read_private(self.key_path)
+            pinned = peers.pinned(self.peers_path, name, key)
+        return SecureRole(
+            config=config,
+            name=name,
+            store=self.secure_store,
+            ledger=self.ledger_path,
+            key=key,
+            peers=pinned,
+        )
+
+    def secure_keys(self, terms: Terms) -> KeysMessage:
+        """Make the keys of a run (`SecureRole.keys`)."""
+        parameters = secure_order.parameters(self._load().start.cut(self.rank), self.config)
+        return self.secure_role().keys(terms, parameters)
 
     def store_local_parts(self, order: TrainOrder, update: ClientUpdate) -> ClientUpdate:
         """Store an update's local parts on this disk, and return the update without them."""
@@ -250,6 +298,8 @@ class Institution:
             checks.check_base(release, work.base.digest)
             checks.check_adapter(release.adapter, work.start, self.config)
             whole = dataclasses.replace(release, adapter=self._with_local_parts(release))
+            if self.config.privacy.masks:
+                self.secure_role().forget(release.run)
             Releases(Path(self.config.run_dir)).store(whole, server_values(self.config), work.model)
         return Evaluation(institution=self.name, metrics={})
 
@@ -377,14 +427,6 @@ class Institution:
             max_run_epsilon=self.max_run_epsilon,
             max_alone_epsilon=self.max_alone_epsilon,
         )
-
-    def _check_protocol(self) -> None:
-        if self.config.privacy.shares_noise and self.config.privacy.protocol == "full":
-            raise Refusal(
-                "protocol-missing",
-                "privacy.protocol is 'full', which this version cannot run; use ideal, in a "
-                "simulation",
-            )
 
     def _records(self) -> Shard:
         return trainable.records(self.config).train(self.index)

@@ -147,8 +147,9 @@ class Ledger:
         One immediate transaction, on the disk when the method returns:
 
         1. The round was answered: the same order gets the stored answer, nothing is charged.
-        2. The same order was charged and not answered: nothing was sent, so the round may run again
-           under the same key, as the same release; nothing is charged.
+        2. The same order was charged and not answered: nothing was sent, or, under secure
+           aggregation, nothing was unmasked. So the round may run again under the same key, as the
+           same release; nothing is charged.
         3. Otherwise the round is charged, with a fresh key, if it fits the limit.
 
         Args:
@@ -240,6 +241,48 @@ class Ledger:
             if not charged:
                 raise ValueError(f"round {round_number} of run {run_id} was never charged")
             ledger_file.store_answer(db, run_id, round_number, order_digest, answer)
+
+    def close_round(
+        self, run_id: str, round_number: int, digest: bytes, survivors: Sequence[str]
+    ) -> None:
+        """Close a round of secure aggregation: the point of no return, before its shares leave.
+
+        The round counts as answered from then on, and the same transaction wipes its key. The same
+        call again changes nothing.
+
+        Args:
+            run_id: The run.
+            round_number: The round's number.
+            digest: The digest that all survivors signed (`fedlora.secure_order`).
+            survivors: The institutions whose sum is unmasked, sorted.
+
+        Raises:
+            Refusal: ``round-already-answered`` for another digest or other survivors,
+                ``round-not-charged``, or ``ledger-*``.
+        """
+        values = (digest.hex(), json.dumps(list(survivors)))
+        with self._transaction() as db:
+            closed = db.execute(
+                "SELECT digest, survivors FROM closed WHERE (run, round) = (?, ?)",
+                (run_id, round_number),
+            ).fetchone()
+            if closed == values:
+                return
+            if closed is not None:
+                raise Refusal(
+                    "round-already-answered",
+                    f"round {round_number} of run {run_id} was unmasked for other survivors: two "
+                    "sums would show their difference",
+                )
+            wiped = db.execute(
+                "UPDATE charges SET key = NULL WHERE (run, round) = (?, ?) AND key IS NOT NULL",
+                (run_id, round_number),
+            ).rowcount
+            if not wiped:
+                raise Refusal(
+                    "round-not-charged", f"round {round_number} of run {run_id} has no open charge"
+                )
+            db.execute("INSERT INTO closed VALUES (?, ?, ?, ?)", (run_id, round_number, *values))
 
     def noised_size_of_run(self, run_id: str, noised: float) -> float:
         """Store a run's noised size; later calls change nothing.

@@ -149,7 +149,12 @@ def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> byte
         raise Refusal(
             "round-already-answered",
             f"round {number} of run {run} was answered "
-            + ("to another order" if stored else "and its answer dropped after a later round"),
+            + (
+                "to another order"
+                if stored
+                else "and its answer dropped after a later round, or its sum unmasked (secure "
+                "aggregation)"
+            ),
         )
     return None
 

@@ -44,12 +44,19 @@ ANSWERS = """CREATE TABLE answers (
     sha256 TEXT NOT NULL,             -- of the answer
     PRIMARY KEY (run, round)
 ) STRICT"""
+CLOSED = """CREATE TABLE closed (      -- rounds of secure aggregation whose shares may have left
+    run TEXT NOT NULL, round INTEGER NOT NULL,
+    digest TEXT NOT NULL,             -- of the order and its mechanism, as all survivors signed it
+    survivors TEXT NOT NULL,          -- JSON, sorted
+    PRIMARY KEY (run, round)
+) STRICT"""
 SCHEMA = f"""
 {LEDGER};
 {CHARGES};
 {INDEX};
 {ANSWERS};
 CREATE TABLE sizes (run TEXT PRIMARY KEY, size REAL NOT NULL) STRICT;
+{CLOSED};
 """
 COLUMNS = "id, run, round, digest, noise_multiplier, sample_rate, steps, extra, at, shares"
 _SEALED = (
@@ -57,7 +64,9 @@ _SEALED = (
     "SELECT id, hex(key) FROM charges WHERE key IS NOT NULL ORDER BY id",
     "SELECT run, round, digest, sha256 FROM answers ORDER BY run, round",
     "SELECT run, size FROM sizes ORDER BY run",
+    "SELECT run, round, digest, survivors FROM closed ORDER BY run, round",
 )
+_SEALED_BEFORE_3 = _SEALED[:-1]
 
 
 def genesis(max_epsilon: float, delta: float, accountant: str) -> str:
@@ -95,7 +104,9 @@ def broken_seal(db: sqlite3.Connection, version: int = VERSION) -> list[str]:
     """Problems of the state that a version sealed, in words. The first call of a transaction."""
     if _seal(db, version) == _stated_seal(db):
         return []
-    return ["its limits, records, unit, keys, answers or sizes were changed by something else"]
+    return [
+        "its limits, records, unit, keys, answers, sizes or rounds were changed by something else"
+    ]
 
 
 def problems(db: sqlite3.Connection) -> list[str]:
@@ -171,7 +182,8 @@ def _stated_seal(db: sqlite3.Connection) -> str:
 
 
 def _seal(db: sqlite3.Connection, version: int = VERSION) -> str:
-    state = [db.execute(query).fetchall() for query in _SEALED]
+    queries = _SEALED if version >= VERSION else _SEALED_BEFORE_3
+    state = [db.execute(query).fetchall() for query in queries]
     return _hash(["fedlora ledger state", version, *state])
 
 

@@ -1,7 +1,8 @@
 """The upgrade of ledgers of older versions.
 
 Version 1 had a chain and no seal, so it does not show a change of fingerprint, unit, keys, answers
-or sizes. The upgrade seals their present values. Version 2 had no shares of noise.
+or sizes. The upgrade seals their present values. Version 2 had no shares of noise and no
+closed rounds.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def upgrade(db: sqlite3.Connection, version: int) -> list[str]:
     db.execute("DROP TABLE charges")
     db.execute(ledger_integrity.CHARGES)
     db.execute(ledger_integrity.INDEX)
+    db.execute(ledger_integrity.CLOSED)
     db.executemany(f"INSERT INTO charges VALUES ({'?, ' * 11}?)", rows)
     ledger_integrity.seal(db)
     db.execute(f"PRAGMA user_version={ledger_integrity.VERSION}")

@@ -1,5 +1,6 @@
 """One round of one institution under DP, from the charge to the stored answer."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -7,6 +8,7 @@ from typing import Self
 from client import private_training
 from client.ledger import Ledger
 from client.private_training import Participant, Words
+from client.secure_role import SecureRole
 from client.training import LocalPlan
 from fedlora import accounting, trainable, wire
 from fedlora.accounting import PrivacyPlan
@@ -34,6 +36,7 @@ class PrivateRound:
         plan: The plan of the institution's run.
         ledger: The institution's ledger, open.
         institutions: The number of institutions in the run.
+        secure: The institution's role under the full protocol of secure aggregation.
         key: Key of the round's noise and sampling; empty before the charge.
     """
 
@@ -44,6 +47,7 @@ class PrivateRound:
     plan: PrivacyPlan
     ledger: Ledger
     institutions: int
+    secure: SecureRole | None = None
     key: bytes = b""
 
     def __enter__(self) -> Self:
@@ -86,6 +90,9 @@ class PrivateRound:
     def store_answer(self, trained: Trained) -> ClientUpdate:
         """Store the round's answer in the ledger; only then may it be sent.
 
+        A masked vector is not stored: nobody can read it before shares leave, and the ledger closes
+        the round before they do (`SecureRole.unmask`).
+
         Args:
             trained: The outcome of `train_rounds`.
 
@@ -109,6 +116,8 @@ class PrivateRound:
             privacy=self._spent(),
             words=words,
         )
+        if self.secure is not None and words is not None:
+            return dataclasses.replace(update, words=self.secure.mask(order, words))
         blob = wire.update_to_bytes(update)
         self.ledger.store_answer(order.run, order.round, self.digest, blob)
         return update

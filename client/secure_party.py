@@ -46,9 +46,9 @@ class SecureParty:
         key: Its P-384 key, which signs.
         peers: The pinned P-384 key of each institution, this one included, by name. A run may have
             fewer institutions than there are pinned keys, never others.
-        before_unmask: Called with run and round before shares of a round are returned: the point
-            of no return. It must store durably that the round is spent, may be called again for
-            the same round, and stops the answer by raising.
+        before_unmask: Called with run, round, `MaskedOrder.digest` and the survivors before shares
+            of a round are returned: the point of no return. It must store durably that the round
+            is spent, may be called again for the same round, and stops the answer by raising.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SecureParty:
         name: str,
         key: ec.EllipticCurvePrivateKey,
         peers: Mapping[str, ec.EllipticCurvePublicKey],
-        before_unmask: Callable[[str, int], None],
+        before_unmask: Callable[[str, int, bytes, Sequence[str]], None],
     ) -> None:
         self._path, self._name, self._key = store, name, key
         self._peers, self._before_unmask = peers, before_unmask
@@ -291,11 +291,16 @@ class SecureParty:
             statement = _list_statement(stored, terms, current, survivors)
             secure_checks.check_signatures(terms, self._peers, survivors, order, statement)
             held = secure_store.shares(db, order.run, order.round)
-        self._before_unmask(order.run, order.round)
+        self._before_unmask(order.run, order.round, current.digest, survivors)
         shares = tuple(
             held[name][name in survivors] if name in held else b"" for name in terms.names
         )
         return UnmaskMessage(name=self._name, round=order.round, shares=shares)
+
+    def terms(self, run: str) -> Terms:
+        """The terms of a run that has keys here. Raises `Refusal` as `begin` does."""
+        with secure_store.opened(self._path) as db:
+            return self._run(db, run)[1]
 
     def forget(self, run: str) -> None:
         """Erase all secrets of a run that has ended. The run cannot be set up again."""

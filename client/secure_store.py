@@ -19,6 +19,8 @@ from client import ledger_file
 from fedlora import files
 from fedlora.errors import Refusal
 
+FILE = "secure.db"
+"""The store's name in a deployed institution's ``state``."""
 _APPLICATION = 0x66646C73  # "fdls", the file's mark for `file` and PRAGMA application_id
 _VERSION = 1
 _SCHEMA = """

@@ -75,6 +75,9 @@ class Settings(Section):
     )
     ca: str = setting("", "the federation's CA certificate, PEM")
     key: str = setting("", "this institution's private key; nobody else may read it")
+    peers: str = setting(
+        "", "directory of the other institutions' public keys, NAME.pub (secure aggregation)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,7 +123,11 @@ def load(path: str) -> Settings:
     return dataclasses.replace(
         made,
         **{field: str(here / getattr(made, field)) for field in ("ledger", "state")},
-        **{field: str(here / path) for field in ("ca", "key") if (path := getattr(made, field))},
+        **{
+            field: str(here / path)
+            for field in ("ca", "key", "peers")
+            if (path := getattr(made, field))
+        },
         **{
             field: str(here / value) if value.endswith((".csv", ".jsonl", ".parquet")) else value
             for field in ("source", "test_source")

@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 import fedlora
+from fedlora import files, peers
 from fedlora.errors import InputError, Refusal
 
 if TYPE_CHECKING:
@@ -139,12 +140,50 @@ def institution(path: Path) -> list[Check]:
         *([_try("GPU", _gpu)] if own.gpu else []),
         _writable("state", Path(own.state)),
         _writable("ledger's directory", Path(own.ledger).parent),
+        *(_secure_aggregation(own) if own.secure_aggregation else []),
     ]
     if not own.gateway:
         found.append(_missing("gateway", "gateway"))
     elif ca.is_file():
         found += _gateway(f"https://{own.gateway}/health", ca)
     return found + _flower()
+
+
+def _secure_aggregation(own: "Settings") -> list[Check]:
+    """Check what secure aggregation needs: the peers' keys, enough of them, the store."""
+    from client import secure_store
+
+    if not own.peers or not own.key:
+        return [_missing("peers", "peers" if own.key else "key")]
+    return [
+        _try("peers", lambda: _peers(own)),
+        _try("secure store", lambda: _store(Path(own.state) / secure_store.FILE)),
+    ]
+
+
+def _peers(own: "Settings") -> str:
+    keys = peers.pinned(Path(own.peers), own.name, peers.read_private(Path(own.key)))
+    owners: dict[str, str] = {}
+    for name, key in keys.items():
+        other = owners.setdefault(peers.fingerprint(key), name)
+        if other != name:
+            raise InputError(f"{other} and {name} have one key; ask each for its own")
+    least = own.min_honest + own.min_colluding
+    if len(keys) < least:
+        raise InputError(
+            f"{own.peers} and the own key make {len(keys)} institutions, below min-honest + "
+            f"min-colluding ({least}); pin more keys, or lower one of the two"
+        )
+    others = ", ".join(name for name in keys if name != own.name)
+    return f"{others}; compare them by telephone (`fedlora deploy fingerprint`)"
+
+
+def _store(path: Path) -> str:
+    if exposed := files.exposed(path):
+        raise InputError(exposed)
+    if path.exists() and (mode := path.stat().st_mode & 0o777) & GROUP_AND_OTHERS:
+        raise InputError(f"{path} may be read by others (mode {mode:o}); chmod 600 {path}")
+    return f"{path}{'' if path.exists() else ' is made by the first run'}"
 
 
 def _missing(name: str, key: str) -> Check:

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -358,6 +359,37 @@ def run_checks(
             PLAIN.write_line(f"{one.outcome:5} {one.name:22} {one.details}")
     if not check.passed(found):
         raise typer.Exit(1)
+
+
+@deploy.command()
+@clean_errors
+def fingerprint(
+    settings: Annotated[Path, typer.Argument(help="The institution's settings, a TOML file.")],
+    as_json: Json = False,
+) -> None:
+    """Show the fingerprints of the own key and the peers' keys, to compare by telephone.
+
+    Each institution reads its own out, and its peers compare it with what they have. The operator's
+    word is not enough: the keys decide who takes part in secure aggregation.
+    """
+    from client.settings import load
+    from fedlora import peers
+
+    own = load(str(settings.absolute()))
+    for name in ("key", "peers"):
+        if not getattr(own, name):
+            raise InputError(f"{name} is missing from the institution's settings; add it")
+    keys = peers.pinned(Path(own.peers), own.name, peers.read_private(Path(own.key)))
+    found = {
+        name: peers.fingerprint(keys[name]) for name in (own.name, *sorted({*keys} - {own.name}))
+    }
+    if as_json:
+        print(json.dumps({"own": own.name, "fingerprints": found}))
+        return
+    for name, digits in found.items():
+        PLAIN.write_line(f"{name}{' (own)' if name == own.name else ''}")
+        for line in textwrap.wrap(digits, width=len(digits) // 2 + 1):
+            PLAIN.write_line(f"  {line}")
 
 
 def _round(record: dict[str, Any], rounds: int) -> str:

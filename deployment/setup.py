@@ -75,8 +75,11 @@ def add(directory: Path, name: str) -> None:
                 "ones"
             )
     _institution(directory, name, _authority(directory).pem)
+    _pin_peers(directory)
     if os.geteuid() == 0:
         _change_owner(directory / "institutions" / name, IMAGE_USER)
+        for pinned in (directory / "institutions").glob("*/keys/peers"):
+            _change_owner(pinned, IMAGE_USER)
 
 
 def renew(directory: Path, *, host: str = "") -> None:
@@ -133,6 +136,7 @@ def _build(root: Path, institutions: Sequence[str], host: str) -> None:
     (root / "server" / "institutions").mkdir()
     for name in institutions:
         _institution(root, name, authority.pem)
+    _pin_peers(root)
 
 
 def _servers(root: Path, authority: keys.Authority, hosts: Sequence[str]) -> None:
@@ -158,6 +162,22 @@ def _institution(root: Path, name: str, ca: bytes) -> None:
     _write(root / "server" / "institutions" / f"{name}.pub", public, 0o644)
 
 
+def _pin_peers(root: Path) -> None:
+    """Give each institution of this directory the others' public keys, as for a rehearsal.
+
+    Outside of a rehearsal institutions exchange their keys themselves and compare fingerprints.
+    """
+    keys = {file.stem: file.read_bytes() for file in _public_keys(root)}
+    for folder in (root / "institutions").iterdir():
+        for name, key in keys.items():
+            if name != folder.name:
+                _write(folder / "keys" / "peers" / f"{name}.pub", key, 0o644)
+
+
+def _public_keys(root: Path) -> list[Path]:
+    return sorted((root / "server" / "institutions").glob("*.pub"))
+
+
 def _authority(directory: Path) -> keys.Authority:
     try:
         return keys.read_authority(
@@ -179,6 +199,7 @@ def _settings(name: str) -> bytes:
         "gateway": "gateway:8443",
         "ca": "/keys/ca.crt",
         "key": "/keys/node.key",
+        "peers": "/keys/peers",
         "source": "/data/records.csv",
         "text": "text",
         "label": "label",

@@ -40,7 +40,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import NODES, SIZES, alone
+from fedlora.run_files import KEYS, NODES, SIZES, alone
 
 LINK = "fedlora"
 """The connection's name in Flower's own configuration."""
@@ -136,7 +136,7 @@ def register(server: Server) -> dict[str, str]:
 
     A key identifies a node, whatever its name at registration: `NODES` maps the node's id to
     the institution whose file holds that key. No other node takes part in a run (`server.roster`).
-    `SIZES` holds the content of the files ``NAME.size``.
+    `SIZES` holds the content of the files ``NAME.size``, and `KEYS` the registered keys.
 
     Returns:
         Institution -> ``registered``, ``already registered``, or the problem with its key or size.
@@ -169,6 +169,8 @@ def register(server: Server) -> dict[str, str]:
             else:
                 nodes[node.node_id] = name
                 done[name] = "already registered"
+        keys = {name: key.decode() for key, name in holders.items()}
+        write_atomic(server.results / KEYS, (json.dumps(keys, indent=2) + "\n").encode())
         write_atomic(server.results / SIZES, (json.dumps(sizes, indent=2) + "\n").encode())
         write_atomic(server.results / NODES, (json.dumps(nodes, indent=2) + "\n").encode())
     return done

@@ -418,6 +418,11 @@ class PrivacyConfig(Section):
         return self.trust == SECURE_AGGREGATION
 
     @property
+    def masks(self) -> bool:
+        """Whether institutions mask their vectors (the full protocol of secure aggregation)."""
+        return self.shares_noise and self.protocol == "full"
+
+    @property
     def protects_nobody(self) -> bool:
         """Whether a run gives no guarantee to anyone."""
         return self.noise == "seeded" or not (self.enabled or self.hides_institutions)

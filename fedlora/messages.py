@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fedlora.adapters import AdapterState
+    from fedlora.secure_aggregation import MaskedOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ class TrainOrder:
         kept: The local parts: trained, kept from round to round and not sent. All other parts stay
             as they are in ``adapter``.
         adapter: The adapter to start from.
+        masked: The round's order under the full protocol of secure aggregation; None otherwise.
     """
 
     run: str
@@ -77,9 +79,10 @@ class TrainOrder:
     parts: tuple[str, ...]
     kept: tuple[str, ...]
     adapter: "AdapterState"
+    masked: "MaskedOrder | None" = None
 
     def digest(self, config_fingerprint: str) -> str:
-        """SHA-256 (hex) over every field of the order and its configuration.
+        """SHA-256 (hex) over every field but ``masked``, and over the configuration.
 
         It is computed once for an order and a configuration.
         """

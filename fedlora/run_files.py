@@ -30,6 +30,8 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """The name of a run in a deployment, which is also its directory's."""
 NODES = "nodes.json"
 """Beside a deployment's runs: Flower's node id -> the institution whose public key the node has."""
+KEYS = "keys.json"
+"""Beside a deployment's runs: institution -> its registered public key, PEM."""
 SIZES = "sizes.json"
 """Beside a deployment's runs: institution -> the server's bound of its number of records."""
 

@@ -40,7 +40,7 @@ _TAG = "fedlora secure aggregation 1 "
 _CURVE_PRIME = 2**255 - 19
 
 
-class _Message:
+class SecureMessage:
     """A message of the protocol: a frozen dataclass of text, numbers, bytes and tuples of them."""
 
     def to_bytes(self) -> bytes:
@@ -66,7 +66,7 @@ class _Message:
 
 
 @functools.cache
-def _types(message: type[_Message]) -> dict[str, typing.Any]:
+def _types(message: type[SecureMessage]) -> dict[str, typing.Any]:
     return typing.get_type_hints(message)
 
 
@@ -78,7 +78,7 @@ def _fits(value: canonical.Value, wanted: typing.Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms(_Message):
+class Terms(SecureMessage):
     """What all institutions of a run agree on, and the first message of its setup.
 
     Args:
@@ -88,6 +88,8 @@ class Terms(_Message):
         honest: Least number h >= 2 of honest institutions whose noise is in every sum.
         rounds: Number of rounds for which keys are made. A round that is given up is one of them.
         parameters: Number d of words in a vector.
+        mechanism: Bytes that name the noise and the grid of all vectors. Masks follow from the
+            terms, so vectors with other noise than these terms say have no sum with the others.
 
     Raises:
         Refusal: ``secure-terms`` if a value is outside its bounds.
@@ -99,6 +101,7 @@ class Terms(_Message):
     honest: int
     rounds: int
     parameters: int
+    mechanism: bytes = b""
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -150,7 +153,7 @@ class Terms(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeysMessage(_Message):
+class KeysMessage(SecureMessage):
     """An institution's public keys for a run, signed.
 
     Args:
@@ -186,7 +189,7 @@ class KeysMessage(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharesOrder(_Message):
+class SharesOrder(SecureMessage):
     """The key messages of all institutions, encoded, in the order of names."""
 
     run: str
@@ -194,7 +197,7 @@ class SharesOrder(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharesMessage(_Message):
+class SharesMessage(SecureMessage):
     """An institution's sealed shares: one message for each name, in order; empty for its own."""
 
     name: str
@@ -202,7 +205,7 @@ class SharesMessage(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedOrder(_Message):
+class MaskedOrder(SecureMessage):
     """A round begins.
 
     Args:
@@ -221,7 +224,7 @@ class MaskedOrder(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedMessage(_Message):
+class MaskedMessage(SecureMessage):
     """An institution's masked vector: d words of 8 bytes, little-endian."""
 
     name: str
@@ -230,7 +233,7 @@ class MaskedMessage(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListOrder(_Message):
+class ListOrder(SecureMessage):
     """The survivors of a round: the sorted names whose masked vectors arrived."""
 
     run: str
@@ -239,7 +242,7 @@ class ListOrder(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListMessage(_Message):
+class ListMessage(SecureMessage):
     """An institution's signature over a round's survivors (`list_statement`)."""
 
     name: str
@@ -248,7 +251,7 @@ class ListMessage(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnmaskOrder(_Message):
+class UnmaskOrder(SecureMessage):
     """Signatures over a round's list, in the order of survivors; empty where one is absent."""
 
     run: str
@@ -257,7 +260,7 @@ class UnmaskOrder(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnmaskMessage(_Message):
+class UnmaskMessage(SecureMessage):
     """An institution's shares for a round, in the order of names.
 
     Of a survivor it is the share of its self-mask seed, of any other name that of its mask key;

@@ -35,6 +35,7 @@ from fedlora.messages import (
     TrainOrder,
 )
 from fedlora.run_files import RUN_NAME
+from fedlora.secure_aggregation import MaskedOrder, SecureMessage
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +45,16 @@ if TYPE_CHECKING:
 Words = npt.NDArray[np.int64]
 _T = typing.TypeVar("_T")
 _Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder", "Release")
+_Secure = typing.TypeVar("_Secure", bound=SecureMessage)
 
 HOME = f"{MessageType.EVALUATE}.home"
 """Message type of an `EvaluateOrder` that asks for the models that are trained at home."""
 RELEASED = f"{MessageType.EVALUATE}.released"
 """Message type of a `Release`."""
+KEYS, SHARES, LIST, UNMASK = (
+    f"{MessageType.QUERY}.{action}" for action in ("keys", "shares", "list", "unmask")
+)
+"""Message types of secure aggregation, beside a `TrainOrder` that holds a masked order."""
 SHARED_TYPES = (MessageType.TRAIN, HOME)
 """Message types that several institutions of a simulation answer in shared passes."""
 _SAFETENSORS = "safetensors"
@@ -81,6 +87,7 @@ _PLAIN: dict[Any, str] = {
     _HELLO,
     _QUERY,
     _EVALUATION,
+    _SECURE,
 ) = (
     "adapter",
     "words",
@@ -92,6 +99,7 @@ _PLAIN: dict[Any, str] = {
     "hello",
     "query",
     "evaluation",
+    "secure",
 )
 
 
@@ -163,16 +171,42 @@ def unpack_hello(content: RecordDict) -> Hello:
     return _build(Hello, _config(content, _HELLO))
 
 
+def pack_secure(message: SecureMessage) -> RecordDict:
+    """A message of secure aggregation as records."""
+    return RecordDict({_SECURE: ConfigRecord({_SECURE: message.to_bytes()})})
+
+
+def unpack_secure(kind: type[_Secure], content: RecordDict) -> _Secure:
+    """The message of secure aggregation in a message. Raises `Refusal` when it is no ``kind``."""
+    _raise_refusal(content)
+    _holds_only(content, _SECURE)
+    return _secure(kind, content)
+
+
+def _secure(kind: type[_Secure], content: RecordDict) -> _Secure:
+    values = _config(content, _SECURE)
+    encoded = values.get(_SECURE)
+    if len(values) != 1 or not isinstance(encoded, bytes):
+        raise Refusal("malformed-message", f"the message holds no bytes of a {kind.__name__}")
+    return kind.from_bytes(encoded)
+
+
+def with_masked_order(content: RecordDict, order: MaskedOrder) -> RecordDict:
+    """A packed `TrainOrder` that begins a round of secure aggregation; they share the adapter."""
+    return RecordDict({**content, **pack_secure(order)})
+
+
 def pack_order(order: "TrainOrder | EvaluateOrder | Release", adapter: ArrayRecord) -> RecordDict:
     """An order and its adapter as records; engines share the adapter's record between orders."""
-    return RecordDict({_ORDER: _plain(order, "adapter"), _ADAPTER: adapter})
+    return RecordDict({_ORDER: _plain(order, "adapter", "masked"), _ADAPTER: adapter})
 
 
 def unpack_order(content: RecordDict) -> TrainOrder:
     """The `TrainOrder` in a message. Raises `Refusal` when it is not one."""
-    _holds_only(content, _ORDER, _ADAPTER)
-    values = _config(content, _ORDER)
-    return _identified(_build(TrainOrder, values | {"adapter": _adapter(content)}))
+    _holds_only(content, _ORDER, _ADAPTER, _SECURE)
+    values = _config(content, _ORDER) | {"adapter": _adapter(content)}
+    values["masked"] = _secure(MaskedOrder, content) if _SECURE in content else None
+    return _identified(_build(TrainOrder, values))
 
 
 class OrderReader:

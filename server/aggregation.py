@@ -5,7 +5,7 @@ The driver (`server.rounds`) calls one `Aggregation` and knows nothing of its ki
 
 import abc
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 from fedlora import noise_shares, wire
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
-from fedlora.errors import InputError, Refusal
+from fedlora.errors import Refusal
 from server import institution_privacy
 from server.institution_privacy import InstitutionMechanism
 from server.replies import Replies
 from server.run_directory import RunState
+from server.secure_session import SecureSession, Words
 from strategies import STRATEGIES, noised_sum, robust
 from strategies.base import Round
 from strategies.diagnostics import Watch
@@ -200,27 +201,43 @@ class InstitutionLevel(Aggregation):
 
 
 class NoisedSum(Aggregation):
-    """The sum of vectors with shares of noise: secure aggregation with ``protocol = ideal``.
+    """The sum of vectors with shares of noise, under secure aggregation.
 
-    The server adds up what the full protocol gives it, the sum, from vectors without masks. No
-    figure of a single vector is computed or recorded.
+    With ``protocol = full`` the server sees masked vectors and their sum. With ``ideal`` it adds up
+    vectors without masks, for the same sum. No figure of a single vector is computed or recorded.
 
     Args:
         config: The run.
         institutions: The number of institutions.
+        session: The full protocol; None for the ideal one.
     """
 
     newest_checkpoint_only = True  # nobody answers a round twice
 
-    def __init__(self, config: RunConfig, institutions: int) -> None:
-        self._config, self._institutions = config, institutions
+    def __init__(self, config: RunConfig, institutions: int, session: SecureSession | None) -> None:
+        self._config, self._institutions, self._session = config, institutions, session
         privacy = config.privacy
         self.least_asked = noise_shares.least_survivors(
             institutions, privacy.honest, privacy.colluding
         )
 
     def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
-        """One step on the union of the records. Raises `Refusal` ``too-few-survivors``."""
+        """One step on the union of the records; `Refusal` where a sum has too few survivors."""
+        config = self._config
+        add_up = self._add_up if self._session is None else self._session.total
+        total, sizes = add_up(this_round, replies)
+        divisor = config.training.sample_rate * math.fsum(sizes)
+        grid = noise_shares.grid(config.privacy.max_grad_norm)
+        scale = config.training.learning_rate * grid / divisor
+        before = this_round.before.only(this_round.parts)
+        return Aggregated(adapter=noised_sum.step(before, total, scale))
+
+    def _add_up(self, this_round: Round, replies: Replies) -> tuple[Words, Collection[float]]:
+        """The sum of the vectors, and the size classes of their institutions.
+
+        Raises:
+            Refusal: ``too-few-survivors``.
+        """
         config = self._config
         total = np.zeros(this_round.words, np.int64)
         sizes: list[float] = []
@@ -235,11 +252,7 @@ class NoisedSum(Aggregation):
                 f"privacy.colluding {config.privacy.colluding} at least {self.least_asked} of "
                 f"{self._institutions} are needed",
             )
-        divisor = config.training.sample_rate * math.fsum(sizes)
-        grid = noise_shares.grid(config.privacy.max_grad_norm)
-        scale = config.training.learning_rate * grid / divisor
-        before = this_round.before.only(this_round.parts)
-        return Aggregated(adapter=noised_sum.step(before, total, scale))
+        return total, sizes
 
     def statement(self, state: RunState) -> dict[str, Any]:
         """The institutions that must be trusted."""
@@ -259,25 +272,25 @@ def _answered(replies: Replies) -> int:
     return replies.valid + len(replies.invalid)
 
 
-def choose(config: RunConfig, institutions: int, participations: int) -> Aggregation:
+def choose(
+    config: RunConfig,
+    institutions: int,
+    participations: int,
+    session: SecureSession | None = None,
+) -> Aggregation:
     """The aggregation of a run.
 
     Args:
         config: The run.
         institutions: The number of institutions.
         participations: The most rounds for which one institution can be asked.
+        session: The full protocol of secure aggregation, where the run has it.
 
     Raises:
-        InputError: If no noise keeps institution-level DP within its budget, or the protocol of
-            secure aggregation cannot run.
+        InputError: If no noise keeps institution-level DP within its budget.
     """
     if config.privacy.shares_noise:
-        if config.privacy.protocol == "full":
-            raise InputError(
-                "privacy.protocol is 'full', which this version cannot run; use ideal, in a "
-                "simulation"
-            )
-        return NoisedSum(config, institutions)
+        return NoisedSum(config, institutions, session)
     if config.privacy.hides_institutions:
         mechanism = institution_privacy.plan(config, institutions, participations)
         return InstitutionLevel(mechanism, config.privacy.epsilon)

@@ -24,6 +24,10 @@ NOT_MASKED = (
     " This simulation added up the institutions' vectors without masks (privacy.protocol = ideal): "
     "the promise is that of a deployment, where the server sees their sum only."
 )
+SIMULATED_KEYS = (
+    " This simulation made all institutions' keys from its seed: the promise is that of a "
+    "deployment, where each has a key of its own."
+)
 ADJACENCY = "add or remove one unit"
 NO_PROMISE_WITHOUT_DP = (
     "Differential privacy was off (epsilon = inf). This run protects nobody: adapters may reveal "
@@ -79,7 +83,8 @@ def statement(
         "e^epsilon, except with probability delta."
     )
     if privacy.shares_noise:
-        words += ALONE + NOT_MASKED * (privacy.protocol == "ideal")
+        words += ALONE + NOT_MASKED * (not privacy.masks)
+        words += SIMULATED_KEYS * (privacy.masks and not config.deployed)
     return {
         "protects": NO_PROMISE_WITH_SEED if privacy.noise == "seeded" else words,
         "adversary": adversary,

@@ -90,6 +90,11 @@ class Replies:
             yield update, self._round.weight(update)
             del update
 
+    def restore(self, valid: int, privacy: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over the notes of an earlier process of the run, which had these replies."""
+        self.valid = valid
+        self.privacy |= {name: dict(spent) for name, spent in privacy.items()}
+
     def _accepted(self, name: str, reply: Message | None) -> ClientUpdate:
         message = content(reply)
         self.received[name] = wire.adapter_bytes(message)

@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlora import released, trainable, wire
+from fedlora import released, secure_order, trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
@@ -26,6 +26,7 @@ from server.privacy_statement import epsilon_alone, largest_epsilon, statement
 from server.replies import Replies
 from server.roster import Roster, patience
 from server.run_directory import RunDirectory, RunState
+from server.secure_session import SecureSession
 from server.spending import Spending
 from server.start import start_adapter
 from server.trend import still_rising
@@ -107,7 +108,9 @@ class Federation:
             federation.rounds, size, federation.institutions_per_round
         )
         self.strategy = STRATEGIES[federation.strategy]
-        self.aggregation = aggregation.choose(config, size, self.participations)
+        masks = config.privacy.masks
+        self.session = SecureSession(grid, config, self.population.names) if masks else None
+        self.aggregation = aggregation.choose(config, size, self.participations, self.session)
         self.spending = (
             Spending(config=config, participations=self.participations)
             if config.privacy.enabled
@@ -137,8 +140,11 @@ class Federation:
         if self.state.round == 0:
             self.directory.create(self.config)
             self.directory.save(self.state)
+        if self.session is not None:
+            parameters = secure_order.parameters(self.state.adapter, self.config)
+            self.session.set_up(self.state.run, parameters, self.nodes(), self.population.size)
         while self.state.round < self.config.federation.rounds:
-            online = self.roster.online()
+            online = self.online()
             names = self.sample(online)
             limits.check_online(online, self.aggregation.least_asked)
             if online and not names:
@@ -166,6 +172,13 @@ class Federation:
             limits.check_progress(record, self.empty_rounds, all_asked=len(names) == len(online))
         self.finish()
         tracker.end()
+
+    def online(self) -> dict[str, int]:
+        """Institution -> node, for those that are online and may be asked."""
+        online = self.roster.online()
+        if self.session is None:
+            return online
+        return {name: node for name, node in online.items() if name in self.session.members}
 
     def sample(self, online: Mapping[str, int]) -> list[str]:
         """The institutions of the next round, among those that are online."""
@@ -198,22 +211,28 @@ class Federation:
         this_round = dataclasses.replace(this_round, sent=sent)
         quiet = config.privacy.enabled or config.privacy.hides_institutions or config.deployed
         report = () if quiet else ("loss",)
-        contents = {
-            rank: wire.pack_order(
-                TrainOrder(
-                    run=self.state.run,
-                    round=number,
-                    participations=self.participations,
-                    base=self.work.base.digest,
-                    report=report,
-                    parts=this_round.parts,
-                    kept=this_round.local_parts,
-                    adapter=start,
-                ),
-                wire.pack_adapter(start),
+        orders = {
+            rank: TrainOrder(
+                run=self.state.run,
+                round=number,
+                participations=self.participations,
+                base=self.work.base.digest,
+                report=report,
+                parts=this_round.parts,
+                kept=this_round.local_parts,
+                adapter=start,
             )
             for rank, start in starts.items()
         }
+        packed = {r: wire.pack_order(o, wire.pack_adapter(o.adapter)) for r, o in orders.items()}
+        contents = {name: packed[rank] for name, rank in ranks.items()}
+        if self.session is not None:
+            (order,) = orders.values()  # all have one rank
+            masked = self.session.masked_orders(number, secure_order.digest(order, config), names)
+            contents = {
+                name: wire.with_masked_order(content, masked[name])
+                for name, content in contents.items()
+            }
         group, ttl = str(number), config.federation.timeout
         return Orders(
             started=started,
@@ -221,10 +240,10 @@ class Federation:
             names=names,
             report=report,
             messages=[
-                Message(contents[ranks[name]], node, MessageType.TRAIN, group_id=group, ttl=ttl)
+                Message(contents[name], node, MessageType.TRAIN, group_id=group, ttl=ttl)
                 for node, name in names.items()
             ],
-            sent={name: wire.adapter_bytes(contents[rank]) for name, rank in ranks.items()},
+            sent={name: wire.adapter_bytes(content) for name, content in contents.items()},
         )
 
     def aggregate(self, orders: Orders) -> Outcome:

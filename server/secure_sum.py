@@ -176,6 +176,25 @@ class SecureRound:
         self._sum += np.frombuffer(message.words, dtype="<u8")
         self._masked.add(name)
 
+    @property
+    def masked_sum(self) -> bytes:
+        """The sum of the masked vectors, little-endian: with the list, all to `restore`."""
+        return self._sum.tobytes()
+
+    def restore(self, listed: ListOrder, masked_sum: bytes) -> None:
+        """Go on after a restart, with the list that was stored and the sum of its vectors.
+
+        An institution that has revealed shares of a round makes no vector of it again.
+
+        Raises:
+            Refusal: ``secure-words-length``.
+        """
+        if len(masked_sum) != self._terms.parameters * WORD_BYTES:
+            raise Refusal("secure-words-length", "the stored sum is not one of this run")
+        self._list = listed
+        self._sum = np.frombuffer(masked_sum, dtype="<u8").copy()
+        self._masked = set(listed.survivors)
+
     def list_order(self) -> ListOrder:
         """The list of this round's survivors. Store it before it is sent.
 

@@ -83,7 +83,7 @@ class Federation:
                 "name": name,
                 "key": key(name),
                 "peers": pinned(*self.terms.names),
-                "before_unmask": lambda run, number: self.revealed.append((name, run, number)),
+                "before_unmask": lambda run, number, *_: self.revealed.append((name, run, number)),
             }
             | changes
         )

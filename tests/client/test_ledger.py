@@ -202,6 +202,25 @@ def test_the_answers_of_earlier_rounds_are_dropped_and_not_made_again(path: Path
         assert refused(charge, ledger, 1, digest="other order") == "round-already-answered"
 
 
+def test_a_closed_round_is_answered_for_one_order_and_one_set_of_survivors(path: Path) -> None:
+    survivors, digest = ("a", "b", "c"), bytes(range(32))
+    with Ledger.open(path) as ledger:
+        assert refused(ledger.close_round, "run", 1, digest, survivors) == "round-not-charged"
+        key = charge(ledger).key
+        ledger.close_round("run", 1, digest, survivors)
+    assert key not in path.read_bytes()
+    with Ledger.open(path) as ledger:
+        ledger.close_round("run", 1, digest, survivors)  # the same again
+        for other in ((digest, survivors[:2]), (bytes(32), survivors)):
+            assert refused(ledger.close_round, "run", 1, *other) == "round-already-answered"
+        assert refused(charge, ledger) == "round-already-answered"
+        assert refused(charge, ledger, digest="other order") == "round-already-answered"
+        assert ledger.history() == (STEP,)
+        charge(ledger, 2)
+        ledger.store_answer("run", 2, "order", b"update")
+        assert refused(ledger.close_round, "run", 2, digest, survivors) == "round-not-charged"
+
+
 def test_an_answer_without_a_charge_is_a_programming_error(path: Path) -> None:
     with Ledger.open(path) as ledger, pytest.raises(ValueError, match="never charged"):
         ledger.store_answer("run", 1, "order", b"update")

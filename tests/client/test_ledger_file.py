@@ -40,7 +40,7 @@ def charge(ledger: Ledger, run: str, round: int, digest: str = "order"):
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A ledger with everything in it: answered rounds, a dropped answer, an open round, a size."""
+    """A ledger with all kinds of rounds in it, answered, open and closed, and a size."""
     path = tmp_path / "bank.db"
     Ledger.create(path, max_epsilon=9.0, delta=DELTA, accountant="rdp")
     with Ledger.open(path) as ledger:
@@ -51,6 +51,8 @@ def path(tmp_path: Path) -> Path:
             ledger.store_answer("run", round, "order", ANSWER)
         charge(ledger, "run", 3)
         charge(ledger, "second", 1)
+        charge(ledger, "masked", 1)
+        ledger.close_round("masked", 1, bytes(32), ("a", "b"))
     return path
 
 
@@ -136,6 +138,9 @@ def edit(path: Path, statement: str) -> None:
         "UPDATE charges SET key = zeroblob(32) WHERE id = 1",
         "UPDATE sizes SET size = 1.0",
         "DELETE FROM sizes",
+        "DELETE FROM closed",
+        "UPDATE closed SET survivors = '[\"a\"]'",
+        "UPDATE closed SET round = 2",
         "CREATE TRIGGER undo AFTER INSERT ON charges BEGIN DELETE FROM charges; END",
         "DROP INDEX charges_of_run",
         "ALTER TABLE charges ADD COLUMN more TEXT",

@@ -437,7 +437,8 @@ def test_nothing_is_revealed_where_the_point_of_no_return_is_not_stored(memory_p
     made = Federation(memory_path)
     order = made.listed(1, NAMES, NAMES).unmask_order()
 
-    def fails(run, number):
+    def fails(run, number, digest, survivors):
+        assert (run, number, digest, survivors) == ("run", 1, DIGEST, NAMES)
         raise Refusal("ledger-locked", "in use")
 
     with refused("ledger-locked"):

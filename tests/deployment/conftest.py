@@ -21,8 +21,8 @@ from client.ledger import Ledger
 from deployment import executor
 from fedlora.config import INSTITUTIONS, from_flat
 from fedlora.files import write_atomic
-from fedlora.run_files import read_records
-from tests.deployment import harness
+from fedlora.run_files import NODES, SIZES, read_records
+from tests.deployment import harness, remote
 
 NAMES = ("a", "b", "c")
 BANKS = {"Alpha": "a", "Beta": "b", "Gamma": "c"}
@@ -215,3 +215,73 @@ def rehearsal(
     image = as_in_an_image(model, scratch)
     with Rehearsal(scratch / "deployment", scratch, image, *rogues, volumes=volumes) as made:
         yield made
+
+
+@pytest.fixture
+def rows(complaints, tmp_path):
+    """Held-out rows, and each bank's own records, as files."""
+    with complaints.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    test, train = table[:60], table[60:]
+    known = {row["text"] for row in test}
+    train = [row for row in train if row["text"] not in known]
+    remote.write_table(tmp_path / "test.csv", test)
+    remote.write_table(tmp_path / "all.csv", train)
+    for bank in remote.BANKS:
+        remote.write_table(
+            tmp_path / bank / "own.csv", [row for row in train if row["bank"] == bank]
+        )
+    return tmp_path
+
+
+@pytest.fixture
+def institutions(rows, tiny_encoder):
+    """Registers every bank and writes its settings; keyword values are added to those of one."""
+
+    def make(bank="", ledgers=True, **changes):
+        files = []
+        for name in remote.BANKS:
+            values = {
+                "name": f'"{name}"',
+                "source": '"own.csv"',
+                "ledger": '"ledger.db"',
+                "state": '"state"',
+                "models": f'["{tiny_encoder}"]',
+                "labels": remote.LABELS,
+                "strategies": '["fedavg", "pad"]',
+                "without-dp": "true",
+                "max-delta": "1e-4",
+                **({k.replace("_", "-"): v for k, v in changes.items()} if name == bank else {}),
+            }
+            file = rows / name / "institution.toml"
+            file.write_text("".join(f"{k} = {v}\n" for k, v in values.items()))
+            file.chmod(0o600)
+            if ledgers:
+                Ledger.create(
+                    rows / name / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp"
+                )
+            files.append(file)
+        (rows / NODES).write_text(json.dumps(dict(enumerate(remote.BANKS, 1))))
+        (rows / SIZES).write_text(json.dumps(dict.fromkeys(remote.BANKS, 128)))
+        return files
+
+    return make
+
+
+@pytest.fixture
+def deployed(tiny_config, rows):
+    """A deployment's configuration."""
+
+    def make(**values):
+        return tiny_config(
+            **{
+                "data.source": "institutions",
+                "data.institutions": 4,
+                "data.labels": remote.LABELS,
+                "data.test-source": str(rows / "test.csv"),
+                "privacy.noise": "secure",
+                **values,
+            }
+        )
+
+    return make

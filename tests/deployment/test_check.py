@@ -16,6 +16,7 @@ from cli.main import app
 from client import settings
 from client.ledger import Ledger
 from deployment import check, keys, node, setup
+from fedlora import peers
 from fedlora.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,50 @@ def gateway(monkeypatch):
 
 def test_an_institution_that_is_ready_passes(institution, gateway):
     assert _failed(check.institution(institution)) == set()
+
+
+@pytest.fixture
+def pinned(institution):
+    """An institution that takes part in secure aggregation, with the keys of b and c."""
+    folder = institution.parents[1] / "keys" / "peers"
+    folder.mkdir()
+    for name in ("b", "c"):
+        (folder / f"{name}.pub").write_bytes(keys.make_node(name)[0])
+    institution.write_text(institution.read_text() + "secure-aggregation = true\n")
+    return institution
+
+
+def test_peers_and_their_store_are_checked_where_the_institution_trusts_them(pinned, gateway):
+    folder, state = pinned.parents[1] / "keys" / "peers", pinned.parents[1] / "state"
+    found = check.institution(pinned)
+    assert _failed(found) == set()
+    assert _as(found, "peers").details.startswith("b, c")
+    text = pinned.read_text()
+    pinned.write_text(text + "min-honest = 3\nmin-colluding = 1\n")
+    few = _as(check.institution(pinned), "peers")
+    assert few.outcome == "fail" and "make 3 institutions, below" in few.details
+    pinned.write_text(text)
+    (folder / "c.pub").write_bytes((folder / "b.pub").read_bytes())
+    assert "b and c have one key" in _as(check.institution(pinned), "peers").details
+    (folder / "c.pub").write_bytes(b"damaged")
+    assert "c.pub holds no public key" in _as(check.institution(pinned), "peers").details
+    (state / "secure.db").touch()
+    (state / "secure.db").chmod(0o640)
+    assert "may be read by others" in _as(check.institution(pinned), "secure store").details
+    pinned.write_text(text.replace('peers = "../keys/peers"\n', ""))
+    assert _failed(check.institution(pinned)) == {"peers"}
+
+
+def test_fingerprints_are_shown_for_the_own_key_and_each_peer(pinned):
+    done = CliRunner().invoke(app, ["deploy", "fingerprint", str(pinned), "--json"])
+    said = json.loads(done.stdout)
+    own = peers.read_private(pinned.parents[1] / "keys" / "node.key").public_key()
+    assert said["own"] == "a" and said["fingerprints"]["a"] == peers.fingerprint(own)
+    assert list(said["fingerprints"]) == ["a", "b", "c"]
+    shown = CliRunner().invoke(app, ["deploy", "fingerprint", str(pinned)]).stdout
+    groups = [word for digits in said["fingerprints"].values() for word in digits.split()]
+    names = ("a", "(own)", "b", "c")
+    assert [word for word in shown.split() if word not in names] == groups
 
 
 def test_what_an_institution_lacks_is_named(institution, gateway):

@@ -178,15 +178,15 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         "privacy__protocol": "full",
         "federation__weighting": "public-size",
     }
-    # A run within all settings comes as far as the protocol, which this version lacks.
     for codes, key, *values in (
-        (("protocol-missing",), "privacy.trust", "secure-aggregation"),
-        (("protocol-missing",), "privacy.honest", 3, 40),
+        (("no-peers",), "privacy.trust", "secure-aggregation"),
+        (("no-peers",), "privacy.honest", 3),
         (("too-few-honest",), "privacy.honest", 2),
         (bad, "privacy.honest", 0, 1, -1, 10**6 + 1),
-        (("protocol-missing",), "privacy.colluding", 1, 10**6),
+        (("no-peers",), "privacy.colluding", 1, 10**6),
         (("too-few-colluding",), "privacy.colluding", 0),
         (bad, "privacy.colluding", -1, 10**6 + 1),
+        (("alone-epsilon-too-large",), "privacy.honest", 40),
         (("masks-required",), "privacy.protocol", "ideal"),
         (bad, "privacy.protocol", "plain"),
         (bad, "training.local-steps", 2),
@@ -201,7 +201,6 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         ("privacy.trust", "local"),
         ("privacy.honest", 0, 10**6),  # without secure aggregation they are not used
         ("privacy.colluding", 0, 10**6),
-        ("privacy.protocol", "ideal", "full"),
     ):
         yield from (case(followed, key, value) for value in values)
     stack = {"federation__strategy": "stack"}

@@ -1,6 +1,5 @@
 """Institutions with settings of their own: the server's and theirs meet without a network."""
 
-import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import client.app
 import server.app
 from client import config_policy, settings
 from client.ledger import Ledger
@@ -19,107 +17,18 @@ from fedlora.budget import plan_run
 from fedlora.config import INSTITUTIONS
 from fedlora.errors import InputError, Refusal
 from fedlora.released import ReleaseFiles
-from fedlora.run_files import NODES, SIZES, read_records
+from fedlora.run_files import SIZES, read_records
 from server import roster
 from server.roster import RunFailed
 from server.rounds import Federation
 from simulation.engines.grid import run_server
-from simulation.engines.inline import InlineGrid
 from strategies.base import Round
-
-BANKS = ("Alpha", "Beta", "Delta", "Gamma")  # as the simulation sorts them
-LABELS = '["card", "fraud", "loan"]'
+from tests.deployment.remote import BANKS, LABELS, Remote
 
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-
-
-class Remote(InlineGrid):
-    """Institutions on machines of their own: each app gets its settings and nothing else."""
-
-    def __init__(self, files, run_config):
-        super().__init__(client.app.app, len(files), run_config)
-        for context, file in zip(self._contexts.values(), files, strict=True):
-            context.node_config.clear()
-            context.node_config["settings"] = str(file)
-
-
-@pytest.fixture
-def rows(complaints, tmp_path):
-    """Held-out rows, and each bank's own records, as files."""
-    with complaints.open(newline="") as file:
-        table = list(csv.DictReader(file))
-    test, train = table[:60], table[60:]
-    known = {row["text"] for row in test}
-    train = [row for row in train if row["text"] not in known]
-    _write(tmp_path / "test.csv", test)
-    _write(tmp_path / "all.csv", train)
-    for bank in BANKS:
-        _write(tmp_path / bank / "own.csv", [row for row in train if row["bank"] == bank])
-    return tmp_path
-
-
-def _write(path, table):
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-
-
-@pytest.fixture
-def institutions(rows, tiny_encoder):
-    """Registers every bank and writes its settings; keyword values are added to those of one."""
-
-    def make(bank="", ledgers=True, **changes):
-        files = []
-        for name in BANKS:
-            values = {
-                "name": f'"{name}"',
-                "source": '"own.csv"',
-                "ledger": '"ledger.db"',
-                "state": '"state"',
-                "models": f'["{tiny_encoder}"]',
-                "labels": LABELS,
-                "strategies": '["fedavg", "pad"]',
-                "without-dp": "true",
-                "max-delta": "1e-4",
-                **({k.replace("_", "-"): v for k, v in changes.items()} if name == bank else {}),
-            }
-            file = rows / name / "institution.toml"
-            file.write_text("".join(f"{k} = {v}\n" for k, v in values.items()))
-            file.chmod(0o600)
-            if ledgers:
-                Ledger.create(
-                    rows / name / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp"
-                )
-            files.append(file)
-        (rows / NODES).write_text(json.dumps(dict(enumerate(BANKS, 1))))
-        (rows / SIZES).write_text(json.dumps(dict.fromkeys(BANKS, 128)))
-        return files
-
-    return make
-
-
-@pytest.fixture
-def deployed(tiny_config, rows):
-    """A deployment's configuration."""
-
-    def make(**values):
-        return tiny_config(
-            **{
-                "data.source": "institutions",
-                "data.institutions": 4,
-                "data.labels": LABELS,
-                "data.test-source": str(rows / "test.csv"),
-                "privacy.noise": "secure",
-                **values,
-            }
-        )
-
-    return make
 
 
 def _run(config, files):

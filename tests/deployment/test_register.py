@@ -9,7 +9,8 @@ from flwr.proto.control_pb2 import RegisterNodeResponse
 from flwr.supercore.constant import NodeStatus
 
 from deployment import keys, superlink_client
-from fedlora.run_files import NODES, SIZES
+from fedlora import peers
+from fedlora.run_files import KEYS, NODES, SIZES
 
 
 class SuperLink:
@@ -66,6 +67,10 @@ def test_new_keys_are_registered_and_each_node_is_its_institutions(here, link):
     _put(here, "a")
     _put(here, "b")
     assert superlink_client.register(here) == {"a": "registered", "b": "registered"}
+    known = json.loads((here.results / KEYS).read_text())
+    for name in ("a", "b"):
+        file = here.institutions / f"{name}.pub"
+        assert peers.read(known[name].encode(), name) == peers.read(file.read_bytes(), file)
     _put(here, "c")
     assert superlink_client.register(here) == {
         "a": "already registered",

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from client import settings
 from deployment import keys, node, setup
-from fedlora import config
+from fedlora import config, peers
 from fedlora.errors import InputError
 
 
@@ -164,6 +164,17 @@ def test_an_institution_is_added_and_certificates_are_renewed_under_the_same_ca(
     assert _handshake(made, "gateway", "localhost")
     with pytest.raises(InputError, match="already"):
         setup.add(made, "c")
+
+
+def test_each_institution_of_a_rehearsal_has_the_others_keys_also_of_one_that_is_added(made):
+    setup.add(made, "c")
+    keys_of = {
+        name: peers.read_private(made / "institutions" / name / "keys" / "node.key").public_key()
+        for name in "abc"
+    }
+    for name in "abc":
+        pinned = peers.read_directory(made / "institutions" / name / "keys" / "peers")
+        assert pinned == {peer: key for peer, key in keys_of.items() if peer != name}
 
 
 def test_renewed_certificates_keep_their_names_unless_another_is_given(made):

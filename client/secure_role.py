@@ -1,0 +1,168 @@
+"""An institution's part in a run with secure aggregation: protocol, configuration and ledger.
+
+`client.secure_party` is the protocol by itself. Here its terms are those of the configuration that
+the institution follows, its digest is that of the order that was received, and its point of no
+return is in the ledger.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from client.ledger import Ledger
+from client.secure_party import SecureParty
+from fedlora import secure_order
+from fedlora.config import RunConfig
+from fedlora.errors import Refusal
+from fedlora.messages import TrainOrder
+from fedlora.secure_aggregation import (
+    KeysMessage,
+    ListMessage,
+    ListOrder,
+    MaskedOrder,
+    SharesMessage,
+    SharesOrder,
+    Terms,
+    UnmaskMessage,
+    UnmaskOrder,
+)
+
+Words = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecureRole:
+    """An institution in secure aggregation. Each method answers one message of the server.
+
+    Args:
+        config: The run, as this institution follows it.
+        name: The institution.
+        store: The file of its keys and shares.
+        ledger: The file of its privacy ledger.
+        key: Its P-384 key.
+        peers: The pinned key of each institution, this one included.
+    """
+
+    config: RunConfig
+    name: str
+    store: Path
+    ledger: Path
+    key: ec.EllipticCurvePrivateKey
+    peers: Mapping[str, ec.EllipticCurvePublicKey]
+
+    def keys(self, terms: Terms, parameters: int) -> KeysMessage:
+        """Make the keys of a run whose terms are those of the configuration.
+
+        Args:
+            terms: The server's terms.
+            parameters: The length of this run's vectors.
+
+        Raises:
+            Refusal: ``secure-terms-mismatch``, or those of `SecureParty.keys`.
+        """
+        privacy = self.config.privacy
+        wanted = {
+            "honest": privacy.honest,
+            "colluding": privacy.colluding,
+            "rounds": self.config.federation.rounds,
+            "parameters": parameters,
+            "mechanism": secure_order.mechanism(self.config),
+        }
+        for name, value in wanted.items():
+            if getattr(terms, name) != value:
+                raise Refusal(
+                    "secure-terms-mismatch",
+                    f"the terms of run {terms.run} have {name} {getattr(terms, name)!r}, and the "
+                    f"run's configuration has {value!r}",
+                )
+        with contextlib.suppress(OSError):  # the store then says what is wrong with its place
+            self.store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self._party().keys(terms)
+
+    def shares(self, order: SharesOrder) -> SharesMessage:
+        """Check all keys and seal this institution's shares (`SecureParty.shares`)."""
+        return self._party().shares(order)
+
+    def begin(self, order: TrainOrder) -> int:
+        """Begin a round, before its charge.
+
+        Returns:
+            The number of institutions of the run.
+
+        Raises:
+            Refusal: ``secure-order-missing`` for an order without a masked one,
+                ``secure-order-mismatch`` if that is of another order, or those of
+                `SecureParty.begin`.
+        """
+        masked = self._masked(order)
+        found = (masked.run, masked.round, masked.digest, order.participations)
+        rounds = self.config.federation.rounds  # all are asked in each: all plan the same noise
+        if found != (order.run, order.round, secure_order.digest(order, self.config), rounds):
+            raise Refusal(
+                "secure-order-mismatch",
+                f"round {order.round} of run {order.run} is bound to another order, or plans noise "
+                f"for {order.participations} of {rounds} rounds",
+            )
+        party = self._party()
+        party.begin(masked)
+        return len(party.terms(order.run).names)
+
+    def mask(self, order: TrainOrder, words: Words) -> Words:
+        """Mask the vector of a round that began.
+
+        Args:
+            order: The round's order.
+            words: ``(d,)``, with noise, the same whenever the order is the same.
+
+        Returns:
+            ``(d,)``; without the peers' part in the protocol it is uniform noise.
+
+        Raises:
+            Refusal: As `SecureParty.mask`.
+        """
+        party = self._party()
+        # a round may train fewer parameters than another; nothing is known of the words beyond
+        whole = np.zeros(party.terms(order.run).parameters, np.int64)
+        whole[: len(words)] = words
+        masked = party.mask(self._masked(order), whole)
+        return np.frombuffer(masked.words, "<i8")[: len(words)].astype(np.int64)
+
+    def sign_list(self, order: ListOrder) -> ListMessage:
+        """Sign the survivors of a round (`SecureParty.sign_list`)."""
+        return self._party().sign_list(order)
+
+    def unmask(self, order: UnmaskOrder) -> UnmaskMessage:
+        """Reveal shares of a round (`SecureParty.unmask`); the ledger then holds it as answered."""
+        return self._party().unmask(order)
+
+    def forget(self, run: str) -> None:
+        """Erase the secrets of a run that has ended."""
+        self._party().forget(run)
+
+    def _masked(self, order: TrainOrder) -> MaskedOrder:
+        if order.masked is None:
+            raise Refusal(
+                "secure-order-missing",
+                f"round {order.round} of run {order.run} asks for a vector without a mask",
+            )
+        return order.masked
+
+    def _party(self) -> SecureParty:
+        return SecureParty(
+            store=self.store,
+            name=self.name,
+            key=self.key,
+            peers=self.peers,
+            before_unmask=self._before_unmask,
+        )
+
+    def _before_unmask(
+        self, run: str, number: int, digest: bytes, survivors: Sequence[str]
+    ) -> None:
+        with Ledger.open(self.ledger) as ledger:
+            ledger.close_round(run, number, digest, survivors)

@@ -1,0 +1,330 @@
+"""The full protocol of secure aggregation over a Grid: a run's setup and its rounds' exchanges.
+
+The roles are in ``server.secure_sum`` and ``client.secure_party``. This file sends, receives and
+stores. Two files in the run's directory make a restart harmless: the setup
+once it is complete, and a round's masked sum with its list before the list is sent. A killed server
+asks for everything else again, and an institution answers the same order in the same way.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlora import canonical, peers, secure_order, wire
+from fedlora.config import RunConfig
+from fedlora.errors import Refusal
+from fedlora.files import write_atomic
+from fedlora.run_files import KEYS
+from fedlora.secure_aggregation import (
+    KeysMessage,
+    ListMessage,
+    ListOrder,
+    MaskedMessage,
+    MaskedOrder,
+    SecureMessage,
+    SharesMessage,
+    Terms,
+    UnmaskMessage,
+)
+from server.exchange import exchange
+from server.replies import Replies, content
+from server.roster import RunFailed, patience, reasons
+from server.secure_sum import SecureRound, SecureSetup
+from strategies.base import Round
+
+log = logging.getLogger("fedlora.server")
+
+SETUP_TRIES = 3
+"""Times that an institution is asked for its part in the setup."""
+_TAG = "fedlora secure aggregation 1 server "
+_Answer = TypeVar("_Answer", KeysMessage, SharesMessage, ListMessage, UnmaskMessage)
+Words = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """The masked vectors of a round, as their sum; stored before the list of survivors is sent.
+
+    Args:
+        round: The round.
+        digest: `MaskedOrder.digest`.
+        survivors: The institutions in the sum, sorted.
+        words: The sum of their masked vectors, little-endian.
+        sizes: Institution -> its size class.
+        privacy: Institution -> the spending that it reported.
+    """
+
+    round: int
+    digest: bytes
+    survivors: tuple[str, ...]
+    words: bytes
+    sizes: Mapping[str, float]
+    privacy: Mapping[str, Mapping[str, Any]]
+
+
+class SecureSession:
+    """The protocol of one run.
+
+    Args:
+        grid: The Grid that reaches the institutions.
+        config: The run.
+        names: The institutions' names, which only a simulation knows beforehand.
+    """
+
+    def __init__(self, grid: Grid, config: RunConfig, names: Sequence[str]) -> None:
+        self._grid, self._config, self._names = grid, config, names
+        self._folder = Path(config.run_dir) / "secure"
+        self._setup: SecureSetup | None = None
+        self._delivered: set[str] = set()  # institutions that have the others' shares
+        self._nodes: Mapping[int, str] = {}
+        self._digest = b""
+
+    def set_up(
+        self, run: str, parameters: int, nodes: Mapping[int, str], institutions: int
+    ) -> None:
+        """Make the keys of a run, or read the setup that an earlier process of the run stored.
+
+        Args:
+            run: The run's identity.
+            parameters: The length of its vectors (``secure_order.parameters``).
+            nodes: Node -> institution, for the institutions that are online.
+            institutions: The number of institutions of the run.
+
+        Raises:
+            RunFailed: If an institution has no part in the setup, which needs all of them.
+        """
+        try:
+            self._setup = self._read_setup()
+            if self._setup is None:
+                if len(nodes) != institutions:
+                    raise Refusal(
+                        "institutions-missing",
+                        f"{len(nodes)} of {institutions} institutions are online, and the setup "
+                        "needs all; start the others and resume the run, or correct "
+                        "data.institutions",
+                    )
+                privacy = self._config.privacy
+                terms = Terms(
+                    run=run,
+                    names=tuple(sorted(nodes.values())),
+                    colluding=privacy.colluding,
+                    honest=privacy.honest,
+                    rounds=self._config.federation.rounds,
+                    parameters=parameters,
+                    mechanism=secure_order.mechanism(self._config),
+                )
+                self._setup = self._made(terms, nodes)
+        except Refusal as refusal:
+            raise RunFailed(f"secure aggregation cannot be set up: {refusal}") from None
+
+    def _read_setup(self) -> SecureSetup | None:
+        stored = self._read("setup")
+        if stored is None:
+            return None
+        terms, keys, shares = stored
+        setup = SecureSetup(Terms.from_bytes(terms), self._peers())
+        for message in keys:
+            setup.add_keys(KeysMessage.from_bytes(message))
+        for message in shares:
+            setup.add_shares(SharesMessage.from_bytes(message))
+        return setup
+
+    def _made(self, terms: Terms, nodes: Mapping[int, str]) -> SecureSetup:
+        setup = SecureSetup(terms, self._peers())
+        keys: dict[str, bytes] = {}
+        shares: dict[str, bytes] = {}
+
+        def add_keys(message: KeysMessage) -> None:
+            setup.add_keys(message)
+            keys[message.name] = message.to_bytes()
+
+        def add_shares(message: SharesMessage) -> None:
+            setup.add_shares(message)
+            shares[message.name] = message.to_bytes()
+
+        self._ask_all(terms, wire.KEYS, nodes, KeysMessage, add_keys)
+        self._ask_all(setup.shares_order(), wire.SHARES, nodes, SharesMessage, add_shares)
+        in_order = [tuple(made[name] for name in terms.names) for made in (keys, shares)]
+        self._write("setup", terms.to_bytes(), *in_order)
+        return setup
+
+    def _ask_all(
+        self,
+        order: SecureMessage,
+        message_type: str,
+        nodes: Mapping[int, str],
+        kind: type[_Answer],
+        accept: Callable[[_Answer], None],
+    ) -> None:
+        """Ask until all have answered. Raises `RunFailed` with the reasons of those who did not."""
+        waiting, failed = dict(nodes), dict[str, str]()
+        for _ in range(SETUP_TRIES):
+            failed = self._ask(order, message_type, waiting, kind, accept)
+            waiting = {node: name for node, name in waiting.items() if name in failed}
+            if not waiting:
+                return
+        raise RunFailed(
+            f"{len(failed)} institutions have no part in the setup of secure aggregation, which "
+            f"needs all ({reasons(failed)}); repair them, and resume the run"
+        )
+
+    @property
+    def members(self) -> Collection[str]:
+        """The institutions of the setup. Nobody can join them later."""
+        return self._finished().terms.names
+
+    def masked_orders(
+        self, number: int, digest: bytes, nodes: Mapping[int, str]
+    ) -> dict[str, MaskedOrder]:
+        """The parts of a round's orders that begin it at the institutions.
+
+        Args:
+            number: The round.
+            digest: ``secure_order.digest`` of the round.
+            nodes: Node -> institution, for the institutions that are asked.
+        """
+        self._nodes, self._digest = nodes, digest
+        one = SecureRound(self._finished(), number, digest)
+        return {
+            name: one.masked_order(name, with_shares=name not in self._delivered)
+            for name in nodes.values()
+        }
+
+    def total(self, this_round: Round, replies: Replies) -> tuple[Words, Collection[float]]:
+        """Collect a round's vectors, agree on the list of survivors, and unmask their sum.
+
+        Args:
+            this_round: The round of the last call of `masked_orders`.
+            replies: Its replies; not asked for where an earlier process has collected them.
+
+        Returns:
+            The sum of the survivors' vectors, int64 ``(this_round.words,)``, and their size
+            classes.
+
+        Raises:
+            Refusal: When the round is given up, with the reason as its code.
+        """
+        collected = self._read_collected(this_round.number)
+        one = SecureRound(self._finished(), this_round.number, self._digest)
+        if collected is None:
+            collected = self._collect(one, this_round, replies)
+        else:
+            survivors = collected.survivors
+            listed = ListOrder(run=this_round.run, round=this_round.number, survivors=survivors)
+            one.restore(listed, collected.words)
+            replies.restore(len(collected.survivors), collected.privacy)
+        nodes = {n: name for n, name in self._nodes.items() if name in collected.survivors}
+        self._ask(one.list_order(), wire.LIST, nodes, ListMessage, one.add_signature)
+        self._ask(one.unmask_order(), wire.UNMASK, nodes, UnmaskMessage, one.add_shares)
+        try:
+            words = one.total()
+        finally:
+            for name, code in one.culprits.items():
+                log.warning("round %d, %s: %s", this_round.number, name, code)
+        sizes = [collected.sizes[name] for name in collected.survivors]
+        return words[: this_round.words], sizes
+
+    def _collect(self, one: SecureRound, this_round: Round, replies: Replies) -> Collected:
+        """Add up the masked vectors as they arrive, and store their sum with the list."""
+        length = self._finished().terms.parameters
+        sizes: dict[str, float] = {}
+        for update, size in replies:
+            assert update.words is not None  # `Replies` has checked it
+            words = np.zeros(length, np.int64)  # a round may train fewer parameters than another
+            words[: len(update.words)] = update.words
+            message = MaskedMessage(
+                name=update.institution, round=update.round, words=words.tobytes()
+            )
+            one.add_masked(message)
+            self._delivered.add(update.institution)
+            sizes[update.institution] = size
+        survivors = one.list_order().survivors
+        collected = Collected(
+            round=this_round.number,
+            digest=self._digest,
+            survivors=survivors,
+            words=one.masked_sum,
+            sizes=sizes,
+            privacy=replies.privacy,
+        )
+        self._write(
+            "round",
+            collected.round,
+            collected.digest,
+            collected.survivors,
+            collected.words,
+            json.dumps({"sizes": sizes, "privacy": replies.privacy}),
+        )
+        return collected
+
+    def _read_collected(self, number: int) -> Collected | None:
+        """What an earlier process collected for the same order in this round."""
+        stored = self._read("round")
+        if stored is None or (stored[0], stored[1]) != (number, self._digest):
+            return None
+        *values, text = stored
+        fields = ("round", "digest", "survivors", "words")
+        return Collected(**dict(zip(fields, values, strict=True)), **json.loads(text))
+
+    def _ask(
+        self,
+        order: SecureMessage,
+        message_type: str,
+        nodes: Mapping[int, str],
+        kind: type[_Answer],
+        accept: Callable[[_Answer], None],
+    ) -> dict[str, str]:
+        """Send one message to institutions; returns institution -> code where none was accepted."""
+        packed, failed = wire.pack_secure(order), dict[str, str]()
+        ttl = self._config.federation.timeout
+        messages = [
+            Message(packed, node, message_type, group_id=message_type, ttl=ttl) for node in nodes
+        ]
+        for node, reply in exchange(self._grid, messages, patience(self._config)):
+            name = nodes[node]
+            try:
+                answer = wire.unpack_secure(kind, content(reply))
+                if answer.name != name:
+                    raise Refusal("wrong-institution", f"{name} answered as {answer.name}")
+                accept(answer)
+            except Refusal as refusal:
+                failed[name] = refusal.code
+                log.warning("%s, %s: %s", message_type, name, refusal)
+        return failed
+
+    def _peers(self) -> Mapping[str, ec.EllipticCurvePublicKey]:
+        """Institution -> its public key; in a deployment the registered one."""
+        config = self._config
+        if not config.deployed:
+            return peers.simulated_public(config.seed, self._names)
+        file = Path(config.run_dir).parent / KEYS
+        try:
+            keys = json.loads(file.read_text(encoding="utf-8"))
+            return {str(name): peers.read(key.encode(), file) for name, key in keys.items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise RunFailed(
+                f"{file} holds no public keys ({error}); `fedlora deploy register` writes it"
+            ) from None
+
+    def _finished(self) -> SecureSetup:
+        if self._setup is None:
+            raise RuntimeError("the setup comes before the first round")
+        return self._setup
+
+    def _write(self, name: str, *values: canonical.Value) -> None:
+        write_atomic(self._folder / name, canonical.encode(_TAG + name, *values))
+
+    def _read(self, name: str) -> list[Any] | None:
+        try:
+            return canonical.decode(_TAG + name, (self._folder / name).read_bytes())
+        except FileNotFoundError:
+            return None
