@@ -450,7 +450,7 @@ def test_under_dp_no_own_model_is_trained_without_dp(bank, monkeypatch):
     assert len(origins) == 2  # the model alone, to choose and at the end
     assert all(torch.equal(origin[n], t) for origin in origins for n, t in fresh.items())
     made.result("--run", "first", "--out", made.directory / "again")
-    assert len(starts) == 2 + 4
+    assert len(origins) == 2 + 4
 
 
 def test_what_the_ledger_or_the_limits_do_not_allow_is_refused_before_a_charge(bank):
