@@ -167,7 +167,8 @@ class Roster:
                 f"budget exhausted: {lacking} of {len(self)} institutions have too little left in "
                 f"their ledgers for a run at privacy.epsilon {privacy.epsilon:g}, and "
                 f"federation.min-updates is {federation.min_updates}; lower privacy.epsilon or use "
-                "other records (`fedlora ledger show` prints the remaining budget)"
+                "other records (`fedlora ledger show` prints the remaining budget; --max-epsilon "
+                "is for new ledgers and does not raise the limit of one that exists)"
             )
 
     def __len__(self) -> int:
