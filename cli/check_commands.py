@@ -162,12 +162,8 @@ def _model(described: dict[str, Any], console: Terminal) -> None:
 
 def _table(title: str, heads: Any, body: list[list[Any]], console: Terminal) -> None:
     first = Column(heads[0], overflow="fold")
-    table = Table(
-        first,
-        *(Column(head, justify="right") for head in heads[1:]),
-        title=title,
-        title_justify="left",
-    )
+    table = Table(first, *(Column(head, justify="right") for head in heads[1:]))
+    console.write_line(title)  # a table's own title is folded to its width
     for row in body[:MAX_ROWS]:
         table.add_row(*map(str, row))
     console.print(table)

@@ -46,8 +46,13 @@ def describe(config: RunConfig) -> dict[str, Any]:
         Values are ready for JSON.
 
     Raises:
-        InputError: If the records cannot be read at all.
+        InputError: If the records cannot be read at all, or the run is a deployment's.
     """
+    if config.deployed:
+        raise InputError(
+            "data.source is 'institutions', where nobody sees all records; each institution checks "
+            "its own with `fedlora deploy check --institution SETTINGS.toml`"
+        )
     records = prepare(config)
     with paused_gc():
         from server import population
@@ -210,6 +215,7 @@ def _cost(
 ) -> dict[str, Any]:
     """Expected time and bytes, from one measured step and one measured evaluation."""
     from client import training
+    from fedlora import wire
     from server.joining import is_measured
 
     federation, names = config.federation, len(records.names)
@@ -239,8 +245,7 @@ def _cost(
     if is_measured(config, names):
         at_home = HOME_PASSES * config.home.steps * config.home.batch_size * names
         seconds["home"] = at_home * of_row / min(workers, names)
-    parts = federation.traits.parts_sent(1)
-    sent = 4 * sum(tensor.numel() for tensor in work.start.only(parts).values())
+    sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
     return {
         "seconds_per_record": of_row,
         "workers": min(workers, names),

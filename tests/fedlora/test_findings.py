@@ -178,11 +178,8 @@ def test_a_void_run_is_refused_until_each_of_its_findings_is_accepted() -> None:
     records = federation([1, 100])
     run = config(**{"privacy.epsilon": 0.01})
     void = findings.findings(run, records, 10)
-    with pytest.raises(InputError, match=r"add --accept \w+ --accept \w+") as error:
+    with pytest.raises(InputError, match=r"all the same, add --accept delta --accept noise$"):
         findings.refuse(run, void)
-    assert {"--accept delta", "--accept noise"} <= {
-        f"--accept {word}" for word in str(error.value).split() if word in ("delta", "noise")
-    }
     with pytest.raises(InputError, match=r"to run all the same, add --accept noise$"):
         findings.refuse(run.replace({"accept": "delta"}), void)
     findings.refuse(run.replace({"accept": "delta,noise"}), void)

@@ -63,12 +63,13 @@ def test_the_messy_file_is_described_in_full(messy) -> None:
 
 def test_one_row_institutions_that_are_kept_void_the_result_until_accepted(messy) -> None:
     make, _ = messy
-    described = check.describe(make(**{"data.min-records": 1}))
+    tiny = {"data.min-records": 1, "federation.weighting": "public-size"}
+    described = check.describe(make(**tiny))
     kept = [n for n, said in described["institutions"].items() if said["units"] == 1]
     assert kept and all(described["institutions"][n]["delta"] == 0.1 for n in kept)
     assert names(described)["delta"]["voids"]
     assert len(described["refused"]) == 1 and "--accept delta" in described["refused"][0]
-    accepted = check.describe(make(**{"data.min-records": 1, "accept": "delta"}))
+    accepted = check.describe(make(**tiny, accept="delta"))
     assert accepted["refused"] == [] and names(accepted)["delta"]["voids"]
 
 
