@@ -60,8 +60,15 @@ def write(source: str, out: Path) -> Guess:
         except InputError:  # a column of lists or objects, or one whose name is there twice
             if len(columns) == 1:
                 raise
+    if not values:
+        raise InputError(f"data source {source!r} has no column of text; give one that has")
     guessed = guess(source, values)
-    write_atomic(out, _text(source, form, columns, guessed).encode())
+    try:
+        write_atomic(out, _text(source, form, columns, guessed).encode())
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written ({error.strerror}); give another --out"
+        ) from None
     load(out)
     return guessed
 
@@ -71,7 +78,8 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
 
     The text is the column of the longest values. The label has 2 to `MAX_CLASSES` distinct values,
     each in five rows or more on average, and the institution has at least two of them on average.
-    Among several a usual name decides, then the smaller number of values.
+    Among several a usual name decides, then the smaller number of values; a column with the name
+    of an institution is a label only if nothing else is.
 
     Args:
         source: The file, for messages.
@@ -99,7 +107,14 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
             f"{'a label (2 to 100 classes)' if text else 'a text'}; write the configuration by "
             "hand (`fedlora config` lists the keys)"
         )
-    label = min(classes, key=lambda name: (not _named(name, LABEL_NAMES), classes[name]))
+    label = min(
+        classes,
+        key=lambda name: (
+            not _named(name, LABEL_NAMES),
+            _named(name, INSTITUTION_NAMES),
+            classes[name],
+        ),
+    )
     owners = {
         name: count
         for name, count in distinct.items()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora import logs
 from fedlora.config import RunConfig, check_threads
-from fedlora.errors import InputError
+from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
 from fedlora.run_files import CONFIG, read_run_file
 from fedlora.startup import paused_gc
@@ -91,7 +91,7 @@ def _removed_if_refused(run_dir: Path) -> Iterator[None]:
     new = not run_dir.exists()
     try:
         yield
-    except InputError:
+    except (InputError, Refusal):
         if new and run_dir.exists() and not (run_dir / CONFIG).exists():
             shutil.rmtree(run_dir)
         raise

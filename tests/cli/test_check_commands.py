@@ -9,7 +9,7 @@ import pytest
 from setuptools import Distribution
 
 from experiments import ready
-from fedlora import config, config_schema
+from fedlora import config, config_schema, starter
 from fedlora.config import from_flat, load
 from tests.cli.test_main import invoke, refused
 from tests.messy import TINY, write_messy
@@ -110,7 +110,7 @@ def test_init_writes_a_configuration_that_check_and_run_take(
     ("name", "content", "words"),
     [
         ("a.csv", "text\nlong words\n", ["none looks like a label"]),
-        ("a.csv", "", ["none looks like a text"]),
+        ("a.csv", "", ["no column of text"]),
         ("a.xlsx", "x", ["'.xlsx'"]),
         ("a.jsonl", "[]\n", ["line 1 is not an object"]),
     ],
@@ -200,3 +200,26 @@ def test_the_list_of_keys_fits_80_columns_with_whole_lines(monkeypatch) -> None:
     full = [line for line, after in itertools.pairwise(lines) if after.startswith("    ")]
     wrapped = [line for line in full if line.startswith("    ")]
     assert wrapped and min(map(len, wrapped)) > 50
+
+
+@pytest.mark.parametrize(
+    ("values", "guessed"),
+    [
+        ({"bank": "ab", "kind": "wxyz", "note": "n"}, ("note", "kind", "bank")),
+        ({"bank": "ab", "note": "n"}, ("note", "bank", "")),
+        ({"x": "ab", "category": "wxyz", "note": "n"}, ("note", "category", "")),
+        ({"amount, usd": "n", "topic": "ab", "note": "n"}, ("note", "topic", "")),
+    ],
+)
+def test_init_guesses_columns_by_their_values_and_then_by_their_names(values, guessed) -> None:
+    columns = {
+        name: [f"a text of words {i}" if letters == "n" else letters[i % len(letters)]
+               for i in range(80)]
+        for name, letters in values.items()
+    }  # fmt: skip
+    found = starter.guess("x.csv", columns)
+    assert (found.text, found.label, found.institution) == guessed
+
+
+def test_init_refuses_a_place_that_cannot_be_written(messy, tmp_path) -> None:
+    refused("init", tmp_path / "messy.csv", "--out", "/proc/x.toml", words=["cannot be written"])
