@@ -147,9 +147,8 @@ def test_every_ready_file_is_part_of_the_package(monkeypatch) -> None:
     distribution.parse_config_files()
     build = distribution.get_command_obj("build_py")
     build.ensure_finalized()
-    packed = {
-        str(Path(source) / name) for _, source, _, names in build.data_files for name in names
-    }
+    build.manifest_files = {}  # only the patterns of pyproject.toml count
+    packed = set(build.find_data_files("experiments", "experiments"))
     ready_files = [
         path for kind in ("configs", "sweeps") for path in Path("experiments", kind).rglob("*.toml")
     ]
