@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from cli.errors import draw_report, one_line_errors, require_page_packages
 from experiments import ready
-from fedlora.config import load, parse_overrides
+from fedlora.config import RunConfig, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
@@ -133,9 +133,14 @@ def compare_runs(
 @app.command()
 @clean_errors
 def plan(
-    records: Annotated[int, typer.Option(help="Records, or units, of the institution.")],
-    batch_size: Annotated[int, typer.Option(help="Expected records in a step.")],
-    steps: Annotated[int, typer.Option(help="Steps of the whole plan, all rounds together.")],
+    records: Annotated[
+        int | None,
+        typer.Option(help="Records, or units, of an institution; with --best in deployments only."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Expected records in a step.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the whole plan, all rounds together.")
+    ] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="Budget; yields the noise multiplier.")
     ] = None,
@@ -143,15 +148,51 @@ def plan(
     delta: Annotated[
         float | None, typer.Option(help="The delta; by default 1 / (10 x records).")
     ] = None,
-    accountant: Annotated[Literal["prv", "rdp"], typer.Option(help="Opacus accountant.")] = "prv",
+    accountant: Annotated[
+        Literal["prv", "rdp"] | None, typer.Option(help="Opacus accountant; by default prv.")
+    ] = None,
     table: Annotated[
         bool, typer.Option("--table", help="Epsilon against noise and against steps.")
     ] = False,
+    best: Annotated[
+        Path | None,
+        typer.Option(help="A configuration: search the rounds and rate with the least noise."),
+    ] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="With --best: KEY=VALUE; wins over the file.")
+    ] = None,
+    compute: Annotated[
+        int | None,
+        typer.Option(help="With --best: records to train on; by default the configuration's."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute the noise for the budget of a whole plan, or the epsilon of a noise multiplier."""
+    """Compute noise for a budget, or epsilon for noise; or search the best plan of a run."""
     from experiments import planning
 
+    of_one_plan = {
+        "--batch-size": batch_size,
+        "--steps": steps,
+        "--epsilon": epsilon,
+        "--noise-multiplier": noise_multiplier,
+        "--delta": delta,
+        "--accountant": accountant,
+        "--table": table or None,
+    }
+    if best is not None:
+        given = [name for name, value in of_one_plan.items() if value is not None]
+        if given:
+            raise InputError(
+                f"{given[0]} does not go with --best, which takes the plan from {best}; leave it "
+                "out, or change the plan with --set KEY=VALUE"
+            )
+        _plan_best(load(best, parse_overrides(assign or [])), records, compute, as_json=as_json)
+        return
+    for name, value in (("--set", assign), ("--compute", compute)):
+        if value is not None:
+            raise InputError(f"{name} goes with --best CONFIG only; leave it out, or give --best")
+    if records is None or batch_size is None or steps is None:
+        raise InputError("give --records, --batch-size and --steps, or --best CONFIG")
     result = planning.plan(
         records=records,
         batch_size=batch_size,
@@ -159,7 +200,7 @@ def plan(
         epsilon=epsilon,
         noise_multiplier=noise_multiplier,
         delta=delta,
-        accountant=accountant,
+        accountant=accountant or "prv",
     )
     if table:
         result["table"] = planning.table(result)
@@ -167,6 +208,19 @@ def plan(
         print(json.dumps(result))
         return
     planning.show(result, Terminal())
+
+
+def _plan_best(
+    config: RunConfig, records: int | None, compute: int | None, *, as_json: bool
+) -> None:
+    from experiments import best_plan
+
+    units = best_plan.units_of(config, records)
+    rows = best_plan.search(config, compute=compute, units=units)
+    if as_json:
+        print(json.dumps(best_plan.as_json(rows)))
+    else:
+        best_plan.show(rows, Terminal())
 
 
 @app.command()

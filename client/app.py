@@ -8,7 +8,7 @@ from typing import TypeVar
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import cohort, config_policy, settings
+from client import cohort, config_policy, home_cohort, settings
 from client.institution import Institution
 from fedlora import wire
 from fedlora.config import check_threads, from_context
@@ -30,7 +30,7 @@ class InstitutionApp(ClientApp):
         """
         if calls[0][0].metadata.message_type == wire.HOME:
             return _together(
-                calls, wire.unpack_evaluate, cohort.compare_at_home, wire.pack_evaluation
+                calls, wire.unpack_evaluate, home_cohort.compare_at_home, wire.pack_evaluation
             )
         return _together(calls, wire.OrderReader().unpack, cohort.answer, wire.pack_update)
 

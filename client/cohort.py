@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from client import training
-from client.home import Home, HomeModels
 from client.institution import Institution
 from client.private_round import PrivateRound, train_rounds
 from fedlora.adapters import AdapterState
-from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, TrainOrder
+from fedlora.messages import ClientUpdate, TrainOrder
 
 log = logging.getLogger("fedlora.client")
 Outcome = ClientUpdate | Exception
@@ -41,70 +40,18 @@ def answer(calls: Sequence[tuple[Institution, TrainOrder]]) -> list[Outcome]:
     with contextlib.ExitStack() as ledgers:
         begun: set[Path] = set()
         for number, (institution, order) in enumerate(calls):
-            started = _attempt(_charge, institution, order, begun, ledgers)
+            started = attempt(_charge, institution, order, begun, ledgers)
             if isinstance(started, PrivateRound):
                 charged[number] = started
             elif started is not None:
                 outcomes[number] = started
         for number, adapter in _train(charged).items():
             institution, _ = calls[number]
-            outcomes[number] = _attempt(_finish, institution, charged[number], adapter)
+            outcomes[number] = attempt(_finish, institution, charged[number], adapter)
     for number, (institution, order) in enumerate(calls):
         if number not in outcomes:
-            outcomes[number] = _attempt(institution.answer, order)
+            outcomes[number] = attempt(institution.answer, order)
     return [outcomes[number] for number in range(len(calls))]
-
-
-def compare_at_home(
-    calls: Sequence[tuple[Institution, EvaluateOrder]],
-) -> list[Evaluation | Exception]:
-    """Train the models of institutions at home, in shared passes, and evaluate them.
-
-    Args:
-        calls: Institutions of one run and their orders.
-
-    Returns:
-        An evaluation or an error for each call.
-    """
-    outcomes: dict[int, Evaluation | Exception] = {}
-    homes: dict[int, Home] = {}
-    for number, (institution, order) in enumerate(calls):
-        found = _attempt(_home, institution, order)
-        if isinstance(found, Exception):
-            outcomes[number] = found
-        else:
-            homes[number] = found
-    for number, made in _train_at_home(calls, homes).items():
-        institution, _ = calls[number]
-        outcomes[number] = (
-            made
-            if isinstance(made, Exception)
-            else _attempt(institution.compare, homes[number].shared, made)
-        )
-    return [outcomes[number] for number in range(len(calls))]
-
-
-def _train_at_home(
-    calls: Sequence[tuple[Institution, EvaluateOrder]], homes: Mapping[int, Home]
-) -> dict[int, HomeModels | Exception]:
-    """The models of institutions, each trained alone where training together failed."""
-    if not homes:
-        return {}
-    together, _ = calls[next(iter(homes))]
-    made = _attempt(together.models_at_home, list(homes.values()))
-    if not isinstance(made, Exception):
-        return dict(zip(homes, made, strict=True))
-    if len(homes) == 1:
-        return dict.fromkeys(homes, made)
-    log.error("training %d institutions at home together failed", len(homes), exc_info=made)
-    found: dict[int, HomeModels | Exception] = {}
-    for number, home in homes.items():
-        found |= _train_at_home(calls, {number: home})
-    return found
-
-
-def _home(institution: Institution, order: EvaluateOrder) -> Home:
-    return institution.home(institution.released(order))
 
 
 def _charge(
@@ -157,7 +104,7 @@ def _finish(institution: Institution, planned: PrivateRound, adapter: AdapterSta
     return institution.store_local_parts(planned.order, planned.store_answer(adapter))
 
 
-def _attempt(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | Exception:
+def attempt(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | Exception:
     """The result of a call, or its error: one institution's error ends no other's round."""
     try:
         return work(*args, **kwargs)

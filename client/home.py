@@ -1,8 +1,9 @@
 """What an institution gains by joining: three models, each made at home from its own records.
 
 *Alone* is trained from a fresh adapter, as if there were no federation. *Shared* is the adapter
-that the federation released. *Own* starts from the shared one and is trained at home. Neither alone
-nor own has differential privacy, and neither leaves the institution.
+that the federation released. *Own* starts from the shared one and is trained at home. Alone has no
+differential privacy and does not leave the institution. The same holds for own, unless
+``home.epsilon`` trains it under DP (`client.home_cohort`).
 
 Settings are chosen on a validation part of the training records. Held-out rows serve for nothing
 but the figures at the end.
@@ -10,49 +11,26 @@ but the figures at the end.
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
 from fedlora.adapters import PARTS, AdapterState, factor_names, kind
 from fedlora.config import HomeConfig
 from fedlora.lora_layers import ADAPTER, lora_layers
 from fedlora.shards import Shard
-from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
 
 VALIDATION = 0.2
 """Share of the training records that choices are made on."""
 MIN_VALIDATION = 8
-"""An institution with fewer such records takes all steps and the trained adapter."""
+"""An institution with fewer such records takes all steps, the first rate, the trained adapter."""
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Weights of the adapter that was trained at home, against the shared one."""
-OWN_CARD = """# An institution's own model
-
-This adapter was trained on the institution's records without differential privacy. It may reveal
-records, so it must not leave the institution. The adapter that the federation released is another
-one.
-"""
-"""The model card beside an own adapter."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Home:
-    """One institution at home.
-
-    Args:
-        shard: Its training records.
-        shared: The adapter that the federation released to it.
-        source: Its random source.
-    """
-
-    shard: Shard
-    shared: AdapterState
-    source: RandomSource
 
 
 class Model(enum.Enum):
@@ -62,50 +40,19 @@ class Model(enum.Enum):
     OWN = "own"
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What validation records chose.
-
-    Args:
-        alone_steps: Steps of the model alone.
-        own_steps: Steps of the own model.
-        weight: Weight of the trained adapter in the own model, against the shared one: at 0 the
-            own model is the shared one.
-    """
-
-    alone_steps: int
-    own_steps: int
-    weight: float
-
-    def steps(self, model: Model) -> int:
-        """The steps of a model."""
-        return self.alone_steps if model is Model.ALONE else self.own_steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class HomeModels:
-    """The models of one institution.
-
-    Args:
-        alone: The adapter that was trained from a fresh one.
-        own: The adapter that was trained from the shared one.
-        choice: The settings that validation records chose.
-    """
-
-    alone: AdapterState
-    own: AdapterState
-    choice: Choice
-
-
 def models_at_home(
     work: Trainable, homes: Sequence[Home], settings: HomeConfig, physical_batch: int
 ) -> list[HomeModels]:
     """Train the models of institutions at home.
 
     Each institution holds back a fifth of its training records, trains both models on the rest,
-    and chooses by the expected errors on what it held back: the number of steps of each (a
-    quarter, a half or all of ``home.steps``), and the weight of the own adapter against the shared
-    one. Then it trains both anew on all its training records.
+    and chooses by the expected errors on what it held back: for each model the number of steps (a
+    quarter, a half or all of ``home.steps``) together with the learning rate (one of
+    ``home.learning-rate``), and the weight of the own adapter against the shared one. Then it
+    trains both anew on all its training records.
+
+    With too few records to choose on, it takes all steps, the first learning rate and the trained
+    adapter. An own model that was trained under DP stays as it is; no record chooses for it.
 
     Args:
         work: The model; a fresh adapter is its ``start``.
@@ -122,27 +69,42 @@ def models_at_home(
     """
     work.train_only([part for part in PARTS if part in {kind(name) for name in work.start}])
     trainer = _Trainer(work, homes, settings, physical_batch)
+    members = {
+        Model.ALONE: list(range(len(homes))),
+        Model.OWN: [i for i, home in enumerate(homes) if home.own is None],
+    }
     splits = [_split(home) for home in homes]
     validation = {i: held for i, (_, held) in enumerate(splits) if held is not None}
-    steps = tuple(sorted({max(1, settings.steps // part) for part in (4, 2, 1)}))
-    fits = {i: splits[i][0] for i in validation}
-    trials = dict.fromkeys(fits, steps)
-    alone_trials = trainer.train(Model.ALONE, fits, trials, "fit")
-    own_trials = trainer.train(Model.OWN, fits, trials, "fit")
-    choices = [Choice(settings.steps, settings.steps, 1.0)] * len(homes)
-    for i, choice in trainer.choose(steps, alone_trials, own_trials, validation).items():
-        choices[i] = choice
-    whole = {i: home.shard for i, home in enumerate(homes)}
-    alone, own = (
-        trainer.train(
-            model, whole, {i: (choice.steps(model),) for i, choice in enumerate(choices)}, "all"
-        )
-        for model in Model
-    )
+    trials = {
+        model: trainer.trials(model, {i: splits[i][0] for i in numbers if i in validation})
+        for model, numbers in members.items()
+    }
+    default = Setting(settings.steps, settings.learning_rate[0])
+    chosen = {
+        model: dict.fromkeys(numbers, default) | trainer.best(trials[model], validation)
+        for model, numbers in members.items()
+    }
+    weights = trainer.weights(trials[Model.OWN], chosen[Model.OWN], validation)
+    alone, own = (trainer.train_chosen(model, chosen[model]) for model in Model)
     return [
-        HomeModels(alone=alone[i][0], own=mixed(start, own[i][0], choice.weight), choice=choice)
-        for i, (start, choice) in enumerate(zip(trainer.starts, choices, strict=True))
+        HomeModels(
+            alone=alone[i],
+            own=mixed(trainer.starts[i], own[i], weights.get(i, 1.0))
+            if home.own is None
+            else home.own.adapter,
+            choice=Choice(
+                alone=chosen[Model.ALONE][i],
+                own=chosen[Model.OWN].get(i, default),
+                weight=weights.get(i, 1.0),
+            ),
+            private=home.own,
+        )
+        for i, home in enumerate(homes)
     ]
+
+
+Trials = Mapping[Setting, Mapping[int, AdapterState]]
+"""Setting -> number of an institution -> its adapter."""
 
 
 class _Trainer:
@@ -157,11 +119,38 @@ class _Trainer:
         if settings.method == "dual":
             self.starts = [beside(home.shared, work) for home in homes]
 
-    def train(
+    def trials(self, model: Model, fits: Mapping[int, Shard]) -> Trials:
+        """Train one model of some institutions by every setting.
+
+        Args:
+            model: The model.
+            fits: Number -> the records that the institution's trials are trained on.
+        """
+        settings = self.settings
+        steps = tuple(sorted({max(1, settings.steps // part) for part in (4, 2, 1)}))
+        found: dict[Setting, dict[int, AdapterState]] = {}
+        for rate in settings.learning_rate if fits else ():
+            adapters = self._train(model, fits, dict.fromkeys(fits, steps), rate, "fit")
+            for k, count in enumerate(steps):
+                found[Setting(count, rate)] = {i: each[k] for i, each in adapters.items()}
+        return found
+
+    def train_chosen(self, model: Model, chosen: Mapping[int, Setting]) -> dict[int, AdapterState]:
+        """Train one model of some institutions on all their records, by the chosen settings."""
+        found: dict[int, AdapterState] = {}
+        for rate in dict.fromkeys(setting.learning_rate for setting in chosen.values()):
+            steps = {i: (s.steps,) for i, s in chosen.items() if s.learning_rate == rate}
+            whole = {i: self.homes[i].shard for i in steps}
+            trained = self._train(model, whole, steps, rate, "all")
+            found |= {i: adapter for i, (adapter,) in trained.items()}
+        return found
+
+    def _train(
         self,
         model: Model,
         shards: Mapping[int, Shard],
         steps: Mapping[int, tuple[int, ...]],
+        rate: float,
         purpose: str,
     ) -> dict[int, list[AdapterState]]:
         """Train one model of some institutions: number -> its adapters after those steps."""
@@ -169,8 +158,8 @@ class _Trainer:
         plan = HomePlan(
             batch_size=settings.batch_size,
             physical_batch=self.physical_batch,
-            learning_rate=settings.learning_rate,
-            head_learning_rate=settings.head_learning_rate if alone else settings.learning_rate,
+            learning_rate=rate,
+            head_learning_rate=settings.head_learning_rate if alone else rate,
             proximal=settings.proximal if settings.method == "ditto" and not alone else 0.0,
         )
         trainees = [
@@ -184,52 +173,50 @@ class _Trainer:
         ]
         return dict(zip(shards, train_at_home(self.work, trainees, plan), strict=True))
 
-    def choose(
-        self,
-        steps: Sequence[int],
-        alone: Mapping[int, Sequence[AdapterState]],
-        own: Mapping[int, Sequence[AdapterState]],
-        validation: Mapping[int, Shard],
-    ) -> dict[int, Choice]:
-        """Choose steps and weight of each institution by its errors on validation records.
+    def best(self, trials: Trials, validation: Mapping[int, Shard]) -> dict[int, Setting]:
+        """The setting of each institution with the fewest expected errors on validation records.
 
         Args:
-            steps: Numbers of steps.
-            alone: Number -> the institution's models alone after those steps.
-            own: Number -> the institution's adapters from the shared one after those steps.
+            trials: The trials of one model.
             validation: Number -> the institution's validation records.
         """
-        numbers = list(validation)
-        if not numbers:
+        if not trials:
             return {}
-        alone_errors, own_errors = (
-            np.array(
-                [self._errors([m[i][k] for i in numbers], validation) for k in range(len(steps))]
-            )
-            for m in (alone, own)
-        )  # (steps, institutions)
-        alone_best, own_best = alone_errors.argmin(0), own_errors.argmin(0)
-        weights = np.ones(len(numbers))
-        if self.settings.method != "fine-tune":
-            pairs = [
-                (self.starts[i], own[i][int(k)]) for i, k in zip(numbers, own_best, strict=True)
+        settings = list(trials)
+        errors = np.stack([self._errors(each, validation) for each in trials.values()])
+        numbers = next(iter(trials.values()))
+        return {i: settings[int(k)] for i, k in zip(numbers, errors.argmin(0), strict=True)}
+
+    def weights(
+        self, trials: Trials, chosen: Mapping[int, Setting], validation: Mapping[int, Shard]
+    ) -> dict[int, float]:
+        """The weight of each institution's trained adapter in its own model.
+
+        Args:
+            trials: The trials of the own model.
+            chosen: Number -> the institution's setting.
+            validation: Number -> the institution's validation records.
+        """
+        if not trials or self.settings.method == "fine-tune":
+            return {}
+        trained = {i: trials[chosen[i]][i] for i in next(iter(trials.values()))}
+        errors = np.stack(
+            [
+                self._errors(
+                    {i: mixed(self.starts[i], adapter, weight) for i, adapter in trained.items()},
+                    validation,
+                )
+                for weight in WEIGHTS
             ]
-            errors = [
-                self._errors([mixed(*pair, weight) for pair in pairs], validation)
-                for weight in WEIGHTS[:-1]
-            ]
-            best = np.stack([*errors, own_errors.min(0)]).argmin(0)
-            weights = np.array(WEIGHTS)[best]
-        return {
-            number: Choice(steps[int(alone_best[i])], steps[int(own_best[i])], float(weights[i]))
-            for i, number in enumerate(numbers)
-        }
+        )
+        return {i: WEIGHTS[int(k)] for i, k in zip(trained, errors.argmin(0), strict=True)}
 
     def _errors(
-        self, adapters: Sequence[AdapterState], records: Mapping[int, Shard]
+        self, adapters: Mapping[int, AdapterState], validation: Mapping[int, Shard]
     ) -> NDArray[np.float64]:
         """The expected errors of each institution's adapter; infinite if they are no number."""
-        errors = expected_errors(self.work, adapters, list(records.values()), self.physical_batch)
+        shards = [validation[i] for i in adapters]
+        errors = expected_errors(self.work, list(adapters.values()), shards, self.physical_batch)
         return np.nan_to_num(errors, nan=np.inf, posinf=np.inf)
 
 

@@ -19,19 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from client import config_policy
-from client.home import OWN_CARD, Choice, HomeModels
+from client import config_policy, home_cohort
+from client.home_cohort import Member
 from client.institution import Institution
 from client.releases import Releases
 from client.settings import Settings
 from fedlora import comparison, trainable
-from fedlora.adapters import AdapterState
 from fedlora.comparison import Rows
 from fedlora.config import HomeConfig, RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.joining_verdict import FINDINGS, MODELS, interval, outcome
-from fedlora.messages import PrivacySpent, TrainOrder
 from fedlora.released import ReleaseFiles
 
 SPLIT = 0.2
@@ -40,18 +38,6 @@ SPLIT_NOTE = (
     "The settings name no test-source, so a seeded fifth of the records was held back. The run may "
     "have trained on these rows: the figures of shared and own can be too high"
 )
-PRIVATE_CARD = """# An institution's own model, trained under differential privacy
-
-The model starts from the adapter that run {name} released and was trained at the institution. This
-training protects each {unit} in the institution's records: epsilon {epsilon:.4g} at delta {delta:g}
-(one {unit} added or removed; {steps} steps, sample rate {sample_rate:.4g}, noise multiplier
-{noise_multiplier:.4g}, clipping bound {max_grad_norm:g}).
-
-The run may have used the same records. Together with it, and with all other runs in the ledger of
-the institution, the spending is epsilon {ledger_epsilon:.4g} at delta {ledger_delta:g}. Runs
-without differential privacy on these records, if there were any, are not covered.
-"""
-"""The model card of an own adapter that was trained under DP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,21 +91,17 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         work = trainable.load(config, records.labels)
         shared = found.adapter(work, residuals=config.federation.traits.residuals)
         say(f"run {found.name}: {len(train_rows)} records, {len(held_out)} held-out rows")
-        private = None
-        if choices.epsilon < math.inf:
-            say(f"own: {config.home.steps} steps at epsilon {choices.epsilon:g}")
-            private = _train_privately(institution, found, shared, choices.epsilon)
-        say(f"alone and own: up to {config.home.steps} steps each, first to choose, then to train")
+        if config.home.private:
+            say(f"own: {config.home.steps} steps at epsilon {config.home.epsilon:g}")
+        plain = "alone" if config.home.private else "alone and own"
+        say(f"{plain}: up to {config.home.steps} steps, first to choose, then to train")
         home = institution.home(shared)
-        (models,) = institution.models_at_home([home])
-        card = OWN_CARD
-        if private is not None:
-            adapter, spent = private
-            choice = Choice(models.choice.alone_steps, config.home.steps, 1.0)
-            models = HomeModels(alone=models.alone, own=adapter, choice=choice)
-            card = PRIVATE_CARD.format(name=found.name, **dataclasses.asdict(spent))
+        member = Member(institution=institution, run=found.run, home=home)
+        models = home_cohort.train({0: member})[0]
+        if isinstance(models, Exception):
+            raise models
         say("comparing alone, shared and own")
-        said = institution.compare(shared, models, card).metrics
+        said = institution.compare(shared, models).metrics
         truth = np.asarray(held_out.targets, dtype=np.int64)
         rows = Rows.of(train_rows, truth, said, len(records.labels))
         compared = comparison.summary({own.name: rows}, records.labels)
@@ -135,7 +117,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             **{model: compared[model] for model in MODELS},
             "gain": {key: compared["gain"][key] for key in ("mean", "low", "high")},
             "choices": {**rows.choice, "method": config.home.method, "steps": config.home.steps},
-            "privacy": None if private is None else dataclasses.asdict(private[1]),
+            "privacy": models.private and dataclasses.asdict(models.private.privacy),
             "seconds": round(time.monotonic() - started, 2),
         }
         write_atomic(new / "result.json", (json.dumps(result, indent=2) + "\n").encode())
@@ -192,6 +174,7 @@ def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
     values: dict[str, Any] = {
         "home.method": choices.method or wish,
         "home.steps": choices.steps or config.home.steps,
+        "home.epsilon": choices.epsilon,
     }
     if not own.test_source:
         values["data.test-fraction"] = SPLIT
@@ -220,58 +203,6 @@ def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
                 "may reveal records, and a model that starts from it may too; leave --epsilon out"
             )
     return config.replace(values)
-
-
-def _train_privately(
-    institution: Institution, found: ReleaseFiles, shared: AdapterState, epsilon: float
-) -> tuple[AdapterState, PrivacySpent]:
-    """Train the own model under DP, as one round of a run of its own.
-
-    `Institution.answer` plans, charges the ledger, trains and stores the answer in this order. A
-    command that ended after the charge is the same release when it is repeated. Steps and rate are
-    those of home; no record chooses among them.
-
-    Raises:
-        InputError: If no noise reaches the budget.
-        Refusal: ``ledger-*``, ``budget-exhausted``, ``delta-too-large``, ``epsilon-too-large``,
-            ``guard-*``.
-    """
-    config = institution.config
-    with institution.open_ledger() as ledger:
-        delta, accountant = ledger.delta, ledger.accountant
-    residuals = config.federation.traits.residuals
-    config = config.replace(
-        {
-            "privacy.epsilon": epsilon,
-            "privacy.delta": delta,
-            "privacy.accountant": accountant,
-            "privacy.noise": "secure",
-            "training.local-steps": config.home.steps,
-            "training.optimizer": "adam",
-            "training.learning-rate": config.home.learning_rate,
-            "training.proximal": 0.0,
-            "federation.rounds": 1,
-            "federation.weighting": "uniform",
-            "federation.strategy": config.federation.strategy if residuals else "fedavg",
-            "federation.residual-rank": max(
-                (len(f.residual[0]) for f in shared.layers().values() if f.residual), default=1
-            ),
-        }
-    )
-    alone = dataclasses.replace(institution, config=config, rank=config.adapter.rank)
-    order = TrainOrder(
-        run=f"home:{found.run}:{config.fingerprint()[:16]}",
-        round=1,
-        participations=1,
-        base=found.base,
-        report=(),
-        parts=config.federation.traits.parts_sent(1),
-        kept=(),
-        adapter=shared,
-    )
-    update = alone.answer(order)
-    assert update.privacy is not None
-    return shared.updated(update.adapter), update.privacy
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Self
 
 import fedlora
-from client import checks, private_training, training
+from client import checks, private_home, private_training, training
 from client.config_policy import server_values
-from client.home import OWN_CARD, Home, HomeModels, models_at_home
+from client.home import models_at_home
+from client.home_models import Home, HomeModels
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from client.private_round import PrivateRound, train_rounds
@@ -25,7 +26,7 @@ from client.releases import Releases
 from client.settings import Settings
 from client.training import LocalPlan
 from fedlora import accounting, trainable
-from fedlora.accounting import PrivacyPlan
+from fedlora.accounting import Event, PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
@@ -114,7 +115,8 @@ class Institution:
             plan = plan_run(self.config, shard.num_units, query.participations)
             with self.open_ledger(shard, create=query.first and self.simulated) as ledger:
                 self._check_limits(plan, ledger)
-                fits = query.run in ledger.runs() or ledger.fits(plan.events)
+                planned = (*plan.events, *self.events_at_home(shard.num_units, ledger))
+                fits = query.run in ledger.runs() or ledger.fits(planned)
         return Hello(institution=self.name, version=fedlora.__version__, fits=fits, rank=self.rank)
 
     def answer(self, order: TrainOrder) -> ClientUpdate:
@@ -255,13 +257,12 @@ class Institution:
                 self._load(), homes, self.config.home, self.config.training.physical_batch
             )
 
-    def compare(self, shared: AdapterState, models: HomeModels, card: str = OWN_CARD) -> Evaluation:
+    def compare(self, shared: AdapterState, models: HomeModels) -> Evaluation:
         """Give the predictions of the three models on the held-out rows.
 
         Args:
             shared: The adapter that the run released to it.
-            models: Its other models; the own one is saved into ``own/``.
-            card: The model card of the own one.
+            models: Its other models; the own one is saved into ``own/``, with its card.
         """
         with training.threads(self.config.engine.threads):
             work = self._load()
@@ -272,9 +273,9 @@ class Institution:
                 answers = work.task.predict(work.model, shard, work.labels) if len(shard) else []
                 predicted[name] = [work.labels.index(answer) for answer in answers]
             models.own.save(self.directory / "own", work.model)
-            write_atomic(self.directory / "own" / "README.md", card.encode())
-        choice = dataclasses.asdict(models.choice)
-        return Evaluation(institution=self.name, metrics={**predicted, **choice})
+            write_atomic(self.directory / "own" / "README.md", models.card().encode())
+        figures = {**predicted, **models.choice.figures()}
+        return Evaluation(institution=self.name, metrics=figures)
 
     def can_share(self, order: TrainOrder) -> bool:
         """Whether a round of this order can share passes with other institutions' rounds."""
@@ -302,7 +303,7 @@ class Institution:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             Ledger.create(
                 path,
-                max_epsilon=privacy.max_epsilon or privacy.epsilon,
+                max_epsilon=privacy.max_epsilon or self.config.planned_epsilon,
                 delta=delta_of(privacy, shard.num_units),
                 accountant=privacy.accountant,
             )
@@ -338,6 +339,15 @@ class Institution:
             size=sizes[config.federation.weighting],
             metrics={name: known[name] for name in order.report if name in known},
         )
+
+    def events_at_home(self, units: int, ledger: Ledger) -> tuple[Event, ...]:
+        """The cost of the own model that a simulated run trains under DP; else empty."""
+        if not self.config.home.private:
+            return ()
+        config = private_home.config_at_home(
+            self.config, delta=ledger.delta, accountant=ledger.accountant
+        )
+        return plan_run(config, units, 1).events
 
     def _check_limits(self, plan: PrivacyPlan, ledger: Ledger) -> None:
         checks.check_limits(

@@ -27,9 +27,18 @@ STAYS = (
     "its institution and must not be passed on. What this page says of privacy is said of the "
     "shared adapter only."
 )
+PRIVATE = (
+    "Alone has no differential privacy: such a model may reveal records, so it stays at its "
+    "institution and must not be passed on. Own models were trained from the shared adapter under "
+    "differential privacy of their own, with epsilon {epsilon:g} on top of the run's: each card "
+    "states the promise of that training, and each ledger was charged for it. They took all steps, "
+    "and no record chose a setting for them. What this page says of privacy elsewhere is said of "
+    "the shared adapter only."
+)
 CHOICES = (
-    "The number of training steps at home, and how much an own model keeps of the shared adapter, "
-    "were chosen by each institution on validation records, a part of its training records. "
+    "The number of training steps at home, the learning rate if several are given, and how much an "
+    "own model without differential privacy keeps of the shared adapter, were chosen by each "
+    "institution on validation records, a part of its training records. "
     "Held-out records decided nothing: the three models were measured on them once, at the end."
 )
 INTERVALS = (
@@ -58,7 +67,14 @@ def section(result: Mapping[str, Any]) -> list[Section]:
             note=joining_verdict.verdict(joining),
             bad=outcome is Outcome.LOSS,
             caution=outcome is Outcome.UNCLEAR,
-            words=[MEANINGS, STAYS, CHOICES, INTERVALS, _scarce(joining["scarce"]), *missing],
+            words=[
+                MEANINGS,
+                PRIVATE.format(**joining) if "epsilon" in joining else STAYS,
+                CHOICES,
+                INTERVALS,
+                _scarce(joining["scarce"]),
+                *missing,
+            ],
             figures=_figure(joining["institutions"]),
             tables=[
                 _models(joining),

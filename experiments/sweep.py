@@ -293,7 +293,7 @@ def _in_arm(arm: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         values = {**start, **SINGLE_INSTITUTION, "federation.rounds": 0}
     fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}
     if kind == arm:
-        fixed |= {EPSILON: math.inf, "privacy.institution-epsilon": math.inf}
+        fixed |= dict.fromkeys((EPSILON, "privacy.institution-epsilon", "home.epsilon"), math.inf)
         weighting = {**base.flat(), **values}["federation.weighting"]
         if weighting == "noised-size":
             fixed["federation.weighting"] = "public-size"
@@ -358,8 +358,10 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     measured = len(seen.all_held_out) * (rounds // every if every else 1)
     tokens = len(seen.all_train.tokens) / max(1, len(seen.all_train))
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
-    if config.home.method != "none" and rounds:  # two models, each to choose steps and at the end
-        work += tokens * 6 * 4 * config.home.steps * config.home.batch_size * len(seen.names)
+    home = config.home
+    if home.method != "none" and rounds:  # two models, each by every rate to choose and at the end
+        trainings = 2 * (len(home.learning_rate) + 1)
+        work += tokens * 6 * trainings * home.steps * home.batch_size * len(seen.names)
     weights = model_files.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
     inputs = (config.fingerprint(), model_files.digest(weights), seen.fingerprint())

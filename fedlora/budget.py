@@ -56,13 +56,8 @@ def _plan_run(
     delta = delta_of(privacy, units)
     rate = accounting.sample_rate(given_rate, batch_size, size_class)
     size_noise = privacy.size_noise if weighting == "noised-size" else 0.0
-    noise_multiplier = accounting.noise_multiplier(
-        epsilon=privacy.epsilon,
-        delta=delta,
-        sample_rate=rate,
-        steps=local_steps * participations,
-        accountant=privacy.accountant,
-        history=accounting.size_events(size_noise),
+    noise_multiplier = _noise_multiplier(
+        privacy.epsilon, delta, rate, local_steps * participations, privacy.accountant, size_noise
     )
     return PrivacyPlan(
         epsilon=privacy.epsilon,
@@ -76,6 +71,21 @@ def _plan_run(
         rounds=participations,
         accountant=privacy.accountant,
         size_noise=size_noise,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _noise_multiplier(
+    epsilon: float, delta: float, rate: float, steps: int, accountant: str, size_noise: float
+) -> float:
+    """The noise of a plan; institutions of several size classes often share it."""
+    return accounting.noise_multiplier(
+        epsilon=epsilon,
+        delta=delta,
+        sample_rate=rate,
+        steps=steps,
+        accountant=accountant,
+        history=accounting.size_events(size_noise),
     )
 
 

@@ -17,6 +17,8 @@ from fedlora.shards import Shard
 
 CONFIDENCE = 0.95
 RESAMPLES = 4000
+CHOICES = ("alone_steps", "own_steps", "alone_learning_rate", "own_learning_rate", "weight")
+"""Names of what an institution chose at home."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class Rows:
         predicted: Model -> predicted classes ``(n,)`` int64.
         scarce: Whether each row's class is scarce at the institution ``(n,)``: it has at most
             `MAX_SCARCE_RECORDS` training records of it.
-        choice: ``alone_steps``, ``own_steps`` and ``weight``.
+        choice: What the institution chose: `CHOICES`.
     """
 
     records: int
@@ -74,7 +76,7 @@ class Rows:
             truth=truth,
             predicted=predicted,
             scarce=held[truth] <= MAX_SCARCE_RECORDS,
-            choice={k: said.get(k) for k in ("alone_steps", "own_steps", "weight")},
+            choice={name: said.get(name) for name in CHOICES},
         )
 
 

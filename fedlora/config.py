@@ -25,7 +25,7 @@ import tomli_w
 from fedlora import schemes
 from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
-from fedlora.settings_schema import Scalar, Section, check_zero_or, coerce, is_tuple, kebab, key
+from fedlora.settings_schema import Scalar, Section, check_zero_or, coerce, kebab, key
 from fedlora.strategy_table import STRATEGY_TABLE, Traits, names_with
 
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
@@ -41,6 +41,8 @@ MIN_SAMPLE_RATE = 1e-6
 MIN_DELTA = 1e-30
 """The smallest delta above 0. Accountants divide by parts of delta, which underflow to 0."""
 
+MAX_RATES = 8
+"""The most learning rates at home."""
 ACCEPTABLE = ("delta", "noise", "labels")
 """Findings that void a result (`fedlora.findings`), and that ``accept`` may name."""
 MIN_NATURAL_RECORDS = 8
@@ -371,7 +373,8 @@ class PrivacyConfig(Section):
     )
     max_epsilon: float = key(
         0.0,
-        "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon",
+        "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon, and "
+        "home.epsilon where own models are trained under DP",
         at_least=0,
     )
 
@@ -427,16 +430,43 @@ class HomeConfig(Section):
         "an institution's own model: fine-tune trains the shared adapter on; interpolate takes a "
         "weighted mean of both; ditto trains with a pull to the shared one and interpolates; "
         "dual trains a second adapter beside the frozen shared one and interpolates; none trains "
-        "no model at home",
+        "no model at home, and is the default and the only choice for sft",
         choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
     )
     steps: int = key(60, "steps at home, at most; validation records choose how many", at_least=1)
     batch_size: int = key(32, "records of a step at home", at_least=1)
-    learning_rate: float = key(0.002, "Adam's learning rate at home", at_least=1e-7, at_most=1e4)
+    learning_rate: tuple[float, ...] = key(
+        (0.002,),
+        "Adam's learning rates at home: validation records choose one, together with the steps; an "
+        "institution with too few of them takes the first",
+        at_least=1e-7,
+        at_most=1e4,
+    )
     head_learning_rate: float = key(
         0.05, "Adam's learning rate of a head that starts at zero", at_least=1e-7, at_most=1e4
     )
     proximal: float = key(0.1, "ditto: mu of the pull mu (w - w_shared)", at_least=0, at_most=1e4)
+    epsilon: float = key(
+        math.inf,
+        "budget of an own model, charged to the ledger on top of privacy.epsilon: it is then "
+        "trained by home.steps steps of DP-SGD from the shared adapter, whatever home.method says; "
+        "inf: no DP. Simulations only: a deployed institution decides with fedlora home --epsilon",
+        above=0,
+        infinite=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.learning_rate) <= MAX_RATES:
+            raise InputError(
+                f"home.learning-rate has {len(self.learning_rate)} rates; give from 1 to "
+                f"{MAX_RATES}: each is a training of its own"
+            )
+
+    @property
+    def private(self) -> bool:
+        """Whether own models are trained under DP."""
+        return self.method != "none" and math.isfinite(self.epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -547,11 +577,18 @@ class RunConfig(Section):
                 "federation.weighting is 'noised-size', but privacy.epsilon is inf, so there is "
                 "no budget to pay it from; use uniform, public-size or records"
             )
-        if 0 < privacy.max_epsilon < privacy.epsilon and privacy.enabled:
+        _check_home(self.home, self.model.task, privacy, deployed=self.deployed)
+        if 0 < privacy.max_epsilon < self.planned_epsilon and privacy.enabled:
+            spent = "privacy.epsilon" + " + home.epsilon" * self.home.private
             raise InputError(
-                f"privacy.max-epsilon is {privacy.max_epsilon:g}, below privacy.epsilon "
-                f"({privacy.epsilon:g}); raise it or lower privacy.epsilon"
+                f"privacy.max-epsilon is {privacy.max_epsilon:g}, below {spent} "
+                f"({self.planned_epsilon:g}); raise it or lower {spent.replace('+', 'or')}"
             )
+
+    @property
+    def planned_epsilon(self) -> float:
+        """The epsilon that a simulation spends at an institution: the run's and its own model's."""
+        return self.privacy.epsilon + (self.home.epsilon if self.home.private else 0.0)
 
     @property
     def deployed(self) -> bool:
@@ -638,8 +675,8 @@ def describe() -> list[tuple[str, str, str, str]]:
     """(key, type, default, one line) of every key, in order."""
     rows: list[tuple[str, str, str, str]] = []
     for name, (field, kind) in _fields().items():
-        word = "text" if kind is str else kind.__name__
-        shown = "|".join(field.metadata["choices"]) or ("list of text" if is_tuple(kind) else word)
+        names = {str: "text", tuple[str, ...]: "list of text", tuple[float, ...]: "list of numbers"}
+        shown = "|".join(field.metadata["choices"]) or names.get(kind) or kind.__name__
         rows.append((name, shown, json.dumps(field.default), field.metadata["help"]))
     return rows
 
@@ -668,6 +705,8 @@ def _dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that differ from the declared ones, given the values of other keys."""
     traits = STRATEGY_TABLE.get(str(values.get("federation.strategy", "fedavg")))
     found: dict[str, Any] = {}
+    if values.get("model.task") == "sft":
+        found["home.method"] = "none"
     if traits is not None and traits.exact_mean:
         found["federation.server-optimizer"] = "none"
     if traits is not None and not traits.averaged:
@@ -783,6 +822,26 @@ def _check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> Non
             f"federation.average-last is {federation.average_last:g}, but under "
             f"federation.strategy {strategy!r} adapters of different rounds go with different "
             "bases or institutions and have no mean; use 0"
+        )
+
+
+def _check_home(home: HomeConfig, task: str, privacy: PrivacyConfig, *, deployed: bool) -> None:
+    """Refuse models at home that cannot be compared, or whose promise would not hold."""
+    if task == "sft" and home.method != "none":
+        raise InputError(
+            f"home.method is {home.method!r}, but model.task is 'sft': models at home are compared "
+            "by the rows on which they name the right class, and a response has no class; use none"
+        )
+    if home.private and deployed:
+        raise InputError(
+            f"home.epsilon is {home.epsilon:g}, but data.source is 'institutions', where each "
+            "institution decides on a charge by itself, with `fedlora home --epsilon`; use inf"
+        )
+    if home.private and not privacy.enabled:
+        raise InputError(
+            f"home.epsilon is {home.epsilon:g}, but privacy.epsilon is inf, so the shared adapter "
+            "may reveal records, and a model that starts from it may too; set home.epsilon to inf, "
+            "or privacy.epsilon to a finite number"
         )
 
 

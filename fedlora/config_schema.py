@@ -6,7 +6,7 @@ import typing
 from typing import Any
 
 from fedlora.config import SECTIONS, RunConfig
-from fedlora.settings_schema import Section, is_tuple, kebab
+from fedlora.settings_schema import Section, kebab
 
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _BOUNDS = {
@@ -44,16 +44,20 @@ def _section(section: type[Section]) -> dict[str, Any]:
 
 
 def _key(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
-    described: dict[str, Any] = {"description": field.metadata["help"]}
-    if is_tuple(kind):
-        described |= {"type": "array", "items": {"type": "string"}}
-    else:
-        described["type"] = _TYPES[kind]
+    (item,) = typing.get_args(kind)[:1] or (kind,)
+    value: dict[str, Any] = {"type": _TYPES[item]}
     if field.metadata["choices"]:
-        described["enum"] = list(field.metadata["choices"])
+        value["enum"] = list(field.metadata["choices"])
     for word, bound in field.metadata["bounds"].items():
-        described[_BOUNDS[word]] = bound
-    default = list(field.default) if is_tuple(kind) else field.default
+        value[_BOUNDS[word]] = bound
+    described: dict[str, Any] = {"description": field.metadata["help"]}
+    default = field.default
+    if item is kind:
+        described |= value
+    else:
+        one = ["number"] if item is float else []  # a number is a list of one
+        described |= {"type": ["array", *one], "items": value}
+        default = list(default)
     if not isinstance(default, float) or math.isfinite(default):  # JSON has no infinity
         described["default"] = default
     return described

@@ -148,8 +148,8 @@ class Evaluation:
         institution: The institution's name.
         metrics: Metrics of its own adapter on its own held-out rows, from
             `fedlora.tasks.Task.evaluate`; empty without such rows. At home: for ``alone``,
-            ``shared`` and ``own`` the predicted class of each held-out row (its index), and
-            ``alone_steps``, ``own_steps`` and ``weight`` of `client.home.Choice`.
+            ``shared`` and ``own`` the predicted class of each held-out row (its index), and the
+            figures of `client.home_models.Choice`.
     """
 
     institution: str

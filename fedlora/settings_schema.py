@@ -68,14 +68,20 @@ class Section:
                 raise InputError(
                     f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}"
                 )
-            if isinstance(value, float) and math.isinf(value) and not field.metadata["infinite"]:
-                raise InputError(f"{name} is {value:g}; it must be finite: give a number")
-            for word, bound in field.metadata.get("bounds", {}).items():
-                if math.isnan(value) or not _holds(value, word, bound):
-                    raise InputError(
-                        f"{name} is {value:g}; it must be {word} {bound:g}: "
-                        f"set {name} to such a value in the config or with --set {name}=VALUE"
-                    )
+            for each in typing.cast(Any, value) if isinstance(value, tuple) else (value,):
+                _check_bounds(name, each, field.metadata)
+
+
+def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Refuse a value, or an entry of a list, that is out of the bounds of its field."""
+    if isinstance(value, float) and math.isinf(value) and not metadata["infinite"]:
+        raise InputError(f"{name} is {value:g}; it must be finite: give a number")
+    for word, bound in metadata.get("bounds", {}).items():
+        if math.isnan(value) or not _holds(value, word, bound):
+            raise InputError(
+                f"{name} is {value:g}; it must be {word} {bound:g}: "
+                f"set {name} to such a value in the config or with --set {name}=VALUE"
+            )
 
 
 def check_zero_or(name: str, value: float, minimum: float) -> None:
@@ -93,41 +99,50 @@ def check_zero_or(name: str, value: float, minimum: float) -> None:
 _S = typing.TypeVar("_S", bound=Section)
 
 
-def is_tuple(kind: Any) -> bool:
-    """Whether a field's type is a tuple of text."""
-    return isinstance(kind, types.GenericAlias)
-
-
-def coerce(name: str, value: Any, kind: Any) -> Any:  # noqa: C901  (one branch for each type)
+def coerce(name: str, value: Any, kind: Any) -> Any:
     """A value from TOML, Flower or the command line as the type of its field.
 
     Args:
         name: Name of the key, for errors.
         value: The value, or its text.
-        kind: Type of the field: str, int, float, bool or a tuple of text.
+        kind: Type of the field: str, int, float, bool, or a tuple of text or of numbers.
 
     Raises:
         InputError: If the value is not of that type, or a conversion would be a guess.
     """
     if isinstance(value, str) and not is_unicode(value):
         raise _surrogate_error(name, value)
-    if is_tuple(kind):
-        if isinstance(value, str):
-            text = value.strip()
-            try:
-                value = (
-                    json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
-                )
-            except (ValueError, RecursionError):  # no JSON, endless digits, endless brackets
-                value = None
-        if isinstance(value, list | tuple):
-            items = typing.cast(list[Any], value)
-            if all(isinstance(item, str) for item in items):
-                for item in items:
-                    if not is_unicode(item):
-                        raise _surrogate_error(name, item)
-                return tuple(item.strip() for item in items)
+    if isinstance(kind, types.GenericAlias):
+        return _coerce_list(name, value, typing.get_args(kind)[0])
+    return _coerce_scalar(name, value, kind)
+
+
+def _coerce_list(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """A list from TOML, or its text: JSON, or entries joined by commas; one number is a list."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = json.loads(text) if text.startswith("[") else [t for t in text.split(",") if t]
+        except (ValueError, RecursionError):  # no JSON, endless digits, endless brackets
+            value = None
+    if kind is float and isinstance(value, int | float):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        example = '["a", "b"]' if kind is str else "[0.1, 0.2]"
+        words = "text" if kind is str else "numbers"
+        raise InputError(f"{name} must be a list of {words}, such as {example}")
+    items = typing.cast(list[Any], value)
+    if kind is float:
+        return tuple(_coerce_scalar(name, item, float) for item in items)
+    if not all(isinstance(item, str) for item in items):
         raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
+    for item in items:
+        if not is_unicode(item):
+            raise _surrogate_error(name, item)
+    return tuple(item.strip() for item in items)
+
+
+def _coerce_scalar(name: str, value: Any, kind: Any) -> Any:
     if kind is str and isinstance(value, str) and "\0" not in value:
         return value
     if kind is bool and isinstance(value, bool):

@@ -26,7 +26,6 @@ def is_measured(config: RunConfig, institutions: int) -> bool:
         and config.federation.rounds > 0
         and not config.deployed
         and institutions > 1
-        and config.model.task == "classification"
     )
 
 
@@ -49,8 +48,8 @@ def measure(
         patience: Seconds without any reply after which the server stops waiting.
 
     Returns:
-        As `fedlora.comparison.summary`, with ``seconds``, and ``not_compared`` (institution ->
-        reason) if a reply was refused.
+        As `fedlora.comparison.summary`, with ``method`` and ``seconds``; ``epsilon`` if own models
+        were trained under DP; ``not_compared`` (institution -> reason) if a reply was refused.
     """
     started = time.monotonic()
     answers, failed = ask(
@@ -67,6 +66,7 @@ def measure(
     return {
         **summary(found, population.labels),
         "method": config.home.method,
+        **({"epsilon": config.home.epsilon} if config.home.private else {}),
         "seconds": round(time.monotonic() - started, 2),
         **({"not_compared": failed} if failed else {}),
     }

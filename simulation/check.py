@@ -10,7 +10,6 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 TIMED_ROWS = 32
 """The most records of the timed step, and the most held-out rows of the timed evaluation."""
-HOME_PASSES = 4
-"""Trainings at home of one institution: two models, each to choose its steps and at the end."""
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
@@ -172,18 +169,21 @@ def _ledgers(
     """Each ledger that exists: epsilon spent and left, its limit, and whether the run fits."""
     if not plans or not config.privacy.ledger:
         return {}
+    from client.institution import Institution
     from client.ledger import Ledger
 
     described: dict[str, dict[str, Any]] = {}
-    for name, plan in zip(records.names, plans, strict=True):
-        path = Path(config.privacy.ledger) / f"{name}.db"
+    for index, (name, plan) in enumerate(zip(records.names, plans, strict=True)):
+        institution = Institution.locate(config, index)
+        path, units = institution.ledger_path, records.train(index).num_units
         if not path.exists():
             continue
         try:
             with Ledger.open(path) as ledger:
                 shown = ledger.show()
                 described[name] = {key: shown[key] for key in ("epsilon", "left", "limit", "delta")}
-                described[name]["fits"] = ledger.fits(plan.events)
+                planned = (*plan.events, *institution.events_at_home(units, ledger))
+                described[name]["fits"] = ledger.fits(planned)
         except Refusal as refusal:
             described[name] = {"fits": False, "problem": refusal.detail}
     return described
@@ -243,7 +243,9 @@ def _cost(
         "home": 0.0,
     }
     if is_measured(config, names):
-        at_home = HOME_PASSES * config.home.steps * config.home.batch_size * names
+        # two models, each by every rate to choose and once more at the end
+        trainings = 2 * (len(config.home.learning_rate) + 1)
+        at_home = trainings * config.home.steps * config.home.batch_size * names
         seconds["home"] = at_home * of_row / min(workers, names)
     sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
     return {

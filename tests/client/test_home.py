@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from client import cohort, home, home_training
-from client.home import WEIGHTS, Choice, mixed, models_at_home
+from client import home, home_cohort, home_training
+from client.home import WEIGHTS, mixed, models_at_home
+from client.home_models import Choice, Setting
 from client.institution import Institution
 from fedlora import models, trainable
 from fedlora.adapters import AdapterState
@@ -96,7 +97,7 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
     monkeypatch.setattr(Federation, "held_out", held_out)
     monkeypatch.setattr(Federation, "pooled_held_out", held_out)
     institutions[0].models_at_home(homes)
-    assert len(trained) == 4 and len(measured) == 2 * 3 + len(WEIGHTS) - 1
+    assert len(trained) == 4 and len(measured) == 2 * 3 + len(WEIGHTS)
     for i, one in enumerate(homes):
         everything = sorted(hashes(one.shard))
         for shards in trained[:2]:
@@ -140,7 +141,74 @@ def test_the_choice_is_the_one_with_the_fewest_expected_errors(banks, method):
     if method != "fine-tune":
         weight = min(WEIGHTS, key=lambda w: error(mixed(one.shared, own[best], w)))
     alone_best = min(range(3), key=lambda k: error(alone[k]))
-    assert found.choice == Choice((2, 4, 8)[alone_best], (2, 4, 8)[best], weight)
+    assert found.choice == Choice(
+        alone=Setting((2, 4, 8)[alone_best], 0.02),
+        own=Setting((2, 4, 8)[best], 0.02),
+        weight=weight,
+    )
+
+
+def test_rates_and_steps_are_chosen_together_for_each_institution(banks):
+    """By hand: the least expected error of the trials of all rates and steps."""
+    rates = (1e-6, 0.05, 5.0)
+    institutions, order, work, config = banks(
+        **{"home.learning-rate": rates, "home.method": "fine-tune"}
+    )
+    homes = homes_of(institutions, order)
+    found = models_at_home(work, homes, config.home, 64)
+    for one, models_of_one in zip(homes, found, strict=True):
+        fit, validation = home._split(one)
+        errors = {}
+        for rate in rates:
+            plan = home_training.HomePlan(
+                batch_size=32, physical_batch=64, learning_rate=rate, head_learning_rate=rate
+            )
+            source = one.source.child("own", "fit")
+            trainee = home_training.Trainee(
+                shard=fit, start=one.shared, steps=(2, 4, 8), source=source
+            )
+            ((*adapters,),) = home_training.train_at_home(work, [trainee], plan)
+            for steps, adapter in zip((2, 4, 8), adapters, strict=True):
+                (errors[Setting(steps, rate)],) = home_training.expected_errors(
+                    work, [adapter], [validation], 64
+                )
+        choice = models_of_one.choice
+        assert errors[choice.own] == pytest.approx(min(errors.values()), abs=1e-6)
+        assert errors[choice.own] < min(errors[Setting(steps, rates[0])] for steps in (2, 4, 8))
+
+
+def test_the_rate_that_was_chosen_is_the_rate_of_the_last_training(banks, monkeypatch):
+    institutions, order, work, config = banks(**{"home.learning-rate": (1e-6, 0.05)})
+    plans, train = [], home.train_at_home
+
+    def spied(work, trainees, plan):
+        plans.append((len(trainees), plan.learning_rate))
+        return train(work, trainees, plan)
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+    found = models_at_home(work, homes_of(institutions, order), config.home, 64)
+    assert plans[:4] == [(4, 1e-6), (4, 0.05)] * 2
+    wanted = sorted(
+        rate
+        for one in found
+        for rate in (one.choice.alone.learning_rate, one.choice.own.learning_rate)
+    )
+    assert sorted(rate for count, rate in plans[4:] for _ in range(count)) == wanted
+
+
+def test_with_too_few_validation_records_the_first_rate_is_the_only_one(banks, monkeypatch):
+    institutions, order, work, config = banks(**{"home.learning-rate": (0.01, 0.05)})
+    rates, train = [], home.train_at_home
+
+    def spied(work, trainees, plan):
+        rates.append(plan.learning_rate)
+        return train(work, trainees, plan)
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+    (one, *_) = homes_of(institutions, order)
+    one = dataclasses.replace(one, shard=one.shard.select(range(37)))
+    (found,) = models_at_home(work, [one], config.home, 64)
+    assert set(rates) == {0.01} and found.choice.own == Setting(8, 0.01)
 
 
 def test_models_are_the_same_when_they_are_made_again(banks):
@@ -165,7 +233,7 @@ def test_an_institution_with_under_eight_validation_records_takes_the_trained_ad
     (found,) = models_at_home(work, [one], config.home, 64)
     assert bool(calls) == chooses
     if not chooses:
-        assert found.choice == Choice(8, 8, 1.0)
+        assert found.choice == Choice(alone=Setting(8, 0.02), own=Setting(8, 0.02), weight=1.0)
     assert not same(found.own, one.shared)
 
 
@@ -235,7 +303,7 @@ def _predictions(model, work, shard):
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_own_adapter_opens_with_peft_and_predicts_what_was_reported(banks, residual):
     institutions, order, work, config = banks(residual=residual)
-    for i, answer in enumerate(cohort.compare_at_home([(one, order) for one in institutions])):
+    for i, answer in enumerate(home_cohort.compare_at_home([(one, order) for one in institutions])):
         directory = institutions[i].directory / "own"
         base = models.load_base(
             config.model.name,
@@ -261,7 +329,7 @@ def test_an_institution_that_fails_does_not_end_the_comparison_of_the_others(
 ):
     institutions, order, *_ = banks()
     calls = [(one, order) for one in institutions]
-    whole = cohort.compare_at_home(calls)
+    whole = home_cohort.compare_at_home(calls)
     failing, take = institutions[1].name, Institution.home
     if place == "saving":
         institutions[1] = dataclasses.replace(
@@ -280,7 +348,7 @@ def test_an_institution_that_fails_does_not_end_the_comparison_of_the_others(
         return found
 
     monkeypatch.setattr(Institution, "home", broken)
-    found = cohort.compare_at_home(calls)
+    found = home_cohort.compare_at_home(calls)
     assert isinstance(found[1], Exception)
     for i in (0, 2, 3):
         assert found[i] == whole[i]

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from flwr.app import Context, Message, RecordDict
 from typer.testing import CliRunner
 
 from cli.main import app as cli
-from client import app, config_policy, releases, settings
+from client import app, config_policy, home, home_command, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from fedlora import released, trainable, wire
 from fedlora.adapters import AdapterState
-from fedlora.errors import Refusal
+from fedlora.errors import InputError, Refusal
 from fedlora.messages import Release
 from simulation.engines.grid import identify
 
@@ -361,6 +362,14 @@ def test_a_run_that_the_settings_forbid_is_refused(bank):
     assert "model-not-allowed" in made.refused("--run", "first")
 
 
+def test_a_run_of_instruction_tuning_is_refused_by_its_task(bank):
+    made = bank(**{"model.task": "sft", "data.labels": "[]"})
+    made.set(labels=[])
+    found = SimpleNamespace(name="first", config=made.config.flat())
+    with pytest.raises(InputError, match="run first has the task sft; models at home"):
+        home_command._config(made.load(), home_command.Choices(run="first"), found)
+
+
 def test_a_strategy_with_residuals_gives_models_too(bank):
     whole = {"federation.server-optimizer": "none", "federation.server-learning-rate": 1.0}
     made = bank(**{"federation.strategy": "exact", **whole})
@@ -412,9 +421,10 @@ def test_the_charge_is_on_the_disk_before_the_first_step_and_a_repeat_costs_noth
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("client.institution.train_rounds", killed)
+        patch.setattr("client.cohort.train_rounds", killed)
+        patch.setattr("client.institution.train_rounds", killed)  # a failed round is tried again
         said = made.home("--run", "first", "--epsilon", 2, code=1).stderr
-    assert charged == [1] and "error: RuntimeError: killed" in said
+    assert set(charged) == {1} and "error: RuntimeError: killed" in said
     assert not list((made.directory / "state" / "home").iterdir())
     made.result("--run", "first", "--epsilon", 2)
     made.result("--run", "first", "--epsilon", 2, "--out", made.directory / "again")
@@ -423,6 +433,24 @@ def test_the_charge_is_on_the_disk_before_the_first_step_and_a_repeat_costs_noth
         AdapterState.open(made.directory / place / "own") for place in ("state/home/first", "again")
     )
     assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+
+
+def test_under_dp_no_own_model_is_trained_without_dp(bank, monkeypatch):
+    made = bank()
+    made.receive(made.release())
+    starts, train = [], home.train_at_home
+
+    def spied(work, trainees, plan):
+        starts.extend(one.start for one in trainees)
+        return train(work, trainees, plan)
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+    made.result("--run", "first", "--epsilon", 2)
+    fresh = made.work().start
+    assert len(starts) == 2  # the model alone, to choose and at the end
+    assert all(torch.equal(start[n], t) for start in starts for n, t in fresh.items())
+    made.result("--run", "first", "--out", made.directory / "again")
+    assert len(starts) == 2 + 4
 
 
 def test_what_the_ledger_or_the_limits_do_not_allow_is_refused_before_a_charge(bank):

@@ -131,6 +131,19 @@ def test_the_page_says_first_after_the_promise_what_joining_gives(run_directory)
     assert ">+18.2</b><span>gain of joining, points" in text
 
 
+def test_the_page_does_not_say_of_own_models_under_dp_that_they_have_none(run_directory):
+    assert "under differential privacy of their own" not in with_joining(run_directory)
+    path = run_directory / "result.json"
+    result = json.loads(path.read_text())
+    result["joining"]["epsilon"] = 2.0
+    path.write_text(json.dumps(result))
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    section = text[text.index("<h2>What joining gives") : text.index("<h2>Quality")]
+    assert "with epsilon 2 on top of the run" in section
+    assert "Alone and own have no differential privacy" not in section
+    assert "Alone has no differential privacy" in section
+
+
 @pytest.mark.parametrize(
     ("better", "worse", "mark", "said"),
     [(3, 3, "note caution", "no difference"), (1, 9, "note bad", "does not pay")],

@@ -1,4 +1,5 @@
 import math
+import tomllib
 
 import pytest
 
@@ -84,6 +85,69 @@ def test_values_that_exclude_each_other_are_refused():
         config.from_flat({"federation.strategy": "svd", "privacy.institution-epsilon": 3.0})
     with pytest.raises(InputError, match=r"below privacy\.epsilon"):
         config.from_flat({"privacy.max-epsilon": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (0.01, (0.01,)),
+        (1, (1.0,)),
+        ([0.01, 0.02], (0.01, 0.02)),
+        ("0.01", (0.01,)),
+        ("0.01, 0.02", (0.01, 0.02)),
+        ("[0.01, 0.02]", (0.01, 0.02)),
+    ],
+)
+def test_learning_rates_at_home_are_one_number_or_a_list(given, read):
+    made = config.from_flat({"home.learning-rate": given})
+    assert made.home.learning_rate == read
+    assert config.from_flat(made.flat()) == made
+    assert (
+        config.from_flat(
+            {"home.learning-rate": tomllib.loads(made.to_toml())["home"]["learning-rate"]}
+        )
+        == made
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "home.learning-rate has 0 rates; give from 1 to 8"),
+        ([0.1] * 9, "home.learning-rate has 9 rates"),
+        ([0.1, 1e5], "home.learning-rate is 100000; it must be at most 10000"),
+        ([0.1, math.nan], "home.learning-rate is nan; it must be at least"),
+        ([0.1, math.inf], "home.learning-rate is inf; it must be finite"),
+        ("fast", "home.learning-rate is 'fast'; it must be a number"),
+        ([True], "home.learning-rate is True; it must be a number"),
+        ("[0.1", "home.learning-rate must be a list of numbers, such as [0.1, 0.2]"),
+        ({"a": 1}, "home.learning-rate must be a list of numbers"),
+    ],
+)
+def test_bad_learning_rates_at_home_are_named(given, words):
+    with pytest.raises(InputError) as caught:
+        config.from_flat({"home.learning-rate": given})
+    assert words in str(caught.value)
+
+
+def test_own_models_under_dp_are_refused_where_their_promise_would_not_hold():
+    private = {"home.epsilon": 2.0}
+    assert config.from_flat(private).home.private
+    assert not config.from_flat({**private, "home.method": "none"}).home.private
+    with pytest.raises(InputError, match="a model that starts from it may too"):
+        config.from_flat({**private, "privacy.epsilon": math.inf})
+    deployed = {"data.source": "institutions", "data.institutions": 2, "data.labels": "a,b"}
+    with pytest.raises(InputError, match="with `fedlora home --epsilon`"):
+        config.from_flat({**private, **deployed})
+
+
+def test_instruction_tuning_trains_no_models_at_home_and_refuses_a_method():
+    tuning = {"model.task": "sft", "data.partition": "iid", "data.institutions": 2}
+    made = config.from_flat(tuning)
+    assert made.home.method == "none" and config.from_flat(made.flat()) == made
+    assert config.from_flat({}).home.method == "interpolate"
+    with pytest.raises(InputError, match="a response has no class; use none"):
+        config.from_flat({**tuning, "home.method": "interpolate"})
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,10 @@ def test_a_run_that_is_refused_names_no_place(tiny_config, log) -> None:
 
 
 def test_written_answers_have_no_most_frequent_class() -> None:
-    counts = {"yes": {"truth": 3, "predicted": 4, "correct": 3}}
+    counts = {
+        "yes": {"truth": 3, "predicted": 4, "correct": 3},
+        "no": {"truth": 1, "predicted": 0, "correct": 0},
+    }
     for result, rows in (
         ({"per_class": counts}, 2),  # the baseline, and the only prediction
         ({"per_class": counts, "token_loss": 1.5}, 0),

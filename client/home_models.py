@@ -1,0 +1,130 @@
+"""The models of an institution at home: their start, the choice between settings, their cards."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fedlora.adapters import AdapterState
+from fedlora.messages import PrivacySpent
+from fedlora.shards import Shard
+from fedlora.streams import RandomSource
+
+OWN_CARD = """# An institution's own model
+
+This adapter was trained on the institution's records without differential privacy. It may reveal
+records, so it must not leave the institution. The adapter that the federation released is another
+one.
+"""
+"""The model card beside an own adapter."""
+PRIVATE_CARD = """# An institution's own model, trained under differential privacy
+
+The model starts from the adapter that run {run} released and was trained at the institution. This
+training protects each {unit} in the institution's records: epsilon {epsilon:.4g} at delta {delta:g}
+(one {unit} added or removed; {steps} steps, sample rate {sample_rate:.4g}, noise multiplier
+{noise_multiplier:.4g}, clipping bound {max_grad_norm:g}).
+
+The run may have used the same records. Together with it, and with all other runs in the ledger of
+the institution, the spending is epsilon {ledger_epsilon:.4g} at delta {ledger_delta:g}. Runs
+without differential privacy on these records, if there were any, are not covered.
+"""
+"""The model card of an own adapter that was trained under DP."""
+SEEDED_CARD = """
+The noise was drawn from a seed, for a reproducible simulation, so this training protects nobody.
+"""
+"""A further paragraph of the card where the noise is seeded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateOwn:
+    """An own model that was trained under DP, and charged.
+
+    Args:
+        run: The run that released the shared adapter.
+        adapter: The trained adapter.
+        privacy: The spending of this training.
+    """
+
+    run: str
+    adapter: AdapterState
+    privacy: PrivacySpent
+
+    def card(self) -> str:
+        """The model card."""
+        card = PRIVATE_CARD.format(run=self.run, **dataclasses.asdict(self.privacy))
+        return card + (SEEDED_CARD if self.privacy.noise == "seeded" else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """One institution at home.
+
+    Args:
+        shard: Its training records.
+        shared: The adapter that the federation released to it.
+        source: Its random source.
+        own: Its own model where that was trained under DP; None: it is trained without DP.
+    """
+
+    shard: Shard
+    shared: AdapterState
+    source: RandomSource
+    own: PrivateOwn | None = None
+
+
+class Setting(NamedTuple):
+    """A setting that is tried.
+
+    Args:
+        steps: Steps at home.
+        learning_rate: The learning rate of factors and magnitudes.
+    """
+
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What validation records chose.
+
+    Args:
+        alone: The setting of the model alone.
+        own: The setting of the own model.
+        weight: Weight of the trained adapter in the own model, against the shared one: at 0 the
+            own model is the shared one.
+    """
+
+    alone: Setting
+    own: Setting
+    weight: float = 1.0
+
+    def figures(self) -> dict[str, float]:
+        """The choice as `fedlora.messages.Evaluation` has it at home."""
+        return {
+            "alone_steps": self.alone.steps,
+            "own_steps": self.own.steps,
+            "alone_learning_rate": self.alone.learning_rate,
+            "own_learning_rate": self.own.learning_rate,
+            "weight": self.weight,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class HomeModels:
+    """The models of one institution.
+
+    Args:
+        alone: The adapter that was trained from a fresh one.
+        own: The adapter that was trained from the shared one.
+        choice: The settings that validation records chose.
+        private: The own model's training, where it was under DP.
+    """
+
+    alone: AdapterState
+    own: AdapterState
+    choice: Choice
+    private: PrivateOwn | None = None
+
+    def card(self) -> str:
+        """The model card of the own model."""
+        return OWN_CARD if self.private is None else self.private.card()
