@@ -56,7 +56,7 @@ def _key(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
         described |= value
     else:
         one = ["number"] if item is float else []  # a number is a list of one
-        described |= {"type": ["array", *one], "items": value}
+        described |= {**value, "type": ["array", *one], "items": value}
         default = list(default)
     if not isinstance(default, float) or math.isfinite(default):  # JSON has no infinity
         described["default"] = default
