@@ -51,13 +51,12 @@ def _key(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     for word, bound in field.metadata["bounds"].items():
         value[_BOUNDS[word]] = bound
     described: dict[str, Any] = {"description": field.metadata["help"]}
-    default = field.default
     if item is kind:
         described |= value
     else:
         one = ["number"] if item is float else []  # a number is a list of one
         described |= {**value, "type": ["array", *one], "items": value}
-        default = list(default)
+    default = typing.cast(Any, field.default)
     if not isinstance(default, float) or math.isfinite(default):  # JSON has no infinity
         described["default"] = default
     return described

@@ -21,8 +21,10 @@ from fedlora.files import write_atomic
 
 MAX_CLASSES = 100
 LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "topic", "intent", "product")
-INSTITUTION_NAMES = ("institution", "bank", "company", "organisation", "organization", "branch")
-INSTITUTION_NAMES += ("hospital", "site", "client", "firm", "industry")
+INSTITUTION_NAMES = (
+    *("institution", "bank", "company", "organisation", "organization", "branch"),
+    *("hospital", "site", "client", "firm", "industry"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
