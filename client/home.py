@@ -29,6 +29,8 @@ VALIDATION = 0.2
 """Share of the training records that choices are made on."""
 MIN_VALIDATION = 8
 """An institution with fewer such records takes all steps, the first rate, the trained adapter."""
+FINISH = 3
+"""A chosen adapter is trained on, on all records, for its steps divided by this."""
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Weights of the adapter that was trained at home, against the shared one."""
 
@@ -49,7 +51,7 @@ def models_at_home(
     and chooses by the expected errors on what it held back: for each model the number of steps (a
     quarter, a half or all of ``home.steps``) together with the learning rate (one of
     ``home.learning-rate``), and the weight of the own adapter against the shared one. Then it
-    trains both anew on all its training records.
+    trains the chosen adapters on for a third of their steps, on all its training records.
 
     With too few records to choose on, it takes all steps, the first learning rate and the trained
     adapter. An own model that was trained under DP stays as it is; no record chooses for it.
@@ -85,7 +87,7 @@ def models_at_home(
         for model, numbers in members.items()
     }
     weights = trainer.weights(trials[Model.OWN], chosen[Model.OWN], validation)
-    alone, own = (trainer.train_chosen(model, chosen[model]) for model in Model)
+    alone, own = (trainer.finish(model, chosen[model], trials[model]) for model in Model)
     return [
         HomeModels(
             alone=alone[i],
@@ -135,13 +137,28 @@ class _Trainer:
                 found[Setting(count, rate)] = {i: each[k] for i, each in adapters.items()}
         return found
 
-    def train_chosen(self, model: Model, chosen: Mapping[int, Setting]) -> dict[int, AdapterState]:
-        """Train one model of some institutions on all their records, by the chosen settings."""
+    def finish(
+        self, model: Model, chosen: Mapping[int, Setting], trials: Trials
+    ) -> dict[int, AdapterState]:
+        """Train one model of some institutions on all their records, by the chosen settings.
+
+        Args:
+            model: The model.
+            chosen: Number -> the institution's setting.
+            trials: The trials of the model. The chosen one is trained on for a third of its steps,
+                which costs a third of a new training and lets the held-back records in. An
+                institution without trials starts anew.
+        """
         found: dict[int, AdapterState] = {}
         for rate in dict.fromkeys(setting.learning_rate for setting in chosen.values()):
-            steps = {i: (s.steps,) for i, s in chosen.items() if s.learning_rate == rate}
-            whole = {i: self.homes[i].shard for i in steps}
-            trained = self._train(model, whole, steps, rate, "all")
+            numbers = [i for i, setting in chosen.items() if setting.learning_rate == rate]
+            starts = {i: trials[chosen[i]][i] for i in numbers if i in trials.get(chosen[i], ())}
+            steps = {
+                i: (max(1, chosen[i].steps // FINISH) if i in starts else chosen[i].steps,)
+                for i in numbers
+            }
+            whole = {i: self.homes[i].shard for i in numbers}
+            trained = self._train(model, whole, steps, rate, "all", starts)
             found |= {i: adapter for i, (adapter,) in trained.items()}
         return found
 
@@ -152,6 +169,7 @@ class _Trainer:
         steps: Mapping[int, tuple[int, ...]],
         rate: float,
         purpose: str,
+        starts: Mapping[int, AdapterState] | None = None,
     ) -> dict[int, list[AdapterState]]:
         """Train one model of some institutions: number -> its adapters after those steps."""
         settings, alone = self.settings, model is Model.ALONE
@@ -162,10 +180,12 @@ class _Trainer:
             head_learning_rate=settings.head_learning_rate if alone else rate,
             proximal=settings.proximal if settings.method == "ditto" and not alone else 0.0,
         )
+        origins = {i: self.work.start if alone else self.starts[i] for i in shards}
         trainees = [
             Trainee(
                 shard=shard,
-                start=self.work.start if alone else self.starts[i],
+                start=(starts or origins).get(i, origins[i]),
+                origin=origins[i],
                 steps=steps[i],
                 source=self.homes[i].source.child(model.value, purpose),
             )

@@ -126,14 +126,24 @@ def shuffled(records: int, size: int, steps: int, source: RandomSource) -> Itera
         yield batch
 
 
-def proximal_term(parameters: Sequence[torch.nn.Parameter], mu: float) -> Callable[[], None]:
-    """Return a function that adds ``mu (w - w_now)`` to each gradient; w_now is fixed here."""
+def proximal_term(
+    parameters: Sequence[torch.nn.Parameter],
+    mu: float,
+    origins: Sequence[torch.Tensor] | None = None,
+) -> Callable[[], None]:
+    """Return a function that adds ``mu (w - origin)`` to each gradient.
+
+    Args:
+        parameters: The trained parameters w.
+        mu: The strength of the pull; 0: none.
+        origins: One tensor for each parameter; None: its value at this call.
+    """
     if not mu:
         return lambda: None
-    start = [p.detach().clone() for p in parameters]
+    origins = origins or [p.detach().clone() for p in parameters]
 
     def add() -> None:
-        for p, origin in zip(parameters, start, strict=True):
+        for p, origin in zip(parameters, origins, strict=True):
             if p.grad is not None:
                 p.grad.add_(p.detach() - origin, alpha=mu)
 

@@ -177,6 +177,30 @@ def test_rates_and_steps_are_chosen_together_for_each_institution(banks):
         assert errors[choice.own] < min(errors[Setting(steps, rates[0])] for steps in (2, 4, 8))
 
 
+def test_the_chosen_trial_is_trained_on_and_ditto_still_pulls_to_the_shared_adapter(
+    banks, monkeypatch
+):
+    institutions, order, work, config = banks(**{"home.method": "ditto"})
+    calls, train = [], home.train_at_home
+
+    def spied(work, trainees, plan):
+        calls.append((trainees, train(work, trainees, plan)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+    homes = homes_of(institutions, order)
+    found = models_at_home(work, homes, config.home, 64)
+    (_, alone_trials), (_, own_trials), (alone, _), (own, _) = calls
+    for i, (one, made) in enumerate(zip(homes, found, strict=True)):
+        for trainee, setting, trials, origin in (
+            (alone[i], made.choice.alone, alone_trials[i], work.start),
+            (own[i], made.choice.own, own_trials[i], one.shared),
+        ):
+            assert trainee.start is trials[(2, 4, 8).index(setting.steps)]
+            assert trainee.steps == (max(1, setting.steps // 3),)
+            assert trainee.origin is origin
+
+
 def test_the_rate_that_was_chosen_is_the_rate_of_the_last_training(banks, monkeypatch):
     institutions, order, work, config = banks(**{"home.learning-rate": (1e-6, 0.05)})
     plans, train = [], home.train_at_home
