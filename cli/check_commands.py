@@ -151,7 +151,11 @@ def _model(described: dict[str, Any], console: Terminal) -> None:
         f"{model['bytes'] / 1e6:.0f} MB; adapter: {model['adapter_parameters']:,} parameters, "
         f"{model['adapter_bytes'] / 1e6:.2f} MB"
     )
-    seconds = ", ".join(f"{part} {value:.0f} s" for part, value in cost["seconds"].items())
+    seconds = ", ".join(
+        f"{part} {'at most ' * (part == 'home')}{value:.0f} s"
+        for part, value in cost["seconds"].items()
+        if value
+    )
     console.write_line(
         f"expected: about {cost['minutes']:.1f} minutes with {cost['workers']} workers ({seconds}; "
         f"from a measured step of {1000 * cost['seconds_per_record']:.0f} ms a record), "

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,7 +85,7 @@ def _resolve(
     overrides: dict[str, Any],
     out: Path | None,
     resume: Path | None,
-    accept: list[str],
+    accept: Sequence[str] = (),
 ) -> RunConfig:
     """Resolve a run's configuration. Its run directory is absolute, and free or to be resumed."""
     if resume is not None:

@@ -245,7 +245,8 @@ def _cost(
     if is_measured(config, names):
         # two models, each by every rate to choose and once more at the end
         trainings = 2 * (len(config.home.learning_rate) + 1)
-        at_home = trainings * config.home.steps * config.home.batch_size * names
+        batches = sum(min(config.home.batch_size, len(records.train(i))) for i in range(names))
+        at_home = trainings * config.home.steps * batches  # at most: validation records choose
         seconds["home"] = at_home * of_row / min(workers, names)
     sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
     return {
