@@ -151,6 +151,15 @@ def plan(
     accountant: Annotated[
         Literal["prv", "rdp"] | None, typer.Option(help="Opacus accountant; by default prv.")
     ] = None,
+    institutions: Annotated[
+        int | None, typer.Option(help="Secure aggregation: the institutions of the run.")
+    ] = None,
+    honest: Annotated[
+        int | None, typer.Option(help="Secure aggregation: those whose noise is in every sum.")
+    ] = None,
+    colluding: Annotated[
+        int | None, typer.Option(help="Secure aggregation: those that may collude with the server.")
+    ] = None,
     table: Annotated[
         bool, typer.Option("--table", help="Epsilon against noise and against steps.")
     ] = False,
@@ -177,6 +186,9 @@ def plan(
         "--noise-multiplier": noise_multiplier,
         "--delta": delta,
         "--accountant": accountant,
+        "--institutions": institutions,
+        "--honest": honest,
+        "--colluding": colluding,
         "--table": table or None,
     }
     if best is not None:
@@ -201,6 +213,7 @@ def plan(
         noise_multiplier=noise_multiplier,
         delta=delta,
         accountant=accountant or "prv",
+        trust=planning.trust_of(institutions, honest, colluding),
     )
     if table:
         result["table"] = planning.table(result)

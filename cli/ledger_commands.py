@@ -49,14 +49,17 @@ def ledger_show(
         return
     entries = shown.pop("entries")
     for key, value in shown.items():
-        Terminal().write_line(f"{key:12} {f'{value:.4f}' if key in ('epsilon', 'left') else value}")
-    columns = ("run", "round", "noise", "sample rate", "steps", "charged")
+        exact = key in ("epsilon", "epsilon_alone", "left") and isinstance(value, float)
+        name = key.replace("_", " ")
+        Terminal().write_line(f"{name:14} {f'{value:.4f}' if exact else value}")
+    columns = ("run", "round", "noise", "shares", "sample rate", "steps", "charged")
     lines = Table(*(Column(column, overflow="fold") for column in columns))
     for entry in entries:
         lines.add_row(
             str(entry["run"])[:12],
             str(entry["round"]),
             f"{entry['noise_multiplier']:.4f}",
+            str(entry["shares"] or ""),
             f"{entry['sample_rate']:.4f}",
             str(entry["steps"]),
             str(entry["at"])[:16].replace("T", " "),

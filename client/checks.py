@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting
+from fedlora import accounting, noise_shares
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import RESIDUAL_A, AdapterState
 from fedlora.config import RunConfig
@@ -123,8 +123,29 @@ def check_step(order: TrainOrder, config: RunConfig, plan: PrivacyPlan) -> None:
             )
 
 
+def check_vector(order: TrainOrder, plan: PrivacyPlan) -> None:
+    """Refuse a vector of more numbers than the plan counts noise for, under secure aggregation.
+
+    Raises:
+        Refusal: ``adapter-too-large``.
+    """
+    numbers = sum(tensor.numel() for tensor in order.adapter.only(order.parts).values())
+    if plan.honest and numbers > noise_shares.MAX_PARAMETERS:
+        raise Refusal(
+            "adapter-too-large",
+            f"the order trains {numbers} parameters; under secure aggregation at most "
+            f"{noise_shares.MAX_PARAMETERS} are possible: lower adapter.rank or name fewer "
+            "adapter.target-modules",
+        )
+
+
 def check_limits(
-    plan: PrivacyPlan, ledger: Ledger, *, max_delta: float, max_run_epsilon: float
+    plan: PrivacyPlan,
+    ledger: Ledger,
+    *,
+    max_delta: float,
+    max_run_epsilon: float,
+    max_alone_epsilon: float,
 ) -> None:
     """Refuse a run that promises less than the institution's own limits.
 
@@ -137,9 +158,10 @@ def check_limits(
         ledger: The institution's ledger.
         max_delta: Largest delta of a run.
         max_run_epsilon: Largest epsilon of a run, at the ledger's delta.
+        max_alone_epsilon: The same if all other institutions collude, under secure aggregation.
 
     Raises:
-        Refusal: ``delta-too-large`` or ``epsilon-too-large``.
+        Refusal: ``delta-too-large``, ``epsilon-too-large`` or ``alone-epsilon-too-large``.
     """
     if plan.delta > max_delta:
         raise Refusal(
@@ -156,6 +178,16 @@ def check_limits(
             f"({max_run_epsilon:g}); ask for a smaller privacy.epsilon or "
             "privacy.delta, or raise max-run-epsilon",
         )
+    if plan.honest and max_alone_epsilon < math.inf:
+        alone = accounting.epsilon_alone(plan.events, ledger.delta, ledger.accountant)
+        if alone > max_alone_epsilon:
+            raise Refusal(
+                "alone-epsilon-too-large",
+                f"if all other institutions collude, the run spends epsilon {alone:.4g} at the "
+                f"ledger's delta {ledger.delta:g}, above max-alone-epsilon "
+                f"({max_alone_epsilon:g}); ask for a smaller privacy.epsilon or privacy.honest, or "
+                "raise max-alone-epsilon",
+            )
 
 
 def check_ledger_delta(ledger: Ledger, path: object, units: int) -> None:

@@ -12,8 +12,7 @@ from typing import ParamSpec, TypeVar
 
 from client import training
 from client.institution import Institution
-from client.private_round import PrivateRound, train_rounds
-from fedlora.adapters import AdapterState
+from client.private_round import PrivateRound, Trained, train_rounds
 from fedlora.messages import ClientUpdate, TrainOrder
 
 log = logging.getLogger("fedlora.client")
@@ -45,9 +44,9 @@ def answer(calls: Sequence[tuple[Institution, TrainOrder]]) -> list[Outcome]:
                 charged[number] = started
             elif started is not None:
                 outcomes[number] = started
-        for number, adapter in _train(charged).items():
+        for number, trained in _train(charged).items():
             institution, _ = calls[number]
-            outcomes[number] = attempt(_finish, institution, charged[number], adapter)
+            outcomes[number] = attempt(_finish, institution, charged[number], trained)
     for number, (institution, order) in enumerate(calls):
         if number not in outcomes:
             outcomes[number] = attempt(institution.answer, order)
@@ -82,12 +81,12 @@ def _charge(
     return planned
 
 
-def _train(charged: Mapping[int, PrivateRound]) -> dict[int, AdapterState]:
-    """The trained adapters, those of equal orders in shared passes; none where training failed."""
+def _train(charged: Mapping[int, PrivateRound]) -> dict[int, Trained]:
+    """The outcomes of training, equal orders in shared passes; none where training failed."""
     cohorts: dict[str, list[int]] = {}
     for number, planned in charged.items():
         cohorts.setdefault(planned.digest, []).append(number)
-    adapters: dict[int, AdapterState] = {}
+    outcomes: dict[int, Trained] = {}
     for numbers in cohorts.values():
         cohort = [charged[number] for number in numbers]
         try:
@@ -96,12 +95,12 @@ def _train(charged: Mapping[int, PrivateRound]) -> dict[int, AdapterState]:
         except Exception:  # each institution then trains alone, which shows the one that fails
             log.exception("training %d institutions together failed", len(cohort))
             continue
-        adapters |= zip(numbers, trained, strict=True)
-    return adapters
+        outcomes |= zip(numbers, trained, strict=True)
+    return outcomes
 
 
-def _finish(institution: Institution, planned: PrivateRound, adapter: AdapterState) -> ClientUpdate:
-    return institution.store_local_parts(planned.order, planned.store_answer(adapter))
+def _finish(institution: Institution, planned: PrivateRound, trained: Trained) -> ClientUpdate:
+    return institution.store_local_parts(planned.order, planned.store_answer(trained))
 
 
 def attempt(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | Exception:

@@ -211,6 +211,38 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "federation.average-last": Unused(),
     "federation.timeout": Unused(),  # max-seconds of the settings ends a long message
     "federation.evaluate-every": Unused(),
+    "privacy.trust": Taken(
+        (
+            Limit(
+                "trust-not-allowed",
+                lambda own, run: own.secure_aggregation or not run.privacy.shares_noise,
+                "has the trust {run.privacy.trust}",
+            ),
+        )
+    ),
+    "privacy.honest": Taken(
+        (
+            Limit(
+                "too-few-honest",
+                lambda own, run: (
+                    not run.privacy.shares_noise or run.privacy.honest >= own.min_honest
+                ),
+                "counts on {run.privacy.honest} honest institutions",
+            ),
+        )
+    ),
+    "privacy.colluding": Taken(
+        (
+            Limit(
+                "too-few-colluding",
+                lambda own, run: (
+                    not run.privacy.shares_noise or run.privacy.colluding >= own.min_colluding
+                ),
+                "holds against {run.privacy.colluding} colluding institutions",
+            ),
+        )
+    ),
+    "privacy.protocol": Taken(),  # a deployment runs full (`fedlora.config`)
     "privacy.epsilon": Taken(
         (
             Limit(

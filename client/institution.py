@@ -59,6 +59,7 @@ class Institution:
         report: Names of figures that it sends where DP is off.
         max_delta: Largest delta of a run.
         max_run_epsilon: Largest epsilon of a run, at the ledger's delta.
+        max_alone_epsilon: The same if all other institutions collude, under secure aggregation.
         simulated: Whether one experimenter plays every institution.
     """
 
@@ -71,6 +72,7 @@ class Institution:
     report: tuple[str, ...] = ("loss", "records")
     max_delta: float = 1.0
     max_run_epsilon: float = math.inf
+    max_alone_epsilon: float = math.inf
     simulated: bool = True
 
     @classmethod
@@ -100,6 +102,7 @@ class Institution:
             report=settings.report,
             max_delta=settings.max_delta,
             max_run_epsilon=settings.max_run_epsilon,
+            max_alone_epsilon=settings.max_alone_epsilon,
             simulated=False,
         )
 
@@ -109,7 +112,8 @@ class Institution:
         Raises:
             Refusal: ``ledger-*``, or for a run beyond the institution's limits.
         """
-        fits = True
+        self._check_protocol()
+        fits, size = True, 0
         if self.config.privacy.enabled:
             shard = self._records()
             plan = plan_run(self.config, shard.num_units, query.participations)
@@ -117,7 +121,14 @@ class Institution:
                 self._check_limits(plan, ledger)
                 planned = (*plan.events, *self.events_at_home(shard.num_units, ledger))
                 fits = query.run in ledger.runs() or ledger.fits(planned)
-        return Hello(institution=self.name, version=fedlora.__version__, fits=fits, rank=self.rank)
+            size = plan.size_class if plan.honest else 0
+        return Hello(
+            institution=self.name,
+            version=fedlora.__version__,
+            fits=fits,
+            rank=self.rank,
+            size=size,
+        )
 
     def answer(self, order: TrainOrder) -> ClientUpdate:
         """Train one round and account for it. `client.cohort` does the same for several.
@@ -133,8 +144,8 @@ class Institution:
                 with self.plan_round(order) as planned:
                     update = planned.charge()
                     if update is None:  # else it was answered before, and is not trained again
-                        (adapter,) = train_rounds([planned])
-                        update = planned.store_answer(adapter)
+                        (trained,) = train_rounds([planned])
+                        update = planned.store_answer(trained)
         return self.store_local_parts(order, update)  # the caller sends the rest
 
     def accept(self, order: TrainOrder) -> TrainOrder:
@@ -168,17 +179,26 @@ class Institution:
 
         Raises:
             Refusal: For a run beyond the institution's limits (``delta-too-large``,
-                ``epsilon-too-large``), for an adapter that no step changes (``step-too-small``),
-                or ``ledger-*``.
+                ``epsilon-too-large``, ``alone-epsilon-too-large``), for an adapter that no step
+                changes (``step-too-small``) or that is too large (``adapter-too-large``), or
+                ``ledger-*``.
         """
+        self._check_protocol()
         shard = self._records()
         plan = plan_run(self.config, shard.num_units, order.participations)
         checks.check_step(order, self.config, plan)
+        checks.check_vector(order, plan)
         ledger = self.open_ledger(shard)
         with _closed_on_error(ledger):
             self._check_limits(plan, ledger)
         return PrivateRound(
-            name=self.name, order=order, config=self.config, shard=shard, plan=plan, ledger=ledger
+            name=self.name,
+            order=order,
+            config=self.config,
+            shard=shard,
+            plan=plan,
+            ledger=ledger,
+            institutions=len(trainable.records(self.config).names),
         )
 
     def store_local_parts(self, order: TrainOrder, update: ClientUpdate) -> ClientUpdate:
@@ -351,8 +371,20 @@ class Institution:
 
     def _check_limits(self, plan: PrivacyPlan, ledger: Ledger) -> None:
         checks.check_limits(
-            plan, ledger, max_delta=self.max_delta, max_run_epsilon=self.max_run_epsilon
+            plan,
+            ledger,
+            max_delta=self.max_delta,
+            max_run_epsilon=self.max_run_epsilon,
+            max_alone_epsilon=self.max_alone_epsilon,
         )
+
+    def _check_protocol(self) -> None:
+        if self.config.privacy.shares_noise and self.config.privacy.protocol == "full":
+            raise Refusal(
+                "protocol-missing",
+                "privacy.protocol is 'full', which this version cannot run; use ideal, in a "
+                "simulation",
+            )
 
     def _records(self) -> Shard:
         return trainable.records(self.config).train(self.index)

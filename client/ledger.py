@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sqlite3
 from collections.abc import Generator, Sequence
@@ -87,7 +88,7 @@ class Ledger:
     def open(cls, path: Path | str) -> Ledger:
         """Open a ledger and check that nothing in it was altered or removed.
 
-        A ledger of version 1 is checked as far as possible and upgraded to version 2.
+        A ledger of an older version is checked as far as possible and upgraded.
 
         Raises:
             Refusal: ``ledger-missing``, ``ledger-exposed`` (others may write to it or to its
@@ -174,7 +175,8 @@ class Ledger:
                 return Charge(key=b"", answer=answer)
             paid = db.execute(
                 "SELECT key FROM charges WHERE (run, round, digest) = (?, ?, ?)"
-                " AND (noise_multiplier, sample_rate, steps) = (?, ?, ?) ORDER BY id DESC LIMIT 1",
+                " AND (noise_multiplier, sample_rate, steps, shares) = (?, ?, ?, ?)"
+                " ORDER BY id DESC LIMIT 1",
                 (run_id, round_number, order_digest, *dataclasses.astuple(event)),
             ).fetchone()
             if paid is not None:
@@ -268,6 +270,10 @@ class Ledger:
         """Epsilon of all charges, at the ledger's delta."""
         return self._epsilon(self.history())
 
+    def spent_alone(self) -> float:
+        """The same if, in runs with secure aggregation, all other institutions collude."""
+        return accounting.epsilon_alone(self.history(), self.delta, self.accountant)
+
     def fits(self, planned: Sequence[Event]) -> bool:
         """Whether all charges and a whole planned run are within the limit."""
         return self._epsilon((*self.history(), *planned)) <= self.max_epsilon
@@ -281,9 +287,10 @@ class Ledger:
             rows = self._connection.execute(
                 f"SELECT {ledger_integrity.COLUMNS}, key IS NULL FROM charges ORDER BY id"
             ).fetchall()
-        spent = self.spent()
+        spent, alone = self.spent(), self.spent_alone()
         return {
             "epsilon": spent,
+            "epsilon_alone": alone if math.isfinite(alone) else "inf",
             "delta": self.delta,
             "limit": self.max_epsilon,
             "left": max(0.0, self.max_epsilon - spent),
@@ -297,11 +304,12 @@ class Ledger:
                     "noise_multiplier": sigma,
                     "sample_rate": rate,
                     "steps": steps,
+                    "shares": shares,
                     "extra": json.loads(extra),
                     "at": at,
                     "answered": bool(answered),
                 }
-                for _, run, number, _, sigma, rate, steps, extra, at, answered in rows
+                for _, run, number, _, sigma, rate, steps, extra, at, shares, answered in rows
             ],
         }
 
@@ -319,5 +327,9 @@ class Ledger:
 
 def _within(part: History, whole: History) -> bool:
     """Whether every mechanism of one canonical history has at least as many steps in the other."""
-    steps = {(e.noise_multiplier, e.sample_rate): e.steps for e in whole}
-    return all(e.steps <= steps.get((e.noise_multiplier, e.sample_rate), 0) for e in part)
+
+    def mechanism(event: Event) -> tuple[float, float, int]:
+        return event.noise_multiplier, event.sample_rate, event.shares
+
+    steps = {mechanism(e): e.steps for e in whole}
+    return all(e.steps <= steps.get(mechanism(e), 0) for e in part)

@@ -76,18 +76,17 @@ def connect(path: Path) -> sqlite3.Connection:
         try:
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA secure_delete=ON")  # a wiped key is overwritten
-            if _number(db, "application_id") != _APPLICATION or _number(db, "user_version") not in (
-                ledger_upgrade.FROM_VERSION,
-                ledger_integrity.VERSION,
-            ):
+            known = (*ledger_upgrade.VERSIONS, ledger_integrity.VERSION)
+            foreign = _number(db, "application_id") != _APPLICATION
+            if foreign or _number(db, "user_version") not in known:
                 raise Refusal(
                     "ledger-foreign",
                     f"{path} is not a ledger of version {ledger_integrity.VERSION}",
                 )
-            if _number(db, "user_version") == ledger_upgrade.FROM_VERSION:
+            if _number(db, "user_version") in ledger_upgrade.VERSIONS:
                 with transaction(db):
-                    if _number(db, "user_version") == ledger_upgrade.FROM_VERSION:  # still
-                        refuse(path, ledger_upgrade.upgrade(db))
+                    if (version := _number(db, "user_version")) in ledger_upgrade.VERSIONS:  # still
+                        refuse(path, ledger_upgrade.upgrade(db, version))
             with transaction(db, "DEFERRED"):  # one snapshot beside charges of other processes
                 refuse(path, ledger_integrity.problems(db))
         except BaseException:
@@ -174,7 +173,7 @@ def check_same_run(
     choose the next noise after the last answer, which numerical composition does not cover.
     """
     first = db.execute(
-        "SELECT noise_multiplier, sample_rate, steps, extra FROM charges "
+        "SELECT noise_multiplier, sample_rate, steps, shares, extra FROM charges "
         "WHERE run = ? ORDER BY id LIMIT 1",
         (run,),
     ).fetchone()
@@ -182,13 +181,14 @@ def check_same_run(
         event.noise_multiplier,
         event.sample_rate,
         event.steps,
+        event.shares,
         json.dumps([[e.noise_multiplier, e.sample_rate, e.steps] for e in extra_events]),
     )
     if first is not None and tuple(first) != wanted:
         raise Refusal(
             "run-changed",
-            f"run {run} began with (noise, rate, steps, one-off releases) {tuple(first)} and now "
-            f"asks for {wanted}",
+            f"run {run} began with (noise, rate, steps, shares, one-off releases) {tuple(first)} "
+            f"and now asks for {wanted}",
         )
 
 
@@ -213,10 +213,11 @@ def append(
         event.steps,
         json.dumps([[e.noise_multiplier, e.sample_rate, e.steps] for e in extra]),
         datetime.now(UTC).isoformat(timespec="seconds"),
+        event.shares,
     )
-    chain = ledger_integrity.link(head, *row)
+    chain = ledger_integrity.charged(head, *row)
     db.execute(
-        f"INSERT INTO charges ({ledger_integrity.COLUMNS}, chain, key) VALUES ({'?, ' * 10}?)",
+        f"INSERT INTO charges ({ledger_integrity.COLUMNS}, chain, key) VALUES ({'?, ' * 11}?)",
         (*row, chain, key),
     )
     db.execute("UPDATE ledger SET entries = ?, head = ?", (entries + 1, chain))
@@ -227,9 +228,12 @@ def events(
 ) -> History:
     """The charged events of all runs, of one, or of all but one, in canonical form."""
     rows = db.execute(
-        "SELECT noise_multiplier, sample_rate, steps, extra FROM charges"
+        "SELECT noise_multiplier, sample_rate, steps, shares, extra FROM charges"
         " WHERE (:only IS NULL OR run = :only) AND (:other IS NULL OR run <> :other)",
         {"only": only, "other": other_than},
     )
     parts = [part for *main, extra in rows for part in (main, *json.loads(extra))]
-    return compose(Event(noise_multiplier=s, sample_rate=q, steps=n) for s, q, n in parts)
+    return compose(
+        Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=sum(shares))
+        for sigma, rate, steps, *shares in parts  # a one-off release has none
+    )

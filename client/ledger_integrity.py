@@ -20,7 +20,7 @@ import hashlib
 import json
 import sqlite3
 
-VERSION = 2
+VERSION = 3
 _CHAIN_VERSION = 1  # the chain's form did not change with the file's version
 
 LEDGER = """CREATE TABLE ledger (
@@ -29,6 +29,16 @@ LEDGER = """CREATE TABLE ledger (
     entries INTEGER NOT NULL, head TEXT NOT NULL,  -- of charges: number, last chain value
     seal TEXT NOT NULL
 ) STRICT"""
+CHARGES = """CREATE TABLE charges (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, round INTEGER NOT NULL, digest TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
+    extra TEXT NOT NULL,  -- one-off releases: [[noise_multiplier, sample_rate, steps], ...]
+    at TEXT NOT NULL,
+    shares INTEGER NOT NULL,          -- of discrete noise in the sum; 0: all noise is this one's
+    chain TEXT NOT NULL,
+    key BLOB                          -- of the round's randomness; NULL once the answer is stored
+) STRICT"""
+INDEX = "CREATE INDEX charges_of_run ON charges (run, round)"
 ANSWERS = """CREATE TABLE answers (
     run TEXT NOT NULL, round INTEGER NOT NULL, digest TEXT NOT NULL, answer BLOB NOT NULL,
     sha256 TEXT NOT NULL,             -- of the answer
@@ -36,18 +46,12 @@ ANSWERS = """CREATE TABLE answers (
 ) STRICT"""
 SCHEMA = f"""
 {LEDGER};
-CREATE TABLE charges (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL, round INTEGER NOT NULL, digest TEXT NOT NULL,
-    noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
-    extra TEXT NOT NULL,  -- one-off releases: [[noise_multiplier, sample_rate, steps], ...]
-    at TEXT NOT NULL, chain TEXT NOT NULL,
-    key BLOB                          -- of the round's randomness; NULL once the answer is stored
-) STRICT;
-CREATE INDEX charges_of_run ON charges (run, round);
+{CHARGES};
+{INDEX};
 {ANSWERS};
 CREATE TABLE sizes (run TEXT PRIMARY KEY, size REAL NOT NULL) STRICT;
 """
-COLUMNS = "id, run, round, digest, noise_multiplier, sample_rate, steps, extra, at"
+COLUMNS = "id, run, round, digest, noise_multiplier, sample_rate, steps, extra, at, shares"
 _SEALED = (
     "SELECT max_epsilon, delta, accountant, fingerprint, unit, entries, head FROM ledger",
     "SELECT id, hex(key) FROM charges WHERE key IS NOT NULL ORDER BY id",
@@ -66,6 +70,15 @@ def link(previous: str, *values: object) -> str:
     return _hash([previous, *values])
 
 
+def charged(previous: str, *row: object) -> str:
+    """The chain's value after a charge with these values of `COLUMNS`.
+
+    A charge without shares has the value that it had before there were shares.
+    """
+    *others, shares = row
+    return link(previous, *others, shares) if shares else link(previous, *others)
+
+
 def sha256(answer: bytes) -> str:
     """The digest of a stored answer."""
     return hashlib.sha256(answer).hexdigest()
@@ -78,9 +91,9 @@ def seal(db: sqlite3.Connection) -> None:
         db.execute("UPDATE ledger SET seal = ?", (value,))
 
 
-def broken_seal(db: sqlite3.Connection) -> list[str]:
-    """Problems of the sealed state, in words. The first call of a transaction."""
-    if _seal(db) == _stated_seal(db):
+def broken_seal(db: sqlite3.Connection, version: int = VERSION) -> list[str]:
+    """Problems of the state that a version sealed, in words. The first call of a transaction."""
+    if _seal(db, version) == _stated_seal(db):
         return []
     return ["its limits, records, unit, keys, answers or sizes were changed by something else"]
 
@@ -92,14 +105,19 @@ def problems(db: sqlite3.Connection) -> list[str]:
         or _other_tables(db)
         or broken_chain(db)
         or broken_seal(db)
-        or [
-            f"the answer to round {number} of run {run} was altered"
-            for run, number, answer, stated in db.execute(
-                "SELECT run, round, answer, sha256 FROM answers"
-            )
-            if sha256(answer) != stated
-        ]
+        or altered_answers(db)
     )
+
+
+def altered_answers(db: sqlite3.Connection) -> list[str]:
+    """Problems of the stored answers."""
+    return [
+        f"the answer to round {number} of run {run} was altered"
+        for run, number, answer, stated in db.execute(
+            "SELECT run, round, answer, sha256 FROM answers"
+        )
+        if sha256(answer) != stated
+    ]
 
 
 def broken_pages(db: sqlite3.Connection) -> list[str]:
@@ -107,8 +125,8 @@ def broken_pages(db: sqlite3.Connection) -> list[str]:
     return [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
 
 
-def broken_chain(db: sqlite3.Connection) -> list[str]:
-    """Problems of the limits and the charges."""
+def broken_chain(db: sqlite3.Connection, columns: str = COLUMNS) -> list[str]:
+    """Problems of the limits and the charges, which have these columns."""
     limits = db.execute(
         "SELECT max_epsilon, delta, accountant, entries, head FROM ledger"
     ).fetchall()
@@ -116,8 +134,8 @@ def broken_chain(db: sqlite3.Connection) -> list[str]:
         return [f"it states its limits {len(limits)} times"]
     *settings, entries, head = limits[0]
     chain, count = genesis(*settings), 0
-    for *row, stated in db.execute(f"SELECT {COLUMNS}, chain FROM charges ORDER BY id"):
-        chain, count = link(chain, *row), count + 1
+    for *row, stated in db.execute(f"SELECT {columns}, chain FROM charges ORDER BY id"):
+        chain, count = charged(chain, *row), count + 1
         if chain != stated:
             return [
                 f"charge {row[0]} was altered, one before it removed, or the limits were changed"
@@ -152,9 +170,9 @@ def _stated_seal(db: sqlite3.Connection) -> str:
     return row[0] if row else ""
 
 
-def _seal(db: sqlite3.Connection) -> str:
+def _seal(db: sqlite3.Connection, version: int = VERSION) -> str:
     state = [db.execute(query).fetchall() for query in _SEALED]
-    return _hash(["fedlora ledger state", VERSION, *state])
+    return _hash(["fedlora ledger state", version, *state])
 
 
 def _hash(values: list[object]) -> str:

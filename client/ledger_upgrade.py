@@ -1,7 +1,7 @@
-"""The upgrade of ledgers from version 1, which had a chain and no seal, to version 2.
+"""The upgrade of ledgers of older versions.
 
-Version 1 does not show a change of fingerprint, unit, keys, answers or sizes. The upgrade seals
-their present values.
+Version 1 had a chain and no seal, so it does not show a change of fingerprint, unit, keys, answers
+or sizes. The upgrade seals their present values. Version 2 had no shares of noise.
 """
 
 from __future__ import annotations
@@ -10,19 +10,41 @@ import sqlite3
 
 from client import ledger_integrity
 
-FROM_VERSION = 1
+VERSIONS = (1, 2)
+"""The versions that can be upgraded."""
+_WITHOUT_SHARES = ledger_integrity.COLUMNS.replace(", shares", ", 0")
 
 
-def upgrade(db: sqlite3.Connection) -> list[str]:
-    """Check a ledger of version 1 and rewrite it as one of version 2. Call it in a transaction.
+def upgrade(db: sqlite3.Connection, version: int) -> list[str]:
+    """Check a ledger of an older version and rewrite it as one of this. Call it in a transaction.
 
     Charges stay as they are. The transaction makes the upgrade atomic.
 
     Returns:
         The ledger's problems, in words; the transaction must then be rolled back.
     """
-    if found := ledger_integrity.broken_pages(db) or ledger_integrity.broken_chain(db):
+    if found := (
+        ledger_integrity.broken_pages(db)
+        or ledger_integrity.broken_chain(db, _WITHOUT_SHARES)
+        or (version > 1 and ledger_integrity.broken_seal(db, version))
+        or (version > 1 and ledger_integrity.altered_answers(db))
+    ):
         return found
+    if version == 1:
+        _add_seals(db)
+    charges = db.execute(f"SELECT {_WITHOUT_SHARES}, chain, key FROM charges ORDER BY id")
+    rows = charges.fetchall()
+    db.execute("DROP TABLE charges")
+    db.execute(ledger_integrity.CHARGES)
+    db.execute(ledger_integrity.INDEX)
+    db.executemany(f"INSERT INTO charges VALUES ({'?, ' * 11}?)", rows)
+    ledger_integrity.seal(db)
+    db.execute(f"PRAGMA user_version={ledger_integrity.VERSION}")
+    return ledger_integrity.problems(db)
+
+
+def _add_seals(db: sqlite3.Connection) -> None:
+    """Give the tables of version 1 their columns for seals."""
     ledger = db.execute(
         "SELECT max_epsilon, delta, accountant, fingerprint, unit, entries, head FROM ledger"
     ).fetchall()
@@ -36,6 +58,3 @@ def upgrade(db: sqlite3.Connection) -> list[str]:
         "INSERT INTO answers VALUES (?, ?, ?, ?, ?)",
         [(*row, ledger_integrity.sha256(row[-1])) for row in answers],
     )
-    ledger_integrity.seal(db)
-    db.execute(f"PRAGMA user_version={ledger_integrity.VERSION}")
-    return ledger_integrity.problems(db)

@@ -28,6 +28,7 @@ def config_at_home(
     return config.replace(
         {
             "home.epsilon": math.inf,
+            "privacy.trust": "local",
             "privacy.epsilon": config.home.epsilon,
             "privacy.max-epsilon": 0.0,
             "privacy.delta": delta,

@@ -6,7 +6,7 @@ from typing import Self
 
 from client import private_training
 from client.ledger import Ledger
-from client.private_training import Participant
+from client.private_training import Participant, Words
 from client.training import LocalPlan
 from fedlora import accounting, trainable, wire
 from fedlora.accounting import PrivacyPlan
@@ -15,6 +15,9 @@ from fedlora.config import RunConfig
 from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
+
+Trained = AdapterState | Words
+"""The outcome of a round's training: an adapter, or a vector under secure aggregation."""
 
 
 @dataclass(kw_only=True)
@@ -30,6 +33,7 @@ class PrivateRound:
         shard: The institution's records.
         plan: The plan of the institution's run.
         ledger: The institution's ledger, open.
+        institutions: The number of institutions in the run.
         key: Key of the round's noise and sampling; empty before the charge.
     """
 
@@ -39,6 +43,7 @@ class PrivateRound:
     shard: Shard
     plan: PrivacyPlan
     ledger: Ledger
+    institutions: int
     key: bytes = b""
 
     def __enter__(self) -> Self:
@@ -78,11 +83,11 @@ class PrivateRound:
         self.key = charged.key
         return None if charged.answer is None else wire.update_from_bytes(charged.answer)
 
-    def store_answer(self, adapter: AdapterState) -> ClientUpdate:
+    def store_answer(self, trained: Trained) -> ClientUpdate:
         """Store the round's answer in the ledger; only then may it be sent.
 
         Args:
-            adapter: The trained adapter.
+            trained: The outcome of `train_rounds`.
 
         Returns:
             The answer, with the local parts.
@@ -90,22 +95,32 @@ class PrivateRound:
         Raises:
             Refusal: ``round-already-answered`` or ``ledger-*``.
         """
-        order = self.order
+        order, words, adapter = self.order, None, AdapterState({})
+        if isinstance(trained, AdapterState):
+            adapter = trained.only((*order.parts, *order.kept))
+        else:
+            words = trained
         update = ClientUpdate(
             institution=self.name,
             round=order.round,
             run=order.run,
-            adapter=adapter.only((*order.parts, *order.kept)),
+            adapter=adapter,
             size=self._size(),
             privacy=self._spent(),
+            words=words,
         )
         blob = wire.update_to_bytes(update)
         self.ledger.store_answer(order.run, order.round, self.digest, blob)
         return update
 
     def _size(self) -> float:
-        """The size that the weighting needs: a size class, a noised count, or 0."""
+        """The size that the weighting needs: a size class, a noised count, or 0.
+
+        Under secure aggregation it is 0: the roster knows the size class (`Institution.hello`).
+        """
         weighting = self.config.federation.weighting
+        if self.plan.honest:
+            return 0.0
         if weighting == "public-size":
             return float(self.plan.size_class)
         if weighting == "noised-size":
@@ -135,14 +150,14 @@ class PrivateRound:
         )
 
 
-def train_rounds(rounds: Sequence[PrivateRound]) -> list[AdapterState]:
+def train_rounds(rounds: Sequence[PrivateRound]) -> list[Trained]:
     """Train charged rounds that follow equal orders, several in shared passes.
 
     Args:
         rounds: At least one; several only where `Institution.can_share` is true.
 
     Returns:
-        The trained adapter of each round.
+        The trained adapter of each round, or its vector under secure aggregation.
 
     Raises:
         Refusal: When a guard trips; nothing may be released then.
@@ -155,4 +170,8 @@ def train_rounds(rounds: Sequence[PrivateRound]) -> list[AdapterState]:
         Participant(shard=each.shard, mechanism=each.plan, source=RandomSource(each.key))
         for each in rounds
     ]
-    return private_training.train_privately(work, participants, LocalPlan.of(config))
+    plan = LocalPlan.of(config)
+    if config.privacy.shares_noise:
+        sums = private_training.noised_sums(work, participants, plan, rounds[0].institutions)
+        return list(sums)
+    return list(private_training.train_privately(work, participants, plan))

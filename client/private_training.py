@@ -1,7 +1,8 @@
 """DP-SGD steps of one institution, or of several in shared passes.
 
 A step samples units (`client.dp_sgd.PoissonSampler`), computes their gradients
-(`client.gradients`), clips and sums them, and adds noise (`client.dp_sgd.PrivateOptimizer`).
+(`client.gradients`), clips and sums them, and adds noise (`client.dp_sgd.PrivateOptimizer`). Under
+secure aggregation it adds a share of noise (`client.noise_share`), and the server takes the step.
 """
 
 # torch and Opacus type some of their functions in part only
@@ -12,15 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from client.gradients import SampledUnits, packed_gradients, padded_gradients
 from client.training import OPTIMIZERS, LocalPlan, proximal_term, training_steps
+from fedlora import lora_layers
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.shards import Shard, concatenate
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
+
+Words = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +69,8 @@ def train_privately(
     """
     start = AdapterState.read(trainable.model)
     named = trainable.parameters()
-    members = [_Member(participant, named, plan) for participant in participants]
-    if len({r.clipping for r in members}) > 1:
-        raise ValueError("participants share passes with one clipping only")
+    members = [_Stepping(participant, named, plan) for participant in participants]
+    _check_one_clipping(members)
     if len(members) > 1 and not can_share(trainable, plan.steps):
         raise ValueError("participants cannot share passes of several steps under DoRA")
     trained: list[AdapterState] = []
@@ -88,6 +92,60 @@ def train_privately(
     return trained
 
 
+def noised_sums(
+    trainable: Trainable, participants: Sequence[Participant], plan: LocalPlan, institutions: int
+) -> list[Words]:
+    """The vectors of one step under secure aggregation, of one institution or of several.
+
+    Guarantee: with ``source`` keyed by the operating system, the sum of the vectors of
+    ``mechanism.honest`` institutions is the output of a sampled Gaussian mechanism
+    (`client.noise_share.noised_words`) under adding or removing one unit of any of them. The other
+    participants change no bit of a vector.
+
+    Args:
+        trainable: A model with the adapter that all start from; it does not change.
+        participants: At least one; all with the same clipping.
+        plan: The local plan, of one step.
+        institutions: The number of institutions in the run.
+
+    Returns:
+        int64 ``(d,)`` for each participant: the trained parts in the order of `AdapterState`.
+
+    Raises:
+        Refusal: When a guard trips (``guard-*``). No vector must be released then.
+        ValueError: For participants with different clipping, or a plan of several steps.
+    """
+    from client.noise_share import noised_words  # loads Opacus, as `_Member` does
+
+    named = trainable.parameters()
+    members = [_Member(participant, plan) for participant in participants]
+    _check_one_clipping(members)
+    if plan.steps != 1:
+        raise ValueError("a vector holds the sum of one step")
+    with training_steps(trainable, private=True):
+        sums = _clipped_sums(trainable, named, members, _draw(trainable, members, plan, 0))
+    of_parameter = dict(zip(named.values(), sums, strict=True))
+    in_order = [
+        of_parameter[p]
+        for _, p in sorted(lora_layers.parameters(trainable.model).items())
+        if p in of_parameter
+    ]
+    return [
+        noised_words(
+            torch.cat([part[index].flatten() for part in in_order]).cpu().numpy(),
+            member.mechanism,
+            member.source.child("noise-share"),
+            institutions,
+        )
+        for index, member in enumerate(members)
+    ]
+
+
+def _check_one_clipping(members: Sequence["_Member"]) -> None:
+    if len({member.clipping for member in members}) > 1:
+        raise ValueError("participants share passes with one clipping only")
+
+
 def can_share(trainable: Trainable, steps: int) -> bool:
     """Whether several participants can share the passes of so many steps.
 
@@ -97,16 +155,15 @@ def can_share(trainable: Trainable, steps: int) -> bool:
 
 
 class _Member:
-    """A participant's sampler, optimizer and adapter through the steps of a round."""
+    """A participant's sampler and clipping through the steps of a round."""
 
-    def __init__(
-        self, participant: Participant, named: dict[str, torch.nn.Parameter], plan: LocalPlan
-    ) -> None:
+    def __init__(self, participant: Participant, plan: LocalPlan) -> None:
         # Opacus takes seconds to import, and a run without DP needs none of it.
-        from client.dp_sgd import Clipping, PoissonSampler, PrivateOptimizer, check_sampler
+        from client.dp_sgd import Clipping, PoissonSampler, check_sampler
 
-        self.shard, mechanism, source = participant.shard, participant.mechanism, participant.source
-        self.source = source
+        mechanism, source = participant.mechanism, participant.source
+        self.shard, self.mechanism, self.source = participant.shard, mechanism, source
+        self.values: list[torch.Tensor] = []  # of its own adapter, once a step has changed it
         self.rows_of_units = _rows_of_units(self.shard)
         sampler = PoissonSampler(
             units=len(self.rows_of_units),
@@ -117,17 +174,28 @@ class _Member:
         check_sampler(sampler)
         self.draws = iter(sampler)
         self.clipping = Clipping(max_grad_norm=mechanism.max_grad_norm, kind=mechanism.clipping)
+
+
+class _Stepping(_Member):
+    """A participant with an optimizer and an adapter of its own."""
+
+    def __init__(
+        self, participant: Participant, named: dict[str, torch.nn.Parameter], plan: LocalPlan
+    ) -> None:
+        from client.dp_sgd import PrivateOptimizer
+
+        super().__init__(participant, plan)
+        mechanism = self.mechanism
         self.optimizer = PrivateOptimizer(
             OPTIMIZERS[plan.optimizer](list(named.values()), lr=plan.learning_rate),
             names={p: name for name, p in named.items()},
             noise_multiplier=mechanism.noise_multiplier,
             clipping=self.clipping,
             expected_batch_size=mechanism.expected_batch_size,
-            source=source.child("noise"),
+            source=self.source.child("noise"),
         )
         pull = proximal_term(list(named.values()), plan.proximal)
         self.optimizer.attach_step_hook(lambda _: pull())  # Opacus calls it once noise is in
-        self.values: list[torch.Tensor] = []
         self.save(named)
 
     def save(self, named: dict[str, torch.nn.Parameter]) -> None:

@@ -5,6 +5,7 @@ for each key of a server's configuration are in `client.config_policy`.
 """
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,23 @@ class Settings(Section):
         8.0, "largest epsilon of one run, at the run's delta and at the ledger's", above=0
     )
     max_delta: float = setting(1e-5, "largest delta of one run", above=0, below=1)
+    secure_aggregation: bool = setting(
+        False,
+        "whether the institution adds a share of noise only, and trusts others for the rest "
+        "(privacy.trust)",
+    )
+    min_honest: int = setting(
+        2, "least privacy.honest of a run with secure aggregation", at_least=2
+    )
+    min_colluding: int = setting(
+        0, "least privacy.colluding of a run with secure aggregation", at_least=0
+    )
+    max_alone_epsilon: float = setting(
+        math.inf,
+        "largest epsilon of one run if all other institutions collude, at the ledger's delta",
+        above=0,
+        infinite=True,
+    )
     without_dp: bool = setting(
         False, "whether the institution trains without differential privacy too"
     )

@@ -175,12 +175,13 @@ def _row(config: RunConfig, units: Sequence[int]) -> Row:
         "public-size": [float(size) for size in sizes],
         "noised-size": [float(n) for n in units],
     }[config.federation.weighting]
+    # Under secure aggregation an institution adds its share of the noise.
     # A step is divided by the expected units of the size class: those of an institution at the
     # upper end of its class count for almost twice their mean.
     length = sum(w * n / size for w, n, size in zip(weights, units, sizes, strict=True))
     noise = math.hypot(
         *(
-            w * plan.noise_multiplier / plan.expected_batch_size
+            w * plan.round_event.alone().noise_multiplier / plan.expected_batch_size
             for w, plan in zip(weights, plans, strict=True)
         )
     )

@@ -1,16 +1,62 @@
 """`fedlora plan`: noise for a budget, budget for a noise multiplier, and tables of both."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-from fedlora import accounting
+from fedlora import accounting, noise_shares
 from fedlora.accounting import Event
 from fedlora.errors import InputError
+from fedlora.run_files import finite
 from fedlora.terminal import Terminal
 
 NOISE_FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 STEP_FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """The trust of a plan with secure aggregation.
+
+    Args:
+        institutions: The number of institutions.
+        honest: Institutions whose shares of noise are in every sum.
+        colluding: Institutions that may tell the server all that they know.
+
+    Raises:
+        InputError: If the numbers do not fit together.
+    """
+
+    institutions: int
+    honest: int
+    colluding: int
+
+    def __post_init__(self) -> None:
+        if self.honest < noise_shares.MIN_HONEST:
+            raise InputError(
+                f"--honest is {self.honest}; it must be at least {noise_shares.MIN_HONEST}"
+            )
+        if self.colluding < 0:
+            raise InputError(f"--colluding is {self.colluding}; it must be at least 0")
+        if self.honest + self.colluding > self.institutions:
+            raise InputError(
+                f"--honest is {self.honest} and --colluding {self.colluding}, but --institutions "
+                f"is {self.institutions}; lower one of them or raise --institutions"
+            )
+
+
+def trust_of(institutions: int | None, honest: int | None, colluding: int | None) -> Trust | None:
+    """The trust of these options; None where none is given.
+
+    Raises:
+        InputError: If a part is missing, or the numbers do not fit together.
+    """
+    if institutions is None and honest is None and colluding is None:
+        return None
+    if institutions is None or honest is None:
+        raise InputError("secure aggregation needs --institutions and --honest; give both")
+    return Trust(institutions=institutions, honest=honest, colluding=colluding or 0)
 
 
 def plan(
@@ -22,8 +68,20 @@ def plan(
     noise_multiplier: float | None,
     delta: float | None,
     accountant: str,
+    trust: Trust | None = None,
 ) -> dict[str, Any]:
     """Solve for ``epsilon`` or ``noise_multiplier``, the one that is None.
+
+    Args:
+        records: Records of the institution.
+        batch_size: Expected records in a step.
+        steps: Steps of the whole plan. Under secure aggregation a round that is given up costs its
+            step like any other.
+        epsilon: The budget.
+        noise_multiplier: The noise; under secure aggregation that of the sum.
+        delta: Its delta; None for 1 / (10 x records).
+        accountant: ``prv`` or ``rdp``.
+        trust: Secure aggregation; None where the institution adds all noise.
 
     Raises:
         InputError: If not exactly one is given, or a value is out of bounds.
@@ -40,14 +98,19 @@ def plan(
     delta = accounting.default_delta(records) if delta is None else delta
     accounting.check_delta(delta, records)
     rate = batch_size / records
+    shares = 0 if trust is None else trust.honest
     if noise_multiplier is None and epsilon is not None:
         noise_multiplier = accounting.noise_multiplier(
-            epsilon=epsilon, delta=delta, sample_rate=rate, steps=steps, accountant=accountant
+            epsilon=epsilon,
+            delta=delta,
+            sample_rate=rate,
+            steps=steps,
+            accountant=accountant,
+            shares=shares,
         )
     sigma = noise_multiplier or 0.0
-    spent = accounting.epsilon(
-        (Event(noise_multiplier=sigma, sample_rate=rate, steps=steps),), delta, accountant
-    )
+    event = Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=shares)
+    spent = accounting.epsilon((event,), delta, accountant)
     return {
         "noise_multiplier": sigma,
         "epsilon": spent,
@@ -57,6 +120,21 @@ def plan(
         "sample_rate": rate,
         "steps": steps,
         "accountant": accountant,
+        **({} if trust is None else _shared(trust, event, delta, accountant)),
+    }
+
+
+def _shared(trust: Trust, event: Event, delta: float, accountant: str) -> dict[str, Any]:
+    """The figures of a plan that secure aggregation adds."""
+    return {
+        "honest": trust.honest,
+        "colluding": trust.colluding,
+        "institutions": trust.institutions,
+        "least_survivors": noise_shares.least_survivors(
+            trust.institutions, trust.honest, trust.colluding
+        ),
+        "share_noise_multiplier": event.alone().noise_multiplier,
+        "epsilon_alone": finite(accounting.epsilon_alone((event,), delta, accountant)),
     }
 
 
@@ -64,7 +142,8 @@ def table(result: dict[str, Any]) -> list[dict[str, float]]:
     """Return epsilon near a plan: with other noise, then with other numbers of steps."""
 
     def at(sigma: float, steps: int) -> dict[str, float]:
-        event = Event(noise_multiplier=sigma, sample_rate=result["sample_rate"], steps=steps)
+        rate, shares = result["sample_rate"], result.get("honest", 0)
+        event = Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=shares)
         spent = accounting.epsilon((event,), result["delta"], result["accountant"])
         return {"noise_multiplier": sigma, "steps": steps, "epsilon": spent}
 
@@ -83,6 +162,17 @@ def show(result: dict[str, Any], console: Terminal) -> None:
         f"at sample rate {result['sample_rate']:.5f} ({result['batch_size']} of "
         f"{result['records']} records), {result['accountant'].upper()} accountant"
     )
+    if "honest" in result:
+        alone = result["epsilon_alone"]
+        console.print(
+            f"secure aggregation: that noise is in a sum with the shares of {result['honest']} "
+            f"honest institutions; each adds noise of multiplier "
+            f"{result['share_noise_multiplier']:.4f}. It holds against {result['colluding']} "
+            "colluding institutions; if all others collude, epsilon is "
+            + (alone if isinstance(alone, str) else f"{alone:.4f}")
+            + f". A round needs {result['least_survivors']} of {result['institutions']} "
+            "institutions; a round that is given up costs its steps"
+        )
     if "table" in result:
         rows = Table("noise multiplier", "steps", "epsilon")
         for row in result["table"]:

@@ -163,9 +163,11 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
         "protection is weak. Delta is the probability that the bound fails."
         if config.privacy.enabled
         else "",
+        _trust(privacy),
     ]
+    shared = "secure_aggregation" in privacy
     heads = ["institution", "unit", "epsilon", "delta", "accountant", "noise", "noise multiplier"]
-    heads += ["sample rate", "steps"]
+    heads += ["sample rate", "steps", *(["epsilon if all others collude"] * shared)]
     rows = [
         [
             name,
@@ -177,6 +179,7 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
             number(said["noise_multiplier"]),
             number(said["sample_rate"]),
             str(said["steps"]),
+            *([_epsilon(said["epsilon_alone"])] if shared else []),
         ]
         for name, said in [
             *privacy["institutions"].items(),
@@ -199,6 +202,24 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
             + "."
         )
     return {**found, "words": [w for w in words if w]}
+
+
+def _trust(privacy: Mapping[str, Any]) -> str:
+    """Name the institutions that must be trusted; empty without secure aggregation."""
+    if "secure_aggregation" not in privacy:
+        return ""
+    trusted = privacy["secure_aggregation"]
+    return (
+        f"Trust: each institution adds a share of the noise. The promise needs the shares of "
+        f"{trusted['honest']} honest institutions in every sum, of {trusted['institutions']}, and "
+        f"holds against the server together with up to {trusted['colluding']} institutions. A "
+        f"round with fewer than {trusted['least_survivors']} institutions changes nothing. If all "
+        "others collude, only an institution's own share protects its records: the last column."
+    )
+
+
+def _epsilon(value: float | str) -> str:
+    return value if isinstance(value, str) else number(value)
 
 
 def _quality(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

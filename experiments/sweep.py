@@ -34,6 +34,7 @@ SINGLE_INSTITUTION = {
     "federation.weighting": "uniform",
     "federation.robust": "none",
     "adapter.ranks": "",
+    "privacy.trust": "local",
     "privacy.institution-epsilon": math.inf,
     "home.method": "none",
 }
@@ -294,6 +295,7 @@ def _in_arm(arm: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}
     if kind == arm:
         fixed |= dict.fromkeys((EPSILON, "privacy.institution-epsilon", "home.epsilon"), math.inf)
+        fixed |= {"privacy.trust": "local"}
         weighting = {**base.flat(), **values}["federation.weighting"]
         if weighting == "noised-size":
             fixed["federation.weighting"] = "public-size"

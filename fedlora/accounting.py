@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from fedlora import noise_shares
 from fedlora.composition import Event, History, compose, epsilon
 from fedlora.errors import InputError, Refusal
 
@@ -18,6 +19,7 @@ __all__ = [
     "compose",
     "default_delta",
     "epsilon",
+    "epsilon_alone",
     "noise_multiplier",
     "public_delta",
     "public_size",
@@ -37,6 +39,7 @@ def noise_multiplier(
     steps: int,
     accountant: str = "prv",
     history: Iterable[Event] = (),
+    shares: int = 0,
 ) -> float:
     """Find the least noise with which a plan, on top of a history, stays within epsilon.
 
@@ -50,6 +53,7 @@ def noise_multiplier(
         steps: Steps of the plan, >= 1.
         accountant: ``"prv"`` or ``"rdp"``.
         history: Earlier releases about the same data.
+        shares: The number of discrete shares whose sum is the noise; 0: one Gaussian.
 
     Raises:
         InputError: If a value is out of bounds, or the accountant cannot certify so small an
@@ -68,7 +72,7 @@ def noise_multiplier(
 
     def excess(sigma: float) -> float:
         """Log of epsilon over target: nearly linear in log sigma, at most 0 where it fits."""
-        plan = Event(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)
+        plan = Event(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, shares=shares)
         try:
             value = _bound((*before, plan), delta, accountant)
         except InputError:
@@ -192,6 +196,10 @@ class PrivacyPlan:
         rounds: The most rounds in which the institution takes part.
         accountant: ``"prv"`` or ``"rdp"``.
         size_noise: Deviation of the noise on the released number of units; 0: it is not released.
+        honest: Under secure aggregation the number of institutions whose shares of noise are in
+            every sum; ``noise_multiplier`` is that of their sum. 0: the institution adds all of the
+            noise itself.
+        colluding: The number of institutions that may tell the server all that they know.
     """
 
     epsilon: float
@@ -205,6 +213,8 @@ class PrivacyPlan:
     rounds: int
     accountant: str
     size_noise: float = 0.0
+    honest: int = 0
+    colluding: int = 0
 
     @property
     def expected_batch_size(self) -> float:
@@ -231,10 +241,38 @@ class PrivacyPlan:
         """The cost of releasing a noised number of units; empty without that release."""
         return size_events(self.size_noise)
 
+    def share_scale(self, parameters: int) -> float:
+        """The scale of this institution's share of noise, in steps of the grid.
+
+        Args:
+            parameters: The number of trained parameters.
+        """
+        return noise_shares.share_scale(self.noise_multiplier, self.honest, parameters)
+
     def _steps(self, steps: int) -> Event:
         return Event(
-            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=steps,
+            shares=self.honest,
         )
+
+
+def epsilon_alone(history: Iterable[Event], delta: float, accountant: str = "prv") -> float:
+    """Bound the epsilon if all others collude: of the noise one's own shares are left.
+
+    Args:
+        history: As for `epsilon`.
+        delta: As for `epsilon`.
+        accountant: As for `epsilon`.
+
+    Returns:
+        At least `epsilon` of the history; inf where so little noise gives no finite bound.
+    """
+    try:
+        return _bound((event.alone() for event in history), delta, accountant)
+    except InputError:
+        return math.inf
 
 
 def size_events(size_noise: float) -> tuple[Event, ...]:

@@ -6,7 +6,7 @@ possible. Plans are cached for the life of the process.
 
 import functools
 
-from fedlora import accounting
+from fedlora import accounting, discrete_gaussian, noise_shares
 from fedlora.accounting import PrivacyPlan
 from fedlora.config import PrivacyConfig, RunConfig
 from fedlora.errors import InputError
@@ -56,10 +56,17 @@ def _plan_run(
     delta = delta_of(privacy, units)
     rate = accounting.sample_rate(given_rate, batch_size, size_class)
     size_noise = privacy.size_noise if weighting == "noised-size" else 0.0
+    honest = privacy.honest if privacy.shares_noise else 0
     noise_multiplier = _noise_multiplier(
-        privacy.epsilon, delta, rate, local_steps * participations, privacy.accountant, size_noise
+        privacy.epsilon,
+        delta,
+        rate,
+        local_steps * participations,
+        privacy.accountant,
+        size_noise=size_noise,
+        shares=honest,
     )
-    return PrivacyPlan(
+    plan = PrivacyPlan(
         epsilon=privacy.epsilon,
         delta=delta,
         noise_multiplier=noise_multiplier,
@@ -71,12 +78,27 @@ def _plan_run(
         rounds=participations,
         accountant=privacy.accountant,
         size_noise=size_noise,
+        honest=honest,
+        colluding=privacy.colluding if privacy.shares_noise else 0,
     )
+    if honest and plan.share_scale(noise_shares.MAX_PARAMETERS) > discrete_gaussian.MAX_SCALE:
+        raise InputError(
+            f"privacy.epsilon is {privacy.epsilon:g}, which needs a noise multiplier of "
+            f"{noise_multiplier:g}, beyond the integers of secure aggregation; raise it"
+        )
+    return plan
 
 
 @functools.lru_cache(maxsize=4096)
 def _noise_multiplier(
-    epsilon: float, delta: float, rate: float, steps: int, accountant: str, size_noise: float
+    epsilon: float,
+    delta: float,
+    rate: float,
+    steps: int,
+    accountant: str,
+    *,
+    size_noise: float,
+    shares: int,
 ) -> float:
     """The noise of a plan; institutions of several size classes often share it."""
     return accounting.noise_multiplier(
@@ -86,6 +108,7 @@ def _noise_multiplier(
         steps=steps,
         accountant=accountant,
         history=accounting.size_events(size_noise),
+        shares=shares,
     )
 
 

@@ -3,7 +3,9 @@
 Every release is a sampled Gaussian mechanism: each unit (a record, or all records of one
 customer) enters independently with probability q, its contribution is clipped to norm C, and
 Gaussian noise of deviation sigma * C is added to the sum. Neighbouring data sets differ by adding
-or removing one unit. docs/privacy-accounting.md works an example by hand.
+or removing one unit. docs/privacy-accounting.md works an example by hand. Under secure aggregation
+the noise is a sum of discrete shares; `epsilon` then adds the small cost of their difference from a
+Gaussian.
 
 Opacus supplies the mathematics, as a numerical composition of privacy loss variables ("prv", tight)
 or as Renyi differential privacy ("rdp", older, looser). Every figure returned is an upper bound on
@@ -23,13 +25,14 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlora import noise_shares
 from fedlora.errors import InputError
 
 Floats = npt.NDArray[np.float64]
@@ -48,6 +51,11 @@ _SMALL_EPSILON = 0.5
 _SMALL_MARGIN = 0.03
 _MAX_LOSS = 300.0  # exp(loss) must stay far inside float64; above it the RDP bound is used
 
+# Of delta, for the discreteness of shares of noise; below a tenth of a permille of epsilon.
+_DISCRETE_PART = 2.0**-10
+# Minus the log of a probability that is negligible beside any delta.
+_NEGLIGIBLE = 91.0
+
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Event:
@@ -57,6 +65,8 @@ class Event:
         noise_multiplier: Deviation of the noise divided by the sensitivity, > 0.
         sample_rate: Probability that a unit takes part in a step, in (0, 1].
         steps: Number of steps, >= 1.
+        shares: The number of discrete shares whose sum is the noise (`fedlora.noise_shares`); 0 for
+            noise that one institution adds as a whole.
 
     Raises:
         InputError: If a value is out of its bounds.
@@ -65,6 +75,7 @@ class Event:
     noise_multiplier: float
     sample_rate: float
     steps: int
+    shares: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.noise_multiplier < math.inf):
@@ -77,6 +88,17 @@ class Event:
             )
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}, but must be at least 1")
+        if self.shares < 0:
+            raise InputError(f"shares is {self.shares}, but must be at least 0")
+
+    def alone(self) -> Event:
+        """The steps for somebody who can subtract every share of noise but one."""
+        if not self.shares:
+            return self
+        sigma = self.noise_multiplier / math.sqrt(self.shares)
+        return Event(
+            noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps, shares=1
+        )
 
 
 History = tuple[Event, ...]
@@ -88,12 +110,13 @@ def compose(events: Iterable[Event]) -> History:
     Epsilon does not depend on the order of the steps, so equal spending always has the same form
     (and one cache entry).
     """
-    steps: Counter[tuple[float, float]] = Counter()
+    steps: Counter[tuple[float, float, int]] = Counter()
     for event in events:
-        steps[float(event.noise_multiplier), float(event.sample_rate)] += event.steps
+        mechanism = float(event.noise_multiplier), float(event.sample_rate), event.shares
+        steps[mechanism] += event.steps
     return tuple(
-        Event(noise_multiplier=sigma, sample_rate=rate, steps=count)
-        for (sigma, rate), count in sorted(steps.items())
+        Event(noise_multiplier=sigma, sample_rate=rate, steps=count, shares=shares)
+        for (sigma, rate, shares), count in sorted(steps.items())
     )
 
 
@@ -111,14 +134,48 @@ def epsilon(history: Iterable[Event], delta: float, accountant: str = "prv") -> 
         accountant: ``"prv"`` or ``"rdp"``.
 
     Raises:
-        InputError: If delta or the accountant is out of bounds, or the noise is so small that no
-            finite epsilon exists.
+        InputError: If delta or the accountant is out of bounds, the noise is so small that no
+            finite epsilon exists, or shares of noise are too coarse.
     """
     if not 0 < delta < 1:
         raise InputError(f"delta is {delta}, but must be above 0 and below 1")
     if accountant not in ("prv", "rdp"):
         raise InputError(f"accountant is {accountant!r}, but must be prv or rdp")
-    return _epsilon(compose(history), delta, accountant)
+    canonical = compose(history)
+    if not any(event.shares for event in canonical):
+        return _epsilon(canonical, delta, accountant)
+    continuous = compose(replace(event, shares=0) for event in canonical)
+    value = _epsilon(continuous, delta * (1 - _DISCRETE_PART), accountant)
+    return value + 2 * _discrete_loss(canonical, value)
+
+
+def _discrete_loss(history: History, value: float) -> float:
+    """Bound the log-ratio of the law of discrete shares to that of a Gaussian mechanism.
+
+    The ratio holds where no share is above B s, which fails with a probability of at most
+    2 D exp(-B^2 / 2) for D numbers of noise. B is such that exp(epsilon) times this is negligible.
+
+    Args:
+        history: In canonical form.
+        value: The history's epsilon with Gaussian noise.
+
+    Raises:
+        InputError: If the bound is above half of what delta leaves for it.
+    """
+    shared = [event for event in history if event.shares]
+    numbers = sum(e.steps * e.shares for e in shared) * noise_shares.MAX_PARAMETERS
+    square = 2 * (value + math.log(numbers) + _NEGLIGIBLE)  # B^2
+    loss = 0.0
+    for e in shared:
+        scale = noise_shares.share_scale(e.noise_multiplier, e.shares, 1)
+        loss += e.steps * e.shares * noise_shares.MAX_PARAMETERS * square / (8 * scale**2)
+    if loss > _DISCRETE_PART / 2:
+        raise InputError(
+            f"the noise of {max(e.shares for e in shared)} institutions over "
+            f"{sum(e.steps for e in shared)} steps is too coarse on its grid; lower privacy.honest "
+            "or federation.rounds"
+        )
+    return loss
 
 
 @lru_cache(maxsize=1 << 16)

@@ -22,7 +22,7 @@ from typing import Any
 
 import tomli_w
 
-from fedlora import schemes
+from fedlora import noise_shares, schemes
 from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.settings_schema import Scalar, Section, check_zero_or, coerce, kebab, key
@@ -30,6 +30,8 @@ from fedlora.strategy_table import STRATEGY_TABLE, Traits, names_with
 
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
 
+SECURE_AGGREGATION = "secure-aggregation"
+"""``privacy.trust`` where the server sees sums of updates only."""
 INSTITUTIONS = "institutions"
 """``data.source`` of a deployment: each institution brings its own records."""
 
@@ -333,6 +335,31 @@ class PrivacyConfig(Section):
     """Example-level differential privacy at each institution."""
 
     prefix = "privacy."
+    trust: str = key(
+        "local",
+        "who adds the noise: local (each institution all of its own, so that nobody need be "
+        "trusted), secure-aggregation (each a share; the server sees sums only)",
+        choices=("local", SECURE_AGGREGATION),
+    )
+    honest: int = key(
+        0,
+        "secure-aggregation: institutions whose shares of noise are in every sum; at least "
+        f"{noise_shares.MIN_HONEST}",
+        at_least=0,
+        at_most=10**6,
+    )
+    colluding: int = key(
+        0,
+        "secure-aggregation: institutions that may tell the server all that they know, at most",
+        at_least=0,
+        at_most=10**6,
+    )
+    protocol: str = key(
+        "ideal",
+        "secure-aggregation in a simulation: ideal (the server adds up plain vectors, for the same "
+        "result), full (masks and signatures); a deployment always runs full",
+        choices=("ideal", "full"),
+    )
     epsilon: float = key(
         8.0, "budget of one run at each institution; inf switches DP off", above=0, infinite=True
     )
@@ -405,6 +432,11 @@ class PrivacyConfig(Section):
     def enabled(self) -> bool:
         """Whether institutions train under DP."""
         return math.isfinite(self.epsilon)
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether institutions add shares of noise to a sum (secure aggregation)."""
+        return self.trust == SECURE_AGGREGATION
 
     @property
     def protects_nobody(self) -> bool:
@@ -570,6 +602,8 @@ class RunConfig(Section):
                 "data.source is 'institutions', where nobody sees all records: list the classes in "
                 "data.labels (none for sft), and the number of institutions in data.institutions"
             )
+        if privacy.shares_noise:
+            _check_secure(self)
         _check_robust(federation, privacy)
         _check_strategy(self.adapter, federation)
         if not privacy.enabled and federation.weighting == "noised-size":
@@ -875,4 +909,62 @@ def _check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
         raise InputError(
             f"federation.robust is {rule!r}, but privacy.institution-epsilon needs a mean whose "
             "sensitivity is known, and itself bounds every institution's influence; use none"
+        )
+
+
+_ONE_STEP = "an institution sends the sum of one step's clipped gradients in a round"
+_NO_UPDATE = "the server sees no single update"
+_SECURE: Mapping[str, tuple[Scalar, str]] = {
+    "training.local-steps": (1, _ONE_STEP),
+    "training.optimizer": ("sgd", _ONE_STEP),
+    "training.proximal": (0, _ONE_STEP),
+    "federation.weighting": ("public-size", "the sum counts every record alike"),
+    "federation.institutions-per-round": (0, "all institutions are asked in every round"),
+    "federation.robust": ("none", _NO_UPDATE),
+    "federation.max-update-norm": (0, _NO_UPDATE),
+    "privacy.institution-epsilon": (math.inf, _NO_UPDATE),
+    "adapter.ranks": ("", "all vectors have one length"),
+}
+"""Key -> the only value under secure aggregation, and the reason."""
+
+
+def _check_secure(run: RunConfig) -> None:
+    """Refuse settings under which secure aggregation would not keep its promise.
+
+    The server sees the sum of clipped gradients of one Poisson step at all institutions.
+    """
+    privacy, flat = run.privacy, run.flat()
+    trust = f"privacy.trust {privacy.trust!r}"
+    if not privacy.enabled:
+        raise InputError(
+            f"privacy.epsilon is inf, but {trust} adds up shares of noise; give a budget, or use "
+            "privacy.trust local"
+        )
+    if privacy.honest < noise_shares.MIN_HONEST:
+        raise InputError(
+            f"privacy.honest is {privacy.honest}, but under {trust} it must be at least "
+            f"{noise_shares.MIN_HONEST}: set it to the number of institutions whose noise is "
+            "surely in every sum"
+        )
+    if not run.federation.traits.linear:
+        raise InputError(
+            f"federation.strategy is {run.federation.strategy!r}, which reads more than the mean "
+            f"of each factor, but under {trust} the server sees nothing else; use "
+            f"{names_with(lambda t: t.linear)}"
+        )
+    for name, (value, why) in _SECURE.items():
+        if flat[name] != value:
+            raise InputError(
+                f"{name} is {flat[name]!r}, but under {trust} {why}; set it to {value!r}"
+            )
+    for name in ("training.sample-rate", "privacy.delta"):
+        if not flat[name]:
+            raise InputError(
+                f"{name} is 0, which stands for a value by an institution's size, but under "
+                f"{trust} all institutions plan the same noise; give the value"
+            )
+    if run.deployed and privacy.protocol != "full":
+        raise InputError(
+            f"privacy.protocol is {privacy.protocol!r}, but data.source is 'institutions', where "
+            "the server must not see a single vector; use full"
         )

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from fedlora.adapters import AdapterState
 
 
@@ -24,12 +27,14 @@ class Hello:
         version: Its fedlora version.
         fits: Whether the whole run fits what its privacy ledger has left.
         rank: The rank of its factors.
+        size: Its size class, under secure aggregation; 0 otherwise.
     """
 
     institution: str
     version: str
     fits: bool
     rank: int
+    size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +205,14 @@ class ClientUpdate:
     Args:
         institution: The institution's name.
         round: The order's round.
-        adapter: The trained parts, after local training.
+        adapter: The trained parts, after local training; empty where there are ``words``.
         run: The order's run.
         size: The size for the weighting: a size class, a noised size or a record count; 0 for
             uniform weights.
         privacy: The privacy spent; None without DP.
         metrics: The requested figures; empty under DP.
+        words: Under secure aggregation the noised sum of gradients, int64 ``(d,)``, in steps of the
+            grid (`fedlora.noise_shares`); None otherwise.
     """
 
     institution: str
@@ -215,3 +222,4 @@ class ClientUpdate:
     size: float = 0.0
     privacy: PrivacySpent | None = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    words: "npt.NDArray[np.int64] | None" = None

@@ -23,6 +23,8 @@ class Traits:
         local_parts: The parts that institutions train and never send.
         factor_means: Whether the strategy averages each factor by itself. Coordinate-wise
             robust rules, and noise on the mean of the factors, need such a strategy.
+        linear: Whether the new adapter follows from the mean of each factor and the adapter before.
+            Secure aggregation shows the server nothing else.
         mixed_ranks: Whether institutions may have different ranks.
         residuals: Whether the strategy puts the part of a mean that the factors do not hold into a
             frozen residual of the base's layers.
@@ -35,6 +37,7 @@ class Traits:
     sent: tuple[tuple["Part", ...], ...] = (("A", "B", "magnitude", "head"),)
     local_parts: tuple["Part", ...] = ()
     factor_means: bool = False
+    linear: bool = False
     mixed_ranks: bool = False
     residuals: bool = False
     changes_basis: bool = False
@@ -60,12 +63,17 @@ _SHARED_A: tuple["Part", ...] = ("A", "head")
 _OUTPUTS: tuple["Part", ...] = ("B", "magnitude")
 
 STRATEGY_TABLE: Mapping[str, Traits] = {
-    "fedavg": Traits(summary="mean of each factor", factor_means=True),
-    "ffa": Traits(summary="A frozen, exact", factor_means=True, sent=(_FROZEN_A,)),
+    "fedavg": Traits(summary="mean of each factor", factor_means=True, linear=True),
+    "ffa": Traits(summary="A frozen, exact", factor_means=True, linear=True, sent=(_FROZEN_A,)),
     "fedsvd": Traits(
         summary="as ffa, A orthonormal by an SVD a round", sent=(_FROZEN_A,), changes_basis=True
     ),
-    "rolora": Traits(summary="A, B in turn, exact", factor_means=True, sent=(_FROZEN_A, _FROZEN_B)),
+    "rolora": Traits(
+        summary="A, B in turn, exact",
+        factor_means=True,
+        linear=True,
+        sent=(_FROZEN_A, _FROZEN_B),
+    ),
     "svd": Traits(summary="mean of the products, cut back to the rank", mixed_ranks=True),
     "stack": Traits(summary="exact, fresh factors in each round", mixed_ranks=True, residuals=True),
     "exact": Traits(summary="exact, the base carries the rest", residuals=True),

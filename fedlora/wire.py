@@ -8,8 +8,11 @@ import dataclasses
 import json
 import re
 import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -34,8 +37,11 @@ from fedlora.messages import (
 from fedlora.run_files import RUN_NAME
 
 if TYPE_CHECKING:
+    import torch
+
     from fedlora.adapters import AdapterState
 
+Words = npt.NDArray[np.int64]
 _T = typing.TypeVar("_T")
 _Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder", "Release")
 
@@ -46,6 +52,7 @@ RELEASED = f"{MessageType.EVALUATE}.released"
 SHARED_TYPES = (MessageType.TRAIN, HOME)
 """Message types that several institutions of a simulation answer in shared passes."""
 _SAFETENSORS = "safetensors"
+_INT64, _RAW = "<i8", "raw"
 MAX_HEADER_BYTES = 2**20
 """Bytes of names and shapes in an adapter's file. A thousand tensors take some 0.2 MB. Each tensor
 that a header names takes memory before it is compared with anything."""
@@ -63,8 +70,20 @@ _PLAIN: dict[Any, str] = {
     bool: "true or false",
     tuple[str, ...]: f"a list of at most {MAX_LIST_TEXTS} texts",
 }
-_ADAPTER, _ORDER, _UPDATE, _PRIVACY, _METRICS, _REFUSED, _HELLO, _QUERY, _EVALUATION = (
+(
+    _ADAPTER,
+    _WORDS,
+    _ORDER,
+    _UPDATE,
+    _PRIVACY,
+    _METRICS,
+    _REFUSED,
+    _HELLO,
+    _QUERY,
+    _EVALUATION,
+) = (
     "adapter",
+    "words",
     "order",
     "update",
     "privacy",
@@ -86,7 +105,7 @@ def pack_adapter(state: "AdapterState") -> ArrayRecord:
     return ArrayRecord({_ADAPTER: Array("uint8", (len(data),), _SAFETENSORS, data)})
 
 
-def _blob(state: "AdapterState", metadata: dict[str, str] | None = None) -> bytes:
+def _blob(state: "Mapping[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> bytes:
     import safetensors.torch
 
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -213,11 +232,14 @@ def pack_update(update: ClientUpdate) -> RecordDict:
     """A `ClientUpdate` as records."""
     content = RecordDict(
         {
-            _UPDATE: _plain(update, "adapter", "privacy", "metrics"),
-            _ADAPTER: pack_adapter(update.adapter),
+            _UPDATE: _plain(update, "adapter", "privacy", "metrics", "words"),
             _METRICS: MetricRecord(dict(update.metrics)),
         }
     )
+    if update.words is None:
+        content[_ADAPTER] = pack_adapter(update.adapter)
+    else:
+        content[_WORDS] = _pack_words(update.words)
     if update.privacy is not None:
         content[_PRIVACY] = _plain(update.privacy)
     return content
@@ -230,7 +252,13 @@ def unpack_update(content: RecordDict) -> ClientUpdate:
         Refusal: With the institution's own code when it refused, or ``malformed-message``.
     """
     _raise_refusal(content)
-    _holds_only(content, _UPDATE, _ADAPTER, _METRICS, _PRIVACY)
+    _holds_only(content, _UPDATE, _ADAPTER, _WORDS, _METRICS, _PRIVACY)
+    values: dict[str, Any] = _config(content, _UPDATE)
+    if _WORDS in content:
+        _holds_only(content, _UPDATE, _WORDS, _METRICS, _PRIVACY)
+        values |= {"words": _words(content), "adapter": _no_adapter()}
+    else:
+        values |= {"words": None, "adapter": _adapter(content)}
     privacy = None
     if _PRIVACY in content.config_records:
         privacy = _build(PrivacySpent, _config(content, _PRIVACY))
@@ -238,11 +266,7 @@ def unpack_update(content: RecordDict) -> ClientUpdate:
     for name, value in metrics.items():
         if len(name) > MAX_TEXT_CHARACTERS or not isinstance(value, int | float):
             raise Refusal("malformed-message", f"the figure {_quoted(name)} is no number")
-    values = _config(content, _UPDATE)
-    return _build(
-        ClientUpdate,
-        values | {"adapter": _adapter(content), "privacy": privacy, "metrics": metrics},
-    )
+    return _build(ClientUpdate, values | {"privacy": privacy, "metrics": metrics})
 
 
 def pack_refusal(code: str) -> RecordDict:
@@ -257,9 +281,8 @@ def _raise_refusal(content: RecordDict) -> None:
 
 
 def adapter_bytes(content: RecordDict) -> int:
-    """Bytes of the adapter in a message, as Flower counts them."""
-    record = content.array_records.get(_ADAPTER)
-    return 0 if record is None else array_bytes(record)
+    """Bytes of the adapter, or of the words in its place, as Flower counts them."""
+    return sum(array_bytes(record) for record in content.array_records.values())
 
 
 def array_bytes(record: ArrayRecord) -> int:
@@ -294,6 +317,27 @@ def _only(record: ArrayRecord) -> bytes:
     if (size := int.from_bytes(data[:8], "little")) > MAX_HEADER_BYTES:
         raise ValueError(f"its header has {size} bytes, above {MAX_HEADER_BYTES}")
     return data
+
+
+def _no_adapter() -> "AdapterState":
+    from fedlora.adapters import AdapterState
+
+    return AdapterState({})
+
+
+def _pack_words(words: Words) -> ArrayRecord:
+    return ArrayRecord({_WORDS: Array(_INT64, words.shape, _RAW, words.astype(_INT64).tobytes())})
+
+
+def _words(content: RecordDict) -> Words:
+    record = content.array_records.get(_WORDS)
+    found = [] if record is None else list(record.items())
+    if len(found) == 1:
+        name, array = found[0]
+        about = (name, array.stype, array.dtype, tuple(array.shape))
+        if about == (_WORDS, _RAW, _INT64, (len(array.data) // 8,)) and len(array.data) % 8 == 0:
+            return np.frombuffer(array.data, _INT64).astype(np.int64, copy=False)
+    raise Refusal("malformed-message", "the words are not one vector of 64-bit integers")
 
 
 def _identified(order: _Order) -> _Order:
@@ -361,7 +405,12 @@ def update_to_bytes(update: ClientUpdate) -> bytes:
         "privacy": None if update.privacy is None else dataclasses.asdict(update.privacy),
         "metrics": dict(update.metrics),
     }
-    return _blob(update.adapter, {_UPDATE: json.dumps(fields)})
+    held: Mapping[str, Any] = update.adapter
+    if update.words is not None:
+        import torch
+
+        held = {_WORDS: torch.as_tensor(update.words)}
+    return _blob(held, {_UPDATE: json.dumps(fields)})
 
 
 def update_from_bytes(blob: bytes) -> ClientUpdate:
@@ -370,4 +419,9 @@ def update_from_bytes(blob: bytes) -> ClientUpdate:
     fields = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"][_UPDATE])
     if fields["privacy"] is not None:
         fields["privacy"] = PrivacySpent(**fields["privacy"])
+    import safetensors.torch
+
+    tensors = safetensors.torch.load(blob)
+    if list(tensors) == [_WORDS]:
+        return ClientUpdate(adapter=_no_adapter(), words=tensors[_WORDS].numpy(), **fields)
     return ClientUpdate(adapter=_state(blob), **fields)

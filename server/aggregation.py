@@ -1,21 +1,25 @@
-"""Aggregations of a round's updates: a strategy's mean, a robust rule, or a noised mean.
+"""Aggregations of a round's updates: a strategy's mean, a robust rule, a noised mean or a sum.
 
 The driver (`server.rounds`) calls one `Aggregation` and knows nothing of its kind.
 """
 
 import abc
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedlora import wire
+import numpy as np
+
+from fedlora import noise_shares, wire
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
+from fedlora.errors import InputError, Refusal
 from server import institution_privacy
 from server.institution_privacy import InstitutionMechanism
 from server.replies import Replies
 from server.run_directory import RunState
-from strategies import STRATEGIES, robust
+from strategies import STRATEGIES, noised_sum, robust
 from strategies.base import Round
 from strategies.diagnostics import Watch
 
@@ -56,16 +60,13 @@ class Aggregation(abc.ABC):
     The methods here suit an aggregation whose server may record figures of each update. An
     aggregation that hides updates overrides them, as `InstitutionLevel` does.
 
-    Secure aggregation, where the server sees a sum and never an update, would be a fourth kind. Its
-    `aggregate` would not iterate over ``replies``, which unpacks updates, but collect masked
-    vectors, remove the masks of institutions that did not answer, and divide. Its `report` would
-    count answers and name institutions by missing answers only. ``figures`` would stay empty.
-
     Attributes:
         newest_checkpoint_only: Whether a run may be resumed from its newest checkpoint only.
+        least_asked: The least number of institutions with which a round can change something.
     """
 
     newest_checkpoint_only = False
+    least_asked = 1
 
     @abc.abstractmethod
     def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
@@ -198,6 +199,62 @@ class InstitutionLevel(Aggregation):
         return {"institution_level": self._mechanism.statement(state.asked.values())}
 
 
+class NoisedSum(Aggregation):
+    """The sum of vectors with shares of noise: secure aggregation with ``protocol = ideal``.
+
+    The server adds up what the full protocol gives it, the sum, from vectors without masks. No
+    figure of a single vector is computed or recorded.
+
+    Args:
+        config: The run.
+        institutions: The number of institutions.
+    """
+
+    newest_checkpoint_only = True  # nobody answers a round twice
+
+    def __init__(self, config: RunConfig, institutions: int) -> None:
+        self._config, self._institutions = config, institutions
+        privacy = config.privacy
+        self.least_asked = noise_shares.least_survivors(
+            institutions, privacy.honest, privacy.colluding
+        )
+
+    def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
+        """One step on the union of the records. Raises `Refusal` ``too-few-survivors``."""
+        config = self._config
+        total = np.zeros(this_round.words, np.int64)
+        sizes: list[float] = []
+        for update, size in replies:
+            if update.words is not None:  # `Replies` has checked its length
+                total += update.words  # modulo 2^64
+                sizes.append(size)
+        if len(sizes) < self.least_asked:
+            raise Refusal(
+                "too-few-survivors",
+                f"{len(sizes)} vectors arrived; with privacy.honest {config.privacy.honest} and "
+                f"privacy.colluding {config.privacy.colluding} at least {self.least_asked} of "
+                f"{self._institutions} are needed",
+            )
+        divisor = config.training.sample_rate * math.fsum(sizes)
+        grid = noise_shares.grid(config.privacy.max_grad_norm)
+        scale = config.training.learning_rate * grid / divisor
+        before = this_round.before.only(this_round.parts)
+        return Aggregated(adapter=noised_sum.step(before, total, scale))
+
+    def statement(self, state: RunState) -> dict[str, Any]:
+        """The institutions that must be trusted."""
+        privacy = self._config.privacy
+        return {
+            "secure_aggregation": {
+                "honest": privacy.honest,
+                "colluding": privacy.colluding,
+                "institutions": self._institutions,
+                "least_survivors": self.least_asked,
+                "protocol": privacy.protocol,
+            }
+        }
+
+
 def _answered(replies: Replies) -> int:
     return replies.valid + len(replies.invalid)
 
@@ -211,8 +268,16 @@ def choose(config: RunConfig, institutions: int, participations: int) -> Aggrega
         participations: The most rounds for which one institution can be asked.
 
     Raises:
-        InputError: If no noise keeps institution-level DP within its budget.
+        InputError: If no noise keeps institution-level DP within its budget, or the protocol of
+            secure aggregation cannot run.
     """
+    if config.privacy.shares_noise:
+        if config.privacy.protocol == "full":
+            raise InputError(
+                "privacy.protocol is 'full', which this version cannot run; use ideal, in a "
+                "simulation"
+            )
+        return NoisedSum(config, institutions)
     if config.privacy.hides_institutions:
         mechanism = institution_privacy.plan(config, institutions, participations)
         return InstitutionLevel(mechanism, config.privacy.epsilon)

@@ -29,6 +29,23 @@ def check_size(config: RunConfig, adapter: AdapterState) -> None:
         )
 
 
+def check_online(online: Mapping[str, int], least: int) -> None:
+    """End a run, before any institution pays for a round, when too few are there to change it.
+
+    Args:
+        online: Institution -> node.
+        least: The least number of institutions, above 1 under secure aggregation.
+
+    Raises:
+        RunFailed: Naming both numbers.
+    """
+    if least > 1 and len(online) < least:
+        raise RunFailed(
+            f"{len(online)} institutions are online, and a round needs {least} (privacy.honest, "
+            "privacy.colluding); resume the run when more are back. The last checkpoint is kept"
+        )
+
+
 def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) -> None:
     """Refuse a global adapter of a server optimizer on which no update can be valid.
 

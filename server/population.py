@@ -158,6 +158,12 @@ def _check_federation(config: RunConfig, institutions: int) -> None:
                 f"federation.{key} is {wanted}, but only {institutions} institutions have data; "
                 + remedy
             )
+    privacy = config.privacy
+    if privacy.shares_noise and privacy.honest + privacy.colluding > institutions:
+        raise InputError(
+            f"privacy.honest is {privacy.honest} and privacy.colluding {privacy.colluding}, but "
+            f"only {institutions} institutions have data; lower one of them"
+        )
     asked = federation.institutions_per_round or institutions
     if federation.robust != "none" and not robust.enough(
         federation.robust, federation.byzantine, asked

@@ -11,6 +11,19 @@ ADVERSARY = (
     "the server, the other institutions and anyone who sees any or all of the adapters that were "
     "sent in any round"
 )
+COLLUDING = (
+    "the server, anyone who sees any or all of the sums and adapters of any round, and up to "
+    "{colluding} institutions that tell them all that they know, as long as {honest} other "
+    "institutions' shares of noise are in each sum"
+)
+ALONE = (
+    ' If all other institutions collude, "epsilon_alone" of an institution is the bound for its '
+    "records."
+)
+NOT_MASKED = (
+    " This simulation added up the institutions' vectors without masks (privacy.protocol = ideal): "
+    "the promise is that of a deployment, where the server sees their sum only."
+)
 ADJACENCY = "add or remove one unit"
 NO_PROMISE_WITHOUT_DP = (
     "Differential privacy was off (epsilon = inf). This run protects nobody: adapters may reveal "
@@ -31,7 +44,7 @@ def statement(
     config: RunConfig,
     names: Sequence[str],
     state: RunState,
-    institution_level: Mapping[str, Any],
+    own_keys: Mapping[str, Any],
     spending: Spending | None,
 ) -> dict[str, Any]:
     """The content of privacy.json.
@@ -40,7 +53,7 @@ def statement(
         config: The run.
         names: All institutions.
         state: The state after the last round.
-        institution_level: The aggregation's own keys; empty without institution-level DP.
+        own_keys: The aggregation's own keys, on institution-level DP or secure aggregation.
         spending: The possible spending of institutions; None when DP at institutions is off.
 
     Returns:
@@ -52,26 +65,31 @@ def statement(
         words = INSTITUTION_LEVEL_ONLY if privacy.hides_institutions else NO_PROMISE_WITHOUT_DP
         if privacy.hides_institutions and privacy.noise == "seeded":
             words = NO_PROMISE_WITH_SEED
-        return {"protects": words, "epsilon": "inf", "institutions": {}, **institution_level}
+        return {"protects": words, "epsilon": "inf", "institutions": {}, **own_keys}
 
     unit = (
         "record" if privacy.unit == "record" else f"value of {privacy.unit!r} with all its records"
     )
+    adversary = ADVERSARY
+    if privacy.shares_noise:
+        adversary = COLLUDING.format(honest=privacy.honest, colluding=privacy.colluding)
     words = (
-        f"Each {unit} of an institution's training data is protected from {ADVERSARY}: whether it "
+        f"Each {unit} of an institution's training data is protected from {adversary}: whether it "
         "was there changes the probability of anything they can observe by at most the factor "
         "e^epsilon, except with probability delta."
     )
+    if privacy.shares_noise:
+        words += ALONE + NOT_MASKED * (privacy.protocol == "ideal")
     return {
         "protects": NO_PROMISE_WITH_SEED if privacy.noise == "seeded" else words,
-        "adversary": ADVERSARY,
+        "adversary": adversary,
         "adjacency": ADJACENCY,
         "institutions": {
             name: spending.stated(state.privacy[name], state.asked.get(name, 0))
             for name in names
             if name in state.privacy
         },
-        **institution_level,
+        **own_keys,
         "without_report": {
             name: {
                 "rounds_asked": state.asked[name],
@@ -92,3 +110,10 @@ def largest_epsilon(statement: Mapping[str, Any]) -> float:
         ),
         default=0.0,
     )
+
+
+def epsilon_alone(statement: Mapping[str, Any]) -> float | str | None:
+    """The largest epsilon if all others collude, or "inf"; None without secure aggregation."""
+    found = [spent["epsilon_alone"] for spent in statement["institutions"].values()
+             if "epsilon_alone" in spent]  # fmt: skip
+    return max(found, key=float, default=None)

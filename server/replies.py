@@ -121,7 +121,8 @@ class Replies:
                 "no-privacy-record", "DP is on, but the update does not state its spending"
             )
         by_class = self._round.weighting == "public-size"
-        self._spending.checked(update.privacy, update.size if by_class else None)
+        size = self._round.sizes.get(name, update.size)
+        self._spending.checked(update.privacy, size if by_class else None)
         self.privacy[name] = dataclasses.asdict(update.privacy)
 
     def _check_figures(self, figures: Mapping[str, float]) -> None:

@@ -85,6 +85,11 @@ class Roster:
                         f"{hello.institution} has rank {hello.rank}, adapter.rank is {rank} and "
                         f"federation.strategy {strategy}",
                     )
+                if self._config.privacy.shares_noise and not _is_class(hello.size):
+                    raise Refusal(
+                        "invalid-size",
+                        f"{hello.institution} has size {hello.size}, which is no power of two",
+                    )
                 if hello.institution in {h.institution for h in self._known.values()}:
                     raise Refusal("name-taken", f"two nodes call themselves {hello.institution}")
                 self._known[node] = hello
@@ -154,21 +159,29 @@ class Roster:
         """Rank of an institution's factors."""
         return self._known[node].rank
 
-    def check_budgets(self) -> None:
+    def sizes(self) -> dict[str, float]:
+        """Institution -> its size class, under secure aggregation."""
+        return {hello.institution: float(hello.size) for hello in self._known.values()}
+
+    def check_budgets(self, least: int) -> None:
         """Refuse a run whose budgets do not last, before any institution spends on it.
+
+        Args:
+            least: The least number of institutions with which a round can change something.
 
         Raises:
             InputError: When too few institutions have budget for the whole run.
         """
-        federation, privacy = self._config.federation, self._config.privacy
+        privacy = self._config.privacy
+        least = max(least, self._config.federation.min_updates)
         lacking = sum(not hello.fits for hello in self._known.values())
-        if len(self) - lacking < federation.min_updates:
+        if len(self) - lacking < least:
             home = self._config.home
             also = f" with own models at home.epsilon {home.epsilon:g}" if home.private else ""
             raise InputError(
                 f"budget exhausted: {lacking} of {len(self)} institutions have too little left in "
                 f"their ledgers for a run at privacy.epsilon {privacy.epsilon:g}{also}, and "
-                f"federation.min-updates is {federation.min_updates}; lower privacy.epsilon"
+                f"{least} institutions are needed; lower privacy.epsilon"
                 f"{' or home.epsilon' if also else ''} or use "
                 "other records (`fedlora ledger show` prints the remaining budget; --max-epsilon "
                 "is for new ledgers and does not raise the limit of one that exists)"
@@ -189,6 +202,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_class(size: int) -> bool:
+    return size >= 1 and size & (size - 1) == 0
 
 
 def patience(config: RunConfig) -> float:

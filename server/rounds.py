@@ -22,7 +22,7 @@ from fedlora.run_files import read_records
 from server import aggregation, evaluation, handout, joining, limits, tracking
 from server.aggregation import Aggregated, Report
 from server.population import population_of
-from server.privacy_statement import largest_epsilon, statement
+from server.privacy_statement import epsilon_alone, largest_epsilon, statement
 from server.replies import Replies
 from server.roster import Roster, patience
 from server.run_directory import RunDirectory, RunState
@@ -132,7 +132,7 @@ class Federation:
         """Run the rounds that are left, and write the results."""
         self.roster.wait(self.population.size)
         if self.state.round == 0 and self.config.privacy.enabled:
-            self.roster.check_budgets()
+            self.roster.check_budgets(self.aggregation.least_asked)
         tracker = tracking.Tracking(self.config, self.state.run)
         if self.state.round == 0:
             self.directory.create(self.config)
@@ -140,6 +140,7 @@ class Federation:
         while self.state.round < self.config.federation.rounds:
             online = self.roster.online()
             names = self.sample(online)
+            limits.check_online(online, self.aggregation.least_asked)
             if online and not names:
                 log.warning(
                     "the run ends after round %d: every institution that is online was asked for "
@@ -424,6 +425,7 @@ class Federation:
             **({"released": outcomes} if outcomes else {}),
             "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
             "delta": max((p["delta"] for p in state.privacy.values()), default=None),
+            **({"epsilon_alone_max": alone} if (alone := epsilon_alone(privacy)) else {}),
             "rounds": state.round,
             "seconds": round(state.seconds, 2),
             "run_dir": str(self.directory.path),
@@ -455,13 +457,17 @@ class Federation:
     def _round(self, number: int, asked: int) -> Round:
         """A round before its orders are made."""
         config, federation = self.config, self.config.federation
+        parts, shared = federation.traits.parts_sent(number), config.privacy.shares_noise
+        trained = self.state.adapter.only(parts)
         return Round(
             number=number,
             asked=asked,
             before=self.state.adapter,
-            parts=federation.traits.parts_sent(number),
+            parts=parts,
             local_parts=federation.traits.local_parts,
             weighting=federation.weighting,
+            words=sum(t.numel() for t in trained.values()) if shared else 0,
+            sizes=self.roster.sizes() if shared else {},
             max_sizes=self.roster.max_sizes,
             alpha=config.adapter.alpha,
             rslora=config.adapter.method.endswith("rslora"),

@@ -9,12 +9,12 @@ record of this run.
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedlora import accounting
-from fedlora.accounting import PrivacyPlan
+from fedlora.accounting import Event, PrivacyPlan
 from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
@@ -129,11 +129,22 @@ class Spending:
         return {
             **dataclasses.asdict(said),
             "epsilon": accounting.epsilon(spent, whole.delta, whole.accountant),
+            **self._alone(whole, spent),
             "noise_multiplier": whole.noise_multiplier,
             "steps": steps,
             "rounds_asked": rounds_asked,
             "unreported_steps": steps - said.steps,
             "institution_says": dataclasses.asdict(said),
+        }
+
+    def _alone(self, plan: PrivacyPlan, spent: Sequence[Event]) -> dict[str, Any]:
+        """What an institution's own share of noise is and protects; empty without shares."""
+        if not plan.honest:
+            return {}
+        alone = accounting.epsilon_alone(spent, plan.delta, plan.accountant)
+        return {
+            "epsilon_alone": alone if math.isfinite(alone) else "inf",
+            "share_noise_multiplier": plan.round_event.alone().noise_multiplier,
         }
 
 

@@ -276,7 +276,7 @@ def _seconds_per_row(
         if plans:
             from client.private_training import Participant, train_privately
 
-            mechanism = replace(plans[0], sample_rate=1.0)
+            mechanism = replace(plans[0], sample_rate=1.0, honest=0, colluding=0)
             member = Participant(shard=shard, mechanism=mechanism, source=source)
             train_privately(work, [member], plan)
         else:

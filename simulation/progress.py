@@ -189,6 +189,36 @@ def add_advice(table: Table, result: Mapping[str, Any]) -> None:
         table.add_row("", Styled(advice(rising), "yellow"))
 
 
+def add_privacy(
+    table: Table, config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str, Any]
+) -> None:
+    """Add the promise: its epsilons, the institutions that must be trusted, and words."""
+    if config.privacy.enabled:
+        table.add_row(
+            "privacy",
+            f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, "
+            f"per {config.privacy.unit}, each institution",
+        )
+    if "secure_aggregation" in privacy:
+        trusted, alone = privacy["secure_aggregation"], result.get("epsilon_alone_max", "inf")
+        table.add_row(
+            "trust",
+            f"{trusted['honest']} honest institutions in every sum, of "
+            f"{trusted['institutions']}; holds against the server with {trusted['colluding']} "
+            "others. If all others collude: epsilon "
+            + (alone if isinstance(alone, str) else f"{alone:.3f}"),
+        )
+    if "institution_level" in privacy:
+        level = privacy["institution_level"]
+        table.add_row(
+            "",
+            f"epsilon {level['epsilon']:.3f} at delta {level['delta']:g}, per institution, "
+            "against those who see global adapters only",
+        )
+    style = "bold red" if config.privacy.protects_nobody else "green"
+    table.add_row("protects", Styled(privacy["protects"], style))
+
+
 def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> None:
     """Print the results of a run as a table, and the paths of its files."""
     run_dir = Path(config.run_dir)
@@ -226,21 +256,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     truncated = result["counts"]["truncated"]
     if truncated:
         table.add_row("cut to length", longer(truncated, config.training.max_length))
-    if config.privacy.enabled:
-        table.add_row(
-            "privacy",
-            f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, "
-            f"per {config.privacy.unit}, each institution",
-        )
-    if "institution_level" in privacy:
-        level = privacy["institution_level"]
-        table.add_row(
-            "",
-            f"epsilon {level['epsilon']:.3f} at delta {level['delta']:g}, per institution, "
-            "against those who see global adapters only",
-        )
-    style = "bold red" if config.privacy.protects_nobody else "green"
-    table.add_row("protects", Styled(privacy["protects"], style))
+    add_privacy(table, config, result, privacy)
     console.print(table)
     adapter = run_dir / "adapter"
     if config.federation.traits.local_parts:

@@ -30,7 +30,10 @@ class Round:
         parts: The parts that institutions train and send.
         local_parts: The parts that institutions train and do not send.
         weighting: ``uniform``, or anything else for each update's own size.
+        sizes: Institution -> its size class, where updates do not state it.
         max_sizes: Institution -> the bound of its size as a weight; no entry means no bound.
+        words: The length of an institution's vector under secure aggregation; 0 where updates are
+            adapters.
         alpha: LoRA's alpha.
         rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
         residual_rank: The rank above which residuals are cut back.
@@ -46,6 +49,8 @@ class Round:
     parts: tuple[Part, ...] = PARTS
     local_parts: tuple[Part, ...] = ()
     weighting: str = "uniform"
+    words: int = 0
+    sizes: Mapping[str, float] = field(default_factory=dict[str, float])
     max_sizes: Mapping[str, float] = field(default_factory=dict[str, float])
     alpha: float = 1.0
     rslora: bool = False
@@ -87,7 +92,8 @@ class Round:
         """The update's weight beside others: 1, or its size, up to ``max_sizes``."""
         if self.weighting == "uniform":
             return 1.0
-        return min(update.size, self.max_sizes.get(update.institution, math.inf))
+        size = self.sizes.get(update.institution, update.size)
+        return min(size, self.max_sizes.get(update.institution, math.inf))
 
     def scale(self, rank: int) -> float:
         """The factor s of s B A for factors of this rank."""
@@ -179,7 +185,7 @@ def check_header(update: ClientUpdate, *, institution: str, this_round: Round) -
         raise Refusal(
             "stale-update", f"round {update.round} was answered in round {this_round.number}"
         )
-    _check_size(update.size, this_round.weighting)
+    _check_size(update.size, "uniform" if this_round.words else this_round.weighting)
 
 
 def validate(update: ClientUpdate, *, institution: str, this_round: Round) -> None:
@@ -195,6 +201,9 @@ def validate(update: ClientUpdate, *, institution: str, this_round: Round) -> No
     Raises:
         Refusal: With the reason as its code.
     """
+    if this_round.words or update.words is not None:
+        _check_words(update, this_round.words)
+        return
     sent = this_round.sent_to(institution)
     problem = update.adapter.validate_against(sent.only(this_round.parts))
     if problem:
@@ -216,6 +225,13 @@ def validate(update: ClientUpdate, *, institution: str, this_round: Round) -> No
                 "too-long",
                 f"the change is {size:g} long; at most {this_round.max_update_norm:g} counts",
             )
+
+
+def _check_words(update: ClientUpdate, length: int) -> None:
+    """Refuse a vector of another length; nothing else can be known about it."""
+    found = None if update.words is None else len(update.words)
+    if not length or found != length or update.adapter:
+        raise Refusal("invalid-update", f"it has {found} words, but {length or None} were ordered")
 
 
 def _check_size(size: float, weighting: str) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -59,6 +60,14 @@ def pytest_runtest_makereport():
 def _own_cache(tmp_path_factory):
     """Tests neither read nor fill the user's cache."""
     os.environ["FEDLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def memory_path():
+    """A temporary directory, in memory where there is one, for tests that sync often."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made:
+        yield Path(made)
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,11 @@ def check(config: RunConfig, out: Path, engine: str) -> None:
             f"{config.adapter.ranks!r}, but the audit needs adapters that all institutions "
             "receive and send; use another strategy and one rank"
         )
+    if config.privacy.shares_noise:
+        raise InputError(
+            f"privacy.trust is {config.privacy.trust!r}, but the audit attacks the updates of "
+            "single institutions, which the server does not see then; use local"
+        )
     if config.deployed:
         raise InputError(
             "data.source is 'institutions', which is for deployments; an audit plants its own "

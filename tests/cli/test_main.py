@@ -271,12 +271,29 @@ def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():
     refused(*small, "--batch-size", 2, "--epsilon", 1, "--delta", 0.2, words=["delta", "0.2"])
 
 
+def test_plan_gives_both_epsilons_of_secure_aggregation():
+    size = ("--records", 100, "--batch-size", 20, "--steps", 30, "--delta", 1e-5, "--epsilon", 1)
+    common = (*size, "--accountant", "rdp", "--json")
+    trust = ("--institutions", 39, "--honest", 34, "--colluding", 3)
+    shared = json.loads(invoke("plan", *common, *trust).stdout)
+    whole = json.loads(invoke("plan", *common).stdout)
+    assert shared["noise_multiplier"] == pytest.approx(whole["noise_multiplier"], rel=3e-3)
+    assert shared["epsilon"] <= 1 < shared["epsilon_alone"]
+    assert shared["least_survivors"] == 37
+    assert shared["share_noise_multiplier"] == shared["noise_multiplier"] / 34**0.5
+    assert "if all others collude" in invoke("plan", *size, *trust).stdout.replace("\n", " ")
+    refused("plan", *size, "--institutions", 39, "--honest", 1, words=["--honest is 1", "2"])
+    refused("plan", *size, *trust[:4], "--colluding", 6, words=["--colluding 6", "39"])
+
+
 def test_a_ledger_is_made_shown_and_verified(tmp_path):
     path = tmp_path / "bank.db"
     assert invoke("ledger", "init", path, "--max-epsilon", 10, "--delta", 1e-6).exit_code == 0
     shown = json.loads(invoke("ledger", "show", path, "--json").stdout)
     assert (shown["epsilon"], shown["limit"], shown["delta"]) == (0.0, 10.0, 1e-6)
     assert shown["entries"] == []
+    lines = invoke("ledger", "show", path).stdout.splitlines()
+    assert {"epsilon        0.0000", "epsilon alone  0.0000"} <= set(lines)
     verified = json.loads(invoke("ledger", "verify", path, "--json").stdout)
     assert verified == {"ok": True, "problems": []}
     again = invoke("ledger", "init", path, "--max-epsilon", 99, "--delta", 1e-6)

@@ -110,6 +110,20 @@ def test_seeded_noise_at_home_is_that_of_no_round_of_the_run(banks):
     assert order.round == config.federation.rounds + 1 == alone.federation.rounds
 
 
+def test_an_own_model_has_all_its_noise_also_after_a_run_of_secure_aggregation(banks):
+    secure = {
+        "privacy.trust": "secure-aggregation",
+        "privacy.honest": 2,
+        "federation.weighting": "public-size",
+    }
+    institutions, order = banks(**secure)
+    compare(institutions, order)
+    for one in institutions:
+        shown = ledger_of(one)
+        assert [entry["shares"] for entry in shown["entries"]] == [0]
+        assert shown["epsilon"] == shown["epsilon_alone"] <= 2.0
+
+
 def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks):
     institutions, order = banks(**{"home.epsilon": 8.0})
     ledger = institutions[1].ledger_path

@@ -363,7 +363,7 @@ def test_a_run_that_the_settings_forbid_is_refused(bank):
 
 
 def test_a_run_of_instruction_tuning_is_refused_by_its_task(bank):
-    made = bank(**{"model.task": "sft", "data.labels": "[]"})
+    made = bank(**{"model.task": "sft", "data.labels": "[]", "home.method": "none"})
     made.set(labels=[])
     found = SimpleNamespace(name="first", config=made.config.flat())
     with pytest.raises(InputError, match="run first has the task sft; models at home"):

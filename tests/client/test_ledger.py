@@ -342,6 +342,7 @@ def test_show_tells_each_entry_and_the_total(path: Path) -> None:
         "noise_multiplier": 2.0,
         "sample_rate": 0.25,
         "steps": 1,
+        "shares": 0,
         "extra": [[30.0, 1.0, 1]],
         "at": "",
         "answered": True,

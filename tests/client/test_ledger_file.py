@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ def test_what_is_read_and_not_changed_writes_nothing(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-# What fedlora wrote before version 2, copied from there.
+# What fedlora wrote in older versions, copied from there.
 VERSION_1 = """
 CREATE TABLE ledger (
     max_epsilon REAL NOT NULL, delta REAL NOT NULL, accountant TEXT NOT NULL,
@@ -191,28 +192,51 @@ CREATE TABLE sizes (run TEXT PRIMARY KEY, size REAL NOT NULL) STRICT;
 """
 
 
+VERSION_2 = VERSION_1.replace(
+    "head TEXT NOT NULL  -- of charges: number, last chain value",
+    "head TEXT NOT NULL,  -- of charges: number, last chain value\n    seal TEXT NOT NULL",
+).replace(
+    "answer BLOB NOT NULL,\n",
+    "answer BLOB NOT NULL,\n    sha256 TEXT NOT NULL,             -- of the answer\n",
+)
+SEALED_2 = (
+    "SELECT max_epsilon, delta, accountant, fingerprint, unit, entries, head FROM ledger",
+    "SELECT id, hex(key) FROM charges WHERE key IS NOT NULL ORDER BY id",
+    "SELECT run, round, digest, sha256 FROM answers ORDER BY run, round",
+    "SELECT run, size FROM sizes ORDER BY run",
+)
+
+
 def link(previous: str, *values: object) -> str:
     return hashlib.sha256(json.dumps([previous, *values]).encode()).hexdigest()
 
 
-@pytest.fixture
-def old(path: Path) -> Path:
-    """A ledger of version 1 with the same content as ``path``."""
-    old = path.with_name("old.db")
+@pytest.fixture(params=[1, 2])
+def old(path: Path, request) -> Path:
+    """A ledger of an older version with the same content as ``path``."""
+    old, version = path.with_name("old.db"), request.param
+    schema = VERSION_1 if version == 1 else VERSION_2
     with contextlib.closing(sqlite3.connect(old, isolation_level=None)) as db:
-        db.executescript(f"PRAGMA journal_mode=WAL; {VERSION_1} PRAGMA user_version=1;")
+        db.executescript(f"PRAGMA journal_mode=WAL; {schema} PRAGMA user_version={version};")
         db.execute(f"PRAGMA application_id={0x66646C64}")
         db.execute("ATTACH ? AS new", (str(path),))
         db.execute("BEGIN")
         head = link("", "fedlora ledger", 1, 9.0, DELTA, "rdp")
         rows = db.execute("SELECT * FROM new.charges ORDER BY id").fetchall()
-        for *values, _, key in rows:
+        for *values, shares, _, key in rows:
+            assert shares == 0
             head = link(head, *values)
             db.execute(f"INSERT INTO charges VALUES ({'?, ' * 10}?)", (*values, head, key))
         bound = (9.0, DELTA, "rdp", FINGERPRINT, "record", len(rows), head)
-        db.execute("INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?)", bound)
-        db.execute("INSERT INTO answers SELECT run, round, digest, answer FROM new.answers")
         db.execute("INSERT INTO sizes SELECT * FROM new.sizes")
+        if version == 1:
+            db.execute("INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?)", bound)
+            db.execute("INSERT INTO answers SELECT run, round, digest, answer FROM new.answers")
+        else:
+            db.execute("INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?, '')", bound)
+            db.execute("INSERT INTO answers SELECT * FROM new.answers")
+            state = [db.execute(query).fetchall() for query in SEALED_2]
+            db.execute("UPDATE ledger SET seal = ?", (link("fedlora ledger state", 2, *state),))
         db.execute("COMMIT")
     old.chmod(0o600)
     return old
@@ -223,10 +247,10 @@ def version(path: Path) -> int:
         return db.execute("PRAGMA user_version").fetchone()[0]
 
 
-def test_a_ledger_of_version_1_is_upgraded_and_keeps_all_it_says(path: Path, old: Path) -> None:
-    assert version(old) == 1
+def test_an_older_ledger_is_upgraded_and_keeps_all_it_says(path: Path, old: Path) -> None:
+    assert version(old) < version(path) == 3
     assert read(old) == read(path)
-    assert version(old) == 2
+    assert version(old) == 3
     edit(old, "UPDATE ledger SET fingerprint = NULL, unit = NULL")
     with pytest.raises(Refusal, match="ledger-corrupt"):
         Ledger.open(old)
@@ -242,11 +266,61 @@ def test_a_ledger_of_version_1_is_upgraded_and_keeps_all_it_says(path: Path, old
         "DELETE FROM ledger",
     ],
 )
-def test_an_altered_ledger_of_version_1_is_not_upgraded(old: Path, tampering: str) -> None:
+def test_an_altered_older_ledger_is_not_upgraded(old: Path, tampering: str) -> None:
+    before = version(old)
     edit(old, tampering)
     with pytest.raises(Refusal, match="ledger-corrupt"):
         Ledger.open(old)
-    assert version(old) == 1
+    assert version(old) == before
+
+
+@pytest.mark.parametrize("old", [2], indirect=True)
+@pytest.mark.parametrize(
+    "tampering",
+    [
+        "UPDATE ledger SET fingerprint = NULL, unit = NULL",
+        "UPDATE charges SET key = NULL",
+        "UPDATE answers SET answer = x'00'",
+        "UPDATE sizes SET size = 1.0",
+    ],
+)
+def test_the_seal_of_an_older_ledger_is_checked(old: Path, tampering: str) -> None:
+    edit(old, tampering)
+    with pytest.raises(Refusal, match="ledger-corrupt"):
+        Ledger.open(old)
+    assert version(old) == 2
+
+
+def test_shares_of_noise_are_part_of_the_chain_and_of_both_totals(path: Path) -> None:
+    shared = Event(noise_multiplier=4.0, sample_rate=0.25, steps=1, shares=4)
+    with Ledger.open(path) as ledger:
+        before = ledger.show()
+        assert before["epsilon_alone"] == before["epsilon"]
+        for number in (1, 2):
+            ledger.charge(
+                run_id="secure",
+                round_number=number,
+                order_digest="order",
+                event=shared,
+                planned=(),
+                max_steps_of_run=2,
+            )
+        with pytest.raises(Refusal, match="run-changed"):
+            ledger.charge(
+                run_id="secure",
+                round_number=2,
+                order_digest="other",
+                event=replace(shared, shares=3),
+                planned=(),
+                max_steps_of_run=3,
+            )
+        shown, history = ledger.show(), ledger.history("secure")
+    assert history == (replace(shared, steps=2),)
+    assert [entry["shares"] for entry in shown["entries"]][-3:] == [0, 4, 4]
+    assert before["epsilon"] < shown["epsilon"] < shown["epsilon_alone"]
+    edit(path, "UPDATE charges SET shares = 0 WHERE run = 'secure'")
+    with pytest.raises(Refusal, match="ledger-corrupt"):
+        Ledger.open(path)
 
 
 def open_and_die(path: Path, statement: int, monkeypatch) -> int | None:
@@ -277,7 +351,7 @@ def open_and_die(path: Path, statement: int, monkeypatch) -> int | None:
 def test_an_upgrade_that_is_killed_at_any_statement_is_done_or_not_begun(
     path: Path, old: Path, monkeypatch
 ) -> None:
-    expected, whole = read(path), old.read_bytes()
+    expected, whole, from_version = read(path), old.read_bytes(), version(old)
     versions, statement = [], 1
     while True:
         for beside in ("", "-wal", "-shm"):
@@ -293,7 +367,7 @@ def test_an_upgrade_that_is_killed_at_any_statement_is_done_or_not_begun(
         statement += 1
     assert statement > 15
     assert versions == sorted(versions)  # once it is done it stays done
-    assert set(versions) == {1, 2}
+    assert set(versions) == {from_version, 3}
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])

@@ -14,7 +14,7 @@ from client import checks, config_policy
 from client.institution import Institution
 from client.ledger import Ledger
 from client.settings import Settings
-from fedlora import accounting, adapters, trainable, wire
+from fedlora import accounting, adapters, noise_shares, trainable, wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.config import from_flat
@@ -214,11 +214,67 @@ def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
     ledger = SimpleNamespace(delta=1e-5, accountant=own)
     spent = accounting.epsilon(plan.events, 1e-5, own)
     try:
-        checks.check_limits(plan, ledger, max_delta=1.0, max_run_epsilon=8.0)
+        checks.check_limits(
+            plan, ledger, max_delta=1.0, max_run_epsilon=8.0, max_alone_epsilon=math.inf
+        )
     except Refusal as refusal:
         assert refusal.code == "epsilon-too-large" and spent > 8.0
     else:
         assert spent <= 8.0
+
+
+SECURE = {
+    "privacy.trust": "secure-aggregation",
+    "privacy.honest": 3,
+    "privacy.colluding": 1,
+    "federation.weighting": "public-size",
+}
+
+
+def test_the_epsilon_if_all_others_collude_has_a_limit_of_its_own(bank, monkeypatch):
+    who, _, order = bank(**SECURE)
+    with Ledger.open(who.ledger_path) as ledger:
+        plan = plan_run(who.config, 64, order.participations)
+        alone = accounting.epsilon_alone(plan.events, ledger.delta, ledger.accountant)
+    assert alone > 8.0
+    strict = dataclasses.replace(who, max_alone_epsilon=0.99 * alone)
+    assert _refused(strict, order) == "alone-epsilon-too-large"
+    assert dataclasses.replace(who, max_alone_epsilon=1.01 * alone).answer(order).words is not None
+
+
+def test_a_vector_of_more_numbers_than_the_plan_counts_is_refused(bank, monkeypatch):
+    who, _, order = bank(**SECURE)
+    monkeypatch.setattr(noise_shares, "MAX_PARAMETERS", 100)
+    assert _refused(who, order) == "adapter-too-large"
+
+
+def test_the_settings_decide_about_secure_aggregation(tmp_path):
+    own = Settings(
+        name="a", source="r.csv", ledger="l.db", state=str(tmp_path), models=("m",), labels=("x",)
+    )
+    asked = SECURE | {
+        "data.source": "institutions",
+        "data.institutions": 5,
+        "data.labels": '["x"]',
+        "model.name": "m",
+        "privacy.protocol": "full",
+        "privacy.delta": 1e-5,
+        "training.sample-rate": 0.2,
+    }
+
+    def code(**changes):
+        try:
+            return config_policy.apply(dataclasses.replace(own, **changes), asked).privacy.trust
+        except Refusal as refusal:
+            return refusal.code
+
+    assert code() == "trust-not-allowed"
+    assert code(secure_aggregation=True) == "secure-aggregation"
+    assert code(secure_aggregation=True, min_honest=4) == "too-few-honest"
+    assert code(secure_aggregation=True, min_colluding=2) == "too-few-colluding"
+    run = config_policy.apply(dataclasses.replace(own, secure_aggregation=True), asked)
+    with_limit = dataclasses.replace(own, max_alone_epsilon=3.0)
+    assert Institution.deployed(with_limit, run).max_alone_epsilon == 3.0
 
 
 def test_an_institution_without_classes_never_takes_them_from_its_records(tmp_path):

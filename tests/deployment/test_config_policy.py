@@ -35,6 +35,9 @@ OWN = {
     "physical-batch": 8,
     "max-run-epsilon": 8.0,
     "max-delta": 1e-4,
+    "secure-aggregation": True,
+    "min-honest": 3,
+    "min-colluding": 1,
 }
 """Settings; the tiny models have layers of width 32 and places for 64 tokens."""
 BASE = {
@@ -168,6 +171,38 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (bad, "home.proximal", 10001.0),
     ):
         yield from (case(codes, key, value) for value in values)
+    secure = {
+        "privacy__trust": "secure-aggregation",
+        "privacy__honest": 3,
+        "privacy__colluding": 1,
+        "privacy__protocol": "full",
+        "federation__weighting": "public-size",
+    }
+    # A run within all settings comes as far as the protocol, which this version lacks.
+    for codes, key, *values in (
+        (("protocol-missing",), "privacy.trust", "secure-aggregation"),
+        (("protocol-missing",), "privacy.honest", 3, 40),
+        (("too-few-honest",), "privacy.honest", 2),
+        (bad, "privacy.honest", 0, 1, -1, 10**6 + 1),
+        (("protocol-missing",), "privacy.colluding", 1, 10**6),
+        (("too-few-colluding",), "privacy.colluding", 0),
+        (bad, "privacy.colluding", -1, 10**6 + 1),
+        (bad, "privacy.protocol", "ideal", "plain"),
+        (bad, "training.local-steps", 2),
+        (bad, "training.sample-rate", 0.0),
+        (bad, "privacy.delta", 0.0),
+        (bad, "privacy.epsilon", 1e-4),
+        (bad, "federation.weighting", "uniform"),
+        (bad, "federation.strategy", "pad", "stack"),
+    ):
+        yield from (case(codes, key, value, **secure) for value in values)
+    for key, *values in (
+        ("privacy.trust", "local"),
+        ("privacy.honest", 0, 10**6),  # without secure aggregation they are not used
+        ("privacy.colluding", 0, 10**6),
+        ("privacy.protocol", "ideal", "full"),
+    ):
+        yield from (case(followed, key, value) for value in values)
     stack = {"federation__strategy": "stack"}
     yield from (case(followed, "federation.residual-rank", rank, **stack) for rank in (1, 40))
     yield from (
@@ -220,6 +255,7 @@ def _nonsense(encoder: str, length: int) -> Iterator[Case]:
         "data.labels": ("other-labels", "bad-configuration"),
         "privacy.unit": ("other-unit", "bad-configuration"),
         "privacy.epsilon": ("dp-required", "bad-configuration"),
+        "privacy.trust": ("bad-configuration",),
     }
     values = _hostile(length)
     for key, rule in KEYS.items():

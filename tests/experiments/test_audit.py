@@ -14,7 +14,7 @@ from cli.main import app
 from experiments.audit import membership
 from experiments.audit.bound import audit, lower_bound, p_value
 from experiments.audit.canaries import plant
-from experiments.audit.run import VIEWS, facts, verdict
+from experiments.audit.run import VIEWS, check, facts, verdict
 from fedlora import records
 from fedlora.errors import InputError
 
@@ -126,6 +126,16 @@ def test_canaries_stay_in_records_that_are_a_part_of_an_institutions(tiny_config
 def test_fewer_canaries_than_institutions_are_refused(tiny_config, tmp_path):
     with pytest.raises(InputError, match="--canaries is 3"):
         plant(tiny_config(), 3, tmp_path / "audit")
+
+
+def test_an_audit_of_single_updates_refuses_a_run_that_hides_them(tiny_config, tmp_path):
+    values = {
+        "privacy.trust": "secure-aggregation",
+        "privacy.honest": 2,
+        "federation.weighting": "public-size",
+    }
+    with pytest.raises(InputError, match=r"privacy\.trust .* use local"):
+        check(tiny_config(**values), tmp_path / "audit", "inline")
 
 
 @pytest.fixture

@@ -8,12 +8,14 @@ from itertools import permutations
 from statistics import NormalDist
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import RDPAccountant as OpacusRDPAccountant
+from scipy import stats
 
 from fedlora import accounting, composition
 from fedlora.accounting import Event, compose, epsilon, noise_multiplier
@@ -326,3 +328,111 @@ def test_a_delta_of_one_in_n_or_more_is_an_error_that_says_what_would_do() -> No
     for function in (accounting.public_delta, accounting.public_size, accounting.default_delta):
         with pytest.raises(InputError, match="number of records is 0"):
             function(0)
+
+
+# Sums of discrete shares of noise, under secure aggregation.
+
+
+def _shared(sigma: float, rate: float, steps: int, shares: int) -> Event:
+    return Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=shares)
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_shares_of_noise_cost_what_googles_accounting_says_of_their_sum_and_of_one(accountant):
+    history = [_shared(4.4, 0.2, 30, 34)]
+    ours = epsilon(history, 1e-5, accountant)
+    assert ours == pytest.approx(google([event(4.4, 0.2, 30)], 1e-5, accountant), rel=0.01)
+    assert ours > epsilon([event(4.4, 0.2, 30)], 1e-5, accountant)
+    alone = accounting.epsilon_alone(history, 1e-5, accountant)
+    own_share = [event(4.4 / math.sqrt(34), 0.2, 30)]
+    assert alone == pytest.approx(google(own_share, 1e-5, accountant), rel=0.02)
+
+
+def test_without_shares_nothing_is_added_and_others_have_nothing_to_subtract():
+    history = [event(2.0, 0.25, 40)]
+    assert accounting.epsilon_alone(history, 1e-5, "rdp") == epsilon(history, 1e-5, "rdp")
+
+
+def test_events_with_other_shares_are_other_mechanisms():
+    both = [_shared(4.0, 0.2, 3, 2), _shared(4.0, 0.2, 2, 3), _shared(4.0, 0.2, 1, 2)]
+    assert compose(both) == (_shared(4.0, 0.2, 4, 2), _shared(4.0, 0.2, 2, 3))
+    plain = epsilon([event(4.0, 0.2, 6)], 1e-5, "rdp")
+    assert plain < epsilon(both, 1e-5, "rdp") < 1.001 * plain
+
+
+def test_a_plan_pays_for_the_discreteness_of_its_shares():
+    common = {"epsilon": 1.0, "delta": 1e-5, "sample_rate": 0.2, "steps": 30, "accountant": "rdp"}
+    sigma = noise_multiplier(**common, shares=34)
+    assert 0.998 < epsilon([_shared(sigma, 0.2, 30, 34)], 1e-5, "rdp") <= 1.0
+    assert noise_multiplier(**common) < sigma < 1.003 * noise_multiplier(**common)
+
+
+def test_a_grid_that_is_too_coarse_for_the_noise_has_no_epsilon():
+    with pytest.raises(InputError, match="too coarse"):
+        epsilon([_shared(0.5, 0.2, 10**6, 1000)], 1e-5, "rdp")
+
+
+def _pmf(scale: float, most: int) -> np.ndarray:
+    """The discrete Gaussian on -most .. most."""
+    weights = np.exp(-(np.arange(-most, most + 1.0) ** 2) / (2 * scale**2))
+    return weights / weights.sum()
+
+
+def _rounded(scale: float, most: int) -> np.ndarray:
+    """A Gaussian number, rounded, on -most .. most."""
+    edges = np.arange(-most, most + 2) - 0.5
+    return stats.norm.cdf(edges[1:] / scale) - stats.norm.cdf(edges[:-1] / scale)
+
+
+@pytest.mark.parametrize("scale", [2.0, 3.0, 8.0])
+def test_a_discrete_gaussian_is_as_close_to_a_rounded_one_as_the_proof_says(scale):
+    """The ratio is within exp(B^2 / (8 s^2)) up to B s, enumerated; and the total variation."""
+    most = int(12 * scale)
+    discrete, rounded, x = _pmf(scale, most), _rounded(scale, most), np.arange(-most, most + 1)
+    for bound in (1.0, 2.0, 5.0):
+        inside = np.abs(x) <= bound * scale
+        loss = np.abs(np.log(discrete[inside] / rounded[inside])).max()
+        assert loss <= bound**2 / (8 * scale**2)
+    assert 0.5 * np.abs(discrete - rounded).sum() <= 1 / (40 * scale**2)
+
+
+@pytest.mark.parametrize(("scale", "shares"), [(1.5, 2), (2.0, 3), (4.0, 5)])
+def test_rounded_shares_add_up_to_a_rounded_sum_with_uniforms(scale, shares):
+    """The law of the sum is the density of a Gaussian plus k uniforms, at the integers."""
+    most = int(16 * scale * shares)
+    one = _rounded(scale, most)
+    total = one
+    for _ in range(shares - 1):
+        total = np.convolve(total, one)
+    fine = 200  # points in a unit; uniforms are averaged over their width by the trapezoidal rule
+    grid = np.arange(-(len(total) // 2) * fine, len(total) // 2 * fine + 1) / fine
+    density = stats.norm.pdf(grid, scale=scale * math.sqrt(shares))
+    window = np.r_[0.5, np.ones(fine - 1), 0.5] / fine
+    for _ in range(shares):
+        density = np.convolve(density, window, mode="same")
+    aliasing = shares * math.exp(-((math.pi * scale) ** 2) / 2)
+    np.testing.assert_allclose(total, density[::fine], atol=2e-6 + aliasing)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shares", "target"), [(4.0, 2, 1.0), (4.0, 3, 0.5), (3.0, 4, 1.0)]
+)
+def test_the_sum_of_shares_is_as_private_as_stated_by_enumeration(scale, shares, target):
+    """The exact delta of x + shares and x + 1 + shares against the Gaussian's and the two terms."""
+    most = int(12 * scale)
+    total = _pmf(scale, most)
+    for _ in range(shares - 1):
+        total = np.convolve(total, _pmf(scale, most))
+    here, moved = np.append(total, 0.0), np.append(0.0, total)
+    exact = np.maximum(moved - math.exp(target) * here, 0).sum()
+    sigma = scale * math.sqrt(shares)  # sensitivity 1
+    bound = 6.0
+    loss = shares * bound**2 / (8 * scale**2)
+    tail = shares * 2 * math.exp(-(bound**2) / 2 + bound / scale)
+    e = target - 2 * loss
+    phi = NormalDist().cdf
+    gaussian = phi(0.5 / sigma - e * sigma) - math.exp(e) * phi(-0.5 / sigma - e * sigma)
+    assert 0 < exact <= math.exp(loss) * gaussian + tail * (1 + math.exp(e + loss))
+    assert exact > 0.1 * (
+        phi(0.5 / sigma - target * sigma) - math.exp(target) * phi(-0.5 / sigma - target * sigma)
+    )  # the bound is about this very mechanism

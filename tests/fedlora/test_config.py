@@ -222,3 +222,50 @@ def test_the_fingerprint_ignores_where_a_run_runs_and_nothing_else():
     assert moved.fingerprint() == made.fingerprint()
     for key, value in (("seed", 2), ("privacy.noise", "seeded"), ("federation.rounds", 3)):
         assert made.replace({key: value}).fingerprint() != made.fingerprint()
+
+
+SECURE = {
+    "privacy.trust": "secure-aggregation",
+    "privacy.honest": 3,
+    "privacy.delta": 1e-5,
+    "training.sample-rate": 0.2,
+    "federation.weighting": "public-size",
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"privacy.honest": 0}, "privacy.honest is 0, .* at least 2"),
+        ({"privacy.honest": 1}, "privacy.honest is 1, .* at least 2"),
+        ({"privacy.epsilon": math.inf}, "privacy.epsilon is inf, .* give a budget"),
+        *(
+            ({"federation.strategy": name}, f"{name!r}, .* use fedavg, ffa, rolora$")
+            for name in ("svd", "stack", "exact", "pad", "fedsa", "fedsvd")
+        ),
+        ({"training.local-steps": 2}, "local-steps is 2, .* one step.* set it to 1"),
+        ({"training.optimizer": "adam"}, "optimizer is 'adam', .* set it to 'sgd'"),
+        ({"training.proximal": 0.1}, "proximal is 0.1, .* set it to 0"),
+        ({"federation.weighting": "uniform"}, "weighting is 'uniform', .* set it to 'public-size'"),
+        ({"federation.weighting": "noised-size"}, "weighting is 'noised-size'"),
+        ({"federation.institutions-per-round": 3}, "institutions-per-round is 3, .* all inst"),
+        ({"federation.robust": "norm-bound"}, "robust is 'norm-bound', .* no single update"),
+        ({"federation.max-update-norm": 1.0}, "max-update-norm is 1.0, .* no single update"),
+        ({"privacy.institution-epsilon": 3.0}, "institution-epsilon"),
+        ({"training.sample-rate": 0.0}, "sample-rate is 0, .* give the value"),
+        ({"privacy.delta": 0.0}, "privacy.delta is 0, .* give the value"),
+        (
+            {"data.source": "institutions", "data.institutions": 4, "data.labels": "a,b"},
+            "protocol is 'ideal', .* use full",
+        ),
+    ],
+)
+def test_what_does_not_go_with_secure_aggregation_is_refused_with_the_reason(values, words):
+    config.from_flat(SECURE)
+    with pytest.raises(InputError, match=words):
+        config.from_flat(SECURE | values)
+
+
+def test_different_ranks_do_not_go_with_secure_aggregation():
+    with pytest.raises(InputError, match=r"adapter\.ranks"):
+        config.from_flat(SECURE | {"adapter.ranks": "size"})

@@ -107,6 +107,21 @@ def test_the_reach_of_equal_institutions_is_the_ratio_of_one_sum_of_steps() -> N
     assert by_hand > MIN_REACH
 
 
+def test_shares_of_noise_reach_as_far_as_the_noise_of_their_sum() -> None:
+    records = federation([64] * 8)
+    shared = {
+        "privacy.trust": "secure-aggregation",
+        "privacy.honest": 8,
+        "privacy.delta": 1e-5,
+        "federation.weighting": "public-size",
+    }
+    run = config(**shared)
+    (plan, *_) = findings.plans_of(run, records, 10)
+    # 10 rounds: the signal is 8 batches in each, the noise one draw in each
+    by_hand = 10 * 8 * 16 / (math.sqrt(10) * plan.noise_multiplier)
+    assert findings.reach(run, records, 10) == pytest.approx(by_hand)
+
+
 def test_weights_by_size_keep_a_tiny_institution_from_drowning_the_others() -> None:
     alone, both = federation([512]), federation([512, 8])
     uniform = config(**{"federation.weighting": "uniform"})

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -89,6 +90,48 @@ def test_an_adapter_that_cannot_be_read_is_refused(data):
     content = wire.pack_update(UPDATE)
     array = content["adapter"]["adapter"]
     content["adapter"]["adapter"] = dataclasses.replace(array, data=data, shape=(len(data),))
+    with pytest.raises(Refusal, match="malformed-message"):
+        wire.unpack_update(content)
+
+
+WORDS = dataclasses.replace(
+    UPDATE, adapter=AdapterState({}), words=np.array([0, 1, -1, 2**63 - 1, -(2**63)]), metrics={}
+)
+
+
+def test_words_come_back_and_take_eight_bytes_each():
+    packed = wire.pack_update(WORDS)
+    assert wire.adapter_bytes(packed) == 5 * 8
+    for again in (wire.unpack_update(packed), wire.update_from_bytes(wire.update_to_bytes(WORDS))):
+        assert again.words is not None and again.words.dtype == np.int64
+        assert again.words.tolist() == WORDS.words.tolist() and not again.adapter
+        assert dataclasses.replace(again, words=None) == dataclasses.replace(WORDS, words=None)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda array: {"words": array, "another": array},
+        lambda array: {"another": array},
+        lambda _: {},
+        lambda array: {"words": dataclasses.replace(array, dtype="<u8")},
+        lambda array: {"words": dataclasses.replace(array, stype="numpy.ndarray")},
+        lambda array: {"words": dataclasses.replace(array, shape=(4,))},
+        lambda array: {"words": dataclasses.replace(array, shape=(5, 1))},
+        lambda array: {"words": dataclasses.replace(array, data=array.data[:-3])},
+    ],
+    ids=["more", "other", "none", "dtype", "stype", "shape", "matrix", "cut"],
+)
+def test_a_record_is_one_vector_of_words_and_nothing_else(spoil):
+    content = wire.pack_update(WORDS)
+    content["words"] = ArrayRecord(spoil(content["words"]["words"]))
+    with pytest.raises(Refusal, match="malformed-message"):
+        wire.unpack_update(content)
+
+
+def test_an_update_with_words_and_an_adapter_is_refused():
+    content = wire.pack_update(WORDS)
+    content["adapter"] = wire.pack_adapter(STATE)
     with pytest.raises(Refusal, match="malformed-message"):
         wire.unpack_update(content)
 

@@ -422,7 +422,7 @@ class InstitutionMachine(RuleBasedStateMachine):
 
 
 def _event(entry):
-    return Event(**{name: entry[name] for name in ("noise_multiplier", "sample_rate", "steps")})
+    return Event(**{field.name: entry[field.name] for field in dataclasses.fields(Event)})
 
 
 def _bytes(reply):

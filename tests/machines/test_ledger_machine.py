@@ -372,9 +372,7 @@ class LedgerMachine(RuleBasedStateMachine):
             (
                 entry["run"],
                 entry["round"],
-                Event(
-                    **{name: entry[name] for name in ("noise_multiplier", "sample_rate", "steps")}
-                ),
+                Event(**{field.name: entry[field.name] for field in dataclasses.fields(Event)}),
                 tuple(
                     Event(noise_multiplier=s, sample_rate=q, steps=n) for s, q, n in entry["extra"]
                 ),

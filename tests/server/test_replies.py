@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
@@ -347,3 +348,66 @@ def test_an_honest_runs_statement_has_its_figures_and_quotes_the_institution(
         quoted = said["institution_says"]
         assert {key: said[key] for key in quoted} == quoted
         assert set(said) - set(quoted) == {"rounds_asked", "unreported_steps", "institution_says"}
+
+
+SECURE = RUN | {
+    "privacy.trust": "secure-aggregation",
+    "privacy.honest": 2,
+    "training.local-steps": 1,
+    "federation.weighting": "public-size",
+}
+SUMMED = Spending(config=config.from_flat(SECURE), participations=3)
+SUM_ROUND = dataclasses.replace(
+    ROUND, weighting="public-size", words=5, sizes={"bank": 64.0, "bank-2": 32.0}
+)
+SUM_UPDATE = dataclasses.replace(
+    UPDATE,
+    adapter=AdapterState({}),
+    words=np.arange(5),
+    privacy=dataclasses.replace(
+        HONEST, noise_multiplier=plan_run(SUMMED.config, 64, 3).noise_multiplier, steps=2
+    ),
+)
+
+
+def _summed(**changes):
+    content = wire.pack_update(dataclasses.replace(SUM_UPDATE, **changes))
+    return _answered(content, spending=SUMMED, round=SUM_ROUND)
+
+
+def test_a_vector_counts_with_the_size_class_of_the_roster():
+    replies, valid = _summed()
+    assert valid == ["bank"] and not replies.failed
+    assert SUM_ROUND.weight(SUM_UPDATE) == 64.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"words": np.arange(4)}, "invalid-update"),
+        ({"words": np.arange(0)}, "invalid-update"),
+        ({"words": None, "adapter": STATE}, "invalid-update"),
+        ({"size": 64.0}, "invalid-size"),
+        ({"privacy": HONEST}, "invalid-privacy-record"),
+        ({"privacy": None}, "no-privacy-record"),
+        ({"round": 1}, "stale-update"),
+        ({"run": "b2"}, "other-run"),
+    ],
+)
+def test_an_answer_that_is_no_vector_of_this_round_is_refused(changes, code):
+    replies, valid = _summed(**changes)
+    assert not valid and replies.failed == {"bank": code}
+
+
+def test_a_vector_that_nobody_ordered_is_refused():
+    vector = dataclasses.replace(UPDATE, adapter=AdapterState({}), words=np.arange(5))
+    replies, valid = _answered(wire.pack_update(vector))
+    assert not valid and replies.failed == {"bank": "invalid-update"}
+
+
+def test_the_plan_of_a_run_with_shares_states_the_promised_and_the_lonely_epsilon():
+    said = SUMMED.stated(dataclasses.asdict(SUM_UPDATE.privacy), rounds_asked=3)
+    plan = plan_run(SUMMED.config, 64, 3)
+    assert said["steps"] == 3 and said["epsilon"] <= 8.0 < said["epsilon_alone"]
+    assert said["epsilon"] == accounting.epsilon(plan.events, plan.delta, "rdp")
+    assert said["epsilon_alone"] == accounting.epsilon_alone(plan.events, plan.delta, "rdp")

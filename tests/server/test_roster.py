@@ -20,14 +20,17 @@ DEPLOYED = {"data.source": "institutions", "data.institutions": 3, "data.labels"
 class Nodes(InlineGrid):
     """Nodes 1, 2, ... that call themselves what they are told to; who is away is not there."""
 
-    def __init__(self, *names):
+    def __init__(self, *names, sizes=None):
         app, self.names, self.asked = ClientApp(), list(names), []
 
         @app.query()
         def hello(message, context):
             self.asked.append(context.node_id)
             name = self.names[context.node_id - 1]
-            said = Hello(institution=name, version=fedlora.__version__, fits=True, rank=8)
+            size = (sizes or {}).get(name, 0)
+            said = Hello(
+                institution=name, version=fedlora.__version__, fits=True, rank=8, size=size
+            )
             return Message(wire.pack_hello(said), reply_to=message)
 
         super().__init__(app, len(names), {})
@@ -110,3 +113,19 @@ def test_a_simulation_needs_no_registration(made):
     one = made(Nodes("a", "b", "a"), **{"data.source": "package:edgartools", "data.labels": "[]"})
     assert one.online() == {"a": 1, "b": 2}
     assert one.refused == {3: "name-taken"}
+
+
+def test_under_secure_aggregation_the_roster_has_each_size_class():
+    values = {
+        "privacy.trust": "secure-aggregation",
+        "privacy.honest": 2,
+        "privacy.delta": 1e-5,
+        "training.sample-rate": 0.2,
+        "federation.weighting": "public-size",
+    }
+    grid = Nodes("a", "b", "c", "d", sizes={"a": 64, "b": 100, "c": 0, "d": 1})
+    query = Query(run="0", first=True, participations=1)
+    one = Roster(grid, config.from_flat(values), query)
+    assert one.online() == {"a": 1, "d": 4}
+    assert one.refused == {2: "invalid-size", 3: "invalid-size"}
+    assert one.sizes() == {"a": 64.0, "d": 1.0}

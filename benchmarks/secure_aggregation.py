@@ -1,0 +1,313 @@
+"""Cost of secure aggregation: masks, setup, rounds and bytes, beside Flower's SecAgg+.
+
+Usage: python -m benchmarks.secure_aggregation [--institutions 10 39 100 300 1000] [--flower 10 39]
+
+Every institution runs with its real keys and its own store, in this process and its workers; every
+figure is measured, none extrapolated. The times of an institution are medians over the institutions
+of a run. 5 % of the institutions vanish before their masked vectors. Each sum is compared with the
+plain sum. Keys are made for 30 rounds, above 300 institutions for one, and one round is run. The
+row of 1,000 is long: some three million agreements and a million and a half signature checks.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from client.secure_party import SecureParty
+from fedlora import masks, secure_aggregation
+from fedlora.secure_aggregation import Terms
+from server.secure_sum import SecureRound, SecureSetup
+
+DIGEST = bytes(32)
+_parties: dict[str, SecureParty] = {}
+"""The parties of a run; worker processes inherit them."""
+
+
+def mask_rate(parameters: int, peers: int) -> dict[str, float]:
+    """Bytes of masks per second on one core, for a vector and the keys of all peers."""
+    words = np.ones(parameters, dtype="<u8")
+    keys = [bytes([i % 256, i // 256]) * 16 for i in range(peers)]
+    started = time.perf_counter()
+    masks.apply(words, add=keys[: peers // 2], subtract=keys[peers // 2 :])
+    seconds = time.perf_counter() - started
+    return {
+        "parameters": parameters,
+        "peers": peers,
+        "seconds": seconds,
+        "gb_per_second": peers * words.nbytes / seconds / 1e9,
+    }
+
+
+def lost_of(count: int) -> int:
+    """Institutions that vanish: 5 %, at least one."""
+    return max(1, round(0.05 * count))
+
+
+def words_of(name: str, parameters: int) -> np.ndarray:
+    """An institution's vector."""
+    return np.random.default_rng(int(name)).integers(-(2**50), 2**50, parameters)
+
+
+def answer(task: tuple[str, str, bytes, int]) -> tuple[str, bytes, float]:
+    """One answer of an institution: name, encoded message, seconds. Runs in a worker."""
+    name, step, data, parameters = task
+    kinds = {
+        "keys": Terms,
+        "shares": secure_aggregation.SharesOrder,
+        "begin": secure_aggregation.MaskedOrder,
+        "mask": secure_aggregation.MaskedOrder,
+        "sign_list": secure_aggregation.ListOrder,
+        "unmask": secure_aggregation.UnmaskOrder,
+    }
+    more = [words_of(name, parameters)] if step == "mask" else []
+    started = time.perf_counter()
+    message = getattr(_parties[name], step)(kinds[step].from_bytes(data), *more)
+    encoded = b"" if message is None else message.to_bytes()
+    return name, encoded, time.perf_counter() - started
+
+
+class Run:
+    """One run of the protocol, with the seconds and bytes of each side."""
+
+    def __init__(self, terms: Terms, pool) -> None:
+        self.terms, self.pool = terms, pool
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a phase."""
+        self.seconds = dict.fromkeys(self.terms.names, 0.0)
+        self.up = dict.fromkeys(self.terms.names, 0)
+        self.down = dict.fromkeys(self.terms.names, 0)
+        self.server = 0.0
+
+    def ask(self, step: str, orders, take=None) -> None:
+        """Send each institution its order; ``take`` receives each answer at the server."""
+        began = time.perf_counter()
+        tasks = ((name, step, data, self.terms.parameters) for name, data in orders)
+        for name, encoded, seconds in self.pool.imap_unordered(answer, self._counted(tasks)):
+            self.seconds[name] += seconds
+            self.up[name] += len(encoded)
+            if take is not None:
+                started = time.perf_counter()
+                take(encoded)
+                self.server += time.perf_counter() - started
+        took, count = time.perf_counter() - began, len(self.terms.names)
+        print(f"{count} institutions: {step} took {took:.1f} s", file=sys.stderr, flush=True)
+
+    def _counted(self, tasks):
+        for task in tasks:
+            self.down[task[0]] += len(task[2])
+            yield task
+
+    def timed(self, call):
+        """A call of the server."""
+        started = time.perf_counter()
+        result = call()
+        self.server += time.perf_counter() - started
+        return result
+
+    def phase(self, names: Sequence[str]) -> dict[str, float]:
+        """Figures of the phase: medians over these institutions."""
+        return {
+            "institution_seconds": median(self.seconds[name] for name in names),
+            "server_seconds": self.server,
+            "up_bytes": median(self.up[name] for name in names),
+            "down_bytes": median(self.down[name] for name in names),
+        }
+
+
+def set_up(run: Run, peers) -> SecureSetup:
+    """The setup, with the delivery of the sealed shares."""
+    messages = secure_aggregation
+    setup = SecureSetup(run.terms, peers)
+    data = run.terms.to_bytes()
+    run.ask(
+        "keys",
+        ((name, data) for name in run.terms.names),
+        lambda e: setup.add_keys(messages.KeysMessage.from_bytes(e)),
+    )
+    order = run.timed(lambda: setup.shares_order().to_bytes())
+    run.ask(
+        "shares",
+        ((name, order) for name in run.terms.names),
+        lambda e: setup.add_shares(messages.SharesMessage.from_bytes(e)),
+    )
+    one = SecureRound(setup, 1, DIGEST)
+    orders = run.timed(
+        lambda: {n: one.masked_order(n, with_shares=True).to_bytes() for n in run.terms.names}
+    )
+    run.ask("begin", orders.items())
+    return setup
+
+
+def one_round(run: Run, setup: SecureSetup, survivors: Sequence[str]) -> None:
+    """A round in which the others vanish before their masked vectors."""
+    messages = secure_aggregation
+    one = run.timed(lambda: SecureRound(setup, 1, DIGEST))
+    for step, order, take in (
+        (
+            "mask",
+            lambda: one.masked_order(survivors[0], with_shares=False),
+            lambda e: one.add_masked(messages.MaskedMessage.from_bytes(e)),
+        ),
+        (
+            "sign_list",
+            one.list_order,
+            lambda e: one.add_signature(messages.ListMessage.from_bytes(e)),
+        ),
+        (
+            "unmask",
+            one.unmask_order,
+            lambda e: one.add_shares(messages.UnmaskMessage.from_bytes(e)),
+        ),
+    ):
+        data = run.timed(lambda order=order: order().to_bytes())
+        run.ask(step, [(name, data) for name in survivors], take)
+    total = run.timed(one.total)
+    plain = np.zeros(run.terms.parameters, dtype=np.int64)
+    for name in survivors:
+        plain += words_of(name, run.terms.parameters)
+    assert np.array_equal(total, plain)
+
+
+def cost(count: int, parameters: int, rounds: int, processes: int) -> dict[str, object]:
+    """Setup and one round among ``count`` institutions."""
+    names = tuple(f"{i:05}" for i in range(count))
+    lost = lost_of(count)
+    terms = Terms(
+        run="benchmark",
+        names=names,
+        colluding=max(1, count // 13),
+        honest=max(2, count // 2),
+        rounds=rounds if count <= 300 else 1,
+        parameters=parameters,
+    )
+    keys = {name: ec.generate_private_key(ec.SECP384R1()) for name in names}
+    peers = {name: key.public_key() for name, key in keys.items()}
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        _parties.clear()
+        for name in names:
+            _parties[name] = SecureParty(
+                store=Path(folder) / f"{name}.db",
+                name=name,
+                key=keys[name],
+                peers=peers,
+                before_unmask=lambda run, number: None,
+            )
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            run = Run(terms, pool)
+            setup = set_up(run, peers)
+            setup_cost = run.phase(names)
+            run.clear()
+            survivors = names[lost:]
+            one_round(run, setup, survivors)
+            round_cost = run.phase(survivors)
+    return {
+        "institutions": count,
+        "rounds": terms.rounds,
+        "parameters": parameters,
+        "threshold": terms.threshold,
+        "lost": lost,
+        "setup": setup_cost,
+        "round": round_cost,
+        "bytes_ratio": _ratio(terms, setup_cost, round_cost, ("up_bytes", "down_bytes")),
+        "up_ratio": _ratio(terms, setup_cost, round_cost, ("up_bytes",)),
+        "wall_seconds": time.perf_counter() - started,
+        "processes": processes,
+    }
+
+
+def _ratio(terms: Terms, setup, one_round, ways: Sequence[str]) -> float:
+    """Bytes of a run over those of one without, which sends a float32 adapter each way."""
+    plain = terms.rounds * len(ways) * 4 * terms.parameters
+    order = terms.rounds * 4 * terms.parameters if "down_bytes" in ways else 0
+    ours = sum(setup[way] + terms.rounds * one_round[way] for way in ways)
+    return (order + ours) / plain
+
+
+def table(rows) -> str:
+    """The costs as text."""
+    phase = ("s", "server s", "up kB", "down kB")
+    head = (
+        *("institutions", "protocol", "rounds of keys", "lost"),
+        *(f"setup {name}" for name in phase),
+        *(f"round {name}" for name in phase),
+        *("bytes / without", "up / without"),
+    )
+    lines = [head]
+    for row in rows:
+        phases = [row["setup"], row["round"]]
+        figures = [
+            "" if phase is None else f"{phase[key] / unit:.3g}"
+            for phase in phases
+            for key, unit in (
+                ("institution_seconds", 1),
+                ("server_seconds", 1),
+                ("up_bytes", 1000),
+                ("down_bytes", 1000),
+            )
+        ]
+        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("bytes_ratio", "up_ratio")]
+        name = row.get("protocol", "fedlora")
+        start = [row["institutions"], name, row.get("rounds", ""), row["lost"]]
+        lines.append((*map(str, start), *figures, *ratios))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--institutions", type=int, nargs="*", default=[10, 39, 100, 300, 1000])
+    parser.add_argument("--flower", type=int, nargs="*", default=[10, 39])
+    parser.add_argument("--parameters", type=int, default=75_000)
+    parser.add_argument("--rounds", type=int, default=30, help="rounds for which keys are made")
+    parser.add_argument("--mask-parameters", type=int, default=40_000_000)
+    parser.add_argument("--mask-peers", type=int, default=39)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    arguments = parser.parse_args()
+    found: dict[str, object] = {}
+    rows: list[dict[str, object]] = []
+    if arguments.mask_peers:
+        rate = found["masks"] = mask_rate(arguments.mask_parameters, arguments.mask_peers)
+        print(
+            f"masks of {rate['peers']} peers over {rate['parameters']} parameters, all run: "
+            f"{rate['seconds']:.2f} s, {rate['gb_per_second']:.2f} GB/s on one core",
+            flush=True,
+        )
+    found["rows"] = rows
+    for count in arguments.institutions:
+        rows.append(cost(count, arguments.parameters, arguments.rounds, arguments.processes))
+        print(table(rows[-1:]), flush=True)
+    for count in arguments.flower:
+        from benchmarks import rival_secagg  # loads Flower, which the other rows do without
+
+        threshold = (count + max(1, count // 13)) // 2 + 1
+        lost = lost_of(count)
+        figures = rival_secagg.one_round(count, arguments.parameters, lost, threshold)
+        rows.append(
+            {
+                "institutions": count,
+                "protocol": "Flower SecAgg+",
+                "lost": lost,
+                "setup": None,
+                "round": figures,
+            }
+        )
+        print(table(rows[-1:]), flush=True)
+    print("\n" + table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""An institution's vector under secure aggregation: its sum on the grid with a share of noise."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from client.dp_sgd import check_noise
+from fedlora import discrete_gaussian, noise_shares
+from fedlora.accounting import PrivacyPlan
+from fedlora.errors import Refusal
+from fedlora.streams import RandomSource
+
+Words = npt.NDArray[np.int64]
+
+
+def noised_words(
+    sums: npt.NDArray[np.float64], plan: PrivacyPlan, source: RandomSource, institutions: int
+) -> Words:
+    """Round a sum of clipped gradients to the grid and add a share of noise.
+
+    Guarantee: the returned vectors of ``plan.honest`` institutions add up to the output of one
+    Gaussian mechanism with ``plan.noise_multiplier``, up to the discreteness that the accountant
+    counts (`fedlora.noise_shares`). One vector alone has a share of that noise only.
+
+    Args:
+        sums: The sum of gradients of norm at most ``plan.max_grad_norm``, float64 ``(d,)``.
+        plan: The plan of the institution's run.
+        source: The random source of the share.
+        institutions: The number of institutions in the run.
+
+    Returns:
+        int64 ``(d,)``, each below 2^62 / institutions.
+
+    Raises:
+        Refusal: ``guard-no-noise``, ``guard-noise`` (its deviation is not the planned one), or
+            ``guard-range`` (a number beyond the limit, or not finite).
+    """
+    sigma = plan.noise_multiplier
+    if not (plan.honest and sigma > 0 and math.isfinite(sigma)):
+        raise Refusal("guard-no-noise", f"noise multiplier is {sigma} over {plan.honest} shares")
+    scale = plan.share_scale(len(sums))
+    share = discrete_gaussian.draw(source, scale, len(sums))
+    check_noise(share.astype(np.float64), scale)
+    rounded = np.rint(sums / noise_shares.grid(plan.max_grad_norm))
+    limit = noise_shares.largest_word(institutions)
+    if not (np.abs(rounded) < limit).all():  # also nan
+        raise _beyond(float(np.abs(rounded).max()), limit)
+    words = rounded.astype(np.int64) + share
+    if not (np.abs(words) < limit).all():
+        raise _beyond(float(np.abs(words).max()), limit)
+    return words
+
+
+def _beyond(largest: float, limit: int) -> Refusal:
+    return Refusal(
+        "guard-range", f"a number of the vector is {largest:g}; it must be below {limit}"
+    )

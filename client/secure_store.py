@@ -1,0 +1,243 @@
+"""The file of an institution's state in secure aggregation: SQLite, readable by its owner only.
+
+A row that is erased is overwritten in the file, and the write-ahead log is cut. Blocks that a file
+system or a drive keeps elsewhere are beyond this program.
+
+The functions run inside a transaction of `opened`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import tempfile
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from client import ledger_file
+from fedlora import files
+from fedlora.errors import Refusal
+
+_APPLICATION = 0x66646C73  # "fdls", the file's mark for `file` and PRAGMA application_id
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE runs (
+    run TEXT PRIMARY KEY, terms BLOB NOT NULL,
+    roster BLOB NOT NULL,   -- digest of the pinned keys of the run's names
+    keys BLOB NOT NULL,     -- answer to the first exchange of the setup
+    channel BLOB,           -- private key; NULL once all shares are opened
+    peers BLOB,             -- the order of the second exchange
+    sealed BLOB,            -- the answer to it
+    delivered INTEGER NOT NULL DEFAULT 0,  -- whether shares of the others arrived
+    ended INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE secrets (
+    run TEXT NOT NULL, round INTEGER NOT NULL, mask BLOB NOT NULL, seed BLOB NOT NULL,
+    PRIMARY KEY (run, round)
+) STRICT;
+CREATE TABLE shares (
+    run TEXT NOT NULL, round INTEGER NOT NULL, dealer TEXT NOT NULL,
+    mask BLOB NOT NULL, seed BLOB NOT NULL,
+    PRIMARY KEY (run, round, dealer)
+) STRICT;
+CREATE TABLE rounds (
+    run TEXT NOT NULL, round INTEGER NOT NULL, digest BLOB NOT NULL,
+    masked BLOB,            -- SHA-256 of the masked vector
+    list BLOB, signature BLOB,
+    PRIMARY KEY (run, round)
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """A row of ``runs``."""
+
+    run: str
+    terms: bytes
+    roster: bytes
+    keys: bytes
+    channel: bytes | None
+    peers: bytes | None = None
+    sealed: bytes | None = None
+    delivered: int = 0
+    ended: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRound:
+    """A row of ``rounds``."""
+
+    run: str
+    round: int
+    digest: bytes
+    masked: bytes | None
+    list: bytes | None
+    signature: bytes | None
+
+
+Pair = tuple[bytes, bytes]
+"""A secret, or a share, of a mask key and of a self-mask seed."""
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Generator[sqlite3.Connection]:
+    """Open the store, make it if it does not exist, and run a block as one transaction.
+
+    Raises:
+        Refusal: ``secure-store-exposed``, ``-foreign``, ``-locked``, ``-corrupt`` or
+            ``-unusable``; the block's own error otherwise.
+    """
+    with _refusing(path):
+        if exposed := files.exposed(path):
+            raise Refusal("secure-store-exposed", exposed)
+        if not path.exists():
+            _create(path)
+        uri = f"{path.absolute().as_uri()}?mode=rw"
+        db = sqlite3.connect(uri, uri=True, timeout=ledger_file.BUSY_SECONDS, isolation_level=None)
+        with contextlib.closing(db):
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute("PRAGMA secure_delete=ON")
+            if (_number(db, "application_id"), _number(db, "user_version")) != (
+                _APPLICATION,
+                _VERSION,
+            ):
+                raise Refusal(
+                    "secure-store-foreign", f"{path} is not a store of version {_VERSION}"
+                )
+            with ledger_file.transaction(db):
+                if (problem := db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
+                    raise Refusal("secure-store-corrupt", f"{path}: {problem}")
+                yield db
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _number(db: sqlite3.Connection, pragma: str) -> int:
+    return db.execute(f"PRAGMA {pragma}").fetchone()[0]
+
+
+def _create(path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".secure-", dir=path.parent) as scratch:
+        draft = Path(scratch) / "secure.db"
+        draft.touch(mode=0o600)
+        with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.executescript(_SCHEMA)
+            db.execute(f"PRAGMA application_id={_APPLICATION}")
+            db.execute(f"PRAGMA user_version={_VERSION}")
+        files.sync(draft)
+        with contextlib.suppress(FileExistsError):  # another process made it meanwhile
+            path.hardlink_to(draft)
+    files.sync(path.parent)
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Generator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        words = str(error)
+        code = "locked" if "locked" in words else "corrupt" if "no such" in words else "unusable"
+        raise Refusal(f"secure-store-{code}", f"{path}: {error}") from error
+    except sqlite3.Error as error:
+        raise Refusal("secure-store-corrupt", f"{path}: {error}") from error
+    except OSError as error:
+        raise Refusal("secure-store-unusable", f"{path}: {error.strerror}") from error
+
+
+def run(db: sqlite3.Connection, run: str) -> StoredRun | None:
+    """What is stored of a run."""
+    row = db.execute(
+        "SELECT run, terms, roster, keys, channel, peers, sealed, delivered, ended FROM runs "
+        "WHERE run = ?",
+        (run,),
+    ).fetchone()
+    names = StoredRun.__dataclass_fields__
+    return None if row is None else StoredRun(**dict(zip(names, row, strict=True)))
+
+
+def add_run(db: sqlite3.Connection, stored: StoredRun, secrets: Iterable[Pair]) -> None:
+    """Store a new run, with the mask key and the seed of each round from 1."""
+    db.execute(
+        "INSERT INTO runs (run, terms, roster, keys, channel) VALUES (?, ?, ?, ?, ?)",
+        (stored.run, stored.terms, stored.roster, stored.keys, stored.channel),
+    )
+    db.executemany(
+        "INSERT INTO secrets VALUES (?, ?, ?, ?)",
+        ((stored.run, number, *pair) for number, pair in enumerate(secrets, 1)),
+    )
+
+
+def add_sealed(db: sqlite3.Connection, run: str, *, peers: bytes, sealed: bytes) -> None:
+    """Store the second exchange of a run's setup: its order and the answer."""
+    db.execute("UPDATE runs SET peers = ?, sealed = ? WHERE run = ?", (peers, sealed, run))
+
+
+def secrets(db: sqlite3.Connection, run: str) -> dict[int, Pair]:
+    """Round -> mask key and seed, of all rounds that are not erased."""
+    rows = db.execute("SELECT round, mask, seed FROM secrets WHERE run = ?", (run,))
+    return {number: (mask, seed) for number, mask, seed in rows}
+
+
+def add_shares(db: sqlite3.Connection, run: str, dealer: str, shares: Mapping[int, Pair]) -> None:
+    """Store the shares of an institution's secrets: round -> share of its mask key, its seed."""
+    db.executemany(
+        "INSERT INTO shares VALUES (?, ?, ?, ?, ?)",
+        ((run, number, dealer, *pair) for number, pair in shares.items()),
+    )
+
+
+def delivered(db: sqlite3.Connection, run: str, *, all_opened: bool) -> None:
+    """Note that shares arrived, and erase the channel's key once all of them are opened."""
+    db.execute("UPDATE runs SET delivered = 1 WHERE run = ?", (run,))
+    if all_opened:
+        db.execute("UPDATE runs SET channel = NULL WHERE run = ?", (run,))
+
+
+def shares(db: sqlite3.Connection, run: str, number: int) -> dict[str, Pair]:
+    """Dealer -> share of its mask key and of its seed, for a round."""
+    rows = db.execute(
+        "SELECT dealer, mask, seed FROM shares WHERE (run, round) = (?, ?)", (run, number)
+    )
+    return {dealer: (mask, seed) for dealer, mask, seed in rows}
+
+
+def latest_round(db: sqlite3.Connection, run: str) -> StoredRound | None:
+    """The last round of a run that began."""
+    row = db.execute(
+        "SELECT run, round, digest, masked, list, signature FROM rounds WHERE run = ? "
+        "ORDER BY round DESC LIMIT 1",
+        (run,),
+    ).fetchone()
+    names = StoredRound.__dataclass_fields__
+    return None if row is None else StoredRound(**dict(zip(names, row, strict=True)))
+
+
+def begin_round(db: sqlite3.Connection, run: str, number: int, digest: bytes) -> None:
+    """Store a round's order and erase the secrets and shares of all rounds before it."""
+    db.execute("INSERT INTO rounds (run, round, digest) VALUES (?, ?, ?)", (run, number, digest))
+    for table in ("secrets", "shares"):
+        db.execute(f"DELETE FROM {table} WHERE run = ? AND round < ?", (run, number))
+
+
+def add_masked(db: sqlite3.Connection, run: str, number: int, masked: bytes) -> None:
+    """Store the digest of a round's masked vector."""
+    db.execute("UPDATE rounds SET masked = ? WHERE (run, round) = (?, ?)", (masked, run, number))
+
+
+def add_list(
+    db: sqlite3.Connection, run: str, number: int, *, listed: bytes, signature: bytes
+) -> None:
+    """Store a round's list and this institution's signature over it."""
+    db.execute(
+        "UPDATE rounds SET list = ?, signature = ? WHERE (run, round) = (?, ?)",
+        (listed, signature, run, number),
+    )
+
+
+def end(db: sqlite3.Connection, run: str) -> None:
+    """Erase a run's secrets and shares; the run itself stays known."""
+    for table in ("secrets", "shares"):
+        db.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
+    db.execute("UPDATE runs SET channel = NULL, sealed = NULL, ended = 1 WHERE run = ?", (run,))

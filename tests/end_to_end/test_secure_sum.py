@@ -1,0 +1,248 @@
+"""Runs under secure aggregation, with the ideal protocol: words without masks, the server adds."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from client.ledger import Ledger
+from experiments import report
+from fedlora import accounting, discrete_gaussian, lora_layers, noise_shares, trainable
+from fedlora.adapters import PARTS, AdapterState, kind
+from fedlora.budget import plan_run
+from fedlora.errors import InputError
+from fedlora.run_files import read_records
+from fedlora.streams import RandomSource
+from fedlora.terminal import Terminal
+from server import roster
+from server.population import population_of
+from server.roster import Roster, RunFailed
+from server.rounds import Federation
+from simulation import progress
+
+SECURE = {
+    "privacy.trust": "secure-aggregation",
+    "privacy.honest": 2,
+    "privacy.colluding": 1,
+    "federation.weighting": "public-size",
+    "federation.server-optimizer": "none",
+    "federation.server-learning-rate": 1.0,
+}
+BANKS = ("Alpha", "Beta", "Delta", "Gamma")
+
+
+def _adapter(config) -> AdapterState:
+    return AdapterState.open(Path(config.run_dir) / "adapter")
+
+
+def _same(a: AdapterState, b: AdapterState) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _key(config, name: str, number: int) -> RandomSource:
+    return RandomSource.seeded("privacy", config.seed, number, name)
+
+
+def _clipped_sum(config, name: str, number: int) -> tuple[np.ndarray, int]:
+    """One institution's sum of clipped gradients at the first adapter, and its size class.
+
+    The rows are those that the run samples; each gradient is computed, clipped and added by itself.
+    """
+    records = trainable.records(config)
+    work = trainable.load(config, records.labels)
+    shard = records.train(records.names.index(name))
+    work.train_only(PARTS)
+    work.start.load_into(work.model)
+    parameters = [p for _, p in sorted(lora_layers.parameters(work.model).items())]
+    drawn = _key(config, name, number).child("sampling").uniform(len(shard))
+    rows = np.flatnonzero(drawn < config.training.sample_rate)
+    total = np.zeros(sum(p.numel() for p in parameters))
+    for row in rows:
+        batch = work.task.collate(shard, [int(row)])
+        loss = work.task.losses(work.model, batch, work.labels).sum()
+        gradients = torch.autograd.grad(loss, parameters)
+        flat = torch.cat([g.double().flatten() for g in gradients]).numpy()
+        total += flat * min(1.0, config.privacy.max_grad_norm / np.linalg.norm(flat))
+    assert len(rows) > 10
+    return total, accounting.public_size(len(shard))
+
+
+def test_a_round_is_one_step_of_dp_sgd_on_the_union_of_all_records(tiny_config, simulate_run):
+    """The noise is drawn again from the seeded keys, so that only rounding is left."""
+    config = tiny_config(**SECURE, **{"federation.rounds": 1})
+    simulate_run(config)
+    found = _adapter(config)
+    start = trainable.load(config, trainable.records(config).labels).start
+    sums, sizes = zip(*(_clipped_sum(config, name, 1) for name in BANKS), strict=True)
+    plan = plan_run(config, 100, 1)
+    scale = plan.share_scale(len(sums[0]))
+    sources = [_key(config, name, 1).child("noise-share") for name in BANKS]
+    noise = sum(discrete_gaussian.draw(source, scale, len(sums[0])) for source in sources)
+    expected = sum(sums) + noise * noise_shares.grid(config.privacy.max_grad_norm)
+    expected /= config.training.sample_rate * sum(sizes)
+    moved = torch.cat([(start[name].double() - found[name].double()).flatten() for name in found])
+    np.testing.assert_allclose(moved.numpy(), expected, rtol=0, atol=2e-7)
+    assert np.abs(expected).max() > 0.01  # rounding of the adapter to float32 is far below
+
+
+def test_the_noise_of_the_sum_is_the_promised_one_over_the_shares_that_must_be_there(tiny_config):
+    plan = plan_run(tiny_config(**SECURE), 100, 3)
+    local = plan_run(tiny_config(), 100, 3)
+    assert plan.noise_multiplier == pytest.approx(local.noise_multiplier, rel=0.01)
+    assert accounting.epsilon(plan.events, plan.delta, plan.accountant) <= 8.0
+    steps_of_the_grid = plan.share_scale(10_000) * math.sqrt(plan.honest)
+    in_bounds = steps_of_the_grid * noise_shares.grid(plan.max_grad_norm) / plan.max_grad_norm
+    assert in_bounds == pytest.approx(plan.noise_multiplier, rel=1e-8)
+    assert in_bounds > plan.noise_multiplier  # the sum is rounded, which moves it a little
+
+
+def test_a_run_states_both_epsilons_and_whom_to_trust(tiny_config, simulate_run):
+    config = tiny_config(**SECURE, **{"privacy.noise": "secure"})
+    result = simulate_run(config)
+    run = Path(config.run_dir)
+    said = json.loads((run / "privacy.json").read_text())
+    assert said["secure_aggregation"] == {
+        "honest": 2,
+        "colluding": 1,
+        "institutions": 4,
+        "least_survivors": 3,
+        "protocol": "ideal",
+    }
+    assert "up to 1 institutions" in said["adversary"] and "2 other" in said["adversary"]
+    assert "without masks" in said["protects"]
+    for name in BANKS:
+        one = said["institutions"][name]
+        with Ledger.open(run / "ledgers" / f"{name}.db") as ledger:
+            shown = ledger.show()
+        assert one["epsilon"] == shown["epsilon"] == result["epsilon_max"] <= 8.0
+        assert one["epsilon_alone"] == shown["epsilon_alone"] == result["epsilon_alone_max"] > 8.0
+        assert [entry["shares"] for entry in shown["entries"]] == [2, 2, 2]
+        assert one["share_noise_multiplier"] == one["noise_multiplier"] / math.sqrt(2)
+    terminal = Terminal()
+    terminal.width = 500
+    with terminal.capture() as table:
+        progress.summary(config, result, terminal)
+    for shown in (report.write(run).read_text(), table.get()):
+        assert "2 honest institutions" in shown and "others collude" in shown
+        assert f"{result['epsilon_alone_max']:.3f}" in shown
+    for record in read_records(run):
+        assert record["updates"] == 4 and not record["skipped"]
+        assert record["aggregation"] == {"rejected": {}}  # no figure of a single vector
+        assert record["aggregation_error"] is None
+
+
+def _poor(config, *names: str) -> None:
+    """Give institutions a ledger that no round fits."""
+    folder = Path(config.run_dir).parent / "ledgers"
+    folder.mkdir(mode=0o700)
+    for name in names:
+        Ledger.create(folder / f"{name}.db", max_epsilon=0.01, delta=1e-4, accountant="rdp")
+
+
+def test_a_round_goes_on_without_an_institution_that_does_not_answer(
+    tiny_config, simulate_run, tmp_path
+):
+    config = tiny_config(**SECURE, **{"privacy.ledger": str(tmp_path / "ledgers")})
+    _poor(config, "Beta")
+    simulate_run(config)
+    records = read_records(Path(config.run_dir))
+    assert [r["updates"] for r in records] == [3, 3, 3]
+    assert not any(r["skipped"] for r in records)
+    assert records[0]["aggregation"]["rejected"] == {"Beta": "budget-exhausted"}
+
+
+def test_with_too_little_budget_nobody_pays_for_a_run_that_changes_nothing(
+    tiny_config, simulate_run, tmp_path
+):
+    config = tiny_config(**SECURE, **{"privacy.ledger": str(tmp_path / "ledgers")})
+    _poor(config, "Beta", "Gamma")
+    with pytest.raises(InputError, match=r"budget exhausted: 2 of 4 .* 3 institutions are needed"):
+        simulate_run(config)
+    with Ledger.open(tmp_path / "ledgers" / "Alpha.db") as ledger:
+        assert ledger.history() == ()
+
+
+def test_with_too_few_survivors_a_round_changes_nothing(tiny_config, simulate_run, monkeypatch):
+    config = tiny_config(**SECURE)
+    play_round = Federation.play_round
+
+    def without_two(self, names):
+        for name in ("Beta", "Gamma"):
+            (Path(config.run_dir) / "ledgers" / f"{name}.db").unlink(missing_ok=True)
+        return play_round(self, names)
+
+    monkeypatch.setattr(Federation, "play_round", without_two)
+    simulate_run(config)
+    records = read_records(Path(config.run_dir))
+    assert [(r["updates"], r["skipped"]) for r in records] == [(2, True)] * 3
+    start = trainable.load(config, trainable.records(config).labels).start
+    assert _same(_adapter(config), start)
+
+
+def test_a_killed_round_is_the_same_release_when_the_run_is_resumed(
+    tiny_config, simulate_run, tmp_path, monkeypatch
+):
+    calm = tiny_config(**SECURE, **{"run-dir": str(tmp_path / "calm")})
+    simulate_run(calm)
+    config = tiny_config(**SECURE)
+    step = Federation.step
+
+    def killed(self, orders, outcome):
+        if orders.this_round.number == 2:
+            raise RuntimeError("the server died after the vectors arrived")
+        return step(self, orders, outcome)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the server died"):
+        patch.setattr(Federation, "step", killed)
+        simulate_run(config)
+    simulate_run(config)
+    assert _same(_adapter(config), _adapter(calm))
+    for name in BANKS:
+        with Ledger.open(Path(config.run_dir) / "ledgers" / f"{name}.db") as ledger:
+            assert len(ledger.show()["entries"]) == 3
+
+
+def test_too_few_institutions_online_end_a_run_before_anybody_pays(
+    tiny_config, simulate_run, monkeypatch
+):
+    config = tiny_config(**SECURE)
+    online = Roster.online
+
+    def two(self):
+        return dict(list(online(self).items())[:2])
+
+    monkeypatch.setattr(Roster, "online", two)
+    monkeypatch.setattr(roster, "NODES_TIMEOUT", 0.0)
+    with pytest.raises(RunFailed, match="2 institutions are online, and a round needs 3"):
+        simulate_run(config)
+    for file in (Path(config.run_dir) / "ledgers").glob("*.db"):
+        with Ledger.open(file) as ledger:
+            assert ledger.history() == ()
+
+
+def test_more_trust_than_there_are_institutions_is_refused_before_anything_runs(tiny_config):
+    config = tiny_config(**{**SECURE, "privacy.colluding": 3})
+    with pytest.raises(InputError, match=r"honest is 2 and privacy\.colluding 3, but only 4"):
+        population_of(config)
+
+
+@pytest.mark.parametrize("strategy", ["ffa", "rolora"])
+def test_strategies_that_send_a_part_run_and_freeze_the_rest(tiny_config, simulate_run, strategy):
+    config = tiny_config(**SECURE, **{"federation.strategy": strategy, "federation.rounds": 2})
+    simulate_run(config)
+    start, found = trainable.load(config, ("card", "fraud", "loan")).start, _adapter(config)
+    moved = {kind(name) for name in found if not torch.equal(found[name], start[name])}
+    assert moved == ({"B", "head"} if strategy == "ffa" else {"A", "B", "head"})
+
+
+def test_inline_and_ray_give_the_same_bits(tiny_config, simulate_run, simulate_on_ray, tmp_path):
+    def made(name, simulate):
+        values = {"run-dir": str(tmp_path / name), "engine.workers": 3}
+        config = tiny_config(**SECURE, **values, **{"adapter.dropout": 0.1})
+        simulate(config)
+        return _adapter(config)
+
+    assert _same(made("inline", simulate_run), made("ray", simulate_on_ray))
