@@ -242,7 +242,16 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             ),
         )
     ),
-    "privacy.protocol": Taken(),  # a deployment runs full (`fedlora.config`)
+    # Without masks the server would see a vector with one institution's share of noise.
+    "privacy.protocol": Taken(
+        (
+            Limit(
+                "masks-required",
+                lambda _, run: not run.privacy.shares_noise or run.privacy.protocol == "full",
+                "has the protocol {run.privacy.protocol}, which masks no vector",
+            ),
+        )
+    ),
     "privacy.epsilon": Taken(
         (
             Limit(

@@ -231,7 +231,7 @@ SECURE = {
 }
 
 
-def test_the_epsilon_if_all_others_collude_has_a_limit_of_its_own(bank, monkeypatch):
+def test_the_epsilon_if_all_others_collude_has_a_limit_of_its_own(bank):
     who, _, order = bank(**SECURE)
     with Ledger.open(who.ledger_path) as ledger:
         plan = plan_run(who.config, 64, order.participations)
@@ -262,7 +262,7 @@ def test_the_settings_decide_about_secure_aggregation(tmp_path):
         "training.sample-rate": 0.2,
     }
 
-    def code(**changes):
+    def code(asked=asked, **changes):
         try:
             return config_policy.apply(dataclasses.replace(own, **changes), asked).privacy.trust
         except Refusal as refusal:
@@ -272,6 +272,7 @@ def test_the_settings_decide_about_secure_aggregation(tmp_path):
     assert code(secure_aggregation=True) == "secure-aggregation"
     assert code(secure_aggregation=True, min_honest=4) == "too-few-honest"
     assert code(secure_aggregation=True, min_colluding=2) == "too-few-colluding"
+    assert code(asked | {"privacy.protocol": "ideal"}, secure_aggregation=True) == "masks-required"
     run = config_policy.apply(dataclasses.replace(own, secure_aggregation=True), asked)
     with_limit = dataclasses.replace(own, max_alone_epsilon=3.0)
     assert Institution.deployed(with_limit, run).max_alone_epsilon == 3.0
