@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Column, Table
 
 from cli.errors import draw_report, one_line_errors, require_page_packages
+from experiments import ready
 from fedlora.config import RunConfig, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
@@ -42,6 +43,7 @@ def run_sweep(
 
     require_page_packages("fedlora sweep")
 
+    sweep = ready.locate(sweep, "sweeps")
     place = (out or Path("runs/sweeps") / sweep.stem).absolute()
     console = Terminal(quiet=as_json)
     before = signal.signal(
@@ -258,6 +260,7 @@ def audit(
     """Train with canaries among the records, attack the run; exit 3 if the promise is broken."""
     from experiments.audit.run import check, run, show
 
+    config = ready.locate(config)
     loaded = load(config, parse_overrides(assign or []))
     place = out or Path(f"runs/audit-{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if shadows < 0:

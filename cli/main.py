@@ -20,6 +20,8 @@ from fedlora import logs
 from fedlora.startup import quiet_libraries
 
 COMMANDS = {
+    "init": "cli.check_commands",
+    "check": "cli.check_commands",
     "run": "cli.simulation_commands",
     "sweep": "cli.experiment_commands",
     "report": "cli.experiment_commands",

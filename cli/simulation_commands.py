@@ -2,19 +2,27 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Column, Table
+from rich.padding import Padding
+from rich.table import Table
 
 from cli.errors import draw_report, one_line_errors
-from fedlora.config import RunConfig, describe, load, parse_overrides
+from experiments import ready
+from fedlora import config_schema
+from fedlora.config import RunConfig, accepting, describe, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, is_complete
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
+Accept = Annotated[
+    list[str] | None,
+    typer.Option("--accept", help="Run in spite of a finding that voids the result, by its name."),
+]
 Institution = Annotated[
     str,
     typer.Option(help="The institution whose adapter is used, where each institution has its own."),
@@ -41,6 +49,7 @@ def run(
     max_epsilon: Annotated[
         float | None, typer.Option(help="Lifetime limit of ledgers that this simulation creates.")
     ] = None,
+    accept: Accept = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
 ) -> None:
@@ -50,7 +59,7 @@ def run(
         overrides["engine.ray-address"] = ray_address
     if max_epsilon is not None:
         overrides["privacy.max-epsilon"] = max_epsilon
-    resolved = _resolve(config, overrides, out, resume)
+    resolved = _resolve(config, overrides, out, resume, accept or [])
     console = Terminal(quiet=quiet or as_json)
     if not resolved.privacy.enabled:
         console.print(
@@ -72,7 +81,11 @@ def run(
 
 
 def _resolve(
-    path: Path | None, overrides: dict[str, Any], out: Path | None, resume: Path | None
+    path: Path | None,
+    overrides: dict[str, Any],
+    out: Path | None,
+    resume: Path | None,
+    accept: Sequence[str] = (),
 ) -> RunConfig:
     """Resolve a run's configuration. Its run directory is absolute, and free or to be resumed."""
     if resume is not None:
@@ -86,8 +99,9 @@ def _resolve(
             )
         path = path or resume / CONFIG
     elif path is None:
-        raise InputError("no config was given; try `fedlora run experiments/configs/demo.toml`")
-    loaded = load(path, overrides)
+        raise InputError("no config was given; try `fedlora run demo`")
+    path = ready.locate(path)
+    loaded = accepting(load(path, overrides), accept)
     name = path.parent.name if path.name == CONFIG else path.stem
     chosen = (
         resume or out or Path(loaded.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -197,11 +211,17 @@ def show_config(
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
     ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print a JSON schema of these files, for editors.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print all keys with types, defaults and meaning, or the resolved keys of a file."""
+    if schema:
+        print(json.dumps(config_schema.json_schema(), indent=2))
+        return
     if config is not None:
-        resolved = load(config, parse_overrides(assign or []))
+        resolved = load(ready.locate(config), parse_overrides(assign or []))
         print(
             json.dumps(resolved.flat()) if as_json else resolved.to_toml(),
             end="" if not as_json else "\n",
@@ -217,11 +237,10 @@ def show_config(
             )
         )
         return
-    others = (Column(name, overflow="fold") for name in ("type", "default", "meaning"))
-    table = Table(Column("key", no_wrap=True), *others)
-    for row in rows:
-        table.add_row(*row)
-    Terminal().print(table)
+    console = Terminal()
+    for key, kind, default, meaning in rows:
+        console.write_line(f"{key} = {default}")
+        console.print(Padding(f"{kind}: {meaning}", (0, 0, 0, 4)))
 
 
 def execute(arguments: list[str]) -> None:

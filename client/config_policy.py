@@ -70,6 +70,7 @@ def _residual_rank(run: RunConfig) -> int:
 KEYS: Mapping[str, Own | Unused | Taken] = {
     "seed": Taken(),
     "run-dir": Own(lambda own: own.state),
+    "accept": Unused(),
     "model.name": Taken(
         (
             Limit(
@@ -127,6 +128,8 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "data.institutions": Own(lambda _: 1),
     "data.min-records": Own(lambda _: 1),
     "data.max-records": Own(lambda _: 0),
+    "data.delimiter": Own(lambda own: own.delimiter),
+    "data.encoding": Own(lambda own: own.encoding),
     "data.text": Own(lambda own: own.text),
     "data.label": Own(lambda own: own.label),
     "data.labels": Taken(

@@ -130,7 +130,7 @@ class Institution:
             plan = plan_run(self.config, shard.num_units, query.participations)
             with self.open_ledger(shard, create=query.first and self.simulated) as ledger:
                 self._check_limits(plan, ledger)
-                planned = (*plan.events, *self._events_at_home(shard.num_units, ledger))
+                planned = (*plan.events, *self.events_at_home(shard.num_units, ledger))
                 fits = query.run in ledger.runs() or ledger.fits(planned)
             size = plan.size_class if plan.honest else 0
         return Hello(
@@ -410,7 +410,7 @@ class Institution:
             metrics={name: known[name] for name in order.report if name in known},
         )
 
-    def _events_at_home(self, units: int, ledger: Ledger) -> tuple[Event, ...]:
+    def events_at_home(self, units: int, ledger: Ledger) -> tuple[Event, ...]:
         """The cost of the own model that a simulated run trains under DP; else empty."""
         if not self.config.home.private:
             return ()

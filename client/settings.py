@@ -13,6 +13,7 @@ from typing import Any
 
 from fedlora import files
 from fedlora.config import check_threads
+from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.settings_schema import Section, section
 from fedlora.settings_schema import key as setting
@@ -25,6 +26,10 @@ class Settings(Section):
     name: str = setting("", "the institution's name in the federation")
     source: str = setting("", "the training records, as in data.source")
     test_source: str = setting("", "held-out records, whose texts are never trained on")
+    delimiter: str = setting(
+        ",", "character between the columns of .csv records", choices=tuple(DELIMITERS)
+    )
+    encoding: str = setting("utf-8", "encoding of .csv records, as in data.encoding")
     text: str = setting("text", "column of the text, or several joined by commas")
     label: str = setting("label", "column of the label; the response for sft")
     labels: tuple[str, ...] = setting(
@@ -79,6 +84,11 @@ class Settings(Section):
         "", "directory of the other institutions' public keys, NAME.pub (secure aggregation)"
     )
 
+    @property
+    def csv_form(self) -> CsvForm:
+        """The form of CSV records."""
+        return CsvForm(delimiter=self.delimiter, encoding=self.encoding)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("name", "source", "ledger", "state", "models"):
@@ -94,6 +104,7 @@ class Settings(Section):
                 f"rank is {self.rank}; it must be at most max-rank ({self.max_rank}): lower it, or "
                 "raise max-rank"
             )
+        check_encoding("encoding", self.encoding)
         check_threads("threads", self.threads)
 
 

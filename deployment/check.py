@@ -355,7 +355,14 @@ def _records(own: "Settings") -> str:
     """Read the records as a run does; errors that quote a record may go to the terminal."""
     from fedlora import data
 
-    rows = data.count(own.source, text=own.text, label=own.label, labels=own.labels, unit=own.unit)
+    rows = data.count(
+        own.source,
+        text=own.text,
+        label=own.label,
+        labels=own.labels,
+        unit=own.unit,
+        form=own.csv_form,
+    )
     return f"{rows:,} rows with a text and a label"
 
 

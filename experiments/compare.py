@@ -87,7 +87,9 @@ def rows(compared: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if not value or abs(value) >= 1e-3 else f"{value:g}"
 
 
 def _page(

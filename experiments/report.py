@@ -49,7 +49,8 @@ def of_run(directory: Path) -> Page:
     tiles = {label: f"{100 * value:.1f} %" if name else ""}
     if result.get("macro_f1") is not None:
         tiles[f"macro-F1{model}"] = f"{100 * result['macro_f1']:.1f} %"
-    if classes := result.get("per_class"):
+    classes = {} if "token_loss" in result else result.get("per_class")
+    if classes:  # rows of sft have references, not classes
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
         tiles["loss per token"] = f"{result['token_loss']:.3f}"
@@ -67,6 +68,7 @@ def of_run(directory: Path) -> Page:
         words=_words(config, result, records),
         tiles=tiles,
         sections=[
+            _findings(result),
             Section(title="Privacy", **_privacy(config, privacy)),
             *joining_page.section(result),
             Section(title="Quality", words=[METRICS], **_quality(result, records)),
@@ -134,6 +136,18 @@ def _words(
     data = f"The records came from {config.data.source}, partitioned by {config.data.partition}"
     data += f": {' and '.join(rows)}." if rows else "."
     return [did, how, data] if config.federation.rounds else [did, data]
+
+
+def _findings(result: Mapping[str, Any]) -> Section:
+    """The findings on records and settings with which the run began; empty without any."""
+    found = result.get("findings", [])
+    void = [finding["text"] for finding in found if finding["voids"]]
+    return Section(
+        title="Warnings",
+        note=f"The result is void, and the run accepted it: {'; '.join(void)}." if void else "",
+        bad=bool(void),
+        words=[f"{f['text']}." for f in found if not f["voids"]],
+    )
 
 
 def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 import tomli_w
 
 from fedlora import noise_shares, schemes
+from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.settings_schema import Scalar, Section, check_zero_or, coerce, kebab, key
 from fedlora.strategy_table import STRATEGY_TABLE, Traits, names_with
@@ -44,9 +45,15 @@ MIN_DELTA = 1e-30
 
 MAX_RATES = 8
 """The most learning rates at home."""
+ACCEPTABLE = ("delta", "noise", "labels")
+"""Findings that void a result (`fedlora.findings`), and that ``accept`` may name."""
+MIN_NATURAL_RECORDS = 8
+"""The fewest records whose default delta is at most 1e-3; smaller institutions of a natural
+partition are left out by default under DP."""
 
-ENGINE_ONLY = ("run-dir", "engine.workers", "engine.ray-address", "tracking.")
-"""Keys that may change when a run is resumed: they decide its place and speed, no result."""
+ENGINE_ONLY = ("run-dir", "accept", "engine.workers", "engine.ray-address", "tracking.")
+"""Keys that may change when a run is resumed: they decide its place, speed and refusal, no
+result."""
 
 
 def check_threads(name: str, count: int) -> None:
@@ -159,13 +166,20 @@ class DataConfig(Section):
         0, "number of institutions; natural keeps the largest ones; 0: all", at_least=0
     )
     min_records: int = key(
-        1, "natural: an institution with fewer training records is left out", at_least=1
+        1,
+        "natural: an institution with fewer training records is left out; by default "
+        f"{MIN_NATURAL_RECORDS} under DP",
+        at_least=1,
     )
     max_records: int = key(
         0,
         "an institution with more training records keeps a random part of so many; 0: all",
         at_least=0,
     )
+    delimiter: str = key(
+        ",", "character between the columns of a .csv file", choices=tuple(DELIMITERS)
+    )
+    encoding: str = key("utf-8", "encoding of a .csv file, such as utf-8, latin-1 or cp1252")
     text: str = key("text", "column of the text, or several joined by commas; the prompt for sft")
     label: str = key("label", "column of the label; the response for sft")
     labels: tuple[str, ...] = key((), "the classes; empty: the distinct labels of the records")
@@ -179,8 +193,14 @@ class DataConfig(Section):
         "(no bank may do so); only:NAME: that one alone",
     )
 
+    @property
+    def csv_form(self) -> CsvForm:
+        """The form of CSV files."""
+        return CsvForm(delimiter=self.delimiter, encoding=self.encoding)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_encoding(self.prefix + "encoding", self.encoding)
         if self.view not in ("all", "pooled") and not self.view.removeprefix("only:").strip():
             raise InputError("data.view is 'only:'; name the institution, as in only:NAME")
         if self.view not in ("all", "pooled") and not self.view.startswith("only:"):
@@ -257,7 +277,8 @@ class FederationConfig(Section):
     weighting: str = key(
         "uniform",
         "weight of an institution: uniform, public-size (the size class, a power of two), "
-        "noised-size (paid from the institution's budget), records (exact; without DP only)",
+        "noised-size (paid from the institution's budget), records (exact; without DP only); by "
+        "default public-size for a natural partition under DP, where a rule may weigh",
         choices=("uniform", "public-size", "noised-size", "records"),
     )
     robust: str = key(
@@ -521,6 +542,11 @@ class RunConfig(Section):
 
     seed: int = key(1, "seed of all random draws except private noise", at_least=0)
     run_dir: str = key("", "directory of the results; empty: runs/NAME-TIME")
+    accept: tuple[str, ...] = key(
+        (),
+        "findings of `fedlora check` that void a result and are accepted all the same: "
+        + ", ".join(ACCEPTABLE),
+    )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -533,6 +559,11 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if unknown := sorted(set(self.accept) - set(ACCEPTABLE)):
+            raise InputError(
+                f"accept has {unknown[0]!r}; it must be one of {', '.join(ACCEPTABLE)}: only "
+                "findings that void a result need to be accepted"
+            )
         schemes.parse(
             self.data.partition,
             institutions=self.data.institutions,
@@ -722,6 +753,30 @@ def _dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     optimizer = {**found, **values}.get("federation.server-optimizer")
     if optimizer in ("none", "momentum"):
         found["federation.server-learning-rate"] = 1.0
+    return {**found, **_long_tail_defaults(values)}
+
+
+def _long_tail_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a natural partition under DP, whose institutions may differ much in size.
+
+    Under one noise the update of an institution of one record is hundreds of times longer than
+    that of a large one, and would count as much.
+    """
+
+    def infinite(name: str, default: float) -> bool:
+        try:
+            return math.isinf(float(values.get(name, default)))
+        except (TypeError, ValueError):
+            return False  # refused where the value is checked
+
+    source = values.get("data.source", DataConfig.source)
+    natural = str(values.get("data.partition", DataConfig.partition)).startswith("natural:")
+    if not natural or source == INSTITUTIONS or infinite("privacy.epsilon", PrivacyConfig.epsilon):
+        return {}
+    found: dict[str, Any] = {"data.min-records": MIN_NATURAL_RECORDS}
+    weighed = values.get("federation.robust", "none") not in ("median", "trimmed-mean", "krum")
+    if weighed and infinite("privacy.institution-epsilon", PrivacyConfig.institution_epsilon):
+        found["federation.weighting"] = "public-size"
     return found
 
 
@@ -759,6 +814,15 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
         else:
             values[name] = value
     return from_flat({**values, **(overrides or {})})
+
+
+def accepting(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """The configuration that accepts these findings too.
+
+    Raises:
+        InputError: For a name that is not in `ACCEPTABLE`.
+    """
+    return dataclasses.replace(config, accept=tuple(sorted({*config.accept, *names})))
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, str]:

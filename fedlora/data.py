@@ -16,6 +16,7 @@ import numpy as np
 
 from fedlora import files, shards, sources
 from fedlora.config import DataConfig
+from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.rows import check_labels, partition_rows, read_table
@@ -59,6 +60,8 @@ def prepare(
     """
     test_digest = sources.digest(settings.test_source, "test") if settings.test_source else ""
     shape = [
+        settings.delimiter,
+        settings.encoding,
         settings.text,
         settings.label,
         settings.labels,
@@ -91,6 +94,7 @@ def prepare(
             names=found.names,
             labels=classes,
             counts=counts,
+            left_out=found.left_out,
             all_train=replace(both.slice(0, len(train.texts)), units=units),
             train_bounds=train_bounds,
             all_held_out=replace(
@@ -108,6 +112,7 @@ def load_shard(
     label: str,
     labels: tuple[str, ...],
     encode: Encode,
+    form: CsvForm = PLAIN,
 ) -> tuple[Shard, int]:
     """Read all rows of one source, uncached; rows without text or label are left out.
 
@@ -117,6 +122,7 @@ def load_shard(
         label: Column of the label.
         labels: The classes that the model knows; empty for sft.
         encode: The tokeniser.
+        form: Delimiter and encoding of a CSV file.
 
     Returns:
         The rows, and the number of rows that were cut to length.
@@ -124,25 +130,29 @@ def load_shard(
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
     """
-    table = read_table(source, text, label, {}, "test")
-    if not table.texts:
-        raise InputError(f"{source} has no row with a text and a label; give one that has")
+    table = read_table(source, text, label, {}, "test", form)
     if labels:
         check_labels(table.labels, labels, source, "the model was trained on no other label")
     encoded = encode(table.texts, table.labels, labels)
     return _shard(encoded, table.texts, table.labels), encoded.truncated
 
 
-def count(source: str, *, text: str, label: str, labels: tuple[str, ...], unit: str) -> int:
+def count(
+    source: str,
+    *,
+    text: str,
+    label: str,
+    labels: tuple[str, ...],
+    unit: str,
+    form: CsvForm = PLAIN,
+) -> int:
     """Rows of a source that have a text and a label, read as a run reads them.
 
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
     """
     unit_column = {} if unit == "record" else {unit: "privacy.unit"}
-    table = read_table(source, text, label, unit_column)
-    if not table.texts:
-        raise InputError(f"{source} has no row with a text and a label; give one that has")
+    table = read_table(source, text, label, unit_column, form=form)
     if labels:
         check_labels(table.labels, labels, source, "correct these rows")
     return len(table.texts)
@@ -191,6 +201,8 @@ def _code_digest() -> str:
     """Return a SHA-256 of the modules that decide the content of a cache entry."""
     digest = hashlib.sha256()
     for module in (
+        "columns.py",
+        "csv_files.py",
         "data.py",
         "partition.py",
         "rows.py",

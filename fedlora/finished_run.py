@@ -69,6 +69,7 @@ def evaluate(run_dir: Path, source: str, institution: str = "") -> dict[str, Any
         label=config.data.label,
         labels=work.labels,
         encode=work.task.encode,
+        form=config.data.csv_form,
     )
     measured = work.task.evaluate(work.model, shard, work.labels)
     return measured | {"truncated": truncated, "max_length": config.training.max_length}

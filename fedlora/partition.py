@@ -13,7 +13,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,14 @@ class Assignment:
     """The assignment of rows to institutions.
 
     ``train`` and ``held_out`` are int64, one entry a row: the index into ``names``, or -1 for a row
-    that no institution of this federation holds. ``dropped`` counts institutions left out.
+    that no institution of this federation holds. ``left_out`` has the training rows of each
+    institution left out, the largest first.
     """
 
     names: tuple[str, ...]
     train: NDArray[np.int64]
     held_out: NDArray[np.int64]
-    dropped: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def normalise(text: str) -> str:
@@ -136,7 +137,8 @@ def by_column(
         np.fromiter((index[value] for value in column), dtype=np.int64, count=len(column))
         for column in (train, held_out)
     )
-    return Assignment(names=names, train=owner, held_out=held, dropped=len(values) - len(names))
+    left = sorted(set(values) - set(name_of), key=lambda v: (-sizes[v], v))
+    return Assignment(names=names, train=owner, held_out=held, left_out={v: sizes[v] for v in left})
 
 
 def at_most(placed: Assignment, records: int, *, seed: int) -> NDArray[np.int64]:

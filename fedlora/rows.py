@@ -5,7 +5,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedlora import schemes, sources
 from fedlora.config import DataConfig
+from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
 from fedlora.partition import at_most, by_column, by_scheme, hold_out, normalise
@@ -29,21 +30,25 @@ class Table:
         labels: One for each row, never empty; for sft the responses.
         others: Column name -> values of further columns.
         read: Number of rows in the source, including rows without a text or a label.
+        without_text: Rows of the source without a text.
+        without_label: Rows of the source with a text and without a label.
     """
 
     texts: list[str]
     labels: list[str]
     others: Mapping[str, list[str]]
     read: int
+    without_text: int = 0
+    without_label: int = 0
 
     def take(self, rows: NDArray[Any]) -> "Table":
         """Return the rows of these numbers, in that order."""
         order: list[int] = rows.tolist()
-        return Table(
+        return replace(
+            self,
             texts=[self.texts[row] for row in order],
             labels=[self.labels[row] for row in order],
             others={name: [values[row] for row in order] for name, values in self.others.items()},
-            read=self.read,
         )
 
 
@@ -57,6 +62,7 @@ class PartitionedRows:
         train: Training rows sorted by institution, and the first row of each one ``(k + 1,)``.
         held_out: Held-out rows in the same form.
         counts: Numbers of rows that were read, left out and removed.
+        left_out: Institutions without enough training rows -> their training rows.
     """
 
     names: tuple[str, ...]
@@ -64,6 +70,7 @@ class PartitionedRows:
     train: tuple[Table, Int64]
     held_out: tuple[Table, Int64]
     counts: Mapping[str, int]
+    left_out: Mapping[str, int]
 
 
 def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> PartitionedRows:
@@ -87,14 +94,15 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
         require("flwr_datasets", "simulation", f"data.partition {settings.partition}")
     partition_column = {argument: "data.partition"} if scheme == "natural" else {}
     unit_column = {unit: "privacy.unit"} if unit != "record" else {}
-    text, label = settings.text, settings.label
-    rows = read_table(settings.source, text, label, {**partition_column, **unit_column})
+    text, label, form = settings.text, settings.label, settings.csv_form
+    rows = read_table(settings.source, text, label, partition_column | unit_column, form=form)
     test = None
     if settings.test_source:
-        test = read_table(settings.test_source, text, label, partition_column, "test")
+        test = read_table(settings.test_source, text, label, partition_column, "test", form)
     classes = () if task == "sft" else _classes(settings, rows, test)
     counts = {"rows": rows.read, "test_rows": test.read if test else 0}
-    counts["empty"] = sum(table.read - len(table.texts) for table in (rows, test) if table)
+    counts["without_text"] = sum(table.without_text for table in (rows, test) if table)
+    counts["without_label"] = sum(table.without_label for table in (rows, test) if table)
 
     train, held_out, counts["duplicates_removed"] = _split(
         rows,
@@ -106,6 +114,11 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     if scheme == "natural":
         train, lost = _with_value(train, argument)
         held_out, lost_too = _with_value(held_out, argument)
+        if not train.texts:
+            raise InputError(
+                f"none of the {lost:,} training rows has anything in {argument!r}, the column of "
+                "data.partition; name another column, or use iid with data.institutions"
+            )
         counts["without_institution"] = lost + lost_too
         placed = by_column(
             argument,
@@ -124,7 +137,7 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
             min_records=settings.min_records,
             seed=seed,
         )
-    counts["institutions_dropped"] = placed.dropped
+    counts["institutions_dropped"] = len(placed.left_out)
     owner = at_most(placed, settings.max_records, seed=seed)
     counts["rows_dropped"] = int((owner < 0).sum() + (placed.held_out < 0).sum())
 
@@ -134,11 +147,17 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
         train=_by_institution(train, owner, len(placed.names)),
         held_out=_by_institution(held_out, placed.held_out, len(placed.names)),
         counts=counts,
+        left_out=placed.left_out,
     )
 
 
 def read_table(
-    source: str, text: str, label: str, others: Mapping[str, str], split: str = "train"
+    source: str,
+    text: str,
+    label: str,
+    others: Mapping[str, str],
+    split: str = "train",
+    form: CsvForm = PLAIN,
 ) -> Table:
     """Read the rows of a source that have a text and a label.
 
@@ -148,22 +167,39 @@ def read_table(
         label: Column of the label.
         others: Further column -> the config key that names it, for error messages.
         split: Split of a Hub data set.
+        form: Delimiter and encoding of a CSV file.
 
     Raises:
-        InputError: If the source cannot be read or a column is missing.
+        InputError: If the source cannot be read, a column is missing, or no row has a text and a
+            label; the message says which of them is missing.
     """
     columns = [column.strip() for column in text.split(",")]
     wanted = {**others, label: "data.label", **dict.fromkeys(columns, "data.text")}
     rows = {
         column: [value.strip() for value in values]
-        for column, values in sources.read(source, wanted, split).items()
+        for column, values in sources.read(source, wanted, split, form).items()
     }
     parts = zip(*(rows[column] for column in columns), strict=True)
     texts = [" | ".join(filter(None, part)) for part in parts]
     others_read = {name: rows[name] for name in others}
-    table = Table(texts=texts, labels=rows[label], others=others_read, read=len(texts))
-    full = [bool(text and answer) for text, answer in zip(texts, rows[label], strict=True)]
-    return table.take(np.flatnonzero(full))
+    written = np.array([bool(value) for value in texts])
+    answered = np.array([bool(value) for value in rows[label]])
+    table = Table(
+        texts=texts,
+        labels=rows[label],
+        others=others_read,
+        read=len(texts),
+        without_text=int((~written).sum()),
+        without_label=int((written & ~answered).sum()),
+    )
+    if not (written & answered).any():
+        raise InputError(
+            f"{source} has no row with a text and a label: of {table.read:,} rows, "
+            f"{table.without_text:,} have nothing in data.text ({text}) and "
+            f"{table.without_label:,} of the others nothing in data.label ({label}); set these "
+            "keys to columns that are filled in, or fill them in"
+        )
+    return table.take(np.flatnonzero(written & answered))
 
 
 def _classes(settings: DataConfig, rows: Table, test: Table | None) -> tuple[str, ...]:

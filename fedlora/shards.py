@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,10 @@ class Federation:
         names: Institutions, safe as file names, unique, sorted.
         labels: The classes in index order; empty for sft.
         counts: rows (of data.source) and test_rows (of data.test-source), as the sum of train,
-            held_out, empty (no text or label), without_institution, duplicates_removed and
-            rows_dropped (of a dropped institution); and institutions_dropped, truncated.
+            held_out, without_text, without_label (a text and no label), without_institution,
+            duplicates_removed and rows_dropped (of an institution left out, or above
+            data.max-records); and institutions_dropped, truncated.
+        left_out: Institution without enough training rows -> its training rows.
         all_train: Training rows of all institutions, one institution after the other.
         train_bounds: int64 (institutions + 1,), where each institution's rows begin.
         all_held_out: The same of the held-out rows.
@@ -150,6 +152,7 @@ class Federation:
     train_bounds: Int64
     all_held_out: Shard
     held_out_bounds: Int64
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def train(self, index: int) -> Shard:
         """Return one institution's training rows."""
@@ -236,6 +239,7 @@ def open_entry(directory: Path) -> Federation | None:
         names=tuple(meta["names"]),
         labels=tuple(meta["labels"]),
         counts=meta["counts"],
+        left_out=meta["left_out"],
         all_train=train,
         train_bounds=train_bounds,
         all_held_out=held_out,
@@ -292,6 +296,7 @@ def _write(directory: Path, federation: Federation) -> None:
         "names": federation.names,
         "labels": federation.labels,
         "counts": dict(federation.counts),
+        "left_out": dict(federation.left_out),
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=1))
     (directory / "checksum").write_text(_checksum(directory))

@@ -7,35 +7,41 @@ missing value is the empty text. Each function imports its heavy reader itself, 
 federation opens without those readers.
 """
 
-import csv
 import hashlib
 import importlib
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora.errors import InputError, RecordError
+from fedlora import csv_files
+from fedlora.columns import Rows, check_columns, unreadable
+from fedlora.csv_files import PLAIN, CsvForm
+from fedlora.errors import InputError
 from fedlora.extras import require
 from fedlora.text import is_unicode
 
-Rows = dict[str, list[str]]
-"""Columns of equal length, every value text."""
-
+CSV = ".csv"
 US_GAAP = "package:edgartools"
 """Columns: text (a concept's words), label (its statement), industry (one that reports it)."""
 
 
-def read(source: str, wanted: Mapping[str, str], split: str = "train") -> Rows:
+def read(
+    source: str,
+    wanted: Mapping[str, str],
+    split: str = "train",
+    form: CsvForm = PLAIN,
+) -> Rows:
     """Read the wanted columns of a source.
 
     Args:
         source: The source, as described above.
         wanted: Column name -> its config key, for error messages.
         split: The split of a Hub data set; files have none.
+        form: Delimiter and encoding of a CSV file.
 
     Raises:
         InputError: If the source is not there or not readable, has no row, or a column is missing;
@@ -47,6 +53,8 @@ def read(source: str, wanted: Mapping[str, str], split: str = "train") -> Rows:
         path = locate(source)
         if source == US_GAAP:
             rows = _read_us_gaap(path, wanted)
+        elif _suffix(source) == CSV:
+            rows = csv_files.read(source, path, wanted, form)
         else:
             rows = _READERS[_suffix(source)](source, path, wanted)
     if not any(rows.values()):
@@ -55,6 +63,27 @@ def read(source: str, wanted: Mapping[str, str], split: str = "train") -> Rows:
             "give one that has rows"
         )
     return rows
+
+
+def columns(source: str, form: CsvForm = PLAIN) -> list[str]:
+    """The columns of a file, in order.
+
+    Raises:
+        InputError: If the source is no file, or cannot be read.
+    """
+    if source.startswith("hub:") or source == US_GAAP:
+        raise InputError(f"data source {source!r} is no file; give a .csv, .jsonl or .parquet file")
+    path, suffix = locate(source), _suffix(source)
+    if suffix == CSV:
+        return csv_files.header(source, path, form)[0]
+    if suffix == ".jsonl":
+        return list(dict.fromkeys(name for record in _records(source, path) for name in record))
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    arrow: Any = importlib.import_module("pyarrow")
+    try:
+        return parquet.ParquetFile(path).schema_arrow.names
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise unreadable(source, error) from None
 
 
 def digest(source: str, split: str = "train") -> str:
@@ -121,38 +150,11 @@ def _in_package(package: str, relative: str) -> Path | None:
 
 def _suffix(source: str) -> str:
     suffix = Path(source).suffix.lower()
-    if suffix not in _READERS:
+    if suffix not in (CSV, *_READERS):
         raise InputError(
-            f"data source {source!r} ends in {suffix!r}; it must be {', '.join(_READERS)}"
+            f"data source {source!r} ends in {suffix!r}; it must be {', '.join((CSV, *_READERS))}"
         )
     return suffix
-
-
-def _check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]) -> None:
-    """Raise a RecordError for the first wanted column that is not present.
-
-    A RecordError, because without a header a file's columns are the values of its first record.
-    """
-    columns = list(dict.fromkeys(present))
-    if not columns:
-        raise InputError(f"data source {source!r} is empty; give one that has rows")
-    for column, key in wanted.items():
-        if column in columns:
-            continue
-        form = "natural:COLUMN with one of them" if key == "data.partition" else "one of them"
-        remedy = f"set {key} to {form}"
-        if {"context", "target"} <= set(columns):
-            remedy = 'these are FinLoRA rows: set data.text to "context" and data.label to "target"'
-        names = ", ".join(columns[:30]) + (", ..." if len(columns) > 30 else "")
-        raise RecordError(f"{key} is {column!r}, but {source} has the columns {names}; {remedy}")
-
-
-def _unreadable(source: str, error: Exception) -> InputError:
-    # Arrow quotes the bad row after its column count; rows are private and may span lines.
-    reason = re.sub(r"(got \d+):.*", r"\1", str(error), flags=re.DOTALL)
-    return InputError(
-        f"data source {source!r} cannot be read: {' '.join(reason.split())[:300]}; mend the file"
-    )
 
 
 def _text(value: Any, source: str, column: str) -> str:
@@ -175,40 +177,8 @@ def _text(value: Any, source: str, column: str) -> str:
     )
 
 
-def _read_csv(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
-    arrow_csv: Any = importlib.import_module("pyarrow.csv")
-    arrow: Any = importlib.import_module("pyarrow")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header: list[str] = next(csv.reader(file), list[str]())
-            has_rows = any(line.strip() for line in file)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(source, error) from None
-    _check_columns(source, wanted, header)
-    for column in wanted:
-        if header.count(column) > 1:
-            raise InputError(
-                f"{source} has {header.count(column)} columns named {column!r}; rename all but one"
-            )
-    if not has_rows:  # a parse error to Arrow when the header has no end of line
-        return {column: [] for column in wanted}
-    try:
-        table = arrow_csv.read_csv(
-            path,
-            # A block must hold a whole row, which may span many lines. With one thread, errors
-            # give the row's number.
-            read_options=arrow_csv.ReadOptions(use_threads=False, block_size=1 << 28),
-            parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
-            convert_options=arrow_csv.ConvertOptions(
-                include_columns=list(wanted), column_types=dict.fromkeys(wanted, arrow.string())
-            ),
-        )
-    except arrow.ArrowInvalid as error:
-        raise _unreadable(source, error) from None
-    return {column: table.column(column).to_pylist() for column in wanted}
-
-
-def _read_jsonl(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
+def _records(source: str, path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file."""
     records: list[dict[str, Any]] = []
     number = 0
     try:
@@ -220,12 +190,17 @@ def _read_jsonl(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
                         raise ValueError(f"line {number} is not an object")
                     records.append(cast(dict[str, Any], record))
     except json.JSONDecodeError as error:
-        raise _unreadable(source, ValueError(f"line {number}: {error.msg}")) from None
+        raise unreadable(source, ValueError(f"line {number}: {error.msg}")) from None
     except RecursionError:
-        raise _unreadable(source, ValueError(f"line {number} is nested too deeply")) from None
+        raise unreadable(source, ValueError(f"line {number} is nested too deeply")) from None
     except ValueError as error:
-        raise _unreadable(source, error) from None
-    _check_columns(source, wanted, (column for record in records for column in record))
+        raise unreadable(source, error) from None
+    return records
+
+
+def _read_jsonl(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
+    records = _records(source, path)
+    check_columns(source, wanted, (column for record in records for column in record))
     return {c: [_text(record.get(c), source, c) for record in records] for c in wanted}
 
 
@@ -234,16 +209,16 @@ def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
     arrow: Any = importlib.import_module("pyarrow")
     try:
         file = parquet.ParquetFile(path)
-        _check_columns(source, wanted, file.schema_arrow.names)
+        check_columns(source, wanted, file.schema_arrow.names)
         columns = {c: file.read(columns=[c]).column(c).to_pylist() for c in wanted}
     except (arrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise _unreadable(source, error) from None
+        raise unreadable(source, error) from None
     return {c: [_text(v, source, c) for v in values] for c, values in columns.items()}
 
 
 def _read_us_gaap(path: Path, wanted: Mapping[str, str]) -> Rows:
     """Make a row of each concept with a statement and each industry that reports it."""
-    _check_columns(US_GAAP, wanted, ("text", "label", "industry"))
+    check_columns(US_GAAP, wanted, ("text", "label", "industry"))
     rows: Rows = {"text": [], "label": [], "industry": []}
     for concept, entry in json.loads(path.read_bytes()).items():
         statement = entry.get("statement")
@@ -296,7 +271,7 @@ def _hub_revisions(source: str) -> list[str]:
 
 def _read_hub(source: str, wanted: Mapping[str, str], split: str) -> Rows:
     dataset = _load_hub(source, split)
-    _check_columns(source, wanted, dataset.column_names)
+    check_columns(source, wanted, dataset.column_names)
     rows: Rows = {}
     for column in wanted:
         values: list[Any] = list(dataset[column])
@@ -309,4 +284,4 @@ def _read_hub(source: str, wanted: Mapping[str, str], split: str) -> Rows:
     return rows
 
 
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -83,6 +83,8 @@ def quiet_libraries() -> None:
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
     )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels
+    # The hub's client logs each of five retries as a line; our error names the last failure.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

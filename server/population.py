@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora import accounting, data, trainable
+from fedlora import accounting, data, findings, trainable
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
+from fedlora.findings import Finding
 from fedlora.shards import Federation, Int64, Shard
-from strategies import robust
+from strategies import base, robust
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Population:
         held_out: The rows for measurement; None where there are none.
         owner: The institution of each held-out row ``(n,)``, an index of ``names``, or None.
         counts: The numbers of rows that were read, truncated or dropped.
+        findings: The findings on a simulation that do not stop it.
         fingerprint: SHA-256 of the rows, which must not change before a run is resumed.
     """
 
@@ -32,6 +34,7 @@ class Population:
     held_out: Shard | None
     owner: Int64 | None
     counts: Mapping[str, int]
+    findings: tuple[Finding, ...]
     fingerprint: str
 
     @property
@@ -58,6 +61,47 @@ def population_of(config: RunConfig) -> Population:
 
 def _simulated(config: RunConfig) -> Population:
     records: Federation = trainable.records(config)
+    found = check(config, records)
+    held_out, owner = records.pooled_held_out()
+    return Population(
+        size=len(records.names),
+        names=records.names,
+        labels=records.labels,
+        held_out=held_out,
+        owner=owner,
+        counts=records.counts,
+        findings=tuple(found),
+        fingerprint=records.fingerprint(),
+    )
+
+
+def check(config: RunConfig, records: Federation) -> list[Finding]:
+    """Check a simulation's configuration against its records.
+
+    Returns:
+        The findings that do not stop the run: warnings, and those that the run accepts.
+
+    Raises:
+        InputError: Naming value, bound and remedy.
+    """
+    check_settings(config, records)
+    found = findings.findings(config, records, participations(config, len(records.names)))
+    findings.refuse(config, found)
+    return found
+
+
+def participations(config: RunConfig, institutions: int) -> int:
+    """The most rounds of a run for which one institution may be asked."""
+    federation = config.federation
+    return base.participations(federation.rounds, institutions, federation.institutions_per_round)
+
+
+def check_settings(config: RunConfig, records: Federation) -> None:
+    """Check the settings of a simulation that depend on its institutions and records.
+
+    Raises:
+        InputError: Naming value, bound and remedy.
+    """
     size = len(records.names)
     _check_federation(config, size)
     if not len(records.all_held_out):
@@ -70,16 +114,6 @@ def _simulated(config: RunConfig) -> Population:
     if config.privacy.enabled and config.privacy.delta:
         largest = accounting.most_of_class(max(units))  # institutions plan for their size class
         accounting.check_delta(config.privacy.delta, largest)
-    held_out, owner = records.pooled_held_out()
-    return Population(
-        size=size,
-        names=records.names,
-        labels=records.labels,
-        held_out=held_out,
-        owner=owner,
-        counts=records.counts,
-        fingerprint=records.fingerprint(),
-    )
 
 
 def _deployed(config: RunConfig) -> Population:
@@ -93,6 +127,7 @@ def _deployed(config: RunConfig) -> Population:
             label=config.data.label,
             labels=config.data.labels,
             encode=task.encode,
+            form=config.data.csv_form,
         )
     return Population(
         size=config.data.institutions,
@@ -101,6 +136,7 @@ def _deployed(config: RunConfig) -> Population:
         held_out=held_out,
         owner=None,
         counts=counts,
+        findings=(),
         fingerprint="" if held_out is None else held_out.fingerprint(),
     )
 

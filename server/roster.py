@@ -183,7 +183,8 @@ class Roster:
                 f"their ledgers for a run at privacy.epsilon {privacy.epsilon:g}{also}, and "
                 f"{least} institutions are needed; lower privacy.epsilon"
                 f"{' or home.epsilon' if also else ''} or use "
-                "other records (`fedlora ledger show` prints the remaining budget)"
+                "other records (`fedlora ledger show` prints the remaining budget; --max-epsilon "
+                "is for new ledgers and does not raise the limit of one that exists)"
             )
 
     def __len__(self) -> int:

@@ -452,6 +452,7 @@ class Federation:
             "labels": list(work.labels),
             "trained_parameters": sum(t.numel() for t in adapter.only(PARTS).values()),
             "counts": dict(population.counts),
+            "findings": [dataclasses.asdict(finding) for finding in population.findings],
         }
         self.directory.write_result(result, privacy)
 

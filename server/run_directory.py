@@ -118,7 +118,13 @@ class RunDirectory:
             parent = existing_parent(self.path)
         except OSError as error:
             raise InputError(f"{error}; give another --out") from None
-        free = shutil.disk_usage(parent).free
+        usage = shutil.disk_usage(parent)
+        if not usage.total:
+            raise InputError(
+                f"{parent} is on a file system that stores no files, such as /proc or /sys; give "
+                "another --out"
+            )
+        free = usage.free
         if free < MIN_FREE_BYTES:
             raise InputError(
                 f"{parent} has {free / 2**20:.0f} MiB free; a run needs at least "

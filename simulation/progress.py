@@ -14,7 +14,7 @@ from rich.table import Table
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import Outcome
-from fedlora.run_files import read_records, read_run_file
+from fedlora.run_files import CONFIG, read_records, read_run_file
 from fedlora.terminal import Terminal
 from server.trend import advice
 
@@ -28,17 +28,19 @@ VERDICT_STYLES = {Outcome.GAIN: "green", Outcome.UNCLEAR: "yellow", Outcome.LOSS
 def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> Iterator[None]:
     """Show round, institutions done, accuracy, epsilon and seconds left until the block ends.
 
-    On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run, and one
-    when institutions begin to train at home.
+    On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run, one after
+    the last round, and one when institutions begin to train at home. The run's directory is named
+    once the run is accepted, which is when its configuration is written.
     """
     from fedlora import wire  # loads torch, which this module's other functions do without
 
     done = threading.Event()
     started = time.monotonic()
-    resumed_at = len(read_records(Path(config.run_dir)))
+    run_dir = Path(config.run_dir)
+    resumed_at = len(read_records(run_dir))
 
     def line() -> tuple[int, str]:
-        records = read_records(Path(config.run_dir))
+        records = read_records(run_dir)
         return len(records), describe(
             config,
             records,
@@ -50,19 +52,32 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
         )
 
     def redraw() -> None:
+        named = False
         with Live(console=console, refresh_per_second=4, transient=True) as live:
             while not done.wait(0.25):
+                named = name_place(named)
                 live.update(line()[1])
+        name_place(named)
 
     def report() -> None:
         every, shown, home_shown = max(1, config.federation.rounds // 10), resumed_at, False
-        while not done.wait(0.25):
+        named, last = False, False
+        while not last:
+            last = done.wait(0.25)
+            named = name_place(named)
             at_home = grid.pushed_type == wire.HOME
             finished, text = line()
-            due = finished >= shown + every or (finished and not shown)
+            end = finished == config.federation.rounds and finished > shown
+            due = finished >= shown + every or (finished and not shown) or end
             if due or (at_home and not home_shown):
                 console.write_line(text)
                 shown, home_shown = finished, at_home
+
+    def name_place(named: bool) -> bool:
+        if not named and (run_dir / CONFIG).exists():
+            console.write_line(f"results in {run_dir}")
+            return True
+        return named
 
     thread = threading.Thread(target=redraw if console.is_terminal else report, daemon=True)
     thread.start()
@@ -102,10 +117,18 @@ def describe(
     parts = [f"round {min(len(records) + 1, total)}/{total}"]
     if answered:
         parts.append(f"institutions {answered}/{pushed}")
-    measured = next((r["metrics"] for r in reversed(records) if r["metrics"]), {})
+    since, measured = next(
+        (
+            (n, records[n - 1]["metrics"])
+            for n in range(len(records), 0, -1)
+            if records[n - 1]["metrics"]
+        ),
+        (0, {}),
+    )
     for key in ("accuracy", "token_loss"):
         if key in measured:
-            parts.append(f"{key.replace('_', ' ')} {measured[key]:.3f}")
+            after = "" if since == total else f" after round {since}"
+            parts.append(f"{key.replace('_', ' ')} {measured[key]:.3f}{after}")
     spent = records[-1]["epsilon_max"]
     parts.append("no DP (epsilon inf)" if spent == "inf" else f"epsilon {spent or 0:.2f}")
     if fresh > 1 and len(records) < total:
@@ -115,8 +138,12 @@ def describe(
 
 
 def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
-    """Add the majority baseline, and a warning about a model that predicts one class only."""
-    if classes := result.get("per_class"):
+    """Add the majority baseline, and a warning about a model that predicts one class only.
+
+    Rows of sft have references, not classes, and no baseline.
+    """
+    classes = {} if "token_loss" in result else result.get("per_class")
+    if classes:
         name, share = metrics.majority(classes)
         table.add_row("always the most frequent", f"{share:.4f} ({name})")
         if only := metrics.only_prediction(classes):

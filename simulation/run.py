@@ -8,6 +8,7 @@ import importlib
 import logging
 import operator
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora import logs
 from fedlora.config import RunConfig, check_threads
-from fedlora.errors import InputError
+from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
-from fedlora.run_files import read_run_file
+from fedlora.run_files import CONFIG, read_run_file
 from fedlora.startup import paused_gc
 from fedlora.terminal import Terminal
 
@@ -65,17 +66,35 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     check_engine(kind)
     with console.status("reading records"):
         records = prepare(config)
-    console.write_line(
-        f"{len(records.names)} institutions, {records.counts['rows']:,} rows; "
-        f"results in {config.run_dir}"
-    )
-    with contextlib.ExitStack() as stack:
+        with paused_gc():
+            from server import population
+        found = population.check(config, records)
+    console.write_line(f"{len(records.names)} institutions, {records.counts['rows']:,} rows")
+    for finding in found:
+        accepted = " (accepted)" if finding.voids else ""
+        console.write_line(f"warning: {finding.name}{accepted}: {finding.text}")
+    with _removed_if_refused(Path(config.run_dir)), contextlib.ExitStack() as stack:
         with console.status("loading the base model, starting workers"):
             loaded = stack.enter_context(load(kind, config))
             grid = stack.enter_context(open_engine(kind, config, loaded))
         with progress(config, grid, console):
             run_rounds(config, grid)
     return read_run_file(Path(config.run_dir))
+
+
+@contextlib.contextmanager
+def _removed_if_refused(run_dir: Path) -> Iterator[None]:
+    """Remove a new run directory if the run is refused before its first round.
+
+    Ledgers in it have no charges then: a run writes its configuration before any.
+    """
+    new = not run_dir.exists()
+    try:
+        yield
+    except (InputError, Refusal):
+        if new and run_dir.exists() and not (run_dir / CONFIG).exists():
+            shutil.rmtree(run_dir)
+        raise
 
 
 def check_engine(kind: str) -> None:

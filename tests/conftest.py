@@ -141,6 +141,8 @@ def tiny_config(tmp_path, tiny_encoder, complaints):
             "training.local-steps": 1,
             "training.sample-rate": 0.25,
             "training.max-length": 16,
+            "data.min-records": 1,
+            "federation.weighting": "uniform",
             "federation.rounds": 3,
             "federation.server-optimizer": "adam",
             "federation.server-learning-rate": 0.01,

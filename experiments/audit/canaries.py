@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import RunConfig
+from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
 from fedlora.partition import normalise
 from fedlora.rows import Table, partition_rows
@@ -111,6 +112,8 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
             {
                 "data.source": str(folder / "train.csv"),
                 "data.test-source": str(folder / "held-out.csv"),
+                "data.delimiter": PLAIN.delimiter,
+                "data.encoding": PLAIN.encoding,
                 "data.text": TEXT,
                 "data.label": LABEL,
                 "data.labels": json.dumps(dealt.classes),

@@ -28,7 +28,8 @@ from experiments.audit.canaries import (
 from experiments.audit.observed import Transcript, losses, noise_reuse, scores
 from fedlora import data, records, trainable
 from fedlora.adapters import AdapterState
-from fedlora.config import RunConfig
+from fedlora.config import ACCEPTABLE, RunConfig
+from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.rows import partition_rows
@@ -309,6 +310,9 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
             "run-dir": str(place / "run"),
             "data.source": str(place / "all.csv"),
             "data.test-source": "",
+            "accept": ",".join(ACCEPTABLE),  # an attack's run promises nothing
+            "data.delimiter": PLAIN.delimiter,
+            "data.encoding": PLAIN.encoding,
             "data.test-fraction": 0.5,
             "privacy.unit": "record",
             "privacy.delta": config.privacy.delta if config.privacy.unit == "record" else 0.0,

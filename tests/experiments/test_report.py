@@ -109,7 +109,7 @@ def with_joining(directory, **changes):
 def test_the_page_says_first_after_the_promise_what_joining_gives(run_directory):
     text = with_joining(run_directory)
     heads = re.findall(r"<h2>(.*?)</h2>", text)
-    assert heads[:3] == ["Privacy", "What joining gives", "Quality"]
+    assert heads[:4] == ["Warnings", "Privacy", "What joining gives", "Quality"]
     section = text[text.index("<h2>What joining gives") : text.index("<h2>Quality")]
     first = re.search(r"<h2>.*?</h2>\s*<p class=\"note *\">(.*?)</p>", section, re.DOTALL)
     # 20 and 16 of 22 rows at each of four banks

@@ -69,7 +69,7 @@ def test_natural_institutions_are_the_values_with_enough_training_rows() -> None
     assert dealt.names == ("a", "b")
     assert dealt.train.tolist() == [1, 1, 1, 0, 0, -1, 1]
     assert dealt.held_out.tolist() == [0, -1, -1, 1]
-    assert dealt.dropped == 2  # c is too small, d has no training row
+    assert dealt.left_out == {"c": 1, "d": 0}
 
 
 def test_the_largest_natural_institutions_are_kept_and_ties_go_by_value() -> None:

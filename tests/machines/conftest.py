@@ -42,6 +42,7 @@ def values(tiny_encoder, few_complaints) -> dict[str, Any]:
         "training.local-steps": 1,
         "training.sample-rate": 1.0,  # noise is then planned in no time
         "training.max-length": 16,
+        "federation.weighting": "uniform",
         "federation.rounds": 3,
         "federation.server-optimizer": "adam",
         "federation.server-learning-rate": 0.01,

@@ -33,6 +33,7 @@ ROUND = Round(number=2, asked=1, before=STATE, parts=("A", "B"), run="a1")
 RUN = {
     "training.sample-rate": 0.25,
     "training.local-steps": 2,
+    "federation.weighting": "uniform",
     "federation.rounds": 3,
     "privacy.noise": "seeded",
     "privacy.delta": 1e-4,

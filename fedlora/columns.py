@@ -1,0 +1,50 @@
+"""Errors that all readers of data sources share: a missing column, an unreadable file."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from fedlora.errors import InputError, RecordError
+
+Rows = dict[str, list[str]]
+"""Columns of equal length, every value text."""
+
+
+def check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]) -> None:
+    """Refuse a source without a wanted column.
+
+    Args:
+        source: The source, for messages.
+        wanted: Column name -> its config key.
+        present: The columns of the source.
+
+    Raises:
+        RecordError: For the first missing column. It quotes the columns, which without a header
+            are the values of the first record.
+    """
+    columns = list(dict.fromkeys(present))
+    if not columns:
+        raise InputError(f"data source {source!r} is empty; give one that has rows")
+    for column, key in wanted.items():
+        if column in columns:
+            continue
+        form = "natural:COLUMN with one of them" if key == "data.partition" else "one of them"
+        remedy = f"set {key} to {form}"
+        if {"context", "target"} <= set(columns):
+            remedy = 'these are FinLoRA rows: set data.text to "context" and data.label to "target"'
+        raise RecordError(
+            f"{key} is {column!r}, but {source} has the columns {listed(columns)}; {remedy}"
+        )
+
+
+def listed(columns: list[str]) -> str:
+    """The first 30 columns, joined by commas."""
+    return ", ".join(columns[:30]) + (", ..." if len(columns) > 30 else "")
+
+
+def unreadable(source: str, error: Exception) -> InputError:
+    """The error for a file that its reader cannot read; it quotes no record."""
+    # Arrow quotes the bad row after its column count; rows are private and may span lines.
+    reason = re.sub(r"(got \d+):.*", r"\1", str(error), flags=re.DOTALL)
+    return InputError(
+        f"data source {source!r} cannot be read: {' '.join(reason.split())[:300]}; mend the file"
+    )

@@ -1,0 +1,289 @@
+"""What is wrong with a run before it starts: findings on records, budgets and noise.
+
+A finding is a warning, or voids the result. A run with the latter is refused unless ``accept``
+names it. `findings` is pure: it reads the records that a simulation has and spends nothing.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlora import accounting
+from fedlora.budget import plan_run
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+from fedlora.shards import Federation
+from fedlora.text import folded
+
+MAX_DELTA = 1e-3
+"""The largest delta that is no finding."""
+MIN_REACH = 10.0
+"""The least `reach` of a run that can learn; benchmarks/LOG.md has the runs behind it."""
+MAX_LOST_SHARE = 0.05
+"""The largest share of rows without text, label or institution that is no finding."""
+MIN_CLASS_RECORDS = 8
+MIN_HELD_OUT_ROWS = 100
+MIN_NUMBERS = 10
+"""The least number of labels that are taken for measurements, where all of them are numbers."""
+MAX_SIZE_RATIO = 8
+"""The largest ratio of size classes that is no finding where all institutions weigh the same."""
+NAMED = 5
+"""The most names in one finding."""
+MISSING = ("", "nan", "none", "null", "na", "n/a", "#n/a", "nat", "-", "?")
+"""Labels, folded, with which tables mark a missing value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One finding.
+
+    Args:
+        name: A short fixed word; one of `fedlora.config.ACCEPTABLE` if it voids the result.
+        text: The finding with its figures and a remedy.
+        voids: Whether it voids the result, so that a run must accept it.
+    """
+
+    name: str
+    text: str
+    voids: bool = False
+
+
+def findings(config: RunConfig, records: Federation, participations: int) -> list[Finding]:
+    """The findings on a simulation, those that void its result first.
+
+    Args:
+        config: The run.
+        records: Its records.
+        participations: The most rounds for which one institution may be asked.
+
+    Raises:
+        InputError: If no noise reaches the budget, or delta is not below 1 / records.
+    """
+    found = [*_labels(records), *_lost_rows(records), *_left_out(config, records)]
+    rows = len(records.all_held_out)
+    if 0 < rows < MIN_HELD_OUT_ROWS:
+        found.append(
+            Finding(
+                name="few-held-out",
+                text=f"there are {rows} held-out rows: the standard error of an accuracy is up to "
+                f"{50 / math.sqrt(rows):.0f} points; raise data.test-fraction or give more data",
+            )
+        )
+    if config.privacy.enabled:
+        found += [*_delta(config, records), *_noise(config, records, participations)]
+    return sorted(found, key=lambda finding: not finding.voids)
+
+
+def refuse(config: RunConfig, found: Sequence[Finding]) -> None:
+    """Refuse a run with findings that void its result and that it does not accept.
+
+    Raises:
+        InputError: Naming the findings and the option that accepts them.
+    """
+    void = [finding for finding in found if finding.voids and finding.name not in config.accept]
+    if void:
+        options = " ".join(f"--accept {finding.name}" for finding in void)
+        raise InputError(
+            "; ".join(finding.text for finding in void)
+            + f". The result would be void; to run all the same, add {options}"
+        )
+
+
+def reach(config: RunConfig, records: Federation, participations: int) -> float:
+    """The largest ratio of signal to noise in one direction of the aggregate, over a whole run.
+
+    All gradients of all records are taken to have the clipped length and one direction. A run's
+    sum of such steps grows with their number T, and its noise with the root of T. Real gradients
+    agree far less, so no run has a larger ratio than this one.
+
+    Args:
+        config: A run under DP.
+        records: Its records.
+        participations: The most rounds for which one institution may be asked.
+    """
+    plans = plans_of(config, records, participations)
+    sizes = np.array([plan.size_class for plan in plans], dtype=np.float64)
+    weights = np.ones(len(plans)) if config.federation.weighting == "uniform" else sizes
+    # under secure aggregation each institution adds a share of the noise of the sum
+    own = [plan.noise_multiplier / math.sqrt(max(1, plan.honest)) for plan in plans]
+    noise = np.array(own) / np.array([plan.expected_batch_size for plan in plans])
+    steps = participations * config.training.local_steps
+    return float(math.sqrt(steps) * weights.sum() / np.sqrt(((weights * noise) ** 2).sum()))
+
+
+def plans_of(
+    config: RunConfig, records: Federation, participations: int
+) -> list[accounting.PrivacyPlan]:
+    """Each institution's plan, in the order of names; one computation for each size class."""
+    units = [records.train(i).num_units for i in range(len(records.names))]
+    return [plan_run(config, accounting.public_size(count), participations) for count in units]
+
+
+def class_records(records: Federation) -> dict[str, int]:
+    """Class -> its training records; empty for sft."""
+    if not records.labels:
+        return {}
+    counts = np.bincount(records.all_train.targets, minlength=len(records.labels))
+    return dict(zip(records.labels, counts.tolist(), strict=True))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and the number of the others."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _labels(records: Federation) -> list[Finding]:
+    found: list[Finding] = []
+    labels = records.labels
+    numbers = [value for label in labels if (value := _number(label)) is not None]
+    whole = all(value == int(value) for value in numbers)
+    if len(numbers) == len(labels) >= MIN_NUMBERS and (not whole or len(labels) > 5 * MIN_NUMBERS):
+        found.append(
+            Finding(
+                name="labels",
+                text=f"the {len(labels)} labels are all numbers ({some(labels)}): they look like "
+                "measurements, and each different number would be a class; set data.label to a "
+                "column of classes, or put the numbers into ranges",
+                voids=True,
+            )
+        )
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        # a sign at an end is part of the label: a+ and a-
+        alike.setdefault(re.sub(r"(?<=\w)[\W_]+(?=\w)", " ", folded(label)), []).append(label)
+    if pairs := [" / ".join(group) for group in alike.values() if len(group) > 1]:
+        found.append(
+            Finding(
+                name="similar-labels",
+                text=f"labels that differ in case or punctuation only are different classes: "
+                f"{some(pairs)}; write them alike, or list data.labels",
+            )
+        )
+    if missing := [label for label in labels if folded(label) in MISSING]:
+        found.append(
+            Finding(
+                name="missing-labels",
+                text=f"a class is called {some(missing)}, as missing values are; if they are, "
+                "leave these cells empty, and the rows are left out",
+            )
+        )
+    counts = class_records(records)
+    if rare := [f"{label} ({n})" for label, n in counts.items() if n < MIN_CLASS_RECORDS]:
+        found.append(
+            Finding(
+                name="rare-labels",
+                text=f"{len(rare)} of {len(labels)} classes have fewer than {MIN_CLASS_RECORDS} "
+                f"training records: {some(rare)}; no model learns them under DP",
+            )
+        )
+    return found
+
+
+def _number(label: str) -> float | None:
+    try:
+        value = float(label.replace(",", "."))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def lost(counts: Mapping[str, int]) -> dict[str, int]:
+    """Rows that a run leaves out because a value is missing: reason -> number."""
+    return {
+        reason: counts[key]
+        for key, reason in (
+            ("without_text", "no text"),
+            ("without_label", "no label"),
+            ("without_institution", "no institution"),
+        )
+        if counts[key]
+    }
+
+
+def _lost_rows(records: Federation) -> list[Finding]:
+    total = records.counts["rows"] + records.counts["test_rows"]
+    reasons = lost(records.counts)
+    number = sum(reasons.values())
+    if number <= MAX_LOST_SHARE * total:
+        return []
+    said = ", ".join(f"{count:,} have {reason}" for reason, count in reasons.items())
+    return [
+        Finding(
+            name="lost-rows",
+            text=f"{number:,} of {total:,} rows ({100 * number / total:.0f} %) are left out: "
+            f"{said}; fill these cells in if the rows matter",
+        )
+    ]
+
+
+def _left_out(config: RunConfig, records: Federation) -> list[Finding]:
+    if not records.left_out:
+        return []
+    names = [f"{name} ({rows})" for name, rows in records.left_out.items()]
+    least = f"they have fewer than data.min-records ({config.data.min_records}) training records"
+    if config.data.institutions:
+        least += f", or are not among the data.institutions ({config.data.institutions}) largest"
+    return [
+        Finding(
+            name="left-out",
+            text=f"{len(names):,} institutions with {sum(records.left_out.values()):,} training "
+            f"rows are left out: {least}. The largest are {some(names)}",
+        )
+    ]
+
+
+def _delta(config: RunConfig, records: Federation) -> list[Finding]:
+    above: list[str] = []
+    for index, name in enumerate(records.names):
+        units = records.train(index).num_units
+        most = accounting.most_of_class(units)
+        delta = config.privacy.delta or accounting.public_delta(most)
+        bound = min(MAX_DELTA, accounting.default_delta(units))
+        if delta > bound:
+            above.append(f"{name} ({units} units: {delta:g}, bound {bound:.2g})")
+    if not above:
+        return []
+    return [
+        Finding(
+            name="delta",
+            text=f"{len(above)} of {len(records.names)} institutions would get a delta above "
+            f"{MAX_DELTA:g} or 1 / (10 x units), so that the promise may fail for somebody: "
+            f"{some(above)}; raise data.min-records (now {config.data.min_records}) or lower "
+            "privacy.delta",
+            voids=True,
+        )
+    ]
+
+
+def _noise(config: RunConfig, records: Federation, participations: int) -> list[Finding]:
+    plans = plans_of(config, records, participations)
+    ratio = reach(config, records, participations)
+    found: list[Finding] = []
+    if ratio < MIN_REACH:
+        loudest = max(plan.noise_multiplier for plan in plans)
+        found.append(
+            Finding(
+                name="noise",
+                text=f"nothing can be learned at privacy.epsilon {config.privacy.epsilon:g}: the "
+                f"noise multiplier is {loudest:.3g}, and if all gradients agreed, the whole run's "
+                f"signal would be {ratio:.2g} times its noise (runs that learn have over "
+                f"{MIN_REACH:g}); raise privacy.epsilon, or the number of records or institutions",
+                voids=True,
+            )
+        )
+    classes = [plan.size_class for plan in plans]
+    if config.federation.weighting == "uniform" and max(classes) > MAX_SIZE_RATIO * min(classes):
+        smallest = records.names[int(np.argmin(classes))]
+        found.append(
+            Finding(
+                name="weighting",
+                text=f"the size classes of institutions range from {min(classes)} to "
+                f"{max(classes)}, and federation.weighting is uniform: the noisiest update, that "
+                f"of {smallest}, counts as much as the best; use public-size",
+            )
+        )
+    return found

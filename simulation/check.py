@@ -1,0 +1,297 @@
+"""`fedlora check`: everything about a run that is known before it starts, without spending any.
+
+The records are read and the base model is loaded as a run does it. Then a few records take one
+training step, and a few held-out rows are predicted, for the expected time; their results are
+dropped.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlora import accounting, findings
+from fedlora.config import RunConfig
+from fedlora.errors import InputError, Refusal
+from fedlora.findings import Finding
+from fedlora.shards import Federation, Shard
+from fedlora.startup import paused_gc
+from fedlora.streams import RandomSource
+from simulation.run import prepare
+
+if TYPE_CHECKING:
+    from fedlora.accounting import PrivacyPlan
+    from fedlora.trainable import Trainable
+
+TIMED_ROWS = 32
+"""The most records of the timed step, and the most held-out rows of the timed evaluation."""
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """Describe a run before it starts.
+
+    Args:
+        config: The run, a simulation.
+
+    Returns:
+        ``rows``, ``classes``, ``institutions``, ``left_out``, ``ledgers``, ``privacy``, ``model``,
+        ``cost``; ``findings``; and ``refused``, the reasons why `fedlora run` would refuse it.
+        Values are ready for JSON.
+
+    Raises:
+        InputError: If the records cannot be read at all, or the run is a deployment's.
+    """
+    if config.deployed:
+        raise InputError(
+            "data.source is 'institutions', where nobody sees all records; each institution checks "
+            "its own with `fedlora deploy check --institution SETTINGS.toml`"
+        )
+    records = prepare(config)
+    with paused_gc():
+        from server import population
+    refused: list[str] = []
+
+    def attempt(inspect: Any, *arguments: Any) -> Any:
+        try:
+            return inspect(*arguments)
+        except (InputError, Refusal) as error:
+            refused.append(str(error))
+            return None
+
+    cap = population.participations(config, len(records.names))
+    attempt(population.check_settings, config, records)
+    plans: list[PrivacyPlan] = []
+    if config.privacy.enabled:
+        plans = attempt(findings.plans_of, config, records, cap) or []
+    found: list[Finding] = []
+    if plans or not config.privacy.enabled:
+        found = findings.findings(config, records, cap)
+        attempt(findings.refuse, config, found)
+    ledgers = _ledgers(config, records, plans)
+    lacking = sum(not ledger["fits"] for ledger in ledgers.values())
+    if len(records.names) - lacking < config.federation.min_updates:
+        refused.append(
+            f"budget exhausted: {lacking} of {len(records.names)} institutions have too little "
+            "left in their ledgers, whose limit nothing raises"
+        )
+    started = time.monotonic()
+    work = attempt(_load, config, records)
+    loading = time.monotonic() - started
+    return {
+        "rows": _rows(config, records),
+        "classes": _classes(records),
+        "institutions": _institutions(records, plans),
+        "left_out": dict(records.left_out),
+        "ledgers": ledgers,
+        "privacy": {
+            "epsilon": config.privacy.epsilon,
+            "unit": config.privacy.unit,
+            "noise": config.privacy.noise,
+            "participations": cap,
+            **({"reach": findings.reach(config, records, cap)} if plans else {}),
+        },
+        "model": {} if work is None else _model(config, work),
+        "cost": {} if work is None else _cost(config, records, plans, work, loading),
+        "findings": [vars(finding) for finding in found],
+        "refused": list(dict.fromkeys(refused)),
+    }
+
+
+def _load(config: RunConfig, records: Federation) -> "Trainable":
+    with paused_gc():
+        from client import training
+        from fedlora import trainable
+    with training.threads(config.engine.threads):
+        return trainable.load(config, records.labels)
+
+
+def _rows(config: RunConfig, records: Federation) -> dict[str, Any]:
+    counts = records.counts
+    return {
+        "read": counts["rows"] + counts["test_rows"],
+        "train": counts["train"],
+        "held_out": counts["held_out"],
+        "dropped": {
+            **findings.lost(counts),
+            **{
+                reason: counts[key]
+                for key, reason in (
+                    ("duplicates_removed", "a copy of a held-out text"),
+                    ("rows_dropped", "of an institution left out, or above data.max-records"),
+                )
+                if counts[key]
+            },
+        },
+        "cut": counts["truncated"],
+        "max_length": config.training.max_length,
+    }
+
+
+def _classes(records: Federation) -> dict[str, dict[str, int]]:
+    if not records.labels:
+        return {}
+    held_out = np.bincount(records.all_held_out.targets, minlength=len(records.labels)).tolist()
+    return {
+        label: {"train": count, "held_out": held}
+        for (label, count), held in zip(
+            findings.class_records(records).items(), held_out, strict=True
+        )
+    }
+
+
+def _institutions(records: Federation, plans: Sequence["PrivacyPlan"]) -> dict[str, dict[str, Any]]:
+    described: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(records.names):
+        shard = records.train(index)
+        described[name] = {
+            "train": len(shard),
+            "units": shard.num_units,
+            "size_class": accounting.public_size(shard.num_units),
+            "held_out": len(records.held_out(index)),
+        }
+        if plans:
+            plan = plans[index]
+            described[name] |= {
+                "delta": plan.delta,
+                "noise_multiplier": plan.noise_multiplier,
+                "expected_batch_size": plan.expected_batch_size,
+            }
+    return described
+
+
+def _ledgers(
+    config: RunConfig, records: Federation, plans: Sequence["PrivacyPlan"]
+) -> dict[str, dict[str, Any]]:
+    """Each ledger that exists: epsilon spent and left, its limit, and whether the run fits."""
+    if not plans or not config.privacy.ledger:
+        return {}
+    from client.institution import Institution
+    from client.ledger import Ledger
+
+    described: dict[str, dict[str, Any]] = {}
+    for index, (name, plan) in enumerate(zip(records.names, plans, strict=True)):
+        institution = Institution.locate(config, index)
+        path, units = institution.ledger_path, records.train(index).num_units
+        if not path.exists():
+            continue
+        try:
+            with Ledger.open(path) as ledger:
+                shown = ledger.show()
+                described[name] = {key: shown[key] for key in ("epsilon", "left", "limit", "delta")}
+                planned = (*plan.events, *institution.events_at_home(units, ledger))
+                described[name]["fits"] = ledger.fits(planned)
+        except Refusal as refusal:
+            described[name] = {"fits": False, "problem": refusal.detail}
+    return described
+
+
+def _model(config: RunConfig, work: "Trainable") -> dict[str, Any]:
+    from fedlora import tasks
+    from fedlora.adapters import PARTS
+
+    adapter = sum(tensor.numel() for tensor in work.start.only(PARTS).values())
+    total = sum(p.numel() for p in work.model.parameters())
+    stored = sum(p.numel() * p.element_size() for p in tasks.base_model(work.model).parameters())
+    return {
+        "name": config.model.name,
+        "kind": work.base.kind,
+        "parameters": total - adapter,
+        "bytes": stored,
+        "adapter_parameters": adapter,
+        "adapter_bytes": 4 * adapter,  # sent as float32
+    }
+
+
+def _cost(
+    config: RunConfig,
+    records: Federation,
+    plans: Sequence["PrivacyPlan"],
+    work: "Trainable",
+    loading: float,
+) -> dict[str, Any]:
+    """Expected time and bytes, from one measured step and one measured evaluation."""
+    from client import training
+    from fedlora import wire
+    from server.joining import is_measured
+
+    federation, names = config.federation, len(records.names)
+    asked = min(federation.institutions_per_round or names, names)
+    with training.threads(config.engine.threads):
+        of_row = _seconds_per_row(config, records, plans, work)
+        measured_row = _evaluation_seconds_per_row(records, work)
+    workers = config.engine.workers or max(1, (os.cpu_count() or 1) // config.engine.threads)
+    rates = [
+        plans[i].sample_rate
+        if plans
+        else accounting.sample_rate(
+            config.training.sample_rate, config.training.batch_size, max(1, len(records.train(i)))
+        )
+        for i in range(names)
+    ]
+    rows = sum(rate * len(records.train(i)) for i, rate in enumerate(rates)) * asked / names
+    steps = federation.rounds * config.training.local_steps
+    every = federation.evaluate_every
+    evaluations = 1 + (federation.rounds // every if every else 0)
+    seconds = {
+        "loading": loading,
+        "training": steps * rows * of_row / min(workers, asked),
+        "evaluation": evaluations * len(records.all_held_out) * measured_row,
+        "home": 0.0,
+    }
+    if is_measured(config, names):
+        # two models, each by every rate to choose and once more at the end
+        trainings = 2 * (len(config.home.learning_rate) + 1)
+        batches = sum(min(config.home.batch_size, len(records.train(i))) for i in range(names))
+        at_home = trainings * config.home.steps * batches  # at most: validation records choose
+        seconds["home"] = at_home * of_row / min(workers, names)
+    sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
+    return {
+        "seconds_per_record": of_row,
+        "workers": min(workers, names),
+        "seconds": {part: round(value, 1) for part, value in seconds.items()},
+        "minutes": sum(seconds.values()) / 60,
+        "bytes_moved": 2 * sent * asked * federation.rounds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _seconds_per_row(
+    config: RunConfig, records: Federation, plans: Sequence["PrivacyPlan"], work: "Trainable"
+) -> float:
+    """Seconds of one record in a training step, from the second of two steps."""
+    from client.training import LocalPlan, train
+
+    rows = min(TIMED_ROWS, config.training.physical_batch, len(records.all_train))
+    chosen = np.linspace(0, len(records.all_train) - 1, rows).astype(np.int64)  # of all lengths
+    shard = replace(records.all_train.select(chosen), units=np.arange(rows))
+    plan = replace(LocalPlan.of(config), steps=1)
+    source = RandomSource.seeded("check", config.seed)
+    seconds = 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        if plans:
+            from client.private_training import Participant, train_privately
+
+            mechanism = replace(plans[0], sample_rate=1.0, honest=0, colluding=0)
+            member = Participant(shard=shard, mechanism=mechanism, source=source)
+            train_privately(work, [member], plan)
+        else:
+            train(work, shard, plan, rows, source)
+            work.start.load_into(work.model)
+        seconds = time.monotonic() - started
+    return seconds / rows
+
+
+def _evaluation_seconds_per_row(records: Federation, work: "Trainable") -> float:
+    held_out: Shard = records.all_held_out
+    rows = min(TIMED_ROWS, len(held_out))
+    if not rows:
+        return 0.0
+    shard = held_out.select(np.linspace(0, len(held_out) - 1, rows).astype(np.int64))
+    started = time.monotonic()
+    work.task.evaluate(work.model, shard, work.labels)
+    return (time.monotonic() - started) / rows

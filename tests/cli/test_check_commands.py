@@ -1,0 +1,224 @@
+"""`fedlora init` and `fedlora check` on a messy file, ready configurations, and the schema."""
+
+import itertools
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from setuptools import Distribution
+
+from experiments import ready
+from fedlora import config, config_schema, starter
+from fedlora.config import from_flat, load
+from tests.cli.test_main import invoke, refused
+from tests.messy import TINY, write_messy
+
+ROOT = Path(__file__).parents[2]
+FORM = ("--set", "data.delimiter=;", "--set", "data.encoding=latin-1")
+
+
+@pytest.fixture
+def messy(tmp_path, tiny_config):
+    """The messy file, a configuration for it that knows nothing of its form, and the counts."""
+    lacks = write_messy(tmp_path / "messy.csv")
+    values = {
+        "run-dir": "",
+        "data.source": str(tmp_path / "messy.csv"),
+        "data.text": "narrative",
+        "data.label": "kind",
+        "data.partition": "natural:bank",
+        "data.min-records": 8,
+        "federation.rounds": 1,
+        "privacy.delta": 0.0,
+    }
+    (tmp_path / "messy.toml").write_text(tiny_config(**values).to_toml())
+    return tmp_path / "messy.toml", lacks
+
+
+def test_check_names_the_encoding_then_the_delimiter_then_describes_the_file(messy) -> None:
+    file, lacks = messy
+    refused("check", file, words=["data.encoding", "'latin-1'", "line "])
+    refused("check", file, *FORM[2:], words=["data.delimiter", "';'", "narrative, kind, bank"])
+    done = invoke("check", file, *FORM)
+    assert done.exit_code == 0, done.output
+    for words in (
+        f"{lacks['read']} rows",
+        f"{lacks['no text']} left out: no text",
+        f"{lacks['no label']} left out: no label",
+        f"{lacks['no institution']} left out: no institution",
+        "4 classes",
+        "3 institutions",
+        f"{len(TINY)} institutions left out",
+        "Credit_Card / credit_card",
+        "NaN",
+        "signal to noise",
+        "adapter:",
+        "minutes",
+        "nothing stops this run",
+    ):
+        assert words in done.stdout, words
+    said = json.loads(invoke("check", file, *FORM, "--json").stdout)
+    assert said["rows"]["read"] == lacks["read"] and said["refused"] == []
+
+
+def test_a_void_run_is_refused_by_check_and_run_until_it_is_accepted(messy, tmp_path) -> None:
+    file, _ = messy
+    quiet = (*FORM, "--set", "privacy.epsilon=0.01")
+    said = invoke("check", file, *quiet)
+    assert said.exit_code == 2 and "nothing can be learned" in said.stdout
+    out = tmp_path / "out"
+    where = ("--out", out, "--engine", "inline")
+    refused("run", file, *quiet, *where, words=["nothing can be learned", "--accept noise"])
+    assert not out.exists() and "results in" not in invoke("run", file, *quiet, *where).output
+    refused("check", file, *quiet, "--accept", "nose", words=["accept has 'nose'", "noise"])
+    assert invoke("check", file, *quiet, "--accept", "noise").exit_code == 0
+
+    done = invoke("run", file, *quiet, *where, "--accept", "noise")
+    assert done.exit_code == 0, done.output
+    assert "warning: noise (accepted)" in done.stdout and "warning: left-out" in done.stdout
+    page = (out / "report.html").read_text()
+    assert "The result is void" in page and "institutions with 4 training rows" in page
+    assert load(out / "config.toml").accept == ("noise",)
+    found = json.loads((out / "result.json").read_text())["findings"]
+    assert {"noise", "left-out", "lost-rows"} <= {finding["name"] for finding in found}
+
+
+def test_init_writes_a_configuration_that_check_and_run_take(
+    messy, tmp_path, tiny_encoder, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "messy.toml").unlink()
+    done = invoke("init", "messy.csv")
+    assert done.exit_code == 0 and "fedlora check messy.toml" in done.stdout, done.output
+    made = load(Path("messy.toml"))
+    assert (made.data.delimiter, made.data.encoding) == (";", "latin-1")
+    assert (made.data.text, made.data.label) == ("narrative", "kind")
+    assert made.data.partition == "natural:bank"
+    lines = Path("messy.toml").read_text().splitlines()
+    keys = [i for i, line in enumerate(lines) if " = " in line and not line.startswith("#")]
+    assert len(keys) > 10 and all(lines[i - 1].startswith("#") for i in keys)
+    refused("init", "messy.csv", words=["messy.toml exists"])
+    small = ("--set", f"model.name={tiny_encoder}", "--set", "training.max-length=16")
+    small += ("--set", "federation.rounds=1", "--set", "home.method=none")
+    assert invoke("check", "messy.toml", *small).exit_code == 0
+    done = invoke("run", "messy.toml", *small, "--out", "out", "--engine", "inline", "--quiet")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "text\nlong words\n", ["none looks like a label"]),
+        ("a.csv", "", ["no column of text"]),
+        ("a.xlsx", "x", ["'.xlsx'"]),
+        ("a.jsonl", "[]\n", ["line 1 is not an object"]),
+    ],
+)
+def test_init_refuses_a_file_in_which_it_finds_no_label(tmp_path, name, content, words) -> None:
+    (tmp_path / name).write_text(content)
+    refused("init", tmp_path / name, "--out", tmp_path / "a.toml", words=words)
+    assert not (tmp_path / "a.toml").exists()
+
+
+def test_init_reads_json_lines_and_draws_institutions_where_no_column_names_them(tmp_path) -> None:
+    rows = [{"note": f"a long text {i}", "topic": "ab"[i % 2], "tags": [i]} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert invoke("init", tmp_path / "a.jsonl", "--out", tmp_path / "a.toml").exit_code == 0
+    made = load(tmp_path / "a.toml")
+    assert (made.data.text, made.data.label, made.data.partition) == ("note", "topic", "iid")
+
+
+def test_a_ready_configuration_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = invoke("config", "demo")
+    assert shown.exit_code == 0
+    assert tomllib.loads(shown.stdout)["data"]["institutions"] == 39
+    assert "hub/fpb" in ready.names() and "joining" in ready.names("sweeps")
+    refused("run", "damo", words=["damo", "demo", "hub/fpb"])
+    refused("check", "../configs/demo", words=["there is no such file"])
+    (tmp_path / "demo").write_text("seed = 5\n")  # a file wins
+    assert "seed = 5" in invoke("config", "demo").stdout
+
+
+def test_every_ready_file_is_part_of_the_package(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution()
+    distribution.parse_config_files()
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    build.manifest_files = {}  # only the patterns of pyproject.toml count
+    packed = set(build.find_data_files("experiments", "experiments"))
+    ready_files = [
+        path for kind in ("configs", "sweeps") for path in Path("experiments", kind).rglob("*.toml")
+    ]
+    assert len(ready_files) > 10
+    assert {str(path) for path in ready_files} <= packed
+
+
+def test_the_schema_has_every_key_and_takes_every_ready_configuration() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(invoke("config", "--schema").stdout)
+    assert schema == json.loads(json.dumps(config_schema.json_schema()))
+    keys = {
+        f"{name}.{key}" if "properties" in said else name
+        for name, said in schema["properties"].items()
+        for key in said.get("properties", [""])
+    }
+    assert keys == {key for key, *_ in config.describe()}
+    validator = jsonschema.Draft7Validator(schema)
+    validator.check_schema(schema)
+    for name in ready.names():
+        validator.validate(tomllib.loads(ready.locate(Path(name)).read_text()))
+    validator.validate(tomllib.loads(from_flat({}).to_toml()))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("adapter.rank", 0),
+        ("privacy.epsilon", 0),
+        ("adapter.method", "lara"),
+        ("data.labels", [1]),
+        ("data.sauce", "x"),
+        ("seed", "one"),
+    ],
+)
+def test_the_schema_marks_what_the_configuration_refuses(key, value) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    section, _, name = key.rpartition(".")
+    tree = {section: {name: value}} if section else {name: value}
+    assert list(jsonschema.Draft7Validator(config_schema.json_schema()).iter_errors(tree))
+
+
+def test_the_list_of_keys_fits_80_columns_with_whole_lines(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = invoke("config").stdout.splitlines()
+    meaning = [line for line in lines if line.startswith("    ")]
+    assert max(map(len, meaning)) <= 80
+    full = [line for line, after in itertools.pairwise(lines) if after.startswith("    ")]
+    wrapped = [line for line in full if line.startswith("    ")]
+    assert wrapped and min(map(len, wrapped)) > 50
+
+
+@pytest.mark.parametrize(
+    ("values", "guessed"),
+    [
+        ({"bank": "ab", "kind": "wxyz", "note": "n"}, ("note", "kind", "bank")),
+        ({"bank": "ab", "note": "n"}, ("note", "bank", "")),
+        ({"x": "ab", "category": "wxyz", "note": "n"}, ("note", "category", "")),
+        ({"amount, usd": "n", "topic": "ab", "note": "n"}, ("note", "topic", "")),
+    ],
+)
+def test_init_guesses_columns_by_their_values_and_then_by_their_names(values, guessed) -> None:
+    columns = {
+        name: [f"a text of words {i}" if letters == "n" else letters[i % len(letters)]
+               for i in range(80)]
+        for name, letters in values.items()
+    }  # fmt: skip
+    found = starter.guess("x.csv", columns)
+    assert (found.text, found.label, found.institution) == guessed
+
+
+def test_init_refuses_a_place_that_cannot_be_written(messy, tmp_path) -> None:
+    refused("init", tmp_path / "messy.csv", "--out", "/proc/x.toml", words=["cannot be written"])
