@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fedlora import data, merging, trainable
+from fedlora import data, merging, model_card, trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig, load
+from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, read_run_file
 from fedlora.text import is_unicode
@@ -99,6 +100,8 @@ def predict(run_dir: Path, texts: list[str], institution: str = "") -> dict[str,
 def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     """Fold a run's adapter into its base model; write safetensors and the tokenizer.
 
+    The classifier of an encoder is written with the code of its class (`fedlora.mean_pooling`).
+
     Raises:
         InputError: If ``out_dir`` exists.
     """
@@ -107,13 +110,13 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     parent = out_dir.absolute().parent
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"{parent} is no directory that can be written to; give another directory")
-    _, work = _open(run_dir, institution)
+    config, work = _open(run_dir, institution)
     trainable.forget()  # merging changes the cached model
     merged = merging.merge(work.model)
-    if work.base.kind == "encoder":
-        merged.config.id2label = dict(enumerate(work.labels))
-        merged.config.label2id = {label: i for i, label in enumerate(work.labels)}
+    if isinstance(merged, EncoderClassifier):
+        merged = merged.portable(work.labels)
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")
     merged.save_pretrained(temporary, safe_serialization=True)
     work.base.tokenizer.save_pretrained(temporary)
+    model_card.write_merged(temporary, config, work)
     temporary.rename(out_dir)

@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlora import released, trainable, wire
+from fedlora import model_card, released, trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
@@ -432,6 +432,7 @@ class Federation:
             "trained_parameters": sum(t.numel() for t in adapter.only(PARTS).values()),
             "counts": dict(population.counts),
         }
+        model_card.write_adapter(self.directory.path / "adapter", config, work, result, privacy)
         self.directory.write_result(result, privacy)
 
     def _first_state(self, resumed: bool) -> RunState:

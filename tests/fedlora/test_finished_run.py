@@ -1,0 +1,157 @@
+"""The files of a finished run open in a process without fedlora and give the run's answers."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedlora import config, finished_run, model_files
+from simulation import run
+
+READER = """
+import json, re, sys
+from pathlib import Path
+assert not any(name.partition(".")[0] == "fedlora" for name in sys.modules)
+asked = json.loads(sys.stdin.read())
+said = {}
+for name, (directory, base) in asked["directories"].items():
+    card = Path(directory, "README.md").read_text()
+    (code,) = re.findall("```python\\n(.*?)\\n```", card, re.DOTALL)
+    code = code.replace('= "."', f"= {directory!r}").replace('TEXTS = ["..."]', "")
+    code = re.sub('BASE = .*', f"BASE = {base!r}", code)
+    space = {"TEXTS": asked["texts"]}
+    exec(code, space)
+    said[name] = [a["label"] if isinstance(a, dict) else a for a in space["answers"]]
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+from peft import AutoPeftModelForSequenceClassification
+merged, adapter = (asked["directories"].get(name, [""])[0] for name in ("merged", "adapter"))
+refused = {
+    "config": lambda: AutoConfig.from_pretrained(merged),
+    "model": lambda: AutoModel.from_pretrained(merged),
+    "classifier": lambda: AutoModelForSequenceClassification.from_pretrained(merged),
+    "refusing": lambda: AutoModelForSequenceClassification.from_pretrained(
+        merged, trust_remote_code=False
+    ),
+    "pipeline": lambda: pipeline("text-classification", model=merged),
+    "adapter": lambda: AutoModelForSequenceClassification.from_pretrained(adapter),
+    "peft": lambda: AutoPeftModelForSequenceClassification.from_pretrained(adapter),
+}
+for name, attempt in refused.items() if merged else ():
+    try:
+        attempt()
+    except (ValueError, OSError, TypeError) as error:
+        said[name] = type(error).__name__
+    else:
+        said[name] = "opened"
+assert not any(name.partition(".")[0] == "fedlora" for name in sys.modules)
+print(json.dumps(said))
+"""
+"""Runs the Python of each model card, and opens an encoder's directories without consent."""
+
+
+def read_elsewhere(directories, texts, tmp_path):
+    """Name -> answers of a process that has only transformers and PEFT."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READER],
+        input=json.dumps(
+            {
+                "directories": {name: [str(d), str(b)] for name, (d, b) in directories.items()},
+                "texts": texts,
+            }
+        ),
+        cwd=tmp_path,
+        env={
+            **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def finished(directory, **values):
+    """A finished run without DP that has learned something."""
+    made = config.from_flat(
+        {
+            "run-dir": str(directory),
+            "model.dtype": "fp32",
+            "data.partition": "iid",
+            "data.institutions": 2,
+            "training.local-steps": 1,
+            "training.sample-rate": 0.5,
+            "federation.rounds": 6,
+            "federation.evaluate-every": 0,
+            "privacy.epsilon": float("inf"),
+            "home.method": "none",
+            **values,
+        }
+    )
+    with run.load("inline", made) as ready, run.open_engine("inline", made, ready) as grid:
+        run.run_rounds(made, grid)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, tiny_encoder, complaints):
+    return finished(
+        tmp_path_factory.mktemp("encoder") / "run",
+        **{
+            "model.name": str(tiny_encoder),
+            "data.source": str(complaints),
+            "training.max-length": 8,
+            "federation.server-optimizer": "adam",
+            "federation.server-learning-rate": 0.05,
+        },
+    )
+
+
+def texts_of(complaints):
+    with complaints.open(newline="") as file:
+        return [row["text"] for row in csv.DictReader(file)][:15]
+
+
+def answers(run_dir, texts):
+    return [one["answer"] for one in finished_run.predict(run_dir, texts)["answers"]]
+
+
+def test_a_merged_classifier_and_an_adapter_answer_elsewhere_as_here_or_do_not_open(
+    classifier, complaints, tiny_encoder, tmp_path
+):
+    texts = texts_of(complaints)
+    finished_run.merge(classifier, tmp_path / "merged")
+    said = read_elsewhere(
+        {
+            "merged": (tmp_path / "merged", ""),
+            "adapter": (classifier / "adapter", tiny_encoder),
+        },
+        texts,
+        tmp_path,
+    )
+    ours = answers(classifier, texts)
+    assert len(set(ours)) == 3  # else a constant answer would do
+    assert said.pop("merged") == said.pop("adapter") == ours
+    assert len(said) == 7 and "opened" not in said.values(), said
+
+
+def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints, tmp_path):
+    finished_run.merge(classifier, tmp_path / "merged")
+    assert model_files.resolve(str(tmp_path / "merged")).positions == 64
+    again = finished(
+        tmp_path / "again",
+        **{
+            "model.name": str(tmp_path / "merged"),
+            "data.source": str(complaints),
+            "training.max-length": 8,
+            "federation.rounds": 1,
+            "training.learning-rate": 1e-9,
+            "federation.server-learning-rate": 1e-9,
+        },
+    )
+    texts = texts_of(complaints)
+    assert answers(again, texts) == answers(classifier, texts)
