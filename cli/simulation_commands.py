@@ -15,6 +15,9 @@ from fedlora.run_files import CONFIG, is_complete
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
+Assign = Annotated[
+    list[str] | None, typer.Option("--set", help="KEY=VALUE; data.text or data.label, for one.")
+]
 Institution = Annotated[
     str,
     typer.Option(help="The institution whose adapter is used, where each institution has its own."),
@@ -117,6 +120,7 @@ def _resolve(
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
     data: Annotated[str, typer.Option(help="A source, as in data.source.")],
+    assign: Assign = None,
     institution: Institution = "",
     as_json: Json = False,
 ) -> None:
@@ -127,7 +131,7 @@ def evaluate(
     from fedlora import finished_run
     from simulation import progress
 
-    result = finished_run.evaluate(run_dir, data, institution)
+    result = finished_run.evaluate(run_dir, data, institution, parse_overrides(assign or []))
     if as_json:
         print(json.dumps(result))
         return
@@ -152,20 +156,42 @@ def evaluate(
 @clean_errors
 def predict(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
-    text: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    text: Annotated[list[str] | None, typer.Argument(help="One or more texts.")] = None,
+    data: Annotated[
+        str, typer.Option(help="A .csv or .jsonl file, or - for one text a line of standard input.")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A .csv or .jsonl file for the rows with columns answer and score."),
+    ] = None,
+    assign: Assign = None,
     institution: Institution = "",
     as_json: Json = False,
 ) -> None:
-    """Answer texts with a run's adapter."""
-    from fedlora import finished_run
+    """Answer texts with a run's adapter; files are read by the run's own columns.
+
+    A line is the answer, its probability where there are classes, and the text.
+    """
+    from fedlora import answer_files, finished_run
     from simulation import progress
 
-    result = finished_run.predict(run_dir, text, institution)
+    config = finished_run.configuration(run_dir, parse_overrides(assign or []))
+    if bool(text) == bool(data):
+        raise InputError("give texts or --data with a file of texts, and not both")
+    given = answer_files.read(data, config.data.text) if data else answer_files.of(text or [])
+    if out is not None:
+        answer_files.check_out(out, given)
+    result = finished_run.predict(run_dir, given.texts, institution)
+    if out is not None:
+        answer_files.write(out, given, result["answers"])
     if as_json:
         print(json.dumps(result))
         return
-    for one in result["answers"]:
-        Terminal().write_line(one["answer"], one["text"])
+    if out is not None:
+        Terminal().write_line(f"{len(given.texts)} answers in {out}")
+    for one in result["answers"] if out is None else ():
+        score = [f"{one['score']:.4f}"] if "score" in one else []
+        Terminal().write_line(one["answer"], *score, one["text"])
     if result["truncated"]:
         ERRORS.write_line(
             f"cut to length: {progress.longer(result['truncated'], result['max_length'])}"

@@ -41,7 +41,9 @@ class EncoderClassifier(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
         if encoder is None:
-            encoder = AutoModel.from_config(config, trust_remote_code=False, **without_pooler(config))
+            encoder = AutoModel.from_config(
+                config, trust_remote_code=False, **without_pooler(config)
+            )
         assert encoder is not None
         super().__init__(config)
         self.base_model_prefix = encoder.base_model_prefix

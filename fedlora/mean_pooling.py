@@ -66,9 +66,7 @@ class MeanPoolingClassifier(PreTrainedModel):
         super().__init__(config)
         if encoder is None:
             inner: Any = AutoConfig.for_model(**cast(dict[str, Any], config.encoder))
-            encoder = AutoModel.from_config(
-                inner, trust_remote_code=False, **without_pooler(inner)
-            )
+            encoder = AutoModel.from_config(inner, trust_remote_code=False, **without_pooler(inner))
         assert encoder is not None
         self.base_model_prefix = encoder.base_model_prefix
         setattr(self, self.base_model_prefix, encoder)
@@ -80,9 +78,7 @@ class MeanPoolingClassifier(PreTrainedModel):
         """Do nothing: encoder and head are loaded."""
 
     @classmethod
-    def from_base(
-        cls, base: str, labels: Sequence[str], **options: Any
-    ) -> "MeanPoolingClassifier":
+    def from_base(cls, base: str, labels: Sequence[str], **options: Any) -> "MeanPoolingClassifier":
         """A base model with a head for these classes, to which an adapter is then added.
 
         Args:

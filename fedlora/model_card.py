@@ -48,8 +48,7 @@ def write_adapter(
     parts = (
         _front_matter(config, "peft"),
         f"# {Path(config.run_dir).name}",
-        f"A LoRA adapter, trained by fedlora in a federation of institutions for "
-        f"{_words(config)}.",
+        f"A LoRA adapter, trained by fedlora in a federation of institutions for {_words(config)}.",
         _training(config, result),
         _data(config, work, result),
         _privacy(config, privacy),
@@ -188,8 +187,10 @@ def _words(config: RunConfig) -> str:
 
 
 def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith(("package:", ".", "/", "~")) and (
-        not Path(name).exists()
+    return (
+        name.count("/") == 1
+        and not name.startswith(("package:", ".", "/", "~"))
+        and (not Path(name).exists())
     )
 
 
@@ -225,8 +226,9 @@ def _data(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
     if config.deployed:
         lines.append("- source: records of institutions, which stayed on their machines")
     else:
-        lines.append(f"- source: `{_source(config.data.source)}`, partition: "
-                     f"`{config.data.partition}`")
+        lines.append(
+            f"- source: `{_source(config.data.source)}`, partition: `{config.data.partition}`"
+        )
     lines.append(f"- columns: text `{config.data.text}`, label `{config.data.label}`")
     if config.privacy.enabled:
         lines.append("- number of training records: not stated, since DP protects each of them")

@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,11 +159,16 @@ def read_table(
         for column, values in sources.read(source, wanted, split).items()
     }
     parts = zip(*(rows[column] for column in columns), strict=True)
-    texts = [" | ".join(filter(None, part)) for part in parts]
+    texts = [joined(part) for part in parts]
     others_read = {name: rows[name] for name in others}
     table = Table(texts=texts, labels=rows[label], others=others_read, read=len(texts))
     full = [bool(text and answer) for text, answer in zip(texts, rows[label], strict=True)]
     return table.take(np.flatnonzero(full))
+
+
+def joined(parts: Sequence[str]) -> str:
+    """The text of a row whose text columns hold these values."""
+    return " | ".join(filter(None, parts))
 
 
 def _classes(settings: DataConfig, rows: Table, test: Table | None) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def _suffix(source: str) -> str:
     return suffix
 
 
-def _check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]) -> None:
+def check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]) -> None:
     """Raise a RecordError for the first wanted column that is not present.
 
     A RecordError, because without a header a file's columns are the values of its first record.
@@ -155,7 +155,12 @@ def _unreadable(source: str, error: Exception) -> InputError:
     )
 
 
-def _text(value: Any, source: str, column: str) -> str:
+def as_text(value: Any, source: str, column: str) -> str:
+    """A value of a row as text; a missing one is the empty text.
+
+    Raises:
+        InputError: If it is no text, number or truth value, or no Unicode.
+    """
     if value is None:
         return ""
     if isinstance(value, str):
@@ -184,7 +189,7 @@ def _read_csv(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
             has_rows = any(line.strip() for line in file)
     except (UnicodeDecodeError, csv.Error) as error:
         raise _unreadable(source, error) from None
-    _check_columns(source, wanted, header)
+    check_columns(source, wanted, header)
     for column in wanted:
         if header.count(column) > 1:
             raise InputError(
@@ -225,8 +230,8 @@ def _read_jsonl(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
         raise _unreadable(source, ValueError(f"line {number} is nested too deeply")) from None
     except ValueError as error:
         raise _unreadable(source, error) from None
-    _check_columns(source, wanted, (column for record in records for column in record))
-    return {c: [_text(record.get(c), source, c) for record in records] for c in wanted}
+    check_columns(source, wanted, (column for record in records for column in record))
+    return {c: [as_text(record.get(c), source, c) for record in records] for c in wanted}
 
 
 def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
@@ -234,16 +239,16 @@ def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
     arrow: Any = importlib.import_module("pyarrow")
     try:
         file = parquet.ParquetFile(path)
-        _check_columns(source, wanted, file.schema_arrow.names)
+        check_columns(source, wanted, file.schema_arrow.names)
         columns = {c: file.read(columns=[c]).column(c).to_pylist() for c in wanted}
     except (arrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise _unreadable(source, error) from None
-    return {c: [_text(v, source, c) for v in values] for c, values in columns.items()}
+    return {c: [as_text(v, source, c) for v in values] for c, values in columns.items()}
 
 
 def _read_us_gaap(path: Path, wanted: Mapping[str, str]) -> Rows:
     """Make a row of each concept with a statement and each industry that reports it."""
-    _check_columns(US_GAAP, wanted, ("text", "label", "industry"))
+    check_columns(US_GAAP, wanted, ("text", "label", "industry"))
     rows: Rows = {"text": [], "label": [], "industry": []}
     for concept, entry in json.loads(path.read_bytes()).items():
         statement = entry.get("statement")
@@ -296,7 +301,7 @@ def _hub_revisions(source: str) -> list[str]:
 
 def _read_hub(source: str, wanted: Mapping[str, str], split: str) -> Rows:
     dataset = _load_hub(source, split)
-    _check_columns(source, wanted, dataset.column_names)
+    check_columns(source, wanted, dataset.column_names)
     rows: Rows = {}
     for column in wanted:
         values: list[Any] = list(dataset[column])
@@ -305,7 +310,7 @@ def _read_hub(source: str, wanted: Mapping[str, str], split: str) -> Rows:
             values = [
                 names[value] if value is not None and value >= 0 else None for value in values
             ]
-        rows[column] = [_text(value, source, column) for value in values]
+        rows[column] = [as_text(value, source, column) for value in values]
     return rows
 
 
