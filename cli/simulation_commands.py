@@ -1,4 +1,4 @@
-"""``fedlora run | evaluate | predict | merge | config``: one simulated run and its adapter."""
+"""``fedlora run | evaluate | predict | merge | push | config``: a simulated run and its adapter."""
 
 import json
 import time
@@ -61,6 +61,7 @@ def run(
             style="red",
             soft_wrap=True,
         )
+    from server import tracking
     from simulation import progress
     from simulation.run import simulate
 
@@ -68,6 +69,7 @@ def run(
         result = simulate(resolved, engine, console)
 
     draw_report(Path(resolved.run_dir))
+    tracking.add_report(resolved, result["run"], Path(resolved.run_dir, "report.html"))
     if as_json:
         print(json.dumps(result))
     elif not quiet:
@@ -175,10 +177,15 @@ def predict(
     from fedlora import answer_files, finished_run
     from simulation import progress
 
-    config = finished_run.configuration(run_dir, parse_overrides(assign or []))
     if bool(text) == bool(data):
         raise InputError("give texts or --data with a file of texts, and not both")
-    given = answer_files.read(data, config.data.text) if data else answer_files.of(text or [])
+    if data:
+        config = finished_run.configuration(run_dir, parse_overrides(assign or []))
+        given = answer_files.read(data, config.data.text)
+    elif assign:
+        raise InputError("--set names the columns of a file; give --data too")
+    else:
+        given = answer_files.of(text or [])
     if out is not None:
         answer_files.check_out(out, given)
     result = finished_run.predict(run_dir, given.texts, institution)
@@ -212,6 +219,28 @@ def merge(
 
     finished_run.merge(run_dir, out_dir, institution)
     Terminal().write_line(f"merged model in {out_dir}")
+
+
+@app.command()
+@clean_errors
+def push(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: OWNER/NAME.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository that everybody can read.")
+    ] = False,
+    unprotected: Annotated[
+        bool,
+        typer.Option("--unprotected", help="Upload an adapter that no DP protects."),
+    ] = False,
+) -> None:
+    """Upload a run's adapter directory and privacy.json to the Hugging Face Hub.
+
+    A new repository is private. The login is that of `hf auth login`, or HF_TOKEN.
+    """
+    from fedlora import hub_upload
+
+    Terminal().write_line(hub_upload.push(run_dir, repo, public=public, unprotected=unprotected))
 
 
 @app.command("config")

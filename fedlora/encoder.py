@@ -1,6 +1,7 @@
 """Classification on an encoder: mean pooling and a linear head, saved and loaded as one model.
 
-`fedlora.mean_pooling` is the same function for readers without fedlora. Under DP mean pooling beats a pretrained pooler by far (15 points on the Financial PhraseBank).
+`fedlora.mean_pooling` is the same function for readers without fedlora. Under DP mean pooling beats
+a pretrained pooler by far (15 points on the Financial PhraseBank).
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false

@@ -343,6 +343,7 @@ class ResponsePrompt:
         return sorted({*end, *own})
 
     def around(self) -> Template:
+        """The strings around a text and its response."""
         return template(self.tokenizer, self.prompt)
 
 

@@ -60,10 +60,10 @@ class MeanPoolingClassifier(PreTrainedModel):
     config_class = MeanPoolingConfig
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = True  # the encoder decides
-    _keep_in_fp32_modules_strict = {"classifier"}
 
     def __init__(self, config: MeanPoolingConfig, encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
+        self._keep_in_fp32_modules_strict = {"classifier"}
         if encoder is None:
             inner: Any = AutoConfig.for_model(**cast(dict[str, Any], config.encoder))
             encoder = AutoModel.from_config(inner, trust_remote_code=False, **without_pooler(inner))

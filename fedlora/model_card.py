@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora import mean_pooling, model_files
+from fedlora import mean_pooling
 from fedlora.config import RunConfig
 from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt
 from fedlora.files import write_atomic
@@ -54,7 +54,7 @@ def write_adapter(
         _privacy(config, privacy),
         _figures(result),
         "## How to load",
-        f"The base model is `{_base(config)}`; SHA-256 of its weights: `{work.base.digest}`.",
+        f"The base model is `{base_name(config)}`; SHA-256 of its weights: `{work.base.digest}`.",
         _block(adapter_code(config, work)),
     )
     write_atomic(directory / CARD, ("\n\n".join(parts) + "\n").encode())
@@ -65,7 +65,7 @@ def write_merged(directory: Path, config: RunConfig, work: Trainable) -> None:
     parts = [
         _front_matter(config, "transformers"),
         f"# {Path(config.run_dir).name}",
-        f"The model of a federated run for {_words(config)}: base model `{_base(config)}` with "
+        f"The model of a federated run for {_words(config)}: base model `{base_name(config)}` with "
         "the run's adapter merged into it.",
     ]
     if work.base.kind == "encoder":
@@ -109,7 +109,7 @@ from transformers import AutoTokenizer, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ADAPTER = "."  # this directory
-BASE = {json.dumps(_base(config))}  # its hub name or directory
+BASE = {json.dumps(base_name(config))}  # its hub name or directory
 TEXTS = ["..."]
 labels = json.loads(Path(ADAPTER, "{LABELS}").read_text())
 # This runs {file}.py of this directory: no class of transformers takes the mean over tokens.
@@ -134,7 +134,7 @@ def _causal_code(config: RunConfig, work: Trainable, *, merged: bool) -> str:
         head = ["from peft import PeftModel"]
         head += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
         head += ['MODEL = "."  # this directory']
-        head += [f"BASE = {json.dumps(_base(config))}  # its hub name or directory"]
+        head += [f"BASE = {json.dumps(base_name(config))}  # its hub name or directory"]
         opened = "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), MODEL)"
     lines = [
         *head,
@@ -194,7 +194,7 @@ def _is_hub_name(name: str) -> bool:
     )
 
 
-def _base(config: RunConfig) -> str:
+def base_name(config: RunConfig) -> str:
     """The name of the base model without the directories of this machine."""
     name = config.model.name
     named = name.startswith("package:") or _is_hub_name(name)

@@ -426,6 +426,7 @@ class Federation:
             "delta": max((p["delta"] for p in state.privacy.values()), default=None),
             "rounds": state.round,
             "seconds": round(state.seconds, 2),
+            "run": state.run,
             "run_dir": str(self.directory.path),
             "base": {"name": config.model.name, "digest": work.base.digest},
             "labels": list(work.labels),

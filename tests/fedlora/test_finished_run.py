@@ -3,14 +3,19 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora import config, finished_run, model_files
+from fedlora.errors import InputError
 from simulation import run
+from tests.fedlora.small_models import byte_tokenizer
 
 READER = """
 import json, re, sys
@@ -155,3 +160,105 @@ def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints,
     )
     texts = texts_of(complaints)
     assert answers(again, texts) == answers(classifier, texts)
+
+
+@pytest.fixture(scope="module")
+def tiny_causal(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("causal")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            initializer_range=0.3,
+        )
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "sft"])
+def test_the_cards_of_a_causal_model_give_the_answers_of_the_run(
+    task, tiny_causal, complaints, tmp_path
+):
+    run_dir = finished(
+        tmp_path / "run",
+        **{
+            "model.name": str(tiny_causal),
+            "model.task": task,
+            "data.source": str(complaints),
+            "training.max-length": 256,
+            "training.batch-size": 8,
+            "training.learning-rate": 0.5,
+            "federation.rounds": 2,
+        },
+    )
+    texts = texts_of(complaints)[: 15 if task == "classification" else 3]
+    finished_run.merge(run_dir, tmp_path / "merged")
+    said = read_elsewhere(
+        {
+            "adapter": (run_dir / "adapter", tiny_causal),
+            "causal": (tmp_path / "merged", ""),
+        },
+        texts,
+        tmp_path,
+    )
+    ours = answers(run_dir, texts)
+    assert len(set(ours)) > 1
+    assert said == {"adapter": ours, "causal": ours}
+
+
+def test_the_card_states_the_promise_and_no_number_of_records_under_dp(
+    tiny_config, simulate_run, complaints
+):
+    made = tiny_config(**{"federation.rounds": 1, "training.max-length": 12})
+    simulate_run(made)
+    card = (Path(made.run_dir) / "adapter" / "README.md").read_text()
+    privacy = json.loads((Path(made.run_dir) / "privacy.json").read_text())
+    (spent, *_) = privacy["institutions"].values()
+    assert privacy["protects"] in card
+    assert f"| largest epsilon of an institution | {spent['epsilon']:.4g} |" in card
+    assert f"`{complaints.name}`" in card and str(complaints.parent) not in card
+    assert "number of training records: not stated" in card
+    result = json.loads((Path(made.run_dir) / "result.json").read_text())
+    assert not re.search(rf"\b{result['counts']['train']}\b", card)
+    assert f"| accuracy | {result['accuracy']:.4f} |" in card
+    assert (
+        json.loads((Path(made.run_dir) / "adapter" / "labels.json").read_text()) == result["labels"]
+    )
+    assert "max_length=12" in card
+
+
+def test_without_dp_the_card_says_so_and_counts_records(classifier):
+    card = (classifier / "adapter" / "README.md").read_text()
+    result = json.loads((classifier / "result.json").read_text())
+    assert "protects nobody" in card
+    assert f"- training records: {result['counts']['train']}" in card
+
+
+def test_scores_are_probabilities_of_all_classes_and_empty_texts_are_refused(
+    classifier, complaints
+):
+    said = finished_run.predict(classifier, texts_of(complaints))["answers"]
+    for one in said:
+        assert sum(one["scores"].values()) == pytest.approx(1)
+        assert one["score"] == max(one["scores"].values()) == one["scores"][one["answer"]]
+    with pytest.raises(InputError, match="text 2 of 2 is empty"):
+        finished_run.predict(classifier, ["stolen", " \n"])
+
+
+def test_evaluate_reads_other_columns_and_refuses_keys_of_the_model(
+    classifier, complaints, tmp_path
+):
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(complaints.read_text().replace("text,label,", "story,kind,", 1))
+    columns = {"data.text": "story", "data.label": "kind"}
+    measured = finished_run.evaluate(classifier, str(renamed), "", columns)
+    assert measured == finished_run.evaluate(classifier, str(complaints))
+    with pytest.raises(InputError, match=r"adapter.rank, which cannot be changed.*data.text"):
+        finished_run.evaluate(classifier, str(renamed), "", {"adapter.rank": "4"})
