@@ -6,6 +6,9 @@ this function. ``AutoModelForSequenceClassification`` and ``pipeline`` run it wi
 consent (``trust_remote_code=True``) and otherwise refuse to open the directory.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 import inspect
 from collections.abc import Sequence
 from typing import Any, cast
@@ -120,7 +123,6 @@ def configuration(encoder: PreTrainedConfig, labels: Sequence[str]) -> MeanPooli
         encoder=encoder.to_dict(),
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
-        dtype=encoder.dtype,
     )
 
 

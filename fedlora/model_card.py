@@ -20,6 +20,10 @@ from fedlora.trainable import Trainable
 CARD, LABELS = "README.md", "labels.json"
 FIGURES = ("accuracy", "macro_f1", "loss", "exact_match", "rouge_l", "token_loss")
 """Keys of a result that a card quotes, where the result has them."""
+SHARED_PART = (
+    "It holds the parts that institutions share. Each institution keeps further parts at home, and "
+    "without them this adapter does not give the figures below."
+)
 TASKS = {"classification": "text-classification", "sft": "text-generation"}
 
 
@@ -49,6 +53,7 @@ def write_adapter(
         _front_matter(config, "peft"),
         f"# {Path(config.run_dir).name}",
         f"A LoRA adapter, trained by fedlora in a federation of institutions for {_words(config)}.",
+        *([SHARED_PART] if config.federation.traits.local_parts else []),
         _training(config, result),
         _data(config, work, result),
         _privacy(config, privacy),
