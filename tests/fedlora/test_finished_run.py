@@ -53,7 +53,7 @@ for name, attempt in refused.items() if merged else ():
     else:
         said[name] = "opened"
 assert not any(name.partition(".")[0] == "fedlora" for name in sys.modules)
-print(json.dumps(said))
+print("\\n" + json.dumps(said))
 """
 """Runs the Python of each model card, and opens an encoder's directories without consent."""
 
