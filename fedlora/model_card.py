@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from fedlora import mean_pooling
 from fedlora.config import RunConfig
-from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt
+from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
 from fedlora.files import write_atomic
 from fedlora.run_files import finite
 from fedlora.sft import MAX_RESPONSE_TOKENS
@@ -144,7 +144,7 @@ def _causal_code(config: RunConfig, work: Trainable, *, merged: bool) -> str:
     lines = [
         *head,
         'TEXTS = ["..."]',
-        f"BEFORE, AFTER = {around.before!r}, {around.middle.rstrip(' ')!r}",
+        f"BEFORE, AFTER = {around.before!r}, {_after(work, around)!r}",
     ]
     if scored:
         lines += [
@@ -174,6 +174,20 @@ def _causal_code(config: RunConfig, work: Trainable, *, merged: bool) -> str:
             "    answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())",
         ]
     return "\n".join([*lines, "print(answers)"])
+
+
+def _after(work: Trainable, around: Template) -> str:
+    """The string between a text and the first token of its answer.
+
+    A blank before the answer belongs to the answer where the tokenizer joins both to one token.
+    """
+    encoding, tokenizer = work.task.encoding, cast(Any, work.base.tokenizer)
+    answer = work.labels[0] if work.labels else ""
+    encoded = encoding.encode(["text"], [answer], work.labels)
+    ids = encoded.ids[0] if work.labels else encoded.ids[0][: encoded.targets[0]]
+    after = around.middle
+    whole = tokenizer(around.before + "text" + after, add_special_tokens=around.add_special_tokens)
+    return after if whole["input_ids"] == ids else after.rstrip(" ")
 
 
 def _front_matter(config: RunConfig, library: str) -> str:

@@ -34,7 +34,7 @@ class Receiver:
             return httpx.Response(self.status, json={"error": "no"}, request=request)
         if path == "/api/repos/create":
             self.created = json.loads(request.read())
-            return httpx.Response(200, json={"url": "https://hub/org/adapter"})
+            return httpx.Response(200, json={"url": "https://huggingface.co/org/adapter"})
         if path == "/api/validate-yaml":
             return httpx.Response(200, json={"errors": [], "warnings": []})
         if "/preupload/" in path:
@@ -47,7 +47,7 @@ class Receiver:
                 if entry["key"] == "file":
                     value = entry["value"]
                     self.files[value["path"]] = base64.b64decode(value["content"])
-            about = {"commitUrl": "https://hub/org/adapter/commit/1", "commitOid": "1" * 40}
+            about = {"commitUrl": "https://huggingface.co/org/adapter/commit/1", "commitOid": "1" * 40}
             return httpx.Response(200, json={**about, "success": True})
         about = {"id": "org/adapter", "sha": "0" * 40, "siblings": [], "private": True}
         return httpx.Response(200, json=about)
@@ -87,7 +87,7 @@ def run_dir(tmp_path, tiny_config):
 
 def test_an_upload_is_private_and_holds_the_adapter_with_its_promise_and_no_path(receiver, run_dir):
     run = run_dir(**{"privacy.noise": "secure"})
-    assert hub_upload.push(run, "org/adapter") == "https://hub/org/adapter"
+    assert hub_upload.push(run, "org/adapter") == "https://huggingface.co/org/adapter"
     assert receiver.created["private"] is True
     assert set(receiver.files) == {
         "README.md",
