@@ -70,6 +70,9 @@ class MeanPoolingClassifier(PreTrainedModel):
         if encoder is None:
             inner: Any = AutoConfig.for_model(**cast(dict[str, Any], config.encoder))
             encoder = AutoModel.from_config(inner, trust_remote_code=False, **without_pooler(inner))
+        else:
+            for module in encoder.modules():  # otherwise post_init draws new weights for some
+                cast(Any, module)._is_hf_initialized = True
         assert encoder is not None
         self.base_model_prefix = encoder.base_model_prefix
         setattr(self, self.base_model_prefix, encoder)

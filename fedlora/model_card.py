@@ -166,7 +166,7 @@ def _causal_code(config: RunConfig, work: Trainable, *, merged: bool) -> str:
             "    answers.append(LABELS[int(scores.argmax())])",
         ]
     else:
-        ends = cast(ResponsePrompt, encoding).end_tokens()
+        ends = encoding.end_tokens()
         lines += [
             f"    output = model.generate(**inputs, do_sample=False, eos_token_id={ends}, "
             f"max_new_tokens={MAX_RESPONSE_TOKENS})",

@@ -68,9 +68,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     files = resolve(name)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            files.path, local_files_only=True, trust_remote_code=False
-        )
+        with _quiet():  # transformers notes that it does not know a merged classifier's type
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                files.path, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # errors of Python, transformers or the Rust tokenizers
         raise _cannot_open(files, error) from error
     if tokenizer.pad_token is None:

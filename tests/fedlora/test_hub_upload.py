@@ -47,7 +47,10 @@ class Receiver:
                 if entry["key"] == "file":
                     value = entry["value"]
                     self.files[value["path"]] = base64.b64decode(value["content"])
-            about = {"commitUrl": "https://huggingface.co/org/adapter/commit/1", "commitOid": "1" * 40}
+            about = {
+                "commitUrl": "https://huggingface.co/org/adapter/commit/1",
+                "commitOid": "1" * 40,
+            }
             return httpx.Response(200, json={**about, "success": True})
         about = {"id": "org/adapter", "sha": "0" * 40, "siblings": [], "private": True}
         return httpx.Response(200, json=about)
@@ -88,7 +91,7 @@ def run_dir(tmp_path, tiny_config):
 def test_an_upload_is_private_and_holds_the_adapter_with_its_promise_and_no_path(receiver, run_dir):
     run = run_dir(**{"privacy.noise": "secure"})
     assert hub_upload.push(run, "org/adapter") == "https://huggingface.co/org/adapter"
-    assert receiver.created["private"] is True
+    assert receiver.created["visibility"] == "private"
     assert set(receiver.files) == {
         "README.md",
         "adapter_config.json",
@@ -116,7 +119,7 @@ def test_an_adapter_without_a_promise_is_uploaded_only_on_request(receiver, run_
         hub_upload.push(run, "org/adapter")
     assert not receiver.created
     hub_upload.push(run, "org/adapter", unprotected=True, public=True)
-    assert receiver.created["private"] is False and receiver.files
+    assert receiver.created["visibility"] == "public" and receiver.files
 
 
 def test_a_refusal_of_the_hub_is_one_error_without_the_token(receiver, run_dir):

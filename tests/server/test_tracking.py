@@ -195,7 +195,10 @@ def test_a_report_that_cannot_be_logged_is_a_warning(store, tiny_config, tmp_pat
 
 
 @pytest.mark.slow
-def test_both_trackers_hold_what_rounds_jsonl_holds(tiny_config, simulate_run, tmp_path):
+def test_both_trackers_hold_what_rounds_jsonl_holds(
+    tiny_config, simulate_run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # MLflow keeps the files of a local store in ./mlruns
     mlflow = pytest.importorskip("mlflow", reason="needs fedlora[tracking]")
     events = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs fedlora[tracking]"
