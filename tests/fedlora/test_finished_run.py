@@ -158,6 +158,7 @@ def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints,
             "federation.rounds": 1,
             "training.learning-rate": 1e-7,
             "federation.server-learning-rate": 1e-7,
+            "federation.server-head-learning-rate": 1e-7,
         },
     )
     texts = texts_of(complaints)
