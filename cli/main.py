@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "cli.simulation_commands",
     "predict": "cli.simulation_commands",
     "merge": "cli.simulation_commands",
+    "push": "cli.simulation_commands",
     "config": "cli.simulation_commands",
     "plan": "cli.experiment_commands",
     "audit": "cli.experiment_commands",

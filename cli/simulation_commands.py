@@ -1,4 +1,4 @@
-"""``fedlora run | evaluate | predict | merge | config``: one simulated run and its adapter."""
+"""``fedlora run | evaluate | predict | merge | push | config``: a simulated run and its adapter."""
 
 import json
 import time
@@ -22,6 +22,9 @@ app = typer.Typer()
 Accept = Annotated[
     list[str] | None,
     typer.Option("--accept", help="Run in spite of a finding that voids the result, by its name."),
+]
+Assign = Annotated[
+    list[str] | None, typer.Option("--set", help="KEY=VALUE; data.text or data.label, for one.")
 ]
 Institution = Annotated[
     str,
@@ -67,6 +70,7 @@ def run(
             style="red",
             soft_wrap=True,
         )
+    from server import tracking
     from simulation import progress
     from simulation.run import simulate
 
@@ -74,6 +78,7 @@ def run(
         result = simulate(resolved, engine, console)
 
     draw_report(Path(resolved.run_dir))
+    tracking.add_report(resolved, result["run"], Path(resolved.run_dir, "report.html"))
     if as_json:
         print(json.dumps(result))
     elif not quiet:
@@ -131,6 +136,7 @@ def _resolve(
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
     data: Annotated[str, typer.Option(help="A source, as in data.source.")],
+    assign: Assign = None,
     institution: Institution = "",
     as_json: Json = False,
 ) -> None:
@@ -141,7 +147,7 @@ def evaluate(
     from fedlora import finished_run
     from simulation import progress
 
-    result = finished_run.evaluate(run_dir, data, institution)
+    result = finished_run.evaluate(run_dir, data, institution, parse_overrides(assign or []))
     if as_json:
         print(json.dumps(result))
         return
@@ -166,20 +172,47 @@ def evaluate(
 @clean_errors
 def predict(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
-    text: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    text: Annotated[list[str] | None, typer.Argument(help="One or more texts.")] = None,
+    data: Annotated[
+        str, typer.Option(help="A .csv or .jsonl file, or - for one text a line of standard input.")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A .csv or .jsonl file for the rows with columns answer and score."),
+    ] = None,
+    assign: Assign = None,
     institution: Institution = "",
     as_json: Json = False,
 ) -> None:
-    """Answer texts with a run's adapter."""
-    from fedlora import finished_run
+    """Answer texts with a run's adapter; files are read by the run's own columns.
+
+    A line is the answer, its probability where there are classes, and the text.
+    """
+    from fedlora import answer_files, finished_run
     from simulation import progress
 
-    result = finished_run.predict(run_dir, text, institution)
+    if bool(text) == bool(data):
+        raise InputError("give texts or --data with a file of texts, and not both")
+    if data:
+        config = finished_run.configuration(run_dir, parse_overrides(assign or []))
+        given = answer_files.read(data, config.data.text)
+    elif assign:
+        raise InputError("--set names the columns of a file; give --data too")
+    else:
+        given = answer_files.of(text or [])
+    if out is not None:
+        answer_files.check_out(out, given)
+    result = finished_run.predict(run_dir, given.texts, institution)
+    if out is not None:
+        answer_files.write(out, given, result["answers"])
     if as_json:
         print(json.dumps(result))
         return
-    for one in result["answers"]:
-        Terminal().write_line(one["answer"], one["text"])
+    if out is not None:
+        Terminal().write_line(f"{len(given.texts)} answers in {out}")
+    for one in result["answers"] if out is None else ():
+        score = [f"{one['score']:.4f}"] if "score" in one else []
+        Terminal().write_line(one["answer"], *score, one["text"])
     if result["truncated"]:
         ERRORS.write_line(
             f"cut to length: {progress.longer(result['truncated'], result['max_length'])}"
@@ -200,6 +233,28 @@ def merge(
 
     finished_run.merge(run_dir, out_dir, institution)
     Terminal().write_line(f"merged model in {out_dir}")
+
+
+@app.command()
+@clean_errors
+def push(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: OWNER/NAME.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository that everybody can read.")
+    ] = False,
+    unprotected: Annotated[
+        bool,
+        typer.Option("--unprotected", help="Upload an adapter that no DP protects."),
+    ] = False,
+) -> None:
+    """Upload a run's adapter directory and privacy.json to the Hugging Face Hub.
+
+    A new repository is private. The login is that of `hf auth login`, or HF_TOKEN.
+    """
+    from fedlora import hub_upload
+
+    Terminal().write_line(hub_upload.push(run_dir, repo, public=public, unprotected=unprotected))
 
 
 @app.command("config")

@@ -26,6 +26,7 @@ from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import CONFIG, command, finite, is_complete, read_run_file
 from fedlora.terminal import Terminal
+from server import tracking
 from simulation.run import check_engine
 
 Engine = Literal["auto", "ray", "inline"]
@@ -81,10 +82,14 @@ def run(
         left = [cell for cell in made.values() if not is_complete(results.run_dir(out, cell.name))]
         console.write_line(f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}")
         started = time.monotonic()
+        any_config = cases[0].config
+        parent = tracking.begin_sweep(any_config, out)
         try:
-            failed = _Runner(out, jobs, engine, execute, lock, console).run(left)
+            failed = _Runner(out, jobs, engine, execute, lock, console, parent).run(left)
         finally:
             results.write(out)
+            if parent:
+                tracking.end_sweep(any_config, parent, out / "results.csv")
     return {
         "out": str(out),
         "cells": len(made),
@@ -163,7 +168,9 @@ class _Runner:
         execute: Execute,
         lock: int,
         console: Terminal,
+        parent: str,
     ) -> None:
+        self._parent = parent
         self._out, self._jobs, self._engine, self._execute = out, jobs, engine, execute
         self._lock, self._console = lock, console
         self._processes = multiprocessing.get_context("forkserver")
@@ -233,7 +240,14 @@ class _Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         process = self._processes.Process(
             target=_run_cell,
-            args=(self._execute, arguments, log, workers * threads, _InheritedFile(self._lock)),
+            args=(
+                self._execute,
+                arguments,
+                log,
+                workers * threads,
+                self._parent,
+                _InheritedFile(self._lock),
+            ),
         )
         process.start()
         self._running.add(process)
@@ -270,10 +284,17 @@ class _InheritedFile:
 
 
 def _run_cell(
-    execute: Execute, arguments: list[str], log: Path, threads: int, _lock: _InheritedFile
+    execute: Execute,
+    arguments: list[str],
+    log: Path,
+    threads: int,
+    parent: str,
+    _lock: _InheritedFile,
 ) -> None:
     """Run `fedlora run` in the process of a cell, with its errors in a file."""
     os.setsid()
+    if parent:
+        os.environ[tracking.SWEEP] = parent
     for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, log)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)

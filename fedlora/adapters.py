@@ -232,6 +232,10 @@ class AdapterState(Mapping[str, torch.Tensor]):
     def save(self, directory: Path, model: PeftModel) -> None:
         """Write the two files that ``PeftModel.from_pretrained`` opens, each whole or not at all.
 
+        The adapter of an encoder names no base model: classes such as
+        ``AutoPeftModelForSequenceClassification`` would take a head on another kind of pooling and
+        answer wrongly without an error. Without a base model they refuse.
+
         Args:
             directory: Made if missing.
             model: The model that the adapter belongs to; its PEFT configuration is saved.
@@ -243,6 +247,8 @@ class AdapterState(Mapping[str, torch.Tensor]):
         if scaled:
             config.use_rslora, config.lora_alpha = False, whole.rank  # a scale of 1
         config.r = whole.rank
+        if config.modules_to_save:
+            config.task_type, config.base_model_name_or_path = "SEQ_CLS", None
         with tempfile.TemporaryDirectory() as scratch:
             config.save_pretrained(scratch)
             write_atomic(directory / CONFIG_FILE, (Path(scratch) / CONFIG_FILE).read_bytes())

@@ -107,8 +107,15 @@ class Classification(Task):
 
     def predict(self, model: nn.Module, shard: Shard, labels: tuple[str, ...]) -> list[str]:
         """The label with the highest score for each row."""
+        return self.predict_with_probabilities(model, shard, labels)[0]
+
+    def predict_with_probabilities(
+        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
+    ) -> tuple[list[str], NDArray[np.float32]]:
+        """As `predict`, with the softmax of each row's scores, float32 ``(n, C)``."""
         scores = self._scores(model, shard, labels)
-        return [labels[int(i)] for i in scores.argmax(1)]
+        said = [labels[int(i)] for i in scores.argmax(1)]
+        return said, torch.tensor(scores).softmax(1).numpy()
 
     def evaluate(
         self,

@@ -1,12 +1,13 @@
 """Classification on an encoder: mean pooling and a linear head, saved and loaded as one model.
 
-Under DP mean pooling beats a pretrained pooler by far (15 points on the Financial PhraseBank).
+`fedlora.mean_pooling` is the same function for readers without fedlora. Under DP mean pooling beats
+a pretrained pooler by far (15 points on the Financial PhraseBank).
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +15,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from fedlora import packing
+from fedlora import mean_pooling, packing
 from fedlora.errors import InputError
+from fedlora.mean_pooling import MeanPoolingClassifier, MeanPoolingConfig, without_pooler
 
 HEAD = "classifier"
 """Attribute of an `EncoderClassifier` that holds the head."""
@@ -41,7 +42,9 @@ class EncoderClassifier(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
         if encoder is None:
-            encoder = AutoModel.from_config(config, trust_remote_code=False, **_no_pooler(config))
+            encoder = AutoModel.from_config(
+                config, trust_remote_code=False, **without_pooler(config)
+            )
         assert encoder is not None
         super().__init__(config)
         self.base_model_prefix = encoder.base_model_prefix
@@ -65,9 +68,7 @@ class EncoderClassifier(PreTrainedModel):
         """
         options.pop("trust_remote_code", None)
         if options.get("config") is None:
-            options["config"] = AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
+            options["config"] = configuration(path)
         return super().from_pretrained(path, *args, trust_remote_code=False, **options)
 
     def forward(
@@ -80,7 +81,8 @@ class EncoderClassifier(PreTrainedModel):
 
         In a packed row ``(1, t)``, whose mask is not read, b is the number of its examples.
         """
-        pooled = self.pooled(input_ids, attention_mask, **encoder_inputs)
+        given = {name: value for name, value in encoder_inputs.items() if value is not None}
+        pooled = self.pooled(input_ids, attention_mask, **given)
         return SequenceClassifierOutput(logits=self.classifier(pooled))
 
     def pooled(
@@ -95,10 +97,35 @@ class EncoderClassifier(PreTrainedModel):
         hidden = output[0].float()  # (b, t, hidden)
         if (row := packing.active()) is not None:
             return row.means(hidden[0])
-        if attention_mask is None:
-            return hidden.mean(1)
-        mask = attention_mask.to(hidden.dtype)[..., None]  # (b, t, 1)
-        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return mean_pooling.mean(hidden, attention_mask)
+
+    def portable(self, labels: Sequence[str]) -> MeanPoolingClassifier:
+        """The same classifier for readers without fedlora; it shares the weights.
+
+        Args:
+            labels: Class names in index order.
+        """
+        encoder = getattr(self, self.base_model_prefix)
+        model = MeanPoolingClassifier(mean_pooling.configuration(encoder.config, labels), encoder)
+        model.classifier = self.classifier
+        return model.eval()
+
+
+def configuration(path: Path) -> PreTrainedConfig:
+    """The configuration of the encoder in a directory; that of a merged classifier has classes.
+
+    Raises:
+        ValueError: As ``AutoConfig``, for example for an architecture that transformers does not
+            know.
+    """
+    content, _ = PreTrainedConfig.get_config_dict(path, local_files_only=True)
+    if content.get("model_type") != MeanPoolingConfig.model_type:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    saved = MeanPoolingConfig.from_dict(content)
+    config: Any = AutoConfig.for_model(**cast(dict[str, Any], saved.encoder))
+    config.id2label, config.label2id = saved.id2label, saved.label2id
+    config.architectures = [EncoderClassifier.__name__]
+    return config
 
 
 def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> EncoderClassifier:
@@ -113,7 +140,7 @@ def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> 
     Raises:
         InputError: If a saved classifier has another number of classes.
     """
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config: Any = configuration(path)
     if EncoderClassifier.__name__ in (config.architectures or ()):  # merged: has a head
         if config.num_labels != num_labels:
             raise InputError(
@@ -124,7 +151,7 @@ def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> 
             path, config=config, trust_remote_code=False, **options
         )
     encoder: Any = AutoModel.from_pretrained(
-        path, trust_remote_code=False, **_no_pooler(config), **options
+        path, trust_remote_code=False, **without_pooler(config), **options
     )
     encoder.config.num_labels = num_labels
     model: Any = EncoderClassifier(encoder.config, encoder)
@@ -135,10 +162,3 @@ def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> 
     ):  # PEFT looks here for its bitsandbytes layers
         setattr(model, flag, getattr(encoder, flag, False))
     return model
-
-
-def _no_pooler(config: Any) -> dict[str, bool]:
-    """The argument that leaves out the unused pooler of BERT and its relatives."""
-    encoder: Any = MODEL_MAPPING[type(config)]
-    known = "add_pooling_layer" in inspect.signature(encoder.__init__).parameters
-    return {"add_pooling_layer": False} if known else {}

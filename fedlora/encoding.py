@@ -258,7 +258,7 @@ class LabelPrompt:
 
         Every row is composed with the same answer, which is then cut off, so ids reveal no label.
         """
-        around, options = self._layout(labels)
+        around, options = self.layout(labels)
         _check_room(self.tokenizer, around, options[0], self.max_length)
         ids: list[list[int]] = []
         truncated = 0
@@ -270,9 +270,9 @@ class LabelPrompt:
 
     def tokens(self, labels: tuple[str, ...]) -> list[int]:
         """The token that stands for each label, all different."""
-        return self._first_tokens(*self._layout(labels))
+        return self._first_tokens(*self.layout(labels))
 
-    def _layout(self, labels: tuple[str, ...]) -> tuple[Template, Sequence[str]]:
+    def layout(self, labels: tuple[str, ...]) -> tuple[Template, Sequence[str]]:
         """The strings around a text, and the scored answers: labels or letters.
 
         Raises:
@@ -322,7 +322,7 @@ class ResponsePrompt:
         its response. Where a row's prompt has no token of its own, an end token takes its place.
         ``labels`` is not used.
         """
-        around = self._around()
+        around = self.around()
         _check_room(self.tokenizer, around, "text", self.max_length - 1)
         (first, *_) = self.end_tokens() or [0]
         ids: list[list[int]] = []
@@ -338,11 +338,12 @@ class ResponsePrompt:
 
     def end_tokens(self) -> list[int]:
         """Tokens at which generation stops: the last of the end mark, and the tokenizer's own."""
-        end = self.tokenizer(self._around().after, add_special_tokens=False)["input_ids"][-1:]
+        end = self.tokenizer(self.around().after, add_special_tokens=False)["input_ids"][-1:]
         own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return sorted({*end, *own})
 
-    def _around(self) -> Template:
+    def around(self) -> Template:
+        """The strings around a text and its response."""
         return template(self.tokenizer, self.prompt)
 
 

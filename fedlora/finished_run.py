@@ -3,23 +3,45 @@
 # pyright: reportUnknownMemberType=false
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora import data, merging, trainable
+from fedlora import data, merging, model_card, trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig, load
+from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, read_run_file
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
 
+READING = ("data.text", "data.label", "engine.gpus")
+"""Keys that may differ from the run's, because they do not change its model."""
 
-def _open(run_dir: Path, institution: str) -> tuple[RunConfig, Trainable]:
+
+def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a complete run, with other values for keys in `READING`.
+
+    Raises:
+        InputError: If the run is not complete, or a key is none of these.
+    """
+    read_run_file(run_dir)
+    for name in overrides:
+        if name not in READING:
+            raise InputError(
+                f"--set has {name}, which cannot be changed after the run; only "
+                f"{', '.join(READING)} can"
+            )
+    return load(run_dir / CONFIG, overrides)
+
+
+def _open(run_dir: Path, config: RunConfig, institution: str) -> Trainable:
     """Load a run's base model with the adapter that the run released.
 
     Args:
         run_dir: The directory of a complete run.
+        config: The run's `configuration`.
         institution: The institution whose adapter is loaded, where each institution has its own;
             empty otherwise.
 
@@ -28,7 +50,6 @@ def _open(run_dir: Path, institution: str) -> tuple[RunConfig, Trainable]:
             such adapter.
     """
     result = read_run_file(run_dir)
-    config = load(run_dir / CONFIG)
     work = trainable.load(config, tuple(result["labels"]))
     if work.base.digest != result["base"]["digest"]:
         raise InputError(
@@ -52,17 +73,26 @@ def _open(run_dir: Path, institution: str) -> tuple[RunConfig, Trainable]:
     if traits.residuals:
         adapter = adapter.as_residual(work.start)
     adapter.load_into(work.model)
-    return config, work
+    return work
 
 
-def evaluate(run_dir: Path, source: str, institution: str = "") -> dict[str, Any]:
+def evaluate(
+    run_dir: Path, source: str, institution: str = "", overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Measure a run's adapter on all rows of ``source``, by the run's text and label columns.
+
+    Args:
+        run_dir: The directory of a complete run.
+        source: A source, see `fedlora.sources`.
+        institution: See `predict`.
+        overrides: Other values for keys in `READING`.
 
     Returns:
         The metrics of the task, and ``truncated``: the number of texts that were longer than
         ``max_length`` tokens and were cut.
     """
-    config, work = _open(run_dir, institution)
+    config = configuration(run_dir, overrides or {})
+    work = _open(run_dir, config, institution)
     shard, truncated = data.load_shard(
         source,
         text=config.data.text,
@@ -75,30 +105,54 @@ def evaluate(run_dir: Path, source: str, institution: str = "") -> dict[str, Any
     return measured | {"truncated": truncated, "max_length": config.training.max_length}
 
 
-def predict(run_dir: Path, texts: list[str], institution: str = "") -> dict[str, Any]:
+def predict(run_dir: Path, texts: Sequence[str], institution: str = "") -> dict[str, Any]:
     """Answer each text with a run's adapter.
 
+    Args:
+        run_dir: The directory of a complete run.
+        texts: The texts, none of them empty.
+        institution: The institution whose adapter is used, where each has its own.
+
     Returns:
-        ``answers``, one for each text in order, and ``truncated`` and ``max_length`` as in
-        `evaluate`.
+        ``answers``, one for each text in order: ``text``, ``answer`` and, where there are classes,
+        ``score`` (the answer's probability) and ``scores`` (class -> probability). ``truncated``
+        and ``max_length`` are as in `evaluate`.
+
+    Raises:
+        InputError: If a text is empty or no Unicode, or as `_open`.
     """
-    for text in texts:
+    for number, text in enumerate(texts, start=1):
         if not is_unicode(text):
             raise InputError(
                 f"the text {text!r} holds half of a surrogate pair and so is no text; write it in "
                 "UTF-8"
             )
-    config, work = _open(run_dir, institution)
-    answers, truncated = work.task.answer(work.model, texts, work.labels)
+        if not text.strip():
+            raise InputError(
+                f"text {number} of {len(texts)} is empty; leave it out, since every answer to it "
+                "would be a guess"
+            )
+    config = configuration(run_dir, {})
+    work = _open(run_dir, config, institution)
+    said = work.task.answer(work.model, texts, work.labels)
+    answers: list[dict[str, Any]] = [
+        {"text": text, "answer": answer} for text, answer in zip(texts, said.answers, strict=True)
+    ]
+    if said.probabilities is not None:
+        for one, row in zip(answers, said.probabilities.tolist(), strict=True):
+            scores = dict(zip(work.labels, row, strict=True))
+            one |= {"score": scores[one["answer"]], "scores": scores}
     return {
-        "answers": [{"text": t, "answer": a} for t, a in zip(texts, answers, strict=True)],
-        "truncated": truncated,
+        "answers": answers,
+        "truncated": said.truncated,
         "max_length": config.training.max_length,
     }
 
 
 def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     """Fold a run's adapter into its base model; write safetensors and the tokenizer.
+
+    The classifier of an encoder is written with the code of its class (`fedlora.mean_pooling`).
 
     Raises:
         InputError: If ``out_dir`` exists.
@@ -108,13 +162,14 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     parent = out_dir.absolute().parent
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"{parent} is no directory that can be written to; give another directory")
-    _, work = _open(run_dir, institution)
+    config = configuration(run_dir, {})
+    work = _open(run_dir, config, institution)
     trainable.forget()  # merging changes the cached model
     merged = merging.merge(work.model)
-    if work.base.kind == "encoder":
-        merged.config.id2label = dict(enumerate(work.labels))
-        merged.config.label2id = {label: i for i, label in enumerate(work.labels)}
+    if isinstance(merged, EncoderClassifier):
+        merged = merged.portable(work.labels)
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")
     merged.save_pretrained(temporary, safe_serialization=True)
     work.base.tokenizer.save_pretrained(temporary)
+    model_card.write_merged(temporary, config, work)
     temporary.rename(out_dir)

@@ -162,7 +162,8 @@ def _inspect(name: str, path: Path) -> ModelFiles:
             raise ValueError("no object")
         architectures: list[str] = config.get("architectures") or []
         causal = any(item.endswith(CAUSAL_ARCHITECTURES) for item in architectures)
-        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+        own = config.get("encoder") or config  # a merged classifier describes its encoder there
+        positions = int(own.get("max_position_embeddings") or own.get("n_positions") or 0)
     except (
         OSError,
         ValueError,

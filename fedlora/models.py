@@ -68,9 +68,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     files = resolve(name)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            files.path, local_files_only=True, trust_remote_code=False
-        )
+        with _quiet():  # transformers notes that it does not know a merged classifier's type
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                files.path, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # errors of Python, transformers or the Rust tokenizers
         raise _cannot_open(files, error) from error
     if tokenizer.pad_token is None:
@@ -184,15 +185,13 @@ def _options(quantization: Quantization, dtype: "torch.dtype", device: str) -> d
 
 def _open(files: ModelFiles, num_labels: int, options: dict[str, Any]) -> Any:
     """The model of these files; an encoder gets mean pooling and a head."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from fedlora import encoder
 
     if files.kind == "causal":
         return AutoModelForCausalLM.from_pretrained(files.path, trust_remote_code=False, **options)
-    family: Any = AutoConfig.from_pretrained(
-        files.path, local_files_only=True, trust_remote_code=False
-    )
+    family: Any = encoder.configuration(files.path)
     # The configuration of a saved T5 encoder denies being an encoder-decoder; its family is one.
     if getattr(type(family), "is_encoder_decoder", False) is True:
         raise encoder_decoder_error(files.name, family.model_type)

@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,7 +180,7 @@ def read_table(
         for column, values in sources.read(source, wanted, split, form).items()
     }
     parts = zip(*(rows[column] for column in columns), strict=True)
-    texts = [" | ".join(filter(None, part)) for part in parts]
+    texts = [joined(part) for part in parts]
     others_read = {name: rows[name] for name in others}
     written = np.array([bool(value) for value in texts])
     answered = np.array([bool(value) for value in rows[label]])
@@ -200,6 +200,11 @@ def read_table(
             "keys to columns that are filled in, or fill them in"
         )
     return table.take(np.flatnonzero(written & answered))
+
+
+def joined(parts: Sequence[str]) -> str:
+    """The text of a row whose text columns hold these values."""
+    return " | ".join(filter(None, parts))
 
 
 def _classes(settings: DataConfig, rows: Table, test: Table | None) -> tuple[str, ...]:

@@ -157,7 +157,12 @@ def _suffix(source: str) -> str:
     return suffix
 
 
-def _text(value: Any, source: str, column: str) -> str:
+def as_text(value: Any, source: str, column: str) -> str:
+    """A value of a row as text; a missing one is the empty text.
+
+    Raises:
+        InputError: If it is no text, number or truth value, or no Unicode.
+    """
     if value is None:
         return ""
     if isinstance(value, str):
@@ -201,7 +206,7 @@ def _records(source: str, path: Path) -> list[dict[str, Any]]:
 def _read_jsonl(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
     records = _records(source, path)
     check_columns(source, wanted, (column for record in records for column in record))
-    return {c: [_text(record.get(c), source, c) for record in records] for c in wanted}
+    return {c: [as_text(record.get(c), source, c) for record in records] for c in wanted}
 
 
 def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
@@ -213,7 +218,7 @@ def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
         columns = {c: file.read(columns=[c]).column(c).to_pylist() for c in wanted}
     except (arrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise unreadable(source, error) from None
-    return {c: [_text(v, source, c) for v in values] for c, values in columns.items()}
+    return {c: [as_text(v, source, c) for v in values] for c, values in columns.items()}
 
 
 def _read_us_gaap(path: Path, wanted: Mapping[str, str]) -> Rows:
@@ -280,7 +285,7 @@ def _read_hub(source: str, wanted: Mapping[str, str], split: str) -> Rows:
             values = [
                 names[value] if value is not None and value >= 0 else None for value in values
             ]
-        rows[column] = [_text(value, source, column) for value in values]
+        rows[column] = [as_text(value, source, column) for value in values]
     return rows
 
 

@@ -9,10 +9,12 @@ than much of the forward.
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fedlora.batches import Batch, Int64, PackedBatch, Side, collate, pack, rounded
@@ -136,13 +138,33 @@ class Task(ABC):
             InputError: If the shard is empty.
         """
 
-    def answer(
-        self, model: nn.Module, texts: Sequence[str], labels: tuple[str, ...]
-    ) -> tuple[list[str], int]:
-        """The model's answer to each text, and how many texts were cut to length."""
+    def answer(self, model: nn.Module, texts: Sequence[str], labels: tuple[str, ...]) -> "Answers":
+        """The model's answer to each text."""
         nothing = labels[0] if labels else ""  # predictions do not depend on the answer
         encoded = self.encode(list(texts), [nothing] * len(texts), labels)
-        return self.predict(model, shard_of(encoded), labels), encoded.truncated
+        said, probabilities = self.predict_with_probabilities(model, shard_of(encoded), labels)
+        return Answers(answers=said, probabilities=probabilities, truncated=encoded.truncated)
+
+    def predict_with_probabilities(
+        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
+    ) -> tuple[list[str], NDArray[np.float32] | None]:
+        """As `predict`, with the probability of each class ``(n, C)``; None without classes."""
+        return self.predict(model, shard, labels), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """A model's answers to texts.
+
+    Attributes:
+        answers: One for each text.
+        probabilities: Of each class, float32 ``(n, C)``; None for a task without classes.
+        truncated: The number of texts that were cut to length.
+    """
+
+    answers: list[str]
+    probabilities: NDArray[np.float32] | None
+    truncated: int
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlora import released, secure_order, trainable, wire
+from fedlora import model_card, released, secure_order, trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
@@ -447,6 +447,7 @@ class Federation:
             **({"epsilon_alone_max": alone} if (alone := epsilon_alone(privacy)) else {}),
             "rounds": state.round,
             "seconds": round(state.seconds, 2),
+            "run": state.run,
             "run_dir": str(self.directory.path),
             "base": {"name": config.model.name, "digest": work.base.digest},
             "labels": list(work.labels),
@@ -454,6 +455,7 @@ class Federation:
             "counts": dict(population.counts),
             "findings": [dataclasses.asdict(finding) for finding in population.findings],
         }
+        model_card.write_adapter(self.directory.path / "adapter", config, work, result, privacy)
         self.directory.write_result(result, privacy)
 
     def _first_state(self, resumed: bool) -> RunState:

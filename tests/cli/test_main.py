@@ -1,5 +1,6 @@
 """The command line as a person meets it: outputs, exit codes, one line for each bad input."""
 
+import csv
 import json
 import re
 import subprocess
@@ -75,6 +76,26 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     plain = invoke("predict", out, *texts)
     assert len(plain.stdout.splitlines()) == 2
     assert plain.stderr.strip() == "cut to length: 1 text longer than 16 tokens"
+
+    table, answered = tmp_path / "in.csv", tmp_path / "out.csv"
+    table.write_text("id,story\n7,stolen phishing\n8,mortgage lender\n")
+    columns = ("--set", "data.text=story")
+    done = invoke("predict", out, "--data", table, *columns, "--out", answered)
+    assert done.stdout == f"2 answers in {answered}\n", done.output
+    rows = list(csv.DictReader(answered.open(newline="")))
+    assert [row["id"] for row in rows] == ["7", "8"] and 0 < float(rows[0]["score"]) <= 1
+    refused("predict", out, "--data", table, words=["data.text is 'text'", "id, story"])
+    refused("predict", out, words=["give texts or --data"])
+    refused("predict", out, "stolen", "--data", table, words=["not both"])
+    refused("predict", out, "stolen", *columns, words=["give --data too"])
+    refused("predict", out, " ", words=["text 1 of 1 is empty"])
+    refused("predict", out, "--data", table, *columns, "--out", answered, words=["exists"])
+    more.write_text(more.read_text().replace("text,label", "story,kind"))
+    columns += ("--set", "data.label=kind")
+    measured = json.loads(invoke("evaluate", out, "--data", more, *columns, "--json").stdout)
+    assert (measured["n"], measured["truncated"]) == (2, 1)
+    refused("evaluate", out, "--data", more, "--set", "seed=2", words=["seed", "data.text"])
+    refused("push", out, "org/name", words=["noise was seeded", "--unprotected"])
 
     assert invoke("merge", out, tmp_path / "merged").exit_code == 0
     assert list((tmp_path / "merged").glob("*.safetensors"))

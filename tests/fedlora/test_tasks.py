@@ -223,9 +223,12 @@ def test_predictions_are_the_same_whatever_the_batch() -> None:
 
 def test_answers_to_texts_are_labels_of_the_set() -> None:
     tokenizer = byte_tokenizer()
-    answers, _ = label_task(tokenizer).answer(llama(len(tokenizer)), TEXTS, LABELS)
-    assert len(answers) == 6
-    assert set(answers) <= set(LABELS)
+    said = label_task(tokenizer).answer(llama(len(tokenizer)), TEXTS, LABELS)
+    assert len(said.answers) == 6
+    assert set(said.answers) <= set(LABELS)
+    assert said.probabilities.shape == (6, 3)
+    np.testing.assert_allclose(said.probabilities.sum(1), 1, rtol=1e-5)
+    assert [LABELS[i] for i in said.probabilities.argmax(1)] == said.answers
 
 
 def test_sft_metrics_weigh_tokens_and_count_unparseable_answers() -> None:
@@ -256,7 +259,8 @@ def test_a_model_that_learned_its_responses_generates_and_ends_them() -> None:
         optimizer.zero_grad()
         task.losses(model, task.collate(rows, [0, 1, 2]), ()).sum().backward()
         optimizer.step()
-    assert task.answer(model, texts, ()) == (answers, 0)
+    said = task.answer(model, texts, ())
+    assert (said.answers, said.probabilities, said.truncated) == (answers, None, 0)
     result = task.evaluate(model, rows, ())
     assert (result["exact_match"], result["accuracy"], result["unparseable"]) == (1.0, 1.0, 0)
 

@@ -1,10 +1,15 @@
 """Copies of a run's figures: refused without the package, no danger to a run, the same numbers."""
 
+import importlib.util
 import logging
+import sys
+import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from fedlora.adapters import AdapterState
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
 from server import tracking
@@ -94,8 +99,106 @@ def test_institutions_of_a_simulation_do_not_get_the_tracking_section(
     assert given == [config.shared()]
 
 
+class Store:
+    """A stand-in for ``mlflow.MlflowClient``: runs by id, with all that was logged."""
+
+    runs: ClassVar[dict[str, dict]] = {}
+
+    def __init__(self, tracking_uri):
+        pass
+
+    def get_experiment_by_name(self, name):
+        return types.SimpleNamespace(experiment_id=name)
+
+    def search_runs(self, experiments, query):
+        wanted = query.split("'")[1]
+        found = [i for i, r in self.runs.items() if r["tags"]["fedlora_run"] == wanted]
+        return [types.SimpleNamespace(info=types.SimpleNamespace(run_id=i)) for i in found]
+
+    def create_run(self, experiment, tags, run_name):
+        key = f"run-{len(self.runs)}"
+        self.runs[key] = {"tags": tags, "name": run_name, "params": {}, "files": {}}
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=key))
+
+    def log_param(self, run, key, value):
+        self.runs[run]["params"][key] = value
+
+    def log_metric(self, run, key, value, step):
+        self.runs[run].setdefault(key, []).append(value)
+
+    def log_artifact(self, run, path):
+        self.runs[run]["files"][Path(path).name] = Path(path).read_bytes()
+
+    def log_artifacts(self, run, directory, place):
+        for file in Path(directory).iterdir():
+            self.runs[run]["files"][f"{place}/{file.name}"] = file.read_bytes()
+
+    def set_terminated(self, run):
+        self.runs[run]["ended"] = True
+
+
+@pytest.fixture
+def store(monkeypatch):
+    monkeypatch.setattr(Store, "runs", {})
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=Store))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        tracking.importlib.util, "find_spec", lambda n: n if n == "mlflow" else find(n)
+    )
+    return Store.runs
+
+
+def test_mlflow_gets_a_run_s_name_adapter_promise_and_report(
+    store, tiny_config, simulate_run, tmp_path
+):
+    config = tiny_config(**{"tracking.mlflow": "sqlite:///x.db", "federation.rounds": 1})
+    result = simulate_run(config)
+    (run,) = store.values()
+    directory = Path(config.run_dir)
+    assert run["name"] == directory.name and run["ended"] and len(run["accuracy"]) == 1
+    assert run["files"]["privacy.json"] == (directory / "privacy.json").read_bytes()
+    adapter = {f"adapter/{p.name}": p.read_bytes() for p in (directory / "adapter").iterdir()}
+    assert {"adapter/adapter_model.safetensors", "adapter/README.md"} <= adapter.keys()
+    assert run["files"].items() >= adapter.items()
+    page = tmp_path / "report.html"
+    tracking.add_report(config, result["run"], page)  # there is none yet
+    page.write_text("<html>")
+    tracking.add_report(config, result["run"], page)
+    assert run["files"]["report.html"] == b"<html>" and len(store) == 1
+
+
+def test_the_cells_of_a_sweep_are_nested_in_its_run(store, tiny_config, monkeypatch, tmp_path):
+    config = tiny_config(**{"tracking.mlflow": "sqlite:///x.db"})
+    parent = tracking.begin_sweep(config, tmp_path / "grid")
+    assert tracking.begin_sweep(config, tmp_path / "grid") == parent  # a resumed sweep
+    monkeypatch.setenv(tracking.SWEEP, parent)
+    tracking.Tracking(config, "cell")
+    monkeypatch.delenv(tracking.SWEEP)
+    tracking.Tracking(config, "alone")
+    table = tmp_path / "results.csv"
+    table.write_text("accuracy")
+    tracking.end_sweep(config, parent, table)
+    sweep, cell, alone = store.values()
+    assert sweep["name"] == "grid" and sweep["ended"] and "results.csv" in sweep["files"]
+    assert cell["tags"]["mlflow.parentRunId"] == parent and cell["params"]["adapter.rank"] == 8
+    assert "mlflow.parentRunId" not in alone["tags"]
+    assert tracking.begin_sweep(tiny_config(), tmp_path / "grid") == ""
+
+
+def test_a_report_that_cannot_be_logged_is_a_warning(store, tiny_config, tmp_path, caplog):
+    Store.runs["gone"] = {}  # without tags: a search fails
+    (tmp_path / "report.html").write_text("x")
+    config = tiny_config(**{"tracking.mlflow": "sqlite:///x.db"})
+    with caplog.at_level(logging.WARNING, "fedlora.server"):
+        tracking.add_report(config, "run", tmp_path / "report.html")
+    assert "report.html was not logged" in caplog.text
+
+
 @pytest.mark.slow
-def test_both_trackers_hold_what_rounds_jsonl_holds(tiny_config, simulate_run, tmp_path):
+def test_both_trackers_hold_what_rounds_jsonl_holds(
+    tiny_config, simulate_run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # MLflow keeps the files of a local store in ./mlruns
     mlflow = pytest.importorskip("mlflow", reason="needs fedlora[tracking]")
     events = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs fedlora[tracking]"
@@ -110,6 +213,12 @@ def test_both_trackers_hold_what_rounds_jsonl_holds(tiny_config, simulate_run, t
     assert run.info.status == "FINISHED" and run.data.params["adapter.rank"] == "8"
     logged = client.get_metric_history(run.info.run_id, "accuracy")
     assert [m.value for m in logged] == truth
-    board = events.EventAccumulator(str(next((tmp_path / "tb").iterdir())))
+    adapter = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id, artifact_path="adapter", tracking_uri=uri, dst_path=str(tmp_path)
+    )
+    assert AdapterState.open(Path(adapter)).keys()
+    (place,) = (tmp_path / "tb").iterdir()
+    assert place.name.startswith(f"{Path(config.run_dir).name}-")
+    board = events.EventAccumulator(str(place))
     board.Reload()
     assert [s.value for s in board.Scalars("accuracy")] == pytest.approx(truth)

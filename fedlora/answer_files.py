@@ -1,0 +1,143 @@
+"""Files of texts for ``fedlora predict``, and the same rows with a column of answers."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from fedlora import rows, sources
+from fedlora.columns import check_columns
+from fedlora.errors import InputError
+from fedlora.files import existing_parent, write_atomic
+
+STDIN = "-"
+ANSWER, SCORE = "answer", "score"
+"""The columns that are added: the answer, and its probability where there are classes."""
+KINDS = (".csv", ".jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Rows with a text each.
+
+    Attributes:
+        texts: One for each row, never empty.
+        rows: The rows with all their columns.
+        columns: Column names in the file's order.
+    """
+
+    texts: list[str]
+    rows: list[dict[str, Any]]
+    columns: list[str]
+
+
+def of(texts: list[str]) -> Texts:
+    """Texts without a file."""
+    return Texts(texts=texts, rows=[{"text": text} for text in texts], columns=["text"])
+
+
+def read(source: str, text: str) -> Texts:
+    """Read the texts of a file, or of standard input with one text a line.
+
+    Args:
+        source: A ``.csv`` or ``.jsonl`` file in UTF-8, or ``-``.
+        text: The column of the text; several columns, separated by commas, are joined as in a run.
+            Standard input has no columns.
+
+    Raises:
+        InputError: If the file cannot be read, a column is missing, or a row has no text.
+    """
+    place = "standard input" if source == STDIN else source
+    try:
+        if source == STDIN:
+            found = [{"text": line.rstrip("\r\n")} for line in sys.stdin]
+            columns, wanted = ["text"], ["text"]
+        else:
+            found, columns = _rows(source)
+            wanted = [column.strip() for column in text.split(",")]
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{place} cannot be read ({type(error).__name__}: {error}); give a .csv or .jsonl file "
+            "in UTF-8, or - for one text a line of standard input"
+        ) from None
+    if not found:
+        raise InputError(f"{place} has no row; give one text at least")
+    check_columns(place, dict.fromkeys(wanted, "data.text"), columns)
+    texts = [
+        rows.joined([sources.as_text(row.get(c), place, c).strip() for c in wanted])
+        for row in found
+    ]
+    if "" in texts:
+        raise InputError(
+            f"row {texts.index('') + 1} of {place} has no text in {', '.join(wanted)} "
+            f"({texts.count('')} of {len(texts)} rows); fill it in or drop these rows"
+        )
+    return Texts(texts=texts, rows=cast(list[dict[str, Any]], found), columns=columns)
+
+
+def check_out(out: Path, texts: Texts) -> None:
+    """Refuse a place for answers before any work starts.
+
+    Raises:
+        InputError: If the file exists, has another ending or cannot be written, or the rows have a
+            column of the answers' names.
+    """
+    if out.suffix.lower() not in KINDS:
+        raise InputError(f"--out is {str(out)!r}; its name must end in {' or '.join(KINDS)}")
+    if out.exists():
+        raise InputError(f"{out} exists; give an --out that does not exist")
+    try:
+        existing_parent(out)
+    except OSError as error:
+        raise InputError(f"{error}; give another --out") from None
+    if taken := {ANSWER, SCORE} & set(texts.columns):
+        raise InputError(
+            f"the rows have a column {sorted(taken)[0]!r} already, which --out would replace; "
+            "rename it in the file"
+        )
+
+
+def write(out: Path, texts: Texts, answers: Sequence[dict[str, Any]]) -> None:
+    """Write the rows with their answers, whole or not at all; see `check_out`."""
+    added = [name for name in (ANSWER, SCORE) if name in answers[0]]
+    both = [
+        row | {name: answer[name] for name in added}
+        for row, answer in zip(texts.rows, answers, strict=True)
+    ]
+    content = io.StringIO()
+    if out.suffix.lower() == ".csv":
+        table = csv.DictWriter(content, [*texts.columns, *added])
+        table.writeheader()
+        table.writerows(both)
+    else:
+        content.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in both)
+    write_atomic(out, content.getvalue().encode())
+
+
+def _rows(source: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a file and its columns."""
+    path = Path(source).expanduser()
+    if path.suffix.lower() not in KINDS:
+        raise InputError(
+            f"--data is {source!r}; give a file that ends in {' or '.join(KINDS)}, or - for "
+            "standard input"
+        )
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix.lower() == ".jsonl":
+            found: list[Any] = [json.loads(line) for line in file if line.strip()]
+            if not all(isinstance(row, dict) for row in found):
+                raise ValueError("a line is not an object")
+            return found, list(dict.fromkeys(column for row in found for column in row))
+        table = csv.DictReader(file, strict=True)
+        rows = list(table)
+        for number, row in enumerate(rows, start=1):
+            if None in row or None in row.values():
+                raise ValueError(f"row {number} has another number of values than the header")
+        columns = list(table.fieldnames or ())
+        if len(set(columns)) < len(columns):
+            raise ValueError("two columns have the same name")
+        return rows, columns

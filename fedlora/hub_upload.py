@@ -1,0 +1,94 @@
+"""Upload of a run's adapter directory to the Hugging Face Hub."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapters import CONFIG_FILE, WEIGHTS_FILE
+from fedlora.config import RunConfig, load
+from fedlora.errors import InputError
+from fedlora.model_card import CARD, base_name
+from fedlora.released import FILE as RELEASE
+from fedlora.run_files import CONFIG, read_run_file
+
+PRIVACY = "privacy.json"
+
+
+def push(run_dir: Path, repo: str, *, public: bool = False, unprotected: bool = False) -> str:
+    """Upload the released adapter of a complete run with its ``privacy.json``.
+
+    The adapters that institutions trained at home, and their local parts, are never uploaded.
+
+    Args:
+        run_dir: The directory of a complete run.
+        repo: ``OWNER/NAME`` on the hub.
+        public: Whether a new repository is public.
+        unprotected: Whether the adapter may be one that no DP protects.
+
+    Returns:
+        The address of the upload.
+
+    Raises:
+        InputError: If the run is not complete or has no DP, or the hub refuses the upload.
+    """
+    privacy = read_run_file(run_dir, PRIVACY)
+    read_run_file(run_dir)
+    config = load(run_dir / CONFIG)
+    _check_promise(config, unprotected)
+    source = run_dir / "adapter"
+    if missing := [n for n in (CONFIG_FILE, WEIGHTS_FILE, CARD) if not (source / n).is_file()]:
+        raise InputError(
+            f"{source} lacks {', '.join(missing)}; run again with this version of fedlora"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "adapter")
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns(RELEASE, ".*"))
+        (folder / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n")
+        _without_directories(folder / CONFIG_FILE, config)
+        return _upload(folder, repo, public=public)
+
+
+def _check_promise(config: RunConfig, unprotected: bool) -> None:
+    """Refuse an adapter that may reveal training records, unless the user accepts that."""
+    if unprotected:
+        return
+    if not config.privacy.enabled:
+        why = "privacy.epsilon was inf"
+    elif config.privacy.noise == "seeded":
+        why = "privacy.noise was seeded, so that the noise can be subtracted"
+    else:
+        return
+    raise InputError(
+        f"no DP protects this adapter ({why}), and it may reveal training records; give "
+        "--unprotected if these records may be public"
+    )
+
+
+def _without_directories(file: Path, config: RunConfig) -> None:
+    """Name the base model in an adapter's configuration without this machine's directories."""
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("base_model_name_or_path"):
+        content["base_model_name_or_path"] = base_name(config)
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _upload(folder: Path, repo: str, *, public: bool) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=not public, exist_ok=True)
+        api.upload_folder(
+            folder_path=folder, repo_id=repo, commit_message="Adapter of a fedlora run"
+        )
+    except Exception as error:  # each transport has its own errors
+        raise InputError(
+            f"the hub refused {repo!r} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); check the name OWNER/NAME, the network and "
+            "the login (hf auth login)"
+        ) from None
+    return str(address)

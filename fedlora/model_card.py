@@ -1,0 +1,303 @@
+"""The files around an adapter or a merged model that let other programs and people open it.
+
+They are a model card (``README.md``), the class names (``labels.json``), the tokenizer, and for an
+encoder the code of its classifier (`fedlora.mean_pooling`).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from fedlora import mean_pooling
+from fedlora.config import RunConfig
+from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
+from fedlora.files import write_atomic
+from fedlora.run_files import finite
+from fedlora.sft import MAX_RESPONSE_TOKENS
+from fedlora.trainable import Trainable
+
+CARD, LABELS = "README.md", "labels.json"
+FIGURES = ("accuracy", "macro_f1", "loss", "exact_match", "rouge_l", "token_loss")
+"""Keys of a result that a card quotes, where the result has them."""
+SHARED_PART = (
+    "It holds the parts that institutions share. Each institution keeps further parts at home, and "
+    "without them this adapter does not give the figures below."
+)
+TASKS = {"classification": "text-classification", "sft": "text-generation"}
+
+
+def write_adapter(
+    directory: Path,
+    config: RunConfig,
+    work: Trainable,
+    result: Mapping[str, Any],
+    privacy: Mapping[str, Any],
+) -> None:
+    """Write card, class names, tokenizer and code beside the files of a released adapter.
+
+    Args:
+        directory: The adapter's directory.
+        config: The run.
+        work: The model of the run.
+        result: The content of ``result.json``.
+        privacy: The content of ``privacy.json``.
+    """
+    cast(Any, work.base.tokenizer).save_pretrained(directory)
+    if work.labels:
+        write_atomic(directory / LABELS, (json.dumps(list(work.labels)) + "\n").encode())
+    if work.base.kind == "encoder":
+        code = Path(mean_pooling.__file__)
+        write_atomic(directory / code.name, code.read_bytes())
+    parts = (
+        _front_matter(config, "peft"),
+        f"# {Path(config.run_dir).name}",
+        f"A LoRA adapter, trained by fedlora in a federation of institutions for {_words(config)}.",
+        *([SHARED_PART] if config.federation.traits.local_parts else []),
+        _training(config, result),
+        _data(config, work, result),
+        _privacy(config, privacy),
+        _figures(result),
+        "## How to load",
+        f"The base model is `{base_name(config)}`; SHA-256 of its weights: `{work.base.digest}`.",
+        _block(adapter_code(config, work)),
+    )
+    write_atomic(directory / CARD, ("\n\n".join(parts) + "\n").encode())
+
+
+def write_merged(directory: Path, config: RunConfig, work: Trainable) -> None:
+    """Write the card of a merged model."""
+    parts = [
+        _front_matter(config, "transformers"),
+        f"# {Path(config.run_dir).name}",
+        f"The model of a federated run for {_words(config)}: base model `{base_name(config)}` with "
+        "the run's adapter merged into it.",
+    ]
+    if work.base.kind == "encoder":
+        parts += [
+            "It takes the mean over tokens, which no class of transformers does. The code in "
+            f"`{Path(mean_pooling.__file__).name}` runs with `trust_remote_code=True`; without it "
+            "transformers refuses to open this directory. Training cut texts at "
+            f"{config.training.max_length} tokens, and so does this call:",
+            _block(
+                "from transformers import pipeline\n\n"
+                'MODEL = "."  # this directory\n'
+                'TEXTS = ["..."]\n'
+                "classify = pipeline(\n"
+                '    "text-classification", model=MODEL, tokenizer=MODEL, trust_remote_code=True\n'
+                ")\n"
+                f"answers = classify(TEXTS, truncation=True, "
+                f"max_length={config.training.max_length})\n"
+                "print(answers)"
+            ),
+        ]
+    else:
+        parts += [
+            "It is a causal language model. Open it with `AutoModelForCausalLM`; "
+            "`AutoModelForSequenceClassification` would put a random head on it.",
+            _block(_causal_code(config, work, merged=True)),
+        ]
+    write_atomic(directory / CARD, ("\n\n".join(parts) + "\n").encode())
+
+
+def adapter_code(config: RunConfig, work: Trainable) -> str:
+    """Python that opens the adapter with PEFT, without fedlora, and answers ``TEXTS``."""
+    if not isinstance(work.task.encoding, PlainText):
+        return _causal_code(config, work, merged=False)
+    file = Path(mean_pooling.__file__).stem
+    return f"""\
+import json
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoTokenizer, pipeline
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+ADAPTER = "."  # this directory
+BASE = {json.dumps(base_name(config))}  # its hub name or directory
+TEXTS = ["..."]
+labels = json.loads(Path(ADAPTER, "{LABELS}").read_text())
+# This runs {file}.py of this directory: no class of transformers takes the mean over tokens.
+Classifier = get_class_from_dynamic_module("{file}.MeanPoolingClassifier", ADAPTER)
+model = PeftModel.from_pretrained(Classifier.from_base(BASE, labels), ADAPTER)
+classify = pipeline(
+    "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(ADAPTER)
+)
+answers = classify(TEXTS, truncation=True, max_length={config.training.max_length})
+print(answers)"""
+
+
+def _causal_code(config: RunConfig, work: Trainable, *, merged: bool) -> str:
+    encoding = cast(LabelPrompt | ResponsePrompt, work.task.encoding)
+    scored = isinstance(encoding, LabelPrompt)
+    around = encoding.layout(work.labels)[0] if scored else encoding.around()
+    if merged:
+        head = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        head += ['MODEL = "."  # this directory']
+        opened = "AutoModelForCausalLM.from_pretrained(MODEL)"
+    else:
+        head = ["from peft import PeftModel"]
+        head += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        head += ['MODEL = "."  # this directory']
+        head += [f"BASE = {json.dumps(base_name(config))}  # its hub name or directory"]
+        opened = "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), MODEL)"
+    lines = [
+        *head,
+        'TEXTS = ["..."]',
+        f"BEFORE, AFTER = {around.before!r}, {_after(work, around)!r}",
+    ]
+    if scored:
+        lines += [
+            f"LABELS = {list(work.labels)!r}",
+            f"TOKENS = {encoding.tokens(work.labels)}  # the token that stands for each label",
+        ]
+    lines += [
+        "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+        f"model = {opened}",
+        "answers = []",
+        "for text in TEXTS:",
+        "    prompt = BEFORE + text.strip() + AFTER",
+        '    inputs = tokenizer(prompt, return_tensors="pt", '
+        f"add_special_tokens={around.add_special_tokens})",
+    ]
+    if scored:
+        lines += [
+            "    scores = model(**inputs).logits[0, -1, TOKENS]",
+            "    answers.append(LABELS[int(scores.argmax())])",
+        ]
+    else:
+        ends = encoding.end_tokens()
+        lines += [
+            f"    output = model.generate(**inputs, do_sample=False, eos_token_id={ends}, "
+            f"max_new_tokens={MAX_RESPONSE_TOKENS})",
+            '    new = output[0, inputs["input_ids"].shape[1] :]',
+            "    answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())",
+        ]
+    return "\n".join([*lines, "print(answers)"])
+
+
+def _after(work: Trainable, around: Template) -> str:
+    """The string between a text and the first token of its answer.
+
+    A blank before the answer belongs to the answer where the tokenizer joins both to one token.
+    """
+    encoding, tokenizer = work.task.encoding, cast(Any, work.base.tokenizer)
+    answer = work.labels[0] if work.labels else ""
+    encoded = encoding.encode(["text"], [answer], work.labels)
+    ids = encoded.ids[0] if work.labels else encoded.ids[0][: encoded.targets[0]]
+    after = around.middle
+    whole = tokenizer(around.before + "text" + after, add_special_tokens=around.add_special_tokens)
+    return after if whole["input_ids"] == ids else after.rstrip(" ")
+
+
+def _front_matter(config: RunConfig, library: str) -> str:
+    """YAML that the hub reads; JSON texts are YAML texts."""
+    lines = [f"library_name: {library}", f"pipeline_tag: {TASKS[config.model.task]}"]
+    if _is_hub_name(config.model.name):
+        lines.append(f"base_model: {json.dumps(config.model.name)}")
+    tags = ["lora", "federated-learning"]
+    if config.privacy.enabled or config.privacy.hides_institutions:
+        tags.append("differential-privacy")
+    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _words(config: RunConfig) -> str:
+    return "text classification" if config.model.task == "classification" else "written responses"
+
+
+def _is_hub_name(name: str) -> bool:
+    return (
+        name.count("/") == 1
+        and not name.startswith(("package:", ".", "/", "~"))
+        and (not Path(name).exists())
+    )
+
+
+def base_name(config: RunConfig) -> str:
+    """The name of the base model without the directories of this machine."""
+    name = config.model.name
+    named = name.startswith("package:") or _is_hub_name(name)
+    return name if named else Path(name).name
+
+
+def _source(source: str) -> str:
+    """A source without the directories of this machine."""
+    return source if source.startswith(("package:", "hub:")) else Path(source).name
+
+
+def _training(config: RunConfig, result: Mapping[str, Any]) -> str:
+    federation, adapter = config.federation, config.adapter
+    return "\n".join(
+        [
+            "## Training",
+            "",
+            f"- adapter: {adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}; "
+            f"{result['trained_parameters']:,} trained parameters",
+            f"- federation: {result['rounds']} rounds, strategy {federation.strategy}, "
+            f"{config.training.local_steps} local steps",
+            f"- texts cut at {config.training.max_length} tokens",
+        ]
+    )
+
+
+def _data(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
+    lines = ["## Data", ""]
+    if config.deployed:
+        lines.append("- source: records of institutions, which stayed on their machines")
+    else:
+        lines.append(
+            f"- source: `{_source(config.data.source)}`, partition: `{config.data.partition}`"
+        )
+    lines.append(f"- columns: text `{config.data.text}`, label `{config.data.label}`")
+    if config.privacy.enabled:
+        lines.append("- number of training records: not stated, since DP protects each of them")
+    elif "train" in result["counts"]:
+        lines.append(f"- training records: {result['counts']['train']:,}")
+    if work.labels:
+        lines += ["- classes:", "", "```json", json.dumps(list(work.labels)), "```"]
+    return "\n".join(lines)
+
+
+def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> str:
+    lines = ["## Privacy", "", str(privacy["protects"])]
+    spent = list(privacy["institutions"].values())
+    if spent:
+        most = max(spent, key=lambda one: one["epsilon"])
+        lines += [
+            "",
+            "| | |",
+            "| --- | --- |",
+            f"| largest epsilon of an institution | {most['epsilon']:.4g} |",
+            f"| largest delta of an institution | {max(one['delta'] for one in spent):.3g} |",
+            f"| unit | {most['unit']} |",
+            f"| adjacency | {privacy['adjacency']} |",
+            f"| adversary | {privacy['adversary']} |",
+            f"| noise | {most['noise']}, multiplier {most['noise_multiplier']:.4g} |",
+            f"| sample rate, steps | {most['sample_rate']:.4g}, {most['steps']} |",
+            f"| accountant | {most['accountant']} |",
+        ]
+    if level := privacy.get("institution_level"):
+        lines += ["", "Institution-level DP:", "", "```json", json.dumps(finite(level)), "```"]
+    if config.privacy.enabled:
+        lines += ["", "Models that institutions train at home from this adapter are not covered."]
+    return "\n".join(lines)
+
+
+def _figures(result: Mapping[str, Any]) -> str:
+    found = {key: result[key] for key in FIGURES if isinstance(result.get(key), float)}
+    if not found:
+        return "## Figures\n\nThe run measured none."
+    rows = [f"| {key.replace('_', ' ')} | {value:.4f} |" for key, value in found.items()]
+    return "\n".join(
+        [
+            "## Figures",
+            "",
+            "| on held-out rows, which DP does not protect | |",
+            "| --- | --- |",
+            *rows,
+        ]
+    )
+
+
+def _block(code: str) -> str:
+    return f"```python\n{code}\n```"

@@ -1,0 +1,112 @@
+"""Files of texts to answer: every row kept, one clear error for each bad file, no torch."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from fedlora import answer_files
+from fedlora.errors import InputError
+
+ANSWERS = [
+    {"text": "a", "answer": "loan", "score": 0.75, "scores": {}},
+    {"text": "b", "answer": "card, or not", "score": 0.5, "scores": {}},
+]
+
+
+def written(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    return str(tmp_path / name)
+
+
+def test_texts_come_from_the_named_columns_and_other_columns_stay(tmp_path):
+    source = written(tmp_path, "in.csv", 'id,subject,story\n007,x,"one\ntwo"\n8,, y \n')
+    found = answer_files.read(source, "subject, story")
+    assert found.texts == ["x | one\ntwo", "y"]
+    out = tmp_path / "out.csv"
+    answer_files.check_out(out, found)
+    answer_files.write(out, found, ANSWERS)
+    with out.open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["id", "subject", "story", "answer", "score"],
+        ["007", "x", "one\ntwo", "loan", "0.75"],
+        ["8", "", " y ", "card, or not", "0.5"],
+    ]
+
+
+def test_json_lines_keep_their_types_and_may_become_a_table(tmp_path):
+    source = written(tmp_path, "in.jsonl", '{"text": "á", "n": [1]}\n\n{"text": 2, "m": null}\n')
+    found = answer_files.read(source, "text")
+    assert found.texts == ["á", "2"]
+    answer_files.write(tmp_path / "out.jsonl", found, ANSWERS)
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"text": "á", "n": [1], "answer": "loan", "score": 0.75},
+        {"text": 2, "m": None, "answer": "card, or not", "score": 0.5},
+    ]
+    answer_files.write(tmp_path / "out.csv", found, ANSWERS)
+    assert (tmp_path / "out.csv").read_text().startswith("text,n,m,answer,score")
+
+
+def test_answers_without_classes_have_no_score(tmp_path):
+    found = answer_files.of(["a"])
+    answer_files.write(tmp_path / "out.csv", found, [{"text": "a", "answer": "yes"}])
+    assert (tmp_path / "out.csv").read_bytes() == b"text,answer\r\na,yes\r\n"
+
+
+def test_standard_input_has_a_text_a_line(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one, two\r\nthree\n"))
+    assert answer_files.read("-", "subject,story").texts == ["one, two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("in.csv", "text,id\na,1\n ,2\n,3\n", ["row 2", "2 of 3 rows", "drop"]),
+        ("in.csv", "story,id\na,1\n", ["data.text is 'text'", "story, id"]),
+        ("in.csv", "text,id\na\n", ["row 1", "number of values"]),
+        ("in.csv", "text,text\na,b\n", ["same name"]),
+        ("in.csv", "text\n", ["has no row"]),
+        ("in.jsonl", '{"text": "a"}\n[1]\n', ["not an object"]),
+        ("in.jsonl", '{"text": ["a"]}\n', ["holds a list"]),
+        ("in.jsonl", "[" * 100_000, ["RecursionError"]),
+        ("in.parquet", "", ["--data is", ".csv or .jsonl"]),
+    ],
+)
+def test_a_file_that_cannot_be_answered_is_one_clear_error(tmp_path, name, content, words):
+    source = written(tmp_path, name, content)
+    with pytest.raises(InputError) as error:
+        answer_files.read(source, "text")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_an_empty_line_of_standard_input_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n"))
+    with pytest.raises(InputError, match="row 2 of standard input has no text"):
+        answer_files.read("-", "text")
+
+
+def test_latin_1_and_a_missing_file_are_refused(tmp_path):
+    (tmp_path / "in.csv").write_bytes("text\ncafé\n".encode("latin-1"))
+    for source in (tmp_path / "in.csv", tmp_path / "none.csv"):
+        with pytest.raises(InputError, match=r"cannot be read.*in UTF-8"):
+            answer_files.read(str(source), "text")
+
+
+def test_a_place_for_answers_is_refused_before_any_work(tmp_path):
+    found = answer_files.of(["a"])
+    taken = written(tmp_path, "taken.csv", "")
+    for out, words in (
+        (tmp_path / "out.txt", "must end in .csv or .jsonl"),
+        (tmp_path / "taken.csv", "exists"),
+        (tmp_path / "taken.csv" / "out.csv", "give another --out"),
+    ):
+        with pytest.raises(InputError, match=words):
+            answer_files.check_out(out, found)
+    assert taken
+    answered = answer_files.Texts(texts=["a"], rows=[{"score": 1}], columns=["score"])
+    with pytest.raises(InputError, match="column 'score' already"):
+        answer_files.check_out(tmp_path / "out.csv", answered)

@@ -1,0 +1,267 @@
+"""The files of a finished run open in a process without fedlora and give the run's answers."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedlora import config, finished_run, model_files
+from fedlora.errors import InputError
+from simulation import run
+from tests.fedlora.small_models import byte_tokenizer
+
+READER = """
+import json, re, sys
+from pathlib import Path
+assert not any(name.partition(".")[0] == "fedlora" for name in sys.modules)
+asked = json.loads(sys.stdin.read())
+said = {}
+for name, (directory, base) in asked["directories"].items():
+    card = Path(directory, "README.md").read_text()
+    (code,) = re.findall("```python\\n(.*?)\\n```", card, re.DOTALL)
+    code = code.replace('= "."', f"= {directory!r}").replace('TEXTS = ["..."]', "")
+    code = re.sub('BASE = .*', f"BASE = {base!r}", code)
+    space = {"TEXTS": asked["texts"]}
+    exec(code, space)
+    said[name] = [a["label"] if isinstance(a, dict) else a for a in space["answers"]]
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+from peft import AutoPeftModelForSequenceClassification
+merged, adapter = (asked["directories"].get(name, [""])[0] for name in ("merged", "adapter"))
+refused = {
+    "config": lambda: AutoConfig.from_pretrained(merged),
+    "model": lambda: AutoModel.from_pretrained(merged),
+    "classifier": lambda: AutoModelForSequenceClassification.from_pretrained(merged),
+    "refusing": lambda: AutoModelForSequenceClassification.from_pretrained(
+        merged, trust_remote_code=False
+    ),
+    "pipeline": lambda: pipeline("text-classification", model=merged),
+    "auto": lambda: AutoModelForSequenceClassification.from_pretrained(adapter),
+    "peft": lambda: AutoPeftModelForSequenceClassification.from_pretrained(adapter),
+}
+for name, attempt in refused.items() if merged else ():
+    try:
+        attempt()
+    except Exception as error:
+        said[name] = f"{type(error).__name__}: {error}"
+    else:
+        said[name] = "opened"
+assert not any(name.partition(".")[0] == "fedlora" for name in sys.modules)
+print("\\n" + json.dumps(said))
+"""
+"""Runs the Python of each model card, and opens an encoder's directories without consent."""
+
+
+def read_elsewhere(directories, texts, tmp_path):
+    """Name -> answers of a process that has only transformers and PEFT."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READER],
+        input=json.dumps(
+            {
+                "directories": {name: [str(d), str(b)] for name, (d, b) in directories.items()},
+                "texts": texts,
+            }
+        ),
+        cwd=tmp_path,
+        env={
+            **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def finished(directory, **values):
+    """A finished run without DP that has learned something."""
+    made = config.from_flat(
+        {
+            "run-dir": str(directory),
+            "model.dtype": "fp32",
+            "data.partition": "iid",
+            "data.institutions": 2,
+            "training.local-steps": 1,
+            "training.sample-rate": 0.5,
+            "federation.rounds": 6,
+            "federation.evaluate-every": 0,
+            "privacy.epsilon": float("inf"),
+            "home.method": "none",
+            **values,
+        }
+    )
+    with run.load("inline", made) as ready, run.open_engine("inline", made, ready) as grid:
+        run.run_rounds(made, grid)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, tiny_encoder, complaints):
+    return finished(
+        tmp_path_factory.mktemp("encoder") / "run",
+        **{
+            "model.name": str(tiny_encoder),
+            "data.source": str(complaints),
+            "training.max-length": 8,
+            "federation.server-optimizer": "adam",
+            "federation.server-learning-rate": 0.05,
+        },
+    )
+
+
+def texts_of(complaints):
+    with complaints.open(newline="") as file:
+        return [row["text"] for row in csv.DictReader(file)][:15]
+
+
+def answers(run_dir, texts):
+    return [one["answer"] for one in finished_run.predict(run_dir, texts)["answers"]]
+
+
+def test_a_merged_classifier_and_an_adapter_answer_elsewhere_as_here_or_do_not_open(
+    classifier, complaints, tiny_encoder, tmp_path
+):
+    texts = texts_of(complaints)
+    finished_run.merge(classifier, tmp_path / "merged")
+    said = read_elsewhere(
+        {
+            "merged": (tmp_path / "merged", ""),
+            "adapter": (classifier / "adapter", tiny_encoder),
+        },
+        texts,
+        tmp_path,
+    )
+    ours = answers(classifier, texts)
+    assert len(set(ours)) == 3  # else a constant answer would do
+    assert said.pop("merged") == said.pop("adapter") == ours
+    asking = ("config", "model", "classifier", "refusing", "pipeline")
+    assert all("trust_remote_code=True" in said.pop(name) for name in asking)
+    assert said.keys() == {"auto", "peft"} and "opened" not in said.values(), said
+
+
+def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints, tmp_path):
+    finished_run.merge(classifier, tmp_path / "merged")
+    assert model_files.resolve(str(tmp_path / "merged")).positions == 64
+    again = finished(
+        tmp_path / "again",
+        **{
+            "model.name": str(tmp_path / "merged"),
+            "data.source": str(complaints),
+            "training.max-length": 8,
+            "federation.rounds": 1,
+            "training.learning-rate": 1e-7,
+            "federation.server-learning-rate": 1e-7,
+            "federation.server-head-learning-rate": 1e-7,
+        },
+    )
+    texts = texts_of(complaints)
+    assert answers(again, texts) == answers(classifier, texts)
+
+
+@pytest.fixture(scope="module")
+def tiny_causal(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("causal")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            initializer_range=0.3,
+        )
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "sft"])
+def test_the_cards_of_a_causal_model_give_the_answers_of_the_run(
+    task, tiny_causal, complaints, tmp_path
+):
+    run_dir = finished(
+        tmp_path / "run",
+        **{
+            "model.name": str(tiny_causal),
+            "model.task": task,
+            "data.source": str(complaints),
+            "training.max-length": 512,
+            "training.batch-size": 8,
+            "training.learning-rate": 0.5,
+            "federation.rounds": 2,
+        },
+    )
+    texts = texts_of(complaints)[: 15 if task == "classification" else 3]
+    finished_run.merge(run_dir, tmp_path / "merged")
+    said = read_elsewhere(
+        {
+            "adapter": (run_dir / "adapter", tiny_causal),
+            "causal": (tmp_path / "merged", ""),
+        },
+        texts,
+        tmp_path,
+    )
+    ours = answers(run_dir, texts)
+    assert len(set(ours)) > 1
+    assert said == {"adapter": ours, "causal": ours}
+
+
+def test_the_card_states_the_promise_and_no_number_of_records_under_dp(
+    tiny_config, simulate_run, complaints
+):
+    made = tiny_config(**{"federation.rounds": 1, "training.max-length": 12})
+    simulate_run(made)
+    card = (Path(made.run_dir) / "adapter" / "README.md").read_text()
+    privacy = json.loads((Path(made.run_dir) / "privacy.json").read_text())
+    (spent, *_) = privacy["institutions"].values()
+    assert privacy["protects"] in card
+    assert f"| largest epsilon of an institution | {spent['epsilon']:.4g} |" in card
+    assert f"`{complaints.name}`" in card and str(complaints.parent) not in card
+    assert "number of training records: not stated" in card
+    result = json.loads((Path(made.run_dir) / "result.json").read_text())
+    assert not re.search(rf"\b{result['counts']['train']}\b", card)
+    assert f"| accuracy | {result['accuracy']:.4f} |" in card
+    assert (
+        json.loads((Path(made.run_dir) / "adapter" / "labels.json").read_text()) == result["labels"]
+    )
+    assert "max_length=12" in card
+
+
+def test_without_dp_the_card_says_so_and_counts_records(classifier):
+    card = (classifier / "adapter" / "README.md").read_text()
+    result = json.loads((classifier / "result.json").read_text())
+    assert "protects nobody" in card
+    assert f"- training records: {result['counts']['train']}" in card
+
+
+def test_scores_are_probabilities_of_all_classes_and_empty_texts_are_refused(
+    classifier, complaints
+):
+    said = finished_run.predict(classifier, texts_of(complaints))["answers"]
+    for one in said:
+        assert sum(one["scores"].values()) == pytest.approx(1)
+        assert one["score"] == max(one["scores"].values()) == one["scores"][one["answer"]]
+    with pytest.raises(InputError, match="text 2 of 2 is empty"):
+        finished_run.predict(classifier, ["stolen", " \n"])
+
+
+def test_evaluate_reads_other_columns_and_refuses_keys_of_the_model(
+    classifier, complaints, tmp_path
+):
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(complaints.read_text().replace("text,label,", "story,kind,", 1))
+    columns = {"data.text": "story", "data.label": "kind"}
+    measured = finished_run.evaluate(classifier, str(renamed), "", columns)
+    assert measured == finished_run.evaluate(classifier, str(complaints))
+    with pytest.raises(InputError, match=r"adapter.rank, which cannot be changed.*data.text"):
+        finished_run.evaluate(classifier, str(renamed), "", {"adapter.rank": "4"})
