@@ -16,7 +16,7 @@ from fedlora.run_files import CONFIG, read_run_file
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
 
-READING = ("data.text", "data.label", "engine.gpus")
+READING = ("data.text", "data.label", "data.delimiter", "data.encoding", "engine.gpus")
 """Keys that may differ from the run's, because they do not change its model."""
 
 

@@ -37,6 +37,7 @@ def test_a_key_is_read_in_both_forms_and_under_its_file_s_name(tmp_path):
         (_pem(ec.generate_private_key(ec.SECP256R1()).public_key()), "P-384"),
         (_ssh(ed25519.Ed25519PrivateKey.generate().public_key()), "P-384"),
     ],
+    ids=["nonsense", "damaged", "P-256", "Ed25519"],
 )
 def test_another_key_is_refused_with_its_file(tmp_path, content, said):
     (tmp_path / "a.pub").write_bytes(content)
