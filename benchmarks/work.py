@@ -47,6 +47,7 @@ class Work:
     def _values(self) -> dict[str, Any]:
         values: dict[str, Any] = {
             "data.institutions": self.institutions,
+            "data.min-records": 1,  # the default depends on DP
             "federation.rounds": self.rounds,
             "training.local-steps": self.steps,
             "seed": self.seed,

@@ -122,12 +122,14 @@ class Institution:
         """Give the institution's name, version and rank, and whether its ledger allows the run.
 
         Raises:
-            Refusal: ``ledger-*``, or for a run beyond the institution's limits.
+            Refusal: ``ledger-*``, ``no-peers``, or for a run beyond the institution's limits.
         """
         fits, size = True, 0
         if self.config.privacy.enabled:
             shard = self._records()
             plan = plan_run(self.config, shard.num_units, query.participations)
+            if self.config.privacy.masks:
+                self.secure_role()  # refuses missing keys and peers before the run begins
             with self.open_ledger(shard, create=query.first and self.simulated) as ledger:
                 self._check_limits(plan, ledger)
                 planned = (*plan.events, *self.events_at_home(shard.num_units, ledger))
@@ -192,16 +194,16 @@ class Institution:
             Refusal: For a run beyond the institution's limits (``delta-too-large``,
                 ``epsilon-too-large``, ``alone-epsilon-too-large``), for an adapter that no step
                 changes (``step-too-small``) or that is too large (``adapter-too-large``),
-                ``ledger-*``, or ``secure-*`` (`SecureRole.begin`).
+                ``no-peers``, ``ledger-*``, or ``secure-*`` (`SecureRole.begin`).
         """
         shard = self._records()
         plan = plan_run(self.config, shard.num_units, order.participations)
         checks.check_step(order, self.config, plan)
         checks.check_vector(order, plan)
+        secure = self.secure_role() if self.config.privacy.masks else None
         ledger = self.open_ledger(shard)
         with _closed_on_error(ledger):
             self._check_limits(plan, ledger)
-            secure = self.secure_role() if self.config.privacy.masks else None
             count = secure.begin(order) if secure else len(trainable.records(self.config).names)
         return PrivateRound(
             name=self.name,

@@ -50,7 +50,7 @@ def outcome(directory):
     result = json.loads((directory / "result.json").read_text())
     return {
         "rounds": lines,
-        "result": {k: v for k, v in result.items() if k not in ("seconds", "run_dir")},
+        "result": {k: v for k, v in result.items() if k not in ("seconds", "run", "run_dir")},
         "privacy": (directory / "privacy.json").read_text(),
         "adapter": (directory / "adapter" / WEIGHTS_FILE).read_bytes(),
     }
