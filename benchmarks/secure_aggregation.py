@@ -202,7 +202,7 @@ def cost(count: int, parameters: int, rounds: int, processes: int) -> dict[str, 
                 name=name,
                 key=keys[name],
                 peers=peers,
-                before_unmask=lambda run, number: None,
+                before_unmask=lambda *_: None,
             )
         with multiprocessing.get_context("fork").Pool(processes) as pool:
             run = Run(terms, pool)
