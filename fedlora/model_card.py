@@ -196,7 +196,8 @@ def _front_matter(config: RunConfig, library: str) -> str:
     if _is_hub_name(config.model.name):
         lines.append(f"base_model: {json.dumps(config.model.name)}")
     tags = ["lora", "federated-learning"]
-    if config.privacy.enabled or config.privacy.hides_institutions:
+    private = config.privacy.enabled or config.privacy.hides_institutions
+    if private and config.privacy.noise != "seeded":  # a seed's noise protects nobody
         tags.append("differential-privacy")
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 

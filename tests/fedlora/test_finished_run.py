@@ -225,6 +225,7 @@ def test_the_card_states_the_promise_and_no_number_of_records_under_dp(
     privacy = json.loads((Path(made.run_dir) / "privacy.json").read_text())
     (spent, *_) = privacy["institutions"].values()
     assert privacy["protects"] in card
+    assert "differential-privacy" not in card  # no tag for seeded noise
     assert f"| largest epsilon of an institution | {spent['epsilon']:.4g} |" in card
     assert f"`{complaints.name}`" in card and str(complaints.parent) not in card
     assert "number of training records: not stated" in card
