@@ -220,6 +220,7 @@ class SecureParty:
                 terms,
                 bound,
                 order.round,
+                order.digest,
                 (self._name, peer.name),
             )
             for peer in keys

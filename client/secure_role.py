@@ -65,21 +65,7 @@ class SecureRole:
         Raises:
             Refusal: ``secure-terms-mismatch``, or those of `SecureParty.keys`.
         """
-        privacy = self.config.privacy
-        wanted = {
-            "honest": privacy.honest,
-            "colluding": privacy.colluding,
-            "rounds": self.config.federation.rounds,
-            "parameters": parameters,
-            "mechanism": secure_order.mechanism(self.config),
-        }
-        for name, value in wanted.items():
-            if getattr(terms, name) != value:
-                raise Refusal(
-                    "secure-terms-mismatch",
-                    f"the terms of run {terms.run} have {name} {getattr(terms, name)!r}, and the "
-                    f"run's configuration has {value!r}",
-                )
+        self._check_terms(terms, parameters)
         with contextlib.suppress(OSError):  # the store then says what is wrong with its place
             self.store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self._party().keys(terms)
@@ -96,7 +82,8 @@ class SecureRole:
 
         Raises:
             Refusal: ``secure-order-missing`` for an order without a masked one,
-                ``secure-order-mismatch`` if that is of another order, or those of
+                ``secure-order-mismatch`` if that is of another order,
+                ``secure-terms-mismatch`` if the configuration is not that of the setup, or those of
                 `SecureParty.begin`.
         """
         masked = self._masked(order)
@@ -109,8 +96,11 @@ class SecureRole:
                 f"for {order.participations} of {rounds} rounds",
             )
         party = self._party()
+        terms = party.terms(order.run)
+        # the configuration comes with each message, and may have changed since the setup
+        self._check_terms(terms, secure_order.parameters(order.adapter, self.config))
         party.begin(masked)
-        return len(party.terms(order.run).names)
+        return len(terms.names)
 
     def mask(self, order: TrainOrder, words: Words) -> Words:
         """Mask the vector of a round that began.
@@ -143,6 +133,24 @@ class SecureRole:
     def forget(self, run: str) -> None:
         """Erase the secrets of a run that has ended."""
         self._party().forget(run)
+
+    def _check_terms(self, terms: Terms, parameters: int) -> None:
+        """Refuse terms that are not those of the configuration and the length of its vectors."""
+        privacy = self.config.privacy
+        wanted = {
+            "honest": privacy.honest,
+            "colluding": privacy.colluding,
+            "rounds": self.config.federation.rounds,
+            "parameters": parameters,
+            "mechanism": secure_order.mechanism(self.config),
+        }
+        for name, value in wanted.items():
+            if getattr(terms, name) != value:
+                raise Refusal(
+                    "secure-terms-mismatch",
+                    f"the terms of run {terms.run} have {name} {getattr(terms, name)!r}, and the "
+                    f"run's configuration has {value!r}",
+                )
 
     def _masked(self, order: TrainOrder) -> MaskedOrder:
         if order.masked is None:

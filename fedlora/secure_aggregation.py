@@ -416,15 +416,18 @@ def derive(secret: bytes, purpose: str, *bound: canonical.Value) -> bytes:
 
 
 def pair_key(
-    secret: bytes, terms: Terms, bound: bytes, number: int, pair: tuple[str, str]
+    secret: bytes, terms: Terms, bound: bytes, number: int, digest: bytes, pair: tuple[str, str]
 ) -> bytes:
-    """The key of the mask that two institutions share in a round.
+    """The key of the mask that two institutions share in a round, for one order.
+
+    Masks for two orders do not cancel, so vectors for two orders have no sum.
 
     Args:
         secret: The X25519 secret of their mask keys of this round.
         terms: The run's terms.
         bound: The run's `transcript`.
         number: The round.
+        digest: `MaskedOrder.digest`.
         pair: Both names; the sorted first adds the mask, the other subtracts it.
     """
-    return derive(secret, "mask", terms.run, bound, number, *sorted(pair))
+    return derive(secret, "mask", terms.run, bound, number, digest, *sorted(pair))

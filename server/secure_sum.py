@@ -316,6 +316,7 @@ class SecureRound:
                 self._terms,
                 self._bound,
                 self._number,
+                self._digest,
                 (dead, name),
             )
             for position, name in enumerate(self._terms.names)

@@ -12,7 +12,7 @@ from flwr.app import Message
 import server.app
 from client.ledger import Ledger
 from deployment import keys
-from fedlora import peers, wire
+from fedlora import peers, secure_order, wire
 from fedlora.run_files import KEYS, read_records
 from fedlora.secure_aggregation import (
     ListOrder,
@@ -256,6 +256,36 @@ def test_less_noise_after_the_setup_is_refused_before_it_is_charged(deployed, fi
     assert grid.codes == dict.fromkeys(("Alpha", "Beta"), "secure-order-mismatch")
     assert all(record["skipped"] for record in read_records(Path(config.run_dir)))
     assert not _entries(rows, "Alpha") and len(_entries(rows, "Delta")) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"privacy.honest": 1000},  # a share of noise for a sum of a thousand
+        {"privacy.epsilon": 4.0},
+        {"adapter.rank": 1},  # shorter vectors, so that the rest has fewer shares of noise
+    ],
+    ids=str,
+)
+def test_a_round_under_other_terms_than_the_setup_is_refused_before_it_is_charged(
+    deployed, files, rows, changes
+):
+    """The server gives all institutions another configuration, and orders that are bound to it."""
+    config = deployed(**SECURE)
+    other = config.replace(changes)
+
+    def lie(content, node):
+        grid._contexts[node + 1].run_config.update(changes)
+        order = wire.unpack_order(content)
+        order = dataclasses.replace(order, adapter=order.adapter.cut(other.adapter.rank))
+        masked = dataclasses.replace(order.masked, digest=secure_order.digest(order, other))
+        packed = wire.pack_order(order, wire.pack_adapter(order.adapter))
+        return wire.with_masked_order(packed, masked)
+
+    grid = Lying(files, config, "train", lie)
+    with pytest.raises(RunFailed, match="secure-terms-mismatch x 4"):
+        _run(config, grid)
+    assert not grid.words and not any(_entries(rows, name) for name in BANKS)
 
 
 def test_a_server_that_asks_for_the_ideal_protocol_gets_no_plain_words(deployed, files, rows):
