@@ -24,7 +24,7 @@ from experiments.audit.observed import (
     views,
 )
 from experiments.audit.run import FINAL, VIEWS, check, facts, verdict
-from fedlora import records, trainable, wire
+from fedlora import discrete_gaussian, records, trainable, wire
 from fedlora.errors import InputError
 from simulation.run import load, open_engine, run_rounds
 
@@ -35,6 +35,7 @@ FEW = {
     "training.sample-rate": 1.0,
     "federation.rounds": 12,
 }
+FEWER = {"data.test-fraction": 0.9, "federation.rounds": 24}  # for sums of four institutions
 SECURE = {
     "privacy.trust": "secure-aggregation",
     "privacy.honest": 2,
@@ -264,14 +265,34 @@ def test_a_sum_of_noised_vectors_keeps_both_promises(audited):
     assert shown["promised if all others collude"].startswith("epsilon ")
 
 
+@pytest.mark.slow
+def test_shares_of_noise_that_cancel_are_found_in_the_sum_alone(audited, monkeypatch):
+    """The calls are those of four institutions, then of the next round."""
+    draw, shares = discrete_gaussian.draw, []
+
+    def cancelling(source, scale, count):
+        if len(shares) % 4 < 3:
+            shares.append(draw(source, scale, count))
+        else:
+            shares.append(-sum(shares[-3:]))
+        return shares[-1]
+
+    monkeypatch.setattr("client.noise_share.discrete_gaussian.draw", cancelling)
+    monkeypatch.setattr("client.noise_share.check_noise", lambda *_: None)
+    code, found = audited(**SECURE, **FEWER, **{"privacy.epsilon": 0.5})
+    assert code == 3
+    assert found["canaries"][SERVER]["epsilon"] > found["epsilon"]
+    assert found["canaries"][ALL_BUT_HONEST]["epsilon"] <= found["epsilon"]
+    assert found["canaries"][ALL_BUT_ONE]["epsilon"] <= found["epsilon_alone"]
+
+
 def test_vectors_without_shares_of_noise_break_both_promises(audited, monkeypatch):
     monkeypatch.setattr(
         "client.noise_share.discrete_gaussian.draw",
         lambda source, scale, count: np.zeros(count, np.int64),
     )
     monkeypatch.setattr("client.noise_share.check_noise", lambda *_: None)
-    few = {"data.test-fraction": 0.9, "federation.rounds": 24}
-    code, found = audited(**SECURE, **few, **{"privacy.epsilon": 0.5})
+    code, found = audited(**SECURE, **FEWER, **{"privacy.epsilon": 0.5})
     assert code == 3 and found["refuted"]
     assert found["canaries"][SERVER]["epsilon"] > found["epsilon"]
     assert found["canaries"][ALL_BUT_HONEST]["epsilon"] > found["epsilon"]
