@@ -27,6 +27,7 @@ EPSILON = "privacy.epsilon"
 MAX_CELLS = 1000
 """The most cells of a sweep without --yes."""
 
+LOCAL_TRUST = {"privacy.trust": "local", "privacy.honest": 0, "privacy.colluding": 0}
 SINGLE_INSTITUTION = {
     "federation.strategy": "fedavg",
     "federation.institutions-per-round": 0,
@@ -34,7 +35,7 @@ SINGLE_INSTITUTION = {
     "federation.weighting": "uniform",
     "federation.robust": "none",
     "adapter.ranks": "",
-    "privacy.trust": "local",
+    **LOCAL_TRUST,
     "privacy.institution-epsilon": math.inf,
     "home.method": "none",
 }
@@ -295,7 +296,7 @@ def _in_arm(arm: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}
     if kind == arm:
         fixed |= dict.fromkeys((EPSILON, "privacy.institution-epsilon", "home.epsilon"), math.inf)
-        fixed |= {"privacy.trust": "local"}
+        fixed |= LOCAL_TRUST
         weighting = {**base.flat(), **values}["federation.weighting"]
         if weighting == "noised-size":
             fixed["federation.weighting"] = "public-size"

@@ -2,9 +2,11 @@
 
 The server knows every order that it sent and every update that it received. With one step of SGD an
 update is the noisy sum of the clipped gradients of the sampled records. The share of a canary's
-gradient in that sum is the solution of a linear system.
+gradient in that sum is the solution of a linear system. Under secure aggregation the server knows
+a sum of updates in place of each (`View`).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +18,12 @@ from flwr.app import Message, MessageType
 from numpy.typing import NDArray
 
 from client.dp_sgd import Clipping
-from fedlora import lora_layers, records, wire
+from fedlora import lora_layers, noise_shares, records, wire
+from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig
+from fedlora.messages import ClientUpdate
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable, training_mode
 from simulation.engines.grid import SimulationGrid
@@ -27,6 +31,54 @@ from strategies import base
 
 Floats = NDArray[np.float64]
 RIDGE_FRACTION = 1e-3  # ridge without noise, as a fraction of the mean squared gradient norm
+SERVER = "every round, as the server sees it"
+ALL_BUT_HONEST = "every round, by a server that knows all vectors but those of h institutions"
+ALL_BUT_ONE = "every round, by a server that knows all vectors but one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """An observer's view of the rounds: the sums of updates that it knows.
+
+    Args:
+        name: Describes the observer.
+        groups: Institutions (indices) whose updates are known as their sum only.
+    """
+
+    name: str
+    groups: tuple[tuple[int, ...], ...]
+
+    def attacked(self, owners: Sequence[int]) -> NDArray[np.bool_]:
+        """Whether each canary ``(n,)`` belongs to an institution in one of the sums.
+
+        Args:
+            owners: The institution of each canary.
+        """
+        return np.isin(owners, [index for group in self.groups for index in group])
+
+
+def views(config: RunConfig, institutions: int) -> tuple[View, ...]:
+    """The observers whose bounds are compared with a promise.
+
+    Under local trust the server sees each update. Under secure aggregation it sees the sum of all
+    vectors. Colluding institutions let it subtract theirs, and lost ones are in no sum: the
+    smallest sum that the promise covers has the vectors of ``privacy.honest`` institutions. Here
+    these are the first by name, a choice that no coin of a canary changes. If all others collude,
+    one vector is left.
+
+    Args:
+        config: The run.
+        institutions: The number of its institutions.
+    """
+    single = tuple((index,) for index in range(institutions))
+    if not config.privacy.shares_noise:
+        return (View(name=SERVER, groups=single),)
+    everyone = tuple(range(institutions))
+    return (
+        View(name=SERVER, groups=(everyone,)),
+        View(name=ALL_BUT_HONEST, groups=(everyone[: config.privacy.honest],)),
+        View(name=ALL_BUT_ONE, groups=single),
+    )
 
 
 @dataclass(kw_only=True)
@@ -69,14 +121,21 @@ class Transcript:
             update = wire.unpack_update(reply.content)
         except Exception:  # a refusal, which the run itself records
             return
+        if update.words is not None:
+            update = dataclasses.replace(update, words=update.words.copy())  # else read-only
         (self.folder / f"{update.round}-{update.institution}").write_bytes(
             wire.update_to_bytes(update)
         )
 
-    def update(self, round_number: int, institution: str) -> AdapterState | None:
-        """Return the adapter that an institution sent in a round, or None."""
+    def update(self, round_number: int, institution: str) -> ClientUpdate | None:
+        """Return the update that an institution sent in a round, or None."""
         path = self.folder / f"{round_number}-{institution}"
-        return wire.update_from_bytes(path.read_bytes()).adapter if path.exists() else None
+        return wire.update_from_bytes(path.read_bytes()) if path.exists() else None
+
+    def updates(self, round_number: int, institutions: Sequence[str]) -> list[ClientUpdate]:
+        """Return the updates of institutions in a round; empty unless all of them sent one."""
+        found = [self.update(round_number, name) for name in institutions]
+        return [] if None in found else [update for update in found if update is not None]
 
 
 def losses(work: Trainable, shard: Shard, physical_batch: int) -> Floats:
@@ -118,63 +177,96 @@ def scores(
     canaries: Shard,
     owners: Sequence[str],
     say: Callable[[str], None] = lambda _: None,
-) -> Floats:
-    r"""Estimate the share of each canary's gradient in its institution's updates, over all rounds.
+) -> dict[str, Floats]:
+    r"""Estimate the share of each canary's gradient in the sums that observers know, over rounds.
 
     An update of one SGD step is :math:`-\eta / L (\sum_i w_i g_i + \text{others} + \text{noise})`
     with :math:`w_i = 1` where canary i was sampled. The scores are ridge estimates of w, summed
     over rounds. The ridge is the variance of the noise over that of w; both are public. Without
     noise, the institution's other records hide a canary. The system then contains them too, since
-    an auditor may know everything except the coin flips.
+    an auditor may know everything except the coin flips. The same holds where a sum is so short
+    that the planned noise cannot be in it. A sum of several vectors has one system
+    for the canaries of all its institutions; a round in which one of the vectors was lost is left
+    out.
 
     Args:
         config: The run.
         work: The run's base model; its adapter is replaced.
-        transcript: The server's view of the run.
+        transcript: The updates of the run.
         canaries: The canaries' rows, ``(n,)``.
         owners: The institution of each canary.
         say: Receives progress messages.
 
     Returns:
-        The scores, float64 ``(n,)``.
+        Name of a view -> the scores, float64 ``(n,)``; nan where a canary is in no sum of the view.
     """
-    total = np.zeros(len(canaries))
-    federation = records.load(config)
-    owner = np.array(owners)
-    cap = _cap(config)
+    federation, plans = records.load(config), _plans(config)
+    owner = np.array([federation.names.index(name) for name in owners])
+    observers = views(config, len(federation.names))
+    found = {view.name: np.where(view.attacked(owner), 0.0, np.nan) for view in observers}
+    sums = [(view.name, group) for view in observers for group in view.groups]
     clipping = Clipping(max_grad_norm=config.privacy.max_grad_norm, kind=config.privacy.clipping)
     for number, (sent, parts) in sorted(transcript.orders.items()):
         say(f"scoring canaries, round {number} of {max(transcript.orders)}")
         sent.load_into(work.model)
         work.train_only(parts)
         everyone = gradients(work, canaries, config.training.physical_batch)
-        names = list(_trained(work))
-        for index, name in enumerate(federation.names):
-            update = transcript.update(number, name)
-            rows = np.flatnonzero(owner == name)
-            if update is None or not len(rows):
+        keys = list(_trained(work))
+        for name, group in sums:
+            rows = np.flatnonzero(np.isin(owner, group))
+            members = [federation.names[index] for index in group]
+            updates = transcript.updates(number, members) if len(rows) else []
+            if not updates:
                 continue
-            step = torch.cat([(sent[key] - update[key]).flatten() for key in names])
-            g, shard = everyone[rows], federation.train(index)
-            if config.privacy.enabled:
-                plan = plan_run(config, shard.num_units, cap)
-                rate, many = plan.sample_rate, plan.expected_batch_size
-                noise = (plan.noise_multiplier * config.privacy.max_grad_norm) ** 2
-                clipping.clip([g])
-                ridge = noise / (rate / 2 * (1 - rate / 2))  # included by a coin flip, then sampled
+            moves = [_move(config, sent.only(parts), update) for update in updates]
+            step = torch.stack([torch.cat([m[k].flatten() for k in keys]) for m in moves]).sum(0)
+            g, shards = everyone[rows], [federation.train(index) for index in group]
+            ridge = 0.0
+            if plans:
+                plan = plans[members[0]]  # under secure aggregation that of all institutions
+                many, noise = plan.expected_batch_size, _noise_variance(plan, len(group))
             else:
                 share, rows_of_step = config.training.sample_rate, config.training.batch_size
-                many = share * len(shard) if share else float(rows_of_step)
-                ridge = 0.0
-                others = shard.select(np.flatnonzero(~_among(shard, canaries)))
-                g = torch.cat([g, gradients(work, others, config.training.physical_batch)])
-            gram = (g @ g.T).double()
-            ridge = ridge or RIDGE_FRACTION * float(gram.diagonal().mean())
-            gram.diagonal().add_(ridge)
-            share_of_step = g @ (step * many / config.training.learning_rate)
-            held = torch.linalg.solve(gram, share_of_step.double())
-            total[rows] += held[: len(rows)].numpy()
-    return total
+                many, noise = share * len(shards[0]) if share else float(rows_of_step), 0.0
+            if not config.privacy.shares_noise:
+                step = step * many / config.training.learning_rate
+            if plans and float(step.square().mean()) > noise / 4:
+                included = plan.sample_rate / 2  # by a coin flip, then sampled
+                ridge = noise / (included * (1 - included))
+            else:
+                others = [s.select(np.flatnonzero(~_among(s, canaries))) for s in shards]
+                physical = config.training.physical_batch
+                g = torch.cat([g, *(gradients(work, other, physical) for other in others)])
+            if plans:
+                clipping.clip([g])
+            found[name][rows] += _solve(g, step.float(), ridge)[: len(rows)]
+    return found
+
+
+def _move(config: RunConfig, sent: AdapterState, update: ClientUpdate) -> dict[str, torch.Tensor]:
+    """Return the trained tensors before an update minus those after it, float32.
+
+    Under secure aggregation return the vector, as tensors in units of a gradient, float64.
+    """
+    if update.words is None:
+        return {name: sent[name] - update.adapter[name] for name in update.adapter}
+    vector = torch.as_tensor(update.words).double()
+    vector *= noise_shares.grid(config.privacy.max_grad_norm)
+    split = vector.split([tensor.numel() for tensor in sent.values()])
+    return dict(zip(sent, split, strict=True))
+
+
+def _noise_variance(plan: PrivacyPlan, vectors: int) -> float:
+    """Return the variance of the planned noise in each number of a sum of so many vectors."""
+    # Under secure aggregation each vector has the share of one in `honest`.
+    return (plan.noise_multiplier * plan.max_grad_norm) ** 2 * vectors / max(1, plan.honest)
+
+
+def _solve(g: torch.Tensor, step: torch.Tensor, ridge: float) -> Floats:
+    """Return ridge estimates ``(n,)`` of the shares of gradients ``(n, p)`` in a sum ``(p,)``."""
+    gram = (g @ g.T).double()
+    gram.diagonal().add_(ridge or RIDGE_FRACTION * float(gram.diagonal().mean()))
+    return torch.linalg.solve(gram, (g @ step).double()).numpy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,28 +290,26 @@ def noise_reuse(config: RunConfig, transcript: Transcript) -> NoiseReuse:
 
     Independent noise vectors have a cosine of about 0; a repeated one has a cosine near 1. The
     gradients of the records can be similar too. An institution is therefore compared only if its
-    noise is at least twice as long as the longest possible sum of its gradients.
+    noise is at least twice as long as the longest possible sum of its gradients. Under secure
+    aggregation the auditor compares the vectors, which the server does not see.
     """
-    federation, cap = records.load(config), _cap(config)
-    plans = {
-        name: plan_run(config, federation.train(index).num_units, cap)
-        for index, name in enumerate(federation.names)
-    }
-    steps = config.training.local_steps
+    plans, steps = _plans(config), config.training.local_steps
     found: list[float] = []
     compared: set[str] = set()
     # Tensor names -> institution -> its last update of these tensors, normalised.
     before: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-    for number, (sent, _) in sorted(transcript.orders.items()):
+    for number, (sent, parts) in sorted(transcript.orders.items()):
         now: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
         for name, plan in plans.items():
             update = transcript.update(number, name)
             if update is None:
                 continue
-            keys = tuple(sorted(update))
-            step = torch.cat([(sent[key] - update[key]).flatten() for key in keys]).float()
+            move = _move(config, sent.only(parts), update)
+            keys = tuple(sorted(move))
+            step = torch.cat([move[key].flatten() for key in keys]).float()
             # In units of C and of the step size. A batch twice the expected size is very unlikely.
-            noise = plan.noise_multiplier * (step.numel() * steps) ** 0.5
+            own_noise = plan.noise_multiplier / max(1, plan.honest) ** 0.5
+            noise = own_noise * (step.numel() * steps) ** 0.5
             if noise >= 2 * (2 * plan.expected_batch_size * steps):
                 now.setdefault(keys, {})[name] = torch.nn.functional.normalize(step, dim=0)
         for keys, units in now.items():
@@ -238,11 +328,17 @@ def noise_reuse(config: RunConfig, transcript: Transcript) -> NoiseReuse:
     )
 
 
-def _cap(config: RunConfig) -> int:
-    """Return the participations of an institution: the most rounds in which it trains."""
-    institutions = len(records.load(config).names)
-    rounds = config.federation
-    return base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
+def _plans(config: RunConfig) -> dict[str, PrivacyPlan]:
+    """Return institution -> the plan of its run; empty without DP."""
+    if not config.privacy.enabled:
+        return {}
+    federation, rounds = records.load(config), config.federation
+    institutions = len(federation.names)
+    cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
+    return {
+        name: plan_run(config, federation.train(index).num_units, cap)
+        for index, name in enumerate(federation.names)
+    }
 
 
 def _among(shard: Shard, others: Shard) -> NDArray[np.bool_]:

@@ -25,7 +25,15 @@ from experiments.audit.canaries import (
     plant,
     write,
 )
-from experiments.audit.observed import Transcript, losses, noise_reuse, scores
+from experiments.audit.observed import (
+    ALL_BUT_HONEST,
+    ALL_BUT_ONE,
+    SERVER,
+    Transcript,
+    losses,
+    noise_reuse,
+    scores,
+)
 from fedlora import data, records, trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import ACCEPTABLE, RunConfig
@@ -42,9 +50,9 @@ from simulation.progress import progress
 from simulation.run import check_engine, load, open_engine, run_rounds
 
 CONFIDENCE = 0.95
-VIEWS = ("the final adapter", "every round, as the server sees it")
-VIEW_CONFIDENCE = 1 - (1 - CONFIDENCE) / len(VIEWS)
-"""Confidence of the bound of each view; both together hold with ``CONFIDENCE``."""
+FINAL = "the final adapter"
+VIEWS = (FINAL, SERVER, ALL_BUT_HONEST, ALL_BUT_ONE)
+"""All views of an audit. The last two exist under secure aggregation only."""
 MAX_COSINE = 0.5  # updates with a larger cosine share noise; see `noise_reuse`
 ALTERNATIVE_SECRETS = 255  # a planted secret is ranked among them: exposure is at most 8 bits
 
@@ -66,10 +74,11 @@ def check(config: RunConfig, out: Path, engine: str) -> None:
             f"{config.adapter.ranks!r}, but the audit needs adapters that all institutions "
             "receive and send; use another strategy and one rank"
         )
-    if config.privacy.shares_noise:
+    if config.privacy.masks:
         raise InputError(
-            f"privacy.trust is {config.privacy.trust!r}, but the audit attacks the updates of "
-            "single institutions, which the server does not see then; use local"
+            f"privacy.protocol is {config.privacy.protocol!r}, but the audit attacks sums of "
+            "vectors, and masks hide the vectors that it adds up; use ideal, which has the same "
+            "sums"
         )
     if config.deployed:
         raise InputError(
@@ -113,11 +122,11 @@ def run(
         # The audited run is complete; the attacks below read its released adapters.
         work = _load_released(target)
         with console.status("scoring canaries") as status:
-            final, seen, shard = _scored(target, work, transcript, audited, status.update)
+            scored, shard = _scored(target, work, transcript, audited, status.update)
         _check_planted(target, audited, shard)
         inside = np.array([canary.inside for canary in audited.canaries])
         result = _promise(Path(target.run_dir))
-        result["canaries"] = _bounds(audited, (final, seen), result["delta"] or 0.0)
+        result["canaries"] = _bounds(audited, scored, result["delta"] or 0.0)
         result["noise"] = {"source": config.privacy.noise, "bound": MAX_COSINE}
         if config.privacy.enabled:
             result["noise"] |= dataclasses.asdict(noise_reuse(target, transcript))
@@ -130,7 +139,7 @@ def run(
             result["membership"] = {"loss": loss}
         shutil.rmtree(Path(folder) / "transcript")
         result["refuted"] = (result["noise"].get("cosine") or 0.0) > MAX_COSINE or any(
-            result["canaries"][view]["epsilon"] > result["epsilon"] for view in VIEWS
+            result["canaries"][view]["epsilon"] > _limit(result, view) for view in scored
         )
         result = _write_result(out, result)
         if shadows:
@@ -152,17 +161,27 @@ def _check_planted(config: RunConfig, audited: Audited, shard: Shard) -> None:
         assert not canary.inside or bytes(row) in trained, f"{canary} was not trained on"
 
 
-def _bounds(audited: Audited, scores_of_views: tuple[Floats, ...], delta: float) -> dict[str, Any]:
-    """Bound epsilon from below by the canaries' scores ``(m,)`` in each of `VIEWS`."""
+def _limit(result: Mapping[str, Any], view: str) -> float:
+    """Return the epsilon that a bound from this view is compared with."""
+    return float(result["epsilon_alone" if view == ALL_BUT_ONE else "epsilon"])
+
+
+def _bounds(audited: Audited, scored: Mapping[str, Floats], delta: float) -> dict[str, Any]:
+    """Bound epsilon from below by the canaries' scores ``(m,)`` in each view.
+
+    All bounds together hold with ``CONFIDENCE``. A view leaves out canaries with the score nan.
+    """
     inside = np.array([canary.inside for canary in audited.canaries])
+    confidence = 1 - (1 - CONFIDENCE) / len(scored)
     found: dict[str, Any] = {
         "planted": int(inside.sum()),
         "in all": len(inside),
-        "most they can show": bound.largest(len(inside), delta, VIEW_CONFIDENCE),
+        "most they can show": bound.largest(len(inside), delta, confidence),
         "kinds": dict(Counter(canary.kind for canary in audited.canaries)),
     }
-    for view, values in zip(VIEWS, scores_of_views, strict=True):
-        shown = bound.audit(values, inside, delta=delta, confidence=VIEW_CONFIDENCE)
+    for view, values in scored.items():
+        known = ~np.isnan(values)
+        shown = bound.audit(values[known], inside[known], delta=delta, confidence=confidence)
         found[view] = dataclasses.asdict(shown)
     return found
 
@@ -206,8 +225,8 @@ def _scored(
     transcript: Transcript,
     audited: Audited,
     say: Callable[[str], None],
-) -> tuple[Floats, Floats, Shard]:
-    """Return the canaries' scores from the final adapter and from all rounds, and their rows."""
+) -> tuple[dict[str, Floats], Shard]:
+    """Return the canaries' scores ``(m,)`` in each view, and their rows."""
     shard = _rows(config, work, audited.file)
     physical = config.training.physical_batch
     final = losses(work, shard, physical)
@@ -215,7 +234,7 @@ def _scored(
     gained = losses(work, shard, physical) - final
     owners = [canary.institution for canary in audited.canaries]
     seen = scores(config, work, transcript, shard, owners, say)
-    return gained, seen, shard
+    return {FINAL: gained, **seen}, shard
 
 
 def _rows(config: RunConfig, work: Trainable, file: Path) -> Shard:
@@ -232,6 +251,7 @@ def _promise(run_dir: Path) -> dict[str, Any]:
     result, privacy = read_run_file(run_dir), read_run_file(run_dir, "privacy.json")
     return {
         "epsilon": float(result["epsilon_max"]),
+        **({"epsilon_alone": alone} if (alone := result.get("epsilon_alone_max")) else {}),
         "delta": result["delta"],
         "protects": privacy["protects"],
         "accuracy": result.get("accuracy"),
@@ -305,6 +325,7 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
         owners = np.repeat(np.array(dealt.names), np.diff(bounds)).tolist()
         rows += zip(owners, table.texts, table.labels, strict=True)
     write(place / "all.csv", [INSTITUTION, TEXT, LABEL], rows)
+    keeps_delta = config.privacy.unit == "record" or config.privacy.shares_noise
     return config.replace(
         {
             "run-dir": str(place / "run"),
@@ -315,7 +336,7 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
             "data.encoding": PLAIN.encoding,
             "data.test-fraction": 0.5,
             "privacy.unit": "record",
-            "privacy.delta": config.privacy.delta if config.privacy.unit == "record" else 0.0,
+            "privacy.delta": config.privacy.delta if keeps_delta else 0.0,
             "seed": config.seed + 1 + number,
         }
     )
@@ -379,7 +400,10 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("canaries", f"{canaries['planted']:,} of {canaries['in all']:,} planted ({kinds})"),
     ]
-    for view in VIEWS:
+    if "epsilon_alone" in result:
+        alone = f"epsilon {float(result['epsilon_alone']):.3f}: the vector's own noise"
+        found.append(("promised if all others collude", alone))
+    for view in (view for view in VIEWS if view in canaries):
         shown = canaries[view]
         text = (
             f"epsilon at least {shown['epsilon']:.2f} ({100 * shown['confidence']:g} % "

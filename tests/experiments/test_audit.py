@@ -1,5 +1,6 @@
 """Audits: the bound by hand and by simulation, attacks on runs with and without privacy."""
 
+import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
@@ -14,9 +15,18 @@ from cli.main import app
 from experiments.audit import membership
 from experiments.audit.bound import audit, lower_bound, p_value
 from experiments.audit.canaries import plant
-from experiments.audit.run import VIEWS, check, facts, verdict
-from fedlora import records
+from experiments.audit.observed import (
+    ALL_BUT_HONEST,
+    ALL_BUT_ONE,
+    SERVER,
+    Transcript,
+    scores,
+    views,
+)
+from experiments.audit.run import FINAL, VIEWS, check, facts, verdict
+from fedlora import discrete_gaussian, records, trainable, wire
 from fedlora.errors import InputError
+from simulation.run import load, open_engine, run_rounds
 
 # The tiny encoder's gradients lie in few dimensions: with few records canaries can be told apart.
 FEW = {
@@ -24,6 +34,13 @@ FEW = {
     "data.test-fraction": 0.8,
     "training.sample-rate": 1.0,
     "federation.rounds": 12,
+}
+FEWER = {"data.test-fraction": 0.9, "federation.rounds": 24}  # for sums of four institutions
+SECURE = {
+    "privacy.trust": "secure-aggregation",
+    "privacy.honest": 2,
+    "privacy.colluding": 1,
+    "federation.weighting": "public-size",
 }
 
 
@@ -128,14 +145,52 @@ def test_fewer_canaries_than_institutions_are_refused(tiny_config, tmp_path):
         plant(tiny_config(), 3, tmp_path / "audit")
 
 
-def test_an_audit_of_single_updates_refuses_a_run_that_hides_them(tiny_config, tmp_path):
-    values = {
-        "privacy.trust": "secure-aggregation",
-        "privacy.honest": 2,
-        "federation.weighting": "public-size",
-    }
-    with pytest.raises(InputError, match=r"privacy\.trust .* use local"):
+def test_an_audit_of_sums_refuses_a_run_that_masks_them(tiny_config, tmp_path):
+    values = SECURE | {"privacy.protocol": "full"}
+    with pytest.raises(InputError, match=r"privacy\.protocol .* use ideal"):
         check(tiny_config(**values), tmp_path / "audit", "inline")
+
+
+def test_a_server_knows_the_sum_of_all_vectors_and_with_others_smaller_sums(tiny_config):
+    assert {v.name: v.groups for v in views(tiny_config(**SECURE), 4)} == {
+        SERVER: ((0, 1, 2, 3),),
+        ALL_BUT_HONEST: ((0, 1),),
+        ALL_BUT_ONE: ((0,), (1,), (2,), (3,)),
+    }
+    assert [v.groups for v in views(tiny_config(), 2)] == [((0,), (1,))]
+
+
+def test_the_scores_of_a_view_depend_on_its_sums_and_on_no_vector_in_them(tiny_config, tmp_path):
+    """Alpha and Beta, the first two institutions, exchange a part of their vectors."""
+    config = tiny_config(**SECURE, **{"federation.rounds": 2})
+    transcript = Transcript(folder=tmp_path / "transcript")
+    with (
+        load("inline", config) as ready,
+        open_engine("inline", config, ready) as grid,
+    ):
+        transcript.watch(grid)
+        run_rounds(config, grid)
+    federation = records.load(config)
+    shard = federation.all_train.select(np.arange(len(federation.all_train))[::10])
+    owners = [federation.names[row % 4] for row in range(len(shard))]
+
+    def scored():
+        work = trainable.load(config, federation.labels)
+        return scores(config, work, transcript, shard, owners)
+
+    before = scored()
+    moved = np.random.default_rng(0).integers(2**40, size=len(transcript.update(1, "Alpha").words))
+    for name, sign in (("Alpha", 1), ("Beta", -1)):
+        update = transcript.update(1, name)
+        changed = dataclasses.replace(update, words=update.words + sign * moved)
+        (transcript.folder / f"1-{name}").write_bytes(wire.update_to_bytes(changed))
+    after = scored()
+    for name in (SERVER, ALL_BUT_HONEST):
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-3, atol=1e-3)
+    hidden = [owner in ("Delta", "Gamma") for owner in owners]
+    assert np.isnan(after[ALL_BUT_HONEST]).tolist() == hidden
+    shift = np.abs(after[ALL_BUT_ONE] - before[ALL_BUT_ONE])
+    assert not shift[hidden].any() and np.median(shift[~np.array(hidden)]) > 0.1
 
 
 @pytest.fixture
@@ -195,6 +250,53 @@ def test_noise_that_is_smaller_than_promised_breaks_the_promise(audited, monkeyp
     monkeypatch.setattr("client.dp_sgd.check_noise", lambda *_: None)  # else the guard ends the run
     code, found = audited(**{"privacy.epsilon": 1.0})
     assert code == 3 and found["refuted"]
+
+
+def test_a_sum_of_noised_vectors_keeps_both_promises(audited):
+    code, found = audited(**SECURE, **{"privacy.epsilon": 1.0})
+    assert code == 0 and not found["refuted"]
+    assert found["epsilon"] <= 1.0 < found["epsilon_alone"] < 3.0
+    bounds = {view: found["canaries"][view]["canaries"] for view in VIEWS}
+    assert bounds == {FINAL: 120, SERVER: 120, ALL_BUT_HONEST: 60, ALL_BUT_ONE: 120}
+    assert {found["canaries"][view]["confidence"] for view in VIEWS} == {1 - 0.05 / 4}
+    assert (found["noise"]["institutions"], found["noise"]["left_out"]) == (4, 0)
+    assert found["noise"]["cosine"] < 0.5
+    shown = dict(facts(found))
+    assert shown["promised if all others collude"].startswith("epsilon ")
+
+
+@pytest.mark.slow
+def test_shares_of_noise_that_cancel_are_found_in_the_sum_alone(audited, monkeypatch):
+    """The calls are those of four institutions, then of the next round."""
+    draw, shares = discrete_gaussian.draw, []
+
+    def cancelling(source, scale, count):
+        if len(shares) % 4 < 3:
+            shares.append(draw(source, scale, count))
+        else:
+            shares.append(-sum(shares[-3:]))
+        return shares[-1]
+
+    monkeypatch.setattr("client.noise_share.discrete_gaussian.draw", cancelling)
+    monkeypatch.setattr("client.noise_share.check_noise", lambda *_: None)
+    code, found = audited(**SECURE, **FEWER, **{"privacy.epsilon": 0.5})
+    assert code == 3
+    assert found["canaries"][SERVER]["epsilon"] > found["epsilon"]
+    assert found["canaries"][ALL_BUT_HONEST]["epsilon"] <= found["epsilon"]
+    assert found["canaries"][ALL_BUT_ONE]["epsilon"] <= found["epsilon_alone"]
+
+
+def test_vectors_without_shares_of_noise_break_both_promises(audited, monkeypatch):
+    monkeypatch.setattr(
+        "client.noise_share.discrete_gaussian.draw",
+        lambda source, scale, count: np.zeros(count, np.int64),
+    )
+    monkeypatch.setattr("client.noise_share.check_noise", lambda *_: None)
+    code, found = audited(**SECURE, **FEWER, **{"privacy.epsilon": 0.5})
+    assert code == 3 and found["refuted"]
+    assert found["canaries"][SERVER]["epsilon"] > found["epsilon"]
+    assert found["canaries"][ALL_BUT_HONEST]["epsilon"] > found["epsilon"]
+    assert found["canaries"][ALL_BUT_ONE]["epsilon"] > found["epsilon_alone"]
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,42 @@ def test_arms_of_one_institution_do_not_train_at_home(sweep_file):
         assert {made[name].config.home.method for name in names.values()} == {home}
 
 
+TRUST = """
+arms = ["central", "central-dp", "federated", "federated-dp"]
+[set]
+federation.weighting = "public-size"
+privacy.honest = 3
+[grid]
+privacy.trust = ["local", "secure-aggregation"]
+privacy.epsilon = [1.0, 8.0]
+"""
+
+
+def test_only_a_federation_under_dp_has_a_trust(sweep_file):
+    cases = sweep.read(sweep_file(TRUST))
+    made, needed = sweep.cells(cases)
+    shared = {case.arm for case in cases if case.config.privacy.shares_noise}
+    assert shared == {"federated-dp"}
+    cells = [
+        {names[""] for case, names in zip(cases, needed, strict=True) if case.arm == arm}
+        for arm in ("central", "central-dp", "federated", "federated-dp")
+    ]
+    assert [len(names) for names in cells] == [1, 2, 1, 4] and len(made) == 8
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_the_same_arms_under_both_trusts(sweep_file, tmp_path):
+    path = sweep_file(TRUST.replace("1.0, 8.0", "8.0"))
+    command = ("sweep", path, "--out", tmp_path / "out", "--jobs", 2, "--engine", "inline")
+    result = invoke(*command, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert (said["cells"], said["done"], said["failed"]) == (5, 5, {})
+    pooled = [x for x in said["results"] if x["arm"].endswith("-dp") and x["institution"] == "all"]
+    assert {x["privacy.trust"] for x in pooled} == {"local", "secure-aggregation"}
+    assert all(0 < x["epsilon"] <= 8 for x in pooled)
+
+
 @pytest.mark.slow
 def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_path):
     path, out = sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1]"), tmp_path / "out"
