@@ -48,11 +48,11 @@ class View:
     name: str
     groups: tuple[tuple[int, ...], ...]
 
-    def attacked(self, owners: Sequence[int]) -> NDArray[np.bool_]:
+    def attacked(self, owners: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether each canary ``(n,)`` belongs to an institution in one of the sums.
 
         Args:
-            owners: The institution of each canary.
+            owners: The institution (index) of each canary, ``(n,)``.
         """
         return np.isin(owners, [index for group in self.groups for index in group])
 
@@ -230,7 +230,10 @@ def scores(
                 many, noise = share * len(shards[0]) if share else float(rows_of_step), 0.0
             if not config.privacy.shares_noise:
                 step = step * many / config.training.learning_rate
-            if plans and float(step.square().mean()) > noise / 4:
+            # The steps of another optimizer than SGD do not have the length of its noise.
+            sgd = config.training.optimizer == "sgd"
+            missing = sgd and float(step.square().mean()) < noise / 4
+            if plans and not missing:
                 included = plan.sample_rate / 2  # by a coin flip, then sampled
                 ridge = noise / (included * (1 - included))
             else:
