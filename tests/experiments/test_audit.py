@@ -349,7 +349,7 @@ def test_secrets_that_nobody_can_spell_are_ranked_in_the_middle(audited, tiny_en
         tmp_path / "causal"
     )
     values = {"model.name": str(tmp_path / "causal"), "model.task": "sft", "federation.rounds": 2}
-    _, found = audited(**values, **{"training.max-length": 32})
+    _, found = audited(**values, **{"training.max-length": 32, "home.method": "none"})
     extraction, canaries = found["extraction"], found["canaries"]
     assert canaries["kinds"] == {"secret": 120}
     counts = [extraction[which]["secrets"] for which in ("planted", "not planted")]
