@@ -24,7 +24,7 @@ Accept = Annotated[
     typer.Option("--accept", help="Run in spite of a finding that voids the result, by its name."),
 ]
 Assign = Annotated[
-    list[str] | None, typer.Option("--set", help="KEY=VALUE; data.text or data.label, for one.")
+    list[str] | None, typer.Option("--set", help="KEY=VALUE; data.text or data.delimiter, for one.")
 ]
 Institution = Annotated[
     str,
@@ -195,7 +195,7 @@ def predict(
         raise InputError("give texts or --data with a file of texts, and not both")
     if data:
         config = finished_run.configuration(run_dir, parse_overrides(assign or []))
-        given = answer_files.read(data, config.data.text)
+        given = answer_files.read(data, config.data.text, config.data.csv_form)
     elif assign:
         raise InputError("--set names the columns of a file; give --data too")
     else:

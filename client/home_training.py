@@ -228,7 +228,7 @@ def _train_together(
         name: torch.nn.Parameter(values)
         for name, values in _stacked(work, [t.start for t in trainees]).items()
     }
-    origins = _stacked(work, [t.origin or t.start for t in trainees])
+    origins = _stacked(work, [t.origin or t.start for t in trainees]) if plan.proximal else {}
     pull = proximal_term(list(stacked.values()), plan.proximal, list(origins.values()))
     optimizer, named = _optimizer(stacked, plan), _trained(work)
     tail = _TailMeans({s for t in trainees for s in t.steps}, list(stacked.values()))

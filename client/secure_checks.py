@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedlora import secure_aggregation
+from fedlora import noise_shares, secure_aggregation
 from fedlora.errors import Refusal
 from fedlora.secure_aggregation import Terms, UnmaskOrder
 
@@ -27,7 +27,7 @@ def check_words(terms: Terms, words: np.ndarray) -> None:
             "secure-words-length",
             f"a vector has {terms.parameters} words of int64, not {words.shape} {words.dtype}",
         )
-    bound = 2**62 // len(terms.names)
+    bound = noise_shares.largest_word(len(terms.names))
     if words.max() >= bound or words.min() <= -bound:
         raise Refusal(
             "secure-words-range",

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from fedlora import rows, sources
 from fedlora.columns import check_columns
+from fedlora.csv_files import DELIMITERS, PLAIN, CsvForm
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 
@@ -40,13 +41,14 @@ def of(texts: list[str]) -> Texts:
     return Texts(texts=texts, rows=[{"text": text} for text in texts], columns=["text"])
 
 
-def read(source: str, text: str) -> Texts:
+def read(source: str, text: str, form: CsvForm = PLAIN) -> Texts:
     """Read the texts of a file, or of standard input with one text a line.
 
     Args:
-        source: A ``.csv`` or ``.jsonl`` file in UTF-8, or ``-``.
+        source: A ``.csv`` file, a ``.jsonl`` file in UTF-8, or ``-``.
         text: The column of the text; several columns, separated by commas, are joined as in a run.
             Standard input has no columns.
+        form: The delimiter and encoding of a ``.csv`` file.
 
     Raises:
         InputError: If the file cannot be read, a column is missing, or a row has no text.
@@ -57,12 +59,13 @@ def read(source: str, text: str) -> Texts:
             found = [{"text": line.rstrip("\r\n")} for line in sys.stdin]
             columns, wanted = ["text"], ["text"]
         else:
-            found, columns = _rows(source)
+            found, columns = _rows(source, form)
             wanted = [column.strip() for column in text.split(",")]
     except (OSError, UnicodeDecodeError, csv.Error, ValueError, RecursionError) as error:
         raise InputError(
             f"{place} cannot be read ({type(error).__name__}: {error}); give a .csv or .jsonl file "
-            "in UTF-8, or - for one text a line of standard input"
+            "in UTF-8, or - for one text a line of standard input; data.encoding and "
+            "data.delimiter set another form of a .csv file"
         ) from None
     if not found:
         raise InputError(f"{place} has no row; give one text at least")
@@ -118,7 +121,7 @@ def write(out: Path, texts: Texts, answers: Sequence[dict[str, Any]]) -> None:
     write_atomic(out, content.getvalue().encode())
 
 
-def _rows(source: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _rows(source: str, form: CsvForm) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file and its columns."""
     path = Path(source).expanduser()
     if path.suffix.lower() not in KINDS:
@@ -126,13 +129,14 @@ def _rows(source: str) -> tuple[list[dict[str, Any]], list[str]]:
             f"--data is {source!r}; give a file that ends in {' or '.join(KINDS)}, or - for "
             "standard input"
         )
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() == ".jsonl":
+    lines = path.suffix.lower() == ".jsonl"
+    with path.open(encoding=PLAIN.codec if lines else form.codec, newline="") as file:
+        if lines:
             found: list[Any] = [json.loads(line) for line in file if line.strip()]
             if not all(isinstance(row, dict) for row in found):
                 raise ValueError("a line is not an object")
             return found, list(dict.fromkeys(column for row in found for column in row))
-        table = csv.DictReader(file, strict=True)
+        table = csv.DictReader(file, delimiter=DELIMITERS[form.delimiter], strict=True)
         rows = list(table)
         for number, row in enumerate(rows, start=1):
             if None in row or None in row.values():

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fedlora import canonical
+from fedlora import canonical, noise_shares
 from fedlora.errors import Refusal
 
 KEY_BYTES = 32
@@ -113,7 +113,10 @@ class Terms(SecureMessage):
             ),
             (list(self.names) != sorted(set(self.names)), "names are not sorted, or repeated"),
             (n > MAX_INSTITUTIONS, f"{n} institutions are more than {MAX_INSTITUTIONS}"),
-            (self.honest < 2, f"honest is {self.honest}, below 2: a sum of one is no sum"),
+            (
+                self.honest < noise_shares.MIN_HONEST,
+                f"honest is {self.honest}, below {noise_shares.MIN_HONEST}: a sum of one is no sum",
+            ),
             (
                 self.honest + self.colluding > n,
                 f"honest + colluding is {self.honest} + {self.colluding}, above the run's {n} "
@@ -130,16 +133,13 @@ class Terms(SecureMessage):
 
     @property
     def threshold(self) -> int:
-        """Number T of shares that reveal a secret, and of signatures that make a list valid.
-
-        2 T - n > t: two sets of T institutions have an honest one in common.
-        """
-        return (len(self.names) + self.colluding) // 2 + 1
+        """Number T of shares that reveal a secret, and of signatures that make a list valid."""
+        return noise_shares.threshold(len(self.names), self.colluding)
 
     @property
     def least_survivors(self) -> int:
         """Number of survivors below which a round is given up before anything is unmasked."""
-        return max(self.honest + self.colluding, self.threshold)
+        return noise_shares.least_survivors(len(self.names), self.honest, self.colluding)
 
     @functools.cached_property
     def digest(self) -> bytes:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from fedlora import answer_files
+from fedlora.csv_files import CsvForm
 from fedlora.errors import InputError
 
 ANSWERS = [
@@ -94,6 +95,13 @@ def test_latin_1_and_a_missing_file_are_refused(tmp_path):
     for source in (tmp_path / "in.csv", tmp_path / "none.csv"):
         with pytest.raises(InputError, match=r"cannot be read.*in UTF-8"):
             answer_files.read(str(source), "text")
+
+
+def test_a_table_of_another_form_is_read_as_the_run_reads_one(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_bytes("text;n\nprêt, refusé;1\n".encode("latin-1"))
+    form = CsvForm(delimiter=";", encoding="latin-1")
+    assert answer_files.read(str(file), "text", form).texts == ["prêt, refusé"]
 
 
 def test_a_place_for_answers_is_refused_before_any_work(tmp_path):
