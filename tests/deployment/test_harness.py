@@ -97,6 +97,10 @@ def test_what_crashes_comes_back_and_what_is_killed_or_stopped_does_not(federati
     assert not federation.running("institution-c") and not federation.running("institution-b")
     federation.start("institution-c")
     federation.wait("institution-c")
+    deadline = time.monotonic() + 30  # its health check may pass before it says so
+    while len(federation.records("institution-c")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert federation.records("institution-c") == [{"up": 1}] * 2
 
 
