@@ -150,7 +150,9 @@ class Ledger:
         2. The same order was charged and not answered: nothing was sent, or, under secure
            aggregation, nothing was unmasked. So the round may run again under the same key, as the
            same release; nothing is charged.
-        3. Otherwise the round is charged, with a fresh key, if it fits the limit.
+        3. Otherwise the round is charged, with a fresh key, if it fits the limit. Under secure
+           aggregation the keys of the run's earlier rounds are wiped: those that were given up, or
+           whose shares this institution was not asked for. They count as answered from then on.
 
         Args:
             run_id: The run.
@@ -198,6 +200,8 @@ class Ledger:
             self._check_budget(db, run_id, (event, *extra), planned)
             fresh = os.urandom(KEY_BYTES) if key is None else key
             ledger_file.append(db, run_id, round_number, order_digest, event, extra, fresh)
+            if event.shares:
+                ledger_file.wipe_keys(db, run_id, before=round_number)
         return Charge(key=fresh, answer=None)
 
     def _check_budget(
@@ -283,6 +287,11 @@ class Ledger:
                     "round-not-charged", f"round {round_number} of run {run_id} has no open charge"
                 )
             db.execute("INSERT INTO closed VALUES (?, ?, ?, ?)", (run_id, round_number, *values))
+
+    def end_run(self, run_id: str) -> None:
+        """Wipe all keys of a run that has ended: none of its rounds can be made again."""
+        with self._transaction() as db:
+            ledger_file.wipe_keys(db, run_id)
 
     def noised_size_of_run(self, run_id: str, noised: float) -> float:
         """Store a run's noised size; later calls change nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 import tempfile
 from collections.abc import Generator, Sequence
@@ -167,6 +168,11 @@ def store_answer(db: sqlite3.Connection, run: str, number: int, digest: str, ans
         "INSERT INTO answers VALUES (?, ?, ?, ?, ?)",
         (run, number, digest, answer, ledger_integrity.sha256(answer)),
     )
+
+
+def wipe_keys(db: sqlite3.Connection, run: str, before: float = math.inf) -> None:
+    """Wipe the keys of a run's rounds before the given one."""
+    db.execute("UPDATE charges SET key = NULL WHERE run = ? AND round < ?", (run, before))
 
 
 def check_same_run(

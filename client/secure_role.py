@@ -131,8 +131,10 @@ class SecureRole:
         return self._party().unmask(order)
 
     def forget(self, run: str) -> None:
-        """Erase the secrets of a run that has ended."""
+        """Erase the secrets of a run that has ended: its masks and its noise."""
         self._party().forget(run)
+        with Ledger.open(self.ledger) as ledger:
+            ledger.end_run(run)
 
     def _check_terms(self, terms: Terms, parameters: int) -> None:
         """Refuse terms that are not those of the configuration and the length of its vectors."""

@@ -86,6 +86,11 @@ def _plan_run(
             f"privacy.epsilon is {privacy.epsilon:g}, which needs a noise multiplier of "
             f"{noise_multiplier:g}, beyond the integers of secure aggregation; raise it"
         )
+    if honest and plan.expected_batch_size > noise_shares.MAX_BATCH:
+        raise InputError(
+            f"a batch has {plan.expected_batch_size:g} expected records, but secure aggregation "
+            f"allows at most {noise_shares.MAX_BATCH}; lower training.sample-rate"
+        )
     return plan
 
 

@@ -3,7 +3,8 @@ r"""Sums of clipped gradients and shares of noise as 64-bit integers, for secure
 Institution u rounds the sum of its clipped gradients to a grid and adds a share of noise:
 
 .. math:: x_u = \mathrm{rint}(S_u / g) + R_u, \quad R_u \sim \mathcal N_{\mathbb Z}(0, s^2)^d,
-    \quad g = C \, 2^{-36}, \quad s = \frac{\sigma (C + \sqrt d \, g)}{\sqrt h \, g}
+    \quad g = C \, 2^{-36}, \quad
+    s = \frac{\sigma (C + \sqrt d \, g)}{\sqrt h \, g} (1 + 2^{-9})
 
 One unit of privacy moves S by at most C, and the rounded S by at most C / g + sqrt(d). The sum of h
 shares therefore has, in those units, the noise of one Gaussian mechanism with noise multiplier
@@ -19,6 +20,12 @@ GRID_BITS = 36
 """The grid's spacing is the clipping bound times 2^-36."""
 MAX_PARAMETERS = 2**28
 """The most trained parameters. The plan counts the cost of discrete noise for so many."""
+SCALE_MARGIN = 1 + 2.0**-9
+"""The scale of a share is larger by this factor. Half of it covers that two machines may find noise
+multipliers 0.1 % apart for one plan, the other half the rounding of a sum of gradients in float64."""
+MAX_BATCH = 2**20
+"""The most expected units of a batch: twice as many move a sum in float64 by less than 2^-11 C
+beyond C, since n units make an error of at most n^2 2^-53 C."""
 MIN_HONEST = 2
 """With one honest share the sum would protect no more than that share."""
 
@@ -36,7 +43,8 @@ def share_scale(noise_multiplier: float, shares: int, parameters: int) -> float:
         shares: h, the number of shares in the sum.
         parameters: d, the number of trained parameters.
     """
-    return noise_multiplier * (2.0**GRID_BITS + math.sqrt(parameters)) / math.sqrt(shares)
+    steps = 2.0**GRID_BITS + math.sqrt(parameters)
+    return noise_multiplier * steps / math.sqrt(shares) * SCALE_MARGIN
 
 
 def largest_word(institutions: int) -> int:

@@ -8,6 +8,7 @@ noise than another learns no sum of both. The second is part of what institution
 import hashlib
 import json
 
+import fedlora
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
 from fedlora.messages import TrainOrder
@@ -33,13 +34,14 @@ BOUND = (
 
 
 def mechanism(config: RunConfig) -> bytes:
-    """SHA-256 of the values of `BOUND`: `Terms.mechanism`; 32 bytes.
+    """SHA-256 of the values of `BOUND` and fedlora's version: `Terms.mechanism`; 32 bytes.
 
     Args:
         config: The run, as the institution follows it, or as the server has it.
     """
     values = config.flat()
-    return hashlib.sha256(json.dumps([values[key] for key in BOUND]).encode()).digest()
+    bound = [fedlora.__version__, *(values[key] for key in BOUND)]
+    return hashlib.sha256(json.dumps(bound).encode()).digest()
 
 
 def digest(order: TrainOrder, config: RunConfig) -> bytes:

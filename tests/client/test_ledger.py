@@ -221,6 +221,22 @@ def test_a_closed_round_is_answered_for_one_order_and_one_set_of_survivors(path:
         assert refused(ledger.close_round, "run", 2, digest, survivors) == "round-not-charged"
 
 
+def test_keys_of_rounds_that_nobody_unmasks_go_with_the_next_round_or_the_run(path: Path) -> None:
+    """An institution that the server does not ask for its shares learns of no unmasking."""
+    share = dataclasses.replace(STEP, shares=3)
+    with Ledger.open(path) as ledger:
+        first = charge(ledger, 1, event=share).key
+        local = charge(ledger, 1, run_id="other").key
+        second = charge(ledger, 2, event=share).key
+        assert refused(charge, ledger, 1, event=share) == "round-already-answered"
+    assert first not in path.read_bytes()
+    assert second in path.read_bytes()
+    with Ledger.open(path) as ledger:
+        ledger.end_run("run")
+        assert charge(ledger, 1, run_id="other").key == local
+    assert second not in path.read_bytes()
+
+
 def test_an_answer_without_a_charge_is_a_programming_error(path: Path) -> None:
     with Ledger.open(path) as ledger, pytest.raises(ValueError, match="never charged"):
         ledger.store_answer("run", 1, "order", b"update")

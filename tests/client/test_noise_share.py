@@ -54,17 +54,24 @@ def test_the_shares_of_those_who_must_be_honest_have_the_noise_of_the_plan():
     assert abs(np.corrcoef(shares[0], shares[1])[0, 1]) < 5.4 / math.sqrt(n)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2.0**27])
-def test_a_sum_beyond_the_integers_trips_a_guard(value):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_sum_that_is_not_finite_trips_a_guard(value):
     with pytest.raises(Refusal, match="guard-range"):
         _words(np.array([0.0, value]))
 
 
-def test_the_limit_of_a_word_leaves_room_for_all_institutions():
-    sums = np.array([2.0**24 + 1.0])  # 2^61 + 2^37 on the grid, far above the noise
-    assert abs(int(_words(sums, institutions=1)[0])) < 2**62
+def test_a_sum_beyond_the_integers_is_cut_and_its_noise_kept():
+    """A refusal would depend on the records."""
+    noise = _words(np.zeros(3), institutions=4)
+    largest = 2**59  # half of 2^62 / 4; the grid is 2^-37
+    words = _words(np.array([2.0**27, -(2.0**80), largest * 2.0**-37]), institutions=4)
+    assert (words - noise).tolist() == [largest, -largest, largest]
+    assert 4 * np.abs(words).max() < 2**62
+
+
+def test_noise_beyond_the_integers_trips_a_guard():
     with pytest.raises(Refusal, match="guard-range"):
-        _words(sums, institutions=2)
+        _words(np.zeros(5000), institutions=2**25)
 
 
 @pytest.mark.parametrize("wrong", [0.5, 1.5])

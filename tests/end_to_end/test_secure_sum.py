@@ -95,8 +95,9 @@ def test_the_noise_of_the_sum_is_the_promised_one_over_the_shares_that_must_be_t
     assert accounting.epsilon(plan.events, plan.delta, plan.accountant) <= 8.0
     steps_of_the_grid = plan.share_scale(10_000) * math.sqrt(plan.honest)
     in_bounds = steps_of_the_grid * noise_shares.grid(plan.max_grad_norm) / plan.max_grad_norm
-    assert in_bounds == pytest.approx(plan.noise_multiplier, rel=1e-8)
-    assert in_bounds > plan.noise_multiplier  # the sum is rounded, which moves it a little
+    margin = 1 + 2**-9  # for noise multipliers 0.1 % apart and sums in float64
+    assert in_bounds == pytest.approx(plan.noise_multiplier * margin, rel=1e-8)
+    assert in_bounds > plan.noise_multiplier * margin  # the sum is rounded, which moves it a little
 
 
 def test_a_run_states_both_epsilons_and_whom_to_trust(tiny_config, simulate_run):
