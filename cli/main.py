@@ -1,7 +1,7 @@
 """The command line. It loads a package's commands when one of them is called.
 
 Exit codes: 0 done, 1 failed midway (finished work is kept), 2 bad input (nothing was written),
-3 an audit refutes the promise.
+3 an audit refutes the promise, or a run's files do not match its privacy.json.
 """
 
 import atexit
@@ -25,6 +25,7 @@ COMMANDS = {
     "run": "cli.simulation_commands",
     "sweep": "cli.experiment_commands",
     "report": "cli.experiment_commands",
+    "verify": "cli.verify_command",
     "compare": "cli.experiment_commands",
     "evaluate": "cli.simulation_commands",
     "predict": "cli.simulation_commands",

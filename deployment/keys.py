@@ -1,4 +1,7 @@
-"""Certificates and keys of a federation: one CA, two servers, one key pair for each institution."""
+"""Certificates and keys of a federation.
+
+There are one CA, two servers, a key for privacy statements, and a key pair for each institution.
+"""
 
 import ipaddress
 from collections.abc import Sequence
@@ -9,6 +12,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedlora.seal import PURPOSE
 
 CA_DAYS = 3650
 SERVER_DAYS = 365
@@ -77,6 +82,29 @@ def make_server(
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([_alternative(h) for h in hosts]), False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .sign(authority.key, hashes.SHA384())
+    )
+    return (
+        made.public_bytes(serialization.Encoding.PEM),
+        _private(key, serialization.PrivateFormat.PKCS8),
+    )
+
+
+def make_signer(authority: Authority, days: int = SERVER_DAYS) -> tuple[bytes, bytes]:
+    """Certificate and private key with which the server signs privacy statements.
+
+    Args:
+        authority: The signer of the certificate.
+        days: As in `make_server`. A statement stays valid: it was signed within these days.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    issuer = authority.certificate.subject
+    name = _name("fedlora privacy statements")
+    made = (
+        _certificate(name, issuer, key.public_key(), authority.key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([PURPOSE]), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .sign(authority.key, hashes.SHA384())
     )

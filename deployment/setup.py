@@ -12,6 +12,7 @@ import tomli_w
 from cryptography import x509
 
 from deployment import keys
+from fedlora import seal
 from fedlora.config import INSTITUTIONS, from_flat
 from fedlora.errors import InputError
 from fedlora.files import existing_parent
@@ -83,7 +84,7 @@ def add(directory: Path, name: str) -> None:
 
 
 def renew(directory: Path, *, host: str = "") -> None:
-    """New certificates of the gateway and the SuperLink, from the same CA.
+    """New certificates of the gateway, the SuperLink and the server's statements, from the same CA.
 
     Args:
         directory: A directory from `make`.
@@ -102,7 +103,7 @@ def renew(directory: Path, *, host: str = "") -> None:
         raise InputError(f"{old} does not say its names ({error}); give --host") from None
     _servers(directory, authority, hosts)
     if os.geteuid() == 0:
-        for name in ("gateway", "superlink"):
+        for name in ("gateway", "superlink", "server/keys"):
             _change_owner(directory / name, IMAGE_USER)
 
 
@@ -149,6 +150,9 @@ def _servers(root: Path, authority: keys.Authority, hosts: Sequence[str]) -> Non
         _write(root / folder / "ca.crt", authority.pem, 0o644)
         _write(root / folder / "server.pem", certificate, 0o644)
         _write(root / folder / "server.key", key, 0o600)
+    certificate, key = keys.make_signer(authority)
+    _write(root / "server" / "keys" / seal.CERTIFICATE, certificate, 0o644)
+    _write(root / "server" / "keys" / seal.KEY, key, 0o600)
 
 
 def _institution(root: Path, name: str, ca: bytes) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora import accounting
-from fedlora.accounting import Event
+from fedlora import accounting, odds
+from fedlora.accounting import Event, History
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
@@ -69,20 +69,24 @@ class InstitutionMechanism:
         Args:
             asked: The number of rounds for which each institution was asked, answered or not.
         """
-        steps = max(asked, default=0)
-        if not steps:
-            return 0.0
-        event = Event(noise_multiplier=self.noise_multiplier, sample_rate=1.0, steps=steps)
-        return accounting.epsilon((event,), self.delta, self.accountant)
+        return accounting.epsilon(history(self.noise_multiplier, max(asked, default=0)), self.delta, self.accountant)
 
     def statement(self, asked: Iterable[int]) -> dict[str, Any]:
         """The part of privacy.json on institutions."""
         steps = max(asked, default=0)
+        epsilon = self.spent([steps])
         return {
             "unit": "institution",
             "adversary": ADVERSARY,
             "adjacency": ADJACENCY,
-            "epsilon": self.spent([steps]),
+            "epsilon": epsilon,
+            **(
+                {"odds": odds.bounds(
+                        history(self.noise_multiplier, steps), epsilon, self.delta
+                    )}
+                if self.seed is None
+                else {}
+            ),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": 1.0,
@@ -91,6 +95,13 @@ class InstitutionMechanism:
             "max_norm": self.max_norm,
             "noise": "secure" if self.seed is None else "seeded",
         }
+
+
+def history(noise_multiplier: float, steps: int) -> History:
+    """The releases of an institution that was asked for this many rounds."""
+    if not steps:
+        return ()
+    return (Event(noise_multiplier=noise_multiplier, sample_rate=1.0, steps=steps),)
 
 
 def plan(config: RunConfig, institutions: int, participations: int) -> InstitutionMechanism:

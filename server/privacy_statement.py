@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedlora import accounting, odds
+from fedlora.accounting import Event, History
 from fedlora.config import RunConfig
 from server.run_directory import RunState
 from server.spending import Spending
@@ -61,16 +63,40 @@ def statement(
         spending: The possible spending of institutions; None when DP at institutions is off.
 
     Returns:
-        ``protects`` in words, and for each institution an upper bound of its spending (see
+        The promise in words, as odds, and for each institution an upper bound of its spending (see
         docs/privacy-accounting.md).
     """
-    privacy = config.privacy
     if spending is None:
+        return {**promise(config), "epsilon": "inf", "institutions": {}, **own_keys}
+    institutions = {
+        name: spending.stated(state.privacy[name], state.asked.get(name, 0))
+        for name in names
+        if name in state.privacy
+    }
+    return {
+        **promise(config),
+        **odds_of(config, institutions),
+        "institutions": institutions,
+        **own_keys,
+        "without_report": {
+            name: {
+                "rounds_asked": state.asked[name],
+                "epsilon_at_most": config.privacy.epsilon,
+            }
+            for name in names
+            if name not in state.privacy and state.asked.get(name)
+        },
+    }
+
+
+def promise(config: RunConfig) -> dict[str, str]:
+    """The promise of a run in words: ``protects`` and, under DP, ``adversary``, ``adjacency``."""
+    privacy = config.privacy
+    if not privacy.enabled:
         words = INSTITUTION_LEVEL_ONLY if privacy.hides_institutions else NO_PROMISE_WITHOUT_DP
         if privacy.hides_institutions and privacy.noise == "seeded":
             words = NO_PROMISE_WITH_SEED
-        return {"protects": words, "epsilon": "inf", "institutions": {}, **own_keys}
-
+        return {"protects": words}
     unit = (
         "record" if privacy.unit == "record" else f"value of {privacy.unit!r} with all its records"
     )
@@ -89,21 +115,30 @@ def statement(
         "protects": NO_PROMISE_WITH_SEED if privacy.noise == "seeded" else words,
         "adversary": adversary,
         "adjacency": ADJACENCY,
-        "institutions": {
-            name: spending.stated(state.privacy[name], state.asked.get(name, 0))
-            for name in names
-            if name in state.privacy
-        },
-        **own_keys,
-        "without_report": {
-            name: {
-                "rounds_asked": state.asked[name],
-                "epsilon_at_most": config.privacy.epsilon,
-            }
-            for name in names
-            if name not in state.privacy and state.asked.get(name)
-        },
     }
+
+
+def history(config: RunConfig, spent: Mapping[str, Any]) -> History:
+    """The releases of an institution, from its entry in privacy.json."""
+    shares = config.privacy.honest if config.privacy.shares_noise else 0
+    steps = Event(
+        noise_multiplier=spent["noise_multiplier"],
+        sample_rate=spent["sample_rate"],
+        steps=spent["steps"],
+        shares=shares,
+    )
+    return (steps, *accounting.size_events(spent["size_noise"]))
+
+
+def odds_of(config: RunConfig, institutions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``odds``: what an attacker can learn at the institution with the largest epsilon.
+
+    It is empty without a promise, or where no institution reported.
+    """
+    if config.privacy.noise == "seeded" or not institutions:
+        return {}
+    worst = max(institutions.values(), key=lambda spent: spent["epsilon"])
+    return {"odds": odds.bounds(history(config, worst), worst["epsilon"], worst["delta"])}
 
 
 def largest_epsilon(statement: Mapping[str, Any]) -> float:

@@ -19,7 +19,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query, Release, TrainOrder
 from fedlora.run_files import read_records
-from server import aggregation, evaluation, handout, joining, limits, tracking
+from server import aggregation, binding, evaluation, handout, joining, limits, tracking
 from server.aggregation import Aggregated, Report
 from server.population import population_of
 from server.privacy_statement import epsilon_alone, largest_epsilon, statement
@@ -116,6 +116,7 @@ class Federation:
             if config.privacy.enabled
             else None
         )
+        self.signer = binding.signer(config)
         self.directory = RunDirectory(Path(config.run_dir))
         resumed = self.directory.check(config)
         self.work = trainable.load(config, self.population.labels)
@@ -456,7 +457,9 @@ class Federation:
             "findings": [dataclasses.asdict(finding) for finding in population.findings],
         }
         model_card.write_adapter(self.directory.path / "adapter", config, work, result, privacy)
-        self.directory.write_result(result, privacy)
+        self.directory.write_result(
+            result, privacy, config, records=population.fingerprint, signer=self.signer
+        )
 
     def _first_state(self, resumed: bool) -> RunState:
         """The newest checkpoint of a run that goes on; otherwise the state before round 1."""

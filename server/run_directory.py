@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlora import seal
 from fedlora.config import ENGINE_ONLY, RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
-from fedlora.run_files import SUBMISSION, environment, finite, read_lines, read_records
+from fedlora.run_files import RESULT, SUBMISSION, environment, finite, read_lines, read_records
+from server import binding
 
 if TYPE_CHECKING:
     import torch
@@ -224,17 +226,41 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def write_result(self, result: Mapping[str, Any], privacy: Mapping[str, Any]) -> None:
-        """Write ``privacy.json`` and, last, ``result.json``, which marks a complete run."""
-        self._json("privacy.json", privacy)
-        self._json("result.json", result)
+    def write_result(
+        self,
+        result: Mapping[str, Any],
+        privacy: Mapping[str, Any],
+        config: RunConfig,
+        *,
+        records: str,
+        signer: seal.Signer | None,
+    ) -> None:
+        """Write ``privacy.json``, bound to the run, and, last, ``result.json``.
+
+        ``result.json`` marks a complete run.
+
+        Args:
+            result: The content of ``result.json``.
+            privacy: The promise, as `server.privacy_statement.statement` makes it.
+            config: The run.
+            records: `Population.fingerprint`.
+            signer: The key that signs ``privacy.json``; None in a simulation.
+        """
+        encoded = _encoded(result)
+        run = binding.bind(self.path, config, result=result, encoded=encoded, records=records)
+        self._json("privacy.json", seal.sealed({"run": run, **privacy}, signer))
+        write_atomic(self.path / RESULT, encoded)
 
     def _lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(f"{json.dumps(record)}\n" for record in records)
         write_atomic(self.path / name, text.encode())
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_atomic(self.path / name, (json.dumps(finite(content), indent=2) + "\n").encode())
+        write_atomic(self.path / name, _encoded(content))
+
+
+def _encoded(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(finite(content), indent=2) + "\n").encode()
 
 
 def with_tracking(config: RunConfig) -> RunConfig:

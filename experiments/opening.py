@@ -1,0 +1,319 @@
+"""The first page of a run's report: the verdict, the promise as odds, the trust that it needs.
+
+It is written for a risk officer, who reads nothing else, and fits on one sheet of paper.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import joining_page, results
+from experiments.audit import findings as audit_findings
+from experiments.pages import Section, Table
+from fedlora import joining_verdict, metrics
+from fedlora.config import RunConfig
+from fedlora.joining_verdict import MODELS, Outcome
+from fedlora.run_files import RESULT
+from fedlora.text import counted
+from server.trend import advice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A complete run as its report reads it.
+
+    Args:
+        directory: The run's directory.
+        config: Its configuration.
+        result: The content of result.json.
+        privacy: The content of privacy.json.
+        records: The lines of rounds.jsonl.
+    """
+
+    directory: Path
+    config: RunConfig
+    result: Mapping[str, Any]
+    privacy: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def held_out(self) -> int:
+        """The number of held-out rows; 0 where there are none or the result does not say."""
+        return int(self.result.get("n", 0))
+
+
+def sections(run: Run) -> list[Section]:
+    """The sections of the first page, in order."""
+    return [verdict(run), promised(run), trusted(run), uncovered(run), identity(run)]
+
+
+def verdict(run: Run) -> Section:
+    """Whether the result is of use, in words, and the three models of joining."""
+    result, joining = run.result, joining_verdict.comparison(run.result)
+    void = [finding["text"] for finding in result.get("findings", []) if finding["voids"]]
+    classes = {} if "token_loss" in result else result.get("per_class") or {}
+    learned = "" if (only := metrics.only_prediction(classes)) is None else (
+        f"The shared adapter has learned nothing yet: it answers {only} for every row."
+    )  # fmt: skip
+    outcome = None if joining is None else joining_verdict.outcome(joining)
+    if void:
+        note = f"The result is void, and the run accepted it: {'; '.join(void)}."
+    elif learned:
+        note = learned
+    elif joining is not None:
+        note = f"{joining_verdict.verdict(joining)}"
+    else:
+        note = _alone(run, classes)
+    words: list[str] = []
+    if joining is not None and (void or learned):
+        words.append(joining_verdict.verdict(joining))
+    if void and learned:
+        words.append(learned)
+    if rising := result.get("still_rising"):
+        words.append(f"{advice(rising)}.")
+    return Section(
+        title="Verdict",
+        note=note,
+        bad=bool(void or learned) or outcome is Outcome.LOSS,
+        caution=outcome is Outcome.UNCLEAR,
+        words=words,
+        tables=[] if joining is None else [_three(joining)],
+    )
+
+
+def _alone(run: Run, classes: Mapping[str, Mapping[str, int]]) -> str:
+    """The verdict of a run without models at home."""
+    name, value = results.score(run.result)
+    if not name:
+        return "Nothing was measured: there are no held-out rows."
+    said = f"The shared adapter is right on {100 * value:.1f} % of {run.held_out:,} held-out rows"
+    if classes:
+        frequent, share = metrics.majority(classes)
+        said += f"; always answering {frequent} would be right on {100 * share:.1f} %"
+    compared = "joining" in run.result
+    return said + (
+        ". Whether joining pays is not known: no institution was compared."
+        if compared
+        else ". Whether joining pays was not measured: no institution trained a model alone."
+    )
+
+
+def _three(joining: Mapping[str, Any]) -> Table:
+    def row(name: str, key: str) -> list[str]:
+        return [name, *(f"{100 * joining[model][key]:.1f}" for model in MODELS)]
+
+    heads = ["on held-out rows, %", "alone, at the institution", "shared, the federation's"]
+    return Table(
+        rows=[
+            [*heads, "own, trained on at home"],
+            row("accuracy", "accuracy"),
+            row("macro-F1", "macro_f1"),
+        ]
+    )
+
+
+def promised(run: Run) -> Section:
+    """What epsilon and delta allow an attacker, and the ledgers' limit and remainder."""
+    privacy, config = run.privacy, run.config
+    points: list[str] = []
+    if "odds" in privacy:
+        worst = max(privacy["institutions"].values(), key=lambda one: one["epsilon"])
+        points += odds(privacy["odds"], worst["epsilon"], worst["delta"], "record or unit")
+        if config.privacy.unit == "record":
+            points.append(
+                "This is the promise for one record. For a person or company with k records at an "
+                "institution epsilon is k times as large: set privacy.unit to protect them whole."
+            )
+    if "odds" in (level := privacy.get("institution_level", {})):
+        found = odds(level["odds"], level["epsilon"], level["delta"], "institution")
+        points += [f"Institutions as a whole, from those who see global adapters: {found[0]}"]
+    points += ledgers(run)
+    return Section(
+        title="What was promised",
+        note=privacy["protects"],
+        bad=config.privacy.protects_nobody,
+        points=points,
+    )
+
+
+def odds(found: Mapping[str, Any], epsilon: float, delta: float, unit: str) -> list[str]:
+    """The odds of privacy.json (`fedlora.odds`) as sentences.
+
+    Args:
+        found: ``odds`` of privacy.json.
+        epsilon: The largest epsilon of an institution.
+        delta: Its delta.
+        unit: The protected unit, as a word.
+    """
+    before = [f"{percent(float(prior))} to at most {percent(after, up=True)}"
+              for prior, after in sorted(found["suspicion"].items(), reverse=True)]  # fmt: skip
+    each = [
+        f"who wrongly accuses {percent(float(rate))} of those that were not in finds at most "
+        f"{percent(share, up=True)} of those that were"
+        for rate, share in sorted(found["found"].items(), reverse=True)
+    ]
+    return [
+        f"Epsilon {epsilon:.3g} at delta {delta:.3g}. Somebody suspects that a certain {unit} was "
+        f"trained on. All that the run released can raise this suspicion from "
+        f"{', and from '.join(before)}, except with probability delta (1 in {1 / delta:,.0f}), "
+        "with which the promise says nothing.",
+        f"The noise that the run added allows less: an attacker {'; '.join(each)}. Asked about "
+        f"records of which half were in, no attacker is right on more than "
+        f"{percent(found['right'], up=True)}; guessing is right on 50 %.",
+        "These are bounds for the worst case: the attacker knows every other record and has seen "
+        "everything that was sent in any round. Real attacks do worse.",
+    ]
+
+
+def percent(share: float, *, up: bool = False) -> str:
+    """A share as percent with three digits, or more near 100 %.
+
+    Args:
+        share: In [0, 1].
+        up: Whether to round up, as for a bound.
+    """
+    digits = 2 if share > 0.995 else 1 if share >= 0.02 else 2
+    scale = 10**digits
+    value = 100 * share
+    # A bound must not be understated; 1e-9 absorbs the rounding of an exact figure.
+    shown = -(-(value * scale - 1e-9) // 1) / scale if up else round(value, digits)
+    if up and shown >= 100 and share < 1:
+        return "over 99.99 %"
+    return f"{shown:.{digits}f}".rstrip("0").rstrip(".") + " %"
+
+
+def ledgers(run: Run) -> list[str]:
+    """The ledgers' limit, and the least that is left of one; empty without ledgers."""
+    spent = run.privacy["institutions"]
+    if not spent:
+        return []
+    name, worst = min(
+        spent.items(), key=lambda item: item[1]["ledger_limit"] - item[1]["ledger_epsilon"]
+    )
+    left = max(0.0, worst["ledger_limit"] - worst["ledger_epsilon"])
+    said = (
+        f"Each institution's ledger adds up all runs on its records. The least is left at {name}: "
+        f"{left:.3g} of its limit of epsilon {worst['ledger_limit']:.3g}, at delta "
+        f"{worst['ledger_delta']:.3g}; another run with more than that is refused."
+    )
+    if not run.config.deployed and not run.config.privacy.ledger:
+        said += " This simulation began new ledgers: earlier runs on these records do not count."
+    return [said]
+
+
+def trusted(run: Run) -> Section:
+    """Who must be trusted for the promise to hold."""
+    privacy, config = run.config.privacy, run.config
+    points: list[str] = []
+    if not config.deployed:
+        points.append(
+            "This was a simulation: one file and one machine held the records of all institutions. "
+            "Whoever ran it could see every record; the promise is about what its outputs reveal. "
+            "Like a deployment, it passed on adapters only."
+        )
+    if privacy.protects_nobody:
+        points.append(
+            "Nobody is kept out: whoever sees the adapters of this run may learn from them about "
+            "single training records. All of them must be trusted with the records themselves."
+        )
+        return Section(title="Who must be trusted", points=points)
+    if privacy.shares_noise:
+        points += _secure_aggregation(run.privacy)
+    elif privacy.enabled:
+        points.append(
+            "For records, nobody else: each institution adds all of its noise before anything "
+            "leaves it, so neither the server nor all other institutions together learn more."
+        )
+    if privacy.hides_institutions:
+        points.append(
+            "For hiding an institution as a whole: the server, which sees every update and adds "
+            "this noise."
+        )
+    points += [
+        "Each institution, for itself: its own machine and staff, and the fedlora that it "
+        "installed.",
+        "For the quality of the adapter, though not for privacy: the server and the institutions. "
+        "One that trains wrongly on purpose can spoil the result or hide a wrong answer in it.",
+    ]
+    return Section(title="Who must be trusted", points=points)
+
+
+def _secure_aggregation(privacy: Mapping[str, Any]) -> list[str]:
+    said = privacy["secure_aggregation"]
+    alone = [one["epsilon_alone"] for one in privacy["institutions"].values()]
+    largest = max(alone, key=float, default="inf")
+    epsilon = "no finite epsilon" if largest == "inf" else f"epsilon {float(largest):.3g}"
+    return [
+        f"h = {said['honest']} honest institutions of {said['institutions']}: each adds a share of "
+        "the noise, and the promise needs that many honest shares in every sum.",
+        f"It holds although the server and up to t = {said['colluding']} institutions tell each "
+        f"other all that they know. A round with fewer than {said['least_survivors']} institutions "
+        "changes nothing.",
+        f"If all others collude, an institution's own share is left, which promises {epsilon}.",
+    ]
+
+
+def uncovered(run: Run) -> Section:
+    """What the promise does not cover, and what an audit found."""
+    rows = f"{run.held_out:,} held-out rows" if run.held_out else "held-out rows"
+    points: list[str] = []
+    if results.score(run.result)[0] or "token_loss" in run.result:
+        points.append(
+            f"All figures of quality, those of each class and institution too, come from {rows}, "
+            "which nothing protects: no noise is added to them."
+        )
+    joining = joining_verdict.comparison(run.result)
+    if joining is not None:
+        points.append(joining_page.home_promise(joining))
+    points.append(
+        "That an institution takes part, and the size class of its data, count as public."
+    )
+    points.append(audit_findings.of_run(run.directory))
+    return Section(title="What the promise does not cover", points=points)
+
+
+def identity(run: Run) -> Section:
+    """What the report is about, so that a filed copy can be held against the run."""
+    bound, seal = run.privacy.get("run"), run.privacy.get("seal", {})
+    if bound is None:
+        return Section(
+            title="Identity",
+            words=["privacy.json is not bound to this run: an earlier version of fedlora wrote it."],
+        )
+    commit = bound["commit"] or "unknown"
+    dirty = " with changes that are not committed" if bound["uncommitted_changes"] else ""
+    rows = [
+        ["what", "which"],
+        ["run", f"{bound['id']}, a {bound['mode']}, ended {bound['finished']}"],
+        ["made by", f"fedlora {bound['fedlora']}, commit {commit}{dirty}"],
+        ["base model", f"{bound['base']['name']}, SHA-256 {bound['base']['digest']}"],
+        *(
+            [name, f"SHA-256 {bound['files'][file]}"]
+            for name, file in (
+                ("adapter", "adapter/adapter_model.safetensors"),
+                ("configuration", "config.toml"),
+                ("results", RESULT),
+            )
+            if file in bound["files"]
+        ),
+        ["statement", f"SHA-256 {seal.get('sha256', 'unknown')}, {_signed(seal)}"],
+    ]
+    return Section(
+        title="Identity",
+        words=[
+            f"`fedlora verify {run.directory.name}` checks these digests and computes epsilon anew."
+        ],
+        tables=[Table(rows=rows)],
+    )
+
+
+def _signed(seal: Mapping[str, Any]) -> str:
+    if "signature" in seal:
+        return "signed by the server"
+    return "not signed: only a deployment's server signs"
+
+
+def plural(many: int) -> str:
+    """The number of institutions in words."""
+    return counted(many, "institution")

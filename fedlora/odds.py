@@ -1,0 +1,73 @@
+"""What a promise of (epsilon, delta) means for an attacker who suspects that a unit was trained on.
+
+Two readings of one promise. By epsilon and delta alone: no attacker does better than one who is
+told the answer with probability delta and otherwise hears a coin that is right with probability
+e^epsilon / (1 + e^epsilon) (Kairouz, Oh & Viswanath 2015, arXiv 1311.0776). By the noise itself: the
+accountant's epsilon at many deltas bounds the attack's error rates (f-DP; Wasserman & Zhou 2010,
+Dong, Roth & Su 2022, arXiv 1905.02383), much closer at large epsilons.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from fedlora import accounting
+from fedlora.accounting import Event
+
+PRIORS = (0.01, 0.5)
+"""The attacker's suspicions before the run for which the suspicion after it is stated."""
+FALSE_ALARMS = (0.001, 0.01)
+"""Shares of units wrongly accused for which the share of units found is stated."""
+_DELTAS = (1e-3, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_MAX_EXPONENT = 700.0  # exp of more overflows; every bound is 1 long before
+
+
+def suspicion(prior: float, epsilon: float) -> float:
+    """Return the largest suspicion after the run, except with probability delta.
+
+    Args:
+        prior: The suspicion before the run, in (0, 1).
+        epsilon: At least 0; inf gives 1.
+    """
+    return 1 / (1 + (1 - prior) / prior * math.exp(-epsilon))
+
+
+def bounds(history: Iterable[Event], epsilon: float, delta: float) -> dict[str, Any]:
+    """Bound what an attacker learns of one unit from everything that a history released.
+
+    Guarantee: no attack does better, whatever else the attacker knows. The PRV accountant, which is
+    tight, supplies the points of the trade-off curve, whichever accountant the run charges by.
+
+    Args:
+        history: All releases about the unit.
+        epsilon: The history's promised epsilon.
+        delta: The promised delta.
+
+    Returns:
+        ``suspicion``: suspicion before -> the most after, except with probability delta;
+        ``found``: share of units wrongly accused -> the largest share of units found;
+        ``right``: the largest share of right answers to "was it in or out", where both are
+        equally likely. Keys are texts, values shares.
+    """
+    events = tuple(history)
+    points = [(epsilon, delta)]
+    for one in _DELTAS:
+        points.append((accounting.epsilon(events, one, "prv"), one))
+        if not points[-1][0]:
+            break  # a larger delta says no more
+    points = [(min(e, _MAX_EXPONENT), d) for e, d in points]
+    return {
+        "suspicion": {f"{prior:g}": suspicion(prior, epsilon) for prior in PRIORS},
+        "found": {f"{rate:g}": _found(points, rate) for rate in FALSE_ALARMS},
+        "right": min((math.exp(e) + d) / (1 + math.exp(e)) for e, d in points),
+    }
+
+
+def _found(points: Iterable[tuple[float, float]], rate: float) -> float:
+    """Bound the share of members found where a share ``rate`` of others is wrongly accused.
+
+    Each point (e, d) gives two lines: TPR <= e^e FPR + d, and 1 - FPR <= e^e (1 - TPR) + d.
+    """
+    return min(
+        min(math.exp(e) * rate + d, 1 - math.exp(-e) * (1 - d - rate), 1.0) for e, d in points
+    )

@@ -1,0 +1,110 @@
+"""The binding of privacy.json to its run: identity, date, versions and digests of the run's files."""
+
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
+from fedlora.run_files import CONFIG, RESULT, read_run_file
+from fedlora.seal import KEY, Signer
+
+log = logging.getLogger("fedlora.server")
+
+KEYS = "FEDLORA_KEYS"
+"""In the environment of a deployment's server: its directory of keys."""
+RECORDS_KEY = "records.key"
+"""In a simulation's run directory: the key of the fingerprint of records; it stays there."""
+FILES = (CONFIG, "environment.json", "rounds.jsonl", RESULT)
+"""Files of a run directory that are bound, beside those in ``adapter``."""
+
+
+def signer(config: RunConfig) -> Signer | None:
+    """The server's key for statements; None in a simulation, and, with a warning, without a key.
+
+    Raises:
+        InputError: If the key or its certificate is damaged.
+    """
+    if not config.deployed:
+        return None
+    folder = Path(os.environ.get(KEYS, ""))
+    try:
+        found = Signer.open(folder) if KEYS in os.environ else None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the key for privacy statements in {folder} cannot be used ({error}); make a new one "
+            "with `fedlora deploy renew`"
+        ) from None
+    if found is None:
+        log.warning(
+            "privacy.json will have no signature, and `fedlora verify` will refuse it: there is no "
+            "%s in %s; make one with `fedlora deploy renew`",
+            KEY,
+            folder if KEYS in os.environ else f"${KEYS}, which is not set",
+        )
+    return found
+
+
+def bind(
+    directory: Path, config: RunConfig, *, result: Mapping[str, Any], encoded: bytes, records: str
+) -> dict[str, Any]:
+    """The part ``run`` of privacy.json. In a simulation it writes `RECORDS_KEY`.
+
+    A plain digest of records would let anyone who knows all records but one try out the last. So
+    the fingerprint has a random key, which stays in the run's directory.
+
+    Args:
+        directory: The run's directory, with every file but privacy.json and result.json.
+        config: The run.
+        result: The content of result.json.
+        encoded: The same, as the file will hold it.
+        records: A simulation's `Population.fingerprint`.
+    """
+    environment = read_run_file(directory, "environment.json")
+    fingerprint = None
+    if not config.deployed:
+        key = secrets.token_hex(32)
+        write_atomic(directory / RECORDS_KEY, f"{key}\n".encode())
+        (directory / RECORDS_KEY).chmod(0o600)
+        fingerprint = keyed(key, records)
+    return {
+        "id": result["run"],
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "mode": mode(config),
+        "fedlora": environment["versions"]["fedlora"],
+        "commit": environment["git_sha"],
+        "uncommitted_changes": environment["git_dirty"],
+        "base": dict(result["base"]),
+        "records": fingerprint,
+        "files": {**digests(directory), RESULT: hashlib.sha256(encoded).hexdigest()},
+    }
+
+
+def mode(config: RunConfig) -> str:
+    """``deployment`` or ``simulation``."""
+    return "deployment" if config.deployed else "simulation"
+
+
+def keyed(key: str, fingerprint: str) -> str:
+    """A fingerprint of records that says nothing of them without the key."""
+    return hmac.new(bytes.fromhex(key), fingerprint.encode(), hashlib.sha256).hexdigest()
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """File -> SHA-256 (hex), for the files of a run directory that are bound."""
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in _files(directory)
+    }
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    yield from (directory / name for name in FILES if (directory / name).is_file())
+    yield from sorted(file for file in (directory / "adapter").rglob("*") if file.is_file())

@@ -1,0 +1,322 @@
+"""`fedlora verify`: every field of privacy.json that is changed is found, and by the right check."""
+
+import datetime
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from typer.testing import CliRunner
+
+from cli.main import app
+from deployment import keys
+from fedlora import config as configuration
+from fedlora import seal
+from fedlora.errors import InputError
+from fedlora.run_files import finite
+from server import binding, privacy_statement, verification
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def run_directory(tiny_config, simulate_run):
+    """A complete run under DP."""
+    config = tiny_config(**{"privacy.noise": "secure", "federation.rounds": 2})
+    simulate_run(config)
+    return Path(config.run_dir)
+
+
+def states(directory, ca=None):
+    """Check -> its state."""
+    return {c.name: c.state for c in verification.verify(directory, ca)}
+
+
+def failing(directory, ca=None):
+    return {name for name, state in states(directory, ca).items() if state == "failed"}
+
+
+def statement(directory):
+    return json.loads((directory / "privacy.json").read_text())
+
+
+def write(directory, content, signer=None, *, sealed=True):
+    """Writes privacy.json; with a seal that is right again, as somebody would who forges it."""
+    content = {key: value for key, value in content.items() if key != seal.SEAL or not sealed}
+    made = seal.sealed(content, signer) if sealed else content
+    (directory / "privacy.json").write_text(json.dumps(made))
+
+
+def leaves(node, path=()):
+    """The path and value of every single value."""
+    if isinstance(node, dict | list):
+        pairs = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in pairs:
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, node
+
+
+def changed(content, path, value):
+    content = json.loads(json.dumps(content))
+    node = content
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return content
+
+
+def other(value):
+    """Another value of the same kind."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int | float):
+        return value * 1.01 if isinstance(value, float) else value + 1
+    return f"{value[:-1]}{'a' if value[-1:] != 'a' else 'b'}"
+
+
+def test_an_untouched_run_is_verified_and_only_the_signature_is_left_out(run_directory):
+    found = states(run_directory)
+    assert found.pop("signature") == "skipped"
+    assert set(found.values()) == {"ok"} and len(found) == 10
+    done = runner.invoke(app, ["verify", str(run_directory), "--json"])
+    said = json.loads(done.stdout)
+    assert done.exit_code == 0 and said["verified"] and len(said["checks"]) == 11
+    assert {"name", "state", "detail"} == set(said["checks"][0])
+
+
+def test_every_field_is_covered_by_the_seal(run_directory):
+    content = statement(run_directory)
+    paths = [path for path, _ in leaves(content)]
+    assert len(paths) > 80
+    for path, value in leaves(content):
+        with pytest.raises(ValueError, match="changed after it was written"):
+            seal.check_digest(changed(content, path, other(value)))
+
+
+UNPROVABLE = {"ledger_epsilon", "ledger_delta", "ledger_limit", "unreported_steps"}
+"""Figures that an institution alone knows; no file of the run proves them."""
+
+
+def test_every_field_that_the_run_s_files_prove_is_found_changed_under_a_new_seal(run_directory):
+    content, tried = statement(run_directory), 0
+    bank = next(iter(content["institutions"]))
+    for path, value in leaves(content):
+        if path[0] == seal.SEAL or path[0] == "institutions" and path[1] != bank:
+            continue
+        if path[-1] in UNPROVABLE or "institution_says" in path or path == ("run", "finished"):
+            continue
+        write(run_directory, changed(content, path, other(value)))
+        assert failing(run_directory) - {"seal"}, path
+        tried += 1
+    assert tried > 35
+
+
+@pytest.mark.parametrize("part", ["run", "institutions", "odds", "protects", "adjacency"])
+def test_a_part_that_is_missing_or_of_another_kind_is_no_traceback(run_directory, part):
+    content = statement(run_directory)
+    for value in (7, "text", [1], {"id": 1}, None):
+        write(run_directory, {**content, part: value})
+        assert failing(run_directory), value
+
+
+def test_a_run_of_the_future_is_refused(run_directory):
+    content = statement(run_directory)
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=2)
+    write(run_directory, changed(content, ("run", "finished"), later.isoformat()))
+    assert failing(run_directory) == {"date"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.toml", "environment.json", "rounds.jsonl", "result.json",
+     "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/README.md",
+     "adapter/mean_pooling.py"],
+)  # fmt: skip
+def test_every_file_of_the_run_that_is_changed_is_found(run_directory, name):
+    file = run_directory / name
+    before = file.read_bytes()
+    file.write_bytes(before + b"\n")
+    assert "files" in failing(run_directory)
+    done = runner.invoke(app, ["verify", str(run_directory)])
+    assert done.exit_code == 3 and "NOT VERIFIED" in done.stdout and name in done.stdout
+
+
+def test_files_that_are_added_or_lost_are_found(run_directory):
+    (run_directory / "adapter" / "modeling.py").write_text("import os")
+    assert failing(run_directory) == {"files"}
+    (run_directory / "adapter" / "modeling.py").unlink()
+    (run_directory / "adapter" / "README.md").unlink()
+    assert failing(run_directory) == {"files"}
+
+
+def test_other_records_and_other_base_weights_are_found(
+    run_directory, complaints, tmp_path, tiny_encoder
+):
+    config = configuration.load(run_directory / "config.toml")
+    text = complaints.read_text().replace("mortgage", "lender", 1)
+    (tmp_path / "other.csv").write_text(text)
+    shutil.copytree(tiny_encoder, tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    blob = bytearray(weights.read_bytes())
+    blob[-1] ^= 1
+    weights.write_bytes(blob)
+
+    def moved(**values):
+        (run_directory / "config.toml").write_text(config.replace(values).to_toml())
+        return failing(run_directory)
+
+    assert "records" in moved(**{"data.source": str(tmp_path / "other.csv")})
+    assert "base model" in moved(**{"model.name": str(tmp_path / "base")})
+    gone = {"data.source": str(tmp_path / "gone.csv")}
+    (run_directory / "config.toml").write_text(config.replace(gone).to_toml())
+    assert states(run_directory)["records"] == "skipped"
+
+
+def test_the_fingerprint_of_records_needs_its_key(run_directory):
+    key = run_directory / binding.RECORDS_KEY
+    assert key.stat().st_mode & 0o777 == 0o600
+    said = statement(run_directory)["run"]["records"]
+    assert said != hashlib.sha256(key.read_bytes()).hexdigest()
+    key.unlink()
+    assert states(run_directory)["records"] == "skipped"
+    key.write_text("00" * 32)
+    assert failing(run_directory) == {"records"}
+
+
+def test_a_run_without_promise_is_verified_too(tiny_config, simulate_run):
+    config = tiny_config(**{"privacy.epsilon": float("inf"), "federation.rounds": 1})
+    simulate_run(config)
+    assert not failing(Path(config.run_dir))
+
+
+def test_the_second_mechanism_is_computed_anew(tiny_config, simulate_run):
+    config = tiny_config(
+        **{
+            "privacy.noise": "secure",
+            "privacy.institution-epsilon": 5.0,
+            "federation.rounds": 1,
+        }
+    )
+    simulate_run(config)
+    directory = Path(config.run_dir)
+    assert not failing(directory)
+    content = statement(directory)
+    for key in ("epsilon", "noise_multiplier", "delta", "steps"):
+        path = ("institution_level", key)
+        write(directory, changed(content, path, other(content["institution_level"][key])))
+        assert "epsilon" in failing(directory), key
+
+
+def test_an_unfinished_or_unbound_run_is_bad_input(run_directory, tmp_path):
+    done = runner.invoke(app, ["verify", str(tmp_path / "none")])
+    assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1
+    content = statement(run_directory)
+    del content[seal.SEAL]
+    write(run_directory, content, sealed=False)
+    done = runner.invoke(app, ["verify", str(run_directory)])
+    assert done.exit_code == 2 and "not bound" in done.stderr
+
+
+# A deployment's statement and its signature.
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory):
+    """The keys of a federation: its CA, and the server's directory."""
+    folder = tmp_path_factory.mktemp("keys")
+    authority = keys.make_authority()
+    certificate, key = keys.make_signer(authority)
+    (folder / "ca.crt").write_bytes(authority.pem)
+    (folder / seal.CERTIFICATE).write_bytes(certificate)
+    (folder / seal.KEY).write_bytes(key)
+    return folder, authority
+
+
+@pytest.fixture
+def deployed(run_directory, federation):
+    """The directory of a deployment: the simulation's, with its configuration and statement."""
+    folder, _ = federation
+    flat = configuration.load(run_directory / "config.toml").flat()
+    config = configuration.from_flat(
+        {
+            **flat,
+            "data.source": "institutions",
+            "data.institutions": 4,
+            "data.labels": '["card", "fraud", "loan"]',
+        }
+    )
+    (run_directory / "config.toml").write_text(config.to_toml())
+    content = statement(run_directory)
+    content["run"] |= {"mode": "deployment", "records": None}
+    content |= privacy_statement.promise(config)
+    content["run"]["files"] = binding.digests(run_directory)
+    signer = seal.Signer.open(folder)
+    assert signer
+    write(run_directory, content, signer)
+    return run_directory
+
+
+def test_a_deployment_s_statement_is_signed_and_needs_the_ca(deployed, federation, monkeypatch):
+    folder, _ = federation
+    assert set(states(deployed, folder / "ca.crt").values()) == {"ok"}
+    monkeypatch.delenv(binding.KEYS, raising=False)
+    done = runner.invoke(app, ["verify", str(deployed)])
+    assert done.exit_code == 2 and "--ca" in done.stderr
+    monkeypatch.setenv(binding.KEYS, str(folder))
+    assert runner.invoke(app, ["verify", str(deployed)]).exit_code == 0
+
+
+def test_a_forged_statement_is_found_by_its_signature(deployed, federation):
+    folder, authority = federation
+    ca, content = folder / "ca.crt", statement(deployed)
+    for path in (("institutions", "Alpha", "ledger_epsilon"), ("run", "finished")):
+        value = content["run"]["finished"].replace("20", "19", 1) if "run" in path else 0.1
+        forged = changed(content, path, value)
+        old = forged[seal.SEAL]
+        sha = seal.sealed({k: v for k, v in forged.items() if k != seal.SEAL}, None)[seal.SEAL]
+        write(deployed, {**forged, seal.SEAL: {**old, **sha}}, sealed=False)
+        assert failing(deployed, ca) == {"signature"}
+    write(deployed, content)  # no signature at all
+    assert failing(deployed, ca) == {"signature"}
+    # Another federation's server, and the gateway's TLS key of this one.
+    stranger = keys.make_authority()
+    for certificate, key in (
+        keys.make_signer(stranger),
+        keys.make_server(authority, ["gateway"]),
+        keys.make_signer(authority, days=-1),
+    ):
+        loaded = x509.load_pem_x509_certificate(certificate)
+        private = seal.serialization.load_pem_private_key(key, None)
+        assert loaded.public_key() == private.public_key()
+        write(deployed, content, seal.Signer(private, certificate.decode()))
+        assert failing(deployed, ca) == {"signature"}
+
+
+def test_a_deployment_cannot_pass_as_a_simulation_where_the_ca_is_given(
+    run_directory, federation
+):
+    folder, _ = federation
+    assert failing(run_directory, folder / "ca.crt") == {"signature"}
+
+
+def test_a_damaged_key_stops_a_run_and_a_missing_one_warns(tmp_path, tiny_config, monkeypatch, caplog):
+    values = {"data.source": "institutions", "data.institutions": 4, "data.labels": '["a", "b"]'}
+    config = tiny_config(**values)
+    monkeypatch.setenv(binding.KEYS, str(tmp_path))
+    assert binding.signer(config) is None and "deploy renew" in caplog.text
+    (tmp_path / seal.KEY).write_text("no key")
+    with pytest.raises(InputError, match="deploy renew"):
+        binding.signer(config)
+    monkeypatch.delenv(binding.KEYS)
+    assert binding.signer(config) is None and binding.signer(tiny_config()) is None
+
+
+def test_a_seal_is_the_same_after_a_file_was_written_and_read():
+    content = {"b": 0.1 + 0.2, "a": {"x": float("inf"), "é": [1, 2.5, None, True]}}
+    made = seal.sealed(content, None)
+    assert json.loads(json.dumps(made)) == made
+    assert seal.check_digest(json.loads(json.dumps(made, indent=2)))
+    assert made["a"] == finite(content["a"])
