@@ -92,10 +92,13 @@ def run_sweep(
 @app.command("report")
 @clean_errors
 def write_report(
-    directory: Annotated[Path, typer.Argument(help="A complete run, or a sweep.")],
+    directory: Annotated[Path, typer.Argument(help="A complete run, a sweep or an audit.")],
     as_json: Json = False,
 ) -> None:
-    """Write report.html into a run's or a sweep's directory: one self-contained page."""
+    """Write report.html into the directory of a run, a sweep or an audit: one self-contained page.
+
+    Its first sheet is for a file: print the page, or save it as PDF, from any browser.
+    """
     require_page_packages("fedlora report")
     from experiments import report
 
@@ -277,11 +280,14 @@ def audit(
             engine=engine,
             console=console,
         )
+    draw_report(place)
+    draw_report(place / "run")  # with what the audit found
     if as_json:
         print(json.dumps(result))
     else:
         show(result, console)
         console.write_line(f"audit          {place / 'audit.json'}")
+        console.write_line(f"report         {place / 'report.html'}")
     if failed := result.get("lira failed"):
         ERRORS.write_line(f"error: the shadow runs of LiRA failed: {failed}")
     if result["refuted"] or failed:

@@ -122,10 +122,15 @@ def _page(
     cut = len(compared["results"])
     return Page(
         title="Runs compared",
-        words=[", ".join(names) + "."],
+        opening=(),
         tiles={},
         sections=[
-            Section(title="Results", figures=shown, tables=[Table(rows=[heads, *both[:cut]])]),
+            Section(
+                title="Results",
+                words=[", ".join(names) + "."],
+                figures=shown,
+                tables=[Table(rows=[heads, *both[:cut]])],
+            ),
             Section(
                 title="Settings that differ",
                 words=() if both[cut:] else ["None."],

@@ -11,7 +11,7 @@ from experiments import figures
 from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
 from fedlora import joining_verdict
-from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MODELS, Outcome
+from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MODELS
 
 TITLE = "What joining gives"
 MAX_ROWS = 40  # institutions in the figure of a run
@@ -49,6 +49,11 @@ INTERVALS = (
 )
 
 
+def home_promise(joining: Mapping[str, Any]) -> str:
+    """What DP says of the models that institutions trained at home."""
+    return PRIVATE.format(**joining) if "epsilon" in joining else STAYS
+
+
 def section(result: Mapping[str, Any]) -> list[Section]:
     """Return the section on what joining gave in a run; nothing where nothing was compared."""
     if "joining" not in result:
@@ -60,16 +65,12 @@ def section(result: Mapping[str, Any]) -> list[Section]:
     joining = joining_verdict.comparison(result)
     if joining is None:
         return [Section(title=TITLE, note="No institution was compared.", bad=True, words=missing)]
-    outcome = joining_verdict.outcome(joining)
     return [
         Section(
             title=TITLE,
-            note=joining_verdict.verdict(joining),
-            bad=outcome is Outcome.LOSS,
-            caution=outcome is Outcome.UNCLEAR,
             words=[
                 MEANINGS,
-                PRIVATE.format(**joining) if "epsilon" in joining else STAYS,
+                home_promise(joining),
                 CHOICES,
                 INTERVALS,
                 _scarce(joining["scarce"]),

@@ -15,7 +15,6 @@ from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.run_files import RESULT
-from fedlora.text import counted
 from server.trend import advice
 
 
@@ -41,6 +40,36 @@ class Run:
     def held_out(self) -> int:
         """The number of held-out rows; 0 where there are none or the result does not say."""
         return int(self.result.get("n", 0))
+
+    @property
+    def institutions(self) -> set[str]:
+        """All institutions that were asked or measured."""
+        asked = {name for record in self.records for name in record["institutions"]}
+        return asked | set(self.result["institutions"])
+
+
+def about(run: Run) -> str:
+    """The run in a line: who taught what, how and when."""
+    bound = run.privacy.get("run", {})
+    when = f", ended {bound['finished'][:10]}" if "finished" in bound else ""
+    return f"A {'deployment' if run.config.deployed else 'simulation'}{when}. {task(run)}"
+
+
+def task(run: Run) -> str:
+    """Who taught what, as a sentence."""
+    config, many = run.config, len(run.institutions)
+    goal = (
+        f"to sort texts into {len(run.result['labels'])} classes"
+        if config.model.task == "classification"
+        else "to answer as its examples do"
+    )
+    if not config.federation.rounds:
+        return f"Nothing was trained: these are the results of {config.model.name} as it is."
+    who = {
+        "all": f"{many} institution{'s' * (many != 1)} together taught",
+        "pooled": "All institutions' records were pooled, which banks may not do, to teach",
+    }.get(config.data.view, f"{config.data.view.removeprefix('only:')} alone taught")
+    return f"{who} the language model {config.model.name} {goal}."
 
 
 def sections(run: Run) -> list[Section]:
@@ -70,6 +99,10 @@ def verdict(run: Run) -> Section:
         words.append(joining_verdict.verdict(joining))
     if void and learned:
         words.append(learned)
+    warnings = [finding for finding in result.get("findings", []) if not finding["voids"]]
+    if warnings:
+        many = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
+        words.append(f"The run began with {many}: see Warnings, below.")
     if rising := result.get("still_rising"):
         words.append(f"{advice(rising)}.")
     return Section(
@@ -119,11 +152,14 @@ def promised(run: Run) -> Section:
     points: list[str] = []
     if "odds" in privacy:
         worst = max(privacy["institutions"].values(), key=lambda one: one["epsilon"])
-        points += odds(privacy["odds"], worst["epsilon"], worst["delta"], "record or unit")
+        points += odds(
+            privacy["odds"], worst["epsilon"], worst["delta"], _unit(config.privacy.unit)
+        )
         if config.privacy.unit == "record":
             points.append(
-                "This is the promise for one record. For a person or company with k records at an "
-                "institution epsilon is k times as large: set privacy.unit to protect them whole."
+                "The promise is for one record. For a customer with k records at an institution "
+                "epsilon is k times as large, and delta grows more: the key privacy.unit protects "
+                "customers as a whole."
             )
     if "odds" in (level := privacy.get("institution_level", {})):
         found = odds(level["odds"], level["epsilon"], level["delta"], "institution")
@@ -137,6 +173,10 @@ def promised(run: Run) -> Section:
     )
 
 
+def _unit(unit: str) -> str:
+    return "record" if unit == "record" else f"{unit} (with all records)"
+
+
 def odds(found: Mapping[str, Any], epsilon: float, delta: float, unit: str) -> list[str]:
     """The odds of privacy.json (`fedlora.odds`) as sentences.
 
@@ -146,23 +186,25 @@ def odds(found: Mapping[str, Any], epsilon: float, delta: float, unit: str) -> l
         delta: Its delta.
         unit: The protected unit, as a word.
     """
-    before = [f"{percent(float(prior))} to at most {percent(after, up=True)}"
+    before = [f"from {percent(float(prior))} to at most {percent(after, up=True)}"
               for prior, after in sorted(found["suspicion"].items(), reverse=True)]  # fmt: skip
-    each = [
-        f"who wrongly accuses {percent(float(rate))} of those that were not in finds at most "
-        f"{percent(share, up=True)} of those that were"
-        for rate, share in sorted(found["found"].items(), reverse=True)
-    ]
+    (rate, share), *rarer = sorted(found["found"].items(), reverse=True)
     return [
         f"Epsilon {epsilon:.3g} at delta {delta:.3g}. Somebody suspects that a certain {unit} was "
-        f"trained on. All that the run released can raise this suspicion from "
-        f"{', and from '.join(before)}, except with probability delta (1 in {1 / delta:,.0f}), "
-        "with which the promise says nothing.",
-        f"The noise that the run added allows less: an attacker {'; '.join(each)}. Asked about "
-        f"records of which half were in, no attacker is right on more than "
-        f"{percent(found['right'], up=True)}; guessing is right on 50 %.",
-        "These are bounds for the worst case: the attacker knows every other record and has seen "
-        "everything that was sent in any round. Real attacks do worse.",
+        f"trained on. Everything that the run released can raise this suspicion "
+        f"{', and '.join(before)}, except with probability delta (1 in {1 / delta:,.0f}), with "
+        "which the promise says nothing.",
+        "The noise of this run allows less. An attacker who wrongly accuses "
+        f"{percent(float(rate))} of those not trained on finds at most {percent(share, up=True)} "
+        "of those trained on"
+        + "".join(
+            f"; at {percent(float(other))} wrongly accused, at most {percent(most, up=True)}"
+            for other, most in rarer
+        )
+        + ". Where half of those in question were trained on, no attacker is right about more than "
+        f"{percent(found['right'], up=True)} of them; guessing is right about 50 %.",
+        "These are bounds for the worst case: the attacker knows everything but this one, and has "
+        "seen all that was sent in any round.",
     ]
 
 
@@ -193,9 +235,9 @@ def ledgers(run: Run) -> list[str]:
     )
     left = max(0.0, worst["ledger_limit"] - worst["ledger_epsilon"])
     said = (
-        f"Each institution's ledger adds up all runs on its records. The least is left at {name}: "
-        f"{left:.3g} of its limit of epsilon {worst['ledger_limit']:.3g}, at delta "
-        f"{worst['ledger_delta']:.3g}; another run with more than that is refused."
+        "Each institution's ledger adds up all runs on its records and refuses what exceeds its "
+        f"limit. The least is left at {name}: epsilon {left:.3g} of {worst['ledger_limit']:.3g}, "
+        f"at delta {worst['ledger_delta']:.3g}."
     )
     if not run.config.deployed and not run.config.privacy.ledger:
         said += " This simulation began new ledgers: earlier runs on these records do not count."
@@ -279,7 +321,9 @@ def identity(run: Run) -> Section:
     if bound is None:
         return Section(
             title="Identity",
-            words=["privacy.json is not bound to this run: an earlier version of fedlora wrote it."],
+            words=[
+                "privacy.json is not bound to this run: an earlier version of fedlora wrote it."
+            ],
         )
     commit = bound["commit"] or "unknown"
     dirty = " with changes that are not committed" if bound["uncommitted_changes"] else ""
@@ -302,7 +346,8 @@ def identity(run: Run) -> Section:
     return Section(
         title="Identity",
         words=[
-            f"`fedlora verify {run.directory.name}` checks these digests and computes epsilon anew."
+            f'The command "fedlora verify {run.directory.absolute().name}" checks all of this and '
+            "computes epsilon anew."
         ],
         tables=[Table(rows=rows)],
     )
@@ -312,8 +357,3 @@ def _signed(seal: Mapping[str, Any]) -> str:
     if "signature" in seal:
         return "signed by the server"
     return "not signed: only a deployment's server signs"
-
-
-def plural(many: int) -> str:
-    """The number of institutions in words."""
-    return counted(many, "institution")

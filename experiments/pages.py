@@ -27,7 +27,8 @@ class Table:
 class Section:
     """A part of a page.
 
-    ``bad`` makes its note a warning, ``caution`` a milder one; ``text`` keeps its white space.
+    ``bad`` makes its note a warning, ``caution`` a milder one; ``points`` are a list; ``text``
+    keeps its white space.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Section:
     note: str = ""
     bad: bool = False
     caution: bool = False
+    points: Sequence[str] = ()
     figures: Mapping[str, str] = field(default_factory=dict[str, str])
     tables: Sequence[Table] = ()
     text: str = ""
@@ -42,10 +44,14 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A page; tiles are label -> value."""
+    """A page; tiles are label -> value.
+
+    ``opening`` comes first, and on paper it is a sheet of its own with title, ``about`` and tiles.
+    """
 
     title: str
-    words: Sequence[str]
+    about: str = ""
+    opening: Sequence[Section]
     tiles: Mapping[str, str]
     sections: Sequence[Section]
     foot: str = f"Written by fedlora {fedlora.__version__}. This page loads nothing from elsewhere."
@@ -60,7 +66,11 @@ def render(page: Page) -> bytes:
         trim_blocks=True,
     )
     templates.filters["numeric"] = _numeric
-    shown = dataclasses.replace(page, sections=[s for s in page.sections if _filled(s)])
+    shown = dataclasses.replace(
+        page,
+        opening=[s for s in page.opening if _filled(s)],
+        sections=[s for s in page.sections if _filled(s)],
+    )
     return templates.get_template("report.html").render(page=shown).encode()
 
 
@@ -93,4 +103,11 @@ def _numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
 
 
 def _filled(section: Section) -> bool:
-    return bool(section.words or section.note or section.figures or section.tables or section.text)
+    return bool(
+        section.words
+        or section.note
+        or section.points
+        or section.figures
+        or section.tables
+        or section.text
+    )

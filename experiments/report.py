@@ -1,14 +1,15 @@
-"""`fedlora report`: one page on a run, or on a sweep, for readers who are not researchers.
+"""`fedlora report`: one page on a run, a sweep or an audit, for readers who are no researchers.
 
 Reads the directory only: no model, no records, no torch.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import figures, joining_page, results, sweep_page
+from experiments import figures, joining_page, opening, results, sweep_page
+from experiments.audit import findings
+from experiments.audit import page as audit_page
 from experiments.pages import Page, Section, Table, environment, number, render
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig, load
@@ -24,14 +25,17 @@ METRICS = (
 
 
 def write(directory: Path) -> Path:
-    """Write ``report.html`` into the directory of a complete run or of a sweep.
+    """Write ``report.html`` into the directory of a complete run, of a sweep or of an audit.
 
     Raises:
-        InputError: If the directory holds neither.
+        InputError: If the directory holds none of them.
     """
-    page = (
-        sweep_page.of(directory) if (directory / results.MANIFEST).exists() else of_run(directory)
-    )
+    if (directory / results.MANIFEST).exists():
+        page = sweep_page.of(directory)
+    elif (directory / findings.FILE).exists():
+        page = audit_page.of(directory)
+    else:
+        page = of_run(directory)
     path = directory / FILE
     write_atomic(path, render(page))
     return path
@@ -39,50 +43,53 @@ def write(directory: Path) -> Path:
 
 def of_run(directory: Path) -> Page:
     """Make the page on one run."""
-    result, privacy = read_run_file(directory), read_run_file(directory, "privacy.json")
-    config = load(directory / CONFIG)
-    records = read_records(directory)
-    name, value = results.score(result)
-    joining = joining_verdict.comparison(result)
-    model = "" if joining is None else " of the shared adapter"
-    label = f"{name.replace('_', ' ')}{model}" if name else "nothing measured"
-    tiles = {label: f"{100 * value:.1f} %" if name else ""}
-    if result.get("macro_f1") is not None:
-        tiles[f"macro-F1{model}"] = f"{100 * result['macro_f1']:.1f} %"
-    classes = {} if "token_loss" in result else result.get("per_class")
-    if classes:  # rows of sft have references, not classes
-        tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
-    if "token_loss" in result:
-        tiles["loss per token"] = f"{result['token_loss']:.3f}"
-    if joining is not None:
-        tiles["gain of joining, points"] = f"{100 * joining['gain']['mean']:+.1f}"
-    tiles |= {
-        "largest epsilon (smaller is more private)": number(result["epsilon_max"]),
-        "institutions": str(_institutions(records, result)),
-        "rounds": str(result["rounds"]),
-        "time in rounds": seconds(result["seconds"]),
-        "moved in total": f"{results.bytes_moved(records) / 1e6:.1f} MB",
-    }
+    run = opening.Run(
+        directory=directory,
+        config=load(directory / CONFIG),
+        result=read_run_file(directory),
+        privacy=read_run_file(directory, "privacy.json"),
+        records=read_records(directory),
+    )
+    config, result = run.config, run.result
     return Page(
         title=f"Federated run: {directory.absolute().name}",
-        words=_words(config, result, records),
-        tiles=tiles,
+        about=opening.about(run),
+        opening=opening.sections(run),
+        tiles=_tiles(run),
         sections=[
             _findings(result),
-            Section(title="Privacy", **_privacy(config, privacy)),
+            Section(title="What was done", words=_words(run)),
+            Section(title="Privacy in figures", **_privacy(config, run.privacy)),
             *joining_page.section(result),
-            Section(title="Quality", words=[METRICS], **_quality(result, records)),
+            Section(title="Quality", words=[METRICS], **_quality(result, run.records)),
             Section(title="Institutions", **_by_institution(result)),
-            Section(title="Aggregation", **_aggregation(records)),
-            Section(title="Cost", **_cost(result, records)),
+            Section(title="Aggregation", **_aggregation(run.records)),
+            Section(title="Cost", **_cost(run)),
             environment(read_run_file(directory, "environment.json")),
             Section(title="Configuration", text=config.to_toml()),
         ],
     )
 
 
-def _institutions(records: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> int:
-    return len({name for r in records for name in r["institutions"]} | set(result["institutions"]))
+def _tiles(run: opening.Run) -> dict[str, str]:
+    result, tiles = run.result, dict[str, str]()
+    joining = joining_verdict.comparison(result)
+    name, value = results.score(result)
+    if joining is not None:
+        tiles["gain of joining, points"] = f"{100 * joining['gain']['mean']:+.1f}"
+    elif name:
+        tiles[name.replace("_", " ")] = f"{100 * value:.1f} %"
+    if classes := {} if "token_loss" in result else result.get("per_class"):
+        # rows of sft have references, not classes
+        tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
+    if "token_loss" in result:
+        tiles["loss per token"] = f"{result['token_loss']:.3f}"
+    return tiles | {
+        "largest epsilon (smaller is more private)": number(result["epsilon_max"]),
+        "institutions": str(len(run.institutions)),
+        **({"held-out rows": f"{run.held_out:,}"} if run.held_out else {}),
+        "rounds": str(result["rounds"]),
+    }
 
 
 def seconds(value: float) -> str:
@@ -90,31 +97,15 @@ def seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
 
 
-def _words(
-    config: RunConfig, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
-) -> list[str]:
+def _words(run: opening.Run) -> list[str]:
     """Describe the run in words."""
+    config, result = run.config, run.result
     adapter, training, counts = config.adapter, config.training, result["counts"]
-    task = (
-        f"to sort texts into {len(result['labels'])} classes"
-        if config.model.task == "classification"
-        else "to answer as its examples do"
-    )
-    many = _institutions(records, result)
-    who = {
-        "all": f"{many} institutions together taught",
-        "pooled": "All institutions' records were pooled, which banks may not do, to teach",
-    }.get(config.data.view, f"{config.data.view.removeprefix('only:')} alone taught")
     moved = ""
     if config.deployed:
         moved = "No record left an institution: institutions and server exchanged adapters. "
-    elif config.data.view == "all":
-        moved = (
-            "This was a simulation, so one machine held the records of all institutions. As in a "
-            "deployment, institutions and server exchanged adapters, not records. "
-        )
     did = (
-        f"{who} the language model {config.model.name} {task}. The model itself did not "
+        f"{opening.task(run)} The model itself did not "
         f"change; the run trained an adapter for it ({adapter.method}, rank {adapter.rank}, "
         f"{result['trained_parameters']:,} parameters). {moved}"
     )
@@ -139,31 +130,24 @@ def _words(
 
 
 def _findings(result: Mapping[str, Any]) -> Section:
-    """The findings on records and settings with which the run began; empty without any."""
-    found = result.get("findings", [])
-    void = [finding["text"] for finding in found if finding["voids"]]
-    return Section(
-        title="Warnings",
-        note=f"The result is void, and the run accepted it: {'; '.join(void)}." if void else "",
-        bad=bool(void),
-        words=[f"{f['text']}." for f in found if not f["voids"]],
-    )
+    """The warnings with which the run began; empty without any."""
+    found = [finding["text"] for finding in result.get("findings", []) if not finding["voids"]]
+    return Section(title="Warnings", points=[f"{text}." for text in found])
 
 
 def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"note": privacy["protects"], "bad": config.privacy.protects_nobody}
+    found: dict[str, Any] = {}
     words = [
         f"Adversary: {privacy['adversary']}." if "adversary" in privacy else "",
         f"Adjacency, the difference between two data sets that an adversary cannot tell apart: "
         f"{privacy['adjacency']}."
         if "adjacency" in privacy
         else "",
-        "Epsilon bounds what an adversary can learn about one protected unit: the adversary's odds "
-        "change by at most the factor e^epsilon. 1 is strong, 8 is common in practice, above 10 "
-        "protection is weak. Delta is the probability that the bound fails."
+        "Epsilon bounds what an adversary can learn about one protected unit: the odds that the "
+        "adversary gives to its presence change by at most the factor e^epsilon, except with "
+        "probability delta."
         if config.privacy.enabled
         else "",
-        _trust(privacy),
     ]
     shared = "secure_aggregation" in privacy
     heads = ["institution", "unit", "epsilon", "delta", "accountant", "noise", "noise multiplier"]
@@ -204,20 +188,6 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "words": [w for w in words if w]}
 
 
-def _trust(privacy: Mapping[str, Any]) -> str:
-    """Name the institutions that must be trusted; empty without secure aggregation."""
-    if "secure_aggregation" not in privacy:
-        return ""
-    trusted = privacy["secure_aggregation"]
-    return (
-        f"Trust: each institution adds a share of the noise. The promise needs the shares of "
-        f"{trusted['honest']} honest institutions in every sum, of {trusted['institutions']}, and "
-        f"holds against the server together with up to {trusted['colluding']} institutions. A "
-        f"round with fewer than {trusted['least_survivors']} institutions changes nothing. If all "
-        "others collude, only an institution's own share protects its records: the last column."
-    )
-
-
 def _epsilon(value: float | str) -> str:
     return value if isinstance(value, str) else number(value)
 
@@ -244,12 +214,12 @@ def _quality(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
     if classes := result.get("per_class"):
         rows = [["class", "rows", "predicted", "right", "found, %"]]
         for label, counts in classes.items():
-            found = 100 * counts["correct"] / counts["truth"] if counts["truth"] else math.nan
+            found = f"{100 * counts['correct'] / counts['truth']:.1f}" if counts["truth"] else ""
             rows.append(
                 [
                     label,
                     *(str(counts[k]) for k in ("truth", "predicted", "correct")),
-                    f"{found:.1f}",
+                    found,
                 ]
             )
         tables = [Table(rows=rows, title="By class", folded=len(rows) > 12)]
@@ -321,7 +291,8 @@ def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"words": words if shown else (), "figures": shown, "tables": tables}
 
 
-def _cost(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _cost(run: opening.Run) -> dict[str, Any]:
+    result, records = run.result, run.records
     if not records:
         return {}
     rounds = [r["round"] for r in records]
@@ -332,7 +303,7 @@ def _cost(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> di
     }
     one, two = "Seconds by round", "Megabytes by round"
     total = results.bytes_moved(records) / 1e6
-    per = total / max(1, _institutions(records, result))
+    per = total / max(1, len(run.institutions))
     return {
         "words": [
             f"The rounds took {seconds(result['seconds'])} and moved {total:.1f} MB, {per:.2f} MB "

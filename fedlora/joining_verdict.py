@@ -46,9 +46,15 @@ def verdict(joining: Mapping[str, Any]) -> str:
         f"{FINDINGS[outcome(joining)]}: own models are right on "
         f"{100 * joining['own']['accuracy']:.1f} % of held-out rows, models trained alone "
         f"on {100 * joining['alone']['accuracy']:.1f} % "
-        f"({interval(gain)}); of {count} institutions {gain['gaining']} gain and "
-        f"{gain['losing']} lose by more than their own interval.{_classes(joining)}"
+        f"({interval(gain)}); of {count} institution{'s' * (count != 1)} {movers(gain)} by more "
+        f"than their own interval.{_classes(joining)}"
     )
+
+
+def movers(gain: Mapping[str, Any]) -> str:
+    """How many institutions gain and how many lose."""
+    gaining, losing = gain["gaining"], gain["losing"]
+    return f"{gaining} gain{'s' * (gaining == 1)} and {losing} lose{'s' * (losing == 1)}"
 
 
 def _classes(joining: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 Two readings of one promise. By epsilon and delta alone: no attacker does better than one who is
 told the answer with probability delta and otherwise hears a coin that is right with probability
-e^epsilon / (1 + e^epsilon) (Kairouz, Oh & Viswanath 2015, arXiv 1311.0776). By the noise itself: the
-accountant's epsilon at many deltas bounds the attack's error rates (f-DP; Wasserman & Zhou 2010,
+e^epsilon / (1 + e^epsilon) (Kairouz, Oh & Viswanath 2015, arXiv 1311.0776). By the noise itself:
+the epsilon at many deltas bounds the attack's error rates (f-DP; Wasserman & Zhou 2010,
 Dong, Roth & Su 2022, arXiv 1905.02383), much closer at large epsilons.
 """
 

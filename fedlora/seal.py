@@ -1,7 +1,7 @@
 """The seal of privacy.json: a digest of its content and, in a deployment, the server's signature.
 
-The digest shows damage and careless edits. Only the signature shows forgery: the server signs with a
-P-384 key whose certificate the federation's own CA issued for this purpose alone, so the gateway's
+The digest shows damage and careless edits. Only the signature shows forgery: the server signs with
+a P-384 key whose certificate the federation's own CA issued for this purpose alone. The gateway's
 TLS key, which is on a machine that faces the network, cannot sign statements.
 """
 

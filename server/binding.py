@@ -1,4 +1,4 @@
-"""The binding of privacy.json to its run: identity, date, versions and digests of the run's files."""
+"""The binding of privacy.json to its run: identity, date, versions, digests of the run's files."""
 
 import hashlib
 import hmac

@@ -69,7 +69,9 @@ class InstitutionMechanism:
         Args:
             asked: The number of rounds for which each institution was asked, answered or not.
         """
-        return accounting.epsilon(history(self.noise_multiplier, max(asked, default=0)), self.delta, self.accountant)
+        return accounting.epsilon(
+            history(self.noise_multiplier, max(asked, default=0)), self.delta, self.accountant
+        )
 
     def statement(self, asked: Iterable[int]) -> dict[str, Any]:
         """The part of privacy.json on institutions."""
@@ -81,9 +83,7 @@ class InstitutionMechanism:
             "adjacency": ADJACENCY,
             "epsilon": epsilon,
             **(
-                {"odds": odds.bounds(
-                        history(self.noise_multiplier, steps), epsilon, self.delta
-                    )}
+                {"odds": odds.bounds(history(self.noise_multiplier, steps), epsilon, self.delta)}
                 if self.seed is None
                 else {}
             ),

@@ -1,4 +1,4 @@
-"""`fedlora verify`: privacy.json held against the files of its run, and its figures computed anew."""
+"""`fedlora verify`: privacy.json held against its run's files, and its figures computed anew."""
 
 import json
 import math

@@ -171,8 +171,8 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     gain = joining["gain"]
     table.add_row(
         "gain of joining",
-        f"{joining_verdict.interval(gain)}; {gain['gaining']} institutions gain, "
-        f"{gain['losing']} lose",
+        f"{joining_verdict.interval(gain)}; of {len(joining['institutions'])} institutions "
+        f"{joining_verdict.movers(gain)}",
     )
     style = VERDICT_STYLES[joining_verdict.outcome(joining)]
     table.add_row("", Styled(joining_verdict.verdict(joining), style))

@@ -18,6 +18,7 @@ from flwr.app import Message, MessageType
 from numpy.typing import NDArray
 
 from client.dp_sgd import Clipping
+from experiments.audit.findings import ALL_BUT_HONEST, ALL_BUT_ONE, SERVER
 from fedlora import lora_layers, noise_shares, records, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
@@ -31,9 +32,6 @@ from strategies import base
 
 Floats = NDArray[np.float64]
 RIDGE_FRACTION = 1e-3  # ridge without noise, as a fraction of the mean squared gradient norm
-SERVER = "every round, as the server sees it"
-ALL_BUT_HONEST = "every round, by a server that knows all vectors but those of h institutions"
-ALL_BUT_ONE = "every round, by a server that knows all vectors but one"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import shutil
 import tempfile
 from collections import Counter
@@ -25,10 +24,8 @@ from experiments.audit.canaries import (
     plant,
     write,
 )
+from experiments.audit.findings import ALL_BUT_ONE, FILE, FINAL, facts
 from experiments.audit.observed import (
-    ALL_BUT_HONEST,
-    ALL_BUT_ONE,
-    SERVER,
     Transcript,
     losses,
     noise_reuse,
@@ -50,9 +47,6 @@ from simulation.progress import progress
 from simulation.run import check_engine, load, open_engine, run_rounds
 
 CONFIDENCE = 0.95
-FINAL = "the final adapter"
-VIEWS = (FINAL, SERVER, ALL_BUT_HONEST, ALL_BUT_ONE)
-"""All views of an audit. The last two exist under secure aggregation only."""
 MAX_COSINE = 0.5  # updates with a larger cosine share noise; see `noise_reuse`
 ALTERNATIVE_SECRETS = 255  # a planted secret is ranked among them: exposure is at most 8 bits
 
@@ -66,7 +60,7 @@ def check(config: RunConfig, out: Path, engine: str) -> None:
         InputError: Naming value, bound and remedy.
     """
     check_engine(engine)
-    if (out / "audit.json").exists() or (out / "run" / "config.toml").exists():
+    if (out / FILE).exists() or (out / "run" / "config.toml").exists():
         raise InputError(f"{out} holds another audit; give another --out")
     if config.federation.traits.local_parts or config.adapter.ranks:
         raise InputError(
@@ -189,7 +183,7 @@ def _bounds(audited: Audited, scored: Mapping[str, Floats], delta: float) -> dic
 def _write_result(out: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Write audit.json; return the result as the file holds it."""
     result = finite(result)
-    write_atomic(out / "audit.json", json.dumps(result, indent=2).encode())
+    write_atomic(out / FILE, json.dumps(result, indent=2).encode())
     return result
 
 
@@ -387,48 +381,6 @@ def _summary(bits: Floats, draw: RandomSource) -> dict[str, float]:
     }
 
 
-def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return an audit's findings as pairs of texts; the last pair is the verdict."""
-    promised, canaries = float(result["epsilon"]), result["canaries"]
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in canaries["kinds"].items())
-    found = [
-        (
-            "promised",
-            f"epsilon {promised:.3f} at delta {result['delta']:g}"
-            if math.isfinite(promised)
-            else "nothing (epsilon inf)",
-        ),
-        ("canaries", f"{canaries['planted']:,} of {canaries['in all']:,} planted ({kinds})"),
-    ]
-    if "epsilon_alone" in result:
-        alone = f"epsilon {float(result['epsilon_alone']):.3f}: the vector's own noise"
-        found.append(("promised if all others collude", alone))
-    for view in (view for view in VIEWS if view in canaries):
-        shown = canaries[view]
-        text = (
-            f"epsilon at least {shown['epsilon']:.2f} ({100 * shown['confidence']:g} % "
-            f"confidence), from {view}: {shown['right']} of {shown['guesses']} guesses right"
-        )
-        found.append(("shown by canaries", text))
-    if math.isfinite(promised):
-        found.append(("noise", _noise(result["noise"])))
-    for attack, measured in result["membership"].items():
-        found.append((f"membership inference ({attack})", _attack(measured)))
-    if failed := result.get("lira failed"):
-        found.append(("membership inference (lira)", f"not known: its runs failed ({failed})"))
-    if extraction := result.get("extraction"):
-        for which in ("planted", "not planted"):
-            bits = extraction[which]
-            text = (
-                f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f}), "
-                f"at most {bits['max']:.1f} of {extraction['most possible']:.0f}"
-            )
-            found.append((f"secrets {which}", text))
-    if result["accuracy"] is not None:
-        found.append(("accuracy of the audited run", f"{result['accuracy']:.3f}"))
-    return [*found, ("the promise", verdict(result))]
-
-
 def show(result: Mapping[str, Any], console: Terminal) -> None:
     """Print an audit as a table."""
     table = Table(title="Privacy audit", show_header=False, title_justify="left")
@@ -439,45 +391,3 @@ def show(result: Mapping[str, Any], console: Terminal) -> None:
         table.add_row(*row)
     table.add_row(*last, style="bold red" if result["refuted"] else "")
     console.print(table)
-
-
-def verdict(result: Mapping[str, Any]) -> str:
-    """Return the verdict on the privacy promise in words."""
-    promised, canaries = float(result["epsilon"]), result["canaries"]
-    if result["refuted"]:
-        return "IS BROKEN"
-    if not math.isfinite(promised):
-        return "nothing was promised"
-    can = f"{canaries['in all']:,} canaries show epsilon {canaries['most they can show']:.2f}"
-    if canaries["most they can show"] <= promised:
-        return f"is not refuted; {can} at most, so they could not have refuted it: see --canaries"
-    return f"is not refuted; {can} at most"
-
-
-def _noise(noise: Mapping[str, Any]) -> str:
-    """State whether noise was used twice."""
-    if noise["cosine"] is None:
-        text = "not compared: no two updates were sent, or records could move them as far as noise"
-    else:
-        said = "independent" if noise["cosine"] <= noise["bound"] else "USED TWICE"
-        text = f"{said} (largest cosine of two updates {noise['cosine']:.3f})"
-        if noise["left_out"]:
-            both = noise["institutions"] + noise["left_out"]
-            text += f"; compared at {noise['institutions']} of {both} institutions"
-    return text + "; from a seed, so it gives no protection" * (noise["source"] == "seeded")
-
-
-def _attack(measured: Mapping[str, Any]) -> str:
-    """State the success of an attack on membership."""
-
-    def interval(value: Mapping[str, float], digits: int, scale: int = 1) -> str:
-        middle, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("value", "low", "high"))
-        return f"{middle} ({low} to {high})"
-
-    parts = [f"AUC {interval(measured['auc'], 3)}"]
-    parts += [
-        f"finds {interval(value, 1, 100)} % of members at {100 * float(rate):g} % false alarms"
-        for rate, value in measured["tpr"].items()
-    ]
-    texts = f"{measured['members']:,} rows against {measured['others']:,} held out"
-    return "; ".join(parts) + f"; {texts}, none twice"

@@ -15,15 +15,21 @@ from cli.main import app
 from experiments.audit import membership
 from experiments.audit.bound import audit, lower_bound, p_value
 from experiments.audit.canaries import plant
-from experiments.audit.observed import (
+from experiments.audit.findings import (
     ALL_BUT_HONEST,
     ALL_BUT_ONE,
+    FINAL,
     SERVER,
+    VIEWS,
+    facts,
+    verdict,
+)
+from experiments.audit.observed import (
     Transcript,
     scores,
     views,
 )
-from experiments.audit.run import FINAL, VIEWS, check, facts, verdict
+from experiments.audit.run import check
 from fedlora import discrete_gaussian, records, trainable, wire
 from fedlora.errors import InputError
 from simulation.run import load, open_engine, run_rounds

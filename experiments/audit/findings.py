@@ -1,0 +1,132 @@
+"""An audit's findings in words, from ``audit.json``. This module loads no torch."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import InputError
+
+FILE = "audit.json"
+"""In an audit's directory: its findings. The audited run is the directory ``run`` beside it."""
+FINAL = "the final adapter"
+SERVER = "every round, as the server sees it"
+ALL_BUT_HONEST = "every round, by a server that knows all vectors but those of h institutions"
+ALL_BUT_ONE = "every round, by a server that knows all vectors but one"
+VIEWS = (FINAL, SERVER, ALL_BUT_HONEST, ALL_BUT_ONE)
+"""All views of an audit. The last two exist under secure aggregation only."""
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Read the findings of an audit's directory.
+
+    Raises:
+        InputError: If they cannot be read.
+    """
+    try:
+        return json.loads((directory / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{directory} holds no audit that can be read ({type(error).__name__}: {FILE})"
+        ) from None
+
+
+def of_run(run_dir: Path) -> str:
+    """What an audit found of a run, as a sentence for the run's report."""
+    folder = run_dir.absolute().parent
+    if run_dir.absolute().name != "run" or not (folder / FILE).is_file():
+        return (
+            'This run was not attacked as a test. The command "fedlora audit" attacks one of the '
+            "same configuration."
+        )
+    found = read(folder)
+    shown = max(found["canaries"][view]["epsilon"] for view in VIEWS if view in found["canaries"])
+    return (
+        f"An audit attacked this run: the promise {verdict(found)}. Its attacks show epsilon "
+        f"{shown:.2f} at least; its report is beside the run's directory."
+    )
+
+
+def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return an audit's findings as pairs of texts; the last pair is the verdict."""
+    promised, canaries = float(result["epsilon"]), result["canaries"]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in canaries["kinds"].items())
+    found = [
+        (
+            "promised",
+            f"epsilon {promised:.3f} at delta {result['delta']:g}"
+            if math.isfinite(promised)
+            else "nothing (epsilon inf)",
+        ),
+        ("canaries", f"{canaries['planted']:,} of {canaries['in all']:,} planted ({kinds})"),
+    ]
+    if "epsilon_alone" in result:
+        alone = f"epsilon {float(result['epsilon_alone']):.3f}: the vector's own noise"
+        found.append(("promised if all others collude", alone))
+    for view in (view for view in VIEWS if view in canaries):
+        shown = canaries[view]
+        text = (
+            f"epsilon at least {shown['epsilon']:.2f} ({100 * shown['confidence']:g} % "
+            f"confidence), from {view}: {shown['right']} of {shown['guesses']} guesses right"
+        )
+        found.append(("shown by canaries", text))
+    if math.isfinite(promised):
+        found.append(("noise", _noise(result["noise"])))
+    for attack, measured in result["membership"].items():
+        found.append((f"membership inference ({attack})", _attack(measured)))
+    if failed := result.get("lira failed"):
+        found.append(("membership inference (lira)", f"not known: its runs failed ({failed})"))
+    if extraction := result.get("extraction"):
+        for which in ("planted", "not planted"):
+            bits = extraction[which]
+            text = (
+                f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f}), "
+                f"at most {bits['max']:.1f} of {extraction['most possible']:.0f}"
+            )
+            found.append((f"secrets {which}", text))
+    if result["accuracy"] is not None:
+        found.append(("accuracy of the audited run", f"{result['accuracy']:.3f}"))
+    return [*found, ("the promise", verdict(result))]
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """Return the verdict on the privacy promise in words."""
+    promised, canaries = float(result["epsilon"]), result["canaries"]
+    if result["refuted"]:
+        return "IS BROKEN"
+    if not math.isfinite(promised):
+        return "nothing was promised"
+    can = f"{canaries['in all']:,} canaries show epsilon {canaries['most they can show']:.2f}"
+    if canaries["most they can show"] <= promised:
+        return f"is not refuted; {can} at most, so they could not have refuted it: see --canaries"
+    return f"is not refuted; {can} at most"
+
+
+def _noise(noise: Mapping[str, Any]) -> str:
+    """State whether noise was used twice."""
+    if noise["cosine"] is None:
+        text = "not compared: no two updates were sent, or records could move them as far as noise"
+    else:
+        said = "independent" if noise["cosine"] <= noise["bound"] else "USED TWICE"
+        text = f"{said} (largest cosine of two updates {noise['cosine']:.3f})"
+        if noise["left_out"]:
+            both = noise["institutions"] + noise["left_out"]
+            text += f"; compared at {noise['institutions']} of {both} institutions"
+    return text + "; from a seed, so it gives no protection" * (noise["source"] == "seeded")
+
+
+def _attack(measured: Mapping[str, Any]) -> str:
+    """State the success of an attack on membership."""
+
+    def interval(value: Mapping[str, float], digits: int, scale: int = 1) -> str:
+        middle, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("value", "low", "high"))
+        return f"{middle} ({low} to {high})"
+
+    parts = [f"AUC {interval(measured['auc'], 3)}"]
+    parts += [
+        f"finds {interval(value, 1, 100)} % of members at {100 * float(rate):g} % false alarms"
+        for rate, value in measured["tpr"].items()
+    ]
+    texts = f"{measured['members']:,} rows against {measured['others']:,} held out"
+    return "; ".join(parts) + f"; {texts}, none twice"

@@ -1,0 +1,61 @@
+"""The page on an audit."""
+
+import math
+from pathlib import Path
+
+from experiments.audit import findings
+from experiments.pages import Page, Section, Table
+
+
+def of(directory: Path) -> Page:
+    """Make the page on an audit.
+
+    Raises:
+        InputError: If the audit's findings cannot be read.
+    """
+    found = findings.read(directory)
+    promised, broken = float(found["epsilon"]), found["refuted"]
+    attacks = {
+        view: found["canaries"][view] for view in findings.VIEWS if view in found["canaries"]
+    }
+    shown = max(one["epsilon"] for one in attacks.values())
+    tiles = {
+        "promised: epsilon at most": f"{promised:.3g}",
+        "shown by attacks: epsilon at least": f"{shown:.2f}",
+        "the canaries could show at most": f"{found['canaries']['most they can show']:.2f}",
+    }
+    if broken:
+        note = "The promise is broken: an attack learned more than it allows."
+    elif not math.isfinite(promised):
+        note = (
+            "Nothing was promised, so there is nothing to refute. The attacks show what an "
+            "attacker learns without differential privacy."
+        )
+    else:
+        verdict = findings.verdict(found)
+        note = f"The promise {verdict}. That is no proof: a better attack may show more."
+    *rows, _ = findings.facts(found)
+    return Page(
+        title=f"Privacy audit: {directory.absolute().name}",
+        opening=[
+            Section(
+                title="Verdict",
+                note=note,
+                bad=broken,
+                caution=not broken and shown < promised == math.inf,
+                words=[
+                    "Rows that the auditor made (canaries) were added to the records or not, by "
+                    "the toss of a coin. Attacks then guess from what the run released which were "
+                    "added. Under the promise, guesses can be right only so often; more right "
+                    "guesses refute it."
+                ],
+            ),
+            Section(
+                title="What the attacks found",
+                tables=[Table(rows=[["attack", "finding"], *map(list, rows)])],
+            ),
+            Section(title="What was promised", words=[found["protects"]]),
+        ],
+        tiles=tiles,
+        sections=[],
+    )
