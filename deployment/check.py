@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 import fedlora
-from fedlora import files, peers
+from fedlora import files, peers, seal
 from fedlora.errors import InputError, Refusal
 
 if TYPE_CHECKING:
@@ -90,12 +90,17 @@ def operator(directory: Path) -> list[Check]:
             f"{directory} has no gateway/ca.crt; give the directory of `fedlora deploy init`"
         )
     found = [_certificate("CA certificate", ca)]
-    for name in ("gateway", "superlink"):
-        pem = directory / name / "server.pem"
+    for name, pem, key in (
+        *(
+            (name, directory / name / "server.pem", "server.key")
+            for name in ("gateway", "superlink")
+        ),
+        ("statement", directory / "server" / "keys" / seal.CERTIFICATE, seal.KEY),
+    ):
         found += [
             _certificate(f"{name} certificate", pem),
             _signed(f"{name} signed by the CA", pem, ca),
-            _private(f"{name} key", directory / name / "server.key"),
+            _private(f"{name} key", pem.with_name(key)),
         ]
     if (key := directory / "ca" / "ca.key").exists():
         found.append(_private("CA key", key))

@@ -78,7 +78,6 @@ def section(result: Mapping[str, Any]) -> list[Section]:
             ],
             figures=_figure(joining["institutions"]),
             tables=[
-                _models(joining),
                 _sizes(joining["sizes"]),
                 _institutions(joining["institutions"]),
             ],
@@ -103,14 +102,6 @@ def _scarce(scarce: Mapping[str, Any]) -> str:
         f"Scarce classes: {scarce['rows']:,} held-out records are of {few}. On these, models are "
         f"right as follows: {right}."
     )
-
-
-def _models(joining: Mapping[str, Any]) -> Table:
-    rows = [
-        [model, _percent(joining[model]["accuracy"]), _percent(joining[model]["macro_f1"])]
-        for model in MODELS
-    ]
-    return Table(rows=[["model", "accuracy, %", "macro-F1, %"], *rows], title="The three models")
 
 
 def _sizes(sizes: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -305,6 +305,11 @@ def uncovered(run: Run) -> Section:
             f"All figures of quality, those of each class and institution too, come from {rows}, "
             "which nothing protects: no noise is added to them."
         )
+    if "train" in run.result["counts"] and run.config.privacy.enabled:
+        points.append(
+            "The numbers of training records in this report are exact, which the promise would not "
+            "allow to release: keep the report where the records may be known."
+        )
     joining = joining_verdict.comparison(run.result)
     if joining is not None:
         points.append(joining_page.home_promise(joining))

@@ -45,9 +45,9 @@ def of_run(directory: Path) -> Page:
     """Make the page on one run."""
     run = opening.Run(
         directory=directory,
-        config=load(directory / CONFIG),
         result=read_run_file(directory),
         privacy=read_run_file(directory, "privacy.json"),
+        config=load(directory / CONFIG),
         records=read_records(directory),
     )
     config, result = run.config, run.result
@@ -174,6 +174,8 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
             ),
         ]
     ]
+    if len(rows) > 1 and len({tuple(row[1:]) for row in rows}) == 1:
+        rows = [[f"each of the {len(rows)}", *rows[0][1:]]]
     if rows:
         table = Table(rows=[heads, *rows], title="Largest budget spent by each institution",
                       folded=len(rows) > 12)  # fmt: skip

@@ -67,6 +67,8 @@ def bind(
         encoded: The same, as the file will hold it.
         records: A simulation's `Population.fingerprint`.
     """
+    from fedlora.model_card import base_name  # which loads torch
+
     environment = read_run_file(directory, "environment.json")
     fingerprint = None
     if not config.deployed:
@@ -81,7 +83,7 @@ def bind(
         "fedlora": environment["versions"]["fedlora"],
         "commit": environment["git_sha"],
         "uncommitted_changes": environment["git_dirty"],
-        "base": dict(result["base"]),
+        "base": {"name": base_name(config), "digest": result["base"]["digest"]},
         "records": fingerprint,
         "files": {**digests(directory), RESULT: hashlib.sha256(encoded).hexdigest()},
     }

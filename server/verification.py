@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlora import accounting, model_files, odds, records, seal
+from fedlora import accounting, model_card, model_files, odds, records, seal
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, RESULT, read_records, read_run_file
@@ -170,8 +170,9 @@ class _Checks:
 
     def _base(self) -> str:
         base, config = self._bound["base"], self._config()
-        _same("base", base, read_run_file(self.run_dir)["base"], RESULT)
-        _same("base", base["name"], config.model.name, CONFIG)
+        _same("name", base["name"], model_card.base_name(config), CONFIG)
+        said = read_run_file(self.run_dir)["base"]["digest"]
+        _same("SHA-256 of its weights", base["digest"], said, RESULT)
         try:
             weights = model_files.resolve(config.model.name).weights
         except InputError as error:
@@ -290,12 +291,11 @@ def _close(name: str, said: Any, found: Any) -> None:
         for key, value in found.items():
             _close(f"{name}, {key}", said[key], value)
         return
-    numbers = isinstance(found, float) and isinstance(said, int | float | str)
-    if not (
-        math.isclose(float(said), found, rel_tol=TOLERANCE, abs_tol=1e-12)
-        if numbers
-        else said == found
-    ):
+    if isinstance(found, float) and isinstance(said, int | float | str):
+        equal = math.isclose(float(said), found, rel_tol=TOLERANCE, abs_tol=1e-12)
+    else:
+        equal = said == found
+    if not equal:
         raise ValueError(f"{name} is {_short(said)}, but {_short(found)} computed anew")
 
 

@@ -26,7 +26,8 @@ def made(tmp_path):
 
 def test_every_secret_is_for_its_owner_alone(made):
     secret = [*made.rglob("*.key"), *made.rglob("*.secret")]
-    assert len(secret) == 7  # CA, gateway, SuperLink, two institutions, the secret twice
+    # CA, gateway, SuperLink, statements, two institutions, the secret twice
+    assert len(secret) == 8
     assert {stat.S_IMODE(file.stat().st_mode) for file in secret} == {0o600}
 
 

@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from cli.main import app
-from experiments import figures, report, results
+from experiments import figures, opening, report, results
 from experiments.pages import NUMBER
+from fedlora.config import from_flat, load
+from server.privacy_statement import promise
 from tests.samples import compared
 
 runner = CliRunner()
@@ -24,12 +26,39 @@ METHODS = ("lora", "ffa", "dora")
 BANKS = ("Alpha", "Beta", "Delta", "Gamma")
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """Where the first test leaves its run for the others."""
+    return tmp_path_factory.mktemp("template") / "run"
+
+
 @pytest.fixture
-def run_directory(tiny_config, simulate_run):
-    """A complete run of three rounds."""
+def run_directory(tiny_config, simulate_run, template):
+    """A complete run of three rounds, whose model predicts several classes."""
     config = tiny_config(**{"privacy.noise": "secure"})
-    simulate_run(config)
+    if not template.exists():
+        simulate_run(config)
+        result = json.loads((Path(config.run_dir) / "result.json").read_text())
+        for counts in result["per_class"].values():
+            counts["predicted"] = 1
+        (Path(config.run_dir) / "result.json").write_text(json.dumps(result))
+        shutil.copytree(config.run_dir, template)
+        return Path(config.run_dir)
+    shutil.copytree(template, config.run_dir)
     return Path(config.run_dir)
+
+
+def change(directory, name, **values):
+    """Other values in a JSON file of a run."""
+    path = directory / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def shown(directory):
+    """The text of a run's page, without markup and with single blanks."""
+    text = report.write(directory).read_text(encoding="utf-8")
+    body = re.sub(r"<(script|style).*?</\1>", " ", text, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
 @pytest.fixture
@@ -72,8 +101,9 @@ def test_the_page_on_a_run_says_what_was_done_and_promised(run_directory):
     assert f"{100 * result['accuracy']:.1f} %" in text
     assert html.escape(privacy["protects"], quote=False)[:60] in html.unescape(text)
     assert 'class="note bad"' not in text
-    for said in privacy["institutions"].values():
+    for said in privacy["institutions"].values():  # one row for all, as they are the same
         assert f"{said['epsilon']:.3f}" in text and said["accountant"] in text
+    assert "each of the 4" in text
     assert "(worst)" in text and text.count("<svg") >= 5
     assert text.count("<svg") == text.count('role="img"') == text.count("<desc")
     environment = json.loads((run_directory / "environment.json").read_text())
@@ -106,15 +136,22 @@ def with_joining(directory, **changes):
     return report.write(directory).read_text(encoding="utf-8")
 
 
-def test_the_page_says_first_after_the_promise_what_joining_gives(run_directory):
+OPENING = ["Verdict", "What was promised", "Who must be trusted", "What the promise does not cover",
+           "Identity"]  # fmt: skip
+
+
+def test_the_page_says_first_what_joining_gives(run_directory):
     text = with_joining(run_directory)
     heads = re.findall(r"<h2>(.*?)</h2>", text)
-    assert heads[:4] == ["Warnings", "Privacy", "What joining gives", "Quality"]
-    section = text[text.index("<h2>What joining gives") : text.index("<h2>Quality")]
-    first = re.search(r"<h2>.*?</h2>\s*<p class=\"note *\">(.*?)</p>", section, re.DOTALL)
+    assert heads[:6] == [*OPENING, "Warnings"]
+    first = re.search(r"<h2>.*?</h2>\s*<p class=\"note *\">(.*?)</p>", text, re.DOTALL)
     # 20 and 16 of 22 rows at each of four banks
     assert first and first[1].startswith("Joining pays: own models are right on 90.9 %")
     assert "alone on 72.7 % (+18.2 points" in first[1]
+    table = text[text.index("<h2>Verdict") : text.index("<h2>What was promised")]
+    words = " ".join(re.sub(r"<[^>]*>", " ", table[table.index("<table") :]).split())
+    assert "accuracy 72.7 81.8 90.9 macro-F1" in words  # alone, shared, own
+    section = text[text.index("<h2>What joining gives") : text.index("<h2>Quality")]
     for said in (
         "no differential privacy",
         "must not be passed on",
@@ -125,8 +162,8 @@ def test_the_page_says_first_after_the_promise_what_joining_gives(run_directory)
         assert said in section, said
     assert section.count("<svg") == 1 and "Alpha 72.7 % alone and 90.9 % own" in section
     tables = [re.sub(r"<[^>]*>", " ", t) for t in section.split("<table")[1:]]
-    assert len(tables) == 3
-    assert re.search(r"32 to 63 \s* 1 \s* 22 \s* 72.7 \s* 50.0 \s* 90.9 \s* \+18.2", tables[1])
+    assert len(tables) == 2
+    assert re.search(r"32 to 63 \s* 1 \s* 22 \s* 72.7 \s* 50.0 \s* 90.9 \s* \+18.2", tables[0])
     assert section.count("<details>") == 1 and "weight: 0 is the shared" in section
     assert ">+18.2</b><span>gain of joining, points" in text
 
@@ -168,10 +205,132 @@ def test_a_run_whose_institutions_all_failed_at_home_says_so(run_directory):
     assert "No institution was compared" in text and "Beta (timeout)" in text
 
 
-def test_a_simulation_says_that_one_machine_held_all_records(run_directory):
+def test_a_simulation_says_that_one_file_held_all_records(run_directory):
+    text = shown(run_directory)
+    assert "one file and one machine held the records of all institutions" in text
+    assert "No record left" not in text and "A simulation, ended 20" in text
+
+
+def test_a_deployment_does_not_say_so(run_directory):
+    config = load(run_directory / "config.toml").flat()
+    config |= {"data.source": "institutions", "data.institutions": 4}
+    config["data.labels"] = '["card", "fraud", "loan"]'
+    (run_directory / "config.toml").write_text(from_flat(config).to_toml())
+    text = shown(run_directory)
+    assert "one file" not in text and "No record left an institution" in text
+
+
+def test_the_promise_stands_as_odds(run_directory):
+    odds = json.loads((run_directory / "privacy.json").read_text())["odds"]
+    text = shown(run_directory)
+    assert "this suspicion from 50 % to at most 99.97 %, and from 1 % to at most 96." in text
+    assert "except with probability delta (1 in 10,000)" in text
+    assert "8 is common" not in text
+    found = 100 * odds["found"]["0.01"]
+    said = re.search(r"wrongly accuses 1 % of those not trained on finds at most ([\d.]+) %", text)
+    assert said and found <= float(said[1]) < found + 0.11
+    right = re.search(r"right about more than ([\d.]+) %", text)
+    assert right and 50 < float(right[1]) < 100
+
+
+@pytest.mark.parametrize(
+    ("share", "up", "said"),
+    [(0.9996646, True, "99.97 %"), (0.73106, True, "73.2 %"), (0.5, False, "50 %"),
+     (0.001, False, "0.1 %"), (0.0001, True, "0.01 %"), (0.999999, True, "over 99.99 %"),
+     (1.0, True, "100 %"), (0.1234, True, "12.4 %")],
+)  # fmt: skip
+def test_a_bound_in_percent_is_never_rounded_down(share, up, said):
+    assert opening.percent(share, up=up) == said
+
+
+def test_the_page_names_ledger_held_out_rows_and_trust(run_directory):
+    text = shown(run_directory)
+    assert "epsilon 0" in text and "of 8, at delta 0.0001" in text and "new ledgers" in text
+    assert "come from 98 held-out rows, which nothing protects" in text
+    assert "neither the server nor all other institutions together learn more" in text
+    assert "This run was not attacked as a test" in text
+
+
+def test_under_secure_aggregation_the_page_names_whom_to_trust(run_directory):
+    config = run_directory / "config.toml"
+    secure = load(config, {
+        "privacy.trust": "secure-aggregation", "privacy.honest": 2, "privacy.colluding": 1,
+        "federation.weighting": "public-size",
+    })  # fmt: skip
+    config.write_text(secure.to_toml())
+    path = run_directory / "privacy.json"
+    privacy = json.loads(path.read_text())
+    for one in privacy["institutions"].values():
+        one["epsilon_alone"] = "inf"
+    numbers = {"honest": 2, "colluding": 1, "institutions": 4, "least_survivors": 3}
+    path.write_text(json.dumps(privacy | {"secure_aggregation": numbers}))
+    text = shown(run_directory)
+    assert "h = 2 honest institutions of 4" in text and "up to t = 1 institutions" in text
+    assert "which promises no finite epsilon" in text
+    assert "nobody else" not in text
+
+
+def test_a_model_that_has_learned_nothing_and_a_void_result_stand_at_the_top(run_directory):
+    result = json.loads((run_directory / "result.json").read_text())
+    classes = {n: c | {"predicted": 0} for n, c in result["per_class"].items()}
+    classes["loan"]["predicted"] = 98
+    change(run_directory, "result.json", per_class=classes, joining=compared(BANKS))
     text = report.write(run_directory).read_text(encoding="utf-8")
-    assert "one machine held the records of all institutions" in text
-    assert "No record left" not in text
+    note = re.search(r'<p class="note bad">(.*?)</p>', text, re.DOTALL)
+    assert note and note[1] == (
+        "The shared adapter has learned nothing yet: it answers loan for every row."
+    )
+    assert text.index("Joining pays") < text.index("What was promised")
+    change(run_directory, "result.json", findings=[{"text": "delta is 0.1", "voids": True}])
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    note = re.search(r'<p class="note bad">(.*?)</p>', text, re.DOTALL)
+    assert note and note[1] == "The result is void, and the run accepted it: delta is 0.1."
+
+
+def test_a_class_without_rows_leaves_an_empty_cell(run_directory):
+    nothing = {"truth": 0, "predicted": 0, "correct": 0}
+    result = json.loads((run_directory / "result.json").read_text())
+    change(run_directory, "result.json", per_class={**result["per_class"], "rare": nothing})
+    assert "nan" not in re.sub(r"<style.*?</style>", "", shown(run_directory)).split()
+
+
+AUDIT = {
+    "epsilon": 1.0, "delta": 1e-4, "protects": "Each record.", "accuracy": 0.5, "refuted": False,
+    "canaries": {
+        "planted": 5, "in all": 10, "most they can show": 2.0, "kinds": {"random": 10},
+        "the final adapter": {"epsilon": 0.3, "guesses": 4, "right": 3, "confidence": 0.975},
+    },
+    "noise": {"source": "secure", "bound": 0.5, "cosine": None}, "membership": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("refuted", [False, True])
+def test_an_audit_has_a_page_and_its_run_says_what_it_found(run_directory, tmp_path, refuted):
+    out = tmp_path / "audit"
+    shutil.copytree(run_directory, out / "run")
+    (out / "audit.json").write_text(json.dumps(AUDIT | {"refuted": refuted}))
+    text, of_run = shown(out), shown(out / "run")
+    assert text.startswith("Privacy audit: audit") or "Privacy audit: audit" in text
+    assert ("The promise is broken" in text) == refuted
+    assert "from the final adapter: 3 of 4 guesses right" in text
+    assert "An audit attacked this run" in of_run
+    assert ("the promise IS BROKEN" in of_run) == refuted
+
+
+def test_a_sweep_begins_with_its_conclusion(made_up_sweep):
+    text = shown(made_up_sweep)
+    first = text[text.index("Conclusion") : text.index("Privacy", text.index("Conclusion") + 200)]
+    assert "Joining pays: federated-dp (epsilon 8, " in first
+    assert "points against each institution alone, 95 % interval ±" in first
+    assert "Too few seeds" not in text and "chosen as the best of several" in text
+    assert "Privacy costs" in text
+    path = made_up_sweep / results.MANIFEST
+    about = json.loads(path.read_text())
+    about["cases"] = [case for case in about["cases"] if case["seed"] == 1]
+    path.write_text(json.dumps(about))
+    text = shown(made_up_sweep)
+    assert "Joining makes no difference that these seeds can show" in text
+    assert "Too few seeds: one seed gives no interval" in text
 
 
 def test_bars_leave_no_blank_space_above_the_first_and_below_the_last(monkeypatch):
@@ -280,6 +439,33 @@ def browse(path: Path, width: int, tmp_path: Path) -> tuple[dict, str]:
     assert found and found[1], done.stderr
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return json.loads(html.unescape(found[1])), "\n".join(console)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; apt-get install chromium")
+def test_the_first_sheet_on_paper_holds_the_whole_opening(run_directory, tmp_path):
+    """Also with the long promise of secure aggregation."""
+    config = run_directory / "config.toml"
+    values = {"privacy.trust": "secure-aggregation", "privacy.honest": 2, "privacy.colluding": 1,
+              "federation.weighting": "public-size"}  # fmt: skip
+    config.write_text(load(config, values).to_toml())
+    path = run_directory / "privacy.json"
+    privacy = json.loads(path.read_text()) | promise(load(config))
+    for one in privacy["institutions"].values():
+        one["epsilon_alone"] = 40.0
+    numbers = {"honest": 2, "colluding": 1, "institutions": 4, "least_survivors": 3}
+    path.write_text(json.dumps(privacy | {"secure_aggregation": numbers}))
+    text = with_joining(run_directory)
+    end = text.index("</div>\n<section>\n<h2>Warnings")
+    sheet = tmp_path / "sheet.html"
+    sheet.write_text(text[:end] + "</div></main></body></html>")
+    for file, least, most in ((sheet, 1, 1), (run_directory / "report.html", 3, 99)):
+        pdf = tmp_path / "page.pdf"
+        command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={pdf}"]
+        subprocess.run([*command, file.as_uri()], capture_output=True, timeout=120, check=True)
+        pages = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
+        assert least <= pages <= most
 
 
 @pytest.mark.slow

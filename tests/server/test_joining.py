@@ -181,7 +181,8 @@ def test_the_verdict_follows_the_interval(counts, said, expected) -> None:
     sentence = verdict(found)
     assert said in sentence and f"{counts[0] - counts[1]:+.1f} points" in sentence
     gains, loses = int(expected is Outcome.GAIN), int(expected is Outcome.LOSS)
-    assert f"of 1 institutions {gains} gain and {loses} lose" in sentence
+    said = f"{gains} gain{'s' * gains} and {loses} lose{'s' * loses} by more"
+    assert f"of 1 institution {said}" in sentence
 
 
 def printed(result) -> str:
