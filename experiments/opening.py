@@ -86,6 +86,7 @@ def verdict(run: Run) -> Section:
         f"The shared adapter has learned nothing yet: it answers {only} for every row."
     )  # fmt: skip
     outcome = None if joining is None else joining_verdict.outcome(joining)
+    useless = False
     if void:
         note = f"The result is void, and the run accepted it: {'; '.join(void)}."
     elif learned:
@@ -93,7 +94,7 @@ def verdict(run: Run) -> Section:
     elif joining is not None:
         note = f"{joining_verdict.verdict(joining)}"
     else:
-        note = _alone(run, classes)
+        note, useless = _alone(run, classes)
     words: list[str] = []
     if joining is not None and (void or learned):
         words.append(joining_verdict.verdict(joining))
@@ -108,28 +109,30 @@ def verdict(run: Run) -> Section:
     return Section(
         title="Verdict",
         note=note,
-        bad=bool(void or learned) or outcome is Outcome.LOSS,
+        bad=bool(void or learned or useless) or outcome is Outcome.LOSS,
         caution=outcome is Outcome.UNCLEAR,
         words=words,
         tables=[] if joining is None else [_three(joining)],
     )
 
 
-def _alone(run: Run, classes: Mapping[str, Mapping[str, int]]) -> str:
-    """The verdict of a run without models at home."""
+def _alone(run: Run, classes: Mapping[str, Mapping[str, int]]) -> tuple[str, bool]:
+    """The verdict of a run without models at home, and whether its adapter is of no use."""
     name, value = results.score(run.result)
     if not name:
-        return "Nothing was measured: there are no held-out rows."
-    said = f"The shared adapter is right on {100 * value:.1f} % of {run.held_out:,} held-out rows"
+        return "Nothing was measured: there are no held-out rows.", False
+    said, useless = "", False
+    if classes:
+        useless = value <= metrics.majority(classes)[1]
+        said = "The shared adapter is of no use yet. " * useless
+    said += f"The shared adapter is right on {100 * value:.1f} % of {run.held_out:,} held-out rows"
     if classes:
         frequent, share = metrics.majority(classes)
         said += f"; always answering {frequent} would be right on {100 * share:.1f} %"
-    compared = "joining" in run.result
-    return said + (
-        ". Whether joining pays is not known: no institution was compared."
-        if compared
-        else ". Whether joining pays was not measured: no institution trained a model alone."
-    )
+    if "joining" in run.result:
+        return f"{said}. Whether joining pays is not known: no institution was compared.", useless
+    why = "no institution trained a model alone"
+    return f"{said}. Whether joining pays was not measured: {why}.", useless
 
 
 def _three(joining: Mapping[str, Any]) -> Table:

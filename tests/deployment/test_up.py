@@ -55,6 +55,25 @@ def test_logs_are_json_lines_without_a_record_in_them(federation, complaints):
         assert not any(text in said for text in texts)
 
 
+def test_a_finished_run_is_signed_by_the_server_and_verified(federation):
+    assert federation.submit("signed", **{"federation.rounds": 1})["state"] == "completed"
+    done = federation.exec("server", "fedlora", "verify", "/results/signed", "--json", check=False)
+    checks = {c["name"]: c for c in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 0, done.stdout
+    assert checks["signature"]["state"] == checks["files"]["state"] == "ok"
+    assert "a deployment" in checks["run"]["detail"]
+    file = federation.results("signed") / "privacy.json"
+    content = file.read_text()
+    said = json.loads(content)
+    next(iter(said["institutions"].values()))["ledger_epsilon"] = 0.001
+    try:
+        file.write_text(json.dumps(said))
+        done = federation.exec("server", "fedlora", "verify", "/results/signed", check=False)
+        assert done.returncode == 3 and "NOT VERIFIED: seal, signature" in done.stdout
+    finally:
+        file.write_text(content)
+
+
 def test_an_institution_trains_its_own_models_after_a_run(federation):
     assert federation.submit("short", **{"federation.rounds": 1})["state"] == "completed"
     result = json.loads((federation.results("short") / "result.json").read_text())
