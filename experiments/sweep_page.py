@@ -1,10 +1,11 @@
 """The page on a sweep: the cost of privacy, and each institution's gain."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import figures, joining_page, results
+from experiments import conclusion, figures, joining_page, results
+from experiments.conclusion import setting_of, under_dp
 from experiments.pages import Page, Section, Table, environment
 from experiments.results import ALL
 from experiments.sweep import EPSILON
@@ -14,8 +15,6 @@ from fedlora.run_files import CONFIG, is_complete, read_run_file
 
 Lines = Sequence[Mapping[str, Any]]
 
-MIN_SEEDS = 3
-"""With fewer seeds Student's t makes intervals 13 times as wide as the error, or there are none."""
 ARM_MEANINGS = {
     "base": "base: the model before any training",
     "local": "local: each institution trains alone on its own records",
@@ -47,7 +46,7 @@ def of(out: Path) -> Page:
     return Page(
         title=f"Sweep: {about['name']}",
         opening=[
-            conclusion(pooled, axes),
+            conclusion.of(pooled, axes),
             _dp(out, about),
             Section(title="What was compared", words=_words(arms, axes, seeds, missing)),
         ],
@@ -74,85 +73,6 @@ def of(out: Path) -> Page:
     )
 
 
-def conclusion(pooled: Lines, axes: Sequence[str]) -> Section:
-    """Say whether the federation is worth it, and whether there are seeds enough to say so.
-
-    Args:
-        pooled: Lines of `experiments.results.summary` on all rows together.
-        axes: The axes of the grid.
-    """
-    line, key, against = _headline(pooled)
-    if line is None:
-        return Section(title="Conclusion", note="Nothing was measured.", bad=True)
-    setting = _label(line, axes)
-    said = f"{line['arm']}{f' ({setting})' if setting else ''}"
-    reached = f"{said} is right on {100 * line['accuracy']:.1f} % of held-out rows"
-    few = min(one["seeds"] for one in pooled) < MIN_SEEDS
-    words: list[str] = []
-    if not key:
-        note, caution, bad = f"The best setting, {reached}.", few, False
-    else:
-        gain, half = line[key], line[f"{key}_ci95"]
-        interval = "" if half is None else f", 95 % interval ± {100 * half:.1f}"
-        clear = half is not None and abs(gain) > half
-        start = (
-            "Joining makes no difference that these seeds can show"
-            if not clear
-            else ("Joining pays" if gain > 0 else "Joining does not pay")
-        )
-        note = f"{start}: {reached}, {100 * gain:+.1f} points against {against}{interval}."
-        caution, bad = few or not clear, clear and gain < 0
-    if (cost := _cost_of_privacy(pooled)) is not None:
-        words.append(
-            f"Privacy costs {100 * cost:.1f} points: so much better is the best setting of the "
-            "federation without differential privacy."
-        )
-    if few:
-        least = min(one["seeds"] for one in pooled)
-        words.append(
-            f"Too few seeds: {'one seed gives' if least == 1 else f'{least} seeds give'} "
-            f"{'no interval' if least == 1 else 'intervals too wide to tell settings apart'}, and "
-            f"a difference may be chance. Use {MIN_SEEDS} or more."
-        )
-    if len({_label(one, axes) for one in pooled if one["arm"] == line["arm"]}) > 1:
-        words.append(
-            "The setting was chosen as the best of several on the rows that it is measured on, so "
-            "its figure is somewhat too good."
-        )
-    return Section(title="Conclusion", note=note, bad=bad, caution=caution and not bad, words=words)
-
-
-def _headline(pooled: Lines) -> tuple[Mapping[str, Any] | None, str, str]:
-    """The line that the conclusion is about, the key of its gain, and what the gain is against.
-
-    It is the best setting of the federation, under DP if there is one; else the best of all.
-    """
-    known = [line for line in pooled if line["accuracy"] is not None]
-    together = [line for line in known if line["arm"].startswith("federated")]
-    chosen = [line for line in together if _under_dp(line)] or together or known
-    if not chosen:
-        return None, "", ""
-    best = max(chosen, key=lambda line: line["accuracy"])
-    for key, against in (
-        ("gain_over_local", "each institution alone"),
-        ("gain_over_local_dp", "each institution alone under differential privacy"),
-    ):
-        if together and best.get(key) is not None:
-            return best, key, against
-    return best, "", ""
-
-
-def _cost_of_privacy(pooled: Lines) -> float | None:
-    """The best federation without DP minus the best under DP; None where one is missing."""
-
-    def best(arm: str) -> float | None:
-        found = [x["accuracy"] for x in pooled if x["arm"] == arm and x["accuracy"] is not None]
-        return max(found, default=None)
-
-    free, private = best("federated"), best("federated-dp")
-    return None if free is None or private is None else free - private
-
-
 def _words(
     arms: Sequence[str], axes: Sequence[str], seeds: Sequence[int], missing: int
 ) -> list[str]:
@@ -177,22 +97,10 @@ def _tiles(lines: Lines) -> dict[str, str]:
             best[line["arm"]] = line
     tiles: dict[str, str] = {}
     for arm, line in best.items():
-        budget = f", epsilon {line['epsilon']:.3g}" if _under_dp(line) else ""
+        budget = f", epsilon {line['epsilon']:.3g}" if under_dp(line) else ""
         several = len({other["accuracy"] for other in lines if other["arm"] == arm}) > 1
         tiles[f"{arm}{budget}{', best setting' * several}"] = f"{100 * line['accuracy']:.1f} %"
     return tiles
-
-
-def _label(line: Mapping[str, Any], axes: Iterable[str]) -> str:
-    parts = [_short(axis, line[axis]) for axis in axes]
-    return ", ".join(parts)
-
-
-def _short(axis: str, value: Any) -> str:
-    """Return the label of an axis value; numbers are labelled with the axis."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    number = isinstance(value, int | float) or text == "inf"
-    return f"{axis.rpartition('.')[2]} {text}" if number else text
 
 
 def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
@@ -206,13 +114,13 @@ def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
         if line["accuracy"] is None:
             continue
         if line["arm"].endswith("-dp"):
-            series.setdefault(_name(line["arm"], _label(line, others)), []).append(line)
+            series.setdefault(_name(line["arm"], setting_of(line, others)), []).append(line)
         else:
-            free[line["arm"], _label(line, others)] = line
+            free[line["arm"], setting_of(line, others)] = line
     shown = list(series.items())[: figures.MAX_SERIES]
     drawn: list[figures.Line] = []
     for name, points in shown:
-        arm, label = points[0]["arm"].removesuffix("-dp"), _label(points[0], others)
+        arm, label = points[0]["arm"].removesuffix("-dp"), setting_of(points[0], others)
         ends = [free[arm, label]] if (arm, label) in free else []
         points = sorted(points, key=lambda p: float(p[EPSILON])) + ends
         drawn.append(
@@ -249,7 +157,7 @@ def _against(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
         series: dict[str, list[Mapping[str, Any]]] = {}
         for line in lines:
             if line["accuracy"] is not None:
-                label = _label(line, [o for o in others if o != EPSILON or _under_dp(line)])
+                label = setting_of(line, [o for o in others if o != EPSILON or under_dp(line)])
                 series.setdefault(_name(line["arm"], label), []).append(line)
         drawn: list[figures.Line] = []
         for name, points in list(series.items())[: figures.MAX_SERIES]:
@@ -279,10 +187,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _under_dp(line: Mapping[str, Any]) -> bool:
-    return line["arm"].endswith("-dp")
-
-
 def _settings(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
     """Draw bars for each setting, with a colour for each arm."""
     groups: dict[str, dict[str, float]] = {}
@@ -291,9 +195,9 @@ def _settings(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
     for line in lines:
         if line["accuracy"] is None:
             continue
-        row = _label(line, others) or "accuracy"
+        row = setting_of(line, others) or "accuracy"
         group = line["arm"]
-        if _under_dp(line) and EPSILON in axes:
+        if under_dp(line) and EPSILON in axes:
             group += f", epsilon {float(line[EPSILON]):g}"
         groups.setdefault(group, {})[row] = line["accuracy"]
         if line["accuracy_ci95"] is not None:
@@ -310,12 +214,12 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
                 and x["accuracy"] is not None]  # fmt: skip
     if not together:
         return {}
-    best = max(together, key=lambda line: (_under_dp(line), line["accuracy"]))
+    best = max(together, key=lambda line: (under_dp(line), line["accuracy"]))
     others = [axis for axis in axes if axis != EPSILON]
     groups: dict[str, dict[str, float]] = {}
     for line in lines:
         same = all(line[axis] == best[axis] for axis in others)
-        budget = not _under_dp(line) or line.get(EPSILON) == best.get(EPSILON)
+        budget = not under_dp(line) or line.get(EPSILON) == best.get(EPSILON)
         if line["institution"] != ALL and same and budget and line["accuracy"] is not None:
             group = "before (base)" if line["arm"] == "base" else line["arm"]
             groups.setdefault(group, {})[line["institution"]] = line["accuracy"]
@@ -330,10 +234,10 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
     title = "Each institution" + f": {', '.join(told)}" * (len(told) > 1)
     if len(order) < len(own):
         title += f" (the {len(order)} lowest)"
-    setting = _label(best, axes)
+    setting = setting_of(best, axes)
     gains = [own[n] - groups["local"][n] for n in own if n in groups.get("local", {})]
     words = [
-        f"In the setting with the best result{' under DP' * _under_dp(best)}"
+        f"In the setting with the best result{' under DP' * under_dp(best)}"
         f"{f' ({setting})' if setting else ''}. The lowest accuracy is "
         f"{100 * own[order[0]]:.1f} %, at {order[0]}."
     ]

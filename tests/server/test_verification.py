@@ -115,7 +115,7 @@ def test_every_field_that_the_run_s_files_prove_is_found_changed_under_a_new_sea
     content, tried = statement(run_directory), 0
     bank = next(iter(content["institutions"]))
     for path, value in leaves(content):
-        if path[0] == seal.SEAL or path[0] == "institutions" and path[1] != bank:
+        if path[0] == seal.SEAL or (path[0] == "institutions" and path[1] != bank):
             continue
         if path[-1] in UNPROVABLE or "institution_says" in path or path == ("run", "finished"):
             continue

@@ -1,0 +1,108 @@
+"""The conclusion of a sweep in words: is the federation worth it, and are there seeds to say so?"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments.pages import Section
+
+Lines = Sequence[Mapping[str, Any]]
+
+MIN_SEEDS = 3
+"""With fewer seeds Student's t makes intervals 13 times as wide as the error, or there are none."""
+
+
+def of(pooled: Lines, axes: Sequence[str]) -> Section:
+    """Say whether the federation is worth it, and whether there are seeds enough to say so.
+
+    Args:
+        pooled: Lines of `experiments.results.summary` on all rows together.
+        axes: The axes of the grid.
+    """
+    line, key, against = _headline(pooled)
+    if line is None:
+        return Section(title="Conclusion", note="Nothing was measured.", bad=True)
+    setting = setting_of(line, axes)
+    said = f"{line['arm']}{f' ({setting})' if setting else ''}"
+    reached = f"{said} is right on {100 * line['accuracy']:.1f} % of held-out rows"
+    few = min(one["seeds"] for one in pooled) < MIN_SEEDS
+    words: list[str] = []
+    if not key:
+        note, caution, bad = f"The best setting, {reached}.", few, False
+    else:
+        gain, half = line[key], line[f"{key}_ci95"]
+        interval = "" if half is None else f", 95 % interval ± {100 * half:.1f}"
+        clear = half is not None and abs(gain) > half
+        start = (
+            "Joining makes no difference that these seeds can show"
+            if not clear
+            else ("Joining pays" if gain > 0 else "Joining does not pay")
+        )
+        note = f"{start}: {reached}, {100 * gain:+.1f} points against {against}{interval}."
+        caution, bad = few or not clear, clear and gain < 0
+    if (cost := _cost_of_privacy(pooled)) is not None:
+        words.append(
+            f"Privacy costs {100 * cost:.1f} points: so much better is the best setting of the "
+            "federation without differential privacy."
+        )
+    if few:
+        least = min(one["seeds"] for one in pooled)
+        words.append(
+            f"Too few seeds: {'one seed gives' if least == 1 else f'{least} seeds give'} "
+            f"{'no interval' if least == 1 else 'intervals too wide to tell settings apart'}, and "
+            f"a difference may be chance. Use {MIN_SEEDS} or more."
+        )
+    if len({setting_of(one, axes) for one in pooled if one["arm"] == line["arm"]}) > 1:
+        words.append(
+            "The setting was chosen as the best of several on the rows that it is measured on, so "
+            "its figure is somewhat too good."
+        )
+    return Section(title="Conclusion", note=note, bad=bad, caution=caution and not bad, words=words)
+
+
+def _headline(pooled: Lines) -> tuple[Mapping[str, Any] | None, str, str]:
+    """The line that the conclusion is about, the key of its gain, and what the gain is against.
+
+    It is the best setting of the federation, under DP if there is one; else the best of all.
+    """
+    known = [line for line in pooled if line["accuracy"] is not None]
+    together = [line for line in known if line["arm"].startswith("federated")]
+    chosen = [line for line in together if under_dp(line)] or together or known
+    if not chosen:
+        return None, "", ""
+    best = max(chosen, key=lambda line: line["accuracy"])
+    for key, against in (
+        ("gain_over_local", "each institution alone"),
+        ("gain_over_local_dp", "each institution alone under differential privacy"),
+    ):
+        if together and best.get(key) is not None:
+            return best, key, against
+    return best, "", ""
+
+
+def _cost_of_privacy(pooled: Lines) -> float | None:
+    """The best federation without DP minus the best under DP; None where one is missing."""
+
+    def best(arm: str) -> float | None:
+        found = [x["accuracy"] for x in pooled if x["arm"] == arm and x["accuracy"] is not None]
+        return max(found, default=None)
+
+    free, private = best("federated"), best("federated-dp")
+    return None if free is None or private is None else free - private
+
+
+def under_dp(line: Mapping[str, Any]) -> bool:
+    """Whether a line's arm is under DP."""
+    return line["arm"].endswith("-dp")
+
+
+def setting_of(line: Mapping[str, Any], axes: Iterable[str]) -> str:
+    """Name a line's setting by its values on these axes."""
+    parts = [_short(axis, line[axis]) for axis in axes]
+    return ", ".join(parts)
+
+
+def _short(axis: str, value: Any) -> str:
+    """Return the label of an axis value; numbers are labelled with the axis."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    number = isinstance(value, int | float) or text == "inf"
+    return f"{axis.rpartition('.')[2]} {text}" if number else text
