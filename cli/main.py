@@ -8,6 +8,7 @@ import atexit
 import gc
 import importlib
 import logging
+import signal
 import sys
 from typing import Annotated
 
@@ -70,9 +71,13 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Federated LoRA under differential privacy."""
+    # SIGTERM ends a command as Ctrl-C does. Services replace this handler by their own.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
     quiet_libraries()
     if logging.lastResort is not None:  # the handler of warnings where no log is kept
         logging.lastResort.setFormatter(logs.OneLine("%(message)s"))

@@ -102,6 +102,7 @@ def _resolve(
             raise InputError(
                 f"{resume} holds no run (no config.toml); give the directory that a run printed"
             )
+        resume = resume.resolve()  # runs/latest will point elsewhere
         path = path or resume / CONFIG
     elif path is None:
         raise InputError("no config was given; try `fedlora run demo`")

@@ -14,7 +14,7 @@ from rich.table import Table
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import Outcome
-from fedlora.run_files import CONFIG, read_records, read_run_file
+from fedlora.run_files import CONFIG, link_latest, read_records, read_run_file
 from fedlora.terminal import Terminal
 from server.trend import advice
 
@@ -29,8 +29,9 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     """Show round, institutions done, accuracy, epsilon and seconds left until the block ends.
 
     On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run, one after
-    the last round, and one when institutions begin to train at home. The run's directory is named
-    once the run is accepted, which is when its configuration is written.
+    the last round, and one when institutions begin to train at home. The run's directory is named,
+    and `link_latest` points at it, once the run is accepted, which is when its configuration is
+    written.
     """
     from fedlora import wire  # loads torch, which this module's other functions do without
 
@@ -76,6 +77,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     def name_place(named: bool) -> bool:
         if not named and (run_dir / CONFIG).exists():
             console.write_line(f"results in {run_dir}")
+            link_latest(run_dir)
             return True
         return named
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fedlora
+import server.rounds
 from cli.main import app
 from fedlora import records
 
@@ -274,6 +277,31 @@ def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
     resumed = invoke("run", "--resume", out, "--engine", "inline", "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["rounds"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_end_says_how_to_continue(
+    config_file, tmp_path, monkeypatch, number
+):
+    out, before = tmp_path / "runs" / "one", signal.getsignal(signal.SIGTERM)
+    measure = server.rounds.Federation.measure
+
+    def told_to_end(self, **values):
+        if self.state.round == 2:
+            os.kill(os.getpid(), number)
+        return measure(self, **values)
+
+    monkeypatch.setattr(server.rounds.Federation, "measure", told_to_end)
+    result = invoke("run", config_file(**{"federation.rounds": 3}), "--out", out, *QUIETLY)
+    assert result.exit_code == 1
+    assert "error: interrupted" in result.stderr and f"--resume {out}" in result.stderr
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    latest = tmp_path / "runs" / "latest"
+    assert latest.resolve() == out
+    assert invoke("run", "--resume", latest, *QUIETLY).exit_code == 0
+    assert json.loads((out / "result.json").read_text())["run_dir"] == str(out)
+    assert invoke("predict", latest, "stolen").exit_code == 0
 
 
 def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():
