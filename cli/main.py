@@ -24,6 +24,7 @@ COMMANDS = {
     "init": "cli.check_commands",
     "check": "cli.check_commands",
     "run": "cli.simulation_commands",
+    "watch": "cli.simulation_commands",
     "sweep": "cli.experiment_commands",
     "report": "cli.experiment_commands",
     "compare": "cli.experiment_commands",

@@ -1,6 +1,8 @@
-"""``fedlora run | evaluate | predict | merge | push | config``: a simulated run and its adapter."""
+"""A simulated run and its adapter: run, watch, evaluate, predict, merge, push, config."""
 
+import contextlib
 import json
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +55,9 @@ def run(
         float | None, typer.Option(help="Lifetime limit of ledgers that this simulation creates.")
     ] = None,
     accept: Accept = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show the run in the browser of this machine.")
+    ] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
 ) -> None:
@@ -74,10 +79,15 @@ def run(
     from simulation import progress
     from simulation.run import simulate
 
-    with one_line_errors(Path(resolved.run_dir), "fedlora run --resume"):
-        result = simulate(resolved, engine, console)
+    with contextlib.ExitStack() as stack:
+        if serve:
+            from experiments import live
 
-    draw_report(Path(resolved.run_dir))
+            address = stack.enter_context(live.serving(Path(resolved.run_dir)))
+            ERRORS.write_line(f"live page: {address}")
+        with one_line_errors(Path(resolved.run_dir), "fedlora run --resume"):
+            result = simulate(resolved, engine, console)
+        draw_report(Path(resolved.run_dir))
     tracking.add_report(resolved, result["run"], Path(resolved.run_dir, "report.html"))
     if as_json:
         print(json.dumps(result))
@@ -130,6 +140,23 @@ def _resolve(
 
     RunDirectory(chosen.absolute()).check(resolved)
     return resolved
+
+
+@app.command()
+@clean_errors
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, such as runs/latest.")],
+) -> None:
+    """Show a run in the browser of this machine, while it runs or after it; Ctrl-C ends it."""
+    from experiments import live
+
+    if not (run_dir / CONFIG).exists():
+        raise InputError(
+            f"{run_dir} holds no run (no config.toml); give the directory that a run printed"
+        )
+    with live.serving(run_dir.resolve()) as address, contextlib.suppress(KeyboardInterrupt):
+        Terminal().write_line(f"live page: {address} (Ctrl-C ends it)")
+        threading.Event().wait()
 
 
 @app.command()

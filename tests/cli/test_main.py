@@ -280,9 +280,7 @@ def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_told_to_end_says_how_to_continue(
-    config_file, tmp_path, monkeypatch, number
-):
+def test_a_run_that_is_told_to_end_says_how_to_continue(config_file, tmp_path, monkeypatch, number):
     out, before = tmp_path / "runs" / "one", signal.getsignal(signal.SIGTERM)
     measure = server.rounds.Federation.measure
 
