@@ -36,6 +36,7 @@ COMMANDS = {
     "plan": "cli.experiment_commands",
     "audit": "cli.experiment_commands",
     "ledger": "cli.ledger_commands",
+    "cache": "cli.cache_command",
     "service": "deployment.cli",
     "node": "deployment.cli",
     "home": "cli.home_command",

@@ -51,6 +51,9 @@ def run(
     ] = "ray",
     ray_address: Annotated[str, typer.Option(help="A Ray cluster to join.")] = "",
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+    rounds: Annotated[
+        str, typer.Option(help="+N: after the complete run of --resume, N rounds as a new run.")
+    ] = "",
     max_epsilon: Annotated[
         float | None, typer.Option(help="Lifetime limit of ledgers that this simulation creates.")
     ] = None,
@@ -67,6 +70,8 @@ def run(
         overrides["engine.ray-address"] = ray_address
     if max_epsilon is not None:
         overrides["privacy.max-epsilon"] = max_epsilon
+    if rounds:
+        config, overrides, out, resume = _continuation(rounds, config, overrides, out, resume)
     resolved = _resolve(config, overrides, out, resume, accept or [])
     console = Terminal(quiet=quiet or as_json)
     if not resolved.privacy.enabled:
@@ -93,6 +98,28 @@ def run(
         print(json.dumps(result))
     elif not quiet:
         progress.summary(resolved, result, console)
+
+
+def _continuation(
+    rounds: str, config: Path | None, overrides: dict[str, Any], out: Path | None, run: Path | None
+) -> tuple[Path, dict[str, Any], Path, None]:
+    """The arguments of `_resolve` for a new run of more rounds after a complete one."""
+    more = rounds.removeprefix("+")
+    if more == rounds or not more.isdecimal() or not 0 < len(more) < 9 or not int(more):
+        raise InputError(
+            f"--rounds is {rounds!r}; give +N for N more rounds after the complete run of --resume "
+            "(a new run takes --set federation.rounds=N)"
+        )
+    if run is None or config is not None:
+        raise InputError(
+            "--rounds continues a complete run; give --resume RUN_DIR, and no configuration"
+        )
+    from simulation import continuation
+
+    run = run.resolve()
+    values = continuation.values(run, int(more)) | overrides
+    place = out or run.with_name(f"{run.name}-plus-{more}")
+    return run / CONFIG, values, place, None
 
 
 def _resolve(
@@ -127,7 +154,10 @@ def _resolve(
             f"{chosen} holds another run; give another --out, or continue it with --resume {chosen}"
         )
     if resume is not None and is_complete(resume):
-        raise InputError(f"{resume} is complete; there is nothing to resume (see its result.json)")
+        raise InputError(
+            f"{resume} is complete; there is nothing to resume (see its result.json). --rounds +N "
+            "trains N more rounds as a new run"
+        )
     values: dict[str, Any] = {"run-dir": str(chosen.absolute())}
     if loaded.privacy.ledger:
         values["privacy.ledger"] = str(Path(loaded.privacy.ledger).absolute())
@@ -135,6 +165,8 @@ def _resolve(
         value = str(loaded.flat()[key])
         if value and Path(value).exists():
             values[key] = str(Path(value).absolute())
+    if "adapter.start" in values:
+        values["adapter.start"] = str(Path(values["adapter.start"]).resolve())  # runs/latest moves
     resolved = loaded.replace(values)
     from server.run_directory import RunDirectory
 

@@ -107,8 +107,9 @@ class AdapterConfig(Section):
     dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, at_most=0.99)
     start: str = key(
         "",
-        "directory of an adapter to start from, such as one trained on public records: starting "
-        "from it costs no privacy if no institution's records made it; empty: a fresh one",
+        "a run directory, or the directory of an adapter, to start from, such as one trained on "
+        "public records: starting from it costs no privacy if no institution's records made it; "
+        "empty: a fresh one",
     )
     target_modules: tuple[str, ...] = key(
         (), "names of the layers that get an adapter; empty: the architecture's usual ones"

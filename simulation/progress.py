@@ -201,6 +201,14 @@ def add_privacy(
             f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, "
             f"per {config.privacy.unit}, each institution",
         )
+        spent = privacy["institutions"].values()
+        most = max(spent, key=lambda one: one["ledger_epsilon"], default=None)
+        if most and most["ledger_epsilon"] > 1.001 * result["epsilon_max"]:
+            table.add_row(
+                "with earlier runs",
+                f"epsilon {most['ledger_epsilon']:.3f} at delta {most['ledger_delta']:g}, of "
+                f"{most['ledger_limit']:g} in an institution's ledger",
+            )
     if "secure_aggregation" in privacy:
         trusted, alone = privacy["secure_aggregation"], result.get("epsilon_alone_max", "inf")
         table.add_row(

@@ -104,7 +104,11 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     assert list((tmp_path / "merged").glob("*.safetensors"))
     refused("merge", out, tmp_path / "merged", words=["exists"])
     refused("run", config_file(), "--out", out, words=["holds another run", "--resume"])
-    refused("run", "--resume", out, words=["is complete"])
+    refused("run", "--resume", out, words=["is complete", "--rounds +N"])
+    refused("run", "--resume", out, "--rounds", "3", words=["--rounds is '3'", "+N"])
+    refused("run", config_file(), "--rounds", "+3", words=["give --resume RUN_DIR"])
+    refused("run", "--resume", out, "--rounds", "+3", *QUIETLY, words=["budget exhausted"])
+    assert not (tmp_path / "out-plus-3").exists()
 
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\u202e[red]x[/red]:warning:"
