@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": "cli.simulation_commands",
     "predict": "cli.simulation_commands",
     "merge": "cli.simulation_commands",
+    "export": "cli.simulation_commands",
     "push": "cli.simulation_commands",
     "config": "cli.simulation_commands",
     "plan": "cli.experiment_commands",

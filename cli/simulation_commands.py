@@ -1,4 +1,4 @@
-"""A simulated run and its adapter: run, watch, evaluate, predict, merge, push, config."""
+"""A simulated run and its adapter: run, watch, evaluate, predict, merge, export, push, config."""
 
 import contextlib
 import json
@@ -293,6 +293,23 @@ def merge(
 
     finished_run.merge(run_dir, out_dir, institution)
     Terminal().write_line(f"merged model in {out_dir}")
+
+
+@app.command()
+@clean_errors
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    out_dir: Annotated[Path, typer.Argument(help="Directory of the adapter; it must not exist.")],
+    layout: Annotated[
+        Literal["vllm"], typer.Option("--format", help="The program that serves the adapter.")
+    ] = "vllm",
+    institution: Institution = "",
+) -> None:
+    """Write a causal model's adapter in the layout of another program, and how to serve it."""
+    from fedlora import export as layouts
+
+    command = {"vllm": layouts.vllm}[layout](run_dir, out_dir, institution)
+    Terminal().write_line(f"adapter in {out_dir}; serve it with: {command}")
 
 
 @app.command()

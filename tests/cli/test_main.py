@@ -99,6 +99,13 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     assert (measured["n"], measured["truncated"]) == (2, 1)
     refused("evaluate", out, "--data", more, "--set", "seed=2", words=["seed", "data.text"])
     refused("push", out, "org/name", words=["noise was seeded", "--unprotected"])
+    refused("export", out, tmp_path / "vllm", "--format", "vllm", words=["an encoder"])
+    shown = json.loads(invoke("ledger", "show", out / "ledgers", "--json").stdout)
+    assert shown.keys() == {"Alpha", "Beta", "Gamma", "Delta"}
+    assert all(one["runs"] == 1 and one["epsilon"] > 0 for one in shown.values())
+    assert "Alpha" in invoke("ledger", "show", out / "ledgers").stdout
+    refused("ledger", "show", tmp_path, words=["has no ledger"])
+    refused("watch", tmp_path, words=["holds no run"])
 
     assert invoke("merge", out, tmp_path / "merged").exit_code == 0
     assert list((tmp_path / "merged").glob("*.safetensors"))
@@ -290,7 +297,7 @@ def test_a_run_that_is_told_to_end_says_how_to_continue(config_file, tmp_path, m
 
     def told_to_end(self, **values):
         if self.state.round == 2:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
         return measure(self, **values)
 
     monkeypatch.setattr(server.rounds.Federation, "measure", told_to_end)
@@ -304,6 +311,19 @@ def test_a_run_that_is_told_to_end_says_how_to_continue(config_file, tmp_path, m
     assert invoke("run", "--resume", latest, *QUIETLY).exit_code == 0
     assert json.loads((out / "result.json").read_text())["run_dir"] == str(out)
     assert invoke("predict", latest, "stolen").exit_code == 0
+
+
+def test_the_cache_is_shown_and_cleared(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    records.forget()
+    assert invoke("check", config_file()).exit_code == 0
+    shown = json.loads(invoke("cache", "--json").stdout)
+    (entry,) = shown["entries"]
+    assert shown["place"] == str(tmp_path / "cache" / "shards") and entry["bytes"] > 1000
+    assert "1 entries" in invoke("cache").stdout
+    assert "removed" in invoke("cache", "--clear").stdout
+    assert json.loads(invoke("cache", "--json").stdout)["entries"] == []
+    records.forget()
 
 
 def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():
