@@ -524,17 +524,17 @@ class TrackingConfig(Section):
 
     prefix = "tracking."
     mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")
-    model: str = key(
+    mlflow_model: str = key(
         "", "register the adapter in MLflow as a version of the model of this name; empty: do not"
     )
     tensorboard: str = key("", "directory of TensorBoard event files; empty: off")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model and not self.mlflow:
+        if self.mlflow_model and not self.mlflow:
             raise InputError(
-                f"tracking.model is {self.model!r}, but tracking.mlflow is empty; give the URI of "
-                "the MLflow that has the model, or leave tracking.model empty"
+                f"tracking.mlflow-model is {self.mlflow_model!r}, but tracking.mlflow is empty; "
+                "give the URI of the MLflow that has the model, or leave the name empty"
             )
         if _CREDENTIALS.search(urllib.parse.unquote(self.mlflow)):
             raise InputError(

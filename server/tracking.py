@@ -63,7 +63,7 @@ class Tracking:
     """
 
     def __init__(self, config: RunConfig, run: str) -> None:
-        self._directory, self._model = Path(config.run_dir), config.tracking.model
+        self._directory, self._model = Path(config.run_dir), config.tracking.mlflow_model
         self._board: Any = None
         self._client: Any = None
         self._id = ""
@@ -97,7 +97,7 @@ class Tracking:
     def end(self) -> None:
         """Log the run's adapter and ``privacy.json``, and mark the run as complete.
 
-        With ``tracking.model`` the adapter becomes a version of that registered model.
+        With ``tracking.mlflow-model`` the adapter becomes a version of that registered model.
         """
         try:
             if self._board is not None:

@@ -184,12 +184,12 @@ def test_mlflow_gets_a_run_s_name_adapter_promise_and_report(
 def test_mlflow_registers_an_adapter_on_request(store, tiny_config, simulate_run, monkeypatch):
     monkeypatch.setattr(Store, "models", {})
     values = {"tracking.mlflow": "sqlite:///x.db", "federation.rounds": 1}
-    config = tiny_config(**values, **{"tracking.model": "complaints"})
+    config = tiny_config(**values, **{"tracking.mlflow-model": "complaints"})
     for number in (1, 2):
         simulate_run(config.replace({"run-dir": f"{config.run_dir}-{number}"}))
     assert Store.models == {"complaints": [(f"store:/{run}/adapter", run) for run in store]}
-    with pytest.raises(InputError, match=r"tracking.model is 'x', but tracking.mlflow is empty"):
-        tiny_config(**{"tracking.model": "x"})
+    with pytest.raises(InputError, match="mlflow-model is 'x', but tracking"):
+        tiny_config(**{"tracking.mlflow-model": "x"})
 
 
 def test_the_cells_of_a_sweep_are_nested_in_its_run(store, tiny_config, monkeypatch, tmp_path):
@@ -232,7 +232,7 @@ def test_both_trackers_hold_what_rounds_jsonl_holds(
     config = tiny_config(
         **{
             "tracking.mlflow": uri,
-            "tracking.model": "complaints",
+            "tracking.mlflow-model": "complaints",
             "tracking.tensorboard": str(tmp_path / "tb"),
         }
     )
