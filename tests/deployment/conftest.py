@@ -61,6 +61,7 @@ class Rehearsal(harness.Federation):
         model: Path,
         *rogues: str,
         volumes: Mapping[str, list[str]],
+        compose: Path = harness.COMPOSE,
     ) -> None:
         self.directory = directory
         here = Path(__file__).parent
@@ -71,6 +72,7 @@ class Rehearsal(harness.Federation):
             scratch,
             image_files={MODEL: model},
             volumes={**volumes, **{f"institution-{name}": app for name in rogues}},
+            file=compose,
         )
 
     def deploy(self, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
