@@ -138,7 +138,7 @@ def test_a_browser_shows_the_run(address):
         "Round 4 of 6: 1 institution trains.",
         "<b>3 / 6</b><span>rounds</span>",
         "<b>0.250</b><span>accuracy after round 2</span>",
-        "<b>1.50</b><span>epsilon spent, of 4</span>",
+        "<b>1.50</b><span>epsilon of this run, of 4</span>",
         "<b>6 s</b><span>left for the rounds</span>",
         "&lt;b&gt;Beta&lt;/b&gt;",
         "too-large (round 3)",
