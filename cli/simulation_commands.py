@@ -114,6 +114,8 @@ def _continuation(
         raise InputError(
             "--rounds continues a complete run; give --resume RUN_DIR, and no configuration"
         )
+    if fixed := {"federation.rounds", "adapter.start", "privacy.ledger"} & overrides.keys():
+        raise InputError(f"--set has {min(fixed)}, which --rounds decides; drop one of them")
     from simulation import continuation
 
     run = run.resolve()

@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from client.institution import Institution
+from client.ledger import Ledger
 from fedlora import accounting, records
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig, load
@@ -31,32 +33,44 @@ def values(run_dir: Path, more: int) -> dict[str, Any]:
     Raises:
         InputError: If the run is not complete, or its spending is in no ledger here.
     """
-    read_run_file(run_dir)
-    config = load(run_dir / CONFIG)
+    result = read_run_file(run_dir)
+    config = load(run_dir / CONFIG, {"run-dir": str(run_dir)})
     if config.deployed:
         raise InputError(
             f"{run_dir} is a deployed run; submit a configuration with adapter.start = {run_dir} "
             "and the further federation.rounds"
         )
-    found: dict[str, Any] = {"federation.rounds": more, "adapter.start": str(run_dir)}
     if config.privacy.hides_institutions:
         raise InputError(
             f"--rounds +{more}: {run_dir} has institution-level DP (privacy.institution-epsilon), "
             "for which there is no ledger that could add up two runs; plan all rounds in one run"
         )
+    found: dict[str, Any] = {"federation.rounds": more, "adapter.start": str(run_dir)}
     if not config.privacy.enabled:
         return found
-    ledgers = Path(config.privacy.ledger or run_dir / "ledgers")
-    if not any(ledgers.glob("*.db")):
-        raise InputError(
-            f"--rounds +{more}: {ledgers} has no ledgers, so nobody knows what is spent already; "
-            "restore the ledgers of the run"
-        )
+    _check_ledgers(run_dir, config, result["run"])
     return found | {
         "privacy.epsilon": _epsilon(config, more),
-        "privacy.ledger": str(ledgers),
+        "privacy.ledger": config.privacy.ledger or str(run_dir / "ledgers"),
         "privacy.max-epsilon": 0.0,
     }
+
+
+def _check_ledgers(run_dir: Path, config: RunConfig, run: str) -> None:
+    """Check that the ledger of each institution that spent in a run has the run's charges."""
+    spent = read_run_file(run_dir, "privacy.json")["institutions"]
+    for index, name in enumerate(records.load(config).names):
+        path = Institution.locate(config, index).ledger_path
+        if name not in spent:
+            continue
+        if path.exists():
+            with Ledger.open(path) as ledger:
+                if run in ledger.runs():
+                    continue
+        raise InputError(
+            f"the ledger {path} is missing or has no charge of the run in {run_dir}, so nobody "
+            "knows what is spent already; restore it"
+        )
 
 
 def _epsilon(config: RunConfig, more: int) -> float:

@@ -115,6 +115,8 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     refused("run", "--resume", out, "--rounds", "3", words=["--rounds is '3'", "+N"])
     refused("run", config_file(), "--rounds", "+3", words=["give --resume RUN_DIR"])
     refused("run", "--resume", out, "--rounds", "+3", *QUIETLY, words=["budget exhausted"])
+    other = ("--set", f"privacy.ledger={tmp_path / 'others'}")
+    refused("run", "--resume", out, "--rounds", "+3", *other, words=["privacy.ledger", "--rounds"])
     assert not (tmp_path / "out-plus-3").exists()
 
 
