@@ -1,7 +1,6 @@
 """``fedlora sweep | audit | report | compare | plan``: experiments with privacy budgets."""
 
 import json
-import signal
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -46,9 +45,6 @@ def run_sweep(
     sweep = ready.locate(sweep, "sweeps")
     place = (out or Path("runs/sweeps") / sweep.stem).absolute()
     console = Terminal(quiet=as_json)
-    before = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a SIGTERM ends the cells too
     try:
         done = cells.run(
             sweep,
@@ -63,8 +59,6 @@ def run_sweep(
     except KeyboardInterrupt:
         ERRORS.write_line("error: interrupted; finished cells are kept, continue with --resume")
         raise typer.Exit(1) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
     draw_report(place)
     if as_json:
         print(json.dumps(done))

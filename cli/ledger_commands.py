@@ -2,17 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Column, Table
 
-from fedlora.errors import Refusal
+from fedlora.errors import InputError, Refusal
 from fedlora.terminal import Json, Terminal, clean_errors
 
 app = typer.Typer()
 ledger = typer.Typer(no_args_is_help=True, help="An institution's privacy ledger.")
 app.add_typer(ledger, name="ledger")
+_TOTALS = ("epsilon", "limit", "left", "delta")
 
 
 @ledger.command("init")
@@ -37,11 +38,15 @@ def ledger_init(
 @ledger.command("show")
 @clean_errors
 def ledger_show(
-    path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False
+    path: Annotated[Path, typer.Argument(help="A ledger, or a directory of ledgers.")],
+    as_json: Json = False,
 ) -> None:
-    """Show the spent budget and the entries of a ledger."""
+    """Show the spent budget and the entries of a ledger, or one line for each of a directory."""
     from client.ledger import Ledger
 
+    if path.is_dir():
+        _show_all(path, as_json=as_json)
+        return
     with Ledger.open(path) as opened:
         shown = opened.show()
     if as_json:
@@ -64,6 +69,29 @@ def ledger_show(
             str(entry["steps"]),
             str(entry["at"])[:16].replace("T", " "),
         )
+    Terminal().print(lines)
+
+
+def _show_all(directory: Path, *, as_json: bool) -> None:
+    """Show limit and spending of each ledger in a directory."""
+    from client.ledger import Ledger
+
+    files = sorted(f for f in directory.glob("*.db") if not f.name.endswith(".secure.db"))
+    if not files:
+        raise InputError(f"{directory} has no ledger (*.db); give the directory of ledgers")
+    shown: dict[str, dict[str, Any]] = {}
+    for file in files:
+        with Ledger.open(file) as opened:
+            said = opened.show()
+            entries = said.pop("entries")
+            shown[file.stem] = {**said, "runs": len({e["run"] for e in entries})}
+    if as_json:
+        print(json.dumps(shown))
+        return
+    lines = Table(*(Column(name, overflow="fold") for name in ("ledger", *_TOTALS, "runs")))
+    for name, said in shown.items():
+        figures = (said[key] for key in _TOTALS)
+        lines.add_row(name, *(f"{value:.4g}" for value in figures), str(said["runs"]))
     Terminal().print(lines)
 
 

@@ -8,6 +8,7 @@ import atexit
 import gc
 import importlib
 import logging
+import signal
 import sys
 from typing import Annotated
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "init": "cli.check_commands",
     "check": "cli.check_commands",
     "run": "cli.simulation_commands",
+    "watch": "cli.simulation_commands",
     "sweep": "cli.experiment_commands",
     "report": "cli.experiment_commands",
     "verify": "cli.verify_command",
@@ -30,11 +32,13 @@ COMMANDS = {
     "evaluate": "cli.simulation_commands",
     "predict": "cli.simulation_commands",
     "merge": "cli.simulation_commands",
+    "export": "cli.simulation_commands",
     "push": "cli.simulation_commands",
     "config": "cli.simulation_commands",
     "plan": "cli.experiment_commands",
     "audit": "cli.experiment_commands",
     "ledger": "cli.ledger_commands",
+    "cache": "cli.cache_command",
     "service": "deployment.cli",
     "node": "deployment.cli",
     "home": "cli.home_command",
@@ -71,9 +75,13 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Federated LoRA under differential privacy."""
+    # SIGTERM ends a command as Ctrl-C does. Services replace this handler by their own.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
     quiet_libraries()
     if logging.lastResort is not None:  # the handler of warnings where no log is kept
         logging.lastResort.setFormatter(logs.OneLine("%(message)s"))

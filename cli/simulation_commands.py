@@ -1,6 +1,8 @@
-"""``fedlora run | evaluate | predict | merge | push | config``: a simulated run and its adapter."""
+"""A simulated run and its adapter: run, watch, evaluate, predict, merge, export, push, config."""
 
+import contextlib
 import json
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,10 +51,16 @@ def run(
     ] = "ray",
     ray_address: Annotated[str, typer.Option(help="A Ray cluster to join.")] = "",
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+    rounds: Annotated[
+        str, typer.Option(help="+N: after the complete run of --resume, N rounds as a new run.")
+    ] = "",
     max_epsilon: Annotated[
         float | None, typer.Option(help="Lifetime limit of ledgers that this simulation creates.")
     ] = None,
     accept: Accept = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show the run in the browser of this machine.")
+    ] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
 ) -> None:
@@ -62,6 +70,8 @@ def run(
         overrides["engine.ray-address"] = ray_address
     if max_epsilon is not None:
         overrides["privacy.max-epsilon"] = max_epsilon
+    if rounds:
+        config, overrides, out, resume = _continuation(rounds, config, overrides, out, resume)
     resolved = _resolve(config, overrides, out, resume, accept or [])
     console = Terminal(quiet=quiet or as_json)
     if not resolved.privacy.enabled:
@@ -74,15 +84,44 @@ def run(
     from simulation import progress
     from simulation.run import simulate
 
-    with one_line_errors(Path(resolved.run_dir), "fedlora run --resume"):
-        result = simulate(resolved, engine, console)
+    with contextlib.ExitStack() as stack:
+        if serve:
+            from experiments import live
 
-    draw_report(Path(resolved.run_dir))
+            address = stack.enter_context(live.serving(Path(resolved.run_dir)))
+            ERRORS.write_line(f"live page: {address}")
+        with one_line_errors(Path(resolved.run_dir), "fedlora run --resume"):
+            result = simulate(resolved, engine, console)
+        draw_report(Path(resolved.run_dir))
     tracking.add_report(resolved, result["run"], Path(resolved.run_dir, "report.html"))
     if as_json:
         print(json.dumps(result))
     elif not quiet:
         progress.summary(resolved, result, console)
+
+
+def _continuation(
+    rounds: str, config: Path | None, overrides: dict[str, Any], out: Path | None, run: Path | None
+) -> tuple[Path, dict[str, Any], Path, None]:
+    """The arguments of `_resolve` for a new run of more rounds after a complete one."""
+    more = rounds.removeprefix("+")
+    if more == rounds or not more.isdecimal() or not 0 < len(more) < 9 or not int(more):
+        raise InputError(
+            f"--rounds is {rounds!r}; give +N for N more rounds after the complete run of --resume "
+            "(a new run takes --set federation.rounds=N)"
+        )
+    if run is None or config is not None:
+        raise InputError(
+            "--rounds continues a complete run; give --resume RUN_DIR, and no configuration"
+        )
+    if fixed := {"federation.rounds", "adapter.start", "privacy.ledger"} & overrides.keys():
+        raise InputError(f"--set has {min(fixed)}, which --rounds decides; drop one of them")
+    from simulation import continuation
+
+    run = run.resolve()
+    values = continuation.values(run, int(more)) | overrides
+    place = out or run.with_name(f"{run.name}-plus-{more}")
+    return run / CONFIG, values, place, None
 
 
 def _resolve(
@@ -102,6 +141,7 @@ def _resolve(
             raise InputError(
                 f"{resume} holds no run (no config.toml); give the directory that a run printed"
             )
+        resume = resume.resolve()  # runs/latest will point elsewhere
         path = path or resume / CONFIG
     elif path is None:
         raise InputError("no config was given; try `fedlora run demo`")
@@ -116,7 +156,10 @@ def _resolve(
             f"{chosen} holds another run; give another --out, or continue it with --resume {chosen}"
         )
     if resume is not None and is_complete(resume):
-        raise InputError(f"{resume} is complete; there is nothing to resume (see its result.json)")
+        raise InputError(
+            f"{resume} is complete; there is nothing to resume (see its result.json). --rounds +N "
+            "trains N more rounds as a new run"
+        )
     values: dict[str, Any] = {"run-dir": str(chosen.absolute())}
     if loaded.privacy.ledger:
         values["privacy.ledger"] = str(Path(loaded.privacy.ledger).absolute())
@@ -124,11 +167,30 @@ def _resolve(
         value = str(loaded.flat()[key])
         if value and Path(value).exists():
             values[key] = str(Path(value).absolute())
+    if "adapter.start" in values:
+        values["adapter.start"] = str(Path(values["adapter.start"]).resolve())  # runs/latest moves
     resolved = loaded.replace(values)
     from server.run_directory import RunDirectory
 
     RunDirectory(chosen.absolute()).check(resolved)
     return resolved
+
+
+@app.command()
+@clean_errors
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, such as runs/latest.")],
+) -> None:
+    """Show a run in the browser of this machine, while it runs or after it; Ctrl-C ends it."""
+    from experiments import live
+
+    if not (run_dir / CONFIG).exists():
+        raise InputError(
+            f"{run_dir} holds no run (no config.toml); give the directory that a run printed"
+        )
+    with live.serving(run_dir.resolve()) as address, contextlib.suppress(KeyboardInterrupt):
+        Terminal().write_line(f"live page: {address} (Ctrl-C ends it)")
+        threading.Event().wait()
 
 
 @app.command()
@@ -233,6 +295,23 @@ def merge(
 
     finished_run.merge(run_dir, out_dir, institution)
     Terminal().write_line(f"merged model in {out_dir}")
+
+
+@app.command()
+@clean_errors
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    out_dir: Annotated[Path, typer.Argument(help="Directory of the adapter; it must not exist.")],
+    layout: Annotated[
+        Literal["vllm"], typer.Option("--format", help="The program that serves the adapter.")
+    ] = "vllm",
+    institution: Institution = "",
+) -> None:
+    """Write a causal model's adapter in the layout of another program, and how to serve it."""
+    from fedlora import export as layouts
+
+    command = {"vllm": layouts.vllm}[layout](run_dir, out_dir, institution)
+    Terminal().write_line(f"adapter in {out_dir}; serve it with: {command}")
 
 
 @app.command()

@@ -310,6 +310,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "engine.gpus": Own(lambda own: float(own.gpu)),
     "engine.ray-address": Unused(),
     "tracking.mlflow": Unused(),
+    "tracking.mlflow-model": Unused(),
     "tracking.tensorboard": Unused(),
 }
 

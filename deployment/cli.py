@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import signal
 import sys
 import textwrap
 import time
@@ -167,6 +168,7 @@ def keep(
     """Register institutions, also new ones, and restart interrupted runs."""
     from deployment import submissions, superlink_client
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `service.run` reports which signal ended it
     logs.to_stderr()
     here = superlink_client.server()
     registered = None

@@ -71,7 +71,7 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
 
 def _names(runs: Sequence[Path]) -> list[str]:
     """Return the directories' names, or their paths where names are equal."""
-    short = [run.absolute().name for run in runs]
+    short = [run.resolve().name for run in runs]  # the run's own name where runs/latest is given
     return [
         name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)
     ]

@@ -107,8 +107,9 @@ class AdapterConfig(Section):
     dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, at_most=0.99)
     start: str = key(
         "",
-        "directory of an adapter to start from, such as one trained on public records: starting "
-        "from it costs no privacy if no institution's records made it; empty: a fresh one",
+        "a run directory, or the directory of an adapter, to start from, such as one trained on "
+        "public records: starting from it costs no privacy if no institution's records made it; "
+        "empty: a fresh one",
     )
     target_modules: tuple[str, ...] = key(
         (), "names of the layers that get an adapter; empty: the architecture's usual ones"
@@ -523,10 +524,18 @@ class TrackingConfig(Section):
 
     prefix = "tracking."
     mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")
+    mlflow_model: str = key(
+        "", "register the adapter in MLflow as a version of the model of this name; empty: do not"
+    )
     tensorboard: str = key("", "directory of TensorBoard event files; empty: off")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mlflow_model and not self.mlflow:
+            raise InputError(
+                f"tracking.mlflow-model is {self.mlflow_model!r}, but tracking.mlflow is empty; "
+                "give the URI of the MLflow that has the model, or leave the name empty"
+            )
         if _CREDENTIALS.search(urllib.parse.unquote(self.mlflow)):
             raise InputError(
                 "tracking.mlflow holds a password or token, which the run's directory and report "

@@ -44,7 +44,7 @@ def prepare(
     encoding_key: str,
     cache_dir: Path | None = None,
 ) -> Federation:
-    """Open a federation from the cache, or build it and cache it.
+    """Open a federation from the cache, or build it and cache it; remove entries that are too old.
 
     Args:
         settings: See `fedlora.rows.partition_rows`; ``view`` and ``prompt`` are not used.
@@ -75,7 +75,9 @@ def prepare(
     ]
     content = [sources.digest(settings.source), test_digest]
     key = json.dumps([content, shape, task, encoding_key, _code_digest()])
-    entry = (cache_dir or cached_shards()) / hashlib.sha256(key.encode()).hexdigest()
+    base = cache_dir or cached_shards()
+    shards.expire(base)
+    entry = base / hashlib.sha256(key.encode()).hexdigest()
     if (cached := shards.open_entry(entry)) is not None:
         return cached
     encode = encoder()  # before rows are read, so that a model's error comes first

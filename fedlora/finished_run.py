@@ -36,6 +36,48 @@ def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     return load(run_dir / CONFIG, overrides)
 
 
+def adapter_directory(run_dir: Path, config: RunConfig, institution: str = "") -> Path:
+    """The directory of the adapter that a run released.
+
+    Args:
+        run_dir: The directory of a complete run.
+        config: The run's `configuration`.
+        institution: The institution whose adapter it is, where each institution has its own;
+            empty otherwise.
+
+    Raises:
+        InputError: If there is no such adapter.
+    """
+    traits = config.federation.traits
+    own = (run_dir / "institutions").glob("*/adapter")
+    names = sorted(path.parent.name for path in own) if traits.local_parts else [""]
+    if institution not in names:
+        raise InputError(
+            f"--institution is {institution or 'not given'}, but {run_dir} has "
+            + (
+                f"an adapter for each institution; give one of {', '.join(names)}"
+                if traits.local_parts
+                else "one adapter for all; leave it out"
+            )
+        )
+    folder = run_dir / "institutions" / institution if institution else run_dir
+    return folder / "adapter"
+
+
+def new_directory(path: Path) -> Path:
+    """Check that a directory can be created; its parent.
+
+    Raises:
+        InputError: If it exists, or its parent cannot be written to.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists; give a directory that does not exist")
+    parent = path.absolute().parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{parent} is no directory that can be written to; give another directory")
+    return parent
+
+
 def _open(run_dir: Path, config: RunConfig, institution: str) -> Trainable:
     """Load a run's base model with the adapter that the run released.
 
@@ -56,21 +98,8 @@ def _open(run_dir: Path, config: RunConfig, institution: str) -> Trainable:
             f"model.name {config.model.name} is not the base that {run_dir} was trained on "
             "(weights differ); restore that base or run again"
         )
-    traits = config.federation.traits
-    own = (run_dir / "institutions").glob("*/adapter")
-    names = sorted(path.parent.name for path in own) if traits.local_parts else [""]
-    if institution not in names:
-        raise InputError(
-            f"--institution is {institution or 'not given'}, but {run_dir} has "
-            + (
-                f"an adapter for each institution; give one of {', '.join(names)}"
-                if traits.local_parts
-                else "one adapter for all; leave it out"
-            )
-        )
-    folder = run_dir / "institutions" / institution if institution else run_dir
-    adapter = AdapterState.open(folder / "adapter")
-    if traits.residuals:
+    adapter = AdapterState.open(adapter_directory(run_dir, config, institution))
+    if config.federation.traits.residuals:
         adapter = adapter.as_residual(work.start)
     adapter.load_into(work.model)
     return work
@@ -157,11 +186,7 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     Raises:
         InputError: If ``out_dir`` exists.
     """
-    if out_dir.exists():
-        raise InputError(f"{out_dir} exists; give a directory that does not exist")
-    parent = out_dir.absolute().parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"{parent} is no directory that can be written to; give another directory")
+    new_directory(out_dir)
     config = configuration(run_dir, {})
     work = _open(run_dir, config, institution)
     trainable.forget()  # merging changes the cached model

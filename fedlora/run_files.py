@@ -24,6 +24,8 @@ CONFIG = "config.toml"
 """In a run directory: the resolved configuration."""
 RESULT = "result.json"
 """In a run directory: the results. A run writes this file last, so it marks a complete run."""
+RUNS, LATEST = "runs", "latest"
+"""The directory of runs, and the link in it to the run that was started or resumed last."""
 SUBMISSION = "submission.json"
 """In a run directory: the deployment's record of a submitted run."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -52,6 +54,20 @@ def alone(path: Path) -> Generator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def link_latest(run_dir: Path) -> None:
+    """Point ``latest`` beside a run at it, atomically, if the run lies in a directory ``runs``.
+
+    Nothing happens where links are not possible, or where ``latest`` is something else than a link.
+    """
+    link = run_dir.with_name(LATEST)
+    if run_dir.parent.name != RUNS or run_dir == link or (link.exists() and not link.is_symlink()):
+        return
+    new = link.with_name(f".{LATEST}-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        new.symlink_to(run_dir.name, target_is_directory=True)
+        new.replace(link)
 
 
 def is_complete(run_dir: Path) -> bool:

@@ -6,12 +6,14 @@ get a complete one. An entry that does not match its checksum counts as absent. 
 module and opening an entry loads numpy and nothing heavier.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +25,9 @@ from numpy.typing import NDArray
 from fedlora.errors import InputError
 
 Int64 = NDArray[np.int64]
+
+MAX_AGE_DAYS = 30
+"""Cache entries that were not opened for so long are removed: they hold the texts of records."""
 
 _ARRAYS = ("tokens", "offsets", "targets", "units", "records", "bounds")
 _SIDES = ("train", "held_out")
@@ -247,11 +252,56 @@ def open_entry(directory: Path) -> Federation | None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A cache entry on disk.
+
+    Args:
+        path: Its directory.
+        size: Bytes of its files.
+        used: When it was opened last, in seconds since 1970.
+    """
+
+    path: Path
+    size: int
+    used: float
+
+
+def entries(base: Path) -> list[Entry]:
+    """All cache entries, also unfinished ones, the one that was opened last first."""
+    found: list[Entry] = []
+    for path in base.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            if path.is_dir():
+                size = sum(file.stat().st_size for file in path.iterdir())
+                found.append(Entry(path=path, size=size, used=path.stat().st_mtime))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def expire(base: Path) -> None:
+    """Remove the cache entries that no process has opened for `MAX_AGE_DAYS`."""
+    oldest = time.time() - MAX_AGE_DAYS * 86400
+    for path in base.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_dir() and path.stat().st_mtime < oldest:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def clear(base: Path) -> None:
+    """Remove all cache entries. Processes that have one mapped keep it until they end.
+
+    Raises:
+        OSError: If one cannot be removed.
+    """
+    for entry in entries(base):
+        shutil.rmtree(entry.path)
+
+
 def evict(base: Path) -> None:
     """Remove all cache entries but the one that was opened last."""
-    entries = [entry for entry in base.glob("*") if (entry / "checksum").is_file()]
-    for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime_ns)[:-1]:
-        shutil.rmtree(entry, ignore_errors=True)  # processes that have it mapped keep it
+    whole = [entry.path for entry in entries(base) if (entry.path / "checksum").is_file()]
+    for path in whole[1:]:
+        shutil.rmtree(path, ignore_errors=True)  # processes that have it mapped keep it
 
 
 def store_entry(directory: Path, federation: Federation) -> Federation:

@@ -45,6 +45,12 @@ NO_PROMISE_WITH_SEED = (
     "configuration can subtract the noise. It is a simulation."
 )
 
+STARTED = (
+    " The run started from an earlier adapter (adapter.start): what that one reveals of the same "
+    'records adds to this. "ledger_epsilon" of an institution is the bound for all runs on its '
+    "ledger."
+)
+
 
 def statement(
     config: RunConfig,
@@ -111,6 +117,7 @@ def promise(config: RunConfig) -> dict[str, str]:
     if privacy.shares_noise:
         words += ALONE + NOT_MASKED * (not privacy.masks)
         words += SIMULATED_KEYS * (privacy.masks and not config.deployed)
+    words += STARTED * bool(config.adapter.start)
     return {
         "protects": NO_PROMISE_WITH_SEED if privacy.noise == "seeded" else words,
         "adversary": adversary,

@@ -468,7 +468,7 @@ class Federation:
         inputs = hashlib.sha256(found.encode()).hexdigest()
         state = self.directory.latest(newest_only=newest_only) if resumed else None
         if state is None:
-            adapter = start_adapter(self.config.adapter, self.work.start)
+            adapter = start_adapter(self.config, self.work)
             state = RunState.first(uuid.uuid4().hex, inputs, adapter)
         if state.inputs != inputs:
             raise InputError(

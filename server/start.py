@@ -1,46 +1,100 @@
-"""The adapter that a run starts from: a fresh one, or one from a directory."""
+"""The adapter that a run starts from: a fresh one, or one of an earlier run or a directory."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fedlora.adapters import CONFIG_FILE, AdapterState
-from fedlora.config import AdapterConfig
+from fedlora.config import AdapterConfig, RunConfig, load
 from fedlora.errors import InputError
+from fedlora.model_card import LABELS
+from fedlora.run_files import CONFIG, read_run_file
+from fedlora.trainable import Trainable
 
 
-def start_adapter(config: AdapterConfig, fresh: AdapterState) -> AdapterState:
-    """Read the adapter of ``adapter.start``.
+def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
+    """Read the adapter of ``adapter.start``: a run directory, or the directory of an adapter.
 
     A head for other classes is left out: the head then starts fresh.
 
     Args:
-        config: The section ``[adapter]``.
-        fresh: The adapter of this run as it was attached.
+        config: The run.
+        work: Its model, with the fresh adapter.
 
     Returns:
-        The adapter, with every tensor of ``fresh``; ``fresh`` itself where nothing is set.
+        The adapter, with every tensor of the fresh one; the fresh one where nothing is set.
 
     Raises:
-        InputError: If the directory holds no adapter, or one of another base, rank or scale.
+        InputError: If the directory holds no adapter, or one of another base, rank or scale; if it
+            is a run that was not completed, has no adapter for all, or was trained without DP on
+            the records that this run protects.
     """
-    if not config.start:
-        return fresh
-    folder = Path(config.start)
+    start = config.adapter.start
+    if not start:
+        return work.start
+    folder = Path(start)
+    run_dir = folder if (folder / CONFIG).exists() else folder.parent
+    if (run_dir / CONFIG).exists():
+        _check_run(run_dir, config, work)
+        folder = run_dir / "adapter"
     try:
         loaded = AdapterState.open(folder)
     except InputError as error:
-        raise InputError(f"adapter.start is {config.start}: {error}") from None
-    head = fresh.only(("head",))
-    if any(loaded.get(name) is None or loaded[name].shape != t.shape for name, t in head.items()):
+        raise InputError(f"adapter.start is {start}: {error}") from None
+    fresh, head = work.start, work.start.only(("head",))
+    shaped = all(name in loaded and loaded[name].shape == t.shape for name, t in head.items())
+    if not shaped or _labels(folder) not in (None, list(work.labels)):
         loaded = loaded.only(("A", "B", "magnitude")).updated(head)
     if problem := loaded.validate_against(fresh):
         raise InputError(
-            f"adapter.start is {config.start}, whose adapter does not fit this run ({problem}); "
+            f"adapter.start is {start}, whose adapter does not fit this run ({problem}); "
             "give an adapter of the same model.name, adapter.method, adapter.rank and "
             "adapter.target-modules"
         )
+    _check_scale(folder, config.adapter)
+    return loaded
+
+
+def _check_run(run_dir: Path, config: RunConfig, work: Trainable) -> None:
+    """Check that a run's adapter may be the start of this run. Raises `InputError`."""
+    start = f"adapter.start is {config.adapter.start}"
     try:
-        saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        result = read_run_file(run_dir)
+    except InputError as error:
+        raise InputError(f"{start}: {error}") from None
+    before = load(run_dir / CONFIG)
+    if before.federation.traits.local_parts:
+        raise InputError(
+            f"{start}, a run with federation.strategy {before.federation.strategy!r}, which has no "
+            "adapter for all; start from a run of another strategy"
+        )
+    if result["base"]["digest"] != work.base.digest:
+        raise InputError(
+            f"{start}, a run on the base {before.model.name}; model.name {config.model.name} has "
+            "other weights: use that base, or start from another adapter"
+        )
+    unprotected = not before.privacy.enabled or before.privacy.protects_nobody
+    promised = config.privacy.enabled and not config.privacy.protects_nobody
+    if unprotected and promised and before.data.source == config.data.source:
+        raise InputError(
+            f"{start}, a run without DP on the same data.source: its adapter may reveal records "
+            "that privacy.epsilon promises to protect; start from a run under DP, or from one on "
+            "public records"
+        )
+
+
+def _labels(folder: Path) -> list[str] | None:
+    """The classes of an adapter in index order; None where nothing names them."""
+    try:
+        return json.loads((folder / LABELS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _check_scale(folder: Path, config: AdapterConfig) -> None:
+    """Check that an adapter's factors mean the same in this run. Raises `InputError`."""
+    try:
+        saved: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         scale = float(saved["lora_alpha"]), bool(saved["use_rslora"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
@@ -53,4 +107,3 @@ def start_adapter(config: AdapterConfig, fresh: AdapterState) -> AdapterState:
             f"adapter.start is {config.start}, an adapter of alpha {scale[0]:g}"
             f"{' with rsLoRA' * scale[1]}; set adapter.alpha and adapter.method to its own"
         )
-    return loaded

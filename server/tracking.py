@@ -63,7 +63,7 @@ class Tracking:
     """
 
     def __init__(self, config: RunConfig, run: str) -> None:
-        self._directory = Path(config.run_dir)
+        self._directory, self._model = Path(config.run_dir), config.tracking.mlflow_model
         self._board: Any = None
         self._client: Any = None
         self._id = ""
@@ -95,13 +95,18 @@ class Tracking:
             self._board = self._client = None
 
     def end(self) -> None:
-        """Log the run's adapter and ``privacy.json``, and mark the run as complete."""
+        """Log the run's adapter and ``privacy.json``, and mark the run as complete.
+
+        With ``tracking.mlflow-model`` the adapter becomes a version of that registered model.
+        """
         try:
             if self._board is not None:
                 self._board.close()
             if self._client is not None:
                 self._client.log_artifacts(self._id, str(self._directory / "adapter"), "adapter")
                 self._client.log_artifact(self._id, str(self._directory / "privacy.json"))
+                if self._model:
+                    _register(self._client, self._model, self._id)
                 self._client.set_terminated(self._id)
         except Exception as error:
             log.warning("tracking ended with an error: %s", error)
@@ -172,6 +177,14 @@ def _client(config: RunConfig) -> Any:
     from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
     return MlflowClient(tracking_uri=config.tracking.mlflow)
+
+
+def _register(client: Any, model: str, run: str) -> None:
+    """Make the adapter of a run in MLflow the newest version of a registered model."""
+    if not client.search_registered_models(f"name = '{model}'"):
+        client.create_registered_model(model)
+    source = f"{client.get_run(run).info.artifact_uri}/adapter"
+    client.create_model_version(model, source=source, run_id=run)
 
 
 def _begin(

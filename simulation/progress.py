@@ -14,7 +14,7 @@ from rich.table import Table
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import Outcome
-from fedlora.run_files import CONFIG, read_records, read_run_file
+from fedlora.run_files import CONFIG, link_latest, read_records, read_run_file
 from fedlora.terminal import Terminal
 from server.trend import advice
 
@@ -29,8 +29,9 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     """Show round, institutions done, accuracy, epsilon and seconds left until the block ends.
 
     On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run, one after
-    the last round, and one when institutions begin to train at home. The run's directory is named
-    once the run is accepted, which is when its configuration is written.
+    the last round, and one when institutions begin to train at home. The run's directory is named,
+    and `link_latest` points at it, once the run is accepted, which is when its configuration is
+    written.
     """
     from fedlora import wire  # loads torch, which this module's other functions do without
 
@@ -76,6 +77,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     def name_place(named: bool) -> bool:
         if not named and (run_dir / CONFIG).exists():
             console.write_line(f"results in {run_dir}")
+            link_latest(run_dir)
             return True
         return named
 
@@ -199,6 +201,14 @@ def add_privacy(
             f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, "
             f"per {config.privacy.unit}, each institution",
         )
+        spent = privacy["institutions"].values()
+        most = max(spent, key=lambda one: one["ledger_epsilon"], default=None)
+        if most and most["ledger_epsilon"] > 1.001 * result["epsilon_max"]:
+            table.add_row(
+                "with earlier runs",
+                f"epsilon {most['ledger_epsilon']:.3f} at delta {most['ledger_delta']:g}, of "
+                f"{most['ledger_limit']:g} in an institution's ledger",
+            )
     if "secure_aggregation" in privacy:
         trusted, alone = privacy["secure_aggregation"], result.get("epsilon_alone_max", "inf")
         table.add_row(

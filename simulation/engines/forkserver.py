@@ -73,6 +73,7 @@ class ForkServer:
         """Run the server until this process's owner ends."""
         os.close(self._alive)
         os.setsid()  # Ctrl-C must reach the owner only
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the owner's handler is not for forks
         os.dup2(alive, 0)
         os.close(alive)
         nothing = os.open(os.devnull, os.O_WRONLY)

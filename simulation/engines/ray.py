@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -483,6 +484,7 @@ def started(address: str, cores: int) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # the grid starts its own
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if address:
         root = str(Path(__file__).resolve().parents[2])
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": root}}, **quiet)
@@ -491,6 +493,7 @@ def started(address: str, cores: int) -> Iterator[None]:
             ray.init(
                 num_cpus=cores, include_dashboard=False, object_store_memory=512 * 2**20, **quiet
             )
+    signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it
     try:
         yield
     finally:

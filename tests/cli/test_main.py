@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fedlora
+import server.rounds
 from cli.main import app
 from fedlora import records
 
@@ -96,12 +99,25 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     assert (measured["n"], measured["truncated"]) == (2, 1)
     refused("evaluate", out, "--data", more, "--set", "seed=2", words=["seed", "data.text"])
     refused("push", out, "org/name", words=["noise was seeded", "--unprotected"])
+    refused("export", out, tmp_path / "vllm", "--format", "vllm", words=["an encoder"])
+    shown = json.loads(invoke("ledger", "show", out / "ledgers", "--json").stdout)
+    assert shown.keys() == {"Alpha", "Beta", "Gamma", "Delta"}
+    assert all(one["runs"] == 1 and one["epsilon"] > 0 for one in shown.values())
+    assert "Alpha" in invoke("ledger", "show", out / "ledgers").stdout
+    refused("ledger", "show", tmp_path, words=["has no ledger"])
+    refused("watch", tmp_path, words=["holds no run"])
 
     assert invoke("merge", out, tmp_path / "merged").exit_code == 0
     assert list((tmp_path / "merged").glob("*.safetensors"))
     refused("merge", out, tmp_path / "merged", words=["exists"])
     refused("run", config_file(), "--out", out, words=["holds another run", "--resume"])
-    refused("run", "--resume", out, words=["is complete"])
+    refused("run", "--resume", out, words=["is complete", "--rounds +N"])
+    refused("run", "--resume", out, "--rounds", "3", words=["--rounds is '3'", "+N"])
+    refused("run", config_file(), "--rounds", "+3", words=["give --resume RUN_DIR"])
+    refused("run", "--resume", out, "--rounds", "+3", *QUIETLY, words=["budget exhausted"])
+    other = ("--set", f"privacy.ledger={tmp_path / 'others'}")
+    refused("run", "--resume", out, "--rounds", "+3", *other, words=["privacy.ledger", "--rounds"])
+    assert not (tmp_path / "out-plus-3").exists()
 
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\u202e[red]x[/red]:warning:"
@@ -274,6 +290,42 @@ def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
     resumed = invoke("run", "--resume", out, "--engine", "inline", "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["rounds"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_end_says_how_to_continue(config_file, tmp_path, monkeypatch, number):
+    out, before = tmp_path / "runs" / "one", signal.getsignal(signal.SIGTERM)
+    measure = server.rounds.Federation.measure
+
+    def told_to_end(self, **values):
+        if self.state.round == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, **values)
+
+    monkeypatch.setattr(server.rounds.Federation, "measure", told_to_end)
+    result = invoke("run", config_file(**{"federation.rounds": 3}), "--out", out, *QUIETLY)
+    assert result.exit_code == 1
+    assert "error: interrupted" in result.stderr and f"--resume {out}" in result.stderr
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    latest = tmp_path / "runs" / "latest"
+    assert latest.resolve() == out
+    assert invoke("run", "--resume", latest, *QUIETLY).exit_code == 0
+    assert json.loads((out / "result.json").read_text())["run_dir"] == str(out)
+    assert invoke("predict", latest, "stolen").exit_code == 0
+
+
+def test_the_cache_is_shown_and_cleared(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    records.forget()
+    assert invoke("check", config_file()).exit_code == 0
+    shown = json.loads(invoke("cache", "--json").stdout)
+    (entry,) = shown["entries"]
+    assert shown["place"] == str(tmp_path / "cache" / "shards") and entry["bytes"] > 1000
+    assert "1 entries" in invoke("cache").stdout
+    assert "removed" in invoke("cache", "--clear").stdout
+    assert json.loads(invoke("cache", "--json").stdout)["entries"] == []
+    records.forget()
 
 
 def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():

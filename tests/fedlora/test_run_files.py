@@ -81,3 +81,28 @@ def test_the_reported_version_is_that_of_the_code_and_not_of_an_old_installation
     monkeypatch.setattr(run_files.importlib.metadata, "version", lambda _: "0.0.1")
     versions = run_files.environment()["versions"]
     assert versions["fedlora"] == fedlora.__version__ != versions["torch"] == "0.0.1"
+
+
+def test_latest_points_at_the_run_that_was_started_or_resumed_last(tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    for name in ("one", "two", "one"):
+        (runs / name).mkdir(parents=True, exist_ok=True)
+        run_files.link_latest(runs / name)
+        assert (runs / "latest").readlink() == Path(name)
+    assert sorted(p.name for p in runs.iterdir()) == ["latest", "one", "two"]
+
+    def impossible(*_, **__):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", impossible)
+    run_files.link_latest(runs / "two")
+    assert (runs / "latest").readlink() == Path("one")
+
+
+def test_only_a_directory_runs_gets_a_link_and_nothing_of_the_users_is_replaced(tmp_path):
+    (tmp_path / "other" / "one").mkdir(parents=True)
+    run_files.link_latest(tmp_path / "other" / "one")
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["one"]
+    (tmp_path / "runs" / "latest").mkdir(parents=True)
+    run_files.link_latest(tmp_path / "runs" / "one")
+    assert not (tmp_path / "runs" / "latest").is_symlink()

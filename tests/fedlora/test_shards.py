@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora import shards
 from fedlora.errors import InputError
 from fedlora.shards import Federation, Shard, evict, open_entry, store_entry
 
@@ -190,3 +192,18 @@ def test_only_the_entry_that_was_opened_last_outlives_an_eviction(tmp_path: Path
     assert [entry.name for entry in base.iterdir() if entry.is_dir()] == ["second"]
     assert mapped is not None and contents(mapped.train(0)) == contents(federation().train(0))
     evict(tmp_path / "absent")
+
+
+def test_entries_that_were_not_opened_for_long_are_removed(tmp_path):
+    now = time.time()
+    for name, days in (("old", shards.MAX_AGE_DAYS + 1), ("young", shards.MAX_AGE_DAYS - 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokens.npy").write_bytes(b"1234")
+        os.utime(tmp_path / name, (now, now - days * 86400))
+    (tmp_path / ".lock").touch()
+    assert [(e.path.name, e.size) for e in shards.entries(tmp_path)] == [("young", 4), ("old", 4)]
+    shards.expire(tmp_path)
+    assert [e.path.name for e in shards.entries(tmp_path)] == ["young"]
+    shards.clear(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    shards.expire(tmp_path / "nowhere")

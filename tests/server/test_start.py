@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
+from client.ledger import Ledger
 from fedlora import trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
 from server.start import start_adapter
+from simulation import continuation
 
 
 @pytest.fixture
@@ -23,29 +25,32 @@ def moved(state, parts=("A", "B", "head")):
     return AdapterState({n: t + 0.5 if kind(n) in parts else t for n, t in state.items()})
 
 
-def settings(config, directory, **changes):
-    return dataclasses.replace(config.adapter, start=str(directory), **changes)
+def started(work, directory, **changes):
+    """The start of the run with this adapter.start, and other changes of ``[adapter]``."""
+    config, made = work
+    adapter = dataclasses.replace(config.adapter, start=str(directory), **changes)
+    return start_adapter(dataclasses.replace(config, adapter=adapter), made)
 
 
 def test_without_a_directory_the_fresh_adapter_is_the_start(work):
     config, made = work
-    assert start_adapter(config.adapter, made.start) is made.start
+    assert start_adapter(config, made) is made.start
 
 
 def test_a_saved_adapter_is_the_start(work, tmp_path):
-    config, made = work
+    _, made = work
     saved = moved(made.start)
     saved.save(tmp_path / "adapter", made.model)
-    found = start_adapter(settings(config, tmp_path / "adapter"), made.start)
+    found = started(work, tmp_path / "adapter")
     assert found.keys() == made.start.keys()
     assert all(torch.equal(found[name], saved[name]) for name in found)
 
 
 def test_a_head_for_other_classes_is_left_out(work, tmp_path):
-    config, made = work
+    _, made = work
     head = {n: torch.ones(9, *t.shape[1:]) for n, t in made.start.only(("head",)).items()}
     moved(made.start).updated(head).save(tmp_path / "adapter", made.model)
-    found = start_adapter(settings(config, tmp_path / "adapter"), made.start)
+    found = started(work, tmp_path / "adapter")
     for name, tensor in found.items():
         expected = made.start[name] if kind(name) == "head" else made.start[name] + 0.5
         assert torch.equal(tensor, expected)
@@ -59,40 +64,104 @@ def test_a_head_for_other_classes_is_left_out(work, tmp_path):
     ],
 )
 def test_an_adapter_of_another_scale_is_refused(work, tmp_path, change, said):
-    config, made = work
+    _, made = work
     made.start.save(tmp_path / "adapter", made.model)
     with pytest.raises(InputError, match=said):
-        start_adapter(settings(config, tmp_path / "adapter", **change), made.start)
+        started(work, tmp_path / "adapter", **change)
 
 
 def test_an_adapter_of_another_rank_or_without_its_configuration_is_refused(work, tmp_path):
-    config, made = work
+    _, made = work
     place = tmp_path / "adapter"
     made.start.cut(2).save(place, made.model)
     with pytest.raises(InputError, match="does not fit this run"):
-        start_adapter(settings(config, place), made.start)
+        started(work, place)
     made.start.save(place, made.model)
     (place / "adapter_config.json").write_text(json.dumps({"r": 8}))
     with pytest.raises(InputError, match=r"adapter_config.json cannot be read \(KeyError\)"):
-        start_adapter(settings(config, place), made.start)
+        started(work, place)
 
 
 def test_a_missing_directory_is_refused_by_name(work, tmp_path):
-    config, made = work
     with pytest.raises(InputError, match=r"adapter\.start is .*nowhere: .*cannot be read"):
-        start_adapter(settings(config, tmp_path / "nowhere"), made.start)
+        started(work, tmp_path / "nowhere")
 
 
-def test_a_run_goes_on_from_the_adapter_of_an_earlier_run(tiny_config, simulate_run, tmp_path):
-    first = tiny_config(**{"run-dir": str(tmp_path / "first"), "privacy.epsilon": float("inf")})
-    before = simulate_run(first)
-    second = tiny_config(
-        **{
-            "run-dir": str(tmp_path / "second"),
-            "adapter.start": str(tmp_path / "first" / "adapter"),
-            "federation.rounds": 1,
-            "federation.server-learning-rate": 1e-7,
-        }
-    )
-    after = simulate_run(second)
+def test_a_head_for_as_many_other_classes_is_left_out(work, tmp_path):
+    _, made = work
+    moved(made.start).save(tmp_path / "adapter", made.model)
+    for labels, kept in (([*made.labels], True), ([*made.labels][::-1], False)):
+        (tmp_path / "adapter" / "labels.json").write_text(json.dumps(labels))
+        found = started(work, tmp_path / "adapter")
+        heads = [torch.equal(t, made.start[n]) for n, t in found.only(("head",)).items()]
+        assert set(heads) == {not kept}
+
+
+def test_a_run_goes_on_from_an_earlier_run_and_refuses_one_that_does_not_fit(
+    tiny_config, simulate_run, tmp_path
+):
+    first = tmp_path / "first"
+    before = simulate_run(tiny_config(**{"run-dir": str(first), "privacy.epsilon": float("inf")}))
+    values = {
+        "run-dir": str(tmp_path / "second"),
+        "adapter.start": str(first),
+        "federation.rounds": 1,
+        "federation.server-learning-rate": 1e-7,
+        "privacy.epsilon": float("inf"),
+    }
+    after = simulate_run(tiny_config(**values))
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-4)
+
+    def refused(words, **changes):
+        config = tiny_config(**(values | changes))
+        made = trainable.load(config, trainable.records(config).labels)
+        with pytest.raises(InputError, match=words):
+            start_adapter(config, made)
+
+    secure = {"privacy.epsilon": 8.0, "privacy.noise": "secure"}
+    for start in (first, first / "adapter"):
+        words = "a run without DP on the same data.source"
+        refused(words, **secure, **{"adapter.start": str(start)})
+    result = json.loads((first / "result.json").read_text())
+    result["base"]["digest"] = "0" * 64
+    (first / "result.json").write_text(json.dumps(result))
+    refused("has other weights")
+    (first / "result.json").unlink()
+    refused("adapter.start is .* holds no complete run")
+
+
+def test_further_rounds_are_charged_to_the_same_ledgers_or_refused(
+    tiny_config, simulate_run, tmp_path
+):
+    first = tiny_config(**{"run-dir": str(tmp_path / "first"), "privacy.max-epsilon": 14.0})
+    simulate_run(first)
+    (tmp_path / "first" / "config.toml").write_text(first.to_toml())
+    values = continuation.values(tmp_path / "first", 2)
+    assert 0 < values["privacy.epsilon"] < first.privacy.epsilon  # fewer rounds, the same noise
+    config = first.replace({**values, "run-dir": str(tmp_path / "second")})
+    simulate_run(config)
+    stated = [
+        json.loads((tmp_path / name / "privacy.json").read_text()) for name in ("first", "second")
+    ]
+    (noise,), (again,) = (
+        {one["noise_multiplier"] for one in found["institutions"].values()} for found in stated
+    )
+    assert again == pytest.approx(noise, rel=5e-3)
+    with Ledger.open(tmp_path / "first" / "ledgers" / "Alpha.db") as ledger:
+        assert len(ledger.runs()) == 2
+        assert stated[1]["institutions"]["Alpha"]["ledger_epsilon"] == ledger.spent()
+        assert ledger.spent() > first.privacy.epsilon
+    assert not (tmp_path / "second" / "ledgers").exists()
+
+    longer = continuation.values(tmp_path / "first", 400)
+    config = first.replace({**longer, "run-dir": str(tmp_path / "third")})
+    with pytest.raises(InputError, match="budget exhausted: 4 of 4 institutions"):
+        simulate_run(config)
+    assert not (tmp_path / "third" / "config.toml").exists()
+    ledger = tmp_path / "first" / "ledgers" / "Beta.db"
+    ledger.rename(tmp_path / "elsewhere.db")
+    with pytest.raises(InputError, match=r"Beta.db is missing or has no charge of the run"):
+        continuation.values(tmp_path / "first", 2)
+    Ledger.create(ledger, max_epsilon=14.0, delta=1e-4, accountant="rdp")
+    with pytest.raises(InputError, match=r"Beta.db is missing or has no charge of the run"):
+        continuation.values(tmp_path / "first", 2)

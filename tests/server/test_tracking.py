@@ -103,6 +103,7 @@ class Store:
     """A stand-in for ``mlflow.MlflowClient``: runs by id, with all that was logged."""
 
     runs: ClassVar[dict[str, dict]] = {}
+    models: ClassVar[dict[str, list]] = {}
 
     def __init__(self, tracking_uri):
         pass
@@ -132,6 +133,19 @@ class Store:
     def log_artifacts(self, run, directory, place):
         for file in Path(directory).iterdir():
             self.runs[run]["files"][f"{place}/{file.name}"] = file.read_bytes()
+
+    def search_registered_models(self, query):
+        return [name for name in self.models if f"name = '{name}'" == query]
+
+    def create_registered_model(self, name):
+        assert name not in self.models
+        self.models[name] = []
+
+    def get_run(self, run):
+        return types.SimpleNamespace(info=types.SimpleNamespace(artifact_uri=f"store:/{run}"))
+
+    def create_model_version(self, name, source, run_id):
+        self.models[name].append((source, run_id))
 
     def set_terminated(self, run):
         self.runs[run]["ended"] = True
@@ -165,6 +179,17 @@ def test_mlflow_gets_a_run_s_name_adapter_promise_and_report(
     page.write_text("<html>")
     tracking.add_report(config, result["run"], page)
     assert run["files"]["report.html"] == b"<html>" and len(store) == 1
+
+
+def test_mlflow_registers_an_adapter_on_request(store, tiny_config, simulate_run, monkeypatch):
+    monkeypatch.setattr(Store, "models", {})
+    values = {"tracking.mlflow": "sqlite:///x.db", "federation.rounds": 1}
+    config = tiny_config(**values, **{"tracking.mlflow-model": "complaints"})
+    for number in (1, 2):
+        simulate_run(config.replace({"run-dir": f"{config.run_dir}-{number}"}))
+    assert Store.models == {"complaints": [(f"store:/{run}/adapter", run) for run in store]}
+    with pytest.raises(InputError, match="mlflow-model is 'x', but tracking"):
+        tiny_config(**{"tracking.mlflow-model": "x"})
 
 
 def test_the_cells_of_a_sweep_are_nested_in_its_run(store, tiny_config, monkeypatch, tmp_path):
@@ -204,7 +229,13 @@ def test_both_trackers_hold_what_rounds_jsonl_holds(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs fedlora[tracking]"
     )
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    config = tiny_config(**{"tracking.mlflow": uri, "tracking.tensorboard": str(tmp_path / "tb")})
+    config = tiny_config(
+        **{
+            "tracking.mlflow": uri,
+            "tracking.mlflow-model": "complaints",
+            "tracking.tensorboard": str(tmp_path / "tb"),
+        }
+    )
     simulate_run(config)
     truth = [r["metrics"]["accuracy"] for r in read_records(Path(config.run_dir))]
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -217,6 +248,14 @@ def test_both_trackers_hold_what_rounds_jsonl_holds(
         run_id=run.info.run_id, artifact_path="adapter", tracking_uri=uri, dst_path=str(tmp_path)
     )
     assert AdapterState.open(Path(adapter)).keys()
+    (version,) = client.search_model_versions("name = 'complaints'")
+    assert version.run_id == run.info.run_id
+    registered = client.get_model_version_download_uri("complaints", version.version)
+    (tmp_path / "registered").mkdir()
+    fetched = mlflow.artifacts.download_artifacts(
+        artifact_uri=registered, tracking_uri=uri, dst_path=str(tmp_path / "registered")
+    )
+    assert AdapterState.open(Path(fetched)).keys()
     (place,) = (tmp_path / "tb").iterdir()
     assert place.name.startswith(f"{Path(config.run_dir).name}-")
     board = events.EventAccumulator(str(place))
