@@ -47,6 +47,8 @@ MAX_RATES = 8
 """The most learning rates at home."""
 ACCEPTABLE = ("delta", "noise", "labels")
 """Findings that void a result (`fedlora.findings`), and that ``accept`` may name."""
+OWN_FIGURES = ("n", "accuracy", "macro_f1", "per_class", "loss", "by_owner", "institutions")
+"""Names of a run's own figures, which no metric of ``federation.metrics`` may have."""
 MIN_NATURAL_RECORDS = 8
 """The fewest records whose default delta is at most 1e-3; smaller institutions of a natural
 partition are left out by default under DP."""
@@ -943,6 +945,13 @@ def _check_plug_ins(run: RunConfig) -> None:
                     f"federation.aggregate is {federation.aggregate!r}, but {name} is "
                     f"{run.flat()[name]!r}, where {why}; leave one of them out"
                 )
+    names = federation.metric_names
+    for name in names:
+        if not name.isidentifier() or name in OWN_FIGURES or names.count(name) > 1:
+            raise InputError(
+                f"federation.metrics names a figure {name!r}, which is no name, or that of another "
+                "figure; give the function another name"
+            )
     if federation.metrics and run.model.task == "sft":
         raise InputError(
             f"federation.metrics has {federation.metrics[0]!r}, but model.task is 'sft', and a "

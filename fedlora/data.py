@@ -76,7 +76,7 @@ def prepare(
     content = [sources.digest(settings.source), test_digest]
     if settings.partition.startswith(schemes.PYTHON):
         named = settings.partition.removeprefix(schemes.PYTHON)
-        content.append(plugins.describe([("data.partition", named)]))
+        content.append(json.dumps(plugins.describe([("data.partition", named)])))
     key = json.dumps([content, shape, task, encoding_key, _code_digest()])
     entry = (cache_dir or cached_shards()) / hashlib.sha256(key.encode()).hexdigest()
     if (cached := shards.open_entry(entry)) is not None:

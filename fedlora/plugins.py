@@ -147,7 +147,8 @@ def _check_arguments(key: str, name: str, called: Callable[..., Any]) -> None:
 
 def _defined(thing: Any) -> Any:
     """What a definition in source code made: the function or class itself, or an object's class."""
-    return thing if hasattr(thing, "__qualname__") else type(thing)
+    kind: Any = type(thing)
+    return thing if hasattr(thing, "__qualname__") else kind
 
 
 def _code(thing: Any) -> tuple[str, bytes]:

@@ -1,6 +1,7 @@
 """The result of a run, read from its directory."""
 
 import html
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,9 +63,8 @@ class Result:
 
     def tokenizer(self) -> Any:
         """The tokenizer of the model."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.adapter, trust_remote_code=False)
+        transformers: Any = importlib.import_module("transformers")
+        return transformers.AutoTokenizer.from_pretrained(self.adapter, trust_remote_code=False)
 
     def predict(self, texts: Sequence[str], institution: str = "") -> list[dict[str, Any]]:
         """Answer texts: ``text``, ``answer`` and, where there are classes, ``score``, ``scores``.

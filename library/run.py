@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 from experiments import ready
 from fedlora import plugins, records, rows, sources, tables
@@ -92,7 +92,7 @@ def _resolved(config: str | Path | RunConfig | None, values: Mapping[str, Any]) 
         return from_flat(values)
     if isinstance(config, RunConfig):
         return config.replace(values)
-    if isinstance(config, str | Path):
+    if isinstance(cast(object, config), str | Path):
         return load(ready.locate(Path(config)), values)
     raise InputError(
         f"config is a {type(config).__name__}; it must be the path of a TOML file, the name of a "

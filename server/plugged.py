@@ -12,14 +12,11 @@ from typing import Any
 from fedlora import plugins
 from fedlora.adapters import AdapterState
 from fedlora.config import FederationConfig
-from fedlora.errors import InputError, Refusal
+from fedlora.errors import Refusal
 from fedlora.metrics import Metric, Predictions
 from server.roster import RunFailed
 from strategies import STRATEGIES
 from strategies.base import Round, Strategy, Weighted
-
-FIGURES = ("n", "accuracy", "macro_f1", "per_class", "loss", "by_owner", "institutions")
-"""Names of a run's own figures, which no metric may take."""
 
 
 def strategy(federation: FederationConfig) -> Strategy:
@@ -51,17 +48,10 @@ def measures(federation: FederationConfig) -> dict[str, Metric]:
     """Name -> metric of ``federation.metrics``; the name is the object's own.
 
     Raises:
-        InputError: If a plug-in cannot be loaded, or its name is not free.
+        InputError: If a plug-in cannot be loaded.
     """
-    found: dict[str, Metric] = {}
-    for name, short in zip(federation.metrics, federation.metric_names, strict=True):
-        if not short.isidentifier() or short in FIGURES or short in found:
-            raise InputError(
-                f"federation.metrics has {name!r}, but a figure cannot be called {short!r}, or "
-                "there is one already; give the function another name"
-            )
-        found[short] = _measure(name)
-    return found
+    names = zip(federation.metric_names, federation.metrics, strict=True)
+    return {short: _measure(name) for short, name in names}
 
 
 def _measure(name: str) -> Metric:
