@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedlora.errors import InputError
 
@@ -147,8 +147,7 @@ def _check_arguments(key: str, name: str, called: Callable[..., Any]) -> None:
 
 def _defined(thing: Any) -> Any:
     """What a definition in source code made: the function or class itself, or an object's class."""
-    kind: Any = type(thing)
-    return thing if hasattr(thing, "__qualname__") else kind
+    return thing if hasattr(thing, "__qualname__") else cast(Any, type(thing))
 
 
 def _code(thing: Any) -> tuple[str, bytes]:
