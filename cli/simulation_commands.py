@@ -17,7 +17,7 @@ from experiments import ready
 from fedlora import config_schema
 from fedlora.config import RunConfig, accepting, describe, load, parse_overrides
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, is_complete
+from fedlora.run_files import CONFIG
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
@@ -151,29 +151,9 @@ def _resolve(
     chosen = (
         resume or out or Path(loaded.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     )
-    if resume is None and (chosen / CONFIG).exists():
-        raise InputError(
-            f"{chosen} holds another run; give another --out, or continue it with --resume {chosen}"
-        )
-    if resume is not None and is_complete(resume):
-        raise InputError(
-            f"{resume} is complete; there is nothing to resume (see its result.json). --rounds +N "
-            "trains N more rounds as a new run"
-        )
-    values: dict[str, Any] = {"run-dir": str(chosen.absolute())}
-    if loaded.privacy.ledger:
-        values["privacy.ledger"] = str(Path(loaded.privacy.ledger).absolute())
-    for key in ("data.source", "data.test-source", "model.name", "adapter.start"):
-        value = str(loaded.flat()[key])
-        if value and Path(value).exists():
-            values[key] = str(Path(value).absolute())
-    if "adapter.start" in values:
-        values["adapter.start"] = str(Path(values["adapter.start"]).resolve())  # runs/latest moves
-    resolved = loaded.replace(values)
-    from server.run_directory import RunDirectory
+    from simulation.place import placed
 
-    RunDirectory(chosen.absolute()).check(resolved)
-    return resolved
+    return placed(loaded, chosen, resume=resume is not None)
 
 
 @app.command()

@@ -182,6 +182,17 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             ),
         )
     ),
+    # The server alone runs it; its name is a text here, and nothing imports it.
+    "federation.aggregate": Taken(
+        (
+            Limit(
+                "strategy-not-allowed",
+                lambda own, run: run.federation.aggregate in ("", *own.strategies),
+                "aggregates by {run.federation.aggregate}",
+            ),
+        )
+    ),
+    "federation.metrics": Unused(),
     "federation.residual-rank": Taken(
         (
             Limit(
@@ -312,6 +323,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "tracking.mlflow": Unused(),
     "tracking.mlflow-model": Unused(),
     "tracking.tensorboard": Unused(),
+    "tracking.callbacks": Unused(),
 }
 
 

@@ -42,7 +42,9 @@ class Settings(Section):
         0, "rank of the institution's factors; 0: the run's adapter.rank", at_least=0
     )
     models: tuple[str, ...] = setting((), "accepted base models (model.name)")
-    strategies: tuple[str, ...] = setting(("fedavg",), "accepted strategies")
+    strategies: tuple[str, ...] = setting(
+        ("fedavg",), "accepted strategies, and plug-ins of the server (federation.aggregate)"
+    )
     max_steps: int = setting(10, "most optimizer steps of a round", at_least=1)
     max_length: int = setting(512, "most tokens of a row", at_least=4)
     max_rank: int = setting(64, "largest rank of the adapter and of a residual", at_least=1)

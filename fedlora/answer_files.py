@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora import rows, sources
-from fedlora.columns import check_columns
+from fedlora import rows
+from fedlora.columns import as_text, check_columns
 from fedlora.csv_files import DELIMITERS, PLAIN, CsvForm
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
@@ -70,10 +70,7 @@ def read(source: str, text: str, form: CsvForm = PLAIN) -> Texts:
     if not found:
         raise InputError(f"{place} has no row; give one text at least")
     check_columns(place, dict.fromkeys(wanted, "data.text"), columns)
-    texts = [
-        rows.joined([sources.as_text(row.get(c), place, c).strip() for c in wanted])
-        for row in found
-    ]
+    texts = [rows.joined([as_text(row.get(c), place, c).strip() for c in wanted]) for row in found]
     if "" in texts:
         raise InputError(
             f"row {texts.index('') + 1} of {place} has no text in {', '.join(wanted)} "

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -124,14 +126,25 @@ class Classification(Task):
         labels: tuple[str, ...],
         *,
         owner: Int64 | None = None,
+        measures: Mapping[str, metrics.Metric] = MappingProxyType({}),
     ) -> dict[str, Any]:
-        """``n``, ``accuracy``, ``macro_f1``, ``per_class``, ``loss`` (mean cross-entropy, nats)."""
+        """``n``, ``accuracy``, ``macro_f1``, ``per_class``, ``loss`` (mean cross-entropy, nats).
+
+        Each of ``measures`` adds the figure of its name.
+        """
         check_rows(shard)
         scores = self._scores(model, shard, labels)
         predicted = scores.argmax(1)
-        result = metrics.classification(
-            [labels[int(i)] for i in shard.targets], [labels[int(i)] for i in predicted], labels
-        )
+        truth, said = ([labels[int(i)] for i in index] for index in (shard.targets, predicted))
+        result = metrics.classification(truth, said, labels)
+        if measures:
+            predictions = metrics.Predictions(
+                truth=truth,
+                predicted=said,
+                labels=labels,
+                probabilities=torch.tensor(scores).softmax(1).numpy(),
+            )
+            result |= {name: measure(predictions) for name, measure in measures.items()}
         losses = functional.cross_entropy(torch.tensor(scores), torch.tensor(shard.targets))
         result["loss"] = float(losses)
         if owner is not None:

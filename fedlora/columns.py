@@ -1,9 +1,11 @@
-"""Errors that all readers of data sources share: a missing column, an unreadable file."""
+"""What all readers of data sources share: values as text, and errors."""
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from fedlora.errors import InputError, RecordError
+from fedlora.text import is_unicode
 
 Rows = dict[str, list[str]]
 """Columns of equal length, every value text."""
@@ -47,4 +49,29 @@ def unreadable(source: str, error: Exception) -> InputError:
     reason = re.sub(r"(got \d+):.*", r"\1", str(error), flags=re.DOTALL)
     return InputError(
         f"data source {source!r} cannot be read: {' '.join(reason.split())[:300]}; mend the file"
+    )
+
+
+def as_text(value: Any, source: str, column: str) -> str:
+    """A value of a row as text; a missing one is the empty text.
+
+    Raises:
+        InputError: If it is no text, number or truth value, or no Unicode.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        if not is_unicode(value):
+            raise InputError(
+                f"column {column!r} of {source} holds half of a surrogate pair, which is no "
+                "character; write the whole pair, or leave it out"
+            )
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    raise InputError(
+        f"column {column!r} of {source} holds a {type(value).__name__}; it must hold one text or "
+        "number a row: flatten it"
     )

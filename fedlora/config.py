@@ -47,6 +47,8 @@ MAX_RATES = 8
 """The most learning rates at home."""
 ACCEPTABLE = ("delta", "noise", "labels")
 """Findings that void a result (`fedlora.findings`), and that ``accept`` may name."""
+OWN_FIGURES = ("n", "accuracy", "macro_f1", "per_class", "loss", "by_owner", "institutions")
+"""Names of a run's own figures, which no metric of ``federation.metrics`` may have."""
 MIN_NATURAL_RECORDS = 8
 """The fewest records whose default delta is at most 1e-3; smaller institutions of a natural
 partition are left out by default under DP."""
@@ -156,8 +158,9 @@ class DataConfig(Section):
     prefix = "data."
     source: str = key(
         "package:edgartools",
-        "a .csv, .jsonl or .parquet file, hub:NAME[:CONFIG], package:NAME/FILE, "
-        "or package:edgartools; institutions: a deployment, where each has its own records",
+        "a .csv, .jsonl or .parquet file; a directory or glob of them, one for each institution; "
+        "hub:NAME[:CONFIG], package:NAME/FILE, package:edgartools, or python:MODULE:FUNCTION; "
+        "institutions: a deployment, where each has its own records",
     )
     test_source: str = key("", "source of the held-out rows; empty: split from data.source")
     partition: str = key(
@@ -267,6 +270,14 @@ class FederationConfig(Section):
         "aggregation: " + "; ".join(f"{name} ({t.summary})" for name, t in STRATEGY_TABLE.items()),
         choices=tuple(STRATEGY_TABLE),
     )
+    aggregate: str = key(
+        "",
+        "a plug-in, module:object, in place of the strategy's own aggregation: a function of the "
+        "round and its updates, run by the server; empty: the strategy's own",
+    )
+    metrics: tuple[str, ...] = key(
+        (), "plug-ins, module:object, that measure the predictions on held-out rows"
+    )
     residual_rank: int = key(
         64, "stack, exact: the largest rank of a residual, which is cut back to it", at_least=1
     )
@@ -324,6 +335,11 @@ class FederationConfig(Section):
     evaluate_every: int = key(
         1, "rounds between evaluations on the held-out rows; 0: only at the end", at_least=0
     )
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of the figures of ``metrics``: those of the objects."""
+        return tuple(re.split("[:.]", name)[-1] for name in self.metrics)
 
     @property
     def traits(self) -> Traits:
@@ -528,6 +544,9 @@ class TrackingConfig(Section):
         "", "register the adapter in MLflow as a version of the model of this name; empty: do not"
     )
     tensorboard: str = key("", "directory of TensorBoard event files; empty: off")
+    callbacks: tuple[str, ...] = key(
+        (), "plug-ins, module:object, that the server calls with each round's line of rounds.jsonl"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -626,12 +645,32 @@ class RunConfig(Section):
                 "no budget to pay it from; use uniform, public-size or records"
             )
         _check_home(self.home, self.model.task, privacy, deployed=self.deployed)
+        _check_plug_ins(self)
         if 0 < privacy.max_epsilon < self.planned_epsilon and privacy.enabled:
             spent = "privacy.epsilon" + " + home.epsilon" * self.home.private
             raise InputError(
                 f"privacy.max-epsilon is {privacy.max_epsilon:g}, below {spent} "
                 f"({self.planned_epsilon:g}); raise it or lower {spent.replace('+', 'or')}"
             )
+
+    @property
+    def plug_ins(self) -> list[tuple[str, str]]:
+        """(key, ``module:object``) of the code that is not part of fedlora."""
+        named = [
+            ("federation.aggregate", self.federation.aggregate),
+            *(("federation.metrics", name) for name in self.federation.metrics),
+            *(("tracking.callbacks", name) for name in self.tracking.callbacks),
+            *(
+                (key, value.removeprefix(schemes.PYTHON))
+                for key, value in (
+                    ("data.source", self.data.source),
+                    ("data.test-source", self.data.test_source),
+                    ("data.partition", self.data.partition),
+                )
+                if value.startswith(schemes.PYTHON)
+            ),
+        ]
+        return [(key, name) for key, name in named if name]
 
     @property
     def planned_epsilon(self) -> float:
@@ -779,7 +818,8 @@ def _long_tail_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
             return False  # refused where the value is checked
 
     source = values.get("data.source", DataConfig.source)
-    natural = str(values.get("data.partition", DataConfig.partition)).startswith("natural:")
+    partition = str(values.get("data.partition", DataConfig.partition))
+    natural = partition.partition(":")[0] in schemes.BY_VALUE
     if not natural or source == INSTITUTIONS or infinite("privacy.epsilon", PrivacyConfig.epsilon):
         return {}
     found: dict[str, Any] = {"data.min-records": MIN_NATURAL_RECORDS}
@@ -890,6 +930,46 @@ def _check_home(home: HomeConfig, task: str, privacy: PrivacyConfig, *, deployed
             f"home.epsilon is {home.epsilon:g}, but privacy.epsilon is inf, so the shared adapter "
             "may reveal records, and a model that starts from it may too; set home.epsilon to inf, "
             "or privacy.epsilon to a finite number"
+        )
+
+
+def _check_plug_ins(run: RunConfig) -> None:
+    """Refuse plug-ins that the run would not call, or whose figures would mean nothing."""
+    federation, privacy = run.federation, run.privacy
+    for place, name in run.plug_ins:
+        if not all(name.partition(":")):
+            raise InputError(f"{place} is {name!r}; it must be module:object, such as mine:median")
+    if federation.aggregate:
+        for name, passes, why in (
+            ("privacy.trust", not privacy.shares_noise, "the server sees a sum only"),
+            (
+                "privacy.institution-epsilon",
+                not privacy.hides_institutions,
+                "the noise goes with the sensitivity of the plain mean",
+            ),
+            ("federation.robust", federation.robust == "none", "a robust rule takes its place"),
+        ):
+            if not passes:
+                raise InputError(
+                    f"federation.aggregate is {federation.aggregate!r}, but {name} is "
+                    f"{run.flat()[name]!r}, where {why}; leave one of them out"
+                )
+    names = federation.metric_names
+    for name in names:
+        if not name.isidentifier() or name in OWN_FIGURES or names.count(name) > 1:
+            raise InputError(
+                f"federation.metrics names a figure {name!r}, which is no name, or that of another "
+                "figure; give the function another name"
+            )
+    if federation.metrics and run.model.task == "sft":
+        raise InputError(
+            f"federation.metrics has {federation.metrics[0]!r}, but model.task is 'sft', and a "
+            "metric compares classes, which a response has not; use no metrics"
+        )
+    if federation.metrics and federation.traits.local_parts:
+        raise InputError(
+            f"federation.metrics has {federation.metrics[0]!r}, but under federation.strategy "
+            f"{federation.strategy!r} each institution measures a model of its own; use no metrics"
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora import files, shards, sources
+from fedlora import files, plugins, schemes, shards, sources
 from fedlora.config import DataConfig
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.encoding import Encoded
@@ -74,6 +74,9 @@ def prepare(
         seed,
     ]
     content = [sources.digest(settings.source), test_digest]
+    if settings.partition.startswith(schemes.PYTHON):
+        named = settings.partition.removeprefix(schemes.PYTHON)
+        content.append(json.dumps(plugins.describe([("data.partition", named)])))
     key = json.dumps([content, shape, task, encoding_key, _code_digest()])
     base = cache_dir or cached_shards()
     shards.expire(base)
@@ -211,6 +214,7 @@ def _code_digest() -> str:
         "schemes.py",
         "shards.py",
         "sources.py",
+        "tables.py",
         "streams.py",
         "text.py",
     ):

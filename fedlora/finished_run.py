@@ -178,6 +178,24 @@ def predict(run_dir: Path, texts: Sequence[str], institution: str = "") -> dict[
     }
 
 
+def merged_model(run_dir: Path, institution: str = "") -> tuple[Any, Trainable]:
+    """A run's base model with the adapter folded in, as transformers knows it.
+
+    Args:
+        run_dir: The directory of a complete run.
+        institution: See `predict`.
+
+    Returns:
+        The model, in evaluation mode, which nothing else in this process uses, and its parts.
+    """
+    work = _open(run_dir, configuration(run_dir, {}), institution)
+    trainable.forget()  # merging changes the cached model
+    merged = merging.merge(work.model)
+    if isinstance(merged, EncoderClassifier):
+        merged = merged.portable(work.labels)
+    return merged, work
+
+
 def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     """Fold a run's adapter into its base model; write safetensors and the tokenizer.
 
@@ -188,11 +206,7 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     """
     new_directory(out_dir)
     config = configuration(run_dir, {})
-    work = _open(run_dir, config, institution)
-    trainable.forget()  # merging changes the cached model
-    merged = merging.merge(work.model)
-    if isinstance(merged, EncoderClassifier):
-        merged = merged.portable(work.labels)
+    merged, work = merged_model(run_dir, institution)
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")
     merged.save_pretrained(temporary, safe_serialization=True)
     work.base.tokenizer.save_pretrained(temporary)

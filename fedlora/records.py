@@ -7,7 +7,7 @@ cached.
 import functools
 from typing import cast
 
-from fedlora import data, model_files, models
+from fedlora import data, model_files, models, sources
 from fedlora.config import DataConfig, ModelConfig, RunConfig
 from fedlora.encoding import encoding_key
 from fedlora.shards import Federation
@@ -27,6 +27,7 @@ def load(config: RunConfig) -> Federation:
 def forget() -> None:
     """Drop the records in memory, so that changed sources are read again."""
     _load.cache_clear()
+    sources.forget()
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import schemes, sources
+from fedlora import plugins, schemes, sources
+from fedlora.columns import as_text
 from fedlora.config import DataConfig
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError, RecordError
@@ -90,7 +91,8 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     scheme, argument = schemes.parse(
         settings.partition, institutions=settings.institutions, has_classes=task != "sft"
     )
-    if scheme != "natural":
+    by_value = scheme in schemes.BY_VALUE
+    if not by_value:
         require("flwr_datasets", "simulation", f"data.partition {settings.partition}")
     partition_column = {argument: "data.partition"} if scheme == "natural" else {}
     unit_column = {unit: "privacy.unit"} if unit != "record" else {}
@@ -99,6 +101,9 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     test = None
     if settings.test_source:
         test = read_table(settings.test_source, text, label, partition_column, "test", form)
+    if scheme == "python":
+        rows = _assigned(rows, argument, seed)
+        test = test and _assigned(test, argument, seed)
     classes = () if task == "sft" else _classes(settings, rows, test)
     counts = {"rows": rows.read, "test_rows": test.read if test else 0}
     counts["without_text"] = sum(table.without_text for table in (rows, test) if table)
@@ -111,7 +116,7 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
         seed=seed,
         keep_labels=classes != () and not settings.labels,
     )
-    if scheme == "natural":
+    if by_value:
         train, lost = _with_value(train, argument)
         held_out, lost_too = _with_value(held_out, argument)
         if not train.texts:
@@ -151,6 +156,27 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     )
 
 
+def wanted_columns(settings: DataConfig, unit: str) -> dict[str, str]:
+    """The columns that a run reads of its records -> their config keys.
+
+    Args:
+        settings: Columns and partition.
+        unit: "record", or the column that names the unit of privacy of a row.
+    """
+    scheme, _, column = settings.partition.partition(":")
+    return {
+        **({column: "data.partition"} if scheme == "natural" else {}),
+        **({unit: "privacy.unit"} if unit != "record" else {}),
+        settings.label: "data.label",
+        **dict.fromkeys(text_columns(settings.text), "data.text"),
+    }
+
+
+def text_columns(text: str) -> list[str]:
+    """The columns that ``data.text`` names."""
+    return [column.strip() for column in text.split(",")]
+
+
 def read_table(
     source: str,
     text: str,
@@ -173,7 +199,7 @@ def read_table(
         InputError: If the source cannot be read, a column is missing, or no row has a text and a
             label; the message says which of them is missing.
     """
-    columns = [column.strip() for column in text.split(",")]
+    columns = text_columns(text)
     wanted = {**others, label: "data.label", **dict.fromkeys(columns, "data.text")}
     rows = {
         column: [value.strip() for value in values]
@@ -200,6 +226,25 @@ def read_table(
             "keys to columns that are filled in, or fill them in"
         )
     return table.take(np.flatnonzero(written & answered))
+
+
+def _assigned(table: Table, name: str, seed: int) -> Table:
+    """The rows with a column, of the plug-in's name, for the institution that it gives each."""
+    key = "data.partition"
+    function = plugins.load(key, name)
+    try:
+        given = list(function(list(table.texts), list(table.labels), seed))
+    except Exception as error:
+        raise RecordError(
+            f"{key} is python:{name}, which failed with {type(error).__name__}: {error}; mend it"
+        ) from error
+    if len(given) != len(table.texts):
+        raise InputError(
+            f"{key} is python:{name}, which gave {len(given)} institutions for "
+            f"{len(table.texts)} rows; give one for each row, and an empty text for none"
+        )
+    names = [as_text(institution, key, name) for institution in given]
+    return replace(table, others={**table.others, name: names})
 
 
 def joined(parts: Sequence[str]) -> str:

@@ -5,8 +5,13 @@ import math
 from fedlora.errors import InputError
 
 USAGE = (
-    "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or size:linear|square|exponential"
+    "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES, size:linear|square|exponential or "
+    "python:MODULE:FUNCTION"
 )
+PYTHON = "python:"
+"""Begins a source or partition that a function of one's own gives (`fedlora.plugins`)."""
+BY_VALUE = ("natural", "python")
+"""Schemes under which each value names an institution; the rows give the number of them."""
 
 
 def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]:
@@ -14,7 +19,7 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
 
     Args:
         spec: ``data.partition``.
-        institutions: The value of ``data.institutions``, which only natural takes from the rows.
+        institutions: The value of ``data.institutions``, which `BY_VALUE` take from the rows.
         has_classes: Whether rows have classes; those of sft have none.
 
     Raises:
@@ -25,6 +30,7 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
     valid = {
         "iid": spec == "iid",
         "natural": argument != "",
+        "python": argument != "",
         "dirichlet": _is_positive(argument),
         # int() refuses 5,000 digits
         "pathological": argument.isdecimal() and len(argument) < 20 and int(argument) > 0,
@@ -34,7 +40,7 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
         raise InputError(
             f"data.partition is {spec!r}; it must be {USAGE} with ALPHA > 0 and CLASSES >= 1"
         )
-    if scheme != "natural" and institutions < 1:
+    if scheme not in BY_VALUE and institutions < 1:
         raise InputError(
             f"data.institutions is {institutions}, but partition {spec} needs their number; "
             "set data.institutions to 1 or more"

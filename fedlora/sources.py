@@ -1,12 +1,15 @@
 """Rows of named text columns from files, Python packages and the Hugging Face Hub.
 
-A source is one string: the path of a ``.csv``, ``.jsonl`` or ``.parquet`` file,
+A source is one string: the path of a ``.csv``, ``.jsonl`` or ``.parquet`` file; a directory or glob
+of such files, one for each institution, which gives the column ``institution``;
 ``package:NAME/FILE`` for such a file inside an installed package, ``package:edgartools`` for the
-us-gaap concepts that edgartools ships, or ``hub:NAME[:CONFIG]``. Every value is read as text; a
-missing value is the empty text. Each function imports its heavy reader itself, so a cached
-federation opens without those readers.
+us-gaap concepts that edgartools ships, ``hub:NAME[:CONFIG]``, ``python:MODULE:FUNCTION`` for a
+function that returns a table, or ``memory:DIGEST`` for a table that this process holds
+(`fedlora.tables`). Every value is read as text; a missing value is the empty text. Each function
+imports its heavy reader itself, so a cached federation opens without those readers.
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -17,12 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora import csv_files
-from fedlora.columns import Rows, check_columns, unreadable
+from fedlora import csv_files, plugins, schemes, tables
+from fedlora.columns import Rows, as_text, check_columns, unreadable
 from fedlora.csv_files import PLAIN, CsvForm
-from fedlora.errors import InputError
+from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
-from fedlora.text import is_unicode
 
 CSV = ".csv"
 US_GAAP = "package:edgartools"
@@ -48,21 +50,101 @@ def read(
             the message names the columns that are there.
     """
     if source.startswith("hub:"):
-        rows = _read_hub(source, wanted, split)
+        rows = tables.columns(_load_hub(source, split), wanted, source)
+    elif source.startswith(tables.MEMORY):
+        rows = tables.read(source, wanted)
+    elif source.startswith(schemes.PYTHON):
+        rows = tables.columns(_call(source, split), wanted, source)
+    elif files := institution_files(source):
+        rows = _read_files(source, files, wanted, form)
     else:
-        path = locate(source)
-        if source == US_GAAP:
-            rows = _read_us_gaap(path, wanted)
-        elif _suffix(source) == CSV:
-            rows = csv_files.read(source, path, wanted, form)
-        else:
-            rows = _READERS[_suffix(source)](source, path, wanted)
+        rows = _read_file(source, wanted, form)
     if not any(rows.values()):
         raise InputError(
             f"data source {source!r} names its columns, but has no row below them; "
             "give one that has rows"
         )
     return rows
+
+
+def _read_file(source: str, wanted: Mapping[str, str], form: CsvForm) -> Rows:
+    path = locate(source)
+    if source == US_GAAP:
+        return _read_us_gaap(path, wanted)
+    if _suffix(source) == CSV:
+        return csv_files.read(source, path, wanted, form)
+    return _READERS[_suffix(source)](source, path, wanted)
+
+
+def _read_files(
+    source: str, files: Mapping[str, Path], wanted: Mapping[str, str], form: CsvForm
+) -> Rows:
+    """The rows of all files, and the name of each row's file as the column ``institution``."""
+    own = {name: key for name, key in wanted.items() if name != tables.INSTITUTION}
+    rows: Rows = {name: [] for name in wanted}
+    for institution, path in files.items():
+        tables.add_institution(rows, institution, _read_file(str(path), own, form))
+    return rows
+
+
+def institution_files(source: str) -> dict[str, Path]:
+    """Institution -> its file, sorted, of a source that is a directory or a glob; else nothing.
+
+    Raises:
+        InputError: If there is no file, or two files have one name apart from their ending.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = [file for file in path.iterdir() if file.suffix.lower() in (CSV, *_READERS)]
+    elif is_glob(source) and not path.exists():
+        matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        found = [file for file in matching if file.is_file()]
+    else:
+        return {}
+    if not found:
+        raise InputError(
+            f"data source {source!r} has no file; give a directory or glob of "
+            f"{', '.join((CSV, *_READERS))} files, one for each institution"
+        )
+    files: dict[str, Path] = {}
+    for file in sorted(found):
+        if file.stem in files:
+            raise InputError(
+                f"data source {source!r} has {files[file.stem].name} and {file.name}, which are "
+                "both the institution's of that name; join or rename them"
+            )
+        files[file.stem] = file
+    return files
+
+
+def is_glob(source: str) -> bool:
+    """Whether a source is a path with wildcards."""
+    return any(sign in source for sign in "*?[") and not re.match(r"\w{2,}:", source)
+
+
+def is_per_institution(source: str) -> bool:
+    """Whether a source is a directory or glob, whose files are the institutions'."""
+    return is_glob(source) or Path(source).expanduser().is_dir()
+
+
+@functools.lru_cache(maxsize=2)
+def _call(source: str, split: str) -> tables.Table:
+    """The table that a function of one's own returns: one call for digest and rows."""
+    key = "data.source" if split == "train" else "data.test-source"
+    function = plugins.load(key, source.removeprefix(schemes.PYTHON))
+    try:
+        return function()
+    except InputError:
+        raise
+    except Exception as error:
+        raise RecordError(
+            f"{key} is {source!r}, which failed with {type(error).__name__}: {error}; mend it"
+        ) from error
+
+
+def forget() -> None:
+    """Drop the tables of functions of one's own, so that they are called again."""
+    _call.cache_clear()
 
 
 def columns(source: str, form: CsvForm = PLAIN) -> list[str]:
@@ -98,8 +180,18 @@ def digest(source: str, split: str = "train") -> str:
             _load_hub(source, split)
             revisions = _hub_revisions(source)
         return hashlib.sha256(json.dumps([source, split, revisions]).encode()).hexdigest()
-    path = locate(source)
-    with path.open("rb") as file:
+    if source.startswith(tables.MEMORY):
+        return source.removeprefix(tables.MEMORY)
+    if source.startswith(schemes.PYTHON):
+        return tables.digest(_call(source, split), source)
+    if files := institution_files(source):
+        content = [[name, _file_digest(str(path))] for name, path in files.items()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return _file_digest(source)
+
+
+def _file_digest(source: str) -> str:
+    with locate(source).open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     kind = source if source == US_GAAP else _suffix(source)
     return hashlib.sha256(json.dumps([kind, content]).encode()).hexdigest()
@@ -130,8 +222,8 @@ def locate(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_file():
         raise InputError(
-            f"data source {source!r} is not a file; give a .csv, .jsonl or .parquet file, "
-            "hub:NAME or package:NAME/FILE"
+            f"data source {source!r} is not a file; give a .csv, .jsonl or .parquet file, a "
+            "directory or glob of them, hub:NAME, package:NAME/FILE or python:MODULE:FUNCTION"
         )
     return path
 
@@ -155,31 +247,6 @@ def _suffix(source: str) -> str:
             f"data source {source!r} ends in {suffix!r}; it must be {', '.join((CSV, *_READERS))}"
         )
     return suffix
-
-
-def as_text(value: Any, source: str, column: str) -> str:
-    """A value of a row as text; a missing one is the empty text.
-
-    Raises:
-        InputError: If it is no text, number or truth value, or no Unicode.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        if not is_unicode(value):
-            raise InputError(
-                f"column {column!r} of {source} holds half of a surrogate pair, which is no "
-                "character; write the whole pair, or leave it out"
-            )
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return str(value)
-    raise InputError(
-        f"column {column!r} of {source} holds a {type(value).__name__}; it must hold one text or "
-        "number a row: flatten it"
-    )
 
 
 def _records(source: str, path: Path) -> list[dict[str, Any]]:
@@ -272,21 +339,6 @@ def _hub_revisions(source: str) -> list[str]:
         for f in folders
         for info in f.glob("*/*/*/dataset_info.json")
     )
-
-
-def _read_hub(source: str, wanted: Mapping[str, str], split: str) -> Rows:
-    dataset = _load_hub(source, split)
-    check_columns(source, wanted, dataset.column_names)
-    rows: Rows = {}
-    for column in wanted:
-        values: list[Any] = list(dataset[column])
-        names: list[str] | None = getattr(dataset.features[column], "names", None)
-        if names is not None:  # a ClassLabel: -1 means no label
-            values = [
-                names[value] if value is not None and value >= 0 else None for value in values
-            ]
-        rows[column] = [as_text(value, source, column) for value in values]
-    return rows
 
 
 _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

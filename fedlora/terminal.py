@@ -31,7 +31,14 @@ class Terminal(Console):
     """
 
     def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
-        super().__init__(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+        super().__init__(
+            stderr=stderr,
+            quiet=quiet,
+            markup=False,
+            emoji=False,
+            highlight=False,
+            force_jupyter=False,  # lines in a notebook; rich's display there needs ipywidgets
+        )
 
     def write_line(self, *texts: str) -> None:
         """Print one line, however narrow the terminal is, with a tab between texts."""

@@ -15,7 +15,7 @@ from fedlora import noise_shares, wire
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
-from server import institution_privacy
+from server import institution_privacy, plugged
 from server.institution_privacy import InstitutionMechanism
 from server.replies import Replies
 from server.run_directory import RunState
@@ -112,7 +112,7 @@ class Mean(Aggregation):
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self._strategy = STRATEGIES[config.federation.strategy]
+        self._strategy = plugged.strategy(config.federation)
 
     def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
         """The strategy's mean of the valid updates, as they arrive."""

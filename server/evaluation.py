@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 from fedlora import metrics
 from fedlora.adapters import AdapterState
+from fedlora.classification import Classification
 from fedlora.errors import Refusal
 from fedlora.messages import EvaluateOrder, Evaluation
 from fedlora.sft import MAX_ANSWER_CHARACTERS, MAX_ANSWERS
@@ -22,9 +23,12 @@ MAX_TOKENS = 2**40
 
 
 def evaluate_global(
-    work: Trainable, adapter: AdapterState, population: Population
+    work: Trainable,
+    adapter: AdapterState,
+    population: Population,
+    measures: Mapping[str, metrics.Metric],
 ) -> dict[str, Any]:
-    """Metrics of one adapter on all held-out rows together.
+    """Metrics of one adapter on all held-out rows together, with ``measures`` beside its own.
 
     Returns:
         The metrics of `fedlora.tasks.Task.evaluate`, and ``institutions``: institution -> accuracy
@@ -33,9 +37,18 @@ def evaluate_global(
     if population.held_out is None:
         return {"institutions": {}}
     adapter.load_into(work.model)
-    result = work.task.evaluate(
-        work.model, population.held_out, work.labels, owner=population.owner
-    )
+    if measures and isinstance(work.task, Classification):
+        result = work.task.evaluate(
+            work.model,
+            population.held_out,
+            work.labels,
+            owner=population.owner,
+            measures=measures,
+        )
+    else:
+        result = work.task.evaluate(
+            work.model, population.held_out, work.labels, owner=population.owner
+        )
     result["institutions"] = {
         population.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()
     }

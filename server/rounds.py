@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
 import time
 import uuid
@@ -13,13 +14,22 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlora import model_card, released, secure_order, trainable, wire
+from fedlora import model_card, plugins, released, secure_order, trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query, Release, TrainOrder
 from fedlora.run_files import read_records
-from server import aggregation, binding, evaluation, handout, joining, limits, tracking
+from server import (
+    aggregation,
+    binding,
+    evaluation,
+    handout,
+    joining,
+    limits,
+    plugged,
+    tracking,
+)
 from server.aggregation import Aggregated, Report
 from server.population import population_of
 from server.privacy_statement import epsilon_alone, largest_epsilon, statement
@@ -30,7 +40,7 @@ from server.secure_session import SecureSession
 from server.spending import Spending
 from server.start import start_adapter
 from server.trend import still_rising
-from strategies import STRATEGIES, base, server_optimizer
+from strategies import base, server_optimizer
 from strategies.base import Round
 
 log = logging.getLogger("fedlora.server")
@@ -101,13 +111,15 @@ class Federation:
 
     def __init__(self, grid: Grid, config: RunConfig) -> None:
         tracking.check(config)
+        self.measures = plugged.measures(config.federation)
+        self.callbacks = plugged.callbacks(config.tracking.callbacks)
         self.grid, self.config = grid, config
         self.population = population_of(config)
         size, federation = self.population.size, config.federation
         self.participations = base.participations(
             federation.rounds, size, federation.institutions_per_round
         )
-        self.strategy = STRATEGIES[federation.strategy]
+        self.strategy = plugged.strategy(federation)
         masks = config.privacy.masks
         self.session = SecureSession(grid, config, self.population.names) if masks else None
         self.aggregation = aggregation.choose(config, size, self.participations, self.session)
@@ -160,6 +172,8 @@ class Federation:
             self.directory.append(record)
             self.directory.save(self.state)
             tracker.round(record)
+            for callback in self.callbacks:
+                callback(record)
             log.info(
                 "round %d of %d: %d of %d updates in %.1f s; rejected: %s",
                 record["round"],
@@ -364,7 +378,9 @@ class Federation:
         """
         federation, state = self.config.federation, self.state
         if not federation.traits.local_parts:
-            return evaluation.evaluate_global(self.work, state.final_adapter(), self.population)
+            return evaluation.evaluate_global(
+                self.work, state.final_adapter(), self.population, self.measures
+            )
         return evaluation.evaluate_own(
             self.grid,
             EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter),
@@ -438,6 +454,8 @@ class Federation:
         names = population.names or sorted(state.asked)
         level = self.aggregation.statement(state)
         privacy = statement(config, names, state, level, self.spending)
+        if config.plug_ins:
+            privacy = {**privacy, "plug_ins": plugins.describe(config.plug_ins)}
         result = {
             **self.measured,
             **({"joining": compared} if compared else {}),
@@ -465,6 +483,9 @@ class Federation:
         """The newest checkpoint of a run that goes on; otherwise the state before round 1."""
         newest_only = self.aggregation.newest_checkpoint_only
         found = f"{self.work.base.digest}\n{self.population.fingerprint}"
+        if self.config.federation.aggregate:
+            own = plugins.describe([("federation.aggregate", self.config.federation.aggregate)])
+            found += f"\n{json.dumps(own)}"
         inputs = hashlib.sha256(found.encode()).hexdigest()
         state = self.directory.latest(newest_only=newest_only) if resumed else None
         if state is None:
@@ -473,7 +494,8 @@ class Federation:
         if state.inputs != inputs:
             raise InputError(
                 f"{self.directory.path} was run on other records or base weights than data.source "
-                "and model.name hold now; restore them, or start anew with another --out"
+                "and model.name hold now, or with another federation.aggregate; restore them, or "
+                "start anew with another --out"
             )
         privacy = {} if self.spending is None else self.spending.possible(state.privacy)
         return dataclasses.replace(state, privacy=privacy)

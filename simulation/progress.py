@@ -242,6 +242,9 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
             table.add_row(
                 name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
             )
+    for name in config.federation.metric_names:
+        if name in result:
+            table.add_row(name, f"{result[name]:.4f}")
     add_baseline(table, result)
     if "n" in result:
         table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")

@@ -254,13 +254,14 @@ def prepare(config: RunConfig) -> "Federation":
     Raises:
         InputError: Naming value, bound and remedy.
     """
-    from fedlora import records
+    from fedlora import plugins, records
     from fedlora.files import existing_parent
 
     if config.deployed:
         raise InputError(
             "data.source is 'institutions', which is for deployments; to simulate, name the records"
         )
+    plugins.check(config.plug_ins)
     with paused_gc():  # a tokenizer imports torch; cached records need none
         federation = records.load(config)
     if config.privacy.enabled:

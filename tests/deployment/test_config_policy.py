@@ -28,7 +28,7 @@ OWN = {
     "labels": LABELS,
     "ledger": "ledger.db",
     "state": "state",
-    "strategies": ["fedavg", "pad", "stack"],
+    "strategies": ["fedavg", "pad", "stack", "nowhere:median"],
     "max-steps": 2,
     "max-length": 20,
     "max-rank": 40,
@@ -139,6 +139,9 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (("malformed-message", "bad-configuration"), "federation.rounds", 0, 1),
         (followed, "federation.strategy", "fedavg", "pad"),
         (("strategy-not-allowed",), "federation.strategy", "ffa", "fedsa"),
+        (followed, "federation.aggregate", "", "nowhere:median"),  # nobody here imports it
+        (("strategy-not-allowed",), "federation.aggregate", "os:system", "antigravity:x"),
+        (bad, "federation.aggregate", "median", ":", "nowhere:"),
         (followed, "federation.residual-rank", 1, MAX_INTEGER),  # fedavg has no residuals
         (followed, "federation.weighting", "uniform", "public-size", "noised-size"),
         (bad, "federation.weighting", "records"),

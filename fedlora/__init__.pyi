@@ -1,0 +1,22 @@
+from fedlora.adapters import AdapterState as AdapterState
+from fedlora.config import AdapterConfig as AdapterConfig
+from fedlora.config import DataConfig as DataConfig
+from fedlora.config import EngineConfig as EngineConfig
+from fedlora.config import FederationConfig as FederationConfig
+from fedlora.config import HomeConfig as HomeConfig
+from fedlora.config import ModelConfig as ModelConfig
+from fedlora.config import PrivacyConfig as PrivacyConfig
+from fedlora.config import RunConfig as RunConfig
+from fedlora.config import TrackingConfig as TrackingConfig
+from fedlora.config import TrainingConfig as TrainingConfig
+from fedlora.config import load as load
+from fedlora.errors import InputError as InputError
+from fedlora.metrics import Predictions as Predictions
+from library.result import Result as Result
+from library.run import run as run
+from server.roster import RunFailed as RunFailed
+from strategies.base import Round as Round
+from strategies.base import Strategy as Strategy
+from strategies.collected import collect as collect
+
+__version__: str

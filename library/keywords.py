@@ -1,0 +1,156 @@
+"""The keyword arguments of `library.run.run`: every configuration key under a name of Python.
+
+A keyword is the key's last part with underscores: ``sample_rate`` for ``training.sample-rate``.
+``model`` stands for ``model.name``, and keys of ``[home]`` begin with ``home_``. A test compares
+this list with the configuration.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from fedlora import plugins, schemes
+from fedlora.config import describe
+from fedlora.errors import InputError
+from strategies.base import Strategy
+
+PlugIn = str | Callable[..., Any] | Strategy
+"""Code of one's own, or its name as ``module:object``."""
+OWN = {"data.source": "data", "data.test-source": "test_data", "run-dir": "out"}
+"""Keys that `library.run.run` takes as arguments of other names."""
+
+
+class Keywords(TypedDict, total=False):
+    """Every key as a keyword; `fedlora config` and docs/python.md say what each means."""
+
+    seed: int
+    accept: Sequence[str]
+    # [model]
+    model: str
+    dtype: str
+    quantization: str
+    task: str
+    # [adapter]
+    method: str
+    rank: int
+    ranks: str
+    alpha: float
+    dropout: float
+    start: str
+    target_modules: Sequence[str]
+    # [data]
+    partition: PlugIn
+    institutions: int
+    min_records: int
+    max_records: int
+    delimiter: str
+    encoding: str
+    text: str
+    label: str
+    labels: Sequence[str]
+    prompt: str
+    test_fraction: float
+    view: str
+    # [training]
+    local_steps: int
+    batch_size: int
+    sample_rate: float
+    physical_batch: int
+    learning_rate: float
+    optimizer: str
+    proximal: float
+    max_length: int
+    gradient_checkpointing: bool
+    # [federation]
+    rounds: int
+    strategy: str
+    aggregate: PlugIn
+    metrics: Sequence[PlugIn]
+    residual_rank: int
+    institutions_per_round: int
+    min_updates: int
+    max_update_norm: float
+    weighting: str
+    robust: str
+    byzantine: float
+    server_optimizer: str
+    server_learning_rate: float
+    server_head_learning_rate: float
+    average_last: float
+    timeout: float
+    evaluate_every: int
+    # [privacy]
+    trust: str
+    honest: int
+    colluding: int
+    protocol: str
+    epsilon: float
+    delta: float
+    max_grad_norm: float
+    clipping: str
+    accountant: str
+    unit: str
+    noise: str
+    size_noise: float
+    ledger: str
+    max_epsilon: float
+    institution_epsilon: float
+    institution_delta: float
+    institution_max_norm: float
+    # [home]
+    home_method: str
+    home_steps: int
+    home_batch_size: int
+    home_learning_rate: Sequence[float]
+    home_head_learning_rate: float
+    home_proximal: float
+    home_epsilon: float
+    # [engine]
+    workers: int
+    threads: int
+    gpus: float
+    ray_address: str
+    # [tracking]
+    mlflow: str
+    tensorboard: str
+
+
+def overrides(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords as ``section.key`` -> value. Plug-ins are named, and found in this process.
+
+    Raises:
+        InputError: For a keyword that is none, with the nearest one.
+    """
+    known = keys()
+    found: dict[str, Any] = {}
+    for name, value in keywords.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "docs/python.md lists them"
+            raise InputError(f"{name} is no keyword of fedlora.run; {hint}")
+        found[known[name]] = _plain(known[name], value)
+    return found
+
+
+def keys() -> dict[str, str]:
+    """Keyword -> ``section.key``."""
+    found: dict[str, str] = {}
+    for key, *_ in describe():
+        section, _, last = key.rpartition(".")
+        name = last.replace("-", "_")
+        if section == "home":
+            name = f"home_{name}"
+        if key not in OWN and key != "tracking.callbacks":
+            found["model" if key == "model.name" else name] = key
+    return found
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as the configuration has it: names for objects, lists for sequences."""
+    if key == "federation.aggregate":
+        return plugins.give(key, value)
+    if key == "federation.metrics":
+        return [plugins.give(key, one) for one in ([value] if callable(value) else value)]
+    if key == "data.partition" and not isinstance(value, str):
+        return schemes.PYTHON + plugins.give(key, value)
+    return value

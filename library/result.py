@@ -1,0 +1,114 @@
+"""The result of a run, read from its directory."""
+
+import html
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedlora import finished_run
+from fedlora.config import RunConfig, load
+from fedlora.extras import require
+from fedlora.run_files import CONFIG, read_records, read_run_file
+
+
+@dataclass(frozen=True)
+class Result:
+    """A complete run: ``Result("runs/one")`` opens an earlier one.
+
+    Attributes:
+        directory: The run directory.
+    """
+
+    directory: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", Path(self.directory).absolute())
+        _ = self.figures  # refuses a directory without a complete run
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """``result.json``: figures on held-out rows, epsilon, the comparison of joining."""
+        return read_run_file(self.directory)
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """A dictionary for each round, as in ``rounds.jsonl``: ``metrics``, ``epsilon_max``, ..."""
+        return read_records(self.directory)
+
+    @property
+    def privacy(self) -> dict[str, Any]:
+        """``privacy.json``: what is promised to each institution, in words and figures."""
+        return read_run_file(self.directory, "privacy.json")
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration of the run, complete."""
+        return load(self.directory / CONFIG)
+
+    @property
+    def adapter(self) -> Path:
+        """The directory of the adapter, which ``peft.PeftModel.from_pretrained`` opens."""
+        return self.directory / "adapter"
+
+    def model(self, institution: str = "") -> Any:
+        """The base model with the adapter folded in: a ``transformers`` model on the CPU.
+
+        Args:
+            institution: The institution whose adapter is used, where each has its own.
+        """
+        return finished_run.merged_model(self.directory, institution)[0]
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model."""
+        transformers: Any = importlib.import_module("transformers")
+        return transformers.AutoTokenizer.from_pretrained(self.adapter, trust_remote_code=False)
+
+    def predict(self, texts: Sequence[str], institution: str = "") -> list[dict[str, Any]]:
+        """Answer texts: ``text``, ``answer`` and, where there are classes, ``score``, ``scores``.
+
+        Raises:
+            InputError: If a text is empty.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        return finished_run.predict(self.directory, texts, institution)["answers"]
+
+    def report(self) -> Path:
+        """Write ``report.html``, one self-contained page, and return its path.
+
+        Raises:
+            InputError: If the packages that draw it are not installed.
+        """
+        for package in ("jinja2", "matplotlib"):
+            require(package, "experiments", "report.html")
+        from experiments import report
+        from server import tracking
+
+        page = report.write(self.directory)
+        tracking.add_report(self.config, self.figures["run"], page)
+        return page
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value}" for name, value in self._shown().items())
+        return f"Result({str(self.directory)!r}: {shown})"
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        shown = self._shown() | {"protects": self.privacy["protects"], "in": str(self.directory)}
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in shown.items()
+        )
+        return f"<table>{rows}</table>"
+
+    def _shown(self) -> dict[str, str]:
+        figures = self.figures
+        names = ("accuracy", "macro_f1", "token_loss", *self.config.federation.metric_names)
+        return {
+            **{name: f"{figures[name]:.4f}" for name in names if name in figures},
+            "epsilon": f"{float(figures['epsilon_max']):.3g}",
+            "rounds": str(figures["rounds"]),
+        }

@@ -1,0 +1,106 @@
+"""`run`: the federation of a configuration, or of a data frame, in this process."""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Unpack, cast
+
+from experiments import ready
+from fedlora import plugins, records, rows, sources, tables
+from fedlora.config import RunConfig, from_flat, load
+from fedlora.errors import InputError
+from fedlora.startup import quiet_libraries
+from fedlora.tables import Table
+from fedlora.terminal import Terminal
+from library.keywords import OWN, Keywords, overrides
+from library.result import Result
+from simulation.place import placed
+from simulation.run import simulate
+
+Record = Mapping[str, Any]
+"""A round's line of ``rounds.jsonl``."""
+BY_INSTITUTION = f"natural:{tables.INSTITUTION}"
+
+
+def run(
+    config: str | Path | RunConfig | None = None,
+    *,
+    data: Table | str | Path | None = None,
+    test_data: Table | str | Path | None = None,
+    on_round: Callable[[Record], object] | None = None,
+    out: str | Path | None = None,
+    engine: Literal["inline", "ray"] = "inline",
+    progress: bool = True,
+    **keywords: Unpack[Keywords],
+) -> Result:
+    """Simulate a federation and return its result, as ``fedlora run`` does it.
+
+    Args:
+        config: A TOML file, the name of a ready configuration (``demo``), or a `RunConfig`; without
+            it every key has its default.
+        data: The records, in place of ``data.source``: a source as the configuration has it, a
+            ``pandas.DataFrame``, a ``datasets.Dataset``, a dictionary of columns, or a dictionary
+            with one of these for each institution. Records by institution (also a directory or glob
+            of files) are partitioned by it.
+        test_data: The held-out rows, in place of ``data.test-source``, in the same forms.
+        on_round: Called after each round with its line of ``rounds.jsonl``. What it raises ends the
+            run; finished rounds are kept.
+        out: The run directory; by default ``runs/NAME-TIME``.
+        engine: ``inline`` works in this process, ``ray`` in worker processes.
+        progress: Whether progress and warnings are printed.
+        **keywords: Any key of the configuration: ``epsilon=3.0``, ``rounds=10``. They win over
+            ``config``.
+
+    Raises:
+        InputError: Before any training, for a value that the caller can correct.
+        RunFailed: If the run cannot go on; the last checkpoint stays in its directory.
+    """
+    quiet_libraries()
+    plugins.forget()
+    records.forget()
+    if engine not in ("inline", "ray"):
+        raise InputError(f"engine is {engine!r}; it must be inline or ray")
+    values = overrides(keywords)
+    if on_round is not None:
+        kept = _resolved(config, {}).tracking.callbacks
+        values["tracking.callbacks"] = [*kept, plugins.give("tracking.callbacks", on_round)]
+    if data is not None and _by_institution(data):
+        # The number of institutions in the configuration is that of its own records.
+        values = {"data.partition": BY_INSTITUTION, "data.institutions": 0} | values
+    given = {"data.source": data, "data.test-source": test_data}
+    given = {key: table for key, table in given.items() if table is not None}
+    with contextlib.ExitStack() as held:
+        columns = _resolved(config, values | dict.fromkeys(given, tables.MEMORY)) if given else None
+        for key, table in given.items():
+            if isinstance(table, str | Path):
+                values[key] = str(table)
+            elif columns is not None:
+                wanted = rows.wanted_columns(columns.data, columns.privacy.unit)
+                values[key] = held.enter_context(tables.hold(table, wanted, OWN[key]))
+        resolved = _resolved(config, values)
+        name = Path(config).stem if isinstance(config, str | Path) else "run"
+        default = resolved.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        directory = Path(out or default).absolute()
+        simulate(placed(resolved, directory), engine, Terminal(quiet=not progress))
+    return Result(directory)
+
+
+def _resolved(config: str | Path | RunConfig | None, values: Mapping[str, Any]) -> RunConfig:
+    """The configuration with other values. Defaults that depend on other keys follow them."""
+    if config is None:
+        return from_flat(values)
+    if isinstance(config, RunConfig):
+        return config.replace(values)
+    if isinstance(cast(object, config), str | Path):
+        return load(ready.locate(Path(config)), values)
+    raise InputError(
+        f"config is a {type(config).__name__}; it must be the path of a TOML file, the name of a "
+        "ready configuration, or a RunConfig"
+    )
+
+
+def _by_institution(data: Table | str | Path) -> bool:
+    if isinstance(data, str | Path):
+        return sources.is_per_institution(str(data))
+    return tables.by_institution(data)

@@ -1,0 +1,44 @@
+"""The directory of a run, and paths that mean the same wherever its processes work."""
+
+from pathlib import Path
+
+from fedlora import sources
+from fedlora.config import RunConfig
+from fedlora.errors import InputError
+from fedlora.run_files import CONFIG, is_complete
+from server.run_directory import RunDirectory
+
+
+def placed(config: RunConfig, directory: Path, *, resume: bool = False) -> RunConfig:
+    """The configuration with absolute paths, for a directory that is free or to be resumed.
+
+    Args:
+        config: The run.
+        directory: Its run directory.
+        resume: Whether the directory holds this run, to be continued.
+
+    Raises:
+        InputError: If the directory does not fit.
+    """
+    if not resume and (directory / CONFIG).exists():
+        raise InputError(
+            f"{directory} holds another run; give another --out, or continue it with --resume "
+            f"{directory}"
+        )
+    if resume and is_complete(directory):
+        raise InputError(
+            f"{directory} is complete; there is nothing to resume (see its result.json). "
+            "--rounds +N trains N more rounds as a new run"
+        )
+    values = {"run-dir": str(directory.absolute())}
+    if config.privacy.ledger:
+        values["privacy.ledger"] = str(Path(config.privacy.ledger).absolute())
+    for key in ("data.source", "data.test-source", "model.name", "adapter.start"):
+        value = str(config.flat()[key])
+        if value and (Path(value).exists() or (key.startswith("data.") and sources.is_glob(value))):
+            values[key] = str(Path(value).absolute())
+    if "adapter.start" in values:
+        values["adapter.start"] = str(Path(values["adapter.start"]).resolve())  # runs/latest moves
+    resolved = config.replace(values)
+    RunDirectory(directory.absolute()).check(resolved)
+    return resolved

@@ -1,0 +1,164 @@
+"""Plug-ins by name and by object, and the sources and partitions that they give."""
+
+import hashlib
+import sys
+
+import pytest
+
+from fedlora import data, plugins, rows, schemes, sources
+from fedlora.config import from_flat
+from fedlora.errors import InputError, RecordError
+
+MODULE = """
+calls = []
+number = 7
+def by_length(texts, labels, seed):
+    return ["long" if len(text) > 3 else "short" for text in texts]
+def too_few(texts, labels, seed):
+    return ["one"]
+def table():
+    calls.append(1)
+    return {"text": ["ab", "abcd", "abcde", "abc"], "label": ["x", "y", "x", "y"]}
+def broken():
+    raise KeyError("secret record")
+class Deep:
+    @staticmethod
+    def metric(predictions):
+        return 1.0
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module in the working directory."""
+    (tmp_path / "own_code.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield tmp_path / "own_code.py"
+    sys.modules.pop("own_code", None)
+    sources.forget()
+    plugins.forget()
+
+
+def test_a_name_is_imported_from_the_working_directory_and_described_with_the_hash_of_its_file(own):
+    found = plugins.load("federation.metrics", "own_code:Deep.metric")
+    assert found(None) == 1.0
+    assert plugins.describe([("federation.metrics", "own_code:Deep.metric")]) == [
+        {
+            "key": "federation.metrics",
+            "object": "own_code:Deep.metric",
+            "file": "own_code.py",
+            "sha256": hashlib.sha256(own.read_bytes()).hexdigest(),
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "words"),
+    [
+        ("federation.metrics", "no_such_module:x", "no_such_module cannot be imported"),
+        ("federation.metrics", "own_code:Deep.metrik", "did you mean metric?"),
+        ("federation.metrics", "own_code:number", "is a int and cannot be called"),
+        ("federation.aggregate", "own_code:table", "2 arguments (this_round, updates)"),
+        ("data.source", "own_code:by_length", "0 arguments (nothing)"),
+    ],
+)
+def test_a_name_that_names_no_plug_in_is_refused_in_words(own, key, name, words):
+    with pytest.raises(InputError) as error:
+        plugins.load(key, name)
+    assert name in str(error.value) and words in str(error.value)
+
+
+def test_an_object_is_found_in_this_process_under_its_own_name():
+    def local(predictions):
+        return 2.0
+
+    try:
+        name = plugins.give("federation.metrics", local)
+        assert name.endswith("<locals>.local")
+        assert plugins.load("federation.metrics", name) is local
+        with pytest.raises(InputError, match="is a int; give a function"):
+            plugins.give("federation.metrics", 3)
+        plugins.give("tracking.callbacks", lambda record: None)
+        with pytest.raises(InputError, match="rename one of them"):
+            plugins.give("federation.metrics", lambda record: None)
+    finally:
+        plugins.forget()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"federation.aggregate": "median"}, "must be module:object"),
+        ({"data.source": "python:median"}, "must be module:object"),
+        ({"federation.aggregate": "a:b", "federation.robust": "krum"}, "federation.robust"),
+        (
+            {
+                "federation.aggregate": "a:b",
+                "federation.weighting": "uniform",
+                "privacy.institution-epsilon": 1.0,
+            },
+            "privacy.institution-epsilon",
+        ),
+        ({"federation.metrics": ["a:b"], "federation.strategy": "fedsa"}, "a model of its own"),
+        ({"federation.metrics": ["a:b"], "model.task": "sft"}, "a response has not"),
+    ],
+)
+def test_a_plug_in_that_would_not_be_called_is_refused(values, words):
+    with pytest.raises(InputError) as error:
+        from_flat(values)
+    assert words in str(error.value)
+
+
+def settings(**values):
+    keys = {f"data.{name.replace('_', '-')}": value for name, value in values.items()}
+    given = {"data.source": "python:own_code:table", "data.test-fraction": 0.0, **keys}
+    return from_flat({"privacy.epsilon": "inf", **given}).data
+
+
+def test_a_function_is_a_source_and_is_called_once(own):
+    wanted = {"text": "data.text", "label": "data.label"}
+    first = sources.digest("python:own_code:table")
+    assert sources.read("python:own_code:table", wanted)["text"] == ["ab", "abcd", "abcde", "abc"]
+    assert sources.digest("python:own_code:table") == first
+    assert len(sys.modules["own_code"].calls) == 1
+    with pytest.raises(RecordError, match="failed with KeyError"):  # for no log: it quotes a record
+        sources.read("python:own_code:broken", wanted)
+
+
+def test_a_function_is_a_partition(own):
+    made = rows.partition_rows(
+        settings(partition="python:own_code:by_length"), unit="record", seed=1, task="x"
+    )
+    assert made.names == ("long", "short")
+    assert made.train[0].texts == ["abcd", "abcde", "ab", "abc"]
+    with pytest.raises(InputError, match="gave 1 institutions for 4 rows"):
+        rows.partition_rows(
+            settings(partition="python:own_code:too_few"), unit="record", seed=1, task="x"
+        )
+
+
+def test_a_changed_partition_opens_no_cached_shards(own, tmp_path):
+    from fedlora.encoding import Encoded
+
+    def encoder():
+        return lambda texts, answers, labels: Encoded(
+            ids=[[1]] * len(texts), targets=[labels.index(a) for a in answers], truncated=0
+        )
+
+    def prepared():
+        return data.prepare(
+            settings(partition="python:own_code:by_length"),
+            unit="record",
+            seed=1,
+            task="classification",
+            encoder=encoder,
+            encoding_key="k",
+            cache_dir=tmp_path / "cache",
+        ).names
+
+    assert prepared() == ("long", "short")
+    own.write_text(MODULE.replace('"long"', '"large"'))
+    sys.modules.pop("own_code")
+    assert prepared() == ("large", "short")
+    assert schemes.parse("python:a:b", institutions=0, has_classes=False) == ("python", "a:b")

@@ -1,0 +1,99 @@
+"""Tables that a process holds as sources."""
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+
+from fedlora import sources, tables
+from fedlora.errors import InputError
+
+WANTED = {"text": "data.text", "label": "data.label"}
+COLUMNS = {"text": ["lost card", "late fee", ""], "label": ["card", "fee", "card"]}
+
+
+def read(table, wanted=WANTED):
+    with tables.hold(table, wanted) as source:
+        return source, sources.read(source, wanted)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        COLUMNS,
+        pandas.DataFrame({"other": [1, 2, 3], **COLUMNS}),
+        pandas.DataFrame(COLUMNS).astype("category"),
+        datasets.Dataset.from_dict(COLUMNS),
+        datasets.Dataset.from_dict({"text": COLUMNS["text"], "label": [0, 1, 0]}).cast_column(
+            "label", datasets.ClassLabel(names=["card", "fee"])
+        ),
+    ],
+    ids=["columns", "frame", "categories", "dataset", "class label"],
+)
+def test_every_kind_of_table_gives_the_same_rows_under_the_same_name(table):
+    source, rows = read(table)
+    assert rows == COLUMNS
+    assert source == read(COLUMNS)[0]
+    assert sources.digest(source) == source.removeprefix("memory:")
+
+
+def test_missing_values_are_empty_texts_and_numbers_are_texts():
+    frame = pandas.DataFrame({"text": ["a", None, np.nan], "label": [1.5, np.nan, 2]})
+    assert read(frame)[1] == {"text": ["a", "", ""], "label": ["1.5", "", "2.0"]}
+    frame = pandas.DataFrame({0: ["a"], "label": np.array([7])})
+    assert read(frame, {"0": "data.text", "label": "data.label"})[1] == {"0": ["a"], "label": ["7"]}
+
+
+def test_a_dictionary_of_tables_names_the_institution_of_each_row():
+    table = {"north": pandas.DataFrame(COLUMNS), "south": {"text": ["x"], "label": ["y"]}}
+    _, rows = read(table, {**WANTED, "institution": "data.partition"})
+    assert rows["institution"] == ["north"] * 3 + ["south"]
+    assert rows["text"] == [*COLUMNS["text"], "x"]
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ([1, 2], "data is a list; it must be a pandas.DataFrame"),
+        ({}, "empty dictionary"),
+        ({"text": ["a"], "label": ["b", "c"]}, "different lengths"),
+        ({"text": ["a"]}, "data.label is 'label', but data has the columns text"),
+        ({"north": {"text": ["a"]}}, "data['north'] has the columns text"),
+        ({"north": 7}, "data['north'] is a int"),
+        ({"text": [["a"]], "label": ["b"]}, "holds a list"),
+        ({"text": [], "label": []}, "no row"),
+        (pandas.DataFrame([["a", "b", "c"]], columns=["text", "label", "label"]), "two columns"),
+    ],
+)
+def test_a_table_that_is_none_is_refused_in_words(table, words):
+    with pytest.raises(InputError) as error:
+        read(table)
+    assert words in str(error.value)
+
+
+def test_rows_are_gone_after_the_block():
+    source, _ = read(COLUMNS)
+    with pytest.raises(InputError, match=r"another Python process.*data="):
+        sources.read(source, WANTED)
+
+
+def test_files_of_a_directory_or_glob_are_institutions(tmp_path):
+    (tmp_path / "north.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "south.jsonl").write_text('{"text": "c", "label": "z"}\n')
+    (tmp_path / "notes.txt").write_text("no records")
+    wanted = {**WANTED, "institution": "data.partition"}
+    for source in (str(tmp_path), f"{tmp_path}/*.[cj]s*"):
+        assert sources.read(source, wanted) == {
+            "text": ["a", "b", "c"],
+            "label": ["x", "y", "z"],
+            "institution": ["north", "north", "south"],
+        }
+    before = sources.digest(str(tmp_path))
+    assert before == sources.digest(f"{tmp_path}/*.[cj]s*")
+    (tmp_path / "south.jsonl").rename(tmp_path / "west.jsonl")
+    assert sources.digest(str(tmp_path)) != before
+    with pytest.raises(InputError, match="has no file"):
+        sources.read(f"{tmp_path}/*.parquet", wanted)
+    (tmp_path / "north.jsonl").write_text('{"text": "c", "label": "z"}\n')
+    with pytest.raises(InputError, match=r"north.csv and north.jsonl"):
+        sources.read(str(tmp_path), wanted)

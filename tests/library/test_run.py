@@ -1,0 +1,246 @@
+"""Runs from Python: the same as those of the command line, on tables, with plug-ins."""
+
+import json
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+
+import fedlora
+from fedlora import AdapterState, InputError, Predictions, Round, collect, run
+from fedlora.config import SECTIONS, RunConfig
+from library import keywords
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "dtype": "fp32",
+    "rounds": 2,
+    "max_length": 16,
+    "sample_rate": 0.25,
+    "delta": 1e-4,
+    "accountant": "rdp",
+    "noise": "seeded",
+    "home_method": "none",
+    "progress": False,
+}
+
+
+def median(this_round: Round, updates) -> AdapterState:
+    with collect(updates) as everyone:
+        names = this_round.before.only(this_round.parts) if len(everyone) else ()
+        return AdapterState({n: torch.stack(everyone.tensors(n)).median(0).values for n in names})
+
+
+def sure(predictions: Predictions) -> float:
+    assert predictions.probabilities.shape == (len(predictions.truth), len(predictions.labels))
+    return float(predictions.probabilities.max(1).mean())
+
+
+@pytest.fixture
+def small(tiny_encoder, tmp_path):
+    return {**SMALL, "model": str(tiny_encoder), "out": tmp_path / "run"}
+
+
+def test_a_run_on_a_frame_is_the_run_on_its_file(small, complaints, tmp_path):
+    frame = pandas.read_csv(complaints)
+    small |= {"partition": "natural:bank"}
+    seen = []
+    one = run(data=frame, on_round=seen.append, **small)
+    two = run(data=str(complaints), **(small | {"out": tmp_path / "two"}))
+    assert [line["round"] for line in seen] == [1, 2] and seen == one.rounds
+    for name in ("accuracy", "macro_f1", "loss", "epsilon_max", "counts", "labels"):
+        assert one.figures[name] == two.figures[name]
+    tensors = AdapterState.open(one.adapter), AdapterState.open(two.adapter)
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert one.config.data.source.startswith("memory:")
+    assert one.privacy["plug_ins"][0]["key"] == "tracking.callbacks"
+    assert "plug_ins" not in two.privacy
+    texts = ["stolen phishing scam", "mortgage lender"]
+    said = one.predict(texts)
+    assert [answer["text"] for answer in said] == texts
+    inputs = one.tokenizer()(texts, padding=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    scores = one.model()(**inputs).logits.softmax(-1)
+    labels = one.figures["labels"]
+    assert [labels[int(i)] for i in scores.argmax(-1)] == [answer["answer"] for answer in said]
+    assert "accuracy" in repr(fedlora.Result(one.directory)) and "<table>" in one._repr_html_()
+
+
+def test_institutions_are_the_keys_of_a_dictionary_or_the_files_of_a_directory(
+    small, complaints, tmp_path
+):
+    frame = pandas.read_csv(complaints)
+    parts = {bank: part[["text", "label"]] for bank, part in frame.groupby("bank")}
+    one = run(data=parts, **small)
+    for bank, part in parts.items():
+        (tmp_path / "banks").mkdir(exist_ok=True)
+        part.to_csv(tmp_path / "banks" / f"{bank}.csv", index=False)
+    two = run(data=tmp_path / "banks", **(small | {"out": tmp_path / "two"}))
+    assert sorted(one.figures["institutions"]) == ["Alpha", "Beta", "Delta", "Gamma"]
+    assert one.figures["institutions"] == two.figures["institutions"]
+
+
+def test_an_aggregation_a_metric_and_a_partition_of_ones_own_take_part(small, complaints):
+    halves = lambda texts, labels, seed: [str(len(text) % 2) for text in texts]  # noqa: E731
+    result = run(data=str(complaints), aggregate=median, metrics=[sure], partition=halves, **small)
+    assert sorted(result.figures["institutions"]) == ["0", "1"]
+    assert 1 / 3 < result.figures["sure"] == result.rounds[-1]["metrics"]["sure"] < 1
+    named = {one["key"]: one for one in result.privacy["plug_ins"]}
+    assert set(named) == {"federation.aggregate", "federation.metrics", "data.partition"}
+    assert named["federation.aggregate"]["object"].endswith("test_run:median")
+    assert len(named["federation.aggregate"]["sha256"]) == 64
+    assert "test_run:median" in (result.directory / "config.toml").read_text()
+
+
+def wrong_shape(this_round, updates):
+    list(updates)
+    return {name: torch.zeros(1) for name in this_round.before}
+
+
+def failing(predictions):
+    return 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("plug_in", "words"),
+    [
+        ({"aggregate": wrong_shape}, r"federation.aggregate .*wrong_shape .*does not fit.*kept"),
+        ({"metrics": [failing]}, r"federation.metrics .*failing failed with ZeroDivisionError"),
+    ],
+)
+def test_a_plug_in_that_fails_is_named_and_finished_rounds_are_kept(
+    small, complaints, plug_in, words
+):
+    with pytest.raises(fedlora.RunFailed, match=words):
+        run(data=str(complaints), partition="natural:bank", **plug_in, **small)
+    assert list((small["out"] / "checkpoints").iterdir())
+
+
+def test_an_error_of_a_callback_ends_the_run_as_it_is(small, complaints):
+    def stop(record):
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        run(data=str(complaints), partition="natural:bank", on_round=stop, **small)
+
+
+FRAME = pandas.DataFrame({"text": ["a"], "label": ["b"], "bank": ["c"]})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"epsilom": 3.0}, "epsilom is no keyword of fedlora.run; did you mean epsilon?"),
+        ({"epsilon": "much"}, "privacy.epsilon is 'much'; it must be a number"),
+        ({"epsilon": -1}, "privacy.epsilon is -1; it must be above 0"),
+        ({"data": 7}, "data is a int; it must be a pandas.DataFrame"),
+        ({"data": FRAME}, "data.partition is 'industry', but data has the columns text, label"),
+        ({"data": FRAME, "partition": "iid"}, "data.institutions"),
+        ({"data": FRAME, "partition": "natural:bank", "label": "kind"}, "data.label is 'kind'"),
+        ({"data": "nowhere.csv"}, "'nowhere.csv' is not a file"),
+        ({"config": 7}, "config is a int"),
+        ({"config": "nothing"}, "no ready one has this name"),
+        ({"engine": "gpu"}, "engine is 'gpu'"),
+        ({"on_round": "plot"}, "tracking.callbacks is 'plot'; it must be module:object"),
+        ({"aggregate": 3}, "federation.aggregate is a int; give a function"),
+        ({"metrics": ["nowhere:x"]}, "the module nowhere cannot be imported"),
+        ({"metrics": [lambda predictions: 0.0]}, "names a figure '<lambda>'"),
+        ({"metrics": ["own:accuracy"]}, "names a figure 'accuracy'"),
+    ],
+)
+def test_bad_input_is_one_error_before_anything_is_written(small, values, words):
+    with pytest.raises(InputError) as error:
+        run(**(small | values))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not small["out"].exists()
+
+
+def test_every_key_of_the_configuration_is_a_keyword_with_its_type():
+    hints = typing.get_type_hints(keywords.Keywords)
+    known = keywords.keys()
+    assert list(hints) == list(known)
+    plug_ins = {"partition": str, "aggregate": str, "metrics": tuple[str, ...]}
+    for name, key in known.items():
+        section, _, last = key.rpartition(".")
+        owner = SECTIONS[section] if section else RunConfig
+        kind = typing.get_type_hints(owner)[last.replace("-", "_")]
+        if name in plug_ins:
+            assert kind == plug_ins[name]
+        elif typing.get_args(kind):
+            assert typing.get_args(hints[name])[0] is typing.get_args(kind)[0]
+        else:
+            assert hints[name] is kind
+
+
+def test_the_names_of_the_package_and_its_stub_are_the_same():
+    stub = (ROOT / "fedlora" / "__init__.pyi").read_text()
+    told = {
+        line.split(" as ")[1]: line.split()[1]
+        for line in stub.splitlines()
+        if line.startswith("from ")
+    }
+    assert told == fedlora._NAMES
+    assert all(getattr(fedlora, name) is not None for name in fedlora.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'runn'"):
+        fedlora.runn  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_else():
+    code = "import sys, fedlora; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = [m for m in done.stdout.split() if m.partition(".")[0] in ("fedlora", "library")]
+    assert loaded == ["fedlora"]
+
+
+SCRIPT = """
+import pandas
+import torch
+from fedlora import AdapterState, collect, run
+
+
+def median(this_round, updates):
+    with collect(updates) as everyone:
+        names = this_round.before.only(this_round.parts) if len(everyone) else ()
+        return AdapterState({n: torch.stack(everyone.tensors(n)).median(0).values for n in names})
+
+
+def missed_fraud(predictions):
+    pairs = zip(predictions.truth, predictions.predicted)
+    fraud = [said for truth, said in pairs if truth == "fraud"]
+    return sum(said != "fraud" for said in fraud) / len(fraud)
+
+
+frame = pandas.read_csv("complaints.csv")
+result = run(model="encoder", data=frame, partition="natural:bank", max_length=16, rounds=2,
+             aggregate=median, metrics=[missed_fraud], epsilon=8.0, home_method="none")
+print(result.figures["missed_fraud"], result.privacy["plug_ins"][0]["object"])
+"""
+
+
+def test_a_script_of_25_lines_outside_the_repository_runs_its_own_strategy_and_metric(
+    tmp_path, tiny_encoder, complaints
+):
+    assert len(SCRIPT.strip().splitlines()) <= 25
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "complaints.csv").symlink_to(complaints)
+    (tmp_path / "encoder").symlink_to(tiny_encoder)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    share, name = done.stdout.splitlines()[-1].split()
+    assert 0 <= float(share) <= 1 and name == "__main__:median"
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run_dir / "result.json").read_text())["missed_fraud"] == float(share)
