@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 import sys
 import textwrap
 import time
@@ -149,6 +150,7 @@ def server() -> None:
 
     here = superlink_client.server()
     superlink_client.connect(here)
+    os.environ["TMPDIR"] = str(here.scratch())
     superexec = [
         *(sys.executable, "-P", "-m", "deployment.server_launcher"),
         *("--runtime-api-address", here.superlink, "--root-certificates", str(here.ca)),
