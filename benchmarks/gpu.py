@@ -14,14 +14,15 @@ most that torch held on the GPU in the step; on a CPU it is left out.
 
 Exactness: the largest difference, over all trained tensors, between a row's gradient in a pass of
 all rows and in a backward pass of its own, relative to that tensor's largest value. ``alone``:
-whether the gradient of a row has the same bits when other rows are sampled beside it; the promise of
-DP needs that, so packed passes may be used on a GPU only where it is yes for them.
+whether the gradient of a row has the same bits when other rows are sampled beside it. The promise
+of DP needs that, so a GPU may take packed passes only where it is yes for them.
 
 ``--small`` takes tiny models with random weights and one turn: a check that everything runs.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -96,9 +97,10 @@ def random_model(kind: str, sizes: dict[str, int], directory: Path, device: str)
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes)
     factory: Any = AutoModelForCausalLM if kind == "llama" else AutoModel
     with torch.device(device):
-        model = factory.from_config(AutoConfig.for_model(kind, **sizes), dtype=torch.bfloat16)
+        model = factory.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.cpu().save_pretrained(directory)
     words = {word: number for number, word in enumerate(("[UNK]", "[PAD]", *LABELS))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
@@ -167,16 +169,25 @@ def passes(kind: str) -> Generator[None]:
 
 
 def measure(case: Case, measured: Measured) -> None:
-    """All figures of one model."""
+    """All figures of one model; fedlora's copy of it is dropped before a rival loads its own."""
+    options = ["--model", case.path, "--quantization", case.quantization]
+    options += ["--rows", str(case.rows), "--tokens", str(case.tokens)]
+    options += ["--physical-batch", str(case.rows), "--device", measured.device]
+    arguments = dp_step.parser().parse_args(options)
+    _ours(case, measured, arguments)
+    rivals = {"peft": "plain PEFT, float32", "opacus": "Opacus' hooks, float32"}
+    for rival, name in rivals.items() if case.hooks else [("peft", rivals["peft"])]:
+        _empty(measured.device)
+        measured.add(case.name, name, _side(measured, arguments, rival))
+    _empty(measured.device)
+
+
+def _ours(case: Case, measured: Measured, arguments: argparse.Namespace) -> None:
     from client import private_training
     from fedlora import trainable
     from fedlora.config import from_flat
     from fedlora.streams import RandomSource
 
-    options = ["--model", case.path, "--quantization", case.quantization]
-    options += ["--rows", str(case.rows), "--tokens", str(case.tokens)]
-    options += ["--physical-batch", str(case.rows), "--device", measured.device]
-    arguments = dp_step.parser().parse_args(options)
     values = {
         "model.name": case.path,
         "model.quantization": case.quantization,
@@ -188,7 +199,7 @@ def measure(case: Case, measured: Measured) -> None:
     shard = dp_step.random_rows(arguments, config)
     plan = dp_step.local_plan(arguments)
 
-    def private(count: int) -> Callable[[], None]:
+    def private(count: int) -> dict[str, Any]:
         members = [
             private_training.Participant(
                 shard=shard,
@@ -197,35 +208,26 @@ def measure(case: Case, measured: Measured) -> None:
             )
             for index in range(count)
         ]
-        return lambda: private_training.train_privately(work, members, plan) and None
+        return measured.step(lambda: private_training.train_privately(work, members, plan) and None)
 
     possible = PASSES if work.first_position is not None else PASSES[:1]
     for kind in possible:
         with passes(kind):
-            measured.add(case.name, f"DP step, {kind}", lambda: measured.step(private(1)))
-        measured.add(
-            case.name, f"exactness, {kind}", lambda kind=kind: exactness(work, shard, kind)
-        )
+            measured.add(case.name, f"DP step, {kind}", lambda: private(1))
+        exact = functools.partial(exactness, work, shard, kind)
+        measured.add(case.name, f"exactness, {kind}", exact)
     with passes(possible[-1] if measured.device == "cpu" else "padded"):
         for count in COHORTS:
             name = f"{count} institution{'s' * (count > 1)} together"
-            measured.add(
-                case.name, name, lambda count=count: _each(measured.step(private(count)), count)
-            )
-    measured.add(
-        case.name, "plain step", lambda: measured.step(dp_step.sides(arguments, "plain")[0])
-    )
+            measured.add(case.name, name, lambda count=count: _each(private(count), count))
+    measured.add(case.name, "plain step", _side(measured, arguments, "plain"))
     trainable.forget()
-    del work, private
-    rivals = ("peft", "opacus") if case.hooks else ("peft",)
-    for rival in rivals:
-        _empty(measured.device)
-        measured.add(
-            case.name,
-            {"peft": "plain PEFT, float32", "opacus": "Opacus' hooks, float32"}[rival],
-            lambda rival=rival: measured.step(dp_step.sides(arguments, rival)[0]),
-        )
-    _empty(measured.device)
+
+
+def _side(
+    measured: Measured, arguments: argparse.Namespace, side: str
+) -> Callable[[], dict[str, Any]]:
+    return lambda: measured.step(dp_step.sides(arguments, side)[0])
 
 
 def _each(found: dict[str, Any], count: int) -> dict[str, Any]:
@@ -297,9 +299,9 @@ def _cell(line: dict[str, Any]) -> str:
     if "error" in line:
         return f"{line['error']:g}, alone: {line['alone']}"
     memory = f", {line['mib']:,} MiB" if "mib" in line else ""
-    return (
-        f"{1000 * line['seconds']:.{max(0, 1 - int(math.log10(line['seconds']) + 3))}f} ms{memory}"
-    )
+    milliseconds = 1000 * line["seconds"]
+    places = max(0, 1 - int(math.log10(milliseconds)))
+    return f"{milliseconds:.{places}f} ms{memory}"
 
 
 def main() -> None:
@@ -319,6 +321,7 @@ def main() -> None:
         )
     if arguments.device == "cpu" and not arguments.small:
         raise SystemExit("--device cpu takes --small: the models of the table are for a GPU")
+    torch.set_num_threads(1)  # with several, a CPU's packed passes keep no bits
     measured = Measured(arguments)
     with tempfile.TemporaryDirectory(prefix="fedlora-gpu-") as folder:
         for case in cases(arguments, Path(folder)):

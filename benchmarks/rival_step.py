@@ -12,7 +12,7 @@ from opacus import PrivacyEngine
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import rival_model
 from fedlora import model_files
@@ -46,12 +46,13 @@ def make(
         answers[:, -1] = batch["input_ids"][:, -1]
         batch["labels"] = answers
     else:
+        kind = AutoConfig.from_pretrained(files.path, trust_remote_code=False).model_type
         work = {
             "model": str(files.path),
             "classes": range(max(label for _, label in rows) + 1),
             "rank": 8,
             "alpha": 16.0,
-            "target_modules": TARGETS["bert"],
+            "target_modules": TARGETS[kind],
             "seed": 0,
         }
         model = rival_model.load(work)
