@@ -34,7 +34,6 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     from benchmarks import rival_step
     from client import private_training, training
     from fedlora import trainable
-    from fedlora.accounting import PrivacyPlan
     from fedlora.config import from_flat
     from fedlora.streams import RandomSource
 
@@ -46,27 +45,16 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
             "model.quantization": arguments.quantization,
             "adapter.method": arguments.method,
             "training.max-length": max(arguments.tokens, 40),
+            "engine.gpus": float(arguments.device == "cuda"),
         }
     )
-    shard = _shard(arguments, config)
+    shard = random_rows(arguments, config)
     rows = [(shard.row(i).tolist(), int(shard.targets[i])) for i in range(len(shard))]
     source = RandomSource.seeded("benchmark", 0)
-    plan = training.LocalPlan(
-        steps=1, physical_batch=arguments.physical_batch, optimizer="sgd", learning_rate=1e-3
+    plan = local_plan(arguments)
+    participant = private_training.Participant(
+        shard=shard, mechanism=mechanism(len(shard)), source=source
     )
-    mechanism = PrivacyPlan(
-        epsilon=8.0,
-        delta=1e-5,
-        noise_multiplier=1.0,
-        sample_rate=1.0,
-        size_class=len(shard),
-        max_grad_norm=1.0,
-        clipping="flat",
-        steps_per_round=1,
-        rounds=1,
-        accountant="prv",
-    )
-    participant = private_training.Participant(shard=shard, mechanism=mechanism, source=source)
 
     def ours(side: str) -> Callable[[], None]:
         work = trainable.load(config, ("a", "b", "c"))  # both sides have the one of this process
@@ -75,12 +63,41 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
         return lambda: training.train(work, shard, plan, len(shard), source) and None
 
     def rivals(side: str) -> Callable[[], None]:
-        return rival_step.make(arguments.model, rows, private=side == "opacus")
+        return rival_step.make(
+            arguments.model, rows, private=side == "opacus", device=arguments.device
+        )
 
     return [(ours if name in ("dp", "plain") else rivals)(name) for name in names]
 
 
-def _shard(arguments: argparse.Namespace, config: Any) -> Any:
+def local_plan(arguments: argparse.Namespace) -> Any:
+    """One step of plain gradient descent."""
+    from client import training
+
+    return training.LocalPlan(
+        steps=1, physical_batch=arguments.physical_batch, optimizer="sgd", learning_rate=1e-3
+    )
+
+
+def mechanism(rows: int) -> Any:
+    """The noise of a step that samples every row."""
+    from fedlora.accounting import PrivacyPlan
+
+    return PrivacyPlan(
+        epsilon=8.0,
+        delta=1e-5,
+        noise_multiplier=1.0,
+        sample_rate=1.0,
+        size_class=rows,
+        max_grad_norm=1.0,
+        clipping="flat",
+        steps_per_round=1,
+        rounds=1,
+        accountant="prv",
+    )
+
+
+def random_rows(arguments: argparse.Namespace, config: Any) -> Any:
     """Rows of random tokens."""
     from fedlora import records
     from fedlora.shards import Shard
@@ -127,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=40)
     made.add_argument("--physical-batch", type=int, default=64)
     made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--turns", type=int, default=15)
     return made
 

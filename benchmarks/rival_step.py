@@ -12,7 +12,7 @@ from opacus import PrivacyEngine
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import rival_model
 from fedlora import model_files
@@ -21,16 +21,19 @@ from fedlora.lora import TARGETS
 IGNORED = -100  # in labels, for transformers
 
 
-def make(name: str, rows: Sequence[rival_model.Row], *, private: bool) -> Callable[[], None]:
+def make(
+    name: str, rows: Sequence[rival_model.Row], *, private: bool, device: str = "cpu"
+) -> Callable[[], None]:
     """A step on all rows.
 
     Args:
         name: The base model, as fedlora spells it.
         rows: Token ids and class of each row.
         private: Whether Opacus clips per-sample gradients and adds noise.
+        device: Where the model and the rows are.
     """
     files = model_files.resolve(name)
-    batch = rival_model.collate(rows)
+    batch = {key: value.to(device) for key, value in rival_model.collate(rows).items()}
     if files.kind == "causal":
         base = AutoModelForCausalLM.from_pretrained(
             files.path, dtype=torch.float32, trust_remote_code=False
@@ -43,16 +46,17 @@ def make(name: str, rows: Sequence[rival_model.Row], *, private: bool) -> Callab
         answers[:, -1] = batch["input_ids"][:, -1]
         batch["labels"] = answers
     else:
+        kind = AutoConfig.from_pretrained(files.path, trust_remote_code=False).model_type
         work = {
             "model": str(files.path),
             "classes": range(max(label for _, label in rows) + 1),
             "rank": 8,
             "alpha": 16.0,
-            "target_modules": TARGETS["bert"],
+            "target_modules": TARGETS[kind],
             "seed": 0,
         }
         model = rival_model.load(work)
-    model.train()
+    model.to(device).train()
     optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     if private:
         loader = DataLoader(rows, batch_size=len(rows))  # pyright: ignore[reportArgumentType]

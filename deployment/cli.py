@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 import signal
 import sys
 import textwrap
@@ -150,6 +151,7 @@ def server() -> None:
 
     here = superlink_client.server()
     superlink_client.connect(here)
+    os.environ["TMPDIR"] = str(here.scratch())
     superexec = [
         *(sys.executable, "-P", "-m", "deployment.server_launcher"),
         *("--runtime-api-address", here.superlink, "--root-certificates", str(here.ca)),

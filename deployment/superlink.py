@@ -1,4 +1,4 @@
-"""The SuperLink: Flower's, with a check of each message's sender, and a longer database timeout.
+"""The SuperLink: Flower's, with a check of each message's sender, and large objects in files.
 
 Flower checks a node's identity by its key, but not that the node's messages are its own. A node
 that knew another node's id could send it orders, which spend its privacy budget; with the id of an
@@ -6,7 +6,7 @@ order it could also answer in the other node's name. A node's id is 64 random bi
 reveals to others, but logs contain it, and it is not protected like a secret.
 
 A request that finds the database locked for 5 s gets 500 from Flower, which ends a node or a
-ServerApp. Large adapters on a busy machine lock the database for longer.
+ServerApp. A busy machine may lock the database for longer.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore import log
 from flwr.superlink.cli.flower_superlink import flower_superlink
 
+from deployment.object_files import FileObjectStore
 from fedlora import flower_internals
 
 LOCK_WAIT = 60_000
@@ -49,6 +50,7 @@ def main() -> None:
     """Run the SuperLink with Flower's arguments."""
     flower_internals.wrap_push_messages(own_answers)
     flower_internals.set_database_wait(LOCK_WAIT)
+    flower_internals.keep_objects_with(FileObjectStore)
     flower_superlink()
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -86,6 +87,16 @@ class Server:
     def secret(self) -> Path:
         """The secret with which a SuperExec identifies itself to the SuperLink."""
         return self.keys / "superexec.secret"
+
+    def scratch(self) -> Path:
+        """An empty directory for updates that wait to be aggregated; made at the server's start.
+
+        A container's own temporary files are in memory.
+        """
+        folder = self.results / ".scratch"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
 
 
 def server(environment: Mapping[str, str] = os.environ) -> Server:

@@ -7,13 +7,19 @@ imports the module that it changes when it is called: a node loads nothing of th
 
 # pyright: basic, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
+import json
+import mmap
+import os
+import tempfile
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flwr.app import Message
+import httpx
+from flwr.app import Array, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 Sleep = Callable[[float], None]
@@ -83,32 +89,158 @@ def wrap_push_messages(wrap: Callable[[Callable[..., Any]], Callable[..., Any]])
     fleet_handlers.push_messages = wrap(fleet_handlers.push_messages)
 
 
-def contain_malformed_replies() -> None:
-    """Have Flower's Grid report a malformed reply as unavailable instead of raising.
+def stream_replies(most_bytes: int) -> None:
+    """Have Flower's Grid hand out replies one by one, with each large array in a file.
 
-    ``HttpGrid.pull_messages`` confirms each reply and then inflates it. A reply that cannot be
-    inflated raises there, and the SuperLink does not hand out the other replies of that request
-    again. Here each reply is inflated once before it is confirmed. A second call changes nothing.
+    Flower's own ``HttpGrid.pull_messages`` pulls all replies that have arrived before it returns,
+    and copies each array four times in memory. Here a reply is pulled when the caller asks for the
+    next one, and an array of more than one piece is a private map of an unnamed file in TMPDIR.
+
+    Flower confirms a reply before it inflates it, and raises where it cannot; the SuperLink does
+    not hand out the other replies of that request again. Here a reply is inflated first, and one
+    that cannot be inflated is reported as unavailable. A second call changes ``most_bytes`` only.
+
+    Args:
+        most_bytes: The most bytes of one reply; a larger one is unavailable.
     """
-    from flwr.supercore.inflatable.inflatable_utils import (
-        ObjectPullError,
-        inflate_object_from_contents,
-        pull_objects,
-    )
     from flwr.superlink.grid import http_grid
 
-    def pull(object_ids: list[str], *args: Any, **kwargs: Any) -> dict[str, bytes]:
-        contents = pull_objects(object_ids, *args, **kwargs)
-        message_id = object_ids[-1]  # children come first
-        try:
-            reply = inflate_object_from_contents(message_id, contents, keep_object_contents=True)
-        except Exception as error:
-            raise ObjectPullError(message_id, f"malformed ({type(error).__name__})") from None
-        if not isinstance(reply, Message):
-            raise ObjectPullError(message_id, "malformed (no message)")
-        return contents
+    def pull_messages(self: Any, message_ids: Iterable[str]) -> Iterator[Message]:
+        run_id, client = self.run.run_id, self._runtime_client
+        response = client.PullMessages(http_grid.PullAppMessagesRequest(message_ids=message_ids))
+        pull = http_grid.make_pull_object_fn_protobuf(client.PullObject, self.node, run_id)
+        trees = zip(response.messages_list, response.message_object_trees, strict=True)
+        for proto, tree in trees:
+            yield _pulled(self, proto.metadata, tree, pull, most_bytes)
 
-    http_grid.pull_objects = pull
+    http_grid.HttpGrid.pull_messages = pull_messages
+
+
+def _pulled(
+    grid: Any, metadata: Any, tree: Any, pull: Callable[[str], bytes], most_bytes: int
+) -> Message:
+    """One reply, confirmed; or an error in its place.
+
+    Raises:
+        OSError, httpx.HTTPError: When the SuperLink cannot be reached, or the disk is full.
+    """
+    from flwr.app.error import Error
+    from flwr.app.message.message import make_message
+    from flwr.app.metadata import Metadata
+    from flwr.common.constant import ErrorCode
+    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+    from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
+
+    run_id, node = grid.run.run_id, grid.node
+    try:
+        message = _inflated(tree, pull, most_bytes)
+        if not isinstance(message, Message):
+            raise ValueError("no message")
+    except (OSError, httpx.HTTPError):
+        raise
+    except Exception as error:  # a stranger's bytes can raise anything
+        about = Metadata(
+            run_id=run_id,
+            message_id="",
+            src_node_id=node.node_id,
+            dst_node_id=node.node_id,
+            message_type=SYSTEM_MESSAGE_TYPE,
+            group_id="",
+            ttl=0,
+            reply_to_message_id=metadata.reply_to_message_id,
+            created_at=time.time(),
+        )
+        reason = f"the reply cannot be pulled ({type(error).__name__})"
+        return make_message(about, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))
+    grid._runtime_client.ConfirmMessageReceived(
+        ConfirmMessageReceivedRequest(
+            node=node, run_id=run_id, message_object_id=metadata.message_id
+        )
+    )
+    message.metadata.__dict__["_message_id"] = metadata.message_id
+    return message
+
+
+def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
+    """The object at the root of a tree; its large arrays are in files."""
+    from flwr.supercore.inflatable import inflatable_utils
+    from flwr.supercore.inflatable.inflatable_object import (
+        get_object_head_values_from_object_content as head,
+    )
+
+    contents: dict[str, bytes] = {}
+    arrays: dict[str, Any] = {}
+    maps: dict[bytes, mmap.mmap] = {}
+    left = most_bytes
+
+    def get(object_id: str) -> bytes:
+        nonlocal left
+        content = inflatable_utils.pull_objects([object_id], pull)[object_id]
+        left -= len(content)
+        if left < 0:
+            raise ValueError(f"the reply has more than {most_bytes} bytes")
+        return content
+
+    def visit(part: Any) -> None:
+        content = get(part.object_id)
+        if head(content)[0] == Array.__qualname__ and len(part.children) > 1:
+            about, data = _array_in_file(content, get, most_bytes)
+            key = part.object_id.encode()  # a record takes nothing but bytes while it is made
+            maps[key] = data
+            arrays[part.object_id] = Array(
+                about["dtype"], tuple(about["shape"]), about["stype"], key
+            )
+            return
+        contents[part.object_id] = content
+        for child in part.children:
+            visit(child)
+
+    visit(tree)
+    made: Any = inflatable_utils.inflate_object_from_contents(
+        tree.object_id, contents, objects=arrays
+    )
+    if isinstance(made, Message) and made.has_content():
+        for record in made.content.array_records.values():
+            for array in record.values():
+                array.data = maps.get(array.data, array.data)
+    return made
+
+
+def _array_in_file(
+    content: bytes, get: Callable[[str], bytes], most_bytes: int
+) -> tuple[dict[str, Any], mmap.mmap]:
+    """An array's description, and its data as a private map of a file without a name."""
+    from flwr.app.message.arraychunk import ArrayChunk
+    from flwr.supercore.inflatable.inflatable_object import (
+        get_object_body,
+        get_object_children_ids_from_object_content,
+    )
+
+    about = json.loads(get_object_body(content, Array))
+    ids = get_object_children_ids_from_object_content(content)
+    places: dict[int, tuple[int, int]] = {}  # number of a piece -> where it begins and ends
+    with tempfile.TemporaryFile() as file:
+        for number in about["arraychunk_ids"]:
+            begin = file.tell()
+            if number in places:  # zeros, for instance: a piece is pulled once
+                first, last = places[number]
+                file.flush()
+                piece = os.pread(file.fileno(), last - first, first)
+            else:
+                piece = get_object_body(get(ids[number]), ArrayChunk)
+            if begin + len(piece) > most_bytes:
+                raise ValueError(f"an array has more than {most_bytes} bytes")
+            file.write(piece)
+            places.setdefault(number, (begin, file.tell()))
+        file.flush()
+        return about, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def keep_objects_with(store: type) -> None:
+    """Have the SuperLink keep the objects of messages with this class, made of its database."""
+    from flwr.supercore.object_store import object_store_factory
+
+    object_store_factory.SqlObjectStore = store
 
 
 def set_database_wait(milliseconds: int) -> None:

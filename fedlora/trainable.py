@@ -6,14 +6,25 @@ Loading is the slow part of a round, so each process loads once and swaps adapte
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 
-from fedlora import adapters, exactness, lora, lora_layers, model_files, models, verdicts
+from fedlora import (
+    adapters,
+    exactness,
+    lora,
+    lora_layers,
+    model_files,
+    models,
+    startup,
+    verdicts,
+)
 from fedlora.adapters import AdapterState
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig
 from fedlora.errors import InputError, Refusal
@@ -191,6 +202,21 @@ def _question(settings: _Settings, base: models.Base, spec: lora.LoraSpec) -> di
 def forget() -> None:
     """Drop the process's `Trainable`, before its model is taken apart."""
     _load.cache_clear()
+
+
+def without_weights(work: Trainable) -> Trainable:
+    """The same for a process that neither trains nor predicts from here on.
+
+    The process's `Trainable` is dropped, and with it the weights of base and adapter. Of the model
+    only the PEFT configuration stays, which `AdapterState.save` reads; ``start`` is empty.
+    """
+    forget()
+    rest: Any = SimpleNamespace(peft_config=work.model.peft_config)
+    base = dataclasses.replace(work.base, model=rest)
+    work = dataclasses.replace(work, base=base, model=rest, per_sample=rest, start=AdapterState({}))
+    gc.collect()  # a model is full of cycles
+    startup.trim_heap()
+    return work
 
 
 def training_mode(model: torch.nn.Module, on: bool) -> None:

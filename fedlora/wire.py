@@ -6,6 +6,7 @@ Importing this module loads no torch: an engine starts its workers before torch 
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ from fedlora.run_files import RUN_NAME
 from fedlora.secure_aggregation import MaskedOrder, SecureMessage
 
 if TYPE_CHECKING:
+    import mmap
+
     import torch
 
     from fedlora.adapters import AdapterState
@@ -120,16 +123,44 @@ def _blob(state: "Mapping[str, torch.Tensor]", metadata: dict[str, str] | None =
     return safetensors.torch.save(tensors, metadata)
 
 
-def _state(blob: bytes) -> "AdapterState":
-    import safetensors.torch
+def _state(blob: "bytes | mmap.mmap") -> "AdapterState":
+    """The adapter in the bytes of a safetensors file.
+
+    Its tensors are views of a mapped file, and otherwise of one copy of the bytes. The checks are
+    those of safetensors: every byte belongs to one tensor, whose shape and type give its size.
+
+    Raises:
+        Exception: Of any kind, for bytes that are no such file.
+    """
     import torch
 
     from fedlora.adapters import AdapterState
 
-    tensors = safetensors.torch.load(blob)
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}, not float32")
+    whole = memoryview(blob)
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header: dict[str, Any] = json.loads(bytes(whole[8:begin]))
+    header.pop("__metadata__", None)
+    if begin % 8:
+        raise ValueError("its header does not end at a multiple of 8 bytes")
+    data = bytearray(whole[begin:]) if whole.readonly else whole[begin:]
+    tensors: dict[str, torch.Tensor] = {}
+    end = 0
+    for name, about in sorted(header.items(), key=lambda entry: entry[1]["data_offsets"]):
+        (first, last), shape = about["data_offsets"], about["shape"]
+        if about["dtype"] != "F32":
+            raise ValueError(f"{name} is {about['dtype']}, not F32")
+        if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
+            raise ValueError(f"{name} has no shape or place")
+        if first != end or last - first != 4 * math.prod(shape) or last > len(data):
+            raise ValueError(f"{name} has shape {shape} at {first} to {last}")
+        end = last
+        tensors[name] = (
+            torch.frombuffer(data, dtype=torch.float32, count=(last - first) // 4, offset=first)
+            if last > first
+            else torch.empty(0)
+        ).reshape(shape)
+    if end != len(data):
+        raise ValueError(f"{len(data) - end} bytes belong to no tensor")
     return AdapterState(tensors)
 
 

@@ -46,6 +46,7 @@ def ask(
     packed = wire.pack_order(order, wire.pack_adapter(order.adapter))
     group = str(order.round)
     messages = [Message(packed, node, message_type, group_id=group, ttl=timeout) for node in nodes]
+    del packed  # `exchange` drops the messages once they are sent
     results: dict[str, _T] = {}
     failed: dict[str, str] = {}
     for node, reply in exchange(grid, messages, patience):

@@ -5,7 +5,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora import flower_internals, logs
+from fedlora import logs
 from fedlora.config import from_context
 from fedlora.run_files import alone
 from server import rounds, run_directory
@@ -19,7 +19,5 @@ def main(grid: Grid, context: Context) -> None:
     if logs.wanted():
         logs.to_stderr()
     config = run_directory.with_tracking(from_context(context.run_config, context.run_id))
-    if config.deployed:
-        flower_internals.contain_malformed_replies()
     with alone(Path(config.run_dir)):
         rounds.run(grid, config)

@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import httpx
 from flwr.app import Error, Message
+from flwr.app.message import remove_content_from_message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
@@ -18,38 +19,37 @@ MALFORMED_REPLY = 102
 
 
 def exchange(
-    grid: Grid, messages: Sequence[Message], timeout: float
+    grid: Grid, messages: list[Message], timeout: float
 ) -> Iterator[tuple[int, Message | None]]:
     """Send messages and yield each node's reply as it arrives; None for a node without a reply.
 
     A Grid ends a message that outlives its time to live. If a Grid fails to do so, the wait ends
     when no reply has arrived for ``timeout`` seconds.
 
+    Memory: nothing of the messages is held once they are sent, and no reply once it is yielded.
+
     Args:
         grid: Any Flower Grid.
-        messages: At most one for each node.
+        messages: At most one for each node; the list is empty afterwards.
         timeout: Seconds without any reply.
 
     Yields:
         Node id and its reply; an error with the code `MALFORMED_REPLY` replaces a reply that the
         Grid cannot read.
     """
-    ids, messages = _push(grid, messages)
-    waiting = dict(zip(ids, messages, strict=True))
+    waiting = _push(grid, messages)
     deadline, pause = time.monotonic() + timeout, 0.001
     while waiting and time.monotonic() < deadline:
-        asked = time.monotonic()
-        arrived, received = _pull(grid, waiting), False
-        while arrived:
+        asked, received = time.monotonic(), False
+        replies = _pull(grid, waiting)
+        while (arrived := next(replies, None)) is not None:
             # Keyed by the message of the reply: an error for a lost node comes from the SuperLink.
-            # A second reply to one message is dropped. This loop keeps no reply once it is
-            # yielded.
-            order = waiting.pop(arrived[-1][0], None)
+            # A second reply to one message is dropped.
+            order = waiting.pop(arrived[-1].metadata.reply_to_message_id, None)
             if order is None:
-                arrived.pop()
                 continue
             received = True
-            yield order.metadata.dst_node_id, arrived.pop()[1]
+            yield order.metadata.dst_node_id, arrived.pop()
         if received:
             deadline, pause = time.monotonic() + timeout, 0.001
         elif time.monotonic() - asked < pause:  # a grid that waits by itself needs no pause
@@ -59,22 +59,25 @@ def exchange(
         yield order.metadata.dst_node_id, None
 
 
-def _push(grid: Grid, messages: Sequence[Message]) -> tuple[list[str], Sequence[Message]]:
-    """Push messages, and repeat a push that a restarting SuperLink has forgotten.
+def _push(grid: Grid, messages: list[Message]) -> dict[str, Message]:
+    """Push messages and empty their list; repeat a push that a restarting SuperLink has forgotten.
 
     A node that gets an order twice answers both with one update, since its ledger has the order.
 
     Returns:
-        The messages' ids, and the messages that were pushed.
+        Message id -> the message without its content.
     """
-    for _ in range(MAX_PUSHES - 1):
+    for attempt in range(MAX_PUSHES):
         try:
-            return list(grid.push_messages(messages)), messages
+            ids = list(grid.push_messages(messages))
+            break
         except ObjectPushError as error:
+            if attempt == MAX_PUSHES - 1:
+                raise
             log.warning(
                 "the SuperLink lost a push (%s); the push is repeated", type(error).__name__
             )
-        messages = [
+        messages[:] = [
             Message(
                 m.content,
                 m.metadata.dst_node_id,
@@ -84,37 +87,50 @@ def _push(grid: Grid, messages: Sequence[Message]) -> tuple[list[str], Sequence[
             )
             for m in messages
         ]
-    return list(grid.push_messages(messages)), messages
+    sent = {i: remove_content_from_message(m) for i, m in zip(ids, messages, strict=True)}
+    messages.clear()
+    return sent
 
 
-def _pull(grid: Grid, waiting: Mapping[str, Message]) -> list[tuple[str, Message]]:
-    """The replies that have arrived, each with the id of its message.
+def _pull(grid: Grid, waiting: Mapping[str, Message]) -> Iterator[list[Message]]:
+    """The replies that have arrived, each alone in a list, from which the caller takes it.
 
-    A Grid raises for a whole request where one reply is malformed. Each message is then pulled by
-    itself, and an error takes the place of the malformed reply. Flower's SuperLink hands out a
-    reply once, so that the valid replies of the failed request may be lost with it:
-    `fedlora.flower_internals.contain_malformed_replies` keeps Flower's Grid from raising at all.
+    A Grid may raise for a whole request where one reply is malformed. Each message is then pulled
+    by itself, and an error takes the place of the malformed reply. Flower's SuperLink hands out a
+    reply once, so that the valid replies of the failed request may be lost with it: under
+    `fedlora.flower_internals.stream_replies` Flower's Grid does not raise at all.
 
     Raises:
         OSError, httpx.HTTPError: When the SuperLink cannot be reached; no reply is at fault.
     """
     try:
-        return _with_ids(grid.pull_messages(list(waiting)))
+        return _one_by_one(grid.pull_messages(list(waiting)))
     except (OSError, httpx.HTTPError):
         raise
     except Exception as error:
         log.warning("a reply cannot be read (%s); replies are pulled singly", type(error).__name__)
-    arrived: list[tuple[str, Message]] = []
+    arrived: list[Message] = []
     for message_id, order in waiting.items():
         try:
-            arrived += _with_ids(grid.pull_messages([message_id]))
+            arrived += grid.pull_messages([message_id])
         except (OSError, httpx.HTTPError):
             raise
         except Exception as error:
             fault = Error(code=MALFORMED_REPLY, reason=type(error).__name__)
-            arrived.append((message_id, Message(fault, reply_to=order)))
-    return arrived
+            arrived.append(Message(fault, reply_to=order))
+    return _one_by_one(arrived)
 
 
-def _with_ids(replies: Iterable[Message]) -> list[tuple[str, Message]]:
-    return [(reply.metadata.reply_to_message_id, reply) for reply in replies]
+def _one_by_one(replies: Iterable[Message]) -> Iterator[list[Message]]:
+    """Each reply alone in a list; none is held here once the next list is asked for.
+
+    A Grid that hands out an iterator keeps it; from any other, all replies are taken at once.
+    """
+    if isinstance(replies, Iterator):
+        return map(_alone, replies)
+    held = list(replies)[::-1]
+    return iter(lambda: [held.pop()] if held else None, None)
+
+
+def _alone(reply: Message) -> list[Message]:
+    return [reply]

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.adapters import PARTS, AdapterState
-from fedlora.config import RunConfig
-from fedlora.errors import InputError
 from server.roster import RunFailed, reasons
 from strategies import base
 from strategies.base import Round
@@ -13,20 +11,13 @@ from strategies.base import Round
 MAX_EMPTY_ROUNDS = 3
 """Rounds in a row without any update after which a run ends, if it samples institutions. A run that
 asks all of them ends after the first such round."""
-MAX_ADAPTER_BYTES = 400 * 10**6
-"""The most bytes of an adapter in a deployment. Flower's SuperLink, with its database on disk,
-passed an adapter of this size; at 1 GB it locked itself out."""
+OTHER_REPLY_BYTES = 16 * 2**20
+"""The most bytes of a reply beside its vector: names, shapes, figures."""
 
 
-def check_size(config: RunConfig, adapter: AdapterState) -> None:
-    """Refuse an adapter that is too large for a deployment. Raises `InputError`."""
-    size = sum(4 * tensor.numel() for tensor in adapter.values())  # sent as float32
-    if size > MAX_ADAPTER_BYTES:
-        raise InputError(
-            f"the adapter has {size / 10**6:.0f} MB, and a deployment takes at most "
-            f"{MAX_ADAPTER_BYTES / 10**6:.0f} MB; lower adapter.rank (now {config.adapter.rank}) "
-            "or name fewer adapter.target-modules"
-        )
+def most_reply_bytes(adapter: AdapterState) -> int:
+    """The most bytes of a reply in a deployment: a 64-bit word for each value, and the rest."""
+    return 8 * sum(tensor.numel() for tensor in adapter.values()) + OTHER_REPLY_BYTES
 
 
 def check_online(online: Mapping[str, int], least: int) -> None:

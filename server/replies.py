@@ -39,7 +39,7 @@ class Replies:
 
     Args:
         grid: The Grid that reaches the institutions.
-        orders: One message for each institution.
+        orders: One message for each institution; the list is empty once they are sent.
         names: Node -> institution.
         this_round: The round that the replies must fit.
         report: The figures that the orders ask for.
@@ -59,7 +59,7 @@ class Replies:
     def __init__(
         self,
         grid: Grid,
-        orders: Sequence[Message],
+        orders: list[Message],
         names: Mapping[int, str],
         this_round: Round,
         *,
@@ -86,7 +86,7 @@ class Replies:
                 self.failed[name] = refusal.code
                 log.warning("round %d, %s: %s", self._round.number, name, refusal)
                 continue
-            del reply  # the update holds a copy of the adapter
+            del reply  # the update holds the adapter, or a view of its file
             yield update, self._round.weight(update)
             del update
 

@@ -14,7 +14,7 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlora import model_card, plugins, released, secure_order, trainable, wire
+from fedlora import flower_internals, model_card, plugins, released, secure_order, trainable, wire
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
@@ -66,7 +66,7 @@ class Orders:
         this_round: The round.
         names: Node -> institution.
         report: The figures that the orders ask for.
-        messages: One for each node.
+        messages: One for each node; the list is empty once they are sent.
         sent: Institution -> bytes of the adapter in its order.
     """
 
@@ -74,7 +74,7 @@ class Orders:
     this_round: Round
     names: Mapping[int, str]
     report: Sequence[str]
-    messages: Sequence[Message]
+    messages: list[Message]
     sent: Mapping[str, int]
 
 
@@ -132,9 +132,11 @@ class Federation:
         self.directory = RunDirectory(Path(config.run_dir))
         resumed = self.directory.check(config)
         self.work = trainable.load(config, self.population.labels)
-        if config.deployed:
-            limits.check_size(config, self.work.start)
         self.state = self._first_state(resumed)
+        if config.deployed:
+            flower_internals.stream_replies(limits.most_reply_bytes(self.work.start))
+        if config.deployed and self.population.held_out is None:
+            self.work = trainable.without_weights(self.work)
         query = Query(
             run=self.state.run,
             first=self.state.round == 0,

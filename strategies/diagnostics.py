@@ -23,7 +23,7 @@ from strategies.base import Round, Weighted
 from strategies.lowrank import carried
 from strategies.products import Floats, Product
 
-MAX_EXACT_BYTES = 512 * 2**20
+MAX_EXACT_BYTES = 128 * 2**20
 MAX_EXACT_RANKS = 1024  # of all updates together: the inner products of all their rows are computed
 SKETCH_WIDTH = 32
 MAX_PLAIN_VALUES = 4096  # a magnitude or head with up to so many values is held whole

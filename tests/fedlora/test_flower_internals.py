@@ -1,18 +1,21 @@
 """Flower still has, and still uses, each private name that is assigned to."""
 
 import inspect
+import mmap
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app.message import array
 from flwr.common.serde import message_to_proto
 from flwr.supercore import sql_mixin
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.run import Run
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.plugin import AutoExecPlugin
 from flwr.supercore.task_identity import TaskIdentity
@@ -132,14 +135,14 @@ class FakeRuntime:
         self.confirmed.append(request.message_object_id)
 
 
-def _pulled(identity, spoil):
-    """The replies of two nodes, as Flower's Grid hands them out; one array of the first is bad."""
+def _replies(identity, *data):
+    """A reply of each node with one array, a SuperLink that holds them, and Flower's Grid."""
     flower_internals.set_identity(1, 1, 1)
     replies = []
-    for node in (1, 2):
+    for node, content in enumerate(data, 1):
         order = Message(RecordDict(), node, "train", ttl=60.0)
         flower_internals.set_message_id(order)
-        array = Array("uint8", (2,), "safetensors", bytes([node, node]))
+        array = Array("uint8", (len(content),), "safetensors", content)
         reply = Message(RecordDict({"adapter": ArrayRecord({"a": array})}), reply_to=order)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         replies.append(reply)
@@ -148,26 +151,69 @@ def _pulled(identity, spoil):
         runtime.objects |= {
             key: value.deflate() for key, value in get_all_nested_objects(reply).items()
         }
-    (array,) = replies[0].content["adapter"].values()
-    runtime.objects[array.object_id] = spoil(runtime.objects[array.object_id])
     grid = http_grid.HttpGrid(token="x")
-    grid._run, grid._client = SimpleNamespace(run_id=1), runtime
-    return replies, list(grid.pull_messages(["1", "2"])), runtime
+    grid._run, grid._client = Run.create_empty(1), runtime
+    return replies, runtime, grid
 
 
-def test_a_reply_that_cannot_be_inflated_is_an_error_and_the_others_arrive(identity, monkeypatch):
-    assert hasattr(http_grid, "pull_objects")
-    monkeypatch.setattr(http_grid, "pull_objects", pull_objects)  # another test may have run it
+@pytest.fixture
+def streaming(identity, monkeypatch):
+    """Flower's Grid hands out replies one by one; pieces of arrays have four bytes."""
+    _restore(monkeypatch, http_grid.HttpGrid, "pull_messages")
+    monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 4)
+    flower_internals.stream_replies(10_000)
 
-    def spoil(content):
-        return content.replace(b"Array ", b"Other ")
 
-    with pytest.raises(KeyError):
-        _pulled(identity, spoil)
-    flower_internals.contain_malformed_replies()
-    sent, (bad, good), runtime = _pulled(identity, spoil)
+def _only_array(message):
+    (found,) = message.content["adapter"].values()
+    return found
+
+
+def test_a_large_array_is_a_map_of_a_file_and_a_small_one_is_bytes(identity, streaming):
+    sent, runtime, grid = _replies(identity, b"abcdefghij", b"aaaaaaaaaaaaaa", b"abc")
+    came = []
+    for message in grid.pull_messages(["1", "2", "3"]):
+        came.append(message)
+        assert len(runtime.confirmed) == len(came)  # the next one has not been pulled
+    for reply, message in zip(sent, came, strict=True):
+        assert message.metadata.message_id == reply.metadata.message_id
+        mine, theirs = _only_array(message), _only_array(reply)
+        assert bytes(mine.data) == theirs.data
+        assert (mine.dtype, mine.shape, mine.stype) == (theirs.dtype, theirs.shape, theirs.stype)
+    kinds = [type(_only_array(message).data) for message in came]
+    assert kinds == [mmap.mmap, mmap.mmap, bytes]
+    memoryview(_only_array(came[0]).data)[0] = 0  # its own copy: nobody else has the file
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda objects, key: objects.update({key: objects[key].replace(b"Array ", b"Other ")}),
+        lambda objects, key: objects.update({key: objects[key].replace(b"[0,", b"[7,")}),
+        lambda objects, key: objects.update(
+            {key: objects[key].replace(b"[0", b"[" + b"0, " * 3000 + b"0")}
+        ),
+        lambda objects, key: objects.update({key: objects[key] + bytes(20_000)}),
+    ],
+    ids=["another-type", "no-such-piece", "a-piece-thousands-of-times", "beyond-the-bound"],
+)
+def test_a_reply_that_cannot_be_read_is_an_error_and_the_others_arrive(identity, streaming, spoil):
+    sent, runtime, grid = _replies(identity, b"abcdefghij", b"abcdefgh")
+    spoil(runtime.objects, _only_array(sent[0]).object_id)
+    bad, good = grid.pull_messages(["1", "2"])
     assert bad.has_error() and bad.metadata.reply_to_message_id == (
         sent[0].metadata.reply_to_message_id
     )
-    assert good.content["adapter"]["a"].data == bytes([2, 2])
+    assert bytes(_only_array(good).data) == b"abcdefgh"
     assert runtime.confirmed == [sent[1].metadata.message_id]
+
+
+def test_a_superlink_that_does_not_answer_is_no_fault_of_a_reply(identity, streaming):
+    _, runtime, grid = _replies(identity, b"abcdefghij")
+
+    def gone(request):
+        raise httpx.ConnectError("gone")
+
+    runtime.PullObject = gone
+    with pytest.raises(httpx.ConnectError):
+        list(grid.pull_messages(["1"]))

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import mmap
 
 import numpy as np
 import pytest
@@ -34,9 +35,10 @@ UPDATE = ClientUpdate(
 )
 
 
-def _file(**tensor):
+def _file(padding=0, **tensor):
     """A safetensors file of one tensor that is described so, without a value."""
     header = json.dumps({"x.lora_A.weight": tensor}).encode()
+    header += b" " * (-len(header) % 8 + padding)
     return len(header).to_bytes(8, "little") + header
 
 
@@ -83,8 +85,29 @@ def test_a_malformed_update_is_refused(spoil):
         _file(dtype="F32", shape=[10**15], data_offsets=[0, 4 * 10**15]),
         _file(dtype="F32", shape=[10**23], data_offsets=[0, 4 * 10**23]),
         safetensors.torch.save({"x.lora_A.weight": torch.zeros(2, 3, dtype=torch.bfloat16)}),
+        wire.pack_adapter(STATE)["adapter"].data + bytes(4),
+        _file(dtype="F32", shape=[], data_offsets=[4, 8]) + bytes(8),
+        _file(dtype="F32", shape=[1], data_offsets=[0, 8]) + bytes(8),
+        _file(dtype="F32", shape=[-1, -1], data_offsets=[0, 4]) + bytes(4),
+        _file(dtype="F32", shape=[True], data_offsets=[0, 4]) + bytes(4),
+        _file(dtype="F32", shape=[1] * 9, data_offsets=[0, 4]) + bytes(4),
+        _file(dtype="F32", shape=[1], data_offsets=[0, 4], padding=1) + bytes(4),
     ],
-    ids=["empty", "archive", "cut", "beyond-memory", "beyond-addresses", "bf16"],
+    ids=[
+        "empty",
+        "archive",
+        "cut",
+        "beyond-memory",
+        "beyond-addresses",
+        "bf16",
+        "more",
+        "a-hole",
+        "too-large",
+        "negative",
+        "truth-values",
+        "nine-dimensions",
+        "odd-header",
+    ],
 )
 def test_an_adapter_that_cannot_be_read_is_refused(data):
     content = wire.pack_update(UPDATE)
@@ -92,6 +115,19 @@ def test_an_adapter_that_cannot_be_read_is_refused(data):
     content["adapter"]["adapter"] = dataclasses.replace(array, data=data, shape=(len(data),))
     with pytest.raises(Refusal, match="malformed-message"):
         wire.unpack_update(content)
+
+
+def test_an_adapter_in_a_file_is_read_without_a_copy(tmp_path):
+    content = wire.pack_update(UPDATE)
+    array = content["adapter"]["adapter"]
+    (file := tmp_path / "array").write_bytes(array.data)
+    with file.open("rb") as opened:
+        array.data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    update = wire.unpack_update(content)
+    _same(update, UPDATE)
+    first = min(update.adapter.values(), key=lambda tensor: tensor.data_ptr())
+    begin = torch.frombuffer(array.data, dtype=torch.uint8).data_ptr()
+    assert 0 < first.data_ptr() - begin < 500  # after the header
 
 
 WORDS = dataclasses.replace(

@@ -1,0 +1,41 @@
+"""The memory that a server takes for a round does not grow with the number of updates."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from fedlora import trainable
+from fedlora.lora_layers import parameters
+
+MOST_ADAPTERS = 4.0
+"""The global adapter, its 64-bit sum (two), and the update that is being read."""
+
+
+def test_ten_updates_take_at_most_four_adapters_of_memory(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.server.memory_of_a_round", tmp_path, "10", "streams"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["megabytes"] > 20
+    assert said["adapters"] < MOST_ADAPTERS + 0.5, said  # a few pieces of half a megabyte
+
+
+def test_a_server_that_does_not_predict_drops_the_weights(tiny_config, tmp_path):
+    import weakref
+
+    work = trainable.load(tiny_config(), ("card", "fraud", "loan"))
+    weight = weakref.ref(next(iter(parameters(work.model).values())))
+    start = work.start
+    without = trainable.without_weights(work)
+    del work
+    assert weight() is None
+    start.save(tmp_path, without.model)
+    assert torch.equal(start[next(iter(start))], type(start).open(tmp_path)[next(iter(start))])
