@@ -15,6 +15,7 @@ COPY strategies strategies
 COPY simulation simulation
 COPY deployment deployment
 COPY experiments experiments
+COPY library library
 COPY cli cli
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" --editable '.[demo]'
