@@ -48,10 +48,11 @@ def outcome(directory):
         for line in read_records(directory)
     ]
     result = json.loads((directory / "result.json").read_text())
+    privacy = json.loads((directory / "privacy.json").read_text())
     return {
         "rounds": lines,
         "result": {k: v for k, v in result.items() if k not in ("seconds", "run", "run_dir")},
-        "privacy": (directory / "privacy.json").read_text(),
+        "privacy": {k: v for k, v in privacy.items() if k not in ("run", "seal")},
         "adapter": (directory / "adapter" / WEIGHTS_FILE).read_bytes(),
     }
 
