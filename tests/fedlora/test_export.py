@@ -57,12 +57,13 @@ def test_a_causal_adapter_is_exported_whole_and_names_no_directory(
     assert saved["base_model_name_or_path"] == tiny_causal.name
     assert saved["modules_to_save"] is None and not saved["use_dora"]
     assert str(tiny_causal) not in "".join(f.read_text() for f in out.glob("*.json"))
-    ids = AutoTokenizer.from_pretrained(out)("stolen card", return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    ids = tokenizer("stolen card", return_tensors="pt").input_ids
     logits = []
     for folder in (causal_run / "adapter", out):
-        base = AutoModelForCausalLM.from_pretrained(tiny_causal)
+        base = AutoModelForCausalLM.from_pretrained(tiny_causal, trust_remote_code=False)
         plain = base(ids).logits
-        logits.append(PeftModel.from_pretrained(base, folder)(ids).logits)
+        logits.append(PeftModel.from_pretrained(base, folder, trust_remote_code=False)(ids).logits)
     assert torch.equal(*logits) and not torch.equal(logits[0], plain)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["served"]
     with pytest.raises(InputError, match="served exists"):
