@@ -65,18 +65,13 @@ def test_the_server_signs_the_promise_with_its_own_key(
     setup.make(tmp_path / "federation", ["a"], host="localhost", port=8443)
     keys = tmp_path / "federation" / "server" / "keys"
     monkeypatch.setenv(binding.KEYS, str(keys))
-    config, files = deployed(**{"federation.rounds": 1}), institutions()
-    _run(config, files)
+    config = deployed(**{"federation.rounds": 1})
+    _run(config, institutions())
     checks = {c.name: c for c in verification.verify(Path(config.run_dir), keys / "ca.crt")}
     assert {name for name, check in checks.items() if check.state != "ok"} == set()
     assert "a deployment" in checks["run"].detail
     assert "stayed at the institutions" in checks["records"].detail
     assert not (Path(config.run_dir) / binding.RECORDS_KEY).exists()
-    (keys / "statement.key").unlink()
-    config = config.replace({"run-dir": str(tmp_path / "unsigned")})
-    _run(config, files)
-    unsigned = verification.verify(Path(config.run_dir), keys / "ca.crt")
-    assert [c.name for c in unsigned if c.state == "failed"] == ["signature"]
 
 
 def test_under_dp_each_ledger_is_charged_and_nothing_but_adapters_leaves(
