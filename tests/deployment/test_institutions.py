@@ -11,6 +11,7 @@ import server.app
 from client import config_policy, settings
 from client.ledger import Ledger
 from client.releases import Releases
+from deployment import setup
 from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
@@ -18,7 +19,7 @@ from fedlora.config import INSTITUTIONS
 from fedlora.errors import InputError, Refusal
 from fedlora.released import ReleaseFiles
 from fedlora.run_files import SIZES, read_records
-from server import roster
+from server import binding, roster, verification
 from server.roster import RunFailed
 from server.rounds import Federation
 from simulation.engines.grid import run_server
@@ -56,6 +57,21 @@ def test_a_deployment_gives_the_very_adapter_of_the_simulation(
     )
     assert all(torch.equal(one[name], two[name]) for name in two)
     assert result["accuracy"] == other["accuracy"]
+
+
+def test_the_server_signs_the_promise_with_its_own_key(
+    deployed, institutions, tmp_path, monkeypatch
+):
+    setup.make(tmp_path / "federation", ["a"], host="localhost", port=8443)
+    keys = tmp_path / "federation" / "server" / "keys"
+    monkeypatch.setenv(binding.KEYS, str(keys))
+    config = deployed(**{"federation.rounds": 1})
+    _run(config, institutions())
+    checks = {c.name: c for c in verification.verify(Path(config.run_dir), keys / "ca.crt")}
+    assert {name for name, check in checks.items() if check.state != "ok"} == set()
+    assert "a deployment" in checks["run"].detail
+    assert "stayed at the institutions" in checks["records"].detail
+    assert not (Path(config.run_dir) / binding.RECORDS_KEY).exists()
 
 
 def test_under_dp_each_ledger_is_charged_and_nothing_but_adapters_leaves(

@@ -34,13 +34,14 @@ def template(tmp_path_factory):
 
 @pytest.fixture
 def run_directory(tiny_config, simulate_run, template):
-    """A complete run of three rounds, whose model predicts several classes."""
+    """A complete run of three rounds, as if its model were of use."""
     config = tiny_config(**{"privacy.noise": "secure"})
     if not template.exists():
         simulate_run(config)
         result = json.loads((Path(config.run_dir) / "result.json").read_text())
         for counts in result["per_class"].values():
             counts["predicted"] = 1
+        result["accuracy"] = 0.75
         (Path(config.run_dir) / "result.json").write_text(json.dumps(result))
         shutil.copytree(config.run_dir, template)
         return Path(config.run_dir)
