@@ -20,7 +20,8 @@ def test_ten_updates_take_at_most_four_adapters_of_memory(tmp_path):
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        # malloc then returns what is freed, as it does with larger adapters.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"},
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
