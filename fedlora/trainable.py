@@ -206,8 +206,8 @@ def without_weights(work: Trainable) -> Trainable:
     """The same for a process that neither trains nor predicts from here on.
 
     The process's `Trainable` is dropped. Of the model only the PEFT configuration stays, which
-    `AdapterState.save` reads; ``start`` is empty. Once the caller drops ``work`` too, the weights go
-    with the next garbage collection.
+    `AdapterState.save` reads; ``start`` is empty. The weights go with the next garbage collection
+    after the caller has dropped ``work``.
     """
     forget()
     rest: Any = SimpleNamespace(peft_config=work.model.peft_config)
