@@ -337,7 +337,9 @@ class Ledger:
                 "SELECT fingerprint, unit FROM ledger"
             ).fetchone()
             rows = self._connection.execute(
-                f"SELECT {ledger_integrity.COLUMNS}, key IS NULL FROM charges ORDER BY id"
+                f"SELECT {ledger_integrity.COLUMNS}, key IS NULL AND (shares = 0 OR EXISTS ("
+                "SELECT 1 FROM closed WHERE (closed.run, closed.round) = (charges.run, "
+                "charges.round))) FROM charges ORDER BY id"
             ).fetchall()
         spent, alone = self.spent(), self.spent_alone()
         return {

@@ -181,7 +181,9 @@ def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
             raise ValueError(f"the reply has more than {most_bytes} bytes")
         return content
 
-    def visit(part: Any) -> None:
+    parts = [tree]
+    while parts:  # no recursion: a function that names itself is a cycle and would keep the maps
+        part = parts.pop()
         content = get(part.object_id)
         if head(content)[0] == Array.__qualname__ and len(part.children) > 1:
             about, data = _array_in_file(content, get, most_bytes)
@@ -190,12 +192,10 @@ def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
             arrays[part.object_id] = Array(
                 about["dtype"], tuple(about["shape"]), about["stype"], key
             )
-            return
-        contents[part.object_id] = content
-        for child in part.children:
-            visit(child)
+        else:
+            contents[part.object_id] = content
+            parts += part.children
 
-    visit(tree)
     made: Any = inflatable_utils.inflate_object_from_contents(
         tree.object_id, contents, objects=arrays
     )

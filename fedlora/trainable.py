@@ -6,7 +6,6 @@ Loading is the slow part of a round, so each process loads once and swaps adapte
 
 import dataclasses
 import functools
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,7 +21,6 @@ from fedlora import (
     lora_layers,
     model_files,
     models,
-    startup,
     verdicts,
 )
 from fedlora.adapters import AdapterState
@@ -207,16 +205,14 @@ def forget() -> None:
 def without_weights(work: Trainable) -> Trainable:
     """The same for a process that neither trains nor predicts from here on.
 
-    The process's `Trainable` is dropped, and with it the weights of base and adapter. Of the model
-    only the PEFT configuration stays, which `AdapterState.save` reads; ``start`` is empty.
+    The process's `Trainable` is dropped. Of the model only the PEFT configuration stays, which
+    `AdapterState.save` reads; ``start`` is empty. The weights go with the next garbage collection
+    after the caller has dropped ``work``.
     """
     forget()
     rest: Any = SimpleNamespace(peft_config=work.model.peft_config)
     base = dataclasses.replace(work.base, model=rest)
-    work = dataclasses.replace(work, base=base, model=rest, per_sample=rest, start=AdapterState({}))
-    gc.collect()  # a model is full of cycles
-    startup.trim_heap()
-    return work
+    return dataclasses.replace(work, base=base, model=rest, per_sample=rest, start=AdapterState({}))
 
 
 def training_mode(model: torch.nn.Module, on: bool) -> None:

@@ -112,6 +112,7 @@ class Keywords(TypedDict, total=False):
     ray_address: str
     # [tracking]
     mlflow: str
+    mlflow_model: str
     tensorboard: str
 
 

@@ -1,5 +1,6 @@
 """Orders out, replies in, through any Flower Grid: streaming, with every node accounted for."""
 
+import gc
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,10 +11,14 @@ from flwr.app.message import remove_content_from_message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
+from fedlora import wire
+
 log = logging.getLogger("fedlora.server")
 
 MAX_PUSHES = 3
 MAX_PAUSE = 0.5  # seconds between polls when nothing arrives
+LARGE = 16 * 2**20
+"""Bytes of an adapter above which sent messages are collected at once: their records are cycles."""
 MALFORMED_REPLY = 102
 """Error code, beside Flower's own, of a reply that the Grid cannot read."""
 
@@ -88,7 +93,10 @@ def _push(grid: Grid, messages: list[Message]) -> dict[str, Message]:
             for m in messages
         ]
     sent = {i: remove_content_from_message(m) for i, m in zip(ids, messages, strict=True)}
+    large = any(m.has_content() and wire.adapter_bytes(m.content) > LARGE for m in messages[:1])
     messages.clear()
+    if large:
+        gc.collect()
     return sent
 
 

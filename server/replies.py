@@ -104,6 +104,8 @@ class Replies:
             if refusal.code in RECORD_DEPENDENT_REFUSALS:
                 self.invalid.add(name)
             raise
+        finally:
+            wire.drop_arrays(message)
         self.invalid.add(name)  # until the update is found to be valid
         base.check_header(update, institution=name, this_round=self._round)
         self._record_privacy(name, update)

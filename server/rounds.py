@@ -1,6 +1,7 @@
 """The federation's rounds: each is `Federation.ask`, `aggregate`, `step` and `record`."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
@@ -14,7 +15,16 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlora import flower_internals, model_card, plugins, released, secure_order, trainable, wire
+from fedlora import (
+    flower_internals,
+    model_card,
+    plugins,
+    released,
+    secure_order,
+    startup,
+    trainable,
+    wire,
+)
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
@@ -137,6 +147,8 @@ class Federation:
             flower_internals.stream_replies(limits.most_reply_bytes(self.work.start))
         if config.deployed and self.population.held_out is None:
             self.work = trainable.without_weights(self.work)
+            gc.collect()  # a model is full of cycles
+            startup.trim_heap()
         query = Query(
             run=self.state.run,
             first=self.state.round == 0,

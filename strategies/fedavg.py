@@ -40,10 +40,7 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     total: dict[str, npt.NDArray[np.int64]] = {}
     weights: list[float] = []
     for update, weight in updates:
-        for name, tensor in update.adapter.items():
-            if name not in total:
-                total[name] = np.zeros(tensor.shape, np.int64)
-            _add(total[name], tensor.numpy(), weight / this_round.grid)
+        _fold(total, update.adapter, weight / this_round.grid)
         weights.append(weight)
         del update  # frees memory before the next one arrives
     unit = this_round.grid / (
@@ -52,6 +49,14 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     return AdapterState(
         {name: torch.as_tensor((total.pop(name) * unit).astype(np.float32)) for name in list(total)}
     )
+
+
+def _fold(total: dict[str, npt.NDArray[np.int64]], adapter: AdapterState, scale: float) -> None:
+    """Add an adapter to the sums; a loop in the caller would keep its last tensor, and its file."""
+    for name, tensor in adapter.items():
+        if name not in total:
+            total[name] = np.zeros(tensor.shape, np.int64)
+        _add(total[name], tensor.numpy(), scale)
 
 
 def _add(total: npt.NDArray[np.int64], values: npt.NDArray[np.float32], scale: float) -> None:

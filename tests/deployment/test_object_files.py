@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 from flwr.app import Array, ArrayRecord, RecordDict
-from flwr.supercore.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import (
     NoObjectInStoreError,

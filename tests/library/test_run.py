@@ -242,5 +242,5 @@ def test_a_script_of_25_lines_outside_the_repository_runs_its_own_strategy_and_m
     assert done.returncode == 0, done.stderr
     share, name = done.stdout.splitlines()[-1].split()
     assert 0 <= float(share) <= 1 and name == "__main__:median"
-    (run_dir,) = (tmp_path / "runs").iterdir()
+    run_dir = (tmp_path / "runs" / "latest").resolve()
     assert json.loads((run_dir / "result.json").read_text())["missed_fraud"] == float(share)

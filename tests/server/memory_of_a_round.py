@@ -132,7 +132,7 @@ def main(folder, updates, streams):
     replies = Replies(grid, messages, names, this_round, report=(), spending=None, timeout=60.0)
     size = order.adapter.num_bytes
     del message, content, order
-    config = SimpleNamespace(federation=SimpleNamespace(strategy="fedavg"))
+    config = SimpleNamespace(federation=SimpleNamespace(strategy="fedavg", aggregate=""))
     result = Mean(config).aggregate(this_round, replies).adapter
     peak = (memory("VmHWM") - before) / size
     assert replies.valid == updates and not replies.failed

@@ -1,9 +1,11 @@
 """The memory that a server takes for a round does not grow with the number of updates."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 
 import torch
 
@@ -20,7 +22,8 @@ def test_ten_updates_take_at_most_four_adapters_of_memory(tmp_path):
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        # malloc then returns what is freed, as it does with larger adapters.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"},
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -29,13 +32,12 @@ def test_ten_updates_take_at_most_four_adapters_of_memory(tmp_path):
 
 
 def test_a_server_that_does_not_predict_drops_the_weights(tiny_config, tmp_path):
-    import weakref
-
     work = trainable.load(tiny_config(), ("card", "fraud", "loan"))
     weight = weakref.ref(next(iter(parameters(work.model).values())))
     start = work.start
     without = trainable.without_weights(work)
     del work
+    gc.collect()
     assert weight() is None
     start.save(tmp_path, without.model)
     assert torch.equal(start[next(iter(start))], type(start).open(tmp_path)[next(iter(start))])
