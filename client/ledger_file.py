@@ -153,8 +153,8 @@ def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> byte
             + (
                 "to another order"
                 if stored
-                else "and its answer dropped after a later round; or, under secure aggregation, its "
-                "sum was unmasked or the round given up"
+                else "and its answer dropped after a later round; or, under secure aggregation, "
+                "its sum was unmasked or the round given up"
             ),
         )
     return None

@@ -134,6 +134,9 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
     )
     records = trainable.records(config)
     work = trainable.load(config, records.labels)
+    if packed and work.first_position is None:
+        trainable.forget()
+        pytest.skip("with this processor's products the examination makes rows padded")
     generator = torch.Generator().manual_seed(1)
     state = {n: 2 * torch.randn(t.shape, generator=generator) for n, t in work.start.items()}
     for path, _ in lora_layers.lora_layers(work.model) if residual else ():
@@ -188,6 +191,7 @@ def test_a_pass_has_one_shape_and_fillers_belong_to_nobody(minilm):
 @pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)
 def test_plain_passes_hold_each_row_once_and_give_its_own_loss(minilm, physical):
     work, (shard, *_) = minilm
+    _set_values(work, 0.05)  # with huge factors rounding alone would make losses differ
     draw = np.random.default_rng(3)
     longest_first = np.argsort(-shard.lengths)[:1]
     for rows in (draw.permutation(len(shard))[:20], np.append(longest_first, [0, 1]), [5]):
@@ -200,7 +204,8 @@ def test_plain_passes_hold_each_row_once_and_give_its_own_loss(minilm, physical)
         )
         assert all(map(len, packed))
         found, expected = (torch.cat(losses).sort().values for losses in (packed, padded))
-        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)  # huge factors
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    _set_values(work, 2.0)
 
 
 def _mechanism(noise_multiplier, *, sample_rate, size_class):
