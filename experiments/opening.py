@@ -195,8 +195,9 @@ def odds(found: Mapping[str, Any], epsilon: float, delta: float, unit: str) -> l
     return [
         f"Epsilon {epsilon:.3g} at delta {delta:.3g}. Somebody suspects that a certain {unit} was "
         f"trained on. Everything that the run released can raise this suspicion "
-        f"{', and '.join(before)}, except with probability delta (1 in {1 / delta:,.0f}), with "
-        "which the promise says nothing.",
+        f"{', and '.join(before)}"
+        + (f", except in at most 1 of {1 / rest:,.0f} cases" if (rest := found["exceeded"]) else "")
+        + ".",
         "The noise of this run allows less. An attacker who wrongly accuses "
         f"{percent(float(rate))} of those not trained on finds at most {percent(share, up=True)} "
         "of those trained on"

@@ -22,6 +22,11 @@ import httpx
 from flwr.app import Array, Message
 from flwr.supercore.task_identity import TaskIdentity
 
+MAX_BESIDE_ARRAYS = 16 * 2**20
+"""The most bytes of a reply's objects other than pieces of arrays."""
+MAX_OBJECTS = 10_000
+"""The most objects of a reply other than pieces of large arrays."""
+
 Sleep = Callable[[float], None]
 
 
@@ -136,6 +141,12 @@ def _pulled(
         message = _inflated(tree, pull, most_bytes)
         if not isinstance(message, Message):
             raise ValueError("no message")
+        own = message.metadata  # the sender wrote it; the SuperLink checked the other one
+        if (own.src_node_id, own.reply_to_message_id) != (
+            metadata.src_node_id,
+            metadata.reply_to_message_id,
+        ):
+            raise ValueError("the reply names another sender or order")
     except (OSError, httpx.HTTPError):
         raise
     except Exception as error:  # a stranger's bytes can raise anything
@@ -162,7 +173,12 @@ def _pulled(
 
 
 def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
-    """The object at the root of a tree; its large arrays are in files."""
+    """The object at the root of a tree; its arrays of several pieces are in files.
+
+    A reply is small on the wire and large in memory if it repeats a piece. So what arrays hold is
+    bounded, over the whole reply, and not only what is pulled.
+    """
+    from flwr.app.message.arraychunk import ArrayChunk
     from flwr.supercore.inflatable import inflatable_utils
     from flwr.supercore.inflatable.inflatable_object import (
         get_object_head_values_from_object_content as head,
@@ -171,22 +187,23 @@ def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
     contents: dict[str, bytes] = {}
     arrays: dict[str, Any] = {}
     maps: dict[bytes, mmap.mmap] = {}
-    left = most_bytes
+    pulled, held, about_arrays = (_Room(most_bytes), _Room(most_bytes), _Room(MAX_BESIDE_ARRAYS))
+    objects = _Room(MAX_OBJECTS)
 
     def get(object_id: str) -> bytes:
-        nonlocal left
         content = inflatable_utils.pull_objects([object_id], pull)[object_id]
-        left -= len(content)
-        if left < 0:
-            raise ValueError(f"the reply has more than {most_bytes} bytes")
+        pulled.take(len(content))
         return content
 
     parts = [tree]
     while parts:  # no recursion: a function that names itself is a cycle and would keep the maps
         part = parts.pop()
         content = get(part.object_id)
-        if head(content)[0] == Array.__qualname__ and len(part.children) > 1:
-            about, data = _array_in_file(content, get, most_bytes)
+        objects.take(1)
+        if head(content)[0] != ArrayChunk.__qualname__:
+            about_arrays.take(len(content))
+        if head(content)[0] == Array.__qualname__ and _pieces(content) > 1:
+            about, data = _array_in_file(content, get, held)
             key = part.object_id.encode()  # a record takes nothing but bytes while it is made
             maps[key] = data
             arrays[part.object_id] = Array(
@@ -206,10 +223,39 @@ def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
     return made
 
 
+class _Room:
+    """What is left of a bound."""
+
+    def __init__(self, most: int) -> None:
+        self._left = self._most = most
+
+    def take(self, count: int) -> None:
+        """Take some. Raises ``ValueError`` when there is no more."""
+        self._left -= count
+        if self._left < 0:
+            raise ValueError(f"a part of the reply is above {self._most}")
+
+
+def _pieces(content: bytes) -> int:
+    """The number of pieces that an array names; one piece may stand for many."""
+    from flwr.supercore.inflatable.inflatable_object import get_object_body
+
+    return len(json.loads(get_object_body(content, Array))["arraychunk_ids"])
+
+
 def _array_in_file(
-    content: bytes, get: Callable[[str], bytes], most_bytes: int
+    content: bytes, get: Callable[[str], bytes], held: _Room
 ) -> tuple[dict[str, Any], mmap.mmap]:
-    """An array's description, and its data as a private map of a file without a name."""
+    """An array's description, and its data as a private map of a file without a name.
+
+    Args:
+        content: The array's object.
+        get: Gives the content of an object.
+        held: Room for the data of all arrays of the reply.
+
+    Raises:
+        ValueError: If there is no room, or a piece is empty.
+    """
     from flwr.app.message.arraychunk import ArrayChunk
     from flwr.supercore.inflatable.inflatable_object import (
         get_object_body,
@@ -228,8 +274,9 @@ def _array_in_file(
                 piece = os.pread(file.fileno(), last - first, first)
             else:
                 piece = get_object_body(get(ids[number]), ArrayChunk)
-            if begin + len(piece) > most_bytes:
-                raise ValueError(f"an array has more than {most_bytes} bytes")
+            if not piece:
+                raise ValueError("an array has an empty piece")
+            held.take(len(piece))
             file.write(piece)
             places.setdefault(number, (begin, file.tell()))
         file.flush()

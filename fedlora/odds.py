@@ -1,14 +1,14 @@
 """What a promise of (epsilon, delta) means for an attacker who suspects that a unit was trained on.
 
-Two readings of one promise. By epsilon and delta alone: no attacker does better than one who is
-told the answer with probability delta and otherwise hears a coin that is right with probability
-e^epsilon / (1 + e^epsilon) (Kairouz, Oh & Viswanath 2015, arXiv 1311.0776). By the noise itself:
+Two readings of one promise. By epsilon: the odds of a suspicion become at most e^epsilon times as
+large, except where the privacy loss L is above epsilon. The accountant bounds how often that is: it
+is rarer than that bound, but not as rare as delta, which is the mean of what exceeds. By the noise:
 the epsilon at many deltas bounds the attack's error rates (f-DP; Wasserman & Zhou 2010,
 Dong, Roth & Su 2022, arXiv 1905.02383), much closer at large epsilons.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedlora import accounting
@@ -19,11 +19,12 @@ PRIORS = (0.01, 0.5)
 FALSE_ALARMS = (0.001, 0.01)
 """Shares of units wrongly accused for which the share of units found is stated."""
 _DELTAS = (1e-3, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 _MAX_EXPONENT = 700.0  # exp of more overflows; every bound is 1 long before
 
 
 def suspicion(prior: float, epsilon: float) -> float:
-    """Return the largest suspicion after the run, except with probability delta.
+    """Return the largest suspicion after the run, where the privacy loss is at most epsilon.
 
     Args:
         prior: The suspicion before the run, in (0, 1).
@@ -44,7 +45,8 @@ def bounds(history: Iterable[Event], epsilon: float, delta: float) -> dict[str, 
         delta: The promised delta.
 
     Returns:
-        ``suspicion``: suspicion before -> the most after, except with probability delta;
+        ``suspicion``: suspicion before -> the most after, except with the probability
+        ``exceeded`` at most;
         ``found``: share of units wrongly accused -> the largest share of units found;
         ``right``: the largest share of right answers to "was it in or out", where both are
         equally likely. Keys are texts, values shares.
@@ -58,9 +60,27 @@ def bounds(history: Iterable[Event], epsilon: float, delta: float) -> dict[str, 
     points = [(min(e, _MAX_EXPONENT), d) for e, d in points]
     return {
         "suspicion": {f"{prior:g}": suspicion(prior, epsilon) for prior in PRIORS},
+        "exceeded": _exceeded(events, epsilon, delta),
         "found": {f"{rate:g}": _found(points, rate) for rate in FALSE_ALARMS},
         "right": min((math.exp(e) + d) / (1 + math.exp(e)) for e, d in points),
     }
+
+
+def _exceeded(events: Sequence[Event], epsilon: float, delta: float) -> float:
+    """Bound the probability that the privacy loss L is above epsilon.
+
+    delta(e) is the mean of max(0, 1 - exp(e - L)), so it is at least P(L > epsilon) times
+    1 - exp(e - epsilon), for every e below epsilon.
+    """
+    if not events or math.isinf(epsilon):
+        return 0.0
+    least = 1.0
+    for factor in _FACTORS:
+        if (larger := delta * factor) < 1:
+            gap = epsilon - accounting.epsilon(events, larger, "prv")
+            if gap > 0:
+                least = min(least, larger / -math.expm1(-gap))
+    return least
 
 
 def _found(points: Iterable[tuple[float, float]], rate: float) -> float:

@@ -115,7 +115,10 @@ def check_signature(statement: Mapping[str, Any], ca: bytes, signed: datetime) -
         certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, TypeError, ValueError):
         raise ValueError("another CA issued the certificate") from None
-    usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    try:
+        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        usage = ()
     if PURPOSE not in usage:
         raise ValueError("the certificate is not one for statements")
     if not certificate.not_valid_before_utc <= signed <= certificate.not_valid_after_utc:

@@ -1,6 +1,7 @@
 """The adapter that a run starts from: a fresh one, or one of an earlier run or a directory."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,32 @@ def _check_run(run_dir: Path, config: RunConfig, work: Trainable) -> None:
             f"{start}, a run on the base {before.model.name}; model.name {config.model.name} has "
             "other weights: use that base, or start from another adapter"
         )
-    unprotected = not before.privacy.enabled or before.privacy.protects_nobody
     promised = config.privacy.enabled and not config.privacy.protects_nobody
-    if unprotected and promised and before.data.source == config.data.source:
-        raise InputError(
-            f"{start}, a run without DP on the same data.source: its adapter may reveal records "
-            "that privacy.epsilon promises to protect; start from a run under DP, or from one on "
-            "public records"
-        )
+    for earlier in (one for one in _lineage(config) if one.data.source == config.data.source):
+        if config.privacy.hides_institutions:
+            raise InputError(
+                f"{start}, and a run that it follows had the same data.source: no ledger adds up "
+                "two runs for privacy.institution-epsilon; plan all rounds in one run"
+            )
+        if promised and (not earlier.privacy.enabled or earlier.privacy.protects_nobody):
+            raise InputError(
+                f"{start}, and it follows a run without DP on the same data.source: its adapter "
+                "may reveal records that privacy.epsilon promises to protect; start from a run "
+                "under DP, or from one on public records"
+            )
+
+
+def _lineage(config: RunConfig) -> Iterator[RunConfig]:
+    """The runs that a run follows, the last one first, as far as their directories are here."""
+    seen: set[str] = set()
+    while (start := config.adapter.start) and start not in seen:
+        seen.add(start)
+        folder = Path(start)
+        run_dir = folder if (folder / CONFIG).exists() else folder.parent
+        if not (run_dir / CONFIG).exists():
+            return
+        config = load(run_dir / CONFIG)
+        yield config
 
 
 def _labels(folder: Path) -> list[str] | None:

@@ -12,9 +12,12 @@ from typing import Any, Literal
 
 from fedlora import accounting, model_card, model_files, odds, records, seal
 from fedlora.config import RunConfig, load
-from fedlora.errors import InputError
+from fedlora.errors import InputError, Refusal
+from fedlora.messages import PrivacySpent
 from fedlora.run_files import CONFIG, RESULT, read_records, read_run_file
 from server import binding, institution_privacy, privacy_statement
+from server.population import participations
+from server.spending import NOISE_TOLERANCE, Spending
 
 TOLERANCE = 1e-6
 """Relative difference between two machines' figures for one history."""
@@ -185,6 +188,8 @@ class _Checks:
         if config.deployed:
             _same("fingerprint", said, None, "a deployment, whose server has no records")
             return "stayed at the institutions; the server has no fingerprint of them"
+        if code := [f"{key} {name}" for key, name in config.plug_ins if key.startswith("data.")]:
+            raise _Skipped(f"reading them runs code that the run names ({', '.join(code)})")
         try:
             key = (self.run_dir / binding.RECORDS_KEY).read_text().strip()
             found = binding.keyed(key, records.load(config).fingerprint())
@@ -238,11 +243,26 @@ class _Checks:
         _close(f"epsilon of {name}", one["epsilon"], found)
         if found > privacy.epsilon * (1 + TOLERANCE):
             raise ValueError(f"epsilon of {name} is {found:g}, above {privacy.epsilon:g}")
-        if privacy.delta:
-            _same(f"delta of {name}", one["delta"], privacy.delta, CONFIG)
+        self._mechanism(config, name, one)
         if privacy.shares_noise:
             alone = accounting.epsilon_alone(history, one["delta"], one["accountant"])
             _close(f"epsilon_alone of {name}", one["epsilon_alone"], alone)
+
+    def _mechanism(self, config: RunConfig, name: str, one: Mapping[str, Any]) -> None:
+        """Hold noise, rate and delta against the plan that follows from the configuration."""
+        size = len(read_run_file(self.run_dir)["institutions"])
+        spending = Spending(config=config, participations=participations(config, size))
+        try:
+            plan = spending.checked(PrivacySpent(**one["institution_says"]))
+        except Refusal as refusal:
+            raise ValueError(f"{name}: {refusal}") from None
+        for key in ("sample_rate", "delta"):
+            _same(f"{key} of {name}", one[key], getattr(plan, key), CONFIG)
+        sigma = plan.noise_multiplier
+        if not abs(one["noise_multiplier"] - sigma) <= NOISE_TOLERANCE * sigma:
+            raise ValueError(
+                f"noise_multiplier of {name} is {one['noise_multiplier']}, but the plan has {sigma}"
+            )
 
     def _secure_aggregation(self, config: RunConfig) -> None:
         privacy = config.privacy

@@ -58,17 +58,19 @@ def values(run_dir: Path, more: int) -> dict[str, Any]:
 
 def _check_ledgers(run_dir: Path, config: RunConfig, run: str) -> None:
     """Check that the ledger of each institution that spent in a run has the run's charges."""
-    spent = read_run_file(run_dir, "privacy.json")["institutions"]
+    said = read_run_file(run_dir, "privacy.json")
+    steps = {name: one["steps"] for name, one in said["institutions"].items()}
     for index, name in enumerate(records.load(config).names):
         path = Institution.locate(config, index).ledger_path
-        if name not in spent:
+        if name not in steps and name not in said.get("without_report", {}):
             continue
         if path.exists():
             with Ledger.open(path) as ledger:
-                if run in ledger.runs():
-                    continue
+                charged = sum(event.steps for event in ledger.history(run))
+            if charged >= max(steps.get(name, 0), 1):
+                continue
         raise InputError(
-            f"the ledger {path} is missing or has no charge of the run in {run_dir}, so nobody "
+            f"the ledger {path} is missing or lacks charges of the run in {run_dir}, so nobody "
             "knows what is spent already; restore it"
         )
 

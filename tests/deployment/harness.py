@@ -176,8 +176,8 @@ class Federation:
         assert self._fabric.stdout and self._fabric.stdout.readline() == b"ready\n"
         self._inner = psutil.Process(self._fabric.pid).children()[0].pid
         for network in self._networks:
-            self.in_fabric("ip", "link", "add", "name", network, "type", "bridge")
-            self.in_fabric("ip", "link", "set", network, "up")
+            self._in_fabric("ip", "link", "add", "name", network, "type", "bridge")
+            self._in_fabric("ip", "link", "set", network, "up")
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._keeper.start()
@@ -343,12 +343,12 @@ class Federation:
     def cut(self, name: str) -> None:
         """Pull out a service's network cables."""
         for link in self._services[name].links:
-            self.in_fabric("ip", "link", "set", link, "down")
+            self._in_fabric("ip", "link", "set", link, "down")
 
     def restore(self, name: str) -> None:
         """Plug them in again."""
         for link in self._services[name].links:
-            self.in_fabric("ip", "link", "set", link, "up")
+            self._in_fabric("ip", "link", "set", link, "up")
 
     # What they say.
 
@@ -373,10 +373,8 @@ class Federation:
                         service.restarts += 1
                         self._launch(service)
 
-    def in_fabric(self, *command: str) -> str:
-        """What a command says in the namespace of the bridges."""
-        whole = [*_enter(self._inner), *command]
-        return subprocess.run(whole, check=True, text=True, capture_output=True).stdout
+    def _in_fabric(self, *command: str) -> None:
+        subprocess.run([*_enter(self._inner), *command], check=True)
 
     def _init(self, service: Service) -> int:
         """The process that is number 1 in a service.

@@ -225,7 +225,8 @@ def test_the_promise_stands_as_odds(run_directory):
     odds = json.loads((run_directory / "privacy.json").read_text())["odds"]
     text = shown(run_directory)
     assert "this suspicion from 50 % to at most 99.97 %, and from 1 % to at most 96." in text
-    assert "except with probability delta (1 in 10,000)" in text
+    assert f"except in at most 1 of {1 / odds['exceeded']:,.0f} cases" in text
+    assert odds["exceeded"] > 1e-4  # delta, which is less
     assert "8 is common" not in text
     found = 100 * odds["found"]["0.01"]
     said = re.search(r"wrongly accuses 1 % of those not trained on finds at most ([\d.]+) %", text)

@@ -208,6 +208,32 @@ def test_a_reply_that_cannot_be_read_is_an_error_and_the_others_arrive(identity,
     assert runtime.confirmed == [sent[1].metadata.message_id]
 
 
+def test_one_small_piece_named_a_thousand_times_is_refused(identity, streaming):
+    sent, runtime, grid = _replies(identity, b"abcd", b"abcdefgh")
+    key = _only_array(sent[0]).object_id
+    runtime.objects[key] = runtime.objects[key].replace(b"[0", b"[" + b"0, " * 3000 + b"0")
+    bad, good = grid.pull_messages(["1", "2"])
+    assert bad.has_error() and bytes(_only_array(good).data) == b"abcdefgh"
+
+
+@pytest.mark.parametrize("field", ["src_node_id", "reply_to_message_id"])
+def test_a_reply_in_another_nodes_name_or_to_its_order_is_refused(identity, streaming, field):
+    """The SuperLink has checked what stands beside the message, not what the message says."""
+    _, runtime, grid = _replies(identity, b"abcdefghij", b"abcdefgh")
+    honest = runtime.PullMessages
+
+    def changed(request):
+        response = honest(request)
+        checked = response.messages_list[0].metadata
+        setattr(checked, field, 77 if field == "src_node_id" else "another order")
+        return response
+
+    runtime.PullMessages = changed
+    bad, good = grid.pull_messages(["1", "2"])
+    assert bad.has_error() and bytes(_only_array(good).data) == b"abcdefgh"
+    assert len(runtime.confirmed) == 1
+
+
 def test_a_superlink_that_does_not_answer_is_no_fault_of_a_reply(identity, streaming):
     _, runtime, grid = _replies(identity, b"abcdefghij")
 

@@ -36,6 +36,16 @@ def test_the_bounds_lie_just_above_the_exact_curve_of_a_gaussian(mu):
     assert NORMAL.cdf(mu / 2) <= found["right"] <= NORMAL.cdf(mu / 2) + 0.01
 
 
+@pytest.mark.parametrize("mu", [0.2, 0.5, 1.0, 2.0])
+def test_the_suspicion_is_exceeded_more_often_than_delta_and_no_more_often_than_said(mu):
+    """For a Gaussian, L is normal with mean mu^2 / 2 and deviation mu."""
+    history = gaussian(mu)
+    epsilon = accounting.epsilon(history, 1e-5)
+    exact = NORMAL.cdf(mu / 2 - epsilon / mu)
+    said = odds.bounds(history, epsilon, 1e-5)["exceeded"]
+    assert 2e-5 < exact <= said <= 5 * exact
+
+
 def test_the_run_s_noise_bounds_an_attack_far_below_epsilon_and_delta_alone():
     history = (Event(noise_multiplier=0.9967, sample_rate=0.2, steps=30),)  # the demo
     epsilon = accounting.epsilon(history, 1e-5)
@@ -49,6 +59,7 @@ def test_the_run_s_noise_bounds_an_attack_far_below_epsilon_and_delta_alone():
 def test_no_release_and_hopeless_noise_have_bounds_too():
     nothing = odds.bounds((), 0.0, 1e-5)
     assert nothing["suspicion"] == {"0.01": pytest.approx(0.01), "0.5": 0.5}
+    assert nothing["exceeded"] == 0
     assert nothing["right"] == pytest.approx(0.5, abs=1e-5)
     assert nothing["found"]["0.01"] == pytest.approx(0.01, abs=2e-5)
     history = (Event(noise_multiplier=0.02, sample_rate=1.0, steps=1),)

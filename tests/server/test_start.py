@@ -160,8 +160,8 @@ def test_further_rounds_are_charged_to_the_same_ledgers_or_refused(
     assert not (tmp_path / "third" / "config.toml").exists()
     ledger = tmp_path / "first" / "ledgers" / "Beta.db"
     ledger.rename(tmp_path / "elsewhere.db")
-    with pytest.raises(InputError, match=r"Beta.db is missing or has no charge of the run"):
+    with pytest.raises(InputError, match=r"Beta.db is missing or lacks charges of the run"):
         continuation.values(tmp_path / "first", 2)
     Ledger.create(ledger, max_epsilon=14.0, delta=1e-4, accountant="rdp")
-    with pytest.raises(InputError, match=r"Beta.db is missing or has no charge of the run"):
+    with pytest.raises(InputError, match=r"Beta.db is missing or lacks charges of the run"):
         continuation.values(tmp_path / "first", 2)
