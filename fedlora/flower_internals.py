@@ -180,6 +180,7 @@ def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
     """
     from flwr.app.message.arraychunk import ArrayChunk
     from flwr.supercore.inflatable import inflatable_utils
+    from flwr.supercore.inflatable.inflatable_object import get_object_body
     from flwr.supercore.inflatable.inflatable_object import (
         get_object_head_values_from_object_content as head,
     )
@@ -200,12 +201,14 @@ def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
         part = parts.pop()
         content = get(part.object_id)
         objects.take(1)
-        if head(content)[0] != ArrayChunk.__qualname__:
+        kind = head(content)[0]
+        if kind != ArrayChunk.__qualname__:
             about_arrays.take(len(content))
-        if head(content)[0] == Array.__qualname__ and _pieces(content) > 1:
-            about, data = _array_in_file(content, get, held)
+        about = json.loads(get_object_body(content, Array)) if kind == Array.__qualname__ else {}
+        # by the pieces that it names: one small piece may stand for thousands
+        if len(about.get("arraychunk_ids", ())) > 1:
             key = part.object_id.encode()  # a record takes nothing but bytes while it is made
-            maps[key] = data
+            maps[key] = _in_file(content, about["arraychunk_ids"], get, held)
             arrays[part.object_id] = Array(
                 about["dtype"], tuple(about["shape"]), about["stype"], key
             )
@@ -236,20 +239,14 @@ class _Room:
             raise ValueError(f"a part of the reply is above {self._most}")
 
 
-def _pieces(content: bytes) -> int:
-    """The number of pieces that an array names; one piece may stand for many."""
-    from flwr.supercore.inflatable.inflatable_object import get_object_body
-
-    return len(json.loads(get_object_body(content, Array))["arraychunk_ids"])
-
-
-def _array_in_file(
-    content: bytes, get: Callable[[str], bytes], held: _Room
-) -> tuple[dict[str, Any], mmap.mmap]:
-    """An array's description, and its data as a private map of a file without a name.
+def _in_file(
+    content: bytes, numbers: Iterable[int], get: Callable[[str], bytes], held: _Room
+) -> mmap.mmap:
+    """An array's data as a private map of a file without a name.
 
     Args:
         content: The array's object.
+        numbers: The numbers of its pieces, in their order.
         get: Gives the content of an object.
         held: Room for the data of all arrays of the reply.
 
@@ -262,11 +259,10 @@ def _array_in_file(
         get_object_children_ids_from_object_content,
     )
 
-    about = json.loads(get_object_body(content, Array))
     ids = get_object_children_ids_from_object_content(content)
     places: dict[int, tuple[int, int]] = {}  # number of a piece -> where it begins and ends
     with tempfile.TemporaryFile() as file:
-        for number in about["arraychunk_ids"]:
+        for number in numbers:
             begin = file.tell()
             if number in places:  # zeros, for instance: a piece is pulled once
                 first, last = places[number]
@@ -280,7 +276,7 @@ def _array_in_file(
             file.write(piece)
             places.setdefault(number, (begin, file.tell()))
         file.flush()
-        return about, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def keep_objects_with(store: type) -> None:

@@ -8,39 +8,28 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedlora import config, export
+from fedlora import export
 from fedlora.errors import InputError
-from simulation import run
-from tests.fedlora.test_finished_run import tiny_causal  # noqa: F401
+from tests.fedlora.test_finished_run import finished, tiny_causal  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def causal_run(tiny_causal, complaints, tmp_path_factory):  # noqa: F811
-    directory = tmp_path_factory.mktemp("causal") / "run"
-    made = config.from_flat(
-        {
-            "run-dir": str(directory),
+    return finished(
+        tmp_path_factory.mktemp("causal") / "run",
+        **{
             "model.name": str(tiny_causal),
-            "model.dtype": "fp32",
             "model.task": "sft",
             "data.source": str(complaints),
-            "data.partition": "iid",
-            "data.institutions": 2,
             "data.max-records": 16,
             "data.test-fraction": 0.02,
-            "training.local-steps": 1,
+            "training.sample-rate": 0.0,
             "training.batch-size": 4,
             "training.max-length": 128,
             "training.learning-rate": 0.5,
             "federation.rounds": 1,
-            "federation.evaluate-every": 0,
-            "privacy.epsilon": float("inf"),
-            "home.method": "none",
-        }
+        },
     )
-    with run.load("inline", made) as ready, run.open_engine("inline", made, ready) as grid:
-        run.run_rounds(made, grid)
-    return directory
 
 
 def test_a_causal_adapter_is_exported_whole_and_names_no_directory(

@@ -1,9 +1,7 @@
 """The guide and the notebooks run as they stand."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -48,19 +46,10 @@ def test_a_strategy_and_a_metric_written_by_the_guide_run_from_a_directory_of_th
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
-def test_a_notebook_runs_as_it_stands(notebook, tmp_path):
+def test_a_notebook_runs_as_it_stands(notebook, tmp_path, run_script):
     cells = json.loads(notebook.read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    (tmp_path / "notebook.py").write_text("\n\n".join(code))
-    done = subprocess.run(
-        [sys.executable, "notebook.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_script("\n\n".join(code))
     runs = sorted((tmp_path / "runs").iterdir())
     assert runs and all((run / "result.json").exists() for run in runs)
 

@@ -1,7 +1,6 @@
 """Runs from Python: the same as those of the command line, on tables, with plug-ins."""
 
 import json
-import os
 import subprocess
 import sys
 import typing
@@ -225,22 +224,12 @@ print(result.figures["missed_fraud"], result.privacy["plug_ins"][0]["object"])
 
 
 def test_a_script_of_25_lines_outside_the_repository_runs_its_own_strategy_and_metric(
-    tmp_path, tiny_encoder, complaints
+    tmp_path, tiny_encoder, complaints, run_script
 ):
     assert len(SCRIPT.strip().splitlines()) <= 25
-    (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "complaints.csv").symlink_to(complaints)
     (tmp_path / "encoder").symlink_to(tiny_encoder)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    share, name = done.stdout.splitlines()[-1].split()
+    share, name = run_script(SCRIPT).splitlines()[-1].split()
     assert 0 <= float(share) <= 1 and name == "__main__:median"
     run_dir = (tmp_path / "runs" / "latest").resolve()
     assert json.loads((run_dir / "result.json").read_text())["missed_fraud"] == float(share)
