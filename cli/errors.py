@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from fedlora.errors import InputError, Refusal
-from fedlora.extras import require
+from fedlora.extras import require_page_packages
 from fedlora.terminal import ERRORS
 
 
@@ -35,16 +35,6 @@ def one_line_errors(directory: Path, resume: str = "") -> Iterator[None]:
     if resume and (directory / "checkpoints").exists():
         ERRORS.write_line(f"every finished round is kept; continue with: {resume} {directory}")
     raise typer.Exit(1)
-
-
-def require_page_packages(purpose: str) -> None:
-    """Check that the packages that draw a page are installed.
-
-    Raises:
-        InputError: Naming the missing package and the remedy.
-    """
-    for package in ("jinja2", "matplotlib"):
-        require(package, "experiments", purpose)
 
 
 def draw_report(directory: Path) -> None:

@@ -21,3 +21,13 @@ def require(package: str, extra: str, purpose: str) -> None:
             f"{purpose} needs the Python package {package}, which is not installed; "
             f"run: pip install 'fedlora[{extra}]' (in a checkout, `make demo` installs all extras)"
         )
+
+
+def require_page_packages(purpose: str) -> None:
+    """Check that the packages that draw a page are installed.
+
+    Raises:
+        InputError: Naming the missing package and the remedy.
+    """
+    for package in ("jinja2", "matplotlib"):
+        require(package, "experiments", purpose)

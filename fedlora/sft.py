@@ -1,6 +1,8 @@
 """Supervised fine-tuning: a causal model learns to write whole responses."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,7 @@ class Sft(Task):
         labels: tuple[str, ...],
         *,
         owner: Int64 | None = None,
+        measures: Mapping[str, metrics.Metric] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Token loss on all rows; exact match, and accuracy over a closed set of answers, on some.
 

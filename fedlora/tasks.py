@@ -7,9 +7,10 @@ than much of the forward.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fedlora.batches import Batch, Int64, PackedBatch, Side, collate, pack, roun
 from fedlora.data import Shard
 from fedlora.encoding import Encoded, LabelPrompt, PlainText, ResponsePrompt
 from fedlora.errors import InputError
+from fedlora.metrics import Metric
 
 
 class Task(ABC):
@@ -124,6 +126,7 @@ class Task(ABC):
         labels: tuple[str, ...],
         *,
         owner: Int64 | None = None,
+        measures: Mapping[str, Metric] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Metrics of the model on a shard, ready for JSON.
 
@@ -133,6 +136,7 @@ class Task(ABC):
             labels: The classes; empty for sft.
             owner: Institution of each row ``(n,)``, to add ``by_owner``: its accuracy
                 (classification only).
+            measures: Name -> a further figure (classification only).
 
         Raises:
             InputError: If the shard is empty.

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedlora import finished_run
 from fedlora.config import RunConfig, load
-from fedlora.extras import require
+from fedlora.extras import require_page_packages
 from fedlora.run_files import CONFIG, read_records, read_run_file
 
 
@@ -81,8 +81,7 @@ class Result:
         Raises:
             InputError: If the packages that draw it are not installed.
         """
-        for package in ("jinja2", "matplotlib"):
-            require(package, "experiments", "report.html")
+        require_page_packages("report.html")
         from experiments import report
         from server import tracking
 

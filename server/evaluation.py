@@ -9,7 +9,6 @@ from flwr.serverapp import Grid
 
 from fedlora import metrics
 from fedlora.adapters import AdapterState
-from fedlora.classification import Classification
 from fedlora.errors import Refusal
 from fedlora.messages import EvaluateOrder, Evaluation
 from fedlora.sft import MAX_ANSWER_CHARACTERS, MAX_ANSWERS
@@ -37,18 +36,13 @@ def evaluate_global(
     if population.held_out is None:
         return {"institutions": {}}
     adapter.load_into(work.model)
-    if measures and isinstance(work.task, Classification):
-        result = work.task.evaluate(
-            work.model,
-            population.held_out,
-            work.labels,
-            owner=population.owner,
-            measures=measures,
-        )
-    else:
-        result = work.task.evaluate(
-            work.model, population.held_out, work.labels, owner=population.owner
-        )
+    result = work.task.evaluate(
+        work.model,
+        population.held_out,
+        work.labels,
+        owner=population.owner,
+        measures=measures,
+    )
     result["institutions"] = {
         population.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()
     }
