@@ -16,21 +16,15 @@ from fedlora import metrics
 from fedlora.batches import Batch, Int64, PackedBatch, distinct, micro_batches
 from fedlora.data import Shard
 from fedlora.encoding import LabelPrompt, PlainText
-from fedlora.tasks import Task, base_model, check_rows, evaluation_mode, model_inputs, text_config
-
-WINDOWS = (
-    "sliding_window",
-    "sliding_window_size",
-    "sliding_windows",
-    "local_attention",
-    "attention_chunk_size",
-    "window_size",
+from fedlora.tasks import (
+    Task,
+    base_model,
+    can_pack,
+    check_rows,
+    evaluation_mode,
+    model_inputs,
+    text_config,
 )
-"""Keys of configurations for the number of tokens that a token attends to."""
-
-
-LENGTH_DEPENDENT = ("longrope", "dynamic")
-"""Kinds of rotary positions that depend on the longest row of a batch."""
 
 
 class Classification(Task):
@@ -49,23 +43,11 @@ class Classification(Task):
         An encoder's first position is the one whose output equals, to the last bit, the output
         without explicit positions.
         """
-        from fedlora import attention  # imports transformers' models; reading records needs none
-
-        base, config, most = base_model(model), text_config(model), self.encoding.max_length
-        windows = [getattr(config, key, None) for key in WINDOWS]
-        rope = str(getattr(config, "rope_parameters", ""))
-        inner = base
-        if isinstance(self.encoding, PlainText):
-            inner = getattr(base, base.base_model_prefix)
-        if (
-            base.config._attn_implementation != attention.NAME
-            or any(type(window) is int and window < most for window in windows)
-            or any(kind in rope for kind in LENGTH_DEPENDENT)
-            or "position_ids" not in inspect.signature(inner.forward).parameters
-        ):
-            return None
         if not isinstance(self.encoding, PlainText):
-            return 0  # as in padded rows
+            return super().first_position(model)
+        base, config, most = base_model(model), text_config(model), self.encoding.max_length
+        if not can_pack(base, getattr(base, base.base_model_prefix), most):
+            return None
         ids = torch.tensor([self.words(model)[: min(most, 5)]], device=base.device)
         mask = torch.ones_like(ids)
         with evaluation_mode(model):

@@ -45,14 +45,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedlora import adapters, lora_layers, packing
 from fedlora.batches import Batch, Int64, PackedBatch
-from fedlora.classification import LENGTH_DEPENDENT
 from fedlora.encoder import HEAD
 from fedlora.encoding import Encoded
 from fedlora.errors import Refusal
 from fedlora.per_sample import PerSampleAdapters, pop_grad_sample
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
-from fedlora.tasks import Task, shard_of
+from fedlora.tasks import LENGTH_DEPENDENT, Task, shard_of
 
 TOLERANCE = 3e-3
 """The largest relative difference of a parameter's gradient from that of one backward pass."""

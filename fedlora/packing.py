@@ -36,10 +36,10 @@ def row_size(tokens: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Examples of one padded width, and the places of their padded tokens."""
+    """Examples of one padded width, and the number of their padded tokens."""
 
     examples: slice
-    places: slice
+    places: int
     width: int
 
 
@@ -89,7 +89,7 @@ class Packing:
         self._groups = [
             _Group(
                 examples=slice(a, b),
-                places=slice(int(offsets[a]), int(offsets[b])),
+                places=int(offsets[b] - offsets[a]),
                 width=int(widths[a]),
             )
             for a, b in itertools.pairwise(bounds)
@@ -129,8 +129,9 @@ class Packing:
 
         The examples are a slice of all in ascending order of width.
         """
-        for group in self._groups:
-            yield group.examples, y[group.places].unflatten(0, (-1, group.width))
+        parts = y.split([group.places for group in self._groups])  # with one backward for all
+        for group, part in zip(self._groups, parts, strict=True):
+            yield group.examples, part.unflatten(0, (-1, group.width))
 
     def masks(self, causal: bool) -> list[torch.Tensor]:
         """The additive attention mask of each group, float32 ``(m, 1, width, width)``."""

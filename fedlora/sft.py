@@ -1,7 +1,9 @@
 """Supervised fine-tuning: a causal model learns to write whole responses."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -16,9 +18,12 @@ from fedlora.batches import Batch, Int64, PackedBatch, distinct, micro_batches, 
 from fedlora.data import Shard
 from fedlora.encoding import ResponsePrompt
 from fedlora.streams import RandomSource
-from fedlora.tasks import Task, check_rows, evaluation_mode, model_inputs
+from fedlora.tasks import Task, base_model, check_rows, evaluation_mode, model_inputs
 
 GENERATED_ROWS = 200  # rows of an evaluation with a generated response: generation is slow
+PART = 64
+"""Positions of a packed row whose logits are one product. The number of response tokens in a row
+depends on its examples; a product's number of rows must not."""
 MAX_RESPONSE_TOKENS = 128  # of a generated response
 MAX_ANSWERS = 100
 """The largest number of different references that are read as classes."""
@@ -38,7 +43,8 @@ class Sft(Task):
         self, model: nn.Module, batch: Batch | PackedBatch, labels: tuple[str, ...]
     ) -> torch.Tensor:
         """Mean negative log-likelihood of the response tokens, with the end token, in nats."""
-        assert isinstance(batch, Batch), "responses are padded"
+        if isinstance(batch, PackedBatch):
+            return _packed_losses(model, batch)
         totals, tokens = self._response_losses(model, batch)
         return totals / tokens
 
@@ -153,3 +159,53 @@ class Sft(Task):
 
     def _text(self, ids: NDArray[Any]) -> str:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
+
+
+def _packed_losses(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """The mean loss of each example's response, float32 ``(n,)``.
+
+    Products with the vocabulary and sums over it are computed for `PART` positions at a time, and
+    each example's mean by itself, so that no other example changes a bit of an example's loss.
+    """
+    device, ends = batch.input_ids.device, itertools.accumulate(batch.row.lengths)
+    counts: list[int] = (np.array(batch.row.lengths) - batch.targets.numpy()).tolist()
+    answers = [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
+    # Response tokens fill up the last part; their second losses are not read.
+    filled = torch.tensor(
+        np.resize(np.array(answers, np.int64), -(-len(answers) // PART) * PART), device=device
+    )
+    with _in_parts(base_model(model).get_output_embeddings(), len(filled)):
+        inputs = {**model_inputs(model, batch), "logits_to_keep": filled - 1}
+        logits = model(**inputs, use_cache=False).logits[0]  # (r, V)
+    parts = zip(
+        torch.split(logits, PART), torch.split(batch.input_ids[0, filled], PART), strict=True
+    )
+    each = [functional.cross_entropy(x.float(), ids, reduction="none") for x, ids in parts]
+    nll = torch.cat(each)[: len(answers)]
+    return torch.stack([torch.mean(response) for response in torch.split(nll, counts)])
+
+
+@contextmanager
+def _in_parts(output: Any, positions: int) -> Generator[None]:
+    """Have a model's output layer multiply `PART` positions at a time.
+
+    Raises:
+        RuntimeError: If the layer was not called once, with ``(1, positions, f)``.
+    """
+    whole: Any = output.forward
+    own = "forward" in vars(output)  # a replaced forward
+    seen: list[tuple[int, ...]] = []
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape[:-1])
+        return torch.cat([whole(part) for part in torch.split(hidden, PART, 1)], 1)
+
+    output.forward = forward
+    try:
+        yield
+    finally:
+        del output.forward
+        if own:
+            output.forward = whole
+    if seen != [(1, positions)]:
+        raise RuntimeError(f"logits were computed for {seen} instead of {positions} positions")

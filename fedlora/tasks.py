@@ -6,6 +6,7 @@ computed only at the positions of a loss: with a vocabulary of 50,000 all of the
 than much of the forward.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,18 @@ from fedlora.data import Shard
 from fedlora.encoding import Encoded, LabelPrompt, PlainText, ResponsePrompt
 from fedlora.errors import InputError
 from fedlora.metrics import Metric
+
+WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "sliding_windows",
+    "local_attention",
+    "attention_chunk_size",
+    "window_size",
+)
+"""Keys of configurations for the number of tokens that a token attends to."""
+LENGTH_DEPENDENT = ("longrope", "dynamic")
+"""Kinds of rotary positions that depend on the longest row of a batch."""
 
 
 class Task(ABC):
@@ -96,11 +109,13 @@ class Task(ABC):
         return rounded(shard.lengths, self.encoding.max_length)
 
     def first_position(self, model: nn.Module) -> int | None:
-        """The first position of each example in a packed row; None if the model takes no positions.
+        """The first position of each example in a packed row; None if rows must be padded.
 
         `fedlora.exactness` finds whether the model computes packed rows correctly.
         """
-        return None
+        base = base_model(model)
+        # A causal model counts as in padded rows.
+        return 0 if can_pack(base, base, self.encoding.max_length) else None
 
     def words(self, model: nn.Module) -> list[int]:
         """Ids of tokens that are text, at most a thousand."""
@@ -204,6 +219,27 @@ def base_model(model: nn.Module) -> Any:
     """The model without its adapter's wrapper."""
     base: Any = model
     return base.get_base_model() if hasattr(model, "get_base_model") else base
+
+
+def can_pack(base: Any, inner: nn.Module, max_length: int) -> bool:
+    """Whether a model can be given packed rows: our attention, every token in reach, positions.
+
+    Args:
+        base: The model without its adapter's wrapper.
+        inner: The module that gets the positions.
+        max_length: The most tokens of an example.
+    """
+    from fedlora import attention  # imports transformers' models; reading records needs none
+
+    config = text_config(base)
+    windows = [getattr(config, key, None) for key in WINDOWS]
+    rope = str(getattr(config, "rope_parameters", ""))
+    return (
+        base.config._attn_implementation == attention.NAME
+        and not any(type(window) is int and window < max_length for window in windows)
+        and not any(kind in rope for kind in LENGTH_DEPENDENT)
+        and "position_ids" in inspect.signature(inner.forward).parameters
+    )
 
 
 def text_config(model: nn.Module) -> Any:

@@ -23,9 +23,10 @@ def test_a_family_trains_if_it_is_not_refused_as_the_table_says(family, kind, do
 
 
 @pytest.mark.parametrize("family, kind", [pair for pair in families.families() if "causal" in pair])
-def test_nor_does_a_family_trip_that_learns_to_write(family, kind):
+def test_nor_does_a_family_trip_that_learns_to_write(family, kind, documented):
+    """Packed rows only where the table has them: what mixes tokens is no matter of the task."""
     for row in families.examined(family, kind, "sft"):
-        assert row.verdict in ("exact, padded", "refused", "not built")
+        assert row.verdict != "exact, packed" or astuple(row)[:4] in documented
 
 
 def test_at_least_sixty_families_are_examined(documented):

@@ -140,7 +140,7 @@ def test_every_method_and_base_is_found_exact_and_left_as_it_was(name, task, val
     before = {key: value.clone() for key, value in model.state_dict().items()}
     states = [dict(vars(m)) for m in model.modules() if hasattr(m, "compute_dtype")]
     found = exactness.examine(model, work.per_sample, work.task, work.labels)
-    assert found == exactness.Verdict(flaw="", first_position=None if task == "sft" else 0)
+    assert found == exactness.Verdict(flaw="", first_position=0)
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(after[key].dtype == value.dtype for key, value in before.items())

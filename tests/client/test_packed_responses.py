@@ -1,0 +1,239 @@
+"""Packed rows with responses: each gradient is exact, and to the last bit its own."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import families
+from client import passes, private_training, training
+from client.gradients import SampledUnits, packed_gradients
+from fedlora import exactness, trainable
+from fedlora.accounting import PrivacyPlan
+from fedlora.sft import PART
+from fedlora.shards import Shard, concatenate
+from fedlora.streams import RandomSource
+from fedlora.tasks import shard_of
+
+LONGEST = 160
+LENGTHS = {  # tokens of a prompt and of its response
+    "one token": (30, 1),
+    "over a quarter of the row": (40, 60),
+    "over a part": (10, PART + 6),
+    "all but one token": (1, LONGEST - 1),
+    "a long prompt": (LONGEST - 2, 2),
+    "short": (7, 9),
+    "short too": (9, 7),
+    "also one token": (63, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("llama")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=families.WORDS,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        **size,
+        **heads,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer = families.tokenizer()
+    tokenizer.model_max_length = 256
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def load(model, **values):
+    work = families.load(
+        model, (), **{"model.task": "sft", "training.max-length": LONGEST, **values}
+    )
+    assert work.first_position == 0
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in work.parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return work
+
+
+def rows(work):
+    """The rows above, and one that was cut to length, which lost the end of its text."""
+    prompts, responses = np.array(list(LENGTHS.values())).T
+    lengths = prompts + responses
+    made = Shard(
+        tokens=np.random.default_rng(1).integers(6, families.WORDS, lengths.sum(), dtype=np.int32),
+        offsets=np.cumsum([0, *lengths]),
+        targets=prompts,
+        units=np.arange(len(lengths)),
+    )
+    cut = work.task.encode(["w1 " * LONGEST], ["w2 w3 w4"], ())
+    assert (cut.truncated, len(cut.ids[0])) == (1, LONGEST)
+    return concatenate([made, shard_of(cut)])
+
+
+def dropout(row):
+    return RandomSource.seeded("dropout", row)
+
+
+def gradients(work, shard, drawn, physical):
+    batch = SampledUnits(
+        shard=shard,
+        units=[np.array([row]) for row in drawn],
+        owner=[0] * len(drawn),
+        physical_batch=physical,
+        dropout=[dropout(row) for row in range(len(shard))],
+        values=[],
+    )
+    found = {}
+    with training.training_steps(work, private=True):
+        for units, each in packed_gradients(work, work.parameters(), batch):
+            for index, unit in enumerate(units):
+                found[drawn[unit]] = torch.cat([g[index].flatten() for g in each])
+    assert sorted(found) == sorted(drawn)
+    return found
+
+
+def alone(work, shard, row):
+    """The gradient of one padded pass with one row, by plain autograd."""
+    work.model.zero_grad()
+    with training.training_steps(work, private=False):
+        passes.padded_losses(work, shard, np.array([row]), dropout).sum().backward()
+    found = torch.cat([p.grad.flatten() for p in work.parameters().values()])
+    work.model.zero_grad()
+    return found
+
+
+CASES = [
+    {},
+    {"adapter.method": "dora", "adapter.dropout": 0.2},
+    {"model.dtype": "bf16", "training.gradient-checkpointing": True},
+    {"model.dtype": "bf16", "model.quantization": "nf4"},
+]
+
+
+@pytest.mark.parametrize("values", CASES, ids=lambda values: " ".join(map(str, values.values())))
+def test_a_packed_responses_gradient_is_its_own(model, values):
+    """Exact where the base is in float32; the same bits whatever else is drawn, on any base."""
+    work = load(model, **values)
+    shard = rows(work)
+    every = list(range(len(shard)))
+    for physical in (2, 8):  # packed rows of 192 and 640 tokens
+        together = gradients(work, shard, every, physical)
+        if "model.dtype" not in values:
+            for row in every:
+                expected = alone(work, shard, row)
+                assert (together[row] - expected).norm() <= 1e-5 * expected.norm()
+        for drawn in (every[::-1], every[1::2], [6, 3, 5], *([row] for row in every)):
+            for row, gradient in gradients(work, shard, drawn, physical).items():
+                assert torch.equal(gradient, together[row])
+                assert gradient.norm() > 0
+    trainable.forget()
+
+
+class _Rows(TorchDispatchMode):
+    """The numbers of rows of products with the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            left, right = args[-2:]
+            if families.WORDS in (left.shape[1], right.shape[1]):
+                self.found.add(left.shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_with_the_vocabulary_have_one_number_of_rows_whatever_is_drawn(model):
+    work = load(model)
+    shard = rows(work)
+    for drawn in ([0], [3], [1, 2], list(range(len(shard)))):
+        with _Rows() as seen:
+            gradients(work, shard, drawn, 8)
+        assert seen.found == {PART}
+
+
+def test_a_response_without_a_token_ends_no_step_and_changes_no_other(model):
+    work = load(model)
+    shard = rows(work)
+    empty = dataclasses.replace(
+        shard, targets=np.where(np.arange(9) == 2, shard.lengths, shard.targets)
+    )
+    every = gradients(work, shard, range(9), 8)
+    for drawn in ([2], [0, 2, 5]):
+        for row, gradient in gradients(work, empty, drawn, 8).items():
+            assert not gradient.any() if row == 2 else torch.equal(gradient, every[row])
+
+
+@pytest.mark.parametrize("physical", [1, 4, 64])
+def test_plain_passes_give_each_response_its_own_loss(model, physical):
+    work = load(model)
+    shard = rows(work)
+    packed, padded = (
+        torch.cat(
+            [
+                losses.detach()
+                for losses in passes.plain_passes(
+                    each, shard, np.arange(len(shard)), physical, dropout
+                )
+            ]
+        )
+        for each in (work, dataclasses.replace(work, first_position=None))
+    )
+    torch.testing.assert_close(packed.sort().values, padded.sort().values, rtol=1e-4, atol=1e-4)
+
+
+def test_institutions_that_share_rows_of_responses_change_no_bit_of_each_other(model):
+    work = load(model)
+    shard = rows(work)
+    mechanism = PrivacyPlan(
+        epsilon=8.0,
+        delta=1e-5,
+        noise_multiplier=0.7,
+        sample_rate=0.6,
+        size_class=10,
+        max_grad_norm=1.0,
+        clipping="flat",
+        steps_per_round=2,
+        rounds=1,
+        accountant="rdp",
+    )
+    participants = [
+        private_training.Participant(
+            shard=shard.select(part), mechanism=mechanism, source=RandomSource.seeded(name, 3)
+        )
+        for name, part in (("first", range(5)), ("second", range(3, 9)), ("third", range(9)))
+    ]
+    plan = training.LocalPlan(steps=2, physical_batch=4, optimizer="sgd", learning_rate=0.1)
+    together = private_training.train_privately(work, participants, plan)
+    for shared, participant in zip(together, participants, strict=True):
+        (single,) = private_training.train_privately(work, [participant], plan)
+        assert all(torch.equal(tensor, shared[name]) for name, tensor in single.items())
+
+
+@pytest.mark.parametrize(
+    "output", [torch.nn.Linear(32, families.WORDS), None], ids=["other", "none"]
+)
+def test_a_model_whose_logits_come_from_elsewhere_takes_padded_rows(model, output, monkeypatch):
+    """Products of one size cannot be assured there."""
+    work = load(model)
+    monkeypatch.setattr(work.base.model, "get_output_embeddings", lambda: output)
+    found = exactness.examine(work.model, work.per_sample, work.task, ())
+    assert found == exactness.Verdict(flaw="", first_position=None)
+
+
+def test_an_example_whose_logits_see_another_makes_responses_padded(model):
+    work = load(model)
+    work.base.model.lm_head.register_forward_hook(
+        lambda _, arguments, output: output + 1e-5 * output.roll(1, 1)
+    )
+    found = exactness.examine(work.model, work.per_sample, work.task, ())
+    assert found.first_position is None
