@@ -14,9 +14,8 @@ from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
 
 MIN_MEAN_TOKENS = 10
-"""Tokens that the rows of a pass may have on average before fewer rows fit into it. Rows with a
-response begin with a prompt and are longer: half of the longest row."""
-MAX_RESPONSE_ROW = 640
+"""Tokens that the rows of a pass may have on average before fewer rows fit into it."""
+MAX_RESPONSE_TOKENS = 640
 """Tokens of a packed row with responses, unless the longest row has more."""
 
 
@@ -73,13 +72,14 @@ def fill_passes(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarr
 def packed_tokens(trainable: Trainable, physical_batch: int) -> int:
     """Tokens of a packed row: about those of ``physical_batch`` short rows.
 
-    The result is a multiple of the longest row, rounded up by `packing.row_size`. It depends on the
-    configuration alone, never on the rows.
+    A row with a response begins with a prompt, and counts as half of the longest row. The result is
+    a multiple of the longest row, rounded up by `packing.row_size`. It depends on the configuration
+    alone, never on the rows.
     """
     longest = trainable.task.encoding.max_length
     tokens = MIN_MEAN_TOKENS * physical_batch
     if isinstance(trainable.task, Sft):
-        tokens = min(longest * physical_batch // 2, MAX_RESPONSE_ROW)
+        tokens = min(longest * physical_batch // 2, MAX_RESPONSE_TOKENS)
     return packing.row_size(max(1, round(tokens / longest)) * longest)
 
 

@@ -167,16 +167,16 @@ def _packed_losses(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
     Products with the vocabulary and sums over it are computed for `PART` positions at a time, and
     each example's mean by itself, so that no other example changes a bit of an example's loss.
     """
-    device, ends = batch.input_ids.device, itertools.accumulate(batch.row.lengths)
-    counts: list[int] = (np.array(batch.row.lengths) - batch.targets.numpy()).tolist()
+    row, device = batch.row, batch.input_ids.device
+    counts: list[int] = (np.array(row.lengths) - batch.targets.numpy()).tolist()
+    ends = itertools.accumulate(row.lengths)
     answers = [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
     # Response tokens fill up the last part; their second losses are not read.
     filled = torch.tensor(
         np.resize(np.array(answers, np.int64), -(-len(answers) // PART) * PART), device=device
     )
-    with _in_parts(base_model(model).get_output_embeddings(), len(filled)):
-        inputs = {**model_inputs(model, batch), "logits_to_keep": filled - 1}
-        logits = model(**inputs, use_cache=False).logits[0]  # (r, V)
+    with _logits_at(base_model(model).get_output_embeddings(), filled - 1, row.total):
+        logits = model(**model_inputs(model, batch), use_cache=False).logits[0]  # (r, V)
     parts = zip(
         torch.split(logits, PART), torch.split(batch.input_ids[0, filled], PART), strict=True
     )
@@ -186,11 +186,19 @@ def _packed_losses(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
 
 
 @contextmanager
-def _in_parts(output: Any, positions: int) -> Generator[None]:
-    """Have a model's output layer multiply `PART` positions at a time.
+def _logits_at(output: Any, positions: torch.Tensor, total: int) -> Generator[None]:
+    """Have a model's output layer compute logits at some positions only, `PART` at a time.
+
+    The positions are chosen in the layer, and not by the argument ``logits_to_keep``: some models
+    have further products between the two, which then have a fixed number of rows too.
+
+    Args:
+        output: The layer.
+        positions: Places in the packed row ``(r,)``, r a multiple of `PART`.
+        total: The number of tokens in the packed row, T.
 
     Raises:
-        RuntimeError: If the layer was not called once, with ``(1, positions, f)``.
+        RuntimeError: If the layer was not called once, with ``(1, T, f)``.
     """
     whole: Any = output.forward
     own = "forward" in vars(output)  # a replaced forward
@@ -198,7 +206,8 @@ def _in_parts(output: Any, positions: int) -> Generator[None]:
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         seen.append(hidden.shape[:-1])
-        return torch.cat([whole(part) for part in torch.split(hidden, PART, 1)], 1)
+        parts = torch.split(hidden[0, positions], PART)
+        return torch.cat([whole(part) for part in parts])[None]  # (1, r, V)
 
     output.forward = forward
     try:
@@ -207,5 +216,5 @@ def _in_parts(output: Any, positions: int) -> Generator[None]:
         del output.forward
         if own:
             output.forward = whole
-    if seen != [(1, positions)]:
-        raise RuntimeError(f"logits were computed for {seen} instead of {positions} positions")
+    if seen != [(1, total)]:
+        raise RuntimeError(f"the output layer got {seen} instead of one row of {total} tokens")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from benchmarks import families
 from client import passes, private_training, training
@@ -31,24 +31,30 @@ LENGTHS = {  # tokens of a prompt and of its response
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+SIZE = {
+    "vocab_size": families.WORDS,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+}
+
+
+def saved(directory, config):
     torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("llama")
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        vocab_size=families.WORDS,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        **size,
-        **heads,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    made.save_pretrained(directory)
     tokenizer = families.tokenizer()
     tokenizer.model_max_length = 256
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("llama"), LlamaConfig(**SIZE, num_key_value_heads=2))
 
 
 def load(model, **values):
@@ -138,7 +144,7 @@ def test_a_packed_responses_gradient_is_its_own(model, values):
 
 
 class _Rows(TorchDispatchMode):
-    """The numbers of rows of products with the vocabulary."""
+    """The numbers of rows of products with the base."""
 
     def __init__(self):
         super().__init__()
@@ -146,19 +152,22 @@ class _Rows(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            left, right = args[-2:]
-            if families.WORDS in (left.shape[1], right.shape[1]):
-                self.found.add(left.shape[0])
+            self.found.add(args[-2].shape[0])
         return func(*args, **(kwargs or {}))
 
 
-def test_products_with_the_vocabulary_have_one_number_of_rows_whatever_is_drawn(model):
-    work = load(model)
+@pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(**SIZE), BertConfig(**SIZE, is_decoder=True)],
+    ids=["llama", "bert, a layer before the vocabulary's"],
+)
+def test_products_with_the_base_have_few_sizes_whatever_is_drawn(config, tmp_path):
+    work = load(saved(tmp_path, config))
     shard = rows(work)
     for drawn in ([0], [3], [1, 2], list(range(len(shard)))):
         with _Rows() as seen:
             gradients(work, shard, drawn, 8)
-        assert seen.found == {PART}
+        assert seen.found == {PART, passes.packed_tokens(work, 8)}
 
 
 def test_a_response_without_a_token_ends_no_step_and_changes_no_other(model):
