@@ -320,9 +320,12 @@ def test_the_cache_is_shown_and_cleared(config_file, tmp_path, monkeypatch):
     records.forget()
     assert invoke("check", config_file()).exit_code == 0
     shown = json.loads(invoke("cache", "--json").stdout)
-    (entry,) = shown["entries"]
-    assert shown["place"] == str(tmp_path / "cache" / "shards") and entry["bytes"] > 1000
-    assert "1 entries" in invoke("cache").stdout
+    assert shown["place"] == str(tmp_path / "cache" / "shards")
+    kinds = sorted(Path(entry["path"]).name.partition("-")[0] for entry in shown["entries"])
+    assert kinds == ["corpus", "partition"]
+    assert all(entry["bytes"] > 1000 for entry in shown["entries"])
+    said = invoke("cache").stdout
+    assert "2 entries" in said and "corpus-" in said and "partition-" in said
     assert "removed" in invoke("cache", "--clear").stdout
     assert json.loads(invoke("cache", "--json").stdout)["entries"] == []
     records.forget()
