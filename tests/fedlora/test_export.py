@@ -179,7 +179,7 @@ def test_a_converter_that_cannot_run_is_refused(causal_run, llama_cpp, tmp_path,
     checkout = llama_cpp()
     shutil.rmtree(checkout / "gguf-py")
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="package gguf is not installed; .* pip install gguf"):
+    with pytest.raises(InputError, match=r"package gguf is not installed; .* pip install gguf"):
         export.gguf(causal_run, out, checkout)
 
 
@@ -188,5 +188,28 @@ def test_an_encoder_is_refused_by_name(tiny_config, simulate_run, llama_cpp, tmp
     simulate_run(made)
     with pytest.raises(InputError, match="an encoder; vLLM serves adapters of causal models only"):
         export.vllm(tmp_path / "run", tmp_path / "out")
-    with pytest.raises(InputError, match="an encoder; llama.cpp takes adapters of causal models"):
+    with pytest.raises(InputError, match=r"an encoder; llama.cpp takes adapters of causal models"):
         export.gguf(tmp_path / "run", tmp_path / "out", llama_cpp())
+
+
+@pytest.mark.slow
+def test_the_real_converter_writes_the_factors_of_the_adapter(causal_run, tmp_path, monkeypatch):
+    checkout = Path(os.environ.get("FEDLORA_LLAMA_CPP", ""))
+    if not (checkout / export.LORA_CONVERTER).is_file():
+        pytest.skip("set FEDLORA_LLAMA_CPP to a checkout of llama.cpp")
+    export.gguf(causal_run, tmp_path / "out.gguf", checkout)
+    monkeypatch.syspath_prepend(checkout / "gguf-py")
+    made = pytest.importorskip("gguf").GGUFReader(tmp_path / "out.gguf")
+    tensors = {t.name: torch.from_numpy(t.data.copy()) for t in made.tensors}
+    saved = json.loads((causal_run / "adapter" / "adapter_config.json").read_text())
+    assert made.fields["adapter.lora.alpha"].contents() == saved["lora_alpha"]
+    file = causal_run / "adapter" / "adapter_model.safetensors"
+    for name, ours in safetensors.torch.load_file(file).items():
+        *_, layer, factor, _ = name.split(".")
+        theirs = tensors.pop(f"blk.0.attn_{layer[0]}.weight.{factor.lower()}")
+        if (layer, factor) == ("q_proj", "lora_B"):  # rows of queries have another order there
+            assert not torch.equal(theirs, ours)
+            ours, theirs = (t.sort(dim=0).values for t in (ours, theirs))
+        assert torch.equal(theirs, ours), name
+    assert not tensors
+    assert str(tmp_path).encode() not in (tmp_path / "out.gguf").read_bytes()
