@@ -285,14 +285,17 @@ def export(
         Path, typer.Argument(help="Directory (gguf: file) of the adapter; it must not exist.")
     ],
     layout: Annotated[
-        Literal["vllm", "gguf"], typer.Option("--format", help="vLLM's or llama.cpp's.")
+        Literal["vllm", "gguf"], typer.Option("--format", help="For vLLM, or for llama.cpp.")
     ] = "vllm",
     llama_cpp: Annotated[
         Path | None, typer.Option(help="For gguf: a checkout of llama.cpp, whose converter is run.")
     ] = None,
     institution: Institution = "",
 ) -> None:
-    """Write a causal model's adapter in the layout of another program, and how to serve it."""
+    """Write a causal model's adapter in the layout of another program, and how to serve it.
+
+    OUT becomes a directory for vLLM, and a file for llama.cpp.
+    """
     from fedlora import export as layouts
 
     more: Sequence[str] = ()
