@@ -850,7 +850,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """
     if path.suffix in (".csv", ".jsonl", ".parquet"):
         raise InputError(
-            f"{path} holds records, and not a configuration; `fedlora init {path}` writes one for it"
+            f"{path} holds records and no configuration; `fedlora init {path}` writes one"
         )
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
