@@ -100,19 +100,18 @@ def mechanism(rows: int) -> Any:
 def random_rows(arguments: argparse.Namespace, config: Any) -> Any:
     """Rows of random tokens."""
     from fedlora import records
-    from fedlora.shards import Shard
+    from fedlora.data import shard_of
+    from fedlora.encoding import Encoded
 
     draw = np.random.default_rng(0)
     if arguments.tokens:
         lengths = np.full(arguments.rows, arguments.tokens)
     else:
         lengths = draw.choice(records.load(config).all_train.lengths, arguments.rows)
-    return Shard(
-        tokens=draw.integers(1000, 20_000, int(lengths.sum()), dtype=np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        targets=draw.integers(0, 3, arguments.rows),
-        units=np.arange(arguments.rows),
-    )
+    tokens = draw.integers(1000, 20_000, int(lengths.sum()), dtype=np.int32)
+    ids = [row.tolist() for row in np.split(tokens, np.cumsum(lengths)[:-1])]
+    targets = draw.integers(0, 3, arguments.rows).tolist()
+    return shard_of(Encoded(ids=ids, targets=targets, truncated=[False] * len(ids)))
 
 
 def _peak(side: str, arguments: argparse.Namespace) -> float:

@@ -31,7 +31,9 @@ from client import private_training, training
 from fedlora import lora, lora_layers, models, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.config import from_flat
+from fedlora.data import shard_of
 from fedlora.encoder import HEAD
+from fedlora.encoding import Encoded
 from fedlora.errors import InputError, Refusal
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -189,12 +191,10 @@ def shard(labels: tuple[str, ...]) -> Shard:
     """Rows of 3 to 24 tokens; eight of them are padded to 8, as many as a pass has rows."""
     lengths = np.array([8, 7, 8, 5, 6, 8, 3, 8, *range(9, 25, 3)])
     draw = np.random.default_rng(1)
-    return Shard(
-        tokens=draw.integers(6, WORDS, int(lengths.sum()), dtype=np.int32),
-        offsets=np.cumsum([0, *lengths]),
-        targets=draw.integers(0, len(labels), len(lengths)) if labels else lengths - 2,
-        units=np.arange(len(lengths)),
-    )
+    tokens = draw.integers(6, WORDS, int(lengths.sum()), dtype=np.int32)
+    ids = [row.tolist() for row in np.split(tokens, np.cumsum(lengths)[:-1])]
+    targets = draw.integers(0, len(labels), len(lengths)) if labels else lengths - 2
+    return shard_of(Encoded(ids=ids, targets=targets.tolist(), truncated=[False] * len(ids)))
 
 
 def train(work: trainable.Trainable) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fedlora import data, shards
+from fedlora import cache as records_cache
+from fedlora import data
 from fedlora.errors import InputError
 from fedlora.terminal import Json, Terminal, clean_errors
 
@@ -25,11 +26,11 @@ def cache(
     another directory.
     """
     place = data.cached_shards()
-    found = shards.entries(place)
+    found = records_cache.entries(place)
     size = sum(entry.size for entry in found)
     if clear:
         try:
-            shards.clear(place)
+            records_cache.clear(place)
         except OSError as error:
             raise InputError(
                 f"{error.filename} cannot be removed ({error.strerror}); remove {place} as its "
@@ -46,9 +47,10 @@ def cache(
     for entry in found:
         days = (time.time() - entry.used) / 86400
         out.write_line(
-            f"{entry.path.name[:12]}  {entry.size / 1e6:8.1f} MB  used {days:.0f} days ago"
+            f"{entry.path.name[:22]:22}  {entry.size / 1e6:8.1f} MB  used {days:.0f} days ago"
         )
     out.write_line(
-        f"Each holds the texts of one configuration's records, as tokens, and is removed "
-        f"{shards.MAX_AGE_DAYS} days after its last use; --clear removes all now."
+        "A corpus holds the texts of a data set's records, as tokens; a partition says which of "
+        "them each institution has in one configuration. Both are removed "
+        f"{records_cache.MAX_AGE_DAYS} days after their last use; --clear removes all now."
     )

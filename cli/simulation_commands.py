@@ -281,17 +281,34 @@ def merge(
 @clean_errors
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
-    out_dir: Annotated[Path, typer.Argument(help="Directory of the adapter; it must not exist.")],
+    out: Annotated[
+        Path, typer.Argument(help="Directory (gguf: file) of the adapter; it must not exist.")
+    ],
     layout: Annotated[
-        Literal["vllm"], typer.Option("--format", help="The program that serves the adapter.")
+        Literal["vllm", "gguf"], typer.Option("--format", help="For vLLM, or for llama.cpp.")
     ] = "vllm",
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="For gguf: a checkout of llama.cpp, whose converter is run.")
+    ] = None,
     institution: Institution = "",
 ) -> None:
-    """Write a causal model's adapter in the layout of another program, and how to serve it."""
+    """Write a causal model's adapter in the layout of another program, and how to serve it.
+
+    OUT becomes a directory for vLLM, and a file for llama.cpp.
+    """
     from fedlora import export as layouts
 
-    command = {"vllm": layouts.vllm}[layout](run_dir, out_dir, institution)
-    Terminal().write_line(f"adapter in {out_dir}; serve it with: {command}")
+    more: Sequence[str] = ()
+    if layout == "gguf":
+        command, python, base = layouts.gguf(run_dir, out, llama_cpp, institution)
+        more = (f"in Python: {python}", f"the base model's file, made once: {base}")
+    elif llama_cpp is not None:
+        raise InputError("--llama-cpp is for --format gguf; leave it out")
+    else:
+        command = layouts.vllm(run_dir, out, institution)
+    Terminal().write_line(f"adapter in {out}; serve it with: {command}")
+    for line in more:
+        Terminal().write_line(line)
 
 
 @app.command()

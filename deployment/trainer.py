@@ -24,7 +24,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from client import settings
-from fedlora import data, flower_internals, logs, model_files, records, shards, wire
+from fedlora import cache, data, flower_internals, logs, model_files, records, wire
 from fedlora.config import ModelConfig
 from fedlora.errors import InputError, place
 from fedlora.startup import end_with_parent, paused_gc
@@ -108,7 +108,7 @@ class Trainer:
             try:
                 return app(message, context)
             finally:  # a server that asks for many lengths or prompts must not fill the disk
-                shards.evict(data.cached_shards())
+                cache.evict(data.cached_shards())
         except BaseException as error:
             log.error("the app failed: %s", place(error))
             return Message(wire.pack_refusal("failed"), reply_to=message)

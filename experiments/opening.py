@@ -105,7 +105,7 @@ def verdict(run: Run) -> Section:
         many = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
         words.append(f"The run began with {many}: see Warnings, below.")
     if rising := result.get("still_rising"):
-        words.append(f"{advice(rising)}.")
+        words.append(advice(rising))
     return Section(
         title="Verdict",
         note=note,
@@ -240,7 +240,7 @@ def ledgers(run: Run) -> list[str]:
     left = max(0.0, worst["ledger_limit"] - worst["ledger_epsilon"])
     said = (
         "Each institution's ledger adds up all runs on its records and refuses what exceeds its "
-        f"limit. The least is left at {name}: epsilon {left:.3g} of {worst['ledger_limit']:.3g}, "
+        f"limit. The least is left at {name}: epsilon {left:.4g} of {worst['ledger_limit']:g}, "
         f"at delta {worst['ledger_delta']:.3g}."
     )
     if not run.config.deployed and not run.config.privacy.ledger:

@@ -359,7 +359,7 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     )
     every = config.federation.evaluate_every
     measured = len(seen.all_held_out) * (rounds // every if every else 1)
-    tokens = len(seen.all_train.tokens) / max(1, len(seen.all_train))
+    tokens = float(seen.all_train.lengths.sum()) / max(1, len(seen.all_train))
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
     home = config.home
     if home.method != "none" and rounds:  # two models, each by every rate to choose and at the end

@@ -848,6 +848,10 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     Raises:
         InputError: If the file is missing, is not TOML, or holds a bad key or value.
     """
+    if path.suffix in (".csv", ".jsonl", ".parquet"):
+        raise InputError(
+            f"{path} holds records and no configuration; `fedlora init {path}` writes one"
+        )
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

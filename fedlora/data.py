@@ -1,29 +1,31 @@
 """From the rows of institutions to tokenised shards, cached.
 
-`prepare` is the entry point. The key of a cache entry covers the content of the sources, every
-setting that shapes the shards, the tokeniser's key and this code. A cached federation opens in
-milliseconds, without ``datasets``, pandas or torch.
+`prepare` is the entry point. The tokens of a data set are one cache entry, which all partitions and
+seeds share; each of these is a further entry, of row numbers. Their keys cover the content of the
+sources, every setting that shapes the entry, the tokeniser's key and this code. A cached federation
+opens in milliseconds, without ``datasets``, pandas or torch.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedlora import files, plugins, schemes, shards, sources
+from fedlora import cache, files, plugins, schemes, sources
 from fedlora.config import DataConfig
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.rows import check_labels, partition_rows, read_table
-from fedlora.shards import Federation, Int64, Shard
+from fedlora.shards import Corpus, Federation, Int64, Shard
 from fedlora.text import folded
 
-__all__ = ["Encode", "Federation", "Shard", "count", "load_shard", "prepare"]
+__all__ = ["Encode", "Federation", "Shard", "count", "load_shard", "prepare", "shard_of"]
 
 Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
@@ -46,12 +48,14 @@ def prepare(
 ) -> Federation:
     """Open a federation from the cache, or build it and cache it; remove entries that are too old.
 
+    All rows with a text and a label are tokenised, so that they serve every partition.
+
     Args:
         settings: See `fedlora.rows.partition_rows`; ``view`` and ``prompt`` are not used.
         unit: "record", or the column that names the unit of privacy of a row.
         seed: Seed of split and partition.
         task: "classification" or "sft".
-        encoder: Makes the tokeniser; called once, and only if nothing is cached.
+        encoder: Makes the tokeniser; called once, and only if the tokens are not cached.
         encoding_key: A key of everything on which the tokeniser depends.
         cache_dir: Directory of cached shards; None: `cached_shards`.
 
@@ -59,12 +63,10 @@ def prepare(
         InputError: If a source, column, label or partition does not fit; nothing is written then.
     """
     test_digest = sources.digest(settings.test_source, "test") if settings.test_source else ""
+    content = [sources.digest(settings.source), test_digest]
+    form = [settings.delimiter, settings.encoding, settings.text, settings.label, settings.labels]
+    key = [content, form, task, encoding_key, _code_digest()]
     shape = [
-        settings.delimiter,
-        settings.encoding,
-        settings.text,
-        settings.label,
-        settings.labels,
         unit,
         settings.partition,
         settings.institutions,
@@ -73,41 +75,46 @@ def prepare(
         settings.test_fraction,
         seed,
     ]
-    content = [sources.digest(settings.source), test_digest]
     if settings.partition.startswith(schemes.PYTHON):
         named = settings.partition.removeprefix(schemes.PYTHON)
-        content.append(json.dumps(plugins.describe([("data.partition", named)])))
-    key = json.dumps([content, shape, task, encoding_key, _code_digest()])
+        shape.append(json.dumps(plugins.describe([("data.partition", named)])))
     base = cache_dir or cached_shards()
-    shards.expire(base)
-    entry = base / hashlib.sha256(key.encode()).hexdigest()
-    if (cached := shards.open_entry(entry)) is not None:
+    cache.expire(base)
+    tokens, entry = _entry(base, "corpus", key), _entry(base, "partition", [key, shape])
+    corpus = cache.open_corpus(tokens)
+    if corpus is not None and (cached := cache.open_partition(entry, corpus)) is not None:
         return cached
-    encode = encoder()  # before rows are read, so that a model's error comes first
+    encode = encoder() if corpus is None else None  # before rows: a model's error comes first
 
     found = partition_rows(settings, unit=unit, seed=seed, task=task)
-    counts, classes = dict(found.counts), found.classes
     (train, train_bounds), (held_out, held_out_bounds) = found.train, found.held_out
-    counts["train"], counts["held_out"] = len(train.texts), len(held_out.texts)
     units = _units(train.others[unit] if unit != "record" else None, train_bounds, unit)
-    encoded = encode(train.texts + held_out.texts, train.labels + held_out.labels, classes)
-    counts["truncated"] = encoded.truncated
-    both = _shard(encoded, train.texts + held_out.texts, train.labels + held_out.labels)
-    return shards.store_entry(
+    records = _digests(found.texts, found.answers)
+    if corpus is None or not np.array_equal(corpus.records, records):  # the source just changed
+        encode = encode or encoder()
+        encoded = encode(found.texts, found.answers, found.classes)
+        corpus = cache.store_corpus(tokens, shard_of(encoded, records).corpus)
+    truncated = corpus.truncated[np.concatenate([train.numbers, held_out.numbers])]
+    own = {"train": len(units), "held_out": len(held_out.texts), "truncated": int(truncated.sum())}
+    return cache.store_partition(
         entry,
         Federation(
             names=found.names,
-            labels=classes,
-            counts=counts,
+            labels=found.classes,
+            counts={**found.counts, **own},
             left_out=found.left_out,
-            all_train=replace(both.slice(0, len(train.texts)), units=units),
+            all_train=Shard(corpus=corpus, rows=train.numbers, units=units),
             train_bounds=train_bounds,
-            all_held_out=replace(
-                both.slice(len(train.texts), len(both)), units=_units(None, held_out_bounds, "")
+            all_held_out=Shard(
+                corpus=corpus, rows=held_out.numbers, units=_units(None, held_out_bounds, "")
             ),
             held_out_bounds=held_out_bounds,
         ),
     )
+
+
+def _entry(base: Path, kind: str, key: list[Any]) -> Path:
+    return base / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()}"
 
 
 def load_shard(
@@ -139,7 +146,7 @@ def load_shard(
     if labels:
         check_labels(table.labels, labels, source, "the model was trained on no other label")
     encoded = encode(table.texts, table.labels, labels)
-    return _shard(encoded, table.texts, table.labels), encoded.truncated
+    return shard_of(encoded, _digests(table.texts, table.labels)), sum(encoded.truncated)
 
 
 def count(
@@ -187,25 +194,38 @@ def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:
     return units
 
 
-def _shard(encoded: Encoded, texts: Sequence[str], answers: Sequence[str]) -> Shard:
+def shard_of(encoded: Encoded, records: NDArray[np.uint8] | None = None) -> Shard:
+    """A shard of freshly encoded rows, each its own unit.
+
+    Args:
+        encoded: The rows.
+        records: See `Corpus`; None for rows of no source.
+    """
     lengths = np.fromiter(map(len, encoded.ids), dtype=np.int64, count=len(encoded.ids))
+    corpus = Corpus(
+        tokens=np.fromiter(chain.from_iterable(encoded.ids), dtype=np.int32, count=lengths.sum()),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        targets=np.array(encoded.targets, dtype=np.int64),
+        truncated=np.array(encoded.truncated, dtype=np.bool_),
+        records=np.empty((0, 32), np.uint8) if records is None else records,
+    )
+    return Shard(corpus=corpus, rows=np.arange(len(lengths)), units=np.arange(len(lengths)))
+
+
+def _digests(texts: Sequence[str], answers: Sequence[str]) -> NDArray[np.uint8]:
+    """The sha256 of each row's text and answer, uint8 (n, 32)."""
     digests = (
         hashlib.sha256(json.dumps([text, answer]).encode()).digest()
         for text, answer in zip(texts, answers, strict=True)
     )
-    return Shard(
-        tokens=np.fromiter(chain.from_iterable(encoded.ids), dtype=np.int32, count=lengths.sum()),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        targets=np.array(encoded.targets, dtype=np.int64),
-        units=np.arange(len(lengths)),
-        records=np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32),
-    )
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
 
 
 def _code_digest() -> str:
     """Return a SHA-256 of the modules that decide the content of a cache entry."""
     digest = hashlib.sha256()
     for module in (
+        "cache.py",
         "columns.py",
         "csv_files.py",
         "data.py",

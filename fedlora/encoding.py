@@ -50,12 +50,12 @@ class Encoded:
     Args:
         ids: Token ids of each row, at most ``max_length`` of them.
         targets: Class index of each row, or for sft the position of its first response token.
-        truncated: Rows that were too long and were cut.
+        truncated: Whether each row was too long and was cut.
     """
 
     ids: list[list[int]]
     targets: list[int]
-    truncated: int
+    truncated: list[bool]
 
 
 def encoding_key(directory: Path, *, task: str, prompt: str, max_length: int) -> str:
@@ -109,11 +109,11 @@ class PlainText:
     ) -> Encoded:
         """Tokenises texts; the targets are class indices."""
         ids: list[list[int]] = []
-        truncated = 0
+        truncated: list[bool] = []
         for rows in _chunks(texts):
             batch = self.tokenizer(list(rows), truncation=True, max_length=self.max_length)
             ids.extend(batch["input_ids"])
-            truncated += sum(bool(row.overflowing) for row in batch.encodings)
+            truncated.extend(bool(row.overflowing) for row in batch.encodings)
         return Encoded(ids=ids, targets=class_index(answers, labels), truncated=truncated)
 
 
@@ -261,10 +261,10 @@ class LabelPrompt:
         around, options = self.layout(labels)
         _check_room(self.tokenizer, around, options[0], self.max_length)
         ids: list[list[int]] = []
-        truncated = 0
+        truncated: list[bool] = []
         for row in _compose(self.tokenizer, around, texts, [options[0]] * len(texts)):
             kept = _cut_text(row, row.answer - self.max_length)
-            truncated += row.answer > self.max_length
+            truncated.append(row.answer > self.max_length)
             ids.append(kept.ids[: min(kept.answer, self.max_length)])
         return Encoded(ids=ids, targets=class_index(answers, labels), truncated=truncated)
 
@@ -327,11 +327,11 @@ class ResponsePrompt:
         (first, *_) = self.end_tokens() or [0]
         ids: list[list[int]] = []
         targets: list[int] = []
-        truncated = 0
+        truncated: list[bool] = []
         for row in _compose(self.tokenizer, around, texts, answers):
             kept = _cut_text(row, len(row.ids) - self.max_length)
             own = kept.ids if kept.answer else [first, *kept.ids]
-            truncated += len(row.ids) > self.max_length
+            truncated.append(len(row.ids) > self.max_length)
             ids.append(own[: self.max_length])
             targets.append(min(max(kept.answer, 1), self.max_length - 1))
         return Encoded(ids=ids, targets=targets, truncated=truncated)

@@ -45,13 +45,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedlora import adapters, lora_layers, packing
 from fedlora.batches import Batch, Int64, PackedBatch
+from fedlora.data import shard_of
 from fedlora.encoder import HEAD
 from fedlora.encoding import Encoded
 from fedlora.errors import Refusal
 from fedlora.per_sample import PerSampleAdapters, pop_grad_sample
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
-from fedlora.tasks import LENGTH_DEPENDENT, Task, shard_of
+from fedlora.tasks import LENGTH_DEPENDENT, Task
 
 TOLERANCE = 3e-3
 """The largest relative difference of a parameter's gradient from that of one backward pass."""
@@ -164,7 +165,7 @@ class _Probe:
         targets = [i % max(1, len(self.labels)) for i in range(len(ids))]
         if not self.labels:  # where a response begins
             targets = [n - min(4, n - 1) for n in lengths]
-        return shard_of(Encoded(ids=ids, targets=targets, truncated=0))
+        return shard_of(Encoded(ids=ids, targets=targets, truncated=[False] * len(ids)))
 
     def padded(self) -> None:
         """Check passes of padded rows.

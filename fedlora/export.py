@@ -1,19 +1,30 @@
 """A finished run's adapter in the layout that another program serves."""
 
+import importlib.util
 import json
+import math
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 from fedlora import finished_run, model_card, model_files
 from fedlora.adapters import CONFIG_FILE, WEIGHTS_FILE
+from fedlora.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.files import write_atomic
+from fedlora.files import sync, write_atomic
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
 CARD_FILES = (model_card.CARD, model_card.LABELS)
+LORA_CONVERTER, BASE_CONVERTER = "convert_lora_to_gguf.py", "convert_hf_to_gguf.py"
+"""Scripts at the top of a checkout of llama.cpp."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+LAST_LINES = 3
 
 
 def vllm(run_dir: Path, out_dir: Path, institution: str = "") -> str:
@@ -34,16 +45,8 @@ def vllm(run_dir: Path, out_dir: Path, institution: str = "") -> str:
     Raises:
         InputError: If the run is not complete, ``out_dir`` exists, or vLLM cannot read the adapter.
     """
-    parent = finished_run.new_directory(out_dir)
-    config = finished_run.configuration(run_dir, {})
-    folder = finished_run.adapter_directory(run_dir, config, institution)
-    kind = model_files.kind(config.model.name, cast(model_files.Task, config.model.task))
-    if kind != "causal":
-        raise InputError(
-            f"{run_dir} has an adapter for {config.model.name}, an encoder; vLLM serves adapters "
-            "of causal models only. `fedlora merge` writes a model that transformers serves"
-        )
-    saved: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    parent = finished_run.new_path(out_dir)
+    config, folder, saved = _causal_adapter(run_dir, institution, "vLLM serves")
     rank = int(saved["r"])
     if saved.get("use_dora") or rank > VLLM_RANKS[-1]:
         what = "of DoRA" if saved.get("use_dora") else f"of rank {rank}"
@@ -65,6 +68,109 @@ def vllm(run_dir: Path, out_dir: Path, institution: str = "") -> str:
         f"vllm serve {base} --enable-lora --lora-modules {out_dir.name}={out_dir} "
         f"--max-lora-rank {largest}"
     )
+
+
+def gguf(
+    run_dir: Path, out: Path, llama_cpp: Path | None, institution: str = ""
+) -> tuple[str, str, str]:
+    """Write the adapter of a causal model as a GGUF file, by llama.cpp's own converter.
+
+    The converter is run by this interpreter, offline, as it stands in ``llama_cpp``. It reads the
+    adapter and the base model's ``config.json``. It knows only the scale alpha / rank, so that it
+    gets an adapter of rsLoRA with alpha times sqrt(rank). It has no form for DoRA, and it swaps
+    the two factors of GPT-2's Conv1D.
+
+    Args:
+        run_dir: The directory of a complete run.
+        out: The file to create; float32.
+        llama_cpp: A checkout of llama.cpp.
+        institution: The institution whose adapter it is, where each has its own.
+
+    Returns:
+        The command that serves the adapter, Python that loads it with llama-cpp-python, and the
+        command that makes the base model's file, which both need.
+
+    Raises:
+        InputError: If the run is not complete, ``out`` exists, ``llama_cpp`` has no converter, the
+            adapter has no such form, or the converter fails. Nothing is written then.
+    """
+    parent = finished_run.new_path(out)
+    converter = _converter(llama_cpp)
+    config, folder, saved = _causal_adapter(run_dir, institution, "llama.cpp takes")
+    if saved.get("use_dora") or saved.get("fan_in_fan_out"):
+        what = "of DoRA" if saved.get("use_dora") else "on GPT-2's Conv1D layers"
+        raise InputError(
+            f"{run_dir} has an adapter {what}, which {LORA_CONVERTER} does not convert; run "
+            f"`fedlora merge {run_dir} DIRECTORY`, then {BASE_CONVERTER} DIRECTORY"
+        )
+    if saved.get("use_rslora"):
+        saved |= {"use_rslora": False, "lora_alpha": saved["lora_alpha"] * math.sqrt(saved["r"])}
+    base = model_files.resolve(config.model.name).path
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}-") as scratch:
+        adapter, made = Path(scratch) / "adapter", Path(scratch) / "adapter.gguf"
+        adapter.mkdir()
+        for file in (WEIGHTS_FILE, *CARD_FILES):
+            if (folder / file).exists():
+                shutil.copyfile(folder / file, adapter / file)
+        write_atomic(adapter / CONFIG_FILE, json.dumps(saved).encode())
+        arguments = ["--base", base, "--outfile", made, "--outtype", "f32", adapter]
+        done = subprocess.run(
+            [sys.executable, converter, *arguments],
+            env={**os.environ, **OFFLINE},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode or not made.exists():
+            said = done.stdout.strip().splitlines()[-LAST_LINES:]
+            raise InputError(
+                f"{converter} ended with exit code {done.returncode} and no usable file; its last "
+                f"lines: {' | '.join(said)}"
+            )
+        sync(made)
+        made.rename(out)
+    sync(parent)
+    base_file = f"{model_card.base_name(config).rpartition('/')[2]}.gguf"
+    return (
+        shlex.join(["llama-server", "-m", base_file, "--lora", str(out)]),
+        f"Llama(model_path={base_file!r}, lora_path={str(out)!r})",
+        shlex.join(
+            ["python", str(converter.with_name(BASE_CONVERTER)), str(base), "--outfile", base_file]
+        ),
+    )
+
+
+def _converter(llama_cpp: Path | None) -> Path:
+    """llama.cpp's script for adapters, which finds `gguf` in its checkout or in this Python."""
+    if llama_cpp is None or not (llama_cpp / LORA_CONVERTER).is_file():
+        what = "is not given" if llama_cpp is None else f"is {llama_cpp}, without {LORA_CONVERTER}"
+        raise InputError(
+            f"--llama-cpp {what}; give a checkout of llama.cpp, which has that script at its top"
+        )
+    if not (llama_cpp / "gguf-py" / "gguf").is_dir() and not importlib.util.find_spec("gguf"):
+        raise InputError(
+            f"--llama-cpp is {llama_cpp}, without gguf-py/gguf, and the package gguf is not "
+            "installed; give a whole checkout, or run: pip install gguf"
+        )
+    return llama_cpp / LORA_CONVERTER
+
+
+def _causal_adapter(
+    run_dir: Path, institution: str, program_takes: str
+) -> tuple[RunConfig, Path, dict[str, Any]]:
+    """A complete run's configuration, its adapter's directory and ``adapter_config.json``."""
+    config = finished_run.configuration(run_dir, {})
+    folder = finished_run.adapter_directory(run_dir, config, institution)
+    kind = model_files.kind(config.model.name, cast(model_files.Task, config.model.task))
+    if kind != "causal":
+        raise InputError(
+            f"{run_dir} has an adapter for {config.model.name}, an encoder; {program_takes} "
+            "adapters of causal models only. `fedlora merge` writes a model that transformers "
+            "serves"
+        )
+    return config, folder, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -64,14 +64,14 @@ def adapter_directory(run_dir: Path, config: RunConfig, institution: str = "") -
     return folder / "adapter"
 
 
-def new_directory(path: Path) -> Path:
-    """Check that a directory can be created; its parent.
+def new_path(path: Path) -> Path:
+    """Check that a file or directory can be created; its parent.
 
     Raises:
         InputError: If it exists, or its parent cannot be written to.
     """
     if path.exists():
-        raise InputError(f"{path} exists; give a directory that does not exist")
+        raise InputError(f"{path} exists; give a path that does not exist")
     parent = path.absolute().parent
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"{parent} is no directory that can be written to; give another directory")
@@ -204,7 +204,7 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     Raises:
         InputError: If ``out_dir`` exists.
     """
-    new_directory(out_dir)
+    new_path(out_dir)
     config = configuration(run_dir, {})
     merged, work = merged_model(run_dir, institution)
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")

@@ -30,6 +30,7 @@ class Table:
         texts: One for each row, never empty.
         labels: One for each row, never empty; for sft the responses.
         others: Column name -> values of further columns.
+        numbers: int64, which of the rows of its source with a text and a label each one is, from 0.
         read: Number of rows in the source, including rows without a text or a label.
         without_text: Rows of the source without a text.
         without_label: Rows of the source with a text and without a label.
@@ -38,6 +39,7 @@ class Table:
     texts: list[str]
     labels: list[str]
     others: Mapping[str, list[str]]
+    numbers: Int64
     read: int
     without_text: int = 0
     without_label: int = 0
@@ -50,6 +52,7 @@ class Table:
             texts=[self.texts[row] for row in order],
             labels=[self.labels[row] for row in order],
             others={name: [values[row] for row in order] for name, values in self.others.items()},
+            numbers=self.numbers[rows],
         )
 
 
@@ -60,6 +63,9 @@ class PartitionedRows:
     Attributes:
         names: Names of the institutions.
         classes: Class names in index order; empty for sft.
+        texts: The text of each row that was read, also of those that no institution has. The rows
+            of ``test_source`` follow those of ``source``, in `Table.numbers` too.
+        answers: The label of each of them; for sft the response.
         train: Training rows sorted by institution, and the first row of each one ``(k + 1,)``.
         held_out: Held-out rows in the same form.
         counts: Numbers of rows that were read, left out and removed.
@@ -68,6 +74,8 @@ class PartitionedRows:
 
     names: tuple[str, ...]
     classes: tuple[str, ...]
+    texts: list[str]
+    answers: list[str]
     train: tuple[Table, Int64]
     held_out: tuple[Table, Int64]
     counts: Mapping[str, int]
@@ -101,6 +109,7 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     test = None
     if settings.test_source:
         test = read_table(settings.test_source, text, label, partition_column, "test", form)
+        test = replace(test, numbers=test.numbers + len(rows.texts))
     if scheme == "python":
         rows = _assigned(rows, argument, seed)
         test = test and _assigned(test, argument, seed)
@@ -149,6 +158,8 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     return PartitionedRows(
         names=placed.names,
         classes=classes,
+        texts=rows.texts + (test.texts if test else []),
+        answers=rows.labels + (test.labels if test else []),
         train=_by_institution(train, owner, len(placed.names)),
         held_out=_by_institution(held_out, placed.held_out, len(placed.names)),
         counts=counts,
@@ -214,6 +225,7 @@ def read_table(
         texts=texts,
         labels=rows[label],
         others=others_read,
+        numbers=np.cumsum(written & answered) - 1,
         read=len(texts),
         without_text=int((~written).sum()),
         without_label=int((written & ~answered).sum()),

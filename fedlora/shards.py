@@ -1,23 +1,12 @@
-"""Tokenised records on disk: written once, atomically, and memory-mapped.
+"""Tokenised records: a corpus, its rows as shards, and the shards of all institutions.
 
-A cache entry is a directory of ``.npy`` arrays, ``meta.json`` and a checksum over both. It is
-written under another name and renamed under a lock, so that all processes that race for one entry
-get a complete one. An entry that does not match its checksum counts as absent. Importing this
-module and opening an entry loads numpy and nothing heavier.
+Importing this module loads numpy and nothing heavier.
 """
 
-import contextlib
-import fcntl
 import hashlib
-import json
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,44 +15,64 @@ from fedlora.errors import InputError
 
 Int64 = NDArray[np.int64]
 
-MAX_AGE_DAYS = 30
-"""Cache entries that were not opened for so long are removed: they hold the texts of records."""
-
-_ARRAYS = ("tokens", "offsets", "targets", "units", "records", "bounds")
-_SIDES = ("train", "held_out")
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Shard:
-    """Tokenised records, flat.
+class Corpus:
+    """The tokenised rows of a data set, flat.
 
     Attributes:
         tokens: int32, the token ids of all rows, one after the other.
         offsets: int64 (n + 1,), row i is ``tokens[offsets[i]:offsets[i + 1]]``.
         targets: int64 (n,), class index, or for sft the position of the first response token.
-        units: int64 (n,), unit of privacy of each row, numbered from 0 within an institution.
-        records: uint8 (n, 32), sha256 of each row's text and answer before tokenising. None:
-            hashes of tokens and target take their place.
+        truncated: bool (n,), whether a row was cut to length.
+        records: uint8 (n, 32), sha256 of each row's text and answer before tokenising; (0, 32) for
+            rows of no source, which have no fingerprint.
+        checksum: That of its cache entry; empty if it is not from the cache.
     """
 
     tokens: NDArray[np.int32]
     offsets: Int64
     targets: Int64
+    truncated: NDArray[np.bool_]
+    records: NDArray[np.uint8]
+    checksum: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """Rows of a corpus.
+
+    Attributes:
+        corpus: The corpus.
+        rows: int64 (n,), the number of each row in the corpus.
+        units: int64 (n,), unit of privacy of each row, numbered from 0 within an institution.
+    """
+
+    corpus: Corpus
+    rows: Int64
     units: Int64
-    records: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
-        rows = len(self.offsets) - 1
-        if len(self.targets) != rows or len(self.units) != rows:
-            raise ValueError(f"{rows} rows, {len(self.targets)} targets, {len(self.units)} units")
+        if len(self.rows) != len(self.units):
+            raise ValueError(f"{len(self.rows)} rows, {len(self.units)} units")
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.rows)
 
-    @property
+    @cached_property
     def lengths(self) -> Int64:
         """Tokens of each row, int64 (n,)."""
-        return np.diff(self.offsets)
+        return self.corpus.offsets[self.rows + 1] - self.corpus.offsets[self.rows]
+
+    @cached_property
+    def targets(self) -> Int64:
+        """Class index, or for sft the position of the first response token, int64 (n,)."""
+        return self.corpus.targets[self.rows]
+
+    @cached_property
+    def records(self) -> NDArray[np.uint8]:
+        """The sha256 of each row's text and answer before tokenising, uint8 (n, 32)."""
+        return self.corpus.records[self.rows]
 
     @property
     def num_units(self) -> int:
@@ -74,60 +83,39 @@ class Shard:
         """Return the token ids of one row, int32, without copying."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        row = self.rows[index]
+        return self.corpus.tokens[self.corpus.offsets[row] : self.corpus.offsets[row + 1]]
 
-    def select(self, indices: Sequence[int] | Int64) -> "Shard":
-        """Return a copy of these rows, in this order; units keep their numbers."""
-        index = np.asarray(indices, dtype=np.int64)
-        lengths = self.lengths[index]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        shifts = np.repeat(self.offsets[index] - offsets[:-1], lengths)  # (tokens,)
-        return Shard(
-            tokens=self.tokens[np.arange(len(shifts)) + shifts],
-            offsets=offsets,
-            targets=self.targets[index],
-            units=self.units[index],
-            records=None if self.records is None else self.records[index],
-        )
-
-    def slice(self, start: int, stop: int) -> "Shard":
-        """Return rows ``start`` to ``stop`` without copying tokens."""
-        offsets = self.offsets[start : stop + 1]
-        return Shard(
-            tokens=self.tokens[offsets[0] : offsets[-1]],
-            offsets=offsets - offsets[0],
-            targets=self.targets[start:stop],
-            units=self.units[start:stop],
-            records=None if self.records is None else self.records[start:stop],
-        )
+    def select(self, indices: Sequence[int] | Int64 | slice) -> "Shard":
+        """Return these rows, in this order, without copying tokens; units keep their numbers."""
+        index = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
+        return Shard(corpus=self.corpus, rows=self.rows[index], units=self.units[index])
 
     def fingerprint(self) -> str:
         """Return a sha256 (hex) of the records and their grouping by units.
 
-        It depends neither on the order of rows nor on the numbers of units. With ``records`` it
-        does not depend on the tokeniser, so a ledger stays with its data when the base model
-        changes.
+        It depends neither on the order of rows nor on the numbers of units, nor on the tokeniser,
+        so a ledger stays with its data when the base model changes.
         """
         units: dict[int, list[bytes]] = {}
-        for index, unit in enumerate(self.units.tolist()):
-            units.setdefault(unit, []).append(self._record(index))
+        for record, unit in zip(self.records, self.units.tolist(), strict=True):
+            units.setdefault(unit, []).append(record.tobytes())
         grouped = sorted(hashlib.sha256(b"".join(sorted(rows))).digest() for rows in units.values())
         return hashlib.sha256(b"".join(grouped)).hexdigest()
 
-    def _record(self, index: int) -> bytes:
-        if self.records is not None:
-            return self.records[index].tobytes()
-        content = [self.row(index).tolist(), int(self.targets[index])]
-        return hashlib.sha256(json.dumps(content).encode()).digest()
-
 
 def concatenate(parts: Sequence[Shard]) -> Shard:
-    """The rows of all parts in turn; units keep their numbers, ``records`` is None."""
-    lengths = np.concatenate([part.lengths for part in parts])
+    """The rows of all parts in turn, without copying tokens; units keep their numbers.
+
+    Raises:
+        ValueError: If the parts are not of one corpus.
+    """
+    corpus = parts[0].corpus
+    if any(part.corpus is not corpus for part in parts):
+        raise ValueError("the parts are of several corpora")
     return Shard(
-        tokens=np.concatenate([part.tokens for part in parts]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        targets=np.concatenate([part.targets for part in parts]),
+        corpus=corpus,
+        rows=np.concatenate([part.rows for part in parts]),
         units=np.concatenate([part.units for part in parts]),
     )
 
@@ -161,11 +149,11 @@ class Federation:
 
     def train(self, index: int) -> Shard:
         """Return one institution's training rows."""
-        return self.all_train.slice(*self.train_bounds[index : index + 2].tolist())
+        return self.all_train.select(slice(*self.train_bounds[index : index + 2].tolist()))
 
     def held_out(self, index: int) -> Shard:
         """Return one institution's held-out rows; there may be none."""
-        return self.all_held_out.slice(*self.held_out_bounds[index : index + 2].tolist())
+        return self.all_held_out.select(slice(*self.held_out_bounds[index : index + 2].tolist()))
 
     def fingerprint(self) -> str:
         """Return a sha256 (hex) of each institution's name, training and held-out records."""
@@ -222,139 +210,3 @@ class Federation:
         """Return all held-out rows and the institution of each, int64 (n,)."""
         owner = np.repeat(np.arange(len(self.names)), np.diff(self.held_out_bounds))
         return self.all_held_out, owner
-
-
-def open_entry(directory: Path) -> Federation | None:
-    """Open a cache entry, memory-mapped; None if it is absent or damaged."""
-    try:
-        if _checksum(directory) != (directory / "checksum").read_text():
-            return None
-        os.utime(directory)
-        meta: dict[str, Any] = json.loads((directory / "meta.json").read_text())
-        sides = [
-            {name: np.load(directory / f"{side}_{name}.npy", mmap_mode="r") for name in _ARRAYS}
-            for side in _SIDES
-        ]
-    except (OSError, ValueError):
-        return None
-    (train, train_bounds), (held_out, held_out_bounds) = (
-        (Shard(**{name: side[name] for name in _ARRAYS[:-1]}), side["bounds"]) for side in sides
-    )
-    return Federation(
-        names=tuple(meta["names"]),
-        labels=tuple(meta["labels"]),
-        counts=meta["counts"],
-        left_out=meta["left_out"],
-        all_train=train,
-        train_bounds=train_bounds,
-        all_held_out=held_out,
-        held_out_bounds=held_out_bounds,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A cache entry on disk.
-
-    Args:
-        path: Its directory.
-        size: Bytes of its files.
-        used: When it was opened last, in seconds since 1970.
-    """
-
-    path: Path
-    size: int
-    used: float
-
-
-def entries(base: Path) -> list[Entry]:
-    """All cache entries, also unfinished ones, the one that was opened last first."""
-    found: list[Entry] = []
-    for path in base.glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # another process removed it
-            if path.is_dir():
-                size = sum(file.stat().st_size for file in path.iterdir())
-                found.append(Entry(path=path, size=size, used=path.stat().st_mtime))
-    return sorted(found, key=lambda entry: -entry.used)
-
-
-def expire(base: Path) -> None:
-    """Remove the cache entries that no process has opened for `MAX_AGE_DAYS`."""
-    oldest = time.time() - MAX_AGE_DAYS * 86400
-    for path in base.glob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_dir() and path.stat().st_mtime < oldest:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def clear(base: Path) -> None:
-    """Remove all cache entries. Processes that have one mapped keep it until they end.
-
-    Raises:
-        OSError: If one cannot be removed.
-    """
-    for entry in entries(base):
-        shutil.rmtree(entry.path)
-
-
-def evict(base: Path) -> None:
-    """Remove all cache entries but the one that was opened last."""
-    whole = [entry.path for entry in entries(base) if (entry.path / "checksum").is_file()]
-    for path in whole[1:]:
-        shutil.rmtree(path, ignore_errors=True)  # processes that have it mapped keep it
-
-
-def store_entry(directory: Path, federation: Federation) -> Federation:
-    """Write a federation as a cache entry and open it; a damaged entry in its place is replaced.
-
-    Raises:
-        InputError: If the directory cannot be written or the disk is full; nothing is left then.
-    """
-    try:
-        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".new-"))  # 0700
-        try:
-            _write(new, federation)
-            with (directory.parent / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if (first := open_entry(directory)) is not None:
-                    return first
-                shutil.rmtree(directory, ignore_errors=True)  # a damaged one
-                new.rename(directory)
-                if (stored := open_entry(directory)) is None:
-                    raise OSError(f"{directory} does not read back as written")
-                return stored
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"the shard cache {directory.parent} cannot be written ({error.strerror or error}); "
-            "make room there, or set FEDLORA_CACHE to another directory"
-        ) from None
-
-
-def _write(directory: Path, federation: Federation) -> None:
-    sides = (
-        (federation.all_train, federation.train_bounds),
-        (federation.all_held_out, federation.held_out_bounds),
-    )
-    for side, (shard, bounds) in zip(_SIDES, sides, strict=True):
-        for name in _ARRAYS:
-            array = bounds if name == "bounds" else getattr(shard, name)
-            np.save(directory / f"{side}_{name}.npy", array)
-    meta = {
-        "names": federation.names,
-        "labels": federation.labels,
-        "counts": dict(federation.counts),
-        "left_out": dict(federation.left_out),
-    }
-    (directory / "meta.json").write_text(json.dumps(meta, indent=1))
-    (directory / "checksum").write_text(_checksum(directory))
-
-
-def _checksum(directory: Path) -> str:
-    digest = hashlib.sha256()
-    for name in ("meta.json", *(f"{side}_{name}.npy" for side in _SIDES for name in _ARRAYS)):
-        with (directory / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedlora.batches import Batch, Int64, PackedBatch, Side, collate, pack, rounded
-from fedlora.data import Shard
+from fedlora.data import Shard, shard_of
 from fedlora.encoding import Encoded, LabelPrompt, PlainText, ResponsePrompt
 from fedlora.errors import InputError
 from fedlora.metrics import Metric
@@ -162,7 +162,7 @@ class Task(ABC):
         nothing = labels[0] if labels else ""  # predictions do not depend on the answer
         encoded = self.encode(list(texts), [nothing] * len(texts), labels)
         said, probabilities = self.predict_with_probabilities(model, shard_of(encoded), labels)
-        return Answers(answers=said, probabilities=probabilities, truncated=encoded.truncated)
+        return Answers(answers=said, probabilities=probabilities, truncated=sum(encoded.truncated))
 
     def predict_with_probabilities(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
@@ -245,17 +245,6 @@ def can_pack(base: Any, inner: nn.Module, max_length: int) -> bool:
 def text_config(model: nn.Module) -> Any:
     """The configuration of the model's text part."""
     return base_model(model).config.get_text_config()
-
-
-def shard_of(encoded: Encoded) -> Shard:
-    """A shard of freshly encoded rows, each its own unit."""
-    rows = len(encoded.ids)
-    return Shard(
-        tokens=np.array([token for ids in encoded.ids for token in ids], dtype=np.int32),
-        offsets=np.cumsum([0, *map(len, encoded.ids)], dtype=np.int64),
-        targets=np.array(encoded.targets, dtype=np.int64),
-        units=np.arange(rows, dtype=np.int64),
-    )
 
 
 def check_rows(shard: Shard) -> None:

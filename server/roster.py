@@ -22,6 +22,9 @@ from server.replies import content
 log = logging.getLogger("fedlora.server")
 
 NODES_TIMEOUT = 60.0  # seconds to wait for the first institutions
+UNTIMED_TOGETHER = 8
+"""The most institutions that a worker of a simulation serves together while nobody knows how long
+they take."""
 
 
 class RunFailed(RuntimeError):
@@ -212,9 +215,10 @@ def patience(config: RunConfig) -> float:
     """Seconds without any reply after which the server stops waiting.
 
     An engine may take an institution's time twice, and the start of a new worker, before it reports
-    the institution that hangs.
+    the institution that hangs; the first time together with that of others in a simulation.
     """
-    return 2 * (config.federation.timeout + NODES_TIMEOUT)
+    together = 1 if config.deployed else UNTIMED_TOGETHER
+    return (together + 1) * config.federation.timeout + 2 * NODES_TIMEOUT
 
 
 def reasons(failed: Mapping[str, str]) -> str:

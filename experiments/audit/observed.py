@@ -344,7 +344,6 @@ def _plans(config: RunConfig) -> dict[str, PrivacyPlan]:
 
 def _among(shard: Shard, others: Shard) -> NDArray[np.bool_]:
     """Return for each row of a shard, ``(n,)``, whether other rows contain it."""
-    assert shard.records is not None and others.records is not None, "rows of sources have digests"
     known = {bytes(row) for row in others.records}
     return np.array([bytes(row) in known for row in shard.records], dtype=bool)
 

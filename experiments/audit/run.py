@@ -151,7 +151,7 @@ def run(
 def _check_planted(config: RunConfig, audited: Audited, shard: Shard) -> None:
     """Check that the run trained on every planted canary."""
     trained = _distinct(records.load(config).all_train)
-    for canary, row in zip(audited.canaries, _digests(shard), strict=True):
+    for canary, row in zip(audited.canaries, shard.records, strict=True):
         assert not canary.inside or bytes(row) in trained, f"{canary} was not trained on"
 
 
@@ -253,14 +253,9 @@ def _promise(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _digests(shard: Shard) -> NDArray[np.uint8]:
-    assert shard.records is not None, "rows of a source have digests"
-    return shard.records
-
-
 def _distinct(shard: Shard) -> dict[bytes, int]:
     """Return digest -> one row with it, so that equal rows of several institutions count once."""
-    return {bytes(digest): row for row, digest in enumerate(_digests(shard))}
+    return {bytes(digest): row for row, digest in enumerate(shard.records)}
 
 
 @dataclass(frozen=True, kw_only=True)

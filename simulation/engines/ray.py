@@ -33,6 +33,7 @@ from fedlora import logs, wire
 from fedlora.errors import InputError
 from fedlora.flower_internals import set_message_id
 from fedlora.startup import ENVIRONMENT, paused_gc, trim_heap
+from server.roster import UNTIMED_TOGETHER
 from simulation.engines.forkserver import ForkServer
 from simulation.engines.grid import (
     RUN_ID,
@@ -46,7 +47,6 @@ from simulation.engines.grid import (
 )
 
 MAX_CACHED_RECORDS = 8  # shared records of earlier pushes that a worker keeps
-MAX_UNTIMED_MESSAGES = 8  # messages of a call while their duration is unknown
 MAX_QUEUED_CALLS = 2  # short calls queued at a worker, so that it never waits for the driver
 SHORT_CALL_SECONDS = 0.5
 MAX_ATTEMPTS = 2
@@ -111,8 +111,9 @@ class _Call:
 
     @property
     def limit(self) -> float:
-        """Time limit in seconds."""
-        return min(job.message.metadata.ttl for job in self.jobs)
+        """Time limit in seconds: that of one message, or where durations are unknown of all."""
+        limits = [job.message.metadata.ttl for job in self.jobs]
+        return min(limits) if self.seconds else sum(limits)
 
 
 class _Worker:
@@ -417,7 +418,7 @@ def _group(jobs: list[_Job], workers: int) -> list[_Call]:
     """
     untimed = [job for job in jobs if not job.seconds]
     most = math.ceil(len(untimed) / workers) or 1
-    most = min(most, MAX_UNTIMED_MESSAGES, fitting(job.adapter_bytes for job in untimed))
+    most = min(most, UNTIMED_TOGETHER, fitting(job.adapter_bytes for job in untimed))
     calls = _balance(untimed, math.ceil(len(untimed) / most), most, lambda job: job.cost)
     timed = [job for job in jobs if job.seconds]
     if timed:

@@ -16,6 +16,7 @@ import fedlora
 import server.rounds
 from cli.main import app
 from fedlora import records
+from tests.fedlora.test_export import causal_run, llama_cpp, tiny_causal  # noqa: F401
 
 runner = CliRunner()
 QUIETLY = ("--engine", "inline", "--quiet")
@@ -100,6 +101,8 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     refused("evaluate", out, "--data", more, "--set", "seed=2", words=["seed", "data.text"])
     refused("push", out, "org/name", words=["noise was seeded", "--unprotected"])
     refused("export", out, tmp_path / "vllm", "--format", "vllm", words=["an encoder"])
+    refused("export", out, tmp_path / "x", "--format", "gguf", words=["--llama-cpp is not given"])
+    refused("export", out, tmp_path / "x", "--llama-cpp", tmp_path, words=["--format gguf"])
     shown = json.loads(invoke("ledger", "show", out / "ledgers", "--json").stdout)
     assert shown.keys() == {"Alpha", "Beta", "Gamma", "Delta"}
     assert all(one["runs"] == 1 and one["epsilon"] > 0 for one in shown.values())
@@ -118,6 +121,20 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     other = ("--set", f"privacy.ledger={tmp_path / 'others'}")
     refused("run", "--resume", out, "--rounds", "+3", *other, words=["privacy.ledger", "--rounds"])
     assert not (tmp_path / "out-plus-3").exists()
+
+
+def test_an_export_to_gguf_says_how_to_load_the_file_and_make_its_base(
+    causal_run,  # noqa: F811
+    llama_cpp,  # noqa: F811
+    tmp_path,
+):
+    out, checkout = tmp_path / "out.gguf", llama_cpp()
+    done = invoke("export", causal_run, out, "--format", "gguf", "--llama-cpp", checkout)
+    assert done.exit_code == 0, done.output
+    served, python, base = done.stdout.splitlines()
+    assert served.startswith(f"adapter in {out}; serve it with: llama-server -m ")
+    assert python.startswith("in Python: Llama(model_path=")
+    assert base.startswith(f"the base model's file, made once: python {checkout}/convert_hf_to")
 
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\u202e[red]x[/red]:warning:"
@@ -320,9 +337,12 @@ def test_the_cache_is_shown_and_cleared(config_file, tmp_path, monkeypatch):
     records.forget()
     assert invoke("check", config_file()).exit_code == 0
     shown = json.loads(invoke("cache", "--json").stdout)
-    (entry,) = shown["entries"]
-    assert shown["place"] == str(tmp_path / "cache" / "shards") and entry["bytes"] > 1000
-    assert "1 entries" in invoke("cache").stdout
+    assert shown["place"] == str(tmp_path / "cache" / "shards")
+    kinds = sorted(Path(entry["path"]).name.partition("-")[0] for entry in shown["entries"])
+    assert kinds == ["corpus", "partition"]
+    assert all(entry["bytes"] > 1000 for entry in shown["entries"])
+    said = invoke("cache").stdout
+    assert "2 entries" in said and "corpus-" in said and "partition-" in said
     assert "removed" in invoke("cache", "--clear").stdout
     assert json.loads(invoke("cache", "--json").stdout)["entries"] == []
     records.forget()

@@ -13,10 +13,10 @@ from client import passes, private_training, training
 from client.gradients import SampledUnits, packed_gradients
 from fedlora import exactness, trainable
 from fedlora.accounting import PrivacyPlan
+from fedlora.data import shard_of
+from fedlora.encoding import Encoded
 from fedlora.sft import PART
-from fedlora.shards import Shard, concatenate
 from fedlora.streams import RandomSource
-from fedlora.tasks import shard_of
 
 LONGEST = 160
 LENGTHS = {  # tokens of a prompt and of its response
@@ -71,17 +71,12 @@ def load(model, **values):
 
 def rows(work):
     """The rows above, and one that was cut to length, which lost the end of its text."""
-    prompts, responses = np.array(list(LENGTHS.values())).T
-    lengths = prompts + responses
-    made = Shard(
-        tokens=np.random.default_rng(1).integers(6, families.WORDS, lengths.sum(), dtype=np.int32),
-        offsets=np.cumsum([0, *lengths]),
-        targets=prompts,
-        units=np.arange(len(lengths)),
-    )
+    draw = np.random.default_rng(1)
+    ids = [draw.integers(6, families.WORDS, sum(each)).tolist() for each in LENGTHS.values()]
     cut = work.task.encode(["w1 " * LONGEST], ["w2 w3 w4"], ())
-    assert (cut.truncated, len(cut.ids[0])) == (1, LONGEST)
-    return concatenate([made, shard_of(cut)])
+    assert (sum(cut.truncated), len(cut.ids[0])) == (1, LONGEST)
+    targets = [prompt for prompt, _ in LENGTHS.values()] + cut.targets
+    return shard_of(Encoded(ids=ids + cut.ids, targets=targets, truncated=[False] * len(targets)))
 
 
 def dropout(row):
@@ -173,9 +168,8 @@ def test_products_with_the_base_have_few_sizes_whatever_is_drawn(config, tmp_pat
 def test_a_response_without_a_token_ends_no_step_and_changes_no_other(model):
     work = load(model)
     shard = rows(work)
-    empty = dataclasses.replace(
-        shard, targets=np.where(np.arange(9) == 2, shard.lengths, shard.targets)
-    )
+    targets = np.where(np.arange(len(shard)) == 2, shard.lengths, shard.targets)
+    empty = dataclasses.replace(shard, corpus=dataclasses.replace(shard.corpus, targets=targets))
     every = gradients(work, shard, range(9), 8)
     for drawn in ([2], [0, 2, 5]):
         for row, gradient in gradients(work, empty, drawn, 8).items():

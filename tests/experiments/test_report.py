@@ -253,6 +253,14 @@ def test_the_page_names_ledger_held_out_rows_and_trust(run_directory):
     assert "This run was not attacked as a test" in text
 
 
+def test_a_run_that_still_learns_says_what_more_rounds_cost(run_directory):
+    rising = {"points": 5.3, "since": 15, "more_rounds": 15, "epsilon": 9.69, "noise": 1.12}
+    change(run_directory, "result.json", still_rising=rising)
+    text = shown(run_directory)
+    assert "(+5.3 points since round 15)" in text and "12 % more noise at the same epsilon." in text
+    assert "epsilon.." not in text
+
+
 def test_under_secure_aggregation_the_page_names_whom_to_trust(run_directory):
     config = run_directory / "config.toml"
     secure = load(config, {

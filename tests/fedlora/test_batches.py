@@ -7,13 +7,15 @@ from hypothesis import strategies as st
 
 from fedlora import encoding
 from fedlora.batches import collate, distinct, micro_batches, rounded
-from fedlora.tasks import shard_of
+from fedlora.data import shard_of
 
 LABELS = ("negative", "neutral", "positive")
 
 
 def test_a_batch_is_padded_to_its_own_longest_row_on_the_given_side() -> None:
-    rows = shard_of(encoding.Encoded(ids=[[5, 6, 7], [8], [9] * 9], targets=[0, 1, 2], truncated=0))
+    rows = shard_of(
+        encoding.Encoded(ids=[[5, 6, 7], [8], [9] * 9], targets=[0, 1, 2], truncated=[False] * 3)
+    )
     left, right = (collate(rows, [1, 0], 3, side) for side in ("left", "right"))
     assert left.input_ids.tolist() == [[3, 3, 8], [5, 6, 7]]
     assert left.attention_mask.tolist() == [[0, 0, 1], [1, 1, 1]]

@@ -199,6 +199,8 @@ def test_files_that_are_missing_or_not_toml_are_named(tmp_path):
     broken.write_text("= 3")
     with pytest.raises(InputError, match="not valid TOML"):
         config.load(broken)
+    with pytest.raises(InputError, match=r"holds records .*`fedlora init .*rows\.csv` writes"):
+        config.load(tmp_path / "rows.csv")
 
 
 def test_text_that_is_no_unicode_and_nesting_without_end_are_refused(tmp_path):

@@ -29,7 +29,7 @@ def encode(texts: list[str], answers: list[str], labels: tuple[str, ...]) -> Enc
     return Encoded(
         ids=[[ord(c) for c in text[:60]] for text in texts],
         targets=[labels.index(a) if labels else len(a) for a in answers],
-        truncated=sum(len(text) > 60 for text in texts),
+        truncated=[len(text) > 60 for text in texts],
     )
 
 
@@ -318,40 +318,105 @@ def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
         assert read_back(fed.held_out(index)) == read_back(again.held_out(index))
 
 
-def test_the_second_time_nothing_is_read_or_tokenised(tmp_path: Path) -> None:
-    calls: list[int] = []
+def test_the_second_time_nothing_is_read_or_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"read": 0, "tokenised": 0}
+    partition_rows = data.partition_rows
+
+    def reading(*args: Any, **values: Any) -> Any:
+        calls["read"] += 1
+        return partition_rows(*args, **values)
 
     def counting(texts: list[str], answers: list[str], labels: tuple[str, ...]) -> Encoded:
-        calls.append(len(texts))
+        calls["tokenised"] += 1
         return encode(texts, answers, labels)
 
-    def run(**changes: Any) -> int:
+    def run(**changes: Any) -> list[int]:
+        """How often two runs read and tokenise."""
+        calls.update(read=0, tokenised=0)
         source = write(tmp_path / "a.jsonl", rows)
-        prepare(tmp_path, source, **{"encoder": lambda: counting, "test_fraction": 0.0, **changes})
-        return len(calls)
+        for _ in range(2):
+            prepare(
+                tmp_path, source, **{"encoder": lambda: counting, "test_fraction": 0.0, **changes}
+            )
+        return list(calls.values())
 
+    monkeypatch.setattr(data, "partition_rows", reading)
     rows = list(TRAIN)
-    assert [run(), run()] == [1, 1]
-    for number, changed in enumerate(
-        [
-            {"seed": 1},
-            {"encoding_key": "other"},
-            {"unit": "customer"},
-            {"labels": ("bad", "good")},
-            {"partition": "iid", "institutions": 2},
-            {"min_records": 2},
-            {"test_fraction": 0.1},
-            {"text": "text,bank"},
-            {"task": "sft"},
-        ],
-        start=2,
-    ):
-        assert [run(**changed), run(**changed)] == [number, number], changed
+    assert run() == [1, 1]
+    assert run() == [0, 0]
+    for changed in [
+        {"seed": 1},
+        {"unit": "customer"},
+        {"partition": "iid", "institutions": 2},
+        {"min_records": 2},
+        {"max_records": 1},
+        {"test_fraction": 0.1},
+    ]:
+        assert run(**changed) == [1, 0], changed
+    for changed in [
+        {"encoding_key": "other"},
+        {"labels": ("bad", "good")},
+        {"text": "text,bank"},
+        {"label": "customer"},
+        {"task": "sft"},
+        {"test_source": write(tmp_path / "b.jsonl", TEST)},
+    ]:
+        assert run(**changed) == [1, 1], changed
     rows.append(("more", "good", "South", "3"))
-    assert [run(), run()] == [11, 11]
-    for entry in (tmp_path / "cache").glob("[!.]*"):
-        (entry / "train_tokens.npy").write_bytes(b"damaged")
-    assert [run(), run()] == [12, 12]
+    assert run() == [1, 1]
+    for damaged in ("corpus-*/tokens.npy", "partition-*/train_rows.npy"):
+        for file in (tmp_path / "cache").glob(damaged):
+            file.write_bytes(b"damaged")
+        assert run() == [1, int(damaged.startswith("corpus"))]
+
+
+def test_seeds_and_partitions_of_one_data_set_store_its_texts_once(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "a.jsonl", [(f"unmistakable {i}", "ab"[i % 2], "N", "1") for i in range(40)]
+    )
+    feds = [
+        prepare(tmp_path, source, seed=seed, **partition)
+        for seed in (1, 2)
+        for partition in ({}, {"partition": "iid", "institutions": 3}, {"max_records": 5})
+    ]
+    (corpus,) = (tmp_path / "cache").glob("corpus-*")
+    tokens = np.load(corpus / "tokens.npy")
+    word = np.array([ord(c) for c in "unmistakable"], dtype=np.int32).tobytes()
+    files = {f: f.read_bytes().count(word) for f in (tmp_path / "cache").rglob("*.npy")}
+    assert {file.parent: count for file, count in files.items() if count} == {corpus: 40}
+    for fed in feds:
+        assert np.array_equal(fed.all_train.corpus.tokens, tokens)
+        everyone = read_back(fed.all_train) + read_back(fed.all_held_out)
+        assert len(everyone) == len(set(everyone)) == 40 - fed.counts["rows_dropped"]
+    assert read_back(feds[0].all_held_out) != read_back(feds[3].all_held_out)  # seeds 1 and 2
+
+
+def test_each_configuration_counts_the_long_texts_of_its_own_rows(tmp_path: Path) -> None:
+    train = [(f"{i} " + "x" * 70 * (i < 4), "ab"[i % 2], "NS"[i < 3], "1") for i in range(10)]
+    cut = {}
+    for name, changes in {"all": {}, "large": {"min_records": 5}}.items():
+        fed = fixed(tmp_path, train, [("y" * 61, "a", "N"), ("z", "a", "N")], **changes)
+        cut[name] = fed.counts["truncated"], len(fed.all_train)
+    assert cut == {"all": (5, 10), "large": (2, 7)}
+
+
+def test_rows_that_changed_while_they_were_read_are_tokenised_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an institution would train on rows of the old file under the units of the new one."""
+    source = write(tmp_path / "a.jsonl", TRAIN)
+    prepare(tmp_path, source)
+    partition_rows = data.partition_rows
+
+    def late(*args: Any, **values: Any) -> Any:
+        write(tmp_path / "a.jsonl", TRAIN[::-1])
+        return partition_rows(*args, **values)
+
+    monkeypatch.setattr(data, "partition_rows", late)
+    fed = prepare(tmp_path, source, seed=1, test_fraction=0.0)
+    assert read_back(fed.train(1)) == ["dip", "flat", "down"]
 
 
 def test_the_cache_is_where_the_environment_says(
@@ -359,7 +424,7 @@ def test_the_cache_is_where_the_environment_says(
 ) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "there"))
     prepare(tmp_path, write(tmp_path / "a.jsonl", TRAIN), cache_dir=None)
-    assert len(list((tmp_path / "there").glob("shards/*/meta.json"))) == 1
+    assert len(list((tmp_path / "there").glob("shards/*/meta.json"))) == 2
 
 
 def test_the_fingerprint_of_an_institution_outlives_a_change_of_tokeniser(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_an_encoder_text_is_cut_inside_its_frame_and_counted() -> None:
     encoded = task.encode(["a b", "a b c d e f"], ["y", "x"], ("x", "y"))
     assert encoded.ids == [[1, 4, 5, 2], [1, 4, 5, 6, 2]]
     assert encoded.targets == [1, 0]
-    assert encoded.truncated == 1
+    assert encoded.truncated == [False, True]
 
 
 @pytest.mark.parametrize("chat", [None, CHAT])
@@ -119,7 +119,7 @@ def test_truncation_cuts_the_text_from_its_end_before_it_touches_the_response(
         for n in (10_000, max_length)
     )
     (full,), (cut,), full_start, start = long.ids, short.ids, long.targets[0], short.targets[0]
-    assert short.truncated == (len(full) > max_length)
+    assert short.truncated == [len(full) > max_length]
     assert len(cut) == min(len(full), max_length)
     removed = full_start - start
     assert cut[start:] == full[full_start:][: max_length - start]
@@ -147,7 +147,7 @@ def test_what_goes_first_is_the_end_of_the_text_then_the_end_of_the_response() -
     def decoded(less: int, text: str = text) -> tuple[str, str, int]:
         encoded = sft_task(tokenizer, room - less).encode([text], [response], ())
         (ids,), (start,) = encoded.ids, encoded.targets
-        return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:]), encoded.truncated
+        return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:]), encoded.truncated[0]
 
     before, after = "<|user|>\n", "<|end|>\n<|assistant|>\n"
     assert decoded(0) == (before + text + after, response + "<|end|>", 0)

@@ -1,12 +1,15 @@
 """Findings on records and noise before a run: what is found, what is not, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fedlora import accounting, findings
 from fedlora.config import MIN_NATURAL_RECORDS, from_flat
+from fedlora.data import shard_of
+from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.findings import MAX_DELTA, MIN_REACH
 from fedlora.shards import Federation, Shard
@@ -14,12 +17,8 @@ from fedlora.shards import Federation, Shard
 
 def shard(targets) -> Shard:
     rows = len(targets)
-    return Shard(
-        tokens=np.arange(rows, dtype=np.int32),
-        offsets=np.arange(rows + 1),
-        targets=np.array(targets, dtype=np.int64),
-        units=np.arange(rows),
-    )
+    ids = [[row] for row in range(rows)]
+    return shard_of(Encoded(ids=ids, targets=list(targets), truncated=[False] * rows))
 
 
 def federation(sizes, labels=("loan", "card"), counts=(), left_out=()) -> Federation:
@@ -30,15 +29,12 @@ def federation(sizes, labels=("loan", "card"), counts=(), left_out=()) -> Federa
     known = ("rows", "test_rows", "without_text", "without_label", "without_institution")
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     units = np.arange(rows) - np.repeat(starts[:-1], sizes)
-    train = shard(targets)
     return Federation(
         names=tuple(f"bank-{i}" for i in range(len(sizes))),
         labels=tuple(labels),
         counts={**dict.fromkeys(known, 0), "rows": rows + 200, **dict(counts)},
         left_out=dict(left_out),
-        all_train=Shard(
-            tokens=train.tokens, offsets=train.offsets, targets=train.targets, units=units
-        ),
+        all_train=replace(shard(targets), units=units),
         train_bounds=starts,
         all_held_out=shard(held_out),
         held_out_bounds=np.array([0] * len(sizes) + [200]),
@@ -159,16 +155,8 @@ def test_grades_and_ratings_are_classes(labels) -> None:
 
 def test_a_rare_class_is_named_with_its_records() -> None:
     records = federation([100], ("loan", "card"))
-    targets = np.array([0] * 97 + [1] * 3)
-    rare = Shard(
-        tokens=records.all_train.tokens,
-        offsets=records.all_train.offsets,
-        targets=targets,
-        units=records.all_train.units,
-    )
-    said = found(
-        Federation(**{**vars(records), "all_train": rare}),
-    )["rare-labels"]
+    rare = shard([0] * 97 + [1] * 3)
+    said = found(replace(records, all_train=rare))["rare-labels"]
     assert "card (3)" in said.text and "loan" not in said.text
 
 

@@ -7,10 +7,11 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedlora import attention, exactness, lora, packing
+from fedlora.data import shard_of
 from fedlora.encoder import EncoderClassifier
+from fedlora.encoding import Encoded
 from fedlora.models import Base
 from fedlora.per_sample import PerSampleAdapters
-from fedlora.shards import Shard
 from fedlora.task_choice import choose_task
 
 LABELS = ("a", "b", "c")
@@ -111,12 +112,9 @@ def found_first(model, task):
 
 def rows_of(lengths):
     draw = np.random.default_rng(1)
-    return Shard(
-        tokens=draw.integers(5, 40, sum(lengths), dtype=np.int32),
-        offsets=np.cumsum([0, *lengths]),
-        targets=draw.integers(0, 3, len(lengths)),
-        units=np.arange(len(lengths)),
-    )
+    ids = [draw.integers(5, 40, length).tolist() for length in lengths]
+    targets = draw.integers(0, 3, len(lengths)).tolist()
+    return shard_of(Encoded(ids=ids, targets=targets, truncated=[False] * len(ids)))
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, *CAUSAL])

@@ -143,7 +143,9 @@ def test_a_changed_partition_opens_no_cached_shards(own, tmp_path):
 
     def encoder():
         return lambda texts, answers, labels: Encoded(
-            ids=[[1]] * len(texts), targets=[labels.index(a) for a in answers], truncated=0
+            ids=[[1]] * len(texts),
+            targets=[labels.index(a) for a in answers],
+            truncated=[False] * len(texts),
         )
 
     def prepared():

@@ -17,10 +17,10 @@ from transformers import (
 
 from fedlora import encoding, metrics, tasks
 from fedlora.batches import rounded
+from fedlora.data import shard_of
 from fedlora.errors import InputError
 from fedlora.sft import Sft
 from fedlora.task_choice import choose_task
-from fedlora.tasks import shard_of
 from tests.fedlora.small_models import CHAT, byte_tokenizer, encoder_tokenizer, label_task, sft_task
 
 LABELS = ("negative", "neutral", "positive")

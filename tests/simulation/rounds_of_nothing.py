@@ -14,7 +14,7 @@ def one_round(grid, ttl=60.0):
         Message(RecordDict({"adapter": record}), node, MessageType.TRAIN, ttl=ttl)
         for node in grid.get_node_ids()
     ]
-    return dict(exchange(grid, messages, 120.0))
+    return dict(exchange(grid, messages, 300.0))
 
 
 def right(reply):

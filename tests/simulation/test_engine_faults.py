@@ -17,7 +17,7 @@ def test_one_bad_institution_never_spoils_a_round(fault, code):
         RayGrid(EMPTY, 8, {"fault": fault}, workers=WorkerSpec(count=2, threads=1)) as grid,
     ):
         for _ in range(2):
-            replies = one_round(grid, ttl=20.0)
+            replies = one_round(grid, ttl=5.0)
             assert replies[5].has_error() and replies[5].error.code == code
             assert all(right(r) for node, r in replies.items() if node != 5)
 

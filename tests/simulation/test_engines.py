@@ -15,9 +15,10 @@ from ray._private.node import Node
 
 from benchmarks.empty_client import app
 from server.exchange import exchange
+from server.roster import UNTIMED_TOGETHER
 from simulation.engines.grid import MAX_ADAPTER_BYTES_PER_CALL, MAX_MESSAGES_PER_CALL, identify
 from simulation.engines.inline import InlineGrid
-from simulation.engines.ray import MAX_UNTIMED_MESSAGES, RayGrid, WorkerSpec, _group, _Job, started
+from simulation.engines.ray import RayGrid, WorkerSpec, _group, _Job, started
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 
 
@@ -80,9 +81,16 @@ def _jobs(*seconds, ttl=60.0, size=1000, costs=()):
 
 def test_messages_whose_time_is_not_known_share_calls_with_few_others():
     calls = _group(_jobs(*[0.0] * 40, *[1.0] * 4), workers=2)
-    assert [len(c.jobs) for c in calls] == [MAX_UNTIMED_MESSAGES] * 5 + [2, 2]
-    assert all((c.seconds == 0) == (len(c.jobs) == MAX_UNTIMED_MESSAGES) for c in calls)
+    assert [len(c.jobs) for c in calls] == [UNTIMED_TOGETHER] * 5 + [2, 2]
+    assert all((c.seconds == 0) == (len(c.jobs) == UNTIMED_TOGETHER) for c in calls)
     assert [len(c.jobs) for c in _group(_jobs(0.0, 0.0), workers=2)] == [1, 1]
+
+
+def test_a_call_may_take_the_time_of_all_its_institutions_while_nobody_knows_how_long_they_take():
+    (first,) = _group(_jobs(0.0, 0.0, 0.0, ttl=60.0), workers=1)
+    assert first.limit == 180.0
+    (later,) = _group(_jobs(10.0, 10.0, 10.0, ttl=60.0), workers=1)
+    assert later.limit == 60.0
 
 
 def test_first_calls_are_shared_out_by_what_institutions_cost():
