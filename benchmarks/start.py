@@ -31,7 +31,8 @@ app()
 def seconds(config: str, out: Path) -> float:
     """The seconds of one run of one round."""
     moment = out.with_suffix(".moment")
-    command = [sys.executable, "-c", RUN, "run", config, "--set", "federation.rounds=1"]
+    command = [sys.executable, "-c", RUN, "run", config]
+    command += ["--set", "federation.rounds=1", "--set", "home.method=none"]
     started = time.time()
     subprocess.run(
         [*command, "--out", str(out), "--quiet"],
