@@ -8,15 +8,9 @@ import torch
 
 from fedlora import packing
 from fedlora.batches import micro_batches
-from fedlora.sft import Sft
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
-
-MIN_MEAN_TOKENS = 10
-"""Tokens that the rows of a pass may have on average before fewer rows fit into it."""
-MAX_RESPONSE_TOKENS = 640
-"""Tokens of a packed row with responses, unless the longest row has more."""
 
 
 def plain_passes(
@@ -70,16 +64,13 @@ def fill_passes(lengths: np.ndarray, total: int, most: int) -> Iterator[np.ndarr
 
 
 def packed_tokens(trainable: Trainable, physical_batch: int) -> int:
-    """Tokens of a packed row: about those of ``physical_batch`` short rows.
+    """Tokens of a packed row: those of ``physical_batch`` usual rows, see `Task.usual_tokens`.
 
-    A row with a response begins with a prompt, and counts as half of the longest row. The result is
-    a multiple of the longest row, rounded up by `packing.row_size`. It depends on the configuration
-    alone, never on the rows.
+    The result is a multiple of the longest row, rounded up by `packing.row_size`. It depends on the
+    configuration alone, never on the rows.
     """
     longest = trainable.task.encoding.max_length
-    tokens = MIN_MEAN_TOKENS * physical_batch
-    if isinstance(trainable.task, Sft):
-        tokens = min(longest * physical_batch // 2, MAX_RESPONSE_TOKENS)
+    tokens = trainable.task.usual_tokens(physical_batch)
     return packing.row_size(max(1, round(tokens / longest)) * longest)
 
 

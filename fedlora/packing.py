@@ -36,11 +36,15 @@ def row_size(tokens: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Examples of one padded width, and the number of their padded tokens."""
+    """Examples of one padded width."""
 
     examples: slice
-    places: int
     width: int
+
+    @property
+    def places(self) -> int:
+        """The number of their padded tokens."""
+        return (self.examples.stop - self.examples.start) * self.width
 
 
 class Packing:
@@ -67,7 +71,6 @@ class Packing:
         starts = np.concatenate([[0], np.cumsum(lengths)])
         order = np.argsort(widths, kind="stable")  # of the examples among the padded places
         widths = widths[order]
-        offsets = np.concatenate([[0], np.cumsum(widths)])
         within = np.concatenate([np.arange(width) for width in widths])  # a place in its example
         of_place = np.repeat(order, widths)
         padding = within >= lengths[of_place]
@@ -87,11 +90,7 @@ class Packing:
         """The last token of each example ``(slots,)``; after n they repeat."""
         bounds = [0, *(np.flatnonzero(np.diff(widths)) + 1).tolist(), len(widths)]
         self._groups = [
-            _Group(
-                examples=slice(a, b),
-                places=int(offsets[b] - offsets[a]),
-                width=int(widths[a]),
-            )
+            _Group(examples=slice(a, b), width=int(widths[a]))
             for a, b in itertools.pairwise(bounds)
         ]
         self._masks: dict[bool, list[torch.Tensor]] = {}

@@ -24,6 +24,8 @@ GENERATED_ROWS = 200  # rows of an evaluation with a generated response: generat
 PART = 64
 """Positions of a packed row whose logits are one product. The number of response tokens in a row
 depends on its examples; a product's number of rows must not."""
+MAX_PACKED_TOKENS = 640
+"""Tokens of a packed row, unless the longest row has more."""
 MAX_RESPONSE_TOKENS = 128  # of a generated response
 MAX_ANSWERS = 100
 """The largest number of different references that are read as classes."""
@@ -47,6 +49,10 @@ class Sft(Task):
             return _packed_losses(model, batch)
         totals, tokens = self._response_losses(model, batch)
         return totals / tokens
+
+    def usual_tokens(self, rows: int) -> int:
+        """A row begins with a prompt, and counts as half of the longest row."""
+        return min(self.encoding.max_length * rows // 2, MAX_PACKED_TOKENS)
 
     def shapes(self, shard: Shard) -> Int64:
         """Padded width and padded response of each row, ``(n, 2)``."""

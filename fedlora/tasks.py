@@ -36,6 +36,8 @@ WINDOWS = (
 """Keys of configurations for the number of tokens that a token attends to."""
 LENGTH_DEPENDENT = ("longrope", "dynamic")
 """Kinds of rotary positions that depend on the longest row of a batch."""
+MIN_MEAN_TOKENS = 10
+"""Tokens that the rows of a pass may have on average before fewer rows fit into it."""
 
 
 class Task(ABC):
@@ -107,6 +109,10 @@ class Task(ABC):
     def widths(self, shard: Shard) -> Int64:
         """The padded width of each row where examples are computed one by one, ``(n,)``."""
         return rounded(shard.lengths, self.encoding.max_length)
+
+    def usual_tokens(self, rows: int) -> int:
+        """Tokens that so many short rows have together; the size of packed rows follows from it."""
+        return MIN_MEAN_TOKENS * rows
 
     def first_position(self, model: nn.Module) -> int | None:
         """The first position of each example in a packed row; None if rows must be padded.

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from benchmarks import families
 from client import passes, private_training, training
-from client.gradients import SampledUnits, packed_gradients
 from fedlora import exactness, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.data import shard_of
 from fedlora.encoding import Encoded
 from fedlora.sft import PART
 from fedlora.streams import RandomSource
+from tests.client.unit_gradients import dropout, set_values, unit_gradients
 
 LONGEST = 160
 LENGTHS = {  # tokens of a prompt and of its response
@@ -62,10 +62,7 @@ def load(model, **values):
         model, (), **{"model.task": "sft", "training.max-length": LONGEST, **values}
     )
     assert work.first_position == 0
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in work.parameters().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    set_values(work)
     return work
 
 
@@ -79,26 +76,10 @@ def rows(work):
     return shard_of(Encoded(ids=ids + cut.ids, targets=targets, truncated=[False] * len(targets)))
 
 
-def dropout(row):
-    return RandomSource.seeded("dropout", row)
-
-
 def gradients(work, shard, drawn, physical):
-    batch = SampledUnits(
-        shard=shard,
-        units=[np.array([row]) for row in drawn],
-        owner=[0] * len(drawn),
-        physical_batch=physical,
-        dropout=[dropout(row) for row in range(len(shard))],
-        values=[],
-    )
-    found = {}
-    with training.training_steps(work, private=True):
-        for units, each in packed_gradients(work, work.parameters(), batch):
-            for index, unit in enumerate(units):
-                found[drawn[unit]] = torch.cat([g[index].flatten() for g in each])
-    assert sorted(found) == sorted(drawn)
-    return found
+    units = [np.array([row]) for row in drawn]
+    found = unit_gradients(work, shard, units, physical, packed=True)
+    return {row: gradient for (row,), gradient in found.items()}
 
 
 def alone(work, shard, row):

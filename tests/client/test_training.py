@@ -10,14 +10,14 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client import passes, private_training, training
-from client.gradients import SampledUnits, _passes, packed_gradients, padded_gradients
+from client.gradients import _passes
 from fedlora import adapters, lora_layers, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.config import from_flat
 from fedlora.streams import RandomSource
+from tests.client.unit_gradients import dropout, set_values, unit_gradients
 
-DROPOUT = RandomSource.seeded("test", 1)
 FAST = [("lora", "none", "fp32"), ("dora", "none", "fp32")]
 SLOW = [  # on a processor without native bf16 products
     ("lora", "none", "bf16"),
@@ -46,41 +46,9 @@ def minilm(request):
     )
     records = trainable.records(config)
     work = trainable.load(config, records.labels)
-    _set_values(work, 2.0)
+    set_values(work, 2.0)
     yield work, [records.train(i) for i in range(len(records.names))]
     trainable.forget()
-
-
-def _set_values(work, scale=1.0):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in work.parameters().values():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-
-
-def _dropout(row):
-    return DROPOUT.child("row", row)
-
-
-def _gradients(work, shard, units, physical_batch, *, packed):
-    make = packed_gradients if packed else padded_gradients
-    drawn = SampledUnits(
-        shard=shard,
-        units=list(units),
-        owner=[0] * len(units),
-        physical_batch=physical_batch,
-        dropout=[_dropout(row) for row in range(len(shard))],
-        values=[],
-    )
-    found = {}
-    with training.training_steps(work, private=True):
-        for numbers, gradients in make(work, work.parameters(), drawn):
-            for index, number in enumerate(numbers):
-                rows = tuple(units[number])
-                assert rows not in found
-                found[rows] = torch.cat([g[index].flatten() for g in gradients])
-    assert len(found) == len(units)
-    return found
 
 
 def _unpadded(work, shard, others):
@@ -98,7 +66,7 @@ PASSES = pytest.mark.parametrize(
 @pytest.mark.parametrize("minilm", CASES, indirect=True, ids=str)
 def test_a_units_gradient_does_not_depend_on_the_others_drawn(minilm, packed, physical):
     work, (shard, *_) = minilm
-    of = functools.partial(_gradients, work, shard, physical_batch=physical, packed=packed)
+    of = functools.partial(unit_gradients, work, shard, physical_batch=physical, packed=packed)
     draw = np.random.default_rng(5)
     rows = draw.permutation(len(shard))[:24]
     for units in (
@@ -148,8 +116,8 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
     shard = records.train(0)
     rows = np.concatenate([np.flatnonzero(shard.lengths == n)[:8] for n in (10, 9, 7, 5)])
     units = [np.array([row]) for row in rows]
-    together = _gradients(work, shard, units, 5, packed=packed)
-    others = _gradients(work, shard, units[1:], 5, packed=packed)  # each a place further on
+    together = unit_gradients(work, shard, units, 5, packed=packed)
+    others = unit_gradients(work, shard, units[1:], 5, packed=packed)  # each a place further on
     trainable.forget()
     assert all(torch.equal(gradient, together[key]) for key, gradient in others.items())
 
@@ -165,7 +133,7 @@ def test_batches_padded_to_their_longest_row_would_let_others_in(minilm):
             training.training_steps(work, private=True),
             work.per_sample.expanded(len(rows), None),
         ):
-            passes.padded_losses(work, shard, np.array(rows), _dropout).sum().backward()
+            passes.padded_losses(work, shard, np.array(rows), dropout).sum().backward()
             work.per_sample.collect()
         return torch.cat([p.grad_sample[0].flatten() for p in work.parameters().values()])
 
@@ -191,21 +159,21 @@ def test_a_pass_has_one_shape_and_fillers_belong_to_nobody(minilm):
 @pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)
 def test_plain_passes_hold_each_row_once_and_give_its_own_loss(minilm, physical):
     work, (shard, *_) = minilm
-    _set_values(work, 0.05)  # with huge factors rounding alone would make losses differ
+    set_values(work, 0.05)  # with huge factors rounding alone would make losses differ
     draw = np.random.default_rng(3)
     longest_first = np.argsort(-shard.lengths)[:1]
     for rows in (draw.permutation(len(shard))[:20], np.append(longest_first, [0, 1]), [5]):
         packed, padded = (
             [
                 losses.detach()
-                for losses in passes.plain_passes(each, shard, np.array(rows), physical, _dropout)
+                for losses in passes.plain_passes(each, shard, np.array(rows), physical, dropout)
             ]
             for each in (work, dataclasses.replace(work, first_position=None))
         )
         assert all(map(len, packed))
         found, expected = (torch.cat(losses).sort().values for losses in (packed, padded))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    _set_values(work, 2.0)
+    set_values(work, 2.0)
 
 
 def _mechanism(noise_multiplier, *, sample_rate, size_class):
@@ -286,7 +254,7 @@ def grouped_queries(request, tiny_config, tiny_encoder, tmp_path):
     )
     records = trainable.records(config)
     work = trainable.load(config, records.labels)
-    _set_values(work)
+    set_values(work)
     shard = records.all_train
     full, padded = (np.flatnonzero(shard.lengths == n)[:24] for n in (10, 9))
     assert len(full) and len(padded)
