@@ -13,8 +13,9 @@ from client import cohort, config_policy, home_cohort, settings
 from client.institution import Institution
 from client.secure_role import SecureRole
 from fedlora import wire
-from fedlora.config import check_threads, from_context
+from fedlora.config import from_context
 from fedlora.errors import InputError, RecordError, Refusal, place
+from fedlora.sections import check_threads
 from fedlora.secure_aggregation import (
     ListOrder,
     SecureMessage,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.settings import Settings
-from fedlora.config import INSTITUTIONS, RunConfig, Scalar, from_flat
+from fedlora.config import RunConfig, Scalar, from_flat
 from fedlora.errors import InputError, Refusal
+from fedlora.sections import INSTITUTIONS
 
 MAX_TEXT = 1000
 """Characters of a text unless `Taken` has another bound; longer texts are not read or logged."""

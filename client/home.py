@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
 from fedlora.adapters import PARTS, AdapterState, factor_names, kind
-from fedlora.config import HomeConfig
 from fedlora.lora_layers import ADAPTER, lora_layers
+from fedlora.sections import HomeConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable
 

@@ -24,11 +24,12 @@ from client.releases import Releases
 from client.settings import Settings
 from fedlora import comparison, trainable
 from fedlora.comparison import Rows
-from fedlora.config import HomeConfig, RunConfig
+from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.joining_verdict import FINDINGS, MODELS, interval, outcome
 from fedlora.released import ReleaseFiles
+from fedlora.sections import HomeConfig
 
 SPLIT = 0.2
 """Share of the records that are held back where the settings name no ``test-source``."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import files
-from fedlora.config import check_threads
 from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
+from fedlora.sections import check_threads
 from fedlora.settings_schema import Section, section
 from fedlora.settings_schema import key as setting
 

@@ -13,9 +13,10 @@ from cryptography import x509
 
 from deployment import keys
 from fedlora import seal
-from fedlora.config import INSTITUTIONS, from_flat
+from fedlora.config import from_flat
 from fedlora.errors import InputError
 from fedlora.files import existing_parent
+from fedlora.sections import INSTITUTIONS
 
 IMAGE_USER = 10001
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from deployment import superlink_client
 from deployment.superlink_client import FlowerError, Server, Unanswered
-from fedlora.config import INSTITUTIONS, RunConfig, from_flat
+from fedlora.config import RunConfig, from_flat
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import RUN_NAME, SUBMISSION, alone, is_complete, read_records
+from fedlora.sections import INSTITUTIONS
 
 State = Literal["running", "completed", "failed", "stopped"]
 APP = Path(__file__).resolve().parents[1]

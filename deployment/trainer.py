@@ -25,8 +25,8 @@ from flwr.app import Context, Message
 
 from client import settings
 from fedlora import cache, data, flower_internals, logs, model_files, records, wire
-from fedlora.config import ModelConfig
 from fedlora.errors import InputError, place
+from fedlora.sections import ModelConfig
 from fedlora.startup import end_with_parent, paused_gc
 
 log = logging.getLogger("fedlora.client")

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from fedlora import accounting, records
 from fedlora.budget import plan_run
-from fedlora.config import MIN_SAMPLE_RATE, RunConfig
+from fedlora.config import RunConfig
 from fedlora.errors import InputError
+from fedlora.sections import MIN_SAMPLE_RATE
 from fedlora.terminal import Terminal
 from strategies.base import participations
 

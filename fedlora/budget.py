@@ -8,8 +8,9 @@ import functools
 
 from fedlora import accounting, discrete_gaussian, noise_shares
 from fedlora.accounting import PrivacyPlan
-from fedlora.config import PrivacyConfig, RunConfig
+from fedlora.config import RunConfig
 from fedlora.errors import InputError
+from fedlora.sections import PrivacyConfig
 
 
 def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:

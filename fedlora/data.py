@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import cache, files, plugins, schemes, sources
-from fedlora.config import DataConfig
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.rows import check_labels, partition_rows, read_table
+from fedlora.sections import DataConfig
 from fedlora.shards import Corpus, Federation, Int64, Shard
 from fedlora.text import folded
 

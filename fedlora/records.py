@@ -8,8 +8,9 @@ import functools
 from typing import cast
 
 from fedlora import data, model_files, models, sources
-from fedlora.config import DataConfig, ModelConfig, RunConfig
+from fedlora.config import RunConfig
 from fedlora.encoding import encoding_key
+from fedlora.sections import DataConfig, ModelConfig
 from fedlora.shards import Federation
 
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from fedlora import plugins, schemes, sources
 from fedlora.columns import as_text
-from fedlora.config import DataConfig
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
 from fedlora.partition import at_most, by_column, by_scheme, hold_out, normalise
+from fedlora.sections import DataConfig
 from fedlora.shards import Int64
 from fedlora.text import folded
 

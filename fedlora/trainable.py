@@ -24,10 +24,11 @@ from fedlora import (
     verdicts,
 )
 from fedlora.adapters import AdapterState
-from fedlora.config import AdapterConfig, ModelConfig, RunConfig
+from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.records import load as records
+from fedlora.sections import AdapterConfig, ModelConfig
 from fedlora.task_choice import choose_task
 from fedlora.tasks import Task
 

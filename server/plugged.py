@@ -11,9 +11,9 @@ from typing import Any
 
 from fedlora import plugins
 from fedlora.adapters import AdapterState
-from fedlora.config import FederationConfig
 from fedlora.errors import Refusal
 from fedlora.metrics import Metric, Predictions
+from fedlora.sections import FederationConfig
 from server.roster import RunFailed
 from strategies import STRATEGIES
 from strategies.base import Round, Strategy, Weighted

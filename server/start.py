@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.adapters import CONFIG_FILE, AdapterState
-from fedlora.config import AdapterConfig, RunConfig, load
+from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.model_card import LABELS
 from fedlora.run_files import CONFIG, read_run_file
+from fedlora.sections import AdapterConfig
 from fedlora.trainable import Trainable
 
 

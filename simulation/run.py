@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora import logs
-from fedlora.config import RunConfig, check_threads
+from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
 from fedlora.run_files import CONFIG, read_run_file
+from fedlora.sections import check_threads
 from fedlora.startup import paused_gc
 from fedlora.terminal import Terminal
 

@@ -19,9 +19,10 @@ import tomli_w
 
 from client.ledger import Ledger
 from deployment import executor
-from fedlora.config import INSTITUTIONS, from_flat
+from fedlora.config import from_flat
 from fedlora.files import write_atomic
 from fedlora.run_files import NODES, SIZES, read_records
+from fedlora.sections import INSTITUTIONS
 from tests.deployment import harness, remote
 
 NAMES = ("a", "b", "c")

@@ -18,7 +18,8 @@ import tomli_w
 from client import config_policy
 from client.config_policy import KEYS, Taken
 from client.ledger import Ledger
-from fedlora.config import INSTITUTIONS, MIN_DELTA, RunConfig
+from fedlora.config import RunConfig
+from fedlora.sections import INSTITUTIONS, MIN_DELTA
 from tests.deployment.harness import ROOT
 
 LABELS = ["card", "fraud", "loan"]

@@ -15,10 +15,10 @@ from deployment import setup
 from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
-from fedlora.config import INSTITUTIONS
 from fedlora.errors import InputError, Refusal
 from fedlora.released import ReleaseFiles
 from fedlora.run_files import SIZES, read_records
+from fedlora.sections import INSTITUTIONS
 from server import binding, roster, verification
 from server.roster import RunFailed
 from server.rounds import Federation

@@ -20,9 +20,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import settings
 from deployment import executor, launcher, trainer
 from fedlora import records, trainable, wire
-from fedlora.config import ModelConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
+from fedlora.sections import ModelConfig
 
 SECRET = "Jane Doe, account 4711"
 

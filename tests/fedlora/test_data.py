@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora import data
-from fedlora.config import DataConfig
 from fedlora.data import Federation, Shard
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.partition import normalise
+from fedlora.sections import DataConfig
 from tests.conftest import shared_data
 
 COLUMNS = ("text", "label", "bank", "customer")
@@ -458,7 +458,7 @@ needs_edgartools = pytest.mark.skipif(
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from fedlora.config import DataConfig
+from fedlora.sections import DataConfig
 from fedlora.data import prepare
 settings = DataConfig(source="package:edgartools", partition="natural:industry", min_records=50)
 seconds = []

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from fedlora import accounting, findings
-from fedlora.config import MIN_NATURAL_RECORDS, from_flat
+from fedlora.config import from_flat
 from fedlora.data import shard_of
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.findings import MAX_DELTA, MIN_REACH
+from fedlora.sections import MIN_NATURAL_RECORDS
 from fedlora.shards import Federation, Shard
 
 

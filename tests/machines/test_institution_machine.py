@@ -23,9 +23,10 @@ from client.ledger import Ledger
 from fedlora import adapters, wire
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
-from fedlora.config import INSTITUTIONS, from_flat
+from fedlora.config import from_flat
 from fedlora.errors import Refusal
 from fedlora.messages import Query, TrainOrder
+from fedlora.sections import INSTITUTIONS
 from simulation.engines.grid import identify
 from tests.machines.budgets import search, searched
 from tests.machines.conftest import LABELS

