@@ -1,5 +1,6 @@
 """`fedlora verify`: privacy.json held against its run's files, and its figures computed anew."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlora import accounting, model_card, model_files, odds, records, seal
+from fedlora import accounting, model_card, model_files, noise_shares, odds, records, seal
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import PrivacySpent
@@ -221,7 +222,7 @@ class _Checks:
             largest = privacy_statement.largest_epsilon(self.said)
         _same("largest epsilon", largest, read_run_file(self.run_dir)["epsilon_max"], RESULT)
         self._secure_aggregation(config)
-        level = self._level(config)
+        level = self._level(config, max(asked.values(), default=0))
         if not spent and not level:
             return "nothing was promised"
         parts = [f"{len(spent)} institutions, at most {float(largest):.4f}"] if spent else []
@@ -250,43 +251,64 @@ class _Checks:
 
     def _mechanism(self, config: RunConfig, name: str, one: Mapping[str, Any]) -> None:
         """Hold noise, rate and delta against the plan that follows from the configuration."""
-        size = len(read_run_file(self.run_dir)["institutions"])
-        spending = Spending(config=config, participations=participations(config, size))
+        spending = Spending(config=config, participations=participations(config, self._size()))
         try:
             plan = spending.checked(PrivacySpent(**one["institution_says"]))
         except Refusal as refusal:
             raise ValueError(f"{name}: {refusal}") from None
         for key in ("sample_rate", "delta"):
             _same(f"{key} of {name}", one[key], getattr(plan, key), CONFIG)
-        sigma = plan.noise_multiplier
-        if not abs(one["noise_multiplier"] - sigma) <= NOISE_TOLERANCE * sigma:
-            raise ValueError(
-                f"noise_multiplier of {name} is {one['noise_multiplier']}, but the plan has {sigma}"
-            )
+        _planned(name, one["noise_multiplier"], plan.noise_multiplier)
+
+    def _size(self) -> int:
+        """The number of institutions."""
+        return len(read_run_file(self.run_dir)["institutions"])
 
     def _secure_aggregation(self, config: RunConfig) -> None:
         privacy = config.privacy
         if not privacy.shares_noise:
             _same("secure_aggregation", self.said.get("secure_aggregation"), None, CONFIG)
             return
+        said = self.said["secure_aggregation"]
         for key in ("honest", "colluding", "protocol"):
-            _same(key, self.said["secure_aggregation"][key], getattr(privacy, key), CONFIG)
+            _same(key, said[key], getattr(privacy, key), CONFIG)
+        size = self._size()
+        _same("institutions of secure_aggregation", said["institutions"], size, RESULT)
+        least = noise_shares.least_survivors(size, privacy.honest, privacy.colluding)
+        _same("least_survivors", said["least_survivors"], least, CONFIG)
+        for one in read_records(self.run_dir):
+            if not one["skipped"] and one["updates"] < least:
+                raise ValueError(
+                    f"round {one['round']} added up {one['updates']} vectors, but a sum needs "
+                    f"{least}"
+                )
 
-    def _level(self, config: RunConfig) -> list[str]:
-        """The second mechanism, which hides institutions."""
+    def _level(self, config: RunConfig, rounds: int) -> list[str]:
+        """The second mechanism, which hides institutions.
+
+        Args:
+            config: The run's configuration.
+            rounds: The most rounds that have one institution, by rounds.jsonl.
+        """
         level = self.said.get("institution_level")
-        if not config.privacy.hides_institutions:
+        privacy = config.privacy
+        if not privacy.hides_institutions:
             _same("institution_level", level, None, CONFIG)
             return []
         assert level is not None
-        found = accounting.epsilon(
-            institution_privacy.history(level["noise_multiplier"], level["steps"]),
-            level["delta"],
-            level["accountant"],
-        )
-        _close("epsilon of institution_level", level["epsilon"], found)
-        _same("max_norm", level["max_norm"], config.privacy.institution_max_norm, CONFIG)
-        return [f"institutions as a whole {found:.4f}"]
+        size = self._size()
+        plan = institution_privacy.plan(config, size, participations(config, size))
+        _planned("institution_level", level["noise_multiplier"], plan.noise_multiplier)
+        found = dataclasses.replace(plan, noise_multiplier=level["noise_multiplier"])
+        expected = found.statement([max(level["steps"], rounds)])
+        for key in expected.keys() - {"odds"}:  # `_odds` has those
+            _close(f"{key} of institution_level", level[key], expected[key])
+        if expected["epsilon"] > privacy.institution_epsilon * (1 + TOLERANCE):
+            raise ValueError(
+                f"epsilon of institution_level is {expected['epsilon']:g}, above "
+                f"{privacy.institution_epsilon:g}"
+            )
+        return [f"institutions as a whole {expected['epsilon']:.4f}"]
 
     def _odds(self) -> str:
         config = self._config()
@@ -303,6 +325,12 @@ class _Checks:
 def _same(name: str, said: Any, found: Any, where: str) -> None:
     if said != found:
         raise ValueError(f"{name} is {_short(said)}, but {_short(found)} by {where}")
+
+
+def _planned(name: str, said: float, sigma: float) -> None:
+    """Require the planned noise, up to the difference between two machines' searches."""
+    if not abs(said - sigma) <= NOISE_TOLERANCE * sigma:
+        raise ValueError(f"noise_multiplier of {name} is {said}, but the plan has {sigma}")
 
 
 def _close(name: str, said: Any, found: Any) -> None:

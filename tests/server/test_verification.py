@@ -17,7 +17,7 @@ from fedlora import config as configuration
 from fedlora import seal
 from fedlora.errors import InputError
 from fedlora.run_files import finite
-from server import binding, privacy_statement, verification
+from server import binding, institution_privacy, privacy_statement, verification
 
 runner = CliRunner()
 
@@ -208,14 +208,21 @@ def test_a_run_without_promise_is_verified_too(tiny_config, simulate_run):
     assert not failing(Path(config.run_dir))
 
 
+LEVEL = {
+    "privacy.noise": "secure",
+    "privacy.institution-epsilon": 5.0,
+    "federation.rounds": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def level_template(tmp_path_factory):
+    """Where the first test that promises something to institutions leaves its run."""
+    return tmp_path_factory.mktemp("level") / "run"
+
+
 def test_the_second_mechanism_is_computed_anew(tiny_config, simulate_run):
-    config = tiny_config(
-        **{
-            "privacy.noise": "secure",
-            "privacy.institution-epsilon": 5.0,
-            "federation.rounds": 1,
-        }
-    )
+    config = tiny_config(**LEVEL)
     simulate_run(config)
     directory = Path(config.run_dir)
     assert not failing(directory)
@@ -224,6 +231,63 @@ def test_the_second_mechanism_is_computed_anew(tiny_config, simulate_run):
         path = ("institution_level", key)
         write(directory, changed(content, path, other(content["institution_level"][key])))
         assert "epsilon" in failing(directory), key
+
+
+@pytest.mark.parametrize("change", [{"delta": 0.02}, {"noise_multiplier": 0.9}, {"steps": 0}])
+def test_a_second_mechanism_other_than_the_planned_one_is_found_though_its_figures_agree(
+    tiny_config, simulate_run, level_template, change
+):
+    config = tiny_config(**LEVEL)
+    if not level_template.exists():
+        simulate_run(config)
+        shutil.copytree(config.run_dir, level_template)
+    elif not Path(config.run_dir).exists():
+        shutil.copytree(level_template, config.run_dir)
+    directory = Path(config.run_dir)
+    content = statement(directory)
+    level = content["institution_level"]
+    assert not failing(directory) and all(level[key] != value for key, value in change.items())
+    mechanism = institution_privacy.InstitutionMechanism(
+        **{
+            **{key: level[key] for key in ("noise_multiplier", "max_norm", "delta", "accountant")},
+            **{key: value for key, value in change.items() if key != "steps"},
+        },
+        seed=None,
+    )
+    steps = change.get("steps", level["steps"])
+    content["institution_level"] = mechanism.statement([steps])
+    write(directory, content)
+    assert failing(directory) == {"epsilon"}
+
+
+def test_a_sum_of_fewer_institutions_than_the_promise_needs_is_found(tiny_config, simulate_run):
+    config = tiny_config(
+        **{
+            "privacy.noise": "secure",
+            "privacy.trust": "secure-aggregation",
+            "privacy.honest": 2,
+            "privacy.colluding": 1,
+            "privacy.delta": 1e-4,
+            "federation.weighting": "public-size",
+            "training.local-steps": 1,
+            "training.sample-rate": 0.2,
+            "federation.rounds": 1,
+        }
+    )
+    simulate_run(config)
+    directory = Path(config.run_dir)
+    assert not failing(directory)
+    content = statement(directory)
+    for key in ("institutions", "least_survivors"):
+        path = ("secure_aggregation", key)
+        write(directory, changed(content, path, content["secure_aggregation"][key] - 1))
+        assert "epsilon" in failing(directory), key
+    rounds = directory / "rounds.jsonl"
+    line = json.loads(rounds.read_text())
+    rounds.write_text(json.dumps(line | {"updates": 2}) + "\n")
+    content["run"]["files"] = binding.digests(directory)
+    write(directory, content)
+    assert failing(directory) == {"epsilon"}
 
 
 def test_an_unfinished_or_unbound_run_is_bad_input(run_directory, tmp_path):
