@@ -26,6 +26,9 @@ MAX_BESIDE_ARRAYS = 16 * 2**20
 """The most bytes of a reply's objects other than pieces of arrays."""
 MAX_OBJECTS = 10_000
 """The most objects of a reply other than pieces of large arrays."""
+MAX_STALL = 60.0
+"""The most seconds that the server waits for one object of a reply, which its node sends before or
+while the server pulls."""
 
 Sleep = Callable[[float], None]
 
@@ -94,7 +97,7 @@ def wrap_push_messages(wrap: Callable[[Callable[..., Any]], Callable[..., Any]])
     fleet_handlers.push_messages = wrap(fleet_handlers.push_messages)
 
 
-def stream_replies(most_bytes: int) -> None:
+def stream_replies(most_bytes: int, seconds: float) -> None:
     """Have Flower's Grid hand out replies one by one, with each large array in a file.
 
     Flower's own ``HttpGrid.pull_messages`` pulls all replies that have arrived before it returns,
@@ -103,10 +106,13 @@ def stream_replies(most_bytes: int) -> None:
 
     Flower confirms a reply before it inflates it, and raises where it cannot; the SuperLink does
     not hand out the other replies of that request again. Here a reply is inflated first, and one
-    that cannot be inflated is reported as unavailable. A second call changes ``most_bytes`` only.
+    that cannot be inflated is reported as unavailable. So is one whose node has stopped sending it:
+    Flower would wait more than an hour for it, and so for all others. A second call changes the
+    bounds only.
 
     Args:
         most_bytes: The most bytes of one reply; a larger one is unavailable.
+        seconds: The longest wait for one reply's objects, and `MAX_STALL` for a single object.
     """
     from flwr.superlink.grid import http_grid
 
@@ -116,13 +122,13 @@ def stream_replies(most_bytes: int) -> None:
         pull = http_grid.make_pull_object_fn_protobuf(client.PullObject, self.node, run_id)
         trees = zip(response.messages_list, response.message_object_trees, strict=True)
         for proto, tree in trees:
-            yield _pulled(self, proto.metadata, tree, pull, most_bytes)
+            yield _pulled(self, proto.metadata, tree, pull, (most_bytes, seconds))
 
     http_grid.HttpGrid.pull_messages = pull_messages
 
 
 def _pulled(
-    grid: Any, metadata: Any, tree: Any, pull: Callable[[str], bytes], most_bytes: int
+    grid: Any, metadata: Any, tree: Any, pull: Callable[[str], bytes], most: tuple[int, float]
 ) -> Message:
     """One reply, confirmed; or an error in its place.
 
@@ -138,7 +144,7 @@ def _pulled(
 
     run_id, node = grid.run.run_id, grid.node
     try:
-        message = _inflated(tree, pull, most_bytes)
+        message = _inflated(tree, pull, *most)
         if not isinstance(message, Message):
             raise ValueError("no message")
         own = message.metadata  # the sender wrote it; the SuperLink checked the other one
@@ -172,7 +178,7 @@ def _pulled(
     return message
 
 
-def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
+def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int, seconds: float) -> Any:
     """The object at the root of a tree; its arrays of several pieces are in files.
 
     A reply is small on the wire and large in memory if it repeats a piece. So what arrays hold is
@@ -190,9 +196,18 @@ def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int) -> Any:
     maps: dict[bytes, mmap.mmap] = {}
     pulled, held, about_arrays = (_Room(most_bytes), _Room(most_bytes), _Room(MAX_BESIDE_ARRAYS))
     objects = _Room(MAX_OBJECTS)
+    deadline = time.monotonic() + seconds
 
     def get(object_id: str) -> bytes:
-        content = inflatable_utils.pull_objects([object_id], pull)[object_id]
+        left = deadline - time.monotonic()
+        content = inflatable_utils.pull_objects(
+            [object_id],
+            pull,
+            max_time=min(MAX_STALL, left),
+            max_tries_per_object=None,
+            initial_backoff=0.1,
+            backoff_cap=1.0,
+        )[object_id]
         pulled.take(len(content))
         return content
 

@@ -144,7 +144,8 @@ class Federation:
         self.work = trainable.load(config, self.population.labels)
         self.state = self._first_state(resumed)
         if config.deployed:
-            flower_internals.stream_replies(limits.most_reply_bytes(self.work.start))
+            most = limits.most_reply_bytes(self.work.start)
+            flower_internals.stream_replies(most, config.federation.timeout)
         if config.deployed and self.population.held_out is None:
             self.work = trainable.without_weights(self.work)
             gc.collect()  # a model is full of cycles

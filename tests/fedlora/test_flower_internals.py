@@ -161,7 +161,7 @@ def streaming(identity, monkeypatch):
     """Flower's Grid hands out replies one by one; pieces of arrays have four bytes."""
     _restore(monkeypatch, http_grid.HttpGrid, "pull_messages")
     monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 4)
-    flower_internals.stream_replies(10_000)
+    flower_internals.stream_replies(10_000, 5.0)
 
 
 def _only_array(message):
@@ -232,6 +232,48 @@ def test_a_reply_in_another_nodes_name_or_to_its_order_is_refused(identity, stre
     bad, good = grid.pull_messages(["1", "2"])
     assert bad.has_error() and bytes(_only_array(good).data) == b"abcdefgh"
     assert len(runtime.confirmed) == 1
+
+
+@pytest.mark.parametrize("bound", ["one object", "the reply"])
+def test_a_node_that_stops_sending_its_reply_does_not_hold_up_the_others(
+    identity, streaming, monkeypatch, bound
+):
+    """Flower waits 500 times up to ten seconds for an object that was announced."""
+    if bound == "one object":
+        monkeypatch.setattr(flower_internals, "MAX_STALL", 0.3)
+    else:
+        flower_internals.stream_replies(10_000, 0.3)
+    sent, runtime, grid = _replies(identity, b"abcdefghij", b"abcdefgh")
+    missing = _only_array(sent[0]).object_id
+    honest, asked = runtime.PullObject, []
+
+    def unfinished(request):
+        if request.object_id != missing:
+            return honest(request)
+        asked.append(request.object_id)
+        assert len(asked) < 50
+        return SimpleNamespace(object_found=True, object_available=False, object_content=b"")
+
+    runtime.PullObject = unfinished
+    bad, good = grid.pull_messages(["1", "2"])
+    assert bad.has_error() and bytes(_only_array(good).data) == b"abcdefgh"
+    assert len(asked) > 1 and runtime.confirmed == [sent[1].metadata.message_id]
+
+
+def test_an_object_that_arrives_late_is_waited_for(identity, streaming):
+    sent, runtime, grid = _replies(identity, b"abcdefghij")
+    late = _only_array(sent[0]).object_id
+    honest, asked = runtime.PullObject, []
+
+    def slow(request):
+        asked.append(request.object_id)
+        if asked.count(late) == 1 and request.object_id == late:
+            return SimpleNamespace(object_found=True, object_available=False, object_content=b"")
+        return honest(request)
+
+    runtime.PullObject = slow
+    (good,) = grid.pull_messages(["1"])
+    assert bytes(_only_array(good).data) == b"abcdefghij" and asked.count(late) == 2
 
 
 def test_a_superlink_that_does_not_answer_is_no_fault_of_a_reply(identity, streaming):

@@ -127,7 +127,7 @@ def main(folder, updates, streams):
     grid = http_grid.HttpGrid(token="x")
     grid._run, grid._client = Run.create_empty(1), SuperLink(folder)
     if streams:
-        flower_internals.stream_replies(limits.most_reply_bytes(order.adapter))
+        flower_internals.stream_replies(limits.most_reply_bytes(order.adapter), 60.0)
     this_round = Round(number=1, asked=updates, before=order.adapter, run="a1")
     replies = Replies(grid, messages, names, this_round, report=(), spending=None, timeout=60.0)
     size = order.adapter.num_bytes
