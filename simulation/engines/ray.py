@@ -221,6 +221,7 @@ class RayGrid(SimulationGrid):
         self._running: dict[Any, tuple[int, _Call]] = {}  # reference -> worker, call
         self._at_worker: list[collections.deque[Any]] = [collections.deque() for _ in range(count)]
         self._new = set(range(count))  # workers without a reply so far
+        self._starting = {w.pid.remote(): i for i, w in enumerate(self._workers)}  # no answer yet
 
     def __enter__(self) -> "RayGrid":
         return self
@@ -263,8 +264,8 @@ class RayGrid(SimulationGrid):
         if fresh:
             oldest = min(fresh) - MAX_CACHED_RECORDS
             self._shared = {n: r for n, r in self._shared.items() if n >= oldest} | fresh
-            for worker in self._workers:
-                worker.store_shared.remote(list(fresh), *fresh.values())
+            for index in self._started():
+                self._workers[index].store_shared.remote(list(fresh), *fresh.values())
         self._queue.clear()  # no caller waits for the messages of an earlier push
         self._queue.extend(_group(jobs, len(self._workers)))
         self._begin_exchange([job.message for job in jobs])
@@ -295,16 +296,38 @@ class RayGrid(SimulationGrid):
                 if reference in self._running:
                     replies += self._collect(reference)
             replies += self._end_overdue()
+        self._admit()
         self._dispatch()
         for reply in replies:
             set_message_id(reply)
         self.answered += len(replies)
         return replies
 
+    def _started(self) -> list[int]:
+        """The numbers of the workers that have answered."""
+        starting = self._starting.values()
+        return [index for index in range(len(self._workers)) if index not in starting]
+
+    def _admit(self) -> None:
+        """Count in the workers that have started, or cannot start; wait for one if none works."""
+        if not self._starting:
+            return
+        ready, _ = ray.wait(
+            list(self._starting),
+            num_returns=len(self._starting) if self._running else 1,
+            timeout=0.0 if self._running else 0.1,
+        )
+        for reference in ready:
+            index = self._starting.pop(reference)
+            if self._shared:
+                self._workers[index].store_shared.remote(list(self._shared), *self._shared.values())
+
     def _dispatch(self) -> None:
         """Send calls to idle workers, and queue short calls behind a running one."""
+        started = self._started()
         for depth in range(1, MAX_QUEUED_CALLS + 1):
-            for index, calls in enumerate(self._at_worker):
+            for index in started:
+                calls = self._at_worker[index]
                 if not self._queue or (
                     depth > 1 and not 0 < self._queue[0].seconds <= SHORT_CALL_SECONDS
                 ):
@@ -378,14 +401,17 @@ class RayGrid(SimulationGrid):
     def _replace(self, index: int, reference: Any, lost: _Call, code: int) -> list[Message]:
         """Start a new worker in place of a dead one.
 
+        Where its machine was lost there may be no place for it until another machine joins. It gets
+        work once it answers.
+
         The running call is split into its messages. A single message is retried, or reported after
         `MAX_ATTEMPTS`. A queued call had not begun and is queued again.
         """
         ray.kill(self._workers[index])
         self._workers[index] = self._start_worker(*self._arguments)
         self._new.add(index)
-        if self._shared:
-            self._workers[index].store_shared.remote(list(self._shared), *self._shared.values())
+        self._starting = {r: i for r, i in self._starting.items() if i != index}
+        self._starting[self._workers[index].pid.remote()] = index
         # A queued call may report the death before the running call does.
         calls = [
             lost if r == reference else self._running.pop(r)[1] for r in self._at_worker[index]

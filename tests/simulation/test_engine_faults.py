@@ -50,3 +50,24 @@ def test_a_cluster_of_two_nodes_serves_one_run():
             assert len(set(grid.worker_pids())) == 2
     finally:
         cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_lost_machine_costs_no_institution():
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        with (
+            started(cluster.address, 2),
+            RayGrid(EMPTY, 6, {}, workers=WorkerSpec(count=2, threads=1)) as grid,
+        ):
+            assert all(right(r) for r in one_round(grid).values())
+            cluster.remove_node(lost, allow_graceful=False)
+            for _ in range(2):
+                assert all(right(r) for r in one_round(grid, ttl=60.0).values())
+            cluster.add_node(num_cpus=1)  # and with a new machine there are two workers again
+            assert len(set(grid.worker_pids())) == 2
+    finally:
+        cluster.shutdown()

@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import psutil
 import pytest
+import ray
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from ray._private import parameter, services
 from ray._private.node import Node
@@ -18,7 +19,7 @@ from server.exchange import exchange
 from server.roster import UNTIMED_TOGETHER
 from simulation.engines.grid import MAX_ADAPTER_BYTES_PER_CALL, MAX_MESSAGES_PER_CALL, identify
 from simulation.engines.inline import InlineGrid
-from simulation.engines.ray import RayGrid, WorkerSpec, _group, _Job, started
+from simulation.engines.ray import RayGrid, WorkerSpec, _group, _Job, _Worker, started
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 
 
@@ -143,7 +144,7 @@ def test_a_reply_is_let_go_once_it_is_handed_over():
 
 @pytest.fixture(scope="module")
 def ray_cores():
-    with started("", 3):  # two of them for one grid, one for the other
+    with started("", 4):  # two of them for one grid, two for the others
         yield
 
 
@@ -162,6 +163,7 @@ def ray_grid_of_costs(ray_cores):
 
 def test_ray_starts_nothing_that_a_simulation_has_no_use_for(ray_grid):
     """Private names of Ray are set aside for it; this is what they have to give."""
+    ray_grid.worker_pids()  # a worker that starts is idle at first
     below = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
     assert any("raylet" in command for command in below)
     for name in ("monitor.py", "dashboard.py", "ray::IDLE"):
@@ -188,3 +190,16 @@ def test_a_worker_killed_between_rounds_is_replaced(ray_grid):
     replies = one_round(ray_grid)
     assert all(right(r) for r in replies.values())
     assert victim not in ray_grid.worker_pids()
+
+
+def test_a_worker_whose_place_is_lost_leaves_the_round_to_the_others(ray_cores):
+    """As after the loss of a machine: nothing is left on which a replacement could start."""
+    with RayGrid(EMPTY, 6, {}, workers=WorkerSpec(count=2, threads=1)) as grid:
+        assert all(right(r) for r in one_round(grid).values())
+        victim = grid.worker_pids()[0]
+        grid._start_worker = ray.remote(_Worker).options(num_cpus=99).remote
+        os.kill(victim, signal.SIGKILL)
+        time.sleep(0.5)
+        for _ in range(2):
+            assert all(right(r) for r in one_round(grid, ttl=20.0).values())
+        assert len(grid._starting) == 1
