@@ -1,7 +1,9 @@
 """Prints the memory that a server takes for a round of large updates, in adapters.
 
 The replies come through Flower's Grid from a SuperLink that makes each piece when it is asked for.
-Run as a program: a process's peak is its own.
+Run as a program: a process's peak is its own. 196 layers make adapters of 205 MB.
+
+Usage: python -m tests.server.memory_of_a_round DIR 10 streams [LAYERS]
 """
 
 import dataclasses
@@ -39,13 +41,13 @@ PIECE = 2**19
 """Bytes of a piece, so that an adapter has as many as one of 205 MB has of Flower's 5 MB."""
 
 
-def adapter(value):
-    """An adapter of 21 MB; a tensor's values are alike."""
+def adapter(value, layers):
+    """An adapter of about 1 MB a layer; a tensor's values are alike."""
     shapes = {"A": (RANK, WIDTH), "B": (WIDTH, RANK)}
     return AdapterState(
         {
             f"layer{i}.lora_{part}.weight": torch.full(shape, value + i)
-            for i in range(LAYERS)
+            for i in range(layers)
             for part, shape in shapes.items()
         }
     )
@@ -89,9 +91,9 @@ def memory(field):
     return int(text.split(field + ":")[1].split()[0]) * 1024
 
 
-def answer(folder, messages, names):
+def answer(folder, messages, names, layers):
     """Keep each node's reply on disk."""
-    update = ClientUpdate(institution="", round=1, run="a1", adapter=adapter(1.0))
+    update = ClientUpdate(institution="", round=1, run="a1", adapter=adapter(1.0, layers))
     packed, replies = wire.pack_update(update), []
     with no_object_id_recompute():
         for message in messages:
@@ -108,20 +110,21 @@ def answer(folder, messages, names):
     (folder / "replies").write_bytes(pickle.dumps(replies))
 
 
-def main(folder, updates, streams):
+def main(folder, updates, streams, layers=LAYERS):
     """Play the round; ``streams``: whether the Grid is fedlora's."""
+    torch.set_num_threads(1)  # a fork has no other threads
     array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE = PIECE
     flower_internals.set_identity(1, 1, 1)
     names = {node + 1: f"bank{node:02}" for node in range(updates)}
     before = memory("VmRSS")
-    order = train_order(run="a1", round=1, parts=("A", "B"), adapter=adapter(0.0))
+    order = train_order(run="a1", round=1, parts=("A", "B"), adapter=adapter(0.0, layers))
     content = wire.pack_order(order, wire.pack_adapter(order.adapter))
     messages = [Message(content, node, "train", ttl=600.0) for node in names]
     with no_object_id_recompute():
         for message in messages:
             message.metadata.__dict__["_message_id"] = message.object_id
     if not (child := os.fork()):  # what institutions take is not the server's
-        answer(folder, messages, names)
+        answer(folder, messages, names, layers)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     grid = http_grid.HttpGrid(token="x")
@@ -136,9 +139,9 @@ def main(folder, updates, streams):
     result = Mean(config).aggregate(this_round, replies).adapter
     peak = (memory("VmHWM") - before) / size
     assert replies.valid == updates and not replies.failed
-    assert all(torch.equal(tensor, adapter(1.0)[name]) for name, tensor in result.items())
+    assert all(torch.equal(tensor, adapter(1.0, layers)[name]) for name, tensor in result.items())
     print(json.dumps({"adapters": peak, "megabytes": size / 1e6}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "streams")
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "streams", *map(int, sys.argv[4:]))
