@@ -14,6 +14,7 @@ from fedlora import wire
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.run_files import read_records
+from server import verification
 from server.roster import RunFailed
 from simulation import run
 from simulation.engines.grid import error_reply, run_server
@@ -146,6 +147,8 @@ def test_an_institution_that_vanishes_at_any_step_changes_no_bit_and_comes_back(
     assert _same(_adapter(ideal), _adapter(full))
     counts = [[r["updates"] for r in read_records(Path(c.run_dir))] for c in (ideal, full)]
     assert counts == [[5, 4, 5, 4]] * 2
+    checks = verification.verify(Path(full.run_dir))
+    assert [check.detail for check in checks if check.state == "failed"] == []
 
 
 @pytest.mark.parametrize(("step", "answered"), [(TRAIN, 0), (wire.LIST, 0), (wire.UNMASK, 3)])
@@ -158,6 +161,8 @@ def test_a_round_with_too_few_is_given_up_changes_nothing_and_the_run_goes_on(bo
     assert grid.exchanges[wire.UNMASK] == (3 if step == wire.UNMASK else 2)
     closed = [e["round"] for entries in _ledgers(full) for e in entries if e["answered"]]
     assert closed.count(2) == answered and closed.count(1) == closed.count(3) == 5
+    checks = verification.verify(Path(full.run_dir))
+    assert [check.detail for check in checks if check.state == "failed"] == []
 
 
 def test_a_setup_without_one_institution_begins_no_round_and_is_made_by_a_resumed_run(both):
