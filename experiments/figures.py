@@ -191,8 +191,8 @@ def against_epsilon(
             bands = [(x, y, h) for x, y, h in zip(places, ys, halves, strict=True) if h is not None]
             if bands:
                 x, y, h = zip(*bands, strict=True)
-                low = [a - b for a, b in zip(y, h, strict=True)]
-                high = [a + b for a, b in zip(y, h, strict=True)]
+                low = [max(0.0, a - b) for a, b in zip(y, h, strict=True)]
+                high = [min(1.0, a + b) for a, b in zip(y, h, strict=True)]
                 axes.fill_between(x, low, high, color=SERIES[i], alpha=0.18, lw=0)
         for i, (of, y) in enumerate(levels.items()):
             axes.axhline(y, color=MUTED, ls=DASHES[(i + 1) % len(DASHES)], lw=1.2)

@@ -1,5 +1,6 @@
 """The page on a sweep: the cost of privacy, and each institution's gain."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,19 +105,30 @@ def _tiles(lines: Lines) -> dict[str, str]:
 
 
 def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
-    """Draw accuracy against epsilon, with a line for each arm under DP and each setting."""
+    """Draw accuracy against epsilon, with a line for each arm under DP and each setting of it.
+
+    Settings with the same runs share one line.
+    """
     if EPSILON not in axes:
         return {}
     others = [axis for axis in axes if axis != EPSILON]
-    series: dict[str, list[Mapping[str, Any]]] = {}
+    settings: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     free: dict[tuple[str, str], Mapping[str, Any]] = {}
     for line in lines:
         if line["accuracy"] is None:
             continue
+        setting = (line["arm"], setting_of(line, others))
         if line["arm"].endswith("-dp"):
-            series.setdefault(_name(line["arm"], setting_of(line, others)), []).append(line)
+            settings.setdefault(setting, []).append(line)
         else:
-            free[line["arm"], setting_of(line, others)] = line
+            free[setting] = line
+    own = {key: points for key, points in settings.items() if not all(p["same_as"] for p in points)}
+    before, after = (Counter(arm for arm, _ in keys) for keys in (settings, own))
+    series = {
+        # the setting of an arm that no setting changes would say nothing
+        _name(arm, label if after[arm] > 1 or before[arm] == 1 else ""): points
+        for (arm, label), points in own.items()
+    }
     shown = list(series.items())[: figures.MAX_SERIES]
     drawn: list[figures.Line] = []
     for name, points in shown:

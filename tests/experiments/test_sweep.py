@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from experiments import joining_page, results, sweep
+from experiments import joining_page, results, sweep, sweep_page
 from fedlora import records
 from fedlora.errors import InputError
 from tests.samples import compared
@@ -133,6 +133,38 @@ def test_other_records_are_another_cell(sweep_file, complaints, tmp_path):
     records.forget()  # as another process would
     after, _ = sweep.cells(sweep.read(path))
     assert len(before) == len(after) == 1 and set(before) != set(after)
+
+
+def test_an_arm_that_a_setting_does_not_change_is_one_line_against_epsilon(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        sweep_page.figures,
+        "against_epsilon",
+        lambda name, title, lines, levels, label: drawn.update((of, y) for of, _, y, _ in lines),
+    )
+    lines = [
+        {
+            "arm": arm,
+            "privacy.trust": trust,
+            "privacy.epsilon": epsilon,
+            "accuracy": accuracy + epsilon / 100,
+            "accuracy_ci95": None,
+            "same_as": "local" * (arm == "central-dp" and trust != "local"),
+        }
+        for arm, trust, accuracy in (
+            ("central-dp", "local", 0.8),
+            ("central-dp", "secure-aggregation", 0.8),
+            ("federated-dp", "local", 0.6),
+            ("federated-dp", "secure-aggregation", 0.7),
+        )
+        for epsilon in (1.0, 8.0)
+    ]
+    sweep_page._privacy(lines, ["privacy.trust", "privacy.epsilon"])
+    assert {name: [round(y, 2) for y in ys] for name, ys in drawn.items()} == {
+        "central-dp": [0.81, 0.88],
+        "federated-dp: local": [0.61, 0.68],
+        "federated-dp: secure-aggregation": [0.71, 0.78],
+    }
 
 
 def test_runs_stand_once_in_the_tables(tmp_path):
