@@ -8,6 +8,7 @@ asks for everything else again, and an institution answers the same order in the
 
 import json
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ log = logging.getLogger("fedlora.server")
 
 SETUP_TRIES = 3
 """Times that an institution is asked for its part in the setup."""
+SETUP_PAUSE = 20.0
+"""Seconds before another try in a deployment: an institution that was restarted is back by then."""
 _TAG = "fedlora secure aggregation 1 server "
 _Answer = TypeVar("_Answer", KeysMessage, SharesMessage, ListMessage, UnmaskMessage)
 Words = npt.NDArray[np.int64]
@@ -167,7 +170,9 @@ class SecureSession:
     ) -> None:
         """Ask until all have answered. Raises `RunFailed` with the reasons of those who did not."""
         waiting, failed = dict(nodes), dict[str, str]()
-        for _ in range(SETUP_TRIES):
+        for attempt in range(SETUP_TRIES):
+            if attempt and self._config.deployed:
+                time.sleep(SETUP_PAUSE)
             failed = self._ask(order, message_type, waiting, kind, accept)
             waiting = {node: name for node, name in waiting.items() if name in failed}
             if not waiting:
