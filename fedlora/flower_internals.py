@@ -7,6 +7,7 @@ imports the module that it changes when it is called: a node loads nothing of th
 
 # pyright: basic, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
+import functools
 import json
 import mmap
 import os
@@ -122,14 +123,13 @@ def stream_replies(most_bytes: int, seconds: float) -> None:
         pull = http_grid.make_pull_object_fn_protobuf(client.PullObject, self.node, run_id)
         trees = zip(response.messages_list, response.message_object_trees, strict=True)
         for proto, tree in trees:
-            yield _pulled(self, proto.metadata, tree, pull, (most_bytes, seconds))
+            inflate = functools.partial(_inflated, tree, pull, most_bytes, seconds)
+            yield _pulled(self, proto.metadata, inflate)
 
     http_grid.HttpGrid.pull_messages = pull_messages
 
 
-def _pulled(
-    grid: Any, metadata: Any, tree: Any, pull: Callable[[str], bytes], most: tuple[int, float]
-) -> Message:
+def _pulled(grid: Any, metadata: Any, inflate: Callable[[], Any]) -> Message:
     """One reply, confirmed; or an error in its place.
 
     Raises:
@@ -144,7 +144,7 @@ def _pulled(
 
     run_id, node = grid.run.run_id, grid.node
     try:
-        message = _inflated(tree, pull, *most)
+        message = inflate()
         if not isinstance(message, Message):
             raise ValueError("no message")
         own = message.metadata  # the sender wrote it; the SuperLink checked the other one

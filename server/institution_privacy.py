@@ -75,18 +75,19 @@ class InstitutionMechanism:
 
     def statement(self, asked: Iterable[int]) -> dict[str, Any]:
         """The part of privacy.json on institutions."""
-        steps = max(asked, default=0)
-        epsilon = self.spent([steps])
+        said = self.spending(max(asked, default=0))
+        if self.seed is None:
+            events = history(self.noise_multiplier, said["steps"])
+            said["odds"] = odds.bounds(events, said["epsilon"], self.delta)
+        return said
+
+    def spending(self, steps: int) -> dict[str, Any]:
+        """`statement` without odds, for an institution that was asked for this many rounds."""
         return {
             "unit": "institution",
             "adversary": ADVERSARY,
             "adjacency": ADJACENCY,
-            "epsilon": epsilon,
-            **(
-                {"odds": odds.bounds(history(self.noise_multiplier, steps), epsilon, self.delta)}
-                if self.seed is None
-                else {}
-            ),
+            "epsilon": self.spent([steps]),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": 1.0,

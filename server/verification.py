@@ -1,11 +1,12 @@
 """`fedlora verify`: privacy.json held against its run's files, and its figures computed anew."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -207,7 +208,8 @@ class _Checks:
     def _epsilon(self) -> str:
         """Compute every epsilon anew, and check its inputs against configuration and rounds."""
         config = self._config()
-        asked = Counter(n for r in read_records(self.run_dir) for n in r["institutions"])
+        rounds = read_records(self.run_dir)
+        asked = Counter(name for one in rounds for name in one["institutions"])
         spent = self.said["institutions"] if config.privacy.enabled else {}
         _same("institutions", self.said["institutions"], spent, CONFIG)
         for name, one in spent.items():
@@ -221,7 +223,7 @@ class _Checks:
         if config.privacy.enabled:
             largest = privacy_statement.largest_epsilon(self.said)
         _same("largest epsilon", largest, read_run_file(self.run_dir)["epsilon_max"], RESULT)
-        self._secure_aggregation(config)
+        self._secure_aggregation(config, rounds)
         level = self._level(config, max(asked.values(), default=0))
         if not spent and not level:
             return "nothing was promised"
@@ -251,7 +253,7 @@ class _Checks:
 
     def _mechanism(self, config: RunConfig, name: str, one: Mapping[str, Any]) -> None:
         """Hold noise, rate and delta against the plan that follows from the configuration."""
-        spending = Spending(config=config, participations=participations(config, self._size()))
+        spending = Spending(config=config, participations=participations(config, self._size))
         try:
             plan = spending.checked(PrivacySpent(**one["institution_says"]))
         except Refusal as refusal:
@@ -260,11 +262,12 @@ class _Checks:
             _same(f"{key} of {name}", one[key], getattr(plan, key), CONFIG)
         _planned(name, one["noise_multiplier"], plan.noise_multiplier)
 
+    @functools.cached_property
     def _size(self) -> int:
         """The number of institutions."""
         return len(read_run_file(self.run_dir)["institutions"])
 
-    def _secure_aggregation(self, config: RunConfig) -> None:
+    def _secure_aggregation(self, config: RunConfig, rounds: Sequence[Mapping[str, Any]]) -> None:
         privacy = config.privacy
         if not privacy.shares_noise:
             _same("secure_aggregation", self.said.get("secure_aggregation"), None, CONFIG)
@@ -272,11 +275,10 @@ class _Checks:
         said = self.said["secure_aggregation"]
         for key in ("honest", "colluding", "protocol"):
             _same(key, said[key], getattr(privacy, key), CONFIG)
-        size = self._size()
-        _same("institutions of secure_aggregation", said["institutions"], size, RESULT)
-        least = noise_shares.least_survivors(size, privacy.honest, privacy.colluding)
+        _same("institutions of secure_aggregation", said["institutions"], self._size, RESULT)
+        least = noise_shares.least_survivors(self._size, privacy.honest, privacy.colluding)
         _same("least_survivors", said["least_survivors"], least, CONFIG)
-        for one in read_records(self.run_dir):
+        for one in rounds:
             if not one["skipped"] and one["updates"] < least:
                 raise ValueError(
                     f"round {one['round']} added up {one['updates']} vectors, but a sum needs "
@@ -296,13 +298,12 @@ class _Checks:
             _same("institution_level", level, None, CONFIG)
             return []
         assert level is not None
-        size = self._size()
-        plan = institution_privacy.plan(config, size, participations(config, size))
+        plan = institution_privacy.plan(config, self._size, participations(config, self._size))
         _planned("institution_level", level["noise_multiplier"], plan.noise_multiplier)
         found = dataclasses.replace(plan, noise_multiplier=level["noise_multiplier"])
-        expected = found.statement([max(level["steps"], rounds)])
-        for key in expected.keys() - {"odds"}:  # `_odds` has those
-            _close(f"{key} of institution_level", level[key], expected[key])
+        expected = found.spending(max(level["steps"], rounds))
+        for key, value in expected.items():
+            _close(f"{key} of institution_level", level[key], value)
         if expected["epsilon"] > privacy.institution_epsilon * (1 + TOLERANCE):
             raise ValueError(
                 f"epsilon of institution_level is {expected['epsilon']:g}, above "

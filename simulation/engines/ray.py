@@ -410,7 +410,6 @@ class RayGrid(SimulationGrid):
         ray.kill(self._workers[index])
         self._workers[index] = self._start_worker(*self._arguments)
         self._new.add(index)
-        self._starting = {r: i for r, i in self._starting.items() if i != index}
         self._starting[self._workers[index].pid.remote()] = index
         # A queued call may report the death before the running call does.
         calls = [

@@ -32,6 +32,11 @@ def template(tmp_path_factory):
 def run_directory(tiny_config, simulate_run, template):
     """A complete run under DP."""
     config = tiny_config(**{"privacy.noise": "secure", "federation.rounds": 2})
+    return made_once(config, simulate_run, template)
+
+
+def made_once(config, simulate_run, template):
+    """The directory of a run, a copy of the one that the first test made."""
     if template.exists():
         shutil.copytree(template, config.run_dir)
     else:
@@ -208,23 +213,21 @@ def test_a_run_without_promise_is_verified_too(tiny_config, simulate_run):
     assert not failing(Path(config.run_dir))
 
 
-LEVEL = {
-    "privacy.noise": "secure",
-    "privacy.institution-epsilon": 5.0,
-    "federation.rounds": 1,
-}
+@pytest.fixture
+def level_directory(tiny_config, simulate_run, template):
+    """A complete run that promises something to institutions too."""
+    config = tiny_config(
+        **{
+            "privacy.noise": "secure",
+            "privacy.institution-epsilon": 5.0,
+            "federation.rounds": 1,
+        }
+    )
+    return made_once(config, simulate_run, template.with_name("level"))
 
 
-@pytest.fixture(scope="module")
-def level_template(tmp_path_factory):
-    """Where the first test that promises something to institutions leaves its run."""
-    return tmp_path_factory.mktemp("level") / "run"
-
-
-def test_the_second_mechanism_is_computed_anew(tiny_config, simulate_run):
-    config = tiny_config(**LEVEL)
-    simulate_run(config)
-    directory = Path(config.run_dir)
+def test_the_second_mechanism_is_computed_anew(level_directory):
+    directory = level_directory
     assert not failing(directory)
     content = statement(directory)
     for key in ("epsilon", "noise_multiplier", "delta", "steps"):
@@ -235,15 +238,9 @@ def test_the_second_mechanism_is_computed_anew(tiny_config, simulate_run):
 
 @pytest.mark.parametrize("change", [{"delta": 0.02}, {"noise_multiplier": 0.9}, {"steps": 0}])
 def test_a_second_mechanism_other_than_the_planned_one_is_found_though_its_figures_agree(
-    tiny_config, simulate_run, level_template, change
+    level_directory, change
 ):
-    config = tiny_config(**LEVEL)
-    if not level_template.exists():
-        simulate_run(config)
-        shutil.copytree(config.run_dir, level_template)
-    elif not Path(config.run_dir).exists():
-        shutil.copytree(level_template, config.run_dir)
-    directory = Path(config.run_dir)
+    directory = level_directory
     content = statement(directory)
     level = content["institution_level"]
     assert not failing(directory) and all(level[key] != value for key, value in change.items())
