@@ -1,6 +1,7 @@
 """The table of docs/performance.md: every row measured against its rival, both sides in turn.
 
-Usage: python -m benchmarks.bench [--only ROW ...] [--smollm2 DIR] [--repeats 3] [--quick]
+Usage: python -m benchmarks.bench [--only ROW ...] [--smollm2 DIR] [--mpnet DIR] [--repeats 3]
+           [--quick]
 
 Each row is a ratio within one run on one machine, or a figure with a bound. The command prints the
 median and the spread (lowest to highest) over the repeats. It writes
@@ -77,17 +78,17 @@ class Row:
 
 
 ROWS = {
-    "flower": Row(what="plain Flower's wall time over ours, no DP", target=4, most=False),
-    "pfl": Row(what="the same against pfl in one process", target=1.5, most=False),
+    "flower": Row(what="plain Flower's wall time over ours, no DP", target=5.5, most=False),
+    "pfl": Row(what="the same against pfl in one process", target=3, most=False),
     "flower-memory": Row(
         what="our process tree's peak memory over plain Flower's, two workers",
         target=0.5,
         most=True,
     ),
     "flower-dp": Row(
-        what="wall time of plain Flower with Opacus over ours, DP", target=4, most=False
+        what="wall time of plain Flower with Opacus over ours, DP", target=6, most=False
     ),
-    "flower-dp-rounds": Row(what="the same, 20 rounds of one step", target=10, most=False),
+    "flower-dp-rounds": Row(what="the same, 20 rounds of one step", target=7, most=False),
     "dp-time": Row(what="time of a DP step over the same step without", target=1.1, most=True),
     "dp-memory": Row(what="its memory, likewise", target=1.15, most=True),
     "opacus": Row(
@@ -102,6 +103,15 @@ ROWS = {
         target=0.5,
         most=True,
     ),
+    "smollm2-sft": Row(what="the same for sft, responses of 32", target=0.5, most=True),
+    "mpnet": Row(
+        what="time of an mpnet DP step (64 x 40) over Opacus' hooks in float32",
+        target=0.35,
+        most=True,
+    ),
+    "share": Row(
+        what="share of a DP step's time in products with the base", target=65, most=False, unit="%"
+    ),
     "worker": Row(
         what="memory that a second worker adds, SmolLM2 base", target=350, most=True, unit="MiB"
     ),
@@ -115,14 +125,19 @@ ROWS = {
         what="its driver's memory after 50 rounds", target=1024, most=True, unit="MiB"
     ),
     "empty-growth": Row(what="that over its memory after 5 rounds", target=1.05, most=True),
-    "start": Row(
-        what="second run: time to the first training step", target=10, most=True, unit="s"
-    ),
+    "start": Row(what="second run: time to the first training step", target=4, most=True, unit="s"),
     "deployed": Row(
         what="deployed round, a fresh process per message over a resident base, SmolLM2",
         target=3,
         most=False,
     ),
+    "server-memory": Row(
+        what="server's memory for a round of ten updates of 205 MB",
+        target=1000,
+        most=True,
+        unit="MB",
+    ),
+    "sweep": Row(what="sweep of 69 cells (epsilon.toml)", target=9, most=True, unit="min"),
 }
 
 
@@ -145,9 +160,10 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a measurement: SmolLM2's directory (or ""), repeats, and ``--quick``."""
+    """The options of a measurement: the models' directories (or ""), repeats, and ``--quick``."""
 
     smollm2: str
+    mpnet: str
     repeats: int
     quick: bool
 
@@ -308,14 +324,38 @@ def rate(options: Options) -> dict[str, Outcome]:
 
 
 def smollm2(options: Options) -> dict[str, Outcome]:
-    """A causal model's DP step against plain PEFT's in float32."""
+    """A causal model's DP step against plain PEFT's in float32, as a classifier and for sft."""
+    tasks = {"smollm2": "classification", "smollm2-sft": "sft"}
     if not options.smollm2:
-        return {"smollm2": Outcome(skipped=NO_SMOLLM2)}
+        return {row: Outcome(skipped=NO_SMOLLM2) for row in tasks}
     size = ["--rows", "16", "--tokens", "64", "--turns", "5"]
     if options.quick:
         size = ["--rows", "2", "--tokens", "16", "--physical-batch", "2", "--turns", "2"]
     arguments = ["--against", "peft", "--model", options.smollm2, *size]
-    return repeated(options, {"smollm2": "time_ratio"}, "dp_step", *arguments)
+    found: dict[str, Outcome] = {}
+    for row, task in tasks.items():
+        found |= repeated(options, {row: "time_ratio"}, "dp_step", *arguments, "--task", task)
+    return found
+
+
+def mpnet(options: Options) -> dict[str, Outcome]:
+    """An encoder of 110 million parameters against Opacus' hooks on a float32 one."""
+    if not options.mpnet:
+        return {"mpnet": Outcome(skipped="needs --mpnet DIR")}
+    if not fast_bf16("cpu"):
+        return {"mpnet": Outcome(skipped=NO_BF16)}
+    arguments = ["--against", "opacus", "--model", options.mpnet, "--turns", "5"]
+    return repeated(
+        options, {"mpnet": "time_ratio"}, "dp_step", *arguments, *_brief(options, "--rows", "4")
+    )
+
+
+def share(options: Options) -> dict[str, Outcome]:
+    """The operators of a DP step, from torch's profiler."""
+    arguments = ["--private", *(["--institutions", "1"] if options.quick else [])]
+    said = [module("profile_step", *arguments) for _ in range(options.repeats)]
+    shares = [float(one["shares"]["products with the base"]) for one in said]
+    return {"share": Outcome(values=[100 * value for value in shares], details=said[-1])}
 
 
 def workers(options: Options) -> dict[str, Outcome]:
@@ -394,6 +434,41 @@ def deployed(options: Options) -> dict[str, Outcome]:
     }
 
 
+def server_memory(options: Options) -> dict[str, Outcome]:
+    """The program whose bound is a test (tests/server/test_memory.py), with larger updates."""
+    found: list[Mapping[str, Any]] = []
+    for _ in range(options.repeats):
+        with tempfile.TemporaryDirectory() as scratch:
+            layers = ["20"] if options.quick else ["196"]
+            program = ["-m", "tests.server.memory_of_a_round", scratch, "10", "streams", *layers]
+            found.append(measure.run([sys.executable, *program], cwd=ROOT).said)
+    return {
+        "server-memory": Outcome(
+            values=[one["adapters"] * one["megabytes"] for one in found], details=found[-1]
+        )
+    }
+
+
+def sweep(options: Options) -> dict[str, Outcome]:
+    """A ready sweep, two cells at a time, once."""
+    if options.quick:
+        return {"sweep": Outcome(skipped="not a part of --quick")}
+    file = ROOT / "experiments" / "sweeps" / "epsilon.toml"
+    if not DATA.exists():
+        return {"sweep": Outcome(skipped=f"needs {DATA.relative_to(ROOT.parent)}")}
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+        here = Path(scratch)
+        command = [str(Path(sys.executable).with_name("fedlora")), "sweep", str(file)]
+        done = measure.run(
+            [*command, "--jobs", "2", "--out", str(here / "sweep"), "--json"],
+            environment=work.environment(here / "cache"),
+            cwd=here,
+        )
+    return {"sweep": Outcome(values=[done.seconds / 60], details={"peak_mib": done.peak_mib})}
+
+
+DATA = ROOT.parent / "shared" / "data" / "fpb" / "fpb.csv"
 NO_SMOLLM2 = "needs --smollm2 DIR"
 NO_BF16 = "needs native bf16 products"
 MEASUREMENTS: dict[Callable[[Options], dict[str, Outcome]], tuple[str, ...]] = {
@@ -403,11 +478,15 @@ MEASUREMENTS: dict[Callable[[Options], dict[str, Outcome]], tuple[str, ...]] = {
     dp_step: ("dp-time", "dp-memory"),
     opacus: ("opacus",),
     rate: ("rate-fp32", "rate-bf16"),
-    smollm2: ("smollm2",),
+    smollm2: ("smollm2", "smollm2-sft"),
+    mpnet: ("mpnet",),
+    share: ("share",),
     workers: ("worker",),
     empty: ("empty", "empty-memory", "empty-growth"),
     start: ("start",),
     deployed: ("deployed",),
+    server_memory: ("server-memory",),
+    sweep: ("sweep",),
 }
 """The rows of each measurement."""
 
@@ -529,11 +608,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--smollm2", default="", help="its directory (see docs/performance.md)")
+    parser.add_argument("--mpnet", default="", help="its directory, likewise")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     options = Options(
         smollm2=arguments.smollm2,
+        mpnet=arguments.mpnet,
         repeats=1 if arguments.quick else arguments.repeats,
         quick=arguments.quick,
     )

@@ -1,7 +1,7 @@
 """The cost of a DP step over another step on the same rows: time, and the process's peak memory.
 
 Usage: python -m benchmarks.dp_step [--against plain|peft|opacus] [--model NAME]
-           [--method lora|dora] [--rows 64] [--tokens 40]
+           [--method lora|dora] [--task classification|sft] [--rows 64] [--tokens 40]
 
 Against ``plain``, fedlora's own step without DP, both sides work in micro-batches of the same size,
 with the same base in the same dtype; the DP side clips, adds noise and checks. With ``--tokens 0``
@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+LABELS = {"classification": ("a", "b", "c"), "sft": ()}
+
 
 def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]]:
     """One optimizer step of each requested side, on the same rows."""
@@ -42,6 +44,7 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
         {
             "model.name": arguments.model,
             "model.dtype": arguments.dtype,
+            "model.task": arguments.task,
             "model.quantization": arguments.quantization,
             "adapter.method": arguments.method,
             "training.max-length": max(arguments.tokens, 40),
@@ -57,14 +60,20 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     )
 
     def ours(side: str) -> Callable[[], None]:
-        work = trainable.load(config, ("a", "b", "c"))  # both sides have the one of this process
+        work = trainable.load(
+            config, LABELS[arguments.task]
+        )  # both sides have the one of this process
         if side == "dp":
             return lambda: private_training.train_privately(work, [participant], plan) and None
         return lambda: training.train(work, shard, plan, len(shard), source) and None
 
     def rivals(side: str) -> Callable[[], None]:
         return rival_step.make(
-            arguments.model, rows, private=side == "opacus", device=arguments.device
+            arguments.model,
+            rows,
+            private=side == "opacus",
+            responses=arguments.task == "sft",
+            device=arguments.device,
         )
 
     return [(ours if name in ("dp", "plain") else rivals)(name) for name in names]
@@ -98,7 +107,7 @@ def mechanism(rows: int) -> Any:
 
 
 def random_rows(arguments: argparse.Namespace, config: Any) -> Any:
-    """Rows of random tokens."""
+    """Rows of random tokens; for sft the second half of each is its response."""
     from fedlora import records
     from fedlora.data import shard_of
     from fedlora.encoding import Encoded
@@ -111,6 +120,8 @@ def random_rows(arguments: argparse.Namespace, config: Any) -> Any:
     tokens = draw.integers(1000, 20_000, int(lengths.sum()), dtype=np.int32)
     ids = [row.tolist() for row in np.split(tokens, np.cumsum(lengths)[:-1])]
     targets = draw.integers(0, 3, arguments.rows).tolist()
+    if arguments.task == "sft":
+        targets = (lengths // 2).tolist()
     return shard_of(Encoded(ids=ids, targets=targets, truncated=[False] * len(ids)))
 
 
@@ -139,6 +150,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", default="auto")
     made.add_argument("--quantization", default="none")
     made.add_argument("--method", default="lora")
+    made.add_argument("--task", choices=("classification", "sft"), default="classification")
     made.add_argument("--rows", type=int, default=64)
     made.add_argument("--tokens", type=int, default=40)
     made.add_argument("--physical-batch", type=int, default=64)

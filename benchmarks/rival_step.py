@@ -1,7 +1,7 @@
 """One training step as a user of transformers and PEFT writes it, with and without Opacus' hooks.
 
-In float32 and in one batch. A causal model learns the token that follows each row, from ``labels``
-without other tokens, although transformers computes the logits of every position.
+In float32 and in one batch. A causal model learns each row's last token, or for sft its response,
+from ``labels`` without other tokens, although transformers computes the logits of every position.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,20 @@ IGNORED = -100  # in labels, for transformers
 
 
 def make(
-    name: str, rows: Sequence[rival_model.Row], *, private: bool, device: str = "cpu"
+    name: str,
+    rows: Sequence[rival_model.Row],
+    *,
+    private: bool,
+    responses: bool = False,
+    device: str = "cpu",
 ) -> Callable[[], None]:
     """A step on all rows.
 
     Args:
         name: The base model, as fedlora spells it.
-        rows: Token ids and class of each row.
+        rows: Token ids and class of each row, or for sft its first response position.
         private: Whether Opacus clips per-sample gradients and adds noise.
+        responses: Whether a causal model learns responses.
         device: Where the model and the rows are.
     """
     files = model_files.resolve(name)
@@ -42,9 +48,12 @@ def make(
         model: Any = get_peft_model(
             base, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
         )
-        answers = torch.full_like(batch["input_ids"], IGNORED)
-        answers[:, -1] = batch["input_ids"][:, -1]
-        batch["labels"] = answers
+        ids = batch["input_ids"]
+        last = torch.full_like(batch["labels"], ids.shape[1] - 1)
+        learned = torch.arange(ids.shape[1], device=device) >= (
+            batch["labels"] if responses else last
+        ).unsqueeze(1)
+        batch["labels"] = ids.masked_fill(~learned, IGNORED)
     else:
         kind = AutoConfig.from_pretrained(files.path, trust_remote_code=False).model_type
         work = {

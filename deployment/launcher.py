@@ -27,7 +27,7 @@ from fedlora import flower_internals, logs, startup
 
 log = logging.getLogger("fedlora.client")
 
-IMPORTED = ["flwr.supercore.cli.flower_superexec", "deployment.executor"]
+IMPORTED = ["flwr.supercore.cli.flower_superexec", "deployment.executor", "httpcore"]
 MIN_PAUSE, MAX_PAUSE = 0.1, 1.0
 """Seconds between two requests for a message. Flower's own second is a fifth of a small round."""
 

@@ -1,4 +1,4 @@
-"""The SuperLink: Flower's, with a check of each message's sender, and large objects in files.
+"""The SuperLink: Flower's, with checked senders, requests that wait, and large objects in files.
 
 Flower checks a node's identity by its key, but not that the node's messages are its own. A node
 that knew another node's id could send it orders, which spend its privacy budget; with the id of an
@@ -19,6 +19,7 @@ from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore import log
 from flwr.superlink.cli.flower_superlink import flower_superlink
 
+from deployment.arrivals import Waiting
 from deployment.object_files import FileObjectStore
 from fedlora import flower_internals
 
@@ -48,7 +49,14 @@ def own_answers(push: Push) -> Push:
 
 def main() -> None:
     """Run the SuperLink with Flower's arguments."""
-    flower_internals.wrap_push_messages(own_answers)
+    waiting = Waiting(flower_internals.more_threads)
+    fleet, runtime = flower_internals.wrap_fleet_handler, flower_internals.wrap_runtime_handler
+    runtime("push_messages", waiting.order_push)
+    runtime("push_object", waiting.object_push)
+    fleet("pull_messages", waiting.order_pull)
+    fleet("push_messages", lambda push: own_answers(waiting.reply_push(push)))
+    fleet("push_object", waiting.object_push)
+    runtime("pull_messages", waiting.reply_pull)
     flower_internals.set_database_wait(LOCK_WAIT)
     flower_internals.keep_objects_with(FileObjectStore)
     flower_superlink()

@@ -15,17 +15,24 @@ MIN_SECONDS = 0.2
 """The pause while messages arrive. A request costs the SuperLink some 8 ms."""
 
 
+WAITED_SECONDS = 0.1
+"""A request that took longer has waited at the SuperLink (`deployment.arrivals`)."""
+
+
 class Sleep:
     """``time.sleep`` of Flower's loop."""
 
     def __init__(self) -> None:
         self._pauses = Pauses(MIN_SECONDS, MAX_SECONDS)
+        self._last = time.monotonic()
 
     def __call__(self, seconds: float) -> None:
-        """Pause, for this long at most."""
+        """Pause, for this long at most; not at all after a request that waited."""
         if seconds < MAX_SECONDS:
             self._pauses.message_arrived()
-        time.sleep(min(seconds, self._pauses.seconds))
+        if seconds < MAX_SECONDS or time.monotonic() - self._last < WAITED_SECONDS:
+            time.sleep(min(seconds, self._pauses.seconds))
+        self._last = time.monotonic()
 
 
 def main() -> None:

@@ -91,11 +91,33 @@ def show_server_app_output() -> None:
     AutoExecPlugin.visible_output_task_types |= {TaskType.SERVER_APP}
 
 
-def wrap_push_messages(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Wrap the SuperLink's handler of messages that nodes send."""
+def wrap_fleet_handler(name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wrap a handler of the SuperLink's for requests of nodes."""
     from flwr.superlink.servicer.fleet import fleet_handlers
 
-    fleet_handlers.push_messages = wrap(fleet_handlers.push_messages)
+    setattr(fleet_handlers, name, wrap(getattr(fleet_handlers, name)))
+
+
+def wrap_runtime_handler(
+    name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Wrap a handler of the SuperLink's for requests of the ServerApp."""
+    from flwr.superlink.servicer.runtime import runtime_handlers
+
+    setattr(runtime_handlers, name, wrap(getattr(runtime_handlers, name)))
+
+
+def more_threads(count: int) -> None:
+    """Allow so many more threads for requests of the SuperLink, of which this thread answers one.
+
+    Flower's handlers run in threads of anyio, of which there are 40.
+    """
+    import anyio
+
+    def allow() -> None:
+        anyio.to_thread.current_default_thread_limiter().total_tokens += count
+
+    anyio.from_thread.run_sync(allow)
 
 
 def stream_replies(most_bytes: int, seconds: float) -> None:

@@ -168,6 +168,18 @@ def test_a_supernode_that_waits_for_an_answer_looks_often_afterwards(monkeypatch
     )
 
 
+def test_a_supernode_asks_again_at_once_after_a_request_that_waited(monkeypatch):
+    slept, now = [], [100.0]
+    monkeypatch.setattr(supernode.time, "sleep", slept.append)
+    monkeypatch.setattr(supernode.time, "monotonic", lambda: now[0])
+    sleep = supernode.Sleep()
+    sleep(supernode.MAX_SECONDS)
+    for seconds in (4.0, 0.01, 0.5):
+        now[0] += seconds
+        sleep(supernode.MAX_SECONDS)
+    assert slept == [supernode.MAX_SECONDS] * 2  # after the first and the third request
+
+
 def test_pauses_grow_while_nothing_comes(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(polling.time, "monotonic", lambda: now[0])

@@ -100,9 +100,36 @@ def test_the_superexec_passes_on_the_output_of_a_server_app(monkeypatch):
 
 def test_the_superlink_s_route_uses_the_handler_that_is_wrapped(monkeypatch):
     _restore(monkeypatch, fleet_handlers, "push_messages")
-    flower_internals.wrap_push_messages(lambda push: lambda request, state: ("wrapped", push))
+    flower_internals.wrap_fleet_handler(
+        "push_messages", lambda push: lambda request, state: ("wrapped", push)
+    )
     said, inner = router.fleet_push_messages(request=None, state=None)
     assert said == "wrapped" and callable(inner)
+
+
+def test_the_servers_route_uses_the_handler_that_is_wrapped(monkeypatch):
+    from flwr.superlink import main
+
+    _restore(monkeypatch, main.runtime_handlers, "push_object")
+    flower_internals.wrap_runtime_handler("push_object", lambda push: lambda *_: ("wrapped", push))
+    said, inner = main._RUNTIME_HANDLERS.push_object(None, None, None)
+    assert said == "wrapped" and callable(inner)
+
+
+def test_more_threads_than_anyios_forty_work_at_once():
+    import threading
+
+    import anyio
+
+    both = threading.Barrier(45, timeout=60)
+
+    async def work():
+        await anyio.to_thread.run_sync(flower_internals.more_threads, 5)
+        async with anyio.create_task_group() as group:
+            for _ in range(45):
+                group.start_soon(anyio.to_thread.run_sync, both.wait)
+
+    anyio.run(work)  # a barrier that is not full within a minute raises
 
 
 def test_a_connection_of_the_superlink_waits_as_long_as_was_set(monkeypatch):
