@@ -1,14 +1,17 @@
 """Requests for messages wait at the SuperLink until there is one.
 
-Flower's nodes and its server ask at intervals. A request costs the SuperLink some 20 ms of
+Flower's nodes and its server ask at intervals. A request costs the SuperLink some 10 ms of
 processor, so dozens of nodes, or a server that asks many times for each reply, leave it little time
 for messages. A node that asks while the server still sends the objects of its message waits for
 them in steps of 1, 2, 4 s and so on.
 
-Here a request that finds nothing waits, and ends when all objects of a message for its sender have
-arrived. Its answer is empty all the same, and the sender asks again at once: Flower hands a message
-out once, so a message that answered a request whose sender has died would be lost. A message is
-handed out once all its objects have arrived.
+Here a request that finds nothing waits, at most `SECONDS`, and ends when all objects of a message
+for its sender have arrived. Its answer is empty all the same, and the sender asks again at once:
+Flower hands a message out once, so a message that answered a request whose sender has died would be
+lost. A message that lacks objects is not handed out, unless none has come for `STALL_SECONDS`.
+
+All of this is in memory. After a restart of the SuperLink messages from before are handed out as
+Flower does.
 """
 
 import contextlib
@@ -16,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,16 +29,17 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 SECONDS = 4.0
 """The longest wait of a request."""
-MAX_WAITING = 500
-"""The most requests that wait; each has a thread. Further ones are answered at once."""
-SENDING_SECONDS = 60.0
-"""The time for all objects of a message. After it the message is handed out as Flower does."""
+MIN_SECONDS = 0.12
+"""The shortest wait, by which a node knows that its request has waited (`deployment.supernode`)."""
+MAX_WAITING = 400
+"""The most requests that wait, each in a thread of its own (``pids_limit`` of the container).
+Further ones are answered at once."""
+STALL_SECONDS = 15.0
+"""The time between two objects of a message. After it the message is handed out as Flower does."""
 
 Handler = Callable[..., Any]
 Receiver = tuple[str, int]
 """``"node"`` or ``"run"``, for the server, and its id."""
-
-
 Key = tuple[Receiver, str]
 """A message's receiver, and the order that the message is or answers."""
 
@@ -52,10 +57,19 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._locks: dict[Receiver, threading.Lock] = {}
         self._bells: dict[Receiver, threading.Event] = {}
         self._expected: dict[Key, Expected] = {}  # the oldest first
         self._messages: dict[Receiver, set[str]] = {}
         self._needed_by: dict[str, set[Key]] = {}  # object id -> messages
+
+    def lock(self, receiver: Receiver) -> threading.Lock:
+        """The lock between a look for incomplete messages and the pull that relies on it.
+
+        Whoever announces a new message takes it too, and holds nothing else then.
+        """
+        with self._lock:
+            return self._locks.setdefault(receiver, threading.Lock())
 
     def bell(self, receiver: Receiver) -> threading.Event:
         """An event that is set when a message is complete, or its receiver asks once more."""
@@ -68,8 +82,8 @@ class Arrivals:
         """Note a message, or more objects that have yet to arrive for it."""
         with self._lock:
             self._end_late_ones()
-            key, until = (receiver, order), time.monotonic() + SENDING_SECONDS
-            expected = self._expected.setdefault(key, Expected(missing=set(), until=until))
+            key = (receiver, order)
+            expected = self._expected.setdefault(key, Expected(missing=set(), until=_later()))
             self._messages.setdefault(receiver, set()).add(order)
             for each in objects:
                 expected.missing.add(each)
@@ -77,13 +91,16 @@ class Arrivals:
             if not expected.missing:
                 self._end(key)
 
-    def arrive(self, object_id: str) -> None:
-        """Note that an object has arrived."""
+    def arrive(self, object_id: str, *, ring: bool = True) -> None:
+        """Note that an object has arrived; ``ring``: whether that may end a wait."""
         with self._lock:
             for key in self._needed_by.pop(object_id, ()):
-                self._expected[key].missing.discard(object_id)
-                if not self._expected[key].missing:
-                    self._end(key)
+                expected = self._expected.pop(key)
+                expected.missing.discard(object_id)
+                expected.until = _later()
+                self._expected[key] = expected  # the youngest now
+                if not expected.missing:
+                    self._end(key, ring=ring)
 
     def incomplete(self, receiver: Receiver) -> set[str]:
         """The orders whose message to this receiver lacks objects."""
@@ -96,7 +113,7 @@ class Arrivals:
         while self._expected and now > next(iter(self._expected.values())).until:
             self._end(next(iter(self._expected)))
 
-    def _end(self, key: Key) -> None:
+    def _end(self, key: Key, *, ring: bool = True) -> None:
         receiver, order = key
         for each in self._expected.pop(key).missing:
             self._needed_by[each].discard(key)
@@ -105,25 +122,29 @@ class Arrivals:
         self._messages[receiver].discard(order)
         if not self._messages[receiver]:
             del self._messages[receiver]
-        self._ring(receiver)
+        if ring:
+            self._ring(receiver)
 
     def _ring(self, receiver: Receiver) -> None:
         if bell := self._bells.pop(receiver, None):
             bell.set()
 
 
+def _later() -> float:
+    return time.monotonic() + STALL_SECONDS
+
+
 class Waiting:
     """Flower's handlers, with a wait where there is no message.
 
     Args:
-        more_threads: Called at the first request, in its thread, with `MAX_WAITING`.
+        own_thread: A context in which this thread does not count among those for requests.
     """
 
-    def __init__(self, more_threads: Callable[[int], None]) -> None:
+    def __init__(self, own_thread: Callable[[], AbstractContextManager[None]]) -> None:
         self._arrivals = Arrivals()
         self._places = threading.BoundedSemaphore(MAX_WAITING)
-        self._more_threads = more_threads
-        self._enough_threads = False
+        self._own_thread = own_thread
 
     def order_pull(self, handler: Handler) -> Handler:
         """The handler of a node's request for a message."""
@@ -132,8 +153,9 @@ class Waiting:
             node = ("node", request.node.node_id)
             bell = self._arrivals.bell(node)  # before the look: nothing can arrive in between
             found = PullMessagesResponse()
-            if not self._arrivals.incomplete(node):
-                found = handler(request=request, state=state, store=store)
+            with self._arrivals.lock(node):
+                if not self._arrivals.incomplete(node):
+                    found = handler(request=request, state=state, store=store)
             if not found.messages_list:
                 self._wait(bell)
             return found
@@ -146,10 +168,11 @@ class Waiting:
         def waiting(request: Any, state: Any, task: Any) -> PullAppMessagesResponse:
             run = ("run", task.run_id)
             bell = self._arrivals.bell(run)
-            ids = set(request.message_ids) - self._arrivals.incomplete(run)
             found = PullAppMessagesResponse()
-            if ids:
-                found = handler(PullAppMessagesRequest(message_ids=ids), state, task)
+            with self._arrivals.lock(run):
+                ids = set(request.message_ids) - self._arrivals.incomplete(run)
+                if ids:
+                    found = handler(PullAppMessagesRequest(message_ids=ids), state, task)
             if not found.messages_list:
                 self._wait(bell)
             return found
@@ -205,7 +228,8 @@ class Waiting:
         answered: list[Any] = []
         try:
             for receiver, order in messages:
-                self._arrivals.announce(receiver, order, [stored])
+                with self._arrivals.lock(receiver):
+                    self._arrivals.announce(receiver, order, [stored])
             yield answered
             wanted = set(answered[0].objects_to_push)
             trees = zip(messages, request.message_object_trees, strict=True)
@@ -214,14 +238,14 @@ class Waiting:
                 if needed:
                     self._arrivals.announce(receiver, order, needed)
         finally:
-            self._arrivals.arrive(stored)
+            self._arrivals.arrive(stored, ring=bool(answered))
 
     def _wait(self, bell: threading.Event) -> None:
-        if not self._enough_threads:
-            self._enough_threads = True
-            self._more_threads(MAX_WAITING)
         if self._places.acquire(blocking=False):
             try:
-                bell.wait(SECONDS)
+                with self._own_thread():
+                    began = time.monotonic()
+                    bell.wait(SECONDS)
+                    time.sleep(max(0.0, began + MIN_SECONDS - time.monotonic()))
             finally:
                 self._places.release()

@@ -37,6 +37,9 @@ def own_answers(push: Push) -> Push:
 
     def checked(request: PushMessagesRequest, state: LinkState) -> Any:
         node = request.node.node_id
+        if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+            log(WARNING, "Refused a request of node_id=%s: it has not one message", node)
+            raise HTTPException(403, "a node sends one message at a time")
         for message in request.messages_list:
             said = message.metadata
             if said.src_node_id != node or not said.reply_to_message_id:
@@ -49,7 +52,7 @@ def own_answers(push: Push) -> Push:
 
 def main() -> None:
     """Run the SuperLink with Flower's arguments."""
-    waiting = Waiting(flower_internals.more_threads)
+    waiting = Waiting(flower_internals.own_thread)
     fleet, runtime = flower_internals.wrap_fleet_handler, flower_internals.wrap_runtime_handler
     runtime("push_messages", waiting.order_push)
     runtime("push_object", waiting.object_push)

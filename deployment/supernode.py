@@ -12,11 +12,11 @@ MAX_SECONDS = 3.0
 answers."""
 
 MIN_SECONDS = 0.2
-"""The pause while messages arrive. A request costs the SuperLink some 8 ms."""
+"""The pause while messages arrive. A request costs the SuperLink some 10 ms."""
 
 
 WAITED_SECONDS = 0.1
-"""A request that took longer has waited at the SuperLink (`deployment.arrivals`)."""
+"""A request that waited at the SuperLink took longer (`deployment.arrivals`)."""
 
 
 class Sleep:

@@ -7,6 +7,7 @@ imports the module that it changes when it is called: a node loads nothing of th
 
 # pyright: basic, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
+import contextlib
 import functools
 import json
 import mmap
@@ -107,17 +108,22 @@ def wrap_runtime_handler(
     setattr(runtime_handlers, name, wrap(getattr(runtime_handlers, name)))
 
 
-def more_threads(count: int) -> None:
-    """Allow so many more threads for requests of the SuperLink, of which this thread answers one.
+@contextlib.contextmanager
+def own_thread() -> Iterator[None]:
+    """Leave the threads in which the SuperLink answers requests to others while the block runs.
 
-    Flower's handlers run in threads of anyio, of which there are 40.
+    They are anyio's, of which 40 work at once. The block's own thread is one more.
     """
-    import anyio
+    from anyio import from_thread, to_thread
 
-    def allow() -> None:
-        anyio.to_thread.current_default_thread_limiter().total_tokens += count
+    def add(count: int) -> None:
+        to_thread.current_default_thread_limiter().total_tokens += count
 
-    anyio.from_thread.run_sync(allow)
+    from_thread.run_sync(add, 1)
+    try:
+        yield
+    finally:
+        from_thread.run_sync(add, -1)
 
 
 def stream_replies(most_bytes: int, seconds: float) -> None:

@@ -123,7 +123,7 @@ def test_a_request_is_little_larger_than_flowers_largest_and_is_told_so(gateway)
 
 def test_an_address_has_few_requests_at_once(gateway):
     with contextlib.ExitStack() as stack:
-        for _ in range(16):
+        for _ in range(64):
             _post(stack.enter_context(gateway.link_from("127.0.0.1")), 1)
         time.sleep(0.5)
         more, other = (

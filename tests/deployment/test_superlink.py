@@ -100,6 +100,14 @@ def test_ours_takes_neither_and_takes_a_nodes_own_answer(link):
             _pushed(push, link.state, link.c, forged)
         assert refused.value.status_code == 403
     assert link.state.num_message_res() == 0 and link.state.num_message_ins() == 1
+    for count in (0, 2):
+        request = PushMessagesRequest(
+            node=Node(node_id=link.c),
+            messages_list=[message_to_proto(remove_content_from_message(forged))] * count,
+            message_object_trees=[get_object_tree(forged)] * count,
+        )
+        with pytest.raises(HTTPException, match="one message at a time"):
+            push(request=request, state=link.state)
     _pushed(push, link.state, link.c, _answer(_order(link, link.c), link.c))
     assert link.state.num_message_res() == 1
 
@@ -123,9 +131,10 @@ def waiting(link, monkeypatch):
     """Flower's handlers over the link's state, with a wait."""
     kinds = {"Event": Bell, "Lock": threading.Lock, "BoundedSemaphore": threading.BoundedSemaphore}
     monkeypatch.setattr(arrivals, "threading", SimpleNamespace(**kinds))
+    monkeypatch.setattr(arrivals, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(Bell, "meanwhile", [])
     monkeypatch.setattr(Bell, "waited", [])
-    made, task = arrivals.Waiting(lambda count: None), SimpleNamespace(run_id=link.run)
+    made, task = arrivals.Waiting(contextlib.nullcontext), SimpleNamespace(run_id=link.run)
     order_pull = made.order_pull(fleet_handlers.pull_messages)
     reply_pull = made.reply_pull(runtime_handlers.pull_messages)
     order_push = made.order_push(runtime_handlers.push_messages)
@@ -233,15 +242,6 @@ def test_the_servers_request_waits_for_a_whole_reply_and_no_slow_one_holds_up_th
     for push in slow:
         push()
     assert waiting.replies(ids[0]) == [ids[0]] and Bell.waited == [True, False]
-
-
-def test_a_push_that_is_refused_holds_nobody_up(link, waiting):
-    message, objects = waiting.order(link.a)
-    for push in objects:
-        push()
-    with pytest.raises(HTTPException):
-        waiting.reply(message, link.c)
-    assert waiting.orders(link.a) == [message.object_id] and not Bell.waited
 
 
 def test_flowers_superlink_starts_with_our_handlers_and_waits_for_its_database(monkeypatch):

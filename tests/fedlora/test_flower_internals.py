@@ -116,20 +116,28 @@ def test_the_servers_route_uses_the_handler_that_is_wrapped(monkeypatch):
     assert said == "wrapped" and callable(inner)
 
 
-def test_more_threads_than_anyios_forty_work_at_once():
+def test_a_thread_of_its_own_is_beside_the_forty_for_requests():
     import threading
 
     import anyio
+    from anyio import to_thread
 
-    both = threading.Barrier(45, timeout=60)
+    everybody, left = threading.Barrier(45, timeout=60), []
+
+    def wait():
+        with flower_internals.own_thread():
+            everybody.wait()
 
     async def work():
-        await anyio.to_thread.run_sync(flower_internals.more_threads, 5)
+        limiter = to_thread.current_default_thread_limiter()
+        left.append(limiter.total_tokens)
         async with anyio.create_task_group() as group:
             for _ in range(45):
-                group.start_soon(anyio.to_thread.run_sync, both.wait)
+                group.start_soon(to_thread.run_sync, wait)
+        left.append(limiter.total_tokens)
 
     anyio.run(work)  # a barrier that is not full within a minute raises
+    assert left == [40, 40]
 
 
 def test_a_connection_of_the_superlink_waits_as_long_as_was_set(monkeypatch):
