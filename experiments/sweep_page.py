@@ -1,6 +1,5 @@
 """The page on a sweep: the cost of privacy, and each institution's gain."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, is_complete, read_run_file
 
 Lines = Sequence[Mapping[str, Any]]
+Points = list[Mapping[str, Any]]
 
 ARM_MEANINGS = {
     "base": "base: the model before any training",
@@ -112,7 +112,7 @@ def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
     if EPSILON not in axes:
         return {}
     others = [axis for axis in axes if axis != EPSILON]
-    settings: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    settings: dict[tuple[str, str], Points] = {}
     free: dict[tuple[str, str], Mapping[str, Any]] = {}
     for line in lines:
         if line["accuracy"] is None:
@@ -123,11 +123,9 @@ def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
         else:
             free[setting] = line
     own = {key: points for key, points in settings.items() if not all(p["same_as"] for p in points)}
-    before, after = (Counter(arm for arm, _ in keys) for keys in (settings, own))
     series = {
-        # the setting of an arm that no setting changes would say nothing
-        _name(arm, label if after[arm] > 1 or before[arm] == 1 else ""): points
-        for (arm, label), points in own.items()
+        _name(arm, setting_of(points[0], _telling(arm, others, settings, own))): points
+        for (arm, _), points in own.items()
     }
     shown = list(series.items())[: figures.MAX_SERIES]
     drawn: list[figures.Line] = []
@@ -152,6 +150,20 @@ def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
             levels[arm if len(found) == 1 else f"{arm} (best setting)"] = max(found)
     title = "Accuracy against the privacy budget" + _part(len(series))
     return {title: figures.against_epsilon("epsilon", title, drawn, levels, "accuracy")}
+
+
+def _telling(
+    arm: str,
+    axes: Sequence[str],
+    settings: Mapping[tuple[str, str], Points],
+    own: Mapping[Any, Points],
+) -> list[str]:
+    """The axes that a label of this arm names: not those that change nothing in it."""
+
+    def values(axis: str, lines: Mapping[Any, Points]) -> set[str]:
+        return {str(points[0][axis]) for (of, _), points in lines.items() if of == arm}
+
+    return [axis for axis in axes if len(values(axis, settings)) == 1 or len(values(axis, own)) > 1]
 
 
 def _name(arm: str, label: str) -> str:

@@ -135,7 +135,10 @@ def test_other_records_are_another_cell(sweep_file, complaints, tmp_path):
     assert len(before) == len(after) == 1 and set(before) != set(after)
 
 
-def test_an_arm_that_a_setting_does_not_change_is_one_line_against_epsilon(monkeypatch):
+@pytest.mark.parametrize("counts", [(4,), (4, 16)])
+def test_a_setting_that_does_not_change_an_arm_is_not_in_its_line_against_epsilon(
+    monkeypatch, counts
+):
     drawn = {}
     monkeypatch.setattr(
         sweep_page.figures,
@@ -147,7 +150,8 @@ def test_an_arm_that_a_setting_does_not_change_is_one_line_against_epsilon(monke
             "arm": arm,
             "privacy.trust": trust,
             "privacy.epsilon": epsilon,
-            "accuracy": accuracy + epsilon / 100,
+            "count": count,
+            "accuracy": accuracy + epsilon / 100 + count / 1000,
             "accuracy_ci95": None,
             "same_as": "local" * (arm == "central-dp" and trust != "local"),
         }
@@ -157,14 +161,24 @@ def test_an_arm_that_a_setting_does_not_change_is_one_line_against_epsilon(monke
             ("federated-dp", "local", 0.6),
             ("federated-dp", "secure-aggregation", 0.7),
         )
+        for count in counts
         for epsilon in (1.0, 8.0)
     ]
-    sweep_page._privacy(lines, ["privacy.trust", "privacy.epsilon"])
-    assert {name: [round(y, 2) for y in ys] for name, ys in drawn.items()} == {
-        "central-dp": [0.81, 0.88],
-        "federated-dp: local": [0.61, 0.68],
-        "federated-dp: secure-aggregation": [0.71, 0.78],
+    axes = ["privacy.trust", "privacy.epsilon"] + ["count"] * (len(counts) > 1)
+    sweep_page._privacy(lines, axes)
+    names = {
+        (name, count): name
+        + (": " if name == "central-dp" else ", ") * named
+        + f"count {count}" * named
+        for named in [len(counts) > 1]
+        for count in counts
+        for name in ("central-dp", "federated-dp: local", "federated-dp: secure-aggregation")
     }
+    starts = {"central-dp": 0.81, "federated-dp: local": 0.61}
+    assert set(drawn) == set(names.values())
+    for (name, count), shown in names.items():
+        start = starts.get(name, 0.71) + count / 1000
+        assert drawn[shown] == pytest.approx([start, start + 0.07])
 
 
 def test_runs_stand_once_in_the_tables(tmp_path):
