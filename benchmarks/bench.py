@@ -15,6 +15,7 @@ everything runs: with the least work, without comparisons and files.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,14 @@ class Options:
     quick: bool
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory below the build folder, for as long as the block runs."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as name:
+        yield Path(name)
+
+
 def in_turn(
     sides: Mapping[str, Callable[[int], measure.Measured]], repeats: int
 ) -> dict[str, list[measure.Measured]]:
@@ -194,9 +203,7 @@ def rivals(todo: work.Work, names: Sequence[str], options: Options) -> dict[str,
     pythons = {"flower": Path(sys.executable)}
     if "pfl" in names:
         pythons["pfl"] = work.pfl_python(BUILD / "pfl")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
-        here = Path(scratch)
+    with scratch() as here:
         works = [replace(todo, seed=1 + turn) for turn in range(options.repeats)]
 
         def fedlora(turn: int) -> measure.Measured:
@@ -303,12 +310,16 @@ def dp_step(options: Options) -> dict[str, Outcome]:
     return repeated(options, keys, "dp_step", *_brief(options, "--rows", "16"))
 
 
-def opacus(options: Options) -> dict[str, Outcome]:
+def against_hooks(options: Options, row: str, *arguments: str) -> dict[str, Outcome]:
     """A DP step on a bf16 base against Opacus' hooks on a float32 one."""
     if not fast_bf16("cpu"):
-        return {"opacus": Outcome(skipped=NO_BF16)}
-    arguments = ["--against", "opacus", *_brief(options, "--rows", "16")]
-    return repeated(options, {"opacus": "time_ratio"}, "dp_step", *arguments)
+        return {row: Outcome(skipped=NO_BF16)}
+    return repeated(options, {row: "time_ratio"}, "dp_step", "--against", "opacus", *arguments)
+
+
+def opacus(options: Options) -> dict[str, Outcome]:
+    """MiniLM against Opacus' hooks."""
+    return against_hooks(options, "opacus", *_brief(options, "--rows", "16"))
 
 
 def rate(options: Options) -> dict[str, Outcome]:
@@ -339,15 +350,11 @@ def smollm2(options: Options) -> dict[str, Outcome]:
 
 
 def mpnet(options: Options) -> dict[str, Outcome]:
-    """An encoder of 110 million parameters against Opacus' hooks on a float32 one."""
+    """An encoder of 110 million parameters against Opacus' hooks."""
     if not options.mpnet:
         return {"mpnet": Outcome(skipped="needs --mpnet DIR")}
-    if not fast_bf16("cpu"):
-        return {"mpnet": Outcome(skipped=NO_BF16)}
-    arguments = ["--against", "opacus", "--model", options.mpnet, "--turns", "5"]
-    return repeated(
-        options, {"mpnet": "time_ratio"}, "dp_step", *arguments, *_brief(options, "--rows", "4")
-    )
+    arguments = ["--model", options.mpnet, "--turns", "5", *_brief(options, "--rows", "4")]
+    return against_hooks(options, "mpnet", *arguments)
 
 
 def share(options: Options) -> dict[str, Outcome]:
@@ -371,9 +378,7 @@ def workers(options: Options) -> dict[str, Outcome]:
         "training.physical-batch": 16,
         "training.max-length": 128,  # the prompt alone has 73 tokens
     }
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
-        here = Path(scratch)
+    with scratch() as here:
 
         def of(count: int, turn: int) -> measure.Measured:
             pairs = {**values, "engine.workers": count}.items()
@@ -438,9 +443,9 @@ def server_memory(options: Options) -> dict[str, Outcome]:
     """The program whose bound is a test (tests/server/test_memory.py), with larger updates."""
     found: list[Mapping[str, Any]] = []
     for _ in range(options.repeats):
-        with tempfile.TemporaryDirectory() as scratch:
-            layers = ["20"] if options.quick else ["196"]
-            program = ["-m", "tests.server.memory_of_a_round", scratch, "10", "streams", *layers]
+        with scratch() as here:
+            layers = "20" if options.quick else "196"
+            program = ["-m", "tests.server.memory_of_a_round", str(here), "10", "streams", layers]
             found.append(measure.run([sys.executable, *program], cwd=ROOT).said)
     return {
         "server-memory": Outcome(
@@ -456,9 +461,7 @@ def sweep(options: Options) -> dict[str, Outcome]:
     file = ROOT / "experiments" / "sweeps" / "epsilon.toml"
     if not DATA.exists():
         return {"sweep": Outcome(skipped=f"needs {DATA.relative_to(ROOT.parent)}")}
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
-        here = Path(scratch)
+    with scratch() as here:
         command = [str(Path(sys.executable).with_name("fedlora")), "sweep", str(file)]
         done = measure.run(
             [*command, "--jobs", "2", "--out", str(here / "sweep"), "--json"],

@@ -60,9 +60,8 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     )
 
     def ours(side: str) -> Callable[[], None]:
-        work = trainable.load(
-            config, LABELS[arguments.task]
-        )  # both sides have the one of this process
+        # both sides have the one of this process
+        work = trainable.load(config, LABELS[arguments.task])
         if side == "dp":
             return lambda: private_training.train_privately(work, [participant], plan) and None
         return lambda: training.train(work, shard, plan, len(shard), source) and None

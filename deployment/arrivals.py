@@ -14,11 +14,10 @@ All of this is in memory. After a restart of the SuperLink messages from before 
 Flower does.
 """
 
-import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -181,23 +180,11 @@ class Waiting:
 
     def order_push(self, handler: Handler) -> Handler:
         """The handler of the server's messages."""
-
-        def announcing(request: Any, state: Any, task: Any) -> Any:
-            with self._announced(request, "node") as answered:
-                answered.append(handler(request, state, task))
-            return answered[0]
-
-        return announcing
+        return self._push(handler, lambda said: (("node", said.dst_node_id), said.message_id))
 
     def reply_push(self, handler: Handler) -> Handler:
         """The handler of a node's reply."""
-
-        def announcing(request: Any, state: Any) -> Any:
-            with self._announced(request, "run") as answered:
-                answered.append(handler(request=request, state=state))
-            return answered[0]
-
-        return announcing
+        return self._push(handler, lambda said: (("run", said.run_id), said.reply_to_message_id))
 
     def object_push(self, handler: Handler) -> Handler:
         """The handler of an object of a message."""
@@ -210,35 +197,33 @@ class Waiting:
 
         return arriving
 
-    @contextlib.contextmanager
-    def _announced(self, request: Any, kind: str) -> Iterator[list[Any]]:
-        """Announce a request's messages; the block appends the answer to the list.
+    def _push(self, handler: Handler, key: Callable[[Any], Key]) -> Handler:
+        """A handler of messages that announces them; ``key``: of a message's metadata.
 
         They are incomplete until all are stored: Flower could hand one out before the answer says
         which objects it lacks.
         """
-        stored = f"stored {uuid.uuid4()}"  # no object's id
-        messages: list[Key] = []
-        for message in request.messages_list:
-            said = message.metadata
-            if kind == "node":
-                messages.append((("node", said.dst_node_id), said.message_id))
-            else:
-                messages.append((("run", said.run_id), said.reply_to_message_id))
-        answered: list[Any] = []
-        try:
-            for receiver, order in messages:
-                with self._arrivals.lock(receiver):
-                    self._arrivals.announce(receiver, order, [stored])
-            yield answered
-            wanted = set(answered[0].objects_to_push)
-            trees = zip(messages, request.message_object_trees, strict=True)
-            for (receiver, order), tree in trees:
-                needed = {part.object_id for part in iterate_object_tree(tree)} & wanted
-                if needed:
-                    self._arrivals.announce(receiver, order, needed)
-        finally:
-            self._arrivals.arrive(stored, ring=bool(answered))
+
+        def announcing(request: Any, *arguments: Any, **more: Any) -> Any:
+            stored = f"stored {uuid.uuid4()}"  # no object's id
+            keys = [key(message.metadata) for message in request.messages_list]
+            answer = None
+            try:
+                for receiver, order in keys:
+                    with self._arrivals.lock(receiver):
+                        self._arrivals.announce(receiver, order, [stored])
+                answer = handler(request, *arguments, **more)
+                wanted = set(answer.objects_to_push)
+                trees = zip(keys, request.message_object_trees, strict=True)
+                for (receiver, order), tree in trees:
+                    needed = {part.object_id for part in iterate_object_tree(tree)} & wanted
+                    if needed:
+                        self._arrivals.announce(receiver, order, needed)
+            finally:
+                self._arrivals.arrive(stored, ring=answer is not None)
+            return answer
+
+        return announcing
 
     def _wait(self, bell: threading.Event) -> None:
         if self._places.acquire(blocking=False):
