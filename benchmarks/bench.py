@@ -565,40 +565,45 @@ def complaints(rows: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """Every row with its bound, figure, spread and commit."""
-    lines = ["| what | target | measured | spread | commit |", "| --- | --- | --- | --- | --- |"]
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Every row with its bound, and for each processor its figure and spread."""
+    names = [result["machine"]["processor"] for result in results]
+    lines = ["| what | target | " + " | ".join(names) + " |", "| --- " * (2 + len(names)) + "|"]
     for name, row in ROWS.items():
         bound = f"{'at most' if row.most else 'at least'} {row.target:g} {row.unit}"
-        found = result["rows"].get(name, {"skipped": "not measured here"})
-        if "skipped" in found:
-            cells = [row.what, bound, found["skipped"], "", ""]
-        else:
-            value = (
-                f"{row.shown(found['value'])}{'' if row.met(found['value']) else ', **missed**'}"
-            )
-            spread = f"{row.shown(found['low'])} to {row.shown(found['high'])}"
-            if found["problem"]:
-                spread += f"; {found['problem']}"
-            cells = [row.what, bound, value, spread, found["commit"][:9]]
-        lines.append("| " + " | ".join(cells) + " |")
-    on, versions = result["machine"], result["machine"]["versions"]
-    used = ", ".join(f"{name} {version}" for name, version in versions.items())
-    lines += [
-        "",
-        f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB; Python {on['python']}; "
-        f"{used}. Measured {result['date']}.",
-    ]
+        cells = [cell(row, result["rows"].get(name)) for result in results]
+        lines.append("| " + " | ".join([row.what, bound, *cells]) + " |")
+    for result in results:
+        on = result["machine"]
+        used = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
+        lines += [
+            "",
+            f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB: Python "
+            f"{on['python']}; {used}. Measured {result['date']}; the commit of each row is in "
+            f"[{result_file(on).name}](../benchmarks/results/{result_file(on).name}).",
+        ]
     return "\n".join(lines)
 
 
+def cell(row: Row, found: Mapping[str, Any] | None) -> str:
+    """A row's figure on one processor: median, lowest and highest value."""
+    if found is None:
+        return "not measured"
+    if "skipped" in found:
+        return str(found["skipped"])
+    shown = f"{row.shown(found['value'])} ({row.shown(found['low'])} to {row.shown(found['high'])})"
+    missed = "" if row.met(found["value"]) else ", **missed**"
+    return shown + missed + (f"; {found['problem']}" if found["problem"] else "")
+
+
 def write(result: Mapping[str, Any], file: Path) -> None:
-    """The result file, and the table where the document has it."""
+    """The result file, and the table of all processors where the document has it."""
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results = [json.loads(each.read_text(encoding="utf-8")) for each in sorted(RESULTS.iterdir())]
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    text = f"{before}{BEGIN}\n{table(result)}\n{END}{after}"
+    text = f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
     DOCUMENT.write_text(text, encoding="utf-8")
 
 
@@ -637,7 +642,7 @@ def main() -> None:
             result["rows"] = measured if options.quick else rows
             if not options.quick:
                 write(result, file)  # an interrupted command keeps its figures so far
-    print(table(result))
+    print(table([result]))
     if options.quick:
         return
     if not last:

@@ -1,11 +1,11 @@
 """A DP round of a Llama of 1.2 billion parameters with random weights: time, memory, bytes.
 
-Usage: python -m benchmarks.large_model [--only label-bf16 sft-nf4] [--steps 2] [--small]
+Usage: python -m benchmarks.large_model [--only label-bf16 sft-nf4] [--small]
 
 Each line of JSON is one `fedlora run`: two institutions, LoRA of rank 16 on all linear layers, rows
 of 512 tokens, as label scoring and as sft, on a base in bf16 and in nf4, with gradient
-checkpointing. ``step`` is the time of one more private step of 8 rows at both institutions: the
-difference of two runs, over their difference in steps. Memory is that of the whole process tree.
+checkpointing. A round is one private step of 8 rows at both institutions, so ``step`` is half of
+it; every row is in the batch, so that the work does not vary. Memory is that of the whole tree.
 ``--small`` takes a tiny model and short rows: a check that everything runs.
 """
 
@@ -22,21 +22,21 @@ from benchmarks import gpu, measure
 
 CASES = {f"{task}-{base}": (task, base) for task in ("label", "sft") for base in ("bf16", "nf4")}
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-INSTITUTIONS, ROWS, BATCH = 2, 32, 8
+INSTITUTIONS, ROWS = 2, 8
 
 
-def write_rows(path: Path, tokens: int) -> None:
+def write_rows(path: Path, count: int, tokens: int) -> None:
     """Rows of about so many tokens, words that the tokenizer does not know, with a label."""
-    draw = random.Random(1)
+    draw = random.Random(count)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["text", "label"])
-        for number in range(INSTITUTIONS * ROWS + 4):
+        for number in range(count):
             words = " ".join(f"w{draw.randrange(1000)}" for _ in range(tokens - 12))
             rows.writerow([f"{number} {words}", gpu.LABELS[number % len(gpu.LABELS)]])
 
 
-def settings(case: str, model: Path, data: Path, tokens: int, steps: int) -> dict[str, Any]:
+def settings(case: str, model: Path, data: Path, tokens: int) -> dict[str, Any]:
     """The configuration of one run."""
     task, base = CASES[case]
     return {
@@ -48,10 +48,10 @@ def settings(case: str, model: Path, data: Path, tokens: int, steps: int) -> dic
         "data.source": data,
         "data.partition": "iid",
         "data.institutions": INSTITUTIONS,
-        "data.test-fraction": 0.05,
+        "data.test-source": data.with_name("test.csv"),
         "data.prompt": "{text}",
-        "training.local-steps": steps,
-        "training.sample-rate": BATCH / ROWS,
+        "training.local-steps": 1,
+        "training.sample-rate": 1.0,
         "training.physical-batch": 1,
         "training.gradient-checkpointing": "true",
         "training.max-length": tokens,
@@ -86,20 +86,19 @@ def run(values: dict[str, Any], out: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     sizes, tokens = (gpu.TINY, 64) if arguments.small else (gpu.LLAMA_1B, 512)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         gpu.random_model("llama", sizes, folder / "llama", "cpu")
-        write_rows(folder / "rows.csv", tokens)
+        write_rows(folder / "rows.csv", INSTITUTIONS * ROWS, tokens)
+        write_rows(folder / "test.csv", 4, tokens)
         for case in arguments.only:
-            files = folder / "llama", folder / "rows.csv"
-            one = run(settings(case, *files, tokens, 1), folder / f"{case}-1")
-            more = run(settings(case, *files, tokens, arguments.steps), folder / f"{case}-more")
-            step = (more["round"] - one["round"]) / (arguments.steps - 1) / INSTITUTIONS
-            print(json.dumps({"case": case, **one, "step": round(step, 1)}), flush=True)
+            values = settings(case, folder / "llama", folder / "rows.csv", tokens)
+            found = run(values, folder / case)
+            step = round(found["round"] / INSTITUTIONS, 1)
+            print(json.dumps({"case": case, **found, "step": step}), flush=True)
 
 
 if __name__ == "__main__":
