@@ -466,7 +466,7 @@ def sweep(options: Options) -> dict[str, Outcome]:
         done = measure.run(
             [*command, "--jobs", "2", "--out", str(here / "sweep"), "--json"],
             environment=work.environment(here / "cache"),
-            cwd=here,
+            cwd=ROOT,
         )
     return {"sweep": Outcome(values=[done.seconds / 60], details={"peak_mib": done.peak_mib})}
 
