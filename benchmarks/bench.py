@@ -133,7 +133,7 @@ ROWS = {
         most=False,
     ),
     "server-memory": Row(
-        what="server's memory for a round of ten updates of 205 MB",
+        what="server's memory for a round of ten updates of 205 MB, beyond its start",
         target=1000,
         most=True,
         unit="MB",
@@ -545,6 +545,12 @@ def record(outcome: Outcome, sha: str) -> dict[str, Any]:
     }
 
 
+def kept(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of both, the present ones first; one that was skipped now keeps its figure."""
+    new = {name: row for name, row in now.items() if "skipped" not in row or name not in before}
+    return {name: row for name, row in {**before, **new}.items() if name in ROWS}
+
+
 def complaints(rows: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """The reasons to fail the command: rows that do not count, and rows that became worse.
 
@@ -579,7 +585,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         lines += [
             "",
             f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB: Python "
-            f"{on['python']}; {used}. Measured {result['date']}; the commit of each row is in "
+            f"{on['python']}; {used}. Last measured {result['date']}; each row's commit is in "
             f"[{result_file(on).name}](../benchmarks/results/{result_file(on).name}).",
         ]
     return "\n".join(lines)
@@ -638,7 +644,7 @@ def main() -> None:
             say(f"{', '.join(names)}: {(measurement.__doc__ or '').strip()}")
             found = measurement(options)
             measured |= {name: record(outcome, sha) for name, outcome in found.items()}
-            rows = {name: row for name, row in {**rows, **measured}.items() if name in ROWS}
+            rows = kept(rows, measured)
             result["rows"] = measured if options.quick else rows
             if not options.quick:
                 write(result, file)  # an interrupted command keeps its figures so far

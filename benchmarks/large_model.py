@@ -1,4 +1,4 @@
-"""A DP round of a Llama of 1.2 billion parameters with random weights: time, memory, bytes.
+"""A DP round of a Llama of 1.5 billion parameters with random weights: time, memory, bytes.
 
 Usage: python -m benchmarks.large_model [--only label-bf16 sft-nf4] [--small]
 

@@ -50,6 +50,17 @@ def test_what_was_not_measured_before_or_now_is_no_regression():
     assert not bench.complaints({"flower": skipped}, {"flower": _row(4.0)})
 
 
+def test_a_row_that_is_skipped_keeps_its_earlier_figure():
+    skipped = bench.record(bench.Outcome(skipped="needs --smollm2 DIR"), "")
+    before = {"smollm2": _row(0.4), "gone": _row(1.0)}
+    assert bench.kept(before, {"smollm2": skipped, "worker": skipped, "flower": _row(5.0)}) == {
+        "smollm2": _row(0.4),
+        "worker": skipped,
+        "flower": _row(5.0),
+    }
+    assert bench.kept(before, {"smollm2": _row(0.3)}) == {"smollm2": _row(0.3)}
+
+
 def test_another_accuracy_fails_whatever_the_time():
     sides = {"fedlora": {"accuracy": [0.80, 0.82]}, "flower": {"accuracy": [0.83, 0.83]}}
     assert not bench._other_accuracy(sides, 0.03)
