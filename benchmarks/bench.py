@@ -581,12 +581,13 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         lines.append("| " + " | ".join([row.what, bound, *cells]) + " |")
     for result in results:
         on = result["machine"]
+        file = result_file(on).name
         used = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
         lines += [
             "",
             f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB: Python "
             f"{on['python']}; {used}. Last measured {result['date']}; each row's commit is in "
-            f"[{result_file(on).name}](../benchmarks/results/{result_file(on).name}).",
+            f"[{file}](../benchmarks/results/{file}).",
         ]
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 Usage: python -m benchmarks.large_model [--only label-bf16 sft-nf4] [--small]
 
 Each line of JSON is one `fedlora run`: two institutions, LoRA of rank 16 on all linear layers, rows
-of 512 tokens, as label scoring and as sft, on a base in bf16 and in nf4, with gradient
+of some 500 tokens, as label scoring and as sft, on a base in bf16 and in nf4, with gradient
 checkpointing. A round is one private step of 8 rows at both institutions, so ``step`` is half of
 it; every row is in the batch, so that the work does not vary. Memory is that of the whole tree.
 ``--small`` takes a tiny model and short rows: a check that everything runs.
