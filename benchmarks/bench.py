@@ -585,9 +585,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         used = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
         lines += [
             "",
-            f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB: Python "
-            f"{on['python']}; {used}. Last measured {result['date']}; each row's commit is in "
-            f"[{file}](../benchmarks/results/{file}).",
+            f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB, last measured "
+            f"{result['date']}, then with Python {on['python']}; {used}. Each row's commit (its "
+            f"constraints.txt has the versions) is in [{file}](../benchmarks/results/{file}).",
         ]
     return "\n".join(lines)
 
