@@ -184,10 +184,9 @@ class _Runner:
         left = sorted(cells, key=lambda cell: (cell.cost, cell.name))
         spent, guessed = 0.0, 0.0  # seconds of finished cells
         with ThreadPoolExecutor(self._jobs) as pool, self._console.status("starting") as status:
-            waiting: dict[Future[tuple[float, str]], Cell] = {
-                pool.submit(self._cell, cell): cell for cell in left
-            }
+            waiting: dict[Future[tuple[float, str]], Cell] = {}
             try:
+                waiting |= {pool.submit(self._cell, cell): cell for cell in left}
                 while waiting:
                     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                         cell = waiting.pop(future)
@@ -265,9 +264,15 @@ class _Runner:
         return "ray" if several else "inline"
 
     def _stop(self) -> None:
+        """End all running cells; a second interrupt kills them, for the pool waits for each."""
         self._stopped.set()
-        for process in list(self._running):
-            _end(process)
+        try:
+            for process in list(self._running):
+                _end(process)
+        except BaseException:
+            for process in list(self._running):
+                _send(process, signal.SIGKILL)
+            raise
 
 
 class _InheritedFile:
@@ -307,16 +312,21 @@ def _run_cell(
 
 def _end(process: BaseProcess) -> None:
     """Interrupt a cell and its Ray processes; kill them after ten seconds."""
-    pid = process.pid
-    assert pid, "the process was started"
     for number in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(pid, number)
-        except ProcessLookupError:  # it has ended, or is not yet a group leader
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        _send(process, number)
         if connection.wait([process.sentinel], 10):
             return
+
+
+def _send(process: BaseProcess, number: signal.Signals) -> None:
+    """Send a signal to a cell and its Ray processes."""
+    pid = process.pid
+    assert pid, "the process was started"
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:  # it has ended, or is not yet a group leader
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _reason(log: Path, code: int | None) -> str:

@@ -4,10 +4,12 @@ import csv
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,9 +18,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from experiments import joining_page, results, sweep, sweep_page
+from experiments import cells, joining_page, results, sweep, sweep_page
 from fedlora import records
 from fedlora.errors import InputError
+from fedlora.terminal import Terminal
 from tests.samples import compared
 
 runner = CliRunner()
@@ -510,3 +513,28 @@ def test_a_sweep_that_is_asked_to_end_ends_its_cells(sweep_file, tmp_path):
     assert process.returncode == 1 and b"--resume" in errors
     with (out / ".lock").open("w") as lock:  # no cell holds it any more
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sleep_through_interrupts(ready) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()
+    ready.set()
+    time.sleep(600)
+
+
+def test_a_second_interrupt_kills_cells_that_do_not_end(tmp_path):
+    runner = cells._Runner(tmp_path, 2, "inline", print, 0, Terminal(quiet=True), "")
+    spawn = multiprocessing.get_context("spawn")
+    for _ in range(2):
+        ready = spawn.Event()
+        process = spawn.Process(target=_sleep_through_interrupts, args=(ready,), daemon=True)
+        process.start()
+        assert ready.wait(60)
+        runner._running.add(process)
+    again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    again.start()
+    with pytest.raises(KeyboardInterrupt):
+        runner._stop()
+    for process in runner._running:
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
