@@ -18,6 +18,8 @@ def of(pooled: Lines, axes: Sequence[str]) -> Section:
         pooled: Lines of `experiments.results.summary` on all rows together.
         axes: The axes of the grid.
     """
+    if compared := [line for line in pooled if line.get("gain") is not None]:
+        return _of_joining(compared, axes)
     line, key, against = _headline(pooled)
     if line is None:
         return Section(title="Conclusion", note="Nothing was measured.", bad=True)
@@ -45,18 +47,53 @@ def of(pooled: Lines, axes: Sequence[str]) -> Section:
             "federation without differential privacy."
         )
     if few:
-        least = min(one["seeds"] for one in pooled)
-        words.append(
-            f"Too few seeds: {'one seed gives' if least == 1 else f'{least} seeds give'} "
-            f"{'no interval' if least == 1 else 'intervals too wide to tell settings apart'}, and "
-            f"a difference may be chance. Use {MIN_SEEDS} or more."
-        )
+        words.append(_too_few(pooled))
     if len({setting_of(one, axes) for one in pooled if one["arm"] == line["arm"]}) > 1:
         words.append(
             "The setting was chosen as the best of several on the rows that it is measured on, so "
             "its figure is somewhat too good."
         )
     return Section(title="Conclusion", note=note, bad=bad, caution=caution and not bad, words=words)
+
+
+def _too_few(lines: Lines) -> str:
+    least = min(one["seeds"] for one in lines)
+    return (
+        f"Too few seeds: {'one seed gives' if least == 1 else f'{least} seeds give'} "
+        f"{'no interval' if least == 1 else 'intervals too wide to tell settings apart'}, and "
+        f"a difference may be chance. Use {MIN_SEEDS} or more."
+    )
+
+
+def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
+    """Count the settings in which joining pays, and those in which it does not."""
+    each = [line for line in compared if not line["same_as"]]
+    clear = [x for x in each if x["gain_ci95"] is not None and abs(x["gain"]) > x["gain_ci95"]]
+    ahead = sum(line["gain"] > 0 for line in clear)
+    behind = len(clear) - ahead
+    note = (
+        f"Joining pays in {ahead} of {len(each)} settings: there institutions' own models are "
+        "ahead of models trained alone by more than the 95 % interval over seeds. "
+        f"In {behind} they are behind by more than that."
+    )
+    ends = [choose(each, key=lambda line: line["gain"]) for choose in (max, min)]
+    words = [
+        f"{word} gain: {100 * line['gain']:+.1f} points, {line['arm']}"
+        + (f" ({setting})" if (setting := setting_of(line, axes)) else "")
+        + f", with {100 * line['alone']:.1f} % alone, {100 * line['shared']:.1f} % shared and "
+        f"{100 * line['own']:.1f} % own."
+        for word, line in zip(("Largest", "Smallest"), ends, strict=True)
+    ]
+    words.append(
+        "Where joining makes no difference, chance still counts about one setting in forty as "
+        "ahead and one in forty as behind."
+    )
+    few = min(line["seeds"] for line in each) < MIN_SEEDS
+    if few:
+        words.append(_too_few(each))
+    bad = behind > ahead
+    caution = (few or not ahead) and not bad
+    return Section(title="Conclusion", note=note, bad=bad, caution=caution, words=words)
 
 
 def _headline(pooled: Lines) -> tuple[Mapping[str, Any] | None, str, str]:

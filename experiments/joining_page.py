@@ -1,5 +1,6 @@
 """What joining gives: the part of a run's page and of a sweep's page, with its figures."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
 from experiments import figures
+from experiments.conclusion import under_dp
 from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
 from fedlora import joining_verdict
@@ -206,59 +208,84 @@ def arrows(name: str, title: str, ends: Mapping[str, tuple[float, float]]) -> st
 def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, str]:
     """Draw the gain of a sweep's settings against the records that an institution holds.
 
+    Panels are budgets, lines are numbers of institutions. Settings of one budget may differ in what
+    institutions hold and in nothing else.
+
     Args:
         lines: Lines of `experiments.results.summary` on all rows together.
         epsilon: The name of the axis of budgets.
     """
-    pictures: dict[str, list[Mapping[str, Any]]] = {}
-    for line in lines:
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for line in sorted(lines, key=lambda p: (p.get("institutions") or 0, p.get("records") or 0)):
         if line.get("gain") is not None:
-            private = line["arm"].endswith("-dp")
-            budget = line.get(epsilon, line["epsilon"])
-            label = f", epsilon {float(budget):g}" if private else ", no DP"
-            pictures.setdefault(label, []).append(line)
-    shown: dict[str, str] = {}
-    for number, (label, points) in enumerate(pictures.items()):
-        places = [(round(p["institutions"]), round(p["records"])) for p in points]
-        if len(set(places)) < len(places):
-            continue  # another setting varies too, and the table tells the points apart
-        title = f"Gain of joining by records held{label}"
-        shown[title] = _gains(f"joining-{number}", title, points)
-    return shown
+            panels.setdefault(_budget(line, epsilon), []).append(line)
+    if not panels:
+        return {}
+    panels = dict(sorted(panels.items(), key=lambda of: _place(of[1][0], epsilon)))
+    return {BY_RECORDS: _gains(panels)}
 
 
-def _gains(name: str, title: str, points: Sequence[Mapping[str, Any]]) -> str:
-    """Draw gains against records, with a line for each number of institutions."""
-    series: dict[int, list[Mapping[str, Any]]] = {}
-    for point in sorted(points, key=lambda p: (p["institutions"], p["records"])):
-        series.setdefault(round(point["institutions"]), []).append(point)
+BY_RECORDS = "Gain of joining by records held"
 
-    def plot(axes: Axes) -> None:
-        axes.axhline(0, color=MUTED, lw=1.2)
-        for i, (count, line) in enumerate(list(series.items())[:MAX_SERIES]):
-            axes.errorbar(
-                [p["records"] for p in line],
-                [100 * p["gain"] for p in line],
-                yerr=[100 * (p["gain_ci95"] or 0.0) for p in line],
-                color=SERIES[i],
-                ls=DASHES[i],
-                marker=MARKERS[i],
-                ms=5,
-                capsize=2,
-                label=f"{count} institutions",
-            )
-        axes.set_xscale("log")
-        ticks = sorted({round(p["records"]) for p in points})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.minorticks_off()
-        axes.set_xlabel("training records of an institution")
-        axes.set_ylabel(POINTS)
-        figures.legend_below(axes)
+
+def _place(line: Mapping[str, Any], epsilon: str) -> float:
+    return float(line.get(epsilon, line["epsilon"])) if under_dp(line) else math.inf
+
+
+def _budget(line: Mapping[str, Any], epsilon: str) -> str:
+    return f"epsilon {_place(line, epsilon):g}" if under_dp(line) else "no DP"
+
+
+def _gains(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Draw gains against records, a line for each number of institutions."""
+    everything = [point for points in panels.values() for point in points]
+    counts = sorted({round(point["institutions"]) for point in everything})
+    ticks: list[int] = []
+    for held in sorted(round(point["records"]) for point in everything):
+        if not ticks or held > 1.2 * ticks[-1]:  # closer labels would overlap
+            ticks.append(held)
+
+    def plot(only: Axes) -> None:
+        figure: Any = only.figure
+        only.remove()
+        grid = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)
+        for axes, (budget, points) in zip(grid[:, 0], panels.items(), strict=True):
+            axes.axhline(0, color=MUTED, lw=1.2)
+            for i, count in enumerate(counts[:MAX_SERIES]):
+                line = [p for p in points if round(p["institutions"]) == count]
+                if not line:
+                    continue
+                aside = 1.02 ** (i - (len(counts) - 1) / 2)  # separates overlapping intervals
+                axes.errorbar(
+                    [p["records"] * aside for p in line],
+                    [100 * p["gain"] for p in line],
+                    yerr=[100 * (p["gain_ci95"] or 0.0) for p in line],
+                    color=SERIES[i],
+                    ls=DASHES[i],
+                    marker=MARKERS[i],
+                    ms=5,
+                    capsize=2,
+                    label=f"{count} institutions",
+                )
+            axes.set_title(budget, fontsize=10, loc="left")
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.minorticks_off()
+        grid[-1, 0].set_xlabel("training records of an institution")
+        figure.supylabel(POINTS, fontsize=10, color=INK)
+        shown = {
+            label: handle
+            for axes in grid[:, 0]
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(shown.values(), shown, loc="outside lower center", ncols=2)
 
     words = "; ".join(
-        f"{count} institutions: "
-        + ", ".join(f"{_points(p['gain'])} at {p['records']:.0f} records" for p in line)
-        for count, line in series.items()
+        f"{budget}, {p['institutions']:.0f} institutions of {p['records']:.0f} records: "
+        f"{_points(p['gain'])}"
+        for budget, points in panels.items()
+        for p in points
     )
-    return figures.draw(name, title, f"{POINTS}, against records. {words}.", plot, 3.6)
+    says = f"{POINTS}, against records. {words}."
+    return figures.draw("joining", BY_RECORDS, says, plot, 1.4 + 1.9 * len(panels))

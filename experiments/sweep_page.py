@@ -53,7 +53,7 @@ def of(out: Path) -> Page:
         ],
         tiles=_tiles(pooled),
         sections=[
-            _joining(pooled),
+            _joining(pooled, out, about),
             Section(title="The cost of privacy", figures=_privacy(pooled, axes)),
             Section(title="By setting", figures=_against(pooled, axes) or _settings(pooled, axes)),
             Section(title="Institutions", **_institutions(lines, axes)),
@@ -283,11 +283,32 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _joining(pooled: Lines) -> Section:
+def _joining(pooled: Lines, out: Path, about: Mapping[str, Any]) -> Section:
     """Show the gain of joining where institutions trained at home; else an empty section."""
-    drawn = joining_page.by_records(pooled, EPSILON)
-    words = [joining_page.MEANINGS, joining_page.STAYS, joining_page.CHOICES] if drawn else ()
-    return Section(title=joining_page.TITLE, words=words, figures=drawn)
+    if all(line.get("gain") is None for line in pooled):
+        return Section(title=joining_page.TITLE)
+    return Section(
+        title=joining_page.TITLE,
+        words=[joining_page.MEANINGS, joining_page.STAYS, joining_page.CHOICES],
+        figures=joining_page.by_records(pooled, EPSILON) if _only_holdings(out, about) else {},
+    )
+
+
+HOLDINGS = ("seed", "data.institutions", "data.min-records", "data.max-records")
+"""Keys of what institutions hold; of a partition at random the seed is one."""
+
+
+def _only_holdings(out: Path, about: Mapping[str, Any]) -> bool:
+    """Whether the federation's cells of one budget differ in nothing but `HOLDINGS`."""
+    others: dict[tuple[str, str], set[str]] = {}
+    for case in about["cases"]:
+        if case["arm"].startswith("federated"):
+            budget = case["arm"], str(case["axes"].get(EPSILON))
+            found = others.setdefault(budget, set())
+            for cell in case["cells"].values():
+                if is_complete(directory := results.run_dir(out, cell)):
+                    found.add(load(directory / CONFIG).fingerprint(*HOLDINGS))
+    return all(len(found) <= 1 for found in others.values())
 
 
 def _cells(about: Mapping[str, Any], out: Path) -> list[Path]:

@@ -156,9 +156,10 @@ class RunConfig(Section):
             target[key] = list(typing.cast(Any, value)) if isinstance(value, tuple) else value
         return tomli_w.dumps(tree)
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of every key that can change a result."""
-        kept = {k: v for k, v in self.flat().items() if not k.startswith(ENGINE_ONLY)}
+    def fingerprint(self, *without: str) -> str:
+        """SHA-256 (hex) of every key that can change a result, without some of them."""
+        left_out = (*ENGINE_ONLY, *without)
+        kept = {k: v for k, v in self.flat().items() if not k.startswith(left_out)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def replace(self, values: Mapping[str, Any]) -> "RunConfig":

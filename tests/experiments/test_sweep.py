@@ -18,8 +18,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from experiments import cells, joining_page, results, sweep, sweep_page
+from experiments import cells, conclusion, joining_page, results, sweep, sweep_page
 from fedlora import records
+from fedlora.config import from_flat
 from fedlora.errors import InputError
 from fedlora.terminal import Terminal
 from tests.samples import compared
@@ -374,12 +375,43 @@ def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
 def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
     lines = [x for x in results.summary(joined_sweep(tmp_path / "sweep")) if x["gain"] is not None]
     pooled = [x for x in lines if x["institution"] == results.ALL]
-    ((title, svg),) = joining_page.by_records(pooled, "privacy.epsilon").items()
-    assert title == "Gain of joining by records held, epsilon 8"
-    assert "2 institutions: +22.7 at 60 records" in svg
-    assert "4 institutions: +22.7 at 100 records" in svg
-    twice = [*pooled, pooled[0]]  # as with another setting that varies: the lines would zigzag
-    assert joining_page.by_records(twice, "privacy.epsilon") == {}
+    free = [x | {"arm": "federated", "privacy.epsilon": "inf"} for x in pooled]
+    ((title, svg),) = joining_page.by_records([*free, *pooled], "privacy.epsilon").items()
+    assert title == "Gain of joining by records held"
+    assert "epsilon 8, 2 institutions of 60 records: +22.7" in svg
+    assert "no DP, 4 institutions of 100 records: +22.7" in svg
+    assert svg.index(">epsilon 8</text>") < svg.index(">no DP</text>")  # panels
+    assert joining_page.by_records([x | {"gain": None} for x in pooled], "privacy.epsilon") == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "drawn"),
+    [("data.max-records", 160, True), ("seed", 9, True), ("training.max-length", 40, False)],
+)
+def test_the_gain_is_drawn_against_records_if_nothing_else_varies(tmp_path, key, value, drawn):
+    out = joined_sweep(tmp_path / "sweep")
+    for number, cell in enumerate(sorted((out / "cells").iterdir())):
+        made = from_flat({}).replace({key: value} if number else {})
+        (cell / "config.toml").write_text(made.to_toml())
+    pooled = [x for x in results.summary(out) if x["institution"] == results.ALL]
+    section = sweep_page._joining(pooled, out, results.manifest(out))
+    assert bool(section.figures) == drawn and section.words
+
+
+def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path):
+    pooled = results.summary(joined_sweep(tmp_path / "sweep"))
+    pooled = [x for x in pooled if x["institution"] == results.ALL]
+    values = [(0.05, 0.04), (0.05, None), (0.02, 0.03), (-0.04, 0.03)]
+    lines = [pooled[0] | {"seeds": 3, "gain": g, "gain_ci95": half} for g, half in values]
+    found = conclusion.of(lines, ["holdings"])
+    assert found.note.startswith("Joining pays in 1 of 4 settings")
+    assert "In 1 they are behind" in found.note
+    assert "Largest gain: +5.0 points, federated-dp (few)" in " ".join(found.words)
+    assert "Smallest gain: -4.0 points" in " ".join(found.words)
+    assert not found.bad and not found.caution
+    assert conclusion.of(lines[3:], ["holdings"]).bad
+    assert conclusion.of(lines[2:3], ["holdings"]).caution
+    assert "Too few seeds" in " ".join(conclusion.of([lines[0] | {"seeds": 2}], []).words)
 
 
 def test_arms_of_one_institution_do_not_train_at_home(sweep_file):
