@@ -23,8 +23,8 @@ COLUMNS = (
     "same_as",
 )  # fmt: skip
 """Columns of a line, beside the axes of the grid."""
-JOINING = ("alone", "shared", "own", "gain")
-JOINING_HEADS = ("alone, %", "shared, %", "own, %", "gain of joining")
+JOINING = ("alone", "shared", "own", "gain", "gain_macro_f1")
+JOINING_HEADS = ("alone, %", "shared, %", "own, %", "gain of joining", "gain in macro-F1")
 JOINING_COLUMNS = (*(f"{key}{end}" for key in JOINING for end in ("", "_ci95")),
                    "institutions", "records")  # fmt: skip
 """Further columns where institutions trained at home."""
@@ -39,7 +39,7 @@ CAPTION = (
 """Explains the tables."""
 JOINING_CAPTION = (
     " Alone, shared, own: accuracies of the institutions' models at home within a run; the gain of "
-    "joining is own minus alone, in points."
+    "joining is own minus alone, in points, also of macro-F1."
 )
 
 
@@ -123,8 +123,9 @@ def summary(out: Path) -> list[dict[str, Any]]:
         width of its 95 % confidence interval by Student's t, None for one seed. ``bytes``,
         ``seconds``, ``epsilon`` and ``delta`` follow (None without DP). ``same_as`` names the first
         setting with the same runs, if several settings share them. Where institutions trained at
-        home, ``alone``, ``shared``, ``own`` (accuracies) and ``gain`` (own minus alone) follow,
-        with the number of institutions and their mean number of training records.
+        home, ``alone``, ``shared``, ``own`` (accuracies), ``gain`` (own minus alone) and
+        ``gain_macro_f1`` (the same of macro-F1, on all rows only) follow, with the number of
+        institutions and their mean number of training records.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     by_key: dict[str, dict[str, Any]] = {}
@@ -204,6 +205,8 @@ def _joining(institution: str, compared: Sequence[Mapping[str, Any]]) -> dict[st
             values = [one.get(institution, {}).get(key, math.nan) for one in by_seed]
         elif key == "gain":
             values = [joining["gain"]["mean"] for joining in compared]
+        elif key == "gain_macro_f1":
+            values = [one["own"]["macro_f1"] - one["alone"]["macro_f1"] for one in compared]
         else:
             values = [joining[key]["accuracy"] for joining in compared]
         line |= _mean(key, values)
@@ -307,7 +310,7 @@ def tables(
                 percent(line, "worst_accuracy"),
                 percent(line, "gain_over_local", signed=True),
                 percent(line, "gain_over_local_dp", signed=True),
-                *(percent(line, key, signed=key == "gain") for key in JOINING),
+                *(percent(line, key, signed=key.startswith("gain")) for key in JOINING),
                 _text(round(line["epsilon"], 3)),
                 "" if line["delta"] is None else _text(line["delta"]),
                 f"{line['bytes'] / 1e6:.1f}",
@@ -323,7 +326,7 @@ def tables(
             line["institution"],
             percent(line, "accuracy"),
             percent(line, "gain_over_local", signed=True),
-            *(percent(line, key, signed=key == "gain") for key in JOINING),
+            *(percent(line, key, signed=key.startswith("gain")) for key in JOINING),
         ]
         for line in lines
         if line["institution"] != ALL

@@ -370,6 +370,12 @@ def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
     assert float(first["gain"]) == line["gain"] and float(first["own"]) == line["own"]
     text = (out / "results.md").read_text()
     assert "own minus alone, in points" in text and "+22.7 ± 57.8" in text
+    own_f1, alone_f1 = (
+        [compared(("A", "B"), better=4 + 2 * seed)[model]["macro_f1"] for seed in (1, 2)]
+        for model in ("own", "alone")
+    )
+    assert line["gain_macro_f1"] == pytest.approx((sum(own_f1) - sum(alone_f1)) / 2)
+    assert line["gain_macro_f1"] != pytest.approx(line["gain"]) and beta["gain_macro_f1"] is None
 
 
 def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
