@@ -29,7 +29,8 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     """Show round, institutions done, accuracy, epsilon and seconds left until the block ends.
 
     On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run, one after
-    the last round, and one when institutions begin to train at home. The run's directory is named,
+    the last round, one when institutions begin to train at home, and one for each tenth of them
+    that has done so. The run's directory is named,
     and `link_latest` points at it, once the run is accepted, which is when its configuration is
     written.
     """
@@ -61,7 +62,8 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
         name_place(named)
 
     def report() -> None:
-        every, shown, home_shown = max(1, config.federation.rounds // 10), resumed_at, False
+        every, shown = max(1, config.federation.rounds // 10), resumed_at
+        home_shown = -1  # institutions with models at home in the last line on them
         named, last = False, False
         while not last:
             last = done.wait(0.25)
@@ -70,9 +72,13 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
             finished, text = line()
             end = finished == config.federation.rounds and finished > shown
             due = finished >= shown + every or (finished and not shown) or end
-            if due or (at_home and not home_shown):
+            if at_home:
+                answered = grid.answered
+                due = home_shown < 0 or answered >= home_shown + max(1, grid.pushed // 10)
+                home_shown = answered if due else home_shown
+            if due:
                 console.write_line(text)
-                shown, home_shown = finished, at_home
+                shown = finished
 
     def name_place(named: bool) -> bool:
         if not named and (run_dir / CONFIG).exists():

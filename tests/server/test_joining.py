@@ -220,20 +220,24 @@ def test_a_grid_tells_the_type_of_the_messages_that_it_carries() -> None:
     assert (grid.pushed_type, grid.pushed, grid.answered) == (wire.HOME, 2, 0)
 
 
-def test_a_log_has_one_line_on_training_at_home(tiny_config, tmp_path) -> None:
+def test_a_log_has_a_line_for_each_tenth_that_has_trained_at_home(tiny_config, tmp_path) -> None:
     file = tmp_path / "log"
-    grid = SimpleNamespace(pushed_type=wire.HOME, pushed=39, answered=12)
+    grid = SimpleNamespace(pushed_type=wire.HOME, pushed=39, answered=0)
     with file.open("w") as stream:
         console = Terminal()
         console.file = stream
         with progress.progress(tiny_config(), grid, console):
-            deadline = time.monotonic() + 60
-            while not file.read_text() and time.monotonic() < deadline:
-                stream.flush()
-                time.sleep(0.05)
-            time.sleep(0.8)  # three more looks
-    lines = file.read_text().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("models at home: institutions 12/39")
+            for lines, answered in ((1, 2), (1, 3), (2, 7), (3, 8)):
+                deadline = time.monotonic() + 60
+                while len(file.read_text().splitlines()) < lines and time.monotonic() < deadline:
+                    stream.flush()
+                    time.sleep(0.05)
+                time.sleep(0.8)  # three more looks
+                grid.answered = answered
+            time.sleep(0.8)
+    assert [line.split(" (")[0] for line in file.read_text().splitlines()] == [
+        f"models at home: institutions {answered}/39" for answered in (0, 3, 7)
+    ]
 
 
 @pytest.fixture
