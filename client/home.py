@@ -28,10 +28,10 @@ from fedlora.trainable import Trainable
 VALIDATION = 0.2
 """Share of the training records that choices are made on."""
 MIN_VALIDATION = 8
-"""An institution with fewer such records takes all steps, the first rate, the trained adapter."""
+"""An institution with fewer such records takes all steps, the first rate, an even mixture."""
 FINISH = 3
 """A chosen adapter is trained on, on all records, for its steps divided by this."""
-WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+WEIGHTS = (0.5, 0.75, 1.0)
 """Weights of the adapter that was trained at home, against the shared one."""
 
 
@@ -48,13 +48,21 @@ def models_at_home(
     """Train the models of institutions at home.
 
     Each institution holds back a fifth of its training records, trains both models on the rest,
-    and chooses by the expected errors on what it held back: for each model the number of steps (a
-    quarter, a half or all of ``home.steps``) together with the learning rate (one of
-    ``home.learning-rate``), and the weight of the own adapter against the shared one. Then it
-    trains the chosen adapters on for a third of their steps, on all its training records.
+    and chooses by the expected errors on what it held back: for each model the learning rate (one
+    of ``home.learning-rate``), for the model alone together with the number of steps (a quarter, a
+    half or all of ``home.steps``), and the weight of the own adapter against the shared one, a half
+    or more. Then it trains the chosen adapters on for a third of their steps, on all its training
+    records.
 
-    With too few records to choose on, it takes all steps, the first learning rate and the trained
-    adapter. An own model that was trained under DP stays as it is; no record chooses for it.
+    The own model takes all steps. The shared adapter was trained on the records held back too, so
+    these would choose few steps and a small weight for no other reason than that.
+
+    With ``interpolate`` the own model takes the shared factors and a fresh head, and its head moves
+    at ``home.head-learning-rate``, as that of the model alone: a head that was trained under noise
+    for all institutions holds back what an institution can learn of its own classes.
+
+    With too few records to choose on, it takes all steps, the first learning rate and an even
+    mixture. An own model that was trained under DP stays as it is; no record chooses for it.
 
     Args:
         work: The model; a fresh adapter is its ``start``.
@@ -91,13 +99,13 @@ def models_at_home(
     return [
         HomeModels(
             alone=alone[i],
-            own=mixed(trainer.starts[i], own[i], weights.get(i, 1.0))
+            own=mixed(trainer.bases[i], own[i], weights.get(i, trainer.usual_weight))
             if home.own is None
             else home.own.adapter,
             choice=Choice(
                 alone=chosen[Model.ALONE][i],
                 own=chosen[Model.OWN].get(i, default),
-                weight=weights.get(i, 1.0),
+                weight=weights.get(i, trainer.usual_weight) if home.own is None else 1.0,
             ),
             private=home.own,
         )
@@ -117,9 +125,15 @@ class _Trainer:
     ) -> None:
         self.work, self.homes, self.settings = work, homes, settings
         self.physical_batch = physical_batch
-        self.starts = [home.shared for home in homes]  # of the own models
+        self.bases = [home.shared for home in homes]  # mixed with the trained adapters
         if settings.method == "dual":
-            self.starts = [beside(home.shared, work) for home in homes]
+            self.bases = [beside(home.shared, work) for home in homes]
+        self.starts = self.bases  # of the own models
+        self.fresh_head = settings.method == "interpolate"
+        if self.fresh_head:
+            head = work.start.only(("head",))
+            self.starts = [base.updated(head) for base in self.bases]
+        self.usual_weight = 1.0 if settings.method == "fine-tune" else WEIGHTS[0]
 
     def trials(self, model: Model, fits: Mapping[int, Shard]) -> Trials:
         """Train one model of some institutions by every setting.
@@ -129,7 +143,8 @@ class _Trainer:
             fits: Number -> the records that the institution's trials are trained on.
         """
         settings = self.settings
-        steps = tuple(sorted({max(1, settings.steps // part) for part in (4, 2, 1)}))
+        parts = (4, 2, 1) if model is Model.ALONE else (1,)
+        steps = tuple(sorted({max(1, settings.steps // part) for part in parts}))
         found: dict[Setting, dict[int, AdapterState]] = {}
         for rate in settings.learning_rate if fits else ():
             adapters = self._train(model, fits, dict.fromkeys(fits, steps), rate, "fit")
@@ -177,7 +192,7 @@ class _Trainer:
             batch_size=settings.batch_size,
             physical_batch=self.physical_batch,
             learning_rate=rate,
-            head_learning_rate=settings.head_learning_rate if alone else rate,
+            head_learning_rate=settings.head_learning_rate if alone or self.fresh_head else rate,
             proximal=settings.proximal if settings.method == "ditto" and not alone else 0.0,
         )
         origins = {i: self.work.start if alone else self.starts[i] for i in shards}
@@ -212,6 +227,8 @@ class _Trainer:
     ) -> dict[int, float]:
         """The weight of each institution's trained adapter in its own model.
 
+        It is 0, which is the shared adapter itself, where no mixture gives numbers.
+
         Args:
             trials: The trials of the own model.
             chosen: Number -> the institution's setting.
@@ -223,13 +240,16 @@ class _Trainer:
         errors = np.stack(
             [
                 self._errors(
-                    {i: mixed(self.starts[i], adapter, weight) for i, adapter in trained.items()},
+                    {i: mixed(self.bases[i], adapter, weight) for i, adapter in trained.items()},
                     validation,
                 )
                 for weight in WEIGHTS
             ]
         )
-        return {i: WEIGHTS[int(k)] for i, k in zip(trained, errors.argmin(0), strict=True)}
+        return {
+            i: WEIGHTS[int(k)] if np.isfinite(least) else 0.0
+            for i, k, least in zip(trained, errors.argmin(0), errors.min(0), strict=True)
+        }
 
     def _errors(
         self, adapters: Mapping[int, AdapterState], validation: Mapping[int, Shard]

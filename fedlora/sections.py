@@ -461,10 +461,11 @@ class HomeConfig(Section):
     prefix = "home."
     method: str = key(
         "interpolate",
-        "an institution's own model: fine-tune trains the shared adapter on; interpolate takes a "
-        "weighted mean of both; ditto trains with a pull to the shared one and interpolates; "
-        "dual trains a second adapter beside the frozen shared one and interpolates; none trains "
-        "no model at home, and is the default and the only choice for sft",
+        "an institution's own model: fine-tune trains the shared adapter on; interpolate trains "
+        "the shared factors with a fresh head, and takes a weighted mean of both adapters; ditto "
+        "trains the shared adapter with a pull to it and takes the mean; dual trains a second "
+        "adapter beside the frozen shared one and takes the mean; none trains no model at home, "
+        "and is the default and the only choice for sft",
         choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
     )
     steps: int = key(60, "steps at home, at most; validation records choose how many", at_least=1)
@@ -477,7 +478,11 @@ class HomeConfig(Section):
         at_most=1e4,
     )
     head_learning_rate: float = key(
-        0.05, "Adam's learning rate of a head that starts at zero", at_least=1e-7, at_most=1e4
+        0.05,
+        "Adam's learning rate of a fresh head: that of the model alone, and with interpolate of "
+        "the own model",
+        at_least=1e-7,
+        at_most=1e4,
     )
     proximal: float = key(0.1, "ditto: mu of the pull mu (w - w_shared)", at_least=0, at_most=1e4)
     epsilon: float = key(

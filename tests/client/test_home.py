@@ -97,7 +97,7 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
     monkeypatch.setattr(Federation, "held_out", held_out)
     monkeypatch.setattr(Federation, "pooled_held_out", held_out)
     institutions[0].models_at_home(homes)
-    assert len(trained) == 4 and len(measured) == 2 * 3 + len(WEIGHTS)
+    assert len(trained) == 4 and len(measured) == 3 + 1 + len(WEIGHTS)
     for i, one in enumerate(homes):
         everything = sorted(hashes(one.shard))
         for shards in trained[:2]:
@@ -118,7 +118,7 @@ def test_the_choice_is_the_one_with_the_fewest_expected_errors(banks, method):
     fit, validation = home._split(one)
     assert validation is not None
 
-    def trial(start, name, rate, proximal):
+    def trial(start, name, rate, proximal, steps):
         plan = home_training.HomePlan(
             batch_size=config.home.batch_size,
             physical_batch=64,
@@ -127,29 +127,34 @@ def test_the_choice_is_the_one_with_the_fewest_expected_errors(banks, method):
             proximal=proximal,
         )
         source = one.source.child(name, "fit")
-        trainee = home_training.Trainee(shard=fit, start=start, steps=(2, 4, 8), source=source)
+        trainee = home_training.Trainee(shard=fit, start=start, steps=steps, source=source)
         (adapters,) = home_training.train_at_home(work, [trainee], plan)
         return adapters
 
     def error(adapter):
         return home_training.expected_errors(work, [adapter], [validation], 64)[0]
 
-    alone = trial(work.start, "alone", config.home.head_learning_rate, 0.0)
-    own = trial(one.shared, "own", 0.02, 0.1 if method == "ditto" else 0.0)
-    best = min(range(3), key=lambda k: error(own[k]))
+    alone = trial(work.start, "alone", config.home.head_learning_rate, 0.0, (2, 4, 8))
+    if method == "interpolate":
+        start = one.shared.updated(work.start.only(("head",)))
+        assert not start["base_model.model.classifier.weight"].any()
+        (own,) = trial(start, "own", config.home.head_learning_rate, 0.0, (8,))
+    else:
+        (own,) = trial(one.shared, "own", 0.02, 0.1 if method == "ditto" else 0.0, (8,))
     weight = 1.0
     if method != "fine-tune":
-        weight = min(WEIGHTS, key=lambda w: error(mixed(one.shared, own[best], w)))
+        weight = min(WEIGHTS, key=lambda w: error(mixed(one.shared, own, w)))
     alone_best = min(range(3), key=lambda k: error(alone[k]))
     assert found.choice == Choice(
         alone=Setting((2, 4, 8)[alone_best], 0.02),
-        own=Setting((2, 4, 8)[best], 0.02),
+        own=Setting(8, 0.02),
         weight=weight,
     )
 
 
-def test_rates_and_steps_are_chosen_together_for_each_institution(banks):
-    """By hand: the least expected error of the trials of all rates and steps."""
+@pytest.mark.parametrize(("model", "steps"), [("alone", (2, 4, 8)), ("own", (8,))])
+def test_rates_and_the_steps_of_alone_are_chosen_together_for_each_institution(banks, model, steps):
+    """By hand: the least expected error of the trials. The own model takes all steps."""
     rates = (1e-6, 0.05, 5.0)
     institutions, order, work, config = banks(
         **{"home.learning-rate": rates, "home.method": "fine-tune"}
@@ -161,20 +166,25 @@ def test_rates_and_steps_are_chosen_together_for_each_institution(banks):
         errors = {}
         for rate in rates:
             plan = home_training.HomePlan(
-                batch_size=32, physical_batch=64, learning_rate=rate, head_learning_rate=rate
+                batch_size=32,
+                physical_batch=64,
+                learning_rate=rate,
+                head_learning_rate=config.home.head_learning_rate if model == "alone" else rate,
             )
-            source = one.source.child("own", "fit")
             trainee = home_training.Trainee(
-                shard=fit, start=one.shared, steps=(2, 4, 8), source=source
+                shard=fit,
+                start=work.start if model == "alone" else one.shared,
+                steps=steps,
+                source=one.source.child(model, "fit"),
             )
             ((*adapters,),) = home_training.train_at_home(work, [trainee], plan)
-            for steps, adapter in zip((2, 4, 8), adapters, strict=True):
-                (errors[Setting(steps, rate)],) = home_training.expected_errors(
+            for count, adapter in zip(steps, adapters, strict=True):
+                (errors[Setting(count, rate)],) = home_training.expected_errors(
                     work, [adapter], [validation], 64
                 )
-        choice = models_of_one.choice
-        assert errors[choice.own] == pytest.approx(min(errors.values()), abs=1e-6)
-        assert errors[choice.own] < min(errors[Setting(steps, rates[0])] for steps in (2, 4, 8))
+        chosen = getattr(models_of_one.choice, model)
+        assert errors[chosen] == pytest.approx(min(errors.values()), abs=1e-6)
+        assert len({round(error, 3) for error in errors.values()}) > 1
 
 
 def test_the_chosen_trial_is_trained_on_and_ditto_still_pulls_to_the_shared_adapter(
@@ -192,11 +202,16 @@ def test_the_chosen_trial_is_trained_on_and_ditto_still_pulls_to_the_shared_adap
     found = models_at_home(work, homes, config.home, 64)
     (_, alone_trials), (_, own_trials), (alone, _), (own, _) = calls
     for i, (one, made) in enumerate(zip(homes, found, strict=True)):
-        for trainee, setting, trials, origin in (
-            (alone[i], made.choice.alone, alone_trials[i], work.start),
-            (own[i], made.choice.own, own_trials[i], one.shared),
+        for trainee, setting, trial, origin in (
+            (
+                alone[i],
+                made.choice.alone,
+                alone_trials[i][(2, 4, 8).index(made.choice.alone.steps)],
+                work.start,
+            ),
+            (own[i], made.choice.own, own_trials[i][0], one.shared),
         ):
-            assert trainee.start is trials[(2, 4, 8).index(setting.steps)]
+            assert trainee.start is trial
             assert trainee.steps == (max(1, setting.steps // 3),)
             assert trainee.origin is origin
 
@@ -246,10 +261,11 @@ def test_models_are_the_same_when_they_are_made_again(banks):
 
 
 @pytest.mark.parametrize(("records", "chooses"), [(37, False), (38, True), (1, False)])
-def test_an_institution_with_under_eight_validation_records_takes_the_trained_adapter(
-    banks, records, chooses, monkeypatch
+@pytest.mark.parametrize(("method", "weight"), [("interpolate", 0.5), ("fine-tune", 1.0)])
+def test_an_institution_with_under_eight_validation_records_chooses_nothing(
+    banks, records, chooses, method, weight, monkeypatch
 ):
-    institutions, order, work, config = banks()
+    institutions, order, work, config = banks(**{"home.method": method})
     calls, measure = [], home.expected_errors
     monkeypatch.setattr(home, "expected_errors", lambda *a: calls.append(a) or measure(*a))
     one = institutions[0].home(institutions[0].released(order))
@@ -257,8 +273,8 @@ def test_an_institution_with_under_eight_validation_records_takes_the_trained_ad
     (found,) = models_at_home(work, [one], config.home, 64)
     assert bool(calls) == chooses
     if not chooses:
-        assert found.choice == Choice(alone=Setting(8, 0.02), own=Setting(8, 0.02), weight=1.0)
-    assert not same(found.own, one.shared)
+        assert found.choice == Choice(alone=Setting(8, 0.02), own=Setting(8, 0.02), weight=weight)
+    assert found.choice.weight >= 0.5 and not same(found.own, one.shared)
 
 
 def test_a_trial_that_diverges_is_not_chosen(banks, monkeypatch):
@@ -292,7 +308,8 @@ def test_alone_starts_without_the_residual_of_a_strategy_and_own_with_it(banks, 
     alone, own, *_ = starts
     assert [len(each) for each in starts] == [4, 4, 4, 4]
     assert all(same(start, work.start) for start in alone)
-    assert all(same(start, order.adapter) for start in own)
+    head = work.start.only(("head",))
+    assert len(head) and all(same(start, order.adapter.updated(head)) for start in own)
     residual = order.adapter.only(("residual",))
     assert len(residual)
     for models_of_one in found:
