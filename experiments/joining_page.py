@@ -38,9 +38,10 @@ PRIVATE = (
     "the shared adapter only."
 )
 CHOICES = (
-    "The number of training steps at home, the learning rate if several are given, and how much an "
-    "own model without differential privacy keeps of the shared adapter, were chosen by each "
-    "institution on validation records, a part of its training records. "
+    "The number of training steps of the model alone, the learning rate at home if several are "
+    "given, and how much an own model without differential privacy keeps of the shared adapter (at "
+    "most half), were chosen by each institution on validation records, a part of its training "
+    "records. "
     "Held-out records decided nothing: the three models were measured on them once, at the end."
 )
 INTERVALS = (
@@ -142,7 +143,7 @@ def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:
         ]
         for name, of in institutions.items()
     ]
-    title = "By institution (weight: 0 is the shared adapter itself, 1 the one trained from it)"
+    title = "By institution (weight: that of the trained adapter in the own model)"
     return Table(rows=[head, *rows], title=title, folded=True)
 
 

@@ -468,12 +468,14 @@ class HomeConfig(Section):
         "and is the default and the only choice for sft",
         choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
     )
-    steps: int = key(60, "steps at home, at most; validation records choose how many", at_least=1)
+    steps: int = key(
+        60, "steps at home; for the model alone validation records may choose fewer", at_least=1
+    )
     batch_size: int = key(32, "records of a step at home", at_least=1)
     learning_rate: tuple[float, ...] = key(
         (0.002,),
-        "Adam's learning rates at home: validation records choose one, together with the steps; an "
-        "institution with too few of them takes the first",
+        "Adam's learning rates at home: validation records choose one; an institution with too "
+        "few of them takes the first",
         at_least=1e-7,
         at_most=1e4,
     )
