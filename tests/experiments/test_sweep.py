@@ -569,10 +569,14 @@ def test_a_second_interrupt_kills_cells_that_do_not_end(tmp_path):
         process.start()
         assert ready.wait(60)
         runner._running.add(process)
-    again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `fedlora` sets it
+    again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     again.start()
-    with pytest.raises(KeyboardInterrupt):
-        runner._stop()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner._stop()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for process in runner._running:
         process.join(30)
         assert process.exitcode == -signal.SIGKILL
