@@ -1,7 +1,7 @@
 """What an institution gains by joining: three models, each made at home from its own records.
 
 *Alone* is trained from a fresh adapter, as if there were no federation. *Shared* is the adapter
-that the federation released. *Own* starts from the shared one and is trained at home. Alone has no
+that the federation released. *Own* is made from the shared one at home. Alone has no
 differential privacy and does not leave the institution. The same holds for own, unless
 ``home.epsilon`` trains it under DP (`client.home_cohort`).
 
@@ -28,11 +28,11 @@ from fedlora.trainable import Trainable
 VALIDATION = 0.2
 """Share of the training records that choices are made on."""
 MIN_VALIDATION = 8
-"""An institution with fewer such records takes all steps, the first rate, an even mixture."""
+"""An institution with fewer such records takes all steps, the first rate, the smallest weight."""
 FINISH = 3
 """A chosen adapter is trained on, on all records, for its steps divided by this."""
 WEIGHTS = (0.5, 0.75, 1.0)
-"""Weights of the adapter that was trained at home, against the shared one."""
+"""Weights of the adapter that was trained at home, against the shared one; fine-tune has only 1."""
 
 
 class Model(enum.Enum):
@@ -48,21 +48,20 @@ def models_at_home(
     """Train the models of institutions at home.
 
     Each institution holds back a fifth of its training records, trains both models on the rest,
-    and chooses by the expected errors on what it held back: for each model the learning rate (one
-    of ``home.learning-rate``), for the model alone together with the number of steps (a quarter, a
-    half or all of ``home.steps``), and the weight of the own adapter against the shared one, a half
-    or more. Then it trains the chosen adapters on for a third of their steps, on all its training
-    records.
+    and chooses by the expected errors on what it held back: for the model alone the learning rate
+    (one of ``home.learning-rate``) and the number of steps (a quarter, a half or all of
+    ``home.steps``), for the own model the rate and the weight of the trained adapter in its mean
+    with the shared one. Then it trains the chosen adapters on for a third of their steps, on all
+    its training records.
 
-    The own model takes all steps. The shared adapter was trained on the records held back too, so
-    these would choose few steps and a small weight for no other reason than that.
+    The own model takes all steps and a weight of a half or more. The shared adapter was trained on
+    the records held back too, so these would choose few steps and a small weight for no other
+    reason than that. With ``interpolate`` it takes the shared factors and, where the model has a
+    head, a fresh one, which moves at ``home.head-learning-rate`` as that of the model alone.
 
-    With ``interpolate`` the own model takes the shared factors and a fresh head, and its head moves
-    at ``home.head-learning-rate``, as that of the model alone: a head that was trained under noise
-    for all institutions holds back what an institution can learn of its own classes.
-
-    With too few records to choose on, it takes all steps, the first learning rate and an even
-    mixture. An own model that was trained under DP stays as it is; no record chooses for it.
+    With too few records to choose on, an institution takes all steps, the first learning rate and
+    the smallest weight. An own model that was trained under DP stays as it is; no record chooses
+    for it. Where training gives no numbers, the own model is the shared adapter (weight 0).
 
     Args:
         work: The model; a fresh adapter is its ``start``.
@@ -90,22 +89,27 @@ def models_at_home(
         for model, numbers in members.items()
     }
     default = Setting(settings.steps, settings.learning_rate[0])
-    chosen = {
-        model: dict.fromkeys(numbers, default) | trainer.best(trials[model], validation)
-        for model, numbers in members.items()
+    alone_settings = dict.fromkeys(members[Model.ALONE], default)
+    alone_settings |= trainer.best(trials[Model.ALONE], validation)
+    mixtures = dict.fromkeys(members[Model.OWN], (default, trainer.weights[0]))
+    mixtures |= trainer.best_mixtures(trials[Model.OWN], validation)
+    own_settings = {i: setting for i, (setting, _) in mixtures.items()}
+    alone = trainer.finish(Model.ALONE, alone_settings, trials[Model.ALONE])
+    own = trainer.finish(Model.OWN, own_settings, trials[Model.OWN])
+    weights = {
+        i: weight if all(t.isfinite().all() for t in own[i].values()) else 0.0
+        for i, (_, weight) in mixtures.items()
     }
-    weights = trainer.weights(trials[Model.OWN], chosen[Model.OWN], validation)
-    alone, own = (trainer.finish(model, chosen[model], trials[model]) for model in Model)
     return [
         HomeModels(
             alone=alone[i],
-            own=mixed(trainer.bases[i], own[i], weights.get(i, trainer.usual_weight))
+            own=mixed(trainer.bases[i], own[i], weights[i])
             if home.own is None
             else home.own.adapter,
             choice=Choice(
-                alone=chosen[Model.ALONE][i],
-                own=chosen[Model.OWN].get(i, default),
-                weight=weights.get(i, trainer.usual_weight) if home.own is None else 1.0,
+                alone=alone_settings[i],
+                own=own_settings.get(i, default),
+                weight=weights.get(i, 1.0),
             ),
             private=home.own,
         )
@@ -133,7 +137,7 @@ class _Trainer:
         if self.fresh_head:
             head = work.start.only(("head",))
             self.starts = [base.updated(head) for base in self.bases]
-        self.usual_weight = 1.0 if settings.method == "fine-tune" else WEIGHTS[0]
+        self.weights = (1.0,) if settings.method == "fine-tune" else WEIGHTS
 
     def trials(self, model: Model, fits: Mapping[int, Shard]) -> Trials:
         """Train one model of some institutions by every setting.
@@ -222,34 +226,34 @@ class _Trainer:
         numbers = next(iter(trials.values()))
         return {i: settings[int(k)] for i, k in zip(numbers, errors.argmin(0), strict=True)}
 
-    def weights(
-        self, trials: Trials, chosen: Mapping[int, Setting], validation: Mapping[int, Shard]
-    ) -> dict[int, float]:
-        """The weight of each institution's trained adapter in its own model.
+    def best_mixtures(
+        self, trials: Trials, validation: Mapping[int, Shard]
+    ) -> dict[int, tuple[Setting, float]]:
+        """The setting of each own model and the weight of its trained adapter, as in `best`.
 
-        It is 0, which is the shared adapter itself, where no mixture gives numbers.
+        The weight is 0, which is the shared adapter itself, where no mixture gives numbers.
 
         Args:
             trials: The trials of the own model.
-            chosen: Number -> the institution's setting.
             validation: Number -> the institution's validation records.
         """
-        if not trials or self.settings.method == "fine-tune":
+        if not trials:
             return {}
-        trained = {i: trials[chosen[i]][i] for i in next(iter(trials.values()))}
+        choices = [(setting, weight) for setting in trials for weight in self.weights]
         errors = np.stack(
             [
                 self._errors(
-                    {i: mixed(self.bases[i], adapter, weight) for i, adapter in trained.items()},
+                    {i: mixed(self.bases[i], a, weight) for i, a in trials[setting].items()},
                     validation,
                 )
-                for weight in WEIGHTS
+                for setting, weight in choices
             ]
         )
-        return {
-            i: WEIGHTS[int(k)] if np.isfinite(least) else 0.0
-            for i, k, least in zip(trained, errors.argmin(0), errors.min(0), strict=True)
-        }
+        found: dict[int, tuple[Setting, float]] = {}
+        for column, i in enumerate(next(iter(trials.values()))):
+            setting, weight = choices[int(errors[:, column].argmin())]
+            found[i] = setting, weight if np.isfinite(errors[:, column].min()) else 0.0
+        return found
 
     def _errors(
         self, adapters: Mapping[int, AdapterState], validation: Mapping[int, Shard]

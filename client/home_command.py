@@ -93,7 +93,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         if config.home.private:
             say(f"own: {config.home.steps} steps at epsilon {config.home.epsilon:g}")
         plain = "alone" if config.home.private else "alone and own"
-        say(f"{plain}: up to {config.home.steps} steps, first to choose, then to train")
+        say(f"{plain}: {config.home.steps} steps to choose by, then a third on all records")
         home = institution.home(shared)
         member = Member(institution=institution, run=found.run, home=home)
         models = home_cohort.train({0: member})[0]

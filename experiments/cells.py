@@ -251,7 +251,7 @@ class _Runner:
         process.start()
         self._running.add(process)
         if self._stopped.is_set():
-            _end(process)
+            _end([process])
         process.join()
         self._running.discard(process)
         error = "" if process.exitcode == 0 else _reason(log, process.exitcode)
@@ -267,8 +267,7 @@ class _Runner:
         """End all running cells; a second interrupt kills them, for the pool waits for each."""
         self._stopped.set()
         try:
-            for process in list(self._running):
-                _end(process)
+            _end(list(self._running))
         except BaseException:
             for process in list(self._running):
                 _send(process, signal.SIGKILL)
@@ -310,12 +309,15 @@ def _run_cell(
     execute(arguments)
 
 
-def _end(process: BaseProcess) -> None:
-    """Interrupt a cell and its Ray processes; kill them after ten seconds."""
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Interrupt cells and their Ray processes; kill those that run on for ten seconds."""
     for number in (signal.SIGINT, signal.SIGKILL):
-        _send(process, number)
-        if connection.wait([process.sentinel], 10):
-            return
+        for process in processes:
+            _send(process, number)
+        deadline = time.monotonic() + 10
+        for process in processes:
+            connection.wait([process.sentinel], max(0.0, deadline - time.monotonic()))
+        processes = [one for one in processes if not connection.wait([one.sentinel], 0)]
 
 
 def _send(process: BaseProcess, number: signal.Signals) -> None:

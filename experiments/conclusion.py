@@ -66,33 +66,48 @@ def _too_few(lines: Lines) -> str:
 
 
 def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
-    """Count the settings in which joining pays, and those in which it does not."""
+    """Count the settings in which joining pays, and those in which it does not: under DP first."""
     each = [line for line in compared if not line["same_as"]]
-    clear = [x for x in each if x["gain_ci95"] is not None and abs(x["gain"]) > x["gain_ci95"]]
-    ahead = sum(line["gain"] > 0 for line in clear)
-    behind = len(clear) - ahead
+    least = min(line["seeds"] for line in each)
+    if least == 1:
+        note = "One seed cannot show whether joining pays. Use three or more."
+        return Section(title="Conclusion", note=note, caution=True)
+    said: list[str] = []
+    ahead = behind = 0
+    for private, where in ((True, "under differential privacy"), (False, "without it")):
+        lines = [line for line in each if under_dp(line) == private]
+        clear = [line for line in lines if abs(line["gain"]) > line["gain_ci95"]]
+        pays = sum(line["gain"] > 0 for line in clear)
+        if lines:
+            ahead, behind = ahead + pays, behind + len(clear) - pays
+            said.append(
+                f"{where[0].upper()}{where[1:]} in {pays} of {len(lines)} settings, and in "
+                f"{len(clear) - pays} it costs"
+            )
     note = (
-        f"Joining pays in {ahead} of {len(each)} settings: there institutions' own models are "
-        "ahead of models trained alone by more than the 95 % interval over seeds. "
-        f"In {behind} they are behind by more than that."
+        f"Where joining pays: {'. '.join(said)}. It pays where institutions' own models are ahead "
+        "of models trained alone by more than the 95 % interval over seeds, and costs where they "
+        "are behind by more than that."
     )
     ends = [choose(each, key=lambda line: line["gain"]) for choose in (max, min)]
     words = [
-        f"{word} gain: {100 * line['gain']:+.1f} points, {line['arm']}"
+        f"{word} gain: {100 * line['gain']:+.1f} ± {100 * line['gain_ci95']:.1f} points, "
+        + line["arm"]
         + (f" ({setting})" if (setting := setting_of(line, axes)) else "")
         + f", with {100 * line['alone']:.1f} % alone, {100 * line['shared']:.1f} % shared and "
         f"{100 * line['own']:.1f} % own."
         for word, line in zip(("Largest", "Smallest"), ends, strict=True)
     ]
     words.append(
-        "Where joining makes no difference, chance still counts about one setting in forty as "
-        "ahead and one in forty as behind."
+        "Where joining makes no difference, chance still counts at least one setting in forty as "
+        "paying and one in forty as costing: more, and several at once, because seeds and settings "
+        "share records. The largest and the smallest gain are picked from many, so they are "
+        "further from 0 than the same settings would be again."
     )
-    few = min(line["seeds"] for line in each) < MIN_SEEDS
-    if few:
+    if least < MIN_SEEDS:
         words.append(_too_few(each))
     bad = behind > ahead
-    caution = (few or not ahead) and not bad
+    caution = (least < MIN_SEEDS or not ahead) and not bad
     return Section(title="Conclusion", note=note, bad=bad, caution=caution, words=words)
 
 

@@ -21,7 +21,7 @@ POINTS = "own minus alone, percentage points"
 MEANINGS = (
     "Each institution has three models, all measured on its own held-out records. Alone: trained "
     "at the institution on its own records, as if there were no federation. Shared: the adapter "
-    "that the federation released. Own: the shared adapter, trained further at the institution. "
+    "that the federation released. Own: made from the shared adapter at the institution. "
     "The gain of joining is own minus alone."
 )
 STAYS = (
@@ -40,9 +40,13 @@ PRIVATE = (
 CHOICES = (
     "The number of training steps of the model alone, the learning rate at home if several are "
     "given, and how much an own model without differential privacy keeps of the shared adapter (at "
-    "most half), were chosen by each institution on validation records, a part of its training "
-    "records. "
+    "most half; with fine-tune nothing), were chosen by each institution on validation records, a "
+    "part of its training records. "
     "Held-out records decided nothing: the three models were measured on them once, at the end."
+)
+BARS = (
+    "Bars in the picture are 95 % intervals over seeds. Seeds are splits of the same records, so "
+    "another set of records could differ by more."
 )
 INTERVALS = (
     "An interval says how far the gain could differ with other held-out records of the same kind. "
@@ -143,7 +147,10 @@ def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:
         ]
         for name, of in institutions.items()
     ]
-    title = "By institution (weight: that of the trained adapter in the own model)"
+    title = (
+        "By institution (weight: share of the adapter trained at home in the own model; the rest "
+        "is the shared adapter)"
+    )
     return Table(rows=[head, *rows], title=title, folded=True)
 
 

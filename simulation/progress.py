@@ -73,8 +73,9 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
             end = finished == config.federation.rounds and finished > shown
             due = finished >= shown + every or (finished and not shown) or end
             if at_home:
-                answered = grid.answered
-                due = home_shown < 0 or answered >= home_shown + max(1, grid.pushed // 10)
+                answered, pushed = grid.answered, grid.pushed
+                more = answered >= home_shown + max(1, pushed // 10) or answered == pushed
+                due = home_shown < 0 or (more and answered > home_shown)
                 home_shown = answered if due else home_shown
             if due:
                 console.write_line(text)
@@ -169,7 +170,7 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     for model, meaning in (
         ("alone", "each institution by itself"),
         ("shared", "the federation's adapter"),
-        ("own", "from the shared adapter, trained on at home"),
+        ("own", "made from the shared adapter at home"),
     ):
         quality = joining[model]
         table.add_row(

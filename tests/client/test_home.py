@@ -97,7 +97,7 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
     monkeypatch.setattr(Federation, "held_out", held_out)
     monkeypatch.setattr(Federation, "pooled_held_out", held_out)
     institutions[0].models_at_home(homes)
-    assert len(trained) == 4 and len(measured) == 3 + 1 + len(WEIGHTS)
+    assert len(trained) == 4 and len(measured) == 3 + len(WEIGHTS)
     for i, one in enumerate(homes):
         everything = sorted(hashes(one.shard))
         for shards in trained[:2]:
@@ -277,9 +277,30 @@ def test_an_institution_with_under_eight_validation_records_chooses_nothing(
     assert found.choice.weight >= 0.5 and not same(found.own, one.shared)
 
 
-def test_a_trial_that_diverges_is_not_chosen(banks, monkeypatch):
-    """An error that is no number counts as infinite: numpy would take it for the least."""
+def test_a_training_that_ends_in_no_numbers_leaves_the_shared_adapter(banks, monkeypatch):
     institutions, order, work, config = banks()
+    calls, train = [], home.train_at_home
+
+    def broken(work, trainees, plan):
+        calls.append(trainees)
+        adapters = train(work, trainees, plan)
+        if len(calls) == 4:  # the own model, on all records
+            adapters[0][0] = adapters[0][0].updated(
+                {n: t * np.nan for n, t in adapters[0][0].items()}
+            )
+        return adapters
+
+    monkeypatch.setattr(home, "train_at_home", broken)
+    found = models_at_home(work, homes_of(institutions, order), config.home, 64)
+    assert len(calls) == 4 and found[0].choice.weight == 0.0
+    assert same(found[0].own, order.adapter)
+    assert all(one.choice.weight >= 0.5 for one in found[1:])
+
+
+@pytest.mark.parametrize("method", ["interpolate", "fine-tune"])
+def test_a_trial_that_diverges_is_not_chosen(banks, monkeypatch, method):
+    """An error that is no number counts as infinite: numpy would take it for the least."""
+    institutions, order, work, config = banks(**{"home.method": method})
     measure = home.expected_errors
 
     def diverged(work, adapters, shards, physical_batch):

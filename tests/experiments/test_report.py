@@ -165,7 +165,10 @@ def test_the_page_says_first_what_joining_gives(run_directory):
     tables = [re.sub(r"<[^>]*>", " ", t) for t in section.split("<table")[1:]]
     assert len(tables) == 2
     assert re.search(r"32 to 63 \s* 1 \s* 22 \s* 72.7 \s* 50.0 \s* 90.9 \s* \+18.2", tables[0])
-    assert section.count("<details>") == 1 and "weight: that of the trained adapter" in section
+    assert (
+        section.count("<details>") == 1
+        and "weight: share of the adapter trained at home" in section
+    )
     assert ">+18.2</b><span>gain of joining, points" in text
 
 

@@ -407,17 +407,20 @@ def test_the_gain_is_drawn_against_records_if_nothing_else_varies(tmp_path, key,
 def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path):
     pooled = results.summary(joined_sweep(tmp_path / "sweep"))
     pooled = [x for x in pooled if x["institution"] == results.ALL]
-    values = [(0.05, 0.04), (0.05, None), (0.02, 0.03), (-0.04, 0.03)]
+    values = [(0.05, 0.04), (0.03, 0.04), (0.02, 0.03), (-0.04, 0.03)]
     lines = [pooled[0] | {"seeds": 3, "gain": g, "gain_ci95": half} for g, half in values]
-    found = conclusion.of(lines, ["holdings"])
-    assert found.note.startswith("Joining pays in 1 of 4 settings")
-    assert "In 1 they are behind" in found.note
-    assert "Largest gain: +5.0 points, federated-dp (few)" in " ".join(found.words)
-    assert "Smallest gain: -4.0 points" in " ".join(found.words)
+    free = lines[0] | {"arm": "federated", "gain": 0.09, "gain_ci95": 0.01}
+    found = conclusion.of([*lines, free], ["holdings"])
+    assert "Under differential privacy in 1 of 4 settings, and in 1 it costs" in found.note
+    assert "Without it in 1 of 1 settings, and in 0 it costs" in found.note
+    assert "Largest gain: +9.0 ± 1.0 points, federated (few)" in " ".join(found.words)
+    assert "Smallest gain: -4.0 ± 3.0 points" in " ".join(found.words)
     assert not found.bad and not found.caution
     assert conclusion.of(lines[3:], ["holdings"]).bad
     assert conclusion.of(lines[2:3], ["holdings"]).caution
     assert "Too few seeds" in " ".join(conclusion.of([lines[0] | {"seeds": 2}], []).words)
+    one = conclusion.of([lines[0] | {"seeds": 1, "gain_ci95": None}], [])
+    assert one.note.startswith("One seed cannot show") and one.caution
 
 
 def test_arms_of_one_institution_do_not_train_at_home(sweep_file):
