@@ -1,17 +1,17 @@
 """What an institution gains by joining: three models, each made at home from its own records.
 
 *Alone* is trained from a fresh adapter, as if there were no federation. *Shared* is the adapter
-that the federation released. *Own* is made from the shared one at home. Alone has no
-differential privacy and does not leave the institution. The same holds for own, unless
-``home.epsilon`` trains it under DP (`client.home_cohort`).
+that the federation released. *Own* is made from the shared one at home. Alone has no differential
+privacy and does not leave the institution. The same holds for own, unless ``home.epsilon`` trains
+it under DP (`client.home_cohort`).
 
 Settings are chosen on a validation part of the training records. Held-out rows serve for nothing
 but the figures at the end.
 """
 
 import enum
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -117,6 +117,7 @@ def models_at_home(
     ]
 
 
+Candidate = TypeVar("Candidate")
 Trials = Mapping[Setting, Mapping[int, AdapterState]]
 """Setting -> number of an institution -> its adapter."""
 
@@ -219,12 +220,8 @@ class _Trainer:
             trials: The trials of one model.
             validation: Number -> the institution's validation records.
         """
-        if not trials:
-            return {}
-        settings = list(trials)
-        errors = np.stack([self._errors(each, validation) for each in trials.values()])
-        numbers = next(iter(trials.values()))
-        return {i: settings[int(k)] for i, k in zip(numbers, errors.argmin(0), strict=True)}
+        fewest = self._fewest(trials.items(), validation)
+        return {i: setting for i, (setting, _) in fewest.items()}
 
     def best_mixtures(
         self, trials: Trials, validation: Mapping[int, Shard]
@@ -237,22 +234,28 @@ class _Trainer:
             trials: The trials of the own model.
             validation: Number -> the institution's validation records.
         """
-        if not trials:
-            return {}
-        choices = [(setting, weight) for setting in trials for weight in self.weights]
-        errors = np.stack(
-            [
-                self._errors(
-                    {i: mixed(self.bases[i], a, weight) for i, a in trials[setting].items()},
-                    validation,
-                )
-                for setting, weight in choices
-            ]
+        mixtures = (
+            ((setting, weight), {i: mixed(self.bases[i], a, weight) for i, a in adapters.items()})
+            for setting, adapters in trials.items()
+            for weight in self.weights
         )
-        found: dict[int, tuple[Setting, float]] = {}
-        for column, i in enumerate(next(iter(trials.values()))):
-            setting, weight = choices[int(errors[:, column].argmin())]
-            found[i] = setting, weight if np.isfinite(errors[:, column].min()) else 0.0
+        fewest = self._fewest(mixtures, validation)
+        return {
+            i: (setting, weight if np.isfinite(errors) else 0.0)
+            for i, ((setting, weight), errors) in fewest.items()
+        }
+
+    def _fewest(
+        self,
+        candidates: Iterable[tuple[Candidate, Mapping[int, AdapterState]]],
+        validation: Mapping[int, Shard],
+    ) -> dict[int, tuple[Candidate, float]]:
+        """For each institution the candidate with the fewest expected errors, and these errors."""
+        found: dict[int, tuple[Candidate, float]] = {}
+        for candidate, adapters in candidates:
+            for i, errors in zip(adapters, self._errors(adapters, validation), strict=True):
+                if i not in found or errors < found[i][1]:
+                    found[i] = candidate, float(errors)
         return found
 
     def _errors(

@@ -67,11 +67,11 @@ def _too_few(lines: Lines) -> str:
 
 def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     """Count the settings in which joining pays, and those in which it does not: under DP first."""
-    each = [line for line in compared if not line["same_as"]]
-    least = min(line["seeds"] for line in each)
-    if least == 1:
+    each = [line for line in compared if not line["same_as"] and line["gain_ci95"] is not None]
+    if not each:
         note = "One seed cannot show whether joining pays. Use three or more."
         return Section(title="Conclusion", note=note, caution=True)
+    least = min(line["seeds"] for line in each)
     said: list[str] = []
     ahead = behind = 0
     for private, where in ((True, "under differential privacy"), (False, "without it")):

@@ -288,18 +288,15 @@ def _joining(pooled: Lines, out: Path, about: Mapping[str, Any]) -> Section:
     if all(line.get("gain") is None for line in pooled):
         return Section(title=joining_page.TITLE)
     homes = [load(path / CONFIG).home for path in _cells(about, out)]
-    budgets = {home.epsilon for home in homes if home.private}
-    return Section(
-        title=joining_page.TITLE,
-        words=[
-            joining_page.MEANINGS,
-            *([joining_page.STAYS] if any(not home.private for home in homes) else []),
-            *(joining_page.home_promise({"epsilon": epsilon}) for epsilon in sorted(budgets)),
-            joining_page.CHOICES,
-            joining_page.BARS,
-        ],
-        figures=joining_page.by_records(pooled, EPSILON) if _only_holdings(out, about) else {},
+    promises = dict.fromkeys(
+        joining_page.home_promise({"epsilon": home.epsilon} if home.private else {})
+        for home in homes
+        if home.method != "none"
     )
+    drawn = joining_page.by_records(pooled, EPSILON) if _only_holdings(out, about) else {}
+    words = [joining_page.MEANINGS, *promises, joining_page.CHOICES]
+    words += [joining_page.BARS] if drawn else []
+    return Section(title=joining_page.TITLE, words=words, figures=drawn)
 
 
 HOLDINGS = ("seed", "data.institutions", "data.min-records", "data.max-records")

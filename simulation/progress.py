@@ -30,9 +30,8 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
 
     On a terminal one line is redrawn; elsewhere a line is printed each tenth of the run, one after
     the last round, one when institutions begin to train at home, and one for each tenth of them
-    that has done so. The run's directory is named,
-    and `link_latest` points at it, once the run is accepted, which is when its configuration is
-    written.
+    that has done so. The run's directory is named, and `link_latest` points at it, once the run is
+    accepted, which is when its configuration is written.
     """
     from fedlora import wire  # loads torch, which this module's other functions do without
 
@@ -68,12 +67,11 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
         while not last:
             last = done.wait(0.25)
             named = name_place(named)
-            at_home = grid.pushed_type == wire.HOME
+            at_home, answered, pushed = grid.pushed_type == wire.HOME, grid.answered, grid.pushed
             finished, text = line()
             end = finished == config.federation.rounds and finished > shown
             due = finished >= shown + every or (finished and not shown) or end
             if at_home:
-                answered, pushed = grid.answered, grid.pushed
                 more = answered >= home_shown + max(1, pushed // 10) or answered == pushed
                 due = home_shown < 0 or (more and answered > home_shown)
                 home_shown = answered if due else home_shown
