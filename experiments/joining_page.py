@@ -230,7 +230,11 @@ def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, st
     if not panels:
         return {}
     panels = dict(sorted(panels.items(), key=lambda of: _place(of[1][0], epsilon)))
-    return {BY_RECORDS: _gains(panels)}
+    counts = sorted({round(p["institutions"]) for points in panels.values() for p in points})
+    title = BY_RECORDS
+    if len(counts) > MAX_SERIES:
+        title += f" (the {MAX_SERIES} smallest of {len(counts)} numbers of institutions)"
+    return {title: _gains(title, panels, counts[:MAX_SERIES])}
 
 
 BY_RECORDS = "Gain of joining by records held"
@@ -244,10 +248,11 @@ def _budget(line: Mapping[str, Any], epsilon: str) -> str:
     return f"epsilon {_place(line, epsilon):g}" if under_dp(line) else "no DP"
 
 
-def _gains(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _gains(
+    title: str, panels: Mapping[str, Sequence[Mapping[str, Any]]], counts: Sequence[int]
+) -> str:
     """Draw gains against records, a line for each number of institutions."""
     everything = [point for points in panels.values() for point in points]
-    counts = sorted({round(point["institutions"]) for point in everything})
     ticks: list[int] = []
     for held in sorted(round(point["records"]) for point in everything):
         if not ticks or held > 1.2 * ticks[-1]:  # closer labels would overlap
@@ -259,7 +264,7 @@ def _gains(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         grid = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)
         for axes, (budget, points) in zip(grid[:, 0], panels.items(), strict=True):
             axes.axhline(0, color=MUTED, lw=1.2)
-            for i, count in enumerate(counts[:MAX_SERIES]):
+            for i, count in enumerate(counts):
                 line = [p for p in points if round(p["institutions"]) == count]
                 if not line:
                     continue
@@ -296,4 +301,4 @@ def _gains(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for p in points
     )
     says = f"{POINTS}, against records. {words}."
-    return figures.draw("joining", BY_RECORDS, says, plot, 1.4 + 1.9 * len(panels))
+    return figures.draw("joining", title, says, plot, 1.4 + 1.9 * len(panels))

@@ -9,9 +9,10 @@ from experiments.conclusion import setting_of, under_dp
 from experiments.pages import Page, Section, Table, environment
 from experiments.results import ALL
 from experiments.sweep import EPSILON
-from fedlora.config import load
+from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, is_complete, read_run_file
+from fedlora.sections import PrivacyConfig
 
 Lines = Sequence[Mapping[str, Any]]
 Points = list[Mapping[str, Any]]
@@ -44,16 +45,17 @@ def of(out: Path) -> Page:
     missing = sum(results.measured(out, case) is None for case in about["cases"])
     seeds = sorted({case["seed"] for case in about["cases"]})
     arms = list(dict.fromkeys(case["arm"] for case in about["cases"]))
+    configs = _configs(about, out)
     return Page(
         title=f"Sweep: {about['name']}",
         opening=[
             conclusion.of(pooled, axes),
-            _dp(out, about),
+            _dp([config.privacy for config in configs.values()]),
             Section(title="What was compared", words=_words(arms, axes, seeds, missing)),
         ],
         tiles=_tiles(pooled),
         sections=[
-            _joining(pooled, out, about),
+            _joining(pooled, configs, about),
             Section(title="The cost of privacy", figures=_privacy(pooled, axes)),
             Section(title="By setting", figures=_against(pooled, axes) or _settings(pooled, axes)),
             Section(title="Institutions", **_institutions(lines, axes)),
@@ -65,7 +67,7 @@ def of(out: Path) -> Page:
                     *([Table(rows=each, title="By institution", folded=True)] if each[1:] else []),
                 ],
             ),
-            *_environment(out, about),
+            *_environment([results.run_dir(out, cell) for cell in configs]),
             Section(
                 title="How to repeat it",
                 text=f"{about['command']}\n\n{(out / 'sweep.toml').read_text(encoding='utf-8')}",
@@ -283,17 +285,17 @@ def _institutions(lines: Lines, axes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _joining(pooled: Lines, out: Path, about: Mapping[str, Any]) -> Section:
+def _joining(pooled: Lines, configs: Mapping[str, RunConfig], about: Mapping[str, Any]) -> Section:
     """Show the gain of joining where institutions trained at home; else an empty section."""
     if all(line.get("gain") is None for line in pooled):
         return Section(title=joining_page.TITLE)
-    homes = [load(path / CONFIG).home for path in _cells(about, out)]
+    homes = [config.home for config in configs.values()]
     promises = dict.fromkeys(
         joining_page.home_promise({"epsilon": home.epsilon} if home.private else {})
         for home in homes
         if home.method != "none"
     )
-    drawn = joining_page.by_records(pooled, EPSILON) if _only_holdings(out, about) else {}
+    drawn = joining_page.by_records(pooled, EPSILON) if _only_holdings(configs, about) else {}
     words = [joining_page.MEANINGS, *promises, joining_page.CHOICES]
     words += [joining_page.BARS] if drawn else []
     return Section(title=joining_page.TITLE, words=words, figures=drawn)
@@ -303,7 +305,7 @@ HOLDINGS = ("seed", "data.institutions", "data.min-records", "data.max-records")
 """Keys of what institutions hold; of a partition at random the seed is one."""
 
 
-def _only_holdings(out: Path, about: Mapping[str, Any]) -> bool:
+def _only_holdings(configs: Mapping[str, RunConfig], about: Mapping[str, Any]) -> bool:
     """Whether the federation's cells of one budget differ in nothing but `HOLDINGS`."""
     others: dict[tuple[str, str], set[str]] = {}
     for case in about["cases"]:
@@ -311,22 +313,21 @@ def _only_holdings(out: Path, about: Mapping[str, Any]) -> bool:
             budget = case["arm"], str(case["axes"].get(EPSILON))
             found = others.setdefault(budget, set())
             for cell in case["cells"].values():
-                if is_complete(directory := results.run_dir(out, cell)):
-                    found.add(load(directory / CONFIG).fingerprint(*HOLDINGS))
+                if cell in configs:
+                    found.add(configs[cell].fingerprint(*HOLDINGS))
     return all(len(found) <= 1 for found in others.values())
 
 
-def _cells(about: Mapping[str, Any], out: Path) -> list[Path]:
-    """Return the directories of complete cells."""
+def _configs(about: Mapping[str, Any], out: Path) -> dict[str, RunConfig]:
+    """Read the configuration of each complete cell."""
     names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
-    found = [results.run_dir(out, name) for name in names]
-    return [path for path in found if is_complete(path)]
+    found = {name: results.run_dir(out, name) for name in names}
+    return {name: load(path / CONFIG) for name, path in found.items() if is_complete(path)}
 
 
-def _dp(out: Path, about: Mapping[str, Any]) -> Section:
+def _dp(privacies: Sequence[PrivacyConfig]) -> Section:
     """State the privacy of the arms under DP."""
-    configs = [load(path / CONFIG).privacy for path in _cells(about, out)]
-    private = [privacy for privacy in configs if privacy.enabled]
+    private = [privacy for privacy in privacies if privacy.enabled]
     if not private:
         return Section(
             title="Privacy",
@@ -357,8 +358,7 @@ def _dp(out: Path, about: Mapping[str, Any]) -> Section:
     return Section(title="Privacy", note=note, words=words)
 
 
-def _environment(out: Path, about: Mapping[str, Any]) -> list[Section]:
-    cells = _cells(about, out)
+def _environment(cells: Sequence[Path]) -> list[Section]:
     found = [read_run_file(path, "environment.json") for path in cells]
     shas = sorted({str(one["git_sha"]) for one in found})
     section = environment(found[-1])

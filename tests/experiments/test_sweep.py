@@ -388,6 +388,9 @@ def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
     assert "no DP, 4 institutions of 100 records: +22.7" in svg
     assert svg.index(">epsilon 8</text>") < svg.index(">no DP</text>")  # panels
     assert joining_page.by_records([x | {"gain": None} for x in pooled], "privacy.epsilon") == {}
+    many = [pooled[0] | {"institutions": 2 + number} for number in range(9)]
+    (title,) = joining_page.by_records(many, "privacy.epsilon")
+    assert title.endswith("(the 8 smallest of 9 numbers of institutions)")
 
 
 @pytest.mark.parametrize(
@@ -400,7 +403,8 @@ def test_the_gain_is_drawn_against_records_if_nothing_else_varies(tmp_path, key,
         made = from_flat({}).replace({key: value} if number else {})
         (cell / "config.toml").write_text(made.to_toml())
     pooled = [x for x in results.summary(out) if x["institution"] == results.ALL]
-    section = sweep_page._joining(pooled, out, results.manifest(out))
+    about = results.manifest(out)
+    section = sweep_page._joining(pooled, sweep_page._configs(about, out), about)
     assert bool(section.figures) == drawn and section.words
 
 
