@@ -485,6 +485,7 @@ class Federation:
             "run_dir": str(self.directory.path),
             "base": {"name": config.model.name, "digest": work.base.digest},
             "labels": list(work.labels),
+            "population": population.size,
             "trained_parameters": sum(t.numel() for t in adapter.only(PARTS).values()),
             "counts": dict(population.counts),
             "findings": [dataclasses.asdict(finding) for finding in population.findings],

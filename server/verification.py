@@ -265,7 +265,7 @@ class _Checks:
     @functools.cached_property
     def _size(self) -> int:
         """The number of institutions."""
-        return len(read_run_file(self.run_dir)["institutions"])
+        return read_run_file(self.run_dir)["population"]
 
     def _secure_aggregation(self, config: RunConfig, rounds: Sequence[Mapping[str, Any]]) -> None:
         privacy = config.privacy

@@ -11,7 +11,7 @@ from flwr.app import Message
 
 import server.app
 from client.ledger import Ledger
-from deployment import keys
+from deployment import keys, setup
 from fedlora import peers, secure_order, wire
 from fedlora.run_files import KEYS, read_records
 from fedlora.secure_aggregation import (
@@ -21,6 +21,7 @@ from fedlora.secure_aggregation import (
     UnmaskMessage,
     UnmaskOrder,
 )
+from server import binding, verification
 from server.roster import RunFailed
 from simulation.engines.grid import run_server
 from tests.deployment.remote import BANKS, Remote
@@ -80,7 +81,12 @@ def _entries(rows, name):
         return ledger.show()["entries"]
 
 
-def test_a_deployment_runs_the_protocol_and_erases_its_secrets_at_the_end(deployed, files, rows):
+def test_a_deployment_runs_the_protocol_and_erases_its_secrets_at_the_end(
+    deployed, files, rows, tmp_path, monkeypatch
+):
+    setup.make(tmp_path / "federation", ["a"], host="localhost", port=8443)
+    signing = tmp_path / "federation" / "server" / "keys"
+    monkeypatch.setenv(binding.KEYS, str(signing))
     config = deployed(**SECURE)
     result = _run(config, Remote(files, config.flat()))
     assert [record["updates"] for record in read_records(Path(config.run_dir))] == [4, 4]
@@ -91,6 +97,8 @@ def test_a_deployment_runs_the_protocol_and_erases_its_secrets_at_the_end(deploy
         assert store.stat().st_mode & 0o077 == 0
     said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
     assert said["secure_aggregation"]["protocol"] == "full"
+    checks = verification.verify(Path(config.run_dir), signing / "ca.crt")
+    assert {check.name for check in checks if check.state != "ok"} == set()
 
 
 class Lying(Remote):

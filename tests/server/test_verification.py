@@ -236,6 +236,18 @@ def test_the_second_mechanism_is_computed_anew(level_directory):
         assert "epsilon" in failing(directory), key
 
 
+def test_a_run_without_accuracies_of_institutions_is_verified_like_others(level_directory):
+    """A deployment's server does not know whose its held-out rows are."""
+    path, content = level_directory / "result.json", statement(level_directory)
+    result = json.loads(path.read_text())
+    assert result["population"] == len(result["institutions"]) == 4
+    for population, found in ((4, set()), (400, {"epsilon"})):
+        path.write_text(json.dumps(result | {"institutions": {}, "population": population}))
+        content["run"]["files"] = binding.digests(level_directory)
+        write(level_directory, content)
+        assert failing(level_directory) == found
+
+
 @pytest.mark.parametrize("change", [{"delta": 0.02}, {"noise_multiplier": 0.9}, {"steps": 0}])
 def test_a_second_mechanism_other_than_the_planned_one_is_found_though_its_figures_agree(
     level_directory, change
