@@ -1,9 +1,10 @@
 """The server's role in secure aggregation: it collects messages, checks them, and unmasks a sum.
 
 `SecureSetup` is a run's setup, `SecureRound` one round of it. Both are made of messages: after a
-restart the server gives stored messages to new objects, or asks for them again, because an
-institution answers the same order with the same message. Only the list of a round must be stored
-before it is sent (`SecureRound.list_order`), because an institution signs one list a round.
+restart the server gives a setup's stored messages to new objects, or asks for them again, because
+an institution answers the same order with the same message. Of a round, its list and the sum of its
+vectors are stored before the list is sent (`SecureRound.list_order`), because an institution signs
+one list a round and makes no vector of it after it revealed shares.
 
 A message that is refused changes nothing, so the caller notes its code and goes on.
 """
@@ -124,7 +125,6 @@ class SecureRound:
         setup: The finished setup.
         number: The round, from 1.
         digest: `MaskedOrder.digest`.
-        listed: After a restart, the list that was sent before it.
     """
 
     culprits: Mapping[str, str]
@@ -132,13 +132,12 @@ class SecureRound:
     bad shares of one dealer show that the dealer is at fault; fewer are laid upon their holders,
     though the dealer may have dealt them so."""
 
-    def __init__(
-        self, setup: SecureSetup, number: int, digest: bytes, *, listed: ListOrder | None = None
-    ) -> None:
+    def __init__(self, setup: SecureSetup, number: int, digest: bytes) -> None:
         self._setup, self._terms = setup, setup.terms
         self._keys = setup.keys
         self._bound = secure_aggregation.transcript(self._keys)
-        self._number, self._digest, self._list = number, digest, listed
+        self._number, self._digest = number, digest
+        self._list: ListOrder | None = None
         self._sum = np.zeros(self._terms.parameters, dtype="<u8")
         self._masked: set[str] = set()
         self._signatures: dict[str, bytes] = {}
@@ -199,24 +198,20 @@ class SecureRound:
         """The list of this round's survivors. Store it before it is sent.
 
         Raises:
-            Refusal: ``secure-survivors`` if they are too few: the round is given up. After a
-                restart also if vectors of the stored list are absent.
+            Refusal: ``secure-survivors`` if they are too few: the round is given up.
         """
         if self._list is None:
-            self._check_survivors(self._terms.least_survivors)
+            least = self._terms.least_survivors
+            if len(self._masked) < least:
+                raise Refusal(
+                    "secure-survivors",
+                    f"round {self._number} has {len(self._masked)} masked vectors and needs "
+                    f"{least}; it is given up, and nothing is unmasked",
+                )
             self._list = ListOrder(
                 run=self._terms.run, round=self._number, survivors=tuple(sorted(self._masked))
             )
-        self._check_survivors(len(self._list.survivors))
         return self._list
-
-    def _check_survivors(self, least: int) -> None:
-        if len(self._masked) < least:
-            raise Refusal(
-                "secure-survivors",
-                f"round {self._number} has {len(self._masked)} masked vectors and needs {least}; "
-                "it is given up, and nothing is unmasked",
-            )
 
     def add_signature(self, message: ListMessage) -> None:
         """Add an institution's signature over the list.
