@@ -122,8 +122,9 @@ class Clipping:
 class PrivateOptimizer(DPOptimizer):
     r"""`DPOptimizer` with keyed noise and a check on every step.
 
-    Gradients are in ``p.grad_sample``. Where several institutions share a pass, ``p.summed_grad``
-    holds the sum of gradients that `Clipping.clip` has clipped, and ``p.grad_sample`` no unit.
+    ``p.summed_grad`` holds the sum of gradients that `Clipping.clip` has clipped and checked, and
+    ``p.grad_sample`` no unit (`client.private_training`); units that are there are clipped and
+    added first.
 
     Guarantee: the gradient handed to the wrapped optimizer is
     :math:`\frac{1}{L}(\sum_u \mathrm{clip}(g_u) + \mathcal N(0, \sigma^2 C^2 I))`, where each

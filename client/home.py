@@ -21,7 +21,7 @@ from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
 from fedlora.adapters import PARTS, AdapterState, factor_names, kind
 from fedlora.lora_layers import ADAPTER, lora_layers
-from fedlora.sections import HomeConfig
+from fedlora.sections import HOME_FINISH, HomeConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable
 
@@ -29,8 +29,6 @@ VALIDATION = 0.2
 """Share of the training records that choices are made on."""
 MIN_VALIDATION = 8
 """An institution with fewer such records takes all steps, the first rate, the smallest weight."""
-FINISH = 3
-"""A chosen adapter is trained on, on all records, for its steps divided by this."""
 WEIGHTS = (0.5, 0.75, 1.0)
 """Weights of the adapter that was trained at home, against the shared one; fine-tune has only 1."""
 
@@ -174,7 +172,7 @@ class _Trainer:
             numbers = [i for i, setting in chosen.items() if setting.learning_rate == rate]
             starts = {i: trials[chosen[i]][i] for i in numbers if i in trials.get(chosen[i], ())}
             steps = {
-                i: (max(1, chosen[i].steps // FINISH) if i in starts else chosen[i].steps,)
+                i: (max(1, chosen[i].steps // HOME_FINISH) if i in starts else chosen[i].steps,)
                 for i in numbers
             }
             whole = {i: self.homes[i].shard for i in numbers}

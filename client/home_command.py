@@ -26,7 +26,7 @@ from fedlora import comparison, trainable
 from fedlora.comparison import Rows
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.files import write_atomic
+from fedlora.files import new_path, write_atomic
 from fedlora.joining_verdict import FINDINGS, MODELS, interval, outcome
 from fedlora.released import ReleaseFiles
 from fedlora.sections import HomeConfig
@@ -223,12 +223,7 @@ def _private_cache(own: Settings) -> Generator[None]:
 @contextlib.contextmanager
 def _new_directory(out: Path) -> Generator[Path]:
     """A directory for its owner only, in its place when the block has ended without an error."""
-    if out.exists():
-        raise InputError(f"{out} exists; give another --out")
-    parent = out.absolute().parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"{parent} is no directory that can be written to; give another --out")
-    new = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
+    new = Path(tempfile.mkdtemp(dir=new_path(out), prefix=".new-"))
     try:
         yield new
         new.rename(out)

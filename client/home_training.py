@@ -17,8 +17,8 @@ import torch
 
 from client.passes import equal_passes, packed_losses, plain_passes
 from client.training import add_gradients, proximal_term, shuffled, training_steps
-from fedlora import packing
-from fedlora.adapters import AdapterState, kind, parameters
+from fedlora import lora_layers, packing
+from fedlora.adapters import AdapterState, kind
 from fedlora.per_sample import pop_grad_sample
 from fedlora.shards import Shard, concatenate
 from fedlora.streams import RandomSource
@@ -148,7 +148,7 @@ def _can_share(work: Trainable, adapters: Sequence[AdapterState]) -> bool:
         or work.base.model.device.type != "cpu"
     ):
         return False
-    named, (first, *others) = _trained(work), adapters
+    named, (first, *others) = lora_layers.trained(work.model), adapters
     return all(
         other.keys() == first.keys()
         and all(other[n].shape == t.shape for n, t in first.items())
@@ -189,14 +189,9 @@ def _optimizer(named: Mapping[str, torch.nn.Parameter], plan: HomePlan) -> torch
     return torch.optim.Adam(groups, fused=True)
 
 
-def _trained(work: Trainable) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters by their names in an adapter."""
-    return {name: p for name, p in parameters(work.model).items() if p.requires_grad}
-
-
 def _train_one(work: Trainable, trainee: Trainee, plan: HomePlan) -> list[AdapterState]:
     trainee.start.load_into(work.model)
-    named = _trained(work)
+    named = lora_layers.trained(work.model)
     origin = trainee.origin or trainee.start
     pull = proximal_term(list(named.values()), plan.proximal, [origin[name] for name in named])
     optimizer, shard = _optimizer(named, plan), trainee.shard
@@ -230,7 +225,7 @@ def _train_together(
     }
     origins = _stacked(work, [t.origin or t.start for t in trainees]) if plan.proximal else {}
     pull = proximal_term(list(stacked.values()), plan.proximal, list(origins.values()))
-    optimizer, named = _optimizer(stacked, plan), _trained(work)
+    optimizer, named = _optimizer(stacked, plan), lora_layers.trained(work.model)
     tail = _TailMeans({s for t in trainees for s in t.steps}, list(stacked.values()))
     last = trainees[0].steps[-1]
     batches = [
@@ -279,7 +274,10 @@ def _stacked(work: Trainable, adapters: Sequence[AdapterState]) -> dict[str, tor
     The model gets the tensors that are not trained, in which the adapters agree.
     """
     adapters[0].load_into(work.model)
-    return {name: torch.stack([each[name] for each in adapters]) for name in _trained(work)}
+    return {
+        name: torch.stack([each[name] for each in adapters])
+        for name in lora_layers.trained(work.model)
+    }
 
 
 def _shared_passes(
@@ -303,7 +301,7 @@ def _shared_passes(
         backward and ``collect`` before the next pass.
     """
     inner = {id(p): name for name, p in work.parameters().items()}
-    inner_names = {name: inner[id(p)] for name, p in _trained(work).items()}
+    inner_names = {name: inner[id(p)] for name, p in lora_layers.trained(work.model).items()}
     tokens = min(PASS_TOKENS, physical_batch * work.task.encoding.max_length)
     for rows in equal_passes(shard.lengths, tokens, len(shard)):
         owners = slice(int(owner[rows[0]]), int(owner[rows[-1]]) + 1)

@@ -21,7 +21,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.sections import MIN_SAMPLE_RATE
 from fedlora.terminal import Terminal
-from strategies.base import participations
+from server.population import participations
 
 FACTORS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 """Rounds that are tried, over those in which rate 1 uses the compute up."""
@@ -168,7 +168,7 @@ def _row(config: RunConfig, units: Sequence[int]) -> Row:
     """The plan of a configuration."""
     count, rounds = len(units), config.federation.rounds
     asked = _asked(config, count)
-    of_one = participations(rounds, count, config.federation.institutions_per_round)
+    of_one = participations(config, count)
     sizes = [accounting.public_size(n) for n in units]
     plans = [plan_run(config, size, of_one) for size in sizes]
     weights = {
@@ -182,7 +182,7 @@ def _row(config: RunConfig, units: Sequence[int]) -> Row:
     length = sum(w * n / size for w, n, size in zip(weights, units, sizes, strict=True))
     noise = math.hypot(
         *(
-            w * plan.round_event.alone().noise_multiplier / plan.expected_batch_size
+            w * plan.share_noise_multiplier / plan.expected_batch_size
             for w, plan in zip(weights, plans, strict=True)
         )
     )

@@ -361,10 +361,9 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     measured = len(seen.all_held_out) * (rounds // every if every else 1)
     tokens = float(seen.all_train.lengths.sum()) / max(1, len(seen.all_train))
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
-    home = config.home
-    if home.method != "none" and rounds:  # two models, each by every rate to choose and at the end
-        trainings = 2 * (len(home.learning_rate) + 1)
-        work += tokens * 6 * trainings * home.steps * home.batch_size * len(seen.names)
+    if rounds:
+        at_home = (config.home.work(len(seen.train(i))) for i in range(len(seen.names)))
+        work += tokens * 6 * sum(at_home)
     weights = model_files.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
     inputs = (config.fingerprint(), model_files.digest(weights), seen.fingerprint())

@@ -21,7 +21,7 @@ ARM_MEANINGS = {
     "base": "base: the model before any training",
     "local": "local: each institution trains alone on its own records",
     "local-dp": "local-dp: the same under differential privacy",
-    "central": "central: all records in one place, which banks may not do; the upper bound",
+    "central": "central: all records in one place, which banks may not do",
     "central-dp": "central-dp: the same under differential privacy",
     "federated": "federated: together, records at their institutions, without differential privacy",
     "federated-dp": "federated-dp: together and under differential privacy",
@@ -42,10 +42,10 @@ def of(out: Path) -> Page:
     axes = list(dict.fromkeys(k for case in about["cases"] for k in case["axes"]))
     pooled = [line for line in lines if line["institution"] == ALL]
     table, each = results.tables(out, lines)
-    missing = sum(results.measured(out, case) is None for case in about["cases"])
+    configs = _configs(about, out)
+    missing = sum(not _is_complete(case, configs) for case in about["cases"])
     seeds = sorted({case["seed"] for case in about["cases"]})
     arms = list(dict.fromkeys(case["arm"] for case in about["cases"]))
-    configs = _configs(about, out)
     return Page(
         title=f"Sweep: {about['name']}",
         opening=[
@@ -82,7 +82,8 @@ def _words(
     varied = f" Varied: {', '.join(axes)}." if axes else ""
     many = f"{len(seeds)} seeds" if len(seeds) != 1 else "one seed, so there are no intervals"
     words = [
-        "Compared on the same held-out rows, with the same split and the same number of steps: "
+        "Compared, at each setting, on the same held-out rows, with the same split and the same "
+        "number of steps: "
         + "; ".join(ARM_MEANINGS[arm] for arm in arms)
         + f".{varied} Each case with {many}."
     ]
@@ -323,6 +324,10 @@ def _configs(about: Mapping[str, Any], out: Path) -> dict[str, RunConfig]:
     names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
     found = {name: results.run_dir(out, name) for name in names}
     return {name: load(path / CONFIG) for name, path in found.items() if is_complete(path)}
+
+
+def _is_complete(case: Mapping[str, Any], configs: Mapping[str, RunConfig]) -> bool:
+    return bool(case["cells"]) and all(cell in configs for cell in case["cells"].values())
 
 
 def _dp(privacies: Sequence[PrivacyConfig]) -> Section:

@@ -222,6 +222,11 @@ class PrivacyPlan:
         return self.sample_rate * self.size_class
 
     @property
+    def share_noise_multiplier(self) -> float:
+        """The noise multiplier of what this institution adds itself."""
+        return self.noise_multiplier / math.sqrt(max(1, self.honest))
+
+    @property
     def max_steps(self) -> int:
         """The most steps of the whole run."""
         return self.steps_per_round * self.rounds

@@ -16,7 +16,7 @@ from fedlora import finished_run, model_card, model_files
 from fedlora.adapters import CONFIG_FILE, WEIGHTS_FILE
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.files import sync, write_atomic
+from fedlora.files import new_path, sync, write_atomic
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
@@ -45,7 +45,7 @@ def vllm(run_dir: Path, out_dir: Path, institution: str = "") -> str:
     Raises:
         InputError: If the run is not complete, ``out_dir`` exists, or vLLM cannot read the adapter.
     """
-    parent = finished_run.new_path(out_dir)
+    parent = new_path(out_dir)
     config, folder, saved = _causal_adapter(run_dir, institution, "vLLM serves")
     rank = int(saved["r"])
     if saved.get("use_dora") or rank > VLLM_RANKS[-1]:
@@ -94,7 +94,7 @@ def gguf(
         InputError: If the run is not complete, ``out`` exists, ``llama_cpp`` has no converter, the
             adapter has no such form, or the converter fails. Nothing is written then.
     """
-    parent = finished_run.new_path(out)
+    parent = new_path(out)
     converter = _converter(llama_cpp)
     config, folder, saved = _causal_adapter(run_dir, institution, "llama.cpp takes")
     if saved.get("use_dora") or saved.get("fan_in_fan_out"):

@@ -5,6 +5,8 @@ import stat
 import tempfile
 from pathlib import Path
 
+from fedlora.errors import InputError
+
 
 def cache_directory() -> Path:
     """The directory of caches: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
@@ -33,6 +35,20 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def new_path(path: Path) -> Path:
+    """Check that a file or directory can be created; its parent.
+
+    Raises:
+        InputError: If it exists, or its parent cannot be written to.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists; give a path that does not exist")
+    parent = path.absolute().parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{parent} is no directory that can be written to; give another directory")
+    return parent
 
 
 def existing_parent(path: Path) -> Path:

@@ -108,7 +108,7 @@ def reach(config: RunConfig, records: Federation, participations: int) -> float:
     sizes = np.array([plan.size_class for plan in plans], dtype=np.float64)
     weights = np.ones(len(plans)) if config.federation.weighting == "uniform" else sizes
     # under secure aggregation each institution adds a share of the noise of the sum
-    own = [plan.noise_multiplier / math.sqrt(max(1, plan.honest)) for plan in plans]
+    own = [plan.share_noise_multiplier for plan in plans]
     noise = np.array(own) / np.array([plan.expected_batch_size for plan in plans])
     steps = participations * config.training.local_steps
     return float(math.sqrt(steps) * weights.sum() / np.sqrt(((weights * noise) ** 2).sum()))

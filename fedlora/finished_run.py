@@ -2,7 +2,6 @@
 
 # pyright: reportUnknownMemberType=false
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig, load
 from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
+from fedlora.files import new_path
 from fedlora.run_files import CONFIG, read_run_file
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
@@ -62,20 +62,6 @@ def adapter_directory(run_dir: Path, config: RunConfig, institution: str = "") -
         )
     folder = run_dir / "institutions" / institution if institution else run_dir
     return folder / "adapter"
-
-
-def new_path(path: Path) -> Path:
-    """Check that a file or directory can be created; its parent.
-
-    Raises:
-        InputError: If it exists, or its parent cannot be written to.
-    """
-    if path.exists():
-        raise InputError(f"{path} exists; give a path that does not exist")
-    parent = path.absolute().parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"{parent} is no directory that can be written to; give another directory")
-    return parent
 
 
 def _open(run_dir: Path, config: RunConfig, institution: str) -> Trainable:

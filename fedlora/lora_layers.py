@@ -68,6 +68,11 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of `parameters` that require gradients."""
+    return {name: p for name, p in parameters(model).items() if p.requires_grad}
+
+
 def set_rank(layer: LoraLayer, rank: int) -> None:
     """Make room for factors of this rank and scale them as PEFT does; values are not kept."""
     if rank == layer.r[ADAPTER]:

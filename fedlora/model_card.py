@@ -18,7 +18,7 @@ from fedlora.sft import MAX_RESPONSE_TOKENS
 from fedlora.trainable import Trainable
 
 CARD, LABELS = "README.md", "labels.json"
-FIGURES = ("accuracy", "macro_f1", "loss", "exact_match", "rouge_l", "token_loss")
+FIGURES = ("accuracy", "macro_f1", "loss", "exact_match", "token_loss")
 """Keys of a result that a card quotes, where the result has them."""
 SHARED_PART = (
     "It holds the parts that institutions share. Each institution keeps further parts at home, and "

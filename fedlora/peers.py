@@ -6,7 +6,7 @@ of nobody else. It never takes a key from the server's word.
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -27,8 +27,6 @@ _SCALAR_BYTES = 47
 """One less than the order of P-384 has: any such number, plus 1, is a private key."""
 _PEM = b"-----BEGIN"
 _GROUP = 4
-
-PublicKeys = Mapping[str, ec.EllipticCurvePublicKey]
 
 
 def read(content: bytes, source: object) -> ec.EllipticCurvePublicKey:

@@ -451,6 +451,10 @@ class PrivacyConfig(Section):
         return math.isfinite(self.institution_epsilon)
 
 
+HOME_FINISH = 3
+"""A chosen adapter is trained on at home, on all records, for its steps divided by this."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HomeConfig(Section):
     """Models that each institution trains for itself after the run: alone, and from the shared one.
@@ -508,6 +512,16 @@ class HomeConfig(Section):
     def private(self) -> bool:
         """Whether own models are trained under DP."""
         return self.method != "none" and math.isfinite(self.epsilon)
+
+    def work(self, records: int) -> float:
+        """The most passes of a record that an institution with these training records makes.
+
+        Two models: each by every rate to choose, and the chosen trial trained on at the end.
+        """
+        if self.method == "none":
+            return 0.0
+        trainings = 2 * (len(self.learning_rate) + 1 / HOME_FINISH)
+        return trainings * self.steps * min(self.batch_size, records)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ from server import (
     tracking,
 )
 from server.aggregation import Aggregated, Report
-from server.population import population_of
+from server.population import participations, population_of
 from server.privacy_statement import epsilon_alone, largest_epsilon, statement
 from server.replies import Replies
 from server.roster import Roster, patience
@@ -125,11 +125,9 @@ class Federation:
         self.callbacks = plugged.callbacks(config.tracking.callbacks)
         self.grid, self.config = grid, config
         self.population = population_of(config)
-        size, federation = self.population.size, config.federation
-        self.participations = base.participations(
-            federation.rounds, size, federation.institutions_per_round
-        )
-        self.strategy = plugged.strategy(federation)
+        size = self.population.size
+        self.participations = participations(config, size)
+        self.strategy = plugged.strategy(config.federation)
         masks = config.privacy.masks
         self.session = SecureSession(grid, config, self.population.names) if masks else None
         self.aggregation = aggregation.choose(config, size, self.participations, self.session)

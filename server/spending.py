@@ -144,7 +144,7 @@ class Spending:
         alone = accounting.epsilon_alone(spent, plan.delta, plan.accountant)
         return {
             "epsilon_alone": alone if math.isfinite(alone) else "inf",
-            "share_noise_multiplier": plan.round_event.alone().noise_multiplier,
+            "share_noise_multiplier": plan.share_noise_multiplier,
         }
 
 

@@ -215,7 +215,6 @@ def _cost(
 ) -> dict[str, Any]:
     """Expected time and bytes, from one measured step and one measured evaluation."""
     from client import training
-    from client.home import FINISH
     from fedlora import wire
     from server.joining import is_measured
 
@@ -244,10 +243,7 @@ def _cost(
         "home": 0.0,
     }
     if is_measured(config, names):
-        # two models, each by every rate to choose, and the chosen trial trained on at the end
-        trainings = 2 * (len(config.home.learning_rate) + 1 / FINISH)
-        batches = sum(min(config.home.batch_size, len(records.train(i))) for i in range(names))
-        at_home = trainings * config.home.steps * batches  # at most: validation records choose
+        at_home = sum(config.home.work(len(records.train(i))) for i in range(names))
         seconds["home"] = at_home * of_row / min(workers, names)
     sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
     return {

@@ -282,7 +282,8 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     console.write_line(f"adapter        {adapter}")
     if joining_verdict.comparison(result) is not None:
         own = run_dir / "institutions" / "NAME" / "own"
-        console.write_line(f"own adapters   {own} (no DP: they must not leave)")
+        stays = "" if "epsilon" in result["joining"] else " (no DP: they must not leave)"
+        console.write_line(f"own adapters   {own}{stays}")
     console.write_line(f"report         {run_dir / 'report.html'}")
     console.write_line(f"privacy        {run_dir / 'privacy.json'}")
     console.write_line(f"every round    {run_dir / 'rounds.jsonl'}")

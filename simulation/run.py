@@ -283,12 +283,12 @@ def check_budgets(config: RunConfig) -> None:
     """
     from fedlora import accounting, records
     from fedlora.budget import plan_run
-    from strategies import base
+    from server.population import participations
 
     federation = records.load(config)
-    institutions, rounds = len(federation.names), config.federation
+    institutions = len(federation.names)
     units = (federation.train(i).num_units for i in range(institutions))
-    cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
+    cap = participations(config, institutions)
     for size in sorted({accounting.public_size(count) for count in units}):
         plan_run(config, size, cap)
 

@@ -27,8 +27,8 @@ from fedlora.config import RunConfig
 from fedlora.messages import ClientUpdate
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable, training_mode
+from server.population import participations
 from simulation.engines.grid import SimulationGrid
-from strategies import base
 
 Floats = NDArray[np.float64]
 RIDGE_FRACTION = 1e-3  # ridge without noise, as a fraction of the mean squared gradient norm
@@ -159,7 +159,7 @@ def gradients(work: Trainable, shard: Shard, physical_batch: int) -> torch.Tenso
             batch = work.task.collate(shard, rows)
             work.task.losses(work.model, batch, work.labels).sum().backward()
             work.per_sample.collect()
-        named = _trained(work)
+        named = lora_layers.trained(work.model)
         found.append(
             torch.cat([cast(Any, p).grad_sample.flatten(1) for p in named.values()], 1).cpu()
         )
@@ -209,7 +209,7 @@ def scores(
         sent.load_into(work.model)
         work.train_only(parts)
         everyone = gradients(work, canaries, config.training.physical_batch)
-        keys = list(_trained(work))
+        keys = list(lora_layers.trained(work.model))
         for name, group in sums:
             rows = np.flatnonzero(np.isin(owner, group))
             members = [federation.names[index] for index in group]
@@ -259,8 +259,7 @@ def _move(config: RunConfig, sent: AdapterState, update: ClientUpdate) -> dict[s
 
 def _noise_variance(plan: PrivacyPlan, vectors: int) -> float:
     """Return the variance of the planned noise in each number of a sum of so many vectors."""
-    # Under secure aggregation each vector has the share of one in `honest`.
-    return (plan.noise_multiplier * plan.max_grad_norm) ** 2 * vectors / max(1, plan.honest)
+    return (plan.share_noise_multiplier * plan.max_grad_norm) ** 2 * vectors
 
 
 def _solve(g: torch.Tensor, step: torch.Tensor, ridge: float) -> Floats:
@@ -309,8 +308,7 @@ def noise_reuse(config: RunConfig, transcript: Transcript) -> NoiseReuse:
             keys = tuple(sorted(move))
             step = torch.cat([move[key].flatten() for key in keys]).float()
             # In units of C and of the step size. A batch twice the expected size is very unlikely.
-            own_noise = plan.noise_multiplier / max(1, plan.honest) ** 0.5
-            noise = own_noise * (step.numel() * steps) ** 0.5
+            noise = plan.share_noise_multiplier * (step.numel() * steps) ** 0.5
             if noise >= 2 * (2 * plan.expected_batch_size * steps):
                 now.setdefault(keys, {})[name] = torch.nn.functional.normalize(step, dim=0)
         for keys, units in now.items():
@@ -333,9 +331,8 @@ def _plans(config: RunConfig) -> dict[str, PrivacyPlan]:
     """Return institution -> the plan of its run; empty without DP."""
     if not config.privacy.enabled:
         return {}
-    federation, rounds = records.load(config), config.federation
-    institutions = len(federation.names)
-    cap = base.participations(rounds.rounds, institutions, rounds.institutions_per_round)
+    federation = records.load(config)
+    cap = participations(config, len(federation.names))
     return {
         name: plan_run(config, federation.train(index).num_units, cap)
         for index, name in enumerate(federation.names)
@@ -346,9 +343,3 @@ def _among(shard: Shard, others: Shard) -> NDArray[np.bool_]:
     """Return for each row of a shard, ``(n,)``, whether other rows contain it."""
     known = {bytes(row) for row in others.records}
     return np.array([bytes(row) in known for row in shard.records], dtype=bool)
-
-
-def _trained(work: Trainable) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that require gradients, by their names in an adapter."""
-    named = lora_layers.parameters(work.model)
-    return {name: p for name, p in named.items() if p.requires_grad}

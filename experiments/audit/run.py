@@ -126,7 +126,7 @@ def run(
             result["noise"] |= dataclasses.asdict(noise_reuse(target, transcript))
         if config.model.task == "sft":
             with console.status("ranking secrets"):
-                result["extraction"] = _extraction(target, work, audited, Path(folder), inside)
+                result["extraction"] = _extraction(target, audited, Path(folder), inside)
         with console.status("attacking real rows"):
             rows = _attacked(target, set(_distinct(shard)))
             loss = membership.measure(-rows.losses, rows.inside, CONFIDENCE)
@@ -344,10 +344,10 @@ def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes]) -> Floa
 
 
 def _extraction(
-    config: RunConfig, work: Trainable, audited: Audited, folder: Path, inside: NDArray[np.bool_]
+    config: RunConfig, audited: Audited, folder: Path, inside: NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Measure the exposure of planted secrets and of secrets that were not planted."""
-    _load_released(config)
+    work = _load_released(config)
     others = alternatives(audited.canaries, ALTERNATIVE_SECRETS, config.seed)
     write(folder / "others.csv", [TEXT, LABEL], [(c.text, c.label) for c in others])
     physical = config.training.physical_batch

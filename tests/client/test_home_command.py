@@ -332,7 +332,7 @@ def test_an_unknown_run_is_one_error_that_lists_the_known_runs(bank):
         (("--epsilon", "0"), "--epsilon is 0; it must be a finite number above 0"),
         (("--epsilon", "inf"), "--epsilon is inf; it must be"),
         (("--adapter", "none"), "release.json cannot be read"),
-        (("--out", "."), "exists; give another --out"),
+        (("--out", "."), "exists; give a path that does not exist"),
         (("--out", "none/there"), "is no directory that can be written to"),
     ],
 )
