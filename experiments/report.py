@@ -14,7 +14,7 @@ from experiments.pages import Page, Section, Table, environment, number, render
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig, load
 from fedlora.files import write_atomic
-from fedlora.run_files import CONFIG, read_records, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, read_records, read_run_file
 
 FILE = "report.html"
 MAX_BARS = 40
@@ -65,7 +65,7 @@ def of_run(directory: Path) -> Page:
             Section(title="Institutions", **_by_institution(result)),
             Section(title="Aggregation", **_aggregation(run.records)),
             Section(title="Cost", **_cost(run)),
-            environment(read_run_file(directory, "environment.json")),
+            environment(read_run_file(directory, ENVIRONMENT)),
             Section(title="Configuration", text=config.to_toml()),
         ],
     )

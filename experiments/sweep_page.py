@@ -11,7 +11,7 @@ from experiments.results import ALL
 from experiments.sweep import EPSILON
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, is_complete, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, is_complete, read_run_file
 from fedlora.sections import PrivacyConfig
 
 Lines = Sequence[Mapping[str, Any]]
@@ -364,7 +364,7 @@ def _dp(privacies: Sequence[PrivacyConfig]) -> Section:
 
 
 def _environment(cells: Sequence[Path]) -> list[Section]:
-    found = [read_run_file(path, "environment.json") for path in cells]
+    found = [read_run_file(path, ENVIRONMENT) for path in cells]
     shas = sorted({str(one["git_sha"]) for one in found})
     section = environment(found[-1])
     if len(shas) > 1:

@@ -22,6 +22,8 @@ from fedlora.errors import InputError
 
 CONFIG = "config.toml"
 """In a run directory: the resolved configuration."""
+ENVIRONMENT = "environment.json"
+"""In a run directory: versions, commit and processor."""
 RESULT = "result.json"
 """In a run directory: the results. A run writes this file last, so it marks a complete run."""
 RUNS, LATEST = "runs", "latest"

@@ -19,7 +19,15 @@ from fedlora import seal
 from fedlora.config import ENGINE_ONLY, RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
-from fedlora.run_files import RESULT, SUBMISSION, environment, finite, read_lines, read_records
+from fedlora.run_files import (
+    ENVIRONMENT,
+    RESULT,
+    SUBMISSION,
+    environment,
+    finite,
+    read_lines,
+    read_records,
+)
 from server import binding
 
 if TYPE_CHECKING:
@@ -138,7 +146,7 @@ class RunDirectory:
         """Make the directory, with the run's configuration and environment."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.toml", config.to_toml().encode())
-        self._json("environment.json", environment())
+        self._json(ENVIRONMENT, environment())
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint, then drop the oldest."""

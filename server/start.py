@@ -1,7 +1,9 @@
 """The adapter that a run starts from: a fresh one, or one of an earlier run or a directory."""
 
+import filecmp
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from fedlora.adapters import CONFIG_FILE, AdapterState
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.model_card import LABELS
-from fedlora.run_files import CONFIG, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, read_run_file
 from fedlora.sections import AdapterConfig
 from fedlora.trainable import Trainable
 
@@ -28,17 +30,18 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
 
     Raises:
         InputError: If the directory holds no adapter, or one of another base, rank or scale; if it
-            is a run that was not completed, has no adapter for all, or was trained without DP on
-            the records that this run protects.
+            is a run that was not completed or has no adapter for all; if it was trained without DP
+            on the records that this run protects, or with DP that other ledgers were charged for.
     """
     start = config.adapter.start
     if not start:
         return work.start
     folder = Path(start)
-    run_dir = folder if (folder / CONFIG).exists() else folder.parent
-    if (run_dir / CONFIG).exists():
-        _check_run(run_dir, config, work)
-        folder = run_dir / "adapter"
+    origin = _origin(start)
+    if origin and origin.released:
+        _check_run(origin.run_dir, config, work)
+        folder = origin.run_dir / "adapter"
+    _check_promises(config)
     try:
         loaded = AdapterState.open(folder)
     except InputError as error:
@@ -75,32 +78,93 @@ def _check_run(run_dir: Path, config: RunConfig, work: Trainable) -> None:
             f"{start}, a run on the base {before.model.name}; model.name {config.model.name} has "
             "other weights: use that base, or start from another adapter"
         )
-    promised = config.privacy.enabled and not config.privacy.protects_nobody
-    for earlier in (one for one in _lineage(config) if one.data.source == config.data.source):
-        if config.privacy.hides_institutions:
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The run in whose directory an adapter lies.
+
+    Args:
+        run_dir: The run's directory.
+        released: Whether the adapter is the one that the run released to all, and not an
+            institution's own.
+    """
+
+    run_dir: Path
+    released: bool
+
+
+def _origin(start: str) -> _Origin | None:
+    """The run in whose directory an adapter lies, at any depth; None if it lies in none."""
+    folder = Path(start).resolve()
+    for place in (folder, *folder.parents):
+        near = place in (folder, folder.parent)  # farther up, a config.toml may be anybody's
+        if (place / CONFIG).exists() and (near or (place / ENVIRONMENT).exists()):
+            return _Origin(run_dir=place, released=folder in (place, place / "adapter"))
+    return None
+
+
+def _check_promises(config: RunConfig) -> None:
+    """Check that what a run starts from reveals nothing that its promise leaves out.
+
+    Raises:
+        InputError: Naming the start and the remedy.
+    """
+    start, privacy = f"adapter.start is {config.adapter.start}", config.privacy
+    promised = privacy.enabled and not privacy.protects_nobody
+    for earlier, origin in _lineage(config):
+        if not _is_same_source(earlier.data.source, config.data.source):
+            continue
+        if privacy.hides_institutions:
             raise InputError(
                 f"{start}, and a run that it follows had the same data.source: no ledger adds up "
                 "two runs for privacy.institution-epsilon; plan all rounds in one run"
             )
-        if promised and (not earlier.privacy.enabled or earlier.privacy.protects_nobody):
+        if not promised:
+            continue
+        if not origin.released:
+            raise InputError(
+                f"{start}, and it follows an institution's own adapter of {origin.run_dir}, a run "
+                "on the same data.source: that run's promise does not cover it; start from the "
+                "adapter that the run released"
+            )
+        if not earlier.privacy.enabled or earlier.privacy.protects_nobody:
             raise InputError(
                 f"{start}, and it follows a run without DP on the same data.source: its adapter "
                 "may reveal records that privacy.epsilon promises to protect; start from a run "
                 "under DP, or from one on public records"
             )
+        ledgers = Path(earlier.privacy.ledger or origin.run_dir / "ledgers")
+        if not config.deployed and (
+            not ledgers.is_dir() or not privacy.ledger or not ledgers.samefile(privacy.ledger)
+        ):
+            raise InputError(
+                f"{start}, and {origin.run_dir} spent on the same data.source: privacy.ledger is "
+                f"{privacy.ledger or 'not set'}, so this run's epsilon would leave that out; set "
+                f"privacy.ledger to {ledgers}, which both runs are then charged to (their limit is "
+                "the first run's privacy.max-epsilon), or use fedlora run --resume "
+                f"{origin.run_dir} --rounds +N"
+            )
 
 
-def _lineage(config: RunConfig) -> Iterator[RunConfig]:
+def _is_same_source(one: str, other: str) -> bool:
+    """Whether two ``data.source`` are one name, or files of the same content."""
+    if one == other:
+        return True
+    files = Path(one), Path(other)
+    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
+
+
+def _lineage(config: RunConfig) -> Iterator[tuple[RunConfig, _Origin]]:
     """The runs that a run follows, the last one first, as far as their directories are here."""
     seen: set[str] = set()
     while (start := config.adapter.start) and start not in seen:
         seen.add(start)
-        folder = Path(start)
-        run_dir = folder if (folder / CONFIG).exists() else folder.parent
-        if not (run_dir / CONFIG).exists():
+        origin = _origin(start)
+        if origin is None:
             return
-        config = load(run_dir / CONFIG)
-        yield config
+        config = load(origin.run_dir / CONFIG)
+        yield config, origin
 
 
 def _labels(folder: Path) -> list[str] | None:

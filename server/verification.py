@@ -16,7 +16,7 @@ from fedlora import accounting, model_card, model_files, noise_shares, odds, rec
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import PrivacySpent
-from fedlora.run_files import CONFIG, RESULT, read_records, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, read_records, read_run_file
 from server import binding, institution_privacy, privacy_statement
 from server.population import participations
 from server.spending import NOISE_TOLERANCE, Spending
@@ -154,8 +154,8 @@ class _Checks:
         return finished
 
     def _version(self) -> str:
-        found = read_run_file(self.run_dir, "environment.json")
-        where = "environment.json"
+        found = read_run_file(self.run_dir, ENVIRONMENT)
+        where = ENVIRONMENT
         _same("fedlora", self._bound["fedlora"], found["versions"]["fedlora"], where)
         _same("commit", self._bound["commit"], found["git_sha"], where)
         _same("changes", self._bound["uncommitted_changes"], found["git_dirty"], where)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -122,12 +124,69 @@ def test_a_run_goes_on_from_an_earlier_run_and_refuses_one_that_does_not_fit(
     for start in (first, first / "adapter"):
         words = "a run without DP on the same data.source"
         refused(words, **secure, **{"adapter.start": str(start)})
+    copy = tmp_path / "copy.csv"  # the same records under another name
+    shutil.copy(tiny_config().data.source, copy)
+    words = "a run without DP on the same data.source"
+    refused(words, **secure, **{"data.source": str(copy)})
+    with copy.open("a") as file:
+        file.write(copy.read_text().splitlines()[-1] + "\n")
+    config = tiny_config(**(values | secure | {"data.source": str(copy)}))
+    start_adapter(config, trainable.load(config, trainable.records(config).labels))
     result = json.loads((first / "result.json").read_text())
     result["base"]["digest"] = "0" * 64
     (first / "result.json").write_text(json.dumps(result))
     refused("has other weights")
     (first / "result.json").unlink()
     refused("adapter.start is .* holds no complete run")
+
+
+def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
+    tiny_config, simulate_run, tmp_path
+):
+    first, own = tmp_path / "first", tmp_path / "first" / "institutions" / "Alpha" / "own"
+    secure = {"privacy.noise": "secure", "federation.rounds": 1, "home.steps": 2}
+    before = tiny_config(**{**secure, "run-dir": str(first), "home.method": "fine-tune"})
+    simulate_run(before)
+    (first / "config.toml").write_text(before.to_toml())
+    made = trainable.load(before, trainable.records(before).labels)
+    for start in (own, own / ".." / "own"):
+        following = before.replace({"adapter.start": str(start), "run-dir": str(tmp_path / "two")})
+        with pytest.raises(InputError, match=r"an institution's own adapter of .*first, a run on"):
+            start_adapter(following, made)
+    found = start_adapter(following.replace({"privacy.epsilon": float("inf")}), made)
+    saved = AdapterState.open(own)
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
+    tiny_config, simulate_run, tmp_path
+):
+    first = tiny_config(
+        **{
+            "run-dir": str(tmp_path / "first"),
+            "privacy.noise": "secure",
+            "privacy.max-epsilon": 20.0,
+            "federation.rounds": 1,
+        }
+    )
+    simulate_run(first)
+    (tmp_path / "first" / "config.toml").write_text(first.to_toml())
+    second = first.replace(
+        {"run-dir": str(tmp_path / "second"), "adapter.start": str(tmp_path / "first")}
+    )
+    ledgers = tmp_path / "first" / "ledgers"
+    made = trainable.load(first, trainable.records(first).labels)
+    (tmp_path / "other").mkdir()
+    for elsewhere in ("", str(tmp_path / "other")):
+        with pytest.raises(InputError, match=re.escape(f"set privacy.ledger to {ledgers}")):
+            start_adapter(second.replace({"privacy.ledger": elsewhere}), made)
+    same = second.replace({"privacy.ledger": str(ledgers)})
+    simulate_run(same)
+    stated = json.loads((tmp_path / "second" / "privacy.json").read_text())["institutions"]
+    assert all(one["ledger_epsilon"] > 1.1 * one["epsilon"] for one in stated.values())
+    ledgers.rename(tmp_path / "moved")  # what was spent is not known any more
+    with pytest.raises(InputError, match=r"set privacy\.ledger to"):
+        start_adapter(same, made)
 
 
 def test_further_rounds_are_charged_to_the_same_ledgers_or_refused(
