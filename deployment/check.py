@@ -3,6 +3,7 @@
 import email.utils
 import importlib.metadata
 import json
+import math
 import ssl
 import tempfile
 import urllib.error
@@ -162,6 +163,7 @@ def _secure_aggregation(own: "Settings") -> list[Check]:
         return [_missing("peers", "peers" if own.key else "key")]
     return [
         _try("peers", lambda: _peers(own)),
+        _collusion(own),
         _try("secure store", lambda: _store(Path(own.state) / secure_store.FILE)),
     ]
 
@@ -181,6 +183,23 @@ def _peers(own: "Settings") -> str:
         )
     others = ", ".join(name for name in keys if name != own.name)
     return f"{others}; compare them by telephone (`fedlora deploy fingerprint`)"
+
+
+def _collusion(own: "Settings") -> Check:
+    """Which promises this institution accepts if others collude with the server."""
+    if not own.min_colluding and math.isinf(own.max_alone_epsilon):
+        return Check(
+            "collusion",
+            "warn",
+            "min-colluding is 0 and max-alone-epsilon is inf: a server may choose a promise that "
+            "one other institution can break by telling it its noise; set one of the two",
+        )
+    return Check(
+        "collusion",
+        "ok",
+        f"runs that hold against at least {own.min_colluding} others, and with epsilon at most "
+        f"{own.max_alone_epsilon:g} against all",
+    )
 
 
 def _store(path: Path) -> str:

@@ -243,6 +243,11 @@ def ledgers(run: Run) -> list[str]:
         f"limit. The least is left at {name}: epsilon {left:.4g} of {worst['ledger_limit']:g}, "
         f"at delta {worst['ledger_delta']:.3g}."
     )
+    if run.config.home.private:
+        said += (
+            " Own models, trained afterwards under differential privacy, were charged for up to "
+            f"epsilon {run.config.home.epsilon:g} more."
+        )
     if not run.config.deployed and not run.config.privacy.ledger:
         said += " This simulation began new ledgers: earlier runs on these records do not count."
     return [said]

@@ -50,6 +50,11 @@ STARTED = (
     'records adds to this. "ledger_epsilon" of an institution is the bound for all runs on its '
     "ledger."
 )
+HOME = (
+    " Own models are trained at home after the last round, under differential privacy with "
+    "home.epsilon {epsilon:g} on top. Every figure here is of the time before, also "
+    '"ledger_epsilon"; the card of each own model has the total of its ledger.'
+)
 
 
 def statement(
@@ -118,6 +123,8 @@ def promise(config: RunConfig) -> dict[str, str]:
         words += ALONE + NOT_MASKED * (not privacy.masks)
         words += SIMULATED_KEYS * (privacy.masks and not config.deployed)
     words += STARTED * bool(config.adapter.start)
+    if config.home.private and not config.deployed:
+        words += HOME.format(epsilon=config.home.epsilon)
     return {
         "protects": NO_PROMISE_WITH_SEED if privacy.noise == "seeded" else words,
         "adversary": adversary,

@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -484,6 +485,7 @@ class Federation:
             "base": {"name": config.model.name, "digest": work.base.digest},
             "labels": list(work.labels),
             "population": population.size,
+            "nonce": secrets.token_hex(16),
             "trained_parameters": sum(t.numel() for t in adapter.only(PARTS).values()),
             "counts": dict(population.counts),
             "findings": [dataclasses.asdict(finding) for finding in population.findings],

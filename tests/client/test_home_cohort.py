@@ -14,6 +14,7 @@ from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query
+from server import privacy_statement
 from tests.client.test_home_training import moved, with_residual
 
 PRIVATE = {"home.method": "interpolate", "home.steps": 4, "home.epsilon": 2.0}
@@ -227,4 +228,9 @@ def test_a_run_states_the_budget_of_own_models_and_spends_what_it_planned(
             assert len(runs) == 2 and ledger.spent() <= 10.0
             assert accounting.epsilon(events, ledger.delta, ledger.accountant) <= 2.0
     privacy = json.loads((Path(config.run_dir) / "privacy.json").read_text())
-    assert "home" not in json.dumps(privacy)  # the statement is of the shared adapter
+    assert "home" not in json.dumps(privacy)  # seeded: nothing is promised
+    secure = config.replace({"privacy.noise": "secure"})
+    said = privacy_statement.promise(secure)["protects"]
+    assert "home.epsilon 2 on top. Every figure here is of the time before" in said
+    without = privacy_statement.promise(secure.replace({"home.epsilon": float("inf")}))
+    assert "home" not in without["protects"]

@@ -145,6 +145,15 @@ def test_peers_and_their_store_are_checked_where_the_institution_trusts_them(pin
     found = check.institution(pinned)
     assert _failed(found) == set()
     assert _as(found, "peers").details.startswith("b, c")
+    assert _as(found, "collusion").outcome == "warn"
+    for line, said in (
+        ("min-colluding = 1", "at least 1 others, and with epsilon at most inf"),
+        ("max-alone-epsilon = 40.0", "at least 0 others, and with epsilon at most 40 "),
+    ):
+        pinned.write_text(f"{pinned.read_text()}{line}\n")
+        bounded = _as(check.institution(pinned), "collusion")
+        assert bounded.outcome == "ok" and said in bounded.details
+        pinned.write_text(pinned.read_text().replace(f"{line}\n", ""))
     text = pinned.read_text()
     pinned.write_text(text + "min-honest = 3\nmin-colluding = 1\n")
     few = _as(check.institution(pinned), "peers")

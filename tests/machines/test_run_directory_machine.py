@@ -51,7 +51,9 @@ def outcome(directory):
     privacy = json.loads((directory / "privacy.json").read_text())
     return {
         "rounds": lines,
-        "result": {k: v for k, v in result.items() if k not in ("seconds", "run", "run_dir")},
+        "result": {
+            k: v for k, v in result.items() if k not in ("seconds", "nonce", "run", "run_dir")
+        },
         "privacy": {k: v for k, v in privacy.items() if k not in ("run", "seal")},
         "adapter": (directory / "adapter" / WEIGHTS_FILE).read_bytes(),
     }

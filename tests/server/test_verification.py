@@ -299,6 +299,16 @@ def test_a_sum_of_fewer_institutions_than_the_promise_needs_is_found(tiny_config
     assert failing(directory) == {"epsilon"}
 
 
+def test_the_digest_of_a_result_cannot_be_computed_for_guessed_records(
+    tiny_config, simulate_run, tmp_path
+):
+    nonces: set[str] = set()
+    for name in ("one", "two"):
+        config = tiny_config(**{"federation.rounds": 1, "run-dir": str(tmp_path / name)})
+        nonces.add(simulate_run(config)["nonce"])
+    assert len(nonces) == 2 and all(len(bytes.fromhex(nonce)) == 16 for nonce in nonces)
+
+
 def test_an_unfinished_or_unbound_run_is_bad_input(run_directory, tmp_path):
     done = runner.invoke(app, ["verify", str(tmp_path / "none")])
     assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1
