@@ -63,7 +63,9 @@ class LocalParts:
             log.warning("round %d diverged; the part of an earlier round stays", round_number)
             return
         blob = safetensors.torch.save({name: t.contiguous() for name, t in state.items()})
-        write_atomic(self._directory / f"{self._stem}{round_number:06d}.safetensors", blob)
+        write_atomic(
+            self._directory / f"{self._stem}{round_number:06d}.safetensors", blob, mode=0o600
+        )
         for old in self._files()[:-STORED_ROUNDS]:
             old.unlink()
 

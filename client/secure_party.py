@@ -86,6 +86,7 @@ class SecureParty:
                         f"run {terms.run} was set up with other terms; give it another name",
                     )
                 return KeysMessage.from_bytes(stored.keys)
+            secure_store.drop_unused(db)
             channel, message, secrets = secure_keys.generate(terms, self._name, self._key)
             secure_store.add_run(
                 db,

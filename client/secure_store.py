@@ -21,6 +21,8 @@ from fedlora.errors import Refusal
 
 FILE = "secure.db"
 """The store's name in a deployed institution's ``state``."""
+MAX_UNUSED = 20
+"""The most runs that were set up and had no round: a server may ask for any number of them."""
 _APPLICATION = 0x66646C73  # "fdls", the file's mark for `file` and PRAGMA application_id
 _VERSION = 1
 _SCHEMA = """
@@ -169,6 +171,17 @@ def add_run(db: sqlite3.Connection, stored: StoredRun, secrets: Iterable[Pair]) 
         "INSERT INTO secrets VALUES (?, ?, ?, ?)",
         ((stored.run, number, *pair) for number, pair in enumerate(secrets, 1)),
     )
+
+
+def drop_unused(db: sqlite3.Connection) -> None:
+    """Forget the oldest runs without a round, so that fewer than `MAX_UNUSED` are left."""
+    found = db.execute(
+        "SELECT run FROM runs WHERE NOT ended AND run NOT IN (SELECT run FROM rounds) "
+        "ORDER BY rowid DESC LIMIT -1 OFFSET ?",
+        (MAX_UNUSED - 1,),
+    ).fetchall()
+    for table in ("secrets", "shares", "runs"):
+        db.executemany(f"DELETE FROM {table} WHERE run = ?", found)
 
 
 def add_sealed(db: sqlite3.Connection, run: str, *, peers: bytes, sealed: bytes) -> None:

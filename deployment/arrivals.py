@@ -36,6 +36,9 @@ Further ones are answered at once."""
 STALL_SECONDS = 15.0
 """The time between two objects of a message. After it the message is handed out as Flower does."""
 
+LOCKS = 1024
+"""Receivers share so many locks, so that invented ones take no memory."""
+
 Handler = Callable[..., Any]
 Receiver = tuple[str, int]
 """``"node"`` or ``"run"``, for the server, and its id."""
@@ -56,7 +59,7 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._locks: dict[Receiver, threading.Lock] = {}
+        self._locks = [threading.Lock() for _ in range(LOCKS)]
         self._bells: dict[Receiver, threading.Event] = {}
         self._expected: dict[Key, Expected] = {}  # the oldest first
         self._messages: dict[Receiver, set[str]] = {}
@@ -67,8 +70,7 @@ class Arrivals:
 
         Whoever announces a new message takes it too, and holds nothing else then.
         """
-        with self._lock:
-            return self._locks.setdefault(receiver, threading.Lock())
+        return self._locks[hash(receiver) % LOCKS]
 
     def bell(self, receiver: Receiver) -> threading.Event:
         """An event that is set when a message is complete, or its receiver asks once more."""

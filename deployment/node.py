@@ -40,6 +40,8 @@ def check(settings: Settings) -> None:
         path = Path(getattr(settings, field))
         if not path.is_file():
             raise InputError(f"{field} is {path}, which is not a file; correct the settings")
+    if exposed := files.exposed(Path(settings.ca)):  # whoever changes it becomes the gateway
+        raise InputError(exposed)
     ledger = Path(settings.ledger)  # without a ledger, orders are refused
     if ledger.parent.is_dir() and (exposed := files.exposed(ledger)):
         raise InputError(exposed)
@@ -50,7 +52,7 @@ def check(settings: Settings) -> None:
             f"run chmod 600 {settings.key}"
         )
     try:
-        Path(settings.state).mkdir(parents=True, exist_ok=True)
+        Path(settings.state).mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"state is {settings.state}, which cannot be created: {error.strerror}; correct state"

@@ -21,7 +21,7 @@ from flwr.superlink.cli.flower_superlink import flower_superlink
 
 from deployment.arrivals import Waiting
 from deployment.object_files import FileObjectStore
-from fedlora import flower_internals
+from fedlora import flower_internals, logs
 
 LOCK_WAIT = 60_000
 """Milliseconds that a request waits for the database. Clients try again after 30 s."""
@@ -52,6 +52,7 @@ def own_answers(push: Push) -> Push:
 
 def main() -> None:
     """Run the SuperLink with Flower's arguments."""
+    logs.keep_flower_to_one_line()
     waiting = Waiting(flower_internals.own_thread)
     fleet, runtime = flower_internals.wrap_fleet_handler, flower_internals.wrap_runtime_handler
     runtime("push_messages", waiting.order_push)

@@ -5,7 +5,7 @@ import time
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from deployment.polling import Pauses
-from fedlora import flower_internals
+from fedlora import flower_internals, logs
 
 MAX_SECONDS = 3.0
 """Flower's pause between two requests for a message. Its other pauses, of half a second, wait for
@@ -37,6 +37,7 @@ class Sleep:
 
 def main() -> None:
     """Run the SuperNode with Flower's arguments."""
+    logs.keep_flower_to_one_line()
     flower_internals.use_supernode_sleep(Sleep())
     flower_supernode()
 

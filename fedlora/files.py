@@ -13,8 +13,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write ``content`` to ``path`` so that a crash leaves either the old file or the new one.
+
+    Args:
+        path: The file.
+        content: Its new content.
+        mode: Its permissions, less those that the process masks.
 
     Raises:
         OSError: If the disk is full or the directory cannot be written; the old file stays.
@@ -29,7 +34,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets
+        temporary.chmod(mode & ~umask)  # mkstemp's 0600 is for secrets
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

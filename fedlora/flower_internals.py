@@ -29,8 +29,8 @@ MAX_BESIDE_ARRAYS = 16 * 2**20
 MAX_OBJECTS = 10_000
 """The most objects of a reply other than pieces of large arrays."""
 MAX_STALL = 60.0
-"""The most seconds that the server waits for one object of a reply, which its node sends before or
-while the server pulls."""
+"""The most seconds that the server waits for all objects of a reply that have not
+arrived: a node sends them before or while the server pulls."""
 
 Sleep = Callable[[float], None]
 
@@ -141,7 +141,8 @@ def stream_replies(most_bytes: int, seconds: float) -> None:
 
     Args:
         most_bytes: The most bytes of one reply; a larger one is unavailable.
-        seconds: The longest wait for one reply's objects, and `MAX_STALL` for a single object.
+        seconds: The longest wait for one reply's objects, and `MAX_STALL` of it for objects that
+            have not arrived.
     """
     from flwr.superlink.grid import http_grid
 
@@ -224,18 +225,27 @@ def _inflated(tree: Any, pull: Callable[[str], bytes], most_bytes: int, seconds:
     maps: dict[bytes, mmap.mmap] = {}
     pulled, held, about_arrays = (_Room(most_bytes), _Room(most_bytes), _Room(MAX_BESIDE_ARRAYS))
     objects = _Room(MAX_OBJECTS)
-    deadline = time.monotonic() + seconds
+    deadline, stalled = time.monotonic() + seconds, 0.0
 
     def get(object_id: str) -> bytes:
-        left = deadline - time.monotonic()
+        nonlocal stalled
+        began, tries = time.monotonic(), 0
+
+        def counted(one: str) -> bytes:
+            nonlocal tries
+            tries += 1
+            return pull(one)
+
         content = inflatable_utils.pull_objects(
             [object_id],
-            pull,
-            max_time=min(MAX_STALL, left),
+            counted,
+            max_time=min(MAX_STALL - stalled, deadline - began),
             max_tries_per_object=None,
             initial_backoff=0.1,
             backoff_cap=1.0,
         )[object_id]
+        if tries > 1:  # it had not arrived
+            stalled += time.monotonic() - began
         pulled.take(len(content))
         return content
 

@@ -16,6 +16,19 @@ class OneLine(logging.Formatter):
         return visible(super().formatMessage(record))
 
 
+class _OneLine(logging.Filter):
+    """Makes one line of a message before any handler formats it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = visible(record.getMessage()), ()
+        return True
+
+
+def keep_flower_to_one_line() -> None:
+    """Have Flower's own log escape what it quotes of messages, in this process."""
+    logging.getLogger("flwr").addFilter(_OneLine())
+
+
 def want() -> None:
     """Have the apps of this process's children log to stderr."""
     os.environ[_VARIABLE] = "stderr"

@@ -73,8 +73,7 @@ def bind(
     fingerprint = None
     if not config.deployed:
         key = secrets.token_hex(32)
-        write_atomic(directory / RECORDS_KEY, f"{key}\n".encode())
-        (directory / RECORDS_KEY).chmod(0o600)
+        write_atomic(directory / RECORDS_KEY, f"{key}\n".encode(), mode=0o600)
         fingerprint = keyed(key, records)
     return {
         "id": result["run"],

@@ -49,8 +49,8 @@ def verify(run_dir: Path, ca: Path | None = None) -> list[Check]:
 
     Args:
         run_dir: The run's directory.
-        ca: The federation's CA certificate, PEM. With it the statement must be signed. A
-            deployment's statement needs it; by default it is the one in ``$FEDLORA_KEYS``.
+        ca: The federation's CA certificate, PEM; by default the one in ``$FEDLORA_KEYS``. With it
+            the statement must be signed, whatever it says of itself. A deployment's needs it.
 
     Returns:
         All checks. Only the signature of a deployment shows forgery: whoever may write to a
@@ -68,14 +68,14 @@ def verify(run_dir: Path, ca: Path | None = None) -> list[Check]:
             "wrote it, or these parts were removed; run again"
         )
     simulated = isinstance(said["run"], dict) and said["run"].get("mode") == "simulation"
+    if ca is None and binding.KEYS in os.environ:
+        ca = Path(os.environ[binding.KEYS], "ca.crt")
     authority = None if simulated and ca is None else _read(ca)
     checks = _Checks(run_dir=run_dir, said=said, ca=authority)
     return [_outcome(name, check) for name, check in checks.every().items()]
 
 
 def _read(ca: Path | None) -> bytes:
-    if ca is None and binding.KEYS in os.environ:
-        ca = Path(os.environ[binding.KEYS], "ca.crt")
     if ca is None:
         raise InputError(
             "a deployment's privacy.json is signed; give the certificate of its federation with "

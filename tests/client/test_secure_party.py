@@ -117,6 +117,23 @@ def test_other_terms_for_a_run_are_refused_and_the_same_have_the_same_keys(memor
         made.party("ada").keys(terms(colluding=0))
 
 
+def test_runs_that_have_no_round_are_forgotten_and_others_stay(memory_path, monkeypatch):
+    monkeypatch.setattr(secure_store, "MAX_UNUSED", 3)
+    made = Federation(memory_path)
+    ada = made.party("ada")
+    made.masked(1, NAMES)
+    first = {run: ada.keys(terms(run=run)) for run in ("r1", "r2", "r3")}
+    assert all(ada.keys(terms(run=run)) == said for run, said in first.items())
+    ada.keys(terms(run="r4"))
+    assert ada.keys(terms(run="r2")) == first["r2"] and ada.keys(terms(run="r3")) == first["r3"]
+    with secure_store.opened(memory_path / "ada.db") as db:
+        runs, secrets = (
+            {run for (run,) in db.execute(f"SELECT run FROM {table}")}
+            for table in ("runs", "secrets")
+        )
+    assert runs == secrets == {made.terms.run, "r2", "r3", "r4"}
+
+
 def test_a_run_that_goes_on_under_another_roster_is_refused(memory_path):
     made = Federation(memory_path)
     party = made.party("ada", peers=pinned(*NAMES) | {"eve": key("mallory").public_key()})

@@ -71,6 +71,18 @@ def test_what_our_log_quotes_begins_no_line(end):
     assert service.record("s", said)["message"].startswith("refused: x\\")
 
 
+def test_what_flower_logs_of_a_message_begins_no_line(monkeypatch, capsys):
+    logger = logging.getLogger("flwr")
+    monkeypatch.setattr(logger, "filters", [])
+    logs.keep_flower_to_one_line()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(handler.format(record))
+    monkeypatch.setattr(logger, "handlers", [handler])
+    logger.warning("get_fab %s", 'x\n{"level": "info", "message": "forged"}')
+    assert len(said) == 1 and said[0].splitlines() == said and said[0].startswith("get_fab x\\n")
+
+
 def test_lines_that_say_nothing_are_left_out_and_a_traceback_stays_an_error():
     assert service.record("s", "\x1b[92mINFO \x1b[0m:      \n") is None
     assert service.record("s", "  File x, line 3", "error")["level"] == "error"

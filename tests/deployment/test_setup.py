@@ -226,6 +226,10 @@ def test_a_node_starts_only_with_a_ledger_and_settings_that_others_cannot_write(
     with pytest.raises(InputError, match=r"ledger may be written by others .*chmod go-w"):
         node.check(settings.load(str(file)))
     (folder / "ledger").chmod(0o700)
+    (folder / "keys" / "ca.crt").chmod(0o666)  # whoever changes it becomes the gateway
+    with pytest.raises(InputError, match=r"ca.crt may be written by others .*chmod go-w"):
+        node.check(settings.load(str(file)))
+    (folder / "keys" / "ca.crt").chmod(0o644)
     (folder / "settings").chmod(0o770)
     with pytest.raises(InputError, match=r"settings may be written by others .*chmod go-w"):
         settings.load(str(file))

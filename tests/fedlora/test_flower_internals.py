@@ -3,6 +3,7 @@
 import inspect
 import mmap
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -309,6 +310,24 @@ def test_an_object_that_arrives_late_is_waited_for(identity, streaming):
     runtime.PullObject = slow
     (good,) = grid.pull_messages(["1"])
     assert bytes(_only_array(good).data) == b"abcdefghij" and asked.count(late) == 2
+
+
+def test_a_node_cannot_hold_up_the_others_by_one_object_after_the_other(
+    identity, streaming, monkeypatch
+):
+    monkeypatch.setattr(flower_internals, "MAX_STALL", 0.6)
+    _, runtime, grid = _replies(identity, b"abcdefghij")
+    honest, first = runtime.PullObject, {}
+
+    def each_late(request):
+        since = time.monotonic() - first.setdefault(request.object_id, time.monotonic())
+        if since < 0.25:
+            return SimpleNamespace(object_found=True, object_available=False, object_content=b"")
+        return honest(request)
+
+    runtime.PullObject = each_late
+    (bad,) = grid.pull_messages(["1"])
+    assert bad.has_error() and 2 <= len(first) < 5 and not runtime.confirmed
 
 
 def test_a_superlink_that_does_not_answer_is_no_fault_of_a_reply(identity, streaming):

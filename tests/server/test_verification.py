@@ -403,6 +403,13 @@ def test_a_deployment_cannot_pass_as_a_simulation_where_the_ca_is_given(run_dire
     assert failing(run_directory, folder / "ca.crt") == {"signature"}
 
 
+def test_in_the_server_no_unsigned_statement_passes(run_directory, federation, monkeypatch):
+    """Whoever may write to the results could put a simulation's run into their place."""
+    folder, _ = federation
+    monkeypatch.setenv(binding.KEYS, str(folder))
+    assert failing(run_directory) == {"signature"}
+
+
 def test_a_damaged_key_stops_a_run_and_a_missing_one_warns(
     tmp_path, tiny_config, monkeypatch, caplog
 ):
