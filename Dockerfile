@@ -7,7 +7,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY fedlora fedlora
 COPY client client
 COPY server server
@@ -18,7 +18,8 @@ COPY experiments experiments
 COPY library library
 COPY cli cli
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" --editable '.[demo]'
+RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" --constraint constraints.txt \
+    --editable '.[demo]'
 
 # The image holds no secret and nothing writable: keys, records and state are mounted.
 ENV HOME=/tmp \

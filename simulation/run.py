@@ -8,6 +8,7 @@ import importlib
 import logging
 import operator
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -123,6 +124,8 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
     check_engine(kind)
     if kind == "ray":
         _reach(config.engine.ray_address)
+        if not config.engine.ray_address:
+            _ask_for_a_token()
     if not config.engine.ray_address:  # machines of a cluster have other processors
         check_threads("engine.threads", config.engine.threads)
     records = prepare(config)
@@ -166,6 +169,17 @@ def _reach(address: str) -> None:
             f"engine.ray-address is {address}, where no Ray cluster answers ({error}); start Ray "
             "there (ray start --head) or give another address"
         ) from None
+
+
+def _ask_for_a_token() -> None:
+    """Have this machine's Ray obey only processes that know a token of this one and its children.
+
+    Otherwise any user of the machine could have Ray run code with the records at hand. Ray reads
+    the environment when it is imported; where a program imported it before, its settings hold.
+    """
+    if "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _modules(config: RunConfig) -> list[str]:

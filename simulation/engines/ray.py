@@ -15,7 +15,9 @@ import logging
 import math
 import os
 import pickle
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ from simulation.engines.grid import (
     identify,
 )
 
+LOOPBACK = "127.0.0.1"
 MAX_CACHED_RECORDS = 8  # shared records of earlier pushes that a worker keeps
 MAX_QUEUED_CALLS = 2  # short calls queued at a worker, so that it never waits for the driver
 SHORT_CALL_SECONDS = 0.5
@@ -515,26 +518,38 @@ def started(address: str, cores: int) -> Iterator[None]:
         root = str(Path(__file__).resolve().parents[2])
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": root}}, **quiet)
     else:
-        with _without_services():
+        # Ray lets everybody write to its directory, which has the sockets of its processes. Its
+        # place is short because the path of a socket is.
+        directory = tempfile.mkdtemp(prefix="fedlora-ray-", dir="/tmp")
+        with _locally():
             ray.init(
-                num_cpus=cores, include_dashboard=False, object_store_memory=512 * 2**20, **quiet
+                num_cpus=cores,
+                include_dashboard=False,
+                object_store_memory=512 * 2**20,
+                _node_ip_address=LOOPBACK,
+                _temp_dir=f"{directory}/ray",
+                **quiet,
             )
     signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it
     try:
         yield
     finally:
         ray.shutdown()
+        if not address:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _without_services() -> Iterator[None]:
-    """Have Ray start without log monitor, autoscaler monitor and web server.
+def _locally() -> Iterator[None]:
+    """Have Ray start on the loopback, without log monitor, autoscaler monitor and web server.
 
-    Each is a Python process that costs memory, and a second at the end. Ray also polls for its own
-    node once per second; here it polls every 20 ms. ``ray.init`` has no argument for either, so
-    three private names are replaced while Ray starts.
+    Ray would listen on every address of the machine, and replaces the loopback's by the machine's.
+    Each of the three services is a Python process that costs memory, and a second at the end. Ray
+    also polls for its own node once per second; here it polls every 20 ms. ``ray.init`` has no
+    argument for any of this, so four private names are replaced while Ray starts.
     """
     params, serve, get = parameter.RayParams, Node.start_api_server, services.get_node
+    resolve = services.resolve_ip_for_localhost
     without: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
 
     def get_node(gcs_address: str, node_id: str) -> Any:
@@ -549,7 +564,9 @@ def _without_services() -> Iterator[None]:
     parameter.RayParams = functools.partial(params, **without)
     Node.start_api_server = lambda *_, **__: None
     services.get_node = get_node
+    services.resolve_ip_for_localhost = lambda host: host
     try:
         yield
     finally:
         parameter.RayParams, Node.start_api_server, services.get_node = params, serve, get
+        services.resolve_ip_for_localhost = resolve

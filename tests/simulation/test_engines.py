@@ -3,8 +3,11 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -21,6 +24,8 @@ from simulation.engines.grid import MAX_ADAPTER_BYTES_PER_CALL, MAX_MESSAGES_PER
 from simulation.engines.inline import InlineGrid
 from simulation.engines.ray import RayGrid, WorkerSpec, _group, _Job, _Worker, started
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_inline_engine_answers_for_every_institution():
@@ -203,3 +208,34 @@ def test_a_worker_whose_place_is_lost_leaves_the_round_to_the_others(ray_cores):
         for _ in range(2):
             assert all(right(r) for r in one_round(grid, ttl=20.0).values())
         assert len(grid._starting) == 1
+
+
+ONLY_HERE = """
+import os, subprocess, sys
+from simulation.run import _ask_for_a_token
+_ask_for_a_token()
+from simulation.engines.ray import started
+import ray
+with started("", 1):
+    place = ray.get_runtime_context().gcs_address
+    where = ray._private.worker._global_node.get_temp_dir_path()
+    others = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    code = (
+        "from ray._raylet import GcsClient; "
+        f"print(GcsClient(address={place!r}).internal_kv_keys(b'', namespace=None))"
+    )
+    for environment in (os.environ, others):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60
+        )
+        print(done.returncode == 0, b"AuthenticationError" in done.stderr)
+    print(place.startswith("127.0.0.1:"), oct(os.stat(os.path.dirname(where)).st_mode)[-3:])
+print(os.path.exists(where))
+"""
+
+
+def test_ray_on_one_machine_obeys_this_user_s_run_only():
+    done = subprocess.run(
+        [sys.executable, "-c", ONLY_HERE], capture_output=True, text=True, cwd=ROOT, timeout=240
+    )
+    assert done.stdout.split("\n")[:4] == ["True False", "False True", "True 700", "False"], done
