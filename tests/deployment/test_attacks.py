@@ -66,7 +66,7 @@ IN_ANOTHERS_NAME = """
 import sys, httpx
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -77,9 +77,13 @@ link = FleetHttpClient.from_server_address("gateway:8443", False, "/keys/ca.crt"
 order = dict(src_node_id=1, dst_node_id=theirs)
 answer = dict(src_node_id=theirs, dst_node_id=1, reply_to_message_id="0" * 64)
 for said in (order, answer, {**answer, "src_node_id": own}):
-    message = Message(metadata=Metadata(**said))
+    request = PushMessagesRequest(
+        node=Node(node_id=own),
+        messages_list=[Message(metadata=Metadata(**said))],
+        message_object_trees=[ObjectTree(object_id="0" * 64)],
+    )
     try:
-        link.PushMessages(PushMessagesRequest(node=Node(node_id=own), messages_list=[message]))
+        link.PushMessages(request)
     except httpx.HTTPStatusError as error:
         print("answers of its own" in error.response.text)
     else:
