@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from client import alone_models
+from client.alone_models import AloneModel
 from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
 from fedlora.adapters import PARTS, AdapterState, factor_names, kind
@@ -61,6 +63,8 @@ def models_at_home(
     the smallest weight. An own model that was trained under DP stays as it is; no record chooses
     for it. Where training gives no numbers, the own model is the shared adapter (weight 0).
 
+    The runs of a sweep train a model alone once (`client.alone_models`).
+
     Args:
         work: The model; a fresh adapter is its ``start``.
         homes: The institutions.
@@ -76,8 +80,13 @@ def models_at_home(
     """
     work.train_only([part for part in PARTS if part in {kind(name) for name in work.start}])
     trainer = _Trainer(work, homes, settings, physical_batch)
+    kept = {
+        i: found
+        for i, home in enumerate(homes)
+        if (found := alone_models.read(home.alone, work.start)) is not None
+    }
     members = {
-        Model.ALONE: list(range(len(homes))),
+        Model.ALONE: [i for i in range(len(homes)) if i not in kept],
         Model.OWN: [i for i, home in enumerate(homes) if home.own is None],
     }
     splits = [_split(home) for home in homes]
@@ -93,6 +102,10 @@ def models_at_home(
     mixtures |= trainer.best_mixtures(trials[Model.OWN], validation)
     own_settings = {i: setting for i, (setting, _) in mixtures.items()}
     alone = trainer.finish(Model.ALONE, alone_settings, trials[Model.ALONE])
+    for i, adapter in alone.items():
+        alone_models.write(homes[i].alone, AloneModel(adapter, alone_settings[i]))
+    alone |= {i: model.adapter for i, model in kept.items()}
+    alone_settings |= {i: model.setting for i, model in kept.items()}
     own = trainer.finish(Model.OWN, own_settings, trials[Model.OWN])
     weights = {
         i: weight if all(t.isfinite().all() for t in own[i].values()) else 0.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from fedlora.adapters import AdapterState
@@ -63,12 +64,15 @@ class Home:
         shared: The adapter that the federation released to it.
         source: Its random source.
         own: Its own model where that was trained under DP; None: it is trained without DP.
+        alone: The file of its model alone where the runs of a sweep share that
+            (`client.alone_models`).
     """
 
     shard: Shard
     shared: AdapterState
     source: RandomSource
     own: PrivateOwn | None = None
+    alone: Path | None = None
 
 
 class Setting(NamedTuple):

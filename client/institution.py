@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 import fedlora
-from client import checks, private_home, private_training, secure_store, training
+from client import alone_models, checks, private_home, private_training, secure_store, training
 from client.config_policy import server_values
 from client.home import models_at_home
 from client.home_models import Home, HomeModels
@@ -316,10 +316,14 @@ class Institution:
         Args:
             shared: The adapter that the run released to it.
         """
+        shard, alone = self._records(), None
+        if self.simulated:
+            alone = alone_models.place(self.config, self._load().base.digest, self.name, shard)
         return Home(
-            shard=self._records(),
+            shard=shard,
             shared=shared,
             source=RandomSource.seeded("home", self.config.seed, self.name),
+            alone=alone,
         )
 
     def models_at_home(self, homes: Sequence[Home]) -> list[HomeModels]:

@@ -2,7 +2,7 @@
 
 Cell processes are forks of a process that has imported everything, which saves most of the time of
 a short cell. A complete cell is not run again. A started cell is resumed. A failed cell is
-reported, and the others go on.
+reported, and the others go on. Cells share models alone (`client.alone_models`).
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -31,6 +32,8 @@ from simulation.run import check_engine
 
 Engine = Literal["auto", "ray", "inline"]
 Execute = Callable[[list[str]], None]
+ALONE_MODELS = "alone-models"
+"""The sweep's directory of models alone, which its cells share until all are complete."""
 
 
 def run(
@@ -86,6 +89,8 @@ def run(
         parent = tracking.begin_sweep(any_config, out)
         try:
             failed = _Runner(out, jobs, engine, execute, lock, console, parent).run(left)
+            if not failed:
+                shutil.rmtree(out / ALONE_MODELS, ignore_errors=True)
         finally:
             results.write(out)
             if parent:
@@ -245,6 +250,7 @@ class _Runner:
                 log,
                 workers * threads,
                 self._parent,
+                str((self._out / ALONE_MODELS).absolute()),
                 _InheritedFile(self._lock),
             ),
         )
@@ -293,6 +299,7 @@ def _run_cell(
     log: Path,
     threads: int,
     parent: str,
+    alone: str,
     _lock: _InheritedFile,
 ) -> None:
     """Run `fedlora run` in the process of a cell, with its errors in a file."""
@@ -305,6 +312,9 @@ def _run_cell(
         os.close(opened)
     import torch
 
+    from client import alone_models
+
+    os.environ[alone_models.DIRECTORY] = alone
     torch.set_num_threads(threads)
     execute(arguments)
 

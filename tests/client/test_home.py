@@ -1,13 +1,15 @@
 """The models of an institution at home: which records choose, and what is kept and said of them."""
 
 import dataclasses
+import stat
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
-from client import home, home_cohort, home_training
+from client import alone_models, home, home_cohort, home_training
 from client.home import WEIGHTS, mixed, models_at_home
 from client.home_models import Choice, Setting
 from client.institution import Institution
@@ -107,6 +109,54 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
                 assert len(held) == round(0.2 * len(everything))
         for shards in trained[2:]:
             assert sorted(hashes(shards[i])) == everything
+
+
+def test_runs_of_a_sweep_train_a_model_alone_once(banks, tmp_path, monkeypatch):
+    """Another epsilon or rate of the server takes it; other settings at home train their own."""
+    trained, train = [], home.train_at_home
+
+    def spied(work, trainees, plan):
+        trained.append(trainees)
+        return train(work, trainees, plan)
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+
+    def run(**values):
+        institutions, order, *_ = banks(**values)
+        trained.clear()
+        return institutions[0].models_at_home(homes_of(institutions, order)), len(trained)
+
+    privacy = {"privacy.epsilon": 8.0}
+    alone, calls = run()  # outside a sweep
+    assert calls == 4
+    kept = tmp_path / "kept"
+    monkeypatch.setenv(alone_models.DIRECTORY, str(kept))
+    first, calls = run(**privacy)
+    assert calls == 4
+    files = sorted(kept.iterdir())
+    assert len(files) == 4 and stat.S_IMODE(kept.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    second, calls = run(**{"privacy.epsilon": 1.0, "federation.server-learning-rate": 0.001})
+    assert calls == 2 and sorted(kept.iterdir()) == files
+    for made, taken, outside in zip(first, second, alone, strict=True):
+        assert same(made.alone, taken.alone) and same(made.own, taken.own)
+        assert made.choice == taken.choice
+        assert same(made.alone, outside.alone)
+    for other in ({"home.steps": 4}, {"seed": 9}, {"federation.strategy": "ffa"}):
+        assert run(**(privacy | other))[1] == 4
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    again, calls = run()
+    assert calls == 4  # the institution of the damaged file trains again
+    assert sum(same(a.alone, b.alone) for a, b in zip(first, again, strict=True)) >= 3
+    assert all(AdapterState(load_file(file)).keys() == first[0].alone.keys() for file in files)
+
+
+def test_a_deployed_institution_keeps_no_model_alone(banks, tmp_path, monkeypatch):
+    monkeypatch.setenv(alone_models.DIRECTORY, str(tmp_path / "kept"))
+    institutions, order, *_ = banks()
+    one = dataclasses.replace(institutions[0], simulated=False)
+    assert one.home(order.adapter).alone is None
+    assert homes_of(institutions[:1], order)[0].alone is not None
 
 
 @pytest.mark.parametrize("method", ["fine-tune", "interpolate", "ditto"])

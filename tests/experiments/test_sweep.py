@@ -515,6 +515,23 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_cells_share_models_alone_until_the_sweep_is_complete(sweep_file, tmp_path):
+    """The second budget is below what any noise keeps, so that its cell fails."""
+    out, text = tmp_path / "out", 'arms = ["federated-dp"]\n[grid]\nprivacy.epsilon = [8.0, {}]'
+    keys = {"home.method": "interpolate", "home.steps": 4}
+    command = ("--out", out, "--engine", "inline", "--json")
+    result = invoke("sweep", sweep_file(text.format(1e-6), **keys), *command)
+    assert result.exit_code == 1 and json.loads(result.stdout)["done"] == 1
+    kept = {file: file.stat().st_mtime_ns for file in (out / cells.ALONE_MODELS).iterdir()}
+    assert len(kept) == 4
+    result = invoke("sweep", sweep_file(text.format(4.0), **keys), *command, "--resume")
+    assert result.exit_code == 0, result.output
+    assert not (out / cells.ALONE_MODELS).exists()
+    lines = [x for x in json.loads(result.stdout)["results"] if x["institution"] == "all"]
+    assert len(lines) == 2 and lines[0]["alone"] == lines[1]["alone"] is not None
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(sweep_file, tmp_path):
     path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1, 2]'), tmp_path / "out"
     command = [sys.executable, "-m", "cli.main", "sweep", str(path), "--out", str(out)]

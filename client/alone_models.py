@@ -1,0 +1,94 @@
+"""Models alone that the runs of a sweep share.
+
+A model alone depends on the institution's records, the base and the settings at home, and on
+nothing of the federation: neither its noise nor its strategy. A sweep over epsilon would train it
+anew for every epsilon. Instead the first run of a sweep that needs it keeps it in the sweep's
+directory, and the others take it from there.
+
+The models are trained without DP: files and directory are their owner's only.
+"""
+
+# torch and Opacus type some of their functions in part only
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+
+import fedlora
+from client.home_models import Setting
+from fedlora.adapters import AdapterState
+from fedlora.config import RunConfig
+from fedlora.files import write_atomic
+from fedlora.shards import Shard
+
+DIRECTORY = "FEDLORA_ALONE_MODELS"
+"""The environment variable by which a sweep names the directory to the processes of its runs."""
+
+
+class AloneModel(NamedTuple):
+    """A model alone.
+
+    Args:
+        adapter: Its adapter.
+        setting: The setting by which it was trained.
+    """
+
+    adapter: AdapterState
+    setting: Setting
+
+
+def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
+    """The file of an institution's model alone; None outside a sweep.
+
+    Args:
+        config: The run. Its keys of privacy and federation do not count, but for the strategy,
+            which the fresh adapter may depend on.
+        base: The digest of the base model.
+        name: The institution's name.
+        shard: Its training records.
+    """
+    directory = os.environ.get(DIRECTORY)
+    if not directory or config.adapter.start:  # a path says nothing of what is there
+        return None
+    settings = (config.fingerprint("privacy.", "federation."), config.federation.strategy)
+    inputs = (fedlora.__version__, *settings, base, name, shard.fingerprint())
+    digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
+    return Path(directory) / f"{digest}.safetensors"
+
+
+def read(file: Path | None, start: AdapterState) -> AloneModel | None:
+    """Read a model alone; None if it is not there, damaged or of another shape.
+
+    Args:
+        file: Its `place`.
+        start: The fresh adapter; gives names and shapes.
+    """
+    if file is None:
+        return None
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            about = opened.metadata() or {}
+        adapter = AdapterState(safetensors.torch.load_file(file))
+        setting = Setting(int(about["steps"]), float(about["learning-rate"]))
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError):
+        return None
+    return None if adapter.validate_against(start) else AloneModel(adapter, setting)
+
+
+def write(file: Path | None, model: AloneModel) -> None:
+    """Write a model alone, for its owner to read only; outside a sweep nothing is written."""
+    if file is None:
+        return
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.adapter.items()}
+    about = {
+        "steps": str(model.setting.steps),
+        "learning-rate": repr(model.setting.learning_rate),
+    }
+    write_atomic(file, safetensors.torch.save(tensors, about), mode=0o600)
