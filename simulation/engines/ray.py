@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import pickle
-import shutil
 import signal
 import tempfile
 import time
@@ -514,29 +513,29 @@ def started(address: str, cores: int) -> Iterator[None]:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # the grid starts its own
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    if address:
-        root = str(Path(__file__).resolve().parents[2])
-        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": root}}, **quiet)
-    else:
-        # Ray lets everybody write to its directory, which has the sockets of its processes. Its
-        # place is short because the path of a socket is.
-        directory = tempfile.mkdtemp(prefix="fedlora-ray-", dir="/tmp")
-        with _locally():
-            ray.init(
-                num_cpus=cores,
-                include_dashboard=False,
-                object_store_memory=512 * 2**20,
-                _node_ip_address=LOOPBACK,
-                _temp_dir=f"{directory}/ray",
-                **quiet,
+    with contextlib.ExitStack() as stack:
+        if address:
+            root = str(Path(__file__).resolve().parents[2])
+            ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": root}}, **quiet)
+        else:
+            # Ray lets everybody write to its directory, which has the sockets of its processes.
+            # Its place is short because the path of a socket is.
+            made = tempfile.TemporaryDirectory(
+                prefix="fedlora-ray-", dir="/tmp", ignore_cleanup_errors=True
             )
-    signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it
-    try:
+            directory = stack.enter_context(made)
+            with _locally():
+                ray.init(
+                    num_cpus=cores,
+                    include_dashboard=False,
+                    object_store_memory=512 * 2**20,
+                    _node_ip_address=LOOPBACK,
+                    _temp_dir=f"{directory}/ray",
+                    **quiet,
+                )
+        stack.callback(ray.shutdown)
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it
         yield
-    finally:
-        ray.shutdown()
-        if not address:
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,10 @@
 """What the Ray engine does when an institution, a worker or a machine misbehaves."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
+import ray
 
 from simulation.engines.grid import TIMEOUT, WORKER_DIED
 from simulation.engines.ray import RayGrid, WorkerSpec, started
@@ -33,6 +37,24 @@ def test_one_bad_institution_never_spoils_those_that_share_its_call(fault, code)
         replies = one_round(grid, ttl=10.0)  # now four institutions a call
         assert replies[5].has_error() and replies[5].error.code == code
         assert all(right(r) for node, r in replies.items() if node != 5)
+
+
+def test_a_ray_that_does_not_start_leaves_no_directory(tmp_path, monkeypatch):
+    made, real = [], tempfile.TemporaryDirectory
+
+    def here(**kwargs):
+        return real(**(kwargs | {"dir": tmp_path}))
+
+    def failing(**kwargs):
+        made.append(Path(kwargs["_temp_dir"]).parent)
+        assert made[0].parent == tmp_path and made[0].is_dir()
+        raise OSError("no room")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", here)
+    monkeypatch.setattr(ray, "init", failing)
+    with pytest.raises(OSError, match="no room"), started("", 1):
+        pass
+    assert made and not made[0].exists()
 
 
 @pytest.mark.slow
