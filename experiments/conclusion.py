@@ -11,15 +11,19 @@ MIN_SEEDS = 3
 """With fewer seeds Student's t makes intervals 13 times as wide as the error, or there are none."""
 
 
-def of(pooled: Lines, axes: Sequence[str]) -> Section:
+def of(pooled: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -> Section:
     """Say whether the federation is worth it, and whether there are seeds enough to say so.
 
     Args:
         pooled: Lines of `experiments.results.summary` on all rows together.
         axes: The axes of the grid.
+        data_sets: Those of them whose values are different data sets. The best setting is that of
+            one data set; the settings in which joining pays are counted over all.
     """
     if compared := [line for line in pooled if line.get("gain") is not None]:
         return _of_joining(compared, axes)
+    if data_sets:
+        return _of_each(pooled, axes, data_sets)
     line, key, against = _headline(pooled)
     if line is None:
         return Section(title="Conclusion", note="Nothing was measured.", bad=True)
@@ -54,6 +58,22 @@ def of(pooled: Lines, axes: Sequence[str]) -> Section:
             "its figure is somewhat too good."
         )
     return Section(title="Conclusion", note=note, bad=bad, caution=caution and not bad, words=words)
+
+
+def _of_each(pooled: Lines, axes: Sequence[str], data_sets: Sequence[str]) -> Section:
+    """Conclude each data set by itself."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for line in pooled:
+        lines.setdefault(setting_of(line, data_sets), []).append(line)
+    others = [axis for axis in axes if axis not in data_sets]
+    each = {name: of(own, others) for name, own in lines.items()}
+    return Section(
+        title="Conclusion",
+        note="The data sets differ; each has a conclusion of its own.",
+        words=[" ".join([f"{name}: {own.note}", *own.words]) for name, own in each.items()],
+        bad=any(own.bad for own in each.values()),
+        caution=any(own.caution for own in each.values()),
+    )
 
 
 def _too_few(lines: Lines) -> str:

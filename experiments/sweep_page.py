@@ -43,22 +43,23 @@ def of(out: Path) -> Page:
     pooled = [line for line in lines if line["institution"] == ALL]
     table, each = results.tables(out, lines)
     configs = _configs(about, out)
+    data_sets = _data_sets(axes, about, configs)
     missing = sum(not _is_complete(case, configs) for case in about["cases"])
     seeds = sorted({case["seed"] for case in about["cases"]})
     arms = list(dict.fromkeys(case["arm"] for case in about["cases"]))
     return Page(
         title=f"Sweep: {about['name']}",
         opening=[
-            conclusion.of(pooled, axes),
+            conclusion.of(pooled, axes, data_sets),
             _dp([config.privacy for config in configs.values()]),
             Section(title="What was compared", words=_words(arms, axes, seeds, missing)),
         ],
-        tiles=_tiles(pooled),
+        tiles={} if data_sets else _tiles(pooled),
         sections=[
             _joining(pooled, configs, about),
-            Section(title="The cost of privacy", figures=_privacy(pooled, axes)),
+            Section(title="The cost of privacy", figures=_privacy(pooled, axes, data_sets)),
             Section(title="By setting", figures=_against(pooled, axes) or _settings(pooled, axes)),
-            Section(title="Institutions", **_institutions(lines, axes)),
+            Section(title="Institutions", **({} if data_sets else _institutions(lines, axes))),
             Section(
                 title="Results",
                 words=[f"{results.caption(lines)} Click a head to sort."],
@@ -107,10 +108,11 @@ def _tiles(lines: Lines) -> dict[str, str]:
     return tiles
 
 
-def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
+def _privacy(lines: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -> dict[str, str]:
     """Draw accuracy against epsilon, with a line for each arm under DP and each setting of it.
 
-    Settings with the same runs share one line.
+    Settings with the same runs share one line. The level of the best setting of an arm without DP
+    is drawn, unless settings are of different data sets.
     """
     if EPSILON not in axes:
         return {}
@@ -149,7 +151,7 @@ def _privacy(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
     levels: dict[str, float] = {}
     for arm in ("base", "local", "central"):
         found = {line["accuracy"] for (other, _), line in free.items() if other == arm}
-        if found:
+        if len(found) == 1 or (found and not data_sets):
             levels[arm if len(found) == 1 else f"{arm} (best setting)"] = max(found)
     title = "Accuracy against the privacy budget" + _part(len(series))
     return {title: figures.against_epsilon("epsilon", title, drawn, levels, "accuracy")}
@@ -324,6 +326,22 @@ def _configs(about: Mapping[str, Any], out: Path) -> dict[str, RunConfig]:
     names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
     found = {name: results.run_dir(out, name) for name in names}
     return {name: load(path / CONFIG) for name, path in found.items() if is_complete(path)}
+
+
+def _data_sets(
+    axes: Sequence[str], about: Mapping[str, Any], configs: Mapping[str, RunConfig]
+) -> list[str]:
+    """The axes whose values are different data sets."""
+    sources: dict[str, dict[str, set[str]]] = {axis: {} for axis in axes}
+    for case in about["cases"]:
+        own = {configs[cell].data.source for cell in case["cells"].values() if cell in configs}
+        for axis, value in case["axes"].items():
+            sources[axis].setdefault(str(value), set()).update(own)
+    return [
+        axis
+        for axis, found in sources.items()
+        if all(len(own) <= 1 for own in found.values()) and len(set().union(*found.values())) > 1
+    ]
 
 
 def _is_complete(case: Mapping[str, Any], configs: Mapping[str, RunConfig]) -> bool:

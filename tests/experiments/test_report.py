@@ -354,6 +354,21 @@ def test_a_sweep_begins_with_its_conclusion(made_up_sweep):
     assert "Too few seeds: one seed gives no interval" in text
 
 
+def test_data_sets_of_a_sweep_are_concluded_one_by_one(made_up_sweep):
+    """The accuracy of one data set is not the best setting of another."""
+    whole = shown(made_up_sweep)
+    assert "best setting" in whole and "In the setting with the best result" in whole
+    for file in made_up_sweep.glob("cells/*/config.toml"):
+        source = f"{next(m for m in METHODS if f'-{m}-' in file.parent.name)}.csv"
+        file.write_text(load(file).replace({"data.source": source}).to_toml())
+    text = shown(made_up_sweep)
+    for method in METHODS:
+        assert f"{method}: Joining pays: federated-dp (epsilon 8) is right on" in text
+    assert text.count("Privacy costs") == len(METHODS)
+    assert "best setting, " not in text and "(best setting)" not in text
+    assert "In the setting with the best result" not in text and "as the best of" in text
+
+
 def test_bars_leave_no_blank_space_above_the_first_and_below_the_last(monkeypatch):
     axes = Figure().add_subplot()
     monkeypatch.setattr(figures, "draw", lambda name, title, says, plot, height: plot(axes) or "")
