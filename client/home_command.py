@@ -115,6 +115,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             },
             **{model: compared[model] for model in MODELS},
             "gain": {key: compared["gain"][key] for key in ("mean", "low", "high")},
+            "gain_macro_f1": compared["gain_macro_f1"],
             "choices": {**rows.choice, "method": config.home.method, "steps": config.home.steps},
             "privacy": models.private and dataclasses.asdict(models.private.privacy),
             "seconds": round(time.monotonic() - started, 2),
@@ -138,6 +139,7 @@ def report(result: dict[str, Any]) -> list[str]:
         ),
         "",
         f"{FINDINGS[outcome(result)]}: own against alone {interval(gain)}.",
+        f"In macro-F1: {interval(result['gain_macro_f1'])}.",
         f"Steps: alone {chosen['alone_steps']}, own {chosen['own_steps']}; weight of the trained "
         f"adapter in the own model {chosen['weight']:g}.",
     ]

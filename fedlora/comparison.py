@@ -96,7 +96,8 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
     Returns:
         ``alone``, ``shared`` and ``own``: accuracy and macro-F1 over all rows. ``gain`` of own over
         alone: mean over all rows, 95 % interval of a paired bootstrap over texts, and how many
-        institutions gain or lose by more than their own interval. ``scarce``: accuracies on
+        institutions gain or lose by more than their own interval. ``gain_macro_f1``: mean and
+        interval of the same in macro-F1. ``scarce``: accuracies on
         rows of classes that are scarce at their institution. ``sizes``: size class ->
         institutions, rows, accuracies, gain. ``institutions``: name -> the same of
         one institution, with ``records``, ``low``, ``high`` and what validation records chose.
@@ -130,6 +131,7 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
             "gaining": sum(i["low"] > 0 for i in institutions.values()),
             "losing": sum(i["high"] < 0 for i in institutions.values()),
         },
+        "gain_macro_f1": _macro_f1_gain(everyone, len(labels), draw),
         "scarce": _accuracies([_selected(rows, rows.scarce) for rows in everyone]),
         "sizes": {
             str(size): {"institutions": len(group), **_accuracies(group)}
@@ -183,33 +185,88 @@ def _accuracies(group: Sequence[Rows]) -> dict[str, Any]:
 
 
 def _interval(group: Sequence[Rows], draw: np.random.Generator) -> tuple[float, float]:
-    """The 95 % interval of the gain by a paired bootstrap over texts.
+    """The 95 % interval of the gain in accuracy by a paired bootstrap over texts."""
+    right = [{m: rows.predicted[m] == rows.truth for m in ("alone", "own")} for rows in group]
+    gains = np.concatenate([one["own"].astype(np.int64) - one["alone"] for one in right])
+    difference, count = _resampled(group, np.stack([gains, np.ones_like(gains)]), draw)
+    return _middle(difference / count)
+
+
+def _macro_f1_gain(
+    group: Sequence[Rows], classes: int, draw: np.random.Generator
+) -> dict[str, float]:
+    """The gain in macro-F1, with its 95 % interval by a paired bootstrap over texts.
+
+    The interval is rougher than that of the accuracy where classes are rare: a class of one text is
+    in no row of every third resample.
+    """
+    truth = np.concatenate([rows.truth for rows in group])
+    said = [np.concatenate([rows.predicted[m] for rows in group]) for m in ("alone", "own")]
+    every = np.arange(classes)[:, None]
+    of_truth, of_models = truth == every, [one == every for one in said]
+    right = [of_truth & predicted for predicted in of_models]
+    counts = np.concatenate([of_truth, *of_models, *right]).astype(np.int64)
+    alone, own = _macro_f1(counts.sum(1, keepdims=True).astype(np.float64), classes)
+    one, other = _macro_f1(_resampled(group, counts, draw), classes)
+    low, high = _middle(other - one)
+    return {"mean": float(own[0] - alone[0]), "low": low, "high": high}
+
+
+def _macro_f1(counts: NDArray[np.float64], classes: int) -> list[NDArray[np.float64]]:
+    """Macro-F1 of the two models as `fedlora.metrics.macro_f1`, for each column of counts.
+
+    Args:
+        counts: ``(5 * classes, n)``: rows of each class, predictions of alone and of own, right
+            predictions of alone and of own.
+        classes: The number of classes.
+    """
+    truth, *rest = counts.reshape(5, classes, -1)
+    found: list[NDArray[np.float64]] = []
+    for predicted, right in zip(rest[:2], rest[2:], strict=True):
+        rows = truth + predicted
+        f1 = np.where(rows > 0, 2 * right / np.maximum(rows, 1), 0.0)
+        found.append(f1.sum(0) / (rows > 0).sum(0))
+    return found
+
+
+def _middle(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The bounds between which 95 % of the values lie."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _resampled(
+    group: Sequence[Rows], values: NDArray[np.int64], draw: np.random.Generator
+) -> NDArray[np.float64]:
+    """Sums of values of rows in resamples of texts.
 
     Rows of one text, at one institution or at several, are right or wrong together, so a text is
     drawn with all of its rows. Texts of one institution are drawn within it, and those that several
-    institutions have among themselves. Texts with equal sums of differences and equal numbers of
-    rows count alike, so that their counts are multinomial.
+    institutions have among themselves. Texts with equal sums count alike, so that their counts are
+    multinomial.
+
+    Args:
+        group: Institutions, n rows in all.
+        values: ``(k, n)``.
+        draw: Draws the resamples.
+
+    Returns:
+        ``(k, RESAMPLES)``.
 
     Reference: Field and Welsh (2007), Bootstrapping clustered data.
     """
-    right = [{m: rows.predicted[m] == rows.truth for m in ("alone", "own")} for rows in group]
-    gains = np.concatenate([one["own"].astype(np.int64) - one["alone"] for one in right])
     owner = np.repeat(np.arange(len(group)), [len(rows.truth) for rows in group])
     _, text = np.unique(np.concatenate([rows.texts for rows in group]), return_inverse=True)
     first = np.full(int(text.max()) + 1, len(group))
     last = np.full(len(first), -1)
     np.minimum.at(first, text, owner)
     np.maximum.at(last, text, owner)
-    found = np.stack(
-        [np.where(first == last, first, -1), np.bincount(text, gains), np.bincount(text)]
-    )
-    difference, count = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
-    for stratum in np.unique(found[0]):
-        kinds, times = np.unique(found[1:, found[0] == stratum], axis=1, return_counts=True)
+    strata = np.where(first == last, first, -1)
+    sums = np.stack([np.bincount(text, row) for row in values])
+    resampled = np.zeros((len(values), RESAMPLES))
+    for stratum in np.unique(strata):
+        kinds, times = np.unique(sums[:, strata == stratum], axis=1, return_counts=True)
         drawn = draw.multinomial(times.sum(), times / times.sum(), RESAMPLES)
-        difference += drawn @ kinds[0]
-        count += drawn @ kinds[1]
-    shares = difference / count
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(shares, [tail, 1 - tail])
-    return float(low), float(high)
+        resampled += kinds @ drawn.astype(np.float64).T
+    return resampled

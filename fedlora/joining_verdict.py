@@ -58,13 +58,16 @@ def movers(gain: Mapping[str, Any]) -> str:
 
 
 def _classes(joining: Mapping[str, Any]) -> str:
-    """A further sentence where macro-F1 says the opposite of the accuracy."""
+    """A further sentence where macro-F1 does not say the same as the accuracy."""
     alone, own = joining["alone"]["macro_f1"], joining["own"]["macro_f1"]
-    if joining["gain"]["mean"] <= 0 or own >= alone:
+    gain = joining.get("gain_macro_f1")  # not in results of version 0.1
+    mean = joining["gain"]["mean"]
+    if own == alone or (own > alone and mean > 0) or (own < alone and mean < 0):
         return ""
     return (
         f" In macro-F1, which counts rare classes as much as others, own models reach "
-        f"{100 * own:.1f} % and models alone {100 * alone:.1f} %."
+        f"{100 * own:.1f} % and models alone {100 * alone:.1f} %"
+        f"{f' ({interval(gain)})' if gain else ''}."
     )
 
 
