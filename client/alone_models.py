@@ -2,8 +2,9 @@
 
 A model alone depends on the institution's records, the base and the settings at home, and on
 nothing of the federation: neither its noise nor its strategy. A sweep over epsilon would train it
-anew for every epsilon. Instead the first run of a sweep that needs it keeps it in the sweep's
-directory, and the others take it from there.
+anew for every epsilon. Instead the first run that needs it keeps it in the sweep's directory, and
+the others take it from there. They do so within one call of the sweep only, in which program,
+machine and records stay as they are.
 
 The models are trained without DP: files and directory are their owner's only.
 """
@@ -13,6 +14,7 @@ The models are trained without DP: files and directory are their owner's only.
 # pyright: reportUnknownArgumentType=false
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +22,13 @@ from typing import NamedTuple
 import safetensors
 import safetensors.torch
 
-import fedlora
 from client.home_models import Setting
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
 from fedlora.files import write_atomic
 from fedlora.shards import Shard
+
+log = logging.getLogger("fedlora.client")
 
 DIRECTORY = "FEDLORA_ALONE_MODELS"
 """The environment variable by which a sweep names the directory to the processes of its runs."""
@@ -47,8 +50,7 @@ def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
     """The file of an institution's model alone; None outside a sweep.
 
     Args:
-        config: The run. Its keys of privacy and federation do not count, but for the strategy,
-            which the fresh adapter may depend on.
+        config: The run. Its keys of privacy and federation do not count.
         base: The digest of the base model.
         name: The institution's name.
         shard: Its training records.
@@ -56,8 +58,7 @@ def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
     directory = os.environ.get(DIRECTORY)
     if not directory or config.adapter.start:  # a path says nothing of what is there
         return None
-    settings = (config.fingerprint("privacy.", "federation."), config.federation.strategy)
-    inputs = (fedlora.__version__, *settings, base, name, shard.fingerprint())
+    inputs = (config.fingerprint("privacy.", "federation."), base, name, shard.fingerprint())
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     return Path(directory) / f"{digest}.safetensors"
 
@@ -82,13 +83,19 @@ def read(file: Path | None, start: AdapterState) -> AloneModel | None:
 
 
 def write(file: Path | None, model: AloneModel) -> None:
-    """Write a model alone, for its owner to read only; outside a sweep nothing is written."""
+    """Write a model alone, for its owner to read only; outside a sweep nothing is written.
+
+    A failure is logged: the next run trains its own.
+    """
     if file is None:
         return
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.adapter.items()}
     about = {
         "steps": str(model.setting.steps),
         "learning-rate": repr(model.setting.learning_rate),
     }
-    write_atomic(file, safetensors.torch.save(tensors, about), mode=0o600)
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(file, safetensors.torch.save(tensors, about), mode=0o600)
+    except OSError:
+        log.warning("the model alone was not kept for other runs", exc_info=True)

@@ -105,8 +105,12 @@ def search(config: RunConfig, *, compute: int | None, units: Sequence[int]) -> l
         for n, rate in rates.items()
     ]
     if own.records <= budget:
-        rows = [row for row in rows if row.rounds != own.rounds] + [own]
+        rows = [row for row in rows if not _same_plan(row, own)] + [own]
     return _marked(rows)
+
+
+def _same_plan(row: Row, other: Row) -> bool:
+    return row.rounds == other.rounds and math.isclose(row.sample_rate, other.sample_rate)
 
 
 def units_of(config: RunConfig, given: int | None) -> list[int]:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing import connection, reduction
 from multiprocessing.process import BaseProcess
@@ -33,7 +33,7 @@ from simulation.run import check_engine
 Engine = Literal["auto", "ray", "inline"]
 Execute = Callable[[list[str]], None]
 ALONE_MODELS = "alone-models"
-"""The sweep's directory of models alone, which its cells share until all are complete."""
+"""The sweep's directory of models alone, which the cells of one call share."""
 
 
 def run(
@@ -88,9 +88,8 @@ def run(
         any_config = cases[0].config
         parent = tracking.begin_sweep(any_config, out)
         try:
-            failed = _Runner(out, jobs, engine, execute, lock, console, parent).run(left)
-            if not failed:
-                shutil.rmtree(out / ALONE_MODELS, ignore_errors=True)
+            with _alone_models(out) as kept:
+                failed = _Runner(out, jobs, engine, execute, lock, console, parent, kept).run(left)
         finally:
             results.write(out)
             if parent:
@@ -142,6 +141,17 @@ def _alone(out: Path, console: Terminal) -> Iterator[int]:
         yield file.fileno()
 
 
+@contextlib.contextmanager
+def _alone_models(out: Path) -> Iterator[Path]:
+    """The empty directory of the models alone; it is removed at the end."""
+    directory = (out / ALONE_MODELS).absolute()
+    shutil.rmtree(directory, ignore_errors=True)  # of a killed call
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def _write_manifest(
     out: Path, path: Path, cases: Sequence[Case], needed: Sequence[dict[str, str]]
 ) -> None:
@@ -174,8 +184,9 @@ class _Runner:
         lock: int,
         console: Terminal,
         parent: str,
+        alone: Path,
     ) -> None:
-        self._parent = parent
+        self._parent, self._alone = parent, alone
         self._out, self._jobs, self._engine, self._execute = out, jobs, engine, execute
         self._lock, self._console = lock, console
         self._processes = multiprocessing.get_context("forkserver")
@@ -189,27 +200,31 @@ class _Runner:
         left = sorted(cells, key=lambda cell: (cell.cost, cell.name))
         spent, guessed = 0.0, 0.0  # seconds of finished cells
         with ThreadPoolExecutor(self._jobs) as pool, self._console.status("starting") as status:
-            waiting: dict[Future[tuple[float, str]], Cell] = {}
+            running: dict[Future[tuple[float, str]], Cell] = {}
+            waiting = list(left)
             try:
-                waiting |= {pool.submit(self._cell, cell): cell for cell in left}
-                while waiting:
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        cell = waiting.pop(future)
+                while waiting or running:
+                    while waiting and len(running) < self._jobs:
+                        cell = _next(waiting, running.values())
+                        waiting.remove(cell)
+                        running[pool.submit(self._cell, cell)] = cell
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        cell = running.pop(future)
                         seconds, error = future.result()
                         if error:
                             failed[cell.name] = error
                         else:
                             spent, guessed = spent + seconds, guessed + cell.cost
-                        ahead = sum(cell.cost for cell in waiting.values())
+                        rest = [*waiting, *running.values()]
+                        ahead = sum(cell.cost for cell in rest)
                         ahead *= spent / guessed if guessed else 1.0
-                        ahead /= min(self._jobs, len(waiting) or 1)
-                        done = len(left) - len(waiting)
+                        ahead /= min(self._jobs, len(rest) or 1)
+                        done = len(left) - len(rest)
                         line = (
                             f"cell {done}/{len(left)} · {cell.name} · {self._outcome(cell, error)}"
                         )
                         self._console.write_line(
-                            f"{line} · {seconds:.0f} s"
-                            + (f" · {_time(ahead)} left" * bool(waiting))
+                            f"{line} · {seconds:.0f} s" + (f" · {_time(ahead)} left" * bool(rest))
                         )
                         status.update(f"{done} of {len(left)} cells done")
             except BaseException:
@@ -250,7 +265,7 @@ class _Runner:
                 log,
                 workers * threads,
                 self._parent,
-                str((self._out / ALONE_MODELS).absolute()),
+                str(self._alone),
                 _InheritedFile(self._lock),
             ),
         )
@@ -278,6 +293,16 @@ class _Runner:
             for process in list(self._running):
                 _send(process, signal.SIGKILL)
             raise
+
+
+def _next(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell:
+    """The first cell that no running one may train models alone for; else the first of all."""
+
+    def settings(cell: Cell) -> str:
+        return cell.config.fingerprint("privacy.", "federation.")
+
+    busy = {settings(cell) for cell in running}
+    return next((cell for cell in waiting if settings(cell) not in busy), waiting[0])
 
 
 class _InheritedFile:

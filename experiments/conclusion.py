@@ -17,8 +17,8 @@ def of(pooled: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -> Sec
     Args:
         pooled: Lines of `experiments.results.summary` on all rows together.
         axes: The axes of the grid.
-        data_sets: Those of them whose values are different data sets. The best setting is that of
-            one data set; the settings in which joining pays are counted over all.
+        data_sets: Those of them whose values are different data sets. Each data set then has a best
+            setting of its own; the settings in which joining pays are counted over all together.
     """
     if compared := [line for line in pooled if line.get("gain") is not None]:
         return _of_joining(compared, axes)
@@ -109,6 +109,9 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
         "of models trained alone by more than the 95 % interval over seeds, and costs where they "
         "are behind by more than that."
     )
+    both = [line for line in each if line["gain_macro_f1_ci95"] is not None]
+    rare = [line for line in both if abs(line["gain_macro_f1"]) > line["gain_macro_f1_ci95"]]
+    ahead_rare = sum(line["gain_macro_f1"] > 0 for line in rare)
     ends = [choose(each, key=lambda line: line["gain"]) for choose in (max, min)]
     words = [
         f"{word} gain: {100 * line['gain']:+.1f} ± {100 * line['gain_ci95']:.1f} points, "
@@ -118,6 +121,10 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
         f"{100 * line['own']:.1f} % own."
         for word, line in zip(("Largest", "Smallest"), ends, strict=True)
     ]
+    words.append(
+        f"These are gains in accuracy. In macro-F1, which counts each class alike, joining pays in "
+        f"{ahead_rare} of {len(both)} settings and costs in {len(rare) - ahead_rare}."
+    )
     words.append(
         "Where joining makes no difference, chance still counts at least one setting in forty as "
         "paying and one in forty as costing: more, and several at once, because seeds and settings "

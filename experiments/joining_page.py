@@ -80,6 +80,7 @@ def section(result: Mapping[str, Any]) -> list[Section]:
                 home_promise(joining),
                 CHOICES,
                 INTERVALS,
+                *_macro_f1(joining),
                 _scarce(joining["scarce"]),
                 *missing,
             ],
@@ -109,6 +110,16 @@ def _scarce(scarce: Mapping[str, Any]) -> str:
         f"Scarce classes: {scarce['rows']:,} held-out records are of {few}. On these, models are "
         f"right as follows: {right}."
     )
+
+
+def _macro_f1(joining: Mapping[str, Any]) -> list[str]:
+    gain = joining.get("gain_macro_f1")  # not in results of version 0.1
+    if gain is None:
+        return []
+    return [
+        f"In macro-F1, which counts each class alike, own models are ahead by "
+        f"{joining_verdict.interval(gain)}; one record of a rare class can move it by points."
+    ]
 
 
 def _sizes(sizes: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -117,7 +117,8 @@ def summary(out: Path) -> list[dict[str, Any]]:
 
     Returns:
         For each arm and point of the grid a line with ``institution`` "all", then a line for each
-        institution. ``seeds`` is the number of seeds. ``accuracy``, ``macro_f1``,
+        institution. ``seeds`` is the number of seeds behind each figure, the least where they
+        differ. ``accuracy``, ``macro_f1``,
         ``worst_accuracy`` (the lowest institution of each seed), ``gain_over_local`` and
         ``gain_over_local_dp`` (differences within a seed) are means. Each has a ``_ci95``: the half
         width of its 95 % confidence interval by Student's t, None for one seed. ``bytes``,
@@ -172,8 +173,13 @@ def _line(
             if other is not None and comparable and arm != case["arm"]:
                 gains[arm].append(_of(found, institution) - _of(other, institution))
     results = [found for _, found in group]
-    line: dict[str, Any] = {"institution": institution, "seeds": len(group)}
-    line |= _mean("accuracy", [_of(found, institution) for found in results])
+    compared = [found["joining"] for found in results if found["joining"] is not None]
+    accuracies = [_of(found, institution) for found in results]
+    behind = [accuracies, compared] if institution == ALL else [accuracies]
+    behind += gains.values()
+    seeds = min((n for n in map(_known, behind) if n), default=len(group))
+    line: dict[str, Any] = {"institution": institution, "seeds": seeds}
+    line |= _mean("accuracy", accuracies)
     if institution == ALL:
         line |= _mean("macro_f1", [found["macro_f1"] for found in results])
         least = [min(found["institutions"].values(), default=math.nan) for found in results]
@@ -181,7 +187,6 @@ def _line(
     else:
         nothing: dict[str, None] = dict.fromkeys(("macro_f1", "worst_accuracy"))
         line |= nothing | {f"{key}_ci95": None for key in nothing}
-    compared = [found["joining"] for found in results if found["joining"] is not None]
     if compared:
         line |= _joining(institution, compared)
     line |= _mean("gain_over_local", gains["local"])
@@ -194,6 +199,11 @@ def _line(
     deltas = [found["delta"] for found in results if found["delta"] is not None]
     line["delta"] = max(deltas, default=None)
     return line
+
+
+def _known(values: Sequence[Any]) -> int:
+    """The number of values, those that are not finite left out."""
+    return sum(not isinstance(value, float) or math.isfinite(value) for value in values)
 
 
 def _joining(institution: str, compared: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

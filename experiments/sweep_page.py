@@ -111,8 +111,8 @@ def _tiles(lines: Lines) -> dict[str, str]:
 def _privacy(lines: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -> dict[str, str]:
     """Draw accuracy against epsilon, with a line for each arm under DP and each setting of it.
 
-    Settings with the same runs share one line. The level of the best setting of an arm without DP
-    is drawn, unless settings are of different data sets.
+    Settings with the same runs share one line. Levels of arms without DP are drawn, unless settings
+    are of different data sets.
     """
     if EPSILON not in axes:
         return {}
@@ -151,7 +151,7 @@ def _privacy(lines: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -
     levels: dict[str, float] = {}
     for arm in ("base", "local", "central"):
         found = {line["accuracy"] for (other, _), line in free.items() if other == arm}
-        if len(found) == 1 or (found and not data_sets):
+        if found and not data_sets:
             levels[arm if len(found) == 1 else f"{arm} (best setting)"] = max(found)
     title = "Accuracy against the privacy budget" + _part(len(series))
     return {title: figures.against_epsilon("epsilon", title, drawn, levels, "accuracy")}
@@ -331,10 +331,11 @@ def _configs(about: Mapping[str, Any], out: Path) -> dict[str, RunConfig]:
 def _data_sets(
     axes: Sequence[str], about: Mapping[str, Any], configs: Mapping[str, RunConfig]
 ) -> list[str]:
-    """The axes whose values are different data sets."""
-    sources: dict[str, dict[str, set[str]]] = {axis: {} for axis in axes}
+    """The axes whose values are different data sets: other records, or other classes of them."""
+    sources: dict[str, dict[str, set[tuple[Any, ...]]]] = {axis: {} for axis in axes}
     for case in about["cases"]:
-        own = {configs[cell].data.source for cell in case["cells"].values() if cell in configs}
+        read = [configs[cell].data for cell in case["cells"].values() if cell in configs]
+        own = {(d.source, d.test_source, d.text, d.label, *d.labels) for d in read}
         for axis, value in case["axes"].items():
             sources[axis].setdefault(str(value), set()).update(own)
     return [

@@ -32,8 +32,11 @@ def comparison(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def outcome(joining: Mapping[str, Any]) -> Outcome:
-    """Return what the interval of the gain says."""
-    gain = joining["gain"]
+    """Return what the interval of the gain in accuracy says."""
+    return _outcome(joining["gain"])
+
+
+def _outcome(gain: Mapping[str, float]) -> Outcome:
     if gain["low"] > 0:
         return Outcome.GAIN
     return Outcome.LOSS if gain["high"] < 0 else Outcome.UNCLEAR
@@ -61,13 +64,11 @@ def _classes(joining: Mapping[str, Any]) -> str:
     """A further sentence where macro-F1 does not say the same as the accuracy."""
     alone, own = joining["alone"]["macro_f1"], joining["own"]["macro_f1"]
     gain = joining.get("gain_macro_f1")  # not in results of version 0.1
-    mean = joining["gain"]["mean"]
-    if own == alone or (own > alone and mean > 0) or (own < alone and mean < 0):
+    if gain is None or _outcome(gain) is outcome(joining):
         return ""
     return (
         f" In macro-F1, which counts rare classes as much as others, own models reach "
-        f"{100 * own:.1f} % and models alone {100 * alone:.1f} %"
-        f"{f' ({interval(gain)})' if gain else ''}."
+        f"{100 * own:.1f} % and models alone {100 * alone:.1f} % ({interval(gain)})."
     )
 
 

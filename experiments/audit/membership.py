@@ -65,16 +65,18 @@ def lira(target: Floats, shadows: Floats, inside: Bools) -> Floats:
 
     Args:
         target: Confidences ``(n,)`` of the attacked model, from `logit_confidence`.
-        shadows: Confidences of the shadow models ``(s, n)``.
+        shadows: Confidences of the shadow models ``(s, n)``; nan where a row was not measured.
         inside: Whether each shadow model had the row ``(s, n)``.
 
     Returns:
         ``(n,)`` scores. Deviations are pooled over rows, as the paper does with few models. A row
-        that all or no shadow models had is scored by its one mean.
+        that all or no shadow models had is scored by its one mean, and a row that none measured
+        by 0.
     """
     means: list[Floats] = []
     deviations: list[float] = []
-    for which in (inside, ~inside):
+    measured = np.isfinite(shadows)
+    for which in (inside & measured, ~inside & measured):
         count = which.sum(0)
         total = np.where(which, shadows, 0.0).sum(0)
         mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
@@ -84,9 +86,10 @@ def lira(target: Floats, shadows: Floats, inside: Bools) -> Floats:
         deviations.append(max(spread, 1e-6))
     mean_in = np.where(np.isnan(means[0]), means[1], means[0])
     mean_out = np.where(np.isnan(means[1]), means[0], means[1])
-    return stats.norm.logpdf(target, mean_in, deviations[0]) - stats.norm.logpdf(
+    ratio = stats.norm.logpdf(target, mean_in, deviations[0]) - stats.norm.logpdf(
         target, mean_out, deviations[1]
     )
+    return np.where(measured.any(0), ratio, 0.0)
 
 
 def exposure(losses: Sequence[float] | Floats, others: Floats) -> Floats:

@@ -332,7 +332,10 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
 
 
 def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes]) -> Floats:
-    """Compute the confidence in each of these rows under the loaded adapter."""
+    """Compute the confidence in each of these rows under the loaded adapter.
+
+    It is nan for the rows of an institution that takes no part, because all are held out.
+    """
     federation = records.load(config)
     known: dict[bytes, float] = {}
     for shard in (federation.all_train, federation.all_held_out):
@@ -340,7 +343,7 @@ def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes]) -> Floa
         rows = shard.select(list(distinct.values()))
         values = losses(work, rows, config.training.physical_batch)
         known |= zip(distinct, values.tolist(), strict=True)
-    return membership.logit_confidence(np.array([known[digest] for digest in digests]))
+    return membership.logit_confidence(np.array([known.get(digest, np.nan) for digest in digests]))
 
 
 def _extraction(

@@ -515,6 +515,7 @@ def started(address: str, cores: int) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         if address:
+            stack.callback(ray.shutdown)
             root = str(Path(__file__).resolve().parents[2])
             ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": root}}, **quiet)
         else:
@@ -524,6 +525,7 @@ def started(address: str, cores: int) -> Iterator[None]:
                 prefix="fedlora-ray-", dir="/tmp", ignore_cleanup_errors=True
             )
             directory = stack.enter_context(made)
+            stack.callback(ray.shutdown)  # also of a Ray that started in part
             with _locally():
                 ray.init(
                     num_cpus=cores,
@@ -533,7 +535,6 @@ def started(address: str, cores: int) -> Iterator[None]:
                     _temp_dir=f"{directory}/ray",
                     **quiet,
                 )
-        stack.callback(ray.shutdown)
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it
         yield
 

@@ -142,13 +142,53 @@ def test_runs_of_a_sweep_train_a_model_alone_once(banks, tmp_path, monkeypatch):
         assert same(made.alone, taken.alone) and same(made.own, taken.own)
         assert made.choice == taken.choice
         assert same(made.alone, outside.alone)
-    for other in ({"home.steps": 4}, {"seed": 9}, {"federation.strategy": "ffa"}):
-        assert run(**(privacy | other))[1] == 4
+    assert run(**{"federation.strategy": "ffa"})[1] == 2
+    assert run(**(privacy | {"home.steps": 4}))[1] == 4
     files[0].write_bytes(files[0].read_bytes()[:-1])
     again, calls = run()
     assert calls == 4  # the institution of the damaged file trains again
     assert sum(same(a.alone, b.alone) for a, b in zip(first, again, strict=True)) >= 3
     assert all(AdapterState(load_file(file)).keys() == first[0].alone.keys() for file in files)
+
+
+def test_whatever_makes_another_model_alone_has_another_file(banks, tmp_path, monkeypatch):
+    monkeypatch.setenv(alone_models.DIRECTORY, str(tmp_path))
+    institutions, _, _, config = banks()
+    shard, other = (trainable.records(config).train(i) for i in range(2))
+
+    def place(base="base", name=institutions[0].name, rows=shard, **values):
+        return alone_models.place(config.replace(values), base, name, rows)
+
+    assert place() == place(**{"privacy.epsilon": 2.0, "federation.rounds": 7})
+    others = [
+        place("other base"),
+        place(name=institutions[1].name),
+        place(rows=other),
+        *(
+            place(**{key: value})
+            for key, value in (
+                ("seed", 9),
+                ("home.steps", 4),
+                ("home.batch-size", 3),
+                ("home.learning-rate", 0.5),
+                ("home.head-learning-rate", 0.5),
+                ("training.max-length", 9),
+                ("adapter.rank", 5),
+                ("adapter.method", "dora"),
+                ("model.dtype", "bf16"),
+            )
+        ),
+    ]
+    assert len({place(), *others}) == 1 + len(others) and None not in others
+    assert place(**{"adapter.start": str(tmp_path)}) is None
+
+
+def test_a_model_alone_that_cannot_be_kept_costs_nothing_else(banks, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(alone_models.DIRECTORY, str(tmp_path / "file" / "below"))
+    institutions, order, *_ = banks()
+    found = institutions[0].models_at_home(homes_of(institutions, order))
+    assert len(found) == 4
 
 
 def test_a_deployed_institution_keeps_no_model_alone(banks, tmp_path, monkeypatch):

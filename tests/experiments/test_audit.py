@@ -119,6 +119,12 @@ def test_lira_tells_rows_apart_where_the_loss_does_not():
     plain = membership.measure(target, member)["auc"]["value"]
     lira = membership.measure(membership.lira(target, shadows, inside), member)["auc"]["value"]
     assert plain < 0.7 < 0.97 < lira
+    # Rows that a shadow did not measure count in the others; one that none measured says nothing.
+    shadows[draw.random((16, 400)) < 0.2] = np.nan
+    shadows[:, 0] = np.nan
+    scores = membership.lira(target, shadows, inside)
+    assert scores[0] == 0.0 and np.isfinite(scores).all()
+    assert membership.measure(scores, member)["auc"]["value"] > 0.95
 
 
 def test_exposure_counts_bits():

@@ -74,6 +74,15 @@ def test_where_the_compute_lasts_for_whole_rounds_rate_one_is_among_the_plans(ti
     assert (rows[0].rounds, rows[0].sample_rate, rows[0].records) == (2, 1.0, 512)
 
 
+def test_the_configuration_s_plan_replaces_no_better_one_of_as_many_rounds(tiny_config):
+    config = tiny_config(**{"federation.rounds": 8, "training.sample-rate": 0.25})
+    rows = search(config, compute=8 * 256, units=[64] * 4)
+    eight = [(row.sample_rate, row.configured) for row in rows if row.rounds == 8]
+    assert sorted(eight) == [(0.25, True), (1.0, False)]
+    same = search(config, compute=None, units=[64] * 4)
+    assert [row.configured for row in same if row.rounds == 8] == [True]
+
+
 def test_all_records_in_each_step_give_the_same_noise_of_the_sum_for_any_rounds(tiny_config):
     """Gaussian mechanisms without sampling compose exactly: sigma grows as the root of the steps.
 

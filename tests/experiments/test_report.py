@@ -354,13 +354,14 @@ def test_a_sweep_begins_with_its_conclusion(made_up_sweep):
     assert "Too few seeds: one seed gives no interval" in text
 
 
-def test_data_sets_of_a_sweep_are_concluded_one_by_one(made_up_sweep):
+@pytest.mark.parametrize("key", ["data.source", "data.label"])
+def test_data_sets_of_a_sweep_are_concluded_one_by_one(made_up_sweep, key):
     """The accuracy of one data set is not the best setting of another."""
     whole = shown(made_up_sweep)
     assert "best setting" in whole and "In the setting with the best result" in whole
     for file in made_up_sweep.glob("cells/*/config.toml"):
-        source = f"{next(m for m in METHODS if f'-{m}-' in file.parent.name)}.csv"
-        file.write_text(load(file).replace({"data.source": source}).to_toml())
+        method = next(m for m in METHODS if f"-{m}-" in file.parent.name)
+        file.write_text(load(file).replace({key: method}).to_toml())
     text = shown(made_up_sweep)
     for method in METHODS:
         assert f"{method}: Joining pays: federated-dp (epsilon 8) is right on" in text

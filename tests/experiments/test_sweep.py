@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -18,6 +19,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from cli.simulation_commands import execute
+from client import alone_models
 from experiments import cells, conclusion, joining_page, results, sweep, sweep_page
 from fedlora import records
 from fedlora.config import from_flat
@@ -378,6 +381,21 @@ def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
     assert line["gain_macro_f1"] != pytest.approx(line["gain"]) and beta["gain_macro_f1"] is None
 
 
+def test_a_line_counts_the_seeds_behind_its_figures(tmp_path):
+    """A cell whose institutions all failed at home has no gain; an institution may be missing."""
+    out = joined_sweep(tmp_path / "sweep")
+    assert {line["seeds"] for line in results.summary(out)} == {2}
+    about = results.manifest(out)
+    file = results.run_dir(out, about["cases"][0]["cells"][""]) / "result.json"
+    result = json.loads(file.read_text())
+    result["joining"] = {"not_compared": {}}
+    del result["institutions"]["B"]
+    file.write_text(json.dumps(result))
+    of = {"arm": about["cases"][0]["arm"], **about["cases"][0]["axes"]}
+    lines = [x for x in results.summary(out) if of.items() <= x.items()]
+    assert {x["institution"]: x["seeds"] for x in lines} == {"all": 1, "A": 2, "B": 1}
+
+
 def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
     lines = [x for x in results.summary(joined_sweep(tmp_path / "sweep")) if x["gain"] is not None]
     pooled = [x for x in lines if x["institution"] == results.ALL]
@@ -420,6 +438,11 @@ def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path
     assert "Largest gain: +9.0 ± 1.0 points, federated (few)" in " ".join(found.words)
     assert "Smallest gain: -4.0 ± 3.0 points" in " ".join(found.words)
     assert not found.bad and not found.caution
+    rare = [(0.02, 0.01), (0.02, 0.03), (-0.06, 0.05), (-0.02, 0.01), (0.0, 0.1)]
+    lines_and_rare = zip([*lines, free], rare, strict=True)
+    both = [x | {"gain_macro_f1": g, "gain_macro_f1_ci95": half} for x, (g, half) in lines_and_rare]
+    said = " ".join(conclusion.of(both, ["holdings"]).words)
+    assert "each class alike, joining pays in 1 of 5 settings and costs in 2." in said
     assert conclusion.of(lines[3:], ["holdings"]).bad
     assert conclusion.of(lines[2:3], ["holdings"]).caution
     assert "Too few seeds" in " ".join(conclusion.of([lines[0] | {"seeds": 2}], []).words)
@@ -514,21 +537,57 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path):
     ]
 
 
+def observed(arguments):
+    """`fedlora` in the process of a cell; notes the models alone before and after."""
+    directory = Path(os.environ[alone_models.DIRECTORY])
+
+    def kept():
+        return {file.name: file.stat().st_ino for file in directory.glob("*")}
+
+    before = kept()
+    try:
+        execute(arguments)
+    finally:
+        note = json.dumps([before, kept()])
+        Path(arguments[-1]).parent.joinpath(f"{time.time_ns()}.note").write_text(note)
+
+
 @pytest.mark.slow
-def test_cells_share_models_alone_until_the_sweep_is_complete(sweep_file, tmp_path):
-    """The second budget is below what any noise keeps, so that its cell fails."""
-    out, text = tmp_path / "out", 'arms = ["federated-dp"]\n[grid]\nprivacy.epsilon = [8.0, {}]'
-    keys = {"home.method": "interpolate", "home.steps": 4}
-    command = ("--out", out, "--engine", "inline", "--json")
-    result = invoke("sweep", sweep_file(text.format(1e-6), **keys), *command)
-    assert result.exit_code == 1 and json.loads(result.stdout)["done"] == 1
-    kept = {file: file.stat().st_mtime_ns for file in (out / cells.ALONE_MODELS).iterdir()}
-    assert len(kept) == 4
-    result = invoke("sweep", sweep_file(text.format(4.0), **keys), *command, "--resume")
-    assert result.exit_code == 0, result.output
+def test_the_cells_of_one_call_share_models_alone(sweep_file, tmp_path):
+    """A cell that trains a model alone writes its file anew; the second and third write none."""
+    text = 'arms = ["federated", "federated-dp"]\n[grid]\nprivacy.epsilon = [8.0, 4.0, inf]'
+    out, keys = tmp_path / "out", {"home.method": "interpolate", "home.steps": 4}
+    done = cells.run(
+        sweep_file(text, **keys),
+        out,
+        jobs=1,
+        resume=False,
+        yes=False,
+        engine="inline",
+        execute=observed,
+        console=Terminal(quiet=True),
+    )
+    assert (done["done"], done["failed"]) == (3, {})
+    first, *others = [json.loads(file.read_text()) for file in sorted(out.glob("cells/*.note"))]
+    assert first[0] == {} and len(first[1]) == 4 and others == [[first[1], first[1]]] * 2
     assert not (out / cells.ALONE_MODELS).exists()
-    lines = [x for x in json.loads(result.stdout)["results"] if x["institution"] == "all"]
-    assert len(lines) == 2 and lines[0]["alone"] == lines[1]["alone"] is not None
+    lines = [x for x in done["results"] if x["institution"] == "all"]
+    assert len({x["alone"] for x in lines}) == 1 and lines[0]["alone"] is not None
+    (out / cells.ALONE_MODELS).mkdir()  # as a killed call leaves it
+    (out / cells.ALONE_MODELS / "old").touch()
+    with cells._alone_models(out) as directory:
+        assert not directory.exists()
+
+
+def test_a_cell_waits_while_another_may_train_its_models_alone(tiny_config):
+    def cell(name, **values):
+        return sweep.Cell(name=name, config=tiny_config(**values), institutions=4, cost=1.0)
+
+    one, two = cell("a", **{"privacy.epsilon": 1.0}), cell("b", **{"privacy.epsilon": 8.0})
+    other = cell("c", seed=5)
+    assert cells._next([one, two, other], []) is one
+    assert cells._next([two, other], [one]) is other
+    assert cells._next([two], [one]) is two
 
 
 @pytest.mark.slow
@@ -585,7 +644,7 @@ def _sleep_through_interrupts(ready) -> None:
 
 
 def test_a_second_interrupt_kills_cells_that_do_not_end(tmp_path):
-    runner = cells._Runner(tmp_path, 2, "inline", print, 0, Terminal(quiet=True), "")
+    runner = cells._Runner(tmp_path, 2, "inline", print, 0, Terminal(quiet=True), "", tmp_path)
     spawn = multiprocessing.get_context("spawn")
     for _ in range(2):
         ready = spawn.Event()
