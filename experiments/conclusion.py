@@ -100,6 +100,7 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
         pays = sum(line["gain"] > 0 for line in clear)
         if lines:
             ahead, behind = ahead + pays, behind + len(clear) - pays
+            where = where if said or private else "without differential privacy"
             said.append(
                 f"{where[0].upper()}{where[1:]} in {pays} of {len(lines)} settings, and in "
                 f"{len(clear) - pays} it costs"
