@@ -24,7 +24,7 @@ import safetensors.torch
 
 from client.home_models import Setting
 from fedlora.adapters import AdapterState
-from fedlora.config import RunConfig
+from fedlora.config import TOGETHER_ONLY, RunConfig
 from fedlora.files import write_atomic
 from fedlora.shards import Shard
 
@@ -50,7 +50,7 @@ def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
     """The file of an institution's model alone; None outside a sweep.
 
     Args:
-        config: The run. Its keys of privacy and federation do not count.
+        config: The run. Its keys `TOGETHER_ONLY` do not count.
         base: The digest of the base model.
         name: The institution's name.
         shard: Its training records.
@@ -58,7 +58,7 @@ def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
     directory = os.environ.get(DIRECTORY)
     if not directory or config.adapter.start:  # a path says nothing of what is there
         return None
-    inputs = (config.fingerprint("privacy.", "federation."), base, name, shard.fingerprint())
+    inputs = (config.fingerprint(*TOGETHER_ONLY), base, name, shard.fingerprint())
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     return Path(directory) / f"{digest}.safetensors"
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from experiments import results, sweep
 from experiments.sweep import Case, Cell
+from fedlora.config import TOGETHER_ONLY
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import CONFIG, command, finite, is_complete, read_run_file
@@ -299,7 +300,7 @@ def _next(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell:
     """The first cell that no running one may train models alone for; else the first of all."""
 
     def settings(cell: Cell) -> str:
-        return cell.config.fingerprint("privacy.", "federation.")
+        return cell.config.fingerprint(*TOGETHER_ONLY)
 
     busy = {settings(cell) for cell in running}
     return next((cell for cell in waiting if settings(cell) not in busy), waiting[0])

@@ -96,14 +96,13 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     ahead = behind = 0
     for private, where in ((True, "under differential privacy"), (False, "without it")):
         lines = [line for line in each if under_dp(line) == private]
-        clear = [line for line in lines if abs(line["gain"]) > line["gain_ci95"]]
-        pays = sum(line["gain"] > 0 for line in clear)
+        pays, costs = _clear(lines, "gain")
         if lines:
-            ahead, behind = ahead + pays, behind + len(clear) - pays
+            ahead, behind = ahead + pays, behind + costs
             where = where if said or private else "without differential privacy"
             said.append(
                 f"{where[0].upper()}{where[1:]} in {pays} of {len(lines)} settings, and in "
-                f"{len(clear) - pays} it costs"
+                f"{costs} it costs"
             )
     note = (
         f"Where joining pays: {'. '.join(said)}. It pays where institutions' own models are ahead "
@@ -111,8 +110,7 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
         "are behind by more than that."
     )
     both = [line for line in each if line["gain_macro_f1_ci95"] is not None]
-    rare = [line for line in both if abs(line["gain_macro_f1"]) > line["gain_macro_f1_ci95"]]
-    ahead_rare = sum(line["gain_macro_f1"] > 0 for line in rare)
+    pays, costs = _clear(both, "gain_macro_f1")
     ends = [choose(each, key=lambda line: line["gain"]) for choose in (max, min)]
     words = [
         f"{word} gain: {100 * line['gain']:+.1f} ± {100 * line['gain_ci95']:.1f} points, "
@@ -124,7 +122,7 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     ]
     words.append(
         f"These are gains in accuracy. In macro-F1, which counts each class alike, joining pays in "
-        f"{ahead_rare} of {len(both)} settings and costs in {len(rare) - ahead_rare}."
+        f"{pays} of {len(both)} settings and costs in {costs}."
     )
     words.append(
         "Where joining makes no difference, chance still counts at least one setting in forty as "
@@ -137,6 +135,13 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     bad = behind > ahead
     caution = (least < MIN_SEEDS or not ahead) and not bad
     return Section(title="Conclusion", note=note, bad=bad, caution=caution, words=words)
+
+
+def _clear(lines: Lines, key: str) -> tuple[int, int]:
+    """The numbers of lines whose gain is above 0, and below, by more than its interval."""
+    gains = [line[key] for line in lines if abs(line[key]) > line[f"{key}_ci95"]]
+    pays = sum(gain > 0 for gain in gains)
+    return pays, len(gains) - pays
 
 
 def _headline(pooled: Lines) -> tuple[Mapping[str, Any] | None, str, str]:

@@ -117,7 +117,7 @@ def _macro_f1(joining: Mapping[str, Any]) -> list[str]:
     if gain is None:
         return []
     return [
-        f"In macro-F1, which counts each class alike, own models are ahead by "
+        "In macro-F1, which counts each class alike, the gain is "
         f"{joining_verdict.interval(gain)}; one record of a rare class can move it by points."
     ]
 

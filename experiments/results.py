@@ -175,9 +175,9 @@ def _line(
     results = [found for _, found in group]
     compared = [found["joining"] for found in results if found["joining"] is not None]
     accuracies = [_of(found, institution) for found in results]
-    behind = [accuracies, compared] if institution == ALL else [accuracies]
-    behind += gains.values()
-    seeds = min((n for n in map(_known, behind) if n), default=len(group))
+    behind = [len(_finite(values)) for values in (accuracies, *gains.values())]
+    behind += [len(compared)] * (institution == ALL)
+    seeds = min(filter(None, behind), default=len(group))
     line: dict[str, Any] = {"institution": institution, "seeds": seeds}
     line |= _mean("accuracy", accuracies)
     if institution == ALL:
@@ -201,9 +201,8 @@ def _line(
     return line
 
 
-def _known(values: Sequence[Any]) -> int:
-    """The number of values, those that are not finite left out."""
-    return sum(not isinstance(value, float) or math.isfinite(value) for value in values)
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
 
 
 def _joining(institution: str, compared: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -231,7 +230,7 @@ def _joining(institution: str, compared: Sequence[Mapping[str, Any]]) -> dict[st
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, float | None]:
     """Return the mean of the finite values and half the width of its confidence interval."""
-    known = [value for value in values if math.isfinite(value)]
+    known = _finite(values)
     half = None
     if len(known) > 1:
         from scipy import stats

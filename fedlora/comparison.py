@@ -119,11 +119,13 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
             **rows.choice,
         }
     low, high = _interval(everyone, draw)
+    quality = {model: _quality(everyone, model, labels) for model in MODELS}
+    low_f1, high_f1 = _macro_f1_interval(everyone, len(labels), draw)
     sizes: dict[int, list[Rows]] = {}
     for rows in everyone:
         sizes.setdefault(accounting.public_size(rows.records), []).append(rows)
     return {
-        **{model: _quality(everyone, model, labels) for model in MODELS},
+        **quality,
         "gain": {
             "mean": _accuracies(everyone)["gain"],
             "low": low,
@@ -131,7 +133,11 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
             "gaining": sum(i["low"] > 0 for i in institutions.values()),
             "losing": sum(i["high"] < 0 for i in institutions.values()),
         },
-        "gain_macro_f1": _macro_f1_gain(everyone, len(labels), draw),
+        "gain_macro_f1": {
+            "mean": quality["own"]["macro_f1"] - quality["alone"]["macro_f1"],
+            "low": low_f1,
+            "high": high_f1,
+        },
         "scarce": _accuracies([_selected(rows, rows.scarce) for rows in everyone]),
         "sizes": {
             str(size): {"institutions": len(group), **_accuracies(group)}
@@ -192,12 +198,12 @@ def _interval(group: Sequence[Rows], draw: np.random.Generator) -> tuple[float, 
     return _middle(difference / count)
 
 
-def _macro_f1_gain(
+def _macro_f1_interval(
     group: Sequence[Rows], classes: int, draw: np.random.Generator
-) -> dict[str, float]:
-    """The gain in macro-F1, with its 95 % interval by a paired bootstrap over texts.
+) -> tuple[float, float]:
+    """The 95 % interval of the gain in macro-F1 by a paired bootstrap over texts.
 
-    The interval is rougher than that of the accuracy where classes are rare: a class of one text is
+    It is rougher than that of the accuracy where classes are rare: a class of one text is
     in no row of every third resample.
     """
     truth = np.concatenate([rows.truth for rows in group])
@@ -206,10 +212,8 @@ def _macro_f1_gain(
     of_truth, of_models = truth == every, [one == every for one in said]
     right = [of_truth & predicted for predicted in of_models]
     counts = np.concatenate([of_truth, *of_models, *right]).astype(np.int64)
-    alone, own = _macro_f1(counts.sum(1, keepdims=True).astype(np.float64), classes)
-    one, other = _macro_f1(_resampled(group, counts, draw), classes)
-    low, high = _middle(other - one)
-    return {"mean": float(own[0] - alone[0]), "low": low, "high": high}
+    alone, own = _macro_f1(_resampled(group, counts, draw), classes)
+    return _middle(own - alone)
 
 
 def _macro_f1(counts: NDArray[np.float64], classes: int) -> list[NDArray[np.float64]]:

@@ -42,6 +42,8 @@ ACCEPTABLE = ("delta", "noise", "labels")
 ENGINE_ONLY = ("run-dir", "accept", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that may change when a run is resumed: they decide its place, speed and refusal, no
 result."""
+TOGETHER_ONLY = ("privacy.", "federation.")
+"""Keys of training together: an institution's model alone does not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
