@@ -182,10 +182,8 @@ def keep(
                 registered = files
             for line in submissions.proceed(here, since=since):
                 log.info("%s", line)
-        except (
-            superlink_client.FlowerError
-        ) as error:  # the SuperLink may be unreachable for a while
-            log.warning("%s", error)
+        except (superlink_client.FlowerError, OSError) as error:
+            log.warning("%s", error)  # the SuperLink is away, or a disk is full, for a while
         time.sleep(submissions.ASK_SECONDS)
 
 
@@ -258,16 +256,31 @@ def submit(
         ) from None
     if not as_json:
         PLAIN.write_line(f"{chosen}: submitted; results in {submission.directory}")
-    if wait:
-        rounds = resolved.federation.rounds
-        submission = submissions.follow(
-            here,
-            chosen,
-            lambda record: None if as_json else PLAIN.write_line(_round(record, rounds)),
-        )
-    _show(submission, as_json)
-    if wait and submission.state != "completed":
-        raise typer.Exit(1)
+    _started(here, submission, wait=wait, as_json=as_json)
+
+
+@deploy.command()
+@clean_errors
+@_superlink_errors
+def resume(
+    name: Name,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for its end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a failed or stopped run after its last finished round. Exit codes as of `submit`."""
+    from deployment import submissions, superlink_client
+
+    here = superlink_client.server()
+    superlink_client.connect(here)
+    try:
+        submission = submissions.resume(here, name)
+    except superlink_client.Unanswered as error:
+        raise superlink_client.FlowerError(
+            f"{error}. The server starts {name} unless it has begun: `fedlora deploy status {name}`"
+        ) from None
+    if not as_json:
+        PLAIN.write_line(f"{name}: continues after round {submission.rounds}")
+    _started(here, submission, wait=wait, as_json=as_json)
 
 
 @deploy.command()
@@ -394,6 +407,23 @@ def fingerprint(
         PLAIN.write_line(f"{name}{' (own)' if name == own.name else ''}")
         for line in textwrap.wrap(digits, width=len(digits) // 2 + 1):
             PLAIN.write_line(f"  {line}")
+
+
+def _started(here: Any, submission: Any, *, wait: bool, as_json: bool) -> None:
+    """Show a started submission, at its end with ``wait``: then exit 1 without a result."""
+    from deployment import submissions
+
+    if wait:
+        rounds = submission.config["federation.rounds"]
+        submission = submissions.follow(
+            here,
+            submission.name,
+            lambda record: None if as_json else PLAIN.write_line(_round(record, rounds)),
+            after=submission.rounds,
+        )
+    _show(submission, as_json)
+    if wait and submission.state != "completed":
+        raise typer.Exit(1)
 
 
 def _round(record: dict[str, Any], rounds: int) -> str:

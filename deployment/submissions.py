@@ -127,12 +127,13 @@ def find(server: Server, name: str) -> Submission:
 
 def every(server: Server) -> list[Submission]:
     """All submissions, the oldest first."""
-    files = sorted(server.results.glob(f"*/{SUBMISSION}"), key=lambda f: f.parent.stat().st_ctime)
-    made: list[Submission] = []
-    for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        made.append(Submission(**{**content, "runs": tuple(content["runs"])}))
-    return made
+    made: list[tuple[float, Submission]] = []
+    for file in server.results.glob(f"*/{SUBMISSION}"):
+        with contextlib.suppress(FileNotFoundError):  # the SuperLink has just refused it
+            content = json.loads(file.read_text(encoding="utf-8"))
+            submission = Submission(**{**content, "runs": tuple(content["runs"])})
+            made.append((file.parent.stat().st_ctime, submission))
+    return [submission for _, submission in sorted(made, key=lambda one: one[0])]
 
 
 def observe(server: Server, name: str) -> Submission:
@@ -155,6 +156,34 @@ def stop(server: Server, name: str) -> Submission:
         return _ended(submission, "stopped", "stopped by the operator")
 
 
+def resume(server: Server, name: str) -> Submission:
+    """Start a failed or stopped run again, after its last finished round.
+
+    Raises:
+        InputError: For a run that has not failed and was not stopped.
+        Unanswered: When the SuperLink may have accepted the run; `proceed` checks for it.
+        FlowerError: When it did not; the submission stays as it was.
+    """
+    with alone(server.results):
+        submission, _ = _observed(server, find(server, name))
+        if submission.state not in ("failed", "stopped"):
+            raise InputError(
+                f"{name} is {submission.state}; only a failed or stopped run is resumed"
+            )
+        again = dataclasses.replace(
+            submission,
+            state="running",
+            details="",
+            rounds=len(read_records(submission.directory)),
+            tries=0,
+        )
+        try:
+            return _start(server, again)
+        except Unanswered:
+            again.save()
+            raise
+
+
 def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
     """Restart every submission whose Flower run was ended from outside.
 
@@ -164,42 +193,49 @@ def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
             ServerApp with that server.
 
     Returns:
-        A line for each action.
+        A line for each action, and for each submission whose files cannot be read or written.
     """
     lines: list[str] = []
     for name in [one.name for one in every(server) if one.state == "running"]:
-        with alone(server.results):
-            submission, interrupted = _observed(server, find(server, name), since=since)
-            if submission.state != "running":
-                lines.append(
-                    f"{name} {submission.state}: {submission.details or 'all rounds done'}"
-                )
-            elif interrupted:
-                done = len(read_records(submission.directory))
-                tries = submission.tries if done == submission.rounds else 0
-                if tries >= MAX_TRIES:
-                    details = f"ended from outside {tries} times in round {done + 1}"
-                    _ended(submission, "failed", f"{details}; see the server's log")
-                    lines.append(f"{name} failed: {details}")
-                    continue
-                if submission.runs:
-                    superlink_client.stop(server, submission.runs[-1])
-                again = _start(server, dataclasses.replace(submission, rounds=done, tries=tries))
-                lines.append(
-                    f"{name} continues after round {done} as Flower's run {again.runs[-1]}"
-                )
+        try:
+            with alone(server.results):
+                lines += _proceed(server, find(server, name), since)
+        except (InputError, OSError) as error:  # refused meanwhile, or a full disk
+            lines.append(f"{name}: {error}")
     return lines
 
 
-def follow(server: Server, name: str, show: Callable[[dict[str, Any]], None]) -> Submission:
+def _proceed(server: Server, submission: Submission, since: float) -> list[str]:
+    name = submission.name
+    submission, interrupted = _observed(server, submission, since=since)
+    if submission.state != "running":
+        return [f"{name} {submission.state}: {submission.details or 'all rounds done'}"]
+    if not interrupted:
+        return []
+    done = len(read_records(submission.directory))
+    tries = submission.tries if done == submission.rounds else 0
+    if tries >= MAX_TRIES:
+        details = f"ended from outside {tries} times in round {done + 1}"
+        _ended(submission, "failed", f"{details}; see the server's log")
+        return [f"{name} failed: {details}"]
+    if submission.runs:
+        superlink_client.stop(server, submission.runs[-1])
+    again = _start(server, dataclasses.replace(submission, rounds=done, tries=tries))
+    return [f"{name} continues after round {done} as Flower's run {again.runs[-1]}"]
+
+
+def follow(
+    server: Server, name: str, show: Callable[[dict[str, Any]], None], *, after: int = 0
+) -> Submission:
     """Wait until a submission has ended.
 
     Args:
         server: The server.
         name: The submission.
         show: Called once with the record of each round.
+        after: The number of first rounds that are not shown.
     """
-    shown, asked = 0, time.monotonic()
+    shown, asked = after, time.monotonic()
     while True:
         submission = find(server, name)
         for record in read_records(submission.directory)[shown:]:

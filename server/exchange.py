@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import httpx
 from flwr.app import Error, Message
@@ -19,12 +19,18 @@ MAX_PUSHES = 3
 MAX_PAUSE = 0.5  # seconds between polls when nothing arrives
 LARGE = 16 * 2**20
 """Bytes of an adapter above which sent messages are collected at once: their records are cycles."""
+GRACE = 30.0
+"""Seconds without any reply after which nobody waits for replies that are not needed."""
 MALFORMED_REPLY = 102
 """Error code, beside Flower's own, of a reply that the Grid cannot read."""
 
 
 def exchange(
-    grid: Grid, messages: list[Message], timeout: float
+    grid: Grid,
+    messages: list[Message],
+    timeout: float,
+    *,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Message | None]]:
     """Send messages and yield each node's reply as it arrives; None for a node without a reply.
 
@@ -37,6 +43,7 @@ def exchange(
         grid: Any Flower Grid.
         messages: At most one for each node; the list is empty afterwards.
         timeout: Seconds without any reply.
+        enough: Whether the replies so far suffice; the others then have `GRACE` to arrive.
 
     Yields:
         Node id and its reply; an error with the code `MALFORMED_REPLY` replaces a reply that the
@@ -56,7 +63,8 @@ def exchange(
             received = True
             yield order.metadata.dst_node_id, arrived.pop()
         if received:
-            deadline, pause = time.monotonic() + timeout, 0.001
+            left = min(timeout, GRACE) if enough() else timeout
+            deadline, pause = time.monotonic() + left, 0.001
         elif time.monotonic() - asked < pause:  # a grid that waits by itself needs no pause
             time.sleep(pause)
             pause = min(pause * 2, MAX_PAUSE)

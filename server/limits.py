@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.adapters import PARTS, AdapterState
+from server.replies import AWAY
 from server.roster import RunFailed, reasons
 from strategies import base
 from strategies.base import Round
@@ -30,10 +31,11 @@ def check_online(online: Mapping[str, int], least: int) -> None:
     Raises:
         RunFailed: Naming both numbers.
     """
-    if least > 1 and len(online) < least:
+    if len(online) < least:
+        why = " (privacy.honest, privacy.colluding)" * (least > 1)
         raise RunFailed(
-            f"{len(online)} institutions are online, and a round needs {least} (privacy.honest, "
-            "privacy.colluding); resume the run when more are back. The last checkpoint is kept"
+            f"{len(online)} institutions are online, and a round needs {least}{why}; resume the "
+            "run when more are back. The last checkpoint is kept"
         )
 
 
@@ -65,6 +67,8 @@ def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) 
 def check_progress(record: Mapping[str, Any], empty_rounds: int, *, all_asked: bool) -> None:
     """End a run whose institutions send no valid update.
 
+    A round whose institutions all went away ends no run: the next one waits until they are back.
+
     Args:
         record: The round's line of ``rounds.jsonl``.
         empty_rounds: Rounds in a row without an update, with this one.
@@ -73,9 +77,10 @@ def check_progress(record: Mapping[str, Any], empty_rounds: int, *, all_asked: b
     Raises:
         RunFailed: After `MAX_EMPTY_ROUNDS`; after one round that asked all institutions.
     """
-    if not empty_rounds or not (all_asked or empty_rounds == MAX_EMPTY_ROUNDS):
-        return
     rejected: dict[str, str] = record["aggregation"]["rejected"]
+    away = bool(rejected) and set(rejected.values()) == {AWAY}
+    if not empty_rounds or not ((all_asked and not away) or empty_rounds == MAX_EMPTY_ROUNDS):
+        return
     diverged = "too-large" in rejected.values()
     raise RunFailed(
         f"round {record['round']}: no institution sent a valid update ({reasons(rejected)}); "

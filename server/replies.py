@@ -19,14 +19,23 @@ from strategies.base import Round, Weighted
 
 log = logging.getLogger("fedlora.server")
 
-RECORD_DEPENDENT_REFUSALS = ("guard", "failed")
-"""Refusals that may depend on an institution's records."""
+AWAY = "node-unavailable"
+"""The code of an institution that went offline before it answered."""
+NO_ANSWER = "no-answer"
+SILENT = ("message-lost", "reply-lost", NO_ANSWER)
+"""The codes of an institution that is online and let an order's time pass."""
+RECORD_DEPENDENT = (
+    *("guard", "failed", "timed-out", "client-raised", "client-crashed", "worker-died", "timeout"),
+    *SILENT,
+)
+"""Codes of failures that may depend on an institution's records: what the training met, how long it
+took, whether it ended."""
 FLOWER_ERRORS = {
     1: "load-error",
     2: "client-raised",
     3: "message-lost",
     4: "reply-lost",
-    5: "node-unavailable",
+    5: AWAY,
     8: "client-crashed",
     100: "worker-died",
     101: "timeout",
@@ -49,7 +58,7 @@ class Replies:
     Attributes:
         valid: The number of valid updates so far.
         invalid: Institutions whose reply does not count for a reason that may depend on their
-            records: an invalid update, or a guard that tripped.
+            records: an invalid update, or one of `RECORD_DEPENDENT`.
         failed: Institution -> reason.
         received: Institution -> bytes of its adapter.
         privacy: Institution -> the spending that it reported, also with an invalid update.
@@ -83,6 +92,8 @@ class Replies:
             try:
                 update = self._accepted(name, reply)
             except Refusal as refusal:
+                if refusal.code in RECORD_DEPENDENT:
+                    self.invalid.add(name)
                 self.failed[name] = refusal.code
                 log.warning("round %d, %s: %s", self._round.number, name, refusal)
                 continue
@@ -100,10 +111,6 @@ class Replies:
         self.received[name] = wire.adapter_bytes(message)
         try:
             update = wire.unpack_update(message)
-        except Refusal as refusal:
-            if refusal.code in RECORD_DEPENDENT_REFUSALS:
-                self.invalid.add(name)
-            raise
         finally:
             wire.drop_arrays(message)
         self.invalid.add(name)  # until the update is found to be valid
@@ -150,7 +157,7 @@ def content(reply: Message | None) -> RecordDict:
         Refusal: When no reply arrived, or Flower reports an error in its place.
     """
     if reply is None:
-        raise Refusal("no-answer", "nothing arrived in time")
+        raise Refusal(NO_ANSWER, "nothing arrived in time")
     if reply.has_error():
         # A reason may quote an institution's records: only the number is kept.
         raise Refusal(

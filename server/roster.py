@@ -2,8 +2,9 @@
 
 import json
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from fedlora.errors import InputError, Refusal
 from fedlora.messages import Hello, Query
 from fedlora.run_files import NODES, SIZES
 from server.exchange import exchange
-from server.replies import content
+from server.replies import SILENT, content
 
 log = logging.getLogger("fedlora.server")
 
 NODES_TIMEOUT = 60.0  # seconds to wait for the first institutions
+HELLO_PAUSE = 60.0
+"""Seconds after which a deployment asks an institution again that did not take part; each further
+time twice as many. It is also the longest wait for that answer."""
+MAX_SILENT = 2
+"""Orders in a row that an institution may leave without an answer."""
 UNTIMED_TOGETHER = 8
 """The most institutions that a worker of a simulation serves together while nobody knows how long
 they take."""
@@ -40,6 +46,10 @@ class Roster:
     effect. Without the file no node takes part. Where updates are weighted by size, an institution
     without a bound in the file `SIZES` does not take part: its claim alone decides no weight.
 
+    A deployment asks whoever refused or was refused again after a while, since the cause may be
+    mended by then. An institution that is online and leaves orders without an answer, so that each
+    round would last until its timeout, counts as such a one too (`note`).
+
     Attributes:
         max_sizes: Institution -> the bound of its size as a weight, in a deployment.
         refused: Node -> code of its refusal.
@@ -52,6 +62,9 @@ class Roster:
         self.max_sizes: dict[str, float] = {}
         self._known: dict[int, Hello] = {}
         self.refused: dict[int, str] = {}
+        self._again: dict[int, float] = {}  # node -> when it is asked again, monotonic
+        self._pauses: dict[int, int] = {}  # node -> how often it has been refused
+        self._silent: dict[str, int] = {}  # institution -> orders in a row without an answer
 
     def online(self) -> dict[str, int]:
         """Institution -> node, for the institutions that are connected now."""
@@ -59,11 +72,17 @@ class Roster:
         if self._config.deployed:
             present = self._registered(present)
         query = wire.pack_query(self._query)
-        timeout = self._config.federation.timeout
+        timeout, now = self._config.federation.timeout, time.monotonic()
         fresh = [
-            Message(query, node, MessageType.QUERY, group_id="hello", ttl=timeout)
+            Message(
+                query,
+                node,
+                MessageType.QUERY,
+                group_id="hello",
+                ttl=min(timeout, HELLO_PAUSE) if node in self.refused else timeout,
+            )
             for node in present
-            if node not in self._known and node not in self.refused
+            if node not in self._known and now >= self._again.get(node, now)
         ]
         for node, reply in exchange(self._grid, fresh, patience(self._config)) if fresh else ():
             try:
@@ -96,10 +115,45 @@ class Roster:
                 if hello.institution in {h.institution for h in self._known.values()}:
                     raise Refusal("name-taken", f"two nodes call themselves {hello.institution}")
                 self._known[node] = hello
+                self.refused.pop(node, None)
             except Refusal as refusal:
-                self.refused[node] = refusal.code
-                log.warning("node %d: %s", node, refusal)
+                if self.refused.get(node) != refusal.code:
+                    log.warning("node %d: %s", node, refusal)
+                self._refuse(node, refusal.code)
         return {self._known[node].institution: node for node in present if node in self._known}
+
+    def note(self, rejected: Mapping[str, str], asked: Iterable[str]) -> None:
+        """Note who answered in a round of a deployment, and who has been silent too often.
+
+        Args:
+            rejected: Institution -> the code of its reply that does not count.
+            asked: The institutions of the round.
+        """
+        if not self._config.deployed:
+            return
+        nodes = {hello.institution: node for node, hello in self._known.items()}
+        for name in asked:
+            if rejected.get(name) not in SILENT:
+                self._silent.pop(name, None)
+                self._pauses.pop(nodes.get(name, 0), None)
+                continue
+            self._silent[name] = self._silent.get(name, 0) + 1
+            if self._silent[name] >= MAX_SILENT and name in nodes:
+                log.warning(
+                    "%s left %d orders in a row without an answer; it is asked no more until it "
+                    "answers again",
+                    name,
+                    self._silent[name],
+                )
+                del self._known[nodes[name]]
+                self._refuse(nodes[name], "silent")
+
+    def _refuse(self, node: int, code: str) -> None:
+        self.refused[node] = code
+        times = self._pauses.get(node, 0)
+        self._pauses[node] = times + 1
+        pause = HELLO_PAUSE * 2**times if self._config.deployed else math.inf
+        self._again[node] = time.monotonic() + pause
 
     def _registered(self, present: list[int]) -> list[int]:
         """The nodes among these whose key is registered; a node under a replaced key is forgotten.

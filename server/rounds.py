@@ -56,6 +56,9 @@ from strategies.base import Round
 
 log = logging.getLogger("fedlora.server")
 
+ONLINE_PAUSE = 2.0
+"""Seconds between two looks for institutions that are away."""
+
 
 def run(grid: Grid, config: RunConfig) -> None:
     """Run, or continue, the whole federation and write its results.
@@ -171,10 +174,10 @@ class Federation:
             parameters = secure_order.parameters(self.state.adapter, self.config)
             self.session.set_up(self.state.run, parameters, self.nodes(), self.population.size)
         while self.state.round < self.config.federation.rounds:
-            online = self.online()
+            online = self.awaited()
             names = self.sample(online)
             limits.check_online(online, self.aggregation.least_asked)
-            if online and not names:
+            if not names:
                 log.warning(
                     "the run ends after round %d: every institution that is online was asked for "
                     "the %d rounds that it planned for",
@@ -197,6 +200,7 @@ class Federation:
                 record["seconds"],
                 record["aggregation"]["rejected"] or "none",
             )
+            self.roster.note(record["aggregation"]["rejected"], names)
             self.empty_rounds = 0 if record["updates"] else self.empty_rounds + 1
             limits.check_progress(record, self.empty_rounds, all_asked=len(names) == len(online))
         self.finish()
@@ -208,6 +212,25 @@ class Federation:
         if self.session is None:
             return online
         return {name: node for name, node in online.items() if name in self.session.members}
+
+    def awaited(self) -> dict[str, int]:
+        """`online`, where a deployment waits a while for enough institutions to be back."""
+        least, online = self.aggregation.least_asked, self.online()
+        if not self.config.deployed or len(online) >= least:
+            return online
+        seconds = self.config.federation.timeout
+        log.warning(
+            "%d institutions are online, and round %d needs %d; waiting for up to %.0f s",
+            len(online),
+            self.state.round + 1,
+            least,
+            seconds,
+        )
+        deadline = time.monotonic() + seconds
+        while len(online) < least and time.monotonic() < deadline:
+            time.sleep(ONLINE_PAUSE)
+            online = self.online()
+        return online
 
     def sample(self, online: Mapping[str, int]) -> list[str]:
         """The institutions of the next round, among those that are online."""
@@ -476,7 +499,10 @@ class Federation:
             **({"still_rising": rising} if (rising := self.still_rising()) else {}),
             **({"released": outcomes} if outcomes else {}),
             "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
-            "delta": max((p["delta"] for p in state.privacy.values()), default=None),
+            "delta": max(
+                (spent["delta"] for spent in privacy["institutions"].values()),
+                default=(config.privacy.delta or None) if config.privacy.enabled else None,
+            ),
             **({"epsilon_alone_max": alone} if (alone := epsilon_alone(privacy)) else {}),
             "rounds": state.round,
             "seconds": round(state.seconds, 2),

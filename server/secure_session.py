@@ -228,8 +228,10 @@ class SecureSession:
             one.restore(listed, collected.words)
             replies.restore(len(collected.survivors), collected.privacy)
         nodes = {n: name for n, name in self._nodes.items() if name in collected.survivors}
-        self._ask(one.list_order(), wire.LIST, nodes, ListMessage, one.add_signature)
-        self._ask(one.unmask_order(), wire.UNMASK, nodes, UnmaskMessage, one.add_shares)
+        self._ask(one.list_order(), wire.LIST, nodes, ListMessage, one.add_signature, one.is_signed)
+        self._ask(
+            one.unmask_order(), wire.UNMASK, nodes, UnmaskMessage, one.add_shares, one.has_shares
+        )
         try:
             words = one.total()
         finally:
@@ -287,14 +289,19 @@ class SecureSession:
         nodes: Mapping[int, str],
         kind: type[_Answer],
         accept: Callable[[_Answer], None],
+        enough: Callable[[], bool] = lambda: False,
     ) -> dict[str, str]:
-        """Send one message to institutions; returns institution -> code where none was accepted."""
+        """Send one message to institutions; returns institution -> code where none was accepted.
+
+        ``enough`` answers whether those accepted so far suffice: nobody waits long for the others.
+        """
         packed, failed = wire.pack_secure(order), dict[str, str]()
         ttl = self._config.federation.timeout
         messages = [
             Message(packed, node, message_type, group_id=message_type, ttl=ttl) for node in nodes
         ]
-        for node, reply in exchange(self._grid, messages, patience(self._config)):
+        replies = exchange(self._grid, messages, patience(self._config), enough=enough)
+        for node, reply in replies:
             name = nodes[node]
             try:
                 answer = wire.unpack_secure(kind, content(reply))

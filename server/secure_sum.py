@@ -229,6 +229,10 @@ class SecureRound:
             raise Refusal("secure-list-signature", f"{message.name} signed another list")
         self._signatures[message.name] = message.signature
 
+    def is_signed(self) -> bool:
+        """Whether enough survivors signed the list."""
+        return len(self._signatures) >= self._terms.threshold
+
     def unmask_order(self) -> UnmaskOrder:
         """The message that asks the survivors for shares: as many signatures as are needed.
 
@@ -261,6 +265,10 @@ class SecureRound:
         if len(message.shares) != len(self._terms.names):
             raise Refusal("secure-shares-length", f"{message.name} sent another number of shares")
         self._shares[message.name] = message.shares
+
+    def has_shares(self) -> bool:
+        """Whether enough survivors sent shares, if all of these are right."""
+        return len(self._shares) >= self._terms.threshold
 
     def total(self) -> np.ndarray:
         """The sum of the survivors' vectors, ``(d,)`` int64.

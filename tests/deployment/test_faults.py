@@ -156,12 +156,33 @@ def test_a_full_disk_and_a_ledger_that_cannot_be_written_are_refused_with_a_reas
     assert all(record["updates"] >= 2 for record in federation.rounds(run))
 
 
-def test_without_any_institution_the_run_ends_with_an_error_and_its_checkpoint(federation):
-    federation.submit("alone", wait=False, **MANY_ROUNDS)
+def test_without_any_institution_the_run_ends_with_its_checkpoint_and_can_be_resumed(federation):
+    values = {"federation.rounds": 4, "federation.timeout": 20.0}
+    federation.submit("alone", wait=False, **values)
     federation.until(lambda: len(federation.rounds("alone")) == 1)
     for name in ("a", "b", "c"):
         federation.kill(f"institution-{name}")
     assert federation.ended("alone")["state"] == "failed"
-    assert "no institution" in federation.submission("alone")["details"]
+    assert "0 institutions are online" in federation.submission("alone")["details"]
     assert federation.deploy("status", "alone").returncode == 1
     assert sorted((federation.results("alone") / "checkpoints").iterdir())
+    for name in ("a", "b", "c"):
+        federation.start(f"institution-{name}")
+    federation.up()
+    assert federation.deploy("resume", "alone", "--wait").returncode == 0
+    records = federation.rounds("alone")
+    assert [record["round"] for record in records] == [1, 2, 3, 4]
+    assert records[-1]["updates"] == 3
+
+
+def test_a_run_waits_for_institutions_that_are_all_away_for_a_while(federation):
+    values = {"federation.rounds": 6, "federation.timeout": 240.0}
+    federation.submit("outage", wait=False, **values)
+    federation.until(lambda: len(federation.rounds("outage")) == 1)
+    for name in ("a", "b", "c"):
+        federation.kill(f"institution-{name}")
+    federation.until(lambda: "waiting for up to" in federation.log("server"))
+    for name in ("a", "b", "c"):
+        federation.start(f"institution-{name}")
+    assert federation.ended("outage")["state"] == "completed"
+    assert federation.rounds("outage")[-1]["updates"] == 3

@@ -334,6 +334,71 @@ def test_a_stopped_run_stays_stopped(here, link, deployed):
     assert link.runs == {"1": ("finished:stopped", "")}
 
 
+def test_a_failed_or_stopped_run_is_resumed_in_its_directory(here, link, deployed):
+    made = submissions.submit(here, deployed, "one")
+    _round(made, 1)
+    with pytest.raises(InputError, match="one is running; only a failed or stopped run"):
+        submissions.resume(here, "one")
+    link.runs["1"] = ("finished:failed", "ServerApp failed with exception: 0 institutions")
+    assert submissions.proceed(here) == ["one failed: 0 institutions"]
+    again = submissions.resume(here, "one")
+    assert (again.state, again.details, again.rounds, again.tries) == ("running", "", 1, 1)
+    assert again.runs == ("1", "2") and link.configs[0] == link.configs[1]
+    submissions.stop(here, "one")
+    assert submissions.resume(here, "one").runs == ("1", "2", "3")
+    _finish(submissions.find(here, "one"), link)
+    with pytest.raises(InputError, match="one is completed"):
+        submissions.resume(here, "one")
+
+
+def test_resuming_without_the_superlink_changes_nothing(here, link, deployed):
+    submissions.submit(here, deployed, "one")
+    submissions.stop(here, "one")
+    link.broken = FlowerError("away")
+    with pytest.raises(FlowerError):
+        submissions.resume(here, "one")
+    assert submissions.find(here, "one").state == "stopped"
+    link.broken, link.silent = None, Unanswered("no answer")
+    with pytest.raises(Unanswered):
+        submissions.resume(here, "one")
+    link.silent = None
+    assert submissions.find(here, "one").state == "running"
+    submissions.proceed(here, since=time.monotonic())
+    assert len(link.runs) == 2  # the run that the SuperLink made without an answer
+
+
+def test_one_submission_that_cannot_be_written_holds_up_no_other(here, link, deployed, monkeypatch):
+    for name in ("one", "two"):
+        submissions.submit(here, deployed, name)
+    link.runs.clear()
+    start = submissions._start
+
+    def full(server, submission):
+        if submission.name == "one":
+            raise OSError(28, "No space left on device")
+        return start(server, submission)
+
+    monkeypatch.setattr(submissions, "_start", full)
+    first, second = submissions.proceed(here)
+    assert first.startswith("one: ") and "No space left" in first
+    assert second.startswith("two continues")
+
+
+def test_a_submission_that_is_taken_back_meanwhile_ends_nothing(here, link, deployed, monkeypatch):
+    submissions.submit(here, deployed, "one")
+    locked = submissions.alone
+
+    @contextlib.contextmanager
+    def removing(directory):
+        (directory / "one" / "submission.json").unlink()
+        with locked(directory):
+            yield
+
+    monkeypatch.setattr(submissions, "alone", removing)
+    (line,) = submissions.proceed(here)
+    assert line.startswith("one: ") and "holds no submission" in line
+
+
 def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deployed, monkeypatch):
     made = submissions.submit(here, deployed, "one")
     steps = iter(
@@ -363,10 +428,15 @@ def test_exit_codes_tell_the_truth(here, link, deployed, tmp_path):
     got = cli.invoke(app, ["deploy", "results", "one", "--json"])
     assert json.loads(got.stdout) == {"accuracy": 0.5}
     assert cli.invoke(app, ["deploy", "results", "two"]).exit_code == 2
+    assert cli.invoke(app, ["deploy", "resume", "one"]).exit_code == 2
+    assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "two"]).exit_code == 0
+    assert cli.invoke(app, ["deploy", "stop", "two"]).exit_code == 0
+    resumed = cli.invoke(app, ["deploy", "resume", "two"])
+    assert resumed.exit_code == 0 and "two: continues after round 0" in resumed.stdout
     assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "one"]).exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["submit", "status", "results", "stop", "register"])
+@pytest.mark.parametrize("command", ["submit", "status", "results", "stop", "resume", "register"])
 def test_a_superlink_that_is_away_is_one_line_and_a_code_of_its_own(
     here, link, deployed, tmp_path, monkeypatch, command
 ):

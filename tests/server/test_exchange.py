@@ -1,5 +1,7 @@
 """A reply that cannot be read concerns its node and no other."""
 
+import time
+
 import httpx
 import pytest
 from flwr.app import Message, MessageType
@@ -9,6 +11,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from fedlora import wire
 from fedlora.errors import Refusal
 from fedlora.messages import Query
+from server import exchange as server_exchange
 from server.exchange import exchange
 from server.replies import content
 from simulation.engines.grid import identify
@@ -55,6 +58,40 @@ def test_orders_that_a_restarting_superlink_lost_are_pushed_again(orders):
     grid.push_messages = push_messages
     replies = dict(exchange(grid, orders[:1], 5.0))
     assert not replies[1].has_error()
+
+
+class SilentGrid(InlineGrid):
+    """Node 3 never answers."""
+
+    def __init__(self, nodes):
+        app = ClientApp()
+
+        @app.query()
+        def hello(message, context):
+            return Message(message.content, reply_to=message)
+
+        super().__init__(app, nodes, {})
+
+    def pull_messages(self, message_ids):
+        heard = [i for i in message_ids if self._waiting[i].metadata.dst_node_id != 3]
+        return super().pull_messages(heard)
+
+
+def test_who_is_not_needed_is_not_waited_for_as_long(orders, monkeypatch):
+    monkeypatch.setattr(server_exchange, "GRACE", 0.05)
+    heard: list[int] = []
+    began = time.monotonic()
+    for node, reply in exchange(SilentGrid(3), orders, 60.0, enough=lambda: len(heard) >= 2):
+        if reply is not None:
+            heard.append(node)
+    assert sorted(heard) == [1, 2] and time.monotonic() - began < 30.0
+
+
+def test_who_is_needed_is_waited_for(orders, monkeypatch):
+    monkeypatch.setattr(server_exchange, "GRACE", 0.0)
+    began = time.monotonic()
+    replies = dict(exchange(SilentGrid(3), orders, 0.5, enough=lambda: False))
+    assert replies[3] is None and time.monotonic() - began >= 0.5
 
 
 @pytest.mark.parametrize("error", [ValueError("torn"), KeyError("x"), AttributeError("y")])

@@ -109,6 +109,60 @@ def test_whose_key_is_taken_off_is_out_at_once(made, register):
     assert one.online() == {"b": 2}
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The roster's time, which passes as the test says."""
+
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(roster.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_whoever_did_not_take_part_is_asked_again_after_a_while(made, register, clock, caplog):
+    register(a=1, b=2)
+    grid = Nodes("a", "x")  # the settings of b have another name
+    one = made(grid)
+    asked = lambda: len(grid.asked)  # noqa: E731
+    assert one.online() == one.online() == {"a": 1} and asked() == 2
+    for pause in (60.0, 120.0, 240.0):
+        clock.now += pause - 1
+        assert one.online() == {"a": 1}
+        before = asked()
+        clock.now += 1
+        assert one.online() == {"a": 1} and asked() == before + 1
+    assert one.refused == {2: "wrong-name"} and caplog.text.count("wrong-name") == 1
+    grid.names = ["a", "b"]  # mended
+    clock.now += 480.0
+    assert one.online() == {"a": 1, "b": 2} and not one.refused
+
+
+def test_who_leaves_orders_without_an_answer_is_asked_no_more_until_it_answers(
+    made, register, clock, caplog
+):
+    register(a=1, b=2)
+    one = made(Nodes("a", "b"))
+    assert one.online() == {"a": 1, "b": 2}
+    one.note({"b": "message-lost"}, ["a", "b"])
+    one.note({"b": "timed-out"}, ["a", "b"])  # an answer, although a refusal
+    one.note({"b": "no-answer"}, ["a", "b"])
+    assert one.online() == {"a": 1, "b": 2}
+    one.note({"b": "message-lost"}, ["a", "b"])
+    assert one.online() == {"a": 1} and one.refused == {2: "silent"}
+    assert "b left 2 orders in a row without an answer" in caplog.text
+    clock.now += 60.0
+    assert one.online() == {"a": 1, "b": 2}
+    one.note({"b": "message-lost"}, ["a", "b"])  # once more: it is out for twice as long
+    clock.now += 60.0
+    assert one.online() == {"a": 1}
+    clock.now += 60.0
+    assert one.online() == {"a": 1, "b": 2}
+    one.note({}, ["a", "b"])
+    one.note({"b": "message-lost"}, ["a", "b"])
+    assert one.online() == {"a": 1, "b": 2}
+
+
 def test_a_simulation_needs_no_registration(made):
     one = made(Nodes("a", "b", "a"), **{"data.source": "package:edgartools", "data.labels": "[]"})
     assert one.online() == {"a": 1, "b": 2}

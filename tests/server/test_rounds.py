@@ -3,15 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fedlora import wire
 from fedlora.adapters import AdapterState, kind
+from fedlora.config import from_flat
 from fedlora.errors import Refusal
 from fedlora.run_files import read_records
-from server import roster
+from server import limits, roster, rounds
 from server.roster import Roster, RunFailed
 from server.rounds import Federation
 
@@ -71,6 +73,59 @@ def test_where_all_were_asked_and_none_answered_the_run_ends_with_its_checkpoint
     with pytest.raises(RunFailed, match="round 1: no institution sent a valid update"):
         simulate_run(config)
     assert list((Path(config.run_dir) / "checkpoints").iterdir())
+
+
+def _line(rejected):
+    return {"round": 4, "aggregation": {"rejected": rejected}}
+
+
+def test_a_round_whose_institutions_all_went_away_ends_no_run():
+    away = _line(dict.fromkeys("ab", "node-unavailable"))
+    limits.check_progress(away, 1, all_asked=True)
+    limits.check_progress(away, 2, all_asked=True)
+    with pytest.raises(RunFailed, match="node-unavailable x 2"):
+        limits.check_progress(away, limits.MAX_EMPTY_ROUNDS, all_asked=True)
+    for rejected in ({"a": "node-unavailable", "b": "failed"}, {}):
+        with pytest.raises(RunFailed, match="round 4"):
+            limits.check_progress(_line(rejected), 1, all_asked=True)
+    limits.check_progress(_line({"a": "failed"}), 0, all_asked=True)
+
+
+@pytest.mark.parametrize(("least", "back", "ends"), [(1, 2, False), (3, 5, False), (3, 99, True)])
+def test_a_deployment_waits_for_institutions_that_are_away(monkeypatch, least, back, ends):
+    """They are back at the look number ``back``."""
+    looks: list[int] = []
+    clock = SimpleNamespace(now=0.0)
+
+    def online(_):
+        looks.append(1)
+        away = len(looks) < back
+        return {} if away else {f"bank-{i}": i for i in range(least)}
+
+    monkeypatch.setattr(Federation, "online", online)
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(rounds.time, "sleep", lambda s: setattr(clock, "now", clock.now + s))
+    one = object.__new__(Federation)
+    one.config = from_flat(
+        {
+            "data.source": "institutions",
+            "data.institutions": 5,
+            "data.labels": ["x", "y"],
+            "federation.timeout": 60.0,
+        }
+    )
+    one.aggregation = SimpleNamespace(least_asked=least)
+    one.state = SimpleNamespace(round=3)
+    found = one.awaited()
+    assert clock.now <= 60.0
+    if ends:
+        with pytest.raises(
+            RunFailed, match=f"0 institutions are online, and a round needs {least}"
+        ):
+            limits.check_online(found, least)
+    else:
+        assert len(found) == least
+        limits.check_online(found, least)
 
 
 def test_an_institution_that_was_asked_before_a_crash_and_never_again_stands_in_the_statement(
