@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 import fedlora
+from deployment import keys
 from fedlora import files, peers, seal
 from fedlora.errors import InputError, Refusal
 
@@ -102,9 +103,13 @@ def operator(directory: Path) -> list[Check]:
             _certificate(f"{name} certificate", pem),
             _signed(f"{name} signed by the CA", pem, ca),
             _private(f"{name} key", pem.with_name(key)),
+            _belongs(f"{name} key fits", pem.with_name(key), pem, "`fedlora deploy renew`"),
         ]
     if (key := directory / "ca" / "ca.key").exists():
-        found.append(_private("CA key", key))
+        found += [
+            _private("CA key", key),
+            _belongs("CA key fits", key, ca, f"restore {key} from its copy"),
+        ]
     found += [
         _private("SuperExec secret", directory / "superlink" / "superexec.secret"),
         _private("server's secret", directory / "server" / "keys" / "superexec.secret"),
@@ -114,10 +119,9 @@ def operator(directory: Path) -> list[Check]:
             directory / "server" / "keys" / "superexec.secret",
         ),
     ]
-    keys = sorted((directory / "server" / "institutions").glob("*.pub"))
-    found.append(
-        Check("institutions", "ok" if keys else "fail", ", ".join(k.stem for k in keys) or "none")
-    )
+    public_keys = sorted((directory / "server" / "institutions").glob("*.pub"))
+    names = ", ".join(file.stem for file in public_keys)
+    found.append(Check("institutions", "ok" if names else "fail", names or "none"))
     for folder in sorted((directory / "institutions").glob("*")):
         key = folder / "keys" / "node.key"
         if key.exists():
@@ -140,8 +144,10 @@ def institution(path: Path) -> list[Check]:
     found += [
         _certificate("CA certificate", ca) if own.ca else _missing("CA certificate", "ca"),
         _private("key", Path(own.key)) if own.key else _missing("key", "key"),
-        _try("ledger", lambda: _ledger(own.ledger)),
+        _try("node", lambda: _node(own)),
+        _ledger(own.ledger),
         _try("records", lambda: _records(own)),
+        *([_try("held-out records", lambda: _held_out(own))] if own.test_source else []),
         *(_try(f"model {name}", lambda name=name: _model(name)) for name in own.models),
         *([_try("GPU", _gpu)] if own.gpu else []),
         _writable("state", Path(own.state)),
@@ -169,19 +175,19 @@ def _secure_aggregation(own: "Settings") -> list[Check]:
 
 
 def _peers(own: "Settings") -> str:
-    keys = peers.pinned(Path(own.peers), own.name, peers.read_private(Path(own.key)))
+    pinned = peers.pinned(Path(own.peers), own.name, peers.read_private(Path(own.key)))
     owners: dict[str, str] = {}
-    for name, key in keys.items():
+    for name, key in pinned.items():
         other = owners.setdefault(peers.fingerprint(key), name)
         if other != name:
             raise InputError(f"{other} and {name} have one key; ask each for its own")
     least = own.min_honest + own.min_colluding
-    if len(keys) < least:
+    if len(pinned) < least:
         raise InputError(
-            f"{own.peers} and the own key make {len(keys)} institutions, below min-honest + "
+            f"{own.peers} and the own key make {len(pinned)} institutions, below min-honest + "
             f"min-colluding ({least}); pin more keys, or lower one of the two"
         )
-    others = ", ".join(name for name in keys if name != own.name)
+    others = ", ".join(name for name in pinned if name != own.name)
     return f"{others}; compare them by telephone (`fedlora deploy fingerprint`)"
 
 
@@ -318,6 +324,16 @@ def _signed(name: str, path: Path, ca: Path) -> Check:
     return Check(name, "ok", str(path))
 
 
+def _belongs(name: str, private: Path, certificate: Path, remedy: str) -> Check:
+    try:
+        keys.read_pair(certificate.read_bytes(), private.read_bytes())
+    except OSError as error:
+        return Check(name, "fail", f"{error.filename} cannot be read: {error.strerror}")
+    except (ValueError, TypeError) as error:
+        return Check(name, "fail", f"{private} does not fit {certificate} ({error}); {remedy}")
+    return Check(name, "ok", str(private))
+
+
 def _pair(name: str, private: Path, public: Path) -> Check:
     try:
         ours = serialization.load_ssh_private_key(private.read_bytes(), None).public_key()
@@ -367,12 +383,30 @@ def _try(name: str, inspect: Callable[[], str]) -> Check:
         return Check(name, "fail", str(error))
 
 
-def _ledger(path: str) -> str:
+def _node(own: "Settings") -> str:
+    from deployment import node
+
+    node.check(own)
+    return "can start"
+
+
+def _ledger(path: str) -> Check:
     from client.ledger import Ledger
 
-    with Ledger.open(Path(path)) as ledger:
-        shown = ledger.show()
-    return f"epsilon {shown['epsilon']:.3g} of {shown['limit']:g} spent"
+    try:
+        with Ledger.open(Path(path)) as ledger:
+            shown, accountant = ledger.show(), ledger.accountant
+    except Refusal as refusal:
+        return Check("ledger", "fail", str(refusal))
+    spent = f"epsilon {shown['epsilon']:.3g} of {shown['limit']:g} spent"
+    if accountant == "prv":
+        return Check(
+            "ledger",
+            "warn",
+            f"{spent}; its accountant is prv, whose limit does not cover a server that chooses a "
+            "run's noise after it has seen another run: make a ledger with --accountant rdp",
+        )
+    return Check("ledger", "ok", spent)
 
 
 def _records(own: "Settings") -> str:
@@ -388,6 +422,16 @@ def _records(own: "Settings") -> str:
         form=own.csv_form,
     )
     return f"{rows:,} rows with a text and a label"
+
+
+def _held_out(own: "Settings") -> str:
+    """Read the held-out records as a run does, with the columns and classes of the records."""
+    from fedlora import rows
+
+    table = rows.read_table(own.test_source, own.text, own.label, {}, "test", own.csv_form)
+    if own.labels:
+        rows.check_labels(table.labels, own.labels, own.test_source, "correct these rows")
+    return f"{len(table.texts):,} rows with a text and a label"
 
 
 def _gpu() -> str:

@@ -54,6 +54,18 @@ def read_authority(certificate: bytes, key: bytes) -> Authority:
     """Read an authority from two PEM files.
 
     Raises:
+        ValueError: As `read_pair`.
+    """
+    public, private = read_pair(certificate, key)
+    return Authority(certificate=public, key=private)
+
+
+def read_pair(
+    certificate: bytes, key: bytes
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """Read a certificate and its private key from two PEM files.
+
+    Raises:
         ValueError: If a file is damaged, or the key is not that of the certificate.
     """
     private = serialization.load_pem_private_key(key, None)
@@ -62,7 +74,7 @@ def read_authority(certificate: bytes, key: bytes) -> Authority:
         raise ValueError("not an elliptic curve key")
     if private.public_key() != public.public_key():
         raise ValueError("the key does not belong to the certificate")
-    return Authority(certificate=public, key=private)
+    return public, private
 
 
 def make_server(

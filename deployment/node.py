@@ -6,21 +6,26 @@ loopback port, with a secret that is made at each start.
 
 import contextlib
 import fcntl
+import os
 import secrets
+import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from client.settings import Settings
-from fedlora import files
+from fedlora import files, peers
 from fedlora.errors import InputError
 
 LOCK = "node.lock"
+DIRECTORY = "node"
+"""The directory of one start, in the institution's state: it holds tokenised records."""
 SOCKET = "trainer"
+LONGEST_SOCKET = "pymp-xxxxxxxx/listener-xxxxxxxx"
+"""A path as long as the longest of a socket in `DIRECTORY`: that of Python's multiprocessing."""
 MAX_SOCKET_PATH = 107
-"""The most characters of a socket's path on Linux."""
+"""The most bytes of a socket's path on Linux."""
 
 GAVE_UP = "SSL/TLS handshake error detected."
 """Log line of a SuperNode that gets a certificate it cannot trust, such as an expired one. It then
@@ -31,7 +36,8 @@ def check(settings: Settings) -> None:
     """Refuse settings with which the node cannot start.
 
     Raises:
-        InputError: For a missing setting, or a file that others may read or write.
+        InputError: For a missing setting, a file that others may read or write, a key that is not
+            on P-384, or a path of ``state`` that is too long for a socket.
     """
     for field in ("gateway", "ca", "key"):
         if not getattr(settings, field):
@@ -51,12 +57,14 @@ def check(settings: Settings) -> None:
             f"{settings.key} may be read by others than its owner (mode {mode & 0o777:o}); "
             f"run chmod 600 {settings.key}"
         )
-    try:
-        Path(settings.state).mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
+    peers.read_private(Path(settings.key))
+    private = _private(settings)
+    if (excess := len(os.fsencode(private / LONGEST_SOCKET)) - MAX_SOCKET_PATH) > 0:
+        length = len(os.fsencode(private.parent))
         raise InputError(
-            f"state is {settings.state}, which cannot be created: {error.strerror}; correct state"
-        ) from None
+            f"state is {private.parent} ({length} bytes), too long for the path of a socket; move "
+            f"it to a path of at most {length - excess} bytes"
+        )
 
 
 def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
@@ -91,26 +99,38 @@ def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
 def running(settings: Settings) -> Iterator[Path]:
     """Lock the institution's state while its node runs; yield a directory for this start only.
 
+    Only the owner may enter the directory. What a killed node left in it is removed at the start.
+
     Raises:
-        InputError: When a node with the same state runs already, or the directory's path is too
-            long for a socket.
+        InputError: When a node with the same state runs already, or ``state`` or the directory
+            cannot be created.
     """
-    with (
-        (Path(settings.state) / LOCK).open("w") as lock,
-        tempfile.TemporaryDirectory(prefix="fedlora-node-") as private,
-    ):
+    try:
+        Path(settings.state).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"state is {settings.state}, which cannot be created: {error.strerror}; correct state"
+        ) from None
+    with (Path(settings.state) / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"state is {settings.state}, which another node uses now; stop that node first"
             ) from None
-        if len(str(Path(private) / SOCKET)) > MAX_SOCKET_PATH:
+        private = _private(settings)
+        shutil.rmtree(private, ignore_errors=True)
+        try:
+            private.mkdir(mode=0o700)
+        except OSError as error:
             raise InputError(
-                f"TMPDIR is {Path(private).parent}, too long for the path of a socket "
-                f"({MAX_SOCKET_PATH} characters); give a shorter one"
-            )
-        yield Path(private)
+                f"{private} cannot be created: {error.strerror}; remove it, and leave state to "
+                "the user who runs the node"
+            ) from None
+        try:
+            yield private
+        finally:
+            shutil.rmtree(private, ignore_errors=True)
 
 
 def is_running(settings: Settings) -> bool:
@@ -123,6 +143,12 @@ def is_running(settings: Settings) -> bool:
     except OSError:
         return False
     return False
+
+
+def _private(settings: Settings) -> Path:
+    """The directory of one start, by the shorter of its paths: a socket's path has a limit."""
+    state = Path(settings.state)
+    return min(state, state.resolve(), key=lambda path: len(os.fsencode(path))) / DIRECTORY
 
 
 def _free_port() -> int:

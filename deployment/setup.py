@@ -1,11 +1,13 @@
 """The directory of a federation: keys, settings and folders that containers mount."""
 
+import contextlib
+import ipaddress
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tomli_w
@@ -15,12 +17,15 @@ from deployment import keys
 from fedlora import seal
 from fedlora.config import from_flat
 from fedlora.errors import InputError
-from fedlora.files import existing_parent
+from fedlora.files import existing_parent, sync
 from fedlora.sections import INSTITUTIONS
 
 IMAGE_USER = 10001
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+File = tuple[Path, bytes, int]
+"""A file to write: its path, content and permissions."""
 
 
 def make(directory: Path, institutions: Sequence[str], *, host: str, port: int) -> None:
@@ -35,7 +40,10 @@ def make(directory: Path, institutions: Sequence[str], *, host: str, port: int) 
     Raises:
         InputError: For a directory that exists, bad names, or a place that cannot be written.
     """
-    _check(institutions, host, port)
+    _check_names(institutions)
+    _check_host(host, "the port goes into --port")
+    if not 1 <= port <= 65535:
+        raise InputError(f"--port is {port}; it must be from 1 to 65535")
     directory = directory.absolute()
     if directory.exists() or directory.is_symlink():
         raise InputError(
@@ -66,7 +74,7 @@ def add(directory: Path, name: str) -> None:
     Raises:
         InputError: When it is not such a directory, or holds the institution.
     """
-    _check([name], "localhost", 8443)
+    _check_names([name])
     for there in (
         directory / "institutions" / name,
         directory / "server" / "institutions" / f"{name}.pub",
@@ -87,28 +95,38 @@ def add(directory: Path, name: str) -> None:
 def renew(directory: Path, *, host: str = "") -> None:
     """New certificates of the gateway, the SuperLink and the server's statements, from the same CA.
 
+    Each key and its certificate are renamed one after the other. After a crash between these two
+    renames they do not match: `check.operator` finds that, and another `renew` mends it.
+
     Args:
         directory: A directory from `make`.
         host: The gateway's name or address; empty for the names of its old certificate.
 
     Raises:
-        InputError: When the directory holds no CA, or no certificate to take names from.
+        InputError: When the directory holds no CA, no certificate to take names from, or cannot be
+            written.
     """
     if host:
-        _check([], host, 8443)
+        _check_host(host, "give the host without a port")
     authority = _authority(directory)
     old = directory / "gateway" / "server.pem"
     try:
         hosts = (host,) if host else keys.hosts(old.read_bytes())
     except (OSError, ValueError, x509.ExtensionNotFound) as error:
         raise InputError(f"{old} does not say its names ({error}); give --host") from None
-    _servers(directory, authority, hosts)
-    if os.geteuid() == 0:
-        for name in ("gateway", "superlink", "server/keys"):
-            _change_owner(directory / name, IMAGE_USER)
+    try:
+        with _written_beside(_servers(directory, authority, hosts)):
+            if os.geteuid() == 0:
+                for name in ("gateway", "superlink", "server/keys"):
+                    _change_owner(directory / name, IMAGE_USER)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or directory} cannot be written: {error.strerror}; mend that, then "
+            "run `fedlora deploy renew` again"
+        ) from None
 
 
-def _check(institutions: Sequence[str], host: str, port: int) -> None:
+def _check_names(institutions: Sequence[str]) -> None:
     for name in institutions:
         if not _NAME.fullmatch(name):
             raise InputError(
@@ -117,17 +135,26 @@ def _check(institutions: Sequence[str], host: str, port: int) -> None:
             )
     if twice := {name for name in institutions if institutions.count(name) > 1}:
         raise InputError(f"--institutions has {min(twice)!r} twice; drop one")
-    if not _HOST.fullmatch(host):
-        raise InputError(f"--host is {host!r}; it must be a host name or an address")
-    if not 1 <= port <= 65535:
-        raise InputError(f"--port is {port}; it must be from 1 to 65535")
+
+
+def _check_host(host: str, remedy: str) -> None:
+    """Refuse what is no host name or address; ``remedy`` says where a port goes."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not _HOST.fullmatch(host):
+            hint = f": {remedy}" if ":" in host else ""
+            raise InputError(
+                f"--host is {host!r}; it must be a host name or an address{hint}"
+            ) from None
 
 
 def _build(root: Path, institutions: Sequence[str], host: str) -> None:
     authority = keys.make_authority()
     _write(root / "ca" / "ca.crt", authority.pem, 0o644)
     _write(root / "ca" / "ca.key", authority.private_pem, 0o600)
-    _servers(root, authority, (host,))
+    for file in _servers(root, authority, (host,)):
+        _write(*file)
     secret = secrets.token_hex(32).encode()
     _write(root / "superlink" / "superexec.secret", secret, 0o600)
     _write(root / "server" / "keys" / "superexec.secret", secret, 0o600)
@@ -141,19 +168,26 @@ def _build(root: Path, institutions: Sequence[str], host: str) -> None:
     _pin_peers(root)
 
 
-def _servers(root: Path, authority: keys.Authority, hosts: Sequence[str]) -> None:
+def _servers(root: Path, authority: keys.Authority, hosts: Sequence[str]) -> list[File]:
+    """The servers' files. A key and its certificate are neighbours, to be renamed together."""
+    files: list[File] = []
     everywhere = ("localhost", "127.0.0.1")
     for folder, names in (
         ("gateway", (*hosts, "gateway", *everywhere)),
         ("superlink", ("superlink", *everywhere)),
     ):
         certificate, key = keys.make_server(authority, tuple(dict.fromkeys(names)))
-        _write(root / folder / "ca.crt", authority.pem, 0o644)
-        _write(root / folder / "server.pem", certificate, 0o644)
-        _write(root / folder / "server.key", key, 0o600)
+        files += [
+            (root / folder / "ca.crt", authority.pem, 0o644),
+            (root / folder / "server.key", key, 0o600),
+            (root / folder / "server.pem", certificate, 0o644),
+        ]
     certificate, key = keys.make_signer(authority)
-    _write(root / "server" / "keys" / seal.CERTIFICATE, certificate, 0o644)
-    _write(root / "server" / "keys" / seal.KEY, key, 0o600)
+    return [
+        *files,
+        (root / "server" / "keys" / seal.KEY, key, 0o600),
+        (root / "server" / "keys" / seal.CERTIFICATE, certificate, 0o644),
+    ]
 
 
 def _institution(root: Path, name: str, ca: bytes) -> None:
@@ -258,14 +292,36 @@ def _environment(directory: Path, port: int) -> bytes:
 
 def _write(path: Path, content: bytes, mode: int) -> None:
     """Write a file atomically, with the permissions ``mode`` from the start."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with _written_beside([(path, content, mode)]):
+        pass
+
+
+@contextlib.contextmanager
+def _written_beside(files: Sequence[File]) -> Iterator[None]:
+    """Write files beside their places, and rename them in their order when the block has ended.
+
+    No file is renamed before all are on the disk. A temporary file that a killed process left is
+    replaced.
+    """
+    pairs = [(path.with_name(f".{path.name}.new"), path) for path, _, _ in files]
+    try:
+        for (beside, path), (_, content, mode) in zip(pairs, files, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.unlink(missing_ok=True)
+            new = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(new, "wb") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        yield
+        for beside, path in pairs:
+            beside.replace(path)
+    finally:
+        for beside, _ in pairs:
+            beside.unlink(missing_ok=True)
+    for folder in {path.parent for _, path in pairs}:
+        sync(folder)
 
 
 def _change_owner(root: Path, owner: int) -> None:

@@ -193,8 +193,11 @@ def _public_key(file: Path) -> bytes:
         key = load_ssh_public_key(file.read_bytes())
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ValueError(f"{file} is not a public key in OpenSSH's format: {error}") from None
+    remedy = "the institution makes one on P-384 with `ssh-keygen -t ecdsa -b 384`"
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ValueError(f"{file} is not an elliptic curve key; make one with P-384")
+        raise ValueError(f"{file} is not an elliptic curve key; {remedy}")
+    if not isinstance(key.curve, ec.SECP384R1):  # Flower takes any curve, `fedlora.peers` does not
+        raise ValueError(f"{file} is a key on the curve {key.curve.name}; {remedy}")
     return public_key_to_bytes(key)
 
 

@@ -86,7 +86,10 @@ def read_private(path: Path) -> ec.EllipticCurvePrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InputError(f"key is {path}, which holds no private key: {error}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise InputError(f"key is {path}, which holds no key on the curve P-384")
+        raise InputError(
+            f"key is {path}, which holds no key on the curve P-384; make one with "
+            "`ssh-keygen -t ecdsa -b 384`"
+        )
     return key
 
 

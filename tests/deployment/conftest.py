@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -218,6 +219,13 @@ def rehearsal(
     image = as_in_an_image(model, scratch)
     with Rehearsal(scratch / "deployment", scratch, image, *rogues, volumes=volumes) as made:
         yield made
+
+
+@pytest.fixture
+def short_path():
+    """An empty directory whose path is short enough for the sockets of a node in it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        yield Path(made)
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.constant import MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DIFF_SECONDS
 from typer.testing import CliRunner
 
@@ -30,10 +32,10 @@ def pristine(tmp_path_factory):
 
 
 @pytest.fixture
-def made(pristine, tmp_path):
+def made(pristine, short_path):
     import shutil
 
-    return Path(shutil.copytree(pristine, tmp_path / "d"))
+    return Path(shutil.copytree(pristine, short_path / "d"))
 
 
 def _failed(found):
@@ -70,9 +72,37 @@ def test_a_certificate_warns_before_it_expires(made, days, outcome):
 
 
 def test_another_ca_is_found(made):
-    other, _ = keys.make_server(keys.make_authority(), ["gateway"])
+    other, key = keys.make_server(keys.make_authority(), ["gateway"])
     (made / "gateway" / "server.pem").write_bytes(other)
+    (made / "gateway" / "server.key").write_bytes(key)
     assert _failed(check.operator(made)) == {"gateway signed by the CA"}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "certificate"),
+    [
+        ("gateway", "gateway/server.key", "gateway/server.pem"),
+        ("superlink", "superlink/server.key", "superlink/server.pem"),
+        ("statement", "server/keys/statement.key", "server/keys/statement.pem"),
+    ],
+)
+def test_a_key_that_is_not_its_certificates_is_found(made, name, key, certificate):
+    _, other = keys.make_server(keys.make_authority(), ["gateway"])
+    (made / key).write_bytes(other)
+    found = check.operator(made)
+    assert _failed(found) == {f"{name} key fits"}
+    said = _as(found, f"{name} key fits").details
+    assert str(made / key) in said and str(made / certificate) in said
+    assert "`fedlora deploy renew`" in said
+    setup.renew(made)
+    assert _failed(check.operator(made)) == set()
+
+
+def test_a_ca_key_of_another_ca_is_found(made):
+    (made / "ca" / "ca.key").write_bytes(keys.make_authority().private_pem)
+    found = check.operator(made)
+    assert _failed(found) == {"CA key fits"}
+    assert "restore" in _as(found, "CA key fits").details
 
 
 @pytest.mark.parametrize(
@@ -126,7 +156,17 @@ def gateway(monkeypatch):
 
 
 def test_an_institution_that_is_ready_passes(institution, gateway):
-    assert _failed(check.institution(institution)) == set()
+    found = check.institution(institution)
+    assert _failed(found) == set()
+    assert {one.name: one.outcome for one in found}["ledger"] == "ok"
+
+
+def test_a_ledger_that_trusts_the_server_s_choice_of_noise_is_warned_of(institution, gateway):
+    ledger = institution.parents[1] / "ledger" / "ledger.db"
+    ledger.unlink()
+    Ledger.create(ledger, max_epsilon=9.0, delta=1e-4, accountant="prv")
+    (found,) = [one for one in check.institution(institution) if one.name == "ledger"]
+    assert found.outcome == "warn" and "--accountant rdp" in found.details
 
 
 @pytest.fixture
@@ -207,6 +247,52 @@ def test_what_a_node_needs_to_start_may_not_be_missing(institution, gateway, key
     found = check.institution(institution)
     assert f"{key} is missing" in _as(found, name).details
     assert name in _failed(found)
+
+
+def test_what_a_node_refuses_is_found(institution, gateway):
+    folder = institution.parents[1]
+    (folder / "keys").chmod(0o770)
+    found = check.institution(institution)
+    assert _failed(found) == {"node"}
+    assert "keys may be written by others" in _as(found, "node").details
+    (folder / "keys").chmod(0o700)
+    other = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    (folder / "keys" / "node.key").write_bytes(other)
+    found = check.institution(institution)
+    assert _failed(found) == {"node"}
+    assert "no key on the curve P-384; make one with" in _as(found, "node").details
+
+
+def test_a_check_makes_no_state(institution, gateway):
+    state = institution.parents[1] / "state"
+    state.rmdir()
+    found = check.institution(institution)
+    assert _failed(found) == {"state"}
+    assert not state.exists()
+
+
+def test_held_out_records_are_read_as_the_records_are(institution, gateway, tmp_path):
+    test = tmp_path / "test.csv"
+    institution.write_text(f'test-source = "{test}"\n' + institution.read_text())
+
+    def held_out():
+        found = check.institution(institution)
+        assert _failed(found) <= {"held-out records"}
+        return _as(found, "held-out records")
+
+    assert "is not a file" in held_out().details
+    test.write_text("text,label\nmy card,card\nmy loan,credit\n")
+    assert "label 'credit' (1 rows of" in held_out().details
+    test.write_text("words,label\nmy card,card\n")
+    assert "'text', but" in held_out().details
+    test.write_text("text;label\nmy card;card\n")
+    assert held_out().outcome == "fail"
+    test.write_text("text,label\nmy card,card\nmy loan,loan\n,loan\n")
+    assert held_out() == check.Check("held-out records", "ok", "2 rows with a text and a label")
 
 
 def test_a_label_that_is_not_listed_is_shown_on_the_terminal(institution, gateway):

@@ -43,11 +43,15 @@ def place(tmp_path):
 
 
 @pytest.fixture
-def gateway(place, tmp_path):
-    """nginx with the gateway's configuration: a connection, and many requests for one path."""
+def gateway(place, tmp_path, request):
+    """nginx with the gateway's configuration: a connection, and many requests for one path.
+
+    A test's parameter has words of the configuration that are replaced.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    conf = place("gateway.conf", **{"listen 8443": f"listen 127.0.0.1:{port}"})
+    words = {"listen 8443": f"listen 127.0.0.1:{port}", **getattr(request, "param", {})}
+    conf = place("gateway.conf", **words)
     (tmp_path / "resolver.conf").write_text("resolver 127.0.0.1:1;\n")
     context = ssl.create_default_context(cafile=str(tmp_path / "made" / "ca" / "ca.crt"))
 
@@ -139,6 +143,34 @@ def test_an_address_has_few_requests_at_once(gateway):
         )
         _post(more, 1)
         assert b" 503 " in more.recv(65536)
+        _post(other, 1)
+        other.settimeout(1.0)
+        with pytest.raises(TimeoutError):
+            other.recv(1)
+
+
+@pytest.mark.parametrize(
+    "gateway",
+    [
+        {
+            "limit_conn connections 64": "limit_conn connections 3",
+            "limit_conn all 400": "limit_conn all 8",
+        }
+    ],
+    indirect=True,
+)
+def test_all_addresses_together_have_few_requests_at_once(gateway):
+    with contextlib.ExitStack() as stack:
+        for number in range(8):  # three of 127.0.0.1, three of 127.0.0.2, two of 127.0.0.3
+            link = stack.enter_context(gateway.link_from(f"127.0.0.{1 + number // 3}"))
+            _post(link, 1)
+        time.sleep(0.5)
+        with gateway.link_from("127.0.0.4") as more:
+            _post(more, 1)
+            assert b" 503 " in more.recv(65536)
+        link.close()
+        time.sleep(0.5)
+        other = stack.enter_context(gateway.link_from("127.0.0.4"))
         _post(other, 1)
         other.settimeout(1.0)
         with pytest.raises(TimeoutError):

@@ -5,6 +5,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from flwr.proto.control_pb2 import RegisterNodeResponse
 from flwr.supercore.constant import NodeStatus
 
@@ -122,6 +124,29 @@ def test_two_institutions_with_one_key_and_a_file_without_one_are_named(here, li
     assert outcomes["a"] == "registered"
     assert "is the key of a" in outcomes["b"]
     assert "not a public key in OpenSSH's format" in outcomes["c"]
+    assert _nodes(here) == {"a": 0}
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (ec.generate_private_key(ec.SECP256R1()), "is a key on the curve secp256r1"),
+        (ec.generate_private_key(ec.SECP521R1()), "is a key on the curve secp521r1"),
+        (ed25519.Ed25519PrivateKey.generate(), "is not an elliptic curve key"),
+    ],
+    ids=["P-256", "P-521", "Ed25519"],
+)
+def test_a_key_on_another_curve_than_p_384_is_not_registered(here, link, key, words):
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    _put(here, "a")
+    _put(here, "b", public)
+    outcomes = superlink_client.register(here)
+    assert outcomes["a"] == "registered"
+    assert words in outcomes["b"] and "b.pub" in outcomes["b"]
+    assert "`ssh-keygen -t ecdsa -b 384`" in outcomes["b"]
+    assert set(json.loads((here.results / KEYS).read_text())) == {"a"}
     assert _nodes(here) == {"a": 0}
 
 

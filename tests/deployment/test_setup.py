@@ -1,10 +1,14 @@
 """What `fedlora deploy init` makes, and what it refuses."""
 
+import contextlib
+import errno
+import ipaddress
 import os
 import ssl
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -13,15 +17,15 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from client import settings
-from deployment import keys, node, setup
+from deployment import check, keys, node, setup
 from fedlora import config, peers
 from fedlora.errors import InputError
 
 
 @pytest.fixture
-def made(tmp_path):
-    setup.make(tmp_path / "d", ["a", "b"], host="fed.example.org", port=9443)
-    return tmp_path / "d"
+def made(short_path):
+    setup.make(short_path / "d", ["a", "b"], host="fed.example.org", port=9443)
+    return short_path / "d"
 
 
 def test_every_secret_is_for_its_owner_alone(made):
@@ -128,6 +132,8 @@ def test_the_environment_is_that_of_the_compose_file(made):
         (["a", "a"], "h", 1, "twice"),
         ([".."], "h", 1, "begins with"),
         (["a"], "a b", 1, "--host"),
+        (["a"], "fed.example.org:8443", 1, "an address: the port goes into --port"),
+        (["a"], "10.0.0.1:8443", 1, "an address: the port goes into --port"),
         (["a"], "h", 0, "--port is 0"),
     ],
 )
@@ -135,6 +141,17 @@ def test_bad_input_leaves_nothing(tmp_path, names, host, port, words):
     with pytest.raises(InputError, match=words):
         setup.make(tmp_path / "d", names, host=host, port=port)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "::1", "fe80::1"])
+def test_a_certificate_names_an_address_as_an_address(tmp_path, host):
+    setup.make(tmp_path / "d", ["a"], host=host, port=1)
+    certificate = x509.load_pem_x509_certificate(
+        (tmp_path / "d" / "gateway" / "server.pem").read_bytes()
+    )
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert ipaddress.ip_address(host) in names.get_values_for_type(x509.IPAddress)
+    assert names.get_values_for_type(x509.DNSName) == ["gateway", "localhost"]
 
 
 def test_it_never_overwrites(made):
@@ -189,9 +206,73 @@ def test_renewed_certificates_keep_their_names_unless_another_is_given(made):
     assert (names("gateway"), names("superlink")) == before
     setup.renew(made, host="new.example.org")
     assert names("gateway") == ("new.example.org", "gateway", "localhost", "127.0.0.1")
+    with pytest.raises(InputError, match="give the host without a port"):
+        setup.renew(made, host="new.example.org:8443")
     (made / "gateway" / "server.pem").write_text("damaged")
     with pytest.raises(InputError, match="give --host"):
         setup.renew(made)
+
+
+def _contents(directory):
+    return {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def _mismatches(made):
+    return {one.name for one in check.operator(made) if one.outcome == "fail"}
+
+
+def test_certificates_are_renewed_where_a_killed_renewal_left_its_files(made):
+    left = made / "gateway" / ".server.pem.new"
+    left.write_bytes(b"half of a certif")
+    left.chmod(0o400)
+    before = (made / "gateway" / "server.pem").read_bytes()
+    setup.renew(made)
+    assert (made / "gateway" / "server.pem").read_bytes() != before
+    assert _mismatches(made) == set()
+    assert not list(made.rglob("*.new"))
+
+
+def test_a_full_disk_changes_no_certificate(made, monkeypatch):
+    before, sync, synced = _contents(made), os.fsync, []
+
+    def full(file):
+        synced.append(file)
+        if len(synced) == 8:  # of the eight files of a renewal
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+        setup.renew(made)
+    assert _contents(made) == before
+
+
+@pytest.mark.parametrize("done", range(9))
+def test_a_renewal_that_ends_between_two_renames_leaves_one_pair_apart_at_most(
+    made, monkeypatch, done
+):
+    before, rename, renamed = _contents(made), Path.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def replace(path, place):
+        if len(renamed) == done:
+            raise Killed
+        renamed.append(place)
+        return rename(path, place)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Path, "replace", replace)
+        setup.renew(made)
+    after = _contents(made)
+    assert after.keys() == before.keys()
+    assert len(renamed) == min(done, 8)
+    apart = _mismatches(made)
+    expected = {2: "gateway key fits", 5: "superlink key fits", 7: "statement key fits"}
+    assert apart == ({expected[done]} if done in expected else set())
+    setup.renew(made)
+    assert _mismatches(made) == set()
 
 
 def test_an_institutions_own_public_key_is_never_overwritten(made):
@@ -233,6 +314,60 @@ def test_a_node_starts_only_with_a_ledger_and_settings_that_others_cannot_write(
     (folder / "settings").chmod(0o770)
     with pytest.raises(InputError, match=r"settings may be written by others .*chmod go-w"):
         settings.load(str(file))
+
+
+def test_a_node_starts_only_with_a_state_whose_path_is_short_enough_for_sockets(made):
+    file = made / "institutions" / "a" / "settings" / "institution.toml"
+    text = file.read_text().replace('"/keys/', '"../keys/')
+    state = made / ("s" * (70 - len(f"{made}/")))
+    file.write_text(text.replace('"/state"', f'"{state}"'))
+    node.check(settings.load(str(file)))
+    file.write_text(text.replace('"/state"', f'"{state}s"'))
+    with pytest.raises(InputError, match=r"\(71 bytes\), too long .* at most 70 bytes"):
+        node.check(settings.load(str(file)))
+    (made / "short").symlink_to(state)
+    file.write_text(text.replace('"/state"', f'"{made}/short"'))
+    node.check(settings.load(str(file)))
+
+
+def test_the_longest_socket_of_a_node_is_that_of_multiprocessing(tmp_path):
+    made = "from multiprocessing import connection as c\n"
+    made += "print(c.arbitrary_address('AF_UNIX'), end='')"
+    address = subprocess.run(
+        [sys.executable, "-c", made],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert len(address) == len(f"{tmp_path}/{node.LONGEST_SOCKET}")
+    assert len(node.SOCKET) < len(node.LONGEST_SOCKET)
+
+
+def test_a_node_keeps_its_files_in_its_state_and_removes_those_of_one_that_was_killed(made):
+    file = made / "institutions" / "a" / "settings" / "institution.toml"
+    file.write_text(file.read_text().replace('"/state"', '"../state"'))
+    own, state = settings.load(str(file)), made / "institutions" / "a" / "state"
+    hold = (
+        "import sys; from client import settings; from deployment import node\n"
+        f"with node.running(settings.load({str(file)!r})) as private:\n"
+        "    (private / 'cache').mkdir(); (private / 'cache' / 'tokens').touch()\n"
+        "    print(private, flush=True); input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        private = Path(other.stdout.readline().strip())
+        assert private == state / "node"
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700
+        with pytest.raises(InputError, match="another node"), node.running(own):
+            pass
+        assert (private / "cache" / "tokens").exists()
+        other.kill()
+    assert (private / "cache" / "tokens").exists()
+    with node.running(own) as again:
+        assert again == private and not list(again.iterdir())
+    assert {path.name for path in state.iterdir()} == {"node.lock"}
 
 
 def test_a_node_is_healthy_while_it_holds_its_state(made):
