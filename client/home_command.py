@@ -6,6 +6,7 @@ run released. Nothing that it computes is sent.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client import config_policy, home_cohort
+from client import config_policy, home_cohort, training
 from client.home_cohort import Member
 from client.institution import Institution
 from client.releases import Releases
@@ -31,6 +32,7 @@ from fedlora.joining_verdict import FINDINGS, MODELS, interval, outcome
 from fedlora.released import ReleaseFiles
 from fedlora.sections import HomeConfig
 
+LOCK = "home.lock"
 SPLIT = 0.2
 """Share of the records that are held back where the settings name no ``test-source``."""
 SPLIT_NOTE = (
@@ -78,16 +80,19 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
     started = time.monotonic()
     found = _release(own, choices)
     config = _config(own, choices, found)
-    out = choices.out or Path(own.state) / "home" / found.name
+    state = Path(own.state)
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    out = choices.out or state / "home" / found.name
     if choices.out is None:
-        out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _private_cache(own), _new_directory(out) as new:
+        out.parent.mkdir(exist_ok=True, mode=0o700)
+    with _without_leftovers(state), _private_cache(state), _new_directory(out) as new:
         institution = dataclasses.replace(Institution.deployed(own, config), directory=new)
         records = trainable.records(config)
         train_rows, held_out = records.train(0), records.held_out(0)
         if not len(held_out):
             raise InputError("no held-out row is left; name a test-source with rows of its own")
-        work = trainable.load(config, records.labels)
+        with training.threads(config.engine.threads):  # the model is examined as it trains
+            work = trainable.load(config, records.labels)
         shared = found.adapter(work, residuals=config.federation.traits.residuals)
         say(f"run {found.name}: {len(train_rows)} records, {len(held_out)} held-out rows")
         if config.home.private:
@@ -207,11 +212,26 @@ def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
 
 
 @contextlib.contextmanager
-def _private_cache(own: Settings) -> Generator[None]:
+def _without_leftovers(state: Path) -> Generator[None]:
+    """Remove the records and models that killed commands left in the state, at the start.
+
+    A command shares a lock until it ends, however it ends. Only a command that has the lock alone
+    removes anything, and it does so before it makes directories of its own.
+    """
+    with (state / LOCK).open("w") as lock:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in (*state.glob(".cache-*"), *state.glob("home/.new-*")):
+                shutil.rmtree(left, ignore_errors=True)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def _private_cache(state: Path) -> Generator[None]:
     """Keep tokenised records in the institution's state, and delete them at the end."""
-    Path(own.state).mkdir(parents=True, exist_ok=True, mode=0o700)
     before = os.environ.get("FEDLORA_CACHE")
-    with tempfile.TemporaryDirectory(dir=own.state, prefix=".cache-") as cache:
+    with tempfile.TemporaryDirectory(dir=state, prefix=".cache-") as cache:
         os.environ["FEDLORA_CACHE"] = cache
         try:
             yield

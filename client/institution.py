@@ -30,7 +30,7 @@ from fedlora import accounting, peers, secure_order, trainable
 from fedlora.accounting import Event, PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
-from fedlora.config import RunConfig
+from fedlora.config import UNRELEASED, RunConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
 from fedlora.messages import (
@@ -383,7 +383,7 @@ class Institution:
                 delta=delta_of(privacy, shard.num_units),
                 accountant=privacy.accountant,
             )
-        ledger = Ledger.open(path)
+        ledger = Ledger.open(path, shared=bool(self.config.engine.ray_address))
         with _closed_on_error(ledger):
             checks.check_ledger_delta(ledger, path, shard.num_units)
             ledger.bind(shard.fingerprint(), privacy.unit)
@@ -442,7 +442,7 @@ class Institution:
             return trainable.load(self.config, trainable.records(self.config).labels)
 
     def _local_parts(self, run: str) -> LocalParts:
-        return LocalParts(self.directory, run, self.config.fingerprint())
+        return LocalParts(self.directory, run, self.config.fingerprint(*UNRELEASED))
 
 
 @contextlib.contextmanager

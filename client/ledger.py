@@ -85,10 +85,14 @@ class Ledger:
         ledger_file.write(Path(path), max_epsilon=max_epsilon, delta=delta, accountant=accountant)
 
     @classmethod
-    def open(cls, path: Path | str) -> Ledger:
+    def open(cls, path: Path | str, *, shared: bool = False) -> Ledger:
         """Open a ledger and check that nothing in it was altered or removed.
 
         A ledger of an older version is checked as far as possible and upgraded.
+
+        Args:
+            path: The file.
+            shared: Whether processes of several machines open it.
 
         Raises:
             Refusal: ``ledger-missing``, ``ledger-exposed`` (others may write to it or to its
@@ -97,7 +101,7 @@ class Ledger:
                 minute) or ``ledger-unusable`` (not readable or not writable).
         """
         path = Path(path)
-        return cls(ledger_file.connect(path), path)
+        return cls(ledger_file.connect(path, shared=shared), path)
 
     def __enter__(self) -> Ledger:
         return self

@@ -56,8 +56,13 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
         raise InputError(f"the ledger {path} cannot be written: {error}") from error
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, *, shared: bool = False) -> sqlite3.Connection:
     """Open a ledger's file after checking all of it. An older version is upgraded.
+
+    Args:
+        path: The file.
+        shared: Whether processes of several machines open it. SQLite's write-ahead log needs memory
+            that all of them share, so the file is then kept without one.
 
     Raises:
         Refusal: ``ledger-missing``, ``-exposed``, ``-corrupt``, ``-foreign``, ``-locked`` or
@@ -75,6 +80,8 @@ def connect(path: Path) -> sqlite3.Connection:
         uri = f"{path.absolute().as_uri()}?mode=rw"
         db = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
         try:
+            if shared:
+                db.execute("PRAGMA journal_mode=DELETE")
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA secure_delete=ON")  # a wiped key is overwritten
             known = (*ledger_upgrade.VERSIONS, ledger_integrity.VERSION)

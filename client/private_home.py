@@ -6,7 +6,7 @@ The round is planned, charged, trained and stored as every round is (`client.ins
 import math
 
 from fedlora.adapters import AdapterState
-from fedlora.config import RunConfig
+from fedlora.config import UNRELEASED, RunConfig
 from fedlora.messages import TrainOrder
 
 
@@ -60,7 +60,7 @@ def order_at_home(config: RunConfig, run: str, base: str, shared: AdapterState) 
     """
     number = config.federation.rounds
     return TrainOrder(
-        run=f"home:{run}:{config.fingerprint()[:16]}",
+        run=f"home:{run}:{config.fingerprint(*UNRELEASED)[:16]}",
         round=number,
         participations=1,
         base=base,

@@ -13,7 +13,7 @@ from client.training import LocalPlan
 from fedlora import accounting, trainable, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
-from fedlora.config import RunConfig
+from fedlora.config import UNRELEASED, RunConfig
 from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -58,8 +58,12 @@ class PrivateRound:
 
     @property
     def digest(self) -> str:
-        """Digest of order and configuration, under which the ledger has this round."""
-        return self.order.digest(self.config.fingerprint())
+        """Digest of order and configuration, under which the ledger has this round.
+
+        The keys `UNRELEASED` do not count: a smaller batch in memory, after the round ran out of
+        it, is the same release and is not charged again.
+        """
+        return self.order.digest(self.config.fingerprint(*UNRELEASED))
 
     def charge(self) -> ClientUpdate | None:
         """Charge the ledger for the round, unless it was answered before.
@@ -72,8 +76,10 @@ class PrivateRound:
         """
         seeded: bytes | None = None  # under secure noise the ledger draws a key
         if self.config.privacy.noise != "secure":
-            seed = (self.config.seed, self.order.round, self.name)
-            seeded = RandomSource.seeded("privacy", *seed).key
+            path = [self.order.round, self.name]
+            if self.config.adapter.start:  # the rounds before it drew from the same seed
+                path.append(self.config.adapter.start)
+            seeded = RandomSource.seeded("privacy", self.config.seed, *path).key
         charged = self.ledger.charge(
             run_id=self.order.run,
             round_number=self.order.round,

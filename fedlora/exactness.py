@@ -98,8 +98,8 @@ def examine(
         _moved(model),
         sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(),
     ):
-        probe = _Probe(model, per_sample, task, labels)
         try:
+            probe = _Probe(model, per_sample, task, labels)
             _check_positions(model, task)
             with _unchanged(model):
                 probe.padded()
@@ -150,7 +150,12 @@ class _Probe:
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         sizes, most = _sizes(model), task.encoding.max_length
         free = (n for n in (*range(11, 40), *range(10, 3, -1)) if n <= most and n not in sizes)
-        self.width = next(free, most)
+        self.width = next(free, 0)
+        if not self.width:
+            raise _Flaw(
+                f"every number of tokens from 4 to training.max-length ({most}) is a dimension of "
+                "the model, so that shapes could agree by coincidence; raise training.max-length"
+            )
         sizes |= {self.width, len(labels)}
         self.count = next(n for n in range(3, 1 + len(sizes) + 3) if n not in sizes)
         self.shard = self._made_up()

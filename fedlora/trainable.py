@@ -102,6 +102,7 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
             gradient_checkpointing=config.training.gradient_checkpointing,
             labels=labels,
             device=device,
+            threads=torch.get_num_threads(),
             private=config.privacy.enabled,
         )
     )
@@ -119,6 +120,7 @@ class _Settings:
     gradient_checkpointing: bool
     labels: tuple[str, ...]
     device: str
+    threads: int
     private: bool
 
 
@@ -194,7 +196,7 @@ def _question(settings: _Settings, base: models.Base, spec: lora.LoraSpec) -> di
         ),
         "checkpointing": settings.gradient_checkpointing,
         "device": torch.cuda.get_device_name(device) if device != "cpu" else device,
-        "threads": torch.get_num_threads(),
+        "threads": settings.threads,
     }
 
 

@@ -45,6 +45,8 @@ NO_PROMISE_WITH_SEED = (
     "configuration can subtract the noise. It is a simulation."
 )
 
+BY_SIZE_CLASS = "a power of ten below 1 / size class"
+"""``delta`` of an institution whose size class nobody reported."""
 STARTED = (
     " The run started from an earlier adapter (adapter.start): what that one reveals of the same "
     'records adds to this. "ledger_epsilon" of an institution is the bound for all runs on its '
@@ -79,24 +81,28 @@ def statement(
     """
     if spending is None:
         return {**promise(config), "epsilon": "inf", "institutions": {}, **own_keys}
+    # Whether and what an institution reported may depend on its records.
+    reports = {} if config.privacy.hides_institutions else state.privacy
     institutions = {
-        name: spending.stated(state.privacy[name], state.asked.get(name, 0))
+        name: spending.stated(reports[name], state.asked.get(name, 0))
         for name in names
-        if name in state.privacy
+        if name in reports
+    }
+    silent = {
+        name: {
+            "rounds_asked": state.asked[name],
+            "epsilon_at_most": config.privacy.epsilon,
+            "delta": config.privacy.delta or BY_SIZE_CLASS,
+        }
+        for name in names
+        if name not in reports and state.asked.get(name)
     }
     return {
         **promise(config),
-        **odds_of(config, institutions),
+        **odds_of(config, institutions, silent),
         "institutions": institutions,
         **own_keys,
-        "without_report": {
-            name: {
-                "rounds_asked": state.asked[name],
-                "epsilon_at_most": config.privacy.epsilon,
-            }
-            for name in names
-            if name not in state.privacy and state.asked.get(name)
-        },
+        "without_report": silent,
     }
 
 
@@ -144,14 +150,26 @@ def history(config: RunConfig, spent: Mapping[str, Any]) -> History:
     return (steps, *accounting.size_events(spent["size_noise"]))
 
 
-def odds_of(config: RunConfig, institutions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def odds_of(
+    config: RunConfig,
+    institutions: Mapping[str, Mapping[str, Any]],
+    silent: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
     """``odds``: what an attacker can learn at the institution with the largest epsilon.
 
-    It is empty without a promise, or where no institution reported.
+    It is empty without a promise, where no institution reported, and where one that did not may
+    have a larger epsilon.
+
+    Args:
+        config: The run.
+        institutions: The institutions that reported, as in privacy.json.
+        silent: Those that were asked and did not.
     """
     if config.privacy.noise == "seeded" or not institutions:
         return {}
     worst = max(institutions.values(), key=lambda spent: spent["epsilon"])
+    if any(one["epsilon_at_most"] > worst["epsilon"] for one in silent.values()):
+        return {}
     return {"odds": odds.bounds(history(config, worst), worst["epsilon"], worst["delta"])}
 
 

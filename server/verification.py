@@ -217,8 +217,14 @@ class _Checks:
         silent = self.said.get("without_report", {}) if config.privacy.enabled else {}
         if missing := asked.keys() - spent.keys() - silent.keys() if config.privacy.enabled else ():
             raise ValueError(f"institutions of rounds.jsonl are missing: {', '.join(missing)}")
-        for one in silent.values():
+        for name, one in silent.items():
             _same("epsilon_at_most", one["epsilon_at_most"], config.privacy.epsilon, CONFIG)
+            delta = config.privacy.delta or privacy_statement.BY_SIZE_CLASS
+            _same(f"delta of {name}", one["delta"], delta, CONFIG)
+            if one["rounds_asked"] < asked[name]:
+                raise ValueError(f"{name} was asked {asked[name]} times, not {one['rounds_asked']}")
+        if config.privacy.hides_institutions:
+            _same("institutions", spent, {}, CONFIG)
         largest: float | str = "inf"
         if config.privacy.enabled:
             largest = privacy_statement.largest_epsilon(self.said)
@@ -247,6 +253,8 @@ class _Checks:
         if found > privacy.epsilon * (1 + TOLERANCE):
             raise ValueError(f"epsilon of {name} is {found:g}, above {privacy.epsilon:g}")
         self._mechanism(config, name, one)
+        unreported = one["steps"] - one["institution_says"]["steps"]
+        _same(f"unreported_steps of {name}", one["unreported_steps"], unreported, "the report")
         if privacy.shares_noise:
             alone = accounting.epsilon_alone(history, one["delta"], one["accountant"])
             _close(f"epsilon_alone of {name}", one["epsilon_alone"], alone)
@@ -261,6 +269,10 @@ class _Checks:
         for key in ("sample_rate", "delta"):
             _same(f"{key} of {name}", one[key], getattr(plan, key), CONFIG)
         _planned(name, one["noise_multiplier"], plan.noise_multiplier)
+        if config.privacy.shares_noise:
+            _planned(
+                f"a share of {name}", one["share_noise_multiplier"], plan.share_noise_multiplier
+            )
 
     @functools.cached_property
     def _size(self) -> int:
@@ -297,7 +309,8 @@ class _Checks:
         if not privacy.hides_institutions:
             _same("institution_level", level, None, CONFIG)
             return []
-        assert level is not None
+        if level is None:
+            raise ValueError(f"institution_level is missing, which {CONFIG} asks for")
         plan = institution_privacy.plan(config, self._size, participations(config, self._size))
         _planned("institution_level", level["noise_multiplier"], plan.noise_multiplier)
         found = dataclasses.replace(plan, noise_multiplier=level["noise_multiplier"])
@@ -313,9 +326,12 @@ class _Checks:
 
     def _odds(self) -> str:
         config = self._config()
-        found = privacy_statement.odds_of(config, self.said["institutions"])
+        silent = self.said.get("without_report", {})
+        found = privacy_statement.odds_of(config, self.said["institutions"], silent)
         _close("odds", self.said.get("odds"), found.get("odds"))
         level = self.said.get("institution_level", {})
+        if level and config.privacy.noise == "secure" and "odds" not in level:
+            raise ValueError("odds of institution_level are missing")
         if "odds" in level:
             history = institution_privacy.history(level["noise_multiplier"], level["steps"])
             again = odds.bounds(history, level["epsilon"], level["delta"])

@@ -4,6 +4,9 @@ import csv
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,7 @@ from client.ledger import Ledger
 from client.local_parts import LocalParts
 from fedlora import released, trainable, wire
 from fedlora.adapters import AdapterState
+from fedlora.config import UNRELEASED
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Release
 from simulation.engines.grid import identify
@@ -213,7 +217,9 @@ def test_a_released_adapter_has_the_parts_that_stayed_at_the_institution(bank):
     release = made.release()
     local = release.adapter.only(("B", "magnitude"))
     mine = AdapterState({name: torch.full_like(t, 0.5) for name, t in local.items()})
-    kept = LocalParts(made.directory / "state" / "kept", RUN, made.followed().fingerprint())
+    kept = LocalParts(
+        made.directory / "state" / "kept", RUN, made.followed().fingerprint(*UNRELEASED)
+    )
     kept.store(3, mine)
     made.receive(release)
     stored = AdapterState.open(made.directory / "state" / "released" / RUN)
@@ -256,7 +262,46 @@ def test_the_command_trains_compares_and_writes_own_and_sends_and_charges_nothin
     )
     PeftModel.from_pretrained(base, str(out / "own"), trust_remote_code=False)
     left = {path.name for path in (made.directory / "state").iterdir()}
-    assert left == {"released", "home"}
+    assert left == {"released", "home", "home.lock"}
+
+
+def _home_of_another_process(bank):
+    """Starts a process that holds directories as the command does; gives it and both."""
+    hold = (
+        "import sys; from pathlib import Path; from client import home_command as home\n"
+        "state = Path(sys.argv[1])\n"
+        "with home._without_leftovers(state), home._private_cache(state):\n"
+        "    with home._new_directory(state / 'home' / 'other') as new:\n"
+        "        print(home.os.environ['FEDLORA_CACHE'], new, sep='\\n', flush=True); input()\n"
+    )
+    state = bank.directory / "state"
+    (state / "home").mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, str(state)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process, [Path(process.stdout.readline().strip()) for _ in range(2)]
+
+
+def test_what_a_killed_command_left_is_removed_but_nothing_of_one_that_runs(bank):
+    made = bank()
+    made.receive(made.release())
+    killed, left = _home_of_another_process(made)
+    killed.kill()
+    killed.communicate()
+    assert all(path.is_dir() for path in left)
+    running, kept = _home_of_another_process(made)
+    assert not any(path.exists() for path in left)
+    made.refused("--run", "first", "--out", ".")  # it has come as far as its own directories
+    second, also_kept = _home_of_another_process(made)
+    assert all(path.is_dir() for path in kept + also_kept)
+    for process in (running, second):
+        process.kill()
+        process.communicate()
+    made.refused("--run", "first", "--out", ".")
+    assert not any(path.exists() for path in kept + also_kept)
 
 
 def test_own_is_trained_from_the_shared_adapter_and_shared_is_what_was_released(bank):
@@ -427,7 +472,9 @@ def test_the_charge_is_on_the_disk_before_the_first_step_and_a_repeat_costs_noth
     assert set(charged) == {1} and "error: RuntimeError: killed" in said
     assert not list((made.directory / "state" / "home").iterdir())
     made.result("--run", "first", "--epsilon", 2)
-    made.result("--run", "first", "--epsilon", 2, "--out", made.directory / "again")
+    made.set(physical_batch=3)  # under DP neither it nor the method changes an own model
+    again = ("--out", made.directory / "again", "--method", "ditto")
+    made.result("--run", "first", "--epsilon", 2, *again)
     assert len(made.charges()) == 1
     one, two = (
         AdapterState.open(made.directory / place / "own") for place in ("state/home/first", "again")

@@ -1,5 +1,6 @@
 """The privacy ledger: charged before, never refunded, whatever dies and whoever races."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -182,6 +183,20 @@ def test_an_answered_round_gets_its_stored_answer_without_spending(path: Path) -
         again = charge(ledger)
         assert (again.answer, again.key) == (b"update", b"")
         assert ledger.history() == (STEP,)
+
+
+def test_a_ledger_of_several_machines_has_no_write_ahead_log(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        charge(ledger)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    with Ledger.open(path, shared=True) as one, Ledger.open(path, shared=True) as other:
+        charge(one, 2)
+        assert len(other.show()["entries"]) == 2
+        assert not list(path.parent.glob("*-wal")) and not list(path.parent.glob("*-shm"))
+    with Ledger.open(path) as ledger:  # also on one machine from then on
+        charge(ledger, 3)
+        assert not list(path.parent.glob("*-shm"))
 
 
 def test_an_answered_round_answers_no_other_order(path: Path) -> None:

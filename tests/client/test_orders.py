@@ -52,6 +52,28 @@ def _refused(who, order):
     return getattr(caught.value, "code", "bad-configuration")
 
 
+def test_a_round_that_ran_out_of_memory_is_tried_with_a_smaller_batch_and_charged_once(
+    bank, monkeypatch
+):
+    who, config, order = bank()
+
+    def fails(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("client.institution.train_rounds", fails)
+        with pytest.raises(MemoryError):
+            who.answer(order)
+    smaller = {"training.physical-batch": 2, "engine.threads": 2, "home.method": "none"}
+    again = dataclasses.replace(who, config=config.replace(smaller))
+    assert again.answer(order).privacy.steps == config.training.local_steps
+    with Ledger.open(who.ledger_path) as ledger:
+        assert len(ledger.show()["entries"]) == 1
+    other = dataclasses.replace(who, config=config.replace({"training.learning-rate": 0.125}))
+    with pytest.raises(Refusal, match="round-already-answered"):
+        other.answer(order)
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [

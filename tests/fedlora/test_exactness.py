@@ -127,7 +127,7 @@ def test_exact_models_train_packed_where_only_attention_mixes_tokens(name, tmp_p
         {"model.quantization": "nf4", "model.dtype": "bf16"},
         {"model.quantization": "int8", "model.dtype": "bf16"},
         {"adapter.rank": 7, "adapter.dropout": 0.3},
-        {"training.max-length": 4},
+        {"training.max-length": 7},
         {"training.gradient-checkpointing": True},
     ],
     ids=lambda values: " ".join(map(str, values.values())),
@@ -145,6 +145,12 @@ def test_every_method_and_base_is_found_exact_and_left_as_it_was(name, task, val
     assert all(after[key].dtype == value.dtype for key, value in before.items())
     assert states == [dict(vars(m)) for m in model.modules() if hasattr(m, "compute_dtype")]
     assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
+
+
+def test_rows_so_short_that_each_width_is_a_dimension_are_refused(tmp_path):
+    """Four tokens of a model with four heads could be taken for examples."""
+    with pytest.raises(InputError, match=r"from 4 to training.max-length \(4\) is a dimension"):
+        families.load(made("bert", tmp_path), (), **{"training.max-length": 4})
 
 
 @pytest.fixture

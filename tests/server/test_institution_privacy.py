@@ -11,7 +11,7 @@ from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import read_records
-from server import aggregation, institution_privacy
+from server import aggregation, institution_privacy, privacy_statement
 from server.run_directory import RunDirectory
 
 
@@ -40,6 +40,10 @@ def test_weights_other_than_uniform_are_refused(tiny_config):
         tiny_config(**{"privacy.institution-epsilon": 5.0, "federation.weighting": "public-size"})
 
 
+def stated_delta(config):
+    return config.privacy.delta or privacy_statement.BY_SIZE_CLASS
+
+
 @pytest.mark.parametrize("epsilon", ["8.0", "inf"])
 def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_run, epsilon):
     config = tiny_config(**{"privacy.institution-epsilon": 5.0, "privacy.epsilon": epsilon})
@@ -49,16 +53,18 @@ def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_r
     level = stated["institution_level"]
     assert level["steps"] == 3 and 4.9 < level["epsilon"] <= 5.0
     assert level["noise"] == "seeded" and "protects nobody" in stated["protects"]
-    assert len(stated["institutions"]) == (4 if epsilon == "8.0" else 0)
+    bound = {"rounds_asked": 3, "epsilon_at_most": 8.0, "delta": stated_delta(config)}
+    assert stated["institutions"] == {}
+    assert list(stated.get("without_report", {}).values()) == [bound] * 4 * (epsilon == "8.0")
     rounds = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
     assert rounds[0]["institution_epsilon"] < rounds[-1]["institution_epsilon"] == level["epsilon"]
     assert all(not r["reported"] for r in rounds)  # exact losses would bypass the noise
 
 
-@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("code", ["", "guard", "failed", "timed-out"])
 @pytest.mark.parametrize("min_updates", [4, 3])
 def test_an_invalid_update_counts_as_one_of_zero_and_is_not_named(
-    tiny_config, simulate_run, monkeypatch, min_updates, guard
+    tiny_config, simulate_run, monkeypatch, min_updates, code
 ):
     """Whether an update is valid may follow from records: neither skipping nor names may tell."""
     answer = Institution.answer
@@ -67,14 +73,18 @@ def test_an_invalid_update_counts_as_one_of_zero_and_is_not_named(
         update = answer(who, order)
         if who.name != "Beta":
             return update
-        if guard:
-            raise Refusal("guard-clipping", "a guard tripped")
+        if code:
+            raise Refusal(code, "the reason")
         broken = {n: torch.full_like(t, torch.nan) for n, t in update.adapter.items()}
         return dataclasses.replace(update, adapter=AdapterState(broken))
 
     monkeypatch.setattr(Institution, "answer", spoiled)
     config = tiny_config(
-        **{"privacy.institution-epsilon": 5.0, "federation.min-updates": min_updates}
+        **{
+            "privacy.institution-epsilon": 5.0,
+            "privacy.epsilon": 8.0,
+            "federation.min-updates": min_updates,
+        }
     )
     simulate_run(config)
     for record in read_records(Path(config.run_dir)):
@@ -83,6 +93,10 @@ def test_an_invalid_update_counts_as_one_of_zero_and_is_not_named(
         assert record["aggregation_error"] is None
         said = [{**one, "accuracy": None} for one in record["institutions"].values()]
         assert all(one == said[0] for one in said)
+    stated = json.loads((Path(config.run_dir) / "privacy.json").read_text())
+    assert stated["institutions"] == {}
+    said = list(stated["without_report"].values())
+    assert len(said) == 4 and all(one == said[0] for one in said)
 
 
 def test_a_damaged_newest_checkpoint_is_replaced_only_where_no_round_is_released_twice(

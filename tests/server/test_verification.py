@@ -15,6 +15,7 @@ from cli.main import app
 from deployment import keys
 from fedlora import config as configuration
 from fedlora import seal
+from fedlora.config import from_flat
 from fedlora.errors import InputError
 from fedlora.run_files import finite
 from server import binding, institution_privacy, privacy_statement, verification
@@ -112,7 +113,7 @@ def test_every_field_is_covered_by_the_seal(run_directory):
             seal.check_digest(changed(content, path, other(value)))
 
 
-UNPROVABLE = {"ledger_epsilon", "ledger_delta", "ledger_limit", "unreported_steps"}
+UNPROVABLE = {"ledger_epsilon", "ledger_delta", "ledger_limit"}
 """Figures that an institution alone knows; no file of the run proves them."""
 
 
@@ -234,6 +235,34 @@ def test_the_second_mechanism_is_computed_anew(level_directory):
         path = ("institution_level", key)
         write(directory, changed(content, path, other(content["institution_level"][key])))
         assert "epsilon" in failing(directory), key
+
+
+def test_a_second_mechanism_that_is_missing_or_lacks_its_odds_is_found(level_directory):
+    content = statement(level_directory)
+    without = {key: value for key, value in content.items() if key != "institution_level"}
+    write(level_directory, without)
+    assert "epsilon" in failing(level_directory)
+    level = {k: v for k, v in content["institution_level"].items() if k != "odds"}
+    write(level_directory, content | {"institution_level": level})
+    assert ("odds" in failing(level_directory)) == ("odds" in content["institution_level"])
+
+
+def test_odds_are_of_the_largest_epsilon_or_left_out():
+    config = from_flat({"privacy.noise": "secure"})
+    spent = {
+        "epsilon": 1.0,
+        "delta": 1e-5,
+        "noise_multiplier": 2.0,
+        "sample_rate": 0.1,
+        "steps": 10,
+        "size_noise": 0.0,
+    }
+    institutions = {"A": spent, "B": spent | {"epsilon": 2.0}}
+    said = privacy_statement.odds_of(config, institutions, {})
+    assert said and said == privacy_statement.odds_of(config, {"B": institutions["B"]}, {})
+    for most, found in ((2.0, said), (8.0, {})):
+        silent = {"C": {"epsilon_at_most": most}}
+        assert privacy_statement.odds_of(config, institutions, silent) == found
 
 
 def test_a_run_without_accuracies_of_institutions_is_verified_like_others(level_directory):
