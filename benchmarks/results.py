@@ -17,7 +17,7 @@ from experiments import results, sweep_page
 from experiments.audit.run import facts
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import is_complete, read_run_file
+from fedlora.run_files import ENVIRONMENT, commit, is_complete, read_run_file
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 PICTURES = DOCUMENT.parent / "results"
@@ -68,7 +68,7 @@ def standing_alone(svg: str) -> str:
 def of_audit(out: Path) -> str:
     """The part on an audit."""
     found = read_run_file(out, "audit.json")
-    made = read_run_file(out / "run", "environment.json")
+    made = read_run_file(out / "run", ENVIRONMENT)
     rows = [("what", "found"), *facts(found)]
     where = _where({out / "run": None})
     return f"{_command(' '.join(made['command']))}\n\n{where}\n\n{results.markdown_table(rows)}\n"
@@ -81,8 +81,8 @@ def _command(made: str) -> str:
 
 def _where(cells: Mapping[Path, Any]) -> str:
     """Commits and processors of runs; a plus marks uncommitted changes."""
-    found = [read_run_file(cell, "environment.json") for cell in cells if is_complete(cell)]
-    commits = sorted({str(one["git_sha"])[:12] + "+" * bool(one["git_dirty"]) for one in found})
+    found = [read_run_file(cell, ENVIRONMENT) for cell in cells if is_complete(cell)]
+    commits = sorted({commit(one) for one in found})
     processors = sorted({str(one["processor"]) for one in found})
     return f"Commit {', '.join(commits)}; processor {', '.join(processors)}; runs: {len(found)}."
 

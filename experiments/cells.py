@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing import connection, reduction
 from multiprocessing.process import BaseProcess
@@ -26,7 +26,16 @@ from experiments.sweep import Case, Cell
 from fedlora.config import TOGETHER_ONLY
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import CONFIG, command, finite, is_complete, read_run_file
+from fedlora.run_files import (
+    CONFIG,
+    ENVIRONMENT,
+    command,
+    commit,
+    finite,
+    is_complete,
+    read_run_file,
+    revision,
+)
 from fedlora.terminal import Terminal
 from server import tracking
 from simulation.run import check_engine
@@ -85,6 +94,11 @@ def run(
         _write_manifest(out, path, cases, needed)
         left = [cell for cell in made.values() if not is_complete(results.run_dir(out, cell.name))]
         console.write_line(f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}")
+        if others := _commits(out, set(made) - {cell.name for cell in left}) - {commit(revision())}:
+            console.write_line(
+                f"some complete cells are of other code ({', '.join(sorted(others))}); they are "
+                f"kept: remove their directories from {out / 'cells'} to run them again"
+            )
         started = time.monotonic()
         any_config = cases[0].config
         parent = tracking.begin_sweep(any_config, out)
@@ -104,6 +118,11 @@ def run(
         "seconds": round(time.monotonic() - started, 1),
         "results": finite(results.summary(out)),
     }
+
+
+def _commits(out: Path, cells: Iterable[str]) -> set[str]:
+    """The commits whose code ran these cells."""
+    return {commit(read_run_file(results.run_dir(out, name), ENVIRONMENT)) for name in cells}
 
 
 def _guess(cases: Sequence[Case]) -> float:

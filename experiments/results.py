@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import joining_verdict, metrics
+from fedlora.config import load
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import read_records, read_run_file
+from fedlora.run_files import CONFIG, read_records, read_run_file
 
 MANIFEST = "cells.json"
 COLUMNS = (
@@ -32,9 +33,11 @@ ALL = "all"
 """The institution's name in lines on the held-out rows of all institutions together."""
 CONFIDENCE = 0.95
 CAPTION = (
-    "Means over seeds ± half the 95 % confidence interval (Student's t), in percent of held-out "
-    "rows; gains are percentage points against each institution alone, seed by seed. Worst "
-    "institution: the lowest accuracy of each seed. Settings without effect in an arm stand once."
+    "Means over seeds ± half the 95 % confidence interval (Student's t; where each seed draws its "
+    "held-out rows from the same records, widened by Nadeau and Bengio 2003), in percent of "
+    "held-out rows; gains are percentage points against each institution alone, seed by seed. "
+    "Worst institution: the lowest accuracy of each seed. Settings without effect in an arm stand "
+    "once."
 )
 """Explains the tables."""
 JOINING_CAPTION = (
@@ -109,7 +112,14 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "seconds": sum(one["seconds"] for one in found),
         "bytes": total_bytes if kind in ("federated", "base") else 0,
         "joining": joining_verdict.comparison(found[0]),
+        "drawn": _drawn(run_dir(out, next(iter(case["cells"].values())))),
     }
+
+
+def _drawn(directory: Path) -> float:
+    """The share of records that a run's seed draws as held-out rows; 0 of a separate test file."""
+    data = load(directory / CONFIG).data
+    return 0.0 if data.test_source else data.test_fraction
 
 
 def summary(out: Path) -> list[dict[str, Any]]:
@@ -121,7 +131,9 @@ def summary(out: Path) -> list[dict[str, Any]]:
         differ. ``accuracy``, ``macro_f1``,
         ``worst_accuracy`` (the lowest institution of each seed), ``gain_over_local`` and
         ``gain_over_local_dp`` (differences within a seed) are means. Each has a ``_ci95``: the half
-        width of its 95 % confidence interval by Student's t, None for one seed. ``bytes``,
+        width of its 95 % confidence interval by Student's t, None for one seed. Seeds that draw
+        held-out rows from the same records share most of them: intervals are then widened (Nadeau
+        and Bengio 2003, "Inference for the Generalization Error"). ``bytes``,
         ``seconds``, ``epsilon`` and ``delta`` follow (None without DP). ``same_as`` names the first
         setting with the same runs, if several settings share them. Where institutions trained at
         home, ``alone``, ``shared``, ``own`` (accuracies), ``gain`` (own minus alone) and
@@ -173,24 +185,25 @@ def _line(
             if other is not None and comparable and arm != case["arm"]:
                 gains[arm].append(_of(found, institution) - _of(other, institution))
     results = [found for _, found in group]
+    drawn = max(found["drawn"] for found in results)
     compared = [found["joining"] for found in results if found["joining"] is not None]
     accuracies = [_of(found, institution) for found in results]
     behind = [len(_finite(values)) for values in (accuracies, *gains.values())]
     behind += [len(compared)] * (institution == ALL)
     seeds = min(filter(None, behind), default=len(group))
     line: dict[str, Any] = {"institution": institution, "seeds": seeds}
-    line |= _mean("accuracy", accuracies)
+    line |= _mean("accuracy", accuracies, drawn)
     if institution == ALL:
-        line |= _mean("macro_f1", [found["macro_f1"] for found in results])
+        line |= _mean("macro_f1", [found["macro_f1"] for found in results], drawn)
         least = [min(found["institutions"].values(), default=math.nan) for found in results]
-        line |= _mean("worst_accuracy", least)
+        line |= _mean("worst_accuracy", least, drawn)
     else:
         nothing: dict[str, None] = dict.fromkeys(("macro_f1", "worst_accuracy"))
         line |= nothing | {f"{key}_ci95": None for key in nothing}
     if compared:
-        line |= _joining(institution, compared)
-    line |= _mean("gain_over_local", gains["local"])
-    line |= _mean("gain_over_local_dp", gains["local-dp"])
+        line |= _joining(institution, compared, drawn)
+    line |= _mean("gain_over_local", gains["local"], drawn)
+    line |= _mean("gain_over_local_dp", gains["local-dp"], drawn)
     for key in ("bytes", "seconds"):
         line[key] = (
             statistics.fmean(found[key] for found in results) if institution == ALL else None
@@ -205,7 +218,9 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def _joining(institution: str, compared: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def _joining(
+    institution: str, compared: Sequence[Mapping[str, Any]], drawn: float
+) -> dict[str, float | None]:
     """Return the columns of `JOINING_COLUMNS` for one institution or all, over seeds."""
     by_seed = [joining["institutions"] for joining in compared]
     line: dict[str, float | None] = {}
@@ -218,7 +233,7 @@ def _joining(institution: str, compared: Sequence[Mapping[str, Any]]) -> dict[st
             values = [one["own"]["macro_f1"] - one["alone"]["macro_f1"] for one in compared]
         else:
             values = [joining[key]["accuracy"] for joining in compared]
-        line |= _mean(key, values)
+        line |= _mean(key, values, drawn)
     everyone = institution == ALL
     line["institutions"] = statistics.fmean(map(len, by_seed)) if everyone else None
     held = [
@@ -228,15 +243,21 @@ def _joining(institution: str, compared: Sequence[Mapping[str, Any]]) -> dict[st
     return line
 
 
-def _mean(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Return the mean of the finite values and half the width of its confidence interval."""
+def _mean(name: str, values: Sequence[float], drawn: float) -> dict[str, float | None]:
+    """Return the mean of the finite values and half the width of its confidence interval.
+
+    Args:
+        name: The mean's name.
+        values: One of each seed.
+        drawn: The share of records that each seed draws as held-out rows.
+    """
     known = _finite(values)
     half = None
     if len(known) > 1:
         from scipy import stats
 
         t = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(known) - 1))
-        half = t * statistics.stdev(known) / math.sqrt(len(known))
+        half = t * statistics.stdev(known) * math.sqrt(1 / len(known) + drawn / (1 - drawn))
     return {name: statistics.fmean(known) if known else None, f"{name}_ci95": half}
 
 

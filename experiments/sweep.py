@@ -9,6 +9,7 @@ win over a variant's; a listed key may be set nowhere else. See docs/experiments
 import difflib
 import hashlib
 import itertools
+import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import results
-from fedlora import model_files, records
-from fedlora.config import SECTIONS, RunConfig, load
+from experiments import ready, results
+from fedlora import config as configs
+from fedlora import model_files, plugins, records
+from fedlora.config import SECTIONS, RunConfig, from_flat
 from fedlora.errors import InputError
 
 ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp")
@@ -34,6 +36,8 @@ SINGLE_INSTITUTION = {
     "federation.min-updates": 1,
     "federation.weighting": "uniform",
     "federation.robust": "none",
+    "federation.aggregate": "",
+    "federation.max-update-norm": 0.0,
     "adapter.ranks": "",
     **LOCAL_TRUST,
     "privacy.institution-epsilon": math.inf,
@@ -141,15 +145,16 @@ def _toml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _base(path: Path, tree: Mapping[str, Any]) -> RunConfig:
+def _base(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that the base gives. Its defaults follow in each arm, from the keys of all."""
     beside = path.parent / tree["base"]
-    base = load(beside if beside.exists() else Path(tree["base"]))
-    if base.deployed:
+    given = configs.given(beside if beside.exists() else ready.locate(Path(tree["base"])))
+    if from_flat(given).deployed:
         raise InputError(
             "data.source is 'institutions', for deployments; arms of a sweep need all records "
             "here: name them"
         )
-    return base
+    return given
 
 
 def _arms(tree: Mapping[str, Any]) -> list[str]:
@@ -179,6 +184,11 @@ def _overrides(
             raise InputError(f"[set.{arm}] exists, but arms has no {arm!r}; drop it or add it")
     for arm, values in own.items():
         _check_keys(f"[set.{arm}]", values)
+        if EPSILON in values and not arm.endswith("-dp"):
+            raise InputError(
+                f"[set.{arm}] has {EPSILON}, but the arm is without DP; drop it, or name the arm "
+                f"{arm}-dp"
+            )
         for key in values:
             if key.startswith(SPLIT_KEYS):
                 other = next((name for name in arms if name != arm), arm)
@@ -286,22 +296,22 @@ def _check_keys(where: str, values: Mapping[str, Any]) -> None:
             raise InputError(f"{where} has {key}, which a sweep sets itself: {remedy}; drop it")
 
 
-def _in_arm(arm: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """Return an arm's configuration with ``values`` of the grid and [set]."""
+def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
+    """Return an arm's configuration: the base's keys, then ``values`` of the grid and [set]."""
     kind = arm.removesuffix("-dp")
+    everything = {**base, **values}
     if kind == "base":
+        from_flat(everything)  # also checks the keys that are dropped below
         start = {key: value for key, value in values.items() if key.startswith(SPLIT_KEYS)}
-        base.replace(values)  # also checks the keys that are dropped below
-        values = {**start, **SINGLE_INSTITUTION, "federation.rounds": 0}
+        everything = {**base, **start, **SINGLE_INSTITUTION, "federation.rounds": 0}
     fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}
     if kind == arm:
         fixed |= dict.fromkeys((EPSILON, "privacy.institution-epsilon", "home.epsilon"), math.inf)
         fixed |= LOCAL_TRUST
-        weighting = {**base.flat(), **values}["federation.weighting"]
-        if weighting == "noised-size":
+        if everything.get("federation.weighting") == "noised-size":
             fixed["federation.weighting"] = "public-size"
     alone = SINGLE_INSTITUTION if kind in ("local", "central") else {}
-    config = base.replace({**values, **alone, **fixed})
+    config = from_flat({**everything, **alone, **fixed})
     return config.replace({"data.view": "pooled"}) if kind == "central" else config
 
 
@@ -337,10 +347,8 @@ def _runs(case: Case) -> list[tuple[str, RunConfig]]:
     federation = records.load(config.replace({"data.view": "all"}))
     if not case.arm.startswith("local"):
         if case.arm.startswith("central") and not config.training.sample_rate:
-            size = config.training.batch_size * len(
-                federation.names
-            )  # the rows of all institutions
-            config = config.replace({"training.batch-size": size})
+            rows = config.training.batch_size * len(federation.names)  # of all institutions
+            config = config.replace({"training.batch-size": rows})
         return [("", config)]
     return [
         (name, config.replace({"data.view": f"only:{name}"}))
@@ -366,7 +374,9 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
         work += tokens * 6 * sum(at_home)
     weights = model_files.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
-    inputs = (config.fingerprint(), model_files.digest(weights), seen.fingerprint())
+    inputs = [config.fingerprint(), model_files.digest(weights), seen.fingerprint()]
+    if config.plug_ins:  # their code may change under one name
+        inputs.append(json.dumps(plugins.describe(config.plug_ins)))
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     budget = f"-epsilon-{config.privacy.epsilon:g}" if config.privacy.enabled else ""
     parts = [arm.removesuffix("-dp"), *([institution] if institution else [])]

@@ -42,6 +42,9 @@ ACCEPTABLE = ("delta", "noise", "labels")
 ENGINE_ONLY = ("run-dir", "accept", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that may change when a run is resumed: they decide its place, speed and refusal, no
 result."""
+UNRELEASED = ("home.", "engine.", "training.physical-batch", "data.source", "data.test-source")
+"""Keys that do not change what a round releases, so that an institution may change them between two
+tries at one order. A ledger knows the records themselves, wherever they lie."""
 TOGETHER_ONLY = ("privacy.", "federation.")
 """Keys of training together: an institution's model alone does not depend on them."""
 
@@ -167,6 +170,9 @@ class RunConfig(Section):
     def replace(self, values: Mapping[str, Any]) -> "RunConfig":
         """A changed copy; ``values`` maps ``section.key`` to a value or to its text.
 
+        Every other key keeps its value, also one that was a default. Defaults that follow from
+        other keys are those of `load` and `from_flat`.
+
         Raises:
             InputError: For an unknown key, a wrong type or a value out of bounds.
         """
@@ -250,30 +256,28 @@ def _dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     optimizer = {**found, **values}.get("federation.server-optimizer")
     if optimizer in ("none", "momentum"):
         found["federation.server-learning-rate"] = 1.0
-    return {**found, **_long_tail_defaults(values)}
+    return {**found, **_simulation_defaults(values)}
 
 
-def _long_tail_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of a natural partition under DP, whose institutions may differ much in size.
+def _simulation_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a simulation, whose institutions may differ much in size.
 
     Under one noise the update of an institution of one record is hundreds of times longer than
-    that of a large one, and would count as much.
+    that of a large one, and would count as much. Without DP they are the same, so that both runs
+    have the same institutions and weights.
     """
-
-    def infinite(name: str, default: float) -> bool:
-        try:
-            return math.isinf(float(values.get(name, default)))
-        except (TypeError, ValueError):
-            return False  # refused where the value is checked
-
-    source = values.get("data.source", DataConfig.source)
-    partition = str(values.get("data.partition", DataConfig.partition))
-    natural = partition.partition(":")[0] in schemes.BY_VALUE
-    if not natural or source == INSTITUTIONS or infinite("privacy.epsilon", PrivacyConfig.epsilon):
+    if values.get("data.source", DataConfig.source) == INSTITUTIONS:
         return {}
-    found: dict[str, Any] = {"data.min-records": MIN_NATURAL_RECORDS}
+    found: dict[str, Any] = {}
+    partition = str(values.get("data.partition", DataConfig.partition))
+    if partition.partition(":")[0] in schemes.BY_VALUE:
+        found["data.min-records"] = MIN_NATURAL_RECORDS
     weighed = values.get("federation.robust", "none") not in ("median", "trimmed-mean", "krum")
-    if weighed and infinite("privacy.institution-epsilon", PrivacyConfig.institution_epsilon):
+    try:
+        hidden = float(values.get("privacy.institution-epsilon", PrivacyConfig.institution_epsilon))
+    except (TypeError, ValueError):
+        return found  # refused where the value is checked
+    if weighed and math.isinf(hidden):
         found["federation.weighting"] = "public-size"
     return found
 
@@ -297,6 +301,15 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     Raises:
         InputError: If the file is missing, is not TOML, or holds a bad key or value.
     """
+    return from_flat({**given(path), **(overrides or {})})
+
+
+def given(path: Path) -> dict[str, Any]:
+    """The keys that a TOML file gives, ``section.key`` -> value, unchecked.
+
+    Raises:
+        InputError: If the file is missing or is not TOML.
+    """
     if path.suffix in (".csv", ".jsonl", ".parquet"):
         raise InputError(
             f"{path} holds records and no configuration; `fedlora init {path}` writes one"
@@ -315,7 +328,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
             values |= {f"{name}.{k}": v for k, v in typing.cast(dict[str, Any], value).items()}
         else:
             values[name] = value
-    return from_flat({**values, **(overrides or {})})
+    return values
 
 
 def accepting(config: RunConfig, names: Sequence[str]) -> RunConfig:

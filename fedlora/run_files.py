@@ -127,18 +127,28 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    sha = _project_git("rev-parse", "HEAD")
     return {
         "versions": versions,
         "python": platform.python_version(),
-        "git_sha": sha or None,
-        "git_dirty": bool(_project_git("status", "--porcelain")) if sha else None,
+        **revision(),
         "platform": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": command(),
     }
+
+
+def revision() -> dict[str, Any]:
+    """Return the commit of the code, and whether it has uncommitted changes; None where unknown."""
+    sha = _project_git("rev-parse", "HEAD")
+    dirty = bool(_project_git("status", "--porcelain")) if sha else None
+    return {"git_sha": sha or None, "git_dirty": dirty}
+
+
+def commit(about: Mapping[str, Any]) -> str:
+    """Return 12 digits of a `revision`, with a plus for uncommitted changes; "" if unknown."""
+    return (about["git_sha"] or "")[:12] + "+" * bool(about["git_dirty"])
 
 
 def command() -> list[str]:

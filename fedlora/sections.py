@@ -29,7 +29,7 @@ MIN_DELTA = 1e-30
 """The smallest delta above 0. Accountants divide by parts of delta, which underflow to 0."""
 MIN_NATURAL_RECORDS = 8
 """The fewest records whose default delta is at most 1e-3; smaller institutions of a natural
-partition are left out by default under DP."""
+partition are left out by default."""
 MAX_RATES = 8
 """The most learning rates at home."""
 
@@ -151,8 +151,8 @@ class DataConfig(Section):
     )
     min_records: int = key(
         1,
-        "natural: an institution with fewer training records is left out; by default "
-        f"{MIN_NATURAL_RECORDS} under DP",
+        "natural: an institution with fewer training records is left out, by default "
+        f"{MIN_NATURAL_RECORDS}; other partitions give each at least so many",
         at_least=1,
     )
     max_records: int = key(
@@ -270,7 +270,7 @@ class FederationConfig(Section):
         "uniform",
         "weight of an institution: uniform, public-size (the size class, a power of two), "
         "noised-size (paid from the institution's budget), records (exact; without DP only); by "
-        "default public-size for a natural partition under DP, where a rule may weigh",
+        "default public-size in a simulation, where a rule may weigh",
         choices=("uniform", "public-size", "noised-size", "records"),
     )
     robust: str = key(

@@ -171,7 +171,12 @@ def test_the_command_prints_the_plans_and_what_they_leave_out(tiny_config, tmp_p
     assert strict["plans"][0]["noise"] > plans[0]["noise"]
     said = invoke("--best", file).stdout
     assert "best" in said and "which this table does not count" in " ".join(said.split())
+    deployed = ["data.source=institutions", "data.institutions=3", "data.labels=a,b"]
+    settings = [f"--set={one}" for one in (*deployed, "privacy.accountant=rdp")]
+    of_demo = json.loads(invoke("--best", "demo", "--records", 640, *settings, "--json").stdout)
+    assert [plan["rounds"] for plan in of_demo["plans"] if plan["configured"]] == [30]
     for arguments, words in (
+        (("--best", "nothing"), "no ready one has this name"),
         (("--best", file, "--steps", 3), "--steps does not go with --best"),
         (("--best", file, "--table"), "--table does not go with --best"),
         (("--compute", 3), "--compute goes with --best CONFIG only"),

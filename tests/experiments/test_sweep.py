@@ -52,6 +52,13 @@ def invoke(*arguments):
     return runner.invoke(app, [str(a) for a in arguments])
 
 
+def save_cell(folder, result, **values):
+    """Write what the results of a sweep read of a cell."""
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(from_flat(values).to_toml())
+    (folder / "result.json").write_text(json.dumps(result))
+
+
 def test_arms_share_every_held_out_row(sweep_file):
     made, needed = sweep.cells(sweep.read(sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1, 2]")))
     by_seed: dict[int, set[str]] = {}
@@ -123,6 +130,62 @@ dora = { adapter.method = "dora", adapter.rank = 4 }
     assert found["local", "dora"].training.learning_rate == 0.5
     assert found["federated", "dora"].training.learning_rate == 1.0
     assert {c.config.federation.rounds for c in cases} == {4}
+
+
+def test_defaults_follow_from_the_keys_of_all(tmp_path):
+    """What the base does not give may follow from the grid."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'base = "defaults"\narms = ["local", "federated", "federated-dp"]\n'
+        "[grid]\nprivacy.epsilon = [8.0]\n[grid.way]\nadam = {}\n"
+        'plain = { federation.server-optimizer = "none" }\n'
+        'stack = { federation.strategy = "stack" }\nmedian = { federation.robust = "median" }\n'
+    )
+    made = {(case.arm, case.axes["way"]): case.config for case in sweep.read(path)}
+    assert len(made) == 12
+
+    def of(arm, way):
+        federation = made[arm, way].federation
+        optimizer, rate = federation.server_optimizer, federation.server_learning_rate
+        return optimizer, rate, federation.weighting
+
+    adam = from_flat({}).federation
+    for arm in ("federated", "federated-dp"):
+        assert of(arm, "adam") == ("adam", adam.server_learning_rate, "public-size")
+        assert of(arm, "plain") == ("none", 1.0, "public-size")
+        assert of(arm, "stack") == ("none", 1.0, "public-size")
+        assert of(arm, "median") == ("adam", adam.server_learning_rate, "uniform")
+    assert len({config.data for config in made.values()}) == 1  # one split
+    assert of("local", "stack") == of("local", "adam")
+
+
+def test_training_alone_has_nothing_of_the_federation(sweep_file):
+    text = (
+        'arms = ["local", "central", "federated"]\n[grid.way]\nplain = {}\n'
+        'own = { federation.aggregate = "own_rule:mean" }\n'
+        "cut = { federation.max-update-norm = 3.0 }\n"
+    )
+    ways: dict[str, set[str]] = {}
+    for case in sweep.read(sweep_file(text)):
+        ways.setdefault(case.arm, set()).add(case.config.fingerprint())
+    assert {arm: len(found) for arm, found in ways.items()} == {
+        "local": 1,
+        "central": 1,
+        "federated": 3,
+    }
+
+
+def test_other_code_of_a_plug_in_is_another_cell(sweep_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = 'arms = ["federated"]\n[grid]\nfederation.aggregate = ["own_rule:mean"]\n'
+    path, names = sweep_file(text), []
+    for version in (1, 2):
+        code = f"def mean(this_round, updates):\n    return {version}\n"
+        (tmp_path / "own_rule.py").write_text(code)
+        made, _ = sweep.cells(sweep.read(path))
+        names += made
+    assert len(set(names)) == 2
 
 
 def test_a_base_that_looks_at_one_institution_does_not_narrow_arms(sweep_file):
@@ -211,10 +274,8 @@ def test_runs_stand_once_in_the_tables(tmp_path):
     ]
     (tmp_path / results.MANIFEST).write_text(json.dumps({"name": "x", "cases": cases}))
     for cell in "bld":
-        folder = results.run_dir(tmp_path, cell)
-        folder.mkdir(parents=True)
         result = {"accuracy": 0.5, "institutions": {}, "epsilon_max": "inf", "seconds": 1.0}
-        (folder / "result.json").write_text(json.dumps(result))
+        save_cell(results.run_dir(tmp_path, cell), result)
     lines = results.summary(tmp_path)
     assert [line["same_as"] for line in lines] == ["", "lora", "", ""]
     pooled, _ = results.tables(tmp_path, lines)
@@ -279,6 +340,10 @@ def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
             ["gain", "column", "another name"],
         ),
         ('arms = ["federated"]\n[grid.seed]\na = { seed = 1 }', ["seed", "list"]),
+        (
+            'arms = ["federated"]\n[set.federated]\nprivacy.epsilon = 3\n[grid]\nseed = [1]',
+            ["[set.federated]", "privacy.epsilon", "federated-dp"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(sweep_file, tmp_path, text, words):
@@ -299,7 +364,11 @@ def test_over_a_thousand_cells_need_yes(sweep_file, tmp_path):
         sweep.check_size(1001, 7200.0)
 
 
-def test_the_gain_and_its_interval_are_those_by_hand(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("data", "shared"),
+    [({}, 0.25), ({"data.test-fraction": 0.4}, 2 / 3), ({"data.test-source": "rows.csv"}, 0.0)],
+)
+def test_the_gain_and_its_interval_are_those_by_hand(tmp_path, data, shared):
     values = {"local": [0.5, 0.6, 0.7], "federated": [0.7, 0.9, 0.8]}
     cases = [
         {"arm": arm, "axes": {}, "seed": seed, "cells": {"": f"{arm}-{seed}"}}
@@ -309,21 +378,20 @@ def test_the_gain_and_its_interval_are_those_by_hand(tmp_path, monkeypatch):
     (tmp_path / results.MANIFEST).write_text(json.dumps({"name": "x", "cases": cases}))
     for arm, accuracies in values.items():
         for seed, accuracy in enumerate(accuracies):
-            folder = results.run_dir(tmp_path, f"{arm}-{seed}")
-            folder.mkdir(parents=True)
             result = {"accuracy": accuracy, "macro_f1": 0.5, "institutions": {"A": accuracy - 0.1}}
             result |= {"epsilon_max": "inf", "seconds": 2.0}
-            (folder / "result.json").write_text(json.dumps(result))
+            save_cell(results.run_dir(tmp_path, f"{arm}-{seed}"), result, **data)
     line = next(
         x
         for x in results.summary(tmp_path)
         if (x["arm"], x["institution"]) == ("federated", results.ALL)
     )
     assert line["accuracy"] == pytest.approx(0.8)
-    # t(0.975, 2) = 4.303, s = 0.1, sqrt(3)
-    assert line["accuracy_ci95"] == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    # t(0.975, 2) = 4.303, s = 0.1, three seeds, and held-out over training records
+    half = 4.3027 * 0.1 * math.sqrt(1 / 3 + shared)
+    assert line["accuracy_ci95"] == pytest.approx(half, rel=1e-4)
     assert line["gain_over_local"] == pytest.approx(0.2)  # 0.2, 0.3, 0.1
-    assert line["gain_over_local_ci95"] == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert line["gain_over_local_ci95"] == pytest.approx(half, rel=1e-4)
     assert line["worst_accuracy"] == pytest.approx(0.7)
     assert line.keys() == set(results.COLUMNS)
     assert line["seconds"] == 2.0 and line["epsilon"] == math.inf
@@ -345,13 +413,11 @@ def joined_sweep(out):
     about = {"name": "x", "command": "fedlora sweep x.toml", "cases": cases}
     (out / results.MANIFEST).write_text(json.dumps(about))
     for case in cases:
-        folder = results.run_dir(out, case["cells"][""])
-        folder.mkdir(parents=True)
         names = ("A", "B") if case["axes"]["holdings"] == "few" else ("A", "B", "C", "D")
         result = {"accuracy": 0.5, "macro_f1": 0.5, "institutions": dict.fromkeys(names, 0.5)}
         result |= {"epsilon_max": 8.0, "delta": 1e-5, "seconds": 2.0}
         result["joining"] = compared(names, better=4 + 2 * case["seed"])
-        (folder / "result.json").write_text(json.dumps(result))
+        save_cell(results.run_dir(out, case["cells"][""]), result)
     return out
 
 
@@ -362,8 +428,9 @@ def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
     # alone is right on 16 and 14 of 22 rows, own on 20, shared on 11
     assert line["alone"] == pytest.approx(15 / 22) and line["own"] == pytest.approx(20 / 22)
     assert line["shared"] == pytest.approx(0.5) and line["gain"] == pytest.approx(5 / 22)
-    # t(0.975, 1) = 12.706, s = sqrt(2) / 22, sqrt(2)
-    assert line["gain_ci95"] == pytest.approx(12.706 / 22, rel=1e-4)
+    # t(0.975, 1) = 12.706, s = sqrt(2) / 22, two seeds, a fifth of the records held out
+    half = 12.706 * math.sqrt(2) / 22 * math.sqrt(1 / 2 + 0.25)
+    assert line["gain_ci95"] == pytest.approx(half, rel=1e-4)
     assert (line["institutions"], line["records"]) == (2, 60)  # 40 and 80 records
     beta = next(x for x in results.summary(out) if x["institution"] == "B")
     assert beta["gain"] == pytest.approx(5 / 22) and beta["records"] == 80
@@ -372,7 +439,7 @@ def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
         first = next(csv.DictReader(file))
     assert float(first["gain"]) == line["gain"] and float(first["own"]) == line["own"]
     text = (out / "results.md").read_text()
-    assert "own minus alone, in points" in text and "+22.7 ± 57.8" in text
+    assert "own minus alone, in points" in text and "+22.7 ± 70.7" in text
     own_f1, alone_f1 = (
         [compared(("A", "B"), better=4 + 2 * seed)[model]["macro_f1"] for seed in (1, 2)]
         for model in ("own", "alone")
@@ -521,6 +588,12 @@ def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_p
     assert refused.exit_code == 2 and "--resume" in refused.stderr
     again = json.loads(invoke(*command, "--resume").stdout)
     assert (again["before"], again["done"]) == (13, 0)
+
+    one = results.run_dir(out, results.manifest(out)["cases"][0]["cells"][""]) / "environment.json"
+    found = json.loads(one.read_text())
+    one.write_text(json.dumps(found | {"git_sha": "f" * 40, "git_dirty": False}))
+    told = " ".join(invoke(*command[:-1], "--resume").output.split())
+    assert f"other code ({'f' * 12})" in told and "kept: remove" in told
     assert again["results"] == said["results"]
 
 
