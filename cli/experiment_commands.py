@@ -196,7 +196,8 @@ def plan(
                 f"{given[0]} does not go with --best, which takes the plan from {best}; leave it "
                 "out, or change the plan with --set KEY=VALUE"
             )
-        _plan_best(load(best, parse_overrides(assign or [])), records, compute, as_json=as_json)
+        config = load(ready.locate(best), parse_overrides(assign or []))
+        _plan_best(config, records, compute, as_json=as_json)
         return
     for name, value in (("--set", assign), ("--compute", compute)):
         if value is not None:

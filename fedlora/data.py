@@ -66,6 +66,7 @@ def prepare(
     content = [sources.digest(settings.source), test_digest]
     form = [settings.delimiter, settings.encoding, settings.text, settings.label, settings.labels]
     key = [content, form, task, encoding_key, _code_digest()]
+    reusable = True
     shape = [
         unit,
         settings.partition,
@@ -78,11 +79,14 @@ def prepare(
     if settings.partition.startswith(schemes.PYTHON):
         named = settings.partition.removeprefix(schemes.PYTHON)
         shape.append(json.dumps(plugins.describe([("data.partition", named)])))
+        # one name may stand for several functions, made by another or defined anew in a notebook
+        reusable = "<" not in named and not named.startswith("__main__:")
     base = cache_dir or cached_shards()
     cache.expire(base)
     tokens, entry = _entry(base, "corpus", key), _entry(base, "partition", [key, shape])
     corpus = cache.open_corpus(tokens)
-    if corpus is not None and (cached := cache.open_partition(entry, corpus)) is not None:
+    cached = cache.open_partition(entry, corpus) if corpus is not None and reusable else None
+    if cached is not None:
         return cached
     encode = encoder() if corpus is None else None  # before rows: a model's error comes first
 

@@ -6,6 +6,7 @@ server could name a plug-in for an institution is read there (`client.config_pol
 """
 
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -33,21 +34,33 @@ _given: dict[str, Any] = {}
 def give(key: str, thing: Any) -> str:
     """Name an object, so that `load` finds it in this process.
 
+    A function or class has a name of its own. Any other object, such as a ``Strategy`` or a
+    ``functools.partial``, takes the name to which its function's module or the script assigns it,
+    so that another process loads the same object by that name or none. A callback without such a
+    name takes that of its class.
+
     Args:
         key: The key that will name it, for errors.
         thing: The object, or the name of one.
 
     Raises:
-        InputError: If it cannot be called and is no name, or another object has its name.
+        InputError: If it cannot be called and is no name, has no name, or another object has its
+            name.
     """
     if isinstance(thing, str):
         return thing
+    kind = type(thing).__name__
     if not callable(thing) and not hasattr(thing, "aggregate"):
+        what = thing if thing is None or isinstance(thing, int | float) else f"a {kind}"
+        raise InputError(f"{key} is {what}; give a function, or its name as module:object")
+    name = _name(thing)
+    if not name and key == "tracking.callbacks":  # it changes no result
+        name = f"{type(thing).__module__}:{type(thing).__qualname__}"
+    if not name:
         raise InputError(
-            f"{key} is a {type(thing).__name__}; give a function, or its name as module:object"
+            f"{key} is a {kind} without a name; assign it to a public name at the top level of its "
+            "module, and give that or its name as module:object"
         )
-    of = _defined(thing)
-    name = f"{getattr(of, '__module__', None) or 'builtins'}:{of.__qualname__}"
     if _given.setdefault(name, thing) is not thing:
         raise InputError(f"{key} is {name}, as another plug-in of this run is; rename one of them")
     return name
@@ -95,18 +108,20 @@ def check(named: Iterable[tuple[str, str]]) -> None:
 def describe(named: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     """Each plug-in for a run's papers: ``key``, ``object``, ``file`` and ``sha256`` of its code.
 
-    The hash is that of the file, or of the object's source where there is no file (in a notebook);
-    it does not cover other files that the plug-in imports. What cannot be found is left out.
+    The hash is that of the file, or of the function's source where there is no file (in a
+    notebook); it does not cover other files that the plug-in imports. An object whose function is
+    defined in another file than the object has an entry for each of the two. What cannot be found
+    is left out.
     """
     found: list[dict[str, str]] = []
     for key, name in named:
-        file, code = _code(load(key, name))
-        one = {"key": key, "object": name}
-        if file:
-            one["file"] = file
-        if code:
-            one["sha256"] = hashlib.sha256(code).hexdigest()
-        found.append(one)
+        for file, code in _codes(name, load(key, name)) or [("", b"")]:
+            one = {"key": key, "object": name}
+            if file:
+                one["file"] = file
+            if code:
+                one["sha256"] = hashlib.sha256(code).hexdigest()
+            found.append(one)
     return found
 
 
@@ -145,20 +160,46 @@ def _check_arguments(key: str, name: str, called: Callable[..., Any]) -> None:
         return
 
 
-def _defined(thing: Any) -> Any:
-    """What a definition in source code made: the function or class itself, or an object's class."""
-    return thing if hasattr(thing, "__qualname__") else cast(Any, type(thing))
+def _function(thing: Any) -> Any:
+    """The function or class whose code a call runs: that of a strategy, a partial, an object."""
+    if isinstance(thing, functools.partial):
+        return _function(cast(Any, thing).func)
+    if hasattr(thing, "__qualname__"):
+        return thing
+    return _function(thing.aggregate) if hasattr(thing, "aggregate") else cast(Any, type(thing))
+
+
+def _name(thing: Any) -> str:
+    """The ``module:object`` of an object; empty where neither it nor a module names it."""
+    function = _function(thing)
+    module = getattr(function, "__module__", None) or "builtins"
+    if function is thing:
+        return f"{module}:{thing.__qualname__}"
+    for place in (module, "__main__"):
+        names: dict[str, Any] = getattr(sys.modules.get(place), "__dict__", {})
+        for name, value in names.items():
+            if value is thing and not name.startswith("_"):  # a notebook assigns outputs to _
+                return f"{place}:{name}"
+    return ""
+
+
+def _codes(name: str, thing: Any) -> list[tuple[str, bytes]]:
+    """The code of an object's function, and of the module that names the object."""
+    function = _function(thing)
+    parts = [function]
+    if function is not thing:
+        parts.append(sys.modules.get(name.partition(":")[0]))
+    return [code for code in dict.fromkeys(map(_code, parts)) if any(code)]
 
 
 def _code(thing: Any) -> tuple[str, bytes]:
-    """The name of an object's file, and the file's content; both may be empty."""
-    of = _defined(getattr(thing, "aggregate", thing))
+    """The name of the file of a function, class or module, and its content; both may be empty."""
     try:
-        file = Path(inspect.getfile(of))
+        file = Path(inspect.getfile(thing))
         return file.name, file.read_bytes()
     except (OSError, TypeError):
         pass
     try:
-        return "", inspect.getsource(of).encode()
+        return "", inspect.getsource(thing).encode()
     except (OSError, TypeError):
         return "", b""

@@ -7,7 +7,7 @@ this list with the configuration.
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from fedlora import plugins, schemes
 from fedlora.config import describe
@@ -150,8 +150,9 @@ def _plain(key: str, value: Any) -> Any:
     """A value as the configuration has it: names for objects, lists for sequences."""
     if key == "federation.aggregate":
         return plugins.give(key, value)
-    if key == "federation.metrics":
-        return [plugins.give(key, one) for one in ([value] if callable(value) else value)]
+    if key == "federation.metrics" and not isinstance(value, str):
+        several = cast(Sequence[Any], value) if isinstance(value, Sequence) else [value]
+        return [plugins.give(key, one) for one in several]
     if key == "data.partition" and not isinstance(value, str):
         return schemes.PYTHON + plugins.give(key, value)
     return value

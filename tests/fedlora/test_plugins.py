@@ -1,5 +1,6 @@
 """Plug-ins by name and by object, and the sources and partitions that they give."""
 
+import functools
 import hashlib
 import sys
 
@@ -8,10 +9,31 @@ import pytest
 from fedlora import data, plugins, rows, schemes, sources
 from fedlora.config import from_flat
 from fedlora.errors import InputError, RecordError
+from strategies.base import Strategy
 
 MODULE = """
+import functools
+from strategies import fedavg
+from strategies.base import Strategy
 calls = []
 number = 7
+def share_of(label, predictions):
+    return predictions.count(label) / len(predictions)
+def keep(share, this_round, updates):
+    return share
+class Above:
+    def __init__(self, bound):
+        self.bound = bound
+    def __call__(self, predictions):
+        return self.bound
+def keep_all(this_round, updates):
+    return 1.0
+share_of_x = functools.partial(share_of, "x")
+share_of_y = functools.partial(share_of, "y")
+half = Strategy(aggregate=functools.partial(keep, 0.5))
+whole = Strategy(aggregate=keep_all)
+above_two = Above(2)
+mean = Strategy(aggregate=fedavg.aggregate)
 def by_length(texts, labels, seed):
     return ["long" if len(text) > 3 else "short" for text in texts]
 def too_few(texts, labels, seed):
@@ -77,13 +99,69 @@ def test_an_object_is_found_in_this_process_under_its_own_name():
         name = plugins.give("federation.metrics", local)
         assert name.endswith("<locals>.local")
         assert plugins.load("federation.metrics", name) is local
-        with pytest.raises(InputError, match="is a int; give a function"):
+        with pytest.raises(InputError, match="is 3; give a function"):
             plugins.give("federation.metrics", 3)
         plugins.give("tracking.callbacks", lambda record: None)
         with pytest.raises(InputError, match="rename one of them"):
             plugins.give("federation.metrics", lambda record: None)
     finally:
         plugins.forget()
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("federation.metrics", "share_of_x"),
+        ("federation.metrics", "share_of_y"),
+        ("federation.metrics", "above_two"),
+        ("federation.aggregate", "half"),
+        ("federation.aggregate", "whole"),
+    ],
+)
+def test_an_object_has_the_name_that_its_module_gives_it_and_another_process_loads_it(
+    own, key, name
+):
+    thing = plugins.load(key, f"own_code:{name}")
+    named = plugins.give(key, thing)
+    assert named == f"own_code:{name}" and plugins.load(key, named) is thing
+    described = plugins.describe([(key, named)])
+    sha256 = hashlib.sha256(own.read_bytes()).hexdigest()
+    assert described == [{"key": key, "object": named, "file": "own_code.py", "sha256": sha256}]
+    plugins.forget()  # as in another process
+    sys.modules.pop("own_code")
+    loaded = plugins.load(key, named)
+    assert loaded is not thing and type(loaded).__name__ == type(thing).__name__
+    assert plugins.describe([(key, named)]) == described
+
+
+def test_an_object_that_no_module_names_is_refused(own):
+    above = type(plugins.load("federation.metrics", "own_code:above_two"))
+    keep_all = plugins.load("federation.aggregate", "own_code:keep_all")
+    for key, thing, kind in (
+        ("federation.aggregate", Strategy(aggregate=keep_all), "Strategy"),
+        ("federation.metrics", functools.partial(above, 3), "partial"),
+        ("federation.metrics", above(3), "Above"),
+    ):
+        with pytest.raises(InputError) as error:
+            plugins.give(key, thing)
+        assert f"{key} is a {kind} without a name; assign it to a public" in str(error.value)
+
+
+def test_an_object_of_a_script_or_notebook_has_its_name_there(own, monkeypatch):
+    made = functools.partial(plugins.load("federation.metrics", "own_code:share_of_x").func, "z")
+    monkeypatch.setattr(sys.modules["__main__"], "_", made, raising=False)
+    with pytest.raises(InputError, match="is a partial without a name"):
+        plugins.give("federation.metrics", made)
+    monkeypatch.setattr(sys.modules["__main__"], "share_of_z", made, raising=False)
+    assert plugins.give("federation.metrics", made) == "__main__:share_of_z"
+    one, *_ = plugins.describe([("federation.metrics", "__main__:share_of_z")])
+    assert one["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
+
+
+def test_a_strategy_of_a_function_from_elsewhere_is_described_by_both_files(own):
+    described = plugins.describe([("federation.aggregate", "own_code:mean")])
+    assert [one["file"] for one in described] == ["fedavg.py", "own_code.py"]
+    assert described[1]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +190,12 @@ def test_a_plug_in_that_would_not_be_called_is_refused(values, words):
 
 def settings(**values):
     keys = {f"data.{name.replace('_', '-')}": value for name, value in values.items()}
-    given = {"data.source": "python:own_code:table", "data.test-fraction": 0.0, **keys}
+    given = {
+        "data.source": "python:own_code:table",
+        "data.test-fraction": 0.0,
+        "data.min-records": 1,
+        **keys,
+    }
     return from_flat({"privacy.epsilon": "inf", **given}).data
 
 
@@ -148,9 +231,9 @@ def test_a_changed_partition_opens_no_cached_shards(own, tmp_path):
             truncated=[False] * len(texts),
         )
 
-    def prepared():
+    def prepared(name="own_code:by_length"):
         return data.prepare(
-            settings(partition="python:own_code:by_length"),
+            settings(partition=f"python:{name}"),
             unit="record",
             seed=1,
             task="classification",
@@ -163,4 +246,11 @@ def test_a_changed_partition_opens_no_cached_shards(own, tmp_path):
     own.write_text(MODULE.replace('"long"', '"large"'))
     sys.modules.pop("own_code")
     assert prepared() == ("large", "short")
+
+    def made(first):
+        return lambda texts, labels, seed: [first if len(t) > 3 else "b" for t in texts]
+
+    for name in ("x", "y"):  # two functions under one name
+        plugins.forget()
+        assert prepared(plugins.give("data.partition", made(name))) == ("b", name)
     assert schemes.parse("python:a:b", institutions=0, has_classes=False) == ("python", "a:b")

@@ -14,6 +14,7 @@ import fedlora
 from fedlora import AdapterState, InputError, Predictions, Round, collect, run
 from fedlora.config import SECTIONS, RunConfig
 from library import keywords
+from strategies.base import Strategy
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -33,6 +34,9 @@ def median(this_round: Round, updates) -> AdapterState:
     with collect(updates) as everyone:
         names = this_round.before.only(this_round.parts) if len(everyone) else ()
         return AdapterState({n: torch.stack(everyone.tensors(n)).median(0).values for n in names})
+
+
+median_of_all = Strategy(aggregate=median)
 
 
 def sure(predictions: Predictions) -> float:
@@ -146,7 +150,18 @@ FRAME = pandas.DataFrame({"text": ["a"], "label": ["b"], "bank": ["c"]})
         ({"config": "nothing"}, "no ready one has this name"),
         ({"engine": "gpu"}, "engine is 'gpu'"),
         ({"on_round": "plot"}, "tracking.callbacks is 'plot'; it must be module:object"),
-        ({"aggregate": 3}, "federation.aggregate is a int; give a function"),
+        ({"aggregate": 3}, "federation.aggregate is 3; give a function"),
+        ({"aggregate": Strategy(aggregate=median)}, "is a Strategy without a name; assign it"),
+        ({"metrics": 3}, "federation.metrics is 3; give a function, or its name as module:object"),
+        ({"metrics": None}, "federation.metrics is None; give a function"),
+        ({"metrics": {"sure": sure}}, "federation.metrics is a dict; give a function"),
+        ({"metrics": "nowhere:x"}, "federation.metrics is 'nowhere:x', but the module nowhere"),
+        ({"accept": None}, "accept must be a list of text"),
+        ({"accept": "deltas"}, "accept has 'deltas'"),
+        ({"target_modules": 3}, "adapter.target-modules must be a list of text"),
+        ({"labels": None}, "data.labels must be a list of text"),
+        ({"home_learning_rate": None}, "home.learning-rate must be a list of numbers"),
+        ({"home_learning_rate": "fast"}, "home.learning-rate is 'fast'"),
         ({"metrics": ["nowhere:x"]}, "the module nowhere cannot be imported"),
         ({"metrics": [lambda predictions: 0.0]}, "names a figure '<lambda>'"),
         ({"metrics": ["own:accuracy"]}, "names a figure 'accuracy'"),
