@@ -271,26 +271,3 @@ def test_what_does_not_go_with_secure_aggregation_is_refused_with_the_reason(val
 def test_different_ranks_do_not_go_with_secure_aggregation():
     with pytest.raises(InputError, match=r"adapter\.ranks"):
         config.from_flat(SECURE | {"adapter.ranks": "size"})
-
-
-@pytest.mark.parametrize(
-    ("values", "least", "weighting"),
-    [
-        ({}, 8, "public-size"),
-        ({"privacy.epsilon": math.inf}, 8, "public-size"),
-        ({"data.partition": "iid", "data.institutions": 4}, 1, "public-size"),
-        ({"federation.robust": "median"}, 8, "uniform"),
-        ({"federation.robust": "krum"}, 8, "uniform"),
-        ({"privacy.institution-epsilon": 3.0}, 8, "uniform"),
-        ({"data.min-records": 2, "federation.weighting": "uniform"}, 2, "uniform"),
-        (
-            {"data.source": "institutions", "data.labels": ["a"], "data.institutions": 3},
-            1,
-            "uniform",
-        ),
-    ],
-)
-def test_a_simulation_weighs_by_size_and_leaves_tiny_institutions_out(values, least, weighting):
-    made = config.from_flat(values)
-    assert made.data.min_records == least
-    assert made.federation.weighting == weighting

@@ -203,8 +203,8 @@ def test_only_a_finding_that_voids_a_result_can_be_accepted() -> None:
         ({"federation.robust": "median"}, "uniform", MIN_NATURAL_RECORDS),
         ({"federation.robust": "multi-krum"}, "public-size", MIN_NATURAL_RECORDS),
         ({"privacy.institution-epsilon": 8}, "uniform", MIN_NATURAL_RECORDS),
-        ({"privacy.epsilon": "inf"}, "uniform", 1),
-        ({"data.partition": "iid", "data.institutions": 4}, "uniform", 1),
+        ({"privacy.epsilon": "inf"}, "public-size", MIN_NATURAL_RECORDS),
+        ({"data.partition": "iid", "data.institutions": 4}, "public-size", 1),
         (
             {"data.source": "institutions", "data.institutions": 4, "data.labels": "a,b"},
             "uniform",
@@ -212,7 +212,7 @@ def test_only_a_finding_that_voids_a_result_can_be_accepted() -> None:
         ),
     ],
 )
-def test_a_natural_partition_under_dp_leaves_tiny_institutions_out_and_weighs_by_size(
+def test_a_simulation_weighs_by_size_and_a_natural_partition_leaves_tiny_institutions_out(
     values, weighting, least
 ) -> None:
     made = from_flat(values)
