@@ -21,21 +21,24 @@ def most_reply_bytes(adapter: AdapterState) -> int:
     return 8 * sum(tensor.numel() for tensor in adapter.values()) + OTHER_REPLY_BYTES
 
 
-def check_online(online: Mapping[str, int], least: int) -> None:
+def check_online(online: Mapping[str, int], least: int, refused: Mapping[int, str]) -> None:
     """End a run, before any institution pays for a round, when too few are there to change it.
 
     Args:
         online: Institution -> node.
         least: The least number of institutions, above 1 under secure aggregation.
+        refused: Node -> the code why it takes no part.
 
     Raises:
         RunFailed: Naming both numbers.
     """
     if len(online) < least:
         why = " (privacy.honest, privacy.colluding)" * (least > 1)
+        others = f"; of others: {reasons({str(n): code for n, code in refused.items()})}"
         raise RunFailed(
-            f"{len(online)} institutions are online, and a round needs {least}{why}; resume the "
-            "run when more are back. The last checkpoint is kept"
+            f"{len(online)} institutions are online and take part, and a round needs {least}{why}"
+            f"{others * bool(refused)}; resume the run when more are back. The last checkpoint is "
+            "kept"
         )
 
 

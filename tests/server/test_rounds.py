@@ -119,13 +119,13 @@ def test_a_deployment_waits_for_institutions_that_are_away(monkeypatch, least, b
     found = one.awaited()
     assert clock.now <= 60.0
     if ends:
-        with pytest.raises(
-            RunFailed, match=f"0 institutions are online, and a round needs {least}"
-        ):
-            limits.check_online(found, least)
+        words = f"0 institutions are online and take part, and a round needs {least} "
+        with pytest.raises(RunFailed, match=words) as failed:
+            limits.check_online(found, least, {7: "silent", 8: "silent"})
+        assert "of others: silent x 2; resume the run" in str(failed.value)
     else:
         assert len(found) == least
-        limits.check_online(found, least)
+        limits.check_online(found, least, {})
 
 
 def test_an_institution_that_was_asked_before_a_crash_and_never_again_stands_in_the_statement(
