@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.adapters import PARTS, AdapterState
-from server.replies import AWAY
+from server.replies import AWAY, SILENT
 from server.roster import RunFailed, reasons
 from strategies import base
 from strategies.base import Round
@@ -70,7 +70,8 @@ def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) 
 def check_progress(record: Mapping[str, Any], empty_rounds: int, *, all_asked: bool) -> None:
     """End a run whose institutions send no valid update.
 
-    A round whose institutions all went away ends no run: the next one waits until they are back.
+    A round that nobody answered, not even with a refusal, ends no run: the next one waits until
+    institutions are back.
 
     Args:
         record: The round's line of ``rounds.jsonl``.
@@ -81,7 +82,7 @@ def check_progress(record: Mapping[str, Any], empty_rounds: int, *, all_asked: b
         RunFailed: After `MAX_EMPTY_ROUNDS`; after one round that asked all institutions.
     """
     rejected: dict[str, str] = record["aggregation"]["rejected"]
-    away = bool(rejected) and set(rejected.values()) == {AWAY}
+    away = bool(rejected) and {AWAY, *SILENT}.issuperset(rejected.values())
     if not empty_rounds or not ((all_asked and not away) or empty_rounds == MAX_EMPTY_ROUNDS):
         return
     diverged = "too-large" in rejected.values()
