@@ -89,11 +89,7 @@ def statement(
         if name in reports
     }
     silent = {
-        name: {
-            "rounds_asked": state.asked[name],
-            "epsilon_at_most": config.privacy.epsilon,
-            "delta": config.privacy.delta or BY_SIZE_CLASS,
-        }
+        name: bound(config, state.asked[name])
         for name in names
         if name not in reports and state.asked.get(name)
     }
@@ -103,6 +99,15 @@ def statement(
         "institutions": institutions,
         **own_keys,
         "without_report": silent,
+    }
+
+
+def bound(config: RunConfig, rounds_asked: int) -> dict[str, Any]:
+    """The entry of an institution whose report does not count: the whole run's epsilon."""
+    return {
+        "rounds_asked": rounds_asked,
+        "epsilon_at_most": config.privacy.epsilon,
+        "delta": config.privacy.delta or BY_SIZE_CLASS,
     }
 
 

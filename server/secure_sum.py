@@ -241,7 +241,7 @@ class SecureRound:
                 given up.
         """
         needed = self._terms.threshold
-        if len(self._signatures) < needed:
+        if not self.is_signed():
             raise Refusal(
                 "secure-list-signatures",
                 f"the list of round {self._number} has {len(self._signatures)} signatures, below "

@@ -218,9 +218,8 @@ class _Checks:
         if missing := asked.keys() - spent.keys() - silent.keys() if config.privacy.enabled else ():
             raise ValueError(f"institutions of rounds.jsonl are missing: {', '.join(missing)}")
         for name, one in silent.items():
-            _same("epsilon_at_most", one["epsilon_at_most"], config.privacy.epsilon, CONFIG)
-            delta = config.privacy.delta or privacy_statement.BY_SIZE_CLASS
-            _same(f"delta of {name}", one["delta"], delta, CONFIG)
+            bound = privacy_statement.bound(config, one["rounds_asked"])
+            _same(f"without_report of {name}", one, bound, CONFIG)
             if one["rounds_asked"] < asked[name]:
                 raise ValueError(f"{name} was asked {asked[name]} times, not {one['rounds_asked']}")
         if config.privacy.hides_institutions:

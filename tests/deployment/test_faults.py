@@ -156,18 +156,27 @@ def test_a_full_disk_and_a_ledger_that_cannot_be_written_are_refused_with_a_reas
     assert all(record["updates"] >= 2 for record in federation.rounds(run))
 
 
-def test_without_any_institution_the_run_ends_with_its_checkpoint_and_can_be_resumed(federation):
-    values = {"federation.rounds": 4, "federation.timeout": 20.0}
-    federation.submit("alone", wait=False, **values)
-    federation.until(lambda: len(federation.rounds("alone")) == 1)
+def _lose_all_institutions(federation, run, *, rounds, timeout):
+    """Submits a run; after its first round every institution is killed."""
+    values = {"federation.rounds": rounds, "federation.timeout": timeout}
+    federation.submit(run, wait=False, **values)
+    federation.until(lambda: len(federation.rounds(run)) == 1)
     for name in ("a", "b", "c"):
         federation.kill(f"institution-{name}")
+
+
+def _start_all_institutions(federation):
+    for name in ("a", "b", "c"):
+        federation.start(f"institution-{name}")
+
+
+def test_without_any_institution_the_run_ends_with_its_checkpoint_and_can_be_resumed(federation):
+    _lose_all_institutions(federation, "alone", rounds=4, timeout=20.0)
     assert federation.ended("alone")["state"] == "failed"
     assert "0 institutions are online" in federation.submission("alone")["details"]
     assert federation.deploy("status", "alone").returncode == 1
     assert sorted((federation.results("alone") / "checkpoints").iterdir())
-    for name in ("a", "b", "c"):
-        federation.start(f"institution-{name}")
+    _start_all_institutions(federation)
     federation.up()
     assert federation.deploy("resume", "alone", "--wait").returncode == 0
     records = federation.rounds("alone")
@@ -176,13 +185,8 @@ def test_without_any_institution_the_run_ends_with_its_checkpoint_and_can_be_res
 
 
 def test_a_run_waits_for_institutions_that_are_all_away_for_a_while(federation):
-    values = {"federation.rounds": 6, "federation.timeout": 240.0}
-    federation.submit("outage", wait=False, **values)
-    federation.until(lambda: len(federation.rounds("outage")) == 1)
-    for name in ("a", "b", "c"):
-        federation.kill(f"institution-{name}")
-    federation.until(lambda: "waiting for up to" in federation.log("server"))
-    for name in ("a", "b", "c"):
-        federation.start(f"institution-{name}")
+    _lose_all_institutions(federation, "outage", rounds=6, timeout=240.0)
+    federation.until(lambda: "waiting for up to 240 s" in federation.log("server"))
+    _start_all_institutions(federation)
     assert federation.ended("outage")["state"] == "completed"
     assert federation.rounds("outage")[-1]["updates"] == 3

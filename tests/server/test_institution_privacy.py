@@ -40,10 +40,6 @@ def test_weights_other_than_uniform_are_refused(tiny_config):
         tiny_config(**{"privacy.institution-epsilon": 5.0, "federation.weighting": "public-size"})
 
 
-def stated_delta(config):
-    return config.privacy.delta or privacy_statement.BY_SIZE_CLASS
-
-
 @pytest.mark.parametrize("epsilon", ["8.0", "inf"])
 def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_run, epsilon):
     config = tiny_config(**{"privacy.institution-epsilon": 5.0, "privacy.epsilon": epsilon})
@@ -53,7 +49,8 @@ def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_r
     level = stated["institution_level"]
     assert level["steps"] == 3 and 4.9 < level["epsilon"] <= 5.0
     assert level["noise"] == "seeded" and "protects nobody" in stated["protects"]
-    bound = {"rounds_asked": 3, "epsilon_at_most": 8.0, "delta": stated_delta(config)}
+    delta = config.privacy.delta or privacy_statement.BY_SIZE_CLASS
+    bound = {"rounds_asked": 3, "epsilon_at_most": 8.0, "delta": delta}
     assert stated["institutions"] == {}
     assert list(stated.get("without_report", {}).values()) == [bound] * 4 * (epsilon == "8.0")
     rounds = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
