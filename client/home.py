@@ -29,7 +29,7 @@ from fedlora.trainable import Trainable
 
 VALIDATION = 0.2
 """Share of the training records that choices are made on."""
-MIN_VALIDATION = 8
+MIN_VALIDATION = 16
 """An institution with fewer such records takes all steps, the first rate, the smallest weight."""
 WEIGHTS = (0.5, 0.75, 1.0)
 """Weights of the adapter that was trained at home, against the shared one; fine-tune has only 1."""

@@ -335,7 +335,7 @@ def test_with_too_few_validation_records_the_first_rate_is_the_only_one(banks, m
 
     monkeypatch.setattr(home, "train_at_home", spied)
     (one, *_) = homes_of(institutions, order)
-    one = dataclasses.replace(one, shard=one.shard.select(range(37)))
+    one = dataclasses.replace(one, shard=one.shard.select(range(77)))
     (found,) = models_at_home(work, [one], config.home, 64)
     assert set(rates) == {0.01} and found.choice.own == Setting(8, 0.01)
 
@@ -350,9 +350,9 @@ def test_models_are_the_same_when_they_are_made_again(banks):
     assert len({a.own["base_model.model.classifier.weight"].sum().item() for a in first}) == 4
 
 
-@pytest.mark.parametrize(("records", "chooses"), [(37, False), (38, True), (1, False)])
+@pytest.mark.parametrize(("records", "chooses"), [(77, False), (78, True), (1, False)])
 @pytest.mark.parametrize(("method", "weight"), [("interpolate", 0.5), ("fine-tune", 1.0)])
-def test_an_institution_with_under_eight_validation_records_chooses_nothing(
+def test_an_institution_with_under_sixteen_validation_records_chooses_nothing(
     banks, records, chooses, method, weight, monkeypatch
 ):
     institutions, order, work, config = banks(**{"home.method": method})
