@@ -7,6 +7,7 @@ run released. Nothing that it computes is sent.
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import json
 import math
 import os
@@ -85,7 +86,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
     out = choices.out or state / "home" / found.name
     if choices.out is None:
         out.parent.mkdir(exist_ok=True, mode=0o700)
-    with _without_leftovers(state), _private_cache(state), _new_directory(out) as new:
+    with _without_leftovers(state, out), _private_cache(state), _new_directory(out) as new:
         institution = dataclasses.replace(Institution.deployed(own, config), directory=new)
         records = trainable.records(config)
         train_rows, held_out = records.train(0), records.held_out(0)
@@ -212,8 +213,8 @@ def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
 
 
 @contextlib.contextmanager
-def _without_leftovers(state: Path) -> Generator[None]:
-    """Remove the records and models that killed commands left in the state, at the start.
+def _without_leftovers(state: Path, out: Path) -> Generator[None]:
+    """Remove the records and models that killed commands left in the state or beside ``out``.
 
     A command shares a lock until it ends, however it ends. Only a command that has the lock alone
     removes anything, and it does so before it makes directories of its own.
@@ -221,10 +222,16 @@ def _without_leftovers(state: Path) -> Generator[None]:
     with (state / LOCK).open("w") as lock:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in (*state.glob(".cache-*"), *state.glob("home/.new-*")):
+            beside = out.parent.glob(f"{glob.escape(_unfinished(out))}*")
+            for left in (*state.glob(".cache-*"), *state.glob("home/.new-*"), *beside):
                 shutil.rmtree(left, ignore_errors=True)
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield
+
+
+def _unfinished(out: Path) -> str:
+    """The beginning of the name of a directory that becomes ``out``, beside it."""
+    return f".new-{out.name}-"
 
 
 @contextlib.contextmanager
@@ -245,7 +252,7 @@ def _private_cache(state: Path) -> Generator[None]:
 @contextlib.contextmanager
 def _new_directory(out: Path) -> Generator[Path]:
     """A directory for its owner only, in its place when the block has ended without an error."""
-    new = Path(tempfile.mkdtemp(dir=new_path(out), prefix=".new-"))
+    new = Path(tempfile.mkdtemp(dir=new_path(out), prefix=_unfinished(out)))
     try:
         yield new
         new.rename(out)

@@ -265,19 +265,19 @@ def test_the_command_trains_compares_and_writes_own_and_sends_and_charges_nothin
     assert left == {"released", "home", "home.lock"}
 
 
-def _home_of_another_process(bank):
+def _home_of_another_process(bank, out):
     """Starts a process that holds directories as the command does; gives it and both."""
     hold = (
         "import sys; from pathlib import Path; from client import home_command as home\n"
-        "state = Path(sys.argv[1])\n"
-        "with home._without_leftovers(state), home._private_cache(state):\n"
-        "    with home._new_directory(state / 'home' / 'other') as new:\n"
+        "state, out = map(Path, sys.argv[1:])\n"
+        "with home._without_leftovers(state, out), home._private_cache(state):\n"
+        "    with home._new_directory(out) as new:\n"
         "        print(home.os.environ['FEDLORA_CACHE'], new, sep='\\n', flush=True); input()\n"
     )
     state = bank.directory / "state"
     (state / "home").mkdir(exist_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", hold, str(state)],
+        [sys.executable, "-c", hold, str(state), str(out)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -285,22 +285,28 @@ def _home_of_another_process(bank):
     return process, [Path(process.stdout.readline().strip()) for _ in range(2)]
 
 
-def test_what_a_killed_command_left_is_removed_but_nothing_of_one_that_runs(bank):
+@pytest.mark.parametrize("place", ["state", "elsewhere"])
+def test_what_a_killed_command_left_is_removed_but_nothing_of_one_that_runs(bank, tmp_path, place):
     made = bank()
     made.receive(made.release())
-    killed, left = _home_of_another_process(made)
+    out = made.directory / "state" / "home" / "[other]"
+    if place == "elsewhere":
+        out = tmp_path / "elsewhere" / "[other]"
+        out.parent.mkdir()
+    killed, left = _home_of_another_process(made, out)
     killed.kill()
     killed.communicate()
     assert all(path.is_dir() for path in left)
-    running, kept = _home_of_another_process(made)
+    running, kept = _home_of_another_process(made, out)
     assert not any(path.exists() for path in left)
     made.refused("--run", "first", "--out", ".")  # it has come as far as its own directories
-    second, also_kept = _home_of_another_process(made)
+    second, also_kept = _home_of_another_process(made, out)
     assert all(path.is_dir() for path in kept + also_kept)
     for process in (running, second):
         process.kill()
         process.communicate()
-    made.refused("--run", "first", "--out", ".")
+    out.mkdir()
+    made.refused("--run", "first", "--out", str(out))
     assert not any(path.exists() for path in kept + also_kept)
 
 
