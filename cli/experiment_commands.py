@@ -246,7 +246,7 @@ def audit(
         Path | None, typer.Option(help="Directory; by default runs/audit-NAME-TIME.")
     ] = None,
     canaries: Annotated[
-        int, typer.Option(help="Rows that the auditor plants; 1,000 can show epsilon 5.3 at most.")
+        int, typer.Option(help="Rows that the auditor plants; 1,000 can show epsilon 5.2 at most.")
     ] = 1000,
     shadows: Annotated[
         int, typer.Option(help="Further runs for LiRA on real rows; use 8 or more.")
