@@ -276,7 +276,8 @@ def resume(
         submission = submissions.resume(here, name)
     except superlink_client.Unanswered as error:
         raise superlink_client.FlowerError(
-            f"{error}. The server starts {name} unless it has begun: `fedlora deploy status {name}`"
+            f"{error}. The server starts {name} unless it has begun: "
+            f"`fedlora deploy status {name}`, or `stop {name}`"
         ) from None
     if not as_json:
         PLAIN.write_line(f"{name}: continues after round {submission.rounds}")

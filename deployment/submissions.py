@@ -44,7 +44,8 @@ class Submission:
         config: The configuration, flat.
         state: The state; ``running`` until the end is known.
         details: The reason for its end.
-        runs: Ids of its Flower runs, in order.
+        runs: Ids of its Flower runs since the last `submit` or `resume` without an answer, in
+            order.
         rounds: Rounds that were done at the start of its last Flower run.
         tries: Flower runs since the last new round.
     """
@@ -161,7 +162,8 @@ def resume(server: Server, name: str) -> Submission:
 
     Raises:
         InputError: For a run that has not failed and was not stopped.
-        Unanswered: When the SuperLink may have accepted the run; `proceed` checks for it.
+        Unanswered: When the SuperLink may have accepted the run. The submission is running, and
+            `proceed` checks for its run.
         FlowerError: When it did not; the submission stays as it was.
     """
     with alone(server.results):
@@ -177,10 +179,14 @@ def resume(server: Server, name: str) -> Submission:
             rounds=len(read_records(submission.directory)),
             tries=0,
         )
+        # without runs: an ended run's status would end this submission again, should no answer come
+        dataclasses.replace(again, runs=()).save()
         try:
             return _start(server, again)
         except Unanswered:
-            again.save()
+            raise
+        except (FlowerError, InputError):
+            submission.save()
             raise
 
 
@@ -269,7 +275,7 @@ def _observed(
     """The submission's current state, and whether its Flower run was ended from outside."""
     if submission.state != "running":
         return submission, False
-    if not submission.runs:  # the submitting process died before Flower answered
+    if not submission.runs:  # Flower's answer to a submitted or resumed run is unknown
         return submission, True
     status, details, age = superlink_client.status(server, submission.runs[-1])
     if status == "finished:completed":

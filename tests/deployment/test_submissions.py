@@ -54,7 +54,8 @@ class Link:
         return *self.runs.get(run, ("unknown", "")), self.age
 
     def stop(self, server, run):
-        self.runs[run] = ("finished:stopped", "")
+        if not self.status(server, run)[0].startswith(("finished", "unknown")):
+            self.runs[run] = ("finished:stopped", "")
 
 
 @pytest.fixture
@@ -353,18 +354,40 @@ def test_a_failed_or_stopped_run_is_resumed_in_its_directory(here, link, deploye
 
 def test_resuming_without_the_superlink_changes_nothing(here, link, deployed):
     submissions.submit(here, deployed, "one")
-    submissions.stop(here, "one")
+    stopped = submissions.stop(here, "one")
     link.broken = FlowerError("away")
     with pytest.raises(FlowerError):
         submissions.resume(here, "one")
-    assert submissions.find(here, "one").state == "stopped"
-    link.broken, link.silent = None, Unanswered("no answer")
+    assert submissions.find(here, "one") == stopped
+
+
+@pytest.mark.parametrize(
+    "error", [Unanswered("no answer"), KeyboardInterrupt(), OSError(28, "No space left on device")]
+)
+@pytest.mark.parametrize("made", [True, False])
+def test_a_resumed_run_without_an_answer_is_seen_and_goes_on(here, link, deployed, error, made):
+    submissions.submit(here, deployed, "one")
+    submissions.stop(here, "one")
+    link.silent, link.broken = (error, None) if made else (None, error)
+    with pytest.raises((FlowerError, KeyboardInterrupt, OSError)):
+        submissions.resume(here, "one")
+    link.silent = link.broken = None
+    assert submissions.observe(here, "one").state == "running"
+    assert len(submissions.proceed(here, since=time.monotonic())) == 1
+    found = submissions.find(here, "one")
+    assert (found.state, found.runs[-1]) == ("running", "2")
+    assert list(link.runs) == ["1", "2"]
+    assert link.runs["2"] == ("running", "")
+
+
+def test_stopping_a_resumed_run_without_an_answer_stops_it(here, link, deployed):
+    submissions.submit(here, deployed, "one")
+    submissions.stop(here, "one")
+    link.silent = Unanswered("no answer")
     with pytest.raises(Unanswered):
         submissions.resume(here, "one")
-    link.silent = None
-    assert submissions.find(here, "one").state == "running"
-    submissions.proceed(here, since=time.monotonic())
-    assert len(link.runs) == 2  # the run that the SuperLink made without an answer
+    assert submissions.stop(here, "one").details == "stopped by the operator"
+    assert link.runs["2"] == ("finished:stopped", "")
 
 
 def test_one_submission_that_cannot_be_written_holds_up_no_other(here, link, deployed, monkeypatch):
@@ -465,6 +488,17 @@ def test_submitting_without_an_answer_says_that_the_run_may_begin(here, link, de
     assert "one is kept" in done.stderr
     assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 3
     assert CliRunner().invoke(app, ["deploy", "status"]).exit_code == 0
+
+
+def test_resuming_without_an_answer_says_that_the_run_may_begin(here, link, deployed):
+    submissions.submit(here, deployed, "one")
+    submissions.stop(here, "one")
+    link.silent = Unanswered("ReadTimeout")
+    done = CliRunner().invoke(app, ["deploy", "resume", "one"])
+    assert done.exit_code == 4
+    assert "The server starts one unless it has begun" in done.stderr
+    assert "`stop one`" in done.stderr
+    assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 3
 
 
 def test_waiting_for_a_run_that_fails_exits_with_1(here, link, deployed, tmp_path, monkeypatch):
