@@ -21,23 +21,23 @@ def most_reply_bytes(adapter: AdapterState) -> int:
     return 8 * sum(tensor.numel() for tensor in adapter.values()) + OTHER_REPLY_BYTES
 
 
-def check_online(online: Mapping[str, int], least: int, refused: Mapping[int, str]) -> None:
+def check_online(online: Mapping[str, int], least: int, left_out: Mapping[int, str]) -> None:
     """End a run, before any institution pays for a round, when too few are there to change it.
 
     Args:
         online: Institution -> node.
         least: The least number of institutions, above 1 under secure aggregation.
-        refused: Node -> the code why it takes no part.
+        left_out: Node -> the code why it takes no part.
 
     Raises:
         RunFailed: Naming both numbers.
     """
     if len(online) < least:
         why = " (privacy.honest, privacy.colluding)" * (least > 1)
-        others = f"; of others: {reasons({str(n): code for n, code in refused.items()})}"
+        others = f"; of others: {reasons(left_out)}"
         raise RunFailed(
             f"{len(online)} institutions are online and take part, and a round needs {least}{why}"
-            f"{others * bool(refused)}; resume the run when more are back. The last checkpoint is "
+            f"{others * bool(left_out)}; resume the run when more are back. The last checkpoint is "
             "kept"
         )
 

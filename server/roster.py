@@ -204,11 +204,9 @@ class Roster:
                 break
             time.sleep(1.0)
         if len(self) < max(1, self._config.federation.min_updates):
-            codes = {str(node): code for node, code in self._unregistered.items()}
-            codes |= {str(node): code for node, code in self.refused.items()}
             raise RunFailed(
-                f"{len(self._known)} institutions are ready and {len(codes)} refuse or are refused "
-                f"({reasons(codes)}); federation.min-updates is "
+                f"{len(self)} institutions are ready and {len(self.left_out)} refuse or are "
+                f"refused ({reasons(self.left_out)}); federation.min-updates is "
                 f"{self._config.federation.min_updates}"
             )
 
@@ -244,6 +242,11 @@ class Roster:
                 "is for new ledgers and does not raise the limit of one that exists)"
             )
 
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Node -> the code why it takes no part: not registered, of unknown size, or refused."""
+        return {**self._unregistered, **self.refused}
+
     def __len__(self) -> int:
         return len(self._known)
 
@@ -275,7 +278,7 @@ def patience(config: RunConfig) -> float:
     return (together + 1) * config.federation.timeout + 2 * NODES_TIMEOUT
 
 
-def reasons(failed: Mapping[str, str]) -> str:
+def reasons(failed: Mapping[Any, str]) -> str:
     """The number of times that each reason occurs, in words."""
     counts: dict[str, int] = {}
     for reason in failed.values():

@@ -176,7 +176,7 @@ class Federation:
         while self.state.round < self.config.federation.rounds:
             online = self.awaited()
             names = self.sample(online)
-            limits.check_online(online, self.aggregation.least_asked, self.roster.refused)
+            limits.check_online(online, self.aggregation.least_asked, self.roster.left_out)
             if not names:
                 log.warning(
                     "the run ends after round %d: every institution that is online was asked for "

@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 import fedlora
 from fedlora import config, wire
 from fedlora.messages import Hello, Query
-from fedlora.run_files import NODES
+from fedlora.run_files import NODES, SIZES
 from server import roster
 from server.roster import Roster, RunFailed
 from simulation.engines.inline import InlineGrid
@@ -88,6 +88,15 @@ def test_a_node_that_is_not_registered_is_asked_nothing_until_it_is(made, regist
     assert caplog.text.count("node 2: not-registered") == 1
     register(a=1, b=2)
     assert one.online() == {"a": 1, "b": 2}
+
+
+def test_whoever_takes_no_part_is_named_with_the_reason(made, register, tmp_path):
+    register(a=1, b=2, c=3)
+    (tmp_path / SIZES).write_text(json.dumps({"a": 64, "c": 64}))
+    grid = Nodes("a", "b", "x", "d")  # b has no size, the settings of c have another name
+    one = made(grid, **{"federation.weighting": "public-size"})
+    assert one.online() == {"a": 1}
+    assert one.left_out == {2: "no-size", 3: "wrong-name", 4: "not-registered"}
 
 
 def test_a_new_key_takes_the_place_of_the_old_one_in_mid_run(made, register):
