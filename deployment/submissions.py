@@ -149,10 +149,9 @@ def stop(server: Server, name: str) -> Submission:
         submission, _ = _observed(server, find(server, name))
         if submission.state != "running":
             return submission
-        for run in {
-            *submission.runs[-1:],
-            *superlink_client.unfinished(server, str(submission.directory)),
-        }:
+        last = submission.runs[-1:]
+        unfinished = superlink_client.unfinished(server, str(submission.directory))
+        for run in (*{*unfinished}.difference(last), *last):  # last: its end ends the submission
             superlink_client.stop(server, run)
         return _ended(submission, "stopped", "stopped by the operator")
 
@@ -224,9 +223,9 @@ def _proceed(server: Server, submission: Submission, since: float) -> list[str]:
         details = f"ended from outside {tries} times in round {done + 1}"
         _ended(submission, "failed", f"{details}; see the server's log")
         return [f"{name} failed: {details}"]
-    if submission.runs:
-        superlink_client.stop(server, submission.runs[-1])
     again = _start(server, dataclasses.replace(submission, rounds=done, tries=tries))
+    if submission.runs:  # not before: a stopped run would end the submission if the start failed
+        superlink_client.stop(server, submission.runs[-1])
     return [f"{name} continues after round {done} as Flower's run {again.runs[-1]}"]
 
 

@@ -282,6 +282,43 @@ def test_a_run_whose_server_died_goes_on_in_the_same_directory(here, link, deplo
     assert made.directory == again.directory
 
 
+@pytest.mark.parametrize("error", [Unanswered("500"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("made", [True, False])
+def test_a_continuation_that_fails_once_is_made_in_the_next_pass(here, link, deployed, error, made):
+    submissions.submit(here, deployed, "one")
+    link.silent, link.broken = (error, None) if made else (None, error)
+    with contextlib.suppress(FlowerError):
+        submissions.proceed(here, since=time.monotonic() - 9)
+    assert link.runs["1"] == ("running", "")
+    link.silent = link.broken = None
+    (line,) = submissions.proceed(here, since=time.monotonic() - 9)
+    assert line == "one continues after round 0 as Flower's run 2"
+    assert link.runs == {"1": ("finished:stopped", ""), "2": ("running", "")}
+    found = submissions.find(here, "one")
+    assert (found.state, found.runs) == ("running", ("1", "2"))
+
+
+@pytest.mark.parametrize("unstopped", ["1", "2"])
+def test_a_stop_that_fails_for_one_of_two_runs_can_be_repeated(
+    here, link, deployed, monkeypatch, unstopped
+):
+    submissions.submit(here, deployed, "one")
+    link.silent = Unanswered("500")
+    with contextlib.suppress(FlowerError):
+        submissions.proceed(here, since=time.monotonic() - 9)
+
+    def fails(server, run):
+        if run == unstopped:
+            raise Unanswered("500")
+        link.stop(server, run)
+
+    with monkeypatch.context() as patched, pytest.raises(Unanswered):
+        patched.setattr(superlink_client, "stop", fails)
+        submissions.stop(here, "one")
+    assert submissions.stop(here, "one").state == "stopped"
+    assert {status for status, _ in link.runs.values()} == {"finished:stopped"}
+
+
 def test_a_run_that_begins_as_the_server_starts_is_started_once(here, link, deployed):
     submissions.submit(here, deployed, "one")
     for status in ("pending", "starting", "running"):
