@@ -7,7 +7,9 @@ same configuration and directory, and the ServerApp continues from its last chec
 
 import contextlib
 import dataclasses
+import functools
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -33,6 +35,9 @@ MAX_TRIES = 5
 """The most starts of one submission without a new round."""
 ASK_SECONDS = 5.0
 """Seconds between two requests to the SuperLink about one run."""
+DAMAGED = (OSError, ValueError, TypeError, KeyError)
+"""Errors of a file that is missing, torn, or of another version."""
+log = logging.getLogger("fedlora.server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +132,20 @@ def find(server: Server, name: str) -> Submission:
 
 
 def every(server: Server) -> list[Submission]:
-    """All submissions, the oldest first."""
+    """All submissions that can be read, the oldest first; any other is reported once in the log."""
     made: list[tuple[float, Submission]] = []
     for file in server.results.glob(f"*/{SUBMISSION}"):
-        with contextlib.suppress(FileNotFoundError):  # the SuperLink has just refused it
+        try:
             content = json.loads(file.read_text(encoding="utf-8"))
             submission = Submission(**{**content, "runs": tuple(content["runs"])})
             made.append((file.parent.stat().st_ctime, submission))
+        except FileNotFoundError:  # the SuperLink has just refused it
+            continue
+        except DAMAGED as error:
+            _warn_once(
+                f"{file} cannot be read ({type(error).__name__}: {error}); the server leaves its "
+                "run alone until the file is restored"
+            )
     return [submission for _, submission in sorted(made, key=lambda one: one[0])]
 
 
@@ -198,14 +210,15 @@ def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
             ServerApp with that server.
 
     Returns:
-        A line for each action, and for each submission whose files cannot be read or written.
+        A line for each action, and for each submission that waits for the next pass: its files
+        cannot be read or written, or the SuperLink did not fulfil a request.
     """
     lines: list[str] = []
     for name in [one.name for one in every(server) if one.state == "running"]:
         try:
             with alone(server.results):
                 lines += _proceed(server, find(server, name), since)
-        except (InputError, OSError) as error:  # refused meanwhile, or a full disk
+        except (FlowerError, *DAMAGED) as error:  # also refused meanwhile, or a full disk
             lines.append(f"{name}: {error}")
     return lines
 
@@ -287,6 +300,11 @@ def _observed(
         return _ended(submission, "failed", details.removeprefix(RAISED)), False
     orphaned = status in ("starting", "running") and age > time.monotonic() - since
     return submission, orphaned or status in ("finished:failed", "unknown")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def _ended(submission: Submission, state: State, details: str) -> Submission:

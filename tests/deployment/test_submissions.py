@@ -444,6 +444,54 @@ def test_one_submission_that_cannot_be_written_holds_up_no_other(here, link, dep
     assert second.startswith("two continues")
 
 
+@pytest.mark.parametrize(
+    "content", ["", '{"name": "on', "[]", "{}", '{"runs": [], "later": 1}', None]
+)
+def test_a_submission_that_cannot_be_read_is_reported_once_and_holds_up_no_other(
+    here, link, deployed, monkeypatch, content
+):
+    for name in ("one", "two"):
+        submissions.submit(here, deployed, name)
+    file = here.results / "one" / "submission.json"
+    file.unlink()
+    file.mkdir() if content is None else file.write_text(content)
+    said = []
+    monkeypatch.setattr(submissions.log, "warning", lambda *words: said.append(words))
+    (line,) = submissions.proceed(here, since=time.monotonic() - 9)
+    assert line.startswith("two continues")
+    assert submissions.proceed(here) == []
+    assert CliRunner().invoke(app, ["deploy", "status"]).stdout == "two: running\n"
+    assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 2
+    assert len(said) == 1 and str(file) in str(said)
+
+
+@pytest.mark.parametrize("error", [FlowerError("500"), Unanswered("500")])
+def test_a_request_that_fails_for_one_submission_holds_up_no_other(
+    here, link, deployed, monkeypatch, error
+):
+    for name in ("one", "two"):
+        submissions.submit(here, deployed, name)
+
+    def status(server, run):
+        if run == "1":
+            raise error
+        return link.status(server, run)
+
+    monkeypatch.setattr(superlink_client, "status", status)
+    first, second = submissions.proceed(here, since=time.monotonic() - 9)
+    assert first == "one: 500" and second.startswith("two continues")
+
+
+@pytest.mark.parametrize("file", ["rounds.jsonl", "submission.json"])
+def test_a_submission_whose_files_are_damaged_holds_up_no_other(here, link, deployed, file):
+    for name in ("one", "two"):
+        submissions.submit(here, deployed, name)
+    damaged = {"name": "one", "runs": ["1"], "config": {}}
+    (here.results / "one" / file).write_text(json.dumps(damaged) if "sub" in file else "{\n")
+    first, second = submissions.proceed(here, since=time.monotonic() - 9)
+    assert first.startswith("one: ") and second.startswith("two continues")
+
+
 def test_a_submission_that_is_taken_back_meanwhile_ends_nothing(here, link, deployed, monkeypatch):
     submissions.submit(here, deployed, "one")
     locked = submissions.alone
