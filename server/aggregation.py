@@ -4,6 +4,7 @@ The driver (`server.rounds`) calls one `Aggregation` and knows nothing of its ki
 """
 
 import abc
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ class RobustRule(Aggregation):
 
     def __init__(self, config: RunConfig) -> None:
         federation = config.federation
-        self._rule, self._byzantine = federation.robust, federation.byzantine
+        rule, byzantine = self._rule, self._byzantine = federation.robust, federation.byzantine
+        self.least_asked = next(n for n in itertools.count(1) if robust.enough(rule, byzantine, n))
         self._mean = STRATEGIES[federation.strategy].aggregate
 
     def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:

@@ -12,6 +12,8 @@ from strategies.base import Round
 MAX_EMPTY_ROUNDS = 3
 """Rounds in a row without any update after which a run ends, if it samples institutions. A run that
 asks all of them ends after the first such round."""
+LEAST = "federation.min-updates, a robust rule, or privacy.honest + privacy.colluding"
+"""What decides on the least number of institutions of a round, in words."""
 OTHER_REPLY_BYTES = 16 * 2**20
 """The most bytes of a reply beside its vector: names, shapes, figures."""
 
@@ -26,19 +28,18 @@ def check_online(online: Mapping[str, int], least: int, left_out: Mapping[int, s
 
     Args:
         online: Institution -> node.
-        least: The least number of institutions, above 1 under secure aggregation.
+        least: The least number of institutions with which a round can count.
         left_out: Node -> the code why it takes no part.
 
     Raises:
         RunFailed: Naming both numbers.
     """
     if len(online) < least:
-        why = " (privacy.honest, privacy.colluding)" * (least > 1)
         others = f"; of others: {reasons(left_out)}"
         raise RunFailed(
-            f"{len(online)} institutions are online and take part, and a round needs {least}{why}"
-            f"{others * bool(left_out)}; resume the run when more are back. The last checkpoint is "
-            "kept"
+            f"{len(online)} institutions are online and take part, and a round needs {least} "
+            f"({LEAST}){others * bool(left_out)}; resume the run when more are back. The last "
+            "checkpoint is kept"
         )
 
 

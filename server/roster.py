@@ -222,13 +222,12 @@ class Roster:
         """Refuse a run whose budgets do not last, before any institution spends on it.
 
         Args:
-            least: The least number of institutions with which a round can change something.
+            least: The least number of institutions with which a round can count.
 
         Raises:
             InputError: When too few institutions have budget for the whole run.
         """
         privacy = self._config.privacy
-        least = max(least, self._config.federation.min_updates)
         lacking = sum(not hello.fits for hello in self._known.values())
         if len(self) - lacking < least:
             home = self._config.home

@@ -165,7 +165,7 @@ class Federation:
         """Run the rounds that are left, and write the results."""
         self.roster.wait(self.population.size)
         if self.state.round == 0 and self.config.privacy.enabled:
-            self.roster.check_budgets(self.aggregation.least_asked)
+            self.roster.check_budgets(self.least)
         tracker = tracking.Tracking(self.config, self.state.run)
         if self.state.round == 0:
             self.directory.create(self.config)
@@ -176,12 +176,14 @@ class Federation:
         while self.state.round < self.config.federation.rounds:
             online = self.awaited()
             names = self.sample(online)
-            limits.check_online(online, self.aggregation.least_asked, self.roster.left_out)
-            if not names:
+            limits.check_online(online, self.least, self.roster.left_out)
+            if len(names) < self.least:
                 log.warning(
-                    "the run ends after round %d: every institution that is online was asked for "
-                    "the %d rounds that it planned for",
+                    "the run ends after round %d: a round needs %d institutions, and of those that "
+                    "are online %d were not yet asked for the %d rounds that they planned for",
                     self.state.round,
+                    self.least,
+                    len(names),
                     self.participations,
                 )
                 break
@@ -206,6 +208,11 @@ class Federation:
         self.finish()
         tracker.end()
 
+    @property
+    def least(self) -> int:
+        """The least number of institutions with which a round can count."""
+        return max(self.aggregation.least_asked, self.config.federation.min_updates)
+
     def online(self) -> dict[str, int]:
         """Institution -> node, for those that are online and may be asked."""
         online = self.roster.online()
@@ -215,7 +222,7 @@ class Federation:
 
     def awaited(self) -> dict[str, int]:
         """`online`, where a deployment waits a while for enough institutions to be back."""
-        least, online = self.aggregation.least_asked, self.online()
+        least, online = self.least, self.online()
         if not self.config.deployed or len(online) >= least:
             return online
         seconds = self.config.federation.timeout

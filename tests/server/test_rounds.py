@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fedlora.adapters import AdapterState, kind
 from fedlora.config import from_flat
 from fedlora.errors import Refusal
 from fedlora.run_files import read_records
-from server import limits, roster, rounds
+from server import aggregation, limits, roster, rounds
 from server.roster import Roster, RunFailed
 from server.rounds import Federation
 
@@ -92,41 +93,85 @@ def test_a_round_that_nobody_answered_ends_no_run(code):
     limits.check_progress(_line({"a": "failed"}), 0, all_asked=True)
 
 
-@pytest.mark.parametrize(("least", "back", "ends"), [(1, 2, False), (3, 5, False), (3, 99, True)])
-def test_a_deployment_waits_for_institutions_that_are_away(monkeypatch, least, back, ends):
-    """They are back at the look number ``back``."""
-    looks: list[int] = []
-    clock = SimpleNamespace(now=0.0)
+@pytest.fixture
+def waiting(monkeypatch):
+    """Makes a federation of five whose `online` names ``away``, and all from look ``back`` on."""
 
-    def online(_):
-        looks.append(1)
-        away = len(looks) < back
-        return {} if away else {f"bank-{i}": i for i in range(least)}
+    def make(away, back, *, least=1, **values):
+        looks: list[int] = []
+        clock = SimpleNamespace(now=0.0)
 
-    monkeypatch.setattr(Federation, "online", online)
-    monkeypatch.setattr(rounds.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(rounds.time, "sleep", lambda s: setattr(clock, "now", clock.now + s))
-    one = object.__new__(Federation)
-    one.config = from_flat(
-        {
+        def online(_):
+            looks.append(1)
+            names = away if len(looks) < back else ("a", "b", "c", "d", "e")
+            return {name: node for node, name in enumerate(names, 1)}
+
+        monkeypatch.setattr(Federation, "online", online)
+        monkeypatch.setattr(rounds.time, "monotonic", lambda: clock.now)
+        monkeypatch.setattr(rounds.time, "sleep", lambda s: setattr(clock, "now", clock.now + s))
+        one: Any = object.__new__(Federation)
+        deployed = {
             "data.source": "institutions",
             "data.institutions": 5,
             "data.labels": ["x", "y"],
             "federation.timeout": 60.0,
         }
-    )
-    one.aggregation = SimpleNamespace(least_asked=least)
-    one.state = SimpleNamespace(round=3)
+        one.config = from_flat(deployed | values)
+        one.aggregation = SimpleNamespace(least_asked=least)
+        one.participations = one.config.federation.rounds
+        one.state = SimpleNamespace(round=3, asked={})
+        return one, clock
+
+    return make
+
+
+@pytest.mark.parametrize(("back", "ends"), [(5, False), (99, True)])
+@pytest.mark.parametrize(("least", "updates"), [(1, 1), (3, 1), (1, 3), (2, 3)])
+def test_a_deployment_waits_for_institutions_that_are_away(waiting, least, updates, back, ends):
+    """A round with fewer than federation.min-updates is charged, and cannot count."""
+    needed = max(least, updates)
+    away = ("a", "b", "c")[: needed - 1]
+    one, clock = waiting(away, back, least=least, **{"federation.min-updates": updates})
     found = one.awaited()
     assert clock.now <= 60.0
     if ends:
-        words = f"0 institutions are online and take part, and a round needs {least} "
+        words = f"{needed - 1} institutions are online and take part, and a round needs {needed} "
         with pytest.raises(RunFailed, match=words) as failed:
-            limits.check_online(found, least, {7: "silent", 8: "silent"})
+            limits.check_online(found, one.least, {7: "silent", 8: "silent"})
         assert "of others: silent x 2; resume the run" in str(failed.value)
     else:
-        assert len(found) == least
-        limits.check_online(found, least, {})
+        assert len(found) == 5
+        limits.check_online(found, one.least, {})
+
+
+def test_a_round_whose_updates_could_not_count_asks_nobody(
+    tiny_config, simulate_run, monkeypatch, caplog
+):
+    """Without Delta the other three have six rounds left, but not two of them at the end."""
+    online = Roster.online
+
+    def without_delta(self):
+        return {name: node for name, node in online(self).items() if name != "Delta"}
+
+    monkeypatch.setattr(Roster, "online", without_delta)
+    monkeypatch.setattr(roster, "NODES_TIMEOUT", 0.0)
+    values = {"rounds": 6, "institutions-per-round": 2, "min-updates": 2}
+    config = tiny_config(**{f"federation.{key}": value for key, value in values.items()})
+    simulate_run(config)
+    asked = [record["asked"] for record in read_records(Path(config.run_dir))]
+    assert asked == [2] * 4
+    assert "the run ends after round 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rule", "byzantine", "least"),
+    [("krum", 1, 5), ("krum", 0.2, 3), ("krum", 0.4, 7), ("median", 2, 5), ("median", 0.3, 1)],
+)
+def test_a_robust_rule_needs_as_many_institutions_as_it_can_use(
+    tiny_config, rule, byzantine, least
+):
+    values = {"federation.robust": rule, "federation.byzantine": byzantine}
+    assert aggregation.choose(tiny_config(**values), 9, 3).least_asked == least
 
 
 def test_an_institution_that_was_asked_before_a_crash_and_never_again_stands_in_the_statement(
