@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,8 +85,8 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
 
     Raises:
         InputError: For a configuration that is not for a deployment, or a name that is taken.
-        Unanswered: When the SuperLink may have accepted the run. The submission stays, and
-            `proceed` checks for its run.
+        Unanswered: When the SuperLink may have accepted the run, or a file failed meanwhile.
+            The submission stays, and `proceed` checks for its run.
         FlowerError: When the SuperLink did not accept the run; the submission is removed.
     """
     if not RUN_NAME.fullmatch(name):
@@ -106,14 +107,7 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
     with alone(server.results):
         made = Submission(name=name, config=dict(flat))
         made.save()
-        try:
-            return _start(server, made)
-        except (Unanswered, KeyboardInterrupt):
-            raise
-        except BaseException:
-            (directory / SUBMISSION).unlink()
-            directory.rmdir()
-            raise
+        return _first_start(server, made, lambda: shutil.rmtree(directory))
 
 
 def find(server: Server, name: str) -> Submission:
@@ -173,8 +167,8 @@ def resume(server: Server, name: str) -> Submission:
 
     Raises:
         InputError: For a run that has not failed and was not stopped.
-        Unanswered: When the SuperLink may have accepted the run. The submission is running, and
-            `proceed` checks for its run.
+        Unanswered: When the SuperLink may have accepted the run, or a file failed meanwhile.
+            The submission is running, and `proceed` checks for its run.
         FlowerError: When it did not; the submission stays as it was.
     """
     with alone(server.results):
@@ -192,13 +186,7 @@ def resume(server: Server, name: str) -> Submission:
         )
         # without runs: an ended run's status would end this submission again, should no answer come
         dataclasses.replace(again, runs=()).save()
-        try:
-            return _start(server, again)
-        except Unanswered:
-            raise
-        except (FlowerError, InputError):
-            submission.save()
-            raise
+        return _first_start(server, again, submission.save)
 
 
 def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
@@ -266,6 +254,19 @@ def follow(
             with contextlib.suppress(FlowerError):  # an unreachable SuperLink may come back
                 observe(server, name)
         time.sleep(1.0)
+
+
+def _first_start(server: Server, saved: Submission, undo: Callable[[], None]) -> Submission:
+    """Start a submission whose file has no runs yet; undo the file only if Flower has no run."""
+    try:
+        return _start(server, saved)
+    except Unanswered:
+        raise
+    except (FlowerError, InputError):
+        undo()
+        raise
+    except OSError as error:
+        raise Unanswered(f"the start of {saved.name} was interrupted ({error})") from error
 
 
 def _start(server: Server, submission: Submission) -> Submission:

@@ -136,12 +136,59 @@ def test_what_the_superlink_does_not_take_leaves_nothing(here, link, deployed):
     assert not (here.results / "one").exists()
 
 
-@pytest.mark.parametrize("error", [Unanswered("ReadTimeout"), KeyboardInterrupt()])
+@pytest.mark.parametrize("command", ["submit", "resume"])
+def test_a_run_that_cannot_be_noted_is_one_line_and_is_taken_and_not_made_again(
+    here, link, deployed, tmp_path, monkeypatch, command
+):
+    file = tmp_path / "run.toml"
+    file.write_text(deployed.to_toml())
+    arguments = ["resume", "one"]
+    if command == "resume":
+        submissions.submit(here, deployed, "one")
+        submissions.stop(here, "one")
+    else:
+        arguments = ["submit", str(file), "--name", "one"]
+    write = submissions.write_atomic
+
+    def full(path, content):
+        if any(status == "running" for status, _ in link.runs.values()):
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(submissions, "write_atomic", full)
+        done = CliRunner().invoke(app, ["deploy", *arguments])
+    assert done.exit_code == 4
+    assert "No space left" in done.stderr and "unless it has begun" in done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout
+    made = list(link.runs)
+    assert len(submissions.proceed(here)) == 1
+    assert list(link.runs) == made
+    found = submissions.find(here, "one")
+    assert (found.state, found.runs) == ("running", (made[-1],))
+
+
+def test_a_configuration_that_no_run_can_have_leaves_no_submission(
+    here, link, deployed, monkeypatch
+):
+    def refused(server, submission):
+        raise InputError("data.labels is wrong")
+
+    monkeypatch.setattr(submissions, "_start", refused)
+    with pytest.raises(InputError):
+        submissions.submit(here, deployed, "one")
+    assert not (here.results / "one").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Unanswered("ReadTimeout"), KeyboardInterrupt(), OSError(28, "No space left on device")],
+)
 def test_a_run_that_was_made_without_an_answer_is_taken_and_not_made_again(
     here, link, deployed, error
 ):
     link.silent = error
-    with pytest.raises(type(error)):
+    with pytest.raises((Unanswered, KeyboardInterrupt)):
         submissions.submit(here, deployed, "one")
     assert submissions.observe(here, "one").state == "running"
     assert len(submissions.proceed(here)) == 1
@@ -406,7 +453,7 @@ def test_a_resumed_run_without_an_answer_is_seen_and_goes_on(here, link, deploye
     submissions.submit(here, deployed, "one")
     submissions.stop(here, "one")
     link.silent, link.broken = (error, None) if made else (None, error)
-    with pytest.raises((FlowerError, KeyboardInterrupt, OSError)):
+    with pytest.raises((Unanswered, KeyboardInterrupt)):
         submissions.resume(here, "one")
     link.silent = link.broken = None
     assert submissions.observe(here, "one").state == "running"
@@ -478,7 +525,7 @@ def test_a_request_that_fails_for_one_submission_holds_up_no_other(
         return link.status(server, run)
 
     monkeypatch.setattr(superlink_client, "status", status)
-    first, second = submissions.proceed(here, since=time.monotonic() - 9)
+    first, second = sorted(submissions.proceed(here, since=time.monotonic() - 9))
     assert first == "one: 500" and second.startswith("two continues")
 
 
@@ -488,7 +535,7 @@ def test_a_submission_whose_files_are_damaged_holds_up_no_other(here, link, depl
         submissions.submit(here, deployed, name)
     damaged = {"name": "one", "runs": ["1"], "config": {}}
     (here.results / "one" / file).write_text(json.dumps(damaged) if "sub" in file else "{\n")
-    first, second = submissions.proceed(here, since=time.monotonic() - 9)
+    first, second = sorted(submissions.proceed(here, since=time.monotonic() - 9))
     assert first.startswith("one: ") and second.startswith("two continues")
 
 
