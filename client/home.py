@@ -22,15 +22,12 @@ from client.alone_models import AloneModel
 from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
 from fedlora.adapters import PARTS, AdapterState, factor_names, kind
+from fedlora.errors import InputError
 from fedlora.lora_layers import ADAPTER, lora_layers
-from fedlora.sections import HOME_FINISH, HomeConfig
+from fedlora.sections import HOME_CHOOSES_FROM, HOME_FINISH, HOME_VALIDATION, HomeConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable
 
-VALIDATION = 0.2
-"""Share of the training records that choices are made on."""
-MIN_VALIDATION = 16
-"""An institution with fewer such records takes all steps, the first rate, the smallest weight."""
 WEIGHTS = (0.5, 0.75, 1.0)
 """Weights of the adapter that was trained at home, against the shared one; fine-tune has only 1."""
 
@@ -74,6 +71,9 @@ def models_at_home(
     Returns:
         The models of each institution.
 
+    Raises:
+        InputError: If training a model alone gives no numbers.
+
     Reference: interpolation with the shared model: Wortsman et al. (2022), arXiv 2109.01903;
     a penalty on the distance to it: Li et al. (2021), Ditto, arXiv 2012.04221, which is MR-MTL of
     Liu et al. (2022), arXiv 2206.07902.
@@ -102,6 +102,13 @@ def models_at_home(
     mixtures |= trainer.best_mixtures(trials[Model.OWN], validation)
     own_settings = {i: setting for i, (setting, _) in mixtures.items()}
     alone = trainer.finish(Model.ALONE, alone_settings, trials[Model.ALONE])
+    for i, adapter in alone.items():
+        if not all(tensor.isfinite().all() for tensor in adapter.values()):
+            raise InputError(
+                f"the model alone has no finite values after {alone_settings[i].steps} steps at "
+                f"{alone_settings[i].learning_rate:g}, so nothing can be compared with it; lower "
+                "home.learning-rate or home.head-learning-rate"
+            )
     for i, adapter in alone.items():
         alone_models.write(homes[i].alone, AloneModel(adapter, alone_settings[i]))
     alone |= {i: model.adapter for i, model in kept.items()}
@@ -312,8 +319,8 @@ def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> Adapter
 
 def _split(home: Home) -> tuple[Shard, Shard | None]:
     """The records that a model is fitted to, and those that choices are made on."""
-    count = round(VALIDATION * len(home.shard))
-    if count < MIN_VALIDATION:
+    if len(home.shard) < HOME_CHOOSES_FROM:
         return home.shard, None
+    count = round(HOME_VALIDATION * len(home.shard))
     order = home.source.child("validation").permutation(len(home.shard))
     return home.shard.select(np.sort(order[count:])), home.shard.select(np.sort(order[:count]))

@@ -10,7 +10,7 @@ from client.cohort import answer, attempt
 from client.home_models import Home, HomeModels, PrivateOwn
 from client.institution import Institution
 from fedlora import trainable
-from fedlora.messages import EvaluateOrder, Evaluation, TrainOrder
+from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, TrainOrder
 
 log = logging.getLogger("fedlora.client")
 
@@ -105,14 +105,20 @@ def _train_privately(members: Mapping[int, Member]) -> dict[int, PrivateOwn | Ex
         if isinstance(update, Exception):
             outcomes[number] = update
             continue
-        one = members[number]
-        assert update.privacy is not None
-        outcomes[number] = PrivateOwn(
-            run=one.run,
-            adapter=one.home.shared.updated(update.adapter),
-            privacy=update.privacy,
-        )
+        outcomes[number] = attempt(_private_own, members[number], update)
     return outcomes
+
+
+def _private_own(member: Member, update: ClientUpdate) -> PrivateOwn:
+    """The trained model, with the ledger's spending of now: a stored answer has that of its day."""
+    assert update.privacy is not None
+    with member.institution.open_ledger() as ledger:
+        privacy = dataclasses.replace(
+            update.privacy, ledger_epsilon=ledger.spent(), ledger_limit=ledger.max_epsilon
+        )
+        alone = ledger.spent_alone()
+    adapter = member.home.shared.updated(update.adapter)
+    return PrivateOwn(run=member.run, adapter=adapter, privacy=privacy, ledger_alone=alone)
 
 
 def _private_call(member: Member) -> tuple[Institution, TrainOrder]:

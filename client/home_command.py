@@ -31,7 +31,7 @@ from fedlora.errors import InputError
 from fedlora.files import new_path, write_atomic
 from fedlora.joining_verdict import FINDINGS, MODELS, interval, outcome
 from fedlora.released import ReleaseFiles
-from fedlora.sections import HomeConfig
+from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
 
 LOCK = "home.lock"
 SPLIT = 0.2
@@ -99,7 +99,9 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         if config.home.private:
             say(f"own: {config.home.steps} steps at epsilon {config.home.epsilon:g}")
         plain = "alone" if config.home.private else "alone and own"
-        say(f"{plain}: {config.home.steps} steps to choose by, then a third on all records")
+        chooses = len(train_rows) >= HOME_CHOOSES_FROM
+        then = " to choose by, then a third on all records" * chooses
+        say(f"{plain}: {config.home.steps} steps{then}")
         home = institution.home(shared)
         member = Member(institution=institution, run=found.run, home=home)
         models = home_cohort.train({0: member})[0]

@@ -24,11 +24,17 @@ training protects each {unit} in the institution's records: epsilon {epsilon:.4g
 (one {unit} added or removed; {steps} steps, sample rate {sample_rate:.4g}, noise multiplier
 {noise_multiplier:.4g}, clipping bound {max_grad_norm:g}).
 
-The run may have used the same records. Together with it, and with all other runs in the ledger of
-the institution, the spending is epsilon {ledger_epsilon:.4g} at delta {ledger_delta:g}. Runs
-without differential privacy on these records, if there were any, are not covered.
+The run may have used the same records. Together with it, and with all other runs that were in the
+ledger of the institution when this card was written, the spending is epsilon {ledger_epsilon:.4g}
+at delta {ledger_delta:g}. Runs without differential privacy on these records, if there were any,
+are not covered.
 """
 """The model card of an own adapter that was trained under DP."""
+SHARED_NOISE_CARD = """
+Runs with secure aggregation are in that sum as long as the institutions that they count as honest
+added their noise. If all others collude, the spending is epsilon {0:.4g}.
+"""
+"""A further paragraph of the card where the ledger has such runs."""
 SEEDED_CARD = """
 The noise was drawn from a seed, for a reproducible simulation, so this training protects nobody.
 """
@@ -42,16 +48,22 @@ class PrivateOwn:
     Args:
         run: The run that released the shared adapter.
         adapter: The trained adapter.
-        privacy: The spending of this training.
+        privacy: The spending of this training; its ledger's figures are of now, also where a
+            stored answer is given again.
+        ledger_alone: The ledger's spending if, in runs with secure aggregation, all other
+            institutions collude.
     """
 
     run: str
     adapter: AdapterState
     privacy: PrivacySpent
+    ledger_alone: float
 
     def card(self) -> str:
         """The model card."""
         card = PRIVATE_CARD.format(run=self.run, **dataclasses.asdict(self.privacy))
+        if self.ledger_alone > self.privacy.ledger_epsilon:
+            card += SHARED_NOISE_CARD.format(self.ledger_alone)
         return card + (SEEDED_CARD if self.privacy.noise == "seeded" else "")
 
 

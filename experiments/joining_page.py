@@ -14,6 +14,7 @@ from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
 from fedlora import joining_verdict
 from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MODELS
+from fedlora.sections import HOME_CHOOSES_FROM
 
 TITLE = "What joining gives"
 MAX_ROWS = 40  # institutions in the figure of a run
@@ -41,18 +42,19 @@ CHOICES = (
     "The number of training steps of the model alone, the learning rate at home if several are "
     "given, and how much an own model without differential privacy keeps of the shared adapter (at "
     "most half; with fine-tune nothing), were chosen by each institution on validation records, a "
-    "part of its training records. "
+    "part of its training records. Institutions with fewer than "
+    f"{HOME_CHOOSES_FROM} training records chose nothing. "
     "Held-out records decided nothing: the three models were measured on them once, at the end."
 )
 BARS = (
-    "Bars in the picture are 95 % intervals over seeds. Seeds are splits of the same records, so "
-    "another set of records could differ by more."
+    "Bars in the picture are 95 % intervals over seeds. Seeds are splits of the same records, or "
+    "partitions of them with one test file, so another set of records could differ by more."
 )
 INTERVALS = (
     "An interval says how far the gain could differ with other held-out records of the same kind. "
     "It does not cover the noise of training: another run of this configuration has other noise. "
-    "Where joining makes no difference at all, chance still lets about one institution in forty "
-    "count as gaining, and one in forty as losing."
+    "Where joining makes no difference at all, other held-out records alone let one institution in "
+    "forty count as gaining and one in forty as losing; with the noise of training it is more."
 )
 
 

@@ -34,7 +34,8 @@ ALL = "all"
 CONFIDENCE = 0.95
 CAPTION = (
     "Means over seeds ± half the 95 % confidence interval (Student's t; where each seed draws its "
-    "held-out rows from the same records, widened by Nadeau and Bengio 2003), in percent of "
+    "held-out rows from the same records, widened by Nadeau and Bengio 2003; where all seeds have "
+    "one test file, of other partitions and noise only, not of other test rows), in percent of "
     "held-out rows; gains are percentage points against each institution alone, seed by seed. "
     "Worst institution: the lowest accuracy of each seed. Settings without effect in an arm stand "
     "once."

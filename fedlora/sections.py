@@ -453,6 +453,10 @@ class PrivacyConfig(Section):
 
 HOME_FINISH = 3
 """A chosen adapter is trained on at home, on all records, for its steps divided by this."""
+HOME_VALIDATION = 0.2
+"""Share of an institution's training records that choices at home are made on."""
+HOME_CHOOSES_FROM = 78
+"""An institution with fewer training records, so fewer than 16 to choose on, chooses nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -516,11 +520,13 @@ class HomeConfig(Section):
     def work(self, records: int) -> float:
         """The most passes of a record that an institution with these training records makes.
 
-        Two models: each by every rate to choose, and the chosen trial trained on at the end.
+        Two models: each by every rate to choose, and the chosen trial trained on at the end; each
+        once where there are too few records to choose on.
         """
         if self.method == "none":
             return 0.0
-        trainings = 2 * (len(self.learning_rate) + 1 / HOME_FINISH)
+        chooses = records >= HOME_CHOOSES_FROM
+        trainings = 2 * (len(self.learning_rate) + 1 / HOME_FINISH if chooses else 1)
         return trainings * self.steps * min(self.batch_size, records)
 
 

@@ -15,6 +15,7 @@ from client.home_models import Choice, Setting
 from client.institution import Institution
 from fedlora import models, trainable
 from fedlora.adapters import AdapterState
+from fedlora.errors import InputError
 from fedlora.messages import EvaluateOrder
 from fedlora.shards import Federation
 from tests.client.test_home_training import moved, with_residual
@@ -367,20 +368,38 @@ def test_an_institution_with_under_sixteen_validation_records_chooses_nothing(
     assert found.choice.weight >= 0.5 and not same(found.own, one.shared)
 
 
-def test_a_training_that_ends_in_no_numbers_leaves_the_shared_adapter(banks, monkeypatch):
+@pytest.fixture
+def diverges(monkeypatch):
+    """Makes a training, by its number, give the first institution no numbers; gives the calls."""
+
+    def make(number):
+        calls, train = [], home.train_at_home
+
+        def broken(work, trainees, plan):
+            calls.append(trainees)
+            adapters = train(work, trainees, plan)
+            if len(calls) == number:
+                adapters[0][0] = adapters[0][0].updated(
+                    {n: t * np.nan for n, t in adapters[0][0].items()}
+                )
+            return adapters
+
+        monkeypatch.setattr(home, "train_at_home", broken)
+        return calls
+
+    return make
+
+
+def test_a_model_alone_without_numbers_is_compared_with_nothing(banks, diverges):
     institutions, order, work, config = banks()
-    calls, train = [], home.train_at_home
+    diverges(3)  # on all records
+    with pytest.raises(InputError, match=r"no finite values after . steps at 0\.02.*lower home"):
+        models_at_home(work, homes_of(institutions, order), config.home, 64)
 
-    def broken(work, trainees, plan):
-        calls.append(trainees)
-        adapters = train(work, trainees, plan)
-        if len(calls) == 4:  # the own model, on all records
-            adapters[0][0] = adapters[0][0].updated(
-                {n: t * np.nan for n, t in adapters[0][0].items()}
-            )
-        return adapters
 
-    monkeypatch.setattr(home, "train_at_home", broken)
+def test_a_training_that_ends_in_no_numbers_leaves_the_shared_adapter(banks, diverges):
+    institutions, order, work, config = banks()
+    calls = diverges(4)  # the own model, on all records
     found = models_at_home(work, homes_of(institutions, order), config.home, 64)
     assert len(calls) == 4 and found[0].choice.weight == 0.0
     assert same(found[0].own, order.adapter)

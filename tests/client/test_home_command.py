@@ -19,6 +19,7 @@ from client import app, config_policy, home, home_command, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from fedlora import released, trainable, wire
+from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.config import UNRELEASED
 from fedlora.errors import InputError, Refusal
@@ -486,6 +487,30 @@ def test_the_charge_is_on_the_disk_before_the_first_step_and_a_repeat_costs_noth
         AdapterState.open(made.directory / place / "own") for place in ("state/home/first", "again")
     )
     assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+
+
+@pytest.mark.parametrize("shares", [0, 3])
+def test_a_repeated_card_has_the_ledger_of_its_day_and_the_condition_of_shared_noise(bank, shares):
+    made = bank()
+    made.receive(made.release())
+    first = made.result("--run", "first", "--epsilon", 2)["privacy"]
+    event = Event(noise_multiplier=2.0, sample_rate=0.5, steps=1, shares=shares)
+    with Ledger.open(made.load().ledger) as ledger:
+        ledger.charge(
+            run_id="other",
+            round_number=1,
+            order_digest="other",
+            event=event,
+            planned=[event],
+            max_steps_of_run=1,
+        )
+        now, alone = ledger.spent(), ledger.spent_alone()
+    again = made.result("--run", "first", "--epsilon", 2, "--out", made.directory / "again")
+    assert again["privacy"] == first | {"ledger_epsilon": now} and now > first["ledger_epsilon"]
+    card = (made.directory / "again" / "own" / "README.md").read_text().replace("\n", " ")
+    assert f"the spending is epsilon {now:.4g}" in card
+    assert (alone > now) == bool(shares)
+    assert (f"If all others collude, the spending is epsilon {alone:.4g}." in card) == bool(shares)
 
 
 def test_under_dp_no_own_model_is_trained_without_dp(bank, monkeypatch):
