@@ -221,23 +221,28 @@ class Federation:
         return {name: node for name, node in online.items() if name in self.session.members}
 
     def awaited(self) -> dict[str, int]:
-        """`online`, where a deployment waits a while for enough institutions to be back."""
-        least, online = self.least, self.online()
-        if not self.config.deployed or len(online) >= least:
+        """`online`, where a deployment waits a while for institutions that the next round needs."""
+        online, seconds = self.online(), self.config.federation.timeout
+        if not self.config.deployed or self.ready(online):
             return online
-        seconds = self.config.federation.timeout
         log.warning(
-            "%d institutions are online, and round %d needs %d; waiting for up to %.0f s",
+            "%d institutions are online, of which round %d may ask %d, and it needs %d; waiting "
+            "for up to %.0f s",
             len(online),
             self.state.round + 1,
-            least,
+            len(self.sample(online)),
+            self.least,
             seconds,
         )
         deadline = time.monotonic() + seconds
-        while len(online) < least and time.monotonic() < deadline:
+        while not self.ready(online) and time.monotonic() < deadline:
             time.sleep(ONLINE_PAUSE)
             online = self.online()
         return online
+
+    def ready(self, online: Mapping[str, int]) -> bool:
+        """Whether the next round can count with these institutions, or nobody else is missing."""
+        return len(self.sample(online)) >= self.least or len(online) >= self.population.size
 
     def sample(self, online: Mapping[str, int]) -> list[str]:
         """The institutions of the next round, among those that are online."""

@@ -118,6 +118,7 @@ def waiting(monkeypatch):
         }
         one.config = from_flat(deployed | values)
         one.aggregation = SimpleNamespace(least_asked=least)
+        one.population = SimpleNamespace(size=5)
         one.participations = one.config.federation.rounds
         one.state = SimpleNamespace(round=3, asked={})
         return one, clock
@@ -142,6 +143,21 @@ def test_a_deployment_waits_for_institutions_that_are_away(waiting, least, updat
     else:
         assert len(found) == 5
         limits.check_online(found, one.least, {})
+
+
+@pytest.mark.parametrize(("back", "waited"), [(1, 0.0), (5, 8.0), (99, 60.0)])
+def test_a_deployment_waits_where_all_that_are_online_had_their_rounds(waiting, back, waited):
+    """Otherwise a run would end as completed while those who have rounds left are away."""
+    one, clock = waiting(("a", "b"), back, **{"federation.institutions-per-round": 2})
+    one.participations, one.state.asked = 4, {"a": 4, "b": 4, "c": 1, "d": 1}
+    assert len(one.sample(one.awaited())) == (0 if back == 99 else 2)
+    assert clock.now == waited
+
+
+def test_a_deployment_whose_institutions_all_had_their_rounds_does_not_wait(waiting):
+    one, clock = waiting((), 1)
+    one.state.asked = dict.fromkeys("abcde", one.participations)
+    assert one.sample(one.awaited()) == [] and clock.now == 0.0
 
 
 def test_a_round_whose_updates_could_not_count_asks_nobody(
