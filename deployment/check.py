@@ -400,11 +400,18 @@ def _ledger(path: str) -> Check:
         return Check("ledger", "fail", str(refusal))
     spent = f"epsilon {shown['epsilon']:.3g} of {shown['limit']:g} spent"
     if accountant == "prv":
+        remedy = (
+            "the accountant cannot change for these records, since a second ledger for them voids "
+            "the guarantee: keep this ledger, and make the ledger of the next records with "
+            "--accountant rdp (docs/deployment.md, 'Other records')"
+            if shown["entries"]
+            else "nothing is charged yet: replace it by a ledger with --accountant rdp"
+        )
         return Check(
             "ledger",
             "warn",
             f"{spent}; its accountant is prv, whose limit does not cover a server that chooses a "
-            "run's noise after it has seen another run: make a ledger with --accountant rdp",
+            f"run's noise after it has seen another run; {remedy}",
         )
     return Check("ledger", "ok", spent)
 

@@ -19,6 +19,7 @@ from client import settings
 from client.ledger import Ledger
 from deployment import check, keys, node, setup
 from fedlora import peers
+from fedlora.accounting import Event
 from fedlora.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -165,8 +166,22 @@ def test_a_ledger_that_trusts_the_server_s_choice_of_noise_is_warned_of(institut
     ledger = institution.parents[1] / "ledger" / "ledger.db"
     ledger.unlink()
     Ledger.create(ledger, max_epsilon=9.0, delta=1e-4, accountant="prv")
-    (found,) = [one for one in check.institution(institution) if one.name == "ledger"]
-    assert found.outcome == "warn" and "--accountant rdp" in found.details
+    found = _as(check.institution(institution), "ledger")
+    assert found.outcome == "warn" and "replace it by a ledger with --accountant rdp" in found.details
+    with Ledger.open(ledger) as opened:
+        opened.bind("f" * 64, "record")
+        opened.charge(
+            run_id="one",
+            round_number=1,
+            order_digest="x",
+            event=Event(noise_multiplier=2.0, sample_rate=0.1, steps=1),
+            planned=(),
+            max_steps_of_run=1,
+        )
+    found = _as(check.institution(institution), "ledger")
+    assert found.outcome == "warn"
+    assert "replace" not in found.details  # a second ledger would void the guarantee
+    assert "keep this ledger" in found.details and "Other records" in found.details
 
 
 @pytest.fixture
