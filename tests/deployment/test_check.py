@@ -167,7 +167,8 @@ def test_a_ledger_that_trusts_the_server_s_choice_of_noise_is_warned_of(institut
     ledger.unlink()
     Ledger.create(ledger, max_epsilon=9.0, delta=1e-4, accountant="prv")
     found = _as(check.institution(institution), "ledger")
-    assert found.outcome == "warn" and "replace it by a ledger with --accountant rdp" in found.details
+    assert found.outcome == "warn"
+    assert "replace it by a ledger with --accountant rdp" in found.details
     with Ledger.open(ledger) as opened:
         opened.bind("f" * 64, "record")
         opened.charge(
