@@ -5,15 +5,13 @@ from typing import Any
 
 from fedlora.adapters import PARTS, AdapterState
 from server.replies import AWAY, SILENT
-from server.roster import RunFailed, reasons
+from server.roster import LEAST, RunFailed, reasons
 from strategies import base
 from strategies.base import Round
 
 MAX_EMPTY_ROUNDS = 3
 """Rounds in a row without any update after which a run ends, if it samples institutions. A run that
 asks all of them ends after the first such round."""
-LEAST = "federation.min-updates, a robust rule, or privacy.honest + privacy.colluding"
-"""What decides on the least number of institutions of a round, in words."""
 OTHER_REPLY_BYTES = 16 * 2**20
 """The most bytes of a reply beside its vector: names, shapes, figures."""
 

@@ -18,7 +18,7 @@ from fedlora.errors import InputError, Refusal
 from fedlora.messages import Hello, Query
 from fedlora.run_files import NODES, SIZES
 from server.exchange import exchange
-from server.replies import SILENT, content
+from server.replies import AWAY, SILENT, content
 
 log = logging.getLogger("fedlora.server")
 
@@ -26,8 +26,12 @@ NODES_TIMEOUT = 60.0  # seconds to wait for the first institutions
 HELLO_PAUSE = 60.0
 """Seconds after which a deployment asks an institution again that did not take part; each further
 time twice as many. It is also the longest wait for that answer."""
+LEAST = "federation.min-updates, a robust rule, or privacy.honest + privacy.colluding"
+"""What decides on the least number of institutions of a round, in words."""
 MAX_SILENT = 2
 """Orders in a row that an institution may leave without an answer."""
+PASSING = ("ledger-locked", "timed-out", "client-crashed", AWAY, *SILENT)
+"""The codes of an institution that may be ready when it is asked again, with nothing mended."""
 UNTIMED_TOGETHER = 8
 """The most institutions that a worker of a simulation serves together while nobody knows how long
 they take."""
@@ -192,22 +196,43 @@ class Roster:
             f"server/institutions/{name}.size"
         )
 
-    def wait(self, institutions: int) -> None:
+    def wait(self, institutions: int, least: int) -> None:
         """Wait until all institutions have replied, or until time is up.
 
+        Time is up after `NODES_TIMEOUT`. While fewer than ``least`` are ready, a deployment goes on
+        until ``federation.timeout``, and a refusal of `PASSING` is no reply there.
+
+        Args:
+            institutions: The number of institutions of the run.
+            least: The least number of institutions with which a round can count.
+
         Raises:
-            RunFailed: When too few are ready.
+            RunFailed: When fewer than ``least`` are ready.
         """
-        deadline = time.monotonic() + NODES_TIMEOUT
-        while len(self.online()) + len(self.refused) < institutions:
-            if time.monotonic() > deadline:
+        begun, told = time.monotonic(), False
+        longest = max(NODES_TIMEOUT, self._config.federation.timeout)
+        while True:
+            online = len(self.online())
+            lacking = self._config.deployed and len(self) < least
+            passing = PASSING if lacking else ()
+            if online + sum(c not in passing for c in self.refused.values()) >= institutions:
                 break
+            waited = time.monotonic() - begun
+            if waited > (longest if lacking else NODES_TIMEOUT):
+                break
+            if waited > NODES_TIMEOUT and not told:
+                told = True
+                log.warning(
+                    "%d institutions are ready, and a round needs %d; waiting for up to %.0f s",
+                    len(self),
+                    least,
+                    longest,
+                )
             time.sleep(1.0)
-        if len(self) < max(1, self._config.federation.min_updates):
+        if len(self) < least:
             raise RunFailed(
                 f"{len(self)} institutions are ready and {len(self.left_out)} refuse or are "
-                f"refused ({reasons(self.left_out)}); federation.min-updates is "
-                f"{self._config.federation.min_updates}"
+                f"refused ({reasons(self.left_out)}); a round needs {least} ({LEAST})"
             )
 
     def rank(self, node: int) -> int:

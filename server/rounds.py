@@ -163,7 +163,7 @@ class Federation:
 
     def run(self) -> None:
         """Run the rounds that are left, and write the results."""
-        self.roster.wait(self.population.size)
+        self.roster.wait(self.population.size, self.least)
         if self.state.round == 0 and self.config.privacy.enabled:
             self.roster.check_budgets(self.least)
         tracker = tracking.Tracking(self.config, self.state.run)

@@ -1,6 +1,7 @@
 """Who is let into a run, and under which name."""
 
 import json
+from typing import ClassVar
 
 import pytest
 from flwr.app import Message
@@ -15,18 +16,24 @@ from server.roster import Roster, RunFailed
 from simulation.engines.inline import InlineGrid
 
 DEPLOYED = {"data.source": "institutions", "data.institutions": 3, "data.labels": '["x", "y"]'}
+SIMULATED = {"data.source": "package:edgartools", "data.labels": "[]"}
 
 
 class Nodes(InlineGrid):
-    """Nodes 1, 2, ... that call themselves what they are told to; who is away is not there."""
+    """Nodes 1, 2, ... that call themselves what they are told to; who is away is not there.
+
+    Those in ``refusing`` answer with the code there.
+    """
 
     def __init__(self, *names, sizes=None):
-        app, self.names, self.asked = ClientApp(), list(names), []
+        app, self.names, self.asked, self.refusing = ClientApp(), list(names), [], {}
 
         @app.query()
         def hello(message, context):
             self.asked.append(context.node_id)
             name = self.names[context.node_id - 1]
+            if name in self.refusing:
+                return Message(wire.pack_refusal(self.refusing[name]), reply_to=message)
             size = (sizes or {}).get(name, 0)
             said = Hello(
                 institution=name, version=fedlora.__version__, fits=True, rank=8, size=size
@@ -59,6 +66,28 @@ def made(tmp_path):
     return make
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The roster's time, which passes as the test says, and while the roster sleeps.
+
+    ``then`` has what happens as soon as a time has come.
+    """
+
+    class Clock:
+        now = 0.0
+        then: ClassVar = {}
+
+        @classmethod
+        def sleep(cls, seconds):
+            cls.now += seconds
+            for at in [at for at in cls.then if at <= cls.now]:
+                cls.then.pop(at)()
+
+    monkeypatch.setattr(roster.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(roster.time, "sleep", Clock.sleep)
+    return Clock
+
+
 def test_a_node_takes_part_under_the_name_of_its_key_and_no_other(made, register, caplog):
     register(a=2, b=3, c=1)
     one = made(Nodes("a", "a", "b"))  # node 1 has the key of c, and says hello first
@@ -68,14 +97,12 @@ def test_a_node_takes_part_under_the_name_of_its_key_and_no_other(made, register
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"x": "a"}', "{"])
-def test_without_a_sound_file_nobody_takes_part(made, tmp_path, monkeypatch, content):
-    monkeypatch.setattr(roster, "NODES_TIMEOUT", 0.0)
-    monkeypatch.setattr(roster.time, "sleep", lambda _: None)
+def test_without_a_sound_file_nobody_takes_part(made, tmp_path, clock, content):
     if content is not None:
         (tmp_path / NODES).write_text(content)
     grid = Nodes("a", "b")
     with pytest.raises(RunFailed, match=r"0 institutions are ready.*not-registered x 2"):
-        made(grid).wait(2)
+        made(grid).wait(2, 1)
     assert not grid.asked
 
 
@@ -116,17 +143,6 @@ def test_whose_key_is_taken_off_is_out_at_once(made, register):
     assert one.online() == {"a": 1, "b": 2}
     register(b=2)
     assert one.online() == {"b": 2}
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The roster's time, which passes as the test says."""
-
-    class Clock:
-        now = 0.0
-
-    monkeypatch.setattr(roster.time, "monotonic", lambda: Clock.now)
-    return Clock
 
 
 def test_whoever_did_not_take_part_is_asked_again_after_a_while(made, register, clock, caplog):
@@ -172,8 +188,61 @@ def test_who_leaves_orders_without_an_answer_is_asked_no_more_until_it_answers(
     assert one.online() == {"a": 1, "b": 2}
 
 
+def test_a_deployment_waits_longer_than_a_minute_only_while_too_few_are_ready(
+    made, register, clock, caplog
+):
+    """After a cut the SuperLink lets a node in again when its last sign of life is a minute old."""
+    register(a=1, b=2, c=3)
+    grid = Nodes("a", "", "")
+    clock.then[300] = lambda: grid.names.__setitem__(1, "b")
+    one = made(grid)
+    one.wait(3, 2)
+    assert 300 <= clock.now <= 310 and len(one) == 2
+    assert caplog.text.count("1 institutions are ready, and a round needs 2; waiting") == 1
+    clock.now = 0.0
+    made(grid).wait(3, 2)
+    assert 60 <= clock.now <= 62
+    clock.now, grid.names[2] = 0.0, "c"
+    made(grid).wait(3, 2)
+    assert clock.now == 0.0
+
+
+@pytest.mark.parametrize("code", ["ledger-locked", "timed-out"])
+def test_a_refusal_that_may_pass_is_no_reply_while_too_few_are_ready(made, register, clock, code):
+    register(a=1, b=2)
+    grid = Nodes("a", "b")
+    grid.refusing = {"a": code, "b": code}  # during a backup, say
+    clock.then[30] = grid.refusing.clear
+    one = made(grid)
+    one.wait(2, 2)
+    assert clock.now == 60.0 and len(one) == 2  # when they are asked again
+    clock.now, grid.refusing = 0.0, {"b": code}
+    made(grid).wait(2, 1)
+    assert clock.now == 0.0
+
+
+@pytest.mark.parametrize(("code", "after"), [("ledger-locked", 600), ("epsilon-too-large", 0)])
+def test_where_all_refuse_a_run_ends_with_their_reasons(made, register, clock, code, after):
+    register(a=1, b=2)
+    grid = Nodes("a", "b")
+    grid.refusing = {"a": code, "b": code}
+    words = rf"0 institutions are ready and 2 refuse .*\({code} x 2\); a round needs 1 \("
+    with pytest.raises(RunFailed, match=words):
+        made(grid).wait(2, 1)
+    assert after <= clock.now <= after + 2
+
+
+@pytest.mark.parametrize(("names", "after"), [(("a", ""), 60), (("a", "b"), 0)])
+def test_a_simulation_waits_a_minute_at_most(made, clock, names, after):
+    grid = Nodes(*names)
+    grid.refusing = {"a": "ledger-locked", "b": "ledger-locked"}
+    with pytest.raises(RunFailed, match="0 institutions are ready"):
+        made(grid, **SIMULATED).wait(2, 1)
+    assert after <= clock.now <= after + 2
+
+
 def test_a_simulation_needs_no_registration(made):
-    one = made(Nodes("a", "b", "a"), **{"data.source": "package:edgartools", "data.labels": "[]"})
+    one = made(Nodes("a", "b", "a"), **SIMULATED)
     assert one.online() == {"a": 1, "b": 2}
     assert one.refused == {3: "name-taken"}
 
