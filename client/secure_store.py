@@ -1,7 +1,8 @@
 """The file of an institution's state in secure aggregation: SQLite, readable by its owner only.
 
-A row that is erased is overwritten in the file, and the write-ahead log is cut. Blocks that a file
-system or a drive keeps elsewhere are beyond this program.
+A row that is erased is overwritten in the file, and the journal of the change is deleted. Blocks
+that a file system or a drive keeps elsewhere are beyond this program. The file has no write-ahead
+log, because that needs memory which machines of a cluster do not share.
 
 The functions run inside a transaction of `opened`.
 """
@@ -101,7 +102,7 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
         uri = f"{path.absolute().as_uri()}?mode=rw"
         db = sqlite3.connect(uri, uri=True, timeout=ledger_file.BUSY_SECONDS, isolation_level=None)
         with contextlib.closing(db):
-            db.execute("PRAGMA synchronous=FULL")
+            db.execute("PRAGMA synchronous=EXTRA")  # the journal stays deleted after a power cut
             db.execute("PRAGMA secure_delete=ON")
             if (_number(db, "application_id"), _number(db, "user_version")) != (
                 _APPLICATION,
@@ -110,11 +111,11 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
                 raise Refusal(
                     "secure-store-foreign", f"{path} is not a store of version {_VERSION}"
                 )
+            db.execute("PRAGMA journal_mode=DELETE")  # an older version made the store with WAL
             with ledger_file.transaction(db):
                 if (problem := db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
                     raise Refusal("secure-store-corrupt", f"{path}: {problem}")
                 yield db
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _number(db: sqlite3.Connection, pragma: str) -> int:
@@ -126,7 +127,7 @@ def _create(path: Path) -> None:
         draft = Path(scratch) / "secure.db"
         draft.touch(mode=0o600)
         with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
-            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=OFF")  # the draft is private, and synced once below
             db.executescript(_SCHEMA)
             db.execute(f"PRAGMA application_id={_APPLICATION}")
             db.execute(f"PRAGMA user_version={_VERSION}")

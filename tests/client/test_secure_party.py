@@ -599,8 +599,23 @@ def test_a_store_that_another_process_holds_is_refused(memory_path, monkeypatch)
         made.party("ada").keys(made.terms)
 
 
-WRITES = ("INSERT", "UPDATE", "DELETE", "COMMIT", "PRAGMA wal_checkpoint")
-"""Statements before which a kill leaves something else in the file; the last follows a commit."""
+@pytest.mark.parametrize("before", ["DELETE", "WAL"])
+def test_a_store_has_no_write_ahead_log_which_machines_of_a_cluster_cannot_share(
+    memory_path, before
+):
+    Federation(memory_path, until="keys")
+    with contextlib.closing(sqlite3.connect(memory_path / "ada.db")) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        db.execute(f"PRAGMA journal_mode={before}")  # WAL: as an older version left it
+    with secure_store.opened(memory_path / "ada.db") as db:
+        secure_store.drop_unused(db)
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert not [*memory_path.glob("*-wal"), *memory_path.glob("*-shm")]
+    assert not list(memory_path.glob("*-journal"))
+
+
+WRITES = ("INSERT", "UPDATE", "DELETE", "COMMIT")
+"""Statements before which a kill leaves something else in the file."""
 
 
 def killed_at(count, call):
