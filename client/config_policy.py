@@ -316,6 +316,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "home.learning-rate": Taken(),
     "home.head-learning-rate": Taken(),
     "home.proximal": Taken(),
+    "home.institutions": Unused(),
     "home.epsilon": Unused(),  # an institution alone decides on a charge: `fedlora home --epsilon`
     "engine.workers": Unused(),
     "engine.threads": Own(lambda own: own.threads),

@@ -495,6 +495,11 @@ class HomeConfig(Section):
         at_most=1e4,
     )
     proximal: float = key(0.1, "ditto: mu of the pull mu (w - w_shared)", at_least=0, at_most=1e4)
+    institutions: int = key(
+        0,
+        "institutions of a simulation that train at home, spread evenly over all; 0: all",
+        at_least=0,
+    )
     epsilon: float = key(
         math.inf,
         "budget of an own model, charged to the ledger on top of privacy.epsilon: it is then "
@@ -516,6 +521,11 @@ class HomeConfig(Section):
     def private(self) -> bool:
         """Whether own models are trained under DP."""
         return self.method != "none" and math.isfinite(self.epsilon)
+
+    def chosen(self, institutions: int) -> list[int]:
+        """The numbers of the institutions that train at home, of so many, ascending."""
+        count = min(self.institutions or institutions, institutions)
+        return [i * institutions // count for i in range(count)]
 
     def work(self, records: int) -> float:
         """The most passes of a record that an institution with these training records makes.

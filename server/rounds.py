@@ -459,15 +459,16 @@ class Federation:
         Args:
             adapter: The released adapter.
         """
-        config, state = self.config, self.state
-        if not joining.is_measured(config, self.population.size):
+        config, state, population = self.config, self.state, self.population
+        if not joining.is_measured(config, population.size):
             return {}
+        chosen = {population.names[i] for i in config.home.chosen(population.size)}
         return joining.measure(
             self.grid,
             EvaluateOrder(run=state.run, round=state.round, save=True, adapter=adapter),
-            self.nodes(),
+            {node: name for node, name in self.nodes().items() if name in chosen},
             config,
-            self.population,
+            population,
             patience(config),
         )
 

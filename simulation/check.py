@@ -243,7 +243,7 @@ def _cost(
         "home": 0.0,
     }
     if is_measured(config, names):
-        at_home = sum(config.home.work(len(records.train(i))) for i in range(names))
+        at_home = sum(config.home.work(len(records.train(i))) for i in config.home.chosen(names))
         seconds["home"] = at_home * of_row / min(workers, names)
     sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
     return {

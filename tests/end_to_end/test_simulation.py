@@ -103,6 +103,15 @@ def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(
     assert _same(inline, made("three", 3, simulate_on_ray))
 
 
+def test_as_many_institutions_as_wished_train_at_home(tiny_config, simulate_run):
+    config = tiny_config(**{"home.method": "interpolate", "home.steps": 2, "home.institutions": 2})
+    joining = simulate_run(config)["joining"]
+    first, second = (trainable.records(config).names[i] for i in (0, 2))
+    assert sorted(joining["institutions"]) == sorted([first, second])
+    own = {path.parent.name for path in Path(config.run_dir).glob("institutions/*/own")}
+    assert own == {first, second}
+
+
 def test_inline_and_ray_give_the_same_figures_of_joining(
     tiny_config, simulate_run, simulate_on_ray, tmp_path
 ):

@@ -5,6 +5,7 @@ import pytest
 
 from fedlora import config
 from fedlora.errors import InputError
+from fedlora.sections import HomeConfig
 
 
 def test_a_configuration_survives_toml_and_flowers_flat_form(tmp_path):
@@ -271,3 +272,16 @@ def test_what_does_not_go_with_secure_aggregation_is_refused_with_the_reason(val
 def test_different_ranks_do_not_go_with_secure_aggregation():
     with pytest.raises(InputError, match=r"adapter\.ranks"):
         config.from_flat(SECURE | {"adapter.ranks": "size"})
+
+
+@pytest.mark.parametrize(
+    ("wished", "of", "chosen"),
+    [(0, 3, [0, 1, 2]), (5, 3, [0, 1, 2]), (2, 5, [0, 2]), (8, 39, [0, 4, 9, 14, 19, 24, 29, 34])],
+)
+def test_the_institutions_that_train_at_home_are_spread_evenly(wished, of, chosen):
+    assert HomeConfig(institutions=wished).chosen(of) == chosen
+
+
+@pytest.mark.parametrize(("records", "passes"), [(77, 2 * 60 * 32), (78, 2 * (1 + 1 / 3) * 60 * 32)])
+def test_the_work_at_home_counts_trials_where_there_are_records_to_choose_on(records, passes):
+    assert HomeConfig().work(records) == passes
