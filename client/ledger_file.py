@@ -82,7 +82,7 @@ def connect(path: Path, *, shared: bool = False) -> sqlite3.Connection:
         try:
             if shared:
                 db.execute("PRAGMA journal_mode=DELETE")
-            db.execute("PRAGMA synchronous=FULL")
+            db.execute("PRAGMA synchronous=EXTRA")  # the deletion of a journal too
             db.execute("PRAGMA secure_delete=ON")  # a wiped key is overwritten
             known = (*ledger_upgrade.VERSIONS, ledger_integrity.VERSION)
             foreign = _number(db, "application_id") != _APPLICATION

@@ -81,6 +81,7 @@ def section(result: Mapping[str, Any]) -> list[Section]:
                 MEANINGS,
                 home_promise(joining),
                 CHOICES,
+                *_most_steps(joining["institutions"]),
                 INTERVALS,
                 *_macro_f1(joining),
                 _scarce(joining["scarce"]),
@@ -112,6 +113,19 @@ def _scarce(scarce: Mapping[str, Any]) -> str:
         f"Scarce classes: {scarce['rows']:,} held-out records are of {few}. On these, models are "
         f"right as follows: {right}."
     )
+
+
+def _most_steps(institutions: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many models alone may have been stopped too early; own models take all steps."""
+    chose = [of for of in institutions.values() if of["records"] >= HOME_CHOOSES_FROM]
+    if not chose:
+        return []
+    most = sum(of["alone_steps"] == of["own_steps"] for of in chose)
+    return [
+        f"Of {len(chose)} models alone that could choose their number of steps, {most} took the "
+        f"most, {chose[0]['own_steps']:g} (home.steps). Where most do, models alone may be better "
+        "with more, and the gain of joining smaller."
+    ]
 
 
 def _macro_f1(joining: Mapping[str, Any]) -> list[str]:

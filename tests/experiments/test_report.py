@@ -195,6 +195,22 @@ def test_a_run_in_which_joining_does_not_pay_is_marked(run_directory, better, wo
     assert note and said in note[1]
 
 
+def test_the_page_says_how_many_models_alone_took_the_most_steps(run_directory):
+    """Those that chose: institutions with 78 training records or more."""
+    joining = compared(BANKS)
+    chose = [of for of in joining["institutions"].values() if of["records"] >= 78]
+    chose[0]["alone_steps"] = chose[0]["own_steps"]
+    change(run_directory, "result.json", joining=joining)
+    report.write(run_directory)
+    text = (run_directory / "report.html").read_text(encoding="utf-8")
+    assert f"Of {len(chose)} models alone that could choose their number of steps, 1 took" in text
+    for of in joining["institutions"].values():
+        of["records"] = 77
+    change(run_directory, "result.json", joining=joining)
+    report.write(run_directory)
+    assert "that could choose" not in (run_directory / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_without_models_at_home_says_nothing_of_joining(run_directory):
     text = report.write(run_directory).read_text(encoding="utf-8")
     assert "What joining gives" not in text and "gain of joining" not in text

@@ -282,6 +282,8 @@ def test_the_institutions_that_train_at_home_are_spread_evenly(wished, of, chose
     assert HomeConfig(institutions=wished).chosen(of) == chosen
 
 
-@pytest.mark.parametrize(("records", "passes"), [(77, 2 * 60 * 32), (78, 2 * (1 + 1 / 3) * 60 * 32)])
+@pytest.mark.parametrize(
+    ("records", "passes"), [(77, 2 * 60 * 32), (78, 2 * (1 + 1 / 3) * 60 * 32)]
+)
 def test_the_work_at_home_counts_trials_where_there_are_records_to_choose_on(records, passes):
     assert HomeConfig().work(records) == passes
