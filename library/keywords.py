@@ -104,6 +104,7 @@ class Keywords(TypedDict, total=False):
     home_learning_rate: Sequence[float]
     home_head_learning_rate: float
     home_proximal: float
+    home_institutions: int
     home_epsilon: float
     # [engine]
     workers: int
