@@ -103,21 +103,17 @@ def models_at_home(
     own_settings = {i: setting for i, (setting, _) in mixtures.items()}
     alone = trainer.finish(Model.ALONE, alone_settings, trials[Model.ALONE])
     for i, adapter in alone.items():
-        if not all(tensor.isfinite().all() for tensor in adapter.values()):
+        if not adapter.is_finite():
             raise InputError(
                 f"the model alone has no finite values after {alone_settings[i].steps} steps at "
                 f"{alone_settings[i].learning_rate:g}, so nothing can be compared with it; lower "
                 "home.learning-rate or home.head-learning-rate"
             )
-    for i, adapter in alone.items():
         alone_models.write(homes[i].alone, AloneModel(adapter, alone_settings[i]))
     alone |= {i: model.adapter for i, model in kept.items()}
     alone_settings |= {i: model.setting for i, model in kept.items()}
     own = trainer.finish(Model.OWN, own_settings, trials[Model.OWN])
-    weights = {
-        i: weight if all(t.isfinite().all() for t in own[i].values()) else 0.0
-        for i, (_, weight) in mixtures.items()
-    }
+    weights = {i: w if own[i].is_finite() else 0.0 for i, (_, w) in mixtures.items()}
     return [
         HomeModels(
             alone=alone[i],

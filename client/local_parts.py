@@ -11,7 +11,6 @@ import logging
 from pathlib import Path
 
 import safetensors.torch
-import torch
 
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
@@ -59,7 +58,7 @@ class LocalParts:
 
     def store(self, round_number: int, state: AdapterState) -> None:
         """Write a round's values, unless one is not finite, then delete the oldest file."""
-        if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+        if not state.is_finite():
             log.warning("round %d diverged; the part of an earlier round stays", round_number)
             return
         blob = safetensors.torch.save({name: t.contiguous() for name, t in state.items()})

@@ -370,9 +370,8 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     tokens = float(seen.all_train.lengths.sum()) / max(1, len(seen.all_train))
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
     if rounds:
-        chosen = config.home.chosen(len(seen.names))
-        at_home = (config.home.work(len(seen.train(i))) for i in chosen)
-        work += tokens * 6 * sum(at_home)
+        at_home = config.home.work_of_all([len(seen.train(i)) for i in range(len(seen.names))])
+        work += tokens * 6 * at_home
     weights = model_files.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
     inputs = [config.fingerprint(), model_files.digest(weights), seen.fingerprint()]

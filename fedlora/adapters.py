@@ -199,6 +199,10 @@ class AdapterState(Mapping[str, torch.Tensor]):
                 return f"{name} has values that are not finite"
         return None
 
+    def is_finite(self) -> bool:
+        """Whether all values are finite."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.values())
+
     def single(self, scale: Callable[[int], float]) -> tuple[Self, bool]:
         """This adapter with its residuals concatenated to its factors, whose scale is then 1.
 

@@ -527,6 +527,10 @@ class HomeConfig(Section):
         count = min(self.institutions or institutions, institutions)
         return [i * institutions // count for i in range(count)]
 
+    def work_of_all(self, records: Sequence[int]) -> float:
+        """The sum of `work` over the institutions that train at home, of these training records."""
+        return sum(self.work(records[i]) for i in self.chosen(len(records)))
+
     def work(self, records: int) -> float:
         """The most passes of a record that an institution with these training records makes.
 

@@ -243,8 +243,8 @@ def _cost(
         "home": 0.0,
     }
     if is_measured(config, names):
-        at_home = sum(config.home.work(len(records.train(i))) for i in config.home.chosen(names))
-        seconds["home"] = at_home * of_row / min(workers, names)
+        at_home = config.home.work_of_all([len(records.train(i)) for i in range(names)])
+        seconds["home"] = at_home * of_row / min(workers, len(config.home.chosen(names)))
     sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
     return {
         "seconds_per_record": of_row,
