@@ -9,9 +9,9 @@ from server.roster import LEAST, RunFailed, reasons
 from strategies import base
 from strategies.base import Round
 
-MAX_EMPTY_ROUNDS = 3
-"""Rounds in a row without any update after which a run ends, if it samples institutions. A run that
-asks all of them ends after the first such round."""
+MAX_IDLE_ROUNDS = 3
+"""Rounds in a row that changed nothing after which a run ends: institutions are charged for them. A
+run that asks all institutions ends after the first round without any valid update."""
 OTHER_REPLY_BYTES = 16 * 2**20
 """The most bytes of a reply beside its vector: names, shapes, figures."""
 
@@ -66,27 +66,38 @@ def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) 
         )
 
 
-def check_progress(record: Mapping[str, Any], empty_rounds: int, *, all_asked: bool) -> None:
-    """End a run whose institutions send no valid update.
+def check_progress(record: Mapping[str, Any], idle_rounds: int, *, all_asked: bool) -> None:
+    """End a run whose rounds change nothing.
 
     A round that nobody answered, not even with a refusal, ends no run: the next one waits until
     institutions are back.
 
     Args:
         record: The round's line of ``rounds.jsonl``.
-        empty_rounds: Rounds in a row without an update, with this one.
+        idle_rounds: Rounds in a row that changed nothing, with this one.
         all_asked: Whether the round asked every institution that is online.
 
     Raises:
-        RunFailed: After `MAX_EMPTY_ROUNDS`; after one round that asked all institutions.
+        RunFailed: After `MAX_IDLE_ROUNDS`; after one round that asked all institutions and has no
+            valid update.
     """
     rejected: dict[str, str] = record["aggregation"]["rejected"]
+    updates = record["updates"]
     away = bool(rejected) and {AWAY, *SILENT}.issuperset(rejected.values())
-    if not empty_rounds or not ((all_asked and not away) or empty_rounds == MAX_EMPTY_ROUNDS):
+    hopeless = all_asked and not updates and not away
+    if not idle_rounds or not (hopeless or idle_rounds == MAX_IDLE_ROUNDS):
         return
     diverged = "too-large" in rejected.values()
+    if updates:
+        what = (
+            f"{idle_rounds} rounds in a row changed nothing, because too few updates were valid "
+            f"or their aggregate was refused (the log says which); here {updates} of "
+            f"{record['asked']} updates were valid, of the others: {reasons(rejected)}"
+        )
+    else:
+        what = f"no institution sent a valid update ({reasons(rejected)})"
     raise RunFailed(
-        f"round {record['round']}: no institution sent a valid update ({reasons(rejected)}); "
+        f"round {record['round']}: {what}; "
         + ("training diverged: lower the learning rates; " if diverged else "")
         + "the last checkpoint is kept"
     )

@@ -159,7 +159,7 @@ class Federation:
         )
         self.roster = Roster(grid, config, query)
         self.measured: dict[str, Any] = {}
-        self.empty_rounds = 0
+        self.idle_rounds = 0
 
     def run(self) -> None:
         """Run the rounds that are left, and write the results."""
@@ -203,8 +203,8 @@ class Federation:
                 record["aggregation"]["rejected"] or "none",
             )
             self.roster.note(record["aggregation"]["rejected"], names)
-            self.empty_rounds = 0 if record["updates"] else self.empty_rounds + 1
-            limits.check_progress(record, self.empty_rounds, all_asked=len(names) == len(online))
+            self.idle_rounds = self.idle_rounds + 1 if record["skipped"] else 0
+            limits.check_progress(record, self.idle_rounds, all_asked=len(names) == len(online))
         self.finish()
         tracker.end()
 

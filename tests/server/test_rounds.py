@@ -76,8 +76,9 @@ def test_where_all_were_asked_and_none_answered_the_run_ends_with_its_checkpoint
     assert list((Path(config.run_dir) / "checkpoints").iterdir())
 
 
-def _line(rejected):
-    return {"round": 4, "aggregation": {"rejected": rejected}}
+def _line(rejected, updates=0):
+    aggregation = {"rejected": rejected}
+    return {"round": 4, "asked": 5, "updates": updates, "aggregation": aggregation}
 
 
 @pytest.mark.parametrize("code", ["node-unavailable", "message-lost", "no-answer"])
@@ -86,11 +87,29 @@ def test_a_round_that_nobody_answered_ends_no_run(code):
     limits.check_progress(away, 1, all_asked=True)
     limits.check_progress(away, 2, all_asked=True)
     with pytest.raises(RunFailed, match="no institution sent a valid update"):
-        limits.check_progress(away, limits.MAX_EMPTY_ROUNDS, all_asked=True)
+        limits.check_progress(away, limits.MAX_IDLE_ROUNDS, all_asked=True)
     for rejected in ({"a": "node-unavailable", "b": "failed"}, {}):
         with pytest.raises(RunFailed, match="round 4"):
             limits.check_progress(_line(rejected), 1, all_asked=True)
     limits.check_progress(_line({"a": "failed"}), 0, all_asked=True)
+
+
+@pytest.mark.parametrize("rejected", [{"a": "failed"}, {"a": "node-unavailable"}, {}])
+def test_a_run_ends_whose_updates_change_nothing(rejected):
+    """Institutions are charged for each such round."""
+    for idle in range(limits.MAX_IDLE_ROUNDS):
+        limits.check_progress(_line(rejected, updates=4), idle, all_asked=True)
+    with pytest.raises(RunFailed, match=r"3 rounds in a row changed nothing.*4 of 5 updates"):
+        limits.check_progress(_line(rejected, updates=4), limits.MAX_IDLE_ROUNDS, all_asked=True)
+
+
+def test_rounds_with_too_few_valid_updates_end_the_run(tiny_config, simulate_run, answering):
+    answering(_refuse)
+    config = tiny_config(**{"federation.min-updates": 4, "federation.rounds": 8})
+    with pytest.raises(RunFailed, match="round 3: 3 rounds in a row changed nothing"):
+        simulate_run(config)
+    records = read_records(Path(config.run_dir))
+    assert [record["updates"] > 0 and record["skipped"] for record in records] == [True] * 3
 
 
 @pytest.fixture
