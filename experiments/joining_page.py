@@ -84,7 +84,7 @@ def section(result: Mapping[str, Any]) -> list[Section]:
                 *_most_steps(joining["institutions"]),
                 INTERVALS,
                 *_macro_f1(joining),
-                _scarce(joining["scarce"]),
+                _scarce(joining),
                 *missing,
             ],
             figures=_figure(joining["institutions"]),
@@ -104,7 +104,8 @@ def _points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
 
-def _scarce(scarce: Mapping[str, Any]) -> str:
+def _scarce(joining: Mapping[str, Any]) -> str:
+    scarce = joining["scarce"]
     few = f"a class of which its institution has at most {MAX_SCARCE_RECORDS} training records"
     if not scarce["rows"]:
         return f"Scarce classes: no held-out record is of {few}."
@@ -112,6 +113,7 @@ def _scarce(scarce: Mapping[str, Any]) -> str:
     return (
         f"Scarce classes: {scarce['rows']:,} held-out records are of {few}. On these, models are "
         f"right as follows: {right}."
+        + (f" The gain is {gain}." if (gain := joining_verdict.scarce_gain(joining)) else "")
     )
 
 
@@ -140,12 +142,15 @@ def _macro_f1(joining: Mapping[str, Any]) -> list[str]:
 
 def _sizes(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
     head = ["training records", "institutions", "held-out records", *_MODEL_HEADS]
+    head += ["95 % from", "to", "gain", "lose"]
     rows = [
         [
             f"{int(size):,} to {2 * int(size) - 1:,}",
             str(of["institutions"]),
             f"{of['rows']:,}",
             *_accuracies(of),
+            *_interval(of),
+            *(str(of.get(movers, "")) for movers in ("gaining", "losing")),
         ]
         for size, of in sizes.items()
     ]
@@ -159,6 +164,11 @@ def _accuracies(of: Mapping[str, Any]) -> list[str]:
     return [*(_percent(of[model]) for model in MODELS), _points(of["gain"])]
 
 
+def _interval(of: Mapping[str, Any]) -> list[str]:
+    """The bounds of a gain; size classes have none in results of version 0.1."""
+    return [_points(of[bound]) if bound in of else "" for bound in ("low", "high")]
+
+
 def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:
     head = ["institution", "training records", "held-out records", *_MODEL_HEADS]
     head += ["95 % from", "to", "steps alone", "steps own", "weight"]
@@ -168,8 +178,7 @@ def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{of['records']:,}",
             f"{of['rows']:,}",
             *_accuracies(of),
-            _points(of["low"]),
-            _points(of["high"]),
+            *_interval(of),
             *(str(of[key]) for key in ("alone_steps", "own_steps", "weight")),
         ]
         for name, of in institutions.items()

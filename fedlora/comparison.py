@@ -4,7 +4,7 @@ Three models of an institution are compared on its own held-out rows: alone, sha
 (`client.home`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -97,11 +97,11 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
         ``alone``, ``shared`` and ``own``: accuracy and macro-F1 over all rows. ``gain`` of own over
         alone: mean over all rows, 95 % interval of a paired bootstrap over texts, and how many
         institutions gain or lose by more than their own interval. ``gain_macro_f1``: mean and
-        interval of the same in macro-F1. ``scarce``: accuracies on
-        rows of classes that are scarce at their institution. ``sizes``: size class ->
-        institutions, rows, accuracies, gain. ``institutions``: name -> the same of
-        one institution, with ``records``, ``low``, ``high`` and what validation records chose.
-        Empty without rows.
+        interval of the same in macro-F1. ``scarce``: accuracies, gain and
+        its interval on rows of classes that are scarce at their institution. ``sizes``: size class
+        -> the same, ``institutions``, and how many of these gain or lose. ``institutions``: name ->
+        the same of one institution, with ``records`` and what validation records chose. Empty
+        without rows.
     """
     if not found:
         return {}
@@ -110,38 +110,39 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
     institutions: dict[str, dict[str, Any]] = {}
     for name in sorted(found):
         rows = found[name]
-        low, high = _interval([rows], draw)
         institutions[name] = {
             "records": rows.records,
-            **_accuracies([rows]),
-            "low": low,
-            "high": high,
+            **_compared([rows], draw),
             **rows.choice,
         }
     low, high = _interval(everyone, draw)
     quality = {model: _quality(everyone, model, labels) for model in MODELS}
     low_f1, high_f1 = _macro_f1_interval(everyone, len(labels), draw)
-    sizes: dict[int, list[Rows]] = {}
-    for rows in everyone:
-        sizes.setdefault(accounting.public_size(rows.records), []).append(rows)
+    sizes: dict[int, list[str]] = {}
+    for name in sorted(found):
+        sizes.setdefault(accounting.public_size(found[name].records), []).append(name)
+    scarce = [_selected(rows, rows.scarce) for rows in everyone]
     return {
         **quality,
         "gain": {
             "mean": _accuracies(everyone)["gain"],
             "low": low,
             "high": high,
-            "gaining": sum(i["low"] > 0 for i in institutions.values()),
-            "losing": sum(i["high"] < 0 for i in institutions.values()),
+            **_movers(institutions.values()),
         },
         "gain_macro_f1": {
             "mean": quality["own"]["macro_f1"] - quality["alone"]["macro_f1"],
             "low": low_f1,
             "high": high_f1,
         },
-        "scarce": _accuracies([_selected(rows, rows.scarce) for rows in everyone]),
+        "scarce": _compared(scarce, draw),
         "sizes": {
-            str(size): {"institutions": len(group), **_accuracies(group)}
-            for size, group in sorted(sizes.items())
+            str(size): {
+                "institutions": len(names),
+                **_compared([found[name] for name in names], draw),
+                **_movers([institutions[name] for name in names]),
+            }
+            for size, names in sorted(sizes.items())
         },
         "institutions": institutions,
     }
@@ -187,6 +188,23 @@ def _accuracies(group: Sequence[Rows]) -> dict[str, Any]:
         "rows": count,
         **{model: right[model] / count for model in MODELS},
         "gain": (right["own"] - right["alone"]) / count,
+    }
+
+
+def _compared(group: Sequence[Rows], draw: np.random.Generator) -> dict[str, Any]:
+    """`_accuracies` with the interval of the gain, ``low`` to ``high``."""
+    found = _accuracies(group)
+    if found["rows"]:
+        found["low"], found["high"] = _interval(group, draw)
+    return found
+
+
+def _movers(institutions: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many institutions gain or lose by more than their own interval."""
+    found = list(institutions)
+    return {
+        "gaining": sum(of["low"] > 0 for of in found),
+        "losing": sum(of["high"] < 0 for of in found),
     }
 
 

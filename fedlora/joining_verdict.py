@@ -72,6 +72,15 @@ def _classes(joining: Mapping[str, Any]) -> str:
     )
 
 
+def scarce_gain(joining: Mapping[str, Any]) -> str:
+    """The gain on classes that are scarce at their institution.
+
+    Empty without such rows, and for a result of version 0.1, which has no interval.
+    """
+    scarce = joining["scarce"]
+    return interval({**scarce, "mean": scarce["gain"]}) if "low" in scarce else ""
+
+
 def interval(gain: Mapping[str, Any]) -> str:
     """A gain with its interval, in points."""
     return (

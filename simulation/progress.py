@@ -181,6 +181,12 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
         f"{joining_verdict.interval(gain)}; of {len(joining['institutions'])} institutions "
         f"{joining_verdict.movers(gain)}",
     )
+    if on_scarce := joining_verdict.scarce_gain(joining):
+        table.add_row(
+            "on scarce classes",
+            f"{on_scarce}; {joining['scarce']['rows']:,} held-out rows are of classes of which "
+            f"their institution has at most {joining_verdict.MAX_SCARCE_RECORDS} training records",
+        )
     style = VERDICT_STYLES[joining_verdict.outcome(joining)]
     table.add_row("", Styled(joining_verdict.verdict(joining), style))
 

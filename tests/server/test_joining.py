@@ -116,7 +116,9 @@ def test_the_gain_in_macro_f1_has_the_interval_of_a_bootstrap_by_hand() -> None:
 
 def test_scarce_rows_are_those_of_classes_that_their_institution_has_little_of() -> None:
     scarce = summary(TWO, LABELS)["scarce"]
+    low, high = scarce.pop("low"), scarce.pop("high")
     assert scarce == {"rows": 2, "alone": 0.0, "shared": 0.0, "own": 0.5, "gain": 0.5}
+    assert (low, high) == (0.0, 1.0)  # one of two rows becomes right
     assert summary({"Beta": TWO["Beta"]}, LABELS)["scarce"] == {"rows": 0}
 
 
@@ -126,6 +128,15 @@ def test_size_classes_hold_the_institutions_of_their_powers_of_two() -> None:
     assert [sizes[size]["institutions"] for size in sizes] == [1, 2]
     assert [sizes[size]["rows"] for size in sizes] == [2, 10]
     assert sizes["64"]["gain"] == pytest.approx((2 + 1) / 10)
+    assert sizes["64"]["low"] < sizes["64"]["gain"] < sizes["64"]["high"]
+
+
+def test_size_classes_count_who_gains_and_who_loses() -> None:
+    gaining, losing = by_counts(20, 0, 5), by_counts(0, 20, 5)
+    found = summary({"Alpha": gaining, "Beta": losing, "Gamma": gaining}, LABELS)
+    sizes = found["sizes"]
+    assert sum(of["gaining"] for of in sizes.values()) == found["gain"]["gaining"] == 2
+    assert sum(of["losing"] for of in sizes.values()) == found["gain"]["losing"] == 1
 
 
 def test_without_institutions_there_is_nothing_to_say() -> None:
