@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 
 import fedlora
 from deployment import keys
+from deployment.errors import in_words
 from fedlora import files, peers, seal
 from fedlora.errors import InputError, Refusal
 
@@ -379,8 +380,8 @@ def _writable(name: str, directory: Path) -> Check:
 def _try(name: str, inspect: Callable[[], str]) -> Check:
     try:
         return Check(name, "ok", inspect())
-    except (InputError, Refusal) as error:
-        return Check(name, "fail", str(error))
+    except (InputError, Refusal, OSError) as error:
+        return Check(name, "fail", in_words(error))
 
 
 def _node(own: "Settings") -> str:

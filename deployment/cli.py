@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from deployment import service
+from deployment.errors import FlowerError, Unanswered, in_words
 from fedlora import logs
 from fedlora.errors import InputError
-from fedlora.run_files import read_run_file
 from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
 
 app = typer.Typer()
@@ -29,31 +29,32 @@ log = logging.getLogger("fedlora.server")
 PLAIN = Terminal()
 STILL_RUNNING = 3
 """Exit code of `status`: the run has not ended."""
-SUPERLINK_FAILED = 4
-"""Exit code: the SuperLink did not fulfil a request, so the run's state is unknown."""
+UNKNOWN = 4
+"""Exit code: a file or the SuperLink failed, which says nothing about a run."""
 
 Name = Annotated[str, typer.Argument(help="A submission's name.")]
 Directory = Annotated[Path, typer.Argument(help="The directory that `deploy init` made.")]
 
 
-def _superlink_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a SuperLink's error into one line on stderr and `SUPERLINK_FAILED`."""
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn bad input, and an error of a file or the SuperLink, into one line and an exit code."""
 
+    @clean_errors
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        from deployment.superlink_client import FlowerError
-
         try:
             command(*args, **kwargs)
-        except FlowerError as error:
-            ERRORS.write_line(f"error: {error}")
-            raise typer.Exit(SUPERLINK_FAILED) from None
+        except BrokenPipeError:  # the reader of the output has ended
+            raise
+        except (FlowerError, OSError) as error:
+            ERRORS.write_line(f"error: {in_words(error)}")
+            raise typer.Exit(UNKNOWN) from None
 
     return wrapped
 
 
 @app.command("service", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-@clean_errors
+@_one_line_errors
 def run_service(
     name: Annotated[str, typer.Argument(help="The service's name in its log.")],
     command: Annotated[list[str], typer.Argument(help="The command, after --.")],
@@ -66,7 +67,7 @@ def run_service(
 
 
 @app.command("node")
-@clean_errors
+@_one_line_errors
 def run_node(
     settings: Annotated[Path, typer.Argument(help="The institution's settings, a TOML file.")],
     healthy: Annotated[
@@ -93,7 +94,7 @@ def run_node(
 
 
 @deploy.command()
-@clean_errors
+@_one_line_errors
 def init(
     directory: Annotated[Path, typer.Argument(help="Directory to create; it must not exist.")],
     institutions: Annotated[str, typer.Option(help="Names of the institutions, joined by commas.")],
@@ -116,7 +117,7 @@ def init(
 
 
 @deploy.command()
-@clean_errors
+@_one_line_errors
 def add(
     directory: Directory, name: Annotated[str, typer.Argument(help="The new institution.")]
 ) -> None:
@@ -128,7 +129,7 @@ def add(
 
 
 @deploy.command()
-@clean_errors
+@_one_line_errors
 def renew(
     directory: Directory,
     host: Annotated[
@@ -144,7 +145,7 @@ def renew(
 
 
 @deploy.command()
-@clean_errors
+@_one_line_errors
 def server() -> None:
     """Run the server: register institutions, run the ServerApp, continue interrupted runs."""
     from deployment import superlink_client
@@ -163,33 +164,36 @@ def server() -> None:
 
 
 @deploy.command(hidden=True)
-@clean_errors
+@_one_line_errors
 def keep(
     since: Annotated[float, typer.Option(help="When the server was started (monotonic clock).")],
 ) -> None:
     """Register institutions, also new ones, and restart interrupted runs."""
     from deployment import submissions, superlink_client
+    from deployment.problems import Problems
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `service.run` reports which signal ended it
     logs.to_stderr()
     here = superlink_client.server()
-    registered = None
+    registered, problems = None, Problems()
     while True:
+        found: dict[str, str] = {}
         try:
             if (files := superlink_client.key_files(here)) != registered:
                 for name, outcome in superlink_client.register(here).items():
                     log.info("institution %s: %s", name, outcome)
                 registered = files
-            for line in submissions.proceed(here, since=since):
+            actions, found = submissions.proceed(here, since=since)
+            for line in actions:
                 log.info("%s", line)
-        except (superlink_client.FlowerError, OSError) as error:
-            log.warning("%s", error)  # the SuperLink is away, or a disk is full, for a while
+        except (FlowerError, OSError) as error:  # the SuperLink is away, or a disk is full
+            found["runs are not continued"] = in_words(error)
+        problems.report(found)
         time.sleep(submissions.ASK_SECONDS)
 
 
 @deploy.command()
-@clean_errors
-@_superlink_errors
+@_one_line_errors
 def register() -> None:
     """Register the public keys of the institutions at the SuperLink."""
     from deployment import superlink_client
@@ -206,7 +210,7 @@ def register() -> None:
 
 
 @deploy.command()
-@clean_errors
+@_one_line_errors
 def reachable(
     url: Annotated[str, typer.Argument(help="An https address.")],
     ca: Annotated[
@@ -226,8 +230,7 @@ def reachable(
 
 
 @deploy.command()
-@clean_errors
-@_superlink_errors
+@_one_line_errors
 def submit(
     config: Annotated[Path, typer.Argument(help="A TOML file with data.source institutions.")],
     assign: Annotated[
@@ -249,8 +252,8 @@ def submit(
     chosen = name or f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         submission = submissions.submit(here, resolved, chosen)
-    except superlink_client.Unanswered as error:
-        raise superlink_client.FlowerError(
+    except Unanswered as error:
+        raise FlowerError(
             f"{error}. {chosen} is kept, and the server starts it unless it has begun: "
             f"`fedlora deploy status {chosen}`, or `stop {chosen}`"
         ) from None
@@ -260,8 +263,7 @@ def submit(
 
 
 @deploy.command()
-@clean_errors
-@_superlink_errors
+@_one_line_errors
 def resume(
     name: Name,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for its end.")] = False,
@@ -274,8 +276,8 @@ def resume(
     superlink_client.connect(here)
     try:
         submission = submissions.resume(here, name)
-    except superlink_client.Unanswered as error:
-        raise superlink_client.FlowerError(
+    except Unanswered as error:
+        raise FlowerError(
             f"{error}. The server starts {name} unless it has begun: "
             f"`fedlora deploy status {name}`, or `stop {name}`"
         ) from None
@@ -285,8 +287,7 @@ def resume(
 
 
 @deploy.command()
-@clean_errors
-@_superlink_errors
+@_one_line_errors
 def status(
     name: Annotated[
         str, typer.Argument(help="A submission's name; without it, all submissions.")
@@ -295,15 +296,24 @@ def status(
 ) -> None:
     """Show the state of a run: exit code 0 completed, 1 failed or stopped, 3 not ended yet.
 
-    Without a name the exit code is 0 for any states.
+    Without a name the exit code is 0 for any states, and 4 if one of them is unknown.
     """
     from deployment import submissions, superlink_client
 
     here = superlink_client.server()
     superlink_client.connect(here)
     if not name:
-        for one in submissions.every(here):
-            _show(submissions.observe(here, one.name), as_json)
+        unknown = False
+        for one in submissions.names(here):
+            try:
+                submission = submissions.observe(here, one)
+            except (FlowerError, OSError, InputError) as error:
+                ERRORS.write_line(f"error: {one}: {in_words(error)}")
+                unknown = True
+            else:
+                _show(submission, as_json)
+        if unknown:
+            raise typer.Exit(UNKNOWN)
         return
     submission = submissions.observe(here, name)
     _show(submission, as_json)
@@ -312,8 +322,7 @@ def status(
 
 
 @deploy.command()
-@clean_errors
-@_superlink_errors
+@_one_line_errors
 def stop(name: Name) -> None:
     """Stop a run; its finished rounds are kept."""
     from deployment import submissions, superlink_client
@@ -324,8 +333,7 @@ def stop(name: Name) -> None:
 
 
 @deploy.command()
-@clean_errors
-@_superlink_errors
+@_one_line_errors
 def results(name: Name, as_json: Json = False) -> None:
     """Show the result of a completed run; exit code 1 without a result."""
     from deployment import submissions, superlink_client
@@ -336,7 +344,7 @@ def results(name: Name, as_json: Json = False) -> None:
     if submission.state != "completed":
         _show(submission, as_json)
         raise typer.Exit(1)
-    result = read_run_file(submission.directory)
+    result = submission.result()
     if as_json:
         print(json.dumps(result))
         return
@@ -350,7 +358,7 @@ def results(name: Name, as_json: Json = False) -> None:
 
 
 @deploy.command("check")
-@clean_errors
+@_one_line_errors
 def run_checks(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="At the operator: the directory of `deploy init`.")
@@ -380,7 +388,7 @@ def run_checks(
 
 
 @deploy.command()
-@clean_errors
+@_one_line_errors
 def fingerprint(
     settings: Annotated[Path, typer.Argument(help="The institution's settings, a TOML file.")],
     as_json: Json = False,

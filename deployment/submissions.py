@@ -1,29 +1,30 @@
 """Submitted runs: their configurations, Flower runs and states.
 
-A submission is a directory below the results; its ``submission.json`` outlives every process. When
-the server dies during a run, Flower's run dies with it. A new Flower run is then submitted with the
-same configuration and directory, and the ServerApp continues from its last checkpoint.
+A submission is a directory below the results; its record, ``submission.json``, outlives every
+process. When the server dies during a run, Flower's run dies with it. A new Flower run is then
+submitted with the same configuration and directory, and the ServerApp continues from its last
+checkpoint. A submission whose record cannot be read is neither continued nor ended, and holds up no
+other one.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
-import logging
 import math
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from deployment import superlink_client
-from deployment.superlink_client import FlowerError, Server, Unanswered
+from deployment.errors import FileError, FlowerError, Unanswered, in_words, named
+from deployment.superlink_client import Server
 from fedlora.config import RunConfig, from_flat
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import RUN_NAME, SUBMISSION, alone, is_complete, read_records
+from fedlora.run_files import RESULT, RUN_NAME, SUBMISSION, alone, is_complete, read_records
 from fedlora.sections import INSTITUTIONS
 
 State = Literal["running", "completed", "failed", "stopped"]
@@ -36,9 +37,6 @@ MAX_TRIES = 5
 """The most starts of one submission without a new round."""
 ASK_SECONDS = 5.0
 """Seconds between two requests to the SuperLink about one run."""
-DAMAGED = (OSError, ValueError, TypeError, KeyError)
-"""Errors of a file that is missing, torn, or of another version."""
-log = logging.getLogger("fedlora.server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class Submission:
         name: The name of the submission and of its directory.
         config: The configuration, flat.
         state: The state; ``running`` until the end is known.
-        details: The reason for its end.
+        details: The reason for its end; while it runs, the problem that the server has with it.
         runs: Ids of its Flower runs since the last `submit` or `resume` without an answer, in
             order.
         rounds: Rounds that were done at the start of its last Flower run.
@@ -64,6 +62,16 @@ class Submission:
     rounds: int = 0
     tries: int = 0
 
+    def __post_init__(self) -> None:
+        if self.directory.name != self.name:
+            raise ValueError(f"{self.name!r} is not the name of its run-dir, {self.directory}")
+        if self.state not in get_args(State):
+            raise ValueError(f"its state is {self.state!r}")
+        if not all(run.isdecimal() and int(run) < 2**64 for run in self.runs):
+            raise ValueError(f"its runs are {self.runs}")
+        if not isinstance(self.rounds, int) or not isinstance(self.tries, int):
+            raise ValueError(f"its rounds are {self.rounds!r} and its tries {self.tries!r}")
+
     @property
     def directory(self) -> Path:
         """The directory of the submission's results."""
@@ -74,10 +82,20 @@ class Submission:
         """Whether the ServerApp wrote its result, which it writes last."""
         return is_complete(self.directory)
 
+    def rounds_done(self) -> list[dict[str, Any]]:
+        """The record of each finished round."""
+        with named(self.directory / "rounds.jsonl", "read"):
+            return read_records(self.directory)
+
+    def result(self) -> dict[str, Any]:
+        """The result of a completed run."""
+        return _read_object(self.directory / RESULT)
+
     def save(self) -> None:
-        """Write the submission to its file."""
+        """Write the submission's record."""
         content = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        write_atomic(self.directory / SUBMISSION, content.encode())
+        with named(self.directory / SUBMISSION, "written"):
+            write_atomic(self.directory / SUBMISSION, content.encode())
 
 
 def submit(server: Server, config: RunConfig, name: str) -> Submission:
@@ -85,6 +103,7 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
 
     Raises:
         InputError: For a configuration that is not for a deployment, or a name that is taken.
+        FileError: When the submission's record cannot be written; nothing is left of it.
         Unanswered: When the SuperLink may have accepted the run, or a file failed meanwhile.
             The submission stays, and `proceed` checks for its run.
         FlowerError: When the SuperLink did not accept the run; the submission is removed.
@@ -101,12 +120,16 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
             "data.labels with it"
         )
     directory = server.results / name
-    if directory.exists():
-        raise InputError(f"{directory} exists; give another --name")
     flat = from_flat({**config.flat(), "run-dir": str(directory)}).flat()
     with alone(server.results):
+        if directory.exists():
+            raise InputError(f"{directory} exists; give another --name")
         made = Submission(name=name, config=dict(flat))
-        made.save()
+        try:
+            made.save()
+        except FileError:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
         return _first_start(server, made, lambda: shutil.rmtree(directory))
 
 
@@ -115,32 +138,41 @@ def find(server: Server, name: str) -> Submission:
 
     Raises:
         InputError: When there is no such submission.
+        FileError: When its record cannot be read, or is not its own, such as that of a directory
+            that was copied.
     """
-    found = {one.name: one for one in every(server)}
-    if name not in found:
+    file = server.results / name / SUBMISSION
+    with named(file, "read"):
+        known = RUN_NAME.fullmatch(name) and file.exists()
+    if not known:
         raise InputError(
             f"{server.results} holds no submission {name!r}; there are: "
-            f"{', '.join(sorted(found)) or 'none'}"
+            f"{', '.join(sorted(names(server))) or 'none'}"
         )
-    return found[name]
+    content = _read_object(file)
+    with named(file, "read"):
+        submission = Submission(**{**content, "runs": tuple(content["runs"])})
+        if submission.name != name:
+            raise ValueError(f"it is the record of {submission.name!r}")
+    return submission
 
 
-def every(server: Server) -> list[Submission]:
-    """All submissions that can be read, the oldest first; any other is reported once in the log."""
-    made: list[tuple[float, Submission]] = []
-    for file in server.results.glob(f"*/{SUBMISSION}"):
+def names(server: Server) -> list[str]:
+    """The names of all submissions, the oldest first, also of those that `find` cannot read."""
+    with named(server.results, "read"):
+        folders = [one for one in server.results.iterdir() if RUN_NAME.fullmatch(one.name)]
+    made: list[tuple[float, str]] = []
+    for folder in folders:
+        changed = 0.0
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            submission = Submission(**{**content, "runs": tuple(content["runs"])})
-            made.append((file.parent.stat().st_ctime, submission))
-        except FileNotFoundError:  # the SuperLink has just refused it
-            continue
-        except DAMAGED as error:
-            _warn_once(
-                f"{file} cannot be read ({type(error).__name__}: {error}); the server leaves its "
-                "run alone until the file is restored"
-            )
-    return [submission for _, submission in sorted(made, key=lambda one: one[0])]
+            changed = folder.stat().st_ctime
+            (folder / SUBMISSION).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # no submission, or the SuperLink has just refused it
+        except OSError:
+            pass  # `find` names the problem
+        made.append((changed, folder.name))
+    return [name for _, name in sorted(made)]
 
 
 def observe(server: Server, name: str) -> Submission:
@@ -167,6 +199,7 @@ def resume(server: Server, name: str) -> Submission:
 
     Raises:
         InputError: For a run that has not failed and was not stopped.
+        FileError: When its files cannot be read or written; the submission stays as it was.
         Unanswered: When the SuperLink may have accepted the run, or a file failed meanwhile.
             The submission is running, and `proceed` checks for its run.
         FlowerError: When it did not; the submission stays as it was.
@@ -181,7 +214,7 @@ def resume(server: Server, name: str) -> Submission:
             submission,
             state="running",
             details="",
-            rounds=len(read_records(submission.directory)),
+            rounds=len(submission.rounds_done()),
             tries=0,
         )
         # without runs: an ended run's status would end this submission again, should no answer come
@@ -189,7 +222,7 @@ def resume(server: Server, name: str) -> Submission:
         return _first_start(server, again, submission.save)
 
 
-def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
+def proceed(server: Server, *, since: float = -math.inf) -> tuple[list[str], dict[str, str]]:
     """Restart every submission whose Flower run was ended from outside.
 
     Args:
@@ -198,17 +231,21 @@ def proceed(server: Server, *, since: float = -math.inf) -> list[str]:
             ServerApp with that server.
 
     Returns:
-        A line for each action, and for each submission that waits for the next pass: its files
-        cannot be read or written, or the SuperLink did not fulfil a request.
+        A line for each action; and submission -> the reason why it waits for the next pass: its
+        files cannot be read or written, or the SuperLink did not fulfil a request.
     """
-    lines: list[str] = []
-    for name in [one.name for one in every(server) if one.state == "running"]:
+    actions: list[str] = []
+    waiting: dict[str, str] = {}
+    for name in names(server):
         try:
-            with alone(server.results):
-                lines += _proceed(server, find(server, name), since)
-        except (FlowerError, *DAMAGED) as error:  # also refused meanwhile, or a full disk
-            lines.append(f"{name}: {error}")
-    return lines
+            if find(server, name).state == "running":
+                with alone(server.results):
+                    actions += _proceed(server, find(server, name), since)
+        except (FlowerError, OSError, ValueError) as error:
+            waiting[name] = in_words(error)
+            with contextlib.suppress(OSError, InputError):  # its record cannot hold the reason
+                _note(server, name, waiting[name])
+    return actions, waiting
 
 
 def _proceed(server: Server, submission: Submission, since: float) -> list[str]:
@@ -217,17 +254,29 @@ def _proceed(server: Server, submission: Submission, since: float) -> list[str]:
     if submission.state != "running":
         return [f"{name} {submission.state}: {submission.details or 'all rounds done'}"]
     if not interrupted:
+        if submission.details:  # the problem is over
+            dataclasses.replace(submission, details="").save()
         return []
-    done = len(read_records(submission.directory))
+    done = len(submission.rounds_done())
     tries = submission.tries if done == submission.rounds else 0
     if tries >= MAX_TRIES:
         details = f"ended from outside {tries} times in round {done + 1}"
         _ended(submission, "failed", f"{details}; see the server's log")
         return [f"{name} failed: {details}"]
-    again = _start(server, dataclasses.replace(submission, rounds=done, tries=tries))
+    again = dataclasses.replace(submission, rounds=done, tries=tries)
+    again.save()  # on a full disk Flower gets no run that could not be recorded
+    again = _start(server, again)
     if submission.runs:  # not before: a stopped run would end the submission if the start failed
         superlink_client.stop(server, submission.runs[-1])
     return [f"{name} continues after round {done} as Flower's run {again.runs[-1]}"]
+
+
+def _note(server: Server, name: str, problem: str) -> None:
+    """Record the problem that the server has with a running submission, for `deploy status`."""
+    with alone(server.results):
+        submission = find(server, name)
+        if submission.state == "running" and submission.details != problem:
+            dataclasses.replace(submission, details=problem).save()
 
 
 def follow(
@@ -244,7 +293,7 @@ def follow(
     shown, asked = after, time.monotonic()
     while True:
         submission = find(server, name)
-        for record in read_records(submission.directory)[shown:]:
+        for record in submission.rounds_done()[shown:]:
             shown += 1
             show(record)
         if submission.state != "running":
@@ -257,16 +306,23 @@ def follow(
 
 
 def _first_start(server: Server, saved: Submission, undo: Callable[[], None]) -> Submission:
-    """Start a submission whose file has no runs yet; undo the file only if Flower has no run."""
+    """Start a submission whose record has no runs yet; undo the record only if Flower has no run.
+
+    Raises:
+        Unanswered: When Flower may have the run, or the record cannot be undone.
+    """
     try:
-        return _start(server, saved)
-    except Unanswered:
-        raise
-    except (FlowerError, InputError):
-        undo()
-        raise
+        try:
+            return _start(server, saved)
+        except Unanswered:
+            raise
+        except (FlowerError, InputError):
+            undo()
+            raise
     except OSError as error:
-        raise Unanswered(f"the start of {saved.name} was interrupted ({error})") from error
+        raise Unanswered(
+            f"the start of {saved.name} was interrupted ({in_words(error)})"
+        ) from error
 
 
 def _start(server: Server, submission: Submission) -> Submission:
@@ -276,7 +332,7 @@ def _start(server: Server, submission: Submission) -> Submission:
     sent = from_flat(submission.config).shared()  # institutions get the same values as Flower
     run = unknown[-1] if unknown else superlink_client.start(server, APP, sent)
     started = dataclasses.replace(
-        submission, runs=(*submission.runs, run), tries=submission.tries + 1
+        submission, runs=(*submission.runs, run), tries=submission.tries + 1, details=""
     )
     started.save()
     return started
@@ -303,9 +359,13 @@ def _observed(
     return submission, orphaned or status in ("finished:failed", "unknown")
 
 
-@functools.cache
-def _warn_once(text: str) -> None:
-    log.warning("%s", text)
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object on disk."""
+    with named(file, "read"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError("it is no JSON object")
+    return content
 
 
 def _ended(submission: Submission, state: State, details: str) -> Submission:

@@ -39,6 +39,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from deployment.errors import FlowerError, Unanswered, in_words, named
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import KEYS, NODES, SIZES, alone
@@ -49,14 +50,6 @@ REQUEST_SECONDS = 90.0
 """Timeout of a request: longer than the SuperLink waits for its database."""
 MAX_LISTED_RUNS = 1000
 """The number of newest runs among which a run without a known id is searched."""
-
-
-class FlowerError(RuntimeError):
-    """Flower's error for a request that it did not fulfil."""
-
-
-class Unanswered(FlowerError):
-    """The SuperLink got a request and did not answer: it may have fulfilled it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +88,8 @@ class Server:
         """
         folder = self.results / ".scratch"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        with named(folder, "written"):
+            folder.mkdir()
         return folder
 
 
@@ -133,13 +127,18 @@ def connect(server: Server) -> None:
     """Write the connection into Flower's configuration, for its command line."""
     link = {"address": server.superlink, "root-certificates": str(server.ca)}
     content = {"superlink": {"default": LINK, LINK: link}}
-    write_atomic(server.home / "config.toml", tomli_w.dumps(content).encode())
+    _write(server.home / "config.toml", tomli_w.dumps(content))
 
 
 def key_files(server: Server) -> dict[Path, int]:
-    """Each institution's files, with the time of their last change (nanoseconds)."""
-    files = sorted([*server.institutions.glob("*.pub"), *server.institutions.glob("*.size")])
-    return {file: file.stat().st_ctime_ns for file in files if file.exists()}
+    """Each institution's files, with the time of their last change (nanoseconds).
+
+    Raises:
+        FileError: When the directory cannot be read. That removes no institution.
+    """
+    with named(server.institutions, "read"):
+        files = sorted(f for f in server.institutions.iterdir() if f.suffix in (".pub", ".size"))
+        return {file: file.stat().st_ctime_ns for file in files if file.exists()}
 
 
 def register(server: Server) -> dict[str, str]:
@@ -159,14 +158,16 @@ def register(server: Server) -> dict[str, str]:
     with alone(server.results), _superlink(server) as superlink, _errors():
         found = superlink.ListNodes(ListNodesRequest()).nodes_info
         known = {node.public_key: node for node in found}
-        for file in sorted(server.institutions.glob("*.pub")):
+        for file in key_files(server):
+            if file.suffix != ".pub":
+                continue
             name = file.stem
             try:
                 key = _public_key(file)
                 if (stated := file.with_suffix(".size")).exists():
                     sizes[name] = _size(stated)
             except (OSError, ValueError) as error:
-                done[name] = str(error)
+                done[name] = in_words(error)
                 continue
             node, holder = known.get(key), holders.setdefault(key, name)
             if holder != name:
@@ -181,10 +182,14 @@ def register(server: Server) -> dict[str, str]:
                 nodes[node.node_id] = name
                 done[name] = "already registered"
         keys = {name: key.decode() for key, name in holders.items()}
-        write_atomic(server.results / KEYS, (json.dumps(keys, indent=2) + "\n").encode())
-        write_atomic(server.results / SIZES, (json.dumps(sizes, indent=2) + "\n").encode())
-        write_atomic(server.results / NODES, (json.dumps(nodes, indent=2) + "\n").encode())
+        for name, content in ((KEYS, keys), (SIZES, sizes), (NODES, nodes)):
+            _write(server.results / name, json.dumps(content, indent=2) + "\n")
     return done
+
+
+def _write(file: Path, content: str) -> None:
+    with named(file, "written"):
+        write_atomic(file, content.encode())
 
 
 def _public_key(file: Path) -> bytes:
@@ -272,9 +277,11 @@ def stop(server: Server, run: str) -> None:
 
 @contextlib.contextmanager
 def _superlink(server: Server) -> Iterator[ControlHttpClient]:
+    with named(server.ca, "read"):
+        accepted = ssl.create_default_context(cafile=str(server.ca))
     client = ControlHttpClient(
         f"https://{server.superlink}",
-        verify=ssl.create_default_context(cafile=str(server.ca)),
+        verify=accepted,
         timeout=REQUEST_SECONDS,
         interceptors=[RuntimeVersionHttpInterceptor(component_name="fedlora")],
     )

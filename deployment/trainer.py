@@ -123,6 +123,8 @@ class Trainer:
             now = _files(name, own)
         except InputError:  # the app reports it
             now = None
+        except OSError:  # likewise; an unknown state is never that of the next message
+            now = object()
         if self._loaded_from not in (None, now):
             from fedlora import trainable
 
@@ -137,6 +139,7 @@ def _files(name: str, own: settings.Settings) -> object:
 
     Raises:
         InputError: If the base model is missing.
+        OSError: If a file or its directory cannot be read.
     """
     files = [*model_files.resolve(name).path.iterdir(), Path(own.source), Path(own.test_source)]
     found = sorted((str(file), file.stat()) for file in files if file.is_file())

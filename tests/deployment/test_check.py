@@ -196,6 +196,14 @@ def pinned(institution):
     return institution
 
 
+def test_a_directory_that_cannot_be_read_fails_its_check_and_no_other(pinned, gateway):
+    state = pinned.parents[1] / "state"
+    state.rmdir()
+    found = check.institution(pinned)
+    assert _failed(found) == {"state", "secure store"}
+    assert "state cannot be read or written: No such file" in _as(found, "secure store").details
+
+
 def test_peers_and_their_store_are_checked_where_the_institution_trusts_them(pinned, gateway):
     folder, state = pinned.parents[1] / "keys" / "peers", pinned.parents[1] / "state"
     found = check.institution(pinned)

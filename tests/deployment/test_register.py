@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from flwr.proto.control_pb2 import RegisterNodeResponse
 from flwr.supercore.constant import NodeStatus
 
 from deployment import keys, superlink_client
+from deployment.errors import FileError
 from fedlora import peers
 from fedlora.run_files import KEYS, NODES, SIZES
 
@@ -148,6 +150,44 @@ def test_a_key_on_another_curve_than_p_384_is_not_registered(here, link, key, wo
     assert "`ssh-keygen -t ecdsa -b 384`" in outcomes["b"]
     assert set(json.loads((here.results / KEYS).read_text())) == {"a"}
     assert _nodes(here) == {"a": 0}
+
+
+def test_a_directory_of_keys_that_cannot_be_read_removes_no_institution(here, link, monkeypatch):
+    _put(here, "a")
+    superlink_client.register(here)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    for read in (superlink_client.key_files, superlink_client.register):
+        with pytest.raises(FileError, match=f"{here.institutions} cannot be read"):
+            read(here)
+    assert _nodes(here) == {"a": 0}
+
+
+def test_one_key_that_cannot_be_read_is_named_with_its_cause_and_remedy(here, link):
+    _put(here, "a")
+    (here.institutions / "b.pub").mkdir()
+    outcomes = superlink_client.register(here)
+    assert outcomes["a"] == "registered" and _nodes(here) == {"a": 0}
+    file = here.institutions / "b.pub"
+    assert outcomes["b"].startswith(f"{file} cannot be read or written: Is a directory; ")
+
+
+def test_a_file_of_nodes_that_cannot_be_written_is_named(here, link, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(superlink_client, "write_atomic", full)
+    with pytest.raises(FileError, match=rf"{KEYS} cannot be written: No space .*; free space"):
+        superlink_client.register(here)
+
+
+def test_a_ca_that_cannot_be_read_is_named(here):
+    here.ca.write_text("no certificate")
+    with pytest.raises(FileError, match=r"ca\.crt cannot be read: .*; mend that, or restore it"):
+        superlink_client.register(here)
 
 
 def test_a_change_of_the_keys_is_seen(here):

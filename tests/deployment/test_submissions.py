@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import shutil
 import socket
 import threading
 import time
@@ -16,8 +18,8 @@ from flwr.proto.run_pb2 import Run, RunStatus
 from typer.testing import CliRunner
 
 from cli.main import app
-from deployment import keys, submissions, superlink_client
-from deployment.superlink_client import FlowerError, Unanswered
+from deployment import cli, keys, problems, submissions, superlink_client
+from deployment.errors import FlowerError, Unanswered
 from fedlora import config
 from fedlora.errors import InputError
 
@@ -96,6 +98,12 @@ def _finish(submission, link, *, result=True, status="finished:completed", detai
         (submission.directory / "result.json").write_text('{"accuracy": 0.5}')
 
 
+def _pass(here, **since):
+    """What one pass of the server did, and what waits for the next one."""
+    actions, waiting = submissions.proceed(here, **since)
+    return [*actions, *(f"{name}: {reason}" for name, reason in waiting.items())]
+
+
 def _round(submission, number):
     with (submission.directory / "rounds.jsonl").open("a") as file:
         file.write(json.dumps({"round": number}) + "\n")
@@ -162,7 +170,7 @@ def test_a_run_that_cannot_be_noted_is_one_line_and_is_taken_and_not_made_again(
     assert "No space left" in done.stderr and "unless it has begun" in done.stderr
     assert done.stderr.count("\n") == 1 and not done.stdout
     made = list(link.runs)
-    assert len(submissions.proceed(here)) == 1
+    assert len(_pass(here)) == 1
     assert list(link.runs) == made
     found = submissions.find(here, "one")
     assert (found.state, found.runs) == ("running", (made[-1],))
@@ -191,7 +199,7 @@ def test_a_run_that_was_made_without_an_answer_is_taken_and_not_made_again(
     with pytest.raises((Unanswered, KeyboardInterrupt)):
         submissions.submit(here, deployed, "one")
     assert submissions.observe(here, "one").state == "running"
-    assert len(submissions.proceed(here)) == 1
+    assert len(_pass(here)) == 1
     assert list(link.runs) == ["1"]
     assert submissions.find(here, "one").runs == ("1",)
 
@@ -202,7 +210,7 @@ def test_a_submission_without_an_answer_is_made_when_the_superlink_has_none(here
         submissions.submit(here, deployed, "one")
     link.broken = None
     submissions.submit(here, deployed, "other")
-    assert len(submissions.proceed(here)) == 1
+    assert len(_pass(here)) == 1
     assert submissions.find(here, "one").runs == ("2",)
 
 
@@ -315,17 +323,17 @@ def test_completed_means_a_result_and_flowers_word(
 
 def test_a_run_whose_server_died_goes_on_in_the_same_directory(here, link, deployed):
     made = submissions.submit(here, deployed, "one")
-    assert submissions.proceed(here) == []  # it runs
-    (line,) = submissions.proceed(here, since=time.monotonic() - 9)
+    assert _pass(here) == []  # it runs
+    (line,) = _pass(here, since=time.monotonic() - 9)
     assert "continues after round 0" in line
     assert link.runs == {"1": ("finished:stopped", ""), "2": ("running", "")}
     assert link.configs[0] == link.configs[1]
     again = submissions.find(here, "one")
     assert again.runs == ("1", "2")
     _finish(again, link)
-    submissions.proceed(here)
+    _pass(here)
     assert submissions.find(here, "one").state == "completed"
-    assert submissions.proceed(here, since=time.monotonic()) == []
+    assert _pass(here, since=time.monotonic()) == []
     assert made.directory == again.directory
 
 
@@ -335,10 +343,10 @@ def test_a_continuation_that_fails_once_is_made_in_the_next_pass(here, link, dep
     submissions.submit(here, deployed, "one")
     link.silent, link.broken = (error, None) if made else (None, error)
     with contextlib.suppress(FlowerError):
-        submissions.proceed(here, since=time.monotonic() - 9)
+        _pass(here, since=time.monotonic() - 9)
     assert link.runs["1"] == ("running", "")
     link.silent = link.broken = None
-    (line,) = submissions.proceed(here, since=time.monotonic() - 9)
+    (line,) = _pass(here, since=time.monotonic() - 9)
     assert line == "one continues after round 0 as Flower's run 2"
     assert link.runs == {"1": ("finished:stopped", ""), "2": ("running", "")}
     found = submissions.find(here, "one")
@@ -352,7 +360,7 @@ def test_a_stop_that_fails_for_one_of_two_runs_can_be_repeated(
     submissions.submit(here, deployed, "one")
     link.silent = Unanswered("500")
     with contextlib.suppress(FlowerError):
-        submissions.proceed(here, since=time.monotonic() - 9)
+        _pass(here, since=time.monotonic() - 9)
 
     def fails(server, run):
         if run == unstopped:
@@ -370,7 +378,7 @@ def test_a_run_that_begins_as_the_server_starts_is_started_once(here, link, depl
     submissions.submit(here, deployed, "one")
     for status in ("pending", "starting", "running"):
         link.runs["1"] = (status, "")
-        assert submissions.proceed(here, since=time.monotonic() - 11) == []
+        assert _pass(here, since=time.monotonic() - 11) == []
     assert list(link.runs) == ["1"]
 
 
@@ -389,14 +397,14 @@ def test_a_run_is_as_old_as_the_superlink_says(here, monkeypatch):
 def test_a_run_that_waits_for_a_server_is_left_alone(here, link, deployed):
     submissions.submit(here, deployed, "one")
     link.runs["1"] = ("pending", "")
-    assert submissions.proceed(here, since=time.monotonic()) == []
+    assert _pass(here, since=time.monotonic()) == []
 
 
 def test_a_run_that_the_superlink_forgot_is_submitted_again(here, link, deployed):
     submissions.submit(here, deployed, "one")
     del link.runs["1"]
     link.runs["other"] = ("running", "")
-    assert len(submissions.proceed(here)) == 1
+    assert len(_pass(here)) == 1
 
 
 def test_a_run_that_never_gets_on_is_given_up(here, link, deployed):
@@ -406,7 +414,7 @@ def test_a_run_that_never_gets_on_is_given_up(here, link, deployed):
         link.runs[submissions.find(here, "one").runs[-1]] = lost
         if number == 3:
             _round(made, 1)
-        submissions.proceed(here)
+        _pass(here)
     found = submissions.find(here, "one")
     assert found.state == "failed"
     assert len(found.runs) == 3 + submissions.MAX_TRIES  # a new round counts anew
@@ -415,7 +423,7 @@ def test_a_run_that_never_gets_on_is_given_up(here, link, deployed):
 def test_a_stopped_run_stays_stopped(here, link, deployed):
     submissions.submit(here, deployed, "one")
     assert submissions.stop(here, "one").state == "stopped"
-    assert submissions.proceed(here, since=time.monotonic()) == []
+    assert _pass(here, since=time.monotonic()) == []
     assert link.runs == {"1": ("finished:stopped", "")}
 
 
@@ -425,7 +433,7 @@ def test_a_failed_or_stopped_run_is_resumed_in_its_directory(here, link, deploye
     with pytest.raises(InputError, match="one is running; only a failed or stopped run"):
         submissions.resume(here, "one")
     link.runs["1"] = ("finished:failed", "ServerApp failed with exception: 0 institutions")
-    assert submissions.proceed(here) == ["one failed: 0 institutions"]
+    assert _pass(here) == ["one failed: 0 institutions"]
     again = submissions.resume(here, "one")
     assert (again.state, again.details, again.rounds, again.tries) == ("running", "", 1, 1)
     assert again.runs == ("1", "2") and link.configs[0] == link.configs[1]
@@ -457,7 +465,7 @@ def test_a_resumed_run_without_an_answer_is_seen_and_goes_on(here, link, deploye
         submissions.resume(here, "one")
     link.silent = link.broken = None
     assert submissions.observe(here, "one").state == "running"
-    assert len(submissions.proceed(here, since=time.monotonic())) == 1
+    assert len(_pass(here, since=time.monotonic())) == 1
     found = submissions.find(here, "one")
     assert (found.state, found.runs[-1]) == ("running", "2")
     assert list(link.runs) == ["1", "2"]
@@ -486,30 +494,295 @@ def test_one_submission_that_cannot_be_written_holds_up_no_other(here, link, dep
         return start(server, submission)
 
     monkeypatch.setattr(submissions, "_start", full)
-    first, second = submissions.proceed(here)
+    first, second = sorted(_pass(here))
     assert first.startswith("one: ") and "No space left" in first
     assert second.startswith("two continues")
 
 
-@pytest.mark.parametrize(
-    "content", ["", '{"name": "on', "[]", "{}", '{"runs": [], "later": 1}', None]
-)
-def test_a_submission_that_cannot_be_read_is_reported_once_and_holds_up_no_other(
-    here, link, deployed, monkeypatch, content
-):
+BAD_RECORDS = {
+    "empty": "",
+    "torn": '{"name": "on',
+    "a list": "[]",
+    "without keys": "{}",
+    "of a later version": '{"runs": [], "later": 1}',
+    "nested": "[" * 100_000,
+    "a directory": None,
+}
+
+
+@pytest.fixture(params=BAD_RECORDS.values(), ids=BAD_RECORDS)
+def bad(request, here, link, deployed):
+    """The record of submission "one", which cannot be read; beside it is submission "two"."""
     for name in ("one", "two"):
         submissions.submit(here, deployed, name)
     file = here.results / "one" / "submission.json"
     file.unlink()
-    file.mkdir() if content is None else file.write_text(content)
-    said = []
-    monkeypatch.setattr(submissions.log, "warning", lambda *words: said.append(words))
-    (line,) = submissions.proceed(here, since=time.monotonic() - 9)
-    assert line.startswith("two continues")
-    assert submissions.proceed(here) == []
-    assert CliRunner().invoke(app, ["deploy", "status"]).stdout == "two: running\n"
-    assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 2
-    assert len(said) == 1 and str(file) in str(said)
+    file.mkdir() if request.param is None else file.write_text(request.param)
+    return file
+
+
+def test_a_record_that_cannot_be_read_waits_is_kept_and_holds_up_no_other(here, link, bad):
+    before = None if bad.is_dir() else bad.read_text()
+    for _ in range(2):
+        actions, waiting = submissions.proceed(here, since=time.monotonic() - 9)
+        assert [line.partition(" after")[0] for line in actions] == ["two continues"]
+        assert list(waiting) == ["one"] and str(bad) in waiting["one"]
+        assert "restore it from a copy" in waiting["one"]
+    # its run is neither stopped nor started again, and its record stays as it is
+    assert link.runs["1"] == ("running", "")
+    assert all(sent["run-dir"].endswith("two") for sent in link.configs[1:])
+    assert bad.is_dir() if before is None else bad.read_text() == before
+
+
+def test_commands_name_a_record_that_cannot_be_read_and_show_the_others(here, bad):
+    done = CliRunner().invoke(app, ["deploy", "status"])
+    assert done.exit_code == 4 and done.stdout == "two: running\n"
+    assert done.stderr.startswith("error: one: ") and str(bad) in done.stderr
+    for command in ("status", "stop", "results", "resume"):
+        done = CliRunner().invoke(app, ["deploy", command, "one"])
+        assert done.exit_code == 4 and not done.stdout
+        assert str(bad) in done.stderr and "restore it from a copy" in done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "two"},
+        {"state": "complete"},
+        {"runs": [1]},
+        {"runs": ["x"]},
+        {"runs": [str(2**64)]},
+        {"tries": "1"},
+        {"rounds": None},
+        {"config": []},
+        {"config": {"run-dir": 1}},
+    ],
+    ids=str,
+)
+def test_a_record_with_a_value_that_it_cannot_have_is_not_followed(here, link, deployed, change):
+    submissions.submit(here, deployed, "one")
+    file = here.results / "one" / "submission.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    _, waiting = submissions.proceed(here, since=time.monotonic() - 9)
+    assert str(file) in waiting["one"] and link.runs == {"1": ("running", "")}
+    assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 4
+
+
+def test_a_copied_directory_is_no_second_record_of_its_run(here, link, deployed):
+    submissions.submit(here, deployed, "one")
+    shutil.copytree(here.results / "one", here.results / "copy")
+    _finish(submissions.find(here, "one"), link)
+    assert submissions.observe(here, "one").state == "completed"
+    actions, waiting = submissions.proceed(here)
+    assert not actions and list(waiting) == ["copy"] and "record of 'one'" in waiting["copy"]
+    assert len(link.runs) == 1
+
+
+def test_results_that_cannot_be_listed_are_not_empty(here, link, deployed, monkeypatch):
+    submissions.submit(here, deployed, "one")
+    monkeypatch.setattr(Path, "iterdir", _denied)
+    done = CliRunner().invoke(app, ["deploy", "status"])
+    assert done.exit_code == 4 and not done.stdout
+    assert done.stderr.startswith(f"error: {here.results} cannot be read: Permission denied; give")
+
+
+def _denied(path, *_, **__):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def _full(path, *_):
+    raise OSError(28, "No space left on device")  # as a write does, without the file's name
+
+
+DISK_ERRORS = [
+    # command, function that fails, its error, file, words of the message
+    ("status", "read_text", _denied, "one/submission.json", "cannot be read: Permission denied"),
+    ("stop", "read_text", _denied, "one/submission.json", "cannot be read: Permission denied"),
+    ("results", "read_text", _denied, "one/submission.json", "cannot be read: Permission denied"),
+    ("status", "write_atomic", _full, "one/submission.json", "cannot be written: No space left"),
+    ("stop", "write_atomic", _full, "one/submission.json", "cannot be written: No space left"),
+    ("results", "write_atomic", _full, "one/submission.json", "cannot be written: No space left"),
+    ("status", "connect", _full, "../home/config.toml", "cannot be written: No space left"),
+]
+
+
+@pytest.mark.parametrize(("command", "failing", "error", "file", "words"), DISK_ERRORS)
+def test_a_disk_error_is_one_line_with_file_cause_and_remedy_and_no_state(
+    here, link, deployed, monkeypatch, command, failing, error, file, words
+):
+    _finish(submissions.submit(here, deployed, "one"), link)
+    if command == "stop":
+        link.runs["1"] = ("running", "")
+    with monkeypatch.context() as patched:
+        if failing == "read_text":
+            patched.setattr(Path, failing, error)
+        else:
+            module = superlink_client if failing == "connect" else submissions
+            patched.setattr(module, "write_atomic", error)
+        done = CliRunner().invoke(app, ["deploy", command, "one"])
+    assert done.exit_code == 4 and not done.stdout
+    assert f"error: {os.path.normpath(here.results / file)} {words}" in done.stderr
+    assert done.stderr.count("\n") == 1 and "; " in done.stderr
+    # the same command works once the disk does
+    again = CliRunner().invoke(app, ["deploy", command, "one"])
+    assert again.exit_code == 0 and not again.stderr
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"accuracy": 0.'])
+def test_a_result_that_cannot_be_read_is_named(here, link, deployed, content):
+    _finish(submissions.submit(here, deployed, "one"), link)
+    assert submissions.observe(here, "one").state == "completed"
+    file = here.results / "one" / "result.json"
+    file.unlink() if content is None else file.write_text(content)
+    done = CliRunner().invoke(app, ["deploy", "results", "one"])
+    assert done.exit_code == 4 and not done.stdout and "restore it from a copy" in done.stderr
+    assert done.stderr.startswith(f"error: {file} ") and done.stderr.count("\n") == 1
+
+
+def test_rounds_that_cannot_be_read_are_named_and_the_run_does_not_begin_anew(here, link, deployed):
+    submissions.submit(here, deployed, "one")
+    stopped = submissions.stop(here, "one")
+    file = here.results / "one" / "rounds.jsonl"
+    file.write_text("{\n")
+    done = CliRunner().invoke(app, ["deploy", "resume", "one"])
+    assert done.exit_code == 4 and str(file) in done.stderr and done.stderr.count("\n") == 1
+    assert submissions.find(here, "one") == stopped and list(link.runs) == ["1"]
+
+
+def test_a_submission_that_cannot_be_written_leaves_nothing(here, link, deployed, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(deployed.to_toml())
+    arguments = ["deploy", "submit", str(file), "--name", "one"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            submissions, "write_atomic", lambda path, _: path.parent.mkdir() or _full(0)
+        )
+        done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 4 and "submission.json cannot be written" in done.stderr
+    assert done.stderr.count("\n") == 1 and not link.runs and not submissions.names(here)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+
+
+def test_of_two_submissions_of_one_name_at_once_the_second_is_refused(
+    here, link, deployed, monkeypatch
+):
+    locked = submissions.alone
+
+    @contextlib.contextmanager
+    def waiting(directory):  # another process held the lock and submitted this name
+        monkeypatch.setattr(submissions, "alone", locked)
+        submissions.submit(here, deployed, "one")
+        with locked(directory):
+            yield
+
+    monkeypatch.setattr(submissions, "alone", waiting)
+    with pytest.raises(InputError, match="another --name"):
+        submissions.submit(here, deployed, "one")
+    assert submissions.find(here, "one").runs == ("1",) and list(link.runs) == ["1"]
+
+
+def test_a_start_that_cannot_be_undone_stays_a_submission(here, link, deployed, monkeypatch):
+    submissions.submit(here, deployed, "one")
+    submissions.stop(here, "one")
+    write = submissions.write_atomic
+
+    def full_after_the_first(path, content):
+        monkeypatch.setattr(submissions, "write_atomic", _full)
+        write(path, content)
+
+    link.broken = FlowerError("away")
+    monkeypatch.setattr(submissions, "write_atomic", full_after_the_first)
+    with pytest.raises(Unanswered, match="No space left"):
+        submissions.resume(here, "one")
+    assert submissions.find(here, "one").state == "running"
+
+
+def test_on_a_full_disk_flower_gets_no_run_that_cannot_be_recorded(
+    here, link, deployed, monkeypatch
+):
+    submissions.submit(here, deployed, "one")
+    link.runs["1"] = ("finished:failed", submissions.INTERRUPTED[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(submissions, "write_atomic", _full)
+        for _ in range(3):
+            actions, waiting = submissions.proceed(here)
+            assert not actions and "No space left" in waiting["one"]
+    assert list(link.runs) == ["1"]
+    assert _pass(here) == ["one continues after round 0 as Flower's run 2"]
+
+
+def test_status_says_why_a_run_waits_until_it_goes_on(here, link, deployed):
+    made = submissions.submit(here, deployed, "one")
+    link.runs["1"] = ("finished:failed", submissions.INTERRUPTED[0])
+    link.broken = FlowerError("the SuperLink refuses")
+    for _ in range(2):
+        submissions.proceed(here)
+    done = CliRunner().invoke(app, ["deploy", "status", "one"])
+    assert done.exit_code == 3 and done.stdout == "one: running: the SuperLink refuses\n"
+    link.broken = None
+    submissions.proceed(here)
+    assert CliRunner().invoke(app, ["deploy", "status", "one"]).stdout == "one: running\n"
+    again = submissions.find(here, "one")
+    assert (again.details, again.tries, again.config) == ("", made.tries + 1, made.config)
+
+
+def test_a_problem_that_passes_without_a_start_is_no_longer_shown(
+    here, link, deployed, monkeypatch
+):
+    submissions.submit(here, deployed, "one")
+    with monkeypatch.context() as patched:
+        patched.setattr(superlink_client, "status", lambda *_: _raise(FlowerError("500")))
+        submissions.proceed(here)
+    assert submissions.find(here, "one").details == "500"
+    assert _pass(here) == [] and submissions.find(here, "one").details == ""
+
+
+def _raise(error):
+    raise error
+
+
+def test_a_problem_is_logged_when_its_reason_changes_and_once_an_hour(monkeypatch, caplog):
+    now = [1000.0]
+    monkeypatch.setattr(problems.time, "monotonic", lambda: now[0])
+    made = problems.Problems()
+
+    def logged(seconds, **found):
+        now[0] += seconds
+        caplog.clear()
+        made.report(found)
+        return caplog.messages
+
+    assert logged(5, one="full disk", two="500") == ["one: full disk", "two: 500"]
+    assert logged(5, one="full disk", two="500") == []
+    assert logged(5, one="no permission", two="500") == ["one: no permission"]
+    assert logged(problems.REPEAT_SECONDS - 6, one="no permission", two="500") == ["two: 500"]
+    assert logged(6, one="no permission", two="500") == ["one: no permission"]
+    assert logged(5, two="500") == []
+    assert logged(5, one="no permission", two="500") == ["one: no permission"]  # it is back
+
+
+def test_the_servers_log_has_one_line_for_a_submission_that_fails_in_every_pass(
+    here, link, deployed, monkeypatch, caplog
+):
+    for name in ("one", "two"):
+        submissions.submit(here, deployed, name)
+    (here.results / "one" / "rounds.jsonl").write_text("{\n")
+    (here.results / "two" / "submission.json").write_text("")
+    link.runs.clear()
+    passes = iter(range(3))
+
+    def sleep(_):
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.logs, "to_stderr", lambda: None)
+    monkeypatch.setattr(superlink_client, "register", lambda _: {})
+    with pytest.raises(KeyboardInterrupt):
+        cli.keep(since=time.monotonic())
+    assert sorted(line.partition(":")[0] for line in caplog.messages) == ["one", "two"]
 
 
 @pytest.mark.parametrize("error", [FlowerError("500"), Unanswered("500")])
@@ -525,7 +798,7 @@ def test_a_request_that_fails_for_one_submission_holds_up_no_other(
         return link.status(server, run)
 
     monkeypatch.setattr(superlink_client, "status", status)
-    first, second = sorted(submissions.proceed(here, since=time.monotonic() - 9))
+    first, second = sorted(_pass(here, since=time.monotonic() - 9))
     assert first == "one: 500" and second.startswith("two continues")
 
 
@@ -535,7 +808,7 @@ def test_a_submission_whose_files_are_damaged_holds_up_no_other(here, link, depl
         submissions.submit(here, deployed, name)
     damaged = {"name": "one", "runs": ["1"], "config": {}}
     (here.results / "one" / file).write_text(json.dumps(damaged) if "sub" in file else "{\n")
-    first, second = sorted(submissions.proceed(here, since=time.monotonic() - 9))
+    first, second = sorted(_pass(here, since=time.monotonic() - 9))
     assert first.startswith("one: ") and second.startswith("two continues")
 
 
@@ -550,7 +823,7 @@ def test_a_submission_that_is_taken_back_meanwhile_ends_nothing(here, link, depl
             yield
 
     monkeypatch.setattr(submissions, "alone", removing)
-    (line,) = submissions.proceed(here)
+    (line,) = _pass(here)
     assert line.startswith("one: ") and "holds no submission" in line
 
 
@@ -559,10 +832,10 @@ def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deploye
     steps = iter(
         [
             lambda: _round(made, 1),
-            lambda: submissions.proceed(here, since=time.monotonic()),
+            lambda: _pass(here, since=time.monotonic()),
             lambda: _round(made, 2),
             lambda: _finish(submissions.find(here, "one"), link),
-            lambda: submissions.proceed(here),
+            lambda: _pass(here),
         ]
     )
     monkeypatch.setattr(submissions.time, "sleep", lambda _: next(steps)())
@@ -608,7 +881,7 @@ def test_a_superlink_that_is_away_is_one_line_and_a_code_of_its_own(
     assert done.exit_code == 4
     assert done.stderr == "error: the SuperLink is away\n"
     assert not done.stdout
-    assert [one.name for one in submissions.every(here)] == ["one"]
+    assert submissions.names(here) == ["one"]
 
 
 def test_submitting_without_an_answer_says_that_the_run_may_begin(here, link, deployed, tmp_path):

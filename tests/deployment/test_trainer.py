@@ -204,6 +204,26 @@ def test_what_is_in_memory_is_let_go_when_its_files_or_the_model_change(
     assert forgets() and not forgets()
 
 
+def test_files_that_cannot_be_read_are_not_taken_for_unchanged_and_stop_no_message(
+    with_app, context, monkeypatch
+):
+    forgotten = []
+    monkeypatch.setattr(trainable, "forget", lambda: forgotten.append("base"))
+    monkeypatch.setattr(records, "forget", lambda: forgotten.append("records"))
+    made = with_app(lambda m, c: Message(RecordDict(), reply_to=m))
+    _asked(made, _message(), context)
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_files", lambda *_: Path("not-there").stat())
+        for number in (1, 2):  # the app may have loaded other files in between
+            reply, goes_on = _asked(made, _message(), context)
+            assert goes_on and not reply.content  # the app's own answer
+            assert forgotten == ["base", "records"] * number
+    _asked(made, _message(), context)
+    assert forgotten == ["base", "records"] * 3
+    _asked(made, _message(), context)
+    assert len(forgotten) == 6  # unchanged
+
+
 def test_settings_without_a_limit_have_one(context):
     context.node_config["settings"] = "nowhere"
     assert trainer.max_seconds(context) == settings.Settings.max_seconds == 1800

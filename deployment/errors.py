@@ -1,0 +1,57 @@
+"""Errors of a deployment, in one line each: of its files, and of the SuperLink."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+_REMEDIES = {
+    errno.ENOSPC: "free space on its disk",
+    errno.EDQUOT: "free space in the user's quota",
+    errno.EACCES: f"give user {os.geteuid()}, who runs this, access to it",
+    errno.EPERM: f"give user {os.geteuid()}, who runs this, access to it",
+    errno.EROFS: "mount its disk for writing",
+    errno.EIO: "check its disk, and restore it from a copy",
+}
+
+
+class FlowerError(RuntimeError):
+    """Flower's error for a request that it did not fulfil."""
+
+
+class Unanswered(FlowerError):
+    """The SuperLink got a request and did not answer: it may have fulfilled it."""
+
+
+class FileError(OSError):
+    """A file that cannot be used. One line: the file, the cause, the remedy."""
+
+
+@contextlib.contextmanager
+def named(file: Path, how: Literal["read", "written"]) -> Iterator[None]:
+    """Turn an error in the block, which reads or writes one file, into a `FileError`.
+
+    Python's own error of a full disk, or of damaged JSON, does not name the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FileError(_sentence(str(file), how, error)) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise FileError(
+            f"{file} is damaged ({type(error).__name__}: {error}); restore it from a copy"
+        ) from error
+
+
+def in_words(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and not isinstance(error, FileError):
+        return _sentence(str(error.filename or "a file"), "read or written", error)
+    return str(error)
+
+
+def _sentence(file: str, how: str, error: OSError) -> str:
+    remedy = _REMEDIES.get(error.errno or 0, "mend that, or restore it from a copy")
+    return f"{file} cannot be {how}: {error.strerror or error}; {remedy}"
