@@ -141,20 +141,22 @@ def _macro_f1(joining: Mapping[str, Any]) -> list[str]:
 
 
 def _sizes(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
-    head = ["training records", "institutions", "held-out records", *_MODEL_HEADS]
-    head += ["95 % from", "to", "gain", "lose"]
-    rows = [
+    """A column for each size class."""
+    columns = [
         [
             f"{int(size):,} to {2 * int(size) - 1:,}",
             str(of["institutions"]),
+            *(str(of.get(movers, "")) for movers in ("gaining", "losing")),
             f"{of['rows']:,}",
             *_accuracies(of),
-            *_interval(of),
-            *(str(of.get(movers, "")) for movers in ("gaining", "losing")),
+            " to ".join(_interval(of)) if "low" in of else "",  # none in version 0.1
         ]
         for size, of in sizes.items()
     ]
-    return Table(rows=[head, *rows], title="By number of training records")
+    heads = ["training records", "institutions", "of which gain", "of which lose"]
+    heads += ["held-out records", *_MODEL_HEADS, "95 % interval"]
+    rows = [[head, *values] for head, *values in zip(heads, *columns, strict=True)]
+    return Table(rows=rows, title="By number of training records", fixed=True)
 
 
 _MODEL_HEADS = (*(f"{model}, %" for model in MODELS), "gain, points")
@@ -165,8 +167,8 @@ def _accuracies(of: Mapping[str, Any]) -> list[str]:
 
 
 def _interval(of: Mapping[str, Any]) -> list[str]:
-    """The bounds of a gain; size classes have none in results of version 0.1."""
-    return [_points(of[bound]) if bound in of else "" for bound in ("low", "high")]
+    """The bounds of a gain."""
+    return [_points(of["low"]), _points(of["high"])]
 
 
 def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:

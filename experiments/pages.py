@@ -16,11 +16,16 @@ NUMBER = re.compile(r"[+-]?(inf|[\d,.]+(e[+-]?\d+)?)( ± [\d.]+)?( [%s]| MB)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text; the first row is the head. A folded table opens with a click."""
+    """Rows of text; the first row is the head.
+
+    A folded table opens with a click. A reader may sort the rows unless they are ``fixed``, as
+    where each row is another figure.
+    """
 
     rows: Sequence[Sequence[str]]
     title: str = ""
     folded: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,9 +162,14 @@ def test_the_page_says_first_what_joining_gives(run_directory):
     ):
         assert said in section, said
     assert section.count("<svg") == 1 and "Alpha 72.7 % alone and 90.9 % own" in section
-    tables = [re.sub(r"<[^>]*>", " ", t) for t in section.split("<table")[1:]]
+    tables = section.split("<table")[1:]
     assert len(tables) == 2
-    assert re.search(r"32 to 63 \s* 1 \s* 22 \s* 72.7 \s* 50.0 \s* 90.9 \s* \+18.2", tables[0])
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in tables[0].split("<tr>")[1:]]
+    found = {head: first for head, first, *_ in rows}
+    assert found["training records"] == "32 to 63" and found["of which lose"] == "0"
+    assert [found[head] for head in ("alone, %", "shared, %", "own, %")] == ["72.7", "50.0", "90.9"]
+    low, high = found["95 % interval"].split(" to ")
+    assert float(low) < float(found["gain, points"]) == 18.2 < float(high)
     assert (
         section.count("<details>") == 1
         and "weight: share of the adapter trained at home" in section
