@@ -169,27 +169,12 @@ def keep(
     since: Annotated[float, typer.Option(help="When the server was started (monotonic clock).")],
 ) -> None:
     """Register institutions, also new ones, and restart interrupted runs."""
-    from deployment import submissions, superlink_client
-    from deployment.problems import Problems
+    from deployment import superlink_client
+    from deployment.keeper import Keeper
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `service.run` reports which signal ended it
     logs.to_stderr()
-    here = superlink_client.server()
-    registered, problems = None, Problems()
-    while True:
-        found: dict[str, str] = {}
-        try:
-            if (files := superlink_client.key_files(here)) != registered:
-                for name, outcome in superlink_client.register(here).items():
-                    log.info("institution %s: %s", name, outcome)
-                registered = files
-            actions, found = submissions.proceed(here, since=since)
-            for line in actions:
-                log.info("%s", line)
-        except (FlowerError, OSError) as error:  # the SuperLink is away, or a disk is full
-            found["runs are not continued"] = in_words(error)
-        problems.report(found)
-        time.sleep(submissions.ASK_SECONDS)
+    Keeper(superlink_client.server(), since).keep()
 
 
 @deploy.command()
@@ -205,7 +190,7 @@ def register() -> None:
         PLAIN.write_line(f"{name}: {outcome}")
     if not outcomes:
         raise InputError(f"{here.institutions} has no public key NAME.pub; put one there")
-    if not set(outcomes.values()) <= {"registered", "already registered"}:
+    if not set(outcomes.values()) <= set(superlink_client.REGISTERED):
         raise typer.Exit(1)
 
 

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from fedlora.errors import place
+
 _REMEDIES = {
     errno.ENOSPC: "free space on its disk",
     errno.EDQUOT: "free space in the user's quota",
     errno.EACCES: f"give user {os.geteuid()}, who runs this, access to it",
     errno.EPERM: f"give user {os.geteuid()}, who runs this, access to it",
     errno.EROFS: "mount its disk for writing",
-    errno.EIO: "check its disk, and restore it from a copy",
+    errno.EIO: "check its disk",
 }
 
 
@@ -31,7 +33,7 @@ class FileError(OSError):
 
 @contextlib.contextmanager
 def named(file: Path, how: Literal["read", "written"]) -> Iterator[None]:
-    """Turn an error in the block, which reads or writes one file, into a `FileError`.
+    """Turn an error in the block, which uses one file of the server, into a `FileError`.
 
     Python's own error of a full disk, or of damaged JSON, does not name the file.
     """
@@ -46,12 +48,18 @@ def named(file: Path, how: Literal["read", "written"]) -> Iterator[None]:
 
 
 def in_words(error: Exception) -> str:
-    """An error in one line."""
-    if isinstance(error, OSError) and not isinstance(error, FileError):
-        return _sentence(str(error.filename or "a file"), "read or written", error)
-    return str(error)
+    """An error in one line.
+
+    It never advises a copy: an older ledger, or an older store of secure aggregation, must not be
+    put back.
+    """
+    if not isinstance(error, OSError) or isinstance(error, FileError):
+        return str(error)
+    if not error.filename:
+        return f"{error} ({place(error)})"
+    return _sentence(str(error.filename), "read or written", error)
 
 
 def _sentence(file: str, how: str, error: OSError) -> str:
-    remedy = _REMEDIES.get(error.errno or 0, "mend that, or restore it from a copy")
-    return f"{file} cannot be {how}: {error.strerror or error}; {remedy}"
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{file} cannot be {how}: {error.strerror or error}" + (f"; {remedy}" if remedy else "")

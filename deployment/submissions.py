@@ -152,8 +152,12 @@ def find(server: Server, name: str) -> Submission:
     content = _read_object(file)
     with named(file, "read"):
         submission = Submission(**{**content, "runs": tuple(content["runs"])})
-        if submission.name != name:
-            raise ValueError(f"it is the record of {submission.name!r}")
+        directory = submission.directory.resolve()
+    if directory != file.parent.resolve():
+        raise FileError(
+            f"{file} is the record of {directory}; if {file.parent} is a copy of it, move the copy "
+            f"out of {server.results}"
+        )
     return submission
 
 
@@ -238,14 +242,23 @@ def proceed(server: Server, *, since: float = -math.inf) -> tuple[list[str], dic
     waiting: dict[str, str] = {}
     for name in names(server):
         try:
-            if find(server, name).state == "running":
+            if _is_running(server, name):
                 with alone(server.results):
-                    actions += _proceed(server, find(server, name), since)
-        except (FlowerError, OSError, ValueError) as error:
+                    if _is_running(server, name):
+                        actions += _proceed(server, find(server, name), since)
+        except (FlowerError, OSError, ValueError, TypeError, KeyError) as error:
             waiting[name] = in_words(error)
             with contextlib.suppress(OSError, InputError):  # its record cannot hold the reason
                 _note(server, name, waiting[name])
     return actions, waiting
+
+
+def _is_running(server: Server, name: str) -> bool:
+    """Whether a submission runs; not if it was taken back, as the SuperLink did not accept it."""
+    try:
+        return find(server, name).state == "running"
+    except InputError:
+        return False
 
 
 def _proceed(server: Server, submission: Submission, since: float) -> list[str]:

@@ -48,6 +48,8 @@ LINK = "fedlora"
 """The connection's name in Flower's own configuration."""
 REQUEST_SECONDS = 90.0
 """Timeout of a request: longer than the SuperLink waits for its database."""
+REGISTERED = ("registered", "already registered")
+"""What `register` says of an institution whose key is registered."""
 MAX_LISTED_RUNS = 1000
 """The number of newest runs among which a run without a known id is searched."""
 
@@ -136,9 +138,14 @@ def key_files(server: Server) -> dict[Path, int]:
     Raises:
         FileError: When the directory cannot be read. That removes no institution.
     """
+    files = _institution_files(server, ".pub", ".size")
     with named(server.institutions, "read"):
-        files = sorted(f for f in server.institutions.iterdir() if f.suffix in (".pub", ".size"))
         return {file: file.stat().st_ctime_ns for file in files if file.exists()}
+
+
+def _institution_files(server: Server, *suffixes: str) -> list[Path]:
+    with named(server.institutions, "read"):
+        return sorted(file for file in server.institutions.iterdir() if file.suffix in suffixes)
 
 
 def register(server: Server) -> dict[str, str]:
@@ -158,9 +165,7 @@ def register(server: Server) -> dict[str, str]:
     with alone(server.results), _superlink(server) as superlink, _errors():
         found = superlink.ListNodes(ListNodesRequest()).nodes_info
         known = {node.public_key: node for node in found}
-        for file in key_files(server):
-            if file.suffix != ".pub":
-                continue
+        for file in _institution_files(server, ".pub"):
             name = file.stem
             try:
                 key = _public_key(file)

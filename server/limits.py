@@ -10,8 +10,7 @@ from strategies import base
 from strategies.base import Round
 
 MAX_IDLE_ROUNDS = 3
-"""Rounds in a row that changed nothing after which a run ends: institutions are charged for them. A
-run that asks all institutions ends after the first round without any valid update."""
+"""Rounds in a row that change nothing, and are charged, after which a run ends."""
 OTHER_REPLY_BYTES = 16 * 2**20
 """The most bytes of a reply beside its vector: names, shapes, figures."""
 
@@ -66,33 +65,39 @@ def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) 
         )
 
 
-def check_progress(record: Mapping[str, Any], idle_rounds: int, *, all_asked: bool) -> None:
+def check_progress(
+    record: Mapping[str, Any], idle_rounds: int, *, all_asked: bool, last: bool
+) -> None:
     """End a run whose rounds change nothing.
 
-    A round that nobody answered, not even with a refusal, ends no run: the next one waits until
-    institutions are back.
+    The first round that nobody answered, not even with a refusal, ends no run: the next one waits
+    until institutions are back.
 
     Args:
         record: The round's line of ``rounds.jsonl``.
-        idle_rounds: Rounds in a row that changed nothing, with this one.
+        idle_rounds: Rounds in a row that changed nothing, with this one. Where a run samples
+            institutions, rounds with a valid update do not count: the next one asks others.
         all_asked: Whether the round asked every institution that is online.
+        last: Whether the run has no further round.
 
     Raises:
-        RunFailed: After `MAX_IDLE_ROUNDS`; after one round that asked all institutions and has no
-            valid update.
+        RunFailed: After `MAX_IDLE_ROUNDS`, unless updates arrived and no round is left to save;
+            after one round that asked all institutions and has no valid update.
     """
-    rejected: dict[str, str] = record["aggregation"]["rejected"]
-    updates = record["updates"]
+    aggregation, updates = record["aggregation"], record["updates"]
+    rejected: dict[str, str] = aggregation["rejected"]
+    refused = aggregation.get("refused", "")
     away = bool(rejected) and {AWAY, *SILENT}.issuperset(rejected.values())
     hopeless = all_asked and not updates and not away
-    if not idle_rounds or not (hopeless or idle_rounds == MAX_IDLE_ROUNDS):
+    tired = idle_rounds == MAX_IDLE_ROUNDS and not (updates and last)
+    if not idle_rounds or not (hopeless or tired):
         return
-    diverged = "too-large" in rejected.values()
+    diverged = "too-large" in {refused, *rejected.values()}
     if updates:
+        why = f"their aggregate was refused: {refused}" if refused else "a round needs more"
         what = (
-            f"{idle_rounds} rounds in a row changed nothing, because too few updates were valid "
-            f"or their aggregate was refused (the log says which); here {updates} of "
-            f"{record['asked']} updates were valid, of the others: {reasons(rejected)}"
+            f"{idle_rounds} rounds in a row changed nothing, here {updates} of {record['asked']} "
+            f"updates counted ({why})" + f"; others: {reasons(rejected)}" * bool(rejected)
         )
     else:
         what = f"no institution sent a valid update ({reasons(rejected)})"

@@ -100,6 +100,7 @@ class Outcome:
         aggregated: The aggregated adapter.
         report: What may be said of the replies.
         skipped: Whether the round changes nothing.
+        refused: The code of the reason why the aggregate was refused; empty where it was not.
         privacy: Institution -> the spending that it reported.
         reported: Institution -> the figures that the orders asked for.
     """
@@ -107,6 +108,7 @@ class Outcome:
     aggregated: Aggregated
     report: Report
     skipped: bool
+    refused: str
     privacy: Mapping[str, Mapping[str, Any]]
     reported: Mapping[str, Mapping[str, float]]
 
@@ -203,8 +205,11 @@ class Federation:
                 record["aggregation"]["rejected"] or "none",
             )
             self.roster.note(record["aggregation"]["rejected"], names)
-            self.idle_rounds = self.idle_rounds + 1 if record["skipped"] else 0
-            limits.check_progress(record, self.idle_rounds, all_asked=len(names) == len(online))
+            all_asked = len(names) == len(online)
+            idle = record["skipped"] and (all_asked or not record["updates"])
+            self.idle_rounds = self.idle_rounds + 1 if idle else 0
+            last = self.state.round >= self.config.federation.rounds
+            limits.check_progress(record, self.idle_rounds, all_asked=all_asked, last=last)
         self.finish()
         tracker.end()
 
@@ -325,7 +330,7 @@ class Federation:
             spending=self.spending,
             timeout=patience(self.config),
         )
-        refused = False
+        refused = ""
         try:
             aggregated = self.aggregation.aggregate(this_round, replies)
             largest = base.largest(aggregated.adapter.only(PARTS))
@@ -335,12 +340,13 @@ class Federation:
                 )
         except Refusal as refusal:
             log.warning("round %d changes nothing: %s", this_round.number, refusal)
-            aggregated, refused = Aggregated(adapter=AdapterState({})), True
+            aggregated, refused = Aggregated(adapter=AdapterState({})), refusal.code
         report = self.aggregation.report(this_round, replies, orders.names.values())
         return Outcome(
             aggregated=aggregated,
             report=report,
-            skipped=refused or report.updates < self.config.federation.min_updates,
+            skipped=bool(refused) or report.updates < self.config.federation.min_updates,
+            refused=refused,
             privacy=replies.privacy,
             reported=replies.reported,
         )
@@ -400,7 +406,11 @@ class Federation:
             "updates": report.updates,
             "skipped": outcome.skipped,
             "aggregation_error": figures.pop("error", None),
-            "aggregation": {**figures, "rejected": dict(sorted(rejected.items()))},
+            "aggregation": {
+                **figures,
+                "rejected": dict(sorted(rejected.items())),
+                **({"refused": outcome.refused} if outcome.refused else {}),
+            },
             "metrics": {k: v for k, v in self.measured.items() if k != "institutions"},
             "epsilon_max": self.aggregation.largest_epsilon(state) if enabled else "inf",
             **self.aggregation.round_record(state),

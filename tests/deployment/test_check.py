@@ -201,7 +201,9 @@ def test_a_directory_that_cannot_be_read_fails_its_check_and_no_other(pinned, ga
     state.rmdir()
     found = check.institution(pinned)
     assert _failed(found) == {"state", "secure store"}
-    assert "state cannot be read or written: No such file" in _as(found, "secure store").details
+    details = _as(found, "secure store").details
+    assert "state cannot be read or written: No such file" in details
+    assert "copy" not in details  # an older ledger or store must not be put back
 
 
 def test_peers_and_their_store_are_checked_where_the_institution_trusts_them(pinned, gateway):

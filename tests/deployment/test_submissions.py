@@ -18,7 +18,7 @@ from flwr.proto.run_pb2 import Run, RunStatus
 from typer.testing import CliRunner
 
 from cli.main import app
-from deployment import cli, keys, problems, submissions, superlink_client
+from deployment import keeper, keys, submissions, superlink_client
 from deployment.errors import FlowerError, Unanswered
 from fedlora import config
 from fedlora.errors import InputError
@@ -342,8 +342,7 @@ def test_a_run_whose_server_died_goes_on_in_the_same_directory(here, link, deplo
 def test_a_continuation_that_fails_once_is_made_in_the_next_pass(here, link, deployed, error, made):
     submissions.submit(here, deployed, "one")
     link.silent, link.broken = (error, None) if made else (None, error)
-    with contextlib.suppress(FlowerError):
-        _pass(here, since=time.monotonic() - 9)
+    _pass(here, since=time.monotonic() - 9)
     assert link.runs["1"] == ("running", "")
     link.silent = link.broken = None
     (line,) = _pass(here, since=time.monotonic() - 9)
@@ -359,8 +358,7 @@ def test_a_stop_that_fails_for_one_of_two_runs_can_be_repeated(
 ):
     submissions.submit(here, deployed, "one")
     link.silent = Unanswered("500")
-    with contextlib.suppress(FlowerError):
-        _pass(here, since=time.monotonic() - 9)
+    _pass(here, since=time.monotonic() - 9)
 
     def fails(server, run):
         if run == unstopped:
@@ -527,7 +525,7 @@ def test_a_record_that_cannot_be_read_waits_is_kept_and_holds_up_no_other(here, 
         actions, waiting = submissions.proceed(here, since=time.monotonic() - 9)
         assert [line.partition(" after")[0] for line in actions] == ["two continues"]
         assert list(waiting) == ["one"] and str(bad) in waiting["one"]
-        assert "restore it from a copy" in waiting["one"]
+        assert ("restore it from a copy" in waiting["one"]) == (not bad.is_dir())
     # its run is neither stopped nor started again, and its record stays as it is
     assert link.runs["1"] == ("running", "")
     assert all(sent["run-dir"].endswith("two") for sent in link.configs[1:])
@@ -541,7 +539,8 @@ def test_commands_name_a_record_that_cannot_be_read_and_show_the_others(here, ba
     for command in ("status", "stop", "results", "resume"):
         done = CliRunner().invoke(app, ["deploy", command, "one"])
         assert done.exit_code == 4 and not done.stdout
-        assert str(bad) in done.stderr and "restore it from a copy" in done.stderr
+        assert str(bad) in done.stderr
+        assert ("restore it from a copy" in done.stderr) == (not bad.is_dir())
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
@@ -575,7 +574,17 @@ def test_a_copied_directory_is_no_second_record_of_its_run(here, link, deployed)
     _finish(submissions.find(here, "one"), link)
     assert submissions.observe(here, "one").state == "completed"
     actions, waiting = submissions.proceed(here)
-    assert not actions and list(waiting) == ["copy"] and "record of 'one'" in waiting["copy"]
+    assert not actions and list(waiting) == ["copy"] and len(link.runs) == 1
+    assert f"is the record of {here.results / 'one'}; if" in waiting["copy"]
+    assert "move the copy out of" in waiting["copy"]
+
+
+def test_results_that_were_copied_elsewhere_are_not_followed(here, link, deployed):
+    submissions.submit(here, deployed, "one")
+    other = dataclasses.replace(here, results=here.results.parent / "restored")
+    shutil.copytree(here.results, other.results)
+    actions, waiting = submissions.proceed(other)
+    assert not actions and f"is the record of {here.results / 'one'}" in waiting["one"]
     assert len(link.runs) == 1
 
 
@@ -636,7 +645,7 @@ def test_a_result_that_cannot_be_read_is_named(here, link, deployed, content):
     file = here.results / "one" / "result.json"
     file.unlink() if content is None else file.write_text(content)
     done = CliRunner().invoke(app, ["deploy", "results", "one"])
-    assert done.exit_code == 4 and not done.stdout and "restore it from a copy" in done.stderr
+    assert done.exit_code == 4 and not done.stdout and "result.json" in done.stderr
     assert done.stderr.startswith(f"error: {file} ") and done.stderr.count("\n") == 1
 
 
@@ -742,47 +751,76 @@ def _raise(error):
     raise error
 
 
-def test_a_problem_is_logged_when_its_reason_changes_and_once_an_hour(monkeypatch, caplog):
+@pytest.fixture
+def looks(here, monkeypatch, caplog):
+    """Passes of the keeper, ``seconds`` after the one before, and what each logged."""
+    caplog.set_level("INFO")
     now = [1000.0]
-    monkeypatch.setattr(problems.time, "monotonic", lambda: now[0])
-    made = problems.Problems()
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(superlink_client, "register", lambda _: {})
+    made = keeper.Keeper(here, since=time.monotonic())
 
-    def logged(seconds, **found):
+    def look(seconds=5.0):
         now[0] += seconds
         caplog.clear()
-        made.report(found)
+        made.look()
         return caplog.messages
+
+    return look
+
+
+def test_a_problem_is_logged_when_its_reason_changes_and_once_an_hour(looks, monkeypatch):
+    waiting = {}
+    monkeypatch.setattr(submissions, "proceed", lambda *_, **__: ([], dict(waiting)))
+
+    def logged(seconds, **found):
+        waiting.clear()
+        waiting.update(found)
+        return looks(seconds)
 
     assert logged(5, one="full disk", two="500") == ["one: full disk", "two: 500"]
     assert logged(5, one="full disk", two="500") == []
     assert logged(5, one="no permission", two="500") == ["one: no permission"]
-    assert logged(problems.REPEAT_SECONDS - 6, one="no permission", two="500") == ["two: 500"]
+    assert logged(keeper.REPEAT_SECONDS - 6, one="no permission", two="500") == ["two: 500"]
     assert logged(6, one="no permission", two="500") == ["one: no permission"]
     assert logged(5, two="500") == []
     assert logged(5, one="no permission", two="500") == ["one: no permission"]  # it is back
 
 
 def test_the_servers_log_has_one_line_for_a_submission_that_fails_in_every_pass(
-    here, link, deployed, monkeypatch, caplog
+    here, link, deployed, looks
 ):
     for name in ("one", "two"):
         submissions.submit(here, deployed, name)
     (here.results / "one" / "rounds.jsonl").write_text("{\n")
     (here.results / "two" / "submission.json").write_text("")
     link.runs.clear()
-    passes = iter(range(3))
+    assert sorted(line.partition(":")[0] for line in looks()) == ["one", "two"]
+    assert looks() == []
 
-    def sleep(_):
-        if next(passes, None) is None:
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.time, "sleep", sleep)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli.logs, "to_stderr", lambda: None)
-    monkeypatch.setattr(superlink_client, "register", lambda _: {})
-    with pytest.raises(KeyboardInterrupt):
-        cli.keep(since=time.monotonic())
-    assert sorted(line.partition(":")[0] for line in caplog.messages) == ["one", "two"]
+def test_runs_continue_where_institutions_cannot_be_registered(
+    here, link, deployed, looks, monkeypatch
+):
+    submissions.submit(here, deployed, "one")
+    monkeypatch.setattr(superlink_client, "register", lambda _: _raise(FlowerError("500")))
+    link.runs.clear()
+    lines = looks()
+    assert any(line.startswith("one continues") for line in lines)
+    assert "institutions are not registered: 500" in lines
+
+
+def test_an_institution_is_registered_again_until_its_files_can_be_read(looks, monkeypatch):
+    answers = [
+        {"a": "registered", "b": "b.pub cannot be read"},
+        {"a": "already registered", "b": "b.pub cannot be read"},
+        {"a": "already registered", "b": "registered"},
+    ]
+    monkeypatch.setattr(superlink_client, "register", lambda _: answers.pop(0))
+    assert looks() == ["institution a: registered", "institution b: b.pub cannot be read"]
+    assert looks() == []
+    assert looks() == ["institution b: registered"]
+    assert looks() == [] and not answers
 
 
 @pytest.mark.parametrize("error", [FlowerError("500"), Unanswered("500")])
@@ -823,8 +861,7 @@ def test_a_submission_that_is_taken_back_meanwhile_ends_nothing(here, link, depl
             yield
 
     monkeypatch.setattr(submissions, "alone", removing)
-    (line,) = _pass(here)
-    assert line.startswith("one: ") and "holds no submission" in line
+    assert submissions.proceed(here) == ([], {})
 
 
 def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deployed, monkeypatch):

@@ -76,31 +76,41 @@ def test_where_all_were_asked_and_none_answered_the_run_ends_with_its_checkpoint
     assert list((Path(config.run_dir) / "checkpoints").iterdir())
 
 
-def _line(rejected, updates=0):
-    aggregation = {"rejected": rejected}
+def _line(rejected, updates=0, refused=""):
+    aggregation = {"rejected": rejected, **({"refused": refused} if refused else {})}
     return {"round": 4, "asked": 5, "updates": updates, "aggregation": aggregation}
 
 
+def _check(line, idle, *, all_asked=True, last=False):
+    limits.check_progress(line, idle, all_asked=all_asked, last=last)
+
+
 @pytest.mark.parametrize("code", ["node-unavailable", "message-lost", "no-answer"])
-def test_a_round_that_nobody_answered_ends_no_run(code):
+def test_the_first_rounds_that_nobody_answered_end_no_run(code):
     away = _line({"a": code, "b": "node-unavailable"})
-    limits.check_progress(away, 1, all_asked=True)
-    limits.check_progress(away, 2, all_asked=True)
-    with pytest.raises(RunFailed, match="no institution sent a valid update"):
-        limits.check_progress(away, limits.MAX_IDLE_ROUNDS, all_asked=True)
+    for idle in range(1, limits.MAX_IDLE_ROUNDS):
+        _check(away, idle)
+    for last in (False, True):
+        with pytest.raises(RunFailed, match="no institution sent a valid update"):
+            _check(away, limits.MAX_IDLE_ROUNDS, last=last)
     for rejected in ({"a": "node-unavailable", "b": "failed"}, {}):
         with pytest.raises(RunFailed, match="round 4"):
-            limits.check_progress(_line(rejected), 1, all_asked=True)
-    limits.check_progress(_line({"a": "failed"}), 0, all_asked=True)
+            _check(_line(rejected), 1, last=True)
+    _check(_line({"a": "failed"}), 0)
 
 
 @pytest.mark.parametrize("rejected", [{"a": "failed"}, {"a": "node-unavailable"}, {}])
 def test_a_run_ends_whose_updates_change_nothing(rejected):
-    """Institutions are charged for each such round."""
-    for idle in range(limits.MAX_IDLE_ROUNDS):
-        limits.check_progress(_line(rejected, updates=4), idle, all_asked=True)
-    with pytest.raises(RunFailed, match=r"3 rounds in a row changed nothing.*4 of 5 updates"):
-        limits.check_progress(_line(rejected, updates=4), limits.MAX_IDLE_ROUNDS, all_asked=True)
+    """Institutions are charged for each such round; after the last one there is none to save."""
+    line, most = _line(rejected, updates=4), limits.MAX_IDLE_ROUNDS
+    for idle in range(most):
+        _check(line, idle)
+    _check(line, most, last=True)
+    with pytest.raises(RunFailed, match="3 rounds in a row changed nothing, here 4 of 5") as failed:
+        _check(line, most)
+    assert ("others: " in str(failed.value)) == bool(rejected)
+    with pytest.raises(RunFailed, match=r"refused: too-large.*training diverged: lower the"):
+        _check(_line({}, updates=5, refused="too-large"), most)
 
 
 def test_rounds_with_too_few_valid_updates_end_the_run(tiny_config, simulate_run, answering):
@@ -110,6 +120,31 @@ def test_rounds_with_too_few_valid_updates_end_the_run(tiny_config, simulate_run
         simulate_run(config)
     records = read_records(Path(config.run_dir))
     assert [record["updates"] > 0 and record["skipped"] for record in records] == [True] * 3
+
+
+def test_rounds_that_change_nothing_do_not_count_once_one_has_changed_something(
+    tiny_config, simulate_run, answering
+):
+    def sometimes(update):
+        return update if update.round == 3 else _refuse(update)
+
+    answering(sometimes)
+    config = tiny_config(**{"federation.min-updates": 4, "federation.rounds": 6})
+    simulate_run(config)  # rounds 4 to 6 are idle too, and no further one is charged
+    records = read_records(Path(config.run_dir))
+    assert [record["skipped"] for record in records] == [True, True, False, True, True, True]
+
+
+def test_a_run_that_samples_goes_on_after_rounds_with_too_few_updates(
+    tiny_config, simulate_run, answering
+):
+    """The next round asks others."""
+    answering(_refuse)
+    few = {"federation.institutions-per-round": 3, "federation.min-updates": 3}
+    config = tiny_config(**few, **{"federation.rounds": 8})
+    simulate_run(config)
+    records = read_records(Path(config.run_dir))
+    assert len(records) == 8 and {record["skipped"] for record in records} == {True, False}
 
 
 @pytest.fixture
