@@ -139,7 +139,7 @@ def summary(out: Path) -> list[dict[str, Any]]:
         setting with the same runs, if several settings share them. Where institutions trained at
         home, ``alone``, ``shared``, ``own`` (accuracies), ``gain`` (own minus alone) and
         ``gain_macro_f1`` (the same of macro-F1, on all rows only) follow, with the number of
-        institutions and their mean number of training records.
+        institutions of a run and the mean number of training records of those compared.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     by_key: dict[str, dict[str, Any]] = {}
@@ -187,7 +187,7 @@ def _line(
                 gains[arm].append(_of(found, institution) - _of(other, institution))
     results = [found for _, found in group]
     drawn = max(found["drawn"] for found in results)
-    compared = [found["joining"] for found in results if found["joining"] is not None]
+    compared = [found for found in results if found["joining"] is not None]
     accuracies = [_of(found, institution) for found in results]
     behind = [len(_finite(values)) for values in (accuracies, *gains.values())]
     behind += [len(compared)] * (institution == ALL)
@@ -220,9 +220,10 @@ def _finite(values: Sequence[float]) -> list[float]:
 
 
 def _joining(
-    institution: str, compared: Sequence[Mapping[str, Any]], drawn: float
+    institution: str, runs: Sequence[Mapping[str, Any]], drawn: float
 ) -> dict[str, float | None]:
     """Return the columns of `JOINING_COLUMNS` for one institution or all, over seeds."""
+    compared = [found["joining"] for found in runs]
     by_seed = [joining["institutions"] for joining in compared]
     line: dict[str, float | None] = {}
     for key in JOINING:
@@ -236,7 +237,10 @@ def _joining(
             values = [joining[key]["accuracy"] for joining in compared]
         line |= _mean(key, values, drawn)
     everyone = institution == ALL
-    line["institutions"] = statistics.fmean(map(len, by_seed)) if everyone else None
+    # all that train together: with home.institutions some of them train no models at home
+    line["institutions"] = (
+        statistics.fmean(len(found["institutions"]) for found in runs) if everyone else None
+    )
     held = [
         of["records"] for one in by_seed for name, of in one.items() if institution in (ALL, name)
     ]
