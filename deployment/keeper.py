@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from deployment import submissions, superlink_client
 from deployment.errors import FlowerError, in_words
@@ -27,7 +28,7 @@ class Keeper:
 
     def __init__(self, server: Server, since: float) -> None:
         self._server, self._since = server, since
-        self._files: Mapping[object, int] | None = None  # at the last registration of all
+        self._files: Mapping[Path, int] | None = None  # at the last registration of all
         self._outcomes: Mapping[str, str] = {}
         self._logged: dict[str, tuple[str, float]] = {}
 
