@@ -60,16 +60,14 @@ class Keeper:
         Returns:
             Institution -> why it is not registered.
         """
-        problems = {n: o for n, o in self._outcomes.items() if o not in REGISTERED}
         files = superlink_client.key_files(self._server)
-        if files != self._files or problems:
+        if files != self._files or not set(self._outcomes.values()) <= set(REGISTERED):
             found = superlink_client.register(self._server)
             for name, outcome in found.items():
                 if outcome in REGISTERED and self._outcomes.get(name) not in REGISTERED:
                     log.info("institution %s: %s", name, outcome)
-            problems = {n: o for n, o in found.items() if o not in REGISTERED}
             self._files, self._outcomes = files, found
-        return {f"institution {name}": problem for name, problem in problems.items()}
+        return {f"institution {n}": o for n, o in self._outcomes.items() if o not in REGISTERED}
 
     def _report(self, problems: Mapping[str, str]) -> None:
         """Log what is new among all problems of a pass, or was logged an hour ago.

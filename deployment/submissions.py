@@ -242,23 +242,24 @@ def proceed(server: Server, *, since: float = -math.inf) -> tuple[list[str], dic
     waiting: dict[str, str] = {}
     for name in names(server):
         try:
-            if _is_running(server, name):
+            if _running(server, name):
                 with alone(server.results):
-                    if _is_running(server, name):
-                        actions += _proceed(server, find(server, name), since)
+                    if submission := _running(server, name):
+                        actions += _proceed(server, submission, since)
         except (FlowerError, OSError, ValueError, TypeError, KeyError) as error:
             waiting[name] = in_words(error)
-            with contextlib.suppress(OSError, InputError):  # its record cannot hold the reason
+            with contextlib.suppress(OSError):  # its record cannot hold the reason
                 _note(server, name, waiting[name])
     return actions, waiting
 
 
-def _is_running(server: Server, name: str) -> bool:
-    """Whether a submission runs; not if it was taken back, as the SuperLink did not accept it."""
+def _running(server: Server, name: str) -> Submission | None:
+    """A submission that runs; None also if it was taken back, as the SuperLink refused it."""
     try:
-        return find(server, name).state == "running"
+        submission = find(server, name)
     except InputError:
-        return False
+        return None
+    return submission if submission.state == "running" else None
 
 
 def _proceed(server: Server, submission: Submission, since: float) -> list[str]:
@@ -287,8 +288,8 @@ def _proceed(server: Server, submission: Submission, since: float) -> list[str]:
 def _note(server: Server, name: str, problem: str) -> None:
     """Record the problem that the server has with a running submission, for `deploy status`."""
     with alone(server.results):
-        submission = find(server, name)
-        if submission.state == "running" and submission.details != problem:
+        submission = _running(server, name)
+        if submission and submission.details != problem:
             dataclasses.replace(submission, details=problem).save()
 
 
