@@ -1,4 +1,4 @@
-# One image for every role: gateway, SuperLink, server, institution. Build: docker build -t fedlora .
+# One image for every role: gateway, SuperLink, server, institution. Build: docker build -t fedlora:0.2.0 .
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 
@@ -17,9 +17,11 @@ COPY deployment deployment
 COPY experiments experiments
 COPY library library
 COPY cli cli
+# Enough for every service: the demo's base model, reports, quantised bases. More: --build-arg EXTRAS=...
+ARG EXTRAS=demo,experiments,qlora
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" --constraint constraints.txt \
-    --editable '.[demo]'
+    --editable ".[${EXTRAS}]"
 
 # The image holds no secret and nothing writable: keys, records and state are mounted.
 ENV HOME=/tmp \

@@ -202,29 +202,18 @@ def by_scheme(
         )
     source = RandomSource.seeded("partition", seed)
     order = source.child("order").permutation(len(targets))
-    draw = int(source.child("flower").words(1)[0])
-    flower: Any = importlib.import_module("flwr_datasets.partitioner")
-    try:
-        if scheme == "iid":
-            partitioner = flower.IidPartitioner(institutions)
-        elif scheme == "dirichlet":
-            partitioner = flower.DirichletPartitioner(
-                institutions, "target", float(argument), min_partition_size=least, seed=draw
-            )
-        elif scheme == "pathological":
-            partitioner = flower.PathologicalPartitioner(
-                institutions, "target", int(argument), "first-deterministic", seed=draw
-            )
-        else:
-            partitioner = getattr(flower, f"{argument.capitalize()}Partitioner")(institutions)
-        owner = np.empty(len(targets), dtype=np.int64)
-        owner[order] = _through_flower(partitioner, {"target": targets[order]})
-    except ValueError as error:
-        raise InputError(
-            f"data.partition {spec} cannot give {institutions} institutions {least} or more of "
-            f"{len(targets)} training rows each ({' '.join(str(error).split())[:200]}); lower "
-            "data.institutions or data.min-records, or choose a more even partition"
-        ) from None
+    owner = np.zeros(len(targets), dtype=np.int64)
+    if schemes.is_drawn(scheme, institutions):
+        draw = int(source.child("flower").words(1)[0])
+        try:
+            partitioner = _partitioner(scheme, argument, institutions, least, draw)
+            owner[order] = _through_flower(partitioner, {"target": targets[order]})
+        except ValueError as error:
+            raise InputError(
+                f"data.partition {spec} cannot give {institutions} institutions {least} or more of "
+                f"{len(targets)} training rows each ({' '.join(str(error).split())[:200]}); lower "
+                "data.institutions or data.min-records, or choose a more even partition"
+            ) from None
     sizes = np.bincount(owner[owner >= 0], minlength=institutions)
     if sizes.min() < least:
         raise InputError(
@@ -237,6 +226,21 @@ def by_scheme(
     return Assignment(
         names=names, train=owner, held_out=_assign_held_out(held, targets, owner, sizes, source)
     )
+
+
+def _partitioner(scheme: str, argument: str, institutions: int, least: int, seed: int) -> Any:
+    flower: Any = importlib.import_module("flwr_datasets.partitioner")
+    if scheme == "iid":
+        return flower.IidPartitioner(institutions)
+    if scheme == "dirichlet":
+        return flower.DirichletPartitioner(
+            institutions, "target", float(argument), min_partition_size=least, seed=seed
+        )
+    if scheme == "pathological":
+        return flower.PathologicalPartitioner(
+            institutions, "target", int(argument), "first-deterministic", seed=seed
+        )
+    return getattr(flower, f"{argument.capitalize()}Partitioner")(institutions)
 
 
 def _assign_held_out(

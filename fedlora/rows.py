@@ -100,7 +100,7 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
         settings.partition, institutions=settings.institutions, has_classes=task != "sft"
     )
     by_value = scheme in schemes.BY_VALUE
-    if not by_value:
+    if schemes.is_drawn(scheme, settings.institutions):
         require("flwr_datasets", "simulation", f"data.partition {settings.partition}")
     partition_column = {argument: "data.partition"} if scheme == "natural" else {}
     unit_column = {unit: "privacy.unit"} if unit != "record" else {}

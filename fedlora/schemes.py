@@ -53,6 +53,14 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
     return scheme, argument
 
 
+def is_drawn(scheme: str, institutions: int) -> bool:
+    """Whether flwr-datasets assigns the rows: one institution gets all rows of ``iid`` without it.
+
+    Deployed institutions read their records as one institution, and need no flwr-datasets.
+    """
+    return scheme not in BY_VALUE and not (scheme == "iid" and institutions == 1)
+
+
 def _is_positive(text: str) -> bool:
     try:
         return 0 < float(text) < math.inf

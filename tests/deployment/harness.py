@@ -11,7 +11,8 @@ Needs root, or else user namespaces that anybody may make; `unavailable` says wh
 What differs from the containers:
 
 - The image is this checkout (what the Dockerfile copies), this Python's environment, and the
-  host's /usr and a little of /etc, mounted read-only; the Dockerfile's RUN is not run.
+  host's /usr and a little of /etc, mounted read-only; the Dockerfile's RUN is not run. Packages
+  that it would not install cannot be imported.
 - No memory, process or CPU limits, and no log rotation: those need cgroups and an engine.
 - Without root, services run as the caller, whatever ``user`` says.
 - A published port is reached on the gateway's address in the network ``published``, by an
@@ -34,11 +35,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
@@ -120,6 +124,32 @@ def image() -> tuple[list[str], dict[str, str]]:
     ]
     (variables,) = re.findall(r"^ENV (.+)$", text, re.MULTILINE)
     return copied, dict(pair.split("=", 1) for pair in variables.split())
+
+
+def absent_modules() -> list[str]:
+    """Top-level modules of this Python's environment that the image does not install.
+
+    The image has fedlora with the extras of the Dockerfile, and what these depend on.
+    """
+    (extras,) = re.findall(r"^ARG EXTRAS=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    found: set[tuple[str, str]] = set()
+    open_ = [("fedlora", extra) for extra in ("", *extras.split(","))]
+    while open_:
+        name, extra = open_.pop()
+        if (name, extra) in found:
+            continue
+        found.add((name, extra))
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            for requirement in map(Requirement, metadata.requires(name) or ()):
+                if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                    needed = canonicalize_name(requirement.name)
+                    open_ += [(needed, e) for e in ("", *requirement.extras)]
+    installed = {name for name, _ in found} | {"pip", "setuptools"}
+    return sorted(
+        module
+        for module, packages in metadata.packages_distributions().items()
+        if installed.isdisjoint(map(canonicalize_name, packages))
+    )
 
 
 @dataclass
@@ -475,6 +505,9 @@ class Federation:
             yield bind(ROOT / name, f"/app/{name}")
         for target, source in self._image_files.items():
             yield bind(source, target)
+        absent = self._root.with_name("sitecustomize.py")
+        absent.write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent_modules()}))\n")
+        yield bind(absent, "/app/sitecustomize.py")
         hosts = self._root.with_name(f"{self._root.name}-{service.name}.hosts")
         hosts.write_text("\n".join(f"{ip} {name}" for ip, name in self._hosts(service)) + "\n")
         yield bind(hosts, "/etc/hosts")

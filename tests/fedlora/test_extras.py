@@ -1,5 +1,7 @@
 """Packages that only some uses need: one clear error before the use begins."""
 
+import sys
+
 import pytest
 
 from fedlora import extras, models, rows, sources
@@ -49,6 +51,21 @@ def test_a_partition_by_a_scheme_without_flwr_datasets_is_refused_before_rows_ar
     missing("flwr_datasets")
     with pytest.raises(InputError, match=r"data\.partition iid needs .* flwr_datasets"):
         records.load(tiny_config(**{"data.partition": "iid", "data.institutions": 3}))
+
+
+def test_a_deployed_institution_reads_its_records_without_the_extra_simulation(
+    missing, monkeypatch, tiny_config
+):
+    from fedlora import records
+
+    missing("flwr_datasets", "datasets")
+    for module in ("flwr_datasets", "flwr_datasets.partitioner", "datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    # what client.config_policy makes of any run
+    found = records.load(
+        tiny_config(**{"data.partition": "iid", "data.institutions": 1, "data.test-fraction": 0.0})
+    )
+    assert len(found.names) == 1 and len(found.all_train) == found.counts["rows"] > 0
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
