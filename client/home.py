@@ -11,7 +11,7 @@ but the figures at the end.
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ from client import alone_models
 from client.alone_models import AloneModel
 from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
-from fedlora.adapters import PARTS, AdapterState, factor_names, kind
+from fedlora.adapters import PARTS, AdapterState, Scale, kind
 from fedlora.errors import InputError
-from fedlora.lora_layers import ADAPTER, lora_layers
 from fedlora.sections import HOME_CHOOSES_FROM, HOME_FINISH, HOME_VALIDATION, HomeConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable
@@ -291,13 +290,9 @@ def beside(shared: AdapterState, work: Trainable) -> AdapterState:
     Returns:
         An adapter that computes what ``shared`` computes until it is trained.
     """
-    _, layer = next(iter(lora_layers(work.model)))
-    scale = cast(float, cast(Any, layer).scaling[ADAPTER])
-    whole, scaled = shared.single(lambda _: scale)
-    if not scaled:
-        factors = shared.layers().items()
-        whole = shared.updated({factor_names(path)[1]: scale * own.b for path, own in factors})
-    return whole.as_residual(work.start)
+    scale = Scale.of_model(work.model)
+    whole, had_residuals = shared.single(scale)
+    return whole.as_residual(work.start, Scale(whole.rank, False) if had_residuals else scale)
 
 
 def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> AdapterState:

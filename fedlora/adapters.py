@@ -8,8 +8,9 @@ this project.
 # pyright: reportUnknownArgumentType=false
 
 import copy
+import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
@@ -76,6 +77,44 @@ class Factors(NamedTuple):
         if self.residual is not None:
             tensors |= zip(residual_names(path), self.residual, strict=True)
         return tensors
+
+
+class Scale(NamedTuple):
+    """What s of s B A follows from.
+
+    Attributes:
+        alpha: ``lora_alpha``.
+        rslora: Whether s is alpha / sqrt(rank), and not alpha / rank.
+    """
+
+    alpha: float
+    rslora: bool
+
+    def of(self, rank: int) -> float:
+        """The scale s at a rank."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
+
+    @classmethod
+    def of_model(cls, model: PeftModel) -> Self:
+        """The scale of the model's adapter."""
+        config = cast(LoraConfig, model.peft_config[ADAPTER])
+        return cls(float(config.lora_alpha), bool(config.use_rslora))
+
+
+def saved_scale(directory: Path) -> Scale:
+    """The scale of a saved adapter.
+
+    Raises:
+        InputError: If its configuration is missing or damaged.
+    """
+    try:
+        saved: Any = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        return Scale(float(saved["lora_alpha"]), bool(saved["use_rslora"]))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(
+            f"{directory / CONFIG_FILE} cannot be read ({type(error).__name__}); give a directory "
+            "that PEFT saved"
+        ) from None
 
 
 class AdapterState(Mapping[str, torch.Tensor]):
@@ -173,12 +212,21 @@ class AdapterState(Mapping[str, torch.Tensor]):
         """The rank of its factors; of the first layer, where layers differ."""
         return next(t.shape[0] for name, t in self.items() if kind(name) == "A")
 
-    def as_residual(self, start: "AdapterState") -> Self:
-        """An adapter of scale 1 as residuals under the factors of ``start``, whose B is zero."""
+    def as_residual(self, start: "AdapterState", scale: Scale) -> Self:
+        """This adapter, which has no residuals, as residuals under the factors of another one.
+
+        Args:
+            start: The adapter whose factors, with B = 0, stand above the residuals.
+            scale: The scale of this adapter.
+
+        Raises:
+            KeyError: If ``start`` has no factors for a layer.
+        """
         tensors = dict(self.only(("head",)))
         for path, own in self.layers().items():
             fresh = start.factors(path)
-            tensors |= Factors(fresh.a, fresh.b, own.magnitude, (own.a, own.b)).named(path)
+            residual = own.a, own.b * scale.of(len(own.a))
+            tensors |= Factors(fresh.a, fresh.b, own.magnitude, residual).named(path)
         return type(self)(tensors)
 
     def validate_against(self, reference: "AdapterState", *, residual: bool = False) -> str | None:
@@ -203,13 +251,13 @@ class AdapterState(Mapping[str, torch.Tensor]):
         """Whether all values are finite."""
         return all(bool(torch.isfinite(tensor).all()) for tensor in self.values())
 
-    def single(self, scale: Callable[[int], float]) -> tuple[Self, bool]:
+    def single(self, scale: Scale) -> tuple[Self, bool]:
         """This adapter with its residuals concatenated to its factors, whose scale is then 1.
 
         DoRA's norm is that of W + residual + s B A, so its magnitudes do not change.
 
         Args:
-            scale: Rank -> s of s B A.
+            scale: The scale of its factors.
 
         Returns:
             The adapter and whether it had residuals. All layers then have the rank of the largest
@@ -219,7 +267,7 @@ class AdapterState(Mapping[str, torch.Tensor]):
             return self, False
         whole: dict[str, Factors] = {}
         for path, layer in self.layers().items():
-            a, b = layer.a, layer.b * scale(len(layer.a))
+            a, b = layer.a, layer.b * scale.of(len(layer.a))
             if layer.residual is not None:
                 a = torch.cat([a, layer.residual[0]])
                 b = torch.cat([b, layer.residual[1]], 1)
@@ -246,8 +294,7 @@ class AdapterState(Mapping[str, torch.Tensor]):
         """
         config = cast(LoraConfig, copy.copy(model.peft_config[ADAPTER]))
         config.inference_mode = True
-        power = 0.5 if config.use_rslora else 1
-        whole, scaled = self.single(lambda rank: config.lora_alpha / rank**power)
+        whole, scaled = self.single(Scale.of_model(model))
         if scaled:
             config.use_rslora, config.lora_alpha = False, whole.rank  # a scale of 1
         config.r = whole.rank
@@ -261,7 +308,7 @@ class AdapterState(Mapping[str, torch.Tensor]):
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Read the tensors that `save` wrote.
+        """Read the tensors that `save` wrote. Factors with residuals were saved as one.
 
         Raises:
             InputError: If the file is missing or damaged.
@@ -273,6 +320,28 @@ class AdapterState(Mapping[str, torch.Tensor]):
                 f"{directory / WEIGHTS_FILE} cannot be read ({type(error).__name__}); "
                 "give the directory of a finished run's adapter"
             ) from None
+
+
+def open_for(directory: Path, start: AdapterState, *, residuals: bool) -> AdapterState:
+    """Read a saved adapter in the form that a run's rounds continue from.
+
+    Args:
+        directory: The adapter's directory.
+        start: The run's fresh adapter.
+        residuals: Whether the run's strategy carries residuals (``federation.traits``). The
+            adapter, of any rank and scale, then becomes the residual, under the factors of
+            ``start``.
+
+    Raises:
+        InputError: If a file is missing or damaged, or a layer is not one of ``start``.
+    """
+    saved = AdapterState.open(directory)
+    if not residuals:
+        return saved
+    try:
+        return saved.as_residual(start, saved_scale(directory))
+    except KeyError as error:
+        raise InputError(f"the adapter in {directory} does not fit: {error.args[0]}") from None
 
 
 def _difference(

@@ -16,7 +16,7 @@ from fedlora import finished_run, model_card, model_files
 from fedlora.adapters import CONFIG_FILE, WEIGHTS_FILE
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.files import new_path, sync, write_atomic
+from fedlora.files import new_directory, new_path, sync, write_atomic
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
@@ -45,7 +45,7 @@ def vllm(run_dir: Path, out_dir: Path, institution: str = "") -> str:
     Raises:
         InputError: If the run is not complete, ``out_dir`` exists, or vLLM cannot read the adapter.
     """
-    parent = new_path(out_dir)
+    new_path(out_dir)
     config, folder, saved = _causal_adapter(run_dir, institution, "vLLM serves")
     rank = int(saved["r"])
     if saved.get("use_dora") or rank > VLLM_RANKS[-1]:
@@ -55,14 +55,11 @@ def vllm(run_dir: Path, out_dir: Path, institution: str = "") -> str:
             f"`fedlora merge {run_dir} DIRECTORY`, which vLLM serves as a model"
         )
     base = model_card.base_name(config)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out_dir.name}-") as scratch:
-        new = Path(scratch) / "adapter"
-        new.mkdir()
+    with new_directory(out_dir) as new:
         for file in _files(folder):
             shutil.copyfile(file, new / file.name)
         saved["base_model_name_or_path"] = base
         write_atomic(new / CONFIG_FILE, (json.dumps(saved, indent=2) + "\n").encode())
-        new.rename(out_dir)
     largest = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
     return (
         f"vllm serve {base} --enable-lora --lora-modules {out_dir.name}={out_dir} "

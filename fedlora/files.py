@@ -1,8 +1,10 @@
 """Files that are whole or absent: written beside their place, synced, then renamed."""
 
+import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedlora.errors import InputError
@@ -54,6 +56,23 @@ def new_path(path: Path) -> Path:
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"{parent} is no directory that can be written to; give another directory")
     return parent
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Write a directory that is whole or absent: an empty one beside its place, then renamed.
+
+    Args:
+        path: The directory; it must not exist (`new_path`).
+    """
+    with tempfile.TemporaryDirectory(dir=new_path(path), prefix=f".{path.name}-") as scratch:
+        new = Path(scratch) / path.name  # with the usual permissions; those of scratch are 0700
+        new.mkdir()
+        yield new
+        for place in (*new.rglob("*"), new):
+            sync(place)
+        new.rename(path)
+    sync(path.absolute().parent)
 
 
 def existing_parent(path: Path) -> Path:

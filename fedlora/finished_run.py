@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import data, merging, model_card, trainable
-from fedlora.adapters import AdapterState
+from fedlora.adapters import open_for
 from fedlora.config import RunConfig, load
 from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
-from fedlora.files import new_path
+from fedlora.files import new_directory, new_path
 from fedlora.run_files import CONFIG, read_run_file
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
@@ -84,9 +84,8 @@ def _open(run_dir: Path, config: RunConfig, institution: str) -> Trainable:
             f"model.name {config.model.name} is not the base that {run_dir} was trained on "
             "(weights differ); restore that base or run again"
         )
-    adapter = AdapterState.open(adapter_directory(run_dir, config, institution))
-    if config.federation.traits.residuals:
-        adapter = adapter.as_residual(work.start)
+    place = adapter_directory(run_dir, config, institution)
+    adapter = open_for(place, work.start, residuals=config.federation.traits.residuals)
     adapter.load_into(work.model)
     return work
 
@@ -190,11 +189,10 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
     Raises:
         InputError: If ``out_dir`` exists.
     """
-    new_path(out_dir)
+    new_path(out_dir)  # before the model is loaded
     config = configuration(run_dir, {})
     merged, work = merged_model(run_dir, institution)
-    temporary = out_dir.with_name(f".{out_dir.name}.tmp")
-    merged.save_pretrained(temporary, safe_serialization=True)
-    work.base.tokenizer.save_pretrained(temporary)
-    model_card.write_merged(temporary, config, work)
-    temporary.rename(out_dir)
+    with new_directory(out_dir) as new:
+        merged.save_pretrained(new, safe_serialization=True)
+        work.base.tokenizer.save_pretrained(new)
+        model_card.write_merged(new, config, work)

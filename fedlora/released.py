@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from fedlora.adapters import AdapterState
+from fedlora.adapters import AdapterState, open_for
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.messages import Release
@@ -83,14 +83,8 @@ class ReleaseFiles:
                 f"model.name {work.base.name} is not the base that run {self.name} was trained on "
                 "(weights differ); restore that base"
             )
-        adapter = AdapterState.open(self.directory)
-        try:
-            if residuals:
-                adapter = adapter.as_residual(work.start)
-            problem = adapter.validate_against(work.start, residual=residuals)
-        except KeyError as error:
-            problem = f"{error.args[0]} is missing"
-        if problem:
+        adapter = open_for(self.directory, work.start, residuals=residuals)
+        if problem := adapter.validate_against(work.start, residual=residuals):
             raise InputError(
                 f"the adapter in {self.directory} does not fit run {self.name}: {problem}; ask the "
                 "operator for it again"

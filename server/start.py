@@ -5,14 +5,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fedlora.adapters import CONFIG_FILE, AdapterState
+from fedlora.adapters import AdapterState, Scale, open_for, saved_scale
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.model_card import LABELS
 from fedlora.run_files import CONFIG, ENVIRONMENT, read_run_file
-from fedlora.sections import AdapterConfig
 from fedlora.trainable import Trainable
 
 
@@ -26,7 +24,9 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
         work: Its model, with the fresh adapter.
 
     Returns:
-        The adapter, with every tensor of the fresh one; the fresh one where nothing is set.
+        The adapter, with every tensor of the fresh one; the fresh one where nothing is set. Under a
+        strategy with residuals the earlier adapter, of any rank and scale, is the residual: such a
+        strategy may start each round from factors of its own.
 
     Raises:
         InputError: If the directory holds no adapter, or one of another base, rank or scale; if it
@@ -42,21 +42,28 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
         _check_run(origin.run_dir, config, work)
         folder = origin.run_dir / "adapter"
     _check_promises(config)
+    residuals = config.federation.traits.residuals
     try:
-        loaded = AdapterState.open(folder)
+        loaded = open_for(folder, work.start, residuals=residuals)
+        scale = saved_scale(folder)
     except InputError as error:
         raise InputError(f"adapter.start is {start}: {error}") from None
     fresh, head = work.start, work.start.only(("head",))
     shaped = all(name in loaded and loaded[name].shape == t.shape for name, t in head.items())
     if not shaped or _labels(folder) not in (None, list(work.labels)):
-        loaded = loaded.only(("A", "B", "magnitude")).updated(head)
-    if problem := loaded.validate_against(fresh):
+        loaded = loaded.only(("A", "B", "magnitude", "residual")).updated(head)
+    if problem := loaded.validate_against(fresh, residual=residuals):
         raise InputError(
             f"adapter.start is {start}, whose adapter does not fit this run ({problem}); "
             "give an adapter of the same model.name, adapter.method, adapter.rank and "
             "adapter.target-modules"
         )
-    _check_scale(folder, config.adapter)
+    wanted = Scale(config.adapter.alpha, config.adapter.method.endswith("rslora"))
+    if not residuals and scale != wanted:
+        raise InputError(
+            f"adapter.start is {start}, an adapter of alpha {scale.alpha:g}"
+            f"{' with rsLoRA' * scale.rslora}; set adapter.alpha and adapter.method to its own"
+        )
     return loaded
 
 
@@ -173,21 +180,3 @@ def _labels(folder: Path) -> list[str] | None:
         return json.loads((folder / LABELS).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def _check_scale(folder: Path, config: AdapterConfig) -> None:
-    """Check that an adapter's factors mean the same in this run. Raises `InputError`."""
-    try:
-        saved: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        scale = float(saved["lora_alpha"]), bool(saved["use_rslora"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(
-            f"adapter.start is {config.start}, whose {CONFIG_FILE} cannot be read "
-            f"({type(error).__name__}); give a directory that PEFT saved"
-        ) from None
-    wanted = config.alpha, config.method.endswith("rslora")
-    if scale != wanted:
-        raise InputError(
-            f"adapter.start is {config.start}, an adapter of alpha {scale[0]:g}"
-            f"{' with rsLoRA' * scale[1]}; set adapter.alpha and adapter.method to its own"
-        )

@@ -32,7 +32,7 @@ from experiments.audit.observed import (
     scores,
 )
 from fedlora import data, records, trainable
-from fedlora.adapters import AdapterState
+from fedlora.adapters import open_for
 from fedlora.config import ACCEPTABLE, RunConfig
 from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
@@ -206,9 +206,8 @@ def _train(
 def _load_released(config: RunConfig) -> Trainable:
     """Load the base model with the adapter that a run released."""
     work = trainable.load(config, records.load(config).labels)
-    adapter = AdapterState.open(Path(config.run_dir) / "adapter")
-    if config.federation.traits.residuals:
-        adapter = adapter.as_residual(work.start)
+    place = Path(config.run_dir) / "adapter"
+    adapter = open_for(place, work.start, residuals=config.federation.traits.residuals)
     adapter.load_into(work.model)
     return work
 

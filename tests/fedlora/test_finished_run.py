@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedlora import config, finished_run, model_files
+from fedlora import config, finished_run, model_card, model_files
 from fedlora.errors import InputError
 from simulation import run
 from tests.fedlora.small_models import byte_tokenizer
@@ -163,6 +163,22 @@ def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints,
     )
     texts = texts_of(complaints)
     assert answers(again, texts) == answers(classifier, texts)
+
+
+def test_a_merge_that_is_cut_short_leaves_nothing_and_mixes_with_nothing(
+    classifier, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(model_card, "write_merged", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finished_run.merge(classifier, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+    left = tmp_path / ".merged.tmp"  # of a process that was killed
+    left.mkdir()
+    (left / "model.safetensors").write_text("another run's")
+    finished_run.merge(classifier, tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.tmp", "merged"]
 
 
 @pytest.fixture(scope="module")

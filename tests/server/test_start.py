@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from client.ledger import Ledger
-from fedlora import trainable
+from fedlora import finished_run, trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
 from server.start import start_adapter
@@ -138,6 +138,40 @@ def test_a_run_goes_on_from_an_earlier_run_and_refuses_one_that_does_not_fit(
     refused("has other weights")
     (first / "result.json").unlink()
     refused("adapter.start is .* holds no complete run")
+
+
+@pytest.mark.parametrize("strategy", ["stack", "exact"])
+def test_a_strategy_with_residuals_starts_from_what_the_earlier_run_computes(
+    strategy, tiny_config, simulate_run, tmp_path
+):
+    """From factors of scale 2, of another rank; and from factors that were saved with residuals."""
+    plain = {"privacy.epsilon": float("inf"), "home.method": "none"}
+    stepwise = {
+        "federation.server-optimizer": "none",
+        "federation.server-learning-rate": 1,
+        "federation.average-last": 0,
+        "federation.strategy": strategy,
+    }
+    before = simulate_run(tiny_config(**plain, **{"run-dir": str(tmp_path / "fedavg")}))
+    tiny_step = {"training.learning-rate": 1e-7, "federation.rounds": 1, "adapter.rank": 2}
+    values = {**plain, **stepwise, **tiny_step}
+    start = tmp_path / "fedavg"
+    for number, rounds in enumerate((1, 0, 1)):  # of none, of a residual alone, of both
+        place = tmp_path / f"run-{number}"
+        config = tiny_config(
+            **values
+            | {"run-dir": str(place), "adapter.start": str(start), "federation.rounds": rounds}
+        )
+        found = start_adapter(config, trainable.load(config, trainable.records(config).labels))
+        factors = found.layers().values()  # stack sends fresh ones: all that counts is the residual
+        assert all(not layer.b.any() and layer.residual[1].any() for layer in factors)
+        after = simulate_run(config)
+        assert after["loss"] == pytest.approx(before["loss"], abs=1e-4)
+        measured = finished_run.evaluate(place, config.data.source)
+        expected = finished_run.evaluate(tmp_path / "fedavg", config.data.source)
+        assert measured["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        start = place
+    assert AdapterState.open(start / "adapter").rank > 2
 
 
 def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
