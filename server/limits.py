@@ -1,6 +1,7 @@
 """Bounds beyond which a run does not start or does not continue."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.adapters import PARTS, AdapterState
@@ -65,6 +66,30 @@ def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) 
         )
 
 
+def is_idle(record: Mapping[str, Any], *, all_asked: bool) -> bool:
+    """Whether a round changed nothing, and the next one could do no better by asking others.
+
+    Args:
+        record: The round's line of ``rounds.jsonl``.
+        all_asked: Whether the round asked every institution that is online.
+    """
+    return record["skipped"] and (all_asked or not record["updates"])
+
+
+def idle_rounds(records: Sequence[Mapping[str, Any]], institutions: int) -> int:
+    """The number of idle rounds at the end of a run that goes on.
+
+    Institutions were charged for them, so a new process of the server must not begin to count anew.
+
+    Args:
+        records: The lines of ``rounds.jsonl``.
+        institutions: The number of institutions; who was online is not on record.
+    """
+    ended = reversed(records)
+    idle = (is_idle(one, all_asked=one["asked"] == institutions) for one in ended)
+    return sum(1 for _ in itertools.takewhile(bool, idle))
+
+
 def check_progress(
     record: Mapping[str, Any], idle_rounds: int, *, all_asked: bool, last: bool
 ) -> None:
@@ -89,7 +114,7 @@ def check_progress(
     refused = aggregation.get("refused", "")
     away = bool(rejected) and {AWAY, *SILENT}.issuperset(rejected.values())
     hopeless = all_asked and not updates and not away
-    tired = idle_rounds == MAX_IDLE_ROUNDS and not (updates and last)
+    tired = idle_rounds >= MAX_IDLE_ROUNDS and not (updates and last)
     if not idle_rounds or not (hopeless or tired):
         return
     diverged = "too-large" in {refused, *rejected.values()}

@@ -161,7 +161,7 @@ class Federation:
         )
         self.roster = Roster(grid, config, query)
         self.measured: dict[str, Any] = {}
-        self.idle_rounds = 0
+        self.idle_rounds = limits.idle_rounds(read_records(self.directory.path), size)
 
     def run(self) -> None:
         """Run the rounds that are left, and write the results."""
@@ -188,6 +188,8 @@ class Federation:
                     len(names),
                     self.participations,
                 )
+                asked = self.asked(self.state.round + 1)  # by a process that ended in that round
+                self.state = dataclasses.replace(self.state, asked=asked)
                 break
             record = self.play_round({online[name]: name for name in names})
             self.directory.append(record)
@@ -206,7 +208,7 @@ class Federation:
             )
             self.roster.note(record["aggregation"]["rejected"], names)
             all_asked = len(names) == len(online)
-            idle = record["skipped"] and (all_asked or not record["updates"])
+            idle = limits.is_idle(record, all_asked=all_asked)
             self.idle_rounds = self.idle_rounds + 1 if idle else 0
             last = self.state.round >= self.config.federation.rounds
             limits.check_progress(record, self.idle_rounds, all_asked=all_asked, last=last)
@@ -373,18 +375,24 @@ class Federation:
         if number > federation.rounds - round(federation.average_last * federation.rounds):
             averaged += 1
             average = {k: average.get(k, 0.0) + v.double() for k, v in adapter.items()}
-        # With those whom an earlier try at this round asked: they may have been charged for it.
-        asked = {name: state.asked.get(name, 0) + 1 for name in self.directory.asked(number)}
         return dataclasses.replace(
             state,
             round=number,
             adapter=adapter,
             moments=moments,
-            asked={**state.asked, **asked},
+            asked=self.asked(number),
             average=average,
             averaged=averaged,
             privacy={**state.privacy, **outcome.privacy},
         )
+
+    def asked(self, number: int) -> dict[str, int]:
+        """Institution -> for how many rounds it was asked, with a round that the state lacks.
+
+        That counts those whom an earlier try at this round asked: they may have been charged.
+        """
+        asked = dict(self.state.asked)
+        return asked | {name: asked.get(name, 0) + 1 for name in self.directory.asked(number)}
 
     def record(self, orders: Orders, outcome: Outcome) -> dict[str, Any]:
         """Evaluate the new state; the round's line of ``rounds.jsonl``."""

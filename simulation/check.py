@@ -52,7 +52,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
         )
     records = prepare(config)
     with paused_gc():
-        from server import population
+        from server import aggregation, population
     refused: list[str] = []
 
     def attempt(inspect: Any, *arguments: Any) -> Any:
@@ -73,10 +73,13 @@ def describe(config: RunConfig) -> dict[str, Any]:
         attempt(findings.refuse, config, found)
     ledgers = _ledgers(config, records, plans)
     lacking = sum(not ledger["fits"] for ledger in ledgers.values())
-    if len(records.names) - lacking < config.federation.min_updates:
+    chosen = attempt(aggregation.choose, config, len(records.names), cap)
+    least = max(config.federation.min_updates, chosen.least_asked if chosen else 0)
+    if lacking and len(records.names) - lacking < least:
         refused.append(
             f"budget exhausted: {lacking} of {len(records.names)} institutions have too little "
-            "left in their ledgers, whose limit nothing raises"
+            f"left in their ledgers, whose limit nothing raises, and {least} institutions are "
+            "needed"
         )
     started = time.monotonic()
     work = attempt(_load, config, records)

@@ -120,6 +120,8 @@ def test_rounds_with_too_few_valid_updates_end_the_run(tiny_config, simulate_run
         simulate_run(config)
     records = read_records(Path(config.run_dir))
     assert [record["updates"] > 0 and record["skipped"] for record in records] == [True] * 3
+    with pytest.raises(RunFailed, match="round 4: 4 rounds in a row changed nothing"):
+        simulate_run(config)  # a process that goes on has one round, not three
 
 
 def test_rounds_that_change_nothing_do_not_count_once_one_has_changed_something(
@@ -244,29 +246,64 @@ def test_a_robust_rule_needs_as_many_institutions_as_it_can_use(
     assert aggregation.choose(tiny_config(**values), 9, 3).least_asked == least
 
 
-def test_an_institution_that_was_asked_before_a_crash_and_never_again_stands_in_the_statement(
-    tiny_config, simulate_run, monkeypatch
-):
-    """Delta is charged in round 1; the server dies before its checkpoint, and Delta is gone."""
-    config = tiny_config(**{"privacy.noise": "secure"})
-    step = Federation.step
+@pytest.fixture
+def crash_in_round(tiny_config, simulate_run, monkeypatch):
+    """Run until the server dies in a round, after it was charged; go on without an institution."""
 
-    def die(self, orders, outcome):
-        raise KeyboardInterrupt
+    def go(number, missing, **values):
+        config = tiny_config(**{"privacy.noise": "secure"}, **values)
+        step = Federation.step
 
-    monkeypatch.setattr(Federation, "step", die)
-    with pytest.raises(KeyboardInterrupt):
+        def die(self, orders, outcome):
+            if orders.this_round.number == number:
+                raise KeyboardInterrupt
+            return step(self, orders, outcome)
+
+        monkeypatch.setattr(Federation, "step", die)
+        with pytest.raises(KeyboardInterrupt):
+            simulate_run(config)
+        monkeypatch.setattr(Federation, "step", step)
+        monkeypatch.setattr(roster, "NODES_TIMEOUT", 0.0)
+        gone, online = missing(Path(config.run_dir)), Roster.online
+        monkeypatch.setattr(
+            Roster,
+            "online",
+            lambda self: {name: node for name, node in online(self).items() if name != gone},
+        )
         simulate_run(config)
-    monkeypatch.setattr(Federation, "step", step)
-    monkeypatch.setattr(roster, "NODES_TIMEOUT", 0.0)
-    online = Roster.online
-    monkeypatch.setattr(
-        Roster,
-        "online",
-        lambda self: {name: node for name, node in online(self).items() if name != "Delta"},
-    )
-    simulate_run(config)
-    said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
+        return json.loads((Path(config.run_dir) / "privacy.json").read_text())
+
+    return go
+
+
+def test_an_institution_that_was_asked_before_a_crash_and_never_again_stands_in_the_statement(
+    crash_in_round,
+):
+    said = crash_in_round(1, lambda _: "Delta")
     assert set(said["institutions"]) == {"Alpha", "Beta", "Gamma"}
     assert said["without_report"]["Delta"]["rounds_asked"] == 1
     assert all(told["rounds_asked"] == 3 for told in said["institutions"].values())
+
+
+def test_a_round_that_was_charged_and_never_played_again_stands_in_the_statement(crash_in_round):
+    """Two of four are asked in each round, each once. One of the second round does not come back,
+    so that the round cannot be played again and the run ends."""
+    asked = []
+
+    def one_of_the_second_round(run_dir):
+        asked.extend(json.loads(line) for line in (run_dir / "orders.jsonl").open())
+        return asked[-1]["institutions"][0]
+
+    said = crash_in_round(
+        2,
+        one_of_the_second_round,
+        **{
+            "federation.rounds": 2,
+            "federation.institutions-per-round": 2,
+            "federation.min-updates": 2,
+        },
+    )
+    first, second = (set(line["institutions"]) for line in asked)
+    assert set(said["institutions"]) == first and set(said["without_report"]) == second
+    told = {**said["institutions"], **said["without_report"]}
+    assert {entry["rounds_asked"] for entry in told.values()} == {1}

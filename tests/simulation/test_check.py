@@ -115,6 +115,9 @@ def test_a_check_spends_nothing_and_shows_what_is_left_in_a_ledger(messy, tmp_pa
         assert (said["epsilon"], said["left"], said["limit"]) == (0.0, limit, limit)
         assert said["fits"] is fits
     assert any("budget exhausted: 1 of 3" in reason for reason in described["refused"])
+    rule = {"federation.min-updates": 1, "federation.robust": "median", "federation.byzantine": 1}
+    (reason,) = check.describe(config.replace(rule))["refused"]  # a median of one needs three
+    assert "budget exhausted: 1 of 3" in reason and "3 institutions are needed" in reason
     assert not Path(config.run_dir).exists()
     for name in ("Alpha", "Sparkasse"):
         with Ledger.open(ledgers / f"{name}.db") as ledger:
