@@ -17,6 +17,9 @@ from fedlora.settings_schema import Scalar
 MAX_RELEASES = 20
 """Directories that stay, so that no server fills the disk."""
 
+OLD = ".old-"
+"""Begins the name of a directory while another takes its place."""
+
 
 class Releases:
     """The released adapters of an institution.
@@ -37,17 +40,19 @@ class Releases:
             model: The model that the adapter belongs to.
         """
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for left in self._directory.glob(".new-*"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for left in self._directory.glob(".*"):  # of a process that was killed
+            if left not in self._directories():
+                shutil.rmtree(left, ignore_errors=True)
         new = Path(tempfile.mkdtemp(dir=self._directory, prefix=".new-"))
         release.adapter.save(new, model)
         released.describe(new, release, config)
         place = self._directory / release.run
+        before = place.with_name(f"{OLD}{place.name}")
         if place.exists():  # the server went on after a crash and sends it again
-            shutil.rmtree(place)
+            place.rename(before)
         new.rename(place)
         files.sync(self._directory)
-        for old in self._directories()[:-MAX_RELEASES]:
+        for old in (before, *self._directories()[:-MAX_RELEASES]):
             shutil.rmtree(old, ignore_errors=True)
 
     def find(self, run: str) -> ReleaseFiles:
@@ -83,5 +88,7 @@ class Releases:
 
     def _directories(self) -> list[Path]:
         """The directories, the oldest first."""
-        found = [path for path in self._directory.glob("*") if not path.name.startswith(".")]
-        return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+        found = {path.name: path for path in self._directory.glob("*") if path.name[0] != "."}
+        for path in self._directory.glob(f"{OLD}*"):  # of a process that was killed in between
+            found.setdefault(path.name.removeprefix(OLD), path)
+        return sorted(found.values(), key=lambda path: path.stat().st_mtime_ns)

@@ -24,7 +24,17 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from client import settings
-from fedlora import cache, data, flower_internals, logs, model_files, records, wire
+from fedlora import (
+    cache,
+    data,
+    flower_internals,
+    logs,
+    model_files,
+    records,
+    schemes,
+    sources,
+    wire,
+)
 from fedlora.errors import InputError, place
 from fedlora.sections import ModelConfig
 from fedlora.startup import end_with_parent, paused_gc
@@ -120,7 +130,7 @@ class Trainer:
             name = str(context.run_config.get("model.name", ModelConfig.name))
             if name not in own.models:
                 return  # the app refuses; that name is not resolved
-            now = _files(name, own)
+            now = _files(name, own, context.run_id)
         except InputError:  # the app reports it
             now = None
         except OSError:  # likewise; an unknown state is never that of the next message
@@ -134,16 +144,21 @@ class Trainer:
         self._loaded_from = now
 
 
-def _files(name: str, own: settings.Settings) -> object:
+def _files(name: str, own: settings.Settings, run: int) -> object:
     """The current state of the files of the base model and the records.
 
+    A function's records (``python:``) have no file to look at: they are as new as the run.
+
     Raises:
-        InputError: If the base model is missing.
+        InputError: If the base model is missing, or a directory of records is empty.
         OSError: If a file or its directory cannot be read.
     """
-    files = [*model_files.resolve(name).path.iterdir(), Path(own.source), Path(own.test_source)]
+    files = list(model_files.resolve(name).path.iterdir())
+    for source in filter(None, (own.source, own.test_source)):
+        files += sources.institution_files(source).values() or [Path(source)]
     found = sorted((str(file), file.stat()) for file in files if file.is_file())
-    return name, [(path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found]
+    given = run if own.source.startswith(schemes.PYTHON) else None
+    return name, given, [(path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found]
 
 
 def _listener(path: Path) -> Listener:

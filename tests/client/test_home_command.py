@@ -213,6 +213,20 @@ def test_a_release_that_comes_again_replaces_the_first_one_and_the_oldest_go(ban
     assert _stored(made) == ["a2", "a3"]
 
 
+def test_a_release_that_was_being_replaced_when_the_node_was_killed_is_found(bank):
+    made = bank()
+    release = made.release()
+    made.receive(release)
+    stored = made.directory / "state" / "released"
+    (stored / RUN).rename(stored / f".old-{RUN}")
+    (stored / ".new-x").mkdir()
+    assert releases.Releases(made.directory / "state").find(RUN).run == RUN
+    made.receive(dataclasses.replace(release, run="another"))
+    assert releases.Releases(made.directory / "state").find(RUN).run == RUN
+    made.receive(release)
+    assert sorted(path.name for path in stored.iterdir()) == sorted([RUN, "another"])
+
+
 def test_a_released_adapter_has_the_parts_that_stayed_at_the_institution(bank):
     made = bank(**{"federation.strategy": "fedsa"})
     release = made.release()

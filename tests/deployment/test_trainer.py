@@ -204,6 +204,34 @@ def test_what_is_in_memory_is_let_go_when_its_files_or_the_model_change(
     assert forgets() and not forgets()
 
 
+@pytest.mark.parametrize("kind", ["directory", "glob", "function"])
+def test_records_of_many_files_and_of_a_function_are_let_go_too(
+    kind, with_app, context, monkeypatch
+):
+    monkeypatch.setattr(trainable, "forget", lambda: None)
+    forgotten = []
+    monkeypatch.setattr(records, "forget", lambda: forgotten.append("records"))
+    made = with_app(lambda m, c: Message(RecordDict(), reply_to=m))
+    file = Path(context.node_config["settings"])
+    parts = file.parent / "parts"
+    parts.mkdir()
+    (parts / "one.csv").write_text("text,label\na,b\n")
+    source = {"directory": str(parts), "glob": f"{parts}/*.csv", "function": "python:bank:records"}
+    file.write_text(file.read_text().replace("'r.csv'", repr(source[kind])))
+
+    def forgets():
+        forgotten.clear()
+        _asked(made, _message(), context)
+        return bool(forgotten)
+
+    assert not forgets() and not forgets()
+    if kind == "function":
+        context.run_id += 1  # a run reads its records once
+    else:
+        (parts / "one.csv").write_text("text,label\n")  # a customer has withdrawn
+    assert forgets() and not forgets()
+
+
 def test_files_that_cannot_be_read_are_not_taken_for_unchanged_and_stop_no_message(
     with_app, context, monkeypatch
 ):
