@@ -295,13 +295,13 @@ def from_context(run_config: Mapping[str, Any], run_id: int) -> RunConfig:
     )
 
 
-def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a TOML file; ``overrides`` win.
 
     Raises:
         InputError: If the file is missing, is not TOML, or holds a bad key or value.
     """
-    return from_flat({**given(path), **(overrides or {})})
+    return from_flat({**given(Path(path)), **(overrides or {})})
 
 
 def given(path: Path) -> dict[str, Any]:

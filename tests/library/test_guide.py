@@ -60,3 +60,13 @@ def test_there_are_two_notebooks_without_errors_in_their_outputs():
         text = file.read_text()
         assert '"output_type": "error"' not in text
         assert "/tmp/" not in text and "/home/" not in text
+
+
+def test_the_configurations_that_the_guide_makes_are_made(monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
+    (written,) = [block for block in blocks if "RunConfig(" in block]
+    monkeypatch.chdir(ROOT)
+    made = {}
+    exec(written, made)
+    assert made["config"].privacy.epsilon == 3.0
+    assert made["other"].federation.rounds == 10 and made["other"].data.institutions == 39
