@@ -85,15 +85,15 @@ def connect(path: Path, *, shared: bool = False) -> sqlite3.Connection:
             db.execute("PRAGMA synchronous=EXTRA")  # the deletion of a journal too
             db.execute("PRAGMA secure_delete=ON")  # a wiped key is overwritten
             known = (*ledger_upgrade.VERSIONS, ledger_integrity.VERSION)
-            foreign = _number(db, "application_id") != _APPLICATION
-            if foreign or _number(db, "user_version") not in known:
+            foreign = number(db, "application_id") != _APPLICATION
+            if foreign or number(db, "user_version") not in known:
                 raise Refusal(
                     "ledger-foreign",
                     f"{path} is not a ledger of version {ledger_integrity.VERSION}",
                 )
-            if _number(db, "user_version") in ledger_upgrade.VERSIONS:
+            if number(db, "user_version") in ledger_upgrade.VERSIONS:
                 with transaction(db):
-                    if (version := _number(db, "user_version")) in ledger_upgrade.VERSIONS:  # still
+                    if (version := number(db, "user_version")) in ledger_upgrade.VERSIONS:  # still
                         refuse(path, ledger_upgrade.upgrade(db, version))
             with transaction(db, "DEFERRED"):  # one snapshot beside charges of other processes
                 refuse(path, ledger_integrity.problems(db))
@@ -103,7 +103,8 @@ def connect(path: Path, *, shared: bool = False) -> sqlite3.Connection:
         return db
 
 
-def _number(db: sqlite3.Connection, pragma: str) -> int:
+def number(db: sqlite3.Connection, pragma: str) -> int:
+    """The value of a pragma."""
     return db.execute(f"PRAGMA {pragma}").fetchone()[0]
 
 
@@ -127,20 +128,28 @@ def refuse(path: Path, problems: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def refusing(path: Path) -> Generator[None]:
-    """Turn SQLite's errors into refusals: without its ledger an institution does not train."""
+def refusing(path: Path, store: str = "ledger") -> Generator[None]:
+    """Turn SQLite's errors into refusals: without its files an institution does not train.
+
+    Args:
+        path: The file.
+        store: What it is; begins the codes.
+
+    Raises:
+        Refusal: ``STORE-locked``, ``-corrupt`` or ``-unusable``.
+    """
     try:
         yield
     except sqlite3.OperationalError as error:
         words = str(error)
-        code = "ledger-locked" if "locked" in words else "ledger-unusable"
+        code = "locked" if "locked" in words else "unusable"
         # a table or column is gone, or a text is damaged
-        code = "ledger-corrupt" if "no such" in words or "decode" in words else code
-        raise Refusal(code, f"{path}: {error}") from error
+        code = "corrupt" if "no such" in words or "decode" in words else code
+        raise Refusal(f"{store}-{code}", f"{path}: {error}") from error
     except (sqlite3.Error, UnicodeDecodeError) as error:  # a damaged schema is no text either
-        raise Refusal("ledger-corrupt", f"{path}: {error}") from error
+        raise Refusal(f"{store}-corrupt", f"{path}: {error}") from error
     except OSError as error:
-        raise Refusal("ledger-unusable", f"{path}: {error.strerror}") from error
+        raise Refusal(f"{store}-unusable", f"{path}: {error.strerror}") from error
 
 
 def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> bytes | None:

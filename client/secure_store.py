@@ -94,7 +94,7 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
         Refusal: ``secure-store-exposed``, ``-foreign``, ``-locked``, ``-corrupt`` or
             ``-unusable``; the block's own error otherwise.
     """
-    with _refusing(path):
+    with ledger_file.refusing(path, "secure-store"):
         if exposed := files.exposed(path):
             raise Refusal("secure-store-exposed", exposed)
         if not path.exists():
@@ -104,10 +104,8 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
         with contextlib.closing(db):
             db.execute("PRAGMA synchronous=EXTRA")  # the journal stays deleted after a power cut
             db.execute("PRAGMA secure_delete=ON")
-            if (_number(db, "application_id"), _number(db, "user_version")) != (
-                _APPLICATION,
-                _VERSION,
-            ):
+            found = [ledger_file.number(db, name) for name in ("application_id", "user_version")]
+            if found != [_APPLICATION, _VERSION]:
                 raise Refusal(
                     "secure-store-foreign", f"{path} is not a store of version {_VERSION}"
                 )
@@ -116,10 +114,6 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
                 if (problem := db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
                     raise Refusal("secure-store-corrupt", f"{path}: {problem}")
                 yield db
-
-
-def _number(db: sqlite3.Connection, pragma: str) -> int:
-    return db.execute(f"PRAGMA {pragma}").fetchone()[0]
 
 
 def _create(path: Path) -> None:
@@ -135,20 +129,6 @@ def _create(path: Path) -> None:
         with contextlib.suppress(FileExistsError):  # another process made it meanwhile
             path.hardlink_to(draft)
     files.sync(path.parent)
-
-
-@contextlib.contextmanager
-def _refusing(path: Path) -> Generator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        words = str(error)
-        code = "locked" if "locked" in words else "corrupt" if "no such" in words else "unusable"
-        raise Refusal(f"secure-store-{code}", f"{path}: {error}") from error
-    except sqlite3.Error as error:
-        raise Refusal("secure-store-corrupt", f"{path}: {error}") from error
-    except OSError as error:
-        raise Refusal("secure-store-unusable", f"{path}: {error.strerror}") from error
 
 
 def run(db: sqlite3.Connection, run: str) -> StoredRun | None:

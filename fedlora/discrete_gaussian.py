@@ -38,7 +38,7 @@ _TRIALS = 1 << 14  # at a time, so that the scratch arrays stay in the processor
 _WORD = Fraction(1, 1 << 64)
 
 Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
+Uint64 = npt.NDArray[np.uint64]
 
 
 def draw(source: RandomSource, scale: float, n: int) -> Ints:
@@ -127,7 +127,7 @@ def _geometric(source: RandomSource, further: RandomSource, n: int) -> Ints:
 
 
 def bernoulli_exp(
-    words: Words,
+    words: Uint64,
     gamma: npt.NDArray[np.float64],
     exact: Callable[[int], Fraction],
     further: RandomSource,

@@ -585,6 +585,8 @@ def test_a_store_of_something_else_a_damaged_one_and_an_exposed_one_are_refused(
     with refused("secure-store-foreign"):
         made.party("ada").keys(made.terms)
     store.write_bytes(good)
+    with refused("secure-store-corrupt"), secure_store.opened(store) as db:
+        db.execute("SELECT CAST(x'ff' AS TEXT)").fetchone()  # as a damaged name is read
     store.chmod(0o622)
     with refused("secure-store-exposed"):
         made.party("ada").keys(made.terms)
