@@ -4,7 +4,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from fedlora.errors import InputError
@@ -59,7 +59,7 @@ def new_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path) -> Generator[Path]:
     """Write a directory that is whole or absent: an empty one beside its place, then renamed.
 
     Args:
