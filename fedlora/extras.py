@@ -1,5 +1,6 @@
 """Packages that only some uses need, each in an extra of ``pyproject.toml``."""
 
+from importlib import metadata
 from importlib.util import find_spec
 
 from fedlora.errors import InputError
@@ -21,6 +22,14 @@ def require(package: str, extra: str, purpose: str) -> None:
             f"{purpose} needs the Python package {package}, which is not installed; "
             f"run: pip install 'fedlora[{extra}]' (in a checkout, `make demo` installs all extras)"
         )
+
+
+def version(package: str) -> str:
+    """The version of an installed package, or "not installed"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def require_page_packages(purpose: str) -> None:

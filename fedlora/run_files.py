@@ -5,7 +5,6 @@ Importing this module and reading a run's files load no torch.
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 import fedlora
 from fedlora.errors import InputError
+from fedlora.extras import version
 
 CONFIG = "config.toml"
 """In a run directory: the resolved configuration."""
@@ -121,14 +121,8 @@ def environment() -> dict[str, Any]:
         "bitsandbytes",
         "numpy",
     )
-    versions = {"fedlora": fedlora.__version__}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
-        "versions": versions,
+        "versions": {"fedlora": fedlora.__version__, **{name: version(name) for name in packages}},
         "python": platform.python_version(),
         **revision(),
         "platform": platform.platform(),

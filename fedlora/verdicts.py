@@ -8,7 +8,6 @@ they could switch the examination off.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import stat
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from fedlora.exactness import Verdict
+from fedlora.extras import version
 from fedlora.files import cache_directory, write_atomic
 
 MAX_ENTRIES = 200
@@ -57,7 +57,7 @@ def environment() -> dict[str, str]:
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    found = {name: version(name) for name in LIBRARIES}
     instructions = {
         **torch.cpu.get_capabilities(),
         "level": torch.backends.cpu.get_cpu_capability(),

@@ -126,8 +126,8 @@ def image() -> tuple[list[str], dict[str, str]]:
     return copied, dict(pair.split("=", 1) for pair in variables.split())
 
 
-def absent_modules() -> list[str]:
-    """Top-level modules of this Python's environment that the image does not install.
+def absent() -> tuple[list[str], list[str]]:
+    """Top-level modules and packages of this Python's environment that the image does not install.
 
     The image has fedlora with the extras of the Dockerfile, and what these depend on.
     """
@@ -145,11 +145,30 @@ def absent_modules() -> list[str]:
                     needed = canonicalize_name(requirement.name)
                     open_ += [(needed, e) for e in ("", *requirement.extras)]
     installed = {name for name, _ in found} | {"pip", "setuptools"}
-    return sorted(
+    modules = [
         module
         for module, packages in metadata.packages_distributions().items()
         if installed.isdisjoint(map(canonicalize_name, packages))
-    )
+    ]
+    every = {canonicalize_name(one.name) for one in metadata.distributions()}
+    return sorted(modules), sorted(every - installed)
+
+
+SITE = """
+import re, sys
+from importlib import metadata
+
+sys.modules.update(dict.fromkeys({modules}))
+find = metadata.Distribution.from_name.__func__
+
+def from_name(cls, name):
+    if re.sub("[-_.]+", "-", name).lower() in {packages}:
+        raise metadata.PackageNotFoundError(name)
+    return find(cls, name)
+
+metadata.Distribution.from_name = classmethod(from_name)
+"""
+"""A sitecustomize that hides what is `absent`."""
 
 
 @dataclass
@@ -505,9 +524,10 @@ class Federation:
             yield bind(ROOT / name, f"/app/{name}")
         for target, source in self._image_files.items():
             yield bind(source, target)
-        absent = self._root.with_name("sitecustomize.py")
-        absent.write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent_modules()}))\n")
-        yield bind(absent, "/app/sitecustomize.py")
+        site = self._root.with_name("sitecustomize.py")
+        modules, packages = absent()
+        site.write_text(SITE.format(modules=modules, packages=packages))
+        yield bind(site, "/app/sitecustomize.py")
         hosts = self._root.with_name(f"{self._root.name}-{service.name}.hosts")
         hosts.write_text("\n".join(f"{ip} {name}" for ip, name in self._hosts(service)) + "\n")
         yield bind(hosts, "/etc/hosts")

@@ -1,10 +1,11 @@
 """Packages that only some uses need: one clear error before the use begins."""
 
 import sys
+from importlib import metadata
 
 import pytest
 
-from fedlora import extras, models, rows, sources
+from fedlora import extras, models, rows, sources, verdicts
 from fedlora.errors import InputError
 
 
@@ -66,6 +67,20 @@ def test_a_deployed_institution_reads_its_records_without_the_extra_simulation(
         tiny_config(**{"data.partition": "iid", "data.institutions": 1, "data.test-fraction": 0.0})
     )
     assert len(found.names) == 1 and len(found.all_train) == found.counts["rows"] > 0
+
+
+def test_a_model_is_examined_without_the_package_for_quantised_bases(monkeypatch):
+    verdicts.environment.cache_clear()
+    monkeypatch.setattr(metadata.Distribution, "from_name", _not_installed)
+    try:
+        assert set(verdicts.environment()) >= {"bitsandbytes", "code", "processor"}
+        assert verdicts.environment()["bitsandbytes"] == "not installed"
+    finally:
+        verdicts.environment.cache_clear()
+
+
+def _not_installed(name):
+    raise metadata.PackageNotFoundError(name)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
