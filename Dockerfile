@@ -17,6 +17,8 @@ COPY deployment deployment
 COPY experiments experiments
 COPY library library
 COPY cli cli
+# A checkout made under umask 027 is closed to the image's user.
+RUN chmod -R a+rX /app
 # Enough for every service: the demo's base model, reports, quantised bases. More: --build-arg EXTRAS=...
 ARG EXTRAS=demo,experiments,qlora
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -87,8 +87,7 @@ def run_node(
         code = service.run(
             loaded.name,
             node.commands(loaded, path, private),
-            {"FLWR_HOME": str(private), "TMPDIR": str(private)},
-            last_words=node.GAVE_UP,
+            node.environment(private, os.environ),
         )
     raise typer.Exit(code)
 

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from client.settings import Settings
@@ -26,10 +26,10 @@ LONGEST_SOCKET = "pymp-xxxxxxxx/listener-xxxxxxxx"
 """A path as long as the longest of a socket in `DIRECTORY`: that of Python's multiprocessing."""
 MAX_SOCKET_PATH = 107
 """The most bytes of a socket's path on Linux."""
-
-GAVE_UP = "SSL/TLS handshake error detected."
-"""Log line of a SuperNode that gets a certificate it cannot trust, such as an expired one. It then
-stops polling without ending; after a restart it polls again."""
+LOOPBACK = ("127.0.0.1", "localhost")
+"""Hosts that are reached without a proxy, whatever the environment says."""
+NO_PROXY = ("NO_PROXY", "no_proxy")
+"""The variables that say so: programs read one or the other."""
 
 
 def check(settings: Settings) -> None:
@@ -93,6 +93,18 @@ def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
         *("--superexec-auth-secret-file", str(secret)),
     ]
     return [supernode, launcher]
+
+
+def environment(private: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """The variables to add for the processes of `commands`.
+
+    Args:
+        private: As in `commands`.
+        given: The environment of this process; its hosts without a proxy are kept.
+    """
+    direct = [host for name in NO_PROXY for host in given.get(name, "").split(",")]
+    hosts = ",".join(dict.fromkeys(host.strip() for host in (*direct, *LOOPBACK) if host.strip()))
+    return {"FLWR_HOME": str(private), "TMPDIR": str(private), **dict.fromkeys(NO_PROXY, hosts)}
 
 
 @contextlib.contextmanager

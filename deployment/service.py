@@ -82,7 +82,6 @@ def run(
     environment: Mapping[str, str] | None = None,
     *,
     ready: bool = False,
-    last_words: str = "",
 ) -> int:
     """Run processes until one of them ends, then end the others.
 
@@ -93,7 +92,6 @@ def run(
         commands: The command of each process.
         environment: Variables to add to this process's own.
         ready: Whether the processes write records themselves (`record`).
-        last_words: A message after which a process is stopped, because it would do no more work.
 
     Returns:
         The exit code of the first process that ended, or 128 + N after signal N.
@@ -117,7 +115,7 @@ def run(
             process = _start(command, {**os.environ, **(environment or {})})
             started.append(process)
             reader = threading.Thread(
-                target=_read, args=(service, process, ended, ready, last_words), daemon=True
+                target=_read, args=(service, process, ended, ready), daemon=True
             )
             reader.start()
             readers.append(reader)
@@ -167,7 +165,6 @@ def _read(
     process: subprocess.Popen[bytes],
     ended: threading.Semaphore,
     ready: bool,
-    last_words: str,
 ) -> None:
     """Write one process's lines as records.
 
@@ -184,5 +181,3 @@ def _read(
                 level = made["level"]
                 sys.stdout.write(json.dumps(made) + "\n")
                 sys.stdout.flush()
-                if last_words and made["message"] == last_words:
-                    process.terminate()

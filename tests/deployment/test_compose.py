@@ -146,6 +146,18 @@ def test_keys_are_read_only_everywhere(service):
     assert keys.endswith(":/keys:ro")
 
 
+def test_services_reach_each_other_without_a_proxy(service):
+    for name in ("NO_PROXY", "no_proxy"):
+        direct = service["environment"][name].split(",")
+        assert {"localhost", "127.0.0.1", "superlink", "gateway"} <= set(direct)
+
+
+def test_the_image_can_be_read_by_its_user_whatever_the_checkout_was_made_under():
+    lines = (harness.ROOT / "Dockerfile").read_text().splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith("COPY"))
+    assert "RUN chmod -R a+rX /app" in lines[last:]
+
+
 def test_without_what_deploy_init_writes_the_file_is_refused():
     with pytest.raises(KeyError, match="make it with fedlora deploy init"):
         harness.compose({})

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -10,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
-from flwr.supercore.retry import http_retry
 from flwr.supercore.superexec import run_superexec
 from flwr.supernode import start_client_internal
 
@@ -143,16 +144,74 @@ def _alive(process):
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_process_that_has_given_up_is_ended_so_that_it_can_be_started_again(capsys):
-    script = "echo 'ERROR :     gave up'; exec sleep 60"
-    started = time.monotonic()
-    code = service.run("s", [["sh", "-c", script], ["sleep", "60"]], last_words="gave up")
-    assert code == 128 + signal.SIGTERM and time.monotonic() - started < 30
-    assert json.loads(capsys.readouterr().out)["message"] == "gave up"
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("pass", "the SuperNode gave up"),
+        ("raise ValueError('secret')", "the SuperNode failed: ValueError at "),
+        (
+            "threading.Thread(target=int, args=('secret',), daemon=True).start(); time.sleep(60)",
+            "a thread of the SuperNode failed: ValueError at ",
+        ),
+    ],
+    ids=["returns", "raises", "loses its heartbeat"],
+)
+def test_a_supernode_that_ends_in_any_way_ends_its_process(end, said):
+    script = (
+        "import threading, time\n"
+        "from deployment import supernode\n"
+        "def flower():\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()  # Flower's own API\n"
+        f"    {end}\n"
+        "supernode.flower_supernode = flower\n"
+        "supernode.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=50,
+    )
+    (line,) = done.stdout.splitlines()
+    made = service.record("s", line)
+    assert done.returncode == 1 and "secret" not in line
+    assert made["level"] == "error" and made["message"].startswith(said)
 
 
-def test_a_supernode_still_gives_up_in_these_words():
-    assert f'"{node.GAVE_UP}"' in inspect.getsource(http_retry)
+def test_a_supernode_that_is_told_to_end_ends_as_flower_ends_it():
+    script = (
+        "import sys\n"
+        "from deployment import supernode\n"
+        "supernode.flower_supernode = lambda: sys.exit(0)\n"
+        "supernode.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=50)
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("given", "hosts"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "10.0.0.1, bank"}, "10.0.0.1,bank,127.0.0.1,localhost"),
+        ({"no_proxy": "localhost", "NO_PROXY": "bank"}, "bank,localhost,127.0.0.1"),
+    ],
+)
+def test_a_nodes_processes_reach_each_other_without_the_proxy_of_the_environment(
+    given, hosts, tmp_path, monkeypatch
+):
+    made = node.environment(tmp_path, {"ALL_PROXY": "http://proxy:1", **given})
+    assert made["NO_PROXY"] == made["no_proxy"] == hosts
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in {"ALL_PROXY": "http://proxy:1", **given, **made}.items():
+        monkeypatch.setenv(name, value)
+    with httpx.Client() as client:  # as Flower makes its own
+        through = [
+            client._transport_for_url(httpx.URL(f"http://{h}:1")) for h in ("127.0.0.1", "x")
+        ]
+    assert through[0] is client._transport and through[1] is not client._transport
 
 
 @pytest.mark.parametrize(
