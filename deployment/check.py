@@ -4,6 +4,7 @@ import email.utils
 import importlib.metadata
 import json
 import math
+import os
 import ssl
 import tempfile
 import urllib.error
@@ -18,13 +19,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 import fedlora
-from deployment import keys
+from deployment import keys, setup
 from deployment.errors import in_words
 from fedlora import files, peers, seal
 from fedlora.errors import InputError, Refusal
 
 if TYPE_CHECKING:
+    from client.ledger import Ledger
     from client.settings import Settings
+    from fedlora.shards import Shard
 
 MIN_DAYS_LEFT = 30
 MAX_SECONDS_AHEAD = 4.0
@@ -92,6 +95,10 @@ def operator(directory: Path) -> list[Check]:
         raise InputError(
             f"{directory} has no gateway/ca.crt; give the directory of `fedlora deploy init`"
         )
+    try:
+        user = setup.owner(directory)[0] if os.geteuid() == 0 else None
+    except InputError as error:
+        return [Check("services' user", "fail", str(error))]
     found = [_certificate("CA certificate", ca)]
     for name, pem, key in (
         *(
@@ -103,7 +110,7 @@ def operator(directory: Path) -> list[Check]:
         found += [
             _certificate(f"{name} certificate", pem),
             _signed(f"{name} signed by the CA", pem, ca),
-            _private(f"{name} key", pem.with_name(key)),
+            _private(f"{name} key", pem.with_name(key), user),
             _belongs(f"{name} key fits", pem.with_name(key), pem, "`fedlora deploy renew`"),
         ]
     if (key := directory / "ca" / "ca.key").exists():
@@ -112,8 +119,8 @@ def operator(directory: Path) -> list[Check]:
             _belongs("CA key fits", key, ca, f"restore {key} from its copy"),
         ]
     found += [
-        _private("SuperExec secret", directory / "superlink" / "superexec.secret"),
-        _private("server's secret", directory / "server" / "keys" / "superexec.secret"),
+        _private("SuperExec secret", directory / "superlink" / "superexec.secret", user),
+        _private("server's secret", directory / "server" / "keys" / "superexec.secret", user),
         _equal(
             "secrets agree",
             directory / "superlink" / "superexec.secret",
@@ -126,7 +133,7 @@ def operator(directory: Path) -> list[Check]:
     for folder in sorted((directory / "institutions").glob("*")):
         key = folder / "keys" / "node.key"
         if key.exists():
-            found.append(_private(f"{folder.name}: key", key))
+            found.append(_private(f"{folder.name}: key", key, user))
             public = directory / "server" / "institutions" / f"{folder.name}.pub"
             found.append(_pair(f"{folder.name}: public key", key, public))
     return found + _flower()
@@ -146,7 +153,7 @@ def institution(path: Path) -> list[Check]:
         _certificate("CA certificate", ca) if own.ca else _missing("CA certificate", "ca"),
         _private("key", Path(own.key)) if own.key else _missing("key", "key"),
         _try("node", lambda: _node(own)),
-        _ledger(own.ledger),
+        _ledger(own),
         _try("records", lambda: _records(own)),
         *([_try("held-out records", lambda: _held_out(own))] if own.test_source else []),
         *(_try(f"model {name}", lambda name=name: _model(name)) for name in own.models),
@@ -346,9 +353,11 @@ def _pair(name: str, private: Path, public: Path) -> Check:
     return Check(name, "ok", str(public))
 
 
-def _private(name: str, path: Path) -> Check:
+def _private(name: str, path: Path, user: int | None = None) -> Check:
+    """Check that nobody but its owner may use a file, and that ``user`` is the owner if given."""
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
+        mode = status.st_mode
         path.open("rb").close()
     except OSError as error:
         return Check(name, "fail", f"{path} cannot be read: {error.strerror}")
@@ -357,6 +366,13 @@ def _private(name: str, path: Path) -> Check:
             name,
             "fail",
             f"{path} may be used by others (mode {mode & 0o777:o}); chmod 600 {path}",
+        )
+    if user not in (None, status.st_uid):
+        return Check(
+            name,
+            "fail",
+            f"{path} belongs to user {status.st_uid}, and the services run as {user} "
+            f"(FEDLORA_USER): chown {user} {path}",
         )
     return Check(name, "ok", str(path))
 
@@ -391,12 +407,13 @@ def _node(own: "Settings") -> str:
     return "can start"
 
 
-def _ledger(path: str) -> Check:
+def _ledger(own: "Settings") -> Check:
     from client.ledger import Ledger
 
     try:
-        with Ledger.open(Path(path)) as ledger:
+        with Ledger.open(Path(own.ledger)) as ledger:
             shown, accountant = ledger.show(), ledger.accountant
+            _fits_records(own, ledger, shown)
     except Refusal as refusal:
         return Check("ledger", "fail", str(refusal))
     spent = f"epsilon {shown['epsilon']:.3g} of {shown['limit']:g} spent"
@@ -415,6 +432,48 @@ def _ledger(path: str) -> Check:
             f"run's noise after it has seen another run; {remedy}",
         )
     return Check("ledger", "ok", spent)
+
+
+def _fits_records(own: "Settings", ledger: "Ledger", shown: Mapping[str, Any]) -> None:
+    """Hold a ledger against the records as an order would, without binding it to them.
+
+    Raises:
+        Refusal: ``ledger-delta`` or ``ledger-foreign``.
+    """
+    from client import checks
+
+    try:
+        shard = _shard(own)
+    except (InputError, OSError):  # the checks of the records show it
+        return
+    checks.check_ledger_delta(ledger, own.ledger, shard.num_units)
+    bound, given = (shown["fingerprint"], shown["unit"]), (shard.fingerprint(), own.unit)
+    if bound not in ((None, None), given):
+        raise Refusal(
+            "ledger-foreign",
+            f"{own.ledger} belongs to records {bound[0][:12]} by {bound[1]}, and the settings give "
+            f"{given[0][:12]} by {given[1]}: put the old records, test-source and unit back, or "
+            "make the ledger of the new records (docs/deployment.md, 'Other records')",
+        )
+
+
+def _shard(own: "Settings") -> "Shard":
+    """The training rows of a run, without tokens."""
+    from client.config_policy import KEYS, Own
+    from fedlora import data
+    from fedlora.sections import DataConfig
+
+    decided = {
+        key.removeprefix(DataConfig.prefix).replace("-", "_"): rule.value(own)
+        for key, rule in KEYS.items()
+        if isinstance(rule, Own) and key.startswith(DataConfig.prefix)
+    }
+    return data.without_tokens(
+        DataConfig(**decided, labels=own.labels),
+        unit=own.unit,
+        seed=0,  # one institution and no share of held-out rows: nothing is drawn
+        task="classification" if own.labels else "sft",
+    )
 
 
 def _records(own: "Settings") -> str:

@@ -60,7 +60,7 @@ def make(directory: Path, institutions: Sequence[str], *, host: str, port: int) 
         _write(building / ".env", _environment(directory, port), 0o644)
         building.chmod(0o755)
         if os.geteuid() == 0:
-            _change_owner(building, IMAGE_USER)
+            _change_owner(building, owner(building))
         directory.parent.mkdir(parents=True, exist_ok=True)
         building.rename(directory)
     except BaseException:
@@ -84,12 +84,34 @@ def add(directory: Path, name: str) -> None:
                 f"{there} is there already, and keys are not overwritten; remove it first, for new "
                 "ones"
             )
+    services = owner(directory)
     _institution(directory, name, _authority(directory).pem)
     _pin_peers(directory)
     if os.geteuid() == 0:
-        _change_owner(directory / "institutions" / name, IMAGE_USER)
+        _change_owner(directory / "institutions" / name, services)
         for pinned in (directory / "institutions").glob("*/keys/peers"):
-            _change_owner(pinned, IMAGE_USER)
+            _change_owner(pinned, services)
+
+
+def owner(directory: Path) -> tuple[int, int]:
+    """User and group of the services: ``FEDLORA_USER`` in the directory's ``.env``.
+
+    Raises:
+        InputError: If it is not UID:GID.
+    """
+    value = ""
+    with contextlib.suppress(FileNotFoundError):
+        for line in (directory / ".env").read_text(encoding="utf-8").splitlines():
+            if line.startswith("FEDLORA_USER="):
+                value = line.partition("=")[2].strip(" \"'")
+    if not value:
+        return IMAGE_USER, IMAGE_USER
+    if not re.fullmatch("[0-9]+:[0-9]+", value):
+        raise InputError(
+            f"FEDLORA_USER in {directory / '.env'} is {value!r}; write UID:GID, such as 1000:1000"
+        )
+    user, _, group = value.partition(":")
+    return int(user), int(group)
 
 
 def renew(directory: Path, *, host: str = "") -> None:
@@ -108,7 +130,7 @@ def renew(directory: Path, *, host: str = "") -> None:
     """
     if host:
         _check_host(host, "give the host without a port")
-    authority = _authority(directory)
+    authority, services = _authority(directory), owner(directory)
     old = directory / "gateway" / "server.pem"
     try:
         hosts = (host,) if host else keys.hosts(old.read_bytes())
@@ -118,7 +140,7 @@ def renew(directory: Path, *, host: str = "") -> None:
         with _written_beside(_servers(directory, authority, hosts)):
             if os.geteuid() == 0:
                 for name in ("gateway", "superlink", "server/keys"):
-                    _change_owner(directory / name, IMAGE_USER)
+                    _change_owner(directory / name, services)
     except OSError as error:
         raise InputError(
             f"{error.filename or directory} cannot be written: {error.strerror}; mend that, then "
@@ -324,8 +346,8 @@ def _written_beside(files: Sequence[File]) -> Iterator[None]:
         sync(folder)
 
 
-def _change_owner(root: Path, owner: int) -> None:
-    """Make the image's user the owner of everything but the CA."""
+def _change_owner(root: Path, services: tuple[int, int]) -> None:
+    """Make the services' user the owner of everything but the CA."""
     for path in (root, *root.rglob("*")):
         if root / "ca" not in (path, *path.parents):
-            os.chown(path, owner, owner, follow_symlinks=False)
+            os.chown(path, *services, follow_symlinks=False)

@@ -25,7 +25,16 @@ from fedlora.sections import DataConfig
 from fedlora.shards import Corpus, Federation, Int64, Shard
 from fedlora.text import folded
 
-__all__ = ["Encode", "Federation", "Shard", "count", "load_shard", "prepare", "shard_of"]
+__all__ = [
+    "Encode",
+    "Federation",
+    "Shard",
+    "count",
+    "load_shard",
+    "prepare",
+    "shard_of",
+    "without_tokens",
+]
 
 Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
@@ -165,13 +174,37 @@ def count(
     """Rows of a source that have a text and a label, read as a run reads them.
 
     Raises:
-        InputError: If a column is missing, a label is unknown, or no row is left.
+        InputError: If a column is missing, a label is unknown, a row has no unit, or no row is
+            left.
     """
     unit_column = {} if unit == "record" else {unit: "privacy.unit"}
     table = read_table(source, text, label, unit_column, form=form)
     if labels:
         check_labels(table.labels, labels, source, "correct these rows")
+    _units(table.others.get(unit), np.array([0, len(table.texts)]), unit)
     return len(table.texts)
+
+
+def without_tokens(settings: DataConfig, *, unit: str, seed: int, task: str) -> Shard:
+    """The training rows of all institutions as `prepare` makes them, but with no tokens.
+
+    For their number, units and fingerprint.
+
+    Args:
+        settings: See `prepare`, as the other arguments.
+        unit: "record", or the column that names the unit of privacy of a row.
+        seed: Seed of split and partition.
+        task: "classification" or "sft".
+
+    Raises:
+        InputError: If a source, column, label or partition does not fit.
+    """
+    found = partition_rows(settings, unit=unit, seed=seed, task=task)
+    (train, bounds), count = found.train, len(found.texts)
+    encoded = Encoded(ids=[[]] * count, targets=[0] * count, truncated=[False] * count)
+    corpus = shard_of(encoded, _digests(found.texts, found.answers)).corpus
+    units = _units(train.others[unit] if unit != "record" else None, bounds, unit)
+    return Shard(corpus=corpus, rows=train.numbers, units=units)
 
 
 def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import tomllib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -36,7 +37,10 @@ def pristine(tmp_path_factory):
 def made(pristine, short_path):
     import shutil
 
-    return Path(shutil.copytree(pristine, short_path / "d"))
+    directory = Path(shutil.copytree(pristine, short_path / "d"))
+    me = f"{os.geteuid()}:{os.getegid()}"  # a copy is the copier's
+    (directory / ".env").write_text(f"FEDLORA_USER={me}\n")
+    return directory
 
 
 def _failed(found):
@@ -120,6 +124,24 @@ def test_a_secret_that_others_can_read_is_found(made, file, name):
     assert _failed(check.operator(made)) == {name}
 
 
+def test_a_secret_that_the_services_cannot_read_is_found_by_root(made, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    user = (made / "gateway" / "server.key").stat().st_uid
+    (made / ".env").write_text(f"FEDLORA_USER={user + 1}:0\n")
+    found = check.operator(made)
+    assert _failed(found) == {
+        *("gateway key", "superlink key", "statement key"),
+        *("SuperExec secret", "server's secret", "a: key"),
+    }
+    said = _as(found, "gateway key").details
+    assert f"belongs to user {user}, and the services run as {user + 1}" in said
+    assert f"chown {user + 1} {made}/gateway/server.key" in said
+    (made / ".env").write_text("FEDLORA_USER=fedlora\n")
+    assert _failed(check.operator(made)) == {"services' user"}
+    monkeypatch.setattr(os, "geteuid", lambda: user + 2)  # who cannot change owners
+    assert _failed(check.operator(made)) == set()
+
+
 def test_keys_and_secrets_that_do_not_belong_together_are_found(made):
     (made / "server" / "institutions" / "a.pub").write_bytes(keys.make_node("a")[0])
     (made / "server" / "keys" / "superexec.secret").write_bytes(b"other")
@@ -170,7 +192,7 @@ def test_a_ledger_that_trusts_the_server_s_choice_of_noise_is_warned_of(institut
     assert found.outcome == "warn"
     assert "replace it by a ledger with --accountant rdp" in found.details
     with Ledger.open(ledger) as opened:
-        opened.bind("f" * 64, "record")
+        opened.bind(check._shard(settings.load(str(institution))).fingerprint(), "record")
         opened.charge(
             run_id="one",
             round_number=1,
@@ -183,6 +205,51 @@ def test_a_ledger_that_trusts_the_server_s_choice_of_noise_is_warned_of(institut
     assert found.outcome == "warn"
     assert "replace" not in found.details  # a second ledger would void the guarantee
     assert "keep this ledger" in found.details and "Other records" in found.details
+
+
+def test_a_ledger_is_held_against_the_records(institution, gateway, complaints, tmp_path):
+    ledger = institution.parents[1] / "ledger" / "ledger.db"
+
+    def found(outcome):
+        made = check.institution(institution)
+        assert _failed(made) == ({"ledger"} if outcome == "fail" else set())
+        return _as(made, "ledger").details
+
+    found("ok")
+    with Ledger.open(ledger) as opened:
+        assert opened.show()["fingerprint"] is None  # a check binds nothing
+        opened.bind(check._shard(settings.load(str(institution))).fingerprint(), "record")
+    found("ok")
+    text = institution.read_text()
+    institution.write_text(text.replace('unit = "record"', 'unit = "customer"'))
+    assert "by record, and the settings give" in found("fail")
+    lines = complaints.read_text().splitlines(keepends=True)
+    (tmp_path / "fewer.csv").write_text("".join(lines[:-1]))
+    institution.write_text(text.replace(str(complaints), str(tmp_path / "fewer.csv")))
+    said = found("fail")
+    assert "ledger-foreign" in said and "put the old records" in said and "'Other records'" in said
+    (tmp_path / "test.csv").write_text("".join([lines[0], lines[-1]]))
+    institution.write_text(f'test-source = "{tmp_path}/test.csv"\n{text}')
+    assert "ledger-foreign" in found("fail")  # its texts are not trained on
+    institution.write_text(text)
+    ledger.unlink()
+    Ledger.create(ledger, max_epsilon=9.0, delta=0.01, accountant="rdp")
+    said = found("fail")
+    assert "ledger-delta" in said and "another ledger with a smaller --delta" in said
+
+
+def test_a_row_without_a_unit_is_found_before_every_order_is_refused(
+    institution, gateway, tmp_path
+):
+    rows = "text,label,customer\nmy card,card,1\nmy loan,loan,\n"
+    (tmp_path / "records.csv").write_text(rows)
+    own = settings.load(str(institution)).source
+    text = institution.read_text().replace(own, str(tmp_path / "records.csv"))
+    institution.write_text(text.replace('unit = "record"', 'unit = "customer"'))
+    found = check.institution(institution)
+    assert _failed(found) == {"records"}
+    said = _as(found, "records").details
+    assert "1 training rows have nothing in that column; fill it in" in said
 
 
 @pytest.fixture

@@ -213,6 +213,42 @@ def test_renewed_certificates_keep_their_names_unless_another_is_given(made):
         setup.renew(made)
 
 
+def _changed_owners(monkeypatch):
+    """Path -> the user and group that it is given by root."""
+    given = {}
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(
+        os, "chown", lambda path, *owner, follow_symlinks: given.update({Path(path): owner})
+    )
+    return given
+
+
+@pytest.mark.parametrize(
+    ("user", "owner"),
+    [("FEDLORA_USER=1000:1001\n", (1000, 1001)), ("", (10001, 10001))],
+)
+def test_what_root_makes_later_belongs_to_the_services_user(made, monkeypatch, user, owner):
+    (made / ".env").write_text(f"FEDLORA_PORT=1\n{user}")
+    given = _changed_owners(monkeypatch)
+    setup.renew(made)
+    setup.add(made, "c")
+    assert set(given.values()) == {owner}
+    assert {
+        made / "gateway" / ".server.key.new",
+        made / "institutions" / "c" / "keys" / "node.key",
+        made / "institutions" / "a" / "keys" / "peers" / "c.pub",
+    } <= set(given)
+
+
+def test_a_user_that_is_no_pair_of_numbers_is_refused_before_anything_is_made(made):
+    (made / ".env").write_text("FEDLORA_USER=fedlora\n")
+    before = _contents(made)
+    for change in (lambda: setup.renew(made), lambda: setup.add(made, "c")):
+        with pytest.raises(InputError, match=r"FEDLORA_USER .*'fedlora'; write UID:GID"):
+            change()
+    assert _contents(made) == before
+
+
 def _contents(directory):
     return {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 

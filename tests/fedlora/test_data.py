@@ -77,6 +77,25 @@ TRAIN = [
 TEST = [("rise", "good", "South", "3")]
 
 
+def test_rows_are_counted_and_have_a_fingerprint_as_a_run_reads_them(tmp_path: Path) -> None:
+    fed = fixed(tmp_path, TRAIN, TEST, partition="iid", institutions=1, unit="customer")
+    settings = DataConfig(
+        source=str(tmp_path / "a.jsonl"),
+        test_source=str(tmp_path / "b.jsonl"),
+        partition="iid",
+        institutions=1,
+    )
+    shard = data.without_tokens(settings, unit="customer", seed=0, task="classification")
+    assert len(shard) == 4 and shard.num_units == 2
+    assert shard.fingerprint() == fed.train(0).fingerprint()
+    columns: dict[str, Any] = {"text": "text", "label": "label", "labels": (), "unit": "customer"}
+    assert data.count(settings.source, **columns) == 4
+    source = write(tmp_path / "empty.jsonl", [*TRAIN, ("new", "good", "South", " ")])
+    with pytest.raises(InputError, match="1 training rows have nothing in that column"):
+        data.count(source, **columns)
+    assert data.count(source, **(columns | {"unit": "record"})) == 5
+
+
 def where_rows_went(counts: Any) -> int:
     missing = ("without_text", "without_label", "without_institution")
     kept_and_dropped = ("train", "held_out", "duplicates_removed", "rows_dropped")
