@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -133,8 +134,14 @@ class SecureSession:
         stored = self._read("setup")
         if stored is None:
             return None
-        terms, keys, shares = stored
-        setup = SecureSetup(Terms.from_bytes(terms), self._peers())
+        encoded, public, keys, shares = stored
+        terms = Terms.from_bytes(encoded)
+        # the keys of the setup: those registered now may be others
+        known = {
+            name: peers.read(key, self._folder / "setup")
+            for name, key in zip(terms.names, public, strict=True)
+        }
+        setup = SecureSetup(terms, known)
         for message in keys:
             setup.add_keys(KeysMessage.from_bytes(message))
         for message in shares:
@@ -156,7 +163,8 @@ class SecureSession:
 
         self._ask_all(terms, wire.KEYS, nodes, KeysMessage, add_keys)
         self._ask_all(setup.shares_order(), wire.SHARES, nodes, SharesMessage, add_shares)
-        in_order = [tuple(made[name] for name in terms.names) for made in (keys, shares)]
+        public = {name: _pem(setup.peers[name]) for name in terms.names}
+        in_order = [tuple(made[name] for name in terms.names) for made in (public, keys, shares)]
         self._write("setup", terms.to_bytes(), *in_order)
         return setup
 
@@ -340,3 +348,7 @@ class SecureSession:
             return canonical.decode(_TAG + name, (self._folder / name).read_bytes())
         except FileNotFoundError:
             return None
+
+
+def _pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -350,6 +350,39 @@ def test_a_round_that_is_asked_for_again_with_one_institution_fewer_shows_no_dif
     assert [_entries(rows, name) for name in BANKS] == before
 
 
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_server_that_was_killed_goes_on_though_a_key_is_no_longer_registered(
+    deployed, files, rows, change
+):
+    class Killed(BaseException):
+        pass
+
+    config = deployed(**SECURE)
+    grid, rounds = Remote(files, config.flat()), []
+    push = grid.push_messages
+
+    def dies_in_the_second_round(messages):
+        messages = list(messages)
+        if messages[0].metadata.message_type == "train":
+            rounds.append(messages)
+        if len(rounds) == 2:
+            raise Killed
+        return push(messages)
+
+    grid.push_messages = dies_in_the_second_round
+    with pytest.raises(Killed):
+        _run(config, grid)
+    public = json.loads((rows / KEYS).read_text())
+    public |= {"Delta": keys.make_node("new")[0].decode()}
+    if change == "removed":
+        del public["Delta"]
+    (rows / KEYS).write_text(json.dumps(public))
+    _run(config, Remote(files, config.flat()))
+    assert [record["updates"] for record in read_records(Path(config.run_dir))] == [4, 4]
+    stored = (Path(config.run_dir) / "secure" / "setup").read_bytes()
+    assert b"PUBLIC KEY" in stored and b"PRIVATE" not in stored
+
+
 class Holding(Lying):
     """A grid that asks for more right after a round's shares were revealed."""
 
