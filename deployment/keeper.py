@@ -15,6 +15,8 @@ from deployment.superlink_client import REGISTERED, Server
 
 REPEAT_SECONDS = 3600.0
 """Seconds after which a problem that lasts is logged again."""
+REGISTER_SECONDS = 60.0
+"""Seconds after which institutions are registered again: a SuperLink may have lost its database."""
 log = logging.getLogger("fedlora.server")
 
 
@@ -28,7 +30,8 @@ class Keeper:
 
     def __init__(self, server: Server, since: float) -> None:
         self._server, self._since = server, since
-        self._files: Mapping[Path, int] | None = None  # at the last registration of all
+        self._files: Mapping[Path, int] | None = None  # at the last registration
+        self._registered = -math.inf  # its time
         self._outcomes: Mapping[str, str] = {}
         self._logged: dict[str, tuple[str, float]] = {}
 
@@ -55,18 +58,20 @@ class Keeper:
         self._report(problems)
 
     def _register(self) -> dict[str, str]:
-        """Register institutions until all are, and after each change of their files.
+        """Register institutions once a minute, and at once after a change of their files.
 
         Returns:
             Institution -> why it is not registered.
         """
         files = superlink_client.key_files(self._server)
-        if files != self._files or not set(self._outcomes.values()) <= set(REGISTERED):
+        now = time.monotonic()
+        if files != self._files or now - self._registered >= REGISTER_SECONDS:
             found = superlink_client.register(self._server)
             for name, outcome in found.items():
-                if outcome in REGISTERED and self._outcomes.get(name) not in REGISTERED:
+                known = self._outcomes.get(name) in REGISTERED
+                if outcome == REGISTERED[0] or (outcome in REGISTERED and not known):
                     log.info("institution %s: %s", name, outcome)
-            self._files, self._outcomes = files, found
+            self._files, self._outcomes, self._registered = files, found, now
         return {f"institution {n}": o for n, o in self._outcomes.items() if o not in REGISTERED}
 
     def _report(self, problems: Mapping[str, str]) -> None:

@@ -186,7 +186,7 @@ def observe(server: Server, name: str) -> Submission:
 
 
 def stop(server: Server, name: str) -> Submission:
-    """Stop a run. Its finished rounds are kept."""
+    """Stop a run. Its finished rounds are kept, and so is its end if it ends before the stop."""
     with alone(server.results):
         submission, _ = _observed(server, find(server, name))
         if submission.state != "running":
@@ -195,6 +195,9 @@ def stop(server: Server, name: str) -> Submission:
         unfinished = superlink_client.unfinished(server, str(submission.directory))
         for run in (*{*unfinished}.difference(last), *last):  # last: its end ends the submission
             superlink_client.stop(server, run)
+        submission, _ = _observed(server, submission)
+        if submission.state in ("completed", "failed"):
+            return submission
         return _ended(submission, "stopped", "stopped by the operator")
 
 

@@ -119,7 +119,7 @@ class RunDirectory:
                 )
             return True
         if self.path.exists() and (
-            not self.path.is_dir() or any(e.name not in FOREIGN_FILES for e in self.path.iterdir())
+            not self.path.is_dir() or any(not _is_foreign(e.name) for e in self.path.iterdir())
         ):
             raise InputError(
                 f"{self.path} holds other files; give an --out that is empty or does not exist"
@@ -265,6 +265,11 @@ class RunDirectory:
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
         write_atomic(self.path / name, _encoded(content))
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a file is one of `FOREIGN_FILES`, or what a killed write of a submission left."""
+    return name in FOREIGN_FILES or name.startswith(f".{SUBMISSION}.")
 
 
 def _encoded(content: Mapping[str, Any]) -> bytes:

@@ -134,7 +134,11 @@ def test_the_directory_of_a_submission_is_free_for_the_run(here, link, deployed)
     from server.run_directory import RunDirectory
 
     made = submissions.submit(here, deployed, "one")
+    (made.directory / ".submission.json.k1ll3d").touch()  # what a kill leaves of a write
     assert RunDirectory(made.directory).check(config.from_flat(made.config)) is False
+    (made.directory / ".other").touch()
+    with pytest.raises(InputError, match="holds other files"):
+        RunDirectory(made.directory).check(config.from_flat(made.config))
 
 
 def test_what_the_superlink_does_not_take_leaves_nothing(here, link, deployed):
@@ -220,6 +224,21 @@ def test_stopping_a_submission_without_an_answer_stops_its_run(here, link, deplo
         submissions.submit(here, deployed, "one")
     assert submissions.stop(here, "one").state == "stopped"
     assert link.runs == {"1": ("finished:stopped", "")}
+
+
+@pytest.mark.parametrize("result", [True, False])
+def test_a_run_that_ends_just_before_it_is_stopped_keeps_its_end(
+    here, link, deployed, monkeypatch, result
+):
+    made = submissions.submit(here, deployed, "one")
+
+    def stop(server, run):
+        _finish(made, link, result=result)  # and stopping an ended run does nothing
+
+    monkeypatch.setattr(superlink_client, "stop", stop)
+    state = "completed" if result else "failed"
+    assert submissions.stop(here, "one").state == state
+    assert submissions.find(here, "one").state == state
 
 
 def test_an_answer_is_waited_for_longer_than_the_superlink_waits_for_its_database():
@@ -787,6 +806,34 @@ def test_a_problem_is_logged_when_its_reason_changes_and_once_an_hour(looks, mon
     assert logged(5, one="no permission", two="500") == ["one: no permission"]  # it is back
 
 
+def test_institutions_are_registered_again_each_minute_and_at_once_after_a_change(
+    here, looks, monkeypatch
+):
+    outcomes, calls = {"a": "registered", "b": "no key"}, []
+
+    def register(server):
+        calls.append(server)
+        if "error" in outcomes:
+            raise FlowerError(outcomes["error"])
+        return dict(outcomes)
+
+    monkeypatch.setattr(superlink_client, "register", register)
+    monkeypatch.setattr(submissions, "proceed", lambda *_, **__: ([], {}))
+    assert looks() == ["institution a: registered", "institution b: no key"]
+    outcomes["a"] = "already registered"
+    assert looks(keeper.REGISTER_SECONDS - 1) == [] and len(calls) == 1
+    assert looks(1) == [] and len(calls) == 2
+    outcomes["a"] = "registered"  # the SuperLink has lost its database
+    assert looks(keeper.REGISTER_SECONDS) == ["institution a: registered"] and len(calls) == 3
+    outcomes["b"] = "registered"
+    (here.institutions / "b.pub").touch()
+    assert "institution b: registered" in looks(1) and len(calls) == 4
+    outcomes["error"] = "the SuperLink is away"
+    looks(keeper.REGISTER_SECONDS)
+    looks(5)  # what failed is not put off for a minute
+    assert len(calls) == 6
+
+
 def test_the_servers_log_has_one_line_for_a_submission_that_fails_in_every_pass(
     here, link, deployed, looks
 ):
@@ -818,8 +865,8 @@ def test_an_institution_is_registered_again_until_its_files_can_be_read(looks, m
     ]
     monkeypatch.setattr(superlink_client, "register", lambda _: answers.pop(0))
     assert looks() == ["institution a: registered", "institution b: b.pub cannot be read"]
-    assert looks() == []
-    assert looks() == ["institution b: registered"]
+    assert looks(keeper.REGISTER_SECONDS) == []
+    assert looks(keeper.REGISTER_SECONDS) == ["institution b: registered"]
     assert looks() == [] and not answers
 
 
