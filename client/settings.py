@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora import files
+from fedlora import files, sources
 from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.sections import check_threads
@@ -142,8 +142,8 @@ def load(path: str) -> Settings:
             if (path := getattr(made, field))
         },
         **{
-            field: str(here / value) if value.endswith((".csv", ".jsonl", ".parquet")) else value
+            field: str(here / Path(value).expanduser())
             for field in ("source", "test_source")
-            if (value := getattr(made, field))
+            if (value := getattr(made, field)) and sources.is_path(value)
         },
     )

@@ -117,6 +117,11 @@ def institution_files(source: str) -> dict[str, Path]:
     return files
 
 
+def is_path(source: str) -> bool:
+    """Whether a source is a path, of a file, a directory or a glob."""
+    return not source.startswith(("hub:", "package:", schemes.PYTHON, tables.MEMORY))
+
+
 def is_glob(source: str) -> bool:
     """Whether a source is a path with wildcards."""
     return any(sign in source for sign in "*?[") and not re.match(r"\w{2,}:", source)

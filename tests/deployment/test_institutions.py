@@ -214,6 +214,31 @@ def test_settings_that_others_could_change_are_refused(institutions):
 
 
 @pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("own.csv", "HERE/own.csv"),
+        ("OWN.CSV", "HERE/OWN.CSV"),
+        ("records", "HERE/records"),
+        ("records/*.jsonl", "HERE/records/*.jsonl"),
+        ("/data/own.csv", "/data/own.csv"),
+        ("~/own.csv", "HOME/own.csv"),
+        ("package:bank/own.csv", None),
+        ("python:bank.records:own", None),
+        ("hub:bank/own", None),
+        ("memory:0", None),
+    ],
+)
+def test_records_are_found_from_the_settings_file_wherever_the_node_was_started(
+    institutions, monkeypatch, source, found
+):
+    monkeypatch.setenv("HOME", "/home/bank")
+    (file, *_) = institutions("Alpha", source=f'"{source}"', test_source=f'"{source}"')
+    own = settings.load(str(file))
+    made = (found or source).replace("HERE", str(file.parent)).replace("HOME", "/home/bank")
+    assert (own.source, own.test_source) == (made, made)
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ('nmae = "x"', "nmae is no key here; did you mean name?"),

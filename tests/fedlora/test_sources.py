@@ -216,6 +216,23 @@ def test_the_installed_us_gaap_mapping_has_the_known_size() -> None:
     assert "edgar" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("source", "is_path"),
+    [
+        ("a.csv", True),
+        ("folder", True),
+        ("folder/*.jsonl", True),
+        ("2024:a.csv", True),
+        ("hub:bank/own", False),
+        ("package:bank/own.csv", False),
+        ("python:bank:own", False),
+        ("memory:0", False),
+    ],
+)
+def test_a_source_without_a_scheme_is_a_path(source: str, is_path: bool) -> None:
+    assert sources.is_path(source) == is_path
+
+
 def test_the_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
     one = sources.digest(write(tmp_path / "a.csv", "text,label\na,b\n"))
     assert one == sources.digest(write(tmp_path / "b.csv", "text,label\na,b\n"))
