@@ -79,6 +79,15 @@ def test_errors_leave_as_codes_and_their_text_stays(tiny_config, monkeypatch, er
     assert _code(reply) == code
 
 
+def test_a_package_that_is_missing_is_named_in_the_log(tiny_config, monkeypatch, caplog):
+    def fail(*_):
+        raise ImportError("secret detail", name="bitsandbytes")
+
+    monkeypatch.setattr(Institution, "locate", fail)
+    assert _code(_ask(tiny_config(), simulation=True)) == "failed"
+    assert "(import of bitsandbytes)" in caplog.text and "secret" not in caplog.text
+
+
 def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
     from fedlora import trainable
 

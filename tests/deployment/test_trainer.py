@@ -139,6 +139,15 @@ def test_what_an_app_raises_leaves_as_a_code_and_is_logged_by_its_place(with_app
     assert "raises" in caplog.text
 
 
+def test_a_package_that_is_missing_is_named(with_app, context, caplog):
+    def imports(*_):
+        import no_such_package  # noqa: F401
+
+    reply, goes_on = _asked(with_app(imports), _message(), context)
+    assert _code(reply) == "failed" and goes_on
+    assert "(import of no_such_package)" in caplog.text
+
+
 def test_settings_that_replace_the_old_ones_are_in_force_for_the_next_message(context):
     context.run_config.update({"data.source": "institutions", "data.labels": '["x", "y"]'})
     context.run_config.update({"data.institutions": 1, "privacy.epsilon": float("inf")})
