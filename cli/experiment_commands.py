@@ -135,7 +135,10 @@ def plan(
         int | None,
         typer.Option(help="Records, or units, of an institution; with --best in deployments only."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Expected records in a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="As training.batch-size.")] = None,
+    sample_rate: Annotated[
+        float | None, typer.Option(help="Share of the records in a step; or --batch-size.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the whole plan, all rounds together.")
     ] = None,
@@ -144,7 +147,7 @@ def plan(
     ] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Noise; yields epsilon.")] = None,
     delta: Annotated[
-        float | None, typer.Option(help="The delta; by default 1 / (10 x records).")
+        float | None, typer.Option(help="The delta; by default that of a run.")
     ] = None,
     accountant: Annotated[
         Literal["prv", "rdp"] | None, typer.Option(help="Opacus accountant; by default prv.")
@@ -179,6 +182,7 @@ def plan(
 
     of_one_plan = {
         "--batch-size": batch_size,
+        "--sample-rate": sample_rate,
         "--steps": steps,
         "--epsilon": epsilon,
         "--noise-multiplier": noise_multiplier,
@@ -202,11 +206,13 @@ def plan(
     for name, value in (("--set", assign), ("--compute", compute)):
         if value is not None:
             raise InputError(f"{name} goes with --best CONFIG only; leave it out, or give --best")
-    if records is None or batch_size is None or steps is None:
-        raise InputError("give --records, --batch-size and --steps, or --best CONFIG")
+    if records is None or steps is None:
+        raise InputError(
+            "give --records, --steps and --batch-size or --sample-rate, or --best CONFIG"
+        )
     result = planning.plan(
         records=records,
-        batch_size=batch_size,
+        sample_rate=planning.rate_of(records, batch_size, sample_rate),
         steps=steps,
         epsilon=epsilon,
         noise_multiplier=noise_multiplier,

@@ -12,6 +12,7 @@ from fedlora.adapters import RESIDUAL_A, AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.messages import Release, TrainOrder
+from fedlora.rounding import at_most
 
 ADAM_EPS = 1e-8
 """torch's Adam adds this to the root of its second moment."""
@@ -183,8 +184,8 @@ def check_limits(
         if alone > max_alone_epsilon:
             raise Refusal(
                 "alone-epsilon-too-large",
-                f"if all other institutions collude, the run spends epsilon {alone:.4g} at the "
-                f"ledger's delta {ledger.delta:g}, above max-alone-epsilon "
+                f"if all other institutions collude, the run spends epsilon {at_most(alone)} at "
+                f"the ledger's delta {ledger.delta:g}, above max-alone-epsilon "
                 f"({max_alone_epsilon:g}); ask for a smaller privacy.epsilon or privacy.honest, or "
                 "raise max-alone-epsilon",
             )

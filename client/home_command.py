@@ -31,6 +31,7 @@ from fedlora.errors import InputError
 from fedlora.files import new_path, write_atomic
 from fedlora.joining_verdict import FINDINGS, MODELS, interval, outcome
 from fedlora.released import ReleaseFiles
+from fedlora.rounding import at_most
 from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
 
 LOCK = "home.lock"
@@ -157,7 +158,7 @@ def report(result: dict[str, Any]) -> list[str]:
         lines.append("The own model has no differential privacy and must not leave.")
     else:
         lines.append(
-            f"The own model was trained at epsilon {result['privacy']['epsilon']:.4g}, delta "
+            f"The own model was trained at epsilon {at_most(result['privacy']['epsilon'])}, delta "
             f"{result['privacy']['delta']:g}; the figures above are not covered by it."
         )
     return lines

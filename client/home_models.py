@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fedlora.adapters import AdapterState
 from fedlora.messages import PrivacySpent
+from fedlora.rounding import at_most
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
@@ -20,19 +21,19 @@ one.
 PRIVATE_CARD = """# An institution's own model, trained under differential privacy
 
 The model starts from the adapter that run {run} released and was trained at the institution. This
-training protects each {unit} in the institution's records: epsilon {epsilon:.4g} at delta {delta:g}
+training protects each {unit} in the institution's records: epsilon {epsilon} at delta {delta:g}
 (one {unit} added or removed; {steps} steps, sample rate {sample_rate:.4g}, noise multiplier
 {noise_multiplier:.4g}, clipping bound {max_grad_norm:g}).
 
 The run may have used the same records. Together with it, and with all other runs that were in the
-ledger of the institution when this card was written, the spending is epsilon {ledger_epsilon:.4g}
+ledger of the institution when this card was written, the spending is epsilon {ledger_epsilon}
 at delta {ledger_delta:g}. Runs without differential privacy on these records, if there were any,
 are not covered.
 """
 """The model card of an own adapter that was trained under DP."""
 SHARED_NOISE_CARD = """
 Runs with secure aggregation are in that sum as long as the institutions that they count as honest
-added their noise. If all others collude, the spending is epsilon {0:.4g}.
+added their noise. If all others collude, the spending is epsilon {0}.
 """
 """A further paragraph of the card where the ledger has such runs."""
 SEEDED_CARD = """
@@ -61,9 +62,11 @@ class PrivateOwn:
 
     def card(self) -> str:
         """The model card."""
-        card = PRIVATE_CARD.format(run=self.run, **dataclasses.asdict(self.privacy))
+        figures = dataclasses.asdict(self.privacy)
+        figures |= {key: at_most(figures[key]) for key in ("epsilon", "ledger_epsilon")}
+        card = PRIVATE_CARD.format(run=self.run, **figures)
         if self.ledger_alone > self.privacy.ledger_epsilon:
-            card += SHARED_NOISE_CARD.format(self.ledger_alone)
+            card += SHARED_NOISE_CARD.format(at_most(self.ledger_alone))
         return card + (SEEDED_CARD if self.privacy.noise == "seeded" else "")
 
 

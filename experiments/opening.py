@@ -3,6 +3,7 @@
 It is written for a risk officer, who reads nothing else, and fits on one sheet of paper.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from experiments.pages import Section, Table
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import MODELS, Outcome
+from fedlora.odds import group_delta
+from fedlora.rounding import at_least, at_most
 from fedlora.run_files import RESULT
 from server.trend import advice
 
@@ -154,18 +157,16 @@ def promised(run: Run) -> Section:
     privacy, config = run.privacy, run.config
     points: list[str] = []
     if "odds" in privacy:
-        worst = max(privacy["institutions"].values(), key=lambda one: one["epsilon"])
-        points += odds(
-            privacy["odds"], worst["epsilon"], worst["delta"], _unit(config.privacy.unit)
-        )
+        spent = privacy["institutions"].values()
+        epsilon = max(one["epsilon"] for one in spent)
+        delta = max(one["delta"] for one in spent)
+        what = f"a certain {_unit(config.privacy.unit)} was trained on"
+        points += odds(privacy["odds"], epsilon, delta, what)
         if config.privacy.unit == "record":
-            points.append(
-                "The promise is for one record. For a customer with k records at an institution "
-                "epsilon is k times as large, and delta grows more: the key privacy.unit protects "
-                "customers as a whole."
-            )
+            points.append(customer(epsilon, delta))
     if "odds" in (level := privacy.get("institution_level", {})):
-        found = odds(level["odds"], level["epsilon"], level["delta"], "institution")
+        what = "the updates of a certain institution counted, and not zeros in their place"
+        found = odds(level["odds"], level["epsilon"], level["delta"], what)
         points += [f"Institutions as a whole, from those who see global adapters: {found[0]}"]
     points += ledgers(run)
     return Section(
@@ -176,27 +177,47 @@ def promised(run: Run) -> Section:
     )
 
 
+def customer(epsilon: float, delta: float) -> str:
+    """What a promise for one record says of a customer with several."""
+    said = "The promise is for one record. "
+    both = group_delta(epsilon, delta, 2)
+    if both < 1:
+        said += (
+            f"For a customer with two records at an institution it is epsilon "
+            f"{at_most(2 * epsilon)} at delta {at_most(both, 2)}, and "
+        )
+        most = next(k for k in itertools.count(2) if group_delta(epsilon, delta, k + 1) >= 1)
+        said += f"for one with {most + 1} or more it promises nothing"
+    else:
+        said += "For a customer with two or more records at an institution it promises nothing"
+    return f"{said}. The key privacy.unit protects customers as a whole."
+
+
 def _unit(unit: str) -> str:
     return "record" if unit == "record" else f"{unit} (with all records)"
 
 
-def odds(found: Mapping[str, Any], epsilon: float, delta: float, unit: str) -> list[str]:
+def odds(found: Mapping[str, Any], epsilon: float, delta: float, what: str) -> list[str]:
     """The odds of privacy.json (`fedlora.odds`) as sentences.
 
     Args:
         found: ``odds`` of privacy.json.
         epsilon: The largest epsilon of an institution.
-        delta: Its delta.
-        unit: The protected unit, as a word.
+        delta: The largest delta of one.
+        what: What an attacker suspects.
     """
     before = [f"from {percent(float(prior))} to at most {percent(after, up=True)}"
               for prior, after in sorted(found["suspicion"].items(), reverse=True)]  # fmt: skip
     (rate, share), *rarer = sorted(found["found"].items(), reverse=True)
     return [
-        f"Epsilon {epsilon:.3g} at delta {delta:.3g}. Somebody suspects that a certain {unit} was "
-        f"trained on. Everything that the run released can raise this suspicion "
+        f"Epsilon {at_most(epsilon)} at delta {delta:.3g}. Somebody suspects that {what}. "
+        f"Everything that the run released can raise this suspicion "
         f"{', and '.join(before)}"
-        + (f", except in at most 1 of {1 / rest:,.0f} cases" if (rest := found["exceeded"]) else "")
+        + (
+            f", except in at most 1 of {int(1 / rest):,} cases"
+            if (rest := found["exceeded"])
+            else ""
+        )
         + ".",
         "The noise of this run allows less. An attacker who wrongly accuses "
         f"{percent(float(rate))} of those not trained on finds at most {percent(share, up=True)} "
@@ -240,8 +261,8 @@ def ledgers(run: Run) -> list[str]:
     left = max(0.0, worst["ledger_limit"] - worst["ledger_epsilon"])
     said = (
         "Each institution's ledger adds up all runs on its records and refuses what exceeds its "
-        f"limit. The least is left at {name}: epsilon {left:.4g} of {worst['ledger_limit']:g}, "
-        f"at delta {worst['ledger_delta']:.3g}."
+        f"limit. The least is left at {name}: epsilon {at_least(left)} of "
+        f"{worst['ledger_limit']:g}, at delta {worst['ledger_delta']:.3g}."
     )
     if run.config.home.private:
         said += (
@@ -294,7 +315,7 @@ def _secure_aggregation(privacy: Mapping[str, Any]) -> list[str]:
     said = privacy["secure_aggregation"]
     alone = [one["epsilon_alone"] for one in privacy["institutions"].values()]
     largest = max(alone, key=float, default="inf")
-    epsilon = "no finite epsilon" if largest == "inf" else f"epsilon {float(largest):.3g}"
+    epsilon = "no finite epsilon" if largest == "inf" else f"epsilon {at_most(float(largest))}"
     return [
         f"h = {said['honest']} honest institutions of {said['institutions']}: each adds a share of "
         "the noise, and the promise needs that many honest shares in every sum.",

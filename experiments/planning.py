@@ -8,6 +8,7 @@ from rich.table import Table
 from fedlora import accounting, noise_shares
 from fedlora.accounting import Event
 from fedlora.errors import InputError
+from fedlora.rounding import at_most
 from fedlora.run_files import finite
 from fedlora.terminal import Terminal
 
@@ -59,10 +60,37 @@ def trust_of(institutions: int | None, honest: int | None, colluding: int | None
     return Trust(institutions=institutions, honest=honest, colluding=colluding or 0)
 
 
+def rate_of(records: int, batch_size: int | None, sample_rate: float | None) -> float:
+    """The share of an institution's records in a step.
+
+    As in a run, that of a batch size follows from the size class, not from the exact number of
+    records.
+
+    Args:
+        records: Records of the institution.
+        batch_size: As ``training.batch-size``; None where ``sample_rate`` is given.
+        sample_rate: As ``training.sample-rate``.
+
+    Raises:
+        InputError: If not exactly one is given, or a value is out of bounds.
+    """
+    if (batch_size is None) == (sample_rate is None):
+        raise InputError("give one of --batch-size and --sample-rate")
+    for name, value in (("records", records), ("batch-size", batch_size or 1)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}; it must be at least 1")
+    if sample_rate is not None and not 0 < sample_rate <= 1:
+        raise InputError(f"--sample-rate is {sample_rate}; it must be above 0 and at most 1")
+    if batch_size is not None and batch_size > records:
+        raise InputError(f"--batch-size is {batch_size}, but there are {records} records; lower it")
+    size_class = accounting.public_size(records)
+    return accounting.sample_rate(sample_rate or 0.0, batch_size or 0, size_class)
+
+
 def plan(
     *,
     records: int,
-    batch_size: int,
+    sample_rate: float,
     steps: int,
     epsilon: float | None,
     noise_multiplier: float | None,
@@ -72,14 +100,16 @@ def plan(
 ) -> dict[str, Any]:
     """Solve for ``epsilon`` or ``noise_multiplier``, the one that is None.
 
+    As in a run, the default delta follows from the size class (`fedlora.budget`).
+
     Args:
         records: Records of the institution.
-        batch_size: Expected records in a step.
+        sample_rate: Share of the records in a step (`rate_of`).
         steps: Steps of the whole plan. Under secure aggregation a round that is given up costs its
             step like any other.
         epsilon: The budget.
         noise_multiplier: The noise; under secure aggregation that of the sum.
-        delta: Its delta; None for 1 / (10 x records).
+        delta: Its delta; None for the default of a run.
         accountant: ``prv`` or ``rdp``.
         trust: Secure aggregation; None where the institution adds all noise.
 
@@ -90,34 +120,31 @@ def plan(
         raise InputError(
             "give one of --epsilon (for the noise) and --noise-multiplier (for epsilon)"
         )
-    for name, value in (("records", records), ("batch-size", batch_size), ("steps", steps)):
-        if value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
-    if batch_size > records:
-        raise InputError(f"--batch-size is {batch_size}, but there are {records} records; lower it")
-    delta = accounting.default_delta(records) if delta is None else delta
-    accounting.check_delta(delta, records)
-    rate = batch_size / records
+    if steps < 1:
+        raise InputError(f"--steps is {steps}; it must be at least 1")
+    most = accounting.most_of_class(records)
+    delta = accounting.public_delta(most) if delta is None else delta
+    accounting.check_delta(delta, most)
     shares = 0 if trust is None else trust.honest
     if noise_multiplier is None and epsilon is not None:
         noise_multiplier = accounting.noise_multiplier(
             epsilon=epsilon,
             delta=delta,
-            sample_rate=rate,
+            sample_rate=sample_rate,
             steps=steps,
             accountant=accountant,
             shares=shares,
         )
     sigma = noise_multiplier or 0.0
-    event = Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=shares)
+    event = Event(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, shares=shares)
     spent = accounting.epsilon((event,), delta, accountant)
     return {
         "noise_multiplier": sigma,
         "epsilon": spent,
         "delta": delta,
         "records": records,
-        "batch_size": batch_size,
-        "sample_rate": rate,
+        "size_class": accounting.public_size(records),
+        "sample_rate": sample_rate,
         "steps": steps,
         "accountant": accountant,
         **({} if trust is None else _shared(trust, event, delta, accountant)),
@@ -158,9 +185,9 @@ def show(result: dict[str, Any], console: Terminal) -> None:
     """Print a plan, and its table when it has one."""
     console.print(
         f"noise multiplier {result['noise_multiplier']:.4f} spends epsilon "
-        f"{result['epsilon']:.4f} at delta {result['delta']:g}: {result['steps']} steps "
-        f"at sample rate {result['sample_rate']:.5f} ({result['batch_size']} of "
-        f"{result['records']} records), {result['accountant'].upper()} accountant"
+        f"{at_most(result['epsilon'], 5)} at delta {result['delta']:g}: {result['steps']} steps "
+        f"at sample rate {result['sample_rate']:.5f}, {result['records']} records (size class "
+        f"{result['size_class']}), {result['accountant'].upper()} accountant"
     )
     if "honest" in result:
         alone = result["epsilon_alone"]
@@ -169,7 +196,7 @@ def show(result: dict[str, Any], console: Terminal) -> None:
             f"honest institutions; each adds noise of multiplier "
             f"{result['share_noise_multiplier']:.4f}. It holds against {result['colluding']} "
             "colluding institutions; if all others collude, epsilon is "
-            + (alone if isinstance(alone, str) else f"{alone:.4f}")
+            + (alone if isinstance(alone, str) else at_most(alone))
             + f". A round needs {result['least_survivors']} of {result['institutions']} "
             "institutions; a round that is given up costs its steps"
         )
@@ -177,6 +204,6 @@ def show(result: dict[str, Any], console: Terminal) -> None:
         rows = Table("noise multiplier", "steps", "epsilon")
         for row in result["table"]:
             rows.add_row(
-                f"{row['noise_multiplier']:.4f}", str(row["steps"]), f"{row['epsilon']:.4f}"
+                f"{row['noise_multiplier']:.4f}", str(row["steps"]), at_most(row["epsilon"], 5)
             )
         console.print(rows)

@@ -144,8 +144,8 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
         if "adjacency" in privacy
         else "",
         "Epsilon bounds what an adversary can learn about one protected unit: the odds that the "
-        "adversary gives to its presence change by at most the factor e^epsilon, except with "
-        "probability delta."
+        "adversary gives to its presence change by at most the factor e^epsilon, except in a few "
+        "cases (above). These are rare, but not as rare as delta."
         if config.privacy.enabled
         else "",
     ]

@@ -13,6 +13,7 @@ from fedlora import mean_pooling
 from fedlora.config import RunConfig
 from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
 from fedlora.files import write_atomic
+from fedlora.rounding import at_most
 from fedlora.run_files import finite
 from fedlora.sft import MAX_RESPONSE_TOKENS
 from fedlora.trainable import Trainable
@@ -268,7 +269,7 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> str:
             "",
             "| | |",
             "| --- | --- |",
-            f"| largest epsilon of an institution | {most['epsilon']:.4g} |",
+            f"| largest epsilon of an institution | {at_most(most['epsilon'])} |",
             f"| largest delta of an institution | {max(one['delta'] for one in spent):.3g} |",
             f"| unit | {most['unit']} |",
             f"| adjacency | {privacy['adjacency']} |",

@@ -21,8 +21,8 @@ GRID_BITS = 36
 MAX_PARAMETERS = 2**28
 """The most trained parameters. The plan counts the cost of discrete noise for so many."""
 SCALE_MARGIN = 1 + 2.0**-9
-"""The scale of a share is larger by this factor: half of it covers that two machines may find noise
-multipliers 0.1 % apart for one plan, half the rounding of a sum of gradients in float64."""
+"""The scale of a share is larger by this factor. It covers that two machines may find noise
+multipliers 0.1 % apart for one plan, and the rounding of a sum of gradients in float64."""
 MAX_BATCH = 2**19
 """The most expected units of a batch: twice as many move two sums in float64 by less than 2^-12 C
 beyond C, since n units make an error of at most n^2 2^-53 C in each."""

@@ -8,7 +8,7 @@ Dong, Roth & Su 2022, arXiv 1905.02383), much closer at large epsilons.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedlora import accounting
@@ -64,6 +64,28 @@ def bounds(history: Iterable[Event], epsilon: float, delta: float) -> dict[str, 
         "found": {f"{rate:g}": _found(points, rate) for rate in FALSE_ALARMS},
         "right": min((math.exp(e) + d) / (1 + math.exp(e)) for e, d in points),
     }
+
+
+def group_delta(epsilon: float, delta: float, units: int) -> float:
+    """The delta of the promise for so many units together; its epsilon is ``units`` times as large.
+
+    It is the sum of delta e^(i epsilon) over i below ``units``. From 1 on it promises nothing.
+    """
+    return delta * math.fsum(math.exp(min(i * epsilon, _MAX_EXPONENT)) for i in range(units))
+
+
+def largest(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The largest value of each figure of several `bounds`."""
+    first, *rest = found
+    result = dict(first)
+    for other in rest:
+        for key, value in other.items():
+            result[key] = (
+                {name: max(share, result[key][name]) for name, share in value.items()}
+                if isinstance(value, Mapping)
+                else max(value, result[key])
+            )
+    return result
 
 
 def _exceeded(events: Sequence[Event], epsilon: float, delta: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from fedlora import finished_run
 from fedlora.config import RunConfig, load
 from fedlora.extras import require_page_packages
+from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, read_records, read_run_file
 
 
@@ -108,6 +109,6 @@ class Result:
         names = ("accuracy", "macro_f1", "token_loss", *self.config.federation.metric_names)
         return {
             **{name: f"{figures[name]:.4f}" for name in names if name in figures},
-            "epsilon": f"{float(figures['epsilon_max']):.3g}",
+            "epsilon": at_most(float(figures["epsilon_max"]), 3),
             "rounds": str(figures["rounds"]),
         }

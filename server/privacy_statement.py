@@ -127,8 +127,8 @@ def promise(config: RunConfig) -> dict[str, str]:
         adversary = COLLUDING.format(honest=privacy.honest, colluding=privacy.colluding)
     words = (
         f"Each {unit} of an institution's training data is protected from {adversary}: whether it "
-        "was there changes the probability of anything they can observe by at most the factor "
-        "e^epsilon, except with probability delta."
+        "was there raises the probability of anything that they can observe to at most e^epsilon "
+        "times what it is otherwise, plus delta."
     )
     if privacy.shares_noise:
         words += ALONE + NOT_MASKED * (not privacy.masks)
@@ -160,9 +160,10 @@ def odds_of(
     institutions: Mapping[str, Mapping[str, Any]],
     silent: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """``odds``: what an attacker can learn at the institution with the largest epsilon.
+    """``odds``: what an attacker can learn, each figure at the institution where it is largest.
 
-    It is empty without a promise, where no institution reported, and where one that did not may
+    Institutions of one epsilon differ in delta and noise by their size class. The entry is empty
+    without a promise, where no institution reported, and where one that did not may
     have a larger epsilon.
 
     Args:
@@ -172,10 +173,17 @@ def odds_of(
     """
     if config.privacy.noise == "seeded" or not institutions:
         return {}
-    worst = max(institutions.values(), key=lambda spent: spent["epsilon"])
-    if any(one["epsilon_at_most"] > worst["epsilon"] for one in silent.values()):
+    epsilon = max(spent["epsilon"] for spent in institutions.values())
+    if any(one["epsilon_at_most"] > epsilon for one in silent.values()):
         return {}
-    return {"odds": odds.bounds(history(config, worst), worst["epsilon"], worst["delta"])}
+    alike: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for spent in institutions.values():  # of those that differ in steps only, the one with most
+        figures = ("noise_multiplier", "sample_rate", "delta", "size_noise")
+        key = tuple(spent[figure] for figure in figures)
+        if key not in alike or spent["steps"] > alike[key]["steps"]:
+            alike[key] = spent
+    found = [odds.bounds(history(config, one), epsilon, one["delta"]) for one in alike.values()]
+    return {"odds": odds.largest(found)}
 
 
 def largest_epsilon(statement: Mapping[str, Any]) -> float:

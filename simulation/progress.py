@@ -14,6 +14,7 @@ from rich.table import Table
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import Outcome
+from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, link_latest, read_records, read_run_file
 from fedlora.terminal import Terminal
 from server.trend import advice
@@ -137,7 +138,7 @@ def describe(
             after = "" if since == total else f" after round {since}"
             parts.append(f"{key.replace('_', ' ')} {measured[key]:.3f}{after}")
     spent = records[-1]["epsilon_max"]
-    parts.append("no DP (epsilon inf)" if spent == "inf" else f"epsilon {spent or 0:.2f}")
+    parts.append("no DP (epsilon inf)" if spent == "inf" else f"epsilon {at_most(spent or 0, 3)}")
     if fresh > 1 and len(records) < total:
         pace = sum(r["seconds"] for r in records[-fresh:]) / fresh
         parts.append(f"{pace * (total - len(records)):.0f} s left")
@@ -209,7 +210,7 @@ def add_privacy(
     if config.privacy.enabled:
         table.add_row(
             "privacy",
-            f"epsilon {result['epsilon_max']:.3f} at delta {result['delta']:g}, "
+            f"epsilon {at_most(result['epsilon_max'])} at delta {result['delta']:g}, "
             f"per {config.privacy.unit}, each institution",
         )
         spent = privacy["institutions"].values()
@@ -217,7 +218,7 @@ def add_privacy(
         if most and most["ledger_epsilon"] > 1.001 * result["epsilon_max"]:
             table.add_row(
                 "with earlier runs",
-                f"epsilon {most['ledger_epsilon']:.3f} at delta {most['ledger_delta']:g}, of "
+                f"epsilon {at_most(most['ledger_epsilon'])} at delta {most['ledger_delta']:g}, of "
                 f"{most['ledger_limit']:g} in an institution's ledger",
             )
     if "secure_aggregation" in privacy:
@@ -233,7 +234,7 @@ def add_privacy(
         level = privacy["institution_level"]
         table.add_row(
             "",
-            f"epsilon {level['epsilon']:.3f} at delta {level['delta']:g}, per institution, "
+            f"epsilon {at_most(level['epsilon'])} at delta {level['delta']:g}, per institution, "
             "against those who see global adapters only",
         )
     style = "bold red" if config.privacy.protects_nobody else "green"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import InputError
+from fedlora.rounding import at_least, at_most
 
 FILE = "audit.json"
 """In an audit's directory: its findings. The audited run is the directory ``run`` beside it."""
@@ -55,19 +56,19 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [
         (
             "promised",
-            f"epsilon {promised:.3f} at delta {result['delta']:g}"
+            f"epsilon {at_most(promised)} at delta {result['delta']:g}"
             if math.isfinite(promised)
             else "nothing (epsilon inf)",
         ),
         ("canaries", f"{canaries['planted']:,} of {canaries['in all']:,} planted ({kinds})"),
     ]
     if "epsilon_alone" in result:
-        alone = f"epsilon {float(result['epsilon_alone']):.3f}: the vector's own noise"
+        alone = f"epsilon {at_most(float(result['epsilon_alone']))}: the vector's own noise"
         found.append(("promised if all others collude", alone))
     for view in (view for view in VIEWS if view in canaries):
         shown = canaries[view]
         text = (
-            f"epsilon at least {shown['epsilon']:.2f} ({100 * shown['confidence']:g} % "
+            f"epsilon at least {at_least(shown['epsilon'], 3)} ({100 * shown['confidence']:g} % "
             f"confidence), from {view}: {shown['right']} of {shown['guesses']} guesses right"
         )
         found.append(("shown by canaries", text))
@@ -97,7 +98,8 @@ def verdict(result: Mapping[str, Any]) -> str:
         return "IS BROKEN"
     if not math.isfinite(promised):
         return "nothing was promised"
-    can = f"{canaries['in all']:,} canaries show epsilon {canaries['most they can show']:.2f}"
+    most = at_least(canaries["most they can show"], 3)
+    can = f"{canaries['in all']:,} canaries show epsilon {most}"
     if canaries["most they can show"] <= promised:
         return f"is not refuted; {can} at most, so they could not have refuted it: see --canaries"
     return f"is not refuted; {can} at most"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiments.audit import findings
 from experiments.pages import Page, Section, Table
+from fedlora.rounding import at_least, at_most
 
 
 def of(directory: Path) -> Page:
@@ -20,9 +21,9 @@ def of(directory: Path) -> Page:
     }
     shown = max(one["epsilon"] for one in attacks.values())
     tiles = {
-        "promised: epsilon at most": f"{promised:.3g}",
-        "shown by attacks: epsilon at least": f"{shown:.2f}",
-        "the canaries could show at most": f"{found['canaries']['most they can show']:.2f}",
+        "promised: epsilon at most": at_most(promised),
+        "shown by attacks: epsilon at least": at_least(shown, 3),
+        "the canaries could show at most": at_least(found["canaries"]["most they can show"], 3),
     }
     if broken:
         note = "The promise is broken: an attack learned more than it allows."

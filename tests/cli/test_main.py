@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import fedlora
 import server.rounds
 from cli.main import app
-from fedlora import records
+from fedlora import FederationConfig, PrivacyConfig, RunConfig, TrainingConfig, records
+from fedlora.budget import plan_run
 from tests.fedlora.test_export import causal_run, llama_cpp, tiny_causal  # noqa: F401
 
 runner = CliRunner()
@@ -352,20 +353,36 @@ def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():
     size = ("--records", 3100, "--batch-size", 128, "--steps", 1211)
     common = (*size, "--delta", 1e-5, "--accountant", "rdp", "--json")
     forward = json.loads(invoke("plan", *common, "--epsilon", 3).stdout)
-    assert forward["noise_multiplier"] == pytest.approx(2.30, rel=5e-3)
+    assert forward["sample_rate"] == 128 / 2048  # of the size class, as in a run
+    assert forward["noise_multiplier"] == pytest.approx(3.37, rel=5e-3)
     sigma = forward["noise_multiplier"]
     back = json.loads(invoke("plan", *common, "--noise-multiplier", sigma).stdout)
     assert back["epsilon"] == pytest.approx(forward["epsilon"]) and back["epsilon"] <= 3
     table = json.loads(invoke("plan", *common, "--epsilon", 3, "--table").stdout)["table"]
     assert len(table) > 5
+    run = plan_run(
+        RunConfig(
+            training=TrainingConfig(batch_size=128, sample_rate=0.0, local_steps=1),
+            federation=FederationConfig(rounds=1211),
+            privacy=PrivacyConfig(epsilon=3.0, accountant="rdp"),
+        ),
+        3100,
+        1211,
+    )
+    free = ("--accountant", "rdp", "--json", "--epsilon", 3)
+    default = json.loads(invoke("plan", *size, *free).stdout)
+    assert default["delta"] == run.delta
+    assert default["noise_multiplier"] == run.noise_multiplier
     small = ("plan", "--records", 10, "--steps", 1)
     refused(*small, "--batch-size", 20, "--epsilon", 1, words=["--batch-size", "20", "10"])
+    refused(*small, "--sample-rate", 2, "--epsilon", 1, words=["--sample-rate", "2"])
+    refused(*small, "--epsilon", 1, words=["--batch-size", "--sample-rate"])
     refused(*small, "--batch-size", 2, words=["--epsilon", "--noise-multiplier"])
     refused(*small, "--batch-size", 2, "--epsilon", 1, "--delta", 0.2, words=["delta", "0.2"])
 
 
 def test_plan_gives_both_epsilons_of_secure_aggregation():
-    size = ("--records", 100, "--batch-size", 20, "--steps", 30, "--delta", 1e-5, "--epsilon", 1)
+    size = ("--records", 100, "--sample-rate", 0.2, "--steps", 30, "--delta", 1e-5, "--epsilon", 1)
     common = (*size, "--accountant", "rdp", "--json")
     trust = ("--institutions", 39, "--honest", 34, "--colluding", 3)
     shared = json.loads(invoke("plan", *common, *trust).stdout)

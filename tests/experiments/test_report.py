@@ -78,7 +78,7 @@ def made_up_sweep(tmp_path, tiny_config, run_directory):
                     folder = results.run_dir(out, name)
                     folder.mkdir(parents=True)
                     lost = 0.15 / epsilon if math.isfinite(epsilon) else 0.0
-                    value = mean - lost + draw.gauss(0, 0.01)
+                    value = mean - lost + draw.gauss(0, 0.002)
                     own = {bank: value + draw.gauss(0, 0.03) for bank in BANKS}
                     result = {"accuracy": value, "macro_f1": value - 0.05, "seconds": 90.0}
                     result |= {"institutions": own, "epsilon_max": axes["privacy.epsilon"]}
@@ -216,6 +216,19 @@ def test_the_page_says_how_many_models_alone_took_the_most_steps(run_directory):
     assert "that could choose" not in (run_directory / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_page_says_what_chance_does_and_what_few_texts_cannot_show(run_directory):
+    """All rows of `compared` are of one class; a model names another one, which has no text."""
+    path, joining = run_directory / "result.json", compared(BANKS)
+    text = with_joining(run_directory)
+    assert "let at most about one institution in forty count as gaining" in text
+    assert "fewer than 10 different held-out texts counts as neither" in text
+    assert "points, without an interval: 1 class has fewer than 5 different" in text
+    joining["gain_macro_f1"]["classes_with_few_texts"] = 0
+    change(run_directory, path.name, joining=joining)
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    assert "without an interval" not in text and "rare class can move it" in text
+
+
 def test_a_run_without_models_at_home_says_nothing_of_joining(run_directory):
     text = report.write(run_directory).read_text(encoding="utf-8")
     assert "What joining gives" not in text and "gain of joining" not in text
@@ -249,7 +262,7 @@ def test_the_promise_stands_as_odds(run_directory):
     odds = json.loads((run_directory / "privacy.json").read_text())["odds"]
     text = shown(run_directory)
     assert "this suspicion from 50 % to at most 99.97 %, and from 1 % to at most 96." in text
-    assert f"except in at most 1 of {1 / odds['exceeded']:,.0f} cases" in text
+    assert f"except in at most 1 of {int(1 / odds['exceeded']):,} cases" in text
     assert odds["exceeded"] > 1e-4  # delta, which is less
     assert "8 is common" not in text
     found = 100 * odds["found"]["0.01"]
@@ -257,6 +270,20 @@ def test_the_promise_stands_as_odds(run_directory):
     assert said and found <= float(said[1]) < found + 0.11
     right = re.search(r"right about more than ([\d.]+) %", text)
     assert right and 50 < float(right[1]) < 100
+    assert "and for one with 3 or more it promises nothing" in text
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "said"),
+    [
+        (8.0, 1e-5, "two records at an institution it is epsilon 16 at delta 0.03, and for one "
+         "with 3 or more it promises nothing"),
+        (1.0, 1e-5, "epsilon 2 at delta 3.8e-05, and for one with 13 or more it promises nothing"),
+        (8.0, 1e-3, "a customer with two or more records at an institution it promises nothing"),
+    ],
+)  # fmt: skip
+def test_a_promise_for_one_record_says_what_it_is_for_a_customer(epsilon, delta, said):
+    assert said in opening.customer(epsilon, delta)
 
 
 @pytest.mark.parametrize(

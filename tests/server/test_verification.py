@@ -247,6 +247,24 @@ def test_a_second_mechanism_that_is_missing_or_lacks_its_odds_is_found(level_dir
     assert ("odds" in failing(level_directory)) == ("odds" in content["institution_level"])
 
 
+def test_each_figure_of_the_odds_is_of_the_institution_where_it_is_largest():
+    """All have one epsilon; the small one has a larger delta, the large one less noise."""
+    config = from_flat({"privacy.noise": "secure"})
+    alike = {"steps": 30, "sample_rate": 0.25, "size_noise": 0.0}
+    small = {"epsilon": 7.9955, "delta": 1e-3, "noise_multiplier": 1.0, **alike}
+    large = {"epsilon": 7.9957, "delta": 1e-5, "noise_multiplier": 1.13, **alike}
+    fewer = small | {"steps": 3, "epsilon": 2.0}
+    both = privacy_statement.odds_of(config, {"S": small, "F": fewer, "L": large}, {})["odds"]
+    alone = [
+        privacy_statement.odds_of(config, {"X": one | {"epsilon": 7.9957}}, {})["odds"]
+        for one in (small, large)
+    ]
+    assert both["exceeded"] == max(one["exceeded"] for one in alone) > alone[1]["exceeded"]
+    assert both["right"] == max(one["right"] for one in alone) > alone[1]["right"]
+    for rate, share in both["found"].items():
+        assert share == max(one["found"][rate] for one in alone)
+
+
 def test_odds_are_of_the_largest_epsilon_or_left_out():
     config = from_flat({"privacy.noise": "secure"})
     spent = {

@@ -1,0 +1,22 @@
+"""Bounds as text, rounded to the side on which they stay bounds."""
+
+import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+
+
+def at_most(value: float, digits: int = 4) -> str:
+    """An upper bound in so many significant digits, rounded up; "inf" stays."""
+    return _rounded(value, digits, ROUND_CEILING)
+
+
+def at_least(value: float, digits: int = 4) -> str:
+    """A lower bound in so many significant digits, rounded down; "inf" stays."""
+    return _rounded(value, digits, ROUND_FLOOR)
+
+
+def _rounded(value: float, digits: int, how: str) -> str:
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    exact = Decimal(repr(float(value)))
+    last = Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    return f"{float(exact.quantize(last, rounding=how)):.{digits}g}"
