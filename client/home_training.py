@@ -124,7 +124,7 @@ def expected_errors(
             for i, (adapter, shard) in enumerate(zip(adapters, shards, strict=True)):
                 adapter.load_into(work.model)
                 rows = np.arange(len(shard))
-                plain = plain_passes(work, shard, rows, physical_batch, _no_dropout)
+                plain = plain_passes(work, shard, rows, physical_batch, None)
                 with contextlib.closing(plain):
                     sums[i] = sum(float(_errors(losses).sum()) for losses in plain)
     return [float(total) / len(shard) for total, shard in zip(sums, shards, strict=True)]
@@ -132,10 +132,6 @@ def expected_errors(
 
 def _errors(losses: torch.Tensor) -> torch.Tensor:
     return -torch.expm1(-losses.double())
-
-
-def _no_dropout(row: int) -> RandomSource:
-    return RandomSource.seeded("unused", row)
 
 
 def _can_share(work: Trainable, adapters: Sequence[AdapterState]) -> bool:
@@ -310,6 +306,6 @@ def _shared_passes(
         total = packing.row_size(int(shard.lengths[rows].sum()))
         with (
             work.per_sample.expanded(owners.stop - owners.start, unit, own),
-            packed_losses(work, shard, rows, _no_dropout, total, len(rows)) as losses,
+            packed_losses(work, shard, rows, None, total, len(rows)) as losses,
         ):
             yield rows, losses, owners

@@ -12,15 +12,21 @@ from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
 
+Dropout = Callable[[int], RandomSource]
+"""Row -> the source of its masks."""
+
 
 def plain_passes(
     trainable: Trainable,
     shard: Shard,
     rows: np.ndarray,
     physical_batch: int,
-    dropout: Callable[[int], RandomSource],
+    dropout: Dropout | None,
 ) -> Generator[torch.Tensor]:
-    """Losses of all rows ``(n,)``, in passes; run each pass's backward before the next pass."""
+    """Losses of all rows ``(n,)``, in passes; run each pass's backward before the next pass.
+
+    Without ``dropout`` nothing is masked.
+    """
     if trainable.first_position is None:
         for micro in micro_batches(shard.lengths, rows, physical_batch):
             yield padded_losses(trainable, shard, micro, dropout)
@@ -74,16 +80,21 @@ def packed_tokens(trainable: Trainable, physical_batch: int) -> int:
     return packing.row_size(max(1, round(tokens / longest)) * longest)
 
 
+def _draw_dropout(trainable: Trainable, rows: np.ndarray, dropout: Dropout | None) -> None:
+    if trainable.per_sample.has_dropout:
+        sources = [] if dropout is None else [dropout(int(row)) for row in rows]
+        trainable.per_sample.draw_dropout(sources)
+
+
 def padded_losses(
     trainable: Trainable,
     shard: Shard,
     rows: np.ndarray,
-    dropout: Callable[[int], RandomSource],
+    dropout: Dropout | None,
     width: int = 0,
 ) -> torch.Tensor:
-    """Losses of the given rows ``(b,)``; ``dropout`` gives the source of a row's masks."""
-    if trainable.per_sample.has_dropout:
-        trainable.per_sample.draw_dropout([dropout(int(row)) for row in rows])
+    """Losses of the given rows ``(b,)``; without ``dropout`` nothing is masked."""
+    _draw_dropout(trainable, rows, dropout)
     task = trainable.task
     batch = task.collate(shard, rows, width)
     return task.losses(trainable.model, batch, trainable.labels)
@@ -94,14 +105,13 @@ def packed_losses(
     trainable: Trainable,
     shard: Shard,
     rows: np.ndarray,
-    dropout: Callable[[int], RandomSource],
+    dropout: Dropout | None,
     total: int,
     slots: int,
 ) -> Generator[torch.Tensor]:
     """Losses of the given rows ``(n,)`` in one packed row; run their backward inside the block."""
     assert trainable.first_position is not None
-    if trainable.per_sample.has_dropout:
-        trainable.per_sample.draw_dropout([dropout(int(row)) for row in rows])
+    _draw_dropout(trainable, rows, dropout)
     batch = trainable.task.pack(
         shard,
         rows,

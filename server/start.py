@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.adapters import AdapterState, Scale, open_for, saved_scale
+import torch
+
+from fedlora.adapters import AdapterState, Scale, open_for, residual_names, saved_scale
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.model_card import LABELS
 from fedlora.run_files import CONFIG, ENVIRONMENT, read_run_file
 from fedlora.trainable import Trainable
+from strategies.lowrank import carried, recompressed
 
 
 def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
@@ -26,7 +29,8 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
     Returns:
         The adapter, with every tensor of the fresh one; the fresh one where nothing is set. Under a
         strategy with residuals the earlier adapter, of any rank and scale, is the residual: such a
-        strategy may start each round from factors of its own.
+        strategy may start each round from factors of its own. Above ``federation.residual-rank`` it
+        is cut back to the nearest one of that rank.
 
     Raises:
         InputError: If the directory holds no adapter, or one of another base, rank or scale; if it
@@ -58,6 +62,8 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
             "give an adapter of the same model.name, adapter.method, adapter.rank and "
             "adapter.target-modules"
         )
+    if residuals:
+        loaded = loaded.updated(_within(loaded, config.federation.residual_rank))
     wanted = Scale(config.adapter.alpha, config.adapter.method.endswith("rslora"))
     if not residuals and scale != wanted:
         raise InputError(
@@ -65,6 +71,15 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
             f"{' with rsLoRA' * scale.rslora}; set adapter.alpha and adapter.method to its own"
         )
     return loaded
+
+
+def _within(adapter: AdapterState, bound: int) -> dict[str, torch.Tensor]:
+    """The residuals, cut back to the nearest ones of the largest rank that rounds may carry."""
+    found: dict[str, torch.Tensor] = {}
+    for path, layer in adapter.layers().items():
+        pair = recompressed(carried(layer), bound)
+        found |= zip(residual_names(path), pair, strict=True)
+    return found
 
 
 def _check_run(run_dir: Path, config: RunConfig, work: Trainable) -> None:

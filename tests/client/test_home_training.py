@@ -300,3 +300,12 @@ def test_expected_errors_are_one_minus_the_probability_of_the_right_class(
         right = logits.softmax(1)[range(len(shard)), shard.targets]
         assert error == pytest.approx(1 - float(right.mean()), rel=1e-5)
     assert len(set(found)) == 4
+
+
+def test_choices_are_made_without_dropout(bank):
+    def errors(**values):
+        made = bank(**values)
+        return home_training.expected_errors(made.work, made.starts, made.shards, 8)
+
+    plain = errors()
+    assert errors(**{"adapter.dropout": 0.5}) == pytest.approx(plain, rel=1e-5)

@@ -84,6 +84,16 @@ def test_an_adapter_of_another_rank_or_without_its_configuration_is_refused(work
         started(work, place)
 
 
+def test_an_adapter_with_a_scale_of_its_own_for_some_layers_is_refused(work, tmp_path):
+    _, made = work
+    place = tmp_path / "adapter"
+    made.start.save(place, made.model)
+    saved = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(saved | {"alpha_pattern": {"query": 64}}))
+    with pytest.raises(InputError, match="alpha_pattern"):
+        started(work, place)
+
+
 def test_a_missing_directory_is_refused_by_name(work, tmp_path):
     with pytest.raises(InputError, match=r"adapter\.start is .*nowhere: .*cannot be read"):
         started(work, tmp_path / "nowhere")
@@ -171,7 +181,11 @@ def test_a_strategy_with_residuals_starts_from_what_the_earlier_run_computes(
         expected = finished_run.evaluate(tmp_path / "fedavg", config.data.source)
         assert measured["loss"] == pytest.approx(expected["loss"], abs=1e-4)
         start = place
-    assert AdapterState.open(start / "adapter").rank > 2
+    saved = AdapterState.open(start / "adapter").rank
+    assert saved > 2
+    values |= {"adapter.start": str(start), "federation.residual-rank": saved - 1}
+    after = simulate_run(tiny_config(**values | {"run-dir": str(tmp_path / "bounded")}))
+    assert after["loss"] == pytest.approx(before["loss"], abs=0.05)  # and nobody refused
 
 
 def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
