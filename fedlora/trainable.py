@@ -25,6 +25,7 @@ from fedlora import (
 )
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
+from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError, Refusal
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.records import load as records
@@ -124,6 +125,22 @@ class _Settings:
     private: bool
 
 
+def _check_classes(name: str, model: Any, labels: Sequence[str]) -> None:
+    """Check that the head of a merged classifier, from which training starts, is of these classes.
+
+    Raises:
+        InputError: If it is of others, or they stand in another order.
+    """
+    if EncoderClassifier.__name__ not in (model.config.architectures or ()):
+        return
+    known = [model.config.id2label[number] for number in range(len(labels))]
+    if known != list(labels):
+        raise InputError(
+            f"model.name is {name!r}, a classifier of the classes {known}, but the data have "
+            f"{list(labels)}; take its base model, or set data.labels to its classes in that order"
+        )
+
+
 @functools.lru_cache(maxsize=1)
 def _load(settings: _Settings) -> Trainable:
     model, adapter, labels = cast(Any, settings.model), cast(Any, settings.adapter), settings.labels
@@ -135,6 +152,7 @@ def _load(settings: _Settings) -> Trainable:
         num_labels=len(labels),
         device=settings.device,
     )
+    _check_classes(model.name, base.model, labels)
     spec = lora.LoraSpec(
         method=adapter.method,
         rank=adapter.rank,

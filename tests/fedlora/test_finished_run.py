@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedlora import config, finished_run, model_card, model_files
+from fedlora import config, finished_run, model_card, model_files, trainable
 from fedlora.errors import InputError
 from simulation import run
 from tests.fedlora.small_models import byte_tokenizer
@@ -163,6 +163,17 @@ def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints,
     )
     texts = texts_of(complaints)
     assert answers(again, texts) == answers(classifier, texts)
+
+
+def test_a_merged_classifier_of_other_classes_is_no_base(classifier, complaints, tmp_path):
+    """As many classes, in another order: its head would answer for others."""
+    finished_run.merge(classifier, tmp_path / "merged")
+    labels = ("loan", "fraud", "card")
+    known = finished_run.configuration(classifier, {})
+    config = known.replace({"model.name": str(tmp_path / "merged")})
+    with pytest.raises(InputError, match="a classifier of the classes"):
+        trainable.load(config, labels)
+    trainable.load(config, ("card", "fraud", "loan"))
 
 
 def test_a_merge_that_is_cut_short_leaves_nothing_and_mixes_with_nothing(
