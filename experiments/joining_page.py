@@ -13,7 +13,7 @@ from experiments.conclusion import under_dp
 from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
 from fedlora import joining_verdict
-from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MODELS
+from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MIN_INSTITUTION_TEXTS, MODELS
 from fedlora.sections import HOME_CHOOSES_FROM
 
 TITLE = "What joining gives"
@@ -53,8 +53,10 @@ BARS = (
 INTERVALS = (
     "An interval says how far the gain could differ with other held-out records of the same kind. "
     "It does not cover the noise of training: another run of this configuration has other noise. "
-    "Where joining makes no difference at all, other held-out records alone let one institution in "
-    "forty count as gaining and one in forty as losing; with the noise of training it is more."
+    "Where joining makes no difference at all, other held-out records alone let at most about one "
+    "institution in forty count as gaining and as many as losing; with the noise of training it is "
+    f"more. An institution with fewer than {MIN_INSTITUTION_TEXTS} different held-out texts counts "
+    "as neither."
 )
 
 
@@ -136,7 +138,7 @@ def _macro_f1(joining: Mapping[str, Any]) -> list[str]:
         return []
     return [
         "In macro-F1, which counts each class alike, the gain is "
-        f"{joining_verdict.interval(gain)}; one record of a rare class can move it by points."
+        f"{joining_verdict.macro_f1_gain(gain)}; one record of a rare class can move it by points."
     ]
 
 

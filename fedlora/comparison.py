@@ -12,7 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import accounting, metrics
-from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MODELS
+from fedlora.joining_verdict import (
+    MAX_SCARCE_RECORDS,
+    MIN_CLASS_TEXTS,
+    MIN_INSTITUTION_TEXTS,
+    MODELS,
+)
 from fedlora.shards import Shard
 
 CONFIDENCE = 0.95
@@ -96,12 +101,14 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
     Returns:
         ``alone``, ``shared`` and ``own``: accuracy and macro-F1 over all rows. ``gain`` of own over
         alone: mean over all rows, 95 % interval of a paired bootstrap over texts, and how many
-        institutions gain or lose by more than their own interval. ``gain_macro_f1``: mean and
-        interval of the same in macro-F1. ``scarce``: accuracies, gain and
-        its interval on rows of classes that are scarce at their institution. ``sizes``: size class
-        -> the same, ``institutions``, and how many of these gain or lose. ``institutions``: name ->
-        the same of one institution, with ``records`` and what validation records chose. Empty
-        without rows.
+        institutions gain or lose by more than their own interval; those with fewer than
+        `MIN_INSTITUTION_TEXTS` different texts count as neither. ``gain_macro_f1``: mean and
+        interval of the same in macro-F1, and ``classes_with_few_texts``, the number of its classes
+        with fewer than `MIN_CLASS_TEXTS`. ``scarce``: accuracies, gain and its interval on rows of
+        classes that are scarce at their institution. ``sizes``: size class -> the same,
+        ``institutions``, and how many of these gain or lose. ``institutions``: name -> the same of
+        one institution, with ``records``, ``texts`` (the number of different ones) and what
+        validation records chose. Empty without rows.
     """
     if not found:
         return {}
@@ -112,6 +119,7 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
         rows = found[name]
         institutions[name] = {
             "records": rows.records,
+            "texts": len(np.unique(rows.texts)),
             **_compared([rows], draw),
             **rows.choice,
         }
@@ -134,6 +142,7 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
             "mean": quality["own"]["macro_f1"] - quality["alone"]["macro_f1"],
             "low": low_f1,
             "high": high_f1,
+            "classes_with_few_texts": _classes_with_few_texts(everyone, len(labels)),
         },
         "scarce": _compared(scarce, draw),
         "sizes": {
@@ -200,8 +209,11 @@ def _compared(group: Sequence[Rows], draw: np.random.Generator) -> dict[str, Any
 
 
 def _movers(institutions: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many institutions gain or lose by more than their own interval."""
-    found = list(institutions)
+    """How many institutions gain or lose by more than their own interval.
+
+    Of few texts the bootstrap makes an interval that is too narrow, of one text none at all.
+    """
+    found = [of for of in institutions if of["texts"] >= MIN_INSTITUTION_TEXTS]
     return {
         "gaining": sum(of["low"] > 0 for of in found),
         "losing": sum(of["high"] < 0 for of in found),
@@ -222,7 +234,7 @@ def _macro_f1_interval(
     """The 95 % interval of the gain in macro-F1 by a paired bootstrap over texts.
 
     It is rougher than that of the accuracy where classes are rare: a class of one text is
-    in no row of every third resample.
+    in no row of every third resample (`_classes_with_few_texts`).
     """
     truth = np.concatenate([rows.truth for rows in group])
     said = [np.concatenate([rows.predicted[m] for rows in group]) for m in ("alone", "own")]
@@ -232,6 +244,19 @@ def _macro_f1_interval(
     counts = np.concatenate([of_truth, *of_models, *right]).astype(np.int64)
     alone, own = _macro_f1(_resampled(group, counts, draw), classes)
     return _middle(own - alone)
+
+
+def _classes_with_few_texts(group: Sequence[Rows], classes: int) -> int:
+    """How many classes of macro-F1 have fewer than `MIN_CLASS_TEXTS` different texts.
+
+    Macro-F1 has the classes that rows are of, and those that a model names.
+    """
+    truth = np.concatenate([rows.truth for rows in group])
+    texts = np.concatenate([rows.texts for rows in group])
+    named = [rows.predicted[model] for rows in group for model in ("alone", "own")]
+    has = np.bincount(np.concatenate([truth, *named]), minlength=classes) > 0
+    of_texts, _ = np.unique(np.stack([truth, texts]), axis=1)
+    return int((has & (np.bincount(of_texts, minlength=classes) < MIN_CLASS_TEXTS)).sum())
 
 
 def _macro_f1(counts: NDArray[np.float64], classes: int) -> list[NDArray[np.float64]]:
@@ -264,9 +289,10 @@ def _resampled(
     """Sums of values of rows in resamples of texts.
 
     Rows of one text, at one institution or at several, are right or wrong together, so a text is
-    drawn with all of its rows. Texts of one institution are drawn within it, and those that several
-    institutions have among themselves. Texts with equal sums count alike, so that their counts are
-    multinomial.
+    drawn with all of its rows. Texts of all institutions are drawn together: a draw within each
+    institution of n texts would have (n - 1) / n of the variance, none for a single text. So an
+    interval also holds how much institutions differ, and is rather too wide than too narrow. Texts
+    with equal sums count alike, so that their counts are multinomial.
 
     Args:
         group: Institutions, n rows in all.
@@ -278,17 +304,8 @@ def _resampled(
 
     Reference: Field and Welsh (2007), Bootstrapping clustered data.
     """
-    owner = np.repeat(np.arange(len(group)), [len(rows.truth) for rows in group])
     _, text = np.unique(np.concatenate([rows.texts for rows in group]), return_inverse=True)
-    first = np.full(int(text.max()) + 1, len(group))
-    last = np.full(len(first), -1)
-    np.minimum.at(first, text, owner)
-    np.maximum.at(last, text, owner)
-    strata = np.where(first == last, first, -1)
     sums = np.stack([np.bincount(text, row) for row in values])
-    resampled = np.zeros((len(values), RESAMPLES))
-    for stratum in np.unique(strata):
-        kinds, times = np.unique(sums[:, strata == stratum], axis=1, return_counts=True)
-        drawn = draw.multinomial(times.sum(), times / times.sum(), RESAMPLES)
-        resampled += kinds @ drawn.astype(np.float64).T
-    return resampled
+    kinds, times = np.unique(sums, axis=1, return_counts=True)
+    drawn = draw.multinomial(times.sum(), times / times.sum(), RESAMPLES)
+    return kinds @ drawn.astype(np.float64).T

@@ -18,7 +18,7 @@ from fedlora import metrics, wire
 from fedlora.adapters import AdapterState
 from fedlora.comparison import _interval, summary, text_numbers
 from fedlora.errors import Refusal
-from fedlora.joining_verdict import Outcome, comparison, outcome, verdict
+from fedlora.joining_verdict import Outcome, comparison, macro_f1_gain, outcome, verdict
 from fedlora.messages import EvaluateOrder, Evaluation
 from fedlora.shards import concatenate
 from fedlora.terminal import Terminal
@@ -160,14 +160,38 @@ def test_a_gain_on_every_row_has_no_uncertainty() -> None:
     assert (found["low"], found["high"]) == (1.0, 1.0)
 
 
-def test_rows_are_drawn_within_institutions() -> None:
-    """All rows of A gain and all of B lose: the gain is 0 in every resample.
+def test_rows_are_drawn_from_all_institutions_together() -> None:
+    """With one row each, rows drawn within institutions would be the same in every resample.
 
-    Rows drawn across institutions would give intervals of about +-0.2.
+    The number of six gaining rows of ten is Binomial(10, 0.6) in a resample, with quantiles 3 and 9
+    at 2.5 and 97.5 %: gains of -0.4 and 0.8.
     """
-    found = summary({"A": by_counts(50, 0, 0), "B": by_counts(0, 50, 0)}, LABELS)["gain"]
-    assert (found["low"], found["mean"], found["high"]) == (0.0, 0.0, 0.0)
-    assert (found["gaining"], found["losing"]) == (1, 1)
+    rows = {f"A{i}": by_counts(1, 0, 0) for i in range(6)}
+    rows |= {f"B{i}": by_counts(0, 1, 0) for i in range(4)}
+    found = summary(rows, LABELS)["gain"]
+    assert (found["low"], found["high"]) == (pytest.approx(-0.4), pytest.approx(0.8))
+    assert found["mean"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_an_institution_of_fewer_than_ten_texts_neither_gains_nor_loses(copies) -> None:
+    def rows(texts: int, own: int):
+        n = copies * texts
+        numbers = [text for text in range(texts) for _ in range(copies)]
+        return compared_rows([0] * n, [1 - own] * n, [0] * n, [own] * n, texts=numbers)
+
+    many = {"A": rows(10, own=0), "B": rows(10, own=1)}
+    few = {"C": rows(9, own=0), "D": rows(9, own=1), "E": rows(1, own=0)}
+    found = summary(many | few, LABELS)
+    assert (found["gain"]["gaining"], found["gain"]["losing"]) == (1, 1)
+    (size,) = found["sizes"].values()
+    assert (size["gaining"], size["losing"]) == (1, 1)
+    assert [found["institutions"][name]["texts"] for name in "ACE"] == [10, 9, 1]
+    assert "(3 with fewer than 10 different held-out texts count as neither)" in verdict(found)
+    assert "neither" not in verdict(summary(many, LABELS))
+    assert "(1 with fewer than 10 different held-out texts counts as neither)" in verdict(
+        summary(many | {"C": few["C"]}, LABELS)
+    )
 
 
 def test_intervals_hold_the_true_gain_as_often_as_they_say() -> None:
@@ -383,3 +407,37 @@ def test_a_verdict_names_the_macro_f1_where_its_interval_says_something_else():
     assert "macro-F1" not in verdict(figures)
     figures["gain"]["low"] = -0.01
     assert "macro-F1" in verdict(figures)
+    figures["gain_macro_f1"]["classes_with_few_texts"] = 0
+    assert "In macro-F1" in verdict(figures)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.01, 0.09), (-0.2, -0.1), (-0.1, 0.1)])
+def test_a_verdict_draws_nothing_from_the_macro_f1_of_classes_with_few_texts(low, high) -> None:
+    figures = {
+        "gain": {"mean": 0.02, "low": -0.01, "high": 0.03, "gaining": 1, "losing": 0},
+        "gain_macro_f1": {"mean": 0.05, "low": low, "high": high, "classes_with_few_texts": 2},
+        "alone": {"accuracy": 0.80, "macro_f1": 0.75},
+        "own": {"accuracy": 0.82, "macro_f1": 0.70},
+        "institutions": {"Alpha": {}},
+    }
+    said = verdict(figures)
+    few = "2 classes have fewer than 5 different held-out texts"
+    assert said.endswith(f" Macro-F1 cannot tell: {few}.")
+    assert said.count("95 % interval") == 1  # that of the accuracy
+    assert macro_f1_gain(figures["gain_macro_f1"]) == f"+5.0 points, without an interval: {few}"
+    figures["gain_macro_f1"]["classes_with_few_texts"] = 1
+    assert "tell: 1 class has fewer" in verdict(figures)
+
+
+def test_classes_with_few_texts_are_counted_by_different_texts() -> None:
+    """Class 0 has five texts; class 1 six rows of four texts, class 2 none, but a model names it.
+
+    Nothing is of class 3, and nothing is named so: it is no part of macro-F1.
+    """
+    truth, texts = [0] * 5 + [1] * 6, [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8]
+    labels = (*LABELS, "other")
+    rows = compared_rows(truth, truth, truth, truth, texts=texts)
+    named = compared_rows([0], [0], [3], [2], texts=[0])
+    few = [summary(found, labels)["gain_macro_f1"]["classes_with_few_texts"]
+           for found in ({"A": rows}, {"A": rows, "B": named})]  # fmt: skip
+    assert few == [1, 2]
