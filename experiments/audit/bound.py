@@ -89,9 +89,10 @@ def lower_bound(
 
 def largest(canaries: int, delta: float, confidence: float) -> float:
     """Return the bound of `audit` when every guess is right."""
+    guesses = 2 * (canaries // 2)
     return lower_bound(
-        guesses=canaries,
-        right=canaries,
+        guesses=guesses,
+        right=guesses,
         canaries=canaries,
         delta=delta,
         confidence=1 - (1 - confidence) / len(GUESSED_SHARES),
@@ -122,7 +123,7 @@ def audit(
     order = np.argsort(-scores, kind="stable")
     found: list[Bound] = []
     for share in GUESSED_SHARES:
-        half = max(1, round(share * m / 2))
+        half = max(1, min(m // 2, round(share * m / 2)))  # no canary is guessed both ways
         right = int(inside[order[:half]].sum() + (~inside[order[m - half :]]).sum())
         epsilon = lower_bound(
             guesses=2 * half,

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from cli.main import app
-from experiments.audit import membership
-from experiments.audit.bound import audit, lower_bound, p_value
+from experiments.audit import bound, membership
+from experiments.audit.bound import audit, largest, lower_bound, p_value
 from experiments.audit.canaries import plant
 from experiments.audit.findings import (
     ALL_BUT_HONEST,
@@ -82,6 +82,21 @@ def test_randomised_response_at_epsilon_one_is_refuted_as_rarely_as_stated():
         scores = np.where(honest, inside, ~inside) + 1e-3 * draw.random(400)
         wrong += audit(scores, inside, delta=0.0).epsilon > 1.0
     assert wrong < 15
+
+
+@pytest.mark.parametrize("canaries", [2, 3, 7, 875])
+def test_no_canary_is_guessed_both_ways(canaries, monkeypatch):
+    guessed = []
+    monkeypatch.setattr(bound, "lower_bound", lambda *, guesses, **_: guessed.append(guesses) or 0)
+    audit(np.arange(canaries), np.arange(canaries) % 2 == 0, delta=0.0)
+    assert max(guessed) == 2 * (canaries // 2)
+
+
+def test_the_most_that_canaries_can_show_is_the_bound_of_right_guesses_only():
+    inside = np.arange(875) >= 438
+    found = audit(np.arange(875), inside, delta=0.0)
+    assert found.guesses == found.right == 874
+    assert found.epsilon == largest(875, 0.0, 0.95)
 
 
 def test_membership_is_measured_as_by_hand():
