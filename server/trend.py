@@ -5,52 +5,68 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fedlora import accounting
 from fedlora.budget import plan_run
+from fedlora.comparison import text_numbers
 from fedlora.config import RunConfig
+from fedlora.shards import Shard
 
 STANDARD_ERRORS = 2.0
-"""A run rises if its accuracy grew by more than so many standard errors since the middle. With no
-rise at all, two unpaired accuracies differ that much, and upwards, in one run of 40."""
+"""A run may still rise if its accuracy grew by more than so many standard errors since the middle.
+These are the errors of other held-out texts. They do not cover the noise of training, which moves
+an adapter from round to round: so a run that does not rise may do it, too."""
+LATE = 2 / 3
+"""The last measurement of a single round's adapter tells of a run's end after so much of it."""
 
 
 def still_rising(
-    config: RunConfig, records: Sequence[Mapping[str, Any]], rows: int, units: int
+    config: RunConfig, records: Sequence[Mapping[str, Any]], texts: float, units: int
 ) -> dict[str, Any]:
-    """What more rounds would cost a run whose accuracy still rises at its end.
+    """What more rounds would cost a run whose accuracy may still rise at its end.
+
+    Rounds that are measured by the mean of several adapters (``federation.average-last``) are left
+    out: a mean is better than one adapter of the same round also where nothing rises.
 
     Args:
         config: The run.
         records: Its lines of ``rounds.jsonl``.
-        rows: Number of held-out rows.
+        texts: `independent_texts` of the held-out rows.
         units: Units of privacy of the institution with the fewest.
 
     Returns:
-        Empty where the accuracy does not rise, or was measured in less than three rounds. Else
-        ``points``, by which it grew since the measurement nearest to the middle; ``since``, that
-        round; ``more_rounds``, half as many again; under DP ``epsilon``, the whole longer run's at
-        the same noise, and ``noise``, the factor of the noise that keeps epsilon.
+        Empty where the accuracy does not rise, or was measured in less than three rounds, or not
+        after `LATE`. Else ``points``, by which it grew from the measurement nearest to the middle,
+        of the round ``since``, to the last one, of the round ``until``; ``more_rounds``, half as
+        many again; under DP ``epsilon``, the whole longer run's at the same noise, and ``noise``,
+        the factor of the noise that keeps epsilon.
     """
+    rounds = config.federation.rounds
+    first_mean = rounds - round(config.federation.average_last * rounds) + 1  # of one adapter still
     measured = {
         int(r["round"]): float(r["metrics"]["accuracy"])
         for r in records
-        if "accuracy" in r["metrics"]
+        if "accuracy" in r["metrics"] and r["round"] <= first_mean
     }
-    if len(measured) < 3 or not rows:
+    if len(measured) < 3 or not texts:
         return {}
+    metrics = [r["metrics"] for r in records]
+    texts = min(texts, *(m.get("generated", texts) for m in metrics))  # answers to a part of them
     last = max(measured)
     since = min((r for r in measured if r < last), key=lambda r: abs(r - last / 2))
-    error = math.sqrt(sum(measured[r] * (1 - measured[r]) / rows for r in (since, last)))
-    if measured[last] - measured[since] <= STANDARD_ERRORS * error:
+    error = math.sqrt(sum(measured[r] * (1 - measured[r]) / texts for r in (since, last)))
+    rise = measured[last] - measured[since]
+    if last < LATE * max(r["round"] for r in records) or rise <= STANDARD_ERRORS * error:
         return {}
-    more = math.ceil(config.federation.rounds / 2)
+    more = math.ceil(rounds / 2)
     found: dict[str, Any] = {
-        "points": 100 * (measured[last] - measured[since]),
+        "points": 100 * rise,
         "since": since,
+        "until": last,
         "more_rounds": more,
     }
     if config.privacy.enabled and not config.federation.institutions_per_round:
-        rounds = config.federation.rounds
         plan = plan_run(config, units, rounds)
         longer = config.replace({"federation.rounds": rounds + more})
         same_noise = dataclasses.replace(plan, rounds=rounds + more)
@@ -60,11 +76,26 @@ def still_rising(
     return found
 
 
+def independent_texts(held_out: Shard) -> float:
+    """The number of rows of different texts that tell as much as these rows, 0 without rows.
+
+    Rows of one text are right or wrong together: n rows of texts with m_1, m_2, ... of them tell as
+    much as n^2 / (m_1^2 + m_2^2 + ...) rows of different texts.
+
+    Reference: Kish (1965), Survey sampling.
+    """
+    if not len(held_out):
+        return 0.0
+    times = np.bincount(text_numbers(held_out)).astype(np.float64)
+    return float(times.sum() ** 2 / (times**2).sum())
+
+
 def advice(found: Mapping[str, Any]) -> str:
     """One sentence on `still_rising`."""
+    until = f" to round {found['until']}" if "until" in found else ""  # not in version 0.1
     said = (
-        f"The accuracy still rises ({found['points']:+.1f} points since round {found['since']}): "
-        f"{found['more_rounds']} more rounds may help"
+        f"The accuracy may still rise ({found['points']:+.1f} points since round {found['since']}"
+        f"{until}): {found['more_rounds']} more rounds may help"
     )
     if "epsilon" in found:
         said += (

@@ -1,10 +1,13 @@
 """A run that still rises says so, and what more rounds would cost."""
 
+import numpy as np
 import pytest
 
 from fedlora import accounting
 from fedlora.budget import plan_run
-from server.trend import advice, still_rising
+from fedlora.shards import concatenate
+from server.population import population_of
+from server.trend import advice, independent_texts, still_rising
 
 
 def lines(**accuracies):
@@ -19,7 +22,7 @@ def test_a_rise_beyond_two_standard_errors_is_told_with_its_cost(tiny_config):
     # sqrt(2 x 0.25 / 200) = 0.05: the accuracies may differ by 0.1, and 0.45 + 0.13 do not
     found = still_rising(config, lines(**{"2": 0.4, "4": 0.45, "6": None, "8": 0.58}), 200, 90)
     assert found["points"] == pytest.approx(13)
-    assert (found["since"], found["more_rounds"]) == (4, 4)
+    assert (found["since"], found["until"], found["more_rounds"]) == (4, 8, 4)
     plan = plan_run(config, 90, 8)
     (event,) = plan.events
     assert event.steps == 8
@@ -31,7 +34,7 @@ def test_a_rise_beyond_two_standard_errors_is_told_with_its_cost(tiny_config):
     twelve = plan_run(config.replace({"federation.rounds": 12}), 90, 12)
     assert found["noise"] == twelve.noise_multiplier / plan.noise_multiplier > 1
     said = advice(found)
-    assert "+13.0 points since round 4" in said
+    assert "may still rise (+13.0 points since round 4 to round 8)" in said
     assert f"epsilon {found['epsilon']:.2f}" in said
 
 
@@ -52,5 +55,43 @@ def test_a_run_that_does_not_rise_gives_no_advice(tiny_config, accuracies):
 def test_without_dp_more_rounds_cost_no_epsilon(tiny_config):
     config = tiny_config(**{"federation.rounds": 8, "privacy.epsilon": float("inf")})
     found = still_rising(config, lines(**{"2": 0.1, "4": 0.2, "8": 0.9}), 200, 90)
-    assert set(found) == {"points", "since", "more_rounds"}
+    assert set(found) == {"points", "since", "until", "more_rounds"}
     assert "epsilon" not in advice(found)
+
+
+def rising(tiny_config, average_last, accuracies, **changes):
+    free = {"federation.rounds": 10, "privacy.epsilon": float("inf"), **changes}
+    config = tiny_config(**free, **{"federation.average-last": average_last})
+    return still_rising(config, lines(**accuracies), 200, 90)
+
+
+def test_a_mean_of_adapters_is_not_compared_with_a_single_one(tiny_config):
+    """The mean of rounds 8 to 10 is better than one adapter; those do not rise after round 5."""
+    level = {"3": 0.55, "5": 0.6, "8": 0.6, "9": 0.72, "10": 0.8}
+    assert rising(tiny_config, 0.0, level)["until"] == 10
+    assert rising(tiny_config, 0.3, level) == {}
+    found = rising(tiny_config, 0.3, level | {"8": 0.8})  # of round 8 alone
+    assert (found["since"], found["until"]) == (3, 8)
+    # only the first half has single adapters, which say nothing of the end
+    assert rising(tiny_config, 0.5, {"1": 0.1, "3": 0.3, "6": 0.6, "10": 0.7}) == {}
+
+
+def test_rows_of_one_text_count_as_one_row(tiny_config):
+    held_out = population_of(tiny_config()).held_out
+    assert held_out is not None
+    texts = independent_texts(held_out)
+    assert 0 < texts <= len(held_out)
+    assert independent_texts(concatenate([held_out] * 4)) == pytest.approx(texts)
+    assert independent_texts(held_out.select(np.array([], dtype=np.int64))) == 0
+    # six rows of one text and two of others: 8^2 / (36 + 1 + 1)
+    unequal = held_out.select(np.array([0] * 6 + [1, 2]))
+    assert len({held_out.row(i).tobytes() for i in (0, 1, 2)}) == 3
+    assert independent_texts(unequal) == pytest.approx(64 / 38)
+
+
+def test_only_rows_with_a_generated_answer_count(tiny_config):
+    config = tiny_config(**{"federation.rounds": 8, "privacy.epsilon": float("inf")})
+    measured = lines(**{"2": 0.4, "4": 0.45, "8": 0.58})
+    assert still_rising(config, measured, 200, 90)
+    measured[-1]["metrics"]["generated"] = 100
+    assert still_rising(config, measured, 200, 90) == {}
