@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.pages import Section
+from experiments.results import CONFIDENCE
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -24,7 +25,7 @@ def of(pooled: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -> Sec
         return _of_joining(compared, axes)
     if data_sets:
         return _of_each(pooled, axes, data_sets)
-    line, key, against = _headline(pooled)
+    line, key, against, settings = _headline(pooled)
     if line is None:
         return Section(title="Conclusion", note="Nothing was measured.", bad=True)
     setting = setting_of(line, axes)
@@ -35,8 +36,10 @@ def of(pooled: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -> Sec
     if not key:
         note, caution, bad = f"The best setting, {reached}.", few, False
     else:
-        gain, half = line[key], line[f"{key}_ci95"]
+        gain, half = line[key], _widened(line, key, settings)
         interval = "" if half is None else f", 95 % interval ± {100 * half:.1f}"
+        if interval and settings > 1:
+            interval += f"; its level allows for the choice among {settings} settings"
         clear = half is not None and abs(gain) > half
         start = (
             "Joining makes no difference that these seeds can show"
@@ -125,10 +128,10 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
         f"{pays} of {len(both)} settings and costs in {costs}."
     )
     words.append(
-        "Where joining makes no difference, chance still counts at least one setting in forty as "
-        "paying and one in forty as costing: more, and several at once, because seeds and settings "
-        "share records. The largest and the smallest gain are picked from many, so they are "
-        "further from 0 than the same settings would be again."
+        "Where joining makes no difference, chance still counts at most about one setting in forty "
+        "as paying and as many as costing; several at once, because settings share records, and "
+        "more where all seeds have one test file. The largest and the smallest gain are picked "
+        "from many, so they are further from 0 than the same settings would be again."
     )
     if least < MIN_SEEDS:
         words.append(_too_few(each))
@@ -144,24 +147,42 @@ def _clear(lines: Lines, key: str) -> tuple[int, int]:
     return pays, len(gains) - pays
 
 
-def _headline(pooled: Lines) -> tuple[Mapping[str, Any] | None, str, str]:
+def _headline(pooled: Lines) -> tuple[Mapping[str, Any] | None, str, str, int]:
     """The line that the conclusion is about, the key of its gain, and what the gain is against.
 
-    It is the best setting of the federation, under DP if there is one; else the best of all.
+    It is the best setting of the federation, under DP if there is one; else the best of all. Last
+    is the number of settings of which it is the best.
     """
     known = [line for line in pooled if line["accuracy"] is not None]
     together = [line for line in known if line["arm"].startswith("federated")]
     chosen = [line for line in together if under_dp(line)] or together or known
     if not chosen:
-        return None, "", ""
+        return None, "", "", 0
+    settings = sum(not line["same_as"] for line in chosen)
     best = max(chosen, key=lambda line: line["accuracy"])
     for key, against in (
         ("gain_over_local", "each institution alone"),
         ("gain_over_local_dp", "each institution alone under differential privacy"),
     ):
         if together and best.get(key) is not None:
-            return best, key, against
-    return best, "", ""
+            return best, key, against, settings
+    return best, "", "", settings
+
+
+def _widened(line: Mapping[str, Any], key: str, settings: int) -> float | None:
+    """Half the 95 % interval of the best of several settings' gain; None for one seed.
+
+    The best of k settings is ahead by chance as often as any of them, so each side of its interval
+    has an error of 2.5 % / k (Bonferroni).
+    """
+    half = line[f"{key}_ci95"]
+    if half is None or settings < 2:
+        return half
+    from scipy import stats
+
+    tail, degrees = (1 - CONFIDENCE) / 2, max(line["seeds"] - 1, 1)
+    wide, plain = stats.t.isf([tail / settings, tail], degrees)
+    return float(half * wide / plain)
 
 
 def _cost_of_privacy(pooled: Lines) -> float | None:

@@ -520,6 +520,31 @@ def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path
     assert one.note.startswith("One seed cannot show") and one.caution
 
 
+@pytest.mark.parametrize(
+    ("settings", "gain", "start"),
+    [
+        (1, 0.05, "Joining pays"),
+        (4, 0.05, "Joining makes no difference"),  # within 0.055
+        (4, 0.12, "Joining pays"),
+        (4, -0.12, "Joining does not pay"),
+    ],
+)
+def test_the_best_of_several_settings_has_a_wider_interval(settings, gain, start):
+    """Of 10 seeds: Student's t at 1 - 0.025 / 4 is 3.1109, at 0.975 it is 2.2622 (tables)."""
+    best = {
+        "arm": "federated-dp", "axis": 0, "seeds": 10, "accuracy": 0.8, "same_as": "",
+        "gain_over_local": gain, "gain_over_local_ci95": 0.04,
+    }  # fmt: skip
+    others = [best | {"axis": i, "accuracy": 0.7} for i in range(1, settings)]
+    same = best | {"axis": 9, "same_as": "axis 0"}  # the same runs: no further choice
+    found = conclusion.of([best, *others, same], ["axis"])
+    assert found.note.startswith(start)
+    half = 4.0 * (3.1109 / 2.2622 if settings > 1 else 1)
+    assert f"95 % interval ± {half:.1f}" in found.note
+    allowed = f"; its level allows for the choice among {settings} settings." in found.note
+    assert allowed == (settings > 1)
+
+
 def test_arms_of_one_institution_do_not_train_at_home(sweep_file):
     text = f"{ALL_ARMS}\n[grid]\nseed = [1]\nhome.steps = [8, 16]"
     cases = sweep.read(sweep_file(text, **{"home.method": "interpolate"}))
