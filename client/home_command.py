@@ -29,7 +29,7 @@ from fedlora.comparison import Rows
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import new_path, write_atomic
-from fedlora.joining_verdict import FINDINGS, MODELS, interval, outcome
+from fedlora.joining_verdict import FINDINGS, MODELS, interval, macro_f1_gain, outcome
 from fedlora.released import ReleaseFiles
 from fedlora.rounding import at_most
 from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
@@ -148,7 +148,7 @@ def report(result: dict[str, Any]) -> list[str]:
         ),
         "",
         f"{FINDINGS[outcome(result)]}: own against alone {interval(gain)}.",
-        f"In macro-F1: {interval(result['gain_macro_f1'])}.",
+        f"In macro-F1: {macro_f1_gain(result['gain_macro_f1'])}.",
         f"Steps: alone {chosen['alone_steps']}, own {chosen['own_steps']}; weight of the trained "
         f"adapter in the own model {chosen['weight']:g}.",
     ]

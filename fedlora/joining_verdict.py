@@ -12,7 +12,7 @@ MIN_INSTITUTION_TEXTS = 10
 """An institution counts as gaining or losing with at least so many different held-out texts. With
 fewer the bootstrap's interval is too narrow: of five texts, one institution in 16 may count as
 gaining by chance, of ten at most one in 28, of 12 and more at most about one in 40."""
-MIN_CLASS_TEXTS = 5
+MIN_CLASS_TEXTS = 8
 """Macro-F1 has a verdict where each of its classes has at least so many different held-out texts.
 With fewer the 95 % interval is none: simulated with one rare class in four, which gains 40 points,
 it missed in half of the cases with one text, in 13 % with four and in some 7 % with six or more."""

@@ -8,7 +8,7 @@ Dong, Roth & Su 2022, arXiv 1905.02383), much closer at large epsilons.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedlora import accounting
@@ -74,18 +74,18 @@ def group_delta(epsilon: float, delta: float, units: int) -> float:
     return delta * math.fsum(math.exp(min(i * epsilon, _MAX_EXPONENT)) for i in range(units))
 
 
-def largest(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The largest value of each figure of several `bounds`."""
-    first, *rest = found
-    result = dict(first)
-    for other in rest:
-        for key, value in other.items():
-            result[key] = (
-                {name: max(share, result[key][name]) for name, share in value.items()}
-                if isinstance(value, Mapping)
-                else max(value, result[key])
-            )
-    return result
+def largest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The largest value of each figure of several `bounds`, at least one."""
+
+    def each(key: str) -> dict[str, float]:
+        return {name: max(one[key][name] for one in found) for name in found[0][key]}
+
+    return {
+        "suspicion": each("suspicion"),
+        "exceeded": max(one["exceeded"] for one in found),
+        "found": each("found"),
+        "right": max(one["right"] for one in found),
+    }
 
 
 def _exceeded(events: Sequence[Event], epsilon: float, delta: float) -> float:

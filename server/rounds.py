@@ -50,7 +50,7 @@ from server.run_directory import RunDirectory, RunState
 from server.secure_session import SecureSession
 from server.spending import Spending
 from server.start import start_adapter
-from server.trend import still_rising
+from server.trend import independent_texts, still_rising
 from strategies import base, server_optimizer
 from strategies.base import Round
 
@@ -463,13 +463,14 @@ class Federation:
         return {node: name for name, node in self.roster.online().items()}
 
     def still_rising(self) -> dict[str, Any]:
-        """What more rounds would cost, if a simulation's accuracy still rises at its end."""
+        """What more rounds would cost, if a simulation's accuracy may still rise at its end."""
         if self.config.deployed or self.population.held_out is None:
             return {}
         records = trainable.records(self.config)
         units = min(records.train(i).num_units for i in range(self.population.size))
         lines = read_records(self.directory.path)
-        return still_rising(self.config, lines, len(self.population.held_out), units)
+        texts = independent_texts(self.population.held_out)
+        return still_rising(self.config, lines, texts, units)
 
     def compare_at_home(self, adapter: AdapterState) -> dict[str, Any]:
         """The models that institutions train at home, compared; empty where none are trained.

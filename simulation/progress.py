@@ -198,7 +198,7 @@ def longer(truncated: int, max_length: int) -> str:
 
 
 def add_advice(table: Table, result: Mapping[str, Any]) -> None:
-    """Add what more rounds would cost, if the accuracy still rises at the end."""
+    """Add what more rounds would cost, if the accuracy may still rise at the end."""
     if rising := result.get("still_rising"):
         table.add_row("", Styled(advice(rising), "yellow"))
 

@@ -421,7 +421,7 @@ def test_a_verdict_draws_nothing_from_the_macro_f1_of_classes_with_few_texts(low
         "institutions": {"Alpha": {}},
     }
     said = verdict(figures)
-    few = "2 classes have fewer than 5 different held-out texts"
+    few = "2 classes have fewer than 8 different held-out texts"
     assert said.endswith(f" Macro-F1 cannot tell: {few}.")
     assert said.count("95 % interval") == 1  # that of the accuracy
     assert macro_f1_gain(figures["gain_macro_f1"]) == f"+5.0 points, without an interval: {few}"
@@ -430,11 +430,11 @@ def test_a_verdict_draws_nothing_from_the_macro_f1_of_classes_with_few_texts(low
 
 
 def test_classes_with_few_texts_are_counted_by_different_texts() -> None:
-    """Class 0 has five texts; class 1 six rows of four texts, class 2 none, but a model names it.
+    """Class 0 has eight texts; class 1 six rows of four texts, class 2 none, but a model names it.
 
     Nothing is of class 3, and nothing is named so: it is no part of macro-F1.
     """
-    truth, texts = [0] * 5 + [1] * 6, [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8]
+    truth, texts = [0] * 8 + [1] * 6, [*range(8), 8, 9, 10, 11, 11, 11]
     labels = (*LABELS, "other")
     rows = compared_rows(truth, truth, truth, truth, texts=texts)
     named = compared_rows([0], [0], [3], [2], texts=[0])
