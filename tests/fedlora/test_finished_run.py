@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora import config, finished_run, model_card, model_files, trainable
 from fedlora.errors import InputError
+from fedlora.rounding import at_most
 from simulation import run
 from tests.fedlora.small_models import byte_tokenizer
 
@@ -253,7 +254,7 @@ def test_the_card_states_the_promise_and_no_number_of_records_under_dp(
     (spent, *_) = privacy["institutions"].values()
     assert privacy["protects"] in card
     assert "differential-privacy" not in card  # no tag for seeded noise
-    assert f"| largest epsilon of an institution | {spent['epsilon']:.4g} |" in card
+    assert f"| largest epsilon of an institution | {at_most(spent['epsilon'])} |" in card
     assert f"`{complaints.name}`" in card and str(complaints.parent) not in card
     assert "number of training records: not stated" in card
     result = json.loads((Path(made.run_dir) / "result.json").read_text())

@@ -78,7 +78,7 @@ def test_a_complete_run_is_read(tmp_path):
 
 
 def test_the_reported_version_is_that_of_the_code_and_not_of_an_old_installation(monkeypatch):
-    monkeypatch.setattr(run_files.importlib.metadata, "version", lambda _: "0.0.1")
+    monkeypatch.setattr(run_files, "version", lambda _: "0.0.1")
     versions = run_files.environment()["versions"]
     assert versions["fedlora"] == fedlora.__version__ != versions["torch"] == "0.0.1"
 
