@@ -22,6 +22,7 @@ What differs from the containers:
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -126,6 +127,7 @@ def image() -> tuple[list[str], dict[str, str]]:
     return copied, dict(pair.split("=", 1) for pair in variables.split())
 
 
+@functools.cache
 def absent() -> tuple[list[str], list[str]]:
     """Top-level modules and packages of this Python's environment that the image does not install.
 
