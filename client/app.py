@@ -221,8 +221,5 @@ def _refusal(error: Exception, institution: Institution | None) -> RecordDict:
         )
         return wire.pack_refusal("bad-configuration")
     # Where the records are real, an error's text, which may quote one, stays out of the log.
-    where = place(error)
-    if isinstance(error, ImportError) and error.name:  # such as a missing package: no record
-        where += f" (import of {error.name})"
-    log.error("%s failed: %s", name, where, exc_info=error if simulated else None)
+    log.error("%s failed: %s", name, place(error), exc_info=error if simulated else None)
     return wire.pack_refusal("failed")

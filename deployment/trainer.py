@@ -120,10 +120,7 @@ class Trainer:
             finally:  # a server that asks for many lengths or prompts must not fill the disk
                 cache.evict(data.cached_shards())
         except BaseException as error:
-            where = place(error)
-            if isinstance(error, ImportError) and error.name:  # such as a missing package
-                where += f" (import of {error.name})"
-            log.error("the app failed: %s", where)
+            log.error("the app failed: %s", place(error))
             return Message(wire.pack_refusal("failed"), reply_to=message)
 
     def _forget_changed_files(self, context: Context) -> None:

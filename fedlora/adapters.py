@@ -109,19 +109,19 @@ def saved_scale(directory: Path) -> Scale:
     """
     try:
         saved: Any = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        if saved.get("alpha_pattern"):
-            raise InputError(
-                f"{directory / CONFIG_FILE} has alpha_pattern, a scale of its own for some layers, "
-                "which no run here has; give an adapter with one lora_alpha"
-            )
-        return Scale(float(saved["lora_alpha"]), bool(saved["use_rslora"]))
-    except InputError:
-        raise
+        scale = Scale(float(saved["lora_alpha"]), bool(saved["use_rslora"]))
+        varied = bool(saved.get("alpha_pattern"))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{directory / CONFIG_FILE} cannot be read ({type(error).__name__}); give a directory "
             "that PEFT saved"
         ) from None
+    if varied:
+        raise InputError(
+            f"{directory / CONFIG_FILE} has alpha_pattern, a scale of its own for some layers, "
+            "which no run here has; give an adapter with one lora_alpha"
+        )
+    return scale
 
 
 class AdapterState(Mapping[str, torch.Tensor]):

@@ -30,7 +30,11 @@ class Refusal(RuntimeError):
 
 
 def place(error: BaseException) -> str:
-    """The type of an error and its place in the code, without its text, which may quote data."""
+    """The type of an error and its place in the code, without its text, which may quote data.
+
+    Of a failed import also the package's name, which quotes none.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     where = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-6:])
-    return f"{type(error).__name__} at {where or 'an unknown place'}"
+    package = f" (import of {error.name})" if isinstance(error, ImportError) and error.name else ""
+    return f"{type(error).__name__} at {where or 'an unknown place'}{package}"

@@ -63,9 +63,8 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
             "adapter.target-modules"
         )
     if residuals:
-        loaded = loaded.updated(_within(loaded, config.federation.residual_rank))
-    wanted = Scale(config.adapter.alpha, config.adapter.method.endswith("rslora"))
-    if not residuals and scale != wanted:
+        return loaded.updated(_within(loaded, config.federation.residual_rank))
+    if scale != Scale(config.adapter.alpha, config.adapter.method.endswith("rslora")):
         raise InputError(
             f"adapter.start is {start}, an adapter of alpha {scale.alpha:g}"
             f"{' with rsLoRA' * scale.rslora}; set adapter.alpha and adapter.method to its own"

@@ -180,7 +180,10 @@ def test_the_command_prints_the_plans_and_what_they_leave_out(tiny_config, tmp_p
         (("--best", file, "--steps", 3), "--steps does not go with --best"),
         (("--best", file, "--table"), "--table does not go with --best"),
         (("--compute", 3), "--compute goes with --best CONFIG only"),
-        (("--records", 3), "--best CONFIG"),
+        (
+            ("--records", 3),
+            "give --records, --steps and --batch-size or --sample-rate, or --best CONFIG",
+        ),
     ):
         done = invoke(*arguments)
         assert done.exit_code == 2 and words in done.stderr
