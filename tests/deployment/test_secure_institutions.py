@@ -21,7 +21,7 @@ from fedlora.secure_aggregation import (
     UnmaskMessage,
     UnmaskOrder,
 )
-from server import binding, verification
+from server import binding, secure_session, verification
 from server.roster import RunFailed
 from simulation.engines.grid import run_server
 from tests.deployment.remote import BANKS, Remote
@@ -41,6 +41,11 @@ SECURE = {
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def no_pause_between_tries(monkeypatch):
+    monkeypatch.setattr(secure_session, "SETUP_PAUSE", 0.0)
 
 
 @pytest.fixture
