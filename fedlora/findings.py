@@ -4,9 +4,10 @@ A finding is a warning, or voids the result. A run with the latter is refused un
 names it. `findings` is pure: it reads the records that a simulation has and spends nothing.
 """
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,7 @@ def findings(config: RunConfig, records: Federation, participations: int) -> lis
             )
         )
     if config.privacy.enabled:
-        found += [*_delta(config, records), *_noise(config, records, participations)]
+        found += [*_delta(config, records), *_noises(config, records, participations)]
     return sorted(found, key=lambda finding: not finding.voids)
 
 
@@ -85,14 +86,19 @@ def refuse(config: RunConfig, found: Sequence[Finding]) -> None:
     """
     void = [finding for finding in found if finding.voids and finding.name not in config.accept]
     if void:
-        options = " ".join(f"--accept {finding.name}" for finding in void)
+        names = [finding.name for finding in void]
+        how = (
+            f"accept = {json.dumps(names)} to the configuration"
+            if config.deployed
+            else " ".join(f"--accept {name}" for name in names)
+        )
         raise InputError(
             "; ".join(finding.text for finding in void)
-            + f". The result would be void; to run all the same, add {options}"
+            + f". The result would be void; to run all the same, add {how}"
         )
 
 
-def reach(config: RunConfig, records: Federation, participations: int) -> float:
+def reach(config: RunConfig, plans: Sequence[accounting.PrivacyPlan], participations: int) -> float:
     """The largest ratio of signal to noise in one direction of the aggregate, over a whole run.
 
     All gradients of all records are taken to have the clipped length and one direction. A run's
@@ -101,10 +107,9 @@ def reach(config: RunConfig, records: Federation, participations: int) -> float:
 
     Args:
         config: A run under DP.
-        records: Its records.
+        plans: The plan of each institution.
         participations: The most rounds for which one institution may be asked.
     """
-    plans = plans_of(config, records, participations)
     sizes = np.array([plan.size_class for plan in plans], dtype=np.float64)
     weights = np.ones(len(plans)) if config.federation.weighting == "uniform" else sizes
     # under secure aggregation each institution adds a share of the noise of the sum
@@ -115,11 +120,15 @@ def reach(config: RunConfig, records: Federation, participations: int) -> float:
 
 
 def plans_of(
-    config: RunConfig, records: Federation, participations: int
+    config: RunConfig, units: Iterable[int], participations: int
 ) -> list[accounting.PrivacyPlan]:
-    """Each institution's plan, in the order of names; one computation for each size class."""
-    units = [records.train(i).num_units for i in range(len(records.names))]
+    """Each institution's plan by its number of units; one computation for each size class."""
     return [plan_run(config, accounting.public_size(count), participations) for count in units]
+
+
+def units_of(records: Federation) -> list[int]:
+    """The number of units of each institution, in the order of names."""
+    return [records.train(index).num_units for index in range(len(records.names))]
 
 
 def class_records(records: Federation) -> dict[str, int]:
@@ -259,22 +268,35 @@ def _delta(config: RunConfig, records: Federation) -> list[Finding]:
     ]
 
 
-def _noise(config: RunConfig, records: Federation, participations: int) -> list[Finding]:
-    plans = plans_of(config, records, participations)
-    ratio = reach(config, records, participations)
-    found: list[Finding] = []
-    if ratio < MIN_REACH:
-        loudest = max(plan.noise_multiplier for plan in plans)
-        found.append(
-            Finding(
-                name="noise",
-                text=f"nothing can be learned at privacy.epsilon {config.privacy.epsilon:g}: the "
-                f"noise multiplier is {loudest:.3g}, and if all gradients agreed, the whole run's "
-                f"signal would be {ratio:.2g} times its noise (runs that learn have over "
-                f"{MIN_REACH:g}); raise privacy.epsilon, or the number of records or institutions",
-                voids=True,
-            )
+def noise(
+    config: RunConfig, plans: Sequence[accounting.PrivacyPlan], participations: int
+) -> list[Finding]:
+    """The finding on a run under DP in which no adapter can learn; empty for any other.
+
+    Args:
+        config: A run under DP.
+        plans: The plan of each institution.
+        participations: The most rounds for which one institution may be asked.
+    """
+    ratio = reach(config, plans, participations)
+    if ratio >= MIN_REACH:
+        return []
+    loudest = max(plan.noise_multiplier for plan in plans)
+    return [
+        Finding(
+            name="noise",
+            text=f"nothing can be learned at privacy.epsilon {config.privacy.epsilon:g}: the noise "
+            f"multiplier is {loudest:.3g}, and if all gradients agreed, the whole run's signal "
+            f"would be {ratio:.2g} times its noise (runs that learn have over {MIN_REACH:g}); "
+            "raise privacy.epsilon, or the number of records or institutions",
+            voids=True,
         )
+    ]
+
+
+def _noises(config: RunConfig, records: Federation, participations: int) -> list[Finding]:
+    plans = plans_of(config, units_of(records), participations)
+    found = noise(config, plans, participations)
     classes = [plan.size_class for plan in plans]
     if config.federation.weighting == "uniform" and max(classes) > MAX_SIZE_RATIO * min(classes):
         smallest = records.names[int(np.argmin(classes))]

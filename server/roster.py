@@ -12,7 +12,7 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 import fedlora
-from fedlora import wire
+from fedlora import findings, wire
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Hello, Query
@@ -242,6 +242,30 @@ class Roster:
     def sizes(self) -> dict[str, float]:
         """Institution -> its size class, under secure aggregation."""
         return {hello.institution: float(hello.size) for hello in self._known.values()}
+
+    def check_noise(self, participations: int) -> None:
+        """Refuse a deployed run in which no adapter can learn, before any institution spends on it.
+
+        Without secure aggregation the server has bounds of sizes (`SIZES`), or nothing: it refuses
+        what could not learn even if each institution had as many records as its bound.
+
+        Args:
+            participations: The most rounds for which one institution may be asked.
+
+        Raises:
+            InputError: If the noise drowns all, and the run does not accept it.
+        """
+        exact = self._config.privacy.shares_noise
+        sizes = (self.sizes() if exact else self.max_sizes).values()
+        if len(sizes) < self._config.data.institutions:
+            return
+        try:
+            plans = findings.plans_of(self._config, map(int, sizes), participations)
+        except InputError:
+            if exact:
+                raise
+            return  # not of a size, but of a bound that may be far above it
+        findings.refuse(self._config, findings.noise(self._config, plans, participations))
 
     def check_budgets(self, least: int) -> None:
         """Refuse a run whose budgets do not last, before any institution spends on it.

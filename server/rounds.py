@@ -168,6 +168,8 @@ class Federation:
         self.roster.wait(self.population.size, self.least)
         if self.state.round == 0 and self.config.privacy.enabled:
             self.roster.check_budgets(self.least)
+            if self.config.deployed:
+                self.roster.check_noise(self.participations)
         tracker = tracking.Tracking(self.config, self.state.run)
         if self.state.round == 0:
             self.directory.create(self.config)

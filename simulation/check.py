@@ -66,7 +66,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
     attempt(population.check_settings, config, records)
     plans: list[PrivacyPlan] = []
     if config.privacy.enabled:
-        plans = attempt(findings.plans_of, config, records, cap) or []
+        plans = attempt(findings.plans_of, config, findings.units_of(records), cap) or []
     found: list[Finding] = []
     if plans or not config.privacy.enabled:
         found = findings.findings(config, records, cap)
@@ -95,7 +95,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
             "unit": config.privacy.unit,
             "noise": config.privacy.noise,
             "participations": cap,
-            **({"reach": findings.reach(config, records, cap)} if plans else {}),
+            **({"reach": findings.reach(config, plans, cap)} if plans else {}),
         },
         "model": {} if work is None else _model(config, work),
         "cost": {} if work is None else _cost(config, records, plans, work, loading),

@@ -294,6 +294,24 @@ def test_where_sizes_weigh_an_institution_of_unknown_size_is_asked_nothing(
     assert "no-size" in caplog.text and "server/institutions/Gamma.size" in caplog.text
 
 
+@pytest.mark.parametrize(("known", "accept"), [(4, []), (4, ["noise"]), (3, [])])
+def test_noise_that_drowns_everything_is_refused_before_a_charge_where_all_sizes_are_known(
+    deployed, institutions, rows, known, accept
+):
+    files = institutions()
+    (rows / SIZES).write_text(json.dumps(dict.fromkeys(BANKS[:known], 64)))
+    config = deployed(**{"privacy.epsilon": 0.05, "federation.rounds": 1, "accept": accept})
+    if known == 4 and not accept:
+        message = r'nothing can be learned at privacy.epsilon 0.05.*add accept = \["noise"\] to the'
+        with pytest.raises(InputError, match=message):
+            _run(config, files)
+    else:
+        _run(config, files)
+    for bank in BANKS:
+        with Ledger.open(rows / bank / "ledger.db") as ledger:
+            assert bool(ledger.show()["entries"]) == (known < 4 or bool(accept))
+
+
 @pytest.mark.parametrize("believed", [64, 2**23])
 def test_a_claimed_size_counts_no_more_than_the_server_believes(
     deployed, institutions, rows, monkeypatch, believed
