@@ -38,8 +38,9 @@ LOCK = "home.lock"
 SPLIT = 0.2
 """Share of the records that are held back where the settings name no ``test-source``."""
 SPLIT_NOTE = (
-    "The settings name no test-source, so a seeded fifth of the records was held back. The run may "
-    "have trained on these rows: the figures of shared and own can be too high"
+    "The settings name no test-source, so a seeded fifth of the records was held back. If the "
+    "institution took part, the run trained on these rows too: the figures of shared and own can "
+    "be too high"
 )
 
 
@@ -147,7 +148,7 @@ def report(result: dict[str, Any]) -> list[str]:
             for model in MODELS
         ),
         "",
-        f"{FINDINGS[outcome(result)]}: own against alone {interval(gain)}.",
+        f"{_finding(result)}: own against alone {interval(gain)}.",
         f"In macro-F1: {macro_f1_gain(result['gain_macro_f1'])}.",
         f"Steps: alone {chosen['alone_steps']}, own {chosen['own_steps']}; weight of the trained "
         f"adapter in the own model {chosen['weight']:g}.",
@@ -162,6 +163,13 @@ def report(result: dict[str, Any]) -> list[str]:
             f"{result['privacy']['delta']:g}; the figures above are not covered by it."
         )
     return lines
+
+
+def _finding(result: dict[str, Any]) -> str:
+    """Whether joining pays, where rows can tell on which the run did not train."""
+    if result["held_out"]["from"] == "split":
+        return "Whether joining pays cannot be said without a test-source"
+    return FINDINGS[outcome(result)]
 
 
 def _release(own: Settings, choices: Choices) -> ReleaseFiles:

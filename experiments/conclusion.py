@@ -48,10 +48,10 @@ def of(pooled: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -> Sec
         )
         note = f"{start}: {reached}, {100 * gain:+.1f} points against {against}{interval}."
         caution, bad = few or not clear, clear and gain < 0
-    if (cost := _cost_of_privacy(pooled)) is not None:
+    if (free := _without_dp(line, pooled, axes)) is not None:
         words.append(
-            f"Privacy costs {100 * cost:.1f} points: so much better is the best setting of the "
-            "federation without differential privacy."
+            f"Without differential privacy the same setting is right on {100 * free:.1f} % of "
+            f"them: {100 * (free - line['accuracy']):+.1f} points (means, without an interval)."
         )
     if few:
         words.append(_too_few(pooled))
@@ -136,7 +136,7 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     if least < MIN_SEEDS:
         words.append(_too_few(each))
     bad = behind > ahead
-    caution = (least < MIN_SEEDS or not ahead) and not bad
+    caution = (least < MIN_SEEDS or not ahead or behind or costs) and not bad
     return Section(title="Conclusion", note=note, bad=bad, caution=caution, words=words)
 
 
@@ -185,15 +185,17 @@ def _widened(line: Mapping[str, Any], key: str, settings: int) -> float | None:
     return float(half * wide / plain)
 
 
-def _cost_of_privacy(pooled: Lines) -> float | None:
-    """The best federation without DP minus the best under DP; None where one is missing."""
+def _without_dp(line: Mapping[str, Any], pooled: Lines, axes: Sequence[str]) -> float | None:
+    """The accuracy of the federation without DP in the setting of a line under DP; None if unknown.
 
-    def best(arm: str) -> float | None:
-        found = [x["accuracy"] for x in pooled if x["arm"] == arm and x["accuracy"] is not None]
-        return max(found, default=None)
-
-    free, private = best("federated"), best("federated-dp")
-    return None if free is None or private is None else free - private
+    Settings of privacy are no part of it.
+    """
+    others = [axis for axis in axes if not axis.startswith("privacy.")]
+    for free in pooled:
+        same = all(free[axis] == line[axis] for axis in others)
+        if f"{free['arm']}-dp" == line["arm"] and same and free["accuracy"] is not None:
+            return free["accuracy"]
+    return None
 
 
 def under_dp(line: Mapping[str, Any]) -> bool:

@@ -13,16 +13,16 @@ from experiments.conclusion import under_dp
 from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
 from fedlora import joining_verdict
-from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MIN_INSTITUTION_TEXTS, MODELS
+from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MIN_TEXTS, MODELS, has_interval
 from fedlora.sections import HOME_CHOOSES_FROM
 
 TITLE = "What joining gives"
 MAX_ROWS = 40  # institutions in the figure of a run
 POINTS = "own minus alone, percentage points"
 MEANINGS = (
-    "Each institution has three models, all measured on its own held-out records. Alone: trained "
-    "at the institution on its own records, as if there were no federation. Shared: the adapter "
-    "that the federation released. Own: made from the shared adapter at the institution. "
+    "Each institution compared has three models, all measured on its own held-out records. Alone: "
+    "trained at the institution on its own records, as if there were no federation. Shared: the "
+    "adapter that the federation released. Own: made from the shared adapter at the institution. "
     "The gain of joining is own minus alone."
 )
 STAYS = (
@@ -53,10 +53,11 @@ BARS = (
 INTERVALS = (
     "An interval says how far the gain could differ with other held-out records of the same kind. "
     "It does not cover the noise of training: another run of this configuration has other noise. "
-    "Where joining makes no difference at all, other held-out records alone let at most about one "
-    "institution in forty count as gaining and as many as losing; with the noise of training it is "
-    f"more. An institution with fewer than {MIN_INSTITUTION_TEXTS} different held-out texts counts "
-    "as neither."
+    "Where joining makes no difference at all, other held-out records alone let about one "
+    "institution in forty count as gaining and as many as losing (of ten to twelve texts at most "
+    "one in 26); with the noise of training it is more. With fewer than "
+    f"{MIN_TEXTS} different held-out texts there is no interval, and an institution counts as "
+    "neither."
 )
 
 
@@ -151,7 +152,7 @@ def _sizes(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
             *(str(of.get(movers, "")) for movers in ("gaining", "losing")),
             f"{of['rows']:,}",
             *_accuracies(of),
-            " to ".join(_interval(of)) if "low" in of else "",  # none in version 0.1
+            " to ".join(filter(None, _interval(of))) if "low" in of else "",  # none in version 0.1
         ]
         for size, of in sizes.items()
     ]
@@ -169,8 +170,8 @@ def _accuracies(of: Mapping[str, Any]) -> list[str]:
 
 
 def _interval(of: Mapping[str, Any]) -> list[str]:
-    """The bounds of a gain."""
-    return [_points(of["low"]), _points(of["high"])]
+    """The bounds of a gain; empty where it has too few texts for an interval."""
+    return [_points(of["low"]), _points(of["high"])] if has_interval(of) else ["", ""]
 
 
 def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -107,16 +107,30 @@ def verdict(run: Run) -> Section:
     if warnings:
         many = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
         words.append(f"The run began with {many}: see Warnings, below.")
+    if joining is not None and (compared := _compared(run, joining)):
+        words.append(compared)
     if rising := result.get("still_rising"):
         words.append(advice(rising))
     return Section(
         title="Verdict",
         note=note,
         bad=bool(void or learned or useless) or outcome is Outcome.LOSS,
-        caution=outcome is Outcome.UNCLEAR,
+        caution=outcome is Outcome.UNCLEAR
+        or (joining is not None and joining_verdict.macro_f1_outcome(joining) is Outcome.LOSS),
         words=words,
         tables=[] if joining is None else [_three(joining)],
     )
+
+
+def _compared(run: Run, joining: Mapping[str, Any]) -> str:
+    """How many institutions the verdict is about; empty where it is all of them."""
+    all_of, failed = len(run.institutions), len(joining.get("not_compared", {}))
+    if all_of == len(joining["institutions"]):
+        return ""
+    said = f"Compared were {len(joining['institutions'])} of {all_of} institutions"
+    if failed:
+        said += f"; {failed} {'replies were' if failed > 1 else 'reply was'} refused"
+    return f"{said}."
 
 
 def _alone(run: Run, classes: Mapping[str, Mapping[str, int]]) -> tuple[str, bool]:
@@ -132,6 +146,8 @@ def _alone(run: Run, classes: Mapping[str, Mapping[str, int]]) -> tuple[str, boo
     if classes:
         frequent, share = metrics.majority(classes)
         said += f"; always answering {frequent} would be right on {100 * share:.1f} %"
+    if run.config.data.view != "all":
+        return f"{said}. This run has no federation, so it does not measure joining.", useless
     if "joining" in run.result:
         return f"{said}. Whether joining pays is not known: no institution was compared.", useless
     why = "no institution trained a model alone"

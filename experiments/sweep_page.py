@@ -372,6 +372,12 @@ def _dp(privacies: Sequence[PrivacyConfig]) -> Section:
         "whole run, from everyone who sees the adapters. The other arms protect nobody. Many runs "
         "on the same records spend their budgets many times over: release one, not all."
     )
+    if any(p.shares_noise for p in private):
+        note += (
+            " Under secure aggregation this holds while as many institutions as configured "
+            "(privacy.honest) add their share of the noise; each cell's privacy.json has the "
+            "larger epsilon of an institution if all others collude."
+        )
     deltas = sorted({p.delta for p in private if p.delta})
     words = [
         "Accountant: " + ", ".join(sorted({p.accountant for p in private})) + "; delta: "

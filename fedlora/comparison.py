@@ -15,8 +15,8 @@ from fedlora import accounting, metrics
 from fedlora.joining_verdict import (
     MAX_SCARCE_RECORDS,
     MIN_CLASS_TEXTS,
-    MIN_INSTITUTION_TEXTS,
     MODELS,
+    has_interval,
 )
 from fedlora.shards import Shard
 
@@ -100,14 +100,14 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         ``alone``, ``shared`` and ``own``: accuracy and macro-F1 over all rows. ``gain`` of own over
-        alone: mean over all rows, 95 % interval of a paired bootstrap over texts, and how many
-        institutions gain or lose by more than their own interval; those with fewer than
-        `MIN_INSTITUTION_TEXTS` different texts count as neither. ``gain_macro_f1``: mean and
-        interval of the same in macro-F1, and ``classes_with_few_texts``, the number of its classes
-        with fewer than `MIN_CLASS_TEXTS`. ``scarce``: accuracies, gain and its interval on rows of
-        classes that are scarce at their institution. ``sizes``: size class -> the same,
-        ``institutions``, and how many of these gain or lose. ``institutions``: name -> the same of
-        one institution, with ``records``, ``texts`` (the number of different ones) and what
+        alone: mean over all rows, 95 % interval of a paired bootstrap over texts, the number of
+        different ``texts``, and how many institutions gain or lose by more than their own interval;
+        those with fewer than `fedlora.joining_verdict.MIN_TEXTS` texts count as neither.
+        ``gain_macro_f1``: mean and interval of the same in macro-F1, and
+        ``classes_with_few_texts``, the number of its classes with fewer than `MIN_CLASS_TEXTS`.
+        ``scarce``: accuracies, gain and its interval on rows of classes that are scarce at their
+        institution. ``sizes``: size class -> the same, ``institutions``, and how many of these gain
+        or lose. ``institutions``: name -> the same of one institution, with ``records`` and what
         validation records chose. Empty without rows.
     """
     if not found:
@@ -119,7 +119,6 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
         rows = found[name]
         institutions[name] = {
             "records": rows.records,
-            "texts": len(np.unique(rows.texts)),
             **_compared([rows], draw),
             **rows.choice,
         }
@@ -136,6 +135,7 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
             "mean": _accuracies(everyone)["gain"],
             "low": low,
             "high": high,
+            "texts": _texts(everyone),
             **_movers(institutions.values()),
         },
         "gain_macro_f1": {
@@ -201,11 +201,17 @@ def _accuracies(group: Sequence[Rows]) -> dict[str, Any]:
 
 
 def _compared(group: Sequence[Rows], draw: np.random.Generator) -> dict[str, Any]:
-    """`_accuracies` with the interval of the gain, ``low`` to ``high``."""
+    """`_accuracies`, with the number of texts and the interval of the gain, ``low`` to ``high``."""
     found = _accuracies(group)
     if found["rows"]:
+        found["texts"] = _texts(group)
         found["low"], found["high"] = _interval(group, draw)
     return found
+
+
+def _texts(group: Sequence[Rows]) -> int:
+    """The number of different texts."""
+    return len(np.unique(np.concatenate([rows.texts for rows in group])))
 
 
 def _movers(institutions: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -213,7 +219,7 @@ def _movers(institutions: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
     Of few texts the bootstrap makes an interval that is too narrow, of one text none at all.
     """
-    found = [of for of in institutions if of["texts"] >= MIN_INSTITUTION_TEXTS]
+    found = [of for of in institutions if has_interval(of)]
     return {
         "gaining": sum(of["low"] > 0 for of in found),
         "losing": sum(of["high"] < 0 for of in found),

@@ -8,10 +8,10 @@ MODELS = ("alone", "shared", "own")
 """The models of an institution, as keys of ``joining``."""
 MAX_SCARCE_RECORDS = 5
 """A class is scarce at an institution with at most so many training records of it."""
-MIN_INSTITUTION_TEXTS = 10
-"""An institution counts as gaining or losing with at least so many different held-out texts. With
-fewer the bootstrap's interval is too narrow: of five texts, one institution in 16 may count as
-gaining by chance, of ten at most one in 28, of 12 and more at most about one in 40."""
+MIN_TEXTS = 10
+"""A gain has an interval, and an institution may count as gaining or losing, with at least so many
+different held-out texts. With fewer the bootstrap's interval is too narrow: of five texts, one gain
+in 16 may lie above 0 by chance, of ten to twelve at most one in 26, of more about one in 40."""
 MIN_CLASS_TEXTS = 8
 """Macro-F1 has a verdict where each of its classes has at least so many different held-out texts.
 With fewer the 95 % interval is none: simulated with one rare class in four, which gains 40 points,
@@ -44,7 +44,20 @@ def outcome(joining: Mapping[str, Any]) -> Outcome:
     return _outcome(joining["gain"])
 
 
-def _outcome(gain: Mapping[str, float]) -> Outcome:
+def macro_f1_outcome(joining: Mapping[str, Any]) -> Outcome:
+    """Return what the interval of the gain in macro-F1 says; unclear where it cannot tell."""
+    gain = joining.get("gain_macro_f1")  # not in results of version 0.1
+    return Outcome.UNCLEAR if gain is None or _few_texts(gain) else _outcome(gain)
+
+
+def has_interval(gain: Mapping[str, Any]) -> bool:
+    """Whether a gain is that of enough texts for an interval."""
+    return gain.get("texts", MIN_TEXTS) >= MIN_TEXTS  # version 0.1 does not say
+
+
+def _outcome(gain: Mapping[str, Any]) -> Outcome:
+    if not has_interval(gain):
+        return Outcome.UNCLEAR
     if gain["low"] > 0:
         return Outcome.GAIN
     return Outcome.LOSS if gain["high"] < 0 else Outcome.UNCLEAR
@@ -70,12 +83,11 @@ def movers(gain: Mapping[str, Any]) -> str:
 
 def _too_small(joining: Mapping[str, Any]) -> str:
     """How many institutions have too few held-out texts to count as gaining or losing."""
-    all_texts = [of.get("texts") for of in joining["institutions"].values()]
-    few = sum(n is not None and n < MIN_INSTITUTION_TEXTS for n in all_texts)  # None: version 0.1
+    few = sum(not has_interval(of) for of in joining["institutions"].values())
     if not few:
         return ""
     return (
-        f" ({few} with fewer than {MIN_INSTITUTION_TEXTS} different held-out texts "
+        f" ({few} with fewer than {MIN_TEXTS} different held-out texts "
         f"count{'s' * (few == 1)} as neither)"
     )
 
@@ -128,7 +140,10 @@ def scarce_gain(joining: Mapping[str, Any]) -> str:
 
 
 def interval(gain: Mapping[str, Any]) -> str:
-    """A gain with its interval, in points."""
+    """A gain with its interval, in points; without, where it has too few texts."""
+    if not has_interval(gain):
+        few = f"{gain['texts']} different held-out text{'s are' if gain['texts'] > 1 else ' is'}"
+        return f"{100 * gain['mean']:+.1f} points, without an interval: {few} too few"
     return (
         f"{100 * gain['mean']:+.1f} points, 95 % interval {100 * gain['low']:+.1f} to "
         f"{100 * gain['high']:+.1f}"

@@ -355,6 +355,7 @@ def test_without_a_test_source_rows_are_held_back_and_the_command_says_so(bank):
     made.set(test_source="")
     said = made.home("--run", "first").stdout
     assert "The settings name no test-source" in said and "can be too high" in said
+    assert "Whether joining pays cannot be said without a test-source: own against alone" in said
     result = json.loads((made.directory / "state" / "home" / "first" / "result.json").read_text())
     rows = result["held_out"]["rows"]
     assert result["held_out"]["from"] == "split" and 10 <= rows <= 20

@@ -200,6 +200,28 @@ def test_a_run_in_which_joining_does_not_pay_is_marked(run_directory, better, wo
     assert note and said in note[1]
 
 
+def test_a_gain_with_a_loss_in_macro_f1_is_marked_and_few_compared_are_counted(run_directory):
+    gain = compared(BANKS[:3])
+    gain["gain_macro_f1"] |= {"low": -0.2, "high": -0.1, "classes_with_few_texts": 0}
+    gain["not_compared"] = {BANKS[3]: "timeout"}
+    change(run_directory, "result.json", joining=gain)
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    note = re.search(r'class="note caution">(.*?)</p>', text, re.DOTALL)
+    assert note and note[1].startswith("Joining pays") and "In macro-F1" in note[1]
+    first = text[text.index("<h2>Verdict") : text.index("<h2>What was promised")]
+    assert "Compared were 3 of 4 institutions; 1 reply was refused." in first
+    assert "Compared were" not in with_joining(run_directory)
+
+
+@pytest.mark.parametrize("view", ["pooled", "only:Alpha"])
+def test_a_run_without_a_federation_does_not_measure_joining(run_directory, view):
+    config = run_directory / "config.toml"
+    config.write_text(load(config).replace({"data.view": view}).to_toml())
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    assert "This run has no federation, so it does not measure joining." in text
+    assert "trained a model alone" not in text
+
+
 def test_the_page_says_how_many_models_alone_took_the_most_steps(run_directory):
     """Those that chose: institutions with 78 training records or more."""
     joining = compared(BANKS)
@@ -220,8 +242,8 @@ def test_the_page_says_what_chance_does_and_what_few_texts_cannot_show(run_direc
     """All rows of `compared` are of one class; a model names another one, which has no text."""
     path, joining = run_directory / "result.json", compared(BANKS)
     text = with_joining(run_directory)
-    assert "let at most about one institution in forty count as gaining" in text
-    assert "fewer than 10 different held-out texts counts as neither" in text
+    assert "let about one institution in forty count as gaining" in text
+    assert "With fewer than 10 different held-out texts there is no interval" in text
     assert "points, without an interval: 1 class has fewer than 8 different" in text
     joining["gain_macro_f1"]["classes_with_few_texts"] = 0
     change(run_directory, path.name, joining=joining)
@@ -392,7 +414,7 @@ def test_a_sweep_begins_with_its_conclusion(made_up_sweep):
     assert "Joining pays: federated-dp (epsilon 8, " in first
     assert "points against each institution alone, 95 % interval ±" in first
     assert "Too few seeds" not in text and "chosen as the best of several" in text
-    assert "Privacy costs" in text
+    assert "Without differential privacy the same setting is right on" in text
     path = made_up_sweep / results.MANIFEST
     about = json.loads(path.read_text())
     about["cases"] = [case for case in about["cases"] if case["seed"] == 1]
@@ -413,7 +435,7 @@ def test_data_sets_of_a_sweep_are_concluded_one_by_one(made_up_sweep, key):
     text = shown(made_up_sweep)
     for method in METHODS:
         assert f"{method}: Joining pays: federated-dp (epsilon 8) is right on" in text
-    assert text.count("Privacy costs") == len(METHODS)
+    assert text.count("Without differential privacy the same setting is") == len(METHODS)
     assert "best setting, " not in text and "(best setting)" not in text
     assert "In the setting with the best result" not in text and "as the best of" in text
 

@@ -506,7 +506,10 @@ def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path
     assert "Without it in 1 of 1 settings, and in 0 it costs" in found.note
     assert "Largest gain: +9.0 ± 1.0 points, federated (few)" in " ".join(found.words)
     assert "Smallest gain: -4.0 ± 3.0 points" in " ".join(found.words)
-    assert not found.bad and not found.caution
+    assert found.caution and not found.bad  # one setting costs
+    rarer = {"gain_macro_f1": -0.06, "gain_macro_f1_ci95": 0.05}
+    assert not conclusion.of([*lines[:3], free], ["holdings"]).caution
+    assert conclusion.of([*lines[:3], free | rarer], ["holdings"]).caution
     assert "pays: Without differential privacy in 1 of 1" in conclusion.of([free], []).note
     rare = [(0.02, 0.01), (0.02, 0.03), (-0.06, 0.05), (-0.02, 0.01), (0.0, 0.1)]
     lines_and_rare = zip([*lines, free], rare, strict=True)

@@ -117,7 +117,9 @@ def test_the_gain_in_macro_f1_has_the_interval_of_a_bootstrap_by_hand() -> None:
 def test_scarce_rows_are_those_of_classes_that_their_institution_has_little_of() -> None:
     scarce = summary(TWO, LABELS)["scarce"]
     low, high = scarce.pop("low"), scarce.pop("high")
-    assert scarce == {"rows": 2, "alone": 0.0, "shared": 0.0, "own": 0.5, "gain": 0.5}
+    assert scarce == {
+        "rows": 2, "texts": 2, "alone": 0.0, "shared": 0.0, "own": 0.5, "gain": 0.5
+    }  # fmt: skip
     assert (low, high) == (0.0, 1.0)  # one of two rows becomes right
     assert summary({"Beta": TWO["Beta"]}, LABELS)["scarce"] == {"rows": 0}
 
@@ -192,6 +194,15 @@ def test_an_institution_of_fewer_than_ten_texts_neither_gains_nor_loses(copies) 
     assert "(1 with fewer than 10 different held-out texts counts as neither)" in verdict(
         summary(many | {"C": few["C"]}, LABELS)
     )
+
+
+def test_of_fewer_than_ten_texts_nothing_is_concluded() -> None:
+    """Own is right on all rows and alone on none, so that all bootstraps agree."""
+    found = summary({"A": by_counts(9, 0, 0)}, LABELS)
+    assert outcome(found) is Outcome.UNCLEAR
+    said = "(+100.0 points, without an interval: 9 different held-out texts are too few)"
+    assert said in verdict(found)
+    assert outcome(summary({"A": by_counts(10, 0, 0)}, LABELS)) is Outcome.GAIN
 
 
 def test_intervals_hold_the_true_gain_as_often_as_they_say() -> None:
