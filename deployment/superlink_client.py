@@ -203,7 +203,7 @@ def _public_key(file: Path) -> bytes:
         key = load_ssh_public_key(file.read_bytes())
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ValueError(f"{file} is not a public key in OpenSSH's format: {error}") from None
-    remedy = "the institution makes one on P-384 with `ssh-keygen -t ecdsa -b 384`"
+    remedy = "the institution makes one on P-384 with `ssh-keygen -t ecdsa -b 384 -N ''`"
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ValueError(f"{file} is not an elliptic curve key; {remedy}")
     if not isinstance(key.curve, ec.SECP384R1):  # Flower takes any curve, `fedlora.peers` does not

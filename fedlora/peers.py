@@ -27,6 +27,7 @@ _SCALAR_BYTES = 47
 """One less than the order of P-384 has: any such number, plus 1, is a private key."""
 _PEM = b"-----BEGIN"
 _GROUP = 4
+_MAKE_ONE = "make one with `ssh-keygen -t ecdsa -b 384 -N ''`"
 
 
 def read(content: bytes, source: object) -> ec.EllipticCurvePublicKey:
@@ -83,13 +84,17 @@ def read_private(path: Path) -> ec.EllipticCurvePrivateKey:
         key = load_ssh_private_key(path.read_bytes(), None)
     except OSError as error:
         raise InputError(f"key is {path}, which cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise InputError(f"key is {path}, which holds no private key: {error}") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+    except TypeError:
         raise InputError(
-            f"key is {path}, which holds no key on the curve P-384; make one with "
-            "`ssh-keygen -t ecdsa -b 384`"
-        )
+            f"key is {path}, which has a passphrase, and a node has nobody to type it; remove it "
+            f"with `ssh-keygen -p -N '' -f {path}`"
+        ) from None
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise InputError(
+            f"key is {path}, which holds no private key in OpenSSH's form ({error}); {_MAKE_ONE}"
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise InputError(f"key is {path}, which holds no key on the curve P-384; {_MAKE_ONE}")
     return key
 
 

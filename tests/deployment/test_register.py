@@ -147,7 +147,7 @@ def test_a_key_on_another_curve_than_p_384_is_not_registered(here, link, key, wo
     outcomes = superlink_client.register(here)
     assert outcomes["a"] == "registered"
     assert words in outcomes["b"] and "b.pub" in outcomes["b"]
-    assert "`ssh-keygen -t ecdsa -b 384`" in outcomes["b"]
+    assert "`ssh-keygen -t ecdsa -b 384 -N ''`" in outcomes["b"]
     assert set(json.loads((here.results / KEYS).read_text())) == {"a"}
     assert _nodes(here) == {"a": 0}
 
