@@ -5,6 +5,7 @@ that the institution does not take is dropped before anything reads it. A value 
 the bounds of `fedlora.config`, which hold for everybody, and those of the institution's settings.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +45,13 @@ class Limit:
         code: The refusal's code.
         allows: Whether the settings allow the run.
         what: A description of the run for the log; ``run`` is its configuration.
+        setting: The setting that decides; empty where no institution takes such a run.
     """
 
     code: str
     allows: Callable[[Settings, RunConfig], bool]
     what: str
+    setting: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "model-not-allowed",
                 lambda own, run: run.model.name in own.models,
                 "trains {run.model.name}",
+                "models",
             ),
         )
     ),
@@ -91,6 +95,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "other-labels",
                 lambda own, run: (run.model.task == "sft") == (not own.labels),
                 "has the task {run.model.task}, which goes with labels only for classification",
+                "labels",
             ),
         )
     ),
@@ -100,12 +105,14 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             Limit(
                 "rank-too-large",
                 lambda own, run: own.rank <= run.adapter.rank,
-                "has rank {run.adapter.rank}, below the rank",
+                "has rank {run.adapter.rank}",
+                "rank",
             ),
             Limit(
                 "adapter-too-large",
                 lambda own, run: run.adapter.rank <= own.max_rank,
                 "has rank {run.adapter.rank}",
+                "max-rank",
             ),
         )
     ),
@@ -139,7 +146,8 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             Limit(
                 "other-labels",
                 lambda own, run: run.data.labels == own.labels,
-                "has other labels",
+                "has other labels, or not in the same order",
+                "labels",
             ),
         ),
         max_characters=lambda _: MAX_LIST_TEXT,
@@ -153,6 +161,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "too-many-steps",
                 lambda own, run: run.training.local_steps <= own.max_steps,
                 "takes {run.training.local_steps} steps a round",
+                "max-steps",
             ),
         )
     ),
@@ -169,6 +178,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "rows-too-long",
                 lambda own, run: run.training.max_length <= own.max_length,
                 "takes rows of {run.training.max_length} tokens",
+                "max-length",
             ),
         )
     ),
@@ -180,6 +190,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "strategy-not-allowed",
                 lambda own, run: run.federation.strategy in own.strategies,
                 "uses {run.federation.strategy}",
+                "strategies",
             ),
         )
     ),
@@ -190,6 +201,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "strategy-not-allowed",
                 lambda own, run: run.federation.aggregate in ("", *own.strategies),
                 "aggregates by {run.federation.aggregate}",
+                "strategies",
             ),
         )
     ),
@@ -200,6 +212,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "adapter-too-large",
                 lambda own, run: _residual_rank(run) <= own.max_rank,
                 "has residuals of rank {run.federation.residual_rank}",
+                "max-rank",
             ),
         )
     ),
@@ -212,6 +225,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "metrics-not-allowed",
                 lambda own, run: run.federation.weighting != "records" or "records" in own.report,
                 "weighs by exact counts",
+                "report",
             ),
         )
     ),
@@ -229,6 +243,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "trust-not-allowed",
                 lambda own, run: own.secure_aggregation or not run.privacy.shares_noise,
                 "has the trust {run.privacy.trust}",
+                "secure-aggregation",
             ),
         )
     ),
@@ -240,6 +255,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                     not run.privacy.shares_noise or run.privacy.honest >= own.min_honest
                 ),
                 "counts on {run.privacy.honest} honest institutions",
+                "min-honest",
             ),
         )
     ),
@@ -251,6 +267,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                     not run.privacy.shares_noise or run.privacy.colluding >= own.min_colluding
                 ),
                 "holds against {run.privacy.colluding} colluding institutions",
+                "min-colluding",
             ),
         )
     ),
@@ -270,6 +287,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "dp-required",
                 lambda own, run: run.privacy.enabled or own.without_dp,
                 "has no DP",
+                "without-dp",
             ),
             Limit(
                 "epsilon-too-large",
@@ -277,6 +295,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                     not run.privacy.enabled or run.privacy.epsilon <= own.max_run_epsilon
                 ),
                 "spends epsilon {run.privacy.epsilon:g}",
+                "max-run-epsilon",
             ),
         )
     ),
@@ -291,6 +310,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
                 "other-unit",
                 lambda own, run: not run.privacy.enabled or run.privacy.unit == own.unit,
                 "protects the unit {run.privacy.unit!r}",
+                "unit",
             ),
         )
     ),
@@ -341,12 +361,12 @@ def apply(settings: Settings, asked: Mapping[str, Scalar]) -> RunConfig:
         Refusal: For a run that the settings do not allow; the code names the reason.
     """
     if asked.get("data.source") != INSTITUTIONS:
-        raise _refusal(settings, "other-data", "names data of its own")
+        raise _refusal(settings, "other-data", "names data of its own", "")
     run = from_flat(_taken(settings, asked))
     for rule in KEYS.values():
         for limit in rule.limits if isinstance(rule, Taken) else ():
             if not limit.allows(settings, run):
-                raise _refusal(settings, limit.code, limit.what.format(run=run))
+                raise _refusal(settings, limit.code, limit.what.format(run=run), limit.setting)
     # The institution's own batch changes no result. Under the server's, running out of memory could
     # depend on a record.
     physical_batch = min(run.training.physical_batch, settings.physical_batch)
@@ -386,5 +406,14 @@ def _taken(settings: Settings, asked: Mapping[str, Scalar]) -> dict[str, Any]:
     return values | own
 
 
-def _refusal(settings: Settings, code: str, what: str) -> Refusal:
-    return Refusal(code, f"the run {what}, which the settings of {settings.name} forbid")
+def _refusal(settings: Settings, code: str, what: str, setting: str) -> Refusal:
+    if not setting:
+        return Refusal(
+            code, f"the run {what}, which no institution takes; ask the operator to mend it"
+        )
+    value = json.dumps(getattr(settings, setting.replace("-", "_")), ensure_ascii=False)
+    return Refusal(
+        code,
+        f"the run {what}, which the settings of {settings.name} forbid: {setting} is {value}; "
+        "change it, or ask the operator for another run",
+    )

@@ -1,6 +1,7 @@
 """A server's configuration, key by key, at an institution in a process of its own."""
 
 import csv
+import dataclasses
 import json
 import math
 import pickle
@@ -18,8 +19,11 @@ import tomli_w
 from client import config_policy
 from client.config_policy import KEYS, Taken
 from client.ledger import Ledger
+from client.settings import Settings
 from fedlora.config import RunConfig
+from fedlora.errors import Refusal
 from fedlora.sections import INSTITUTIONS, MIN_DELTA
+from fedlora.settings_schema import kebab
 from tests.deployment.harness import ROOT
 
 LABELS = ["card", "fraud", "loan"]
@@ -378,6 +382,42 @@ def _problems(institution: Path, cases: Sequence[Case], seconds: float) -> list[
 
 def test_the_table_has_every_key_of_a_configuration_and_no_other():
     assert list(KEYS) == list(RunConfig().flat())
+
+
+ASKED = {**BASE, "model.name": "m", "training.local-steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "words"),
+    [
+        ({}, {}, ("takes 20 steps a round", "max-steps is 10; change it, or ask the operator")),
+        ({"max_steps": 20}, {"model.name": "n"}, ("trains n", 'models is ["m"]')),
+        ({"max_steps": 20}, {"privacy.epsilon": math.inf}, ("no DP", "without-dp is false")),
+        (
+            {"max_steps": 20},
+            {"data.labels": json.dumps(LABELS[::-1])},
+            ("not in the same order", 'labels is ["card", "fraud", "loan"]'),
+        ),
+        ({"max_steps": 20}, {"privacy.noise": "seeded"}, ("seed, which no institution takes",)),
+    ],
+)
+def test_a_refusal_names_the_setting_that_decides_and_its_value(own, asked, words):
+    given = {"name": "a", "source": "s", "ledger": "l", "state": "s", "models": ("m",)}
+    settings = Settings(**{**given, "labels": tuple(LABELS), "max_delta": 1e-4, **own})
+    with pytest.raises(Refusal) as caught:
+        config_policy.apply(settings, {**ASKED, **asked})
+    assert all(word in caught.value.detail for word in words), caught.value.detail
+
+
+def test_each_limit_names_a_setting_or_none():
+    limits = [limit for rule in KEYS.values() if isinstance(rule, Taken) for limit in rule.limits]
+    names = {kebab(field.name) for field in dataclasses.fields(Settings)}
+    assert {limit.setting for limit in limits} <= {"", *names}
+    assert {limit.code for limit in limits if not limit.setting} == {
+        "adapter-too-large",  # more modules than any adapter may have
+        "masks-required",
+        "seeded-noise",
+    }
 
 
 def test_a_key_is_followed_within_its_bounds_and_else_refused_before_a_charge_or_not_looked_at(
