@@ -131,10 +131,8 @@ class Trainer:
             if name not in own.models:
                 return  # the app refuses; that name is not resolved
             now = _files(name, own, context.run_id)
-        except InputError:  # the app reports it
-            now = None
-        except OSError:  # likewise; an unknown state is never that of the next message
-            now = object()
+        except (InputError, OSError):  # the app reports it
+            now = object()  # an unknown state is never that of the next message
         if self._loaded_from not in (None, now):
             from fedlora import trainable
 
@@ -150,7 +148,7 @@ def _files(name: str, own: settings.Settings, run: int) -> object:
     A function's records (``python:``) have no file to look at: they are as new as the run.
 
     Raises:
-        InputError: If the base model is missing, or a directory of records is empty.
+        InputError: If the base model is missing, or a directory of records is empty or closed.
         OSError: If a file or its directory cannot be read.
     """
     files = list(model_files.resolve(name).path.iterdir())

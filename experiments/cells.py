@@ -25,7 +25,7 @@ from experiments import results, sweep
 from experiments.sweep import Case, Cell
 from fedlora.config import TOGETHER_ONLY
 from fedlora.errors import InputError
-from fedlora.files import write_atomic
+from fedlora.files import existing_parent, write_atomic
 from fedlora.run_files import (
     CONFIG,
     ENVIRONMENT,
@@ -145,6 +145,10 @@ def _check_place(out: Path, resume: bool) -> None:
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds other files; give an --out that is empty or does not exist")
+    try:
+        existing_parent(out)
+    except OSError as error:
+        raise InputError(f"{error}; give another --out") from None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ function that returns a table, or ``memory:DIGEST`` for a table that this proces
 imports its heavy reader itself, so a cached federation opens without those readers.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -16,7 +17,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,13 +95,14 @@ def institution_files(source: str) -> dict[str, Path]:
         InputError: If there is no file, or two files have one name apart from their ending.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        found = [file for file in path.iterdir() if file.suffix.lower() in (CSV, *_READERS)]
-    elif is_glob(source) and not path.exists():
-        matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        found = [file for file in matching if file.is_file()]
-    else:
-        return {}
+    with _accessible(source):
+        if path.is_dir():
+            found = [file for file in path.iterdir() if file.suffix.lower() in (CSV, *_READERS)]
+        elif is_glob(source) and not path.exists():
+            matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+            found = [file for file in matching if file.is_file()]
+        else:
+            return {}
     if not found:
         raise InputError(
             f"data source {source!r} has no file; give a directory or glob of "
@@ -129,7 +131,20 @@ def is_glob(source: str) -> bool:
 
 def is_per_institution(source: str) -> bool:
     """Whether a source is a directory or glob, whose files are the institutions'."""
-    return is_glob(source) or Path(source).expanduser().is_dir()
+    with _accessible(source):
+        return is_glob(source) or Path(source).expanduser().is_dir()
+
+
+@contextlib.contextmanager
+def _accessible(source: str) -> Iterator[None]:
+    """Turn an error of the file system, such as a directory closed to this user, into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"data source {source!r} cannot be read: {error.strerror}; let user {os.geteuid()}, "
+            "who runs this, read it, or give another"
+        ) from None
 
 
 @functools.lru_cache(maxsize=2)
@@ -225,12 +240,14 @@ def locate(source: str) -> Path:
             )
         return path
     path = Path(source).expanduser()
-    if not path.is_file():
-        raise InputError(
-            f"data source {source!r} is not a file; give a .csv, .jsonl or .parquet file, a "
-            "directory or glob of them, hub:NAME, package:NAME/FILE or python:MODULE:FUNCTION"
-        )
-    return path
+    with _accessible(source):
+        if path.is_file():
+            path.open("rb").close()
+            return path
+    raise InputError(
+        f"data source {source!r} is not a file; give a .csv, .jsonl or .parquet file, a "
+        "directory or glob of them, hub:NAME, package:NAME/FILE or python:MODULE:FUNCTION"
+    )
 
 
 def _in_package(package: str, relative: str) -> Path | None:

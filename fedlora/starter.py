@@ -44,10 +44,16 @@ def write(source: str, out: Path) -> Guess:
         out: The configuration; it must not exist.
 
     Raises:
-        InputError: If ``out`` exists, the file cannot be read, or no column fits text or label.
+        InputError: If ``out`` exists, ``source`` is several files or cannot be read, or no column
+            fits text or label.
     """
     if out.exists():
         raise InputError(f"{out} exists; give another --out, or remove it")
+    if sources.institution_files(source):
+        raise InputError(
+            f"{source!r} is a directory or glob, and this command reads one file; give one of its "
+            f"files, then set data.source to {source!r} and data.partition to natural:institution"
+        )
     path, form = sources.locate(source), PLAIN
     if path.suffix.lower() == sources.CSV:
         encoding = csv_files.suspected_encoding(path.read_bytes())

@@ -121,6 +121,13 @@ def test_init_refuses_a_file_in_which_it_finds_no_label(tmp_path, name, content,
     assert not (tmp_path / "a.toml").exists()
 
 
+@pytest.mark.parametrize("several", ["", "*.csv"])
+def test_init_refuses_several_files_and_says_how_to_use_them(tmp_path, several) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nlong words,a\n")
+    words = ["reads one file", "data.partition to natural:institution"]
+    refused("init", tmp_path / several, "--out", tmp_path / "a.toml", words=words)
+
+
 def test_init_reads_json_lines_and_draws_institutions_where_no_column_names_them(tmp_path) -> None:
     rows = [{"note": f"a long text {i}", "topic": "ab"[i % 2], "tags": [i]} for i in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

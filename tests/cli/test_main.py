@@ -212,6 +212,7 @@ def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
         ("model.name=nowhere/at-all", ["nowhere/at-all"]),
         ("model.name=package:no-such-package", ["no-such-package", "install"]),
         ("data.source=/no/such.csv", ["/no/such.csv"]),
+        (f"data.source=/{'x' * 300}", ["data source", "File name too long", "who runs this"]),
         ("data.text=body", ["body", "text"]),
         ("data.labels=loan,card", ["fraud"]),
         ("data.min-records=100000", ["min-records", "100000"]),

@@ -41,6 +41,13 @@ def test_a_file_system_without_files_is_no_place_for_a_run(file):
     refused("run", file, "--out", "/proc/x", words=["/proc", "stores no files", "another --out"])
 
 
+def test_a_sweep_that_cannot_be_written_is_refused_before_anything_runs(file, tmp_path):
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text(f'base = "{file}"\narms = ["federated"]\n[grid]\nseed = [1]\n')
+    out = file / "out"
+    refused("sweep", sweep, "--out", out, words=[f"{file} is a file", "give another --out"])
+
+
 def test_retries_of_the_hubs_client_are_no_lines_of_ours():
     assert not _http.logger.isEnabledFor(logging.WARNING)
     assert _http.logger.isEnabledFor(logging.ERROR)

@@ -161,6 +161,27 @@ def test_a_source_that_is_not_there_says_what_to_do(source: str, message: str) -
             use()
 
 
+def test_records_that_are_closed_to_this_user_are_one_line_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.csv", "text,label\na,b\n")
+
+    def closed(*_: object, **__: object) -> None:  # root may open everything
+        raise PermissionError(13, "Permission denied")
+
+    for name, source in (
+        ("open", file),
+        ("is_file", file),
+        ("is_dir", file),
+        ("iterdir", tmp_path),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, closed)
+            for use in (sources.digest, lambda s: sources.read(s, TEXT_LABEL)):
+                with pytest.raises(InputError, match=r"Permission denied; let user \d+, who runs"):
+                    use(str(source))
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"ends in '.xlsx'; it must be .csv, .jsonl, .parquet"):
         sources.read(write(tmp_path / "a.xlsx", "x"), TEXT_LABEL)
