@@ -42,6 +42,7 @@ from fedlora.messages import (
     Release,
     TrainOrder,
 )
+from fedlora.sections import check_gpu
 from fedlora.secure_aggregation import KeysMessage, Terms
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -100,7 +101,13 @@ class Institution:
 
     @classmethod
     def deployed(cls, settings: Settings, config: RunConfig) -> Self:
-        """The institution of these settings, on its own machine."""
+        """The institution of these settings, on its own machine.
+
+        Raises:
+            InputError: If the settings ask for a GPU, and torch finds none.
+        """
+        if settings.gpu:
+            check_gpu("gpu is true", "false")
         return cls(
             config=config,
             name=settings.name,

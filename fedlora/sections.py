@@ -52,6 +52,22 @@ def check_threads(name: str, count: int) -> None:
         )
 
 
+def check_gpu(setting: str, off: str) -> None:
+    """Refuse a setting that asks for a GPU where torch finds none: the processor is far slower.
+
+    Args:
+        setting: The setting with its value, for the error.
+        off: The value that asks for no GPU.
+
+    Raises:
+        InputError: Naming both.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(f"{setting}, but torch finds no GPU here; set it to {off}, or repair CUDA")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """The frozen base model."""

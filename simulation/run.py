@@ -22,7 +22,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
 from fedlora.run_files import CONFIG, read_run_file
-from fedlora.sections import check_threads
+from fedlora.sections import check_gpu, check_threads
 from fedlora.startup import paused_gc
 from fedlora.terminal import Terminal
 
@@ -118,8 +118,8 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
         config: The run.
 
     Raises:
-        InputError: As `prepare` and `check_budgets`; also if the base model cannot be loaded, Ray
-            is not installed, or no cluster answers at its address.
+        InputError: As `prepare` and `check_budgets`; also if the base model cannot be loaded, there
+            is no GPU for `engine.gpus`, Ray is not installed, or no cluster answers at its address.
     """
     check_engine(kind)
     if kind == "ray":
@@ -128,6 +128,8 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
             _ask_for_a_token()
     if not config.engine.ray_address:  # machines of a cluster have other processors
         check_threads("engine.threads", config.engine.threads)
+    if kind == "inline" and config.engine.gpus:  # Ray itself refuses more GPUs than there are
+        check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
     records = prepare(config)
     with paused_gc():  # a collection would scan all imported objects
         if config.privacy.enabled:

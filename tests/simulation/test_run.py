@@ -71,6 +71,17 @@ def test_cached_records_open_without_torch(tiny_config, tmp_path):
     assert done.stdout.splitlines() == ["4", "[]"]
 
 
+def test_a_gpu_that_is_not_there_is_refused_by_the_engine_inline(tiny_config, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(run, "prepare", lambda _: pytest.fail("records were read"))
+    config = tiny_config(**{"engine.gpus": 0.5})
+    with (
+        pytest.raises(InputError, match=r"engine.gpus is 0.5, but torch finds no GPU here"),
+        run.load("inline", config),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "localhost:99999"]
 )
