@@ -39,9 +39,9 @@ def home(
 ) -> None:
     """Train an institution's own models after a run, and compare them. Nothing is sent."""
     from client import home_command
-    from client.settings import load
+    from client.settings import absolute, in_own_keys, load
 
-    own = load(str(settings.absolute()))
+    own = load(str(absolute(settings)))
     if steps is not None and steps < 1:
         raise InputError(f"--steps is {steps}; it must be at least 1")
     if epsilon is not None and not 0 < epsilon < math.inf:
@@ -55,7 +55,10 @@ def home(
         out=out,
     )
     with one_line_errors(Path(own.state)):
-        result = home_command.train(own, choices, say=ERRORS.write_line)
+        try:
+            result = home_command.train(own, choices, say=ERRORS.write_line)
+        except InputError as error:
+            raise InputError(in_own_keys(str(error))) from None
     if as_json:
         print(json.dumps(result))
     else:

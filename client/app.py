@@ -213,12 +213,10 @@ def _refusal(error: Exception, institution: Institution | None) -> RecordDict:
         # one code for all guards: which guard tripped may depend on a record
         return wire.pack_refusal("guard" if error.code.startswith("guard-") else error.code)
     if isinstance(error, InputError):
-        quotes = isinstance(error, RecordError) and not simulated
-        log.error(
-            "%s cannot follow this configuration: %s",
-            name,
-            f"{place(error)}; `fedlora deploy check` shows the record" if quotes else error,
-        )
+        words = str(error) if institution is None or simulated else settings.in_own_keys(str(error))
+        if isinstance(error, RecordError) and not simulated:
+            words = f"{place(error)}; `fedlora deploy check` shows the record"
+        log.error("%s cannot follow this configuration: %s", name, words)
         return wire.pack_refusal("bad-configuration")
     # Where the records are real, an error's text, which may quote one, stays out of the log.
     log.error("%s failed: %s", name, place(error), exc_info=error if simulated else None)

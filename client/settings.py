@@ -6,6 +6,8 @@ for each key of a server's configuration are in `client.config_policy`.
 
 import dataclasses
 import math
+import os
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,18 @@ from fedlora.sections import check_threads
 from fedlora.settings_schema import Section, section
 from fedlora.settings_schema import key as setting
 
+_GATEWAY = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+_OWN_KEY = re.compile(
+    r"(?<![\w./-])(data\.(?=((test-)?source|delimiter|encoding|text|labels?)\b)|privacy\.(?=unit\b))"
+)
+"""What a run's configuration has before the keys of the institution's own records."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Section):
     """An institution's own settings; paths are absolute, or relative to the file's directory."""
 
+    where = "in the institution's settings"
     name: str = setting("", "the institution's name in the federation")
     source: str = setting("", "the training records, as in data.source")
     test_source: str = setting("", "held-out records, whose texts are never trained on")
@@ -106,8 +115,28 @@ class Settings(Section):
                 f"rank is {self.rank}; it must be at most max-rank ({self.max_rank}): lower it, or "
                 "raise max-rank"
             )
+        gateway = _GATEWAY.fullmatch(self.gateway)
+        if self.gateway and not (gateway and 0 < int(gateway[2]) < 2**16):
+            raise InputError(
+                f"gateway is {self.gateway!r}; it must be HOST:PORT with a port from 1 to 65535, "
+                "such as fed.example.org:8443: correct gateway"
+            )
         check_encoding("encoding", self.encoding)
         check_threads("threads", self.threads)
+
+
+def absolute(path: Path) -> Path:
+    """The path of a settings file on a command line as `load` takes it: without ``..``."""
+    return Path(os.path.abspath(path))  # noqa: PTH100  (`Path.absolute` keeps "..")
+
+
+def in_own_keys(message: str) -> str:
+    """A message about records, with the settings' keys instead of those of a run's configuration.
+
+    The readers of records are shared with simulations, whose keys are ``data.text`` and
+    ``privacy.unit`` where the settings have ``text`` and ``unit``.
+    """
+    return _OWN_KEY.sub("", message)
 
 
 def load(path: str) -> Settings:
@@ -132,18 +161,12 @@ def load(path: str) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     made = section(Settings, values)
-    here = file.parent
+    records = (f for f in ("source", "test_source") if sources.is_path(getattr(made, f)))
     return dataclasses.replace(
         made,
-        **{field: str(here / getattr(made, field)) for field in ("ledger", "state")},
         **{
-            field: str(here / path)
-            for field in ("ca", "key", "peers")
-            if (path := getattr(made, field))
-        },
-        **{
-            field: str(here / Path(value).expanduser())
-            for field in ("source", "test_source")
-            if (value := getattr(made, field)) and sources.is_path(value)
+            field: str(file.parent / Path(value).expanduser())
+            for field in ("ledger", "state", "ca", "key", "peers", *records)
+            if (value := getattr(made, field))
         },
     )

@@ -1,6 +1,7 @@
 """Checks of a set-up before anything runs, at the operator's and at an institution."""
 
 import email.utils
+import http.client
 import importlib.metadata
 import json
 import math
@@ -23,6 +24,8 @@ from deployment import keys, setup
 from deployment.errors import in_words
 from fedlora import files, peers, seal
 from fedlora.errors import InputError, Refusal
+from fedlora.rounding import at_most
+from fedlora.sections import check_gpu
 
 if TYPE_CHECKING:
     from client.ledger import Ledger
@@ -76,7 +79,7 @@ def get(url: str, ca: Path, seconds: float = 10.0) -> tuple[str, dict[str, Any]]
             body, date = response.read(4096), response.headers.get("Date", "")
     except urllib.error.HTTPError as error:
         return f"{url} answers {error.code}", {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             return f"{url} has a certificate that is not accepted: {reason.verify_message}", {}
@@ -99,7 +102,8 @@ def operator(directory: Path) -> list[Check]:
         user = setup.owner(directory)[0] if os.geteuid() == 0 else None
     except InputError as error:
         return [Check("services' user", "fail", str(error))]
-    found = [_certificate("CA certificate", ca)]
+    new_ca = "make a new federation with `fedlora deploy init`, and give its ca.crt to all"
+    found = [_certificate("CA certificate", ca, new_ca)]
     for name, pem, key in (
         *(
             (name, directory / name / "server.pem", "server.key")
@@ -143,14 +147,16 @@ def institution(path: Path) -> list[Check]:
     """Check an institution by its settings."""
     from client import settings
 
+    path = settings.absolute(path)
     try:
         own = settings.load(str(path))
     except InputError as error:
         return [Check("settings", "fail", str(error))]
     found = [Check("settings", "ok", str(path))]
     ca = Path(own.ca)
+    new_ca = "ask the operator for the federation's ca.crt"
     found += [
-        _certificate("CA certificate", ca) if own.ca else _missing("CA certificate", "ca"),
+        _certificate("CA certificate", ca, new_ca) if own.ca else _missing("CA certificate", "ca"),
         _private("key", Path(own.key)) if own.key else _missing("key", "key"),
         _try("node", lambda: _node(own)),
         _ledger(own),
@@ -296,7 +302,7 @@ def _flower() -> list[Check]:
     ]
 
 
-def _certificate(name: str, path: Path) -> Check:
+def _certificate(name: str, path: Path, remedy: str = "run `fedlora deploy renew`") -> Check:
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
@@ -314,12 +320,12 @@ def _certificate(name: str, path: Path) -> Check:
         )
     days = (until - now).total_seconds() / 86400
     if days <= 0:
-        return Check(name, "fail", f"expired on {until:%Y-%m-%d}; `fedlora deploy renew`")
+        return Check(name, "fail", f"expired on {until:%Y-%m-%d}; {remedy}")
+    soon = days < MIN_DAYS_LEFT
     return Check(
         name,
-        "warn" if days < MIN_DAYS_LEFT else "ok",
-        f"valid until {until:%Y-%m-%d}"
-        + ("; renew it with `fedlora deploy renew`" if days < MIN_DAYS_LEFT else ""),
+        "warn" if soon else "ok",
+        f"valid until {until:%Y-%m-%d}" + f"; {remedy}" * soon,
     )
 
 
@@ -344,7 +350,7 @@ def _belongs(name: str, private: Path, certificate: Path, remedy: str) -> Check:
 
 def _pair(name: str, private: Path, public: Path) -> Check:
     try:
-        ours = serialization.load_ssh_private_key(private.read_bytes(), None).public_key()
+        ours = peers.read_private(private).public_key()
         theirs = serialization.load_ssh_public_key(public.read_bytes())
     except (OSError, ValueError) as error:
         return Check(name, "fail", f"{public} or {private.name} cannot be read: {error}")
@@ -394,10 +400,12 @@ def _writable(name: str, directory: Path) -> Check:
 
 
 def _try(name: str, inspect: Callable[[], str]) -> Check:
+    from client.settings import in_own_keys
+
     try:
         return Check(name, "ok", inspect())
     except (InputError, Refusal, OSError) as error:
-        return Check(name, "fail", in_words(error))
+        return Check(name, "fail", in_own_keys(in_words(error)))
 
 
 def _node(own: "Settings") -> str:
@@ -416,7 +424,7 @@ def _ledger(own: "Settings") -> Check:
             _fits_records(own, ledger, shown)
     except Refusal as refusal:
         return Check("ledger", "fail", str(refusal))
-    spent = f"epsilon {shown['epsilon']:.3g} of {shown['limit']:g} spent"
+    spent = f"epsilon {at_most(shown['epsilon'])} of {shown['limit']:g} spent"
     if accountant == "prv":
         remedy = (
             "the accountant cannot change for these records, since a second ledger for them voids "
@@ -504,10 +512,7 @@ def _held_out(own: "Settings") -> str:
 def _gpu() -> str:
     import torch
 
-    if not torch.cuda.is_available():
-        raise InputError(
-            "gpu is true, but torch finds no GPU here; set it to false, or repair CUDA"
-        )
+    check_gpu("gpu is true", "false")
     return torch.cuda.get_device_name()
 
 

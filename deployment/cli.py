@@ -75,10 +75,10 @@ def run_node(
     ] = False,
 ) -> None:
     """Run an institution, which answers the federation with its own installed app."""
-    from client.settings import load
+    from client.settings import absolute, load
     from deployment import node
 
-    path = settings.absolute()
+    path = absolute(settings)
     loaded = load(str(path))
     if healthy:
         raise typer.Exit(0 if node.is_running(loaded) else 1)
@@ -124,7 +124,10 @@ def add(
     from deployment import setup
 
     setup.add(directory, name)
-    PLAIN.write_line(f"{directory / 'institutions' / name} is for {name}")
+    PLAIN.write_line(
+        f"{directory / 'institutions' / name} is for {name}. Under Compose on this host, add its "
+        "service and network to docker-compose.yml (docs/deployment.md, 'Adding')"
+    )
 
 
 @deploy.command()
@@ -360,7 +363,7 @@ def run_checks(
     found = (
         check.operator(directory)
         if directory is not None
-        else check.institution(institution.absolute() if institution else Path())
+        else check.institution(institution or Path())
     )
     if as_json:
         print(json.dumps({"ok": check.passed(found), "checks": [vars(one) for one in found]}))
@@ -382,10 +385,10 @@ def fingerprint(
     Each institution reads its own out, and its peers compare it with what they have. The operator's
     word is not enough: the keys decide who takes part in secure aggregation.
     """
-    from client.settings import load
+    from client.settings import absolute, load
     from fedlora import peers
 
-    own = load(str(settings.absolute()))
+    own = load(str(absolute(settings)))
     for name in ("key", "peers"):
         if not getattr(own, name):
             raise InputError(f"{name} is missing from the institution's settings; add it")

@@ -152,8 +152,8 @@ def _check_names(institutions: Sequence[str]) -> None:
     for name in institutions:
         if not _NAME.fullmatch(name):
             raise InputError(
-                f"--institutions has {name!r}; a name is 1 to 63 small letters, digits, '-', '_' "
-                "and '.', and begins with a letter or digit"
+                f"an institution's name is {name!r}; it must be 1 to 63 small letters, digits, "
+                "'-', '_' and '.', and begin with a letter or digit: give such a name"
             )
     if twice := {name for name in institutions if institutions.count(name) > 1}:
         raise InputError(f"--institutions has {min(twice)!r} twice; drop one")

@@ -56,6 +56,8 @@ class Section:
     """A dataclass that checks each field against the choices and bounds of its declaration."""
 
     prefix: typing.ClassVar[str] = ""
+    where: typing.ClassVar[str] = "in the config or with --set {}=VALUE"
+    """Where the user sets a key, for errors; the key takes the place of ``{}``."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(typing.cast(Any, self)):
@@ -69,10 +71,10 @@ class Section:
                     f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}"
                 )
             for each in typing.cast(Any, value) if isinstance(value, tuple) else (value,):
-                _check_bounds(name, each, field.metadata)
+                _check_bounds(name, each, field.metadata, self.where.format(name))
 
 
-def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any], where: str) -> None:
     """Refuse a value, or an entry of a list, that is out of the bounds of its field."""
     if isinstance(value, float) and math.isinf(value) and not metadata["infinite"]:
         raise InputError(f"{name} is {value:g}; it must be finite: give a number")
@@ -80,7 +82,7 @@ def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         if math.isnan(value) or not _holds(value, word, bound):
             raise InputError(
                 f"{name} is {value:g}; it must be {word} {bound:g}: "
-                f"set {name} to such a value in the config or with --set {name}=VALUE"
+                f"set {name} to such a value {where}"
             )
 
 

@@ -76,6 +76,19 @@ def test_a_certificate_warns_before_it_expires(made, days, outcome):
     assert _as(check.operator(made), "gateway certificate").outcome == outcome
 
 
+def test_a_ca_that_expires_soon_needs_a_new_federation_and_an_institution_its_new_certificate(
+    institution, gateway, made, monkeypatch
+):
+    monkeypatch.setattr(check, "MIN_DAYS_LEFT", 5000)
+    at_operator = _as(check.operator(made), "CA certificate").details
+    assert "`fedlora deploy init`" in at_operator and "renew" not in at_operator
+    assert _as(check.operator(made), "gateway certificate").details.endswith(
+        "`fedlora deploy renew`"
+    )
+    found = _as(check.institution(institution), "CA certificate").details
+    assert found.endswith("ask the operator for the federation's ca.crt")
+
+
 def test_another_ca_is_found(made):
     other, key = keys.make_server(keys.make_authority(), ["gateway"])
     (made / "gateway" / "server.pem").write_bytes(other)
@@ -249,6 +262,7 @@ def test_a_row_without_a_unit_is_found_before_every_order_is_refused(
     found = check.institution(institution)
     assert _failed(found) == {"records"}
     said = _as(found, "records").details
+    assert said.startswith("unit is 'customer'")
     assert "1 training rows have nothing in that column; fill it in" in said
 
 
@@ -326,7 +340,7 @@ def test_what_an_institution_lacks_is_named(institution, gateway):
     (folder / "keys" / "ca.crt").write_text("no certificate")
     found = check.institution(institution)
     assert {"ledger", "records", "CA certificate"} <= _failed(found)
-    assert "words" in _as(found, "records").details
+    assert _as(found, "records").details.startswith("text is 'words', but ")
 
 
 @pytest.mark.parametrize(
@@ -360,6 +374,16 @@ def test_what_a_node_refuses_is_found(institution, gateway):
     assert "no key on the curve P-384; make one with" in _as(found, "node").details
 
 
+def test_a_private_key_that_the_operator_cannot_open_fails_its_check_alone(made, monkeypatch):
+    def locked(*_):
+        raise TypeError("Key is password-protected")
+
+    monkeypatch.setattr(peers, "load_ssh_private_key", locked)
+    found = check.operator(made)
+    assert _failed(found) == {"a: public key"}
+    assert "ssh-keygen -p" in _as(found, "a: public key").details
+
+
 def test_a_check_makes_no_state(institution, gateway):
     state = institution.parents[1] / "state"
     state.rmdir()
@@ -383,7 +407,10 @@ def test_held_out_records_are_read_as_the_records_are(institution, gateway, tmp_
     test.write_text("words,label\nmy card,card\n")
     assert "'text', but" in held_out().details
     test.write_text("text;label\nmy card;card\n")
-    assert held_out().outcome == "fail"
+    assert held_out().details.startswith("delimiter is ',', but ")
+    assert "set delimiter to ';'" in held_out().details
+    test.write_bytes("text,label\nmein Übertrag,card\n".encode("latin-1"))
+    assert "which encoding names" in held_out().details
     test.write_text("text,label\nmy card,card\nmy loan,loan\n,loan\n")
     assert held_out() == check.Check("held-out records", "ok", "2 rows with a text and a label")
 
@@ -411,6 +438,45 @@ def test_settings_that_others_may_write_are_the_one_failure(institution, gateway
 def test_a_gateway_that_is_not_there_is_named(institution):
     institution.write_text(institution.read_text().replace("gateway:8443", "127.0.0.1:9"))
     assert _failed(check.institution(institution)) == {"gateway"}
+
+
+def test_an_address_that_is_none_does_not_answer(made):
+    ca = made / "gateway" / "ca.crt"
+    for address in ("https://h:84x43/health", "https://h o:8443/health"):
+        done = CliRunner().invoke(app, ["deploy", "reachable", address, "--ca", str(ca)])
+        assert done.exit_code == 1
+        assert f"{address} does not answer" in done.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["node", "--healthy"],
+        ["home"],
+        ["deploy", "fingerprint"],
+        ["deploy", "check", "--institution"],
+    ],
+)
+def test_settings_are_named_from_another_directory_but_not_by_a_link(
+    pinned, gateway, monkeypatch, command
+):
+    monkeypatch.chdir(pinned.parents[1] / "keys")
+    said = CliRunner().invoke(app, [*command, "../settings/institution.toml"]).output
+    assert "absolute path" not in said
+    pinned.with_name("link.toml").symlink_to(pinned)
+    refused = CliRunner().invoke(app, [*command, "../settings/link.toml"])
+    assert refused.exit_code != 0
+    assert "must be an absolute path without .. or links" in refused.output
+
+
+def test_models_at_home_name_the_keys_of_the_settings(institution, monkeypatch):
+    def fail(*_, **__):
+        raise InputError("data.delimiter is ',', but; set data.delimiter to ';'")
+
+    monkeypatch.setattr("client.home_command.train", fail)
+    done = CliRunner().invoke(app, ["home", str(institution)])
+    assert done.exit_code == 2
+    assert "error: delimiter is ',', but; set delimiter to ';'" in done.output
 
 
 @pytest.mark.parametrize(

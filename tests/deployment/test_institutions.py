@@ -9,6 +9,7 @@ import torch
 
 import server.app
 from client import config_policy, settings
+from client.institution import Institution
 from client.ledger import Ledger
 from client.releases import Releases
 from deployment import setup
@@ -238,16 +239,45 @@ def test_records_are_found_from_the_settings_file_wherever_the_node_was_started(
     assert (own.source, own.test_source) == (made, made)
 
 
+def test_each_path_of_the_settings_may_begin_with_the_home_directory(institutions, monkeypatch):
+    paths = {key: f'"~/{key}"' for key in ("ledger", "state", "ca", "key", "peers")}
+    (file, *_) = institutions("Alpha", **paths)
+    monkeypatch.setenv("HOME", "/home/bank")
+    own = settings.load(str(file))
+    assert {key: getattr(own, key) for key in paths} == {key: f"/home/bank/{key}" for key in paths}
+
+
+@pytest.mark.parametrize("gateway", ["10.0.0.1:8443", "[fe80::1]:8443", "super_link:1", "b:65535"])
+def test_a_gateway_is_a_host_or_an_address_with_a_port(institutions, gateway):
+    (file, *_) = institutions("Alpha", gateway=f'"{gateway}"')
+    assert settings.load(str(file)).gateway == gateway
+
+
+def test_a_node_that_must_use_a_gpu_does_not_train_without_one(deployed, institutions, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    own = settings.load(str(institutions("Alpha", gpu="true")[0]))
+    with pytest.raises(InputError, match="gpu is true, but torch finds no GPU here"):
+        Institution.deployed(own, config_policy.apply(own, deployed().flat()))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('nmae = "x"', "nmae is no key here; did you mean name?"),
-        ("max-steps = 0", "max-steps is 0; it must be at least 1"),
+        (
+            "max-steps = 0",
+            "at least 1: set max-steps to such a value in the institution's settings",
+        ),
         ('max-steps = "many"', "max-steps is 'many'; it must be a whole number"),
         ('name = "../x"', "it must be letters"),
         ("models = []", "models is missing"),
         ("rank = 65", "rank is 65; it must be at most max-rank (64)"),
         ("threads = 100000", "threads is 100000; it must be at most"),
+        ('gateway = "fed.example.org:84x43"', "it must be HOST:PORT"),
+        ('gateway = "fed example.org:8443"', "'fed example.org:8443'; it must be HOST:PORT"),
+        ('gateway = "https://fed.example.org:8443"', "it must be HOST:PORT"),
+        ('gateway = "fed.example.org:0"', "a port from 1 to 65535"),
+        ('gateway = "fed.example.org"', "such as fed.example.org:8443"),
         ("not toml", "is not valid TOML"),
     ],
 )

@@ -130,7 +130,7 @@ def test_the_environment_is_that_of_the_compose_file(made):
     [
         (["a/b"], "h", 1, "'a/b'"),
         (["a", "a"], "h", 1, "twice"),
-        ([".."], "h", 1, "begins with"),
+        ([".."], "h", 1, "begin with"),
         (["a"], "a b", 1, "--host"),
         (["a"], "fed.example.org:8443", 1, "an address: the port goes into --port"),
         (["a"], "10.0.0.1:8443", 1, "an address: the port goes into --port"),
@@ -182,6 +182,13 @@ def test_an_institution_is_added_and_certificates_are_renewed_under_the_same_ca(
     assert _handshake(made, "gateway", "localhost")
     with pytest.raises(InputError, match="already"):
         setup.add(made, "c")
+
+
+def test_the_command_that_adds_an_institution_names_no_option_of_another(made):
+    bad = CliRunner().invoke(app, ["deploy", "add", str(made), "Bank_D"])
+    assert bad.exit_code == 2 and "an institution's name is 'Bank_D'" in bad.output
+    done = CliRunner().invoke(app, ["deploy", "add", str(made), "d"])
+    assert done.exit_code == 0 and "network to docker-compose.yml" in done.output
 
 
 def test_each_institution_of_a_rehearsal_has_the_others_keys_also_of_one_that_is_added(made):
