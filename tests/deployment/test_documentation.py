@@ -7,6 +7,8 @@ import pytest
 
 from client import config_policy
 from client.settings import Settings
+from deployment import setup
+from fedlora import config
 from tests.deployment.harness import ROOT
 
 TEXT = (ROOT / "docs" / "deployment.md").read_text()
@@ -40,6 +42,15 @@ def test_each_key_of_a_configuration_is_named_under_its_rule():
         if key in config_policy.KEYS
     }
     assert named == {(k, type(rule).__name__.lower()) for k, rule in config_policy.KEYS.items()}
+
+
+def test_the_keys_of_secure_aggregation_go_with_the_example_run(tmp_path):
+    step = TEXT.partition("5. **The run.**")[2].partition("\n\n")[0]
+    given = dict(re.findall(r'`([a-z.-]+)\s=\s+"?([^`"]+)"?`', step))
+    assert "`privacy.honest`" in step and "`privacy.colluding`" in step
+    (tmp_path / "run.toml").write_bytes(setup._example_run(3))
+    run = config.load(tmp_path / "run.toml", {**given, "privacy.honest": 2, "privacy.colluding": 1})
+    assert run.deployed and run.privacy.masks and len(given) == 6
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/deployment.md", "docker-compose.yml"])
