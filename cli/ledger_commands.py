@@ -8,12 +8,14 @@ import typer
 from rich.table import Column, Table
 
 from fedlora.errors import InputError, Refusal
+from fedlora.rounding import at_least, at_most
 from fedlora.terminal import Json, Terminal, clean_errors
 
 app = typer.Typer()
 ledger = typer.Typer(no_args_is_help=True, help="An institution's privacy ledger.")
 app.add_typer(ledger, name="ledger")
 _TOTALS = ("epsilon", "limit", "left", "delta")
+_BOUNDS = {"epsilon": at_most, "epsilon_alone": at_most, "left": at_least}
 
 
 @ledger.command("init")
@@ -54,9 +56,8 @@ def ledger_show(
         return
     entries = shown.pop("entries")
     for key, value in shown.items():
-        exact = key in ("epsilon", "epsilon_alone", "left") and isinstance(value, float)
-        name = key.replace("_", " ")
-        Terminal().write_line(f"{name:14} {f'{value:.4f}' if exact else value}")
+        bound = _BOUNDS.get(key) if isinstance(value, float) else None
+        Terminal().write_line(f"{key.replace('_', ' '):14} {bound(value) if bound else value}")
     columns = ("run", "round", "noise", "shares", "sample rate", "steps", "charged")
     lines = Table(*(Column(column, overflow="fold") for column in columns))
     for entry in entries:
@@ -90,8 +91,8 @@ def _show_all(directory: Path, *, as_json: bool) -> None:
         return
     lines = Table(*(Column(name, overflow="fold") for name in ("ledger", *_TOTALS, "runs")))
     for name, said in shown.items():
-        figures = (said[key] for key in _TOTALS)
-        lines.add_row(name, *(f"{value:.4g}" for value in figures), str(said["runs"]))
+        figures = (_BOUNDS.get(key, "{:.4g}".format)(said[key]) for key in _TOTALS)
+        lines.add_row(name, *figures, str(said["runs"]))
     Terminal().print(lines)
 
 

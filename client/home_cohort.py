@@ -116,9 +116,14 @@ def _private_own(member: Member, update: ClientUpdate) -> PrivateOwn:
         privacy = dataclasses.replace(
             update.privacy, ledger_epsilon=ledger.spent(), ledger_limit=ledger.max_epsilon
         )
-        alone = ledger.spent_alone()
-    adapter = member.home.shared.updated(update.adapter)
-    return PrivateOwn(run=member.run, adapter=adapter, privacy=privacy, ledger_alone=alone)
+        alone, charged = ledger.spent_alone(), member.run in ledger.runs()
+    return PrivateOwn(
+        run=member.run,
+        adapter=member.home.shared.updated(update.adapter),
+        privacy=privacy,
+        ledger_alone=alone,
+        run_charged=charged,
+    )
 
 
 def _private_call(member: Member) -> tuple[Institution, TrainOrder]:

@@ -25,12 +25,16 @@ training protects each {unit} in the institution's records: epsilon {epsilon} at
 (one {unit} added or removed; {steps} steps, sample rate {sample_rate:.4g}, noise multiplier
 {noise_multiplier:.4g}, clipping bound {max_grad_norm:g}).
 
-The run may have used the same records. Together with it, and with all other runs that were in the
-ledger of the institution when this card was written, the spending is epsilon {ledger_epsilon}
-at delta {ledger_delta:g}. Runs without differential privacy on these records, if there were any,
-are not covered.
+{others} that were in the ledger of the institution when this card was written, the spending is
+epsilon {ledger_epsilon} at delta {ledger_delta:g}. Runs without differential privacy on these
+records, if there were any, are not covered.
 """
 """The model card of an own adapter that was trained under DP."""
+WITH_RUN = "The run used the same records. Together with it, and with all other runs"
+WITHOUT_RUN = (
+    "The ledger has no charge of that run. If the run used these records under another ledger,\n"
+    "its epsilon and delta add to what follows. Together with all runs"
+)
 SHARED_NOISE_CARD = """
 Runs with secure aggregation are in that sum as long as the institutions that they count as honest
 added their noise. If all others collude, the spending is epsilon {0}.
@@ -53,18 +57,21 @@ class PrivateOwn:
             stored answer is given again.
         ledger_alone: The ledger's spending if, in runs with secure aggregation, all other
             institutions collude.
+        run_charged: Whether the ledger has charges of the run.
     """
 
     run: str
     adapter: AdapterState
     privacy: PrivacySpent
     ledger_alone: float
+    run_charged: bool
 
     def card(self) -> str:
         """The model card."""
         figures = dataclasses.asdict(self.privacy)
         figures |= {key: at_most(figures[key]) for key in ("epsilon", "ledger_epsilon")}
-        card = PRIVATE_CARD.format(run=self.run, **figures)
+        others = WITH_RUN if self.run_charged else WITHOUT_RUN
+        card = PRIVATE_CARD.format(run=self.run, others=others, **figures)
         if self.ledger_alone > self.privacy.ledger_epsilon:
             card += SHARED_NOISE_CARD.format(at_most(self.ledger_alone))
         return card + (SEEDED_CARD if self.privacy.noise == "seeded" else "")

@@ -178,8 +178,11 @@ def promised(run: Run) -> Section:
         delta = max(one["delta"] for one in spent)
         what = f"a certain {_unit(config.privacy.unit)} was trained on"
         points += odds(privacy["odds"], epsilon, delta, what)
+        shared = config.privacy.shares_noise
         if config.privacy.unit == "record":
-            points.append(customer(epsilon, delta))
+            points.append(customer(epsilon, delta, "at one or several institutions" * shared))
+        elif shared:
+            points.append(customer_of_two(epsilon, delta))
     if "odds" in (level := privacy.get("institution_level", {})):
         what = "the updates of a certain institution counted, and not zeros in their place"
         found = odds(level["odds"], level["epsilon"], level["delta"], what)
@@ -193,19 +196,36 @@ def promised(run: Run) -> Section:
     )
 
 
-def customer(epsilon: float, delta: float) -> str:
-    """What a promise for one record says of a customer with several."""
+def customer_of_two(epsilon: float, delta: float) -> str:
+    """What a promise for customers under secure aggregation says of one of two institutions."""
+    both = group_delta(epsilon, delta, 2)
+    what = f"epsilon {at_most(2 * epsilon)} at delta {at_most(both, 2)}" if both < 1 else "nothing"
+    return (
+        "The promise is for a customer of one institution. Records at two institutions move one "
+        f"sum, so that it promises a customer of both {what}."
+    )
+
+
+def customer(epsilon: float, delta: float, where: str = "") -> str:
+    """What a promise for one record says of a customer with several.
+
+    Args:
+        epsilon: Of one record.
+        delta: Of one record.
+        where: Where the several records are; empty: at an institution.
+    """
+    where = where or "at an institution"
     said = "The promise is for one record. "
     both = group_delta(epsilon, delta, 2)
     if both < 1:
         said += (
-            f"For a customer with two records at an institution it is epsilon "
+            f"For a customer with two records {where} it is epsilon "
             f"{at_most(2 * epsilon)} at delta {at_most(both, 2)}, and "
         )
         most = next(k for k in itertools.count(2) if group_delta(epsilon, delta, k + 1) >= 1)
         said += f"for one with {most + 1} or more it promises nothing"
     else:
-        said += "For a customer with two or more records at an institution it promises nothing"
+        said += f"For a customer with two or more records {where} it promises nothing"
     return f"{said}. The key privacy.unit protects customers as a whole."
 
 

@@ -14,6 +14,7 @@ from experiments.pages import Page, Section, Table, environment, number, render
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig, load
 from fedlora.files import write_atomic
+from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, ENVIRONMENT, read_records, read_run_file
 
 FILE = "report.html"
@@ -85,7 +86,7 @@ def _tiles(run: opening.Run) -> dict[str, str]:
     if "token_loss" in result:
         tiles["loss per token"] = f"{result['token_loss']:.3f}"
     return tiles | {
-        "largest epsilon (smaller is more private)": number(result["epsilon_max"]),
+        "largest epsilon (smaller is more private)": _epsilon(result["epsilon_max"]),
         "institutions": str(len(run.institutions)),
         **({"held-out rows": f"{run.held_out:,}"} if run.held_out else {}),
         "rounds": str(result["rounds"]),
@@ -191,7 +192,7 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _epsilon(value: float | str) -> str:
-    return value if isinstance(value, str) else number(value)
+    return at_most(float(value))
 
 
 def _quality(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fedlora import joining_verdict, metrics
 from fedlora.config import load
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
+from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, read_records, read_run_file
 
 MANIFEST = "cells.json"
@@ -346,7 +347,7 @@ def tables(
                 percent(line, "gain_over_local", signed=True),
                 percent(line, "gain_over_local_dp", signed=True),
                 *(percent(line, key, signed=key.startswith("gain")) for key in JOINING),
-                _text(round(line["epsilon"], 3)),
+                at_most(line["epsilon"]),
                 "" if line["delta"] is None else _text(line["delta"]),
                 f"{line['bytes'] / 1e6:.1f}",
                 f"{line['seconds']:.0f}",

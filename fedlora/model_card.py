@@ -57,7 +57,7 @@ def write_adapter(
         *([SHARED_PART] if config.federation.traits.local_parts else []),
         _training(config, result),
         _data(config, work, result),
-        _privacy(config, privacy),
+        _privacy(config, result, privacy),
         _figures(result),
         "## How to load",
         f"The base model is `{base_name(config)}`; SHA-256 of its weights: `{work.base.digest}`.",
@@ -260,17 +260,18 @@ def _data(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> str:
+def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
     lines = ["## Privacy", "", str(privacy["protects"])]
     spent = list(privacy["institutions"].values())
     if spent:
         most = max(spent, key=lambda one: one["epsilon"])
+        delta = "by size class" if result["delta"] is None else f"{result['delta']:.3g}"
         lines += [
             "",
             "| | |",
             "| --- | --- |",
-            f"| largest epsilon of an institution | {at_most(most['epsilon'])} |",
-            f"| largest delta of an institution | {max(one['delta'] for one in spent):.3g} |",
+            f"| largest epsilon of an institution | {at_most(result['epsilon_max'])} |",
+            f"| largest delta of an institution | {delta} |",
             f"| unit | {most['unit']} |",
             f"| adjacency | {privacy['adjacency']} |",
             f"| adversary | {privacy['adversary']} |",

@@ -198,7 +198,12 @@ def largest_epsilon(statement: Mapping[str, Any]) -> float:
 
 
 def epsilon_alone(statement: Mapping[str, Any]) -> float | str | None:
-    """The largest epsilon if all others collude, or "inf"; None without secure aggregation."""
+    """The largest epsilon if all others collude; None without secure aggregation.
+
+    It is "inf" where an institution that was asked did not report, since its noise is not known.
+    """
     found = [spent["epsilon_alone"] for spent in statement["institutions"].values()
              if "epsilon_alone" in spent]  # fmt: skip
+    if found and statement.get("without_report"):
+        return "inf"
     return max(found, key=float, default=None)

@@ -17,6 +17,7 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedlora import (
+    findings,
     flower_internals,
     model_card,
     plugins,
@@ -27,6 +28,7 @@ from fedlora import (
     wire,
 )
 from fedlora.adapters import PARTS, AdapterState
+from fedlora.budget import delta_of
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query, Release, TrainOrder
@@ -533,10 +535,7 @@ class Federation:
             **({"still_rising": rising} if (rising := self.still_rising()) else {}),
             **({"released": outcomes} if outcomes else {}),
             "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
-            "delta": max(
-                (spent["delta"] for spent in privacy["institutions"].values()),
-                default=(config.privacy.delta or None) if config.privacy.enabled else None,
-            ),
+            "delta": self.largest_delta(privacy),
             **({"epsilon_alone_max": alone} if (alone := epsilon_alone(privacy)) else {}),
             "rounds": state.round,
             "seconds": round(state.seconds, 2),
@@ -554,6 +553,23 @@ class Federation:
         self.directory.write_result(
             result, privacy, config, records=population.fingerprint, signer=self.signer
         )
+
+    def largest_delta(self, privacy: Mapping[str, Any]) -> float | None:
+        """The largest delta of an institution; None without DP, or where none is known.
+
+        A simulation counts institutions that did not report, too.
+
+        Args:
+            privacy: The content of privacy.json.
+        """
+        config = self.config
+        if not config.privacy.enabled or config.privacy.delta:
+            return config.privacy.delta if config.privacy.enabled else None
+        if config.deployed:
+            known = [] if privacy["without_report"] else privacy["institutions"].values()
+            return max((one["delta"] for one in known), default=None)
+        units = findings.units_of(trainable.records(config))
+        return max(delta_of(config.privacy, count) for count in units)
 
     def _first_state(self, resumed: bool) -> RunState:
         """The newest checkpoint of a run that goes on; otherwise the state before round 1."""

@@ -1,6 +1,6 @@
 """The adapter that a run starts from: a fresh one, or one of an earlier run or a directory."""
 
-import filecmp
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fedlora import sources, tables
 from fedlora.adapters import AdapterState, Scale, open_for, residual_names, saved_scale
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
@@ -134,25 +135,26 @@ def _check_promises(config: RunConfig) -> None:
     start, privacy = f"adapter.start is {config.adapter.start}", config.privacy
     promised = privacy.enabled and not privacy.protects_nobody
     for earlier, origin in _lineage(config):
-        if not _is_same_source(earlier.data.source, config.data.source):
+        same = _same_records(earlier.data.source, config.data.source)
+        if not same:
             continue
         if privacy.hides_institutions:
             raise InputError(
-                f"{start}, and a run that it follows had the same data.source: no ledger adds up "
-                "two runs for privacy.institution-epsilon; plan all rounds in one run"
+                f"{start}, and a run that it follows had {same}: no ledger adds up two runs for "
+                "privacy.institution-epsilon; plan all rounds in one run"
             )
         if not promised:
             continue
         if not origin.released:
             raise InputError(
                 f"{start}, and it follows an institution's own adapter of {origin.run_dir}, a run "
-                "on the same data.source: that run's promise does not cover it; start from the "
+                f"on {same}: that run's promise does not cover it; start from the "
                 "adapter that the run released"
             )
         if not earlier.privacy.enabled or earlier.privacy.protects_nobody:
             raise InputError(
-                f"{start}, and it follows a run without DP on the same data.source: its adapter "
-                "may reveal records that privacy.epsilon promises to protect; start from a run "
+                f"{start}, and it follows a run without DP on {same}: its adapter may "
+                "reveal records that privacy.epsilon promises to protect; start from a run "
                 "under DP, or from one on public records"
             )
         ledgers = Path(earlier.privacy.ledger or origin.run_dir / "ledgers")
@@ -160,7 +162,7 @@ def _check_promises(config: RunConfig) -> None:
             not ledgers.is_dir() or not privacy.ledger or not ledgers.samefile(privacy.ledger)
         ):
             raise InputError(
-                f"{start}, and {origin.run_dir} spent on the same data.source: privacy.ledger is "
+                f"{start}, and {origin.run_dir} spent on {same}: privacy.ledger is "
                 f"{privacy.ledger or 'not set'}, so this run's epsilon would leave that out; set "
                 f"privacy.ledger to {ledgers}, which both runs are then charged to (their limit is "
                 "the first run's privacy.max-epsilon), or use fedlora run --resume "
@@ -168,12 +170,27 @@ def _check_promises(config: RunConfig) -> None:
             )
 
 
-def _is_same_source(one: str, other: str) -> bool:
-    """Whether two ``data.source`` are one name, or files of the same content."""
-    if one == other:
-        return True
-    files = Path(one), Path(other)
-    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
+def _same_records(one: str, other: str) -> str:
+    """What two ``data.source`` have in common, if they may hold the same records; else empty."""
+    if one == other or _contents(one) & _contents(other):
+        return "the same data.source"
+    if one.startswith(tables.MEMORY) and other.startswith(tables.MEMORY):
+        return "a table too (two tables count as the same records; read public ones from a file)"
+    return ""
+
+
+def _contents(source: str) -> set[str]:
+    """SHA-256 of each file of a source; empty where it has none, or none that can be read here."""
+    try:
+        files = sources.institution_files(source).values() or [sources.locate(source)]
+        return {_sha256(file) for file in files}
+    except (InputError, OSError):
+        return set()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lineage(config: RunConfig) -> Iterator[tuple[RunConfig, _Origin]]:

@@ -11,6 +11,7 @@ from fedlora import accounting
 from fedlora.budget import plan_run
 from fedlora.comparison import text_numbers
 from fedlora.config import RunConfig
+from fedlora.rounding import at_most
 from fedlora.shards import Shard
 
 STANDARD_ERRORS = 2.0
@@ -99,7 +100,7 @@ def advice(found: Mapping[str, Any]) -> str:
     )
     if "epsilon" in found:
         said += (
-            f"; they cost epsilon {found['epsilon']:.2f} for the whole run at the same noise, or "
-            f"{100 * (found['noise'] - 1):.0f} % more noise at the same epsilon"
+            f"; they cost epsilon {at_most(found['epsilon'], 3)} for the whole run at the same "
+            f"noise, or {100 * (found['noise'] - 1):.0f} % more noise at the same epsilon"
         )
     return said + "."

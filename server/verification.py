@@ -16,6 +16,7 @@ from fedlora import accounting, model_card, model_files, noise_shares, odds, rec
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import PrivacySpent
+from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, read_records, read_run_file
 from server import binding, institution_privacy, privacy_statement
 from server.population import participations
@@ -232,7 +233,7 @@ class _Checks:
         level = self._level(config, max(asked.values(), default=0))
         if not spent and not level:
             return "nothing was promised"
-        parts = [f"{len(spent)} institutions, at most {float(largest):.4f}"] if spent else []
+        parts = [f"{len(spent)} institutions, at most {at_most(float(largest))}"] if spent else []
         return "computed anew: " + "; ".join([*parts, *level])
 
     def _institution(
@@ -321,7 +322,7 @@ class _Checks:
                 f"epsilon of institution_level is {expected['epsilon']:g}, above "
                 f"{privacy.institution_epsilon:g}"
             )
-        return [f"institutions as a whole {expected['epsilon']:.4f}"]
+        return [f"institutions as a whole {at_most(expected['epsilon'])}"]
 
     def _odds(self) -> str:
         config = self._config()

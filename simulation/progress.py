@@ -208,10 +208,11 @@ def add_privacy(
 ) -> None:
     """Add the promise: its epsilons, the institutions that must be trusted, and words."""
     if config.privacy.enabled:
+        delta = "by size class" if result["delta"] is None else f"{result['delta']:g}"
         table.add_row(
             "privacy",
-            f"epsilon {at_most(result['epsilon_max'])} at delta {result['delta']:g}, "
-            f"per {config.privacy.unit}, each institution",
+            f"epsilon {at_most(result['epsilon_max'])} at delta {delta}, per "
+            f"{config.privacy.unit}, each institution",
         )
         spent = privacy["institutions"].values()
         most = max(spent, key=lambda one: one["ledger_epsilon"], default=None)
@@ -227,8 +228,7 @@ def add_privacy(
             "trust",
             f"{trusted['honest']} honest institutions in every sum, of "
             f"{trusted['institutions']}; holds against the server with {trusted['colluding']} "
-            "others. If all others collude: epsilon "
-            + (alone if isinstance(alone, str) else f"{alone:.3f}"),
+            "others. If all others collude: epsilon " + at_most(float(alone)),
         )
     if "institution_level" in privacy:
         level = privacy["institution_level"]

@@ -15,8 +15,10 @@ FINAL = "the final adapter"
 SERVER = "every round, as the server sees it"
 ALL_BUT_HONEST = "every round, by a server that knows all vectors but those of h institutions"
 ALL_BUT_ONE = "every round, by a server that knows all vectors but one"
-VIEWS = (FINAL, SERVER, ALL_BUT_HONEST, ALL_BUT_ONE)
-"""All views of an audit. The last two exist under secure aggregation only."""
+PROMISED = (FINAL, SERVER, ALL_BUT_HONEST)
+"""The views that the promise covers. The last exists under secure aggregation only."""
+VIEWS = (*PROMISED, ALL_BUT_ONE)
+"""All views of an audit. What `ALL_BUT_ONE` sees has a promise of its own, ``epsilon_alone``."""
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -42,11 +44,16 @@ def of_run(run_dir: Path) -> str:
             "same configuration."
         )
     found = read(folder)
-    shown = max(found["canaries"][view]["epsilon"] for view in VIEWS if view in found["canaries"])
     return (
         f"An audit attacked this run: the promise {verdict(found)}. Its attacks show epsilon "
-        f"{shown:.2f} at least; its report is beside the run's directory."
+        f"{at_least(shown(found), 3)} at least; its report is beside the run's directory."
     )
+
+
+def shown(found: Mapping[str, Any]) -> float:
+    """The largest epsilon that attacks show against the promise."""
+    canaries = found["canaries"]
+    return max(canaries[view]["epsilon"] for view in PROMISED if view in canaries)
 
 
 def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -66,10 +73,10 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         alone = f"epsilon {at_most(float(result['epsilon_alone']))}: the vector's own noise"
         found.append(("promised if all others collude", alone))
     for view in (view for view in VIEWS if view in canaries):
-        shown = canaries[view]
+        attack = canaries[view]
         text = (
-            f"epsilon at least {at_least(shown['epsilon'], 3)} ({100 * shown['confidence']:g} % "
-            f"confidence), from {view}: {shown['right']} of {shown['guesses']} guesses right"
+            f"epsilon at least {at_least(attack['epsilon'], 3)} ({100 * attack['confidence']:g} % "
+            f"confidence), from {view}: {attack['right']} of {attack['guesses']} guesses right"
         )
         found.append(("shown by canaries", text))
     if math.isfinite(promised):

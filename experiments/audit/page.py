@@ -16,15 +16,15 @@ def of(directory: Path) -> Page:
     """
     found = findings.read(directory)
     promised, broken = float(found["epsilon"]), found["refuted"]
-    attacks = {
-        view: found["canaries"][view] for view in findings.VIEWS if view in found["canaries"]
-    }
-    shown = max(one["epsilon"] for one in attacks.values())
+    shown, alone = findings.shown(found), found["canaries"].get(findings.ALL_BUT_ONE)
     tiles = {
         "promised: epsilon at most": at_most(promised),
         "shown by attacks: epsilon at least": at_least(shown, 3),
         "the canaries could show at most": at_least(found["canaries"]["most they can show"], 3),
     }
+    if alone is not None:
+        tiles["promised if all others collude"] = at_most(float(found["epsilon_alone"]))
+        tiles["shown by attacks if they do"] = at_least(alone["epsilon"], 3)
     if broken:
         note = "The promise is broken: an attack learned more than it allows."
     elif not math.isfinite(promised):

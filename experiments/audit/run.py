@@ -120,7 +120,7 @@ def run(
         _check_planted(target, audited, shard)
         inside = np.array([canary.inside for canary in audited.canaries])
         result = _promise(Path(target.run_dir))
-        result["canaries"] = _bounds(audited, scored, result["delta"] or 0.0)
+        result["canaries"] = _bounds(audited, scored, result["delta"] or 0.0)  # None: no DP
         result["noise"] = {"source": config.privacy.noise, "bound": MAX_COSINE}
         if config.privacy.enabled:
             result["noise"] |= dataclasses.asdict(noise_reuse(target, transcript))

@@ -62,7 +62,25 @@ def test_each_own_model_is_charged_to_the_ledger_of_its_institution_and_its_card
         assert 1.9 < shown["epsilon"] <= 2.0
         assert f"epsilon {at_most(shown['epsilon'])} at delta 0.0001" in card_of(one)
         assert "must not leave" not in card_of(one)
+        assert "The ledger has no charge of that run." in card_of(one)
         assert (answer.metrics["own_steps"], answer.metrics["weight"]) == (4, 1.0)
+
+
+def test_a_card_counts_the_run_that_its_ledger_was_charged_for(banks):
+    institutions, order = banks()
+    event = Event(noise_multiplier=2.0, sample_rate=0.5, steps=1, shares=0)
+    with Ledger.open(institutions[0].ledger_path) as ledger:
+        ledger.charge(
+            run_id=order.run,
+            round_number=1,
+            order_digest="first",
+            event=event,
+            planned=[event],
+            max_steps_of_run=1,
+        )
+    compare(institutions[:1], order)
+    card = card_of(institutions[0])
+    assert "The run used the same records. Together with it" in card and "no charge" not in card
 
 
 def test_a_card_says_that_seeded_noise_protects_nobody(banks):

@@ -526,6 +526,7 @@ def test_a_repeated_card_has_the_ledger_of_its_day_and_the_condition_of_shared_n
     assert again["privacy"] == first | {"ledger_epsilon": now} and now > first["ledger_epsilon"]
     card = (made.directory / "again" / "own" / "README.md").read_text().replace("\n", " ")
     assert f"the spending is epsilon {at_most(now)}" in card
+    assert "The ledger has no charge of that run." in card
     assert (alone > now) == bool(shares)
     assert (f"If all others collude, the spending is epsilon {at_most(alone)}." in card) == bool(
         shares

@@ -306,6 +306,13 @@ def test_the_promise_stands_as_odds(run_directory):
 )  # fmt: skip
 def test_a_promise_for_one_record_says_what_it_is_for_a_customer(epsilon, delta, said):
     assert said in opening.customer(epsilon, delta)
+    shared = opening.customer(epsilon, delta, "at one or several institutions")
+    assert said.replace("at an institution", "at one or several institutions") in shared
+
+
+def test_a_promise_for_a_customer_says_what_it_is_at_two_institutions_with_one_noise():
+    assert opening.customer_of_two(8.0, 1e-5).endswith("epsilon 16 at delta 0.03.")
+    assert opening.customer_of_two(8.0, 1e-3).endswith("a customer of both nothing.")
 
 
 @pytest.mark.parametrize(
@@ -351,6 +358,9 @@ def test_under_secure_aggregation_the_page_names_whom_to_trust(run_directory):
     assert "h = 2 honest institutions of 4" in text and "up to t = 1 institutions" in text
     assert "which promises no finite epsilon" in text
     assert "nobody else" not in text
+    assert "For a customer with two records at one or several institutions" in text
+    config.write_text(secure.replace({"privacy.unit": "label"}).to_toml())
+    assert "Records at two institutions move one sum" in shown(run_directory)
 
 
 def test_a_model_that_has_learned_nothing_and_a_void_result_stand_at_the_top(run_directory):
@@ -406,6 +416,21 @@ def test_an_audit_has_a_page_and_its_run_says_what_it_found(run_directory, tmp_p
     assert "from the final adapter: 3 of 4 guesses right" in text
     assert "An audit attacked this run" in of_run
     assert ("the promise IS BROKEN" in of_run) == refuted
+    assert "show epsilon 0.3 at least" in of_run and "if all others collude" not in text
+
+
+def test_what_an_attack_shows_if_all_others_collude_stands_beside_its_own_promise(
+    run_directory, tmp_path
+):
+    out, alone = tmp_path / "audit", "every round, by a server that knows all vectors but one"
+    shutil.copytree(run_directory, out / "run")
+    attack = {"epsilon": 3.2, "guesses": 4, "right": 4, "confidence": 0.975}
+    found = AUDIT | {"epsilon_alone": 13.4, "canaries": AUDIT["canaries"] | {alone: attack}}
+    (out / "audit.json").write_text(json.dumps(found))
+    text = " ".join(re.sub(r"<[^>]*>", " ", shown(out)).split())
+    assert "0.3 shown by attacks: epsilon at least" in text
+    assert "13.4 promised if all others collude 3.2 shown by attacks if they do" in text
+    assert "show epsilon 0.3 at least" in shown(out / "run")
 
 
 def test_a_sweep_begins_with_its_conclusion(made_up_sweep):

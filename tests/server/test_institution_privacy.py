@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from client.institution import Institution
-from fedlora import accounting
+from fedlora import accounting, records
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
@@ -42,8 +42,12 @@ def test_weights_other_than_uniform_are_refused(tiny_config):
 
 @pytest.mark.parametrize("epsilon", ["8.0", "inf"])
 def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_run, epsilon):
-    config = tiny_config(**{"privacy.institution-epsilon": 5.0, "privacy.epsilon": epsilon})
-    simulate_run(config)
+    values = {"privacy.institution-epsilon": 5.0, "privacy.delta": 0.0, "accept": ["delta"]}
+    config = tiny_config(**values, **{"privacy.epsilon": epsilon})
+    result = simulate_run(config)
+    fewest = min(records.load(config).train(i).num_units for i in range(4))
+    largest = accounting.public_delta(accounting.most_of_class(fewest))
+    assert result["delta"] == (largest if epsilon == "8.0" else None)
     directory = Path(config.run_dir)
     stated = json.loads((directory / "privacy.json").read_text())
     level = stated["institution_level"]

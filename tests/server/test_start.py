@@ -12,7 +12,7 @@ from client.ledger import Ledger
 from fedlora import finished_run, trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
-from server.start import start_adapter
+from server.start import _same_records, start_adapter
 from simulation import continuation
 
 
@@ -148,6 +148,23 @@ def test_a_run_goes_on_from_an_earlier_run_and_refuses_one_that_does_not_fit(
     refused("has other weights")
     (first / "result.json").unlink()
     refused("adapter.start is .* holds no complete run")
+
+
+def test_the_same_records_are_known_under_other_names(tmp_path, monkeypatch):
+    folder = tmp_path / "banks"
+    folder.mkdir()
+    (folder / "a.csv").write_text("text,label\none,x\n")
+    (folder / "b.csv").write_text("text,label\ntwo,y\n")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "other.csv").write_text("text,label\nthree,x\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = str(folder)
+    for same in (f"{folder}/*.csv", str(tmp_path / "link"), "~/banks", f"{folder}/b.csv"):
+        assert _same_records(source, same) == _same_records(same, source) == "the same data.source"
+    for other in ("~/other.csv", "~/none.csv", "hub:banks", "memory:1"):
+        assert not _same_records(source, other)
+    assert "two tables count as the same records" in _same_records("memory:1", "memory:2")
+    assert _same_records("memory:1", "memory:1") == "the same data.source"
 
 
 @pytest.mark.parametrize("strategy", ["stack", "exact"])
