@@ -17,7 +17,7 @@ help:  ## this list
 demo: $(READY)  ## a federation of 39 industries under differential privacy; no network after installing
 	$(BIN)/fedlora run experiments/configs/demo.toml
 
-test: $(READY)  ## the fast tests, on up to four processors
+test: $(READY)  ## the fast tests, on up to four processors; with coverage: make test PYTEST_ADDOPTS=--cov
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)  ## the slow tests
