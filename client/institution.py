@@ -26,7 +26,7 @@ from client.releases import Releases
 from client.secure_role import SecureRole
 from client.settings import Settings
 from client.training import LocalPlan
-from fedlora import accounting, peers, secure_order, trainable
+from fedlora import accounting, peers, records, secure_order, trainable
 from fedlora.accounting import Event, PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
@@ -86,7 +86,7 @@ class Institution:
     @classmethod
     def locate(cls, config: RunConfig, index: int) -> Self:
         """The institution with this number in a simulation."""
-        name = trainable.records(config).names[index]
+        name = records.load(config).names[index]
         ledgers = Path(config.privacy.ledger or Path(config.run_dir) / "ledgers")
         return cls(
             config=config,
@@ -204,7 +204,7 @@ class Institution:
         ledger = self.open_ledger(shard)
         with _closed_on_error(ledger):
             self._check_limits(plan, ledger)
-            count = secure.begin(order) if secure else len(trainable.records(self.config).names)
+            count = secure.begin(order) if secure else len(records.load(self.config).names)
         return PrivateRound(
             name=self.name,
             order=order,
@@ -228,7 +228,7 @@ class Institution:
             raise Refusal("protocol-mismatch", "the run has no masked vectors")
         if self.simulated:
             key = peers.simulated(config.seed, name)
-            pinned = peers.simulated_public(config.seed, trainable.records(config).names)
+            pinned = peers.simulated_public(config.seed, records.load(config).names)
         elif self.key_path is None or self.peers_path is None:
             raise Refusal(
                 "no-peers",
@@ -270,7 +270,7 @@ class Institution:
             adapter.load_into(work.model)
             if order.save:
                 adapter.save(self.directory / "adapter", work.model)
-            shard = trainable.records(self.config).held_out(self.index)
+            shard = records.load(self.config).held_out(self.index)
             metrics = work.task.evaluate(work.model, shard, work.labels) if len(shard) else {}
         return Evaluation(institution=self.name, metrics=metrics)
 
@@ -342,7 +342,7 @@ class Institution:
         """
         with training.threads(self.config.engine.threads):
             work = self._load()
-            shard = trainable.records(self.config).held_out(self.index)
+            shard = records.load(self.config).held_out(self.index)
             predicted: dict[str, list[int]] = {}
             for name, adapter in (("alone", models.alone), ("shared", shared), ("own", models.own)):
                 adapter.load_into(work.model)
@@ -435,11 +435,11 @@ class Institution:
         )
 
     def _records(self) -> Shard:
-        return trainable.records(self.config).train(self.index)
+        return records.load(self.config).train(self.index)
 
     def _load(self) -> trainable.Trainable:
         with training.threads(self.config.engine.threads):  # the model is examined as it trains
-            return trainable.load(self.config, trainable.records(self.config).labels)
+            return trainable.load(self.config, records.load(self.config).labels)
 
     def _local_parts(self, run: str) -> LocalParts:
         return LocalParts(self.directory, run, self.config.fingerprint(*UNRELEASED))
@@ -456,6 +456,6 @@ def _closed_on_error(ledger: Ledger) -> Generator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _ranks(config: RunConfig) -> list[int]:
-    federation = trainable.records(config)
+    federation = records.load(config)
     units = (federation.train(i).num_units for i in range(len(federation.names)))
     return config.adapter.ranks_of([accounting.public_size(count) for count in units])

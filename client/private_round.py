@@ -10,7 +10,7 @@ from client.ledger import Ledger
 from client.private_training import Participant, Words
 from client.secure_role import SecureRole
 from client.training import LocalPlan
-from fedlora import accounting, trainable, wire
+from fedlora import accounting, records, trainable, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.config import UNRELEASED, RunConfig
@@ -178,7 +178,7 @@ def train_rounds(rounds: Sequence[PrivateRound]) -> list[Trained]:
         Refusal: When a guard trips; nothing may be released then.
     """
     order, config = rounds[0].order, rounds[0].config
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     work.train_only((*order.parts, *order.kept))
     order.adapter.load_into(work.model)
     participants = [

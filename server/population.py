@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora import accounting, data, findings, trainable
+from fedlora import accounting, data, findings, records, trainable
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.findings import Finding
@@ -60,18 +60,18 @@ def population_of(config: RunConfig) -> Population:
 
 
 def _simulated(config: RunConfig) -> Population:
-    records: Federation = trainable.records(config)
-    found = check(config, records)
-    held_out, owner = records.pooled_held_out()
+    federation = records.load(config)
+    found = check(config, federation)
+    held_out, owner = federation.pooled_held_out()
     return Population(
-        size=len(records.names),
-        names=records.names,
-        labels=records.labels,
+        size=len(federation.names),
+        names=federation.names,
+        labels=federation.labels,
         held_out=held_out,
         owner=owner,
-        counts=records.counts,
+        counts=federation.counts,
         findings=tuple(found),
-        fingerprint=records.fingerprint(),
+        fingerprint=federation.fingerprint(),
     )
 
 

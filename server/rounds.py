@@ -20,6 +20,7 @@ from fedlora import (
     flower_internals,
     model_card,
     plugins,
+    records,
     released,
     secure_order,
     startup,
@@ -468,8 +469,8 @@ class Federation:
         """What more rounds would cost, if a simulation's accuracy may still rise at its end."""
         if self.config.deployed or self.population.held_out is None:
             return {}
-        records = trainable.records(self.config)
-        units = min(records.train(i).num_units for i in range(self.population.size))
+        federation = records.load(self.config)
+        units = min(federation.train(i).num_units for i in range(self.population.size))
         lines = read_records(self.directory.path)
         texts = independent_texts(self.population.held_out)
         return still_rising(self.config, lines, texts, units)

@@ -9,7 +9,7 @@ import torch
 from client import home, home_cohort, private_home
 from client.institution import Institution
 from client.ledger import Ledger
-from fedlora import accounting, trainable
+from fedlora import accounting, records, trainable
 from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
@@ -27,7 +27,7 @@ def banks(tiny_config):
 
     def make(residual=False, **values):
         config = tiny_config(**(PRIVATE | values))
-        work = trainable.load(config, trainable.records(config).labels)
+        work = trainable.load(config, records.load(config).labels)
         released = moved(work.start, 5)
         if residual:
             released = with_residual(released, work)

@@ -10,7 +10,7 @@ import torch
 
 from client.ledger import Ledger
 from experiments import report
-from fedlora import accounting, discrete_gaussian, lora_layers, noise_shares, trainable
+from fedlora import accounting, discrete_gaussian, lora_layers, noise_shares, records, trainable
 from fedlora.adapters import PARTS, AdapterState, kind
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
@@ -51,9 +51,9 @@ def _clipped_sum(config, name: str, number: int) -> tuple[np.ndarray, int]:
 
     The rows are those that the run samples; each gradient is computed, clipped and added by itself.
     """
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
-    shard = records.train(records.names.index(name))
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
+    shard = federation.train(federation.names.index(name))
     work.train_only(PARTS)
     work.start.load_into(work.model)
     parameters = [p for _, p in sorted(lora_layers.parameters(work.model).items())]
@@ -75,7 +75,7 @@ def test_a_round_is_one_step_of_dp_sgd_on_the_union_of_all_records(tiny_config, 
     config = tiny_config(**SECURE, **{"federation.rounds": 1})
     simulate_run(config)
     found = _adapter(config)
-    start = trainable.load(config, trainable.records(config).labels).start
+    start = trainable.load(config, records.load(config).labels).start
     sums, sizes = zip(*(_clipped_sum(config, name, 1) for name in BANKS), strict=True)
     plan = plan_run(config, 100, 1)
     scale = plan.share_scale(len(sums[0]))
@@ -177,9 +177,9 @@ def test_with_too_few_survivors_a_round_changes_nothing(tiny_config, simulate_ru
 
     monkeypatch.setattr(Federation, "play_round", without_two)
     simulate_run(config)
-    records = read_records(Path(config.run_dir))
-    assert [(r["updates"], r["skipped"]) for r in records] == [(2, True)] * 3
-    start = trainable.load(config, trainable.records(config).labels).start
+    rounds = read_records(Path(config.run_dir))
+    assert [(r["updates"], r["skipped"]) for r in rounds] == [(2, True)] * 3
+    start = trainable.load(config, records.load(config).labels).start
     assert _same(_adapter(config), start)
 
 

@@ -70,10 +70,10 @@ def test_the_adapter_opens_with_peft_and_gives_the_same_outputs(tiny_config, sim
 
     config = tiny_config()
     simulate_run(config)
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
     _adapter(config).load_into(work.model)
-    shard, _ = records.pooled_held_out()
+    shard, _ = federation.pooled_held_out()
     batch = work.task.collate(shard, range(8))
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     base = models.load_base(
@@ -106,7 +106,7 @@ def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(
 def test_as_many_institutions_as_wished_train_at_home(tiny_config, simulate_run):
     config = tiny_config(**{"home.method": "interpolate", "home.steps": 2, "home.institutions": 2})
     joining = simulate_run(config)["joining"]
-    first, second = (trainable.records(config).names[i] for i in (0, 2))
+    first, second = (records.load(config).names[i] for i in (0, 2))
     assert sorted(joining["institutions"]) == sorted([first, second])
     own = {path.parent.name for path in Path(config.run_dir).glob("institutions/*/own")}
     assert own == {first, second}
@@ -121,7 +121,7 @@ def test_inline_and_ray_give_the_same_figures_of_joining(
         values = {"run-dir": str(tmp_path / name), "engine.workers": workers}
         home = {"home.method": "interpolate", "home.steps": 8, "home.learning-rate": 0.02}
         config = tiny_config(**values, **home, **{"federation.rounds": 1})
-        joining, rows = simulate(config)["joining"], len(trainable.records(config).all_held_out)
+        joining, rows = simulate(config)["joining"], len(records.load(config).all_held_out)
         assert len(joining["institutions"]) == 4 and "not_compared" not in joining
         assert sum(one["rows"] for one in joining["institutions"].values()) == rows
         return {name: figure for name, figure in joining.items() if name != "seconds"}
@@ -216,10 +216,10 @@ def test_units_of_a_column_are_protected_together(tiny_config, simulate_run):
     result = simulate_run(config)
     said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
     assert said["protects"] == NO_PROMISE_WITH_SEED
-    records = trainable.records(config)
-    for i, name in enumerate(records.names):  # 160 customers in all, each at one bank or several
-        units = len(np.unique(records.train(i).units))
-        assert units < len(records.train(i))  # rows are joined
+    federation = records.load(config)
+    for i, name in enumerate(federation.names):  # 160 customers in all, each at one bank or several
+        units = len(np.unique(federation.train(i).units))
+        assert units < len(federation.train(i))  # rows are joined
         assert said["institutions"][name]["steps"] == 2
     assert {i["unit"] for i in said["institutions"].values()} == {"customer"}
     assert result["epsilon_max"] <= 8.0
@@ -312,7 +312,7 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
 def test_svd_runs_under_dp_and_moves_every_part(tiny_config, simulate_run):
     config = tiny_config(**{"federation.strategy": "svd", "adapter.method": "rslora"})
     simulate_run(config)
-    start = trainable.load(config, trainable.records(config).labels).start
+    start = trainable.load(config, records.load(config).labels).start
     end = _adapter(config)
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == {"A", "B", "head"}
@@ -383,7 +383,7 @@ def test_a_strategy_that_freezes_a_factor_trains_and_sends_the_rest_only(
 ):
     config = tiny_config(**{"federation.strategy": strategy, "federation.rounds": 4})
     simulate_run(config)
-    start = trainable.load(config, trainable.records(config).labels).start
+    start = trainable.load(config, records.load(config).labels).start
     end = _adapter(config)
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == ({"B", "head"} if strategy == "ffa" else {"A", "B", "head"})
