@@ -27,9 +27,10 @@ from client.secure_role import SecureRole
 from client.settings import Settings
 from client.training import LocalPlan
 from fedlora import accounting, peers, records, secure_order, trainable
-from fedlora.accounting import Event, PrivacyPlan
+from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
+from fedlora.composition import Event
 from fedlora.config import UNRELEASED, RunConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from client import ledger_integrity, ledger_upgrade
 from fedlora import files
-from fedlora.accounting import Event, History, compose
+from fedlora.composition import Event, History, compose
 from fedlora.errors import InputError, Refusal
 
 _APPLICATION = 0x66646C64  # "fdld", the file's mark for `file` and PRAGMA application_id

@@ -10,7 +10,7 @@ from client.ledger import Ledger
 from client.private_training import Participant, Words
 from client.secure_role import SecureRole
 from client.training import LocalPlan
-from fedlora import accounting, records, trainable, wire
+from fedlora import composition, records, trainable, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.config import UNRELEASED, RunConfig
@@ -149,7 +149,7 @@ class PrivateRound:
         events = ledger.history(self.order.run)
         return PrivacySpent(
             unit=self.config.privacy.unit,
-            epsilon=accounting.epsilon(events, plan.delta, plan.accountant),
+            epsilon=composition.epsilon(events, plan.delta, plan.accountant),
             delta=plan.delta,
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.sample_rate,

@@ -12,7 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlora import accounting, model_card, model_files, noise_shares, odds, records, seal
+from fedlora import (
+    accounting,
+    composition,
+    model_card,
+    model_files,
+    noise_shares,
+    odds,
+    records,
+    seal,
+)
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import PrivacySpent
@@ -247,7 +256,7 @@ class _Checks:
         if one["steps"] < least or one["rounds_asked"] < rounds:
             raise ValueError(f"steps of {name} are {one['steps']}, but its rounds have {least}")
         history = privacy_statement.history(config, one)
-        found = accounting.epsilon(history, one["delta"], one["accountant"])
+        found = composition.epsilon(history, one["delta"], one["accountant"])
         _close(f"epsilon of {name}", one["epsilon"], found)
         if found > privacy.epsilon * (1 + TOLERANCE):
             raise ValueError(f"epsilon of {name} is {found:g}, above {privacy.epsilon:g}")

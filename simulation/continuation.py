@@ -12,7 +12,7 @@ from typing import Any
 
 from client.institution import Institution
 from client.ledger import Ledger
-from fedlora import accounting, records
+from fedlora import composition, records
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
@@ -89,5 +89,5 @@ def _epsilon(config: RunConfig, more: int) -> float:
     plan = plan_run(config, units, participations(config, size))
     longer = config.replace({"federation.rounds": more})
     same_noise = dataclasses.replace(plan, rounds=participations(longer, size))
-    epsilon = accounting.epsilon(same_noise.events, plan.delta, plan.accountant)
+    epsilon = composition.epsilon(same_noise.events, plan.delta, plan.accountant)
     return math.ceil(epsilon * 1e4) / 1e4

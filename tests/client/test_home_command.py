@@ -19,8 +19,8 @@ from client import app, config_policy, home, home_command, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from fedlora import released, trainable, wire
-from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
+from fedlora.composition import Event
 from fedlora.config import UNRELEASED
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Release

@@ -14,7 +14,7 @@ from client import checks, config_policy
 from client.institution import Institution
 from client.ledger import Ledger
 from client.settings import Settings
-from fedlora import accounting, adapters, noise_shares, records, trainable, wire
+from fedlora import accounting, adapters, composition, noise_shares, records, trainable, wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.config import from_flat
@@ -234,7 +234,7 @@ def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
         values |= {"privacy.size-noise": size_noise, "federation.weighting": "noised-size"}
     plan = plan_run(from_flat(values), 64, 4)
     ledger = SimpleNamespace(delta=1e-5, accountant=own)
-    spent = accounting.epsilon(plan.events, 1e-5, own)
+    spent = composition.epsilon(plan.events, 1e-5, own)
     try:
         checks.check_limits(
             plan, ledger, max_delta=1.0, max_run_epsilon=8.0, max_alone_epsilon=math.inf

@@ -10,7 +10,15 @@ import torch
 
 from client.ledger import Ledger
 from experiments import report
-from fedlora import accounting, discrete_gaussian, lora_layers, noise_shares, records, trainable
+from fedlora import (
+    accounting,
+    composition,
+    discrete_gaussian,
+    lora_layers,
+    noise_shares,
+    records,
+    trainable,
+)
 from fedlora.adapters import PARTS, AdapterState, kind
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
@@ -92,7 +100,7 @@ def test_the_noise_of_the_sum_is_the_promised_one_over_the_shares_that_must_be_t
     plan = plan_run(tiny_config(**SECURE), 100, 3)
     local = plan_run(tiny_config(), 100, 3)
     assert plan.noise_multiplier == pytest.approx(local.noise_multiplier, rel=0.01)
-    assert accounting.epsilon(plan.events, plan.delta, plan.accountant) <= 8.0
+    assert composition.epsilon(plan.events, plan.delta, plan.accountant) <= 8.0
     steps_of_the_grid = plan.share_scale(10_000) * math.sqrt(plan.honest)
     in_bounds = steps_of_the_grid * noise_shares.grid(plan.max_grad_norm) / plan.max_grad_norm
     margin = 1 + 2**-9  # for noise multipliers 0.1 % apart and sums in float64

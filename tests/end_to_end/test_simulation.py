@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting, models, records, trainable
+from fedlora import composition, models, records, trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
@@ -370,7 +370,7 @@ def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
     assert (alpha["steps"], alpha["unreported_steps"]) == (3, 1)
     # The server's own figures; the institution's are quoted as its word.
     assert alpha["noise_multiplier"] == plan.noise_multiplier
-    assert alpha["epsilon"] == accounting.epsilon(plan.events, 1e-4, "rdp")
+    assert alpha["epsilon"] == composition.epsilon(plan.events, 1e-4, "rdp")
     assert alpha["institution_says"] == dataclasses.asdict(spent)
     bound = {"rounds_asked": 2, "epsilon_at_most": 8.0, "delta": 1e-4}
     assert said["without_report"] == {"Beta": bound}
