@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlora.data import Shard
 from fedlora.packing import Packing
+from fedlora.shards import Shard
 
 Int64 = NDArray[np.int64]
 Side = Literal["left", "right"]

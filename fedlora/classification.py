@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from fedlora import metrics
 from fedlora.batches import Batch, Int64, PackedBatch, distinct, micro_batches
-from fedlora.data import Shard
 from fedlora.encoding import LabelPrompt, PlainText
+from fedlora.shards import Shard
 from fedlora.tasks import (
     Task,
     base_model,

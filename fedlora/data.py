@@ -25,17 +25,6 @@ from fedlora.sections import DataConfig
 from fedlora.shards import Corpus, Federation, Int64, Shard
 from fedlora.text import folded
 
-__all__ = [
-    "Encode",
-    "Federation",
-    "Shard",
-    "count",
-    "load_shard",
-    "prepare",
-    "shard_of",
-    "without_tokens",
-]
-
 Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
 

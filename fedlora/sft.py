@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from fedlora import metrics
 from fedlora.batches import Batch, Int64, PackedBatch, distinct, micro_batches, pad, rounded
-from fedlora.data import Shard
 from fedlora.encoding import ResponsePrompt
+from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.tasks import Task, base_model, check_rows, evaluation_mode, model_inputs
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora import data
-from fedlora.data import Federation, Shard
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.partition import normalise
 from fedlora.sections import DataConfig
+from fedlora.shards import Federation, Shard
 from tests.conftest import shared_data
 
 COLUMNS = ("text", "label", "bank", "customer")
