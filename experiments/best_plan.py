@@ -21,7 +21,6 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.sections import MIN_SAMPLE_RATE
 from fedlora.terminal import Terminal
-from server.population import participations
 
 FACTORS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 """Rounds that are tried, over those in which rate 1 uses the compute up."""
@@ -172,7 +171,7 @@ def _row(config: RunConfig, units: Sequence[int]) -> Row:
     """The plan of a configuration."""
     count, rounds = len(units), config.federation.rounds
     asked = _asked(config, count)
-    of_one = participations(config, count)
+    of_one = config.federation.participations(count)
     sizes = [accounting.public_size(n) for n in units]
     plans = [plan_run(config, size, of_one) for size in sizes]
     weights = {

@@ -10,7 +10,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.findings import Finding
 from fedlora.shards import Federation, Int64, Shard
-from strategies import base, robust
+from strategies import robust
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +85,10 @@ def check(config: RunConfig, records: Federation) -> list[Finding]:
         InputError: Naming value, bound and remedy.
     """
     check_settings(config, records)
-    found = findings.findings(config, records, participations(config, len(records.names)))
+    cap = config.federation.participations(len(records.names))
+    found = findings.findings(config, records, cap)
     findings.refuse(config, found)
     return found
-
-
-def participations(config: RunConfig, institutions: int) -> int:
-    """The most rounds of a run for which one institution may be asked."""
-    federation = config.federation
-    return base.participations(federation.rounds, institutions, federation.institutions_per_round)
 
 
 def check_settings(config: RunConfig, records: Federation) -> None:

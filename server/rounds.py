@@ -43,7 +43,7 @@ from server import (
     tracking,
 )
 from server.aggregation import Aggregated, Report
-from server.population import participations, population_of
+from server.population import population_of
 from server.privacy_statement import epsilon_alone, largest_epsilon, statement
 from server.replies import Replies
 from server.roster import Roster, patience
@@ -133,7 +133,7 @@ class Federation:
         self.grid, self.config = grid, config
         self.population = population_of(config)
         size = self.population.size
-        self.participations = participations(config, size)
+        self.participations = config.federation.participations(size)
         self.strategy = plugged.strategy(config.federation)
         masks = config.privacy.masks
         self.session = SecureSession(grid, config, self.population.names) if masks else None

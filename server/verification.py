@@ -27,7 +27,6 @@ from fedlora.errors import InputError, Refusal
 from fedlora.messages import PrivacySpent
 from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, read_records, read_run_file
 from server import binding, institution_privacy, privacy_statement
-from server.population import participations
 from server.spending import NOISE_TOLERANCE, Spending
 
 TOLERANCE = 1e-6
@@ -269,7 +268,9 @@ class _Checks:
 
     def _mechanism(self, config: RunConfig, name: str, one: Mapping[str, Any]) -> None:
         """Hold noise, rate and delta against the plan that follows from the configuration."""
-        spending = Spending(config=config, participations=participations(config, self._size))
+        spending = Spending(
+            config=config, participations=config.federation.participations(self._size)
+        )
         try:
             plan = spending.checked(PrivacySpent(**one["institution_says"]))
         except Refusal as refusal:
@@ -319,7 +320,9 @@ class _Checks:
             return []
         if level is None:
             raise ValueError(f"institution_level is missing, which {CONFIG} asks for")
-        plan = institution_privacy.plan(config, self._size, participations(config, self._size))
+        plan = institution_privacy.plan(
+            config, self._size, config.federation.participations(self._size)
+        )
         _planned("institution_level", level["noise_multiplier"], plan.noise_multiplier)
         found = dataclasses.replace(plan, noise_multiplier=level["noise_multiplier"])
         expected = found.spending(max(level["steps"], rounds))

@@ -62,7 +62,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
             refused.append(str(error))
             return None
 
-    cap = population.participations(config, len(records.names))
+    cap = config.federation.participations(len(records.names))
     attempt(population.check_settings, config, records)
     plans: list[PrivacyPlan] = []
     if config.privacy.enabled:

@@ -297,12 +297,11 @@ def check_budgets(config: RunConfig) -> None:
     """
     from fedlora import accounting, records
     from fedlora.budget import plan_run
-    from server.population import participations
 
     federation = records.load(config)
     institutions = len(federation.names)
     units = (federation.train(i).num_units for i in range(institutions))
-    cap = participations(config, institutions)
+    cap = config.federation.participations(institutions)
     for size in sorted({accounting.public_size(count) for count in units}):
         plan_run(config, size, cap)
 

@@ -27,7 +27,6 @@ from fedlora.config import RunConfig
 from fedlora.messages import ClientUpdate
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable, training_mode
-from server.population import participations
 from simulation.engines.grid import SimulationGrid
 
 Floats = NDArray[np.float64]
@@ -332,7 +331,7 @@ def _plans(config: RunConfig) -> dict[str, PrivacyPlan]:
     if not config.privacy.enabled:
         return {}
     federation = records.load(config)
-    cap = participations(config, len(federation.names))
+    cap = config.federation.participations(len(federation.names))
     return {
         name: plan_run(config, federation.train(index).num_units, cap)
         for index, name in enumerate(federation.names)
