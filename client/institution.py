@@ -457,6 +457,5 @@ def _closed_on_error(ledger: Ledger) -> Generator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _ranks(config: RunConfig) -> list[int]:
-    federation = records.load(config)
-    units = (federation.train(i).num_units for i in range(len(federation.names)))
+    units = records.load(config).units
     return config.adapter.ranks_of([accounting.public_size(count) for count in units])

@@ -127,8 +127,7 @@ def units_of(config: RunConfig, given: int | None) -> list[int]:
             raise InputError(
                 f"--records is {given}, but the config names records of its own; leave it out"
             )
-        federation = records.load(config)
-        return [federation.train(i).num_units for i in range(len(federation.names))]
+        return records.load(config).units
     if given is None or given < 1:
         raise InputError(
             "data.source is 'institutions', so nobody here sees the records; give --records, the "

@@ -147,6 +147,11 @@ class Federation:
     held_out_bounds: Int64
     left_out: Mapping[str, int] = field(default_factory=dict[str, int])
 
+    @property
+    def units(self) -> list[int]:
+        """The number of units of privacy of each institution, in the order of names."""
+        return [self.train(index).num_units for index in range(len(self.names))]
+
     def train(self, index: int) -> Shard:
         """Return one institution's training rows."""
         return self.all_train.select(slice(*self.train_bounds[index : index + 2].tolist()))

@@ -104,7 +104,7 @@ def check_settings(config: RunConfig, records: Federation) -> None:
             "there are 0 held-out rows to measure on; raise data.test-fraction "
             f"(now {config.data.test_fraction:g}) or give more data"
         )
-    units = findings.units_of(records)
+    units = records.units
     config.adapter.ranks_of([accounting.public_size(count) for count in units])
     if config.privacy.enabled and config.privacy.delta:
         largest = accounting.most_of_class(max(units))  # institutions plan for their size class

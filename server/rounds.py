@@ -469,8 +469,7 @@ class Federation:
         """What more rounds would cost, if a simulation's accuracy may still rise at its end."""
         if self.config.deployed or self.population.held_out is None:
             return {}
-        federation = records.load(self.config)
-        units = min(federation.train(i).num_units for i in range(self.population.size))
+        units = min(records.load(self.config).units)
         lines = read_records(self.directory.path)
         texts = independent_texts(self.population.held_out)
         return still_rising(self.config, lines, texts, units)

@@ -66,7 +66,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
     attempt(population.check_settings, config, records)
     plans: list[PrivacyPlan] = []
     if config.privacy.enabled:
-        plans = attempt(findings.plans_of, config, findings.units_of(records), cap) or []
+        plans = attempt(findings.plans_of, config, records.units, cap) or []
     found: list[Finding] = []
     if plans or not config.privacy.enabled:
         found = findings.findings(config, records, cap)

@@ -84,8 +84,7 @@ def _epsilon(config: RunConfig, more: int) -> float:
     """What further rounds cost at the noise of the run, rounded up to four decimals."""
     federation = records.load(config)
     size = len(federation.names)
-    units = min(federation.train(i).num_units for i in range(size))
-    plan = plan_run(config, units, config.federation.participations(size))
+    plan = plan_run(config, min(federation.units), config.federation.participations(size))
     longer = config.replace({"federation.rounds": more})
     same_noise = dataclasses.replace(plan, rounds=longer.federation.participations(size))
     epsilon = composition.epsilon(same_noise.events, plan.delta, plan.accountant)

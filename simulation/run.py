@@ -299,10 +299,8 @@ def check_budgets(config: RunConfig) -> None:
     from fedlora.budget import plan_run
 
     federation = records.load(config)
-    institutions = len(federation.names)
-    units = (federation.train(i).num_units for i in range(institutions))
-    cap = config.federation.participations(institutions)
-    for size in sorted({accounting.public_size(count) for count in units}):
+    cap = config.federation.participations(len(federation.names))
+    for size in sorted({accounting.public_size(count) for count in federation.units}):
         plan_run(config, size, cap)
 
 
