@@ -23,6 +23,7 @@ from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, stat
 from server.run_directory import RunState
 from server.spending import Spending
 from tests.samples import privacy_spent
+from tests.simulation.workers import worker_pids
 
 
 def _adapter(config) -> AdapterState:
@@ -295,7 +296,7 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
         run.load("ray", config) as ready,
         run.open_engine("ray", config, ready) as grid,
     ):
-        victims = grid.worker_pids()
+        victims = worker_pids(grid)
 
         def kill():
             while len(read_records(tmp_path / "run")) < 2:
@@ -304,7 +305,7 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
 
         threading.Thread(target=kill).start()
         run.run_rounds(config, grid)
-        assert victims[0] not in grid.worker_pids()
+        assert victims[0] not in worker_pids(grid)
     assert all(r["updates"] == 4 for r in read_records(tmp_path / "run"))
     assert _same(_adapter(config), _adapter(calm))
 
