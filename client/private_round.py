@@ -7,18 +7,19 @@ from typing import Self
 
 from client import private_training
 from client.ledger import Ledger
-from client.private_training import Participant, Words
+from client.private_training import Participant
 from client.secure_role import SecureRole
 from client.training import LocalPlan
 from fedlora import composition, records, trainable, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Int64
 from fedlora.config import UNRELEASED, RunConfig
 from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
-Trained = AdapterState | Words
+Trained = AdapterState | Int64
 """The outcome of a round's training: an adapter, or a vector under secure aggregation."""
 
 

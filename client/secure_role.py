@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.ledger import Ledger
 from client.secure_party import SecureParty
 from fedlora import secure_order
+from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.messages import TrainOrder
@@ -31,8 +31,6 @@ from fedlora.secure_aggregation import (
     UnmaskMessage,
     UnmaskOrder,
 )
-
-Words = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,7 @@ class SecureRole:
         party.begin(masked)
         return len(terms.names)
 
-    def mask(self, order: TrainOrder, words: Words) -> Words:
+    def mask(self, order: TrainOrder, words: Int64) -> Int64:
         """Mask the vector of a round that began.
 
         Args:

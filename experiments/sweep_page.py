@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import conclusion, figures, joining_page, results
-from experiments.conclusion import setting_of, under_dp
+from experiments.conclusion import Lines, setting_of, under_dp
 from experiments.pages import Page, Section, Table, environment
 from experiments.results import ALL
 from experiments.sweep import EPSILON
@@ -14,7 +14,6 @@ from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, ENVIRONMENT, is_complete, read_run_file
 from fedlora.sections import PrivacyConfig
 
-Lines = Sequence[Mapping[str, Any]]
 Points = list[Mapping[str, Any]]
 
 ARM_MEANINGS = {

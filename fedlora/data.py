@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import cache, files, plugins, schemes, sources
+from fedlora.arrays import Int64
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.rows import check_labels, partition_rows, read_table
 from fedlora.sections import DataConfig
-from fedlora.shards import Corpus, Federation, Int64, Shard
+from fedlora.shards import Corpus, Federation, Shard
 from fedlora.text import folded
 
 Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import plugins, schemes, sources
+from fedlora.arrays import Int64
 from fedlora.columns import as_text
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
 from fedlora.partition import at_most, by_column, by_scheme, hold_out, normalise
 from fedlora.sections import DataConfig
-from fedlora.shards import Int64
 from fedlora.text import folded
 
 

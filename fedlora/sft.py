@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from fedlora import metrics
-from fedlora.batches import Batch, Int64, PackedBatch, distinct, micro_batches, pad, rounded
+from fedlora.arrays import Int64
+from fedlora.batches import Batch, PackedBatch, distinct, micro_batches, pad, rounded
 from fedlora.encoding import ResponsePrompt
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource

@@ -11,9 +11,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.arrays import Int64
 from fedlora.errors import InputError
-
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

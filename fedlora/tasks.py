@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedlora.batches import Batch, Int64, PackedBatch, Side, collate, pack, rounded
+from fedlora.arrays import Int64
+from fedlora.batches import Batch, PackedBatch, Side, collate, pack, rounded
 from fedlora.data import shard_of
 from fedlora.encoding import Encoded, LabelPrompt, PlainText, ResponsePrompt
 from fedlora.errors import InputError

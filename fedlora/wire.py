@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -24,6 +23,7 @@ from flwr.app import (
     RecordDict,
 )
 
+from fedlora.arrays import Int64
 from fedlora.errors import Refusal
 from fedlora.messages import (
     ClientUpdate,
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from fedlora.adapters import AdapterState
 
-Words = npt.NDArray[np.int64]
 _T = typing.TypeVar("_T")
 _Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder", "Release")
 _Secure = typing.TypeVar("_Secure", bound=SecureMessage)
@@ -399,11 +398,11 @@ def _no_adapter() -> "AdapterState":
     return AdapterState({})
 
 
-def _pack_words(words: Words) -> ArrayRecord:
+def _pack_words(words: Int64) -> ArrayRecord:
     return ArrayRecord({_WORDS: Array(_INT64, words.shape, _RAW, words.astype(_INT64).tobytes())})
 
 
-def _words(content: RecordDict) -> Words:
+def _words(content: RecordDict) -> Int64:
     record = content.array_records.get(_WORDS)
     found = [] if record is None else list(record.items())
     if len(found) == 1:

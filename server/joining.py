@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 
 from fedlora import records, wire
+from fedlora.arrays import Int64
 from fedlora.comparison import Rows, summary, text_numbers
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
@@ -80,7 +80,7 @@ def _rows(
     answer: Evaluation,
     config: RunConfig,
     population: Population,
-    texts: NDArray[np.int64],
+    texts: Int64,
 ) -> Rows:
     """One institution's rows, if its answer can be of them.
 

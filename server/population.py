@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlora import accounting, data, findings, records, trainable
+from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.findings import Finding
-from fedlora.shards import Federation, Int64, Shard
+from fedlora.shards import Federation, Shard
 from strategies import robust
 
 

@@ -17,11 +17,12 @@ import numpy.typing as npt
 import torch
 
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Floats
 from fedlora.streams import RandomSource
 from strategies import products
 from strategies.base import Round, Weighted
 from strategies.lowrank import carried
-from strategies.products import Floats, Product
+from strategies.products import Product
 
 MAX_EXACT_BYTES = 128 * 2**20  # of all updates together: they are held whole
 MAX_EXACT_RANKS = 1024  # of all updates together: the inner products of all their rows are computed

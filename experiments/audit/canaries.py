@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
@@ -135,7 +135,7 @@ def _rows(
     held_out: Table,
     count: int,
     draw: RandomSource,
-) -> tuple[list[Canary], NDArray[np.int64]]:
+) -> tuple[list[Canary], Int64]:
     """Make canaries of held-out texts with a wrong label, and of random words.
 
     All texts differ, even after `normalise`, so that no canary replaces another one.

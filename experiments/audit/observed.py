@@ -22,6 +22,7 @@ from experiments.audit.findings import ALL_BUT_HONEST, ALL_BUT_ONE, SERVER
 from fedlora import lora_layers, noise_shares, records, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Floats, Int64
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig
 from fedlora.messages import ClientUpdate
@@ -29,7 +30,6 @@ from fedlora.shards import Shard
 from fedlora.trainable import Trainable, training_mode
 from simulation.engines.grid import SimulationGrid
 
-Floats = NDArray[np.float64]
 RIDGE_FRACTION = 1e-3  # ridge without noise, as a fraction of the mean squared gradient norm
 
 
@@ -45,7 +45,7 @@ class View:
     name: str
     groups: tuple[tuple[int, ...], ...]
 
-    def attacked(self, owners: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def attacked(self, owners: Int64) -> NDArray[np.bool_]:
         """Whether each canary ``(n,)`` belongs to an institution in one of the sums.
 
         Args:

@@ -33,6 +33,7 @@ from experiments.audit.observed import (
 )
 from fedlora import data, records, trainable
 from fedlora.adapters import open_for
+from fedlora.arrays import Floats
 from fedlora.config import ACCEPTABLE, RunConfig
 from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
@@ -49,8 +50,6 @@ from simulation.run import check_engine, load, open_engine, run_rounds
 CONFIDENCE = 0.95
 MAX_COSINE = 0.5  # updates with a larger cosine share noise; see `noise_reuse`
 ALTERNATIVE_SECRETS = 255  # a planted secret is ranked among them: exposure is at most 8 bits
-
-Floats = NDArray[np.float64]
 
 
 def check(config: RunConfig, out: Path, engine: str) -> None:
