@@ -20,9 +20,10 @@ from client import alone_models
 from client.alone_models import AloneModel
 from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
-from fedlora.adapters import PARTS, AdapterState, Scale, kind
+from fedlora.adapters import PARTS, AdapterState, kind
 from fedlora.arrays import Floats
 from fedlora.errors import InputError
+from fedlora.lora_layers import Scale
 from fedlora.sections import HOME_CHOOSES_FROM, HOME_FINISH, HOME_VALIDATION, HomeConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable

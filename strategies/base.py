@@ -9,6 +9,7 @@ import torch
 
 from fedlora.adapters import PARTS, AdapterState, Part
 from fedlora.errors import Refusal
+from fedlora.lora_layers import Scale
 from fedlora.messages import ClientUpdate
 from fedlora.streams import RandomSource
 
@@ -97,7 +98,7 @@ class Round:
 
     def scale(self, rank: int) -> float:
         """The factor s of s B A for factors of this rank."""
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+        return Scale(self.alpha, self.rslora).of(rank)
 
 
 Aggregate = Callable[[Round, Iterable[Weighted]], AdapterState]
