@@ -98,7 +98,7 @@ class PrivateRound:
         """Store the round's answer in the ledger; only then may it be sent.
 
         A masked vector is not stored: nobody can read it before shares leave, and the ledger closes
-        the round before they do (`SecureRole.unmask`).
+        the round before they do (`SecureParty.unmask`).
 
         Args:
             trained: The outcome of `train_rounds`.

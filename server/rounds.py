@@ -34,9 +34,9 @@ from fedlora.messages import EvaluateOrder, Query, Release, TrainOrder
 from fedlora.run_files import read_records
 from server import (
     aggregation,
+    answers,
     binding,
     evaluation,
-    handout,
     joining,
     limits,
     plugged,
@@ -59,17 +59,6 @@ log = logging.getLogger("fedlora.server")
 
 ONLINE_PAUSE = 2.0
 """Seconds between two looks for institutions that are away."""
-
-
-def run(grid: Grid, config: RunConfig) -> None:
-    """Run, or continue, the whole federation and write its results.
-
-    Raises:
-        InputError: Before anything is written, when the configuration does not fit the data or the
-            budget.
-        RunFailed: When no institution is left; the last checkpoint stays.
-    """
-    Federation(grid, config).run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,10 +497,17 @@ class Federation:
             adapter=adapter,
         )
         released.describe(self.directory.path / "adapter", release, config.public())
-        outcomes = handout.send(
-            self.grid, release, self.nodes(), config.federation.timeout, patience(config)
+        stored, failed = answers.ask(
+            self.grid,
+            release,
+            wire.RELEASED,
+            self.nodes(),
+            lambda name, answer: "stored",
+            failure="did not store the released adapter",
+            timeout=config.federation.timeout,
+            patience=patience(config),
         )
-        return {**dict.fromkeys(sorted(state.asked), "offline"), **outcomes}
+        return {**dict.fromkeys(sorted(state.asked), "offline"), **stored, **failed}
 
     def finish(self) -> None:
         """Write the final adapter, privacy.json and result.json."""
