@@ -250,17 +250,10 @@ def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[Simul
 
 def _costs(config: RunConfig, records: "Federation") -> list[float]:
     """Return the expected tokens of a training step of each institution."""
-    from fedlora import accounting
+    from fedlora.budget import rate_of
 
-    training = config.training
-    costs: list[float] = []
-    for index in range(len(records.names)):
-        shard = records.train(index)
-        private = config.privacy.enabled
-        size = accounting.public_size(shard.num_units) if private else len(shard)
-        rate = accounting.sample_rate(training.sample_rate, training.batch_size, size)
-        costs.append(rate * float(shard.lengths.sum()))
-    return costs
+    shards = (records.train(index) for index in range(len(records.names)))
+    return [rate_of(config, shard) * float(shard.lengths.sum()) for shard in shards]
 
 
 def prepare(config: RunConfig) -> "Federation":
