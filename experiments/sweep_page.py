@@ -153,7 +153,7 @@ def _privacy(lines: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -
         if found and not data_sets:
             levels[arm if len(found) == 1 else f"{arm} (best setting)"] = max(found)
     title = "Accuracy against the privacy budget" + _part(len(series))
-    return {title: figures.against_epsilon("epsilon", title, drawn, levels, "accuracy")}
+    return {title: figures.against_epsilon(title, drawn, levels)}
 
 
 def _telling(
@@ -199,9 +199,7 @@ def _against(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
                 )
             )
         title = f"Accuracy against {axis}{_part(len(series))}"
-        shown[title] = figures.against(
-            "against-" + axis.replace(".", "-"), title, drawn, axis, "accuracy"
-        )
+        shown[title] = figures.against("against-" + axis.replace(".", "-"), title, drawn, axis)
     return shown
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from experiments.audit import bound, membership
 from experiments.audit.canaries import (
+    ALTERNATIVE_SECRETS,
     INSTITUTION,
     LABEL,
     TEXT,
@@ -49,7 +50,6 @@ from simulation.run import check_engine, load, open_engine, run_rounds
 
 CONFIDENCE = 0.95
 MAX_COSINE = 0.5  # updates with a larger cosine share noise; see `noise_reuse`
-ALTERNATIVE_SECRETS = 255  # a planted secret is ranked among them: exposure is at most 8 bits
 
 
 def check(config: RunConfig, out: Path, engine: str) -> None:
@@ -349,7 +349,7 @@ def _extraction(
 ) -> dict[str, Any]:
     """Measure the exposure of planted secrets and of secrets that were not planted."""
     work = _load_released(config)
-    others = alternatives(audited.canaries, ALTERNATIVE_SECRETS, config.seed)
+    others = alternatives(audited.canaries, config.seed)
     write(folder / "others.csv", [TEXT, LABEL], [(c.text, c.label) for c in others])
     physical = config.training.physical_batch
     own = losses(work, _rows(config, work, audited.file), physical)
