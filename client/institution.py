@@ -59,6 +59,7 @@ class Institution:
         ledger_path: The file of its privacy ledger.
         directory: The directory of its local parts.
         rank: The rank of its factors.
+        secure_store: The file of its keys and shares in secure aggregation.
         report: Names of figures that it sends where DP is off.
         max_delta: Largest delta of a run.
         max_run_epsilon: Largest epsilon of a run, at the ledger's delta.
@@ -66,7 +67,6 @@ class Institution:
         simulated: Whether one experimenter plays every institution.
         key_path: The file of its own key; None in a simulation, where keys follow from the seed.
         peers_path: The directory of the pinned keys of its peers; None likewise.
-        secure_store: The file of its keys and shares in secure aggregation.
     """
 
     config: RunConfig
@@ -75,6 +75,7 @@ class Institution:
     ledger_path: Path
     directory: Path
     rank: int
+    secure_store: Path
     report: tuple[str, ...] = ("loss", "records")
     max_delta: float = 1.0
     max_run_epsilon: float = math.inf
@@ -82,7 +83,6 @@ class Institution:
     simulated: bool = True
     key_path: Path | None = None
     peers_path: Path | None = None
-    secure_store: Path = Path()
 
     @classmethod
     def locate(cls, config: RunConfig, index: int) -> Self:

@@ -56,7 +56,7 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
         raise InputError(f"the ledger {path} cannot be written: {error}") from error
 
 
-def connect(path: Path, *, shared: bool = False) -> sqlite3.Connection:
+def connect(path: Path, *, shared: bool) -> sqlite3.Connection:
     """Open a ledger's file after checking all of it. An older version is upgraded.
 
     Args:

@@ -48,7 +48,7 @@ class PrivateRound:
     plan: PrivacyPlan
     ledger: Ledger
     institutions: int
-    secure: SecureRole | None = None
+    secure: SecureRole | None
     key: bytes = b""
 
     def __enter__(self) -> Self:

@@ -96,7 +96,7 @@ def plan(
     noise_multiplier: float | None,
     delta: float | None,
     accountant: str,
-    trust: Trust | None = None,
+    trust: Trust | None,
 ) -> dict[str, Any]:
     """Solve for ``epsilon`` or ``noise_multiplier``, the one that is None.
 

@@ -246,7 +246,7 @@ class PrivacyPlan:
         )
 
 
-def epsilon_alone(history: Iterable[Event], delta: float, accountant: str = "prv") -> float:
+def epsilon_alone(history: Iterable[Event], delta: float, accountant: str) -> float:
     """Bound the epsilon if all others collude: of the noise one's own shares are left.
 
     Args:

@@ -145,7 +145,7 @@ def load_shard(
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
     """
-    table = read_table(source, text, label, {}, "test", form)
+    table = read_table(source, text, label, {}, "test", form=form)
     if labels:
         check_labels(table.labels, labels, source, "the model was trained on no other label")
     encoded = encode(table.texts, table.labels, labels)
@@ -159,7 +159,7 @@ def count(
     label: str,
     labels: tuple[str, ...],
     unit: str,
-    form: CsvForm = PLAIN,
+    form: CsvForm,
 ) -> int:
     """Rows of a source that have a text and a label, read as a run reads them.
 

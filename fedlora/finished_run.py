@@ -36,7 +36,7 @@ def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     return load(run_dir / CONFIG, overrides)
 
 
-def adapter_directory(run_dir: Path, config: RunConfig, institution: str = "") -> Path:
+def adapter_directory(run_dir: Path, config: RunConfig, institution: str) -> Path:
     """The directory of the adapter that a run released.
 
     Args:
@@ -163,7 +163,7 @@ def predict(run_dir: Path, texts: Sequence[str], institution: str = "") -> dict[
     }
 
 
-def merged_model(run_dir: Path, institution: str = "") -> tuple[Any, Trainable]:
+def merged_model(run_dir: Path, institution: str) -> tuple[Any, Trainable]:
     """A run's base model with the adapter folded in, as transformers knows it.
 
     Args:

@@ -88,7 +88,13 @@ def test_rows_are_counted_and_have_a_fingerprint_as_a_run_reads_them(tmp_path: P
     shard = data.without_tokens(settings, unit="customer", seed=0, task="classification")
     assert len(shard) == 4 and shard.num_units == 2
     assert shard.fingerprint() == fed.train(0).fingerprint()
-    columns: dict[str, Any] = {"text": "text", "label": "label", "labels": (), "unit": "customer"}
+    columns: dict[str, Any] = {
+        "text": "text",
+        "label": "label",
+        "labels": (),
+        "unit": "customer",
+        "form": settings.csv_form,
+    }
     assert data.count(settings.source, **columns) == 4
     source = write(tmp_path / "empty.jsonl", [*TRAIN, ("new", "good", "South", " ")])
     with pytest.raises(InputError, match="1 training rows have nothing in that column"):
