@@ -7,10 +7,10 @@ from typing import Any
 
 from fedlora.config import load
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, RESULT, finite, is_complete, read_records
+from fedlora.run_files import CONFIG, RESULT, ROUNDS, finite, is_complete, read_records
 from server.run_directory import ORDERS, RunDirectory
 
-FILES = (CONFIG, ORDERS, "rounds.jsonl", RESULT)
+FILES = (CONFIG, ORDERS, ROUNDS, RESULT)
 """Files that the summary depends on."""
 PACE_ROUNDS = 10
 """Rounds whose mean time predicts the time left."""

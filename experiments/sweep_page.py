@@ -122,7 +122,7 @@ def _privacy(lines: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -
         if line["accuracy"] is None:
             continue
         setting = (line["arm"], setting_of(line, others))
-        if line["arm"].endswith("-dp"):
+        if under_dp(line):
             settings.setdefault(setting, []).append(line)
         else:
             free[setting] = line

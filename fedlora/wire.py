@@ -36,7 +36,7 @@ from fedlora.messages import (
     TrainOrder,
 )
 from fedlora.run_files import RUN_NAME
-from fedlora.secure_aggregation import MaskedOrder, SecureMessage
+from fedlora.secure_aggregation import MAX_TEXT_CHARACTERS, MaskedOrder, SecureMessage
 
 if TYPE_CHECKING:
     import mmap
@@ -64,8 +64,6 @@ _INT64, _RAW = "<i8", "raw"
 MAX_HEADER_BYTES = 2**20
 """Bytes of names and shapes in an adapter's file. A thousand tensors take some 0.2 MB. Each tensor
 that a header names takes memory before it is compared with anything."""
-MAX_TEXT_CHARACTERS = 1000
-"""Characters of a text in a message, such as a name, a digest, a version."""
 MAX_LIST_TEXTS = 16
 """Texts in a list of an order: its parts, its local parts, the requested figures."""
 MAX_EVALUATION_CHARACTERS = 2**20

@@ -40,7 +40,7 @@ from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.rows import partition_rows
-from fedlora.run_files import finite, read_run_file
+from fedlora.run_files import CONFIG, finite, read_run_file
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.terminal import Terminal
@@ -59,7 +59,7 @@ def check(config: RunConfig, out: Path, engine: str) -> None:
         InputError: Naming value, bound and remedy.
     """
     check_engine(engine)
-    if (out / FILE).exists() or (out / "run" / "config.toml").exists():
+    if (out / FILE).exists() or (out / "run" / CONFIG).exists():
         raise InputError(f"{out} holds another audit; give another --out")
     if config.federation.traits.local_parts or config.adapter.ranks:
         raise InputError(
