@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedlora import cache, files, plugins, schemes, sources
 from fedlora.arrays import Int64
-from fedlora.csv_files import PLAIN, CsvForm
+from fedlora.csv_files import CsvForm
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.rows import check_labels, partition_rows, read_table
@@ -121,23 +121,15 @@ def _entry(base: Path, kind: str, key: list[Any]) -> Path:
 
 
 def load_shard(
-    source: str,
-    *,
-    text: str,
-    label: str,
-    labels: tuple[str, ...],
-    encode: Encode,
-    form: CsvForm = PLAIN,
+    settings: DataConfig, source: str, *, labels: tuple[str, ...], encode: Encode
 ) -> tuple[Shard, int]:
     """Read all rows of one source, uncached; rows without text or label are left out.
 
     Args:
+        settings: ``text``, ``label``, ``delimiter`` and ``encoding`` are used.
         source: A source, see `fedlora.sources`.
-        text: Column of the text; several columns, separated by commas, are joined by " | ".
-        label: Column of the label.
         labels: The classes that the model knows; empty for sft.
         encode: The tokeniser.
-        form: Delimiter and encoding of a CSV file.
 
     Returns:
         The rows, and the number of rows that were cut to length.
@@ -145,7 +137,8 @@ def load_shard(
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
     """
-    table = read_table(source, text, label, {}, "test", form=form)
+    form = settings.csv_form
+    table = read_table(source, settings.text, settings.label, {}, "test", form=form)
     if labels:
         check_labels(table.labels, labels, source, "the model was trained on no other label")
     encoded = encode(table.texts, table.labels, labels)

@@ -108,12 +108,7 @@ def evaluate(
     config = configuration(run_dir, overrides or {})
     work = _open(run_dir, config, institution)
     shard, truncated = data.load_shard(
-        source,
-        text=config.data.text,
-        label=config.data.label,
-        labels=work.labels,
-        encode=work.task.encode,
-        form=config.data.csv_form,
+        config.data, source, labels=work.labels, encode=work.task.encode
     )
     measured = work.task.evaluate(work.model, shard, work.labels)
     return measured | {"truncated": truncated, "max_length": config.training.max_length}

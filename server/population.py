@@ -118,12 +118,7 @@ def _deployed(config: RunConfig) -> Population:
     if config.data.test_source:
         task = trainable.load(config, config.data.labels).task
         held_out, counts["truncated"] = data.load_shard(
-            config.data.test_source,
-            text=config.data.text,
-            label=config.data.label,
-            labels=config.data.labels,
-            encode=task.encode,
-            form=config.data.csv_form,
+            config.data, config.data.test_source, labels=config.data.labels, encode=task.encode
         )
     return Population(
         size=config.data.institutions,

@@ -230,13 +230,8 @@ def _scored(
 
 
 def _rows(config: RunConfig, work: Trainable, file: Path) -> Shard:
-    return data.load_shard(
-        str(file),
-        text=config.data.text,
-        label=config.data.label,
-        labels=work.labels,
-        encode=work.task.encode,
-    )[0]
+    shard, _ = data.load_shard(config.data, str(file), labels=work.labels, encode=work.task.encode)
+    return shard
 
 
 def _promise(run_dir: Path) -> dict[str, Any]:
