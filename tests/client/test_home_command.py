@@ -27,14 +27,11 @@ from fedlora.messages import Release
 from fedlora.rounding import at_most
 from simulation.engines.grid import identify
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 LABELS = ["card", "fraud", "loan"]
 RUN = "0123456789abcdef"
 NONE = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch):
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 
 @dataclasses.dataclass

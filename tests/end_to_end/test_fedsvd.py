@@ -15,16 +15,13 @@ from fedlora import models, records, trainable, wire
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
+from tests.samples import final_adapter
 
 FEDSVD = {
     "federation.strategy": "fedsvd",
     "federation.server-optimizer": "none",
     "federation.server-learning-rate": 1.0,
 }
-
-
-def _final(config):
-    return AdapterState.open(Path(config.run_dir) / "adapter")
 
 
 def _orthonormal(state):
@@ -84,7 +81,7 @@ def test_a_run_in_which_half_the_institutions_are_asked_is_the_same_after_a_resu
             max((run / "checkpoints").iterdir()).unlink()
             (run / "result.json").unlink()
             result = simulate_run(config)
-        ends.append(_final(config))
+        ends.append(final_adapter(config))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert all(_orthonormal(ends[0]))
     rounds = read_records(Path(config.run_dir))
@@ -184,13 +181,13 @@ def test_until_b_has_moved_the_first_a_stays(tiny_config, simulate_run):
     config = tiny_config(**FEDSVD, **{"privacy.epsilon": math.inf, "federation.rounds": 1})
     simulate_run(config)
     start = trainable.load(config, records.load(config).labels).start
-    end = _final(config)
+    end = final_adapter(config)
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == {"head"}
     more = dataclasses.replace(config, federation=dataclasses.replace(config.federation, rounds=2))
     more = dataclasses.replace(more, run_dir=config.run_dir + "-more")
     simulate_run(more)
-    end = _final(more)
+    end = final_adapter(more)
     assert all(_orthonormal(end)) and not any(_orthonormal(start))
 
 

@@ -22,16 +22,8 @@ from fedlora.run_files import read_records
 from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, statement
 from server.run_directory import RunState
 from server.spending import Spending
-from tests.samples import privacy_spent
+from tests.samples import final_adapter, privacy_spent, same_adapters
 from tests.simulation.workers import worker_pids
-
-
-def _adapter(config) -> AdapterState:
-    return AdapterState.open(Path(config.run_dir) / "adapter")
-
-
-def _same(a: AdapterState, b: AdapterState) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_run_without_dp_learns_and_leaves_a_complete_directory(tiny_config, simulate_run):
@@ -73,7 +65,7 @@ def test_the_adapter_opens_with_peft_and_gives_the_same_outputs(tiny_config, sim
     simulate_run(config)
     federation = records.load(config)
     work = trainable.load(config, federation.labels)
-    _adapter(config).load_into(work.model)
+    final_adapter(config).load_into(work.model)
     shard, _ = federation.pooled_held_out()
     batch = work.task.collate(shard, range(8))
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -97,11 +89,11 @@ def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(
         values = {"run-dir": str(tmp_path / name), "engine.workers": workers}
         config = tiny_config(**values, **{"adapter.dropout": 0.1})
         simulate(config, **options)
-        return _adapter(config)
+        return final_adapter(config)
 
     inline = made("inline", 1, simulate_run)
-    assert _same(inline, made("one", 1, simulate_on_ray, forked=False))
-    assert _same(inline, made("three", 3, simulate_on_ray))
+    assert same_adapters(inline, made("one", 1, simulate_on_ray, forked=False))
+    assert same_adapters(inline, made("three", 3, simulate_on_ray))
 
 
 def test_as_many_institutions_as_wished_train_at_home(tiny_config, simulate_run):
@@ -137,8 +129,8 @@ def test_secure_noise_is_never_the_same_twice(tiny_config, simulate_run, tmp_pat
             **{"run-dir": str(tmp_path / name), "privacy.noise": "secure", "federation.rounds": 1}
         )
         simulate_run(config)
-        made.append(_adapter(config))
-    assert not _same(*made)
+        made.append(final_adapter(config))
+    assert not same_adapters(*made)
 
 
 def test_privacy_json_and_ledgers_agree_to_the_last_digit(tiny_config, simulate_run):
@@ -233,7 +225,7 @@ def test_the_physical_batch_changes_no_result(tiny_config, simulate_run, tmp_pat
             **{"run-dir": str(tmp_path / str(size)), "training.physical-batch": size}
         )
         simulate_run(config)
-        made.append(_adapter(config))
+        made.append(final_adapter(config))
     for name in made[0]:
         torch.testing.assert_close(made[0][name], made[1][name], rtol=1e-3, atol=1e-4)
 
@@ -277,7 +269,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_adapter(
         process = _start("--resume", run, "--quiet")
     assert process.wait() == 0, process.communicate()[1]
     resumed = AdapterState.open(run / "adapter")
-    assert _same(resumed, _adapter(undisturbed))
+    assert same_adapters(resumed, final_adapter(undisturbed))
     assert [r["round"] for r in read_records(run)] == list(range(1, 9))
 
 
@@ -307,14 +299,14 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
         run.run_rounds(config, grid)
         assert victims[0] not in worker_pids(grid)
     assert all(r["updates"] == 4 for r in read_records(tmp_path / "run"))
-    assert _same(_adapter(config), _adapter(calm))
+    assert same_adapters(final_adapter(config), final_adapter(calm))
 
 
 def test_svd_runs_under_dp_and_moves_every_part(tiny_config, simulate_run):
     config = tiny_config(**{"federation.strategy": "svd", "adapter.method": "rslora"})
     simulate_run(config)
     start = trainable.load(config, records.load(config).labels).start
-    end = _adapter(config)
+    end = final_adapter(config)
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == {"A", "B", "head"}
 
@@ -385,7 +377,7 @@ def test_a_strategy_that_freezes_a_factor_trains_and_sends_the_rest_only(
     config = tiny_config(**{"federation.strategy": strategy, "federation.rounds": 4})
     simulate_run(config)
     start = trainable.load(config, records.load(config).labels).start
-    end = _adapter(config)
+    end = final_adapter(config)
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == ({"B", "head"} if strategy == "ffa" else {"A", "B", "head"})
     rounds = read_records(Path(config.run_dir))
