@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import work
 from client import private_training, training
-from fedlora import trainable
+from fedlora import records, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.config import load
 from fedlora.streams import RandomSource
@@ -47,8 +47,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = load(Path(work.CONFIG))
-    records = trainable.records(config)
-    model = trainable.load(config, records.labels)
+    federation = records.load(config)
+    model = trainable.load(config, federation.labels)
     count = arguments.institutions
     plan = training.LocalPlan(
         steps=config.training.local_steps,
@@ -60,13 +60,13 @@ def main() -> None:
     def private(turn: int) -> None:
         participants = [
             private_training.Participant(
-                shard=records.train(index),
+                shard=federation.train(index),
                 mechanism=PrivacyPlan(
                     epsilon=8.0,
                     delta=1e-5,
                     noise_multiplier=1.0,
-                    sample_rate=min(1.0, 64 / len(records.train(index))),
-                    size_class=len(records.train(index)),
+                    sample_rate=min(1.0, 64 / len(federation.train(index))),
+                    size_class=len(federation.train(index)),
                     max_grad_norm=1.0,
                     clipping="flat",
                     steps_per_round=plan.steps,
@@ -82,7 +82,7 @@ def main() -> None:
     def plain(turn: int) -> None:
         for index in range(count):
             source = RandomSource.seeded("profile", turn, index)
-            training.train(model, records.train(index), plan, 64, source)
+            training.train(model, federation.train(index), plan, 64, source)
 
     work_of: Callable[[int], None] = private if arguments.private else plain
     work_of(0)

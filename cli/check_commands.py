@@ -11,7 +11,7 @@ from cli.simulation_commands import Accept
 from experiments import ready
 from fedlora.config import accepting, load, parse_overrides
 from fedlora.run_files import finite
-from fedlora.terminal import Json, Terminal, clean_errors
+from fedlora.terminal import Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
 MAX_ROWS = 40
@@ -43,9 +43,7 @@ def init(
 @clean_errors
 def check(
     config: Annotated[Path, typer.Argument(help="A TOML file, or a ready configuration's name.")],
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
-    ] = None,
+    assign: Overrides = None,
     accept: Accept = None,
     as_json: Json = False,
 ) -> None:

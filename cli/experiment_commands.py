@@ -14,7 +14,7 @@ from experiments import ready
 from fedlora.config import RunConfig, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.extras import require_page_packages
-from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
+from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
 
@@ -245,9 +245,7 @@ def _plan_best(
 @clean_errors
 def audit(
     config: Annotated[Path, typer.Argument(help="The configuration of the run to audit.")],
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
-    ] = None,
+    assign: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory; by default runs/audit-NAME-TIME.")
     ] = None,

@@ -18,7 +18,7 @@ from fedlora import config_schema
 from fedlora.config import RunConfig, accepting, describe, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.run_files import CONFIG
-from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
+from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
 Accept = Annotated[
@@ -40,9 +40,7 @@ def run(
     config: Annotated[
         Path | None, typer.Argument(help="A TOML file; `fedlora config` lists its keys.")
     ] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
-    ] = None,
+    assign: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; by default runs/NAME-TIME.")
     ] = None,
@@ -124,6 +122,14 @@ def _continuation(
     return run / CONFIG, values, place, None
 
 
+def _check_run(run_dir: Path) -> None:
+    """Check that a directory holds a run, complete or not."""
+    if not (run_dir / CONFIG).exists():
+        raise InputError(
+            f"{run_dir} holds no run (no {CONFIG}); give the directory that a run printed"
+        )
+
+
 def _resolve(
     path: Path | None,
     overrides: dict[str, Any],
@@ -137,10 +143,7 @@ def _resolve(
             raise InputError(
                 "--out and --resume exclude each other; a resumed run stays where it is"
             )
-        if not (resume / CONFIG).exists():
-            raise InputError(
-                f"{resume} holds no run (no config.toml); give the directory that a run printed"
-            )
+        _check_run(resume)
         resume = resume.resolve()  # runs/latest will point elsewhere
         path = path or resume / CONFIG
     elif path is None:
@@ -164,10 +167,7 @@ def watch(
     """Show a run in the browser of this machine, while it runs or after it; Ctrl-C ends it."""
     from experiments import live
 
-    if not (run_dir / CONFIG).exists():
-        raise InputError(
-            f"{run_dir} holds no run (no config.toml); give the directory that a run printed"
-        )
+    _check_run(run_dir)
     with live.serving(run_dir.resolve()) as address, contextlib.suppress(KeyboardInterrupt):
         Terminal().write_line(f"live page: {address} (Ctrl-C ends it)")
         threading.Event().wait()
@@ -339,9 +339,7 @@ def show_config(
     config: Annotated[
         Path | None, typer.Argument(help="A TOML file; without a file, all keys.")
     ] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
-    ] = None,
+    assign: Overrides = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print a JSON schema of these files, for editors.")
     ] = False,

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from client import cohort, config_policy, home_cohort, settings
 from client.institution import Institution
-from client.secure_role import SecureRole
+from client.secure_party import SecureParty
 from fedlora import wire
 from fedlora.config import from_context
 from fedlora.errors import InputError, RecordError, Refusal, place
@@ -91,19 +91,19 @@ def keys(message: Message, context: Context) -> Message:
 @app.query("shares")
 def shares(message: Message, context: Context) -> Message:
     """Check all keys of a run, and seal shares of this institution's secrets."""
-    return _secure(message, context, SharesOrder, SecureRole.shares)
+    return _secure(message, context, SharesOrder, SecureParty.shares)
 
 
 @app.query("list")
 def sign_list(message: Message, context: Context) -> Message:
     """Sign the survivors of a round."""
-    return _secure(message, context, ListOrder, SecureRole.sign_list)
+    return _secure(message, context, ListOrder, SecureParty.sign_list)
 
 
 @app.query("unmask")
 def unmask(message: Message, context: Context) -> Message:
     """Close a round in the ledger, and reveal shares for its sum."""
-    return _secure(message, context, UnmaskOrder, SecureRole.unmask)
+    return _secure(message, context, UnmaskOrder, SecureParty.unmask)
 
 
 @app.train()
@@ -137,12 +137,12 @@ def _secure(
     message: Message,
     context: Context,
     kind: type[_Order],
-    call: Callable[[SecureRole, _Order], SecureMessage],
+    call: Callable[[SecureParty, _Order], SecureMessage],
 ) -> Message:
     """The reply to a message of secure aggregation."""
 
     def answer(institution: Institution, order: _Order) -> SecureMessage:
-        return call(institution.secure_role(), order)
+        return call(institution.secure_role().party(), order)
 
     return _reply(message, context, _reads(kind), answer, wire.pack_secure)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting, noise_shares
+from fedlora import accounting, composition, noise_shares
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import RESIDUAL_A, AdapterState
 from fedlora.config import RunConfig
@@ -170,7 +170,7 @@ def check_limits(
             f"the run has delta {plan.delta:g}, above max-delta ({max_delta:g}); "
             "ask for a smaller privacy.delta, or raise max-delta",
         )
-    spent = accounting.epsilon(plan.events, ledger.delta, ledger.accountant)
+    spent = composition.epsilon(plan.events, ledger.delta, ledger.accountant)
     if spent > max_run_epsilon:
         raise Refusal(
             "epsilon-too-large",

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.settings import Settings
-from fedlora.config import RunConfig, Scalar, from_flat
+from fedlora.config import RunConfig, from_flat
 from fedlora.errors import InputError, Refusal
 from fedlora.sections import INSTITUTIONS
+from fedlora.settings_schema import Scalar
 
 MAX_TEXT = 1000
 """Characters of a text unless `Taken` has another bound; longer texts are not read or logged."""

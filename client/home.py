@@ -15,14 +15,15 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from client import alone_models
 from client.alone_models import AloneModel
 from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
-from fedlora.adapters import PARTS, AdapterState, Scale, kind
+from fedlora.adapters import PARTS, AdapterState, kind
+from fedlora.arrays import Floats
 from fedlora.errors import InputError
+from fedlora.lora_layers import Scale
 from fedlora.sections import HOME_CHOOSES_FROM, HOME_FINISH, HOME_VALIDATION, HomeConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable
@@ -273,7 +274,7 @@ class _Trainer:
 
     def _errors(
         self, adapters: Mapping[int, AdapterState], validation: Mapping[int, Shard]
-    ) -> NDArray[np.float64]:
+    ) -> Floats:
         """The expected errors of each institution's adapter; infinite if they are no number."""
         shards = [validation[i] for i in adapters]
         errors = expected_errors(self.work, list(adapters.values()), shards, self.physical_batch)

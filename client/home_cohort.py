@@ -9,7 +9,7 @@ from client import private_home, training
 from client.cohort import answer, attempt
 from client.home_models import Home, HomeModels, PrivateOwn
 from client.institution import Institution
-from fedlora import trainable
+from fedlora import records, trainable
 from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, TrainOrder
 
 log = logging.getLogger("fedlora.client")
@@ -138,7 +138,7 @@ def _private_call(member: Member) -> tuple[Institution, TrainOrder]:
         residual_rank=private_home.residual_rank(shared),
     )
     with training.threads(config.engine.threads):
-        labels = trainable.records(institution.config).labels
+        labels = records.load(institution.config).labels
         work = trainable.load(institution.config, labels)
     order = private_home.order_at_home(config, member.run, work.base.digest, shared)
     return dataclasses.replace(institution, config=config, rank=config.adapter.rank), order

@@ -24,7 +24,7 @@ from client.home_cohort import Member
 from client.institution import Institution
 from client.releases import Releases
 from client.settings import Settings
-from fedlora import comparison, trainable
+from fedlora import comparison, records, trainable
 from fedlora.comparison import Rows
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
@@ -90,12 +90,12 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         out.parent.mkdir(exist_ok=True, mode=0o700)
     with _without_leftovers(state, out), _private_cache(state), _new_directory(out) as new:
         institution = dataclasses.replace(Institution.deployed(own, config), directory=new)
-        records = trainable.records(config)
-        train_rows, held_out = records.train(0), records.held_out(0)
+        federation = records.load(config)
+        train_rows, held_out = federation.train(0), federation.held_out(0)
         if not len(held_out):
             raise InputError("no held-out row is left; name a test-source with rows of its own")
         with training.threads(config.engine.threads):  # the model is examined as it trains
-            work = trainable.load(config, records.labels)
+            work = trainable.load(config, federation.labels)
         shared = found.adapter(work, residuals=config.federation.traits.residuals)
         say(f"run {found.name}: {len(train_rows)} records, {len(held_out)} held-out rows")
         if config.home.private:
@@ -112,8 +112,8 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         say("comparing alone, shared and own")
         said = institution.compare(shared, models).metrics
         texts = comparison.text_numbers(held_out)
-        rows = Rows.of(train_rows, held_out, texts, said, len(records.labels))
-        compared = comparison.summary({own.name: rows}, records.labels)
+        rows = Rows.of(train_rows, held_out, texts, said, len(federation.labels))
+        compared = comparison.summary({own.name: rows}, federation.labels)
         result = {
             "institution": own.name,
             "run": found.run,

@@ -94,7 +94,7 @@ class Home:
     shared: AdapterState
     source: RandomSource
     own: PrivateOwn | None = None
-    alone: Path | None = None
+    alone: Path | None
 
 
 class Setting(NamedTuple):
@@ -122,7 +122,7 @@ class Choice:
 
     alone: Setting
     own: Setting
-    weight: float = 1.0
+    weight: float
 
     def figures(self) -> dict[str, float]:
         """The choice as `fedlora.messages.Evaluation` has it at home."""
@@ -149,7 +149,7 @@ class HomeModels:
     alone: AdapterState
     own: AdapterState
     choice: Choice
-    private: PrivateOwn | None = None
+    private: PrivateOwn | None
 
     def card(self) -> str:
         """The model card of the own model."""

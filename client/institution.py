@@ -26,10 +26,11 @@ from client.releases import Releases
 from client.secure_role import SecureRole
 from client.settings import Settings
 from client.training import LocalPlan
-from fedlora import accounting, peers, secure_order, trainable
-from fedlora.accounting import Event, PrivacyPlan
+from fedlora import accounting, peers, records, secure_order, trainable
+from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
+from fedlora.composition import Event
 from fedlora.config import UNRELEASED, RunConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
@@ -59,6 +60,7 @@ class Institution:
         ledger_path: The file of its privacy ledger.
         directory: The directory of its local parts.
         rank: The rank of its factors.
+        secure_store: The file of its keys and shares in secure aggregation.
         report: Names of figures that it sends where DP is off.
         max_delta: Largest delta of a run.
         max_run_epsilon: Largest epsilon of a run, at the ledger's delta.
@@ -66,7 +68,6 @@ class Institution:
         simulated: Whether one experimenter plays every institution.
         key_path: The file of its own key; None in a simulation, where keys follow from the seed.
         peers_path: The directory of the pinned keys of its peers; None likewise.
-        secure_store: The file of its keys and shares in secure aggregation.
     """
 
     config: RunConfig
@@ -75,6 +76,7 @@ class Institution:
     ledger_path: Path
     directory: Path
     rank: int
+    secure_store: Path
     report: tuple[str, ...] = ("loss", "records")
     max_delta: float = 1.0
     max_run_epsilon: float = math.inf
@@ -82,12 +84,11 @@ class Institution:
     simulated: bool = True
     key_path: Path | None = None
     peers_path: Path | None = None
-    secure_store: Path = Path()
 
     @classmethod
     def locate(cls, config: RunConfig, index: int) -> Self:
         """The institution with this number in a simulation."""
-        name = trainable.records(config).names[index]
+        name = records.load(config).names[index]
         ledgers = Path(config.privacy.ledger or Path(config.run_dir) / "ledgers")
         return cls(
             config=config,
@@ -211,7 +212,7 @@ class Institution:
         ledger = self.open_ledger(shard)
         with _closed_on_error(ledger):
             self._check_limits(plan, ledger)
-            count = secure.begin(order) if secure else len(trainable.records(self.config).names)
+            count = secure.begin(order) if secure else len(records.load(self.config).names)
         return PrivateRound(
             name=self.name,
             order=order,
@@ -235,7 +236,7 @@ class Institution:
             raise Refusal("protocol-mismatch", "the run has no masked vectors")
         if self.simulated:
             key = peers.simulated(config.seed, name)
-            pinned = peers.simulated_public(config.seed, trainable.records(config).names)
+            pinned = peers.simulated_public(config.seed, records.load(config).names)
         elif self.key_path is None or self.peers_path is None:
             raise Refusal(
                 "no-peers",
@@ -277,7 +278,7 @@ class Institution:
             adapter.load_into(work.model)
             if order.save:
                 adapter.save(self.directory / "adapter", work.model)
-            shard = trainable.records(self.config).held_out(self.index)
+            shard = records.load(self.config).held_out(self.index)
             metrics = work.task.evaluate(work.model, shard, work.labels) if len(shard) else {}
         return Evaluation(institution=self.name, metrics=metrics)
 
@@ -349,7 +350,7 @@ class Institution:
         """
         with training.threads(self.config.engine.threads):
             work = self._load()
-            shard = trainable.records(self.config).held_out(self.index)
+            shard = records.load(self.config).held_out(self.index)
             predicted: dict[str, list[int]] = {}
             for name, adapter in (("alone", models.alone), ("shared", shared), ("own", models.own)):
                 adapter.load_into(work.model)
@@ -442,11 +443,11 @@ class Institution:
         )
 
     def _records(self) -> Shard:
-        return trainable.records(self.config).train(self.index)
+        return records.load(self.config).train(self.index)
 
     def _load(self) -> trainable.Trainable:
         with training.threads(self.config.engine.threads):  # the model is examined as it trains
-            return trainable.load(self.config, trainable.records(self.config).labels)
+            return trainable.load(self.config, records.load(self.config).labels)
 
     def _local_parts(self, run: str) -> LocalParts:
         return LocalParts(self.directory, run, self.config.fingerprint(*UNRELEASED))
@@ -463,6 +464,5 @@ def _closed_on_error(ledger: Ledger) -> Generator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _ranks(config: RunConfig) -> list[int]:
-    federation = trainable.records(config)
-    units = (federation.train(i).num_units for i in range(len(federation.names)))
+    units = records.load(config).units
     return config.adapter.ranks_of([accounting.public_size(count) for count in units])

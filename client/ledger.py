@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from client import ledger_file, ledger_integrity
-from fedlora import accounting
-from fedlora.accounting import Event, History
+from fedlora import accounting, composition
+from fedlora.composition import Event, History
 from fedlora.errors import InputError, Refusal
 from fedlora.streams import KEY_BYTES
 
@@ -81,7 +81,7 @@ class Ledger:
         """
         if not 0 < max_epsilon < float("inf"):
             raise InputError(f"max-epsilon is {max_epsilon}, but must be a finite number above 0")
-        accounting.epsilon((), delta, accountant)  # checks both
+        composition.epsilon((), delta, accountant)  # checks both
         ledger_file.write(Path(path), max_epsilon=max_epsilon, delta=delta, accountant=accountant)
 
     @classmethod
@@ -212,8 +212,8 @@ class Ledger:
         self, db: sqlite3.Connection, run: str, cost: Sequence[Event], planned: Sequence[Event]
     ) -> None:
         before, others = ledger_file.events(db), ledger_file.events(db, other_than=run)
-        with_cost = accounting.compose((*before, *cost))
-        whole = accounting.compose((*others, *planned))
+        with_cost = composition.compose((*before, *cost))
+        whole = composition.compose((*others, *planned))
         # Epsilon grows with every step, so a part of a history that fits also fits.
         if _within(with_cost, whole) and self._epsilon(whole) <= self.max_epsilon:
             return
@@ -372,7 +372,7 @@ class Ledger:
         }
 
     def _epsilon(self, events: Sequence[Event]) -> float:
-        return accounting.epsilon(events, self.delta, self.accountant)
+        return composition.epsilon(events, self.delta, self.accountant)
 
     @contextlib.contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:

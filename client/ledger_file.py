@@ -13,7 +13,7 @@ from pathlib import Path
 
 from client import ledger_integrity, ledger_upgrade
 from fedlora import files
-from fedlora.accounting import Event, History, compose
+from fedlora.composition import Event, History, compose
 from fedlora.errors import InputError, Refusal
 
 _APPLICATION = 0x66646C64  # "fdld", the file's mark for `file` and PRAGMA application_id
@@ -56,7 +56,7 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
         raise InputError(f"the ledger {path} cannot be written: {error}") from error
 
 
-def connect(path: Path, *, shared: bool = False) -> sqlite3.Connection:
+def connect(path: Path, *, shared: bool) -> sqlite3.Connection:
     """Open a ledger's file after checking all of it. An older version is upgraded.
 
     Args:

@@ -3,20 +3,16 @@
 import math
 
 import numpy as np
-import numpy.typing as npt
 
 from client.dp_sgd import check_noise
 from fedlora import discrete_gaussian, noise_shares
 from fedlora.accounting import PrivacyPlan
+from fedlora.arrays import Floats, Int64
 from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 
-Words = npt.NDArray[np.int64]
 
-
-def noised_words(
-    sums: npt.NDArray[np.float64], plan: PrivacyPlan, source: RandomSource, institutions: int
-) -> Words:
+def noised_words(sums: Floats, plan: PrivacyPlan, source: RandomSource, institutions: int) -> Int64:
     """Round a sum of clipped gradients to the grid and add a share of noise.
 
     Guarantee: the returned vectors of ``plan.honest`` institutions add up to the output of one

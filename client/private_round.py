@@ -7,18 +7,19 @@ from typing import Self
 
 from client import private_training
 from client.ledger import Ledger
-from client.private_training import Participant, Words
+from client.private_training import Participant
 from client.secure_role import SecureRole
 from client.training import LocalPlan
-from fedlora import accounting, trainable, wire
+from fedlora import composition, records, trainable, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Int64
 from fedlora.config import UNRELEASED, RunConfig
 from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
-Trained = AdapterState | Words
+Trained = AdapterState | Int64
 """The outcome of a round's training: an adapter, or a vector under secure aggregation."""
 
 
@@ -47,7 +48,7 @@ class PrivateRound:
     plan: PrivacyPlan
     ledger: Ledger
     institutions: int
-    secure: SecureRole | None = None
+    secure: SecureRole | None
     key: bytes = b""
 
     def __enter__(self) -> Self:
@@ -97,7 +98,7 @@ class PrivateRound:
         """Store the round's answer in the ledger; only then may it be sent.
 
         A masked vector is not stored: nobody can read it before shares leave, and the ledger closes
-        the round before they do (`SecureRole.unmask`).
+        the round before they do (`SecureParty.unmask`).
 
         Args:
             trained: The outcome of `train_rounds`.
@@ -149,7 +150,7 @@ class PrivateRound:
         events = ledger.history(self.order.run)
         return PrivacySpent(
             unit=self.config.privacy.unit,
-            epsilon=accounting.epsilon(events, plan.delta, plan.accountant),
+            epsilon=composition.epsilon(events, plan.delta, plan.accountant),
             delta=plan.delta,
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.sample_rate,
@@ -178,7 +179,7 @@ def train_rounds(rounds: Sequence[PrivateRound]) -> list[Trained]:
         Refusal: When a guard trips; nothing may be released then.
     """
     order, config = rounds[0].order, rounds[0].config
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     work.train_only((*order.parts, *order.kept))
     order.adapter.load_into(work.model)
     participants = [

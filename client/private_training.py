@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from client.gradients import SampledUnits, packed_gradients, padded_gradients
@@ -21,11 +20,10 @@ from client.training import OPTIMIZERS, LocalPlan, proximal_term, training_steps
 from fedlora import lora_layers
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Int64
 from fedlora.shards import Shard, concatenate
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
-
-Words = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +92,7 @@ def train_privately(
 
 def noised_sums(
     trainable: Trainable, participants: Sequence[Participant], plan: LocalPlan, institutions: int
-) -> list[Words]:
+) -> list[Int64]:
     """The vectors of one step under secure aggregation, of one institution or of several.
 
     Guarantee: with ``source`` keyed by the operating system, the sum of the vectors of

@@ -11,33 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.ledger import Ledger
 from client.secure_party import SecureParty
 from fedlora import secure_order
+from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.messages import TrainOrder
 from fedlora.secure_aggregation import (
     KeysMessage,
-    ListMessage,
-    ListOrder,
     MaskedOrder,
-    SharesMessage,
-    SharesOrder,
     Terms,
-    UnmaskMessage,
-    UnmaskOrder,
 )
-
-Words = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SecureRole:
-    """An institution in secure aggregation. Each method answers one message of the server.
+    """An institution in secure aggregation: its part that needs the configuration or the ledger.
 
     Args:
         config: The run, as this institution follows it.
@@ -55,6 +47,16 @@ class SecureRole:
     key: ec.EllipticCurvePrivateKey
     peers: Mapping[str, ec.EllipticCurvePublicKey]
 
+    def party(self) -> SecureParty:
+        """The protocol by itself, which answers the messages that need no configuration."""
+        return SecureParty(
+            store=self.store,
+            name=self.name,
+            key=self.key,
+            peers=self.peers,
+            before_unmask=self._before_unmask,
+        )
+
     def keys(self, terms: Terms, parameters: int) -> KeysMessage:
         """Make the keys of a run whose terms are those of the configuration.
 
@@ -68,11 +70,7 @@ class SecureRole:
         self._check_terms(terms, parameters)
         with contextlib.suppress(OSError):  # the store then says what is wrong with its place
             self.store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return self._party().keys(terms)
-
-    def shares(self, order: SharesOrder) -> SharesMessage:
-        """Check all keys and seal this institution's shares (`SecureParty.shares`)."""
-        return self._party().shares(order)
+        return self.party().keys(terms)
 
     def begin(self, order: TrainOrder) -> int:
         """Begin a round, before its charge.
@@ -95,14 +93,14 @@ class SecureRole:
                 f"round {order.round} of run {order.run} is bound to another order, or plans noise "
                 f"for {order.participations} of {rounds} rounds",
             )
-        party = self._party()
+        party = self.party()
         terms = party.terms(order.run)
         # the configuration comes with each message, and may have changed since the setup
         self._check_terms(terms, secure_order.parameters(order.adapter, self.config))
         party.begin(masked)
         return len(terms.names)
 
-    def mask(self, order: TrainOrder, words: Words) -> Words:
+    def mask(self, order: TrainOrder, words: Int64) -> Int64:
         """Mask the vector of a round that began.
 
         Args:
@@ -115,24 +113,16 @@ class SecureRole:
         Raises:
             Refusal: As `SecureParty.mask`.
         """
-        party = self._party()
+        party = self.party()
         # a round may train fewer parameters than another; nothing is known of the words beyond
         whole = np.zeros(party.terms(order.run).parameters, np.int64)
         whole[: len(words)] = words
         masked = party.mask(self._masked(order), whole)
         return np.frombuffer(masked.words, "<i8")[: len(words)].astype(np.int64)
 
-    def sign_list(self, order: ListOrder) -> ListMessage:
-        """Sign the survivors of a round (`SecureParty.sign_list`)."""
-        return self._party().sign_list(order)
-
-    def unmask(self, order: UnmaskOrder) -> UnmaskMessage:
-        """Reveal shares of a round (`SecureParty.unmask`); the ledger then holds it as answered."""
-        return self._party().unmask(order)
-
     def forget(self, run: str) -> None:
         """Erase the secrets of a run that has ended: its masks and its noise."""
-        self._party().forget(run)
+        self.party().forget(run)
         with Ledger.open(self.ledger) as ledger:
             ledger.end_run(run)
 
@@ -161,15 +151,6 @@ class SecureRole:
                 f"round {order.round} of run {order.run} asks for a vector without a mask",
             )
         return order.masked
-
-    def _party(self) -> SecureParty:
-        return SecureParty(
-            store=self.store,
-            name=self.name,
-            key=self.key,
-            peers=self.peers,
-            before_unmask=self._before_unmask,
-        )
 
     def _before_unmask(
         self, run: str, number: int, digest: bytes, survivors: Sequence[str]

@@ -503,7 +503,7 @@ def _held_out(own: "Settings") -> str:
     """Read the held-out records as a run does, with the columns and classes of the records."""
     from fedlora import rows
 
-    table = rows.read_table(own.test_source, own.text, own.label, {}, "test", own.csv_form)
+    table = rows.read_table(own.test_source, own.text, own.label, {}, "test", form=own.csv_form)
     if own.labels:
         rows.check_labels(table.labels, own.labels, own.test_source, "correct these rows")
     return f"{len(table.texts):,} rows with a text and a label"

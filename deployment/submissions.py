@@ -24,7 +24,7 @@ from deployment.superlink_client import Server
 from fedlora.config import RunConfig, from_flat
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import RESULT, RUN_NAME, SUBMISSION, alone, is_complete, read_records
+from fedlora.run_files import RESULT, ROUNDS, RUN_NAME, SUBMISSION, alone, is_complete, read_records
 from fedlora.sections import INSTITUTIONS
 
 State = Literal["running", "completed", "failed", "stopped"]
@@ -84,7 +84,7 @@ class Submission:
 
     def rounds_done(self) -> list[dict[str, Any]]:
         """The record of each finished round."""
-        with named(self.directory / "rounds.jsonl", "read"):
+        with named(self.directory / ROUNDS, "read"):
             return read_records(self.directory)
 
     def result(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Server:
         return folder
 
 
-def server(environment: Mapping[str, str] = os.environ) -> Server:
+def server() -> Server:
     """The server of this environment.
 
     Raises:
@@ -103,12 +103,12 @@ def server(environment: Mapping[str, str] = os.environ) -> Server:
     """
     names = ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS")
     for name in (*names, "FEDLORA_SUPERLINK", "FLWR_HOME"):
-        if not environment.get(name):
+        if not os.environ.get(name):
             raise InputError(
                 f"{name} is not set; run this where the server runs (docker compose exec server "
                 "fedlora deploy ...), or set it as docker-compose.yml does"
             )
-    places = [Path(environment[name]) for name in names]
+    places = [Path(os.environ[name]) for name in names]
     for name, place in zip(names, places, strict=True):
         if not place.is_dir():
             raise InputError(f"{name} is {place}, which is not a directory; correct it")
@@ -116,8 +116,8 @@ def server(environment: Mapping[str, str] = os.environ) -> Server:
         keys=places[0],
         institutions=places[1],
         results=places[2],
-        superlink=environment["FEDLORA_SUPERLINK"],
-        home=Path(environment["FLWR_HOME"]),
+        superlink=os.environ["FEDLORA_SUPERLINK"],
+        home=Path(os.environ["FLWR_HOME"]),
     )
     for file in (made.ca, made.secret):
         if not file.is_file():

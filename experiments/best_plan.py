@@ -21,7 +21,6 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.sections import MIN_SAMPLE_RATE
 from fedlora.terminal import Terminal
-from server.population import participations
 
 FACTORS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 """Rounds that are tried, over those in which rate 1 uses the compute up."""
@@ -128,8 +127,7 @@ def units_of(config: RunConfig, given: int | None) -> list[int]:
             raise InputError(
                 f"--records is {given}, but the config names records of its own; leave it out"
             )
-        federation = records.load(config)
-        return [federation.train(i).num_units for i in range(len(federation.names))]
+        return records.load(config).units
     if given is None or given < 1:
         raise InputError(
             "data.source is 'institutions', so nobody here sees the records; give --records, the "
@@ -172,7 +170,7 @@ def _row(config: RunConfig, units: Sequence[int]) -> Row:
     """The plan of a configuration."""
     count, rounds = len(units), config.federation.rounds
     asked = _asked(config, count)
-    of_one = participations(config, count)
+    of_one = config.federation.participations(count)
     sizes = [accounting.public_size(n) for n in units]
     plans = [plan_run(config, size, of_one) for size in sizes]
     weights = {

@@ -176,9 +176,7 @@ def _epsilon_axis(axes: Axes, epsilons: Mapping[int, float]) -> None:
     above.set_xlabel("epsilon spent")
 
 
-def against_epsilon(
-    name: str, title: str, lines: Sequence[Line], levels: Mapping[str, float], label: str
-) -> str:
+def against_epsilon(title: str, lines: Sequence[Line], levels: Mapping[str, float]) -> str:
     """Draw accuracy against epsilon with confidence bands; ``levels`` are horizontal lines."""
     finite = sorted({x for _, xs, _, _ in lines for x in xs if math.isfinite(x)})
     without = max(finite) * 3 if finite else 10.0  # the position of "no DP"
@@ -211,7 +209,7 @@ def against_epsilon(
         axes.set_xticks(ticks, [*(f"{x:g}" for x in finite), "no DP"], minor=False)
         axes.minorticks_off()
         axes.set_xlabel("epsilon (smaller is more private)")
-        axes.set_ylabel(label)
+        axes.set_ylabel("accuracy")
         axes.margins(x=0.08)
         percent_axis(axes)
         legend_below(axes)
@@ -224,10 +222,10 @@ def against_epsilon(
         )
         for of, xs, ys, _ in lines
     ] + [f"{of}: {100 * y:.1f} %" for of, y in levels.items()]
-    return draw(name, title, f"{label} against epsilon. " + "; ".join(words) + ".", plot, 3.6)
+    return draw("epsilon", title, "accuracy against epsilon. " + "; ".join(words) + ".", plot, 3.6)
 
 
-def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str) -> str:
+def against(name: str, title: str, lines: Sequence[Line], axis: str) -> str:
     """Draw accuracy against a number that the grid varies."""
 
     def plot(axes: Axes) -> None:
@@ -258,7 +256,7 @@ def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str)
         axes.minorticks_off()
         axes.margins(x=0.08)
         axes.set_xlabel(axis)
-        axes.set_ylabel(label)
+        axes.set_ylabel("accuracy")
         percent_axis(axes)
         legend_below(axes)
 
@@ -266,7 +264,7 @@ def against(name: str, title: str, lines: Sequence[Line], axis: str, label: str)
         f"{of}: " + ", ".join(f"{100 * y:.1f} % at {x:g}" for x, y in zip(xs, ys, strict=True))
         for of, xs, ys, _ in lines
     ]
-    return draw(name, title, f"{label} against {axis}. " + "; ".join(words) + ".", plot, 3.6)
+    return draw(name, title, f"accuracy against {axis}. " + "; ".join(words) + ".", plot, 3.6)
 
 
 def bars(

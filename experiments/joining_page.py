@@ -204,16 +204,15 @@ def _figure(institutions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     ends = {
         name: (institutions[name]["alone"], institutions[name]["own"]) for name in order[-MAX_ROWS:]
     }
-    return {title: arrows("joining", title, ends)}
+    return {title: arrows(title, ends)}
 
 
-def arrows(name: str, title: str, ends: Mapping[str, tuple[float, float]]) -> str:
+def arrows(title: str, ends: Mapping[str, tuple[float, float]]) -> str:
     """Draw an arrow for each institution, from its accuracy alone to that of its own model.
 
     Directions and colours say the same, so that the figure needs no colours.
 
     Args:
-        name: Unique on its page.
         title: Its heading.
         ends: Institution -> the two accuracies, in the order of rows.
     """
@@ -251,7 +250,7 @@ def arrows(name: str, title: str, ends: Mapping[str, tuple[float, float]]) -> st
         for who, (alone, own) in ends.items()
     )
     height = 1.3 + max(1.2, 0.2 * len(ends))
-    return figures.draw(name, title, f"Accuracy alone and own. {words}.", plot, height)
+    return figures.draw("joining", title, f"Accuracy alone and own. {words}.", plot, height)
 
 
 def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, str]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from fedlora.config import load
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, RESULT, finite, is_complete, read_lines, read_records
-from server.run_directory import ORDERS
+from fedlora.run_files import CONFIG, RESULT, ROUNDS, finite, is_complete, read_records
+from server.run_directory import ORDERS, RunDirectory
 
-FILES = (CONFIG, ORDERS, "rounds.jsonl", RESULT)
+FILES = (CONFIG, ORDERS, ROUNDS, RESULT)
 """Files that the summary depends on."""
 PACE_ROUNDS = 10
 """Rounds whose mean time predicts the time left."""
@@ -62,7 +62,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
         "stage": stage,
         "round": done,
         "rounds": total,
-        "asked": _asked(run_dir, done + 1) if stage == "rounds" else [],
+        "asked": sorted(RunDirectory(run_dir).asked(done + 1)) if stage == "rounds" else [],
         "updates": [records[-1]["updates"], records[-1]["asked"]] if records else None,
         "seconds_left": _seconds_left(records, total) if stage == "rounds" else None,
         "metric": metric,
@@ -72,11 +72,6 @@ def summary(run_dir: Path) -> dict[str, Any]:
         "institutions": _institutions(records),
     }
     return finite(found)
-
-
-def _asked(run_dir: Path, number: int) -> list[str]:
-    lines = [line for line in read_lines(run_dir / ORDERS) if line["round"] == number]
-    return sorted({name for line in lines for name in line["institutions"]})
 
 
 def _seconds_left(records: Sequence[Mapping[str, Any]], total: int) -> float | None:

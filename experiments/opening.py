@@ -17,7 +17,7 @@ from fedlora.config import RunConfig
 from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.odds import group_delta
 from fedlora.rounding import at_least, at_most
-from fedlora.run_files import RESULT
+from fedlora.run_files import CONFIG, RESULT
 from server.trend import advice
 
 
@@ -407,7 +407,7 @@ def identity(run: Run) -> Section:
             [name, f"SHA-256 {bound['files'][file]}"]
             for name, file in (
                 ("adapter", "adapter/adapter_model.safetensors"),
-                ("configuration", "config.toml"),
+                ("configuration", CONFIG),
                 ("results", RESULT),
             )
             if file in bound["files"]

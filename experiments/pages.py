@@ -11,6 +11,7 @@ import jinja2
 
 import fedlora
 
+FOOT = f"Written by fedlora {fedlora.__version__}. This page loads nothing from elsewhere."
 NUMBER = re.compile(r"[+-]?(inf|[\d,.]+(e[+-]?\d+)?)( ± [\d.]+)?( [%s]| MB)?")
 
 
@@ -59,7 +60,6 @@ class Page:
     opening: Sequence[Section]
     tiles: Mapping[str, str]
     sections: Sequence[Section]
-    foot: str = f"Written by fedlora {fedlora.__version__}. This page loads nothing from elsewhere."
 
 
 def render(page: Page) -> bytes:
@@ -76,7 +76,7 @@ def render(page: Page) -> bytes:
         opening=[s for s in page.opening if _filled(s)],
         sections=[s for s in page.sections if _filled(s)],
     )
-    return templates.get_template("report.html").render(page=shown).encode()
+    return templates.get_template("report.html").render(page=shown, foot=FOOT).encode()
 
 
 def number(value: Any) -> str:

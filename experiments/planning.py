@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fedlora import accounting, noise_shares
-from fedlora.accounting import Event
+from fedlora import accounting, composition, noise_shares
+from fedlora.composition import Event
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from fedlora.run_files import finite
@@ -96,7 +96,7 @@ def plan(
     noise_multiplier: float | None,
     delta: float | None,
     accountant: str,
-    trust: Trust | None = None,
+    trust: Trust | None,
 ) -> dict[str, Any]:
     """Solve for ``epsilon`` or ``noise_multiplier``, the one that is None.
 
@@ -137,7 +137,7 @@ def plan(
         )
     sigma = noise_multiplier or 0.0
     event = Event(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, shares=shares)
-    spent = accounting.epsilon((event,), delta, accountant)
+    spent = composition.epsilon((event,), delta, accountant)
     return {
         "noise_multiplier": sigma,
         "epsilon": spent,
@@ -171,7 +171,7 @@ def table(result: dict[str, Any]) -> list[dict[str, float]]:
     def at(sigma: float, steps: int) -> dict[str, float]:
         rate, shares = result["sample_rate"], result.get("honest", 0)
         event = Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=shares)
-        spent = accounting.epsilon((event,), result["delta"], result["accountant"])
+        spent = composition.epsilon((event,), result["delta"], result["accountant"])
         return {"noise_multiplier": sigma, "steps": steps, "epsilon": spent}
 
     sigma, steps = result["noise_multiplier"], result["steps"]

@@ -146,8 +146,8 @@ def summary(out: Path) -> list[dict[str, Any]]:
     by_key: dict[str, dict[str, Any]] = {}
     for case in manifest(out)["cases"]:
         if (found := measured(out, case)) is not None:
-            groups.setdefault(_key(case["arm"], case["axes"]), []).append((case, found))
-            by_key[_key(case["arm"], case["axes"], case["seed"])] = found
+            groups.setdefault(case_key(case["arm"], case["axes"]), []).append((case, found))
+            by_key[case_key(case["arm"], case["axes"], case["seed"])] = found
     lines: list[dict[str, Any]] = []
     first: dict[str, Mapping[str, Any]] = {}
     for group in groups.values():
@@ -164,7 +164,8 @@ def summary(out: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _key(arm: str, axes: Mapping[str, Any], seed: int | None = None) -> str:
+def case_key(arm: str, axes: Mapping[str, Any], seed: int | None = None) -> str:
+    """The same for cases of one arm and setting, and of one seed where that is given."""
     return repr((arm, sorted(axes.items()), seed))
 
 
@@ -182,7 +183,7 @@ def _line(
     for case, found in group:
         free = {k: "inf" if k == "privacy.epsilon" else v for k, v in case["axes"].items()}
         for arm, axes in (("local", free), ("local-dp", case["axes"])):
-            other = by_key.get(_key(arm, axes, case["seed"]))
+            other = by_key.get(case_key(arm, axes, case["seed"]))
             comparable = arm == "local" or case["arm"].endswith("-dp")
             if other is not None and comparable and arm != case["arm"]:
                 gains[arm].append(_of(found, institution) - _of(other, institution))

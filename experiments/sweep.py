@@ -109,7 +109,7 @@ def read(path: Path) -> list[Case]:
                 continue  # this would be the arm without DP
             epsilon = {EPSILON: config.privacy.epsilon} if EPSILON in labels else {}
             case = Case(arm=arm, axes=labels | epsilon, config=config)
-            cases.setdefault(repr((arm, sorted(case.axes.items()), config.seed)), case)
+            cases.setdefault(results.case_key(arm, case.axes, config.seed), case)
     for arm in arms:
         if arm not in {case.arm for case in cases.values()}:
             raise InputError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import conclusion, figures, joining_page, results
-from experiments.conclusion import setting_of, under_dp
+from experiments.conclusion import Lines, setting_of, under_dp
 from experiments.pages import Page, Section, Table, environment
 from experiments.results import ALL
 from experiments.sweep import EPSILON
@@ -14,7 +14,6 @@ from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, ENVIRONMENT, is_complete, read_run_file
 from fedlora.sections import PrivacyConfig
 
-Lines = Sequence[Mapping[str, Any]]
 Points = list[Mapping[str, Any]]
 
 ARM_MEANINGS = {
@@ -123,7 +122,7 @@ def _privacy(lines: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -
         if line["accuracy"] is None:
             continue
         setting = (line["arm"], setting_of(line, others))
-        if line["arm"].endswith("-dp"):
+        if under_dp(line):
             settings.setdefault(setting, []).append(line)
         else:
             free[setting] = line
@@ -154,7 +153,7 @@ def _privacy(lines: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -
         if found and not data_sets:
             levels[arm if len(found) == 1 else f"{arm} (best setting)"] = max(found)
     title = "Accuracy against the privacy budget" + _part(len(series))
-    return {title: figures.against_epsilon("epsilon", title, drawn, levels, "accuracy")}
+    return {title: figures.against_epsilon(title, drawn, levels)}
 
 
 def _telling(
@@ -200,9 +199,7 @@ def _against(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
                 )
             )
         title = f"Accuracy against {axis}{_part(len(series))}"
-        shown[title] = figures.against(
-            "against-" + axis.replace(".", "-"), title, drawn, axis, "accuracy"
-        )
+        shown[title] = figures.against("against-" + axis.replace(".", "-"), title, drawn, axis)
     return shown
 
 

@@ -7,28 +7,11 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fedlora import noise_shares
-from fedlora.composition import Event, History, compose, epsilon
+from fedlora import composition, noise_shares
+from fedlora.composition import Event
 from fedlora.errors import InputError, Refusal
 
-__all__ = [
-    "Event",
-    "History",
-    "PrivacyPlan",
-    "check_delta",
-    "compose",
-    "default_delta",
-    "epsilon",
-    "epsilon_alone",
-    "noise_multiplier",
-    "public_delta",
-    "public_size",
-    "sample_rate",
-    "size_events",
-]
-
 _MAX_SIGMA = 1e6
-_bound = epsilon  # below, ``epsilon`` names the target
 
 
 def noise_multiplier(
@@ -62,8 +45,8 @@ def noise_multiplier(
     """
     if not 0 < epsilon < math.inf:
         raise InputError(f"epsilon is {epsilon}, but must be a finite number above 0")
-    before = compose(history)
-    spent = _bound(before, delta, accountant)
+    before = composition.compose(history)
+    spent = composition.epsilon(before, delta, accountant)
     if spent >= epsilon:
         raise Refusal(
             "budget-exhausted",
@@ -74,7 +57,7 @@ def noise_multiplier(
         """Log of epsilon over target: nearly linear in log sigma, at most 0 where it fits."""
         plan = Event(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, shares=shares)
         try:
-            value = _bound((*before, plan), delta, accountant)
+            value = composition.epsilon((*before, plan), delta, accountant)
         except InputError:
             return math.inf  # with so little noise no finite epsilon exists
         return math.log(max(value, 1e-300) / epsilon)
@@ -263,19 +246,19 @@ class PrivacyPlan:
         )
 
 
-def epsilon_alone(history: Iterable[Event], delta: float, accountant: str = "prv") -> float:
+def epsilon_alone(history: Iterable[Event], delta: float, accountant: str) -> float:
     """Bound the epsilon if all others collude: of the noise one's own shares are left.
 
     Args:
-        history: As for `epsilon`.
-        delta: As for `epsilon`.
-        accountant: As for `epsilon`.
+        history: As for `fedlora.composition.epsilon`.
+        delta: As for `fedlora.composition.epsilon`.
+        accountant: As for `fedlora.composition.epsilon`.
 
     Returns:
-        At least `epsilon` of the history; inf where so little noise gives no finite bound.
+        At least the epsilon of the history; inf where so little noise gives no finite bound.
     """
     try:
-        return _bound((event.alone() for event in history), delta, accountant)
+        return composition.epsilon((event.alone() for event in history), delta, accountant)
     except InputError:
         return math.inf
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.lora_layers import ADAPTER, lora_layers, parameters, residual, set_rank
+from fedlora.lora_layers import ADAPTER, Scale, lora_layers, parameters, residual, set_rank
 
 Part = Literal["A", "B", "magnitude", "head"]
 PARTS: tuple[Part, ...] = ("A", "B", "magnitude", "head")
@@ -77,28 +77,6 @@ class Factors(NamedTuple):
         if self.residual is not None:
             tensors |= zip(residual_names(path), self.residual, strict=True)
         return tensors
-
-
-class Scale(NamedTuple):
-    """What s of s B A follows from.
-
-    Attributes:
-        alpha: ``lora_alpha``.
-        rslora: Whether s is alpha / sqrt(rank), and not alpha / rank.
-    """
-
-    alpha: float
-    rslora: bool
-
-    def of(self, rank: int) -> float:
-        """The scale s at a rank."""
-        return self.alpha / (rank**0.5 if self.rslora else rank)
-
-    @classmethod
-    def of_model(cls, model: PeftModel) -> Self:
-        """The scale of the model's adapter."""
-        config = cast(LoraConfig, model.peft_config[ADAPTER])
-        return cls(float(config.lora_alpha), bool(config.use_rslora))
 
 
 def saved_scale(directory: Path) -> Scale:

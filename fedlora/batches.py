@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlora.data import Shard
+from fedlora.arrays import Int64
 from fedlora.packing import Packing
+from fedlora.shards import Shard
 
-Int64 = NDArray[np.int64]
 Side = Literal["left", "right"]
 
 

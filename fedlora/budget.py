@@ -11,6 +11,7 @@ from fedlora.accounting import PrivacyPlan
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.sections import PrivacyConfig
+from fedlora.shards import Shard
 
 
 def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
@@ -41,6 +42,13 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
         units,
         participations,
     )
+
+
+def rate_of(config: RunConfig, shard: Shard) -> float:
+    """The share of its records that an institution trains on in a step; under DP its plan's."""
+    training = config.training
+    size = accounting.public_size(shard.num_units) if config.privacy.enabled else len(shard)
+    return accounting.sample_rate(training.sample_rate, training.batch_size, max(1, size))
 
 
 @functools.lru_cache(maxsize=4096)

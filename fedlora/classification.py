@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 from fedlora import metrics
-from fedlora.batches import Batch, Int64, PackedBatch, distinct, micro_batches
-from fedlora.data import Shard
+from fedlora.arrays import Int64
+from fedlora.batches import Batch, PackedBatch, distinct, micro_batches
 from fedlora.encoding import LabelPrompt, PlainText
+from fedlora.shards import Shard
 from fedlora.tasks import (
     Task,
     base_model,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import accounting, metrics
+from fedlora.arrays import Floats, Int64
 from fedlora.joining_verdict import (
     MAX_SCARCE_RECORDS,
     MIN_CLASS_TEXTS,
@@ -41,9 +42,9 @@ class Rows:
     """
 
     records: int
-    truth: NDArray[np.int64]
-    texts: NDArray[np.int64]
-    predicted: Mapping[str, NDArray[np.int64]]
+    truth: Int64
+    texts: Int64
+    predicted: Mapping[str, Int64]
     scarce: NDArray[np.bool_]
     choice: Mapping[str, Any]
 
@@ -52,7 +53,7 @@ class Rows:
         cls,
         train: Shard,
         held_out: Shard,
-        texts: NDArray[np.int64],
+        texts: Int64,
         said: Mapping[str, Any],
         classes: int,
     ) -> Self:
@@ -68,7 +69,7 @@ class Rows:
         Raises:
             ValueError: If the predictions of a model are no classes of these rows.
         """
-        predicted: dict[str, NDArray[np.int64]] = {}
+        predicted: dict[str, Int64] = {}
         truth = held_out.targets
         for model in MODELS:
             values: Any = said.get(model)
@@ -157,7 +158,7 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def text_numbers(shard: Shard) -> NDArray[np.int64]:
+def text_numbers(shard: Shard) -> Int64:
     """A number for each row's text ``(n,)`` int64; rows of equal tokens have equal numbers."""
     numbers: dict[bytes, int] = {}
     rows = (shard.row(index).tobytes() for index in range(len(shard)))
@@ -265,7 +266,7 @@ def _classes_with_few_texts(group: Sequence[Rows], classes: int) -> int:
     return int((has & (np.bincount(of_texts, minlength=classes) < MIN_CLASS_TEXTS)).sum())
 
 
-def _macro_f1(counts: NDArray[np.float64], classes: int) -> list[NDArray[np.float64]]:
+def _macro_f1(counts: Floats, classes: int) -> list[Floats]:
     """Macro-F1 of the two models as `fedlora.metrics.macro_f1`, for each column of counts.
 
     Args:
@@ -274,7 +275,7 @@ def _macro_f1(counts: NDArray[np.float64], classes: int) -> list[NDArray[np.floa
         classes: The number of classes.
     """
     truth, *rest = counts.reshape(5, classes, -1)
-    found: list[NDArray[np.float64]] = []
+    found: list[Floats] = []
     for predicted, right in zip(rest[:2], rest[2:], strict=True):
         rows = truth + predicted
         f1 = np.where(rows > 0, 2 * right / np.maximum(rows, 1), 0.0)
@@ -282,16 +283,14 @@ def _macro_f1(counts: NDArray[np.float64], classes: int) -> list[NDArray[np.floa
     return found
 
 
-def _middle(values: NDArray[np.float64]) -> tuple[float, float]:
+def _middle(values: Floats) -> tuple[float, float]:
     """The bounds between which 95 % of the values lie."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def _resampled(
-    group: Sequence[Rows], values: NDArray[np.int64], draw: np.random.Generator
-) -> NDArray[np.float64]:
+def _resampled(group: Sequence[Rows], values: Int64, draw: np.random.Generator) -> Floats:
     """Sums of values of rows in resamples of texts.
 
     Rows of one text, at one institution or at several, are right or wrong together, so a text is

@@ -30,12 +30,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedlora import noise_shares
+from fedlora.arrays import Floats
 from fedlora.errors import InputError
-
-Floats = npt.NDArray[np.float64]
 
 # Renyi orders: Opacus' own and a few larger ones, which matter when epsilon is well below 1.
 _WHOLE_ORDERS = (*map(float, range(2, 64)), 72.0, 96.0, 128.0, 192.0, 256.0, 512.0)

@@ -17,24 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import cache, files, plugins, schemes, sources
-from fedlora.csv_files import PLAIN, CsvForm
+from fedlora.arrays import Int64
+from fedlora.csv_files import CsvForm
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.rows import check_labels, partition_rows, read_table
 from fedlora.sections import DataConfig
-from fedlora.shards import Corpus, Federation, Int64, Shard
+from fedlora.shards import Corpus, Federation, Shard
 from fedlora.text import folded
-
-__all__ = [
-    "Encode",
-    "Federation",
-    "Shard",
-    "count",
-    "load_shard",
-    "prepare",
-    "shard_of",
-    "without_tokens",
-]
 
 Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
@@ -131,23 +121,15 @@ def _entry(base: Path, kind: str, key: list[Any]) -> Path:
 
 
 def load_shard(
-    source: str,
-    *,
-    text: str,
-    label: str,
-    labels: tuple[str, ...],
-    encode: Encode,
-    form: CsvForm = PLAIN,
+    settings: DataConfig, source: str, *, labels: tuple[str, ...], encode: Encode
 ) -> tuple[Shard, int]:
     """Read all rows of one source, uncached; rows without text or label are left out.
 
     Args:
+        settings: ``text``, ``label``, ``delimiter`` and ``encoding`` are used.
         source: A source, see `fedlora.sources`.
-        text: Column of the text; several columns, separated by commas, are joined by " | ".
-        label: Column of the label.
         labels: The classes that the model knows; empty for sft.
         encode: The tokeniser.
-        form: Delimiter and encoding of a CSV file.
 
     Returns:
         The rows, and the number of rows that were cut to length.
@@ -155,7 +137,8 @@ def load_shard(
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
     """
-    table = read_table(source, text, label, {}, "test", form)
+    form = settings.csv_form
+    table = read_table(source, settings.text, settings.label, {}, "test", form=form)
     if labels:
         check_labels(table.labels, labels, source, "the model was trained on no other label")
     encoded = encode(table.texts, table.labels, labels)
@@ -169,7 +152,7 @@ def count(
     label: str,
     labels: tuple[str, ...],
     unit: str,
-    form: CsvForm = PLAIN,
+    form: CsvForm,
 ) -> int:
     """Rows of a source that have a text and a label, read as a run reads them.
 

@@ -25,6 +25,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
+from fedlora.arrays import Floats, Int64
 from fedlora.streams import RandomSource
 
 MIN_SCALE, MAX_SCALE = 2.0**-10, 2.0**46
@@ -37,11 +38,10 @@ _RESOLUTION = 2.0**-52
 _TRIALS = 1 << 14  # at a time, so that the scratch arrays stay in the processor's cache
 _WORD = Fraction(1, 1 << 64)
 
-Ints = npt.NDArray[np.int64]
 Uint64 = npt.NDArray[np.uint64]
 
 
-def draw(source: RandomSource, scale: float, n: int) -> Ints:
+def draw(source: RandomSource, scale: float, n: int) -> Int64:
     """Draw ``n`` independent discrete Gaussian numbers.
 
     Args:
@@ -73,7 +73,7 @@ def draw(source: RandomSource, scale: float, n: int) -> Ints:
     return out
 
 
-def _trials(source: RandomSource, further: RandomSource, scale: float, trials: int) -> Ints:
+def _trials(source: RandomSource, further: RandomSource, scale: float, trials: int) -> Int64:
     """The accepted numbers of so many trials, in their order."""
     t = int(scale) + 1
     variance = Fraction(scale) ** 2
@@ -97,7 +97,7 @@ def _trials(source: RandomSource, further: RandomSource, scale: float, trials: i
     return x[accepted]
 
 
-def _below(source: RandomSource, bound: int, n: int) -> Ints:
+def _below(source: RandomSource, bound: int, n: int) -> Int64:
     """Uniform integers below a bound: words modulo it, without those of an incomplete last run."""
     found = np.empty(0, np.uint64)
     divisor = np.uint64(bound)
@@ -110,7 +110,7 @@ def _below(source: RandomSource, bound: int, n: int) -> Ints:
     return found.astype(np.int64)
 
 
-def _geometric(source: RandomSource, further: RandomSource, n: int) -> Ints:
+def _geometric(source: RandomSource, further: RandomSource, n: int) -> Int64:
     """Integers V with P(V >= v) = exp(-v): the whole part of -ln of a uniform number."""
     words = source.words(n)
     # The middle of the interval that the first 64 bits leave. Its logarithm is off by 1 / word.
@@ -128,7 +128,7 @@ def _geometric(source: RandomSource, further: RandomSource, n: int) -> Ints:
 
 def bernoulli_exp(
     words: Uint64,
-    gamma: npt.NDArray[np.float64],
+    gamma: Floats,
     exact: Callable[[int], Fraction],
     further: RandomSource,
 ) -> npt.NDArray[np.bool_]:

@@ -44,7 +44,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedlora import adapters, lora_layers, packing
-from fedlora.batches import Batch, Int64, PackedBatch
+from fedlora.arrays import Int64
+from fedlora.batches import Batch, PackedBatch
 from fedlora.data import shard_of
 from fedlora.encoder import HEAD
 from fedlora.encoding import Encoded

@@ -126,11 +126,6 @@ def plans_of(
     return [plan_run(config, accounting.public_size(count), participations) for count in units]
 
 
-def units_of(records: Federation) -> list[int]:
-    """The number of units of each institution, in the order of names."""
-    return [records.train(index).num_units for index in range(len(records.names))]
-
-
 def class_records(records: Federation) -> dict[str, int]:
     """Class -> its training records; empty for sft."""
     if not records.labels:
@@ -247,8 +242,7 @@ def _left_out(config: RunConfig, records: Federation) -> list[Finding]:
 
 def _delta(config: RunConfig, records: Federation) -> list[Finding]:
     above: list[str] = []
-    for index, name in enumerate(records.names):
-        units = records.train(index).num_units
+    for name, units in zip(records.names, records.units, strict=True):
         most = accounting.most_of_class(units)
         delta = config.privacy.delta or accounting.public_delta(most)
         bound = min(MAX_DELTA, accounting.default_delta(units))
@@ -295,7 +289,7 @@ def noise(
 
 
 def _noises(config: RunConfig, records: Federation, participations: int) -> list[Finding]:
-    plans = plans_of(config, units_of(records), participations)
+    plans = plans_of(config, records.units, participations)
     found = noise(config, plans, participations)
     classes = [plan.size_class for plan in plans]
     if config.federation.weighting == "uniform" and max(classes) > MAX_SIZE_RATIO * min(classes):

@@ -36,7 +36,7 @@ def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     return load(run_dir / CONFIG, overrides)
 
 
-def adapter_directory(run_dir: Path, config: RunConfig, institution: str = "") -> Path:
+def adapter_directory(run_dir: Path, config: RunConfig, institution: str) -> Path:
     """The directory of the adapter that a run released.
 
     Args:
@@ -108,12 +108,7 @@ def evaluate(
     config = configuration(run_dir, overrides or {})
     work = _open(run_dir, config, institution)
     shard, truncated = data.load_shard(
-        source,
-        text=config.data.text,
-        label=config.data.label,
-        labels=work.labels,
-        encode=work.task.encode,
-        form=config.data.csv_form,
+        config.data, source, labels=work.labels, encode=work.task.encode
     )
     measured = work.task.evaluate(work.model, shard, work.labels)
     return measured | {"truncated": truncated, "max_length": config.training.max_length}
@@ -163,7 +158,7 @@ def predict(run_dir: Path, texts: Sequence[str], institution: str = "") -> dict[
     }
 
 
-def merged_model(run_dir: Path, institution: str = "") -> tuple[Any, Trainable]:
+def merged_model(run_dir: Path, institution: str) -> tuple[Any, Trainable]:
     """A run's base model with the adapter folded in, as transformers knows it.
 
     Args:

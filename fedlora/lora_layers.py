@@ -3,15 +3,39 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
+import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
+
+
+class Scale(NamedTuple):
+    """What s of s B A follows from.
+
+    Attributes:
+        alpha: ``lora_alpha``.
+        rslora: Whether s is alpha / sqrt(rank), and not alpha / rank.
+    """
+
+    alpha: float
+    rslora: bool
+
+    def of(self, rank: int) -> float:
+        """The scale s at a rank."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    @classmethod
+    def of_model(cls, model: PeftModel) -> Self:
+        """The scale of the model's adapter."""
+        config = cast(LoraConfig, model.peft_config[ADAPTER])
+        return cls(float(config.lora_alpha), bool(config.use_rslora))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -81,9 +105,8 @@ def set_rank(layer: LoraLayer, rank: int) -> None:
     a.weight.data = a.weight.new_zeros(rank, a.in_features)
     b.weight.data = b.weight.new_zeros(b.out_features, rank)
     a.out_features = b.in_features = layer.r[ADAPTER] = rank
-    alpha = layer.lora_alpha[ADAPTER]
-    rslora = cast(Any, layer).use_rslora[ADAPTER]
-    layer.scaling[ADAPTER] = alpha / (rank**0.5 if rslora else rank)
+    scale = Scale(layer.lora_alpha[ADAPTER], cast(Any, layer).use_rslora[ADAPTER])
+    layer.scaling[ADAPTER] = scale.of(rank)
 
 
 def residual(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor] | None:

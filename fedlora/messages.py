@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from fedlora.adapters import AdapterState
+    from fedlora.arrays import Int64
     from fedlora.secure_aggregation import MaskedOrder
 
 
@@ -225,4 +223,4 @@ class ClientUpdate:
     size: float = 0.0
     privacy: PrivacySpent | None = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
-    words: "npt.NDArray[np.int64] | None" = None
+    words: "Int64 | None" = None

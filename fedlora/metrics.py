@@ -100,7 +100,7 @@ def only_prediction(classes: Mapping[str, Mapping[str, int]]) -> str | None:
 
 
 def classification(
-    truth: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str] = ()
+    truth: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str]
 ) -> dict[str, Any]:
     """``n``, ``accuracy``, ``macro_f1`` and ``per_class`` in one dictionary that JSON can hold."""
     return {

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fedlora import accounting
-from fedlora.accounting import Event
+from fedlora import composition
+from fedlora.composition import Event
 
 PRIORS = (0.01, 0.5)
 """The attacker's suspicions before the run for which the suspicion after it is stated."""
@@ -54,7 +54,7 @@ def bounds(history: Iterable[Event], epsilon: float, delta: float) -> dict[str, 
     events = tuple(history)
     points = [(epsilon, delta)]
     for one in _DELTAS:
-        points.append((accounting.epsilon(events, one, "prv"), one))
+        points.append((composition.epsilon(events, one, "prv"), one))
         if not points[-1][0]:
             break  # a larger delta says no more
     points = [(min(e, _MAX_EXPONENT), d) for e, d in points]
@@ -99,7 +99,7 @@ def _exceeded(events: Sequence[Event], epsilon: float, delta: float) -> float:
     least = 1.0
     for factor in _FACTORS:
         if (larger := delta * factor) < 1:
-            gap = epsilon - accounting.epsilon(events, larger, "prv")
+            gap = epsilon - composition.epsilon(events, larger, "prv")
             if gap > 0:
                 least = min(least, larger / -math.expm1(-gap))
     return least

@@ -21,9 +21,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-Int64 = NDArray[np.int64]
+from fedlora.arrays import Int64
+
 TOKENS_MULTIPLE = 64
 """The length of a packed row is a multiple of this number. Kernels are compiled and cached for each
 size, and compute the last rows of an odd size differently."""

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import schemes
+from fedlora.arrays import Int64
 from fedlora.errors import InputError
 from fedlora.streams import RandomSource
 from fedlora.text import folded
@@ -35,8 +36,8 @@ class Assignment:
     """
 
     names: tuple[str, ...]
-    train: NDArray[np.int64]
-    held_out: NDArray[np.int64]
+    train: Int64
+    held_out: Int64
     left_out: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
@@ -141,7 +142,7 @@ def by_column(
     return Assignment(names=names, train=owner, held_out=held, left_out={v: sizes[v] for v in left})
 
 
-def at_most(placed: Assignment, records: int, *, seed: int) -> NDArray[np.int64]:
+def at_most(placed: Assignment, records: int, *, seed: int) -> Int64:
     """Leave each institution a random part of its training rows, of a given size at most.
 
     A smaller part lies within a larger one, and does not depend on other institutions.
@@ -164,8 +165,8 @@ def at_most(placed: Assignment, records: int, *, seed: int) -> NDArray[np.int64]
 
 def by_scheme(
     spec: str,
-    train: NDArray[np.int64] | int,
-    held_out: NDArray[np.int64] | int,
+    train: Int64 | int,
+    held_out: Int64 | int,
     *,
     institutions: int,
     min_records: int,
@@ -244,12 +245,12 @@ def _partitioner(scheme: str, argument: str, institutions: int, least: int, seed
 
 
 def _assign_held_out(
-    held: NDArray[np.int64],
-    targets: NDArray[np.int64],
-    owner: NDArray[np.int64],
-    sizes: NDArray[np.int64],
+    held: Int64,
+    targets: Int64,
+    owner: Int64,
+    sizes: Int64,
     source: RandomSource,
-) -> NDArray[np.int64]:
+) -> Int64:
     owners = np.empty(len(held), dtype=np.int64)
     for target in np.unique(held):
         rows = np.flatnonzero(held == target)
@@ -264,7 +265,7 @@ def _assign_held_out(
     return owners
 
 
-def _through_flower(partitioner: Any, columns: Mapping[str, Any]) -> NDArray[np.int64]:
+def _through_flower(partitioner: Any, columns: Mapping[str, Any]) -> Int64:
     """Return the partition of each row, int64 (n,), -1 for none, without bars and warnings."""
     datasets: Any = importlib.import_module("datasets")
     rows = len(next(iter(columns.values())))

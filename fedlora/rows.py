@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import plugins, schemes, sources
+from fedlora.arrays import Int64
 from fedlora.columns import as_text
-from fedlora.csv_files import PLAIN, CsvForm
+from fedlora.csv_files import CsvForm
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
 from fedlora.partition import at_most, by_column, by_scheme, hold_out, normalise
 from fedlora.sections import DataConfig
-from fedlora.shards import Int64
 from fedlora.text import folded
 
 
@@ -108,7 +108,7 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     rows = read_table(settings.source, text, label, partition_column | unit_column, form=form)
     test = None
     if settings.test_source:
-        test = read_table(settings.test_source, text, label, partition_column, "test", form)
+        test = read_table(settings.test_source, text, label, partition_column, "test", form=form)
         test = replace(test, numbers=test.numbers + len(rows.texts))
     if scheme == "python":
         rows = _assigned(rows, argument, seed)
@@ -194,7 +194,8 @@ def read_table(
     label: str,
     others: Mapping[str, str],
     split: str = "train",
-    form: CsvForm = PLAIN,
+    *,
+    form: CsvForm,
 ) -> Table:
     """Read the rows of a source that have a text and a label.
 

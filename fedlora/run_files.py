@@ -24,6 +24,8 @@ CONFIG = "config.toml"
 """In a run directory: the resolved configuration."""
 ENVIRONMENT = "environment.json"
 """In a run directory: versions, commit and processor."""
+ROUNDS = "rounds.jsonl"
+"""In a run directory: a line for each round."""
 RESULT = "result.json"
 """In a run directory: the results. A run writes this file last, so it marks a complete run."""
 RUNS, LATEST = "runs", "latest"
@@ -95,7 +97,7 @@ def read_run_file(run_dir: Path, name: str = RESULT) -> dict[str, Any]:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a run directory's ``rounds.jsonl``."""
-    return read_lines(path / "rounds.jsonl")
+    return read_lines(path / ROUNDS)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -342,6 +342,16 @@ class FederationConfig(Section):
         """The facts about the strategy that both sides need."""
         return STRATEGY_TABLE[self.strategy]
 
+    def participations(self, institutions: int) -> int:
+        """The most rounds for which one institution may be asked: all rounds, or an even share.
+
+        Args:
+            institutions: Institutions in the federation.
+        """
+        if not self.institutions_per_round or self.institutions_per_round >= institutions:
+            return self.rounds
+        return math.ceil(self.rounds * self.institutions_per_round / institutions)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig(Section):

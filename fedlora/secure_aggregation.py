@@ -35,7 +35,7 @@ MAX_ROUNDS = 10_000
 MAX_PARAMETERS = 2**32
 """Words of a vector: a keystream of ChaCha20 has 2^35."""
 MAX_TEXT_CHARACTERS = 1000
-"""Characters of a run or a name."""
+"""Characters of a text in a message, such as a run, a name, a digest, a version."""
 _TAG = "fedlora secure aggregation 1 "
 _CURVE_PRIME = 2**255 - 19
 

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import functional
 
 from fedlora import metrics
-from fedlora.batches import Batch, Int64, PackedBatch, distinct, micro_batches, pad, rounded
-from fedlora.data import Shard
+from fedlora.arrays import Int64
+from fedlora.batches import Batch, PackedBatch, distinct, micro_batches, pad, rounded
 from fedlora.encoding import ResponsePrompt
+from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.tasks import Task, base_model, check_rows, evaluation_mode, model_inputs
 

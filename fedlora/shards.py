@@ -11,9 +11,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.arrays import Int64
 from fedlora.errors import InputError
-
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,6 +145,11 @@ class Federation:
     all_held_out: Shard
     held_out_bounds: Int64
     left_out: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def units(self) -> list[int]:
+        """The number of units of privacy of each institution, in the order of names."""
+        return [self.train(index).num_units for index in range(len(self.names))]
 
     def train(self, index: int) -> Shard:
         """Return one institution's training rows."""

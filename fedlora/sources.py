@@ -167,7 +167,7 @@ def forget() -> None:
     _call.cache_clear()
 
 
-def columns(source: str, form: CsvForm = PLAIN) -> list[str]:
+def columns(source: str, form: CsvForm) -> list[str]:
     """The columns of a file, in order.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-Floats = npt.NDArray[np.float64]
+from fedlora.arrays import Floats, Int64
 
 KEY_BYTES = 32
 _CHUNK = (
@@ -131,7 +131,7 @@ class RandomSource:
         out += angle[1, 1:]
         out *= 0.5
 
-    def permutation(self, n: int) -> npt.NDArray[np.int64]:
+    def permutation(self, n: int) -> Int64:
         """Draw a uniformly random order of ``0 .. n-1``, int64 ``(n,)``."""
         return np.argsort(self.words(n), kind="stable")
 

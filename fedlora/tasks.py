@@ -19,11 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedlora.batches import Batch, Int64, PackedBatch, Side, collate, pack, rounded
-from fedlora.data import Shard, shard_of
+from fedlora.arrays import Int64
+from fedlora.batches import Batch, PackedBatch, Side, collate, pack, rounded
+from fedlora.data import shard_of
 from fedlora.encoding import Encoded, LabelPrompt, PlainText, ResponsePrompt
 from fedlora.errors import InputError
 from fedlora.metrics import Metric
+from fedlora.shards import Shard
 
 WINDOWS = (
     "sliding_window",

@@ -16,6 +16,9 @@ from fedlora.text import visible
 P = ParamSpec("P")
 T = TypeVar("T")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
+]
 
 
 class Terminal(Console):

@@ -28,12 +28,9 @@ from fedlora.config import RunConfig
 from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError, Refusal
 from fedlora.per_sample import PerSampleAdapters
-from fedlora.records import load as records
 from fedlora.sections import AdapterConfig, ModelConfig
 from fedlora.task_choice import choose_task
 from fedlora.tasks import Task
-
-__all__ = ["AdapterState", "Trainable", "forget", "load", "records", "training_mode"]
 
 
 @dataclass(frozen=True, kw_only=True)

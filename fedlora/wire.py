@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -24,6 +23,7 @@ from flwr.app import (
     RecordDict,
 )
 
+from fedlora.arrays import Int64
 from fedlora.errors import Refusal
 from fedlora.messages import (
     ClientUpdate,
@@ -36,7 +36,7 @@ from fedlora.messages import (
     TrainOrder,
 )
 from fedlora.run_files import RUN_NAME
-from fedlora.secure_aggregation import MaskedOrder, SecureMessage
+from fedlora.secure_aggregation import MAX_TEXT_CHARACTERS, MaskedOrder, SecureMessage
 
 if TYPE_CHECKING:
     import mmap
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from fedlora.adapters import AdapterState
 
-Words = npt.NDArray[np.int64]
 _T = typing.TypeVar("_T")
 _Order = typing.TypeVar("_Order", "TrainOrder", "EvaluateOrder", "Release")
 _Secure = typing.TypeVar("_Secure", bound=SecureMessage)
@@ -65,8 +64,6 @@ _INT64, _RAW = "<i8", "raw"
 MAX_HEADER_BYTES = 2**20
 """Bytes of names and shapes in an adapter's file. A thousand tensors take some 0.2 MB. Each tensor
 that a header names takes memory before it is compared with anything."""
-MAX_TEXT_CHARACTERS = 1000
-"""Characters of a text in a message, such as a name, a digest, a version."""
 MAX_LIST_TEXTS = 16
 """Texts in a list of an order: its parts, its local parts, the requested figures."""
 MAX_EVALUATION_CHARACTERS = 2**20
@@ -399,11 +396,11 @@ def _no_adapter() -> "AdapterState":
     return AdapterState({})
 
 
-def _pack_words(words: Words) -> ArrayRecord:
+def _pack_words(words: Int64) -> ArrayRecord:
     return ArrayRecord({_WORDS: Array(_INT64, words.shape, _RAW, words.astype(_INT64).tobytes())})
 
 
-def _words(content: RecordDict) -> Words:
+def _words(content: RecordDict) -> Int64:
     record = content.array_records.get(_WORDS)
     found = [] if record is None else list(record.items())
     if len(found) == 1:

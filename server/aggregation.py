@@ -14,13 +14,14 @@ import numpy as np
 
 from fedlora import noise_shares, wire
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from server import institution_privacy, plugged
 from server.institution_privacy import InstitutionMechanism
 from server.replies import Replies
 from server.run_directory import RunState
-from server.secure_session import SecureSession, Words
+from server.secure_session import SecureSession
 from strategies import STRATEGIES, noised_sum, robust
 from strategies.base import Round
 from strategies.diagnostics import Watch
@@ -234,7 +235,7 @@ class NoisedSum(Aggregation):
         before = this_round.before.only(this_round.parts)
         return Aggregated(adapter=noised_sum.step(before, total, scale))
 
-    def _add_up(self, this_round: Round, replies: Replies) -> tuple[Words, Collection[float]]:
+    def _add_up(self, this_round: Round, replies: Replies) -> tuple[Int64, Collection[float]]:
         """The sum of the vectors, and the size classes of their institutions.
 
         Raises:

@@ -8,7 +8,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora import logs
 from fedlora.config import from_context
 from fedlora.run_files import alone
-from server import rounds, run_directory
+from server import run_directory
+from server.rounds import Federation
 
 app = ServerApp()
 
@@ -20,4 +21,4 @@ def main(grid: Grid, context: Context) -> None:
         logs.to_stderr()
     config = run_directory.with_tracking(from_context(context.run_config, context.run_id))
     with alone(Path(config.run_dir)):
-        rounds.run(grid, config)
+        Federation(grid, config).run()

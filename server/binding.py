@@ -13,7 +13,7 @@ from typing import Any
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_run_file
 from fedlora.seal import KEY, Signer
 
 log = logging.getLogger("fedlora.server")
@@ -22,7 +22,7 @@ KEYS = "FEDLORA_KEYS"
 """In the environment of a deployment's server: its directory of keys."""
 RECORDS_KEY = "records.key"
 """In a simulation's run directory: the key of the fingerprint of records; it stays there."""
-FILES = (CONFIG, ENVIRONMENT, "rounds.jsonl", RESULT)
+FILES = (CONFIG, ENVIRONMENT, ROUNDS, RESULT)
 """Files of a run directory that are bound, beside those in ``adapter``."""
 
 

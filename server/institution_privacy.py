@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora import accounting, odds
-from fedlora.accounting import Event, History
+from fedlora import accounting, composition, odds
 from fedlora.adapters import AdapterState
+from fedlora.composition import Event, History
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.messages import ClientUpdate
@@ -69,7 +69,7 @@ class InstitutionMechanism:
         Args:
             asked: The number of rounds for which each institution was asked, answered or not.
         """
-        return accounting.epsilon(
+        return composition.epsilon(
             history(self.noise_multiplier, max(asked, default=0)), self.delta, self.accountant
         )
 

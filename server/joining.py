@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 
-from fedlora import trainable, wire
+from fedlora import records, wire
+from fedlora.arrays import Int64
 from fedlora.comparison import Rows, summary, text_numbers
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
@@ -80,7 +80,7 @@ def _rows(
     answer: Evaluation,
     config: RunConfig,
     population: Population,
-    texts: NDArray[np.int64],
+    texts: Int64,
 ) -> Rows:
     """One institution's rows, if its answer can be of them.
 
@@ -97,7 +97,7 @@ def _rows(
     assert population.held_out is not None and population.owner is not None
     index = population.names.index(name)
     own = np.flatnonzero(population.owner == index)
-    train, held_out = trainable.records(config).train(index), population.held_out.select(own)
+    train, held_out = records.load(config).train(index), population.held_out.select(own)
     try:
         return Rows.of(train, held_out, texts[own], answer.metrics, len(population.labels))
     except ValueError as error:

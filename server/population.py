@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora import accounting, data, findings, trainable
+from fedlora import accounting, data, findings, records, trainable
+from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.findings import Finding
-from fedlora.shards import Federation, Int64, Shard
-from strategies import base, robust
+from fedlora.shards import Federation, Shard
+from strategies import robust
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +61,18 @@ def population_of(config: RunConfig) -> Population:
 
 
 def _simulated(config: RunConfig) -> Population:
-    records: Federation = trainable.records(config)
-    found = check(config, records)
-    held_out, owner = records.pooled_held_out()
+    federation = records.load(config)
+    found = check(config, federation)
+    held_out, owner = federation.pooled_held_out()
     return Population(
-        size=len(records.names),
-        names=records.names,
-        labels=records.labels,
+        size=len(federation.names),
+        names=federation.names,
+        labels=federation.labels,
         held_out=held_out,
         owner=owner,
-        counts=records.counts,
+        counts=federation.counts,
         findings=tuple(found),
-        fingerprint=records.fingerprint(),
+        fingerprint=federation.fingerprint(),
     )
 
 
@@ -85,15 +86,10 @@ def check(config: RunConfig, records: Federation) -> list[Finding]:
         InputError: Naming value, bound and remedy.
     """
     check_settings(config, records)
-    found = findings.findings(config, records, participations(config, len(records.names)))
+    cap = config.federation.participations(len(records.names))
+    found = findings.findings(config, records, cap)
     findings.refuse(config, found)
     return found
-
-
-def participations(config: RunConfig, institutions: int) -> int:
-    """The most rounds of a run for which one institution may be asked."""
-    federation = config.federation
-    return base.participations(federation.rounds, institutions, federation.institutions_per_round)
 
 
 def check_settings(config: RunConfig, records: Federation) -> None:
@@ -109,7 +105,7 @@ def check_settings(config: RunConfig, records: Federation) -> None:
             "there are 0 held-out rows to measure on; raise data.test-fraction "
             f"(now {config.data.test_fraction:g}) or give more data"
         )
-    units = findings.units_of(records)
+    units = records.units
     config.adapter.ranks_of([accounting.public_size(count) for count in units])
     if config.privacy.enabled and config.privacy.delta:
         largest = accounting.most_of_class(max(units))  # institutions plan for their size class
@@ -122,12 +118,7 @@ def _deployed(config: RunConfig) -> Population:
     if config.data.test_source:
         task = trainable.load(config, config.data.labels).task
         held_out, counts["truncated"] = data.load_shard(
-            config.data.test_source,
-            text=config.data.text,
-            label=config.data.label,
-            labels=config.data.labels,
-            encode=task.encode,
-            form=config.data.csv_form,
+            config.data, config.data.test_source, labels=config.data.labels, encode=task.encode
         )
     return Population(
         size=config.data.institutions,

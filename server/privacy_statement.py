@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora import accounting, odds
-from fedlora.accounting import Event, History
+from fedlora.composition import Event, History
 from fedlora.config import RunConfig
 from server.run_directory import RunState
 from server.spending import Spending

@@ -17,10 +17,10 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedlora import (
-    findings,
     flower_internals,
     model_card,
     plugins,
+    records,
     released,
     secure_order,
     startup,
@@ -35,16 +35,16 @@ from fedlora.messages import EvaluateOrder, Query, Release, TrainOrder
 from fedlora.run_files import read_records
 from server import (
     aggregation,
+    answers,
     binding,
     evaluation,
-    handout,
     joining,
     limits,
     plugged,
     tracking,
 )
 from server.aggregation import Aggregated, Report
-from server.population import participations, population_of
+from server.population import population_of
 from server.privacy_statement import epsilon_alone, largest_epsilon, statement
 from server.replies import Replies
 from server.roster import Roster, patience
@@ -60,17 +60,6 @@ log = logging.getLogger("fedlora.server")
 
 ONLINE_PAUSE = 2.0
 """Seconds between two looks for institutions that are away."""
-
-
-def run(grid: Grid, config: RunConfig) -> None:
-    """Run, or continue, the whole federation and write its results.
-
-    Raises:
-        InputError: Before anything is written, when the configuration does not fit the data or the
-            budget.
-        RunFailed: When no institution is left; the last checkpoint stays.
-    """
-    Federation(grid, config).run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +123,7 @@ class Federation:
         self.grid, self.config = grid, config
         self.population = population_of(config)
         size = self.population.size
-        self.participations = participations(config, size)
+        self.participations = config.federation.participations(size)
         self.strategy = plugged.strategy(config.federation)
         masks = config.privacy.masks
         self.session = SecureSession(grid, config, self.population.names) if masks else None
@@ -470,8 +459,7 @@ class Federation:
         """What more rounds would cost, if a simulation's accuracy may still rise at its end."""
         if self.config.deployed or self.population.held_out is None:
             return {}
-        records = trainable.records(self.config)
-        units = min(records.train(i).num_units for i in range(self.population.size))
+        units = min(records.load(self.config).units)
         lines = read_records(self.directory.path)
         texts = independent_texts(self.population.held_out)
         return still_rising(self.config, lines, texts, units)
@@ -510,10 +498,17 @@ class Federation:
             adapter=adapter,
         )
         released.describe(self.directory.path / "adapter", release, config.public())
-        outcomes = handout.send(
-            self.grid, release, self.nodes(), config.federation.timeout, patience(config)
+        stored, failed = answers.ask(
+            self.grid,
+            release,
+            wire.RELEASED,
+            self.nodes(),
+            lambda name, answer: "stored",
+            failure="did not store the released adapter",
+            timeout=config.federation.timeout,
+            patience=patience(config),
         )
-        return {**dict.fromkeys(sorted(state.asked), "offline"), **outcomes}
+        return {**dict.fromkeys(sorted(state.asked), "offline"), **stored, **failed}
 
     def finish(self) -> None:
         """Write the final adapter, privacy.json and result.json."""
@@ -568,8 +563,7 @@ class Federation:
         if config.deployed:
             known = [] if privacy["without_report"] else privacy["institutions"].values()
             return max((one["delta"] for one in known), default=None)
-        units = findings.units_of(trainable.records(config))
-        return max(delta_of(config.privacy, count) for count in units)
+        return max(delta_of(config.privacy, units) for units in records.load(config).units)
 
     def _first_state(self, resumed: bool) -> RunState:
         """The newest checkpoint of a run that goes on; otherwise the state before round 1."""

@@ -20,8 +20,10 @@ from fedlora.config import ENGINE_ONLY, RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.run_files import (
+    CONFIG,
     ENVIRONMENT,
     RESULT,
+    ROUNDS,
     SUBMISSION,
     environment,
     finite,
@@ -109,7 +111,7 @@ class RunDirectory:
         Raises:
             InputError: If it holds another run or other files, or the disk is nearly full.
         """
-        existing = self.path / "config.toml"
+        existing = self.path / CONFIG
         if existing.exists():
             changed = changes(load(existing), config)
             if changed:
@@ -145,7 +147,7 @@ class RunDirectory:
     def create(self, config: RunConfig) -> None:
         """Make the directory, with the run's configuration and environment."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / "config.toml", config.to_toml().encode())
+        write_atomic(self.path / CONFIG, config.to_toml().encode())
         self._json(ENVIRONMENT, environment())
 
     def save(self, state: RunState) -> None:
@@ -203,7 +205,7 @@ class RunDirectory:
                 part, _, name = key.partition("/")
                 parts[part][name] = file.get_tensor(key)
         records = [r for r in read_records(self.path) if r["round"] <= plain["round"]]
-        self._lines("rounds.jsonl", records)
+        self._lines(ROUNDS, records)
         return RunState(
             adapter=AdapterState(parts["adapter"]),
             moments=parts["moments"],
@@ -229,7 +231,7 @@ class RunDirectory:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line to ``rounds.jsonl``."""
-        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / ROUNDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora import canonical, peers, secure_order, wire
+from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
@@ -51,7 +51,6 @@ SETUP_PAUSE = 20.0
 """Seconds before another try in a deployment: an institution that was restarted is back by then."""
 _TAG = "fedlora secure aggregation 1 server "
 _Answer = TypeVar("_Answer", KeysMessage, SharesMessage, ListMessage, UnmaskMessage)
-Words = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +211,7 @@ class SecureSession:
             for name in nodes.values()
         }
 
-    def total(self, this_round: Round, replies: Replies) -> tuple[Words, Collection[float]]:
+    def total(self, this_round: Round, replies: Replies) -> tuple[Int64, Collection[float]]:
         """Collect a round's vectors, agree on the list of survivors, and unmask their sum.
 
         Args:

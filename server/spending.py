@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora import accounting
-from fedlora.accounting import Event, PrivacyPlan
+from fedlora import accounting, composition
+from fedlora.accounting import PrivacyPlan
 from fedlora.budget import delta_of, plan_run
+from fedlora.composition import Event
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import PrivacySpent
@@ -128,7 +129,7 @@ class Spending:
         spent = (dataclasses.replace(whole.round_event, steps=steps), *whole.size_events)
         return {
             **dataclasses.asdict(said),
-            "epsilon": accounting.epsilon(spent, whole.delta, whole.accountant),
+            "epsilon": composition.epsilon(spent, whole.delta, whole.accountant),
             **self._alone(whole, spent),
             "noise_multiplier": whole.noise_multiplier,
             "steps": steps,

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from fedlora import sources, tables
-from fedlora.adapters import AdapterState, Scale, open_for, residual_names, saved_scale
+from fedlora.adapters import AdapterState, open_for, residual_names, saved_scale
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
+from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS
 from fedlora.run_files import CONFIG, ENVIRONMENT, read_run_file
 from fedlora.trainable import Trainable

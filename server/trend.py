@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import accounting
+from fedlora import composition
 from fedlora.budget import plan_run
 from fedlora.comparison import text_numbers
 from fedlora.config import RunConfig
@@ -71,7 +71,7 @@ def still_rising(
         plan = plan_run(config, units, rounds)
         longer = config.replace({"federation.rounds": rounds + more})
         same_noise = dataclasses.replace(plan, rounds=rounds + more)
-        found["epsilon"] = accounting.epsilon(same_noise.events, plan.delta, plan.accountant)
+        found["epsilon"] = composition.epsilon(same_noise.events, plan.delta, plan.accountant)
         again = plan_run(longer, units, rounds + more)
         found["noise"] = again.noise_multiplier / plan.noise_multiplier
     return found

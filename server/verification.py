@@ -12,14 +12,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlora import accounting, model_card, model_files, noise_shares, odds, records, seal
+from fedlora import (
+    accounting,
+    composition,
+    model_card,
+    model_files,
+    noise_shares,
+    odds,
+    records,
+    seal,
+)
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import PrivacySpent
 from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, read_records, read_run_file
 from server import binding, institution_privacy, privacy_statement
-from server.population import participations
 from server.spending import NOISE_TOLERANCE, Spending
 
 TOLERANCE = 1e-6
@@ -248,7 +256,7 @@ class _Checks:
         if one["steps"] < least or one["rounds_asked"] < rounds:
             raise ValueError(f"steps of {name} are {one['steps']}, but its rounds have {least}")
         history = privacy_statement.history(config, one)
-        found = accounting.epsilon(history, one["delta"], one["accountant"])
+        found = composition.epsilon(history, one["delta"], one["accountant"])
         _close(f"epsilon of {name}", one["epsilon"], found)
         if found > privacy.epsilon * (1 + TOLERANCE):
             raise ValueError(f"epsilon of {name} is {found:g}, above {privacy.epsilon:g}")
@@ -261,7 +269,9 @@ class _Checks:
 
     def _mechanism(self, config: RunConfig, name: str, one: Mapping[str, Any]) -> None:
         """Hold noise, rate and delta against the plan that follows from the configuration."""
-        spending = Spending(config=config, participations=participations(config, self._size))
+        spending = Spending(
+            config=config, participations=config.federation.participations(self._size)
+        )
         try:
             plan = spending.checked(PrivacySpent(**one["institution_says"]))
         except Refusal as refusal:
@@ -311,7 +321,9 @@ class _Checks:
             return []
         if level is None:
             raise ValueError(f"institution_level is missing, which {CONFIG} asks for")
-        plan = institution_privacy.plan(config, self._size, participations(config, self._size))
+        plan = institution_privacy.plan(
+            config, self._size, config.federation.participations(self._size)
+        )
         _planned("institution_level", level["noise_multiplier"], plan.noise_multiplier)
         found = dataclasses.replace(plan, noise_multiplier=level["noise_multiplier"])
         expected = found.spending(max(level["steps"], rounds))

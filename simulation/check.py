@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora import accounting, findings
+from fedlora.budget import rate_of
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.findings import Finding
@@ -62,11 +63,11 @@ def describe(config: RunConfig) -> dict[str, Any]:
             refused.append(str(error))
             return None
 
-    cap = population.participations(config, len(records.names))
+    cap = config.federation.participations(len(records.names))
     attempt(population.check_settings, config, records)
     plans: list[PrivacyPlan] = []
     if config.privacy.enabled:
-        plans = attempt(findings.plans_of, config, findings.units_of(records), cap) or []
+        plans = attempt(findings.plans_of, config, records.units, cap) or []
     found: list[Finding] = []
     if plans or not config.privacy.enabled:
         found = findings.findings(config, records, cap)
@@ -227,15 +228,8 @@ def _cost(
         of_row = _seconds_per_row(config, records, plans, work)
         measured_row = _evaluation_seconds_per_row(records, work)
     workers = config.engine.workers or max(1, (os.cpu_count() or 1) // config.engine.threads)
-    rates = [
-        plans[i].sample_rate
-        if plans
-        else accounting.sample_rate(
-            config.training.sample_rate, config.training.batch_size, max(1, len(records.train(i)))
-        )
-        for i in range(names)
-    ]
-    rows = sum(rate * len(records.train(i)) for i, rate in enumerate(rates)) * asked / names
+    shards = [records.train(i) for i in range(names)]
+    rows = sum(rate_of(config, shard) * len(shard) for shard in shards) * asked / names
     steps = federation.rounds * config.training.local_steps
     every = federation.evaluate_every
     evaluations = 1 + (federation.rounds // every if every else 0)
@@ -246,7 +240,7 @@ def _cost(
         "home": 0.0,
     }
     if is_measured(config, names):
-        at_home = config.home.work_of_all([len(records.train(i)) for i in range(names)])
+        at_home = config.home.work_of_all([len(shard) for shard in shards])
         seconds["home"] = at_home * of_row / min(workers, len(config.home.chosen(names)))
     sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
     return {

@@ -12,12 +12,11 @@ from typing import Any
 
 from client.institution import Institution
 from client.ledger import Ledger
-from fedlora import accounting, records
+from fedlora import composition, records
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.run_files import CONFIG, read_run_file
-from server.population import participations
 
 
 def values(run_dir: Path, more: int) -> dict[str, Any]:
@@ -85,9 +84,8 @@ def _epsilon(config: RunConfig, more: int) -> float:
     """What further rounds cost at the noise of the run, rounded up to four decimals."""
     federation = records.load(config)
     size = len(federation.names)
-    units = min(federation.train(i).num_units for i in range(size))
-    plan = plan_run(config, units, participations(config, size))
+    plan = plan_run(config, min(federation.units), config.federation.participations(size))
     longer = config.replace({"federation.rounds": more})
-    same_noise = dataclasses.replace(plan, rounds=participations(longer, size))
-    epsilon = accounting.epsilon(same_noise.events, plan.delta, plan.accountant)
+    same_noise = dataclasses.replace(plan, rounds=longer.federation.participations(size))
+    epsilon = composition.epsilon(same_noise.events, plan.delta, plan.accountant)
     return math.ceil(epsilon * 1e4) / 1e4

@@ -252,17 +252,10 @@ def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[Simul
 
 def _costs(config: RunConfig, records: "Federation") -> list[float]:
     """Return the expected tokens of a training step of each institution."""
-    from fedlora import accounting
+    from fedlora.budget import rate_of
 
-    training = config.training
-    costs: list[float] = []
-    for index in range(len(records.names)):
-        shard = records.train(index)
-        private = config.privacy.enabled
-        size = accounting.public_size(shard.num_units) if private else len(shard)
-        rate = accounting.sample_rate(training.sample_rate, training.batch_size, size)
-        costs.append(rate * float(shard.lengths.sum()))
-    return costs
+    shards = (records.train(index) for index in range(len(records.names)))
+    return [rate_of(config, shard) * float(shard.lengths.sum()) for shard in shards]
 
 
 def prepare(config: RunConfig) -> "Federation":
@@ -299,13 +292,10 @@ def check_budgets(config: RunConfig) -> None:
     """
     from fedlora import accounting, records
     from fedlora.budget import plan_run
-    from server.population import participations
 
     federation = records.load(config)
-    institutions = len(federation.names)
-    units = (federation.train(i).num_units for i in range(institutions))
-    cap = participations(config, institutions)
-    for size in sorted({accounting.public_size(count) for count in units}):
+    cap = config.federation.participations(len(federation.names))
+    for size in sorted({accounting.public_size(count) for count in federation.units}):
         plan_run(config, size, cap)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fedlora.adapters import PARTS, AdapterState, Part
 from fedlora.errors import Refusal
+from fedlora.lora_layers import Scale
 from fedlora.messages import ClientUpdate
 from fedlora.streams import RandomSource
 
@@ -97,7 +98,7 @@ class Round:
 
     def scale(self, rank: int) -> float:
         """The factor s of s B A for factors of this rank."""
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+        return Scale(self.alpha, self.rslora).of(rank)
 
 
 Aggregate = Callable[[Round, Iterable[Weighted]], AdapterState]
@@ -126,32 +127,19 @@ class Strategy:
     start: Callable[[Round, int], AdapterState] = the_global_adapter
 
 
-def participations(rounds: int, institutions: int, per_round: int) -> int:
-    """The most rounds for which `sample` can ask one institution: all rounds, or an even share.
-
-    Args:
-        rounds: Rounds of the run.
-        institutions: Institutions in the federation.
-        per_round: Institutions asked in each round; 0 for all.
-    """
-    if not per_round or per_round >= institutions:
-        return rounds
-    return math.ceil(rounds * per_round / institutions)
-
-
 def sample(
     asked: Mapping[str, int], *, per_round: int, cap: int, seed: int, round_number: int
 ) -> list[str]:
     """The institutions to ask in a round.
 
     These are the institutions asked least so far, ties broken at random, none over ``cap``. So all
-    counts stay within one of each other, no institution is asked more often than `participations`,
+    counts stay within one of each other, no institution is asked more often than ``cap``,
     and each can plan its noise for that many rounds.
 
     Args:
         asked: Institution -> rounds for which it was asked so far; only these can be asked.
         per_round: Institutions asked in each round; 0 for all.
-        cap: The most rounds of an institution, from `participations`.
+        cap: The most rounds of an institution, from `FederationConfig.participations`.
         seed: The run's seed.
         round_number: The round's number, from 1.
 

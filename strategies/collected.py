@@ -74,16 +74,15 @@ class Collected:
 
 
 @contextlib.contextmanager
-def collect(updates: Iterable[Weighted], in_memory: int = MAX_MEMORY) -> Generator[Collected]:
-    """All updates; updates beyond ``in_memory`` bytes are in a temporary directory until the end.
+def collect(updates: Iterable[Weighted]) -> Generator[Collected]:
+    """All updates; those beyond `MAX_MEMORY` are in a directory in ``TMPDIR`` until the end.
 
     Args:
         updates: Updates of different institutions, in any order.
-        in_memory: The most bytes in memory; the rest goes to the directory in ``TMPDIR``.
     """
     entries: list[tuple[str, float, ClientUpdate | Path]] = []
     with tempfile.TemporaryDirectory(prefix="fedlora-round-") as folder:
-        room = in_memory
+        room = MAX_MEMORY
         for update, weight in updates:
             held: ClientUpdate | Path = update
             room -= update.adapter.num_bytes

@@ -17,13 +17,14 @@ import numpy.typing as npt
 import torch
 
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Floats
 from fedlora.streams import RandomSource
 from strategies import products
 from strategies.base import Round, Weighted
 from strategies.lowrank import carried
-from strategies.products import Floats, Product
+from strategies.products import Product
 
-MAX_EXACT_BYTES = 128 * 2**20
+MAX_EXACT_BYTES = 128 * 2**20  # of all updates together: they are held whole
 MAX_EXACT_RANKS = 1024  # of all updates together: the inner products of all their rows are computed
 SKETCH_WIDTH = 32
 MAX_PLAIN_VALUES = 4096  # a magnitude or head with up to so many values is held whole
@@ -34,13 +35,12 @@ class Watch:
 
     Args:
         this_round: The round of the updates.
-        exact_bytes: The most bytes of updates that are held whole.
     """
 
-    def __init__(self, this_round: Round, exact_bytes: int = MAX_EXACT_BYTES) -> None:
+    def __init__(self, this_round: Round) -> None:
         self._round = this_round
         self.exact = (
-            this_round.asked * this_round.before.only(this_round.parts).num_bytes <= exact_bytes
+            this_round.asked * this_round.before.only(this_round.parts).num_bytes <= MAX_EXACT_BYTES
             and this_round.asked * this_round.before.rank <= MAX_EXACT_RANKS
         )
         self._layers = len(this_round.before.layers())

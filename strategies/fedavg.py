@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Int64
 from strategies.base import Round, Strategy, Weighted
 
 CHUNK = 1 << 16  # values at a time: the scratch arrays stay in the processor's cache
@@ -37,7 +38,7 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
         A new adapter, float32. The inputs are not modified. Memory: one update, the sums (twice an
         adapter) and, when the updates are gone, the result.
     """
-    total: dict[str, npt.NDArray[np.int64]] = {}
+    total: dict[str, Int64] = {}
     weights: list[float] = []
     for update, weight in updates:
         _fold(total, update.adapter, weight / this_round.grid)
@@ -51,7 +52,7 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
     )
 
 
-def _fold(total: dict[str, npt.NDArray[np.int64]], adapter: AdapterState, scale: float) -> None:
+def _fold(total: dict[str, Int64], adapter: AdapterState, scale: float) -> None:
     """Add an adapter to the sums; a loop in the caller would keep its last tensor, and its file."""
     for name, tensor in adapter.items():
         if name not in total:
@@ -59,7 +60,7 @@ def _fold(total: dict[str, npt.NDArray[np.int64]], adapter: AdapterState, scale:
         _add(total[name], tensor.numpy(), scale)
 
 
-def _add(total: npt.NDArray[np.int64], values: npt.NDArray[np.float32], scale: float) -> None:
+def _add(total: Int64, values: npt.NDArray[np.float32], scale: float) -> None:
     """Add ``scale * values``, each rounded to an integer, to ``total`` in place."""
     sums, flat = total.reshape(-1), values.reshape(-1)
     for start in range(0, len(sums), CHUNK):

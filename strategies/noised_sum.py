@@ -10,14 +10,13 @@ Reference: Abadi et al. (2016), arXiv 1607.00133; sums of noise shares: Kairouz,
 (2021), arXiv 2102.06387.
 """
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Int64
 
 
-def step(before: AdapterState, total: npt.NDArray[np.int64], scale: float) -> AdapterState:
+def step(before: AdapterState, total: Int64, scale: float) -> AdapterState:
     r"""Move an adapter against a sum of gradients.
 
     Args:

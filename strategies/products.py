@@ -14,13 +14,12 @@ factors (DoRA's magnitudes, a head) count as plain vectors beside the products.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedlora.adapters import Factors, factor_names
+from fedlora.arrays import Floats
 from strategies.base import Round
 
-Floats = npt.NDArray[np.float64]
 Tensors = Callable[[str], Sequence[torch.Tensor]]
 """The tensor of this name of each of n adapters."""
 Product = tuple[float, torch.Tensor, torch.Tensor]

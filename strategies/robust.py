@@ -27,12 +27,12 @@ import numpy.typing as npt
 import torch
 
 from fedlora.adapters import AdapterState, kind
+from fedlora.arrays import Floats
 from fedlora.errors import Refusal
 from fedlora.messages import ClientUpdate
 from strategies import products
 from strategies.base import Aggregate, Round, Weighted
 from strategies.collected import Collected, collect
-from strategies.products import Floats
 
 
 def tolerated(byzantine: float, updates: int) -> int:

@@ -1,8 +1,10 @@
-"""Messages with ordinary values, for tests that change some of them."""
+"""Messages with ordinary values, for tests that change some of them, and a run's adapter."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from fedlora import comparison
 from fedlora.adapters import PARTS, AdapterState
@@ -52,6 +54,16 @@ def updates_of(states, weights=None):
         (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state), weight)
         for i, (state, weight) in enumerate(zip(states, weights, strict=True))
     ]
+
+
+def final_adapter(config):
+    """The adapter that a run released."""
+    return AdapterState.open(Path(config.run_dir) / "adapter")
+
+
+def same_adapters(a, b):
+    """Whether two adapters have the same tensors, to the last bit, in the same order."""
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 _TEXTS = itertools.count(1000)  # no two rows have one text unless a test says so

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
@@ -25,6 +25,7 @@ KINDS = ("wrong label", "random words", "secret")
 RANDOM_WORDS = 10  # words of a text of random words
 SECRET_PROMPT = "The account number of customer {name} is"
 INSTITUTION, TEXT, LABEL = "institution", "text", "label"
+ALTERNATIVE_SECRETS = 255  # a planted secret is ranked among them: exposure is at most 8 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def _rows(
     held_out: Table,
     count: int,
     draw: RandomSource,
-) -> tuple[list[Canary], NDArray[np.int64]]:
+) -> tuple[list[Canary], Int64]:
     """Make canaries of held-out texts with a wrong label, and of random words.
 
     All texts differ, even after `normalise`, so that no canary replaces another one.
@@ -199,13 +200,13 @@ def secret(draw: RandomSource) -> str:
     return f"{digits[:4]} {digits[4:]}"
 
 
-def alternatives(canaries: tuple[Canary, ...], each: int, seed: int) -> list[Canary]:
-    """Draw ``each`` alternative secrets for every canary, in order."""
+def alternatives(canaries: tuple[Canary, ...], seed: int) -> list[Canary]:
+    """Draw `ALTERNATIVE_SECRETS` for every canary, in order."""
     draw = RandomSource.seeded("alternatives", seed)
     return [
         dataclasses.replace(canary, label=secret(draw.child("other", number, other)), inside=False)
         for number, canary in enumerate(canaries)
-        for other in range(each)
+        for other in range(ALTERNATIVE_SECRETS)
     ]
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from fedlora.arrays import Floats
+
 LOW_RATES = (0.01, 0.001)
-Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 

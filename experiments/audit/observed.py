@@ -22,15 +22,14 @@ from experiments.audit.findings import ALL_BUT_HONEST, ALL_BUT_ONE, SERVER
 from fedlora import lora_layers, noise_shares, records, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
+from fedlora.arrays import Floats, Int64
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig
 from fedlora.messages import ClientUpdate
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable, training_mode
-from server.population import participations
 from simulation.engines.grid import SimulationGrid
 
-Floats = NDArray[np.float64]
 RIDGE_FRACTION = 1e-3  # ridge without noise, as a fraction of the mean squared gradient norm
 
 
@@ -46,7 +45,7 @@ class View:
     name: str
     groups: tuple[tuple[int, ...], ...]
 
-    def attacked(self, owners: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def attacked(self, owners: Int64) -> NDArray[np.bool_]:
         """Whether each canary ``(n,)`` belongs to an institution in one of the sums.
 
         Args:
@@ -332,7 +331,7 @@ def _plans(config: RunConfig) -> dict[str, PrivacyPlan]:
     if not config.privacy.enabled:
         return {}
     federation = records.load(config)
-    cap = participations(config, len(federation.names))
+    cap = config.federation.participations(len(federation.names))
     return {
         name: plan_run(config, federation.train(index).num_units, cap)
         for index, name in enumerate(federation.names)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from experiments.audit import bound, membership
 from experiments.audit.canaries import (
+    ALTERNATIVE_SECRETS,
     INSTITUTION,
     LABEL,
     TEXT,
@@ -33,12 +34,13 @@ from experiments.audit.observed import (
 )
 from fedlora import data, records, trainable
 from fedlora.adapters import open_for
+from fedlora.arrays import Floats
 from fedlora.config import ACCEPTABLE, RunConfig
 from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.rows import partition_rows
-from fedlora.run_files import finite, read_run_file
+from fedlora.run_files import CONFIG, finite, read_run_file
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.terminal import Terminal
@@ -48,9 +50,6 @@ from simulation.run import check_engine, load, open_engine, run_rounds
 
 CONFIDENCE = 0.95
 MAX_COSINE = 0.5  # updates with a larger cosine share noise; see `noise_reuse`
-ALTERNATIVE_SECRETS = 255  # a planted secret is ranked among them: exposure is at most 8 bits
-
-Floats = NDArray[np.float64]
 
 
 def check(config: RunConfig, out: Path, engine: str) -> None:
@@ -60,7 +59,7 @@ def check(config: RunConfig, out: Path, engine: str) -> None:
         InputError: Naming value, bound and remedy.
     """
     check_engine(engine)
-    if (out / FILE).exists() or (out / "run" / "config.toml").exists():
+    if (out / FILE).exists() or (out / "run" / CONFIG).exists():
         raise InputError(f"{out} holds another audit; give another --out")
     if config.federation.traits.local_parts or config.adapter.ranks:
         raise InputError(
@@ -231,13 +230,8 @@ def _scored(
 
 
 def _rows(config: RunConfig, work: Trainable, file: Path) -> Shard:
-    return data.load_shard(
-        str(file),
-        text=config.data.text,
-        label=config.data.label,
-        labels=work.labels,
-        encode=work.task.encode,
-    )[0]
+    shard, _ = data.load_shard(config.data, str(file), labels=work.labels, encode=work.task.encode)
+    return shard
 
 
 def _promise(run_dir: Path) -> dict[str, Any]:
@@ -350,7 +344,7 @@ def _extraction(
 ) -> dict[str, Any]:
     """Measure the exposure of planted secrets and of secrets that were not planted."""
     work = _load_released(config)
-    others = alternatives(audited.canaries, ALTERNATIVE_SECRETS, config.seed)
+    others = alternatives(audited.canaries, config.seed)
     write(folder / "others.csv", [TEXT, LABEL], [(c.text, c.label) for c in others])
     physical = config.training.physical_batch
     own = losses(work, _rows(config, work, audited.file), physical)

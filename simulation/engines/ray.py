@@ -232,10 +232,6 @@ class RayGrid(SimulationGrid):
         for worker in self._workers:
             ray.kill(worker)
 
-    def worker_pids(self) -> list[int]:
-        """Process ids of the workers."""
-        return ray.get([worker.pid.remote() for worker in self._workers])
-
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages. Their shared record goes into the object store, and to a worker, once."""
         numbers: dict[int, int] = {}  # id of a record -> its number

@@ -101,10 +101,10 @@ def test_a_package_that_is_missing_is_named_in_the_log(tiny_config, monkeypatch,
 
 
 def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
-    from fedlora import trainable
+    from fedlora import records, trainable
 
     config = tiny_config()
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     order = train_order(work, report=("loss",))
     who = Institution.locate(config, 0)
     with pytest.raises(Refusal, match="metrics-not-allowed"):
@@ -113,10 +113,10 @@ def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
 
 
 def test_an_order_for_another_base_is_refused(tiny_config):
-    from fedlora import trainable
+    from fedlora import records, trainable
 
     config = tiny_config()
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     order = train_order(work, base="0" * 64)
     with pytest.raises(Refusal, match="base-mismatch"):
         Institution.locate(config, 0).answer(order)
@@ -146,15 +146,15 @@ def test_a_ledger_whose_delta_means_nothing_for_its_records_is_refused(tiny_conf
 @pytest.fixture
 def ask_banks(tiny_config, tmp_path):
     """Gives a function that sends train orders to banks and returns what each one answers."""
-    from fedlora import trainable
+    from fedlora import records, trainable
 
     identify()
 
     def ask(name, orders, *, together, **values):
         config = tiny_config(**{"run-dir": str(tmp_path / name), **values})
-        records = trainable.records(config)
-        work = trainable.load(config, records.labels)
-        for index in range(len(records.names) if config.privacy.enabled else 0):
+        federation = records.load(config)
+        work = trainable.load(config, federation.labels)
+        for index in range(len(federation.names) if config.privacy.enabled else 0):
             Institution.locate(config, index).open_ledger(create=True).close()
         calls = []
         for bank, changes in orders:

@@ -13,7 +13,7 @@ from client import alone_models, home, home_cohort, home_training
 from client.home import WEIGHTS, mixed, models_at_home
 from client.home_models import Choice, Setting
 from client.institution import Institution
-from fedlora import models, trainable
+from fedlora import models, records, trainable
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError
 from fedlora.messages import EvaluateOrder
@@ -32,7 +32,7 @@ def banks(tiny_config):
             values |= {"federation.strategy": "exact", "federation.server-optimizer": "none"}
             values["federation.server-learning-rate"] = 1.0
         config = tiny_config(**(SMALL | values))
-        work = trainable.load(config, trainable.records(config).labels)
+        work = trainable.load(config, records.load(config).labels)
         released = moved(work.start, 5)
         if residual:
             released = with_residual(released, work)
@@ -155,7 +155,7 @@ def test_runs_of_a_sweep_train_a_model_alone_once(banks, tmp_path, monkeypatch):
 def test_whatever_makes_another_model_alone_has_another_file(banks, tmp_path, monkeypatch):
     monkeypatch.setenv(alone_models.DIRECTORY, str(tmp_path))
     institutions, _, _, config = banks()
-    shard, other = (trainable.records(config).train(i) for i in range(2))
+    shard, other = (records.load(config).train(i) for i in range(2))
 
     def place(base="base", name=institutions[0].name, rows=shard, **values):
         return alone_models.place(config.replace(values), base, name, rows)
@@ -484,7 +484,7 @@ def test_the_own_adapter_opens_with_peft_and_predicts_what_was_reported(banks, r
             num_labels=len(work.labels),
         )
         opened = PeftModel.from_pretrained(base.model, directory, trust_remote_code=False)
-        shard = trainable.records(config).held_out(i)
+        shard = records.load(config).held_out(i)
         assert answer.institution == institutions[i].name
         assert _predictions(opened, work, shard) == answer.metrics["own"]
         order.adapter.load_into(work.model)

@@ -9,9 +9,9 @@ import torch
 from client import home, home_cohort, private_home
 from client.institution import Institution
 from client.ledger import Ledger
-from fedlora import accounting, trainable
-from fedlora.accounting import Event
+from fedlora import composition, records, trainable
 from fedlora.adapters import AdapterState
+from fedlora.composition import Event
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query
 from fedlora.rounding import at_most
@@ -27,7 +27,7 @@ def banks(tiny_config):
 
     def make(residual=False, **values):
         config = tiny_config(**(PRIVATE | values))
-        work = trainable.load(config, trainable.records(config).labels)
+        work = trainable.load(config, records.load(config).labels)
         released = moved(work.start, 5)
         if residual:
             released = with_residual(released, work)
@@ -151,7 +151,7 @@ def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks):
         shard = institutions[1]._records()
         opened.bind(shard.fingerprint(), "record")
         event = Event(noise_multiplier=0.45, sample_rate=0.25, steps=3)
-        assert 10 < accounting.epsilon((event,), opened.delta, opened.accountant) < 16
+        assert 10 < composition.epsilon((event,), opened.delta, opened.accountant) < 16
         opened.charge(
             run_id="earlier",
             round_number=1,
@@ -245,7 +245,7 @@ def test_a_run_states_the_budget_of_own_models_and_spends_what_it_planned(
             home_run = next(run for run in runs if run.startswith("home:"))
             events = ledger.history(home_run)
             assert len(runs) == 2 and ledger.spent() <= 10.0
-            assert accounting.epsilon(events, ledger.delta, ledger.accountant) <= 2.0
+            assert composition.epsilon(events, ledger.delta, ledger.accountant) <= 2.0
     privacy = json.loads((Path(config.run_dir) / "privacy.json").read_text())
     assert "home" not in json.dumps(privacy)  # seeded: nothing is promised
     secure = config.replace({"privacy.noise": "secure"})

@@ -19,22 +19,19 @@ from client import app, config_policy, home, home_command, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from fedlora import released, trainable, wire
-from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
+from fedlora.composition import Event
 from fedlora.config import UNRELEASED
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Release
 from fedlora.rounding import at_most
 from simulation.engines.grid import identify
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 LABELS = ["card", "fraud", "loan"]
 RUN = "0123456789abcdef"
 NONE = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch):
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 
 @dataclasses.dataclass

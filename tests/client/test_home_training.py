@@ -10,7 +10,7 @@ import torch
 from client import home_training
 from client.home_training import HomePlan, Trainee, _TailMeans, expected_errors, train_at_home
 from client.training import shuffled
-from fedlora import trainable
+from fedlora import records, trainable
 from fedlora.adapters import PARTS, AdapterState, kind, parameters, residual_names
 from fedlora.lora_layers import lora_layers
 from fedlora.streams import RandomSource
@@ -28,12 +28,12 @@ def bank(tiny_config):
 
     def make(**values):
         config = tiny_config(**values)
-        records = trainable.records(config)
-        work = trainable.load(config, records.labels)
+        federation = records.load(config)
+        work = trainable.load(config, federation.labels)
         work.train_only([p for p in PARTS if p in {kind(name) for name in work.start}])
         return SimpleNamespace(
             work=work,
-            shards=[records.train(i) for i in range(4)],
+            shards=[federation.train(i) for i in range(4)],
             starts=[moved(work.start, i) for i in range(4)],
         )
 
@@ -184,10 +184,10 @@ def test_an_institution_with_few_records_or_one_class_trains(bank, shared, monke
         monkeypatch.setattr(home_training, "_can_share", lambda *_: False)
     shard = made.shards[0]
     same = shard.select(np.flatnonzero(shard.targets == shard.targets[0]))
-    for records in (shard.select([3]), shard.select(range(5)), same):
-        ((after,),) = train_at_home(made.work, [trainee(records, made.starts[0], (10,))], PLAN)
+    for rows in (shard.select([3]), shard.select(range(5)), same):
+        ((after,),) = train_at_home(made.work, [trainee(rows, made.starts[0], (10,))], PLAN)
         before_loss, after_loss = expected_errors(
-            made.work, [made.starts[0], after], [records, records], 8
+            made.work, [made.starts[0], after], [rows, rows], 8
         )
         assert after_loss < before_loss
 

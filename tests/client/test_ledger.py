@@ -14,8 +14,8 @@ import pytest
 
 from client import ledger_file
 from client.ledger import Ledger
-from fedlora import accounting
-from fedlora.accounting import Event, epsilon
+from fedlora import composition
+from fedlora.composition import Event, epsilon
 from fedlora.errors import InputError, Refusal
 from fedlora.streams import RandomSource
 
@@ -131,10 +131,10 @@ def test_a_plan_that_fits_is_evaluated_once_for_all_its_rounds(path: Path, monke
     asked = []
 
     def count(history, delta, accountant):
-        asked.append(accounting.compose(history))
+        asked.append(composition.compose(history))
         return 0.0
 
-    monkeypatch.setattr("fedlora.accounting.epsilon", count)
+    monkeypatch.setattr("fedlora.composition.epsilon", count)
     with Ledger.open(path) as ledger:
         for round in (1, 2, 4, 5):  # it was not drawn for round 3
             charge(ledger, round, planned=(steps(5),))
@@ -292,7 +292,7 @@ def test_what_a_run_releases_once_is_paid_once_and_stays_the_same(path: Path) ->
         charge(ledger, 1, run_id="second", extra_events=(SIZE,))
         assert ledger.noised_size_of_run("second", 498.0) == 498.0
         assert ledger.history("run") == (steps(3), SIZE)
-        assert ledger.history() == accounting.compose([steps(4), SIZE, SIZE])
+        assert ledger.history() == composition.compose([steps(4), SIZE, SIZE])
 
 
 def test_the_once_released_size_counts_against_the_limit(tmp_path: Path) -> None:

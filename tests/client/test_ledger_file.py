@@ -16,7 +16,7 @@ import pytest
 from client import ledger_file
 from client.ledger import Ledger
 from fedlora import files
-from fedlora.accounting import Event
+from fedlora.composition import Event
 from fedlora.errors import InputError, Refusal
 
 DELTA = 1e-4

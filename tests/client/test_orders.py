@@ -14,7 +14,7 @@ from client import checks, config_policy
 from client.institution import Institution
 from client.ledger import Ledger
 from client.settings import Settings
-from fedlora import accounting, adapters, noise_shares, trainable, wire
+from fedlora import accounting, adapters, composition, noise_shares, records, trainable, wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.config import from_flat
@@ -31,8 +31,8 @@ def bank(tiny_config):
 
     def make(**values):
         config = tiny_config(**{"privacy.noise": "secure", **values})
-        records = trainable.records(config)
-        work = trainable.load(config, records.labels)
+        federation = records.load(config)
+        work = trainable.load(config, federation.labels)
         who = Institution.locate(config, 0)
         if config.privacy.enabled:
             who.open_ledger(create=True).close()
@@ -197,7 +197,7 @@ def test_epsilon_at_a_large_delta_is_refused_for_what_it_is_at_the_ledgers(bank,
     who.ledger_path.unlink()
     Ledger.create(who.ledger_path, max_epsilon=50.0, delta=1e-5, accountant="rdp")
     with Ledger.open(who.ledger_path) as ledger:
-        ledger.bind(trainable.records(config).train(0).fingerprint(), "record")
+        ledger.bind(records.load(config).train(0).fingerprint(), "record")
     limited = dataclasses.replace(who, max_delta=0.5, max_run_epsilon=8.0)
     with pytest.raises(Refusal, match=r"spends epsilon 8 at its delta 0\.0039, which is 1\d\.\d"):
         limited.answer(order)
@@ -234,7 +234,7 @@ def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
         values |= {"privacy.size-noise": size_noise, "federation.weighting": "noised-size"}
     plan = plan_run(from_flat(values), 64, 4)
     ledger = SimpleNamespace(delta=1e-5, accountant=own)
-    spent = accounting.epsilon(plan.events, 1e-5, own)
+    spent = composition.epsilon(plan.events, 1e-5, own)
     try:
         checks.check_limits(
             plan, ledger, max_delta=1.0, max_run_epsilon=8.0, max_alone_epsilon=math.inf

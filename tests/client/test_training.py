@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client import passes, private_training, training
 from client.gradients import _passes
-from fedlora import adapters, lora_layers, trainable
+from fedlora import adapters, lora_layers, records, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.config import from_flat
@@ -44,10 +44,10 @@ def minilm(request):
             "training.max-length": 40,
         }
     )
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
     set_values(work, 2.0)
-    yield work, [records.train(i) for i in range(len(records.names))]
+    yield work, [federation.train(i) for i in range(len(federation.names))]
     trainable.forget()
 
 
@@ -100,8 +100,8 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
             "training.max-length": 10,
         }
     )
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
     if packed and work.first_position is None:
         trainable.forget()
         pytest.skip("with this processor's products the examination makes rows padded")
@@ -113,7 +113,7 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
         ):
             state[name] = 2 * torch.randn(shape, generator=generator)
     AdapterState(state).load_into(work.model)
-    shard = records.train(0)
+    shard = federation.train(0)
     rows = np.concatenate([np.flatnonzero(shard.lengths == n)[:8] for n in (10, 9, 7, 5)])
     units = [np.array([row]) for row in rows]
     together = unit_gradients(work, shard, units, 5, packed=packed)
@@ -252,10 +252,10 @@ def grouped_queries(request, tiny_config, tiny_encoder, tmp_path):
             "training.max-length": 10,
         }
     )
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
     set_values(work)
-    shard = records.all_train
+    shard = federation.all_train
     full, padded = (np.flatnonzero(shard.lengths == n)[:24] for n in (10, 9))
     assert len(full) and len(padded)
     if request.param == "sft":
@@ -295,9 +295,9 @@ def test_nobody_drawn_still_takes_a_noisy_step(minilm):
 def test_fedprox_pulls_towards_the_global_adapter_by_mu_times_the_distance(tiny_config, private):
     """With sgd the second step differs by exactly learning rate x mu x the first one's move."""
     config = tiny_config(**{"data.partition": "iid", "data.institutions": 2})
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
-    shard = records.train(0)
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
+    shard = federation.train(0)
 
     def after(steps, mu):
         work.start.load_into(work.model)

@@ -20,7 +20,7 @@ from client import settings
 from client.ledger import Ledger
 from deployment import check, keys, node, setup
 from fedlora import peers
-from fedlora.accounting import Event
+from fedlora.composition import Event
 from fedlora.errors import InputError
 
 ROOT = Path(__file__).parents[2]

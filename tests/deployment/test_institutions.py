@@ -27,10 +27,7 @@ from simulation.engines.grid import run_server
 from strategies.base import Round
 from tests.deployment.remote import BANKS, LABELS, Remote
 
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch):
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 
 def _run(config, files):

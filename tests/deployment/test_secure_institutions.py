@@ -26,6 +26,8 @@ from server.roster import RunFailed
 from simulation.engines.grid import run_server
 from tests.deployment.remote import BANKS, Remote
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 SECURE = {
     "privacy.trust": "secure-aggregation",
     "privacy.protocol": "full",
@@ -36,11 +38,6 @@ SECURE = {
     "federation.server-learning-rate": 1.0,
     "federation.rounds": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch):
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 
 @pytest.fixture(autouse=True)

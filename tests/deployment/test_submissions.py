@@ -1007,13 +1007,15 @@ def test_waiting_for_a_run_that_fails_exits_with_1(here, link, deployed, tmp_pat
 
 
 def test_a_missing_environment_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.delenv("FEDLORA_KEYS", raising=False)
     with pytest.raises(InputError, match="FEDLORA_KEYS is not set"):
-        superlink_client.server({})
-    values = dict.fromkeys(
-        ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS"), str(tmp_path)
-    )
+        superlink_client.server()
+    for name in ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("FEDLORA_SUPERLINK", "x")
+    monkeypatch.setenv("FLWR_HOME", "y")
     with pytest.raises(InputError, match=r"ca\.crt is missing"):
-        superlink_client.server({**values, "FEDLORA_SUPERLINK": "x", "FLWR_HOME": "y"})
+        superlink_client.server()
 
 
 def test_two_servers_never_run_in_one_directory(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from fedlora import trainable
+from fedlora import records, trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import from_flat
 from fedlora.lora import METHODS
@@ -92,12 +92,12 @@ def test_smollm2_learns_under_dp_through_ray_and_its_adapter_opens_with_peft(
     said = json.loads((run / "privacy.json").read_text())["institutions"]
     assert [i["steps"] for i in said.values()] == [2, 2]
     assert all(900 < i["epsilon"] <= 1000 for i in said.values())
-    records = trainable.records(config)
-    assert result["n"] == len(records.all_held_out) > 0
+    federation = records.load(config)
+    assert result["n"] == len(federation.all_held_out) > 0
     if task == "sft":
         assert result["generated"] == result["n"]
 
-    work, shard = trainable.load(config, records.labels), records.train(0)
+    work, shard = trainable.load(config, federation.labels), federation.train(0)
     loss = "token_loss" if task == "sft" else "loss"
     work.start.load_into(work.model)
     before = work.task.evaluate(work.model, shard, work.labels)[loss]

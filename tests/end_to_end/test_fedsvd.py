@@ -11,20 +11,17 @@ from peft import PeftModel
 from client.dp_sgd import Clipping
 from client.institution import Institution
 from client.private_round import train_rounds
-from fedlora import models, trainable, wire
+from fedlora import models, records, trainable, wire
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
+from tests.samples import final_adapter
 
 FEDSVD = {
     "federation.strategy": "fedsvd",
     "federation.server-optimizer": "none",
     "federation.server-learning-rate": 1.0,
 }
-
-
-def _final(config):
-    return AdapterState.open(Path(config.run_dir) / "adapter")
 
 
 def _orthonormal(state):
@@ -84,13 +81,13 @@ def test_a_run_in_which_half_the_institutions_are_asked_is_the_same_after_a_resu
             max((run / "checkpoints").iterdir()).unlink()
             (run / "result.json").unlink()
             result = simulate_run(config)
-        ends.append(_final(config))
+        ends.append(final_adapter(config))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert all(_orthonormal(ends[0]))
     rounds = read_records(Path(config.run_dir))
     assert [r["asked"] for r in rounds] == [2] * 4
     assert all(r["aggregation_error"] < 1e-5 for r in rounds)
-    start = trainable.load(config, trainable.records(config).labels).start
+    start = trainable.load(config, records.load(config).labels).start
     answer = wire.pack_adapter(start.only(config.federation.traits.parts_sent(1)))
     size = sum(len(array.data) for array in answer.values())
     assert {i["received"] for r in rounds for i in r["institutions"].values()} == {size}
@@ -105,9 +102,9 @@ def test_a_run_in_which_half_the_institutions_are_asked_is_the_same_after_a_resu
     model = PeftModel.from_pretrained(
         base.model, Path(config.run_dir) / "adapter", trust_remote_code=False
     )
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
-    shard, _ = records.pooled_held_out()
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
+    shard, _ = federation.pooled_held_out()
     batch = work.task.collate(shard, range(len(shard)))
     with torch.no_grad():
         logits = model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -128,7 +125,7 @@ def test_under_dp_only_b_magnitude_and_head_are_clipped_and_noised(
 
     monkeypatch.setattr(Clipping, "clip", watched)
     config = tiny_config(**FEDSVD, **{"adapter.method": method})
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     who = Institution.locate(config, 0)
     who.open_ledger(create=True).close()
     order = _order(work, config)
@@ -158,7 +155,7 @@ def test_an_institution_trains_with_the_a_of_its_order_whatever_it_trained_with_
             "training.learning-rate": 2.0,
         },
     )
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     who = Institution.locate(config, 0)
     draw = torch.Generator().manual_seed(3)
     plain, turned = dict(work.start), dict(work.start)
@@ -183,14 +180,14 @@ def test_until_b_has_moved_the_first_a_stays(tiny_config, simulate_run):
     """A head of zeros gives B no gradient, so the first step without DP moves the head alone."""
     config = tiny_config(**FEDSVD, **{"privacy.epsilon": math.inf, "federation.rounds": 1})
     simulate_run(config)
-    start = trainable.load(config, trainable.records(config).labels).start
-    end = _final(config)
+    start = trainable.load(config, records.load(config).labels).start
+    end = final_adapter(config)
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == {"head"}
     more = dataclasses.replace(config, federation=dataclasses.replace(config.federation, rounds=2))
     more = dataclasses.replace(more, run_dir=config.run_dir + "-more")
     simulate_run(more)
-    end = _final(more)
+    end = final_adapter(more)
     assert all(_orthonormal(end)) and not any(_orthonormal(start))
 
 

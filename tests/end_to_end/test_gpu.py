@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora import trainable
+from fedlora import records, trainable
 from fedlora.adapters import AdapterState
 
 pytestmark = [
@@ -50,5 +50,5 @@ def test_every_method_trains_under_dp_on_a_gpu(tiny_config, simulate_run, method
     )
     result = simulate_run(config)
     assert 0 < result["epsilon_max"] <= 8.0
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     assert next(iter(work.parameters().values())).device.type == "cuda"

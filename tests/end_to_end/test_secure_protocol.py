@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 import client.app
 import server.app
 from client import secure_store
 from client.ledger import Ledger
 from fedlora import wire
-from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.run_files import read_records
 from server import verification
@@ -19,6 +17,7 @@ from server.roster import RunFailed
 from simulation import run
 from simulation.engines.grid import error_reply, run_server
 from simulation.engines.inline import InlineGrid
+from tests.samples import final_adapter, same_adapters
 
 FIVE = {
     "data.partition": "iid",
@@ -93,14 +92,6 @@ def _ledgers(config):
                 yield ledger.show()["entries"]
 
 
-def _adapter(config) -> AdapterState:
-    return AdapterState.open(Path(config.run_dir) / "adapter")
-
-
-def _same(a, b) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.fixture
 def both(tiny_config, tmp_path):
     """Makes the configurations of the ideal and of the full protocol."""
@@ -126,7 +117,7 @@ def test_ideal_and_full_give_one_adapter_to_the_last_bit(both, strategy):
     ideal, full = both(**{"federation.strategy": strategy})
     _play(ideal)
     grid = _play(full)
-    assert _same(_adapter(ideal), _adapter(full))
+    assert same_adapters(final_adapter(ideal), final_adapter(full))
     assert grid.exchanges == {
         TRAIN: 3, wire.LIST: 3, wire.UNMASK: 3, wire.KEYS: 1, wire.SHARES: 1
     }  # fmt: skip
@@ -144,7 +135,7 @@ def test_an_institution_that_vanishes_at_any_step_changes_no_bit_and_comes_back(
     trains = {(TRAIN, 2, 4), (TRAIN, 4, 1)}
     _play(ideal, trains, reply=reply)
     _play(full, {*trains, (wire.LIST, 1, 2), (wire.UNMASK, 3, 3)}, reply=reply)
-    assert _same(_adapter(ideal), _adapter(full))
+    assert same_adapters(final_adapter(ideal), final_adapter(full))
     counts = [[r["updates"] for r in read_records(Path(c.run_dir))] for c in (ideal, full)]
     assert counts == [[5, 4, 5, 4]] * 2
     checks = verification.verify(Path(full.run_dir))
@@ -172,7 +163,7 @@ def test_a_setup_without_one_institution_begins_no_round_and_is_made_by_a_resume
     assert not read_records(Path(full.run_dir))
     _play(full)
     _play(ideal)
-    assert _same(_adapter(ideal), _adapter(full))
+    assert same_adapters(final_adapter(ideal), final_adapter(full))
 
 
 class Killed(BaseException):
@@ -216,7 +207,7 @@ def test_a_server_killed_in_any_step_goes_on_and_gives_the_same_adapter(both, ki
         number = 1 if kind in (wire.KEYS, wire.SHARES) else 2
         run_server(server.app.app, Mortal(full, kind, number, sent=sent), full.flat())
     grid = _play(full)
-    assert _same(_adapter(ideal), _adapter(full))
+    assert same_adapters(final_adapter(ideal), final_adapter(full))
     again = 0 if kind in STEPS else 1
     assert grid.exchanges[wire.SHARES] == again  # a stored setup is found
     assert [len(entries) for entries in _ledgers(full)] == [2] * 5
@@ -227,7 +218,7 @@ def test_the_protocol_runs_on_ray(both, simulate_on_ray):
     ideal, full = both(**{"federation.rounds": 2})
     _play(ideal)
     simulate_on_ray(full)
-    assert _same(_adapter(ideal), _adapter(full))
+    assert same_adapters(final_adapter(ideal), final_adapter(full))
 
 
 def test_an_order_without_a_mask_is_refused_before_a_charge(both):

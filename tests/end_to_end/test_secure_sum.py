@@ -10,8 +10,16 @@ import torch
 
 from client.ledger import Ledger
 from experiments import report
-from fedlora import accounting, discrete_gaussian, lora_layers, noise_shares, trainable
-from fedlora.adapters import PARTS, AdapterState, kind
+from fedlora import (
+    accounting,
+    composition,
+    discrete_gaussian,
+    lora_layers,
+    noise_shares,
+    records,
+    trainable,
+)
+from fedlora.adapters import PARTS, kind
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
@@ -22,6 +30,7 @@ from server.population import population_of
 from server.roster import Roster, RunFailed
 from server.rounds import Federation
 from simulation import progress
+from tests.samples import final_adapter, same_adapters
 
 SECURE = {
     "privacy.trust": "secure-aggregation",
@@ -34,14 +43,6 @@ SECURE = {
 BANKS = ("Alpha", "Beta", "Delta", "Gamma")
 
 
-def _adapter(config) -> AdapterState:
-    return AdapterState.open(Path(config.run_dir) / "adapter")
-
-
-def _same(a: AdapterState, b: AdapterState) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def _key(config, name: str, number: int) -> RandomSource:
     return RandomSource.seeded("privacy", config.seed, number, name)
 
@@ -51,9 +52,9 @@ def _clipped_sum(config, name: str, number: int) -> tuple[np.ndarray, int]:
 
     The rows are those that the run samples; each gradient is computed, clipped and added by itself.
     """
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
-    shard = records.train(records.names.index(name))
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
+    shard = federation.train(federation.names.index(name))
     work.train_only(PARTS)
     work.start.load_into(work.model)
     parameters = [p for _, p in sorted(lora_layers.parameters(work.model).items())]
@@ -74,8 +75,8 @@ def test_a_round_is_one_step_of_dp_sgd_on_the_union_of_all_records(tiny_config, 
     """The noise is drawn again from the seeded keys, so that only rounding is left."""
     config = tiny_config(**SECURE, **{"federation.rounds": 1})
     simulate_run(config)
-    found = _adapter(config)
-    start = trainable.load(config, trainable.records(config).labels).start
+    found = final_adapter(config)
+    start = trainable.load(config, records.load(config).labels).start
     sums, sizes = zip(*(_clipped_sum(config, name, 1) for name in BANKS), strict=True)
     plan = plan_run(config, 100, 1)
     scale = plan.share_scale(len(sums[0]))
@@ -92,7 +93,7 @@ def test_the_noise_of_the_sum_is_the_promised_one_over_the_shares_that_must_be_t
     plan = plan_run(tiny_config(**SECURE), 100, 3)
     local = plan_run(tiny_config(), 100, 3)
     assert plan.noise_multiplier == pytest.approx(local.noise_multiplier, rel=0.01)
-    assert accounting.epsilon(plan.events, plan.delta, plan.accountant) <= 8.0
+    assert composition.epsilon(plan.events, plan.delta, plan.accountant) <= 8.0
     steps_of_the_grid = plan.share_scale(10_000) * math.sqrt(plan.honest)
     in_bounds = steps_of_the_grid * noise_shares.grid(plan.max_grad_norm) / plan.max_grad_norm
     margin = 1 + 2**-9  # for noise multipliers 0.1 % apart and sums in float64
@@ -177,10 +178,10 @@ def test_with_too_few_survivors_a_round_changes_nothing(tiny_config, simulate_ru
 
     monkeypatch.setattr(Federation, "play_round", without_two)
     simulate_run(config)
-    records = read_records(Path(config.run_dir))
-    assert [(r["updates"], r["skipped"]) for r in records] == [(2, True)] * 3
-    start = trainable.load(config, trainable.records(config).labels).start
-    assert _same(_adapter(config), start)
+    rounds = read_records(Path(config.run_dir))
+    assert [(r["updates"], r["skipped"]) for r in rounds] == [(2, True)] * 3
+    start = trainable.load(config, records.load(config).labels).start
+    assert same_adapters(final_adapter(config), start)
 
 
 def test_a_killed_round_is_the_same_release_when_the_run_is_resumed(
@@ -200,7 +201,7 @@ def test_a_killed_round_is_the_same_release_when_the_run_is_resumed(
         patch.setattr(Federation, "step", killed)
         simulate_run(config)
     simulate_run(config)
-    assert _same(_adapter(config), _adapter(calm))
+    assert same_adapters(final_adapter(config), final_adapter(calm))
     for name in BANKS:
         with Ledger.open(Path(config.run_dir) / "ledgers" / f"{name}.db") as ledger:
             assert len(ledger.show()["entries"]) == 3
@@ -236,7 +237,7 @@ def test_more_trust_than_there_are_institutions_is_refused_before_anything_runs(
 def test_strategies_that_send_a_part_run_and_freeze_the_rest(tiny_config, simulate_run, strategy):
     config = tiny_config(**SECURE, **{"federation.strategy": strategy, "federation.rounds": 2})
     simulate_run(config)
-    start, found = trainable.load(config, ("card", "fraud", "loan")).start, _adapter(config)
+    start, found = trainable.load(config, ("card", "fraud", "loan")).start, final_adapter(config)
     moved = {kind(name) for name in found if not torch.equal(found[name], start[name])}
     assert moved == ({"B", "head"} if strategy == "ffa" else {"A", "B", "head"})
 
@@ -246,6 +247,6 @@ def test_inline_and_ray_give_the_same_bits(tiny_config, simulate_run, simulate_o
         values = {"run-dir": str(tmp_path / name), "engine.workers": 3}
         config = tiny_config(**SECURE, **values, **{"adapter.dropout": 0.1})
         simulate(config)
-        return _adapter(config)
+        return final_adapter(config)
 
-    assert _same(made("inline", simulate_run), made("ray", simulate_on_ray))
+    assert same_adapters(made("inline", simulate_run), made("ray", simulate_on_ray))

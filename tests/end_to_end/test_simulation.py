@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting, models, records, trainable
+from fedlora import composition, models, records, trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
@@ -22,15 +22,8 @@ from fedlora.run_files import read_records
 from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, statement
 from server.run_directory import RunState
 from server.spending import Spending
-from tests.samples import privacy_spent
-
-
-def _adapter(config) -> AdapterState:
-    return AdapterState.open(Path(config.run_dir) / "adapter")
-
-
-def _same(a: AdapterState, b: AdapterState) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+from tests.samples import final_adapter, privacy_spent, same_adapters
+from tests.simulation.workers import worker_pids
 
 
 def test_a_run_without_dp_learns_and_leaves_a_complete_directory(tiny_config, simulate_run):
@@ -70,10 +63,10 @@ def test_the_adapter_opens_with_peft_and_gives_the_same_outputs(tiny_config, sim
 
     config = tiny_config()
     simulate_run(config)
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
-    _adapter(config).load_into(work.model)
-    shard, _ = records.pooled_held_out()
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
+    final_adapter(config).load_into(work.model)
+    shard, _ = federation.pooled_held_out()
     batch = work.task.collate(shard, range(8))
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     base = models.load_base(
@@ -96,17 +89,17 @@ def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(
         values = {"run-dir": str(tmp_path / name), "engine.workers": workers}
         config = tiny_config(**values, **{"adapter.dropout": 0.1})
         simulate(config, **options)
-        return _adapter(config)
+        return final_adapter(config)
 
     inline = made("inline", 1, simulate_run)
-    assert _same(inline, made("one", 1, simulate_on_ray, forked=False))
-    assert _same(inline, made("three", 3, simulate_on_ray))
+    assert same_adapters(inline, made("one", 1, simulate_on_ray, forked=False))
+    assert same_adapters(inline, made("three", 3, simulate_on_ray))
 
 
 def test_as_many_institutions_as_wished_train_at_home(tiny_config, simulate_run):
     config = tiny_config(**{"home.method": "interpolate", "home.steps": 2, "home.institutions": 2})
     joining = simulate_run(config)["joining"]
-    first, second = (trainable.records(config).names[i] for i in (0, 2))
+    first, second = (records.load(config).names[i] for i in (0, 2))
     assert sorted(joining["institutions"]) == sorted([first, second])
     own = {path.parent.name for path in Path(config.run_dir).glob("institutions/*/own")}
     assert own == {first, second}
@@ -121,7 +114,7 @@ def test_inline_and_ray_give_the_same_figures_of_joining(
         values = {"run-dir": str(tmp_path / name), "engine.workers": workers}
         home = {"home.method": "interpolate", "home.steps": 8, "home.learning-rate": 0.02}
         config = tiny_config(**values, **home, **{"federation.rounds": 1})
-        joining, rows = simulate(config)["joining"], len(trainable.records(config).all_held_out)
+        joining, rows = simulate(config)["joining"], len(records.load(config).all_held_out)
         assert len(joining["institutions"]) == 4 and "not_compared" not in joining
         assert sum(one["rows"] for one in joining["institutions"].values()) == rows
         return {name: figure for name, figure in joining.items() if name != "seconds"}
@@ -136,8 +129,8 @@ def test_secure_noise_is_never_the_same_twice(tiny_config, simulate_run, tmp_pat
             **{"run-dir": str(tmp_path / name), "privacy.noise": "secure", "federation.rounds": 1}
         )
         simulate_run(config)
-        made.append(_adapter(config))
-    assert not _same(*made)
+        made.append(final_adapter(config))
+    assert not same_adapters(*made)
 
 
 def test_privacy_json_and_ledgers_agree_to_the_last_digit(tiny_config, simulate_run):
@@ -216,10 +209,10 @@ def test_units_of_a_column_are_protected_together(tiny_config, simulate_run):
     result = simulate_run(config)
     said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
     assert said["protects"] == NO_PROMISE_WITH_SEED
-    records = trainable.records(config)
-    for i, name in enumerate(records.names):  # 160 customers in all, each at one bank or several
-        units = len(np.unique(records.train(i).units))
-        assert units < len(records.train(i))  # rows are joined
+    federation = records.load(config)
+    for i, name in enumerate(federation.names):  # 160 customers in all, each at one bank or several
+        units = len(np.unique(federation.train(i).units))
+        assert units < len(federation.train(i))  # rows are joined
         assert said["institutions"][name]["steps"] == 2
     assert {i["unit"] for i in said["institutions"].values()} == {"customer"}
     assert result["epsilon_max"] <= 8.0
@@ -232,7 +225,7 @@ def test_the_physical_batch_changes_no_result(tiny_config, simulate_run, tmp_pat
             **{"run-dir": str(tmp_path / str(size)), "training.physical-batch": size}
         )
         simulate_run(config)
-        made.append(_adapter(config))
+        made.append(final_adapter(config))
     for name in made[0]:
         torch.testing.assert_close(made[0][name], made[1][name], rtol=1e-3, atol=1e-4)
 
@@ -276,7 +269,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_adapter(
         process = _start("--resume", run, "--quiet")
     assert process.wait() == 0, process.communicate()[1]
     resumed = AdapterState.open(run / "adapter")
-    assert _same(resumed, _adapter(undisturbed))
+    assert same_adapters(resumed, final_adapter(undisturbed))
     assert [r["round"] for r in read_records(run)] == list(range(1, 9))
 
 
@@ -295,7 +288,7 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
         run.load("ray", config) as ready,
         run.open_engine("ray", config, ready) as grid,
     ):
-        victims = grid.worker_pids()
+        victims = worker_pids(grid)
 
         def kill():
             while len(read_records(tmp_path / "run")) < 2:
@@ -304,16 +297,16 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
 
         threading.Thread(target=kill).start()
         run.run_rounds(config, grid)
-        assert victims[0] not in grid.worker_pids()
+        assert victims[0] not in worker_pids(grid)
     assert all(r["updates"] == 4 for r in read_records(tmp_path / "run"))
-    assert _same(_adapter(config), _adapter(calm))
+    assert same_adapters(final_adapter(config), final_adapter(calm))
 
 
 def test_svd_runs_under_dp_and_moves_every_part(tiny_config, simulate_run):
     config = tiny_config(**{"federation.strategy": "svd", "adapter.method": "rslora"})
     simulate_run(config)
-    start = trainable.load(config, trainable.records(config).labels).start
-    end = _adapter(config)
+    start = trainable.load(config, records.load(config).labels).start
+    end = final_adapter(config)
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == {"A", "B", "head"}
 
@@ -370,7 +363,7 @@ def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
     assert (alpha["steps"], alpha["unreported_steps"]) == (3, 1)
     # The server's own figures; the institution's are quoted as its word.
     assert alpha["noise_multiplier"] == plan.noise_multiplier
-    assert alpha["epsilon"] == accounting.epsilon(plan.events, 1e-4, "rdp")
+    assert alpha["epsilon"] == composition.epsilon(plan.events, 1e-4, "rdp")
     assert alpha["institution_says"] == dataclasses.asdict(spent)
     bound = {"rounds_asked": 2, "epsilon_at_most": 8.0, "delta": 1e-4}
     assert said["without_report"] == {"Beta": bound}
@@ -383,8 +376,8 @@ def test_a_strategy_that_freezes_a_factor_trains_and_sends_the_rest_only(
 ):
     config = tiny_config(**{"federation.strategy": strategy, "federation.rounds": 4})
     simulate_run(config)
-    start = trainable.load(config, trainable.records(config).labels).start
-    end = _adapter(config)
+    start = trainable.load(config, records.load(config).labels).start
+    end = final_adapter(config)
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == ({"B", "head"} if strategy == "ffa" else {"A", "B", "head"})
     rounds = read_records(Path(config.run_dir))

@@ -13,7 +13,7 @@ from client import training
 from client.institution import Institution
 from client.local_parts import LocalParts
 from client.private_round import train_rounds
-from fedlora import finished_run, models, trainable, wire
+from fedlora import finished_run, models, records, trainable, wire
 from fedlora.adapters import AdapterState, kind, residual_names
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import read_records
@@ -37,9 +37,9 @@ def _run_dir(config) -> Path:
 
 
 def _logits(model, config):
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
-    shard, _ = records.pooled_held_out()
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
+    shard, _ = federation.pooled_held_out()
     batch = work.task.collate(shard, range(len(shard)))
     with torch.no_grad():
         return model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -58,7 +58,7 @@ def _opened(config, adapter):
 
 
 def _accuracy(logits, config):
-    shard, _ = trainable.records(config).pooled_held_out()
+    shard, _ = records.load(config).pooled_held_out()
     return float((logits.argmax(1) == torch.tensor(shard.targets)).double().mean())
 
 
@@ -91,7 +91,7 @@ def test_what_is_carried_by_the_base_is_saved_as_one_plain_adapter(
     assert rounds[0]["aggregation_error"] == pytest.approx(0, abs=1e-5)
     assert rounds[-1]["aggregation_error"] > 1e-3  # what the bound cut
     state = RunDirectory(_run_dir(config)).latest()
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     state.adapter.load_into(work.model)
     ours = _logits(work.model, config)
     theirs = _logits(_opened(config, _run_dir(config) / "adapter"), config)
@@ -162,7 +162,7 @@ def test_what_stays_with_an_institution_is_never_sent_and_survives_a_resume(
             (run / "result.json").unlink()
             result = simulate_run(config)
         made.append(run)
-    start = trainable.load(config, trainable.records(config).labels).start
+    start = trainable.load(config, records.load(config).labels).start
     end = AdapterState.open(run / "adapter")
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == {"A", "head"}
@@ -175,19 +175,19 @@ def test_what_stays_with_an_institution_is_never_sent_and_survives_a_resume(
     sent = sum(len(a.data) for a in wire.pack_adapter(start.only(("A", "head"))).values())
     assert {i["received"] for i in read_records(run)[0]["institutions"].values()} == {sent}
     # the pooled accuracy is that of each one's own adapter on its own rows
-    records = trainable.records(config)
+    federation = records.load(config)
     right = 0
-    for index, name in enumerate(records.names):
+    for index, name in enumerate(federation.names):
         model = _opened(config, run / "institutions" / name / "adapter")
-        shard = records.held_out(index)
-        batch = trainable.load(config, records.labels).task.collate(shard, range(len(shard)))
+        shard = federation.held_out(index)
+        batch = trainable.load(config, federation.labels).task.collate(shard, range(len(shard)))
         with torch.no_grad():
             logits = model.eval()(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask
             ).logits
         right += int((logits.argmax(1) == torch.tensor(shard.targets)).sum())
     assert result["accuracy"] == pytest.approx(right / result["n"], abs=0.011)
-    assert set(result["institutions"]) == set(records.names)
+    assert set(result["institutions"]) == set(federation.names)
 
 
 def test_an_adapter_of_ones_own_is_asked_for_by_name(tiny_config, simulate_run, complaints):
@@ -250,7 +250,7 @@ def test_a_bad_evaluation_ends_no_run_and_is_named(tiny_config, simulate_run, mo
 
 def test_an_order_cannot_make_an_institution_send_what_it_keeps(tiny_config):
     config = tiny_config(**{"federation.strategy": "fedsa"})
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     order = train_order(work, parts=("A", "head"), kept=("B",))
     who = Institution.locate(config, 0)
     who.accept(dataclasses.replace(order, kept=("B", "magnitude")))
@@ -261,7 +261,7 @@ def test_an_order_cannot_make_an_institution_send_what_it_keeps(tiny_config):
 
 def test_a_residual_larger_than_agreed_is_refused(tiny_config):
     config = tiny_config(**PLAIN, **{"federation.strategy": "stack", "federation.residual-rank": 2})
-    work = trainable.load(config, trainable.records(config).labels)
+    work = trainable.load(config, records.load(config).labels)
     path = next(name for name in work.start if kind(name) == "A").removesuffix(".lora_A.weight")
     names = residual_names(path)
     order = train_order(
@@ -274,8 +274,8 @@ def test_a_residual_larger_than_agreed_is_refused(tiny_config):
 def test_the_same_order_from_another_start_is_another_release(tiny_config, tmp_path):
     """A server that makes the kept part change between two tries of one round pays twice."""
     config = tiny_config(**{"federation.strategy": "fedsa", "privacy.noise": "secure"})
-    records = trainable.records(config)
-    work = trainable.load(config, records.labels)
+    federation = records.load(config)
+    work = trainable.load(config, federation.labels)
     who = Institution.locate(config, 0)
     who.open_ledger(create=True).close()
 
@@ -417,10 +417,10 @@ def test_a_run_with_residuals_or_local_parts_compares_models_at_home(
     assert len(joining["institutions"]) == 4 and "not_compared" not in joining
     for name in joining["institutions"]:
         own = AdapterState.open(_run_dir(config) / "institutions" / name / "own")
-        records = trainable.records(config)
-        shard = records.held_out(records.names.index(name))
+        federation = records.load(config)
+        shard = federation.held_out(federation.names.index(name))
         model = _opened(config, _run_dir(config) / "institutions" / name / "own")
-        work = trainable.load(config, records.labels)
+        work = trainable.load(config, federation.labels)
         said = work.task.predict(model, shard, work.labels)
         right = np.mean([work.labels[t] == s for t, s in zip(shard.targets, said, strict=True)])
         assert right == joining["institutions"][name]["own"]

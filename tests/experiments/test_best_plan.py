@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from cli.main import app
 from experiments import best_plan
 from experiments.best_plan import TOLERANCE, search
-from fedlora import accounting
-from fedlora.accounting import Event
+from fedlora import accounting, composition
+from fedlora.composition import Event
 from fedlora.errors import InputError
 
 
@@ -60,7 +60,7 @@ def test_every_plan_keeps_budget_and_compute_and_the_best_is_near_the_least(tiny
                 sample_rate=row.sample_rate,
                 steps=row.rounds,
             )
-            assert accounting.epsilon((event,), 1e-4, "prv") <= 2.0
+            assert composition.epsilon((event,), 1e-4, "prv") <= 2.0
             assert row.records <= (compute or 24 * 64)
         least = min(row.noise_of_sum for row in rows)
         close = [row for row in rows if row.noise_of_sum <= (1 + TOLERANCE) * least]

@@ -236,7 +236,7 @@ def test_a_setting_that_does_not_change_an_arm_is_not_in_its_line_against_epsilo
     monkeypatch.setattr(
         sweep_page.figures,
         "against_epsilon",
-        lambda name, title, lines, levels, label: drawn.update((of, y) for of, _, y, _ in lines),
+        lambda title, lines, levels: drawn.update((of, y) for of, _, y, _ in lines),
     )
     lines = [
         {

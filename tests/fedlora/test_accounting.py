@@ -18,8 +18,9 @@ from opacus.accountants import RDPAccountant as OpacusRDPAccountant
 from scipy import stats
 
 from fedlora import accounting, composition
-from fedlora.accounting import Event, compose, epsilon, noise_multiplier
+from fedlora.accounting import noise_multiplier
 from fedlora.budget import plan_run
+from fedlora.composition import Event, compose, epsilon
 from fedlora.config import from_flat
 from fedlora.errors import InputError, Refusal
 
@@ -160,7 +161,7 @@ def test_memory_does_not_grow_with_the_kinds_of_steps() -> None:
     program = """
 import resource, sys
 from opacus.accountants.analysis import prv
-from fedlora.accounting import Event, epsilon
+from fedlora.composition import Event, epsilon
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 kinds = [Event(noise_multiplier=8 + i / 50, sample_rate=0.1, steps=70) for i in range(60)]
 epsilon(kinds[:1], 1e-5, "rdp")

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora import data
-from fedlora.data import Federation, Shard
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.partition import normalise
 from fedlora.sections import DataConfig
+from fedlora.shards import Federation, Shard
 from tests.conftest import shared_data
 
 COLUMNS = ("text", "label", "bank", "customer")
@@ -88,7 +88,13 @@ def test_rows_are_counted_and_have_a_fingerprint_as_a_run_reads_them(tmp_path: P
     shard = data.without_tokens(settings, unit="customer", seed=0, task="classification")
     assert len(shard) == 4 and shard.num_units == 2
     assert shard.fingerprint() == fed.train(0).fingerprint()
-    columns: dict[str, Any] = {"text": "text", "label": "label", "labels": (), "unit": "customer"}
+    columns: dict[str, Any] = {
+        "text": "text",
+        "label": "label",
+        "labels": (),
+        "unit": "customer",
+        "form": settings.csv_form,
+    }
     assert data.count(settings.source, **columns) == 4
     source = write(tmp_path / "empty.jsonl", [*TRAIN, ("new", "good", "South", " ")])
     with pytest.raises(InputError, match="1 training rows have nothing in that column"):
@@ -459,15 +465,15 @@ def test_the_fingerprint_of_an_institution_outlives_a_change_of_tokeniser(tmp_pa
 
 def test_one_source_can_be_read_for_evaluation(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [*TRAIN, ("", "good"), ("up " * 30, "good")])
-    common: dict[str, Any] = {"source": source, "text": "text", "label": "label", "encode": encode}
-    known, truncated = data.load_shard(**common, labels=("good", "bad"))
+    settings = DataConfig()
+    known, truncated = data.load_shard(settings, source, labels=("good", "bad"), encode=encode)
     assert read_back(known) == ["up", "down", "flat", "dip", "up " * 20]
     assert (known.targets.tolist(), truncated) == ([0, 1, 0, 1, 0], 1)
     with pytest.raises(InputError, match=r"label 'bad' \(2 rows of .* is none of good; the model"):
-        data.load_shard(**common, labels=("good",))
+        data.load_shard(settings, source, labels=("good",), encode=encode)
     with pytest.raises(InputError, match="has no row with a text and a label"):
         empty = write(tmp_path / "b.jsonl", [("", "good")])
-        data.load_shard(**{**common, "source": empty}, labels=())
+        data.load_shard(settings, empty, labels=(), encode=encode)
 
 
 needs_edgartools = pytest.mark.skipif(

@@ -90,14 +90,14 @@ def test_the_default_minimum_of_records_is_the_least_whose_default_delta_is_no_f
 def test_noise_under_which_nothing_can_be_learned_voids_the_result() -> None:
     records = federation([100, 200, 150])
     said = found(records, **{"privacy.epsilon": 0.01})["noise"]
-    plans = findings.plans_of(config(**{"privacy.epsilon": 0.01}), findings.units_of(records), 10)
+    plans = findings.plans_of(config(**{"privacy.epsilon": 0.01}), records.units, 10)
     assert said.voids and f"{max(p.noise_multiplier for p in plans):.3g}" in said.text
 
 
 def test_the_reach_of_equal_institutions_is_the_ratio_of_one_sum_of_steps() -> None:
     run = config(**{"federation.weighting": "uniform"})
     records = federation([64] * 4)
-    (plan, *_) = plans = findings.plans_of(run, findings.units_of(records), 10)
+    (plan, *_) = plans = findings.plans_of(run, records.units, 10)
     # 10 rounds of 4 institutions: the signal is 40 batches, the noise sqrt(40) draws
     by_hand = 40 * 16 / (math.sqrt(40) * plan.noise_multiplier)
     assert findings.reach(run, plans, 10) == pytest.approx(by_hand)
@@ -113,7 +113,7 @@ def test_shares_of_noise_reach_as_far_as_the_noise_of_their_sum() -> None:
         "federation.weighting": "public-size",
     }
     run = config(**shared)
-    (plan, *_) = plans = findings.plans_of(run, findings.units_of(records), 10)
+    (plan, *_) = plans = findings.plans_of(run, records.units, 10)
     # 10 rounds: the signal is 8 batches in each, the noise one draw in each
     by_hand = 10 * 8 * 16 / (math.sqrt(10) * plan.noise_multiplier)
     assert findings.reach(run, plans, 10) == pytest.approx(by_hand)
@@ -125,7 +125,7 @@ def test_weights_by_size_keep_a_tiny_institution_from_drowning_the_others() -> N
     weighted = config(**{"federation.weighting": "public-size"})
 
     def reach(run: RunConfig, records: Federation) -> float:
-        return findings.reach(run, findings.plans_of(run, findings.units_of(records), 10), 10)
+        return findings.reach(run, findings.plans_of(run, records.units, 10), 10)
 
     assert reach(uniform, both) < reach(uniform, alone) / 4
     assert reach(weighted, both) > 0.7 * reach(weighted, alone)

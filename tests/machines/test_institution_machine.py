@@ -21,8 +21,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 from client.app import app
 from client.ledger import Ledger
 from fedlora import adapters, wire
-from fedlora.accounting import Event
 from fedlora.adapters import AdapterState
+from fedlora.composition import Event
 from fedlora.config import from_flat
 from fedlora.errors import Refusal
 from fedlora.messages import Query, TrainOrder

@@ -21,8 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from client import ledger_file
 from client.ledger import Ledger
-from fedlora import accounting
-from fedlora.accounting import Event
+from fedlora import composition
+from fedlora.composition import Event
 from fedlora.errors import Refusal
 from tests.machines.budgets import search, searched
 from tests.machines.lives import Cut, Life, Report, live
@@ -41,11 +41,11 @@ OWNER = ("f" * 64, "record")
 
 @functools.cache
 def _epsilon(events: tuple[Event, ...]) -> float:
-    return accounting.epsilon(events, DELTA, "rdp")
+    return composition.epsilon(events, DELTA, "rdp")
 
 
 def _spent(events: Sequence[Event]) -> float:
-    return _epsilon(accounting.compose(events))
+    return _epsilon(composition.compose(events))
 
 
 LIMIT = _spent([EVENTS["a"]] * 3 + [EVENTS["b"], SIZE]) * 1.001

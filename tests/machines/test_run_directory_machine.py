@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from client.app import app
 from fedlora.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterState
 from fedlora.run_files import alone
-from server import rounds
+from server.rounds import Federation
 from server.run_directory import RunDirectory, read_records
 from simulation.engines.inline import InlineGrid
 from tests.machines.budgets import search, searched
@@ -38,7 +38,7 @@ CHANGES = {
 def serve(config, report=None):
     """A server's life: the run from where it is to its end."""
     with alone(Path(config.run_dir)):
-        rounds.run(InlineGrid(app, len(BANKS), config.flat()), config)
+        Federation(InlineGrid(app, len(BANKS), config.flat()), config).run()
 
 
 def outcome(directory):

@@ -22,8 +22,8 @@ from client.app import app
 from client.ledger import Ledger
 from fedlora import wire
 from fedlora.adapters import AdapterState
-from server import rounds
 from server.roster import RunFailed
+from server.rounds import Federation
 from server.run_directory import RunDirectory, read_records
 from simulation.engines.grid import error_reply
 from simulation.engines.inline import InlineGrid
@@ -231,7 +231,7 @@ class ServerMachine(RuleBasedStateMachine):
         grid = ScriptedGrid(self.config, script, dies, self.clock, self.past)
         failed = ended = False
         try:
-            rounds.run(grid, self.config)
+            Federation(grid, self.config).run()
             ended = True
         except Killed:
             pass

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from client.institution import Institution
-from fedlora import accounting, records
-from fedlora.accounting import Event
+from fedlora import accounting, composition, records
 from fedlora.adapters import AdapterState
+from fedlora.composition import Event
 from fedlora.errors import InputError, Refusal
 from fedlora.run_files import read_records
 from server import aggregation, institution_privacy, privacy_statement
@@ -22,7 +22,7 @@ def test_the_plan_fits_the_budget_and_counts_what_was_asked(tiny_config):
     assert 4.9 < mechanism.spent([12, 3]) <= 5.0
     assert mechanism.spent([]) == 0.0
     event = Event(noise_multiplier=mechanism.noise_multiplier, sample_rate=1.0, steps=3)
-    assert mechanism.spent([3, 1]) == accounting.epsilon((event,), 1e-3, "rdp")
+    assert mechanism.spent([3, 1]) == composition.epsilon((event,), 1e-3, "rdp")
 
 
 def test_it_is_off_unless_asked_for(tiny_config):

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import accounting, config, metrics, wire
+from fedlora import accounting, composition, config, metrics, wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.errors import Refusal
@@ -169,7 +169,7 @@ def test_whatever_is_in_a_field_the_reply_is_refused_or_the_statement_holds(fiel
         assert not replies.privacy
     else:
         stated = SPENDING.stated(replies.privacy["bank"], 3)
-        assert stated["epsilon"] == accounting.epsilon(PLAN.events, 1e-4, "rdp")
+        assert stated["epsilon"] == composition.epsilon(PLAN.events, 1e-4, "rdp")
         json.dumps(stated, allow_nan=False)
 
 
@@ -411,5 +411,5 @@ def test_the_plan_of_a_run_with_shares_states_the_promised_and_the_lonely_epsilo
     said = SUMMED.stated(dataclasses.asdict(SUM_UPDATE.privacy), rounds_asked=3)
     plan = plan_run(SUMMED.config, 64, 3)
     assert said["steps"] == 3 and said["epsilon"] <= 8.0 < said["epsilon_alone"]
-    assert said["epsilon"] == accounting.epsilon(plan.events, plan.delta, "rdp")
+    assert said["epsilon"] == composition.epsilon(plan.events, plan.delta, "rdp")
     assert said["epsilon_alone"] == accounting.epsilon_alone(plan.events, plan.delta, "rdp")

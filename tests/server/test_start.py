@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from client.ledger import Ledger
-from fedlora import finished_run, trainable
+from fedlora import finished_run, records, trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
 from server.start import _same_records, start_adapter
@@ -19,7 +19,7 @@ from simulation import continuation
 @pytest.fixture
 def work(tiny_config):
     config = tiny_config()
-    return config, trainable.load(config, trainable.records(config).labels)
+    return config, trainable.load(config, records.load(config).labels)
 
 
 def moved(state, parts=("A", "B", "head")):
@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_an_earlier_run_and_refuses_one_that_does_not_fit(
 
     def refused(words, **changes):
         config = tiny_config(**(values | changes))
-        made = trainable.load(config, trainable.records(config).labels)
+        made = trainable.load(config, records.load(config).labels)
         with pytest.raises(InputError, match=words):
             start_adapter(config, made)
 
@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_an_earlier_run_and_refuses_one_that_does_not_fit(
     with copy.open("a") as file:
         file.write(copy.read_text().splitlines()[-1] + "\n")
     config = tiny_config(**(values | secure | {"data.source": str(copy)}))
-    start_adapter(config, trainable.load(config, trainable.records(config).labels))
+    start_adapter(config, trainable.load(config, records.load(config).labels))
     result = json.loads((first / "result.json").read_text())
     result["base"]["digest"] = "0" * 64
     (first / "result.json").write_text(json.dumps(result))
@@ -189,7 +189,7 @@ def test_a_strategy_with_residuals_starts_from_what_the_earlier_run_computes(
             **values
             | {"run-dir": str(place), "adapter.start": str(start), "federation.rounds": rounds}
         )
-        found = start_adapter(config, trainable.load(config, trainable.records(config).labels))
+        found = start_adapter(config, trainable.load(config, records.load(config).labels))
         factors = found.layers().values()  # stack sends fresh ones: all that counts is the residual
         assert all(not layer.b.any() and layer.residual[1].any() for layer in factors)
         after = simulate_run(config)
@@ -213,7 +213,7 @@ def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
     before = tiny_config(**{**secure, "run-dir": str(first), "home.method": "fine-tune"})
     simulate_run(before)
     (first / "config.toml").write_text(before.to_toml())
-    made = trainable.load(before, trainable.records(before).labels)
+    made = trainable.load(before, records.load(before).labels)
     for start in (own, own / ".." / "own"):
         following = before.replace({"adapter.start": str(start), "run-dir": str(tmp_path / "two")})
         with pytest.raises(InputError, match=r"an institution's own adapter of .*first, a run on"):
@@ -240,7 +240,7 @@ def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
         {"run-dir": str(tmp_path / "second"), "adapter.start": str(tmp_path / "first")}
     )
     ledgers = tmp_path / "first" / "ledgers"
-    made = trainable.load(first, trainable.records(first).labels)
+    made = trainable.load(first, records.load(first).labels)
     (tmp_path / "other").mkdir()
     for elsewhere in ("", str(tmp_path / "other")):
         with pytest.raises(InputError, match=re.escape(f"set privacy.ledger to {ledgers}")):

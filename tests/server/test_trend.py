@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedlora import accounting
+from fedlora import composition
 from fedlora.budget import plan_run
 from fedlora.shards import concatenate
 from server.population import population_of
@@ -26,10 +26,10 @@ def test_a_rise_beyond_two_standard_errors_is_told_with_its_cost(tiny_config):
     plan = plan_run(config, 90, 8)
     (event,) = plan.events
     assert event.steps == 8
-    longer = accounting.Event(
+    longer = composition.Event(
         noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate, steps=12
     )
-    assert found["epsilon"] == accounting.epsilon([longer], plan.delta, "rdp")
+    assert found["epsilon"] == composition.epsilon([longer], plan.delta, "rdp")
     assert found["epsilon"] > 8
     twelve = plan_run(config.replace({"federation.rounds": 12}), 90, 12)
     assert found["noise"] == twelve.noise_multiplier / plan.noise_multiplier > 1

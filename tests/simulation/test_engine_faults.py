@@ -9,6 +9,7 @@ import ray
 from simulation.engines.grid import TIMEOUT, WORKER_DIED
 from simulation.engines.ray import RayGrid, WorkerSpec, started
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
+from tests.simulation.workers import worker_pids
 
 
 @pytest.mark.slow
@@ -69,7 +70,7 @@ def test_a_cluster_of_two_nodes_serves_one_run():
             RayGrid(EMPTY, 6, {}, workers=WorkerSpec(count=2, threads=1)) as grid,
         ):
             assert all(right(r) for r in one_round(grid).values())
-            assert len(set(grid.worker_pids())) == 2
+            assert len(set(worker_pids(grid))) == 2
     finally:
         cluster.shutdown()
 
@@ -90,6 +91,6 @@ def test_a_lost_machine_costs_no_institution():
             for _ in range(2):
                 assert all(right(r) for r in one_round(grid, ttl=60.0).values())
             cluster.add_node(num_cpus=1)  # and with a new machine there are two workers again
-            assert len(set(grid.worker_pids())) == 2
+            assert len(set(worker_pids(grid))) == 2
     finally:
         cluster.shutdown()

@@ -24,6 +24,7 @@ from simulation.engines.grid import MAX_ADAPTER_BYTES_PER_CALL, MAX_MESSAGES_PER
 from simulation.engines.inline import InlineGrid
 from simulation.engines.ray import RayGrid, WorkerSpec, _group, _Job, _Worker, started
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
+from tests.simulation.workers import worker_pids
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +169,7 @@ def ray_grid_of_costs(ray_cores):
 
 def test_ray_starts_nothing_that_a_simulation_has_no_use_for(ray_grid):
     """Private names of Ray are set aside for it; this is what they have to give."""
-    ray_grid.worker_pids()  # a worker that starts is idle at first
+    worker_pids(ray_grid)  # a worker that starts is idle at first
     below = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
     assert any("raylet" in command for command in below)
     for name in ("monitor.py", "dashboard.py", "ray::IDLE"):
@@ -184,24 +185,24 @@ def test_the_ray_engine_answers_for_every_institution_and_keeps_its_state(ray_gr
         assert sorted(replies) == list(range(1, 13))
         assert all(right(r) for r in replies.values())
     pids = {ray_grid._contexts[node].state["pid"]["pid"] for node in range(1, 13)}
-    assert pids <= set(ray_grid.worker_pids())
+    assert pids <= set(worker_pids(ray_grid))
     assert ray_grid.answered == ray_grid.pushed == 12
 
 
 def test_a_worker_killed_between_rounds_is_replaced(ray_grid):
-    victim = ray_grid.worker_pids()[0]
+    victim = worker_pids(ray_grid)[0]
     os.kill(victim, signal.SIGKILL)
     time.sleep(0.5)
     replies = one_round(ray_grid)
     assert all(right(r) for r in replies.values())
-    assert victim not in ray_grid.worker_pids()
+    assert victim not in worker_pids(ray_grid)
 
 
 def test_a_worker_whose_place_is_lost_leaves_the_round_to_the_others(ray_cores):
     """As after the loss of a machine: nothing is left on which a replacement could start."""
     with RayGrid(EMPTY, 6, {}, workers=WorkerSpec(count=2, threads=1)) as grid:
         assert all(right(r) for r in one_round(grid).values())
-        victim = grid.worker_pids()[0]
+        victim = worker_pids(grid)[0]
         grid._start_worker = ray.remote(_Worker).options(num_cpus=99).remote
         os.kill(victim, signal.SIGKILL)
         time.sleep(0.5)

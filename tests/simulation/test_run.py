@@ -42,7 +42,9 @@ noted(models, "load_base")
 noted(data, "prepare")
 with run.load("ray", config) as ready, run.open_engine("ray", config, ready) as grid:
     run.run_rounds(config, grid)
-    above = [[pid, *(p.pid for p in psutil.Process(pid).parents())] for pid in grid.worker_pids()]
+    import ray
+    pids = ray.get([worker.pid.remote() for worker in grid._workers])
+    above = [[pid, *(p.pid for p in psutil.Process(pid).parents())] for pid in pids]
     print(owner, *(",".join(map(str, pids)) for pids in above))
 """
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.messages import ClientUpdate
+from fedlora.sections import FederationConfig
 from strategies import base
 from strategies.base import Round
 
@@ -145,7 +146,8 @@ def test_the_scale_follows_the_rank():
 )
 def test_nobody_is_asked_more_often_than_the_cap_and_every_round_is_full(sizes, seed):
     institutions, per_round, rounds = sizes
-    cap = base.participations(rounds, institutions, per_round)
+    settings = FederationConfig(rounds=rounds, institutions_per_round=per_round)
+    cap = settings.participations(institutions)
     asked = collections.Counter({f"bank-{i}": 0 for i in range(institutions)})
     for number in range(1, rounds + 1):
         chosen = base.sample(asked, per_round=per_round, cap=cap, seed=seed, round_number=number)

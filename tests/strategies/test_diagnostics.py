@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState
 from fedlora.strategy_table import STRATEGY_TABLE
-from strategies import fedavg, ffa, svd
+from strategies import diagnostics, fedavg, ffa, svd
 from strategies.base import Round
 from strategies.diagnostics import Watch
 from tests.samples import updates_of
@@ -32,8 +32,8 @@ def _dense(round, state, head=True):
     return torch.cat([p.flatten() for p in parts]).numpy()
 
 
-def _figures(round, pairs, aggregate, **values):
-    watch = Watch(round, **values)
+def _figures(round, pairs, aggregate):
+    watch = Watch(round)
     result = aggregate(round, watch.through(pairs))
     return watch.figures(result), result
 
@@ -82,7 +82,7 @@ def test_who_did_not_move_has_no_length_and_no_direction():
     assert figures["error"] < 1e-6
 
 
-def test_where_updates_are_not_held_the_figures_are_estimates():
+def test_where_updates_are_not_held_the_figures_are_estimates(monkeypatch):
     """Eight layers: one deviation of a norm is 6.4 %; six of them are allowed.
 
     The draws are fixed, so the test is not a matter of luck; with fresh ones a false alarm of one
@@ -95,7 +95,8 @@ def test_where_updates_are_not_held_the_figures_are_estimates():
     round = Round(number=1, asked=4, before=before, alpha=8.0)
     pairs = updates_of(states, [1.0, 2.0, 3.0, 4.0])
     exact, _ = _figures(round, pairs, fedavg.aggregate)
-    estimate, _ = _figures(round, pairs, fedavg.aggregate, exact_bytes=0)
+    monkeypatch.setattr(diagnostics, "MAX_EXACT_BYTES", 0)
+    estimate, _ = _figures(round, pairs, fedavg.aggregate)
     assert exact["exact"] and not estimate["exact"]
     allowed = 6 * 0.18 / math.sqrt(8)
     for name, norm in exact["norm"].items():
@@ -103,7 +104,7 @@ def test_where_updates_are_not_held_the_figures_are_estimates():
         assert estimate["norm"][name] != norm
         assert estimate["cosine"][name] == pytest.approx(exact["cosine"][name], abs=allowed)
     assert estimate["error"] == pytest.approx(exact["error"], rel=2 * allowed)
-    alone = _figures(round, pairs[:1], fedavg.aggregate, exact_bytes=0)[0]
+    alone = _figures(round, pairs[:1], fedavg.aggregate)[0]
     assert alone["error"] < 1e-6  # what is zero stays zero
 
 

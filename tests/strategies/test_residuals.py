@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, residual_names
 from fedlora.strategy_table import STRATEGY_TABLE
-from strategies import STRATEGIES, exact, lowrank, pad, robust, stack
+from strategies import STRATEGIES, diagnostics, exact, lowrank, pad, robust, stack
 from strategies.base import Round
 from strategies.diagnostics import Watch
 from tests.samples import updates_of
@@ -269,14 +269,16 @@ def test_of_nothing_comes_nothing(name):
 
 
 @pytest.mark.parametrize(("name", "bound"), [("stack", 64), ("exact", 64), ("stack", 2)])
-def test_the_error_counts_what_the_residual_changed(name, bound):
+def test_the_error_counts_what_the_residual_changed(name, bound, monkeypatch):
     round, updates = _case(7, STRATEGIES[name], [3, 3, 3], False, 6, bound)
     if name == "stack":  # the global factors are never trained: their product stays zero
         before = round.before.updated({B: torch.zeros_like(round.before[B])})
         round = dataclasses.replace(round, before=before)
     before = round.before
     old = before[RB].double() @ before[RA].double()
-    watches = [Watch(round), Watch(round, exact_bytes=0)]
+    whole = Watch(round)
+    monkeypatch.setattr(diagnostics, "MAX_EXACT_BYTES", 0)
+    watches = [whole, Watch(round)]
     new = STRATEGIES[name].aggregate(round, watches[1].through(watches[0].through(updates)))
     change = _product(round, before.updated(new)) - old
     mean = _mean(round, updates)

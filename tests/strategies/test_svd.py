@@ -144,10 +144,11 @@ def test_of_nothing_comes_nothing():
 
 
 @pytest.mark.parametrize("in_memory", [0, 1500, 10**9])
-def test_updates_that_wait_on_disk_come_back_the_same(in_memory):
+def test_updates_that_wait_on_disk_come_back_the_same(in_memory, monkeypatch):
+    monkeypatch.setattr(collected, "MAX_MEMORY", in_memory)
     draw = np.random.default_rng(1)
     updates = updates_of([_state(draw, 2) for _ in range(4)], [1.0, 2.0, 3.0, 4.0])
-    with collected.collect(reversed(updates), in_memory=in_memory) as all_of_them:
+    with collected.collect(reversed(updates)) as all_of_them:
         assert all_of_them.institutions == [u.institution for u, _ in updates]
         assert all_of_them.weights == [1.0, 2.0, 3.0, 4.0]
         for got, (update, _) in zip(all_of_them.tensors(A), updates, strict=True):
