@@ -136,7 +136,7 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     if least < MIN_SEEDS:
         words.append(_too_few(each))
     bad = behind > ahead
-    caution = (least < MIN_SEEDS or not ahead or behind or costs) and not bad
+    caution = not bad and (least < MIN_SEEDS or not ahead or behind + costs > 0)
     return Section(title="Conclusion", note=note, bad=bad, caution=caution, words=words)
 
 

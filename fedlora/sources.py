@@ -17,7 +17,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -136,7 +136,7 @@ def is_per_institution(source: str) -> bool:
 
 
 @contextlib.contextmanager
-def _accessible(source: str) -> Iterator[None]:
+def _accessible(source: str) -> Generator[None]:
     """Turn an error of the file system, such as a directory closed to this user, into one line."""
     try:
         yield
