@@ -301,8 +301,15 @@ def _joining(pooled: Lines, configs: Mapping[str, RunConfig], about: Mapping[str
     return Section(title=joining_page.TITLE, words=words, figures=drawn)
 
 
-HOLDINGS = ("seed", "data.institutions", "data.min-records", "data.max-records")
-"""Keys of what institutions hold; of a partition at random the seed is one."""
+HOLDINGS = (
+    "seed",
+    "data.institutions",
+    "data.min-records",
+    "data.max-records",
+    "home.institutions",
+)
+"""Keys of what institutions hold, and of how many are compared; of a partition at random the seed
+is one."""
 
 
 def _only_holdings(configs: Mapping[str, RunConfig], about: Mapping[str, Any]) -> bool:

@@ -482,7 +482,12 @@ def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "drawn"),
-    [("data.max-records", 160, True), ("seed", 9, True), ("training.max-length", 40, False)],
+    [
+        ("data.max-records", 160, True),
+        ("home.institutions", 2, True),
+        ("seed", 9, True),
+        ("training.max-length", 40, False),
+    ],
 )
 def test_the_gain_is_drawn_against_records_if_nothing_else_varies(tmp_path, key, value, drawn):
     out = joined_sweep(tmp_path / "sweep")
