@@ -180,7 +180,8 @@ def promised(run: Run) -> Section:
         points += odds(privacy["odds"], epsilon, delta, what)
         shared = config.privacy.shares_noise
         if config.privacy.unit == "record":
-            points.append(customer(epsilon, delta, "at one or several institutions" * shared))
+            where = "at one or several institutions" if shared else "at an institution"
+            points.append(customer(epsilon, delta, where))
         elif shared:
             points.append(customer_of_two(epsilon, delta))
     if "odds" in (level := privacy.get("institution_level", {})):
@@ -198,30 +199,29 @@ def promised(run: Run) -> Section:
 
 def customer_of_two(epsilon: float, delta: float) -> str:
     """What a promise for customers under secure aggregation says of one of two institutions."""
-    both = group_delta(epsilon, delta, 2)
-    what = f"epsilon {at_most(2 * epsilon)} at delta {at_most(both, 2)}" if both < 1 else "nothing"
     return (
         "The promise is for a customer of one institution. Records at two institutions move one "
-        f"sum, so that it promises a customer of both {what}."
+        f"sum, so that it promises a customer of both {_of_two(epsilon, delta) or 'nothing'}."
     )
 
 
-def customer(epsilon: float, delta: float, where: str = "") -> str:
+def _of_two(epsilon: float, delta: float) -> str:
+    """The promise for two of what is promised one; empty where nothing is."""
+    both = group_delta(epsilon, delta, 2)
+    return f"epsilon {at_most(2 * epsilon)} at delta {at_most(both, 2)}" if both < 1 else ""
+
+
+def customer(epsilon: float, delta: float, where: str) -> str:
     """What a promise for one record says of a customer with several.
 
     Args:
         epsilon: Of one record.
         delta: Of one record.
-        where: Where the several records are; empty: at an institution.
+        where: Where the several records are.
     """
-    where = where or "at an institution"
     said = "The promise is for one record. "
-    both = group_delta(epsilon, delta, 2)
-    if both < 1:
-        said += (
-            f"For a customer with two records {where} it is epsilon "
-            f"{at_most(2 * epsilon)} at delta {at_most(both, 2)}, and "
-        )
+    if of_two := _of_two(epsilon, delta):
+        said += f"For a customer with two records {where} it is {of_two}, and "
         most = next(k for k in itertools.count(2) if group_delta(epsilon, delta, k + 1) >= 1)
         said += f"for one with {most + 1} or more it promises nothing"
     else:

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their place, synced, then renamed."""
 
 import contextlib
+import hashlib
 import os
 import stat
 import tempfile
@@ -13,6 +14,12 @@ from fedlora.errors import InputError
 def cache_directory() -> Path:
     """The directory of caches: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
     return Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedlora.errors import InputError
+from fedlora.files import sha256
 
 Kind = Literal["encoder", "causal"]
 Task = Literal["classification", "sft"]
@@ -232,8 +233,7 @@ def _identity(file: Path) -> tuple[int, ...]:
 
 @cache
 def _file_digest(file: Path, identity: tuple[int, ...]) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(file)
 
 
 def kind(name: str, task: Task) -> Kind:

@@ -26,6 +26,7 @@ from fedlora.columns import Rows, as_text, check_columns, unreadable
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
+from fedlora.files import sha256
 
 CSV = ".csv"
 US_GAAP = "package:edgartools"
@@ -211,8 +212,7 @@ def digest(source: str, split: str = "train") -> str:
 
 
 def _file_digest(source: str) -> str:
-    with locate(source).open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    content = sha256(locate(source))
     kind = source if source == US_GAAP else _suffix(source)
     return hashlib.sha256(json.dumps([kind, content]).encode()).hexdigest()
 

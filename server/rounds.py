@@ -558,8 +558,10 @@ class Federation:
             privacy: The content of privacy.json.
         """
         config = self.config
-        if not config.privacy.enabled or config.privacy.delta:
-            return config.privacy.delta if config.privacy.enabled else None
+        if not config.privacy.enabled:
+            return None
+        if config.privacy.delta:
+            return config.privacy.delta
         if config.deployed:
             known = [] if privacy["without_report"] else privacy["institutions"].values()
             return max((one["delta"] for one in known), default=None)

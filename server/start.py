@@ -1,6 +1,5 @@
 """The adapter that a run starts from: a fresh one, or one of an earlier run or a directory."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from fedlora import sources, tables
 from fedlora.adapters import AdapterState, open_for, residual_names, saved_scale
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
+from fedlora.files import sha256
 from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS
 from fedlora.run_files import CONFIG, ENVIRONMENT, read_run_file
@@ -184,14 +184,9 @@ def _contents(source: str) -> set[str]:
     """SHA-256 of each file of a source; empty where it has none, or none that can be read here."""
     try:
         files = sources.institution_files(source).values() or [sources.locate(source)]
-        return {_sha256(file) for file in files}
+        return {sha256(file) for file in files}
     except (InputError, OSError):
         return set()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lineage(config: RunConfig) -> Iterator[tuple[RunConfig, _Origin]]:
