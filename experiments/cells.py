@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from experiments import results, sweep
 from experiments.sweep import Case, Cell
+from fedlora import processors
 from fedlora.config import TOGETHER_ONLY
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
@@ -269,7 +270,7 @@ class _Runner:
         started = time.monotonic()
         directory = results.run_dir(self._out, cell.name)
         threads = cell.config.engine.threads
-        cores = (os.cpu_count() or 1) // (self._jobs * threads)
+        cores = processors.count() // (self._jobs * threads)
         workers = cell.config.engine.workers or max(1, cores)
         arguments = ["run", "--set", f"engine.workers={workers}", "--json"]
         arguments += ["--engine", self._kind(cell, workers)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fedlora
+from fedlora import processors
 from fedlora.errors import InputError
 from fedlora.extras import version
 
@@ -129,7 +130,7 @@ def environment() -> dict[str, Any]:
         **revision(),
         "platform": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
+        "cores": processors.count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": command(),
     }

@@ -5,13 +5,12 @@ Each section checks itself when it is made. What two sections must agree on is c
 """
 
 import math
-import os
 import re
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedlora import noise_shares, schemes
+from fedlora import noise_shares, processors, schemes
 from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.settings_schema import Section, check_zero_or, kebab, key
@@ -39,16 +38,16 @@ _CREDENTIALS = re.compile(
 
 
 def check_threads(name: str, count: int) -> None:
-    """Refuse more threads than this machine has processors: torch crashes with very many.
+    """Refuse more threads than this process may use processors: torch crashes with very many.
 
     Raises:
         InputError: Naming the key.
     """
-    most = os.cpu_count() or 1
+    most = processors.count()
     if count > most:
         raise InputError(
-            f"{name} is {count}; it must be at most {most}, the number of this machine's "
-            "processors: lower it"
+            f"{name} is {count}; it must be at most {most}, the number of processors that "
+            "this process may use: lower it"
         )
 
 

@@ -5,7 +5,6 @@ training step, and a few held-out rows are predicted, for the expected time; the
 dropped.
 """
 
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora import accounting, findings
+from fedlora import accounting, findings, processors
 from fedlora.budget import rate_of
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
@@ -227,7 +226,7 @@ def _cost(
     with training.threads(config.engine.threads):
         of_row = _seconds_per_row(config, records, plans, work)
         measured_row = _evaluation_seconds_per_row(records, work)
-    workers = config.engine.workers or max(1, (os.cpu_count() or 1) // config.engine.threads)
+    workers = config.engine.workers or max(1, processors.count() // config.engine.threads)
     shards = [records.train(i) for i in range(names)]
     rows = sum(rate_of(config, shard) * len(shard) for shard in shards) * asked / names
     steps = federation.rounds * config.training.local_steps

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora import logs
+from fedlora import logs, processors
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
@@ -150,7 +150,7 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
     with paused_gc():
         from simulation.engines import ray
 
-    cores = max(settings.workers * settings.threads, os.cpu_count() or 1)
+    cores = max(settings.workers * settings.threads, processors.count())
     with ray.started(settings.ray_address, cores):
         yield Loaded(records=records, forks=forks)
 

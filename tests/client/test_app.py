@@ -1,7 +1,6 @@
 """What leaves an institution when it says no: a code, and nothing else."""
 
 import hashlib
-import os
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from client import app
 from client.institution import Institution
-from fedlora import messages, wire
+from fedlora import messages, processors, wire
 from fedlora.budget import plan_run
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Query
@@ -51,7 +50,7 @@ def test_outside_a_simulation_an_institution_without_settings_refuses(tiny_confi
 def test_more_threads_than_a_worker_has_processors_are_refused(ask_banks, together, tmp_path):
     from client.ledger import Ledger
 
-    many = {"engine.threads": os.cpu_count() + 1}
+    many = {"engine.threads": processors.count() + 1}
     (reply,) = ask_banks("run", [(0, {})], together=together, **many)
     assert _code_of(reply) == "bad-configuration"
     with Ledger.open(tmp_path / "run" / "ledgers" / "Alpha.db") as ledger:

@@ -1,12 +1,12 @@
 """How a run starts."""
 
-import os
 import socket
 import subprocess
 import sys
 
 import pytest
 
+from fedlora import processors
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from simulation import run
@@ -106,7 +106,7 @@ def test_more_threads_than_processors_are_refused_before_anything_is_read(
     tiny_config, monkeypatch, kind
 ):
     monkeypatch.setattr(run, "prepare", lambda _: pytest.fail("read"))
-    config = tiny_config(**{"engine.threads": os.cpu_count() + 1})
+    config = tiny_config(**{"engine.threads": processors.count() + 1})
     with (
         pytest.raises(InputError, match=r"engine\.threads is \d+; it must be at most \d+"),
         run.load(kind, config),

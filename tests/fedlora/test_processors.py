@@ -1,0 +1,52 @@
+"""The number of processors in containers and batch jobs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fedlora import processors
+
+
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Sixteen processors of affinity, on a machine with more, and no control group."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.setattr(processors, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(processors, "_OLD_QUOTA", tmp_path / "cpu.cfs_quota_us")
+    monkeypatch.setattr(processors, "_OLD_PERIOD", tmp_path / "cpu.cfs_period_us")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("10000 100000", 1),
+        ("max 100000", 16),
+        ("6400000 100000", 16),
+        ("", 16),
+    ],
+)
+def test_a_container_has_as_many_processors_as_its_quota(
+    allowed: Path, quota: str, expected: int
+) -> None:
+    (allowed / "cpu.max").write_text(f"{quota}\n")
+    assert processors.count() == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("300000", 3), ("-1", 16)])
+def test_a_control_group_of_version_1(allowed: Path, quota: str, expected: int) -> None:
+    (allowed / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (allowed / "cpu.cfs_period_us").write_text("100000\n")
+    assert processors.count() == expected
+
+
+def test_without_affinity_or_control_group_all_of_the_machine(
+    allowed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert processors.count() == 16
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert processors.count() == 5
