@@ -1,8 +1,13 @@
 r"""HetLoRA: heterogeneous ranks, by truncation and zero-padding.
 
-An institution of rank k starts from the first k rows of the global A and columns of the global B.
-Its change of them is padded with zeros to the global rank, and then factors are averaged as in
-fedavg. B carries the ratio of the scales, so that s_k B_k A_k is the institution's own product.
+An institution of rank k starts from the first k rows of the global A and columns of the global B,
+with B times s / s_k, so that the product s_k B_k A_k is that of the global factors. Its change is
+padded with zeros to the global rank, and then factors are averaged as in fedavg.
+
+The gradient of B_k is s_k / s times that of the same columns under the global scale s, and so is a
+step. The change of B_k therefore counts s / s_k times: it is then the step that an institution of
+the global scale would take. The ratio the other way round would restore the institution's own
+product, but a step of half the rank would weigh four times as much, and so would its noise.
 
 The paper pads the factors themselves, so a row that a share q of the institutions holds is
 multiplied by q in every round, whatever they learn. Here the change is padded, so an institution
@@ -28,9 +33,9 @@ def start(this_round: Round, rank: int) -> AdapterState:
     """The first ``rank`` rows and columns of the global factors, under the scale of that rank."""
     if rank == this_round.before.rank:
         return this_round.before
-    return _scaled(
-        this_round.before.cut(rank),
-        this_round.scale(this_round.before.rank) / this_round.scale(rank),
+    part, ratio = this_round.before.cut(rank), _ratio(this_round, rank)
+    return part.updated(
+        {factor_names(path)[1]: layer.b * ratio for path, layer in part.layers().items()}
     )
 
 
@@ -52,23 +57,22 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
 
 
 def _padded(this_round: Round, state: AdapterState) -> AdapterState:
-    before = this_round.before
-    if state.rank == before.rank:
+    before, rank = this_round.before, state.rank
+    if rank == before.rank:
         return state
-    state = _scaled(state, this_round.scale(state.rank) / this_round.scale(before.rank))
-    padded = dict(state)
+    ratio, padded = _ratio(this_round, rank), dict(state)
     for path, own in state.layers().items():
-        whole, rank = before.factors(path), len(own.a)
+        whole = before.factors(path)
+        first = whole.b[:, :rank]
         a = torch.cat([own.a, whole.a[rank:]])
-        b = torch.cat([own.b, whole.b[:, rank:]], 1)
+        b = torch.cat([first + ratio * (own.b - ratio * first), whole.b[:, rank:]], 1)
         padded |= Factors(a, b).named(path)
     return AdapterState(padded)
 
 
-def _scaled(state: AdapterState, factor: float) -> AdapterState:
-    """The adapter with its B times a factor."""
-    scaled = {factor_names(path)[1]: layer.b * factor for path, layer in state.layers().items()}
-    return state.updated(scaled)
+def _ratio(this_round: Round, rank: int) -> float:
+    """The global scale over that of a rank, at most 1."""
+    return this_round.scale(this_round.before.rank) / this_round.scale(rank)
 
 
 STRATEGY = Strategy(aggregate=aggregate, start=start)

@@ -127,16 +127,17 @@ def _check_order_and_vectors(aggregate, round, updates, new):
 
 @settings(deadline=None)
 @given(seed=CASES["seed"], ranks=CASES["ranks"], rslora=st.booleans())
-def test_pad_averages_what_is_padded_and_each_keeps_its_product(seed, ranks, rslora):
+def test_pad_averages_the_padded_changes(seed, ranks, rslora):
     round, updates = _case(seed, pad.STRATEGY, ranks, rslora, 0, 64)
     before, rank = round.before, max(ranks)
     total = sum(weight for _, weight in updates)
     mean = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in before.items()}
     for update, weight in updates:
         own, r = update.adapter, len(update.adapter[A])
-        ratio = round.scale(r) / round.scale(rank)
+        ratio = round.scale(rank) / round.scale(r)
         a, b = before[A].double().clone(), before[B].double().clone()
-        a[:r], b[:, :r] = own[A].double(), own[B].double() * ratio
+        a[:r] = own[A].double()
+        b[:, :r] += ratio * (own[B].double() - ratio * b[:, :r])
         for name, value in {**own, A: a, B: b}.items():
             mean[name] += weight / total * value.double()
     new = pad.aggregate(round, updates)
@@ -144,6 +145,28 @@ def test_pad_averages_what_is_padded_and_each_keeps_its_product(seed, ranks, rsl
         torch.testing.assert_close(new[name], mean[name].float(), rtol=1e-5, atol=1e-5)
     backwards = pad.aggregate(round, reversed(updates))
     assert all(torch.equal(backwards[name], new[name]) for name in new)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pad_takes_the_step_of_an_institution_whose_scale_is_the_global_one(rslora):
+    draw = np.random.default_rng(4)
+    before, towards = _state(draw, 4), _normal(draw, D_OUT, D_IN)
+    round = Round(number=1, asked=1, before=before, alpha=8.0, rslora=rslora)
+    sent = pad.start(round, 2)
+
+    def stepped(state, scale):
+        """A and B after a step of gradient descent on the distance of s B A to a matrix."""
+        a, b = (state[name].double().requires_grad_() for name in (A, B))
+        (scale * b @ a - towards).square().sum().backward()
+        return (a - 1e-3 * a.grad).detach(), (b - 1e-3 * b.grad).detach()
+
+    own_a, own_b = stepped(sent, round.scale(2))
+    answer = sent.updated({A: own_a.float(), B: own_b.float()})
+    new = pad.aggregate(round, updates_of([answer], [1.0]))
+    wanted_a, wanted_b = stepped(before.cut(2), round.scale(4))
+    torch.testing.assert_close(new[A][:2], wanted_a.float())
+    torch.testing.assert_close(new[B][:, :2], wanted_b.float())
+    assert not torch.allclose(new[B][:, :2], before[B][:, :2])
 
 
 def test_pad_leaves_a_row_alone_that_nobody_who_answered_holds():
