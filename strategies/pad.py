@@ -7,7 +7,8 @@ padded with zeros to the global rank, and then factors are averaged as in fedavg
 The gradient of B_k is s_k / s times that of the same columns under the global scale s, and so is a
 step. The change of B_k therefore counts s / s_k times: it is then the step that an institution of
 the global scale would take. The ratio the other way round would restore the institution's own
-product, but a step of half the rank would weigh four times as much, and so would its noise.
+product, but a step of half the rank would count four times as much as one of the whole rank, and
+its noise twice as much.
 
 The paper pads the factors themselves, so a row that a share q of the institutions holds is
 multiplied by q in every round, whatever they learn. Here the change is padded, so an institution
