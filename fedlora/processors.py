@@ -4,11 +4,14 @@ import math
 import os
 from pathlib import Path
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-_OLD_QUOTA, _OLD_PERIOD = (
-    Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"),
-    Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+_GROUPS = (
+    (Path("/sys/fs/cgroup/cpu.max"),),
+    (
+        Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"),
+        Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ),
 )
+"""The files that hold quota and period of the container's control group, version 2 and 1."""
 
 
 def count() -> int:
@@ -25,15 +28,13 @@ def count() -> int:
 
 
 def _quota() -> float:
-    """Processors of the container's control group, version 2 or 1; infinite: no limit."""
-    try:
-        quota, period = _QUOTA.read_text(encoding="ascii").split()
-    except (OSError, ValueError):
+    """Processors of the container's control group; infinite: no limit."""
+    for files in _GROUPS:
         try:
-            quota = _OLD_QUOTA.read_text(encoding="ascii").strip()
-            period = _OLD_PERIOD.read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            return math.inf
-    if not quota.isdecimal() or not period.isdecimal() or int(quota) == 0 or int(period) == 0:
-        return math.inf  # "max", or -1
-    return int(quota) / int(period)
+            quota, period = " ".join(file.read_text(encoding="ascii") for file in files).split()
+            allowed = int(quota) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):
+            continue  # no such files, or "max"
+        if allowed > 0:  # -1: no limit
+            return allowed
+    return math.inf

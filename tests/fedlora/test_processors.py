@@ -12,9 +12,8 @@ from fedlora import processors
 def allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Sixteen processors of affinity, on a machine with more, and no control group."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
-    monkeypatch.setattr(processors, "_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(processors, "_OLD_QUOTA", tmp_path / "cpu.cfs_quota_us")
-    monkeypatch.setattr(processors, "_OLD_PERIOD", tmp_path / "cpu.cfs_period_us")
+    groups = [[tmp_path / file.name for file in files] for files in processors._GROUPS]
+    monkeypatch.setattr(processors, "_GROUPS", groups)
     return tmp_path
 
 
