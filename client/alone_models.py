@@ -40,10 +40,12 @@ class AloneModel(NamedTuple):
     Args:
         adapter: Its adapter.
         setting: The setting by which it was trained.
+        right: Whether its trial was right on each of the records held back; empty without any.
     """
 
     adapter: AdapterState
     setting: Setting
+    right: tuple[bool, ...]
 
 
 def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
@@ -77,9 +79,10 @@ def read(file: Path | None, start: AdapterState) -> AloneModel | None:
             about = opened.metadata() or {}
         adapter = AdapterState(safetensors.torch.load_file(file))
         setting = Setting(int(about["steps"]), float(about["learning-rate"]))
+        right = tuple(digit == "1" for digit in about["right"])
     except (OSError, KeyError, ValueError, safetensors.SafetensorError):
         return None
-    return None if adapter.validate_against(start) else AloneModel(adapter, setting)
+    return None if adapter.validate_against(start) else AloneModel(adapter, setting, right)
 
 
 def write(file: Path | None, model: AloneModel) -> None:
@@ -93,6 +96,7 @@ def write(file: Path | None, model: AloneModel) -> None:
     about = {
         "steps": str(model.setting.steps),
         "learning-rate": repr(model.setting.learning_rate),
+        "right": "".join("1" if right else "0" for right in model.right),
     }
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

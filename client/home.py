@@ -10,8 +10,9 @@ but the figures at the end.
 """
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,13 @@ from fedlora.adapters import PARTS, AdapterState, kind
 from fedlora.arrays import Floats
 from fedlora.errors import InputError
 from fedlora.lora_layers import Scale
-from fedlora.sections import HOME_CHOOSES_FROM, HOME_FINISH, HOME_VALIDATION, HomeConfig
+from fedlora.sections import (
+    HOME_CHOOSES_FROM,
+    HOME_COMPARES_FROM,
+    HOME_FINISH,
+    HOME_VALIDATION,
+    HomeConfig,
+)
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable
 
@@ -48,17 +55,18 @@ def models_at_home(
     and chooses by the expected errors on what it held back: for the model alone the learning rate
     (one of ``home.learning-rate``) and the number of steps (a quarter, a half or all of
     ``home.steps``), for the own model the rate and the weight of the trained adapter in its mean
-    with the shared one. Then it trains the chosen adapters on for a third of their steps, on all
-    its training records.
+    with the shared one. With few records it takes all steps, the first learning rate and the
+    smallest weight. Then it trains the chosen adapters on for a third of their steps, on all its
+    training records.
 
     The own model takes all steps and a weight of a half or more. The shared adapter was trained on
     the records held back too, so these would choose few steps and a small weight for no other
     reason than that. With ``interpolate`` it takes the shared factors and, where the model has a
     head, a fresh one, which moves at ``home.head-learning-rate`` as that of the model alone.
 
-    With too few records to choose on, an institution takes all steps, the first learning rate and
-    the smallest weight. An own model that was trained under DP stays as it is; no record chooses
-    for it. Where training gives no numbers, the own model is the shared adapter (weight 0).
+    Where the model alone is right on clearly more of the records held back (`is_better`), it is the
+    own model too. An own model that was trained under DP stays as it is; no record chooses for it.
+    Where training gives no numbers, the own model is the shared adapter (weight 0).
 
     The runs of a sweep train a model alone once (`client.alone_models`).
 
@@ -80,55 +88,55 @@ def models_at_home(
     """
     work.train_only([part for part in PARTS if part in {kind(name) for name in work.start}])
     trainer = _Trainer(work, homes, settings, physical_batch)
-    kept = {
-        i: found
-        for i, home in enumerate(homes)
-        if (found := alone_models.read(home.alone, work.start)) is not None
-    }
-    members = {
-        Model.ALONE: [i for i in range(len(homes)) if i not in kept],
-        Model.OWN: [i for i, home in enumerate(homes) if home.own is None],
-    }
-    splits = [_split(home) for home in homes]
-    validation = {i: held for i, (_, held) in enumerate(splits) if held is not None}
-    trials = {
-        model: trainer.trials(model, {i: splits[i][0] for i in numbers if i in validation})
-        for model, numbers in members.items()
-    }
-    default = Setting(settings.steps, settings.learning_rate[0])
-    alone_settings = dict.fromkeys(members[Model.ALONE], default)
-    alone_settings |= trainer.best(trials[Model.ALONE], validation)
-    mixtures = dict.fromkeys(members[Model.OWN], (default, trainer.weights[0]))
-    mixtures |= trainer.best_mixtures(trials[Model.OWN], validation)
-    own_settings = {i: setting for i, (setting, _) in mixtures.items()}
-    alone = trainer.finish(Model.ALONE, alone_settings, trials[Model.ALONE])
-    for i, adapter in alone.items():
-        if not adapter.is_finite():
-            raise InputError(
-                f"the model alone has no finite values after {alone_settings[i].steps} steps at "
-                f"{alone_settings[i].learning_rate:g}, so nothing can be compared with it; lower "
-                "home.learning-rate or home.head-learning-rate"
-            )
-        alone_models.write(homes[i].alone, AloneModel(adapter, alone_settings[i]))
-    alone |= {i: model.adapter for i, model in kept.items()}
-    alone_settings |= {i: model.setting for i, model in kept.items()}
-    own = trainer.finish(Model.OWN, own_settings, trials[Model.OWN])
-    weights = {i: w if own[i].is_finite() else 0.0 for i, (_, w) in mixtures.items()}
+    alone = trainer.alone()
+    own = trainer.own(alone)
     return [
         HomeModels(
-            alone=alone[i],
-            own=mixed(trainer.bases[i], own[i], weights[i])
-            if home.own is None
-            else home.own.adapter,
+            alone=alone[i].adapter,
+            own=own[i].adapter,
             choice=Choice(
-                alone=alone_settings[i],
-                own=own_settings.get(i, default),
-                weight=weights.get(i, 1.0),
+                alone=alone[i].setting,
+                own=own[i].setting,
+                weight=own[i].weight,
+                keeps_alone=own[i].is_alone,
             ),
             private=home.own,
         )
         for i, home in enumerate(homes)
     ]
+
+
+def is_better(alone: Sequence[bool], own: Sequence[bool]) -> bool:
+    """Whether the model alone is right on more records than the own one, beyond chance.
+
+    Of the records on which one model is right and the other wrong, the difference must be above its
+    standard error if the models were equally good, which is the root of their number.
+
+    Args:
+        alone: Whether the model alone is right on each record.
+        own: The same of the own model.
+
+    Reference: McNemar (1947), Note on the sampling error of the difference between correlated
+    proportions.
+    """
+    apart = [int(a) - int(o) for a, o in zip(alone, own, strict=True) if a != o]
+    return sum(apart) > math.sqrt(len(apart))
+
+
+class OwnModel(NamedTuple):
+    """An own model.
+
+    Args:
+        adapter: Its adapter.
+        setting: The setting by which it was trained.
+        weight: Weight of the trained adapter in the mean with the shared one.
+        is_alone: Whether it is the model alone instead.
+    """
+
+    adapter: AdapterState
+    setting: Setting
+    weight: float
+    is_alone: bool = False
 
 
 Candidate = TypeVar("Candidate")
@@ -153,25 +161,100 @@ class _Trainer:
             head = work.start.only(("head",))
             self.starts = [base.updated(head) for base in self.bases]
         self.weights = (1.0,) if settings.method == "fine-tune" else WEIGHTS
+        self.default = Setting(settings.steps, settings.learning_rate[0])
+        self.fits: dict[int, Shard] = {}  # of institutions that hold records back
+        self.held: dict[int, Shard] = {}
+        for i, home in enumerate(homes):
+            if len(home.shard) >= HOME_COMPARES_FROM:
+                self.fits[i], self.held[i] = _split(home)
 
-    def trials(self, model: Model, fits: Mapping[int, Shard]) -> Trials:
-        """Train one model of some institutions by every setting.
+    def alone(self) -> dict[int, AloneModel]:
+        """The model alone of each institution.
+
+        Raises:
+            InputError: If training gives no numbers.
+        """
+        found: dict[int, AloneModel] = {}
+        for i, home in enumerate(self.homes):
+            if (kept := alone_models.read(home.alone, self.work.start)) is not None:
+                found[i] = kept
+        missing = [i for i in range(len(self.homes)) if i not in found]
+        trials = self._trials(Model.ALONE, missing)
+        chosen = dict.fromkeys(missing, self.default) | {
+            i: setting for i, (setting, _) in self._fewest(trials.items()).items()
+        }
+        right = self._right({i: trials[chosen[i]][i] for i in missing if i in self.held})
+        for i, adapter in self._finish(Model.ALONE, chosen, trials).items():
+            if not adapter.is_finite():
+                raise InputError(
+                    f"the model alone has no finite values after {chosen[i].steps} steps at "
+                    f"{chosen[i].learning_rate:g}, so nothing can be compared with it; lower "
+                    "home.learning-rate or home.head-learning-rate"
+                )
+            found[i] = AloneModel(adapter, chosen[i], right.get(i, ()))
+            alone_models.write(self.homes[i].alone, found[i])
+        return found
+
+    def own(self, alone: Mapping[int, AloneModel]) -> dict[int, OwnModel]:
+        """The own model of each institution.
+
+        Args:
+            alone: The models alone.
+        """
+        found: dict[int, OwnModel] = {}
+        for i, home in enumerate(self.homes):
+            if home.own is not None:
+                found[i] = OwnModel(home.own.adapter, self.default, 1.0)
+        missing = [i for i in range(len(self.homes)) if i not in found]
+        trials = self._trials(Model.OWN, missing)
+        chosen = dict.fromkeys(missing, (self.default, self.weights[0])) | {
+            i: (setting, weight if np.isfinite(errors) else 0.0)
+            for i, ((setting, weight), errors) in self._fewest(self._mixtures(trials)).items()
+        }
+        right = self._right(
+            {
+                i: mixed(self.bases[i], trials[setting][i], weight)
+                for i, (setting, weight) in chosen.items()
+                if i in self.held
+            }
+        )
+        for i, of_own in right.items():
+            if is_better(alone[i].right, of_own):
+                found[i] = OwnModel(alone[i].adapter, *chosen.pop(i), is_alone=True)
+        settings = {i: setting for i, (setting, _) in chosen.items()}
+        for i, adapter in self._finish(Model.OWN, settings, trials).items():
+            setting, weight = chosen[i]
+            weight = weight if adapter.is_finite() else 0.0
+            found[i] = OwnModel(mixed(self.bases[i], adapter, weight), setting, weight)
+        return found
+
+    def _trials(self, model: Model, numbers: Iterable[int]) -> Trials:
+        """Train one model of institutions that hold records back, on the rest of their records.
 
         Args:
             model: The model.
-            fits: Number -> the records that the institution's trials are trained on.
+            numbers: The institutions. Those that choose are trained by every setting, those that
+                only compare by the first rate.
         """
         settings = self.settings
         parts = (4, 2, 1) if model is Model.ALONE else (1,)
         steps = tuple(sorted({max(1, settings.steps // part) for part in parts}))
+        fits = {i: self.fits[i] for i in numbers if i in self.fits}
         found: dict[Setting, dict[int, AdapterState]] = {}
-        for rate in settings.learning_rate if fits else ():
+        for rate in settings.learning_rate:
+            if rate != self.default.learning_rate:
+                fits = {i: shard for i, shard in fits.items() if self._chooses(i)}
+            if not fits:
+                break
             adapters = self._train(model, fits, dict.fromkeys(fits, steps), rate, "fit")
             for k, count in enumerate(steps):
                 found[Setting(count, rate)] = {i: each[k] for i, each in adapters.items()}
         return found
 
-    def finish(
+    def _chooses(self, i: int) -> bool:
+        return len(self.homes[i].shard) >= HOME_CHOOSES_FROM
+
+    def _finish(
         self, model: Model, chosen: Mapping[int, Setting], trials: Trials
     ) -> dict[int, AdapterState]:
         """Train one model of some institutions on all their records, by the chosen settings.
@@ -227,58 +310,47 @@ class _Trainer:
         ]
         return dict(zip(shards, train_at_home(self.work, trainees, plan), strict=True))
 
-    def best(self, trials: Trials, validation: Mapping[int, Shard]) -> dict[int, Setting]:
-        """The setting of each institution with the fewest expected errors on validation records.
-
-        Args:
-            trials: The trials of one model.
-            validation: Number -> the institution's validation records.
-        """
-        fewest = self._fewest(trials.items(), validation)
-        return {i: setting for i, (setting, _) in fewest.items()}
-
-    def best_mixtures(
-        self, trials: Trials, validation: Mapping[int, Shard]
-    ) -> dict[int, tuple[Setting, float]]:
-        """The setting of each own model and the weight of its trained adapter, as in `best`.
-
-        The weight is 0, which is the shared adapter itself, where no mixture gives numbers.
-
-        Args:
-            trials: The trials of the own model.
-            validation: Number -> the institution's validation records.
-        """
-        mixtures = (
-            ((setting, weight), {i: mixed(self.bases[i], a, weight) for i, a in adapters.items()})
-            for setting, adapters in trials.items()
-            for weight in self.weights
-        )
-        fewest = self._fewest(mixtures, validation)
-        return {
-            i: (setting, weight if np.isfinite(errors) else 0.0)
-            for i, ((setting, weight), errors) in fewest.items()
-        }
+    def _mixtures(
+        self, trials: Trials
+    ) -> Iterator[tuple[tuple[Setting, float], Mapping[int, AdapterState]]]:
+        """The means of own models' trials with the shared adapters, by setting and weight."""
+        for setting, adapters in trials.items():
+            for weight in self.weights:
+                means = {i: mixed(self.bases[i], a, weight) for i, a in adapters.items()}
+                yield (setting, weight), means
 
     def _fewest(
-        self,
-        candidates: Iterable[tuple[Candidate, Mapping[int, AdapterState]]],
-        validation: Mapping[int, Shard],
+        self, candidates: Iterable[tuple[Candidate, Mapping[int, AdapterState]]]
     ) -> dict[int, tuple[Candidate, float]]:
-        """For each institution the candidate with the fewest expected errors, and these errors."""
+        """The candidate with the fewest expected errors on the records held back, and these.
+
+        Institutions that do not choose are left out.
+        """
         found: dict[int, tuple[Candidate, float]] = {}
         for candidate, adapters in candidates:
-            for i, errors in zip(adapters, self._errors(adapters, validation), strict=True):
+            choosing = {i: adapter for i, adapter in adapters.items() if self._chooses(i)}
+            if not choosing:
+                continue
+            for i, errors in zip(choosing, self._errors(choosing), strict=True):
                 if i not in found or errors < found[i][1]:
                     found[i] = candidate, float(errors)
         return found
 
-    def _errors(
-        self, adapters: Mapping[int, AdapterState], validation: Mapping[int, Shard]
-    ) -> Floats:
+    def _errors(self, adapters: Mapping[int, AdapterState]) -> Floats:
         """The expected errors of each institution's adapter; infinite if they are no number."""
-        shards = [validation[i] for i in adapters]
+        shards = [self.held[i] for i in adapters]
         errors = expected_errors(self.work, list(adapters.values()), shards, self.physical_batch)
         return np.nan_to_num(errors, nan=np.inf, posinf=np.inf)
+
+    def _right(self, adapters: Mapping[int, AdapterState]) -> dict[int, tuple[bool, ...]]:
+        """Whether each institution's adapter is right on each of the records held back."""
+        found: dict[int, tuple[bool, ...]] = {}
+        for i, adapter in adapters.items():
+            adapter.load_into(self.work.model)
+            said = self.work.task.predict(self.work.model, self.held[i], self.work.labels)
+            truth = (self.work.labels[target] for target in self.held[i].targets)
+            found[i] = tuple(a == b for a, b in zip(said, truth, strict=True))
+        return found
 
 
 def beside(shared: AdapterState, work: Trainable) -> AdapterState:
@@ -309,10 +381,8 @@ def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> Adapter
     )
 
 
-def _split(home: Home) -> tuple[Shard, Shard | None]:
-    """The records that a model is fitted to, and those that choices are made on."""
-    if len(home.shard) < HOME_CHOOSES_FROM:
-        return home.shard, None
+def _split(home: Home) -> tuple[Shard, Shard]:
+    """The records that a model is fitted to, and those that are held back."""
     count = round(HOME_VALIDATION * len(home.shard))
     order = home.source.child("validation").permutation(len(home.shard))
     return home.shard.select(np.sort(order[count:])), home.shard.select(np.sort(order[:count]))

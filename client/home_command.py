@@ -32,7 +32,7 @@ from fedlora.files import new_path, write_atomic
 from fedlora.joining_verdict import FINDINGS, MODELS, interval, macro_f1_gain, outcome
 from fedlora.released import ReleaseFiles
 from fedlora.rounding import at_most
-from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
+from fedlora.sections import HOME_COMPARES_FROM, HomeConfig
 
 LOCK = "home.lock"
 SPLIT = 0.2
@@ -101,8 +101,8 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         if config.home.private:
             say(f"own: {config.home.steps} steps at epsilon {config.home.epsilon:g}")
         plain = "alone" if config.home.private else "alone and own"
-        chooses = len(train_rows) >= HOME_CHOOSES_FROM
-        then = " to choose by, then a third on all records" * chooses
+        compares = len(train_rows) >= HOME_COMPARES_FROM
+        then = " to choose by, then a third on all records" * compares
         say(f"{plain}: {config.home.steps} steps{then}")
         home = institution.home(shared)
         member = Member(institution=institution, run=found.run, home=home)
@@ -150,8 +150,7 @@ def report(result: dict[str, Any]) -> list[str]:
         "",
         f"{_finding(result)}: own against alone {interval(gain)}.",
         f"In macro-F1: {macro_f1_gain(result['gain_macro_f1'])}.",
-        f"Steps: alone {chosen['alone_steps']}, own {chosen['own_steps']}; weight of the trained "
-        f"adapter in the own model {chosen['weight']:g}.",
+        _made(chosen),
     ]
     if held_out["from"] == "split":
         lines.append(f"{SPLIT_NOTE}.")
@@ -163,6 +162,17 @@ def report(result: dict[str, Any]) -> list[str]:
             f"{result['privacy']['delta']:g}; the figures above are not covered by it."
         )
     return lines
+
+
+def _made(chosen: dict[str, Any]) -> str:
+    """By what steps and weight the models were made."""
+    steps = f"Steps: alone {chosen['alone_steps']}, own {chosen['own_steps']}; "
+    if chosen["keeps_alone"]:
+        return (
+            steps + "the own model is the model alone, which was right more often on training "
+            "records held back."
+        )
+    return steps + f"weight of the trained adapter in the own model {chosen['weight']:g}."
 
 
 def _finding(result: dict[str, Any]) -> str:

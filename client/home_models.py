@@ -18,6 +18,11 @@ records, so it must not leave the institution. The adapter that the federation r
 one.
 """
 """The model card beside an own adapter."""
+ALONE_CARD = """
+It is the institution's model alone: on records that were held back it was right more often than a
+model made from the released adapter.
+"""
+"""A further paragraph of the card where the model alone is kept."""
 PRIVATE_CARD = """# An institution's own model, trained under differential privacy
 
 The model starts from the adapter that run {run} released and was trained at the institution. This
@@ -118,11 +123,14 @@ class Choice:
         own: The setting of the own model.
         weight: Weight of the trained adapter in the own model, against the shared one: at 0 the
             own model is the shared one.
+        keeps_alone: Whether the own model is the model alone, which was right more often than the
+            mean with that weight.
     """
 
     alone: Setting
     own: Setting
     weight: float
+    keeps_alone: bool = False
 
     def figures(self) -> dict[str, float]:
         """The choice as `fedlora.messages.Evaluation` has it at home."""
@@ -132,6 +140,7 @@ class Choice:
             "alone_learning_rate": self.alone.learning_rate,
             "own_learning_rate": self.own.learning_rate,
             "weight": self.weight,
+            "keeps_alone": self.keeps_alone,
         }
 
 
@@ -153,4 +162,6 @@ class HomeModels:
 
     def card(self) -> str:
         """The model card of the own model."""
-        return OWN_CARD if self.private is None else self.private.card()
+        if self.private is not None:
+            return self.private.card()
+        return OWN_CARD + (ALONE_CARD if self.choice.keeps_alone else "")

@@ -14,7 +14,7 @@ from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
 from fedlora import joining_verdict
 from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MIN_TEXTS, MODELS, has_interval
-from fedlora.sections import HOME_CHOOSES_FROM
+from fedlora.sections import HOME_CHOOSES_FROM, HOME_COMPARES_FROM
 
 TITLE = "What joining gives"
 MAX_ROWS = 40  # institutions in the figure of a run
@@ -43,7 +43,9 @@ CHOICES = (
     "given, and how much an own model without differential privacy keeps of the shared adapter (at "
     "most half; with fine-tune nothing), were chosen by each institution on validation records, a "
     "part of its training records. Institutions with fewer than "
-    f"{HOME_CHOOSES_FROM} training records chose nothing. "
+    f"{HOME_CHOOSES_FROM} training records chose none of these. Where the model alone was right "
+    "clearly more often on validation records than the own model, it is kept as the own model "
+    f"(not with fewer than {HOME_COMPARES_FROM} training records). "
     "Held-out records decided nothing: the three models were measured on them once, at the end."
 )
 BARS = (
@@ -84,6 +86,7 @@ def section(result: Mapping[str, Any]) -> list[Section]:
                 MEANINGS,
                 home_promise(joining),
                 CHOICES,
+                *_keeping(joining["institutions"]),
                 *_most_steps(joining["institutions"]),
                 INTERVALS,
                 *_macro_f1(joining),
@@ -118,6 +121,17 @@ def _scarce(joining: Mapping[str, Any]) -> str:
         f"right as follows: {right}."
         + (f" The gain is {gain}." if (gain := joining_verdict.scarce_gain(joining)) else "")
     )
+
+
+def _keeping(institutions: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which institutions keep the model alone."""
+    names = [name for name, of in institutions.items() if of.get("keeps_alone")]
+    if not names:
+        return []
+    return [
+        f"{len(names)} of {len(institutions)} institutions keep the model alone as their own: "
+        f"{', '.join(names)}. Their gain is 0."
+    ]
 
 
 def _most_steps(institutions: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -184,13 +198,14 @@ def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{of['rows']:,}",
             *_accuracies(of),
             *_interval(of),
-            *(str(of[key]) for key in ("alone_steps", "own_steps", "weight")),
+            *(str(of[key]) for key in ("alone_steps", "own_steps")),
+            "alone" if of.get("keeps_alone") else str(of["weight"]),
         ]
         for name, of in institutions.items()
     ]
     title = (
         "By institution (weight: share of the adapter trained at home in the own model; the rest "
-        "is the shared adapter)"
+        "is the shared adapter; alone: the own model is the model alone)"
     )
     return Table(rows=[head, *rows], title=title, folded=True)
 

@@ -23,7 +23,14 @@ from fedlora.shards import Shard
 
 CONFIDENCE = 0.95
 RESAMPLES = 4000
-CHOICES = ("alone_steps", "own_steps", "alone_learning_rate", "own_learning_rate", "weight")
+CHOICES = (
+    "alone_steps",
+    "own_steps",
+    "alone_learning_rate",
+    "own_learning_rate",
+    "weight",
+    "keeps_alone",
+)
 """Names of what an institution chose at home."""
 
 

@@ -481,7 +481,9 @@ HOME_FINISH = 3
 HOME_VALIDATION = 0.2
 """Share of an institution's training records that choices at home are made on."""
 HOME_CHOOSES_FROM = 78
-"""An institution with fewer training records, so fewer than 16 to choose on, chooses nothing."""
+"""An institution with fewer training records, so fewer than 16 to choose on, chooses no setting."""
+HOME_COMPARES_FROM = 38
+"""With fewer training records, so fewer than 8 held back, alone and own are not compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -559,13 +561,14 @@ class HomeConfig(Section):
     def work(self, records: int) -> float:
         """The most passes of a record that an institution with these training records makes.
 
-        Two models: each by every rate to choose, and the chosen trial trained on at the end; each
-        once where there are too few records to choose on.
+        Two models: each by every rate to choose, and the chosen trial trained on at the end; with
+        few records by one rate, and without records to hold back once.
         """
         if self.method == "none":
             return 0.0
-        chooses = records >= HOME_CHOOSES_FROM
-        trainings = 2 * (len(self.learning_rate) + 1 / HOME_FINISH if chooses else 1)
+        rates = len(self.learning_rate) if records >= HOME_CHOOSES_FROM else 1
+        finish = 1 / HOME_FINISH if records >= HOME_COMPARES_FROM else 0
+        trainings = 2 * (rates + finish)
         return trainings * self.steps * min(self.batch_size, records)
 
 

@@ -24,8 +24,12 @@ SMALL = {"home.method": "interpolate", "home.steps": 8, "home.learning-rate": 0.
 
 
 @pytest.fixture
-def banks(tiny_config):
-    """Four banks after a run that released a random adapter, and the order to compare."""
+def banks(tiny_config, monkeypatch):
+    """Four banks after a run that released a random adapter, and the order to compare.
+
+    Their own models are not given up for the models alone, though these are better.
+    """
+    monkeypatch.setattr(home, "is_better", lambda *_: False)
 
     def make(residual=False, **values):
         if residual:
@@ -101,6 +105,7 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
     monkeypatch.setattr(Federation, "pooled_held_out", held_out)
     institutions[0].models_at_home(homes)
     assert len(trained) == 4 and len(measured) == 3 + len(WEIGHTS)
+    trained = [trained[i] for i in (0, 2, 1, 3)]  # trials first
     for i, one in enumerate(homes):
         everything = sorted(hashes(one.shard))
         for shards in trained[:2]:
@@ -291,7 +296,7 @@ def test_the_chosen_trial_is_trained_on_and_ditto_still_pulls_to_the_shared_adap
     monkeypatch.setattr(home, "train_at_home", spied)
     homes = homes_of(institutions, order)
     found = models_at_home(work, homes, config.home, 64)
-    (_, alone_trials), (_, own_trials), (alone, _), (own, _) = calls
+    (_, alone_trials), (alone, _), (_, own_trials), (own, _) = calls
     for i, (one, made) in enumerate(zip(homes, found, strict=True)):
         for trainee, setting, trial, origin in (
             (
@@ -307,6 +312,85 @@ def test_the_chosen_trial_is_trained_on_and_ditto_still_pulls_to_the_shared_adap
             assert trainee.origin is origin
 
 
+@pytest.mark.parametrize(
+    ("better", "worse", "found"),
+    [
+        (0, 0, False),
+        (1, 0, False),  # one standard error and no more
+        (2, 0, True),
+        (3, 1, False),  # 2 is the standard error
+        (4, 1, True),
+        (0, 9, False),
+        (30, 24, False),
+        (32, 24, True),
+    ],
+)
+def test_alone_is_better_beyond_a_standard_error_of_the_records_on_which_the_two_differ(
+    better, worse, found
+):
+    alone = [True] * better + [False] * worse + [True, False] * 7
+    own = [False] * better + [True] * worse + [True, False] * 7
+    assert home.is_better(alone, own) == found
+    assert home.is_better(alone[::-1], own[::-1]) == found
+
+
+def test_the_model_alone_stays_where_it_was_right_on_more_of_the_records_held_back(
+    banks, monkeypatch, tmp_path
+):
+    """One institution of four, in a run and in the next of its sweep, which takes models alone."""
+    monkeypatch.setenv(alone_models.DIRECTORY, str(tmp_path))
+    institutions, order, work, config = banks(**{"privacy.epsilon": 8.0})
+    homes = homes_of(institutions, order)
+    seen, own_trainings, train = [], [], home.train_at_home
+
+    def second(*of):
+        seen.append(of)
+        return len(seen) % 4 == 2
+
+    def spied(work, trainees, plan):
+        own_trainings.append(len(trainees))
+        return train(work, trainees, plan)
+
+    monkeypatch.setattr(home, "is_better", second)
+    monkeypatch.setattr(home, "train_at_home", spied)
+    first, again = (models_at_home(work, homes, config.home, 64) for _ in range(2))
+    assert own_trainings == [4, 4, 4, 3, 4, 3] and seen[:4] == seen[4:]
+    for found in (first, again):
+        assert [one.choice.keeps_alone for one in found] == [False, True, False, False]
+        assert [same(one.own, one.alone) for one in found] == [False, True, False, False]
+        assert ["model alone" in one.card() for one in found] == [False, True, False, False]
+    for one, (of_alone, of_own) in zip(homes, seen, strict=False):
+        _, validation = home._split(one)
+        assert len(of_alone) == len(of_own) == len(validation)
+
+
+def test_what_is_compared_are_the_answers_of_the_chosen_trials_on_records_held_back(
+    banks, monkeypatch
+):
+    """By hand, from the trials' own adapters and the model's own answers."""
+    institutions, order, work, config = banks()
+    trained, seen, train = [], [], home.train_at_home
+
+    def spied(work, trainees, plan):
+        trained.append(train(work, trainees, plan))
+        return trained[-1]
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+    monkeypatch.setattr(home, "is_better", lambda *of: seen.append(of))
+    homes = homes_of(institutions, order)
+    found = models_at_home(work, homes, config.home, 64)
+    alone_trials, _, own_trials, _ = trained
+    for i, (one, made) in enumerate(zip(homes, found, strict=True)):
+        _, validation = home._split(one)
+        chosen = alone_trials[i][(2, 4, 8).index(made.choice.alone.steps)]
+        mean = mixed(one.shared, own_trials[i][0], made.choice.weight)
+        for adapter, right in zip((chosen, mean), seen[i], strict=True):
+            adapter.load_into(work.model)
+            said = np.array(_predictions(work.model, work, validation))
+            assert (said == validation.targets).tolist() == list(right)
+    assert len({right for each in seen for right in each}) > 2
+
+
 def test_the_rate_that_was_chosen_is_the_rate_of_the_last_training(banks, monkeypatch):
     institutions, order, work, config = banks(**{"home.learning-rate": (1e-6, 0.05)})
     plans, train = [], home.train_at_home
@@ -317,13 +401,16 @@ def test_the_rate_that_was_chosen_is_the_rate_of_the_last_training(banks, monkey
 
     monkeypatch.setattr(home, "train_at_home", spied)
     found = models_at_home(work, homes_of(institutions, order), config.home, 64)
-    assert plans[:4] == [(4, 1e-6), (4, 0.05)] * 2
+    trials = [(4, 1e-6), (4, 0.05)]
+    own = plans.index(trials[0], 2)
+    assert plans[:2] == trials and plans[own : own + 2] == trials
+    finished = plans[2:own] + plans[own + 2 :]
     wanted = sorted(
         rate
         for one in found
         for rate in (one.choice.alone.learning_rate, one.choice.own.learning_rate)
     )
-    assert sorted(rate for count, rate in plans[4:] for _ in range(count)) == wanted
+    assert sorted(rate for count, rate in finished for _ in range(count)) == wanted
 
 
 def test_with_too_few_validation_records_the_first_rate_is_the_only_one(banks, monkeypatch):
@@ -351,18 +438,23 @@ def test_models_are_the_same_when_they_are_made_again(banks):
     assert len({a.own["base_model.model.classifier.weight"].sum().item() for a in first}) == 4
 
 
-@pytest.mark.parametrize(("records", "chooses"), [(77, False), (78, True), (1, False)])
+@pytest.mark.parametrize(
+    ("records", "chooses", "held"),
+    [(1, False, 0), (37, False, 0), (38, False, 8), (77, False, 15), (78, True, 16)],
+)
 @pytest.mark.parametrize(("method", "weight"), [("interpolate", 0.5), ("fine-tune", 1.0)])
 def test_an_institution_with_under_sixteen_validation_records_chooses_nothing(
-    banks, records, chooses, method, weight, monkeypatch
+    banks, records, chooses, held, method, weight, monkeypatch
 ):
     institutions, order, work, config = banks(**{"home.method": method})
+    compared: list[tuple[int, int]] = []
+    monkeypatch.setattr(home, "is_better", lambda *of: compared.append(tuple(map(len, of))))
     calls, measure = [], home.expected_errors
     monkeypatch.setattr(home, "expected_errors", lambda *a: calls.append(a) or measure(*a))
     one = institutions[0].home(institutions[0].released(order))
     one = dataclasses.replace(one, shard=one.shard.select(range(records)))
     (found,) = models_at_home(work, [one], config.home, 64)
-    assert bool(calls) == chooses
+    assert bool(calls) == chooses and compared == [(held, held)] * bool(held)
     if not chooses:
         assert found.choice == Choice(alone=Setting(8, 0.02), own=Setting(8, 0.02), weight=weight)
     assert found.choice.weight >= 0.5 and not same(found.own, one.shared)
@@ -392,7 +484,7 @@ def diverges(monkeypatch):
 
 def test_a_model_alone_without_numbers_is_compared_with_nothing(banks, diverges):
     institutions, order, work, config = banks()
-    diverges(3)  # on all records
+    diverges(2)  # on all records
     with pytest.raises(InputError, match=r"no finite values after . steps at 0\.02.*lower home"):
         models_at_home(work, homes_of(institutions, order), config.home, 64)
 
@@ -435,7 +527,7 @@ def test_alone_starts_without_the_residual_of_a_strategy_and_own_with_it(banks, 
 
     monkeypatch.setattr(home, "train_at_home", spied)
     found = models_at_home(work, homes_of(institutions, order), config.home, 64)
-    alone, own, *_ = starts
+    alone, _, own, _ = starts
     assert [len(each) for each in starts] == [4, 4, 4, 4]
     assert all(same(start, work.start) for start in alone)
     head = work.start.only(("head",))

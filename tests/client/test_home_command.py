@@ -323,7 +323,24 @@ def test_what_a_killed_command_left_is_removed_but_nothing_of_one_that_runs(bank
     assert not any(path.exists() for path in kept + also_kept)
 
 
-def test_own_is_trained_from_the_shared_adapter_and_shared_is_what_was_released(bank):
+@pytest.mark.parametrize("better", [True, False])
+def test_the_command_says_where_the_own_model_is_the_model_alone(bank, monkeypatch, better):
+    made = bank()
+    made.receive(made.release())
+    monkeypatch.setattr(home, "is_better", lambda *_: better)
+    result = made.result("--run", "first")
+    out = made.directory / "state" / "home" / "first"
+    said, card = (out / "report.txt").read_text(), (out / "own" / "README.md").read_text()
+    assert ("the own model is the model alone, which was right more often" in said) == better
+    assert ("weight of the trained adapter in the own model" in said) == (not better)
+    assert ("It is the institution's model alone" in card) == better
+    assert result["choices"]["keeps_alone"] == better
+    if better:
+        assert result["own"] == result["alone"] and result["gain"]["mean"] == 0
+
+
+def test_own_is_trained_from_the_shared_adapter_and_shared_is_what_was_released(bank, monkeypatch):
+    monkeypatch.setattr(home, "is_better", lambda *_: False)
     made = bank(**{"home.method": "fine-tune", "home.learning-rate": 1e-7})
     release = made.release()
     made.receive(release)

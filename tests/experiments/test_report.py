@@ -238,6 +238,17 @@ def test_the_page_says_how_many_models_alone_took_the_most_steps(run_directory):
     assert "that could choose" not in (run_directory / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_page_names_institutions_that_keep_the_model_alone(run_directory):
+    assert "keep the model alone" not in with_joining(run_directory)
+    joining = compared(BANKS)
+    joining["institutions"]["Beta"]["keeps_alone"] = True
+    change(run_directory, "result.json", joining=joining)
+    report.write(run_directory)
+    text = (run_directory / "report.html").read_text(encoding="utf-8")
+    assert f"1 of {len(BANKS)} institutions keep the model alone as their own: Beta." in text
+    assert text.count(">alone</td>") == 1
+
+
 def test_the_page_says_what_chance_does_and_what_few_texts_cannot_show(run_directory):
     """All rows of `compared` are of one class; a model names another one, which has no text."""
     path, joining = run_directory / "result.json", compared(BANKS)
