@@ -71,7 +71,7 @@ def verdict(joining: Mapping[str, Any]) -> str:
         f"{100 * joining['own']['accuracy']:.1f} % of held-out rows, models trained alone "
         f"on {100 * joining['alone']['accuracy']:.1f} % "
         f"({interval(gain)}); of {count} institution{'s' * (count != 1)} {movers(gain)} by more "
-        f"than their own interval{_too_small(joining)}.{_classes(joining)}"
+        f"than their own interval{_too_small(joining)}.{_keeping(joining)}{_classes(joining)}"
     )
 
 
@@ -90,6 +90,15 @@ def _too_small(joining: Mapping[str, Any]) -> str:
         f" ({few} with fewer than {MIN_TEXTS} different held-out texts "
         f"count{'s' * (few == 1)} as neither)"
     )
+
+
+def _keeping(joining: Mapping[str, Any]) -> str:
+    """A further sentence where institutions keep the model alone as their own."""
+    count = sum(bool(of.get("keeps_alone")) for of in joining["institutions"].values())
+    if not count:
+        return ""
+    verb, whose = ("keeps", "its") if count == 1 else ("keep", "their")
+    return f" {count} {verb} the model alone as {whose} own."
 
 
 def _classes(joining: Mapping[str, Any]) -> str:

@@ -247,6 +247,7 @@ def test_the_page_names_institutions_that_keep_the_model_alone(run_directory):
     text = (run_directory / "report.html").read_text(encoding="utf-8")
     assert f"1 of {len(BANKS)} institutions keep the model alone as their own: Beta." in text
     assert text.count(">alone</td>") == 1
+    assert "by more than their own interval. 1 keeps the model alone as its own." in text
 
 
 def test_the_page_says_what_chance_does_and_what_few_texts_cannot_show(run_directory):
