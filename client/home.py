@@ -1,9 +1,9 @@
 """What an institution gains by joining: three models, each made at home from its own records.
 
 *Alone* is trained from a fresh adapter, as if there were no federation. *Shared* is the adapter
-that the federation released. *Own* is made from the shared one at home. Alone has no differential
-privacy and does not leave the institution. The same holds for own, unless ``home.epsilon`` trains
-it under DP (`client.home_cohort`).
+that the federation released. *Own* is made from the shared one at home, or is the model alone where
+that was clearly better. Alone has no differential privacy and does not leave the institution. The
+same holds for own, unless ``home.epsilon`` trains it under DP (`client.home_cohort`).
 
 Settings are chosen on a validation part of the training records. Held-out rows serve for nothing
 but the figures at the end.
@@ -211,6 +211,9 @@ class _Trainer:
             i: (setting, weight if np.isfinite(errors) else 0.0)
             for i, ((setting, weight), errors) in self._fewest(self._mixtures(trials)).items()
         }
+        for i, (setting, _) in chosen.items():
+            if i in self.held and not trials[setting][i].is_finite():
+                chosen[i] = setting, 0.0
         right = self._right(
             {
                 i: mixed(self.bases[i], trials[setting][i], weight)

@@ -29,7 +29,7 @@ from fedlora.comparison import Rows
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import new_path, write_atomic
-from fedlora.joining_verdict import FINDINGS, MODELS, interval, macro_f1_gain, outcome
+from fedlora.joining_verdict import ALL_KEEP, FINDINGS, MODELS, interval, macro_f1_gain, outcome
 from fedlora.released import ReleaseFiles
 from fedlora.rounding import at_most
 from fedlora.sections import HOME_COMPARES_FROM, HomeConfig
@@ -102,7 +102,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             say(f"own: {config.home.steps} steps at epsilon {config.home.epsilon:g}")
         plain = "alone" if config.home.private else "alone and own"
         compares = len(train_rows) >= HOME_COMPARES_FROM
-        then = " to choose by, then a third on all records" * compares
+        then = " on four fifths of the records, then a third on all" * compares
         say(f"{plain}: {config.home.steps} steps{then}")
         home = institution.home(shared)
         member = Member(institution=institution, run=found.run, home=home)
@@ -137,7 +137,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
 
 def report(result: dict[str, Any]) -> list[str]:
     """The lines of ``report.txt``."""
-    held_out, gain, chosen = result["held_out"], result["gain"], result["choices"]
+    held_out, chosen = result["held_out"], result["choices"]
     lines = [
         f"{result['institution']} after run {result['name']}: {result['records']} records, "
         f"{held_out['rows']} held-out rows",
@@ -148,7 +148,7 @@ def report(result: dict[str, Any]) -> list[str]:
             for model in MODELS
         ),
         "",
-        f"{_finding(result)}: own against alone {interval(gain)}.",
+        f"{_finding(result)}.",
         f"In macro-F1: {macro_f1_gain(result['gain_macro_f1'])}.",
         _made(chosen),
     ]
@@ -177,9 +177,12 @@ def _made(chosen: dict[str, Any]) -> str:
 
 def _finding(result: dict[str, Any]) -> str:
     """Whether joining pays, where rows can tell on which the run did not train."""
-    if result["held_out"]["from"] == "split":
-        return "Whether joining pays cannot be said without a test-source"
-    return FINDINGS[outcome(result)]
+    if result["choices"]["keeps_alone"]:
+        return ALL_KEEP
+    said = "Whether joining pays cannot be said without a test-source"
+    if result["held_out"]["from"] != "split":
+        said = FINDINGS[outcome(result)]
+    return f"{said}: own against alone {interval(result['gain'])}"
 
 
 def _release(own: Settings, choices: Choices) -> ReleaseFiles:

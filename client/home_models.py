@@ -150,7 +150,7 @@ class HomeModels:
 
     Args:
         alone: The adapter that was trained from a fresh one.
-        own: The adapter that was made from the shared one.
+        own: The adapter that was made from the shared one, or that of the model alone.
         choice: The settings that validation records chose.
         private: The own model's training, where it was under DP.
     """

@@ -22,8 +22,8 @@ POINTS = "own minus alone, percentage points"
 MEANINGS = (
     "Each institution compared has three models, all measured on its own held-out records. Alone: "
     "trained at the institution on its own records, as if there were no federation. Shared: the "
-    "adapter that the federation released. Own: made from the shared adapter at the institution. "
-    "The gain of joining is own minus alone."
+    "adapter that the federation released. Own: made from the shared adapter at the institution, "
+    "or the model alone where that is kept. The gain of joining is own minus alone."
 )
 STAYS = (
     "Alone and own have no differential privacy: such a model may reveal records, so it stays at "
@@ -43,10 +43,13 @@ CHOICES = (
     "given, and how much an own model without differential privacy keeps of the shared adapter (at "
     "most half; with fine-tune nothing), were chosen by each institution on validation records, a "
     "part of its training records. Institutions with fewer than "
-    f"{HOME_CHOOSES_FROM} training records chose none of these. Where the model alone was right "
-    "clearly more often on validation records than the own model, it is kept as the own model "
-    f"(not with fewer than {HOME_COMPARES_FROM} training records). "
+    f"{HOME_CHOOSES_FROM} training records chose none of these. "
     "Held-out records decided nothing: the three models were measured on them once, at the end."
+)
+KEEPING = (
+    "An own model without differential privacy gave way to the model alone where that was right "
+    f"clearly more often on validation records (not with fewer than {HOME_COMPARES_FROM} training "
+    "records), so losses by joining are partly cut off. "
 )
 BARS = (
     "Bars in the picture are 95 % intervals over seeds. Seeds are splits of the same records, or "
@@ -86,7 +89,7 @@ def section(result: Mapping[str, Any]) -> list[Section]:
                 MEANINGS,
                 home_promise(joining),
                 CHOICES,
-                *_keeping(joining["institutions"]),
+                *_keeping(joining),
                 *_most_steps(joining["institutions"]),
                 INTERVALS,
                 *_macro_f1(joining),
@@ -123,15 +126,16 @@ def _scarce(joining: Mapping[str, Any]) -> str:
     )
 
 
-def _keeping(institutions: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Which institutions keep the model alone."""
-    names = [name for name, of in institutions.items() if of.get("keeps_alone")]
-    if not names:
+def _keeping(joining: Mapping[str, Any]) -> list[str]:
+    """Which institutions keep the model alone, and by what rule."""
+    if "epsilon" in joining:
         return []
-    return [
-        f"{len(names)} of {len(institutions)} institutions keep the model alone as their own: "
-        f"{', '.join(names)}. Their gain is 0."
-    ]
+    institutions = joining["institutions"]
+    if not any("keeps_alone" in of for of in institutions.values()):
+        return []  # of an earlier version, which did not compare
+    names = joining_verdict.keepers(joining)
+    said = f"{len(names)} of {len(institutions)} institutions keep the model alone as their own"
+    return [KEEPING + said + (f": {', '.join(names)}. Their gain is 0." if names else ".")]
 
 
 def _most_steps(institutions: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -161,7 +161,7 @@ def _three(joining: Mapping[str, Any]) -> Table:
     heads = ["on held-out rows, %", "alone, at the institution", "shared, the federation's"]
     return Table(
         rows=[
-            [*heads, "own, from the shared one at home"],
+            [*heads, "own, made at home with it"],
             row("accuracy", "accuracy"),
             row("macro-F1", "macro_f1"),
         ]

@@ -31,6 +31,8 @@ FINDINGS = {
     Outcome.LOSS: "Joining does not pay: an institution does better alone",
     Outcome.UNCLEAR: "Joining makes no difference that these rows can show",
 }
+ALL_KEEP = "Joining brings nothing: the model alone was clearly better, and stays"
+"""The finding where every institution keeps the model alone, so that own and alone are one."""
 
 
 def comparison(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -65,13 +67,13 @@ def _outcome(gain: Mapping[str, Any]) -> Outcome:
 
 def verdict(joining: Mapping[str, Any]) -> str:
     """One sentence: whether joining pays in this run."""
-    gain, count = joining["gain"], len(joining["institutions"])
+    gain, count, keeping = joining["gain"], len(joining["institutions"]), len(keepers(joining))
     return (
-        f"{FINDINGS[outcome(joining)]}: own models are right on "
+        f"{ALL_KEEP if keeping == count else FINDINGS[outcome(joining)]}: own models are right on "
         f"{100 * joining['own']['accuracy']:.1f} % of held-out rows, models trained alone "
         f"on {100 * joining['alone']['accuracy']:.1f} % "
         f"({interval(gain)}); of {count} institution{'s' * (count != 1)} {movers(gain)} by more "
-        f"than their own interval{_too_small(joining)}.{_keeping(joining)}{_classes(joining)}"
+        f"than their own interval{_too_small(joining)}.{_keeping(keeping)}{_classes(joining)}"
     )
 
 
@@ -92,9 +94,13 @@ def _too_small(joining: Mapping[str, Any]) -> str:
     )
 
 
-def _keeping(joining: Mapping[str, Any]) -> str:
+def keepers(joining: Mapping[str, Any]) -> list[str]:
+    """The institutions that keep the model alone as their own; in older results none does."""
+    return [name for name, of in joining["institutions"].items() if of.get("keeps_alone")]
+
+
+def _keeping(count: int) -> str:
     """A further sentence where institutions keep the model alone as their own."""
-    count = sum(bool(of.get("keeps_alone")) for of in joining["institutions"].values())
     if not count:
         return ""
     verb, whose = ("keeps", "its") if count == 1 else ("keep", "their")

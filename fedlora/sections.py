@@ -543,6 +543,9 @@ class HomeConfig(Section):
                 f"home.learning-rate has {len(self.learning_rate)} rates; give from 1 to "
                 f"{MAX_RATES}: each is a training of its own"
             )
+        for place, rate in enumerate(self.learning_rate):
+            if rate in self.learning_rate[:place]:
+                raise InputError(f"home.learning-rate names {rate:g} twice; leave one out")
 
     @property
     def private(self) -> bool:

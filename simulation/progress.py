@@ -169,7 +169,7 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     for model, meaning in (
         ("alone", "each institution by itself"),
         ("shared", "the federation's adapter"),
-        ("own", "made from the shared adapter at home"),
+        ("own", "made from the shared adapter at home, or alone where better"),
     ):
         quality = joining[model]
         table.add_row(

@@ -498,6 +498,30 @@ def test_a_training_that_ends_in_no_numbers_leaves_the_shared_adapter(banks, div
     assert all(one.choice.weight >= 0.5 for one in found[1:])
 
 
+def test_a_trial_that_diverges_is_not_compared_where_no_setting_is_chosen(banks, monkeypatch):
+    """The shared adapter is, which is then the own model."""
+    institutions, order, work, config = banks()
+    one = institutions[0].home(institutions[0].released(order))
+    one = dataclasses.replace(one, shard=one.shard.select(range(40)))
+    seen, train = [], home.train_at_home
+
+    def broken(work, trainees, plan):
+        found = train(work, trainees, plan)
+        if not same(trainees[0].origin, work.start):
+            found = [[a.updated({n: t * np.nan for n, t in a.items()}) for a in found[0]]]
+        return found
+
+    monkeypatch.setattr(home, "train_at_home", broken)
+    monkeypatch.setattr(home, "is_better", lambda *of: seen.append(of))
+    (found,) = models_at_home(work, [one], config.home, 64)
+    _, validation = home._split(one)
+    order.adapter.load_into(work.model)
+    right = np.array(_predictions(work.model, work, validation)) == validation.targets
+    ((_, of_own),) = seen
+    assert list(of_own) == right.tolist() and same(found.own, order.adapter)
+    assert found.choice.weight == 0.0
+
+
 @pytest.mark.parametrize("method", ["interpolate", "fine-tune"])
 def test_a_trial_that_diverges_is_not_chosen(banks, monkeypatch, method):
     """An error that is no number counts as infinite: numpy would take it for the least."""

@@ -332,6 +332,8 @@ def test_the_command_says_where_the_own_model_is_the_model_alone(bank, monkeypat
     out = made.directory / "state" / "home" / "first"
     said, card = (out / "report.txt").read_text(), (out / "own" / "README.md").read_text()
     assert ("the own model is the model alone, which was right more often" in said) == better
+    assert ("Joining brings nothing: the model alone" in said) == better
+    assert ("95 % interval" in said.split("In macro-F1")[0]) == (not better)
     assert ("weight of the trained adapter in the own model" in said) == (not better)
     assert ("It is the institution's model alone" in card) == better
     assert result["choices"]["keeps_alone"] == better

@@ -248,6 +248,14 @@ def test_the_page_names_institutions_that_keep_the_model_alone(run_directory):
     assert f"1 of {len(BANKS)} institutions keep the model alone as their own: Beta." in text
     assert text.count(">alone</td>") == 1
     assert "by more than their own interval. 1 keeps the model alone as its own." in text
+    for of in joining["institutions"].values():
+        of["keeps_alone"] = True
+    change(run_directory, "result.json", joining=joining)
+    assert "Joining brings nothing: the model alone was clearly better, and stays: own models" in (
+        report.write(run_directory).read_text(encoding="utf-8")
+    )
+    change(run_directory, "result.json", joining=joining | {"epsilon": 2.0})
+    assert "keep the model alone as their own:" not in report.write(run_directory).read_text()
 
 
 def test_the_page_says_what_chance_does_and_what_few_texts_cannot_show(run_directory):

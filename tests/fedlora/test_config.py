@@ -283,7 +283,13 @@ def test_the_institutions_that_train_at_home_are_spread_evenly(wished, of, chose
 
 
 @pytest.mark.parametrize(
-    ("records", "passes"), [(77, 2 * 60 * 32), (78, 2 * (1 + 1 / 3) * 60 * 32)]
+    ("records", "trials"), [(37, 1), (38, 1 + 1 / 3), (77, 1 + 1 / 3), (78, 2 + 1 / 3)]
 )
-def test_the_work_at_home_counts_trials_where_there_are_records_to_choose_on(records, passes):
-    assert HomeConfig().work(records) == passes
+def test_the_work_at_home_counts_trials_where_there_are_records_to_choose_on(records, trials):
+    home = HomeConfig(learning_rate=(0.002, 0.005))
+    assert home.work(records) == 2 * trials * 60 * min(32, records)
+
+
+def test_a_rate_at_home_is_named_once():
+    with pytest.raises(InputError, match=r"home\.learning-rate names 0\.005 twice; leave one out"):
+        HomeConfig(learning_rate=(0.005, 0.002, 0.005))
