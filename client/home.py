@@ -351,8 +351,9 @@ class _Trainer:
         for i, adapter in adapters.items():
             adapter.load_into(self.work.model)
             said = self.work.task.predict(self.work.model, self.held[i], self.work.labels)
-            truth = (self.work.labels[target] for target in self.held[i].targets)
-            found[i] = tuple(a == b for a, b in zip(said, truth, strict=True))
+            truth: list[int] = self.held[i].targets.tolist()
+            labels = [self.work.labels[target] for target in truth]
+            found[i] = tuple(a == b for a, b in zip(said, labels, strict=True))
         return found
 
 
