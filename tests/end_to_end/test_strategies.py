@@ -424,4 +424,6 @@ def test_a_run_with_residuals_or_local_parts_compares_models_at_home(
         said = work.task.predict(model, shard, work.labels)
         right = np.mean([work.labels[t] == s for t, s in zip(shard.targets, said, strict=True)])
         assert right == joining["institutions"][name]["own"]
-        assert (own.rank > work.start.rank) == (strategy != "fedsa")  # with the residual inside
+        residual = strategy != "fedsa" and not joining["institutions"][name]["keeps_alone"]
+        assert (own.rank > work.start.rank) == residual
+    assert not all(of["keeps_alone"] for of in joining["institutions"].values())
