@@ -30,6 +30,7 @@ MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 2, 2)))
 MAX_SERIES = len(SERIES)
 MAX_COLUMN_CHARACTERS = 24  # of a label in a legend of two columns
+MAX_NAME = 26  # characters of a name beside a bar; longer ones would leave the bars no room
 
 Line = tuple[str, Sequence[float], Sequence[float], Sequence[float | None]]
 """Name, x, y, and half the width of the confidence interval of each y."""
@@ -104,7 +105,8 @@ def percent_axis(axes: Axes, along: str = "y") -> None:
     low, high = axis.get_view_interval()
     axis.set_view_interval(max(low, -0.02), min(high, 1.02), ignore=True)
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=3))
+    most = 6 if along == "y" else 4  # below narrow axes beside long names more would overlap
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], min_n_ticks=3))
 
 
 def legend_below(axes: Axes) -> None:
@@ -267,6 +269,13 @@ def against(name: str, title: str, lines: Sequence[Line], axis: str) -> str:
     return draw(name, title, f"accuracy against {axis}. " + "; ".join(words) + ".", plot, 3.6)
 
 
+def short(name: str) -> str:
+    """A name of at most `MAX_NAME` characters beside a bar: begin and end of a longer one."""
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 9]}…{name[-8:]}"
+
+
 def bars(
     name: str,
     title: str,
@@ -309,7 +318,7 @@ def bars(
             )
             if len(groups) == 1 and worst in rows:
                 drawn.patches[[r for _, r in known].index(worst)].set_facecolor(BAD)
-        marked = [f"{row} (worst)" if row == worst else row for row in rows]
+        marked = [f"{short(row)} (worst)" if row == worst else short(row) for row in rows]
         axes.set_yticks(range(len(rows)), marked)
         axes.grid(False, axis="y")
         axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

@@ -250,7 +250,7 @@ def arrows(title: str, ends: Mapping[str, tuple[float, float]]) -> str:
             axes.plot([alone, own], [place, place], color=colour, lw=1.8)
             axes.plot([alone], [place], color=INK, marker="o", ms=3.5, ls="")
             axes.plot([own], [place], color=colour, marker=marker, ms=6 - kind // 2 * 2, ls="")
-        axes.set_yticks(range(len(ends)), list(ends))
+        axes.set_yticks(range(len(ends)), [figures.short(name) for name in ends])
         axes.set_ylim(len(ends) - 0.5, -0.5)
         axes.tick_params(axis="y", labelsize=9)
         axes.set_xlabel("accuracy on its own held-out records")
@@ -276,7 +276,7 @@ def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, st
     """Draw the gain of a sweep's settings against the records that an institution holds.
 
     Panels are budgets, lines are numbers of institutions. Settings of one budget may differ in what
-    institutions hold and in nothing else.
+    institutions hold and in nothing else. Nothing is drawn of a single number and holding.
 
     Args:
         lines: Lines of `experiments.results.summary` on all rows together.
@@ -286,7 +286,8 @@ def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, st
     for line in sorted(lines, key=lambda p: (p.get("institutions") or 0, p.get("records") or 0)):
         if line.get("gain") is not None:
             panels.setdefault(_budget(line, epsilon), []).append(line)
-    if not panels:
+    drawn = [point for points in panels.values() for point in points]
+    if len({(round(point["institutions"]), round(point["records"])) for point in drawn}) < 2:
         return {}
     panels = dict(sorted(panels.items(), key=lambda of: _place(of[1][0], epsilon)))
     counts = sorted({round(p["institutions"]) for points in panels.values() for p in points})

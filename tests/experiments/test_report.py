@@ -497,6 +497,15 @@ def test_bars_leave_no_blank_space_above_the_first_and_below_the_last(monkeypatc
     assert axes.yaxis_inverted()  # the first row is on top
 
 
+def test_a_long_name_leaves_the_bars_their_room(monkeypatch):
+    axes = Figure().add_subplot()
+    monkeypatch.setattr(figures, "draw", lambda name, title, says, plot, height: plot(axes) or "")
+    names = ["TRANSUNION-INTERMEDIATE-HOLDINGS-INC", "A" * 26]
+    figures.bars("x", "title", {"accuracy": dict.fromkeys(names, 0.5)}, label="accuracy")
+    shown_names = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert shown_names == ["TRANSUNION-INTERM…INGS-INC", "A" * 26]
+
+
 def test_names_from_data_cannot_become_markup(run_directory):
     path = run_directory / "result.json"
     result = json.loads(path.read_text())

@@ -475,6 +475,7 @@ def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
     assert "no DP, 4 institutions of 60 records: +22.7" in svg
     assert svg.index(">epsilon 8</text>") < svg.index(">no DP</text>")  # panels
     assert joining_page.by_records([x | {"gain": None} for x in pooled], "privacy.epsilon") == {}
+    assert joining_page.by_records([free[0], pooled[0]], "privacy.epsilon") == {}
     many = [pooled[0] | {"institutions": 2 + number} for number in range(9)]
     (title,) = joining_page.by_records(many, "privacy.epsilon")
     assert title.endswith("(the 8 smallest of 9 numbers of institutions)")
