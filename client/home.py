@@ -98,7 +98,7 @@ def models_at_home(
                 alone=alone[i].setting,
                 own=own[i].setting,
                 weight=own[i].weight,
-                keeps_alone=own[i].is_alone,
+                keeps_alone=own[i].keeps_alone,
             ),
             private=home.own,
         )
@@ -130,13 +130,13 @@ class OwnModel(NamedTuple):
         adapter: Its adapter.
         setting: The setting by which it was trained.
         weight: Weight of the trained adapter in the mean with the shared one.
-        is_alone: Whether it is the model alone instead.
+        keeps_alone: Whether it is the model alone instead.
     """
 
     adapter: AdapterState
     setting: Setting
     weight: float
-    is_alone: bool = False
+    keeps_alone: bool = False
 
 
 Candidate = TypeVar("Candidate")
@@ -223,7 +223,7 @@ class _Trainer:
         )
         for i, of_own in right.items():
             if is_better(alone[i].right, of_own):
-                found[i] = OwnModel(alone[i].adapter, *chosen.pop(i), is_alone=True)
+                found[i] = OwnModel(alone[i].adapter, *chosen.pop(i), keeps_alone=True)
         settings = {i: setting for i, (setting, _) in chosen.items()}
         for i, adapter in self._finish(Model.OWN, settings, trials).items():
             setting, weight = chosen[i]

@@ -282,15 +282,14 @@ def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, st
         lines: Lines of `experiments.results.summary` on all rows together.
         epsilon: The name of the axis of budgets.
     """
-    panels: dict[str, list[Mapping[str, Any]]] = {}
-    for line in sorted(lines, key=lambda p: (p.get("institutions") or 0, p.get("records") or 0)):
-        if line.get("gain") is not None:
-            panels.setdefault(_budget(line, epsilon), []).append(line)
-    drawn = [point for points in panels.values() for point in points]
-    if len({(round(point["institutions"]), round(point["records"])) for point in drawn}) < 2:
+    known = [line for line in lines if line.get("gain") is not None]
+    if len({(round(line["institutions"]), round(line["records"])) for line in known}) < 2:
         return {}
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for line in sorted(known, key=lambda p: (p["institutions"], p["records"])):
+        panels.setdefault(_budget(line, epsilon), []).append(line)
     panels = dict(sorted(panels.items(), key=lambda of: _place(of[1][0], epsilon)))
-    counts = sorted({round(p["institutions"]) for points in panels.values() for p in points})
+    counts = sorted({round(line["institutions"]) for line in known})
     title = BY_RECORDS
     if len(counts) > MAX_SERIES:
         title += f" (the {MAX_SERIES} smallest of {len(counts)} numbers of institutions)"
