@@ -155,13 +155,16 @@ class Ledger:
            aggregation, nothing was unmasked. So the round may run again under the same key, as the
            same release; nothing is charged.
         3. Otherwise the round is charged, with a fresh key, if it fits the limit. Under secure
-           aggregation the keys of the run's earlier rounds are wiped: those that were given up, or
-           whose shares this institution was not asked for. They count as answered from then on.
+           aggregation a round is charged once: with two vectors of the same records in one sum, two
+           charges would not cover it. The keys of the run's earlier rounds are wiped: those that
+           were given up, or whose shares this institution was not asked for. They count as answered
+           from then on.
 
         Args:
             run_id: The run.
             round_number: The round's number.
-            order_digest: The digest of order and configuration, which determine the release.
+            order_digest: The digest of order, configuration and institution, which determine the
+                release.
             event: The round's steps.
             planned: All events of the whole run, ``extra_events`` included. If they fit, rounds
                 within them are not evaluated one by one. They never forbid a charge.
@@ -200,6 +203,13 @@ class Ledger:
                     f"run {run_id} took {used} of the {max_steps_of_run} steps it was planned for",
                 )
             ledger_file.check_same_run(db, run_id, event, extra_events)
+            if event.shares and ledger_file.charged(db, run_id, round_number):
+                raise Refusal(
+                    "round-already-answered",
+                    f"round {round_number} of run {run_id} was charged for another order or another "
+                    "institution; under secure aggregation one vector of the same records may be "
+                    "in a sum",
+                )
             extra = () if count else tuple(extra_events)
             self._check_budget(db, run_id, (event, *extra), planned)
             fresh = os.urandom(KEY_BYTES) if key is None else key
@@ -242,11 +252,7 @@ class Ledger:
                 raise Refusal(
                     "round-already-answered", f"round {round_number} of run {run_id} has its answer"
                 )
-            charged = db.execute(
-                "SELECT count(*) FROM charges WHERE (run, round, digest) = (?, ?, ?)",
-                (run_id, round_number, order_digest),
-            ).fetchone()[0]
-            if not charged:
+            if not ledger_file.charged(db, run_id, round_number, order_digest):
                 raise ValueError(f"round {round_number} of run {run_id} was never charged")
             ledger_file.store_answer(db, run_id, round_number, order_digest, answer)
 

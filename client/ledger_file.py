@@ -176,6 +176,15 @@ def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> byte
     return None
 
 
+def charged(db: sqlite3.Connection, run: str, number: int, digest: str | None = None) -> bool:
+    """Whether a round was charged, for one order or for any."""
+    found = db.execute(
+        "SELECT 1 FROM charges WHERE (run, round) = (?, ?) AND digest = coalesce(?, digest)",
+        (run, number, digest),
+    )
+    return found.fetchone() is not None
+
+
 def store_answer(db: sqlite3.Connection, run: str, number: int, digest: str, answer: bytes) -> None:
     """Store an answer, wipe the round's keys and drop the answers of the run's earlier rounds."""
     db.execute("UPDATE charges SET key = NULL WHERE (run, round) = (?, ?)", (run, number))

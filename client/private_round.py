@@ -1,6 +1,8 @@
 """One round of one institution under DP, from the charge to the stored answer."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -59,12 +61,14 @@ class PrivateRound:
 
     @property
     def digest(self) -> str:
-        """Digest of order and configuration, under which the ledger has this round.
+        """Digest of order, configuration and name, under which the ledger has this round.
 
         The keys `UNRELEASED` do not count: a smaller batch in memory, after the round ran out of
-        it, is the same release and is not charged again.
+        it, is the same release and is not charged again. The name counts, so that a second
+        institution on one ledger never makes the first one's release again.
         """
-        return self.order.digest(self.config.fingerprint(*UNRELEASED))
+        order = self.order.digest(self.config.fingerprint(*UNRELEASED))
+        return hashlib.sha256(json.dumps([order, self.name]).encode()).hexdigest()
 
     def charge(self) -> ClientUpdate | None:
         """Charge the ledger for the round, unless it was answered before.

@@ -117,21 +117,23 @@ class Spending:
 
         An institution may have been charged for a round, and its reply seen on the way, although no
         reply arrived in time. So every round counts for which it was asked, or more if it reports
-        more.
+        more. Where it reports less noise than the plan, within the tolerance, its own figure counts.
 
         Args:
             record: Its last record, checked.
             rounds_asked: The number of rounds for which it was asked.
         """
         said = PrivacySpent(**record)
-        whole = self.checked(said)
+        plan = self.checked(said)
+        sigma = min(said.noise_multiplier, plan.noise_multiplier)
+        whole = dataclasses.replace(plan, noise_multiplier=sigma)
         steps = max(said.steps, rounds_asked * whole.steps_per_round)
         spent = (dataclasses.replace(whole.round_event, steps=steps), *whole.size_events)
         return {
             **dataclasses.asdict(said),
             "epsilon": composition.epsilon(spent, whole.delta, whole.accountant),
             **self._alone(whole, spent),
-            "noise_multiplier": whole.noise_multiplier,
+            "noise_multiplier": sigma,
             "steps": steps,
             "rounds_asked": rounds_asked,
             "unreported_steps": steps - said.steps,

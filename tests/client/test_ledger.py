@@ -252,6 +252,19 @@ def test_keys_of_rounds_that_nobody_unmasks_go_with_the_next_round_or_the_run(pa
     assert second not in path.read_bytes()
 
 
+def test_under_secure_aggregation_a_round_is_charged_once(path: Path) -> None:
+    """Two names on one ledger would bring the same records into a sum twice."""
+    share = dataclasses.replace(STEP, shares=3)
+    with Ledger.open(path) as ledger:
+        first = charge(ledger, digest="one name", event=share)
+        assert refused(charge, ledger, digest="other name", event=share) == "round-already-answered"
+        assert charge(ledger, digest="one name", event=share) == first
+        assert ledger.history() == (share,)
+        charge(ledger, digest="one name", run_id="local")
+        charge(ledger, digest="other name", run_id="local")  # each has noise of its own
+        assert ledger.history("local") == (dataclasses.replace(STEP, steps=2 * STEP.steps),)
+
+
 def test_an_answer_without_a_charge_is_a_programming_error(path: Path) -> None:
     with Ledger.open(path) as ledger, pytest.raises(ValueError, match="never charged"):
         ledger.store_answer("run", 1, "order", b"update")

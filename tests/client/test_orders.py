@@ -69,9 +69,13 @@ def test_a_round_that_ran_out_of_memory_is_tried_with_a_smaller_batch_and_charge
     assert again.answer(order).privacy.steps == config.training.local_steps
     with Ledger.open(who.ledger_path) as ledger:
         assert len(ledger.show()["entries"]) == 1
-    other = dataclasses.replace(who, config=config.replace({"training.learning-rate": 0.125}))
-    with pytest.raises(Refusal, match="round-already-answered"):
-        other.answer(order)
+    changed = config.replace({"training.learning-rate": 0.125})
+    for other in (
+        dataclasses.replace(who, config=changed),
+        dataclasses.replace(who, name="another name on the same ledger"),
+    ):
+        with pytest.raises(Refusal, match="round-already-answered"):
+            other.answer(order)
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,20 @@ def test_whatever_is_in_a_field_the_reply_is_refused_or_the_statement_holds(fiel
         assert not replies.privacy
     else:
         stated = SPENDING.stated(replies.privacy["bank"], 3)
-        assert stated["epsilon"] == composition.epsilon(PLAN.events, 1e-4, "rdp")
+        less = dataclasses.replace(PLAN, noise_multiplier=stated["noise_multiplier"])
+        assert stated["epsilon"] == composition.epsilon(less.events, 1e-4, "rdp")
+        assert stated["noise_multiplier"] <= PLAN.noise_multiplier
         json.dumps(stated, allow_nan=False)
+
+
+@pytest.mark.parametrize("share", [0.995, 1.005])
+def test_of_two_figures_for_the_noise_within_the_tolerance_the_smaller_one_is_stated(share):
+    said = dataclasses.replace(HONEST, noise_multiplier=share * PLAN.noise_multiplier)
+    stated = SPENDING.stated(dataclasses.asdict(said), 3)
+    least = min(said.noise_multiplier, PLAN.noise_multiplier)
+    assert stated["noise_multiplier"] == least
+    planned = composition.epsilon(PLAN.events, 1e-4, "rdp")
+    assert stated["epsilon"] > planned if share < 1 else stated["epsilon"] == planned
 
 
 @given(st.sampled_from(["institution", "round", "run", "size"]), ANY)
