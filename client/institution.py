@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Self
 
 import fedlora
-from client import alone_models, checks, private_home, private_training, secure_store, training
+from client import (
+    alone_models,
+    checks,
+    private_home,
+    private_training,
+    secure_role,
+    secure_store,
+    training,
+)
 from client.config_policy import server_values
 from client.home import models_at_home
 from client.home_models import Home, HomeModels
@@ -309,7 +317,7 @@ class Institution:
             checks.check_adapter(release.adapter, work.start, self.config)
             whole = dataclasses.replace(release, adapter=self._with_local_parts(release))
             if self.config.privacy.masks:
-                self.secure_role().forget(release.run)
+                secure_role.erase(self.secure_store, self.ledger_path, release.run)
             Releases(Path(self.config.run_dir)).store(whole, server_values(self.config), work.model)
         return Evaluation(institution=self.name, metrics={})
 

@@ -206,9 +206,9 @@ class Ledger:
             if event.shares and ledger_file.charged(db, run_id, round_number):
                 raise Refusal(
                     "round-already-answered",
-                    f"round {round_number} of run {run_id} was charged for another order or another "
-                    "institution; under secure aggregation one vector of the same records may be "
-                    "in a sum",
+                    f"round {round_number} of run {run_id} was charged for another order or "
+                    "another institution; under secure aggregation one vector of the same records "
+                    "may be in a sum",
                 )
             extra = () if count else tuple(extra_events)
             self._check_budget(db, run_id, (event, *extra), planned)

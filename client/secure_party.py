@@ -304,11 +304,6 @@ class SecureParty:
         with secure_store.opened(self._path) as db:
             return self._run(db, run)[1]
 
-    def forget(self, run: str) -> None:
-        """Erase all secrets of a run that has ended. The run cannot be set up again."""
-        with secure_store.opened(self._path) as db:
-            secure_store.end(db, run)
-
     def _run(self, db: sqlite3.Connection, run: str) -> tuple[secure_store.StoredRun, Terms]:
         stored = secure_store.run(db, run)
         if stored is None:

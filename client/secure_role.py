@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from client import secure_store
 from client.ledger import Ledger
 from client.secure_party import SecureParty
 from fedlora import secure_order
@@ -25,6 +26,22 @@ from fedlora.secure_aggregation import (
     MaskedOrder,
     Terms,
 )
+
+
+def erase(store: Path, ledger: Path, run: str) -> None:
+    """Erase the secrets of a run that has ended: its masks, shares and noise.
+
+    The run cannot go on at this institution, and cannot be set up again.
+
+    Args:
+        store: The file of the institution's keys and shares.
+        ledger: The file of its privacy ledger.
+        run: The run's identity.
+    """
+    with secure_store.opened(store) as db:
+        secure_store.end(db, run)
+    with Ledger.open(ledger) as opened:
+        opened.end_run(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +136,6 @@ class SecureRole:
         whole[: len(words)] = words
         masked = party.mask(self._masked(order), whole)
         return np.frombuffer(masked.words, "<i8")[: len(words)].astype(np.int64)
-
-    def forget(self, run: str) -> None:
-        """Erase the secrets of a run that has ended: its masks and its noise."""
-        self.party().forget(run)
-        with Ledger.open(self.ledger) as ledger:
-            ledger.end_run(run)
 
     def _check_terms(self, terms: Terms, parameters: int) -> None:
         """Refuse terms that are not those of the configuration and the length of its vectors."""

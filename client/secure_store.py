@@ -165,6 +165,11 @@ def drop_unused(db: sqlite3.Connection) -> None:
         db.executemany(f"DELETE FROM {table} WHERE run = ?", found)
 
 
+def unended(db: sqlite3.Connection) -> list[str]:
+    """The runs whose secrets are not erased, the oldest first."""
+    return [row[0] for row in db.execute("SELECT run FROM runs WHERE NOT ended ORDER BY rowid")]
+
+
 def add_sealed(db: sqlite3.Connection, run: str, *, peers: bytes, sealed: bytes) -> None:
     """Store the second exchange of a run's setup: its order and the answer."""
     db.execute("UPDATE runs SET peers = ?, sealed = ? WHERE run = ?", (peers, sealed, run))

@@ -405,6 +405,35 @@ def fingerprint(
             PLAIN.write_line(f"  {line}")
 
 
+@deploy.command()
+@_one_line_errors
+def forget(
+    settings: Annotated[Path, typer.Argument(help="The institution's settings, a TOML file.")],
+    run: Annotated[str, typer.Option(help="The run's identity; another one lists those known.")],
+) -> None:
+    """Erase an institution's secrets of a run under secure aggregation that ended without it.
+
+    At the end of a run an institution erases them by itself. If the run failed or was stopped, or
+    the institution was offline then, they stay until this command. The run cannot go on here.
+    """
+    from client import secure_role, secure_store
+    from client.settings import absolute, load
+
+    own = load(str(absolute(settings)))
+    store = Path(own.state) / secure_store.FILE
+    known: list[str] = []
+    if store.exists():
+        with secure_store.opened(store) as db:
+            known = secure_store.unended(db)
+    if run not in known:
+        raise InputError(
+            f"--run is {run!r}, but {store} has no secrets of such a run; it has them of: "
+            f"{', '.join(known) or 'none'}"
+        )
+    secure_role.erase(store, Path(own.ledger), run)
+    PLAIN.write_line(f"erased the secrets of run {run}; it cannot go on here")
+
+
 def _started(here: Any, submission: Any, *, wait: bool, as_json: bool) -> None:
     """Show a started submission, at its end with ``wait``: then exit 1 without a result."""
     from deployment import submissions

@@ -117,7 +117,7 @@ class Spending:
 
         An institution may have been charged for a round, and its reply seen on the way, although no
         reply arrived in time. So every round counts for which it was asked, or more if it reports
-        more. Where it reports less noise than the plan, within the tolerance, its own figure counts.
+        more. Where it reports less noise than the plan, within the tolerance, its figure counts.
 
         Args:
             record: Its last record, checked.

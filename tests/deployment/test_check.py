@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import fedlora
 from cli.main import app
-from client import settings
+from client import secure_store, settings
 from client.ledger import Ledger
 from deployment import check, keys, node, setup
 from fedlora import peers
@@ -329,6 +329,44 @@ def test_fingerprints_are_shown_for_the_own_key_and_each_peer(pinned):
     assert [word for word in shown.split() if word not in names] == groups
 
 
+def test_an_institution_erases_the_secrets_of_a_run_that_ended_without_it(pinned):
+    folder = pinned.parents[1]
+    store = folder / "state" / secure_store.FILE
+    command = ["deploy", "forget", str(pinned), "--run"]
+    refused = CliRunner().invoke(app, [*command, "first"])
+    assert refused.exit_code == 2 and "it has them of: none" in refused.output
+    assert not store.exists()
+    mask, seed, share = (bytes([n]) * 32 for n in (201, 202, 203))
+    stored = secure_store.StoredRun(
+        run="first", terms=b"", roster=b"", keys=b"", channel=bytes([204]) * 32
+    )
+    with secure_store.opened(store) as db:
+        secure_store.add_run(db, stored, [(mask, seed)])
+        secure_store.add_shares(db, "first", "b", {1: (share, share)})
+    event = Event(noise_multiplier=4.0, sample_rate=0.25, steps=1, shares=3)
+    with Ledger.open(folder / "ledger" / "ledger.db") as ledger:
+        ledger.bind("f" * 64, "record")
+        key = ledger.charge(
+            run_id="first",
+            round_number=1,
+            order_digest="order",
+            event=event,
+            planned=(),
+            max_steps_of_run=1,
+        ).key
+        spent = ledger.history()
+    refused = CliRunner().invoke(app, [*command, "second"])
+    assert refused.exit_code == 2 and "it has them of: first" in refused.output
+    assert mask in store.read_bytes()
+    done = CliRunner().invoke(app, [*command, "first"])
+    assert done.exit_code == 0 and "erased the secrets of run first" in done.output
+    assert not any(s in store.read_bytes() for s in (mask, seed, share, stored.channel))
+    assert key not in (folder / "ledger" / "ledger.db").read_bytes()
+    with Ledger.open(folder / "ledger" / "ledger.db") as ledger:
+        assert ledger.history() == spent  # the charge stands
+    assert CliRunner().invoke(app, [*command, "first"]).exit_code == 2
+
+
 def test_what_an_institution_lacks_is_named(institution, gateway):
     folder = institution.parents[1]
     (folder / "ledger" / "ledger.db").unlink()
@@ -454,6 +492,7 @@ def test_an_address_that_is_none_does_not_answer(made):
         ["node", "--healthy"],
         ["home"],
         ["deploy", "fingerprint"],
+        ["deploy", "forget", "--run", "a"],
         ["deploy", "check", "--institution"],
     ],
 )
