@@ -52,6 +52,10 @@ STARTED = (
     'records adds to this. "ledger_epsilon" of an institution is the bound for all runs on its '
     "ledger."
 )
+CLASSES_READ = (
+    " The list of classes is taken for public: data.labels is empty, so it was read from the "
+    "records, and a class of one record shows that record's label."
+)
 HOME = (
     " Own models are trained at home after the last round, under differential privacy with "
     "home.epsilon {epsilon:g} on top. Every figure here is of the time before, also "
@@ -133,6 +137,7 @@ def promise(config: RunConfig) -> dict[str, str]:
     if privacy.shares_noise:
         words += ALONE + NOT_MASKED * (not privacy.masks)
         words += SIMULATED_KEYS * (privacy.masks and not config.deployed)
+    words += CLASSES_READ * (config.model.task == "classification" and not config.data.labels)
     words += STARTED * bool(config.adapter.start)
     if config.home.private and not config.deployed:
         words += HOME.format(epsilon=config.home.epsilon)

@@ -40,6 +40,13 @@ def test_weights_other_than_uniform_are_refused(tiny_config):
         tiny_config(**{"privacy.institution-epsilon": 5.0, "federation.weighting": "public-size"})
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_class_list_that_was_read_from_the_records_is_said_to_be_public(tiny_config, listed):
+    config = tiny_config(**{"privacy.noise": "secure", "data.labels": ["a", "b"] * listed})
+    said = privacy_statement.promise(config)["protects"]
+    assert ("list of classes is taken for public" in said) != listed
+
+
 @pytest.mark.parametrize("epsilon", ["8.0", "inf"])
 def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_run, epsilon):
     values = {"privacy.institution-epsilon": 5.0, "privacy.delta": 0.0, "accept": ["delta"]}
