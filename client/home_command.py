@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import fcntl
 import glob
+import hashlib
 import json
 import math
 import os
@@ -88,7 +89,12 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
     out = choices.out or state / "home" / found.name
     if choices.out is None:
         out.parent.mkdir(exist_ok=True, mode=0o700)
-    with _without_leftovers(state, out), _private_cache(state), _new_directory(out) as new:
+    begin = _unfinished(state, out)
+    with (
+        _without_leftovers(state, out.parent, begin),
+        _private_cache(state),
+        _new_directory(out, begin) as new,
+    ):
         institution = dataclasses.replace(Institution.deployed(own, config), directory=new)
         federation = records.load(config)
         train_rows, held_out = federation.train(0), federation.held_out(0)
@@ -124,7 +130,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
                 "from": "test-source" if own.test_source else "split",
             },
             **{model: compared[model] for model in MODELS},
-            "gain": {key: compared["gain"][key] for key in ("mean", "low", "high")},
+            "gain": {key: compared["gain"][key] for key in ("mean", "low", "high", "texts")},
             "gain_macro_f1": compared["gain_macro_f1"],
             "choices": {**rows.choice, "method": config.home.method, "steps": config.home.steps},
             "privacy": models.private and dataclasses.asdict(models.private.privacy),
@@ -237,8 +243,8 @@ def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
 
 
 @contextlib.contextmanager
-def _without_leftovers(state: Path, out: Path) -> Generator[None]:
-    """Remove the records and models that killed commands left in the state or beside ``out``.
+def _without_leftovers(state: Path, place: Path, begin: str) -> Generator[None]:
+    """Remove the records and models that killed commands left in the state or in ``place``.
 
     A command shares a lock until it ends, however it ends. Only a command that has the lock alone
     removes anything, and it does so before it makes directories of its own.
@@ -246,16 +252,20 @@ def _without_leftovers(state: Path, out: Path) -> Generator[None]:
     with (state / LOCK).open("w") as lock:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            beside = out.parent.glob(f"{glob.escape(_unfinished(out))}*")
+            beside = place.glob(f"{glob.escape(begin)}*")
             for left in (*state.glob(".cache-*"), *state.glob("home/.new-*"), *beside):
                 shutil.rmtree(left, ignore_errors=True)
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield
 
 
-def _unfinished(out: Path) -> str:
-    """The beginning of the name of a directory that becomes ``out``, beside it."""
-    return f".new-{out.name}-"
+def _unfinished(state: Path, out: Path) -> str:
+    """The beginning of the name of a directory that becomes ``out``, beside it.
+
+    It is of one state: several institutions may write beside each other.
+    """
+    of = hashlib.sha256(os.fsencode(state.absolute())).hexdigest()[:8]
+    return f".new-{of}-{out.name}-"
 
 
 @contextlib.contextmanager
@@ -274,9 +284,9 @@ def _private_cache(state: Path) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _new_directory(out: Path) -> Generator[Path]:
+def _new_directory(out: Path, begin: str) -> Generator[Path]:
     """A directory for its owner only, in its place when the block has ended without an error."""
-    new = Path(tempfile.mkdtemp(dir=new_path(out), prefix=_unfinished(out)))
+    new = Path(tempfile.mkdtemp(dir=new_path(out), prefix=begin))
     try:
         yield new
         new.rename(out)

@@ -21,6 +21,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.sections import MIN_SAMPLE_RATE
 from fedlora.terminal import Terminal
+from server import population
 
 FACTORS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 """Rounds that are tried, over those in which rate 1 uses the compute up."""
@@ -87,6 +88,7 @@ def search(config: RunConfig, *, compute: int | None, units: Sequence[int]) -> l
         )
     if compute is not None and compute < 1:
         raise InputError(f"--compute is {compute}; it must be at least 1")
+    population.check_federation(config, len(units))
     own = dataclasses.replace(_row(config, units), configured=True)
     budget = own.records if compute is None else compute
     steps = config.training.local_steps

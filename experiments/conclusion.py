@@ -186,13 +186,13 @@ def _widened(line: Mapping[str, Any], key: str, settings: int) -> float | None:
 
 
 def _without_dp(line: Mapping[str, Any], pooled: Lines, axes: Sequence[str]) -> float | None:
-    """The accuracy of the federation without DP in the setting of a line under DP; None if unknown.
+    """The accuracy of the federation without DP in the setting of a line under DP.
 
-    Settings of privacy are no part of it.
+    Settings of privacy are no part of it. None if it is unknown, or over another number of seeds.
     """
     others = [axis for axis in axes if not axis.startswith("privacy.")]
     for free in pooled:
-        same = all(free[axis] == line[axis] for axis in others)
+        same = all(free[axis] == line[axis] for axis in (*others, "seeds"))
         if f"{free['arm']}-dp" == line["arm"] and same and free["accuracy"] is not None:
             return free["accuracy"]
     return None

@@ -17,6 +17,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from fedlora.rounding import at_most
+
 INK, MUTED, GRID, BAD = "#010203", "#020304", "#030405", "#040506"
 SERIES = tuple(f"#0{c}0{c}0{c}" for c in "6789abcd")
 VARIABLES = {
@@ -174,7 +176,7 @@ def _epsilon_axis(axes: Axes, epsilons: Mapping[int, float]) -> None:
         {rounds[round(i * (len(rounds) - 1) / max(1, count - 1))] for i in range(count)}
     )
     above = axes.secondary_xaxis("top")
-    above.set_xticks(places, [f"{epsilons[r]:.3g}" for r in places])
+    above.set_xticks(places, [at_most(epsilons[r], 3) for r in places])
     above.set_xlabel("epsilon spent")
 
 

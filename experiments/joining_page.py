@@ -272,7 +272,7 @@ def arrows(title: str, ends: Mapping[str, tuple[float, float]]) -> str:
     return figures.draw("joining", title, f"Accuracy alone and own. {words}.", plot, height)
 
 
-def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, str]:
+def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str, budget: float) -> dict[str, str]:
     """Draw the gain of a sweep's settings against the records that an institution holds.
 
     Panels are budgets, lines are numbers of institutions. Settings of one budget may differ in what
@@ -281,14 +281,19 @@ def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, st
     Args:
         lines: Lines of `experiments.results.summary` on all rows together.
         epsilon: The name of the axis of budgets.
+        budget: The budget under DP where the sweep has no such axis. (Spent epsilons differ by size
+            class.)
     """
     known = [line for line in lines if line.get("gain") is not None]
     if len({(round(line["institutions"]), round(line["records"])) for line in known}) < 2:
         return {}
-    panels: dict[str, list[Mapping[str, Any]]] = {}
+    budgets: dict[float, list[Mapping[str, Any]]] = {}
     for line in sorted(known, key=lambda p: (p["institutions"], p["records"])):
-        panels.setdefault(_budget(line, epsilon), []).append(line)
-    panels = dict(sorted(panels.items(), key=lambda of: _place(of[1][0], epsilon)))
+        of = float(line.get(epsilon, budget)) if under_dp(line) else math.inf
+        budgets.setdefault(of, []).append(line)
+    panels = {
+        "no DP" if of == math.inf else f"epsilon {of:g}": budgets[of] for of in sorted(budgets)
+    }
     counts = sorted({round(line["institutions"]) for line in known})
     title = BY_RECORDS
     if len(counts) > MAX_SERIES:
@@ -297,14 +302,6 @@ def by_records(lines: Sequence[Mapping[str, Any]], epsilon: str) -> dict[str, st
 
 
 BY_RECORDS = "Gain of joining by records held"
-
-
-def _place(line: Mapping[str, Any], epsilon: str) -> float:
-    return float(line.get(epsilon, line["epsilon"])) if under_dp(line) else math.inf
-
-
-def _budget(line: Mapping[str, Any], epsilon: str) -> str:
-    return f"epsilon {_place(line, epsilon):g}" if under_dp(line) else "no DP"
 
 
 def _gains(

@@ -157,7 +157,7 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
         [
             name,
             str(said.get("unit", config.privacy.unit)),
-            number(said["epsilon"]),
+            _epsilon(said["epsilon"]),
             f"{said['delta']:g}",
             said["accountant"],
             str(said.get("noise", config.privacy.noise)),

@@ -11,6 +11,7 @@ from experiments.results import ALL
 from experiments.sweep import EPSILON
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
+from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, ENVIRONMENT, is_complete, read_run_file
 from fedlora.sections import PrivacyConfig
 
@@ -101,7 +102,7 @@ def _tiles(lines: Lines) -> dict[str, str]:
             best[line["arm"]] = line
     tiles: dict[str, str] = {}
     for arm, line in best.items():
-        budget = f", epsilon {line['epsilon']:.3g}" if under_dp(line) else ""
+        budget = f", epsilon {at_most(line['epsilon'], 3)}" if under_dp(line) else ""
         several = len({other["accuracy"] for other in lines if other["arm"] == arm}) > 1
         tiles[f"{arm}{budget}{', best setting' * several}"] = f"{100 * line['accuracy']:.1f} %"
     return tiles
@@ -295,7 +296,9 @@ def _joining(pooled: Lines, configs: Mapping[str, RunConfig], about: Mapping[str
         for home in homes
         if home.method != "none"
     )
-    drawn = joining_page.by_records(pooled, EPSILON) if _only_holdings(configs, about) else {}
+    budget = min(config.privacy.epsilon for config in configs.values())
+    alike = _only_holdings(configs, about)
+    drawn = joining_page.by_records(pooled, EPSILON, budget) if alike else {}
     words = [joining_page.MEANINGS, *promises, joining_page.CHOICES]
     words += [joining_page.BARS] if drawn else []
     return Section(title=joining_page.TITLE, words=words, figures=drawn)
@@ -314,14 +317,16 @@ is one."""
 
 def _only_holdings(configs: Mapping[str, RunConfig], about: Mapping[str, Any]) -> bool:
     """Whether the federation's cells of one budget differ in nothing but `HOLDINGS`."""
-    others: dict[tuple[str, str], set[str]] = {}
+    others: dict[tuple[str, str], set[tuple[str, ...]]] = {}
     for case in about["cases"]:
         if case["arm"].startswith("federated"):
             budget = case["arm"], str(case["axes"].get(EPSILON))
             found = others.setdefault(budget, set())
             for cell in case["cells"].values():
                 if cell in configs:
-                    found.add(configs[cell].fingerprint(*HOLDINGS))
+                    config = configs[cell]
+                    other = config.fingerprint(*HOLDINGS, "data.source", "data.test-source")
+                    found.add((other, *_files(config)))
     return all(len(found) <= 1 for found in others.values())
 
 
@@ -338,8 +343,8 @@ def _data_sets(
     """The axes whose values are different data sets: other records, or other classes of them."""
     sources: dict[str, dict[str, set[tuple[Any, ...]]]] = {axis: {} for axis in axes}
     for case in about["cases"]:
-        read = [configs[cell].data for cell in case["cells"].values() if cell in configs]
-        own = {(d.source, d.test_source, d.text, d.label, *d.labels) for d in read}
+        read = [configs[cell] for cell in case["cells"].values() if cell in configs]
+        own = {(*_files(c), c.data.text, c.data.label, *c.data.labels) for c in read}
         for axis, value in case["axes"].items():
             sources[axis].setdefault(str(value), set()).update(own)
     return [
@@ -347,6 +352,14 @@ def _data_sets(
         for axis, found in sources.items()
         if all(len(own) <= 1 for own in found.values()) and len(set().union(*found.values())) > 1
     ]
+
+
+def _files(config: RunConfig) -> tuple[str, ...]:
+    """The data's sources. A cell that ran in another checkout names a file by another path."""
+    return tuple(
+        str(Path(one).resolve()) if Path(one).is_absolute() else one
+        for one in (config.data.source, config.data.test_source)
+    )
 
 
 def _is_complete(case: Mapping[str, Any], configs: Mapping[str, RunConfig]) -> bool:

@@ -14,6 +14,7 @@ from fedlora.columns import as_text, check_columns
 from fedlora.csv_files import DELIMITERS, PLAIN, CsvForm
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
+from fedlora.text import is_unicode
 
 STDIN = "-"
 ANSWER, SCORE = "answer", "score"
@@ -99,6 +100,11 @@ def check_out(out: Path, texts: Texts) -> None:
             f"the rows have a column {sorted(taken)[0]!r} already, which --out would replace; "
             "rename it in the file"
         )
+    for number, row in enumerate(texts.rows, start=1):
+        if not is_unicode(json.dumps(row, ensure_ascii=False)):
+            raise InputError(
+                f"row {number} holds half of a surrogate pair, which no file can; correct the row"
+            )
 
 
 def write(out: Path, texts: Texts, answers: Sequence[dict[str, Any]]) -> None:

@@ -250,13 +250,15 @@ def _delta(config: RunConfig, records: Federation) -> list[Finding]:
             above.append(f"{name} ({units} units: {delta:g}, bound {bound:.2g})")
     if not above:
         return []
+    remedy = "lower privacy.delta" if config.privacy.delta else "set privacy.delta"
+    if config.privacy.unit == "record":
+        remedy = f"raise data.min-records (now {config.data.min_records}) or {remedy}"
     return [
         Finding(
             name="delta",
             text=f"{len(above)} of {len(records.names)} institutions would get a delta above "
             f"{MAX_DELTA:g} or 1 / (10 x units), so that the promise may fail for somebody: "
-            f"{some(above)}; raise data.min-records (now {config.data.min_records}) or lower "
-            "privacy.delta",
+            f"{some(above)}; {remedy}",
             voids=True,
         )
     ]

@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedlora import data, merging, model_card, trainable
 from fedlora.adapters import open_for
@@ -131,6 +131,10 @@ def predict(run_dir: Path, texts: Sequence[str], institution: str = "") -> dict[
         InputError: If a text is empty or no Unicode, or as `_open`.
     """
     for number, text in enumerate(texts, start=1):
+        if not isinstance(cast(object, text), str):
+            raise InputError(
+                f"text {number} of {len(texts)} is a {type(text).__name__}; give a str"
+            )
         if not is_unicode(text):
             raise InputError(
                 f"the text {text!r} holds half of a surrogate pair and so is no text; write it in "

@@ -62,14 +62,15 @@ def write(source: str, out: Path) -> Guess:
         )
     columns = list(dict.fromkeys(sources.columns(source, form)))
     values: dict[str, list[str]] = {}
+    failed: InputError | None = None
     for column in columns:
         try:
             values |= sources.read(source, {column: "data.text"}, form=form)
-        except InputError:  # a column of lists or objects, or one whose name is there twice
-            if len(columns) == 1:
-                raise
+        except InputError as error:  # lists or objects, a name that is there twice, a broken row
+            failed = error
     if not values:
-        raise InputError(f"data source {source!r} has no column of text; give one that has")
+        none = InputError(f"data source {source!r} has no column of text; give one that has")
+        raise failed or none
     guessed = guess(source, values)
     try:
         write_atomic(out, _text(source, form, columns, guessed).encode())

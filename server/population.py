@@ -99,7 +99,7 @@ def check_settings(config: RunConfig, records: Federation) -> None:
         InputError: Naming value, bound and remedy.
     """
     size = len(records.names)
-    _check_federation(config, size)
+    check_federation(config, size)
     if not len(records.all_held_out):
         raise InputError(
             "there are 0 held-out rows to measure on; raise data.test-fraction "
@@ -113,7 +113,7 @@ def check_settings(config: RunConfig, records: Federation) -> None:
 
 
 def _deployed(config: RunConfig) -> Population:
-    _check_federation(config, config.data.institutions)
+    check_federation(config, config.data.institutions)
     held_out, counts = None, dict[str, int]()
     if config.data.test_source:
         task = trainable.load(config, config.data.labels).task
@@ -132,7 +132,7 @@ def _deployed(config: RunConfig) -> Population:
     )
 
 
-def _check_federation(config: RunConfig, institutions: int) -> None:
+def check_federation(config: RunConfig, institutions: int) -> None:
     """Check the settings that depend on the number of institutions."""
     federation = config.federation
     remedy = (

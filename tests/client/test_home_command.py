@@ -266,6 +266,10 @@ def test_the_command_trains_compares_and_writes_own_and_sends_and_charges_nothin
         result["own"]["accuracy"] - result["alone"]["accuracy"]
     )
     assert result["gain"]["low"] <= result["gain"]["mean"] <= result["gain"]["high"]
+    assert result["gain"]["texts"] == 40
+    few = result | {"gain": {"mean": 1.0, "low": 1.0, "high": 1.0, "texts": 9}}
+    said = " ".join(home_command.report(few))
+    assert "no difference that these rows can show" in said and "without an interval" in said
     assert made.charges() == []
     assert out.stat().st_mode & 0o077 == 0
     assert "must not leave" in (out / "own" / "README.md").read_text()
@@ -283,8 +287,9 @@ def _home_of_another_process(bank, out):
     hold = (
         "import sys; from pathlib import Path; from client import home_command as home\n"
         "state, out = map(Path, sys.argv[1:])\n"
-        "with home._without_leftovers(state, out), home._private_cache(state):\n"
-        "    with home._new_directory(out) as new:\n"
+        "begin = home._unfinished(state, out)\n"
+        "with home._without_leftovers(state, out.parent, begin), home._private_cache(state):\n"
+        "    with home._new_directory(out, begin) as new:\n"
         "        print(home.os.environ['FEDLORA_CACHE'], new, sep='\\n', flush=True); input()\n"
     )
     state = bank.directory / "state"
@@ -310,7 +315,15 @@ def test_what_a_killed_command_left_is_removed_but_nothing_of_one_that_runs(bank
     killed.kill()
     killed.communicate()
     assert all(path.is_dir() for path in left)
+    if place == "elsewhere":  # another institution writes beside it, and to the same name
+        others = [left[1].parent / home_command._unfinished(tmp_path / "b", out)]
+        others.append(out.parent / home_command._unfinished(tmp_path, out.with_name("[other]-b")))
+        others = [path.with_name(f"{path.name}12345678") for path in others]
+        for path in others:
+            path.mkdir()
     running, kept = _home_of_another_process(made, out)
+    if place == "elsewhere":
+        assert all(path.is_dir() for path in others)
     assert not any(path.exists() for path in left)
     made.refused("--run", "first", "--out", ".")  # it has come as far as its own directories
     second, also_kept = _home_of_another_process(made, out)

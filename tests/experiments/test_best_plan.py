@@ -134,6 +134,15 @@ def test_a_batch_size_is_counted_by_the_size_class(tiny_config):
         ({"privacy.epsilon": math.inf}, None, "privacy.epsilon is inf, so there is no noise"),
         ({"privacy.institution-epsilon": 3.0}, None, "does not count the server's noise"),
         ({}, 0, "--compute is 0; it must be at least 1"),
+        (
+            {
+                "privacy.trust": "secure-aggregation",
+                "privacy.honest": 5,
+                "federation.weighting": "public-size",
+            },
+            None,
+            "privacy.honest is 5 and privacy.colluding 0, but only 4 institutions",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(tiny_config, values, compute, words):

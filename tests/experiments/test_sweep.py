@@ -469,16 +469,22 @@ def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
     lines = [x for x in results.summary(joined_sweep(tmp_path / "sweep")) if x["gain"] is not None]
     pooled = [x for x in lines if x["institution"] == results.ALL]
     free = [x | {"arm": "federated", "privacy.epsilon": "inf"} for x in pooled]
-    ((title, svg),) = joining_page.by_records([*free, *pooled], "privacy.epsilon").items()
+    ((title, svg),) = joining_page.by_records([*free, *pooled], "privacy.epsilon", 8.0).items()
     assert title == "Gain of joining by records held"
     assert "epsilon 8, 2 institutions of 60 records: +22.7" in svg
     assert "no DP, 4 institutions of 60 records: +22.7" in svg
     assert svg.index(">epsilon 8</text>") < svg.index(">no DP</text>")  # panels
-    assert joining_page.by_records([x | {"gain": None} for x in pooled], "privacy.epsilon") == {}
-    assert joining_page.by_records([free[0], pooled[0]], "privacy.epsilon") == {}
+    assert (
+        joining_page.by_records([x | {"gain": None} for x in pooled], "privacy.epsilon", 8.0) == {}
+    )
+    assert joining_page.by_records([free[0], pooled[0]], "privacy.epsilon", 8.0) == {}
     many = [pooled[0] | {"institutions": 2 + number} for number in range(9)]
-    (title,) = joining_page.by_records(many, "privacy.epsilon")
+    (title,) = joining_page.by_records(many, "privacy.epsilon", 8.0)
     assert title.endswith("(the 8 smallest of 9 numbers of institutions)")
+    spent = [x | {"epsilon": 7.994 + number / 1000} for number, x in enumerate(pooled)]
+    without_axis = [{k: v for k, v in x.items() if k != "privacy.epsilon"} for x in spent]
+    (svg,) = joining_page.by_records(without_axis, "privacy.epsilon", 8.0).values()
+    assert svg.count(">epsilon 8</text>") == 1 and "epsilon 7.99" not in svg
 
 
 @pytest.mark.parametrize(
@@ -488,12 +494,14 @@ def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
         ("home.institutions", 2, True),
         ("seed", 9, True),
         ("training.max-length", 40, False),
+        ("data.source", "/elsewhere/../data/a.csv", True),
+        ("data.source", "/data/b.csv", False),
     ],
 )
 def test_the_gain_is_drawn_against_records_if_nothing_else_varies(tmp_path, key, value, drawn):
     out = joined_sweep(tmp_path / "sweep")
     for number, cell in enumerate(sorted((out / "cells").iterdir())):
-        made = from_flat({}).replace({key: value} if number else {})
+        made = from_flat({"data.source": "/data/a.csv"}).replace({key: value} if number else {})
         (cell / "config.toml").write_text(made.to_toml())
     pooled = [x for x in results.summary(out) if x["institution"] == results.ALL]
     about = results.manifest(out)

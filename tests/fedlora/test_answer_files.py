@@ -115,6 +115,9 @@ def test_a_place_for_answers_is_refused_before_any_work(tmp_path):
         with pytest.raises(InputError, match=words):
             answer_files.check_out(out, found)
     assert taken
+    half = answer_files.Texts(texts=["a"], rows=[{"id": "\ud800"}], columns=["id"])
+    with pytest.raises(InputError, match="row 1 holds half of a surrogate pair"):
+        answer_files.check_out(tmp_path / "out.jsonl", half)
     answered = answer_files.Texts(texts=["a"], rows=[{"score": 1}], columns=["score"])
     with pytest.raises(InputError, match="column 'score' already"):
         answer_files.check_out(tmp_path / "out.csv", answered)

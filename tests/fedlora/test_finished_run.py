@@ -282,6 +282,8 @@ def test_scores_are_probabilities_of_all_classes_and_empty_texts_are_refused(
         assert one["score"] == max(one["scores"].values()) == one["scores"][one["answer"]]
     with pytest.raises(InputError, match="text 2 of 2 is empty"):
         finished_run.predict(classifier, ["stolen", " \n"])
+    with pytest.raises(InputError, match="text 2 of 2 is a float; give a str"):
+        finished_run.predict(classifier, ["stolen", float("nan")])
 
 
 def test_evaluate_reads_other_columns_and_refuses_keys_of_the_model(
