@@ -80,6 +80,18 @@ def test_a_delta_above_the_bound_of_an_institution_voids_the_result(sizes, delta
         assert said.voids and said.text.startswith(f"{bad} of {len(sizes)} institutions")
 
 
+@pytest.mark.parametrize(
+    ("values", "remedy"),
+    [
+        ({"privacy.delta": 2e-3}, "; raise data.min-records (now 1) or lower privacy.delta"),
+        ({"privacy.delta": 2e-3, "privacy.unit": "customer"}, "; lower privacy.delta"),
+    ],
+)
+def test_the_remedy_for_a_large_delta_fits_the_unit(values, remedy) -> None:
+    text = found(federation([100, 120]), **values)["delta"].text
+    assert text.endswith(remedy) and ("min-records" in text) == ("min-records" in remedy)
+
+
 def test_the_default_minimum_of_records_is_the_least_whose_default_delta_is_no_finding() -> None:
     def delta(units):
         return accounting.public_delta(accounting.most_of_class(units))
