@@ -13,6 +13,7 @@ from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path
 from fedlora.run_files import CONFIG, read_run_file
+from fedlora.sections import check_gpu
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
 
@@ -24,16 +25,19 @@ def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     """The configuration of a complete run, with other values for keys in `READING`.
 
     Raises:
-        InputError: If the run is not complete, or a key is none of these.
+        InputError: If the run is not complete, a key is none of these, or a GPU is asked for where
+            there is none.
     """
     read_run_file(run_dir)
     for name in overrides:
         if name not in READING:
             raise InputError(
-                f"--set has {name}, which cannot be changed after the run; only "
-                f"{', '.join(READING)} can"
+                f"{name} cannot be changed after the run; only {', '.join(READING)} can"
             )
-    return load(run_dir / CONFIG, overrides)
+    config = load(run_dir / CONFIG, overrides)
+    if config.engine.gpus and "engine.gpus" in overrides:
+        check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
+    return config
 
 
 def adapter_directory(run_dir: Path, config: RunConfig, institution: str) -> Path:
@@ -53,7 +57,7 @@ def adapter_directory(run_dir: Path, config: RunConfig, institution: str) -> Pat
     names = sorted(path.parent.name for path in own) if traits.local_parts else [""]
     if institution not in names:
         raise InputError(
-            f"--institution is {institution or 'not given'}, but {run_dir} has "
+            f"institution is {institution or 'not given'}, but {run_dir} has "
             + (
                 f"an adapter for each institution; give one of {', '.join(names)}"
                 if traits.local_parts

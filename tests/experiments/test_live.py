@@ -21,9 +21,9 @@ def line(number, accuracy=None):
         "updates": 2 - number % 2,
         "aggregation": {"rejected": {"Alpha": "too-large"} if number % 2 else {}},
         "metrics": {} if accuracy is None else {"accuracy": accuracy},
-        "epsilon_max": number / 2,
+        "epsilon_max": number / 2 + 0.001,
         "institutions": {
-            name: {"sent": 1000, "received": 500, "epsilon": number / 2} for name in NAMES
+            name: {"sent": 1000, "received": 500, "epsilon": number / 2 + 0.001} for name in NAMES
         },
     }
 
@@ -66,13 +66,13 @@ def test_a_run_in_its_fourth_round_is_summarised(run_dir):
     assert (said["stage"], said["round"], said["rounds"]) == ("rounds", 3, 6)
     assert (said["asked"], said["updates"], said["seconds_left"]) == (["Alpha"], [1, 2], 6.0)
     assert (said["metric"], said["measured"]) == ("accuracy", [[2, 0.25]])
-    assert (said["epsilon"], said["limit"]) == ([[1, 0.5], [2, 1.0], [3, 1.5]], 4.0)
+    assert (said["epsilon"], said["limit"]) == ([[1, 0.501], [2, 1.001], [3, 1.501]], 4.0)
     assert said["institutions"][1] == {
         "name": "Alpha",
         "rounds": 3,
         "sent": 3000,
         "received": 1500,
-        "epsilon": 1.5,
+        "epsilon": 1.501,
         "rejected": "too-large (round 3)",
     }
 
@@ -138,7 +138,8 @@ def test_a_browser_shows_the_run(address):
         "Round 4 of 6: 1 institution trains.",
         "<b>3 / 6</b><span>rounds</span>",
         "<b>0.250</b><span>accuracy after round 2</span>",
-        "<b>1.50</b><span>epsilon of this run, of 4</span>",
+        "<b>1.51</b><span>epsilon of this run, of 4</span>",  # a bound is rounded up
+        '<td class="number">1.51</td>',
         "<b>6 s</b><span>left for the rounds</span>",
         "&lt;b&gt;Beta&lt;/b&gt;",
         "too-large (round 3)",
