@@ -294,5 +294,11 @@ def test_evaluate_reads_other_columns_and_refuses_keys_of_the_model(
     columns = {"data.text": "story", "data.label": "kind"}
     measured = finished_run.evaluate(classifier, str(renamed), "", columns)
     assert measured == finished_run.evaluate(classifier, str(complaints))
-    with pytest.raises(InputError, match=r"adapter.rank, which cannot be changed.*data.text"):
+    with pytest.raises(InputError, match=r"adapter.rank cannot be changed.*data.text"):
         finished_run.evaluate(classifier, str(renamed), "", {"adapter.rank": "4"})
+
+
+def test_a_gpu_asked_for_after_the_run_is_not_ignored(classifier, complaints, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"engine.gpus is 1, but torch finds no GPU"):
+        finished_run.evaluate(classifier, str(complaints), "", {"engine.gpus": 1.0})
