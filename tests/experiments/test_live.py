@@ -140,6 +140,7 @@ def test_a_browser_shows_the_run(address):
         "<b>0.250</b><span>accuracy after round 2</span>",
         "<b>1.51</b><span>epsilon of this run, of 4</span>",  # a bound is rounded up
         '<td class="number">1.51</td>',
+        'aria-label="epsilon spent, by round: round 3 1.51"',
         "<b>6 s</b><span>left for the rounds</span>",
         "&lt;b&gt;Beta&lt;/b&gt;",
         "too-large (round 3)",
