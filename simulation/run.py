@@ -164,9 +164,11 @@ def _reach(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():  # no address, or a name that Ray resolves by itself
         return
+    if not 1 <= int(port) <= 65535:  # resolvers take a larger one modulo 65536
+        raise InputError(f"engine.ray-address is {address}; its port must be from 1 to 65535")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise InputError(
             f"engine.ray-address is {address}, where no Ray cluster answers ({error}); start Ray "
             "there (ray start --head) or give another address"

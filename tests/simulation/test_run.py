@@ -84,9 +84,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_engine_inline(tiny_config, mo
         pass
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "localhost:99999"]
-)
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
 def test_an_address_without_a_cluster_is_refused_at_once(tiny_config, address):
     with socket.socket() as held:  # nothing listens at it
         held.bind(("127.0.0.1", 0))
@@ -96,6 +94,17 @@ def test_an_address_without_a_cluster_is_refused_at_once(tiny_config, address):
             pytest.raises(
                 InputError, match=f"ray-address is {address}, where no Ray cluster answers"
             ),
+            run.load("ray", config),
+        ):
+            pass
+
+
+def test_a_port_that_there_cannot_be_is_refused_though_its_rest_modulo_65536_answers(tiny_config):
+    with socket.create_server(("127.0.0.1", 0)) as open_:
+        address = f"localhost:{open_.getsockname()[1] + 65536}"
+        config = tiny_config(**{"engine.ray-address": address})
+        with (
+            pytest.raises(InputError, match=f"is {address}; its port must be from 1 to 65535"),
             run.load("ray", config),
         ):
             pass
