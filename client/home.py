@@ -28,7 +28,6 @@ from fedlora.lora_layers import Scale
 from fedlora.sections import (
     HOME_CHOOSES_FROM,
     HOME_COMPARES_FROM,
-    HOME_FINISH,
     HOME_VALIDATION,
     HomeConfig,
 )
@@ -56,8 +55,7 @@ def models_at_home(
     (one of ``home.learning-rate``) and the number of steps (a quarter, a half or all of
     ``home.steps``), for the own model the rate and the weight of the trained adapter in its mean
     with the shared one. With few records it takes all steps, the first learning rate and the
-    smallest weight. Then it trains the chosen adapters on for a third of their steps, on all its
-    training records.
+    smallest weight. Then it trains both models anew by these settings, on all its training records.
 
     The own model takes all steps and a weight of a half or more. The shared adapter was trained on
     the records held back too, so these would choose few steps and a small weight for no other
@@ -184,7 +182,7 @@ class _Trainer:
             i: setting for i, (setting, _) in self._fewest(trials.items()).items()
         }
         right = self._right({i: trials[chosen[i]][i] for i in missing if i in self.held})
-        for i, adapter in self._finish(Model.ALONE, chosen, trials).items():
+        for i, adapter in self._trained(Model.ALONE, chosen).items():
             if not adapter.is_finite():
                 raise InputError(
                     f"the model alone has no finite values after {chosen[i].steps} steps at "
@@ -225,7 +223,7 @@ class _Trainer:
             if is_better(alone[i].right, of_own):
                 found[i] = OwnModel(alone[i].adapter, *chosen.pop(i), keeps_alone=True)
         settings = {i: setting for i, (setting, _) in chosen.items()}
-        for i, adapter in self._finish(Model.OWN, settings, trials).items():
+        for i, adapter in self._trained(Model.OWN, settings).items():
             setting, weight = chosen[i]
             weight = weight if adapter.is_finite() else 0.0
             found[i] = OwnModel(mixed(self.bases[i], adapter, weight), setting, weight)
@@ -257,28 +255,18 @@ class _Trainer:
     def _chooses(self, i: int) -> bool:
         return len(self.homes[i].shard) >= HOME_CHOOSES_FROM
 
-    def _finish(
-        self, model: Model, chosen: Mapping[int, Setting], trials: Trials
-    ) -> dict[int, AdapterState]:
+    def _trained(self, model: Model, chosen: Mapping[int, Setting]) -> dict[int, AdapterState]:
         """Train one model of some institutions on all their records, by the chosen settings.
 
-        Args:
-            model: The model.
-            chosen: Number -> the institution's setting.
-            trials: The trials of the model. The chosen one is trained on for a third of its steps,
-                which costs a third of a new training and lets the held-back records in. An
-                institution without trials starts anew.
+        The chosen trial is not trained on instead: Adam, begun anew at its end, takes steps of full
+        length whatever the gradient, and costs most what was trained least (benchmarks/LOG.md).
         """
         found: dict[int, AdapterState] = {}
         for rate in dict.fromkeys(setting.learning_rate for setting in chosen.values()):
             numbers = [i for i, setting in chosen.items() if setting.learning_rate == rate]
-            starts = {i: trials[chosen[i]][i] for i in numbers if i in trials.get(chosen[i], ())}
-            steps = {
-                i: (max(1, chosen[i].steps // HOME_FINISH) if i in starts else chosen[i].steps,)
-                for i in numbers
-            }
             whole = {i: self.homes[i].shard for i in numbers}
-            trained = self._train(model, whole, steps, rate, "all", starts)
+            steps = {i: (chosen[i].steps,) for i in numbers}
+            trained = self._train(model, whole, steps, rate, "all")
             found |= {i: adapter for i, (adapter,) in trained.items()}
         return found
 
@@ -289,7 +277,6 @@ class _Trainer:
         steps: Mapping[int, tuple[int, ...]],
         rate: float,
         purpose: str,
-        starts: Mapping[int, AdapterState] | None = None,
     ) -> dict[int, list[AdapterState]]:
         """Train one model of some institutions: number -> its adapters after those steps."""
         settings, alone = self.settings, model is Model.ALONE
@@ -300,12 +287,10 @@ class _Trainer:
             head_learning_rate=settings.head_learning_rate if alone or self.fresh_head else rate,
             proximal=settings.proximal if settings.method == "ditto" and not alone else 0.0,
         )
-        origins = {i: self.work.start if alone else self.starts[i] for i in shards}
         trainees = [
             Trainee(
                 shard=shard,
-                start=(starts or origins).get(i, origins[i]),
-                origin=origins[i],
+                start=self.work.start if alone else self.starts[i],
                 steps=steps[i],
                 source=self.homes[i].source.child(model.value, purpose),
             )

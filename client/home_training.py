@@ -37,7 +37,7 @@ class HomePlan:
         physical_batch: Records in memory at a time.
         learning_rate: Step size of factors and magnitudes.
         head_learning_rate: Step size of a head.
-        proximal: Ditto's mu (Li et al. 2021, arXiv 2012.04221): mu (w - origin) is added to the
+        proximal: Ditto's mu (Li et al. 2021, arXiv 2012.04221): mu (w - start) is added to the
             gradient.
     """
 
@@ -57,14 +57,12 @@ class Trainee:
         start: The adapter to start from.
         steps: The numbers of steps after which the adapter is wanted, ascending, from 1.
         source: The random source of shuffling and dropout.
-        origin: The adapter to which Ditto's penalty pulls; None: ``start``.
     """
 
     shard: Shard
     start: AdapterState
     steps: tuple[int, ...]
     source: RandomSource
-    origin: AdapterState | None = None
 
 
 def train_at_home(
@@ -188,8 +186,7 @@ def _optimizer(named: Mapping[str, torch.nn.Parameter], plan: HomePlan) -> torch
 def _train_one(work: Trainable, trainee: Trainee, plan: HomePlan) -> list[AdapterState]:
     trainee.start.load_into(work.model)
     named = lora_layers.trained(work.model)
-    origin = trainee.origin or trainee.start
-    pull = proximal_term(list(named.values()), plan.proximal, [origin[name] for name in named])
+    pull = proximal_term(list(named.values()), plan.proximal)
     optimizer, shard = _optimizer(named, plan), trainee.shard
     tail = _TailMeans(trainee.steps, list(named.values()))
     size, source = min(plan.batch_size, len(shard)), trainee.source
@@ -219,8 +216,7 @@ def _train_together(
         name: torch.nn.Parameter(values)
         for name, values in _stacked(work, [t.start for t in trainees]).items()
     }
-    origins = _stacked(work, [t.origin or t.start for t in trainees]) if plan.proximal else {}
-    pull = proximal_term(list(stacked.values()), plan.proximal, list(origins.values()))
+    pull = proximal_term(list(stacked.values()), plan.proximal)
     optimizer, named = _optimizer(stacked, plan), lora_layers.trained(work.model)
     tail = _TailMeans({s for t in trainees for s in t.steps}, list(stacked.values()))
     last = trainees[0].steps[-1]

@@ -126,21 +126,16 @@ def shuffled(records: int, size: int, steps: int, source: RandomSource) -> Itera
         yield batch
 
 
-def proximal_term(
-    parameters: Sequence[torch.nn.Parameter],
-    mu: float,
-    origins: Sequence[torch.Tensor] | None = None,
-) -> Callable[[], None]:
+def proximal_term(parameters: Sequence[torch.nn.Parameter], mu: float) -> Callable[[], None]:
     """Return a function that adds ``mu (w - origin)`` to each gradient.
 
     Args:
-        parameters: The trained parameters w.
+        parameters: The trained parameters w; their values at this call are the origins.
         mu: The strength of the pull; 0: none.
-        origins: One tensor for each parameter; None: its value at this call.
     """
     if not mu:
         return lambda: None
-    origins = origins or [p.detach().clone() for p in parameters]
+    origins = [p.detach().clone() for p in parameters]
 
     def add() -> None:
         for p, origin in zip(parameters, origins, strict=True):

@@ -476,8 +476,6 @@ class PrivacyConfig(Section):
         return math.isfinite(self.institution_epsilon)
 
 
-HOME_FINISH = 3
-"""A chosen adapter is trained on at home, on all records, for its steps divided by this."""
 HOME_VALIDATION = 0.2
 """Share of an institution's training records that choices at home are made on."""
 HOME_CHOOSES_FROM = 78
@@ -564,15 +562,15 @@ class HomeConfig(Section):
     def work(self, records: int) -> float:
         """The most passes of a record that an institution with these training records makes.
 
-        Two models: each by every rate to choose, and the chosen trial trained on at the end; with
-        few records by one rate, and without records to hold back once.
+        Two models: each by every rate to choose, and at the end once more on all records; with few
+        records by one rate, and without records to hold back only at the end.
         """
         if self.method == "none":
             return 0.0
-        rates = len(self.learning_rate) if records >= HOME_CHOOSES_FROM else 1
-        finish = 1 / HOME_FINISH if records >= HOME_COMPARES_FROM else 0
-        trainings = 2 * (rates + finish)
-        return trainings * self.steps * min(self.batch_size, records)
+        trials = 1 if records >= HOME_COMPARES_FROM else 0
+        if records >= HOME_CHOOSES_FROM:
+            trials = len(self.learning_rate)
+        return 2 * (trials + 1) * self.steps * min(self.batch_size, records)
 
 
 @dataclass(frozen=True, kw_only=True)

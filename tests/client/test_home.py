@@ -283,9 +283,7 @@ def test_rates_and_the_steps_of_alone_are_chosen_together_for_each_institution(b
         assert len({round(error, 3) for error in errors.values()}) > 1
 
 
-def test_the_chosen_trial_is_trained_on_and_ditto_still_pulls_to_the_shared_adapter(
-    banks, monkeypatch
-):
+def test_the_chosen_settings_train_both_models_anew_on_all_records(banks, monkeypatch):
     institutions, order, work, config = banks(**{"home.method": "ditto"})
     calls, train = [], home.train_at_home
 
@@ -296,20 +294,16 @@ def test_the_chosen_trial_is_trained_on_and_ditto_still_pulls_to_the_shared_adap
     monkeypatch.setattr(home, "train_at_home", spied)
     homes = homes_of(institutions, order)
     found = models_at_home(work, homes, config.home, 64)
-    (_, alone_trials), (alone, _), (_, own_trials), (own, _) = calls
+    _, (alone, alone_found), _, (own, _) = calls
     for i, (one, made) in enumerate(zip(homes, found, strict=True)):
-        for trainee, setting, trial, origin in (
-            (
-                alone[i],
-                made.choice.alone,
-                alone_trials[i][(2, 4, 8).index(made.choice.alone.steps)],
-                work.start,
-            ),
-            (own[i], made.choice.own, own_trials[i][0], one.shared),
+        for trainee, setting, start in (
+            (alone[i], made.choice.alone, work.start),
+            (own[i], made.choice.own, one.shared),
         ):
-            assert trainee.start is trial
-            assert trainee.steps == (max(1, setting.steps // 3),)
-            assert trainee.origin is origin
+            assert same(trainee.start, start)
+            assert trainee.steps == (setting.steps,)
+            assert trainee.shard is one.shard
+        assert same(made.alone, alone_found[i][0])
 
 
 @pytest.mark.parametrize(
@@ -507,7 +501,7 @@ def test_a_trial_that_diverges_is_not_compared_where_no_setting_is_chosen(banks,
 
     def broken(work, trainees, plan):
         found = train(work, trainees, plan)
-        if not same(trainees[0].origin, work.start):
+        if not same(trainees[0].start, work.start):
             found = [[a.updated({n: t * np.nan for n, t in a.items()}) for a in found[0]]]
         return found
 

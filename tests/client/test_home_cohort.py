@@ -97,17 +97,17 @@ def _in_a_directory_of_its_own(tmp_path, monkeypatch):
 
 def test_a_model_under_dp_is_the_only_own_model_that_is_trained(banks, monkeypatch):
     institutions, order = banks()
-    origins, train = [], home.train_at_home
+    starts, train = [], home.train_at_home
 
     def spied(work, trainees, plan):
-        origins.extend(one.origin for one in trainees)
+        starts.extend(one.start for one in trainees)
         return train(work, trainees, plan)
 
     monkeypatch.setattr(home, "train_at_home", spied)
     work = institutions[0]._load()
     compare(institutions, order)
-    assert len(origins) == 2 * 2  # the model alone, to choose and at the end
-    assert all(torch.equal(origin[n], t) for origin in origins for n, t in work.start.items())
+    assert len(starts) == 2 * 2  # the model alone, to choose and at the end
+    assert all(torch.equal(start[n], t) for start in starts for n, t in work.start.items())
 
 
 def test_the_own_model_is_the_one_that_the_ledger_answered_also_when_it_is_asked_again(banks):

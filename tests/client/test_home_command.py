@@ -565,19 +565,19 @@ def test_a_repeated_card_has_the_ledger_of_its_day_and_the_condition_of_shared_n
 def test_under_dp_no_own_model_is_trained_without_dp(bank, monkeypatch):
     made = bank()
     made.receive(made.release())
-    origins, train = [], home.train_at_home
+    starts, train = [], home.train_at_home
 
     def spied(work, trainees, plan):
-        origins.extend(one.origin for one in trainees)
+        starts.extend(one.start for one in trainees)
         return train(work, trainees, plan)
 
     monkeypatch.setattr(home, "train_at_home", spied)
     made.result("--run", "first", "--epsilon", 2)
     fresh = made.work().start
-    assert len(origins) == 2  # the model alone, to choose and at the end
-    assert all(torch.equal(origin[n], t) for origin in origins for n, t in fresh.items())
+    assert len(starts) == 2  # the model alone, to choose and at the end
+    assert all(torch.equal(start[n], t) for start in starts for n, t in fresh.items())
     made.result("--run", "first", "--out", made.directory / "again")
-    assert len(origins) == 2 + 4
+    assert len(starts) == 2 + 4
 
 
 def test_what_the_ledger_or_the_limits_do_not_allow_is_refused_before_a_charge(bank):
