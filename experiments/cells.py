@@ -354,6 +354,7 @@ def _run_cell(
 ) -> None:
     """Run `fedlora run` in the process of a cell, with its errors in a file."""
     os.setsid()
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     if parent:
         os.environ[tracking.SWEEP] = parent
     for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, log)):
@@ -367,6 +368,16 @@ def _run_cell(
     os.environ[alone_models.DIRECTORY] = alone
     torch.set_num_threads(threads)
     execute(arguments)
+
+
+def _end_with_the_sweep() -> None:
+    """End this cell and its Ray processes when the sweep was killed and cannot do so itself."""
+    sweep = multiprocessing.parent_process()
+    assert sweep, "a cell is started by its sweep"
+    sweep.join()
+    for number in (signal.SIGINT, signal.SIGKILL):
+        os.killpg(0, number)
+        time.sleep(10)
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:

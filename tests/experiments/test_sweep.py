@@ -737,7 +737,8 @@ def test_a_directory_with_other_files_is_refused(sweep_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_asked_to_end_ends_its_cells(sweep_file, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGKILL, -9)])
+def test_a_sweep_that_ends_early_ends_its_cells(sweep_file, tmp_path, number, code):
     path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]', **{"federation.rounds": 2000})
     out = tmp_path / "out"
     command = [sys.executable, "-m", "cli.main", "sweep", str(path), "--out", str(out)]
@@ -747,11 +748,18 @@ def test_a_sweep_that_is_asked_to_end_ends_its_cells(sweep_file, tmp_path):
     deadline = time.monotonic() + 300
     while not list(out.glob("cells/*/rounds.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.terminate()
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and b"--resume" in errors
-    with (out / ".lock").open("w") as lock:  # no cell holds it any more
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert process.returncode == code and (b"--resume" in errors or number == signal.SIGKILL)
+    deadline = time.monotonic() + (30 if number == signal.SIGKILL else 0)
+    with (out / ".lock").open("w") as lock:
+        while True:  # no cell holds it any more; those of a killed sweep see so themselves
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
 
 
 def _sleep_through_interrupts(ready) -> None:
