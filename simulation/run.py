@@ -165,7 +165,10 @@ def _reach(address: str) -> None:
     if not port.isdecimal():  # no address, or a name that Ray resolves by itself
         return
     if not 1 <= int(port) <= 65535:  # resolvers take a larger one modulo 65536
-        raise InputError(f"engine.ray-address is {address}; its port must be from 1 to 65535")
+        raise InputError(
+            f"engine.ray-address is {address}; its port must be from 1 to 65535: give the address "
+            "that ray start --head printed"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
     except (OSError, UnicodeError) as error:
