@@ -182,7 +182,7 @@ class _Trainer:
             i: setting for i, (setting, _) in self._fewest(trials.items()).items()
         }
         right = self._right({i: trials[chosen[i]][i] for i in missing if i in self.held})
-        for i, adapter in self._trained(Model.ALONE, chosen).items():
+        for i, adapter in self._train_on_all(Model.ALONE, chosen).items():
             if not adapter.is_finite():
                 raise InputError(
                     f"the model alone has no finite values after {chosen[i].steps} steps at "
@@ -223,7 +223,7 @@ class _Trainer:
             if is_better(alone[i].right, of_own):
                 found[i] = OwnModel(alone[i].adapter, *chosen.pop(i), keeps_alone=True)
         settings = {i: setting for i, (setting, _) in chosen.items()}
-        for i, adapter in self._trained(Model.OWN, settings).items():
+        for i, adapter in self._train_on_all(Model.OWN, settings).items():
             setting, weight = chosen[i]
             weight = weight if adapter.is_finite() else 0.0
             found[i] = OwnModel(mixed(self.bases[i], adapter, weight), setting, weight)
@@ -255,11 +255,11 @@ class _Trainer:
     def _chooses(self, i: int) -> bool:
         return len(self.homes[i].shard) >= HOME_CHOOSES_FROM
 
-    def _trained(self, model: Model, chosen: Mapping[int, Setting]) -> dict[int, AdapterState]:
+    def _train_on_all(self, model: Model, chosen: Mapping[int, Setting]) -> dict[int, AdapterState]:
         """Train one model of some institutions on all their records, by the chosen settings.
 
         The chosen trial is not trained on instead: Adam, begun anew at its end, takes steps of full
-        length whatever the gradient, and costs most what was trained least (benchmarks/LOG.md).
+        length whatever the gradient, which cost models alone two points (benchmarks/LOG.md).
         """
         found: dict[int, AdapterState] = {}
         for rate in dict.fromkeys(setting.learning_rate for setting in chosen.values()):
