@@ -300,6 +300,22 @@ def test_auto_is_bf16_exactly_where_it_is_fast(encoder):
     assert load(encoder, dtype="auto").dtype == (torch.bfloat16 if fast else torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("flags", "bf16_seconds", "fast"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, 2.0, True),
+        ({"avx512_bf16": True}, 0.5, True),
+        ({"avx512_bf16": True}, 2.0, False),  # a Xeon whose virtual machine hides AMX
+        ({}, 0.5, False),
+    ],
+)
+def test_a_flag_alone_does_not_make_bf16_fast(monkeypatch, flags, bf16_seconds, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    seconds = {torch.bfloat16: bf16_seconds, torch.float32: 1.0}
+    monkeypatch.setattr(models, "_product_seconds", seconds.__getitem__)
+    assert models.fast_bf16.__wrapped__("cpu") is fast
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_head_sees_the_mean_over_tokens_that_are_not_padding(encoder, dtype):
     model = load(encoder, dtype=dtype).model
