@@ -238,7 +238,9 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
             hint = f"did you mean {near[0]}?" if near else "`fedlora config` lists the keys"
             raise InputError(f"{name} is not a configuration key; {hint}")
         section, _, key = name.rpartition(".")
-        parts[section][key.replace("-", "_")] = coerce(name, value, known[name][1])
+        field, kind = known[name]
+        bounds = field.metadata["bounds"]
+        parts[section][key.replace("-", "_")] = coerce(name, value, kind, bounds)
     made = {section: cls(**parts[section]) for section, cls in SECTIONS.items()}
     return RunConfig(**parts[""], **typing.cast(dict[str, Any], made))
 

@@ -101,13 +101,14 @@ def check_zero_or(name: str, value: float, minimum: float) -> None:
 _S = typing.TypeVar("_S", bound=Section)
 
 
-def coerce(name: str, value: Any, kind: Any) -> Any:
+def coerce(name: str, value: Any, kind: Any, bounds: Mapping[str, float]) -> Any:
     """A value from TOML, Flower or the command line as the type of its field.
 
     Args:
         name: Name of the key, for errors.
         value: The value, or its text.
         kind: Type of the field: str, int, float, bool, or a tuple of text or of numbers.
+        bounds: Bounds of the field, for errors; not checked here.
 
     Raises:
         InputError: If the value is not of that type, or a conversion would be a guess.
@@ -115,11 +116,11 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, str) and not is_unicode(value):
         raise _surrogate_error(name, value)
     if isinstance(kind, types.GenericAlias):
-        return _coerce_list(name, value, typing.get_args(kind)[0])
-    return _coerce_scalar(name, value, kind)
+        return _coerce_list(name, value, typing.get_args(kind)[0], bounds)
+    return _coerce_scalar(name, value, kind, bounds)
 
 
-def _coerce_list(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+def _coerce_list(name: str, value: Any, kind: type, bounds: Mapping[str, float]) -> tuple[Any, ...]:
     """A list from TOML, or its text: JSON, or entries joined by commas; one number is a list."""
     if isinstance(value, str):
         text = value.strip()
@@ -135,7 +136,7 @@ def _coerce_list(name: str, value: Any, kind: type) -> tuple[Any, ...]:
         raise InputError(f"{name} must be a list of {words}, such as {example}")
     items = typing.cast(list[Any], value)
     if kind is float:
-        return tuple(_coerce_scalar(name, item, float) for item in items)
+        return tuple(_coerce_scalar(name, item, float, bounds) for item in items)
     if not all(isinstance(item, str) for item in items):
         raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
     for item in items:
@@ -144,7 +145,7 @@ def _coerce_list(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     return tuple(item.strip() for item in items)
 
 
-def _coerce_scalar(name: str, value: Any, kind: Any) -> Any:
+def _coerce_scalar(name: str, value: Any, kind: Any, bounds: Mapping[str, float]) -> Any:
     if kind is str and isinstance(value, str) and "\0" not in value:
         return value
     if kind is bool and isinstance(value, bool):
@@ -166,6 +167,8 @@ def _coerce_scalar(name: str, value: Any, kind: Any) -> Any:
         bool: "true or false",
         str: "Unicode text without NUL",
     }[kind]
+    if bounds:
+        wanted += ", " + " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
     raise InputError(f"{name} is {value!r}; it must be {wanted}")
 
 
@@ -183,7 +186,7 @@ def section(cls: type[_S], values: Mapping[str, Any]) -> _S:
         InputError: For an unknown key, a wrong type or a value out of bounds.
     """
     hints = typing.get_type_hints(cls)
-    known = {kebab(field.name): field.name for field in dataclasses.fields(typing.cast(Any, cls))}
+    known = {kebab(field.name): field for field in dataclasses.fields(typing.cast(Any, cls))}
     made: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
@@ -192,5 +195,6 @@ def section(cls: type[_S], values: Mapping[str, Any]) -> _S:
                 f"{name} is no key here; "
                 + (f"did you mean {near[0]}?" if near else f"keys are {', '.join(known)}")
             )
-        made[known[name]] = coerce(name, value, hints[known[name]])
+        field = known[name]
+        made[field.name] = coerce(name, value, hints[field.name], field.metadata["bounds"])
     return cls(**made)

@@ -39,7 +39,7 @@ def test_every_key_is_described_with_its_default():
         ("adapter.method", "lorra", ["lorra", "lora", "did you mean 'lora'"]),
         ("adapter.methd", "lora", ["adapter.methd", "did you mean adapter.method"]),
         ("training.batch-size", True, ["training.batch-size", "True", "whole number"]),
-        ("seed", "x", ["seed", "'x'", "whole number"]),
+        ("seed", "x", ["seed", "'x'", "whole number below 2^63, at least 0"]),
         ("data.partition", "dirichlet:0", ["data.partition", "dirichlet:ALPHA"]),
         ("data.partition", "iid", ["data.institutions", "0", "1 or more"]),
         ("training.gradient-checkpointing", 3, ["true or false"]),

@@ -139,7 +139,7 @@ FRAME = pandas.DataFrame({"text": ["a"], "label": ["b"], "bank": ["c"]})
     ("values", "words"),
     [
         ({"epsilom": 3.0}, "epsilom is no keyword of fedlora.run; did you mean epsilon?"),
-        ({"epsilon": "much"}, "privacy.epsilon is 'much'; it must be a number"),
+        ({"epsilon": "much"}, "privacy.epsilon is 'much'; it must be a number, above 0"),
         ({"epsilon": -1}, "privacy.epsilon is -1; it must be above 0"),
         ({"data": 7}, "data is a int; it must be a pandas.DataFrame"),
         ({"data": FRAME}, "data.partition is 'industry', but data has the columns text, label"),
