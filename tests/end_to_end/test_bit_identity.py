@@ -16,6 +16,7 @@ import torch
 from fedlora import trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import load
+from fedlora.models import fast_bf16
 
 RECORDED = Path(__file__).with_name("digests.json")
 DEMO = Path(__file__).parents[2] / "experiments" / "configs" / "demo.toml"
@@ -24,6 +25,8 @@ DEMO = Path(__file__).parents[2] / "experiments" / "configs" / "demo.toml"
 def _platform() -> str:
     flags = torch.cpu.get_capabilities()
     bf16 = [name for name in ("avx512_bf16", "amx_bf16") if flags.get(name)]
+    if bf16 and not fast_bf16("cpu"):
+        bf16.append("slow")  # model.dtype "auto" is fp32 there
     release = torch.__version__.partition("+")[0]
     return " ".join([f"torch {release}", torch.backends.cpu.get_cpu_capability(), *bf16])
 
