@@ -85,7 +85,7 @@ def _train(charged: Mapping[int, PrivateRound]) -> dict[int, Trained]:
     """The outcomes of training, equal orders in shared passes; none where training failed."""
     cohorts: dict[str, list[int]] = {}
     for number, planned in charged.items():
-        cohorts.setdefault(planned.digest, []).append(number)
+        cohorts.setdefault(planned.training_digest, []).append(number)
     outcomes: dict[int, Trained] = {}
     for numbers in cohorts.values():
         cohort = [charged[number] for number in numbers]

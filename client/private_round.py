@@ -60,15 +60,22 @@ class PrivateRound:
         self.ledger.close()
 
     @property
-    def digest(self) -> str:
-        """Digest of order, configuration and name, under which the ledger has this round.
+    def training_digest(self) -> str:
+        """Digest of order and configuration: rounds that share it can share passes.
 
         The keys `UNRELEASED` do not count: a smaller batch in memory, after the round ran out of
-        it, is the same release and is not charged again. The name counts, so that a second
-        institution on one ledger never makes the first one's release again.
+        it, is the same release and is not charged again.
         """
-        order = self.order.digest(self.config.fingerprint(*UNRELEASED))
-        return hashlib.sha256(json.dumps([order, self.name]).encode()).hexdigest()
+        return self.order.digest(self.config.fingerprint(*UNRELEASED))
+
+    @property
+    def digest(self) -> str:
+        """Digest of `training_digest` and name, under which the ledger has this round.
+
+        The name counts, so that a second institution on one ledger never makes the first one's
+        release again.
+        """
+        return hashlib.sha256(json.dumps([self.training_digest, self.name]).encode()).hexdigest()
 
     def charge(self) -> ClientUpdate | None:
         """Charge the ledger for the round, unless it was answered before.
