@@ -187,7 +187,7 @@ class _Trainer:
                 raise InputError(
                     f"the model alone has no finite values after {chosen[i].steps} steps at "
                     f"{chosen[i].learning_rate:g}, so nothing can be compared with it; lower "
-                    "home.learning-rate or home.head-learning-rate"
+                    "home.learning-rate, home.head-learning-rate or the number of steps"
                 )
             found[i] = AloneModel(adapter, chosen[i], right.get(i, ()))
             alone_models.write(self.homes[i].alone, found[i])

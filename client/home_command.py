@@ -78,7 +78,8 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         The content of ``result.json``, with ``directory``.
 
     Raises:
-        InputError: For bad input, before any training or charge; nothing is written then.
+        InputError: For bad input, before any training or charge, and for a model alone whose
+            training diverged, after it; no result is written then.
         Refusal: For a run that the settings forbid, and under DP for a budget that does not last.
     """
     started = time.monotonic()
@@ -108,7 +109,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             say(f"own: {config.home.steps} steps at epsilon {config.home.epsilon:g}")
         plain = "alone" if config.home.private else "alone and own"
         compares = len(train_rows) >= HOME_COMPARES_FROM
-        then = " on four fifths of the records, then a third on all" * compares
+        then = " on four fifths of the records, then as many or fewer on all" * compares
         say(f"{plain}: {config.home.steps} steps{then}")
         home = institution.home(shared)
         member = Member(institution=institution, run=found.run, home=home)

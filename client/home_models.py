@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedlora.adapters import AdapterState
+from fedlora.comparison import CHOICES
 from fedlora.messages import PrivacySpent
 from fedlora.rounding import at_most
 from fedlora.shards import Shard
@@ -134,14 +135,15 @@ class Choice:
 
     def figures(self) -> dict[str, float]:
         """The choice as `fedlora.messages.Evaluation` has it at home."""
-        return {
-            "alone_steps": self.alone.steps,
-            "own_steps": self.own.steps,
-            "alone_learning_rate": self.alone.learning_rate,
-            "own_learning_rate": self.own.learning_rate,
-            "weight": self.weight,
-            "keeps_alone": self.keeps_alone,
-        }
+        figures = (
+            self.alone.steps,
+            self.own.steps,
+            self.alone.learning_rate,
+            self.own.learning_rate,
+            self.weight,
+            self.keeps_alone,
+        )
+        return dict(zip(CHOICES, figures, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

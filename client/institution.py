@@ -433,8 +433,9 @@ class Institution:
         )
 
     def events_at_home(self, units: int, ledger: Ledger) -> tuple[Event, ...]:
-        """The cost of the own model that a simulated run trains under DP; else empty."""
-        if not self.config.home.private:
+        """The cost of the own model that a simulated run trains here under DP; else empty."""
+        institutions = len(records.load(self.config).names)
+        if not self.config.home.private or self.index not in self.config.at_home(institutions):
             return ()
         config = private_home.config_at_home(
             self.config, delta=ledger.delta, accountant=ledger.accountant

@@ -44,7 +44,8 @@ CHOICES = (
     "most half; with fine-tune nothing), were chosen by each institution on validation records, a "
     "part of its training records. Institutions with fewer than "
     f"{HOME_CHOOSES_FROM} training records chose none of these. "
-    "Held-out records decided nothing: the three models were measured on them once, at the end."
+    "Held-out records decided nothing in this run: the models that institutions made at home were "
+    "measured on them once, at the end; the shared adapter also in rounds that measure it."
 )
 KEEPING = (
     "An own model without differential privacy gave way to the model alone where that was right "
@@ -59,8 +60,8 @@ INTERVALS = (
     "An interval says how far the gain could differ with other held-out records of the same kind. "
     "It does not cover the noise of training: another run of this configuration has other noise. "
     "Where joining makes no difference at all, other held-out records alone let about one "
-    "institution in forty count as gaining and as many as losing (of ten to twelve texts at most "
-    "one in 26); with the noise of training it is more. With fewer than "
+    "institution in forty count as gaining and as many as losing (of ten to seventeen texts at "
+    "worst one in 25); with the noise of training it is more. With fewer than "
     f"{MIN_TEXTS} different held-out texts there is no interval, and an institution counts as "
     "neither."
 )

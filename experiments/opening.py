@@ -177,7 +177,7 @@ def promised(run: Run) -> Section:
         epsilon = max(one["epsilon"] for one in spent)
         delta = max(one["delta"] for one in spent)
         what = f"a certain {_unit(config.privacy.unit)} was trained on"
-        points += odds(privacy["odds"], epsilon, delta, what)
+        points += odds(privacy["odds"], epsilon, delta, what, continued=bool(config.adapter.start))
         shared = config.privacy.shares_noise
         if config.privacy.unit == "record":
             where = "at one or several institutions" if shared else "at an institution"
@@ -233,7 +233,9 @@ def _unit(unit: str) -> str:
     return "record" if unit == "record" else f"{unit} (with all records)"
 
 
-def odds(found: Mapping[str, Any], epsilon: float, delta: float, what: str) -> list[str]:
+def odds(
+    found: Mapping[str, Any], epsilon: float, delta: float, what: str, *, continued: bool = False
+) -> list[str]:
     """The odds of privacy.json (`fedlora.odds`) as sentences.
 
     Args:
@@ -241,13 +243,20 @@ def odds(found: Mapping[str, Any], epsilon: float, delta: float, what: str) -> l
         epsilon: The largest epsilon of an institution.
         delta: The largest delta of one.
         what: What an attacker suspects.
+        continued: Whether the run started from an earlier adapter, which these odds do not cover.
     """
+    released = "Everything that the run released"
+    if continued:
+        released = (
+            "This is the run by itself: what the adapter that it started from reveals of the same "
+            "records is not in these odds. Everything that its own rounds released"
+        )
     before = [f"from {percent(float(prior))} to at most {percent(after, up=True)}"
               for prior, after in sorted(found["suspicion"].items(), reverse=True)]  # fmt: skip
     (rate, share), *rarer = sorted(found["found"].items(), reverse=True)
     return [
         f"Epsilon {at_most(epsilon)} at delta {delta:.3g}. Somebody suspects that {what}. "
-        f"Everything that the run released can raise this suspicion "
+        f"{released} can raise this suspicion "
         f"{', and '.join(before)}"
         + (
             f", except in at most 1 of {int(1 / rest):,} cases"
@@ -300,7 +309,7 @@ def ledgers(run: Run) -> list[str]:
         f"limit. The least is left at {name}: epsilon {at_least(left)} of "
         f"{worst['ledger_limit']:g}, at delta {worst['ledger_delta']:.3g}."
     )
-    if run.config.home.private:
+    if "epsilon" in run.result.get("joining", {}):
         said += (
             " Own models, trained afterwards under differential privacy, were charged for up to "
             f"epsilon {run.config.home.epsilon:g} more."

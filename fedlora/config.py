@@ -128,6 +128,15 @@ class RunConfig(Section):
         """The epsilon that a simulation spends at an institution: the run's and its own model's."""
         return self.privacy.epsilon + (self.home.epsilon if self.home.private else 0.0)
 
+    def at_home(self, institutions: int) -> list[int]:
+        """The numbers of the institutions whose models at home a run compares, ascending.
+
+        Args:
+            institutions: All institutions of the run.
+        """
+        compares = self.home.method != "none" and self.federation.rounds > 0 and not self.deployed
+        return self.home.chosen(institutions) if compares and institutions > 1 else []
+
     @property
     def deployed(self) -> bool:
         """Whether each institution brings its own records, on a machine of its own."""

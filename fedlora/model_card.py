@@ -265,6 +265,7 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
     spent = list(privacy["institutions"].values())
     if spent:
         most = max(spent, key=lambda one: one["epsilon"])
+        ledger = max(one["ledger_epsilon"] for one in spent)
         delta = "by size class" if result["delta"] is None else f"{result['delta']:.3g}"
         lines += [
             "",
@@ -272,6 +273,7 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
             "| --- | --- |",
             f"| largest epsilon of an institution | {at_most(result['epsilon_max'])} |",
             f"| largest delta of an institution | {delta} |",
+            f"| largest epsilon of a ledger, all runs on its records | {at_most(ledger)} |",
             f"| unit | {most['unit']} |",
             f"| adjacency | {privacy['adjacency']} |",
             f"| adversary | {privacy['adversary']} |",

@@ -20,16 +20,6 @@ from server.answers import ask
 from server.population import Population
 
 
-def is_measured(config: RunConfig, institutions: int) -> bool:
-    """Whether a run compares its institutions' models at home."""
-    return (
-        config.home.method != "none"
-        and config.federation.rounds > 0
-        and not config.deployed
-        and institutions > 1
-    )
-
-
 def measure(
     grid: Grid,
     order: EvaluateOrder,

@@ -57,9 +57,9 @@ CLASSES_READ = (
     "records, and a class of one record shows that record's label."
 )
 HOME = (
-    " Own models are trained at home after the last round, under differential privacy with "
-    "home.epsilon {epsilon:g} on top. Every figure here is of the time before, also "
-    '"ledger_epsilon"; the card of each own model has the total of its ledger.'
+    " An institution that trains an own model at home does so after the last round, under "
+    "differential privacy with home.epsilon {epsilon:g} on top. Every figure here is of the time "
+    'before, also "ledger_epsilon"; the card of each own model has the total of its ledger.'
 )
 
 

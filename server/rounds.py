@@ -471,9 +471,9 @@ class Federation:
             adapter: The released adapter.
         """
         config, state, population = self.config, self.state, self.population
-        if not joining.is_measured(config, population.size):
+        chosen = {population.names[i] for i in config.at_home(population.size)}
+        if not chosen:
             return {}
-        chosen = {population.names[i] for i in config.home.chosen(population.size)}
         return joining.measure(
             self.grid,
             EvaluateOrder(run=state.run, round=state.round, save=True, adapter=adapter),

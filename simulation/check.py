@@ -219,7 +219,6 @@ def _cost(
     """Expected time and bytes, from one measured step and one measured evaluation."""
     from client import training
     from fedlora import wire
-    from server.joining import is_measured
 
     federation, names = config.federation, len(records.names)
     asked = min(federation.institutions_per_round or names, names)
@@ -238,9 +237,9 @@ def _cost(
         "evaluation": evaluations * len(records.all_held_out) * measured_row,
         "home": 0.0,
     }
-    if is_measured(config, names):
+    if chosen := config.at_home(names):
         at_home = config.home.work_of_all([len(shard) for shard in shards])
-        seconds["home"] = at_home * of_row / min(workers, len(config.home.chosen(names)))
+        seconds["home"] = at_home * of_row / min(workers, len(chosen))
     sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
     return {
         "seconds_per_record": of_row,

@@ -42,4 +42,4 @@ def test_equal_orders_share_passes_and_each_gets_the_answer_that_it_gets_alone(
     for shared, alone in zip(*answers, strict=True):
         assert shared.institution == alone.institution
         for name, tensor in alone.adapter.items():
-            torch.testing.assert_close(shared.adapter[name], tensor, rtol=1e-4, atol=1e-6)
+            assert torch.equal(shared.adapter[name], tensor), name

@@ -196,6 +196,14 @@ def test_every_kind_of_run_trains_own_models_under_dp(banks, values):
 # The limit.
 
 
+def test_only_an_institution_that_trains_an_own_model_needs_budget_for_it(banks):
+    for chosen, needs in ((1, [1, 0]), (2, [1, 0]), (0, [1, 1])):  # of four: the first; and third
+        institutions, _ = banks(**{"home.institutions": chosen, "run-dir": f"chosen-{chosen}"})
+        for one, events in zip(institutions, needs, strict=True):
+            with Ledger.open(one.ledger_path) as ledger:
+                assert len(one.events_at_home(40, ledger)) == events
+
+
 def test_a_ledger_of_a_simulation_has_room_for_the_run_and_the_own_model(banks):
     institutions, _ = banks()
     assert {ledger_of(one)["limit"] for one in institutions} == {10.0}

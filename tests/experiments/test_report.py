@@ -158,7 +158,7 @@ def test_the_page_says_first_what_joining_gives(run_directory):
         "no differential privacy",
         "must not be passed on",
         "validation records",
-        "measured on them once",
+        "were measured on them once",
         "no held-out record is of a class",
     ):
         assert said in section, said

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from client.ledger import Ledger
+from experiments import report
 from fedlora import finished_run, records, trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.errors import InputError
+from fedlora.rounding import at_most
 from server.start import _same_records, start_adapter
 from simulation import continuation
 
@@ -249,6 +251,13 @@ def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
     simulate_run(same)
     stated = json.loads((tmp_path / "second" / "privacy.json").read_text())["institutions"]
     assert all(one["ledger_epsilon"] > 1.1 * one["epsilon"] for one in stated.values())
+    both = at_most(max(one["ledger_epsilon"] for one in stated.values()))
+    card = (tmp_path / "second" / "adapter" / "README.md").read_text()
+    assert f"| largest epsilon of a ledger, all runs on its records | {both} |" in card
+    own_rounds = "what the adapter that it started from reveals of the same records is not in"
+    for run, said in (("first", False), ("second", True)):
+        text = report.write(tmp_path / run).read_text(encoding="utf-8")
+        assert (own_rounds in text) == said
     ledgers.rename(tmp_path / "moved")  # what was spent is not known any more
     with pytest.raises(InputError, match=r"set privacy\.ledger to"):
         start_adapter(same, made)
