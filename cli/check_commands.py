@@ -36,6 +36,11 @@ def init(
         f"{place}: text {guessed.text!r}, label {guessed.label!r}, institutions "
         + (f"from {guessed.institution!r}" if guessed.institution else "drawn at random")
     )
+    if guessed.customer:
+        console.write_line(
+            f"unit record: each record is protected by itself; {guessed.customer!r} looks like "
+            f"customers, all of whose records privacy.unit = {guessed.customer!r} protects"
+        )
     console.write_line(f"these are guesses; next: fedlora check {place}")
 
 

@@ -32,6 +32,12 @@ Institution = Annotated[
     str,
     typer.Option(help="The institution whose adapter is used, where each institution has its own."),
 ]
+Own = Annotated[
+    bool,
+    typer.Option(
+        "--own", help="The model that --institution made at home after the run, not the released."
+    ),
+]
 
 
 @app.command()
@@ -67,6 +73,10 @@ def run(
     if ray_address:
         overrides["engine.ray-address"] = ray_address
     if max_epsilon is not None:
+        if not max_epsilon > 0:
+            raise InputError(
+                f"--max-epsilon is {max_epsilon:g}; it must be above 0 (left out: the run's own)"
+            )
         overrides["privacy.max-epsilon"] = max_epsilon
     if rounds:
         config, overrides, out, resume = _continuation(rounds, config, overrides, out, resume)
@@ -180,6 +190,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="A source, as in data.source.")],
     assign: Assign = None,
     institution: Institution = "",
+    own: Own = False,
     as_json: Json = False,
 ) -> None:
     """Measure a run's adapter on other data.
@@ -189,7 +200,8 @@ def evaluate(
     from fedlora import finished_run
     from simulation import progress
 
-    result = finished_run.evaluate(run_dir, data, institution, parse_overrides(assign or []))
+    overrides = parse_overrides(assign or [])
+    result = finished_run.evaluate(run_dir, data, institution, overrides, own_model=own)
     if as_json:
         print(json.dumps(result))
         return
@@ -224,6 +236,7 @@ def predict(
     ] = None,
     assign: Assign = None,
     institution: Institution = "",
+    own: Own = False,
     as_json: Json = False,
 ) -> None:
     """Answer texts with a run's adapter; files are read by the run's own columns.
@@ -244,7 +257,7 @@ def predict(
         given = answer_files.of(text or [])
     if out is not None:
         answer_files.check_out(out, given)
-    result = finished_run.predict(run_dir, given.texts, institution)
+    result = finished_run.predict(run_dir, given.texts, institution, own_model=own)
     if out is not None:
         answer_files.write(out, given, result["answers"])
     if as_json:
@@ -269,11 +282,12 @@ def merge(
         Path, typer.Argument(help="Directory of the merged model; it must not exist.")
     ],
     institution: Institution = "",
+    own: Own = False,
 ) -> None:
     """Fold a run's adapter into its base: one safetensors model directory."""
     from fedlora import finished_run
 
-    finished_run.merge(run_dir, out_dir, institution)
+    finished_run.merge(run_dir, out_dir, institution, own_model=own)
     Terminal().write_line(f"merged model in {out_dir}")
 
 

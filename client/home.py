@@ -177,11 +177,13 @@ class _Trainer:
             if (kept := alone_models.read(home.alone, self.work.start)) is not None:
                 found[i] = kept
         missing = [i for i in range(len(self.homes)) if i not in found]
-        trials = self._trials(Model.ALONE, missing)
+        compared = [i for i in missing if self.homes[i].own is None]  # one under DP is not
+        tried = [i for i in missing if i in compared or self._chooses(i)]
+        trials = self._trials(Model.ALONE, tried)
         chosen = dict.fromkeys(missing, self.default) | {
             i: setting for i, (setting, _) in self._fewest(trials.items()).items()
         }
-        right = self._right({i: trials[chosen[i]][i] for i in missing if i in self.held})
+        right = self._right({i: trials[chosen[i]][i] for i in compared if i in self.held})
         for i, adapter in self._train_on_all(Model.ALONE, chosen).items():
             if not adapter.is_finite():
                 raise InputError(

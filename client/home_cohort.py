@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from client import private_home, training
+from client import private_home
 from client.cohort import answer, attempt
 from client.home_models import Home, HomeModels, PrivateOwn
 from client.institution import Institution
@@ -137,7 +137,7 @@ def _private_call(member: Member) -> tuple[Institution, TrainOrder]:
         accountant=accountant,
         residual_rank=private_home.residual_rank(shared),
     )
-    with training.threads(config.engine.threads):
+    with trainable.threads(config.engine.threads):
         labels = records.load(institution.config).labels
         work = trainable.load(institution.config, labels)
     order = private_home.order_at_home(config, member.run, work.base.digest, shared)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client import config_policy, home_cohort, training
+from client import config_policy, home_cohort
 from client.home_cohort import Member
 from client.institution import Institution
 from client.releases import Releases
@@ -101,8 +101,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         train_rows, held_out = federation.train(0), federation.held_out(0)
         if not len(held_out):
             raise InputError("no held-out row is left; name a test-source with rows of its own")
-        with training.threads(config.engine.threads):  # the model is examined as it trains
-            work = trainable.load(config, federation.labels)
+        work = trainable.load(config, federation.labels)
         shared = found.adapter(work, residuals=config.federation.traits.residuals)
         say(f"run {found.name}: {len(train_rows)} records, {len(held_out)} held-out rows")
         if config.home.private:

@@ -32,16 +32,15 @@ from client.local_parts import LocalParts
 from client.private_round import PrivateRound, train_rounds
 from client.releases import Releases
 from client.secure_role import SecureRole
-from client.settings import Settings
+from client.settings import REPORTABLE, Settings
 from client.training import LocalPlan
-from fedlora import accounting, peers, records, secure_order, trainable
+from fedlora import accounting, model_card, peers, records, secure_order, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
 from fedlora.composition import Event
 from fedlora.config import UNRELEASED, RunConfig
 from fedlora.errors import Refusal
-from fedlora.files import write_atomic
 from fedlora.messages import (
     ClientUpdate,
     EvaluateOrder,
@@ -85,7 +84,7 @@ class Institution:
     directory: Path
     rank: int
     secure_store: Path
-    report: tuple[str, ...] = ("loss", "records")
+    report: tuple[str, ...] = REPORTABLE
     max_delta: float = 1.0
     max_run_epsilon: float = math.inf
     max_alone_epsilon: float = math.inf
@@ -166,7 +165,7 @@ class Institution:
             Refusal: With a code; only the code may leave.
         """
         order = self.accept(order)
-        with training.threads(self.config.engine.threads):
+        with trainable.threads(self.config.engine.threads):
             if not self.config.privacy.enabled:
                 update = self._train_without_dp(order)
             else:
@@ -281,7 +280,7 @@ class Institution:
         Raises:
             Refusal: If the order's adapter does not fit; ``kept-part-unreadable``.
         """
-        with training.threads(self.config.engine.threads):
+        with trainable.threads(self.config.engine.threads):
             work, adapter = self._load(), self.released(order)
             adapter.load_into(work.model)
             if order.save:
@@ -311,7 +310,7 @@ class Institution:
         Raises:
             Refusal: If the adapter does not fit; ``kept-part-unreadable``.
         """
-        with training.threads(self.config.engine.threads):
+        with trainable.threads(self.config.engine.threads):
             work = self._load()
             checks.check_base(release, work.base.digest)
             checks.check_adapter(release.adapter, work.start, self.config)
@@ -344,7 +343,7 @@ class Institution:
 
     def models_at_home(self, homes: Sequence[Home]) -> list[HomeModels]:
         """Train the models of institutions that take part in the same run."""
-        with training.threads(self.config.engine.threads):
+        with trainable.threads(self.config.engine.threads):
             return models_at_home(
                 self._load(), homes, self.config.home, self.config.training.physical_batch
             )
@@ -356,7 +355,7 @@ class Institution:
             shared: The adapter that the run released to it.
             models: Its other models; the own one is saved into ``own/``, with its card.
         """
-        with training.threads(self.config.engine.threads):
+        with trainable.threads(self.config.engine.threads):
             work = self._load()
             shard = records.load(self.config).held_out(self.index)
             predicted: dict[str, list[int]] = {}
@@ -365,7 +364,7 @@ class Institution:
                 answers = work.task.predict(work.model, shard, work.labels) if len(shard) else []
                 predicted[name] = [work.labels.index(answer) for answer in answers]
             models.own.save(self.directory / "own", work.model)
-            write_atomic(self.directory / "own" / "README.md", models.card().encode())
+            model_card.write_own(self.directory / "own", models.card(), self.config, work)
         figures = {**predicted, **models.choice.figures()}
         return Evaluation(institution=self.name, metrics=figures)
 
@@ -455,8 +454,7 @@ class Institution:
         return records.load(self.config).train(self.index)
 
     def _load(self) -> trainable.Trainable:
-        with training.threads(self.config.engine.threads):  # the model is examined as it trains
-            return trainable.load(self.config, records.load(self.config).labels)
+        return trainable.load(self.config, records.load(self.config).labels)
 
     def _local_parts(self, run: str) -> LocalParts:
         return LocalParts(self.directory, run, self.config.fingerprint(*UNRELEASED))

@@ -53,7 +53,8 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
             f"{path} exists; a ledger is never overwritten, because its spending stays spent"
         ) from None
     except (OSError, sqlite3.Error) as error:
-        raise InputError(f"the ledger {path} cannot be written: {error}") from error
+        remedy = "" if path.parent.is_dir() else f"; make it: mkdir -m 700 {path.parent}"
+        raise InputError(f"the ledger {path} cannot be written: {error}{remedy}") from error
 
 
 def connect(path: Path, *, shared: bool) -> sqlite3.Connection:

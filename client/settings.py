@@ -19,7 +19,10 @@ from fedlora.errors import InputError
 from fedlora.sections import check_threads
 from fedlora.settings_schema import Section, section
 from fedlora.settings_schema import key as setting
+from fedlora.strategy_table import STRATEGY_TABLE
 
+REPORTABLE = ("loss", "records")
+"""Figures that a round without DP may report."""
 _GATEWAY = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 _OWN_KEY = re.compile(
     r"(?<![\w./-])(data\.(?=((test-)?source|delimiter|encoding|text|labels?)\b)|privacy\.(?=unit\b))"
@@ -82,7 +85,9 @@ class Settings(Section):
     without_dp: bool = setting(
         False, "whether the institution trains without differential privacy too"
     )
-    report: tuple[str, ...] = setting((), "figures that may leave without DP: loss, records")
+    report: tuple[str, ...] = setting(
+        (), f"figures that may leave without DP: {', '.join(REPORTABLE)}"
+    )
     max_seconds: float = setting(1800.0, "most seconds that one message may take", at_least=1)
     threads: int = setting(1, "threads of training", at_least=1)
     gpu: bool = setting(False, "whether training uses a GPU")
@@ -114,6 +119,16 @@ class Settings(Section):
             raise InputError(
                 f"rank is {self.rank}; it must be at most max-rank ({self.max_rank}): lower it, or "
                 "raise max-rank"
+            )
+        for strategy in self.strategies:
+            if strategy not in STRATEGY_TABLE and ":" not in strategy:
+                raise InputError(
+                    f"strategies has {strategy!r}; each must be MODULE:OBJECT or one of "
+                    f"{', '.join(STRATEGY_TABLE)}"
+                )
+        if unknown := sorted(set(self.report) - set(REPORTABLE)):
+            raise InputError(
+                f"report has {unknown[0]!r}; only {' and '.join(REPORTABLE)} may leave without DP"
             )
         gateway = _GATEWAY.fullmatch(self.gateway)
         if self.gateway and not (gateway and 0 < int(gateway[2]) < 2**16):

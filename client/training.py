@@ -159,14 +159,3 @@ def training_steps(trainable: Trainable, *, private: bool) -> Generator[None]:
     finally:
         trainable.per_sample.draw_dropout(())
         training_mode(trainable.model, False)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Generator[None]:
-    """Set torch's threads for a while: floating-point sums depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -50,6 +50,14 @@ class Check:
     details: str
 
 
+NO_HELD_OUT = Check(
+    "held-out records",
+    "warn",
+    "the settings have no test-source, so `fedlora home` cannot tell whether joining paid: set it "
+    "to a file of rows that no run trains on",
+)
+
+
 def passed(checks: list[Check]) -> bool:
     """Whether no check failed."""
     return all(check.outcome != "fail" for check in checks)
@@ -161,7 +169,7 @@ def institution(path: Path) -> list[Check]:
         _try("node", lambda: _node(own)),
         _ledger(own),
         _try("records", lambda: _records(own)),
-        *([_try("held-out records", lambda: _held_out(own))] if own.test_source else []),
+        _try("held-out records", lambda: _held_out(own)) if own.test_source else NO_HELD_OUT,
         *(_try(f"model {name}", lambda name=name: _model(name)) for name in own.models),
         *([_try("GPU", _gpu)] if own.gpu else []),
         _writable("state", Path(own.state)),
@@ -396,7 +404,8 @@ def _writable(name: str, directory: Path) -> Check:
         with tempfile.TemporaryFile(dir=directory):
             return Check(name, "ok", str(directory))
     except OSError as error:
-        return Check(name, "fail", f"{directory} cannot be written: {error.strerror}")
+        remedy = "" if directory.is_dir() else f"; make it: mkdir -m 700 {directory}"
+        return Check(name, "fail", f"{directory} cannot be written: {error.strerror}{remedy}")
 
 
 def _try(name: str, inspect: Callable[[], str]) -> Check:

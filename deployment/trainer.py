@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
@@ -79,7 +79,7 @@ class Trainer:
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._worker.submit(installed_app)  # the first message meets the same error
-        self._loaded_from: object = None
+        self._loaded_from: tuple[object, object] | None = None
 
     def serve(self, connection: Connection) -> bool:
         """Answer a connection's message.
@@ -132,31 +132,38 @@ class Trainer:
                 return  # the app refuses; that name is not resolved
             now = _files(name, own, context.run_id)
         except (InputError, OSError):  # the app reports it
-            now = object()  # an unknown state is never that of the next message
-        if self._loaded_from not in (None, now):
+            now = object(), object()  # an unknown state is never that of the next message
+        before = self._loaded_from or now
+        if now[0] != before[0]:
             from fedlora import trainable
 
             trainable.forget()
+        if now != before:
             records.forget()
             gc.collect()
         self._loaded_from = now
 
 
-def _files(name: str, own: settings.Settings, run: int) -> object:
-    """The current state of the files of the base model and the records.
+def _files(name: str, own: settings.Settings, run: int) -> tuple[object, object]:
+    """The current states of the base model's files, and of the records' and held-out rows'.
 
-    A function's records (``python:``) have no file to look at: they are as new as the run.
+    A function's rows (``python:``) have no file to look at: they are as new as the run.
 
     Raises:
         InputError: If the base model is missing, or a directory of records is empty or closed.
         OSError: If a file or its directory cannot be read.
     """
-    files = list(model_files.resolve(name).path.iterdir())
-    for source in filter(None, (own.source, own.test_source)):
-        files += sources.institution_files(source).values() or [Path(source)]
+    named = [source for source in (own.source, own.test_source) if source]
+    rows: list[Path] = []
+    for source in named:
+        rows += sources.institution_files(source).values() or [Path(source)]
+    given = run if any(source.startswith(schemes.PYTHON) for source in named) else None
+    return (name, _state(model_files.resolve(name).path.iterdir())), (given, _state(rows))
+
+
+def _state(files: Iterable[Path]) -> list[tuple[str, int, int, int]]:
     found = sorted((str(file), file.stat()) for file in files if file.is_file())
-    given = run if own.source.startswith(schemes.PYTHON) else None
-    return name, given, [(path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found]
+    return [(path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found]
 
 
 def _listener(path: Path) -> Listener:

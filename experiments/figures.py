@@ -4,10 +4,12 @@ matplotlib draws in placeholder colours, which become the page's CSS variables. 
 works in light mode, in dark mode and on paper. Text stays text.
 """
 
+import functools
 import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0,
 MAX_SERIES = len(SERIES)
 MAX_COLUMN_CHARACTERS = 24  # of a label in a legend of two columns
 MAX_NAME = 26  # characters of a name beside a bar; longer ones would leave the bars no room
+MAX_WHOLE = 12  # bars up to which longer names take further lines instead of being cut
 
 Line = tuple[str, Sequence[float], Sequence[float], Sequence[float | None]]
 """Name, x, y, and half the width of the confidence interval of each y."""
@@ -320,7 +323,9 @@ def bars(
             )
             if len(groups) == 1 and worst in rows:
                 drawn.patches[[r for _, r in known].index(worst)].set_facecolor(BAD)
-        marked = [f"{short(row)} (worst)" if row == worst else short(row) for row in rows]
+        # A setting or a run is known by all of its name, of which there are few.
+        cut = short if len(rows) > MAX_WHOLE else functools.partial(textwrap.fill, width=MAX_NAME)
+        marked = [f"{cut(row)} (worst)" if row == worst else cut(row) for row in rows]
         axes.set_yticks(range(len(rows)), marked)
         axes.grid(False, axis="y")
         axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

@@ -20,7 +20,7 @@ from typing import Any
 from experiments import ready, results
 from fedlora import config as configs
 from fedlora import model_files, plugins, records
-from fedlora.config import SECTIONS, RunConfig, from_flat
+from fedlora.config import SECTIONS, RunConfig, check_values, from_flat
 from fedlora.errors import InputError
 
 ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp")
@@ -299,6 +299,7 @@ def _check_keys(where: str, values: Mapping[str, Any]) -> None:
 def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
     """Return an arm's configuration: the base's keys, then ``values`` of the grid and [set]."""
     kind = arm.removesuffix("-dp")
+    check_values(values)  # also of keys that the arm replaces
     everything = {**base, **values}
     if kind == "base":
         from_flat(everything)  # also checks the keys that are dropped below

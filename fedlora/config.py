@@ -238,20 +238,40 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         InputError: For an unknown key (with the nearest valid one), a wrong type or a bad value.
     """
-    known = _fields()
     values = {**_dependent_defaults(values), **values}
     parts: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else "`fedlora config` lists the keys"
-            raise InputError(f"{name} is not a configuration key; {hint}")
         section, _, key = name.rpartition(".")
-        field, kind = known[name]
-        bounds = field.metadata["bounds"]
-        parts[section][key.replace("-", "_")] = coerce(name, value, kind, bounds)
+        found = _coerced(name, value)
+        parts[section][key.replace("-", "_")] = found
     made = {section: cls(**parts[section]) for section, cls in SECTIONS.items()}
     return RunConfig(**parts[""], **typing.cast(dict[str, Any], made))
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Check each value by itself, also one that another key makes meaningless.
+
+    Raises:
+        InputError: For an unknown key, a wrong type or a value out of its own bounds.
+    """
+    for name, value in values.items():
+        _coerced(name, value)
+
+
+def _coerced(name: str, value: object) -> Any:
+    known = _fields()
+    if name not in known:
+        raise InputError(f"{name} is not a configuration key; {_meant(name)}")
+    field, kind = known[name]
+    return coerce(name, value, kind, field.metadata["bounds"])
+
+
+def _meant(name: str) -> str:
+    """The keys that a name may have meant, for an error."""
+    known = _fields()
+    same = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = same or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}?" if near else "`fedlora config` lists the keys"
 
 
 def _dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:

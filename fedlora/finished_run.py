@@ -40,18 +40,33 @@ def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def adapter_directory(run_dir: Path, config: RunConfig, institution: str) -> Path:
-    """The directory of the adapter that a run released.
+def adapter_directory(
+    run_dir: Path, config: RunConfig, institution: str, *, own_model: bool = False
+) -> Path:
+    """The directory of the adapter that a run released, or of an institution's own model.
 
     Args:
         run_dir: The directory of a complete run.
         config: The run's `configuration`.
         institution: The institution whose adapter it is, where each institution has its own;
             empty otherwise.
+        own_model: Whether it is the model that the institution made at home after the run.
 
     Raises:
         InputError: If there is no such adapter.
     """
+    if own_model:
+        made = {path.parent.name: path for path in (run_dir / "institutions").glob("*/own")}
+        if institution not in made:
+            raise InputError(
+                f"institution is {institution or 'not given'}, but {run_dir} has "
+                + (
+                    f"own models of {', '.join(sorted(made))}; give one of these"
+                    if made
+                    else "no own models; they are made where home.method is not none"
+                )
+            )
+        return made[institution]
     traits = config.federation.traits
     own = (run_dir / "institutions").glob("*/adapter")
     names = sorted(path.parent.name for path in own) if traits.local_parts else [""]
@@ -68,14 +83,15 @@ def adapter_directory(run_dir: Path, config: RunConfig, institution: str) -> Pat
     return folder / "adapter"
 
 
-def _open(run_dir: Path, config: RunConfig, institution: str) -> Trainable:
-    """Load a run's base model with the adapter that the run released.
+def _open(run_dir: Path, config: RunConfig, institution: str, own_model: bool) -> Trainable:
+    """Load a run's base model with the adapter that the run released, or an own one.
 
     Args:
         run_dir: The directory of a complete run.
         config: The run's `configuration`.
         institution: The institution whose adapter is loaded, where each institution has its own;
             empty otherwise.
+        own_model: See `adapter_directory`.
 
     Raises:
         InputError: If the run is not complete, the base model has changed since, or there is no
@@ -88,14 +104,20 @@ def _open(run_dir: Path, config: RunConfig, institution: str) -> Trainable:
             f"model.name {config.model.name} is not the base that {run_dir} was trained on "
             "(weights differ); restore that base or run again"
         )
-    place = adapter_directory(run_dir, config, institution)
-    adapter = open_for(place, work.start, residuals=config.federation.traits.residuals)
+    place = adapter_directory(run_dir, config, institution, own_model=own_model)
+    residuals = config.federation.traits.residuals or (own_model and config.home.method == "dual")
+    adapter = open_for(place, work.start, residuals=residuals)
     adapter.load_into(work.model)
     return work
 
 
 def evaluate(
-    run_dir: Path, source: str, institution: str = "", overrides: Mapping[str, Any] | None = None
+    run_dir: Path,
+    source: str,
+    institution: str = "",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    own_model: bool = False,
 ) -> dict[str, Any]:
     """Measure a run's adapter on all rows of ``source``, by the run's text and label columns.
 
@@ -104,13 +126,14 @@ def evaluate(
         source: A source, see `fedlora.sources`.
         institution: See `predict`.
         overrides: Other values for keys in `READING`.
+        own_model: See `predict`.
 
     Returns:
         The metrics of the task, and ``truncated``: the number of texts that were longer than
         ``max_length`` tokens and were cut.
     """
     config = configuration(run_dir, overrides or {})
-    work = _open(run_dir, config, institution)
+    work = _open(run_dir, config, institution, own_model)
     shard, truncated = data.load_shard(
         config.data, source, labels=work.labels, encode=work.task.encode
     )
@@ -118,13 +141,16 @@ def evaluate(
     return measured | {"truncated": truncated, "max_length": config.training.max_length}
 
 
-def predict(run_dir: Path, texts: Sequence[str], institution: str = "") -> dict[str, Any]:
+def predict(
+    run_dir: Path, texts: Sequence[str], institution: str = "", *, own_model: bool = False
+) -> dict[str, Any]:
     """Answer each text with a run's adapter.
 
     Args:
         run_dir: The directory of a complete run.
         texts: The texts, none of them empty.
         institution: The institution whose adapter is used, where each has its own.
+        own_model: Whether the model is the one that this institution made at home.
 
     Returns:
         ``answers``, one for each text in order: ``text``, ``answer`` and, where there are classes,
@@ -150,7 +176,7 @@ def predict(run_dir: Path, texts: Sequence[str], institution: str = "") -> dict[
                 "would be a guess"
             )
     config = configuration(run_dir, {})
-    work = _open(run_dir, config, institution)
+    work = _open(run_dir, config, institution, own_model)
     said = work.task.answer(work.model, texts, work.labels)
     answers: list[dict[str, Any]] = [
         {"text": text, "answer": answer} for text, answer in zip(texts, said.answers, strict=True)
@@ -166,17 +192,20 @@ def predict(run_dir: Path, texts: Sequence[str], institution: str = "") -> dict[
     }
 
 
-def merged_model(run_dir: Path, institution: str) -> tuple[Any, Trainable]:
+def merged_model(
+    run_dir: Path, institution: str, *, own_model: bool = False
+) -> tuple[Any, Trainable]:
     """A run's base model with the adapter folded in, as transformers knows it.
 
     Args:
         run_dir: The directory of a complete run.
         institution: See `predict`.
+        own_model: See `predict`.
 
     Returns:
         The model, in evaluation mode, which nothing else in this process uses, and its parts.
     """
-    work = _open(run_dir, configuration(run_dir, {}), institution)
+    work = _open(run_dir, configuration(run_dir, {}), institution, own_model)
     trainable.forget()  # merging changes the cached model
     merged = merging.merge(work.model)
     if isinstance(merged, EncoderClassifier):
@@ -184,18 +213,23 @@ def merged_model(run_dir: Path, institution: str) -> tuple[Any, Trainable]:
     return merged, work
 
 
-def merge(run_dir: Path, out_dir: Path, institution: str = "") -> None:
+def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: bool = False) -> None:
     """Fold a run's adapter into its base model; write safetensors and the tokenizer.
 
-    The classifier of an encoder is written with the code of its class (`fedlora.mean_pooling`).
+    The classifier of an encoder is written with the code of its class (`fedlora.mean_pooling`). The
+    card of an own model says what its adapter's card does, also whether it may leave.
 
     Raises:
         InputError: If ``out_dir`` exists.
     """
     new_path(out_dir)  # before the model is loaded
     config = configuration(run_dir, {})
-    merged, work = merged_model(run_dir, institution)
+    merged, work = merged_model(run_dir, institution, own_model=own_model)
+    said = ""
+    if own_model:
+        place = adapter_directory(run_dir, config, institution, own_model=True)
+        said = model_card.said_of_own(place)
     with new_directory(out_dir) as new:
         merged.save_pretrained(new, safe_serialization=True)
         work.base.tokenizer.save_pretrained(new)
-        model_card.write_merged(new, config, work)
+        model_card.write_merged(new, config, work, said)

@@ -25,6 +25,7 @@ SHARED_PART = (
     "It holds the parts that institutions share. Each institution keeps further parts at home, and "
     "without them this adapter does not give the figures below."
 )
+LOADING = "## How to load"
 TASKS = {"classification": "text-classification", "sft": "text-generation"}
 
 
@@ -45,11 +46,7 @@ def write_adapter(
         privacy: The content of ``privacy.json``.
     """
     cast(Any, work.base.tokenizer).save_pretrained(directory)
-    if work.labels:
-        write_atomic(directory / LABELS, (json.dumps(list(work.labels)) + "\n").encode())
-    if work.base.kind == "encoder":
-        code = Path(mean_pooling.__file__)
-        write_atomic(directory / code.name, code.read_bytes())
+    _write_classes(directory, work)
     parts = (
         _front_matter(config, "peft"),
         f"# {Path(config.run_dir).name}",
@@ -59,18 +56,60 @@ def write_adapter(
         _data(config, work, result),
         _privacy(config, result, privacy),
         _figures(result),
-        "## How to load",
-        f"The base model is `{base_name(config)}`; SHA-256 of its weights: `{work.base.digest}`.",
-        _block(adapter_code(config, work)),
+        *_how_to_load(config, work, adapter_code(config, work)),
     )
     write_atomic(directory / CARD, ("\n\n".join(parts) + "\n").encode())
 
 
-def write_merged(directory: Path, config: RunConfig, work: Trainable) -> None:
-    """Write the card of a merged model."""
+def write_own(directory: Path, said: str, config: RunConfig, work: Trainable) -> None:
+    """Write card, class names and code beside the files of an institution's own adapter.
+
+    The tokenizer, which can be large, is that of the base.
+
+    Args:
+        directory: The adapter's directory.
+        said: The card's first part: what the model is, and whether it may leave.
+        config: The run.
+        work: The model of the run.
+    """
+    _write_classes(directory, work)
+    code = adapter_code(config, work, tokenizer="BASE")
+    card = "\n\n".join([said.rstrip(), *_how_to_load(config, work, code)])
+    write_atomic(directory / CARD, f"{card}\n".encode())
+
+
+def said_of_own(directory: Path) -> str:
+    """The first part of an own adapter's card, as `write_own` took it."""
+    card = (directory / CARD).read_text(encoding="utf-8")
+    return card.partition(f"\n{LOADING}\n")[0].rstrip()
+
+
+def _write_classes(directory: Path, work: Trainable) -> None:
+    if work.labels:
+        write_atomic(directory / LABELS, (json.dumps(list(work.labels)) + "\n").encode())
+    if work.base.kind == "encoder":
+        code = Path(mean_pooling.__file__)
+        write_atomic(directory / code.name, code.read_bytes())
+
+
+def _how_to_load(config: RunConfig, work: Trainable, code: str) -> list[str]:
+    base = f"The base model is `{base_name(config)}`; SHA-256 of its weights: `{work.base.digest}`."
+    return [LOADING, base, _block(code)]
+
+
+def write_merged(directory: Path, config: RunConfig, work: Trainable, said: str = "") -> None:
+    """Write the card of a merged model.
+
+    Args:
+        directory: The model's directory.
+        config: The run.
+        work: The model of the run.
+        said: What else the card says, of a model that is not the federation's.
+    """
     parts = [
         _front_matter(config, "transformers"),
         f"# {Path(config.run_dir).name}",
+        *filter(None, [said]),
         f"The model of a federated run for {_words(config)}: base model `{base_name(config)}` with "
         "the run's adapter merged into it.",
     ]
@@ -101,11 +140,17 @@ def write_merged(directory: Path, config: RunConfig, work: Trainable) -> None:
     write_atomic(directory / CARD, ("\n\n".join(parts) + "\n").encode())
 
 
-def adapter_code(config: RunConfig, work: Trainable) -> str:
-    """Python that opens the adapter with PEFT, without fedlora, and answers ``TEXTS``."""
+def adapter_code(config: RunConfig, work: Trainable, tokenizer: str = "") -> str:
+    """Python that opens the adapter with PEFT, without fedlora, and answers ``TEXTS``.
+
+    Args:
+        config: The run.
+        work: The model of the run.
+        tokenizer: The variable that names the tokenizer's directory; empty: the adapter's.
+    """
     if not isinstance(work.task.encoding, PlainText):
-        return _causal_code(config, work, merged=False)
-    file = Path(mean_pooling.__file__).stem
+        return _causal_code(config, work, merged=False, tokenizer=tokenizer or "MODEL")
+    file, tokenizer = Path(mean_pooling.__file__).stem, tokenizer or "ADAPTER"
     return f"""\
 import json
 from pathlib import Path
@@ -122,13 +167,15 @@ labels = json.loads(Path(ADAPTER, "{LABELS}").read_text())
 Classifier = get_class_from_dynamic_module("{file}.MeanPoolingClassifier", ADAPTER)
 model = PeftModel.from_pretrained(Classifier.from_base(BASE, labels), ADAPTER)
 classify = pipeline(
-    "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(ADAPTER)
+    "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained({tokenizer})
 )
 answers = classify(TEXTS, truncation=True, max_length={config.training.max_length})
 print(answers)"""
 
 
-def _causal_code(config: RunConfig, work: Trainable, *, merged: bool) -> str:
+def _causal_code(
+    config: RunConfig, work: Trainable, *, merged: bool, tokenizer: str = "MODEL"
+) -> str:
     encoding = cast(LabelPrompt | ResponsePrompt, work.task.encoding)
     scored = isinstance(encoding, LabelPrompt)
     around = encoding.layout(work.labels)[0] if scored else encoding.around()
@@ -153,7 +200,7 @@ def _causal_code(config: RunConfig, work: Trainable, *, merged: bool) -> str:
             f"TOKENS = {encoding.tokens(work.labels)}  # the token that stands for each label",
         ]
     lines += [
-        "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
         f"model = {opened}",
         "answers = []",
         "for text in TEXTS:",

@@ -245,8 +245,9 @@ def locate(source: str) -> Path:
             path.open("rb").close()
             return path
     raise InputError(
-        f"data source {source!r} is not a file; give a .csv, .jsonl or .parquet file, a "
-        "directory or glob of them, hub:NAME, package:NAME/FILE or python:MODULE:FUNCTION"
+        f"data source {source!r} is not a file ({path.absolute()}); give a .csv, .jsonl or "
+        ".parquet file, a directory or glob of them, hub:NAME, package:NAME/FILE or "
+        "python:MODULE:FUNCTION"
     )
 
 

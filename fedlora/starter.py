@@ -25,15 +25,17 @@ INSTITUTION_NAMES = (
     *("institution", "bank", "company", "organisation", "organization", "branch"),
     *("hospital", "site", "client", "firm", "industry"),
 )
+CUSTOMER_NAMES = ("customer", "borrower", "account", "client", "user", "person")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guess:
-    """The guessed roles of columns; ``institution`` is empty where no column fits."""
+    """The guessed roles of columns; ``institution`` and ``customer`` are empty where none fits."""
 
     text: str
     label: str
     institution: str
+    customer: str
 
 
 def write(source: str, out: Path) -> Guess:
@@ -130,7 +132,14 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
         if name != label and count >= 2 and 2 * count <= len(filled[name])
     }
     named = [name for name in owners if _named(name, INSTITUTION_NAMES)]
-    return Guess(text=text, label=label, institution=named[0] if named else "")
+    others = [name for name in distinct if name not in (label, *named[:1])]
+    customers = [name for name in others if _named(name, CUSTOMER_NAMES)]
+    return Guess(
+        text=text,
+        label=label,
+        institution=named[0] if named else "",
+        customer=customers[0] if customers else "",
+    )
 
 
 def _named(column: str, usual: tuple[str, ...]) -> bool:

@@ -4,9 +4,10 @@ Both sides use it: an institution trains it, the server starts from it and evalu
 Loading is the slow part of a round, so each process loads once and swaps adapters.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -79,31 +80,43 @@ class Trainable:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Generator[None]:
+    """Set torch's threads for a while: floating-point sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
     """The process's one `Trainable` for this configuration, loaded at the first call.
 
     Guarantee: under DP the model has been found to give exact per-example gradients
-    (`fedlora.exactness`) before it reads a record and before any charge.
+    (`fedlora.exactness`), with ``engine.threads`` threads, before it reads a record and before any
+    charge.
 
     Raises:
         InputError: If the base model is missing, has pickles only, cannot take the adapter, or
             gives no exact per-example gradients under DP or with dropout.
     """
     device = "cuda" if config.engine.gpus > 0 and torch.cuda.is_available() else "cpu"
-    return _load(
-        _Settings(
-            seed=config.seed,
-            model=config.model,
-            adapter=config.adapter,
-            prompt=config.data.prompt,
-            max_length=config.training.max_length,
-            gradient_checkpointing=config.training.gradient_checkpointing,
-            labels=labels,
-            device=device,
-            threads=torch.get_num_threads(),
-            private=config.privacy.enabled,
-        )
+    settings = _Settings(
+        seed=config.seed,
+        model=config.model,
+        adapter=config.adapter,
+        prompt=config.data.prompt,
+        max_length=config.training.max_length,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        labels=labels,
+        device=device,
+        threads=config.engine.threads,
+        private=config.privacy.enabled,
     )
+    with threads(settings.threads):  # one is loaded with one, since forks would wait for others
+        return _load(settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,27 +54,33 @@ class Result:
         """The directory of the adapter, which ``peft.PeftModel.from_pretrained`` opens."""
         return self.directory / "adapter"
 
-    def model(self, institution: str = "") -> Any:
+    def model(self, institution: str = "", *, own: bool = False) -> Any:
         """The base model with the adapter folded in: a ``transformers`` model on the CPU.
 
         Args:
             institution: The institution whose adapter is used, where each has its own.
+            own: Whether it is the model that this institution made at home after the run.
         """
-        return finished_run.merged_model(self.directory, institution)[0]
+        return finished_run.merged_model(self.directory, institution, own_model=own)[0]
 
     def tokenizer(self) -> Any:
         """The tokenizer of the model."""
         transformers: Any = importlib.import_module("transformers")
         return transformers.AutoTokenizer.from_pretrained(self.adapter, trust_remote_code=False)
 
-    def predict(self, texts: Sequence[str], institution: str = "") -> list[dict[str, Any]]:
+    def predict(
+        self, texts: Sequence[str], institution: str = "", *, own: bool = False
+    ) -> list[dict[str, Any]]:
         """Answer texts: ``text``, ``answer`` and, where there are classes, ``score``, ``scores``.
+
+        ``institution`` and ``own`` are those of `model`.
 
         Raises:
             InputError: If a text is empty.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        return finished_run.predict(self.directory, texts, institution)["answers"]
+        found = finished_run.predict(self.directory, texts, institution, own_model=own)
+        return found["answers"]
 
     def report(self) -> Path:
         """Write ``report.html``, one self-contained page, and return its path.

@@ -81,6 +81,11 @@ class Spending:
         sigma = plan.noise_multiplier
         same = abs(said.noise_multiplier - sigma) <= NOISE_TOLERANCE * sigma
         _require(said, "noise_multiplier", same, f"the plan has {sigma:.6g}")
+        if said.noise_multiplier < sigma:
+            less = dataclasses.replace(plan, noise_multiplier=said.noise_multiplier)
+            spent = composition.epsilon(less.events, less.delta, less.accountant)
+            bound = f"with it the run spends {spent:.6g} of {privacy.epsilon:g}"
+            _require(said, "noise_multiplier", spent <= limit, bound)
         return plan
 
     def _plan(self, said: PrivacySpent, size_class: float | None) -> PrivacyPlan:

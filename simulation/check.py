@@ -106,10 +106,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
 
 def _load(config: RunConfig, records: Federation) -> "Trainable":
     with paused_gc():
-        from client import training
         from fedlora import trainable
-    with training.threads(config.engine.threads):
-        return trainable.load(config, records.labels)
+    return trainable.load(config, records.labels)
 
 
 def _rows(config: RunConfig, records: Federation) -> dict[str, Any]:
@@ -217,12 +215,11 @@ def _cost(
     loading: float,
 ) -> dict[str, Any]:
     """Expected time and bytes, from one measured step and one measured evaluation."""
-    from client import training
-    from fedlora import wire
+    from fedlora import trainable, wire
 
     federation, names = config.federation, len(records.names)
     asked = min(federation.institutions_per_round or names, names)
-    with training.threads(config.engine.threads):
+    with trainable.threads(config.engine.threads):
         of_row = _seconds_per_row(config, records, plans, work)
         measured_row = _evaluation_seconds_per_row(records, work)
     workers = config.engine.workers or max(1, processors.count() // config.engine.threads)

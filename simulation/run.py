@@ -134,15 +134,11 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
     with paused_gc():  # a collection would scan all imported objects
         if config.privacy.enabled:
             check_budgets(config)  # forks inherit the cached plans
-        from client import training
         from fedlora import trainable
 
         for name in _modules(config):
             importlib.import_module(name)
-        # The base is examined with the threads that train it. There are forks with one thread only:
-        # a fork would wait for threads that it does not have.
-        with training.threads(1 if config.engine.ray_address else config.engine.threads):
-            work = trainable.load(config, records.labels)
+        work = trainable.load(config, records.labels)
     if kind == "inline":
         yield Loaded(records=records, forks=None)
         return
@@ -203,7 +199,7 @@ A later run cannot start another one, because Ray is imported by then."""
 def _forks(config: RunConfig, loaded: tuple[object, object]) -> "ForkServer | None":
     global _fork_server
     if config.engine.ray_address or config.engine.gpus or config.engine.threads > 1:
-        return None
+        return None  # a fork would wait for threads that it does not have
     if _fork_server is not None:
         server, inherited = _fork_server
         return server if server.alive and all(map(operator.is_, inherited, loaded)) else None

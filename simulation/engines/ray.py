@@ -48,7 +48,7 @@ from simulation.engines.grid import (
 )
 
 LOOPBACK = "127.0.0.1"
-MAX_CACHED_RECORDS = 8  # shared records of earlier pushes that a worker keeps
+MAX_CACHED_RECORDS = 2  # shared records of earlier pushes that a worker keeps
 MAX_QUEUED_CALLS = 2  # short calls queued at a worker, so that it never waits for the driver
 SHORT_CALL_SECONDS = 0.5
 MAX_ATTEMPTS = 2

@@ -213,10 +213,15 @@ def test_the_list_of_keys_fits_80_columns_with_whole_lines(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("values", "guessed"),
     [
-        ({"bank": "ab", "kind": "wxyz", "note": "n"}, ("note", "kind", "bank")),
-        ({"bank": "ab", "note": "n"}, ("note", "bank", "")),
-        ({"x": "ab", "category": "wxyz", "note": "n"}, ("note", "category", "")),
-        ({"amount, usd": "n", "topic": "ab", "note": "n"}, ("note", "topic", "")),
+        ({"bank": "ab", "kind": "wxyz", "note": "n"}, ("note", "kind", "bank", "")),
+        ({"bank": "ab", "note": "n"}, ("note", "bank", "", "")),
+        ({"x": "ab", "category": "wxyz", "note": "n"}, ("note", "category", "", "")),
+        ({"amount, usd": "n", "topic": "ab", "note": "n"}, ("note", "topic", "", "")),
+        ({"Client": "abcdefghij", "kind": "xy", "note": "n"}, ("note", "kind", "Client", "")),
+        (
+            {"bank": "ab", "kind": "wxyz", "customer_id": "abcdefghij", "note": "n"},
+            ("note", "kind", "bank", "customer_id"),
+        ),
     ],
 )
 def test_init_guesses_columns_by_their_values_and_then_by_their_names(values, guessed) -> None:
@@ -226,7 +231,7 @@ def test_init_guesses_columns_by_their_values_and_then_by_their_names(values, gu
         for name, letters in values.items()
     }  # fmt: skip
     found = starter.guess("x.csv", columns)
-    assert (found.text, found.label, found.institution) == guessed
+    assert (found.text, found.label, found.institution, found.customer) == guessed
 
 
 def test_init_refuses_a_place_that_cannot_be_written(messy, tmp_path) -> None:

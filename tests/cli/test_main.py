@@ -410,6 +410,9 @@ def test_a_ledger_is_made_shown_and_verified(tmp_path):
     again = invoke("ledger", "init", path, "--max-epsilon", 99, "--delta", 1e-6)
     assert again.exit_code == 2 and "ledger" in again.stderr
     assert invoke("ledger", "show", tmp_path / "none.db").exit_code == 2
+    nowhere = tmp_path / "none" / "bank.db"
+    words = [f"make it: mkdir -m 700 {nowhere.parent}"]
+    refused("ledger", "init", nowhere, "--max-epsilon", 10, "--delta", 1e-6, words=words)
     Path(path).write_bytes(b"no database")
     damaged = invoke("ledger", "verify", path, "--json")
     assert damaged.exit_code == 1

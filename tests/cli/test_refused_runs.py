@@ -29,6 +29,8 @@ def test_a_run_without_budget_leaves_no_directory_and_names_none(file, tmp_path)
         "run", file, *assign, "--out", out, *INLINE,
         words=["budget exhausted", "--max-epsilon is for new ledgers"],
     )  # fmt: skip
+    zero = ("--max-epsilon", 0, "--out", out, *INLINE)
+    refused("run", file, *zero, words=["--max-epsilon is 0; it must be above 0"])
     assert not out.exists()
     assert "results in" not in invoke("run", file, *assign, "--out", out, *INLINE).output
     out.mkdir()

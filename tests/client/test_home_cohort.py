@@ -193,6 +193,23 @@ def test_every_kind_of_run_trains_own_models_under_dp(banks, values):
             assert not any(torch.equal(own[name], order.adapter[name]) for name in start)
 
 
+def test_beside_an_own_model_under_dp_no_trial_is_trained_that_nobody_compares(banks, monkeypatch):
+    trained: list[int] = []
+    train = home.train_at_home
+
+    def spied(work, trainees, plan):
+        trained.extend(len(one.shard) for one in trainees)
+        return train(work, trainees, plan)
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+    monkeypatch.setattr(home, "HOME_COMPARES_FROM", 8)  # all of them hold records back
+    monkeypatch.setattr(home, "HOME_CHOOSES_FROM", 10_000)
+    institutions, order = banks()
+    whole = [len(one._records()) for one in institutions]
+    assert not any(isinstance(answer, Exception) for answer in compare(institutions, order))
+    assert trained == whole  # the models alone, once, on all records
+
+
 # The limit.
 
 

@@ -268,6 +268,8 @@ def test_a_node_that_must_use_a_gpu_does_not_train_without_one(deployed, institu
         ('max-steps = "many"', "max-steps is 'many'; it must be a whole number"),
         ('name = "../x"', "it must be letters"),
         ("models = []", "models is missing"),
+        ('strategies = ["fedavgg"]', "strategies has 'fedavgg'; each must be MODULE:OBJECT or one"),
+        ('report = ["accuracy"]', "report has 'accuracy'; only loss and records may leave"),
         ("rank = 65", "rank is 65; it must be at most max-rank (64)"),
         ("threads = 100000", "threads is 100000; it must be at most"),
         ('gateway = "fed.example.org:84x43"', "it must be HOST:PORT"),

@@ -507,9 +507,14 @@ def test_a_long_name_leaves_the_bars_their_room(monkeypatch):
     axes = Figure().add_subplot()
     monkeypatch.setattr(figures, "draw", lambda name, title, says, plot, height: plot(axes) or "")
     names = ["TRANSUNION-INTERMEDIATE-HOLDINGS-INC", "A" * 26]
-    figures.bars("x", "title", {"accuracy": dict.fromkeys(names, 0.5)}, label="accuracy")
-    shown_names = [tick.get_text() for tick in axes.get_yticklabels()]
-    assert shown_names == ["TRANSUNION-INTERM…INGS-INC", "A" * 26]
+    for more, long in (
+        (0, "TRANSUNION-INTERMEDIATE-\nHOLDINGS-INC"),
+        (11, "TRANSUNION-INTERM…INGS-INC"),
+    ):
+        rows = [*names, *map(str, range(more))]
+        figures.bars("x", "title", {"accuracy": dict.fromkeys(rows, 0.5)}, label="accuracy")
+        shown_names = [tick.get_text() for tick in axes.get_yticklabels()]
+        assert shown_names[:2] == [long, "A" * 26]
 
 
 def test_names_from_data_cannot_become_markup(run_directory):

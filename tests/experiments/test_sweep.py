@@ -306,6 +306,7 @@ def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
         ("arms = []\n[grid]\nseed = [1]", ["arms is empty"]),
         ('arms = ["federatd"]\n[grid]\nseed = [1]', ["federatd", "federated"]),
         ('arms = ["federated"]\n[grid]\nadapter.rank = [0]', ["adapter.rank is 0", "at least 1"]),
+        ('arms = ["local"]\n[grid]\nprivacy.epsilon = ["a"]', ["privacy.epsilon is 'a'"]),
         ('arms = ["federated"]\n[grid]\nrun-dir = ["x"]', ["run-dir", "--out"]),
         (
             'arms = ["local", "base"]\n[set.local]\ndata.partition = "iid"\n[grid]\nseed = [1]',

@@ -38,6 +38,8 @@ def test_every_key_is_described_with_its_default():
         ("privacy.delta", 1.0, ["privacy.delta", "1", "below 1"]),
         ("adapter.method", "lorra", ["lorra", "lora", "did you mean 'lora'"]),
         ("adapter.methd", "lora", ["adapter.methd", "did you mean adapter.method"]),
+        ("epsilon", 3, ["epsilon is not", "did you mean privacy.epsilon or home.epsilon?"]),
+        ("rounds", 3, ["rounds is not", "did you mean federation.rounds?"]),
         ("training.batch-size", True, ["training.batch-size", "True", "whole number"]),
         ("seed", "x", ["seed", "'x'", "whole number below 2^63, at least 0"]),
         ("data.partition", "dirichlet:0", ["data.partition", "dirichlet:ALPHA"]),

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora import config, finished_run, model_card, model_files, trainable
+from fedlora.adapters import AdapterState
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from simulation import run
@@ -145,6 +146,49 @@ def test_a_merged_classifier_and_an_adapter_answer_elsewhere_as_here_or_do_not_o
     asking = ("config", "model", "classifier", "refusing", "pipeline")
     assert all("trust_remote_code=True" in said.pop(name) for name in asking)
     assert said.keys() == {"auto", "peft"} and "opened" not in said.values(), said
+
+
+@pytest.mark.parametrize("method", ["interpolate", "dual"])
+def test_an_own_model_answers_elsewhere_as_here_and_its_cards_say_that_it_must_not_leave(
+    method, complaints, tiny_encoder, tmp_path
+):
+    run_dir = finished(
+        tmp_path / "run",
+        **{
+            "model.name": str(tiny_encoder),
+            "data.source": str(complaints),
+            "training.max-length": 8,
+            "federation.rounds": 2,
+            "federation.server-optimizer": "adam",
+            "federation.server-learning-rate": 0.05,
+            "home.method": method,
+            "home.steps": 12,
+            "home.learning-rate": 0.05,
+        },
+    )
+    texts = texts_of(complaints)
+    result = json.loads((run_dir / "result.json").read_text())
+    name = min(result["joining"]["institutions"])
+    own = run_dir / "institutions" / name / "own"
+    found = finished_run.predict(run_dir, texts, name, own_model=True)["answers"]
+    ours = [one["answer"] for one in found]
+    assert len(set(ours)) == 3 and found != finished_run.predict(run_dir, texts)["answers"]
+    work = trainable.load(config.load(run_dir / "config.toml"), tuple(result["labels"]))
+    adapter = AdapterState.open(own)
+    assert (adapter.rank > work.start.rank) == (method == "dual")
+    finished_run.merge(run_dir, tmp_path / "merged", name, own_model=True)
+    places = {"merged": (tmp_path / "merged", ""), "own": (own, tiny_encoder)}
+    said = read_elsewhere(places, texts, tmp_path)
+    assert said["merged"] == said["own"] == ours
+    for directory in (own, tmp_path / "merged"):
+        assert "must not leave" in " ".join((directory / "README.md").read_text().split())
+    with pytest.raises(InputError, match=r"institution is nobody, but .* has own models of .*give"):
+        finished_run.evaluate(run_dir, str(complaints), "nobody", own_model=True)
+
+
+def test_a_run_without_own_models_says_so(classifier):
+    with pytest.raises(InputError, match=r"institution is Alpha, .* no own models; .*home\.method"):
+        finished_run.predict(classifier, ["a card"], "Alpha", own_model=True)
 
 
 def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints, tmp_path):

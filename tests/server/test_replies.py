@@ -175,7 +175,7 @@ def test_whatever_is_in_a_field_the_reply_is_refused_or_the_statement_holds(fiel
         json.dumps(stated, allow_nan=False)
 
 
-@pytest.mark.parametrize("share", [0.995, 1.005])
+@pytest.mark.parametrize("share", [0.9997, 1.005])
 def test_of_two_figures_for_the_noise_within_the_tolerance_the_smaller_one_is_stated(share):
     said = dataclasses.replace(HONEST, noise_multiplier=share * PLAN.noise_multiplier)
     stated = SPENDING.stated(dataclasses.asdict(said), 3)
@@ -183,6 +183,12 @@ def test_of_two_figures_for_the_noise_within_the_tolerance_the_smaller_one_is_st
     assert stated["noise_multiplier"] == least
     planned = composition.epsilon(PLAN.events, 1e-4, "rdp")
     assert stated["epsilon"] > planned if share < 1 else stated["epsilon"] == planned
+
+
+def test_less_noise_than_the_budget_allows_is_refused_in_the_first_round_and_not_at_the_end():
+    said = dataclasses.replace(HONEST, noise_multiplier=0.995 * PLAN.noise_multiplier)
+    with pytest.raises(Refusal, match=r"noise_multiplier is .*with it the run spends 8\.0\d+ of 8"):
+        SPENDING.checked(said)
 
 
 @given(st.sampled_from(["institution", "round", "run", "size"]), ANY)

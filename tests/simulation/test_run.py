@@ -1,12 +1,13 @@
 """How a run starts."""
 
+import os
 import socket
 import subprocess
 import sys
 
 import pytest
 
-from fedlora import processors
+from fedlora import models, processors, trainable
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from simulation import run
@@ -49,19 +50,43 @@ with run.load("ray", config) as ready, run.open_engine("ray", config, ready) as 
 """
 
 
-def test_workers_are_forks_that_have_base_model_and_records_already(tiny_config, tmp_path):
-    """What a worker holds it shares with the process that started the run."""
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_workers_are_forks_that_have_base_model_and_records_already(threads, tiny_config, tmp_path):
+    """What a worker holds it shares with the process that started the run, with any torch threads.
+
+    The server has that process's one model too.
+    """
     values = {"engine.workers": 2, "federation.rounds": 1, "federation.evaluate-every": 0}
     config = tiny_config(**values, **{"privacy.epsilon": float("inf")})
     (tmp_path / "x.toml").write_text(config.to_toml())
     arguments = [sys.executable, "-c", FORKED, tmp_path / "x.toml", tmp_path / "out"]
     arguments.append(tmp_path / "loads")
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    many = {**os.environ, "OMP_NUM_THREADS": threads}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=many)
     owner, *workers = done.stdout.split()
     assert len(workers) == 2
     assert all(ancestors.split(",")[2] == owner for ancestors in workers)
     loads = (tmp_path / "loads").read_text().splitlines()
     assert sorted(loads) == ["load_base True", "prepare True"]
+
+
+def test_a_run_in_one_process_loads_the_model_once_with_any_torch_threads(
+    tiny_config, simulate_run, monkeypatch, tmp_path
+):
+    loads: list[str] = []
+    inner = models.load_base
+    monkeypatch.setattr(
+        models, "load_base", lambda name, **more: loads.append(name) or inner(name, **more)
+    )
+    for threads in (1, 2):
+        trainable.forget()
+        loads.clear()
+        with trainable.threads(threads):
+            simulate_run(
+                tiny_config(**{"run-dir": str(tmp_path / f"{threads}"), "federation.rounds": 1})
+            )
+        assert len(loads) == 1
+    trainable.forget()
 
 
 def test_cached_records_open_without_torch(tiny_config, tmp_path):
