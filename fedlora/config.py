@@ -40,8 +40,7 @@ from fedlora.strategy_table import STRATEGY_TABLE
 ACCEPTABLE = ("delta", "noise", "labels")
 """Findings that void a result (`fedlora.findings`), and that ``accept`` may name."""
 ENGINE_ONLY = ("run-dir", "accept", "engine.workers", "engine.ray-address", "tracking.")
-"""Keys that may change when a run is resumed: they decide its place, speed and refusal, no
-result."""
+"""Keys that decide a run's place, speed and refusal, and no result."""
 UNRELEASED = ("home.", "engine.", "training.physical-batch", "data.source", "data.test-source")
 """Keys that do not change what a round releases, so that an institution may change them between two
 tries at one order. A ledger knows the records themselves, wherever they lie."""

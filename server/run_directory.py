@@ -292,10 +292,13 @@ def with_tracking(config: RunConfig) -> RunConfig:
 
 
 def changes(old: RunConfig, new: RunConfig) -> list[str]:
-    """Differences between two configurations, without keys that cannot change a result."""
+    """Differences between two configurations that make another run.
+
+    The machine may be another one, also with fewer processors or no GPU, which changes rounding.
+    """
     before, after = old.flat(), new.flat()
     return [
         f"{key} was {before[key]}, now {after[key]}"
         for key in before
-        if before[key] != after[key] and not key.startswith(ENGINE_ONLY)
+        if before[key] != after[key] and not key.startswith((*ENGINE_ONLY, "engine."))
     ]

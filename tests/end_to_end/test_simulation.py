@@ -20,7 +20,7 @@ from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
 from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, statement
-from server.run_directory import RunState
+from server.run_directory import RunDirectory, RunState
 from server.spending import Spending
 from tests.samples import final_adapter, privacy_spent, same_adapters
 from tests.simulation.workers import worker_pids
@@ -339,6 +339,15 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
     records._load.cache_clear()  # as in a new process
     with pytest.raises(InputError, match="other records or base weights"):
         simulate_run(config)
+
+
+def test_a_run_may_be_resumed_on_a_smaller_machine_and_not_as_another_run(tiny_config):
+    config = tiny_config(**{"engine.threads": 2})
+    directory = RunDirectory(Path(config.run_dir))
+    directory.create(config)
+    assert directory.check(config.replace({"engine.threads": 1, "engine.workers": 1}))
+    with pytest.raises(InputError, match=r"holds a run with another .*\(adapter\.rank was 8, now"):
+        directory.check(config.replace({"engine.threads": 1, "adapter.rank": 3}))
 
 
 def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
