@@ -285,7 +285,7 @@ def _settings(name: str) -> bytes:
         "# What this institution decides for itself; docs/deployment.md says what each key means.\n"
         "# gateway: the HOST:PORT that the federation's operator gave, outside the rehearsal.\n"
         "# max-run-epsilon holds at the ledger's delta too; a run's own is at most max-delta.\n"
-        "# With rows that no run trains on `fedlora home` says whether joining paid. Put them there:\n"
+        "# Rows that no run trains on, by which `fedlora home` judges what joining gave:\n"
         '# test-source = "/data/held-out.csv"\n'
     )
     return (head + tomli_w.dumps(values)).encode()
