@@ -57,7 +57,8 @@ def ledger_show(
     entries = shown.pop("entries")
     for key, value in shown.items():
         bound = _BOUNDS.get(key) if isinstance(value, float) else None
-        Terminal().write_line(f"{key.replace('_', ' '):14} {bound(value) if bound else value}")
+        said = "not known before the first run" if value is None else value
+        Terminal().write_line(f"{key.replace('_', ' '):14} {bound(value) if bound else said}")
     columns = ("run", "round", "noise", "shares", "sample rate", "steps", "charged")
     lines = Table(*(Column(column, overflow="fold") for column in columns))
     for entry in entries:

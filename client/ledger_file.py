@@ -125,7 +125,8 @@ def transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Generator[No
 def refuse(path: Path, problems: Sequence[str]) -> None:
     """Raise ``ledger-corrupt`` if there are problems."""
     if problems:
-        raise Refusal("ledger-corrupt", f"{path}: {'; '.join(problems)}")
+        remedy = "restore the file from a backup that has all its charges, or name the right file"
+        raise Refusal("ledger-corrupt", f"{path}: {'; '.join(problems)}; {remedy}")
 
 
 @contextlib.contextmanager
