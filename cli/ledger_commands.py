@@ -56,9 +56,10 @@ def ledger_show(
         return
     entries = shown.pop("entries")
     for key, value in shown.items():
-        bound = _BOUNDS.get(key) if isinstance(value, float) else None
         said = "not known before the first run" if value is None else value
-        Terminal().write_line(f"{key.replace('_', ' '):14} {bound(value) if bound else said}")
+        if isinstance(value, float) and (bound := _BOUNDS.get(key)):
+            said = bound(value)
+        Terminal().write_line(f"{key.replace('_', ' '):14} {said}")
     columns = ("run", "round", "noise", "shares", "sample rate", "steps", "charged")
     lines = Table(*(Column(column, overflow="fold") for column in columns))
     for entry in entries:
