@@ -83,7 +83,9 @@ def adapter_directory(
     return folder / "adapter"
 
 
-def _open(run_dir: Path, config: RunConfig, institution: str, own_model: bool) -> Trainable:
+def _open(
+    run_dir: Path, config: RunConfig, institution: str, *, own_model: bool = False
+) -> Trainable:
     """Load a run's base model with the adapter that the run released, or an own one.
 
     Args:
@@ -133,7 +135,7 @@ def evaluate(
         ``max_length`` tokens and were cut.
     """
     config = configuration(run_dir, overrides or {})
-    work = _open(run_dir, config, institution, own_model)
+    work = _open(run_dir, config, institution, own_model=own_model)
     shard, truncated = data.load_shard(
         config.data, source, labels=work.labels, encode=work.task.encode
     )
@@ -176,7 +178,7 @@ def predict(
                 "would be a guess"
             )
     config = configuration(run_dir, {})
-    work = _open(run_dir, config, institution, own_model)
+    work = _open(run_dir, config, institution, own_model=own_model)
     said = work.task.answer(work.model, texts, work.labels)
     answers: list[dict[str, Any]] = [
         {"text": text, "answer": answer} for text, answer in zip(texts, said.answers, strict=True)
@@ -205,7 +207,7 @@ def merged_model(
     Returns:
         The model, in evaluation mode, which nothing else in this process uses, and its parts.
     """
-    work = _open(run_dir, configuration(run_dir, {}), institution, own_model)
+    work = _open(run_dir, configuration(run_dir, {}), institution, own_model=own_model)
     trainable.forget()  # merging changes the cached model
     merged = merging.merge(work.model)
     if isinstance(merged, EncoderClassifier):
