@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 from client.institution import Institution
 from client.private_round import PrivateRound, Trained, train_rounds
-from fedlora import trainable
+from fedlora import processors
 from fedlora.messages import ClientUpdate, TrainOrder
 
 log = logging.getLogger("fedlora.client")
@@ -90,7 +90,7 @@ def _train(charged: Mapping[int, PrivateRound]) -> dict[int, Trained]:
     for numbers in cohorts.values():
         cohort = [charged[number] for number in numbers]
         try:
-            with trainable.threads(cohort[0].config.engine.threads):
+            with processors.threads(cohort[0].config.engine.threads):
                 trained = train_rounds(cohort)
         except Exception:  # each institution then trains alone, which shows the one that fails
             log.exception("training %d institutions together failed", len(cohort))

@@ -9,7 +9,7 @@ from client import private_home
 from client.cohort import answer, attempt
 from client.home_models import Home, HomeModels, PrivateOwn
 from client.institution import Institution
-from fedlora import records, trainable
+from fedlora import processors, records, trainable
 from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, TrainOrder
 
 log = logging.getLogger("fedlora.client")
@@ -137,7 +137,7 @@ def _private_call(member: Member) -> tuple[Institution, TrainOrder]:
         accountant=accountant,
         residual_rank=private_home.residual_rank(shared),
     )
-    with trainable.threads(config.engine.threads):
+    with processors.threads(config.engine.threads):
         labels = records.load(institution.config).labels
         work = trainable.load(institution.config, labels)
     order = private_home.order_at_home(config, member.run, work.base.digest, shared)

@@ -34,7 +34,7 @@ from client.releases import Releases
 from client.secure_role import SecureRole
 from client.settings import REPORTABLE, Settings
 from client.training import LocalPlan
-from fedlora import accounting, model_card, peers, records, secure_order, trainable
+from fedlora import accounting, model_card, peers, processors, records, secure_order, trainable
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
@@ -165,7 +165,7 @@ class Institution:
             Refusal: With a code; only the code may leave.
         """
         order = self.accept(order)
-        with trainable.threads(self.config.engine.threads):
+        with processors.threads(self.config.engine.threads):
             if not self.config.privacy.enabled:
                 update = self._train_without_dp(order)
             else:
@@ -280,7 +280,7 @@ class Institution:
         Raises:
             Refusal: If the order's adapter does not fit; ``kept-part-unreadable``.
         """
-        with trainable.threads(self.config.engine.threads):
+        with processors.threads(self.config.engine.threads):
             work, adapter = self._load(), self.released(order)
             adapter.load_into(work.model)
             if order.save:
@@ -310,7 +310,7 @@ class Institution:
         Raises:
             Refusal: If the adapter does not fit; ``kept-part-unreadable``.
         """
-        with trainable.threads(self.config.engine.threads):
+        with processors.threads(self.config.engine.threads):
             work = self._load()
             checks.check_base(release, work.base.digest)
             checks.check_adapter(release.adapter, work.start, self.config)
@@ -343,7 +343,7 @@ class Institution:
 
     def models_at_home(self, homes: Sequence[Home]) -> list[HomeModels]:
         """Train the models of institutions that take part in the same run."""
-        with trainable.threads(self.config.engine.threads):
+        with processors.threads(self.config.engine.threads):
             return models_at_home(
                 self._load(), homes, self.config.home, self.config.training.physical_batch
             )
@@ -355,7 +355,7 @@ class Institution:
             shared: The adapter that the run released to it.
             models: Its other models; the own one is saved into ``own/``, with its card.
         """
-        with trainable.threads(self.config.engine.threads):
+        with processors.threads(self.config.engine.threads):
             work = self._load()
             shard = records.load(self.config).held_out(self.index)
             predicted: dict[str, list[int]] = {}
@@ -433,8 +433,9 @@ class Institution:
 
     def events_at_home(self, units: int, ledger: Ledger) -> tuple[Event, ...]:
         """The cost of the own model that a simulated run trains here under DP; else empty."""
-        institutions = len(records.load(self.config).names)
-        if not self.config.home.private or self.index not in self.config.at_home(institutions):
+        if not self.config.home.private:
+            return ()
+        if self.index not in self.config.at_home(len(records.load(self.config).names)):
             return ()
         config = private_home.config_at_home(
             self.config, delta=ledger.delta, accountant=ledger.accountant

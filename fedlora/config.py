@@ -241,8 +241,7 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
     parts: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
         section, _, key = name.rpartition(".")
-        found = _coerced(name, value)
-        parts[section][key.replace("-", "_")] = found
+        parts[section][key.replace("-", "_")] = _coerced(name, value)
     made = {section: cls(**parts[section]) for section, cls in SECTIONS.items()}
     return RunConfig(**parts[""], **typing.cast(dict[str, Any], made))
 

@@ -55,32 +55,22 @@ def adapter_directory(
     Raises:
         InputError: If there is no such adapter.
     """
-    if own_model:
-        made = {path.parent.name: path for path in (run_dir / "institutions").glob("*/own")}
-        if institution not in made:
-            raise InputError(
-                f"institution is {institution or 'not given'}, but {run_dir} has "
-                + (
-                    f"own models of {', '.join(sorted(made))}; give one of these"
-                    if made
-                    else "no own models; they are made where home.method is not none"
-                )
-            )
-        return made[institution]
-    traits = config.federation.traits
-    own = (run_dir / "institutions").glob("*/adapter")
-    names = sorted(path.parent.name for path in own) if traits.local_parts else [""]
+    kind = "own" if own_model else "adapter"
+    several = own_model or config.federation.traits.local_parts
+    found = (run_dir / "institutions").glob(f"*/{kind}")
+    names = sorted(path.parent.name for path in found) if several else [""]
     if institution not in names:
-        raise InputError(
-            f"institution is {institution or 'not given'}, but {run_dir} has "
-            + (
-                f"an adapter for each institution; give one of {', '.join(names)}"
-                if traits.local_parts
-                else "one adapter for all; leave it out"
-            )
-        )
+        if not several:
+            has = "one adapter for all; leave it out"
+        elif not own_model:
+            has = f"an adapter for each institution; give one of {', '.join(names)}"
+        elif names:
+            has = f"own models of {', '.join(names)}; give one of these"
+        else:
+            has = "no own models; they are made where home.method is not none"
+        raise InputError(f"institution is {institution or 'not given'}, but {run_dir} has {has}")
     folder = run_dir / "institutions" / institution if institution else run_dir
-    return folder / "adapter"
+    return folder / kind
 
 
 def _open(

@@ -109,7 +109,7 @@ def write_merged(directory: Path, config: RunConfig, work: Trainable, said: str 
     parts = [
         _front_matter(config, "transformers"),
         f"# {Path(config.run_dir).name}",
-        *filter(None, [said]),
+        *([said] if said else []),
         f"The model of a federated run for {_words(config)}: base model `{base_name(config)}` with "
         "the run's adapter merged into it.",
     ]

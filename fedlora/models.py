@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedlora import processors
 from fedlora.errors import InputError
 from fedlora.extras import require
 from fedlora.model_files import Kind, ModelFiles, Task, digest, encoder_decoder_error, kind, resolve
@@ -78,15 +79,11 @@ def _product_seconds(dtype: "torch.dtype") -> float:
 
     rows, matrix = torch.ones(256, 384, dtype=dtype), torch.ones(384, 384, dtype=dtype)
     seconds: list[float] = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with processors.threads(1):
         for _ in range(10):
             started = time.perf_counter()
             torch.mm(rows, matrix)
             seconds.append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(before)
     return min(seconds)
 
 

@@ -1,7 +1,9 @@
 """The processors that this process may use, which in a container or a batch job are few of many."""
 
+import contextlib
 import math
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 _GROUPS = (
@@ -25,6 +27,19 @@ def count() -> int:
     except AttributeError:  # macOS has no affinity
         allowed = os.cpu_count() or 1
     return max(1, math.ceil(min(allowed, _quota())))
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Generator[None]:
+    """Set torch's threads for a while: floating-point sums depend on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _quota() -> float:

@@ -4,10 +4,9 @@ Both sides use it: an institution trains it, the server starts from it and evalu
 Loading is the slow part of a round, so each process loads once and swaps adapters.
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,6 +21,7 @@ from fedlora import (
     lora_layers,
     model_files,
     models,
+    processors,
     verdicts,
 )
 from fedlora.adapters import AdapterState
@@ -80,17 +80,6 @@ class Trainable:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Generator[None]:
-    """Set torch's threads for a while: floating-point sums depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
     """The process's one `Trainable` for this configuration, loaded at the first call.
 
@@ -115,7 +104,9 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
         threads=config.engine.threads,
         private=config.privacy.enabled,
     )
-    with threads(settings.threads):  # one is loaded with one, since forks would wait for others
+    with processors.threads(
+        settings.threads
+    ):  # one is loaded with one, since forks would wait for others
         return _load(settings)
 
 

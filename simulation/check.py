@@ -215,11 +215,11 @@ def _cost(
     loading: float,
 ) -> dict[str, Any]:
     """Expected time and bytes, from one measured step and one measured evaluation."""
-    from fedlora import trainable, wire
+    from fedlora import wire
 
     federation, names = config.federation, len(records.names)
     asked = min(federation.institutions_per_round or names, names)
-    with trainable.threads(config.engine.threads):
+    with processors.threads(config.engine.threads):
         of_row = _seconds_per_row(config, records, plans, work)
         measured_row = _evaluation_seconds_per_row(records, work)
     workers = config.engine.workers or max(1, processors.count() // config.engine.threads)

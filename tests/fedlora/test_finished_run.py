@@ -82,6 +82,14 @@ def read_elsewhere(directories, texts, tmp_path):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+LEARNS = {
+    "training.max-length": 8,
+    "federation.server-optimizer": "adam",
+    "federation.server-learning-rate": 0.05,
+}
+"""Settings with which the tiny encoder learns in a few rounds."""
+
+
 def finished(directory, **values):
     """A finished run without DP that has learned something."""
     made = config.from_flat(
@@ -111,9 +119,7 @@ def classifier(tmp_path_factory, tiny_encoder, complaints):
         **{
             "model.name": str(tiny_encoder),
             "data.source": str(complaints),
-            "training.max-length": 8,
-            "federation.server-optimizer": "adam",
-            "federation.server-learning-rate": 0.05,
+            **LEARNS,
         },
     )
 
@@ -157,10 +163,8 @@ def test_an_own_model_answers_elsewhere_as_here_and_its_cards_say_that_it_must_n
         **{
             "model.name": str(tiny_encoder),
             "data.source": str(complaints),
-            "training.max-length": 8,
+            **LEARNS,
             "federation.rounds": 2,
-            "federation.server-optimizer": "adam",
-            "federation.server-learning-rate": 0.05,
             "home.method": method,
             "home.steps": 12,
             "home.learning-rate": 0.05,

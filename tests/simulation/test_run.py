@@ -81,7 +81,7 @@ def test_a_run_in_one_process_loads_the_model_once_with_any_torch_threads(
     for threads in (1, 2):
         trainable.forget()
         loads.clear()
-        with trainable.threads(threads):
+        with processors.threads(threads):
             simulate_run(
                 tiny_config(**{"run-dir": str(tmp_path / f"{threads}"), "federation.rounds": 1})
             )
