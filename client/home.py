@@ -52,15 +52,17 @@ def models_at_home(
 
     Each institution holds back a fifth of its training records, trains both models on the rest,
     and chooses by the expected errors on what it held back: for the model alone the learning rate
-    (one of ``home.learning-rate``) and the number of steps (a quarter, a half or all of
-    ``home.steps``), for the own model the rate and the weight of the trained adapter in its mean
-    with the shared one. With few records it takes all steps, the first learning rate and the
-    smallest weight. Then it trains both models anew by these settings, on all its training records.
+    (one of ``home.learning-rate``) and the number of steps (it trains until twice as many have no
+    fewer errors, and at most ``home.steps``), for the own model the rate and the weight of the
+    trained adapter in its mean with the shared one. With few records it takes all steps, the first
+    learning rate and the smallest weight. Then it trains both models anew by these settings, on all
+    its training records.
 
-    The own model takes all steps and a weight of a half or more. The shared adapter was trained on
-    the records held back too, so these would choose few steps and a small weight for no other
-    reason than that. With ``interpolate`` it takes the shared factors and, where the model has a
-    head, a fresh one, which moves at ``home.head-learning-rate`` as that of the model alone.
+    The own model takes as many steps as the model alone, and a weight of a half or more. The shared
+    adapter was trained on the records held back too, so these would choose few steps and a small
+    weight for no other reason than that. With ``interpolate`` it takes the shared factors and,
+    where the model has a head, a fresh one, which moves at ``home.head-learning-rate`` as that of
+    the model alone.
 
     Where the model alone is right on clearly more of the records held back (`is_better`), it is the
     own model too. An own model that was trained under DP stays as it is; no record chooses for it.
@@ -179,7 +181,8 @@ class _Trainer:
         missing = [i for i in range(len(self.homes)) if i not in found]
         compared = [i for i in missing if self.homes[i].own is None]  # one under DP is not
         tried = [i for i in missing if i in compared or self._chooses(i)]
-        trials = self._trials(Model.ALONE, tried)
+        most = checkpoints(self.default.steps)
+        trials = self._trials(Model.ALONE, dict.fromkeys(tried, most))
         chosen = dict.fromkeys(missing, self.default) | {
             i: setting for i, (setting, _) in self._fewest(trials.items()).items()
         }
@@ -206,7 +209,7 @@ class _Trainer:
             if home.own is not None:
                 found[i] = OwnModel(home.own.adapter, self.default, 1.0)
         missing = [i for i in range(len(self.homes)) if i not in found]
-        trials = self._trials(Model.OWN, missing)
+        trials = self._trials(Model.OWN, {i: (alone[i].setting.steps,) for i in missing})
         chosen = dict.fromkeys(missing, (self.default, self.weights[0])) | {
             i: (setting, weight if np.isfinite(errors) else 0.0)
             for i, ((setting, weight), errors) in self._fewest(self._mixtures(trials)).items()
@@ -231,27 +234,25 @@ class _Trainer:
             found[i] = OwnModel(mixed(self.bases[i], adapter, weight), setting, weight)
         return found
 
-    def _trials(self, model: Model, numbers: Iterable[int]) -> Trials:
+    def _trials(self, model: Model, steps: Mapping[int, tuple[int, ...]]) -> Trials:
         """Train one model of institutions that hold records back, on the rest of their records.
 
         Args:
             model: The model.
-            numbers: The institutions. Those that choose are trained by every setting, those that
-                only compare by the first rate.
+            steps: Number of an institution -> the steps to try. Institutions that choose train by
+                every rate, those that only compare by the first rate and the last of their steps.
         """
-        settings = self.settings
-        parts = (4, 2, 1) if model is Model.ALONE else (1,)
-        steps = tuple(sorted({max(1, settings.steps // part) for part in parts}))
-        fits = {i: self.fits[i] for i in numbers if i in self.fits}
+        fits = {i: self.fits[i] for i in steps if i in self.fits}
+        tried = {i: steps[i] if self._chooses(i) else steps[i][-1:] for i in fits}
         found: dict[Setting, dict[int, AdapterState]] = {}
-        for rate in settings.learning_rate:
+        for rate in self.settings.learning_rate:
             if rate != self.default.learning_rate:
                 fits = {i: shard for i, shard in fits.items() if self._chooses(i)}
             if not fits:
                 break
-            adapters = self._train(model, fits, dict.fromkeys(fits, steps), rate, "fit")
-            for k, count in enumerate(steps):
-                found[Setting(count, rate)] = {i: each[k] for i, each in adapters.items()}
+            for i, adapters in self._train(model, fits, tried, rate, "fit").items():
+                for count, adapter in zip(tried[i], adapters, strict=False):  # it may stop early
+                    found.setdefault(Setting(count, rate), {})[i] = adapter
         return found
 
     def _chooses(self, i: int) -> bool:
@@ -295,6 +296,7 @@ class _Trainer:
                 start=self.work.start if alone else self.starts[i],
                 steps=steps[i],
                 source=self.homes[i].source.child(model.value, purpose),
+                held=self.held[i] if len(steps[i]) > 1 else None,
             )
             for i, shard in shards.items()
         ]
@@ -342,6 +344,18 @@ class _Trainer:
             labels = [self.work.labels[target] for target in truth]
             found[i] = tuple(a == b for a, b in zip(said, labels, strict=True))
         return found
+
+
+def checkpoints(most: int) -> tuple[int, ...]:
+    """The numbers of steps that a model alone may take: ``most``, and its halves from 30 on.
+
+    Two halves are among them, however few steps they have. Below 30 steps a comparison says little
+    of what twice as many bring (benchmarks/LOG.md).
+    """
+    found = [most]
+    while len(found) < 3 or found[-1] >= 60:
+        found.append(max(1, found[-1] // 2))
+    return tuple(sorted(set(found)))
 
 
 def beside(shared: AdapterState, work: Trainable) -> AdapterState:

@@ -108,7 +108,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             say(f"own: {config.home.steps} steps at epsilon {config.home.epsilon:g}")
         plain = "alone" if config.home.private else "alone and own"
         compares = len(train_rows) >= HOME_COMPARES_FROM
-        then = " on four fifths of the records, then as many or fewer on all" * compares
+        then = " or fewer on four fifths of the records, then as many on all" * compares
         say(f"{plain}: {config.home.steps} steps{then}")
         home = institution.home(shared)
         member = Member(institution=institution, run=found.run, home=home)

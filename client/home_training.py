@@ -9,6 +9,8 @@ adapter of its own institution.
 # pyright: reportUnknownArgumentType=false
 
 import contextlib
+import itertools
+import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,12 +59,15 @@ class Trainee:
         start: The adapter to start from.
         steps: The numbers of steps after which the adapter is wanted, ascending, from 1.
         source: The random source of shuffling and dropout.
+        held: Records held back, at least one: it stops at the first number of ``steps`` after which
+            it has no fewer expected errors on these than after the number before. None: it goes on.
     """
 
     shard: Shard
     start: AdapterState
     steps: tuple[int, ...]
     source: RandomSource
+    held: Shard | None = None
 
 
 def train_at_home(
@@ -80,19 +85,16 @@ def train_at_home(
         plan: The steps.
 
     Returns:
-        For each trainee an adapter for each entry of its ``steps``.
+        For each trainee an adapter for each entry of its ``steps`` that it reached.
 
     Raises:
         ValueError: If a trainee has no records.
     """
     if not all(len(trainee.shard) for trainee in trainees):
         raise ValueError("training at home needs at least one record")
-    if not _can_share(work, [trainee.start for trainee in trainees]):
-        return [_train_one(work, trainee, plan) for trainee in trainees]
-    order = sorted(range(len(trainees)), key=lambda i: -trainees[i].steps[-1])
-    trained = _train_together(work, [trainees[i] for i in order], plan)
-    found = dict(zip(order, trained, strict=True))
-    return [found[i] for i in range(len(trainees))]
+    if _can_share(work, [trainee.start for trainee in trainees]):
+        return _train_together(work, trainees, plan)
+    return [_train_one(work, trainee, plan) for trainee in trainees]
 
 
 def expected_errors(
@@ -183,6 +185,33 @@ def _optimizer(named: Mapping[str, torch.nn.Parameter], plan: HomePlan) -> torch
     return torch.optim.Adam(groups, fused=True)
 
 
+class _Progress:
+    """Which trainees go on, by the expected errors on records that they hold back."""
+
+    def __init__(self, work: Trainable, trainees: Sequence[Trainee], plan: HomePlan) -> None:
+        self._work, self._trainees, self._plan = work, trainees, plan
+        self._errors = [math.inf] * len(trainees)
+
+    def going_on(self, reached: Mapping[int, AdapterState], steps: int) -> set[int]:
+        """The numbers of the trainees that go on, of those that reached these steps.
+
+        Args:
+            reached: Number of a trainee -> its adapter after these steps.
+            steps: The steps, one of each trainee's.
+        """
+        more = {i for i in reached if self._trainees[i].steps[-1] > steps}
+        held = {i: shard for i in sorted(more) if (shard := self._trainees[i].held) is not None}
+        adapters = [reached[i] for i in held]
+        errors = expected_errors(
+            self._work, adapters, list(held.values()), self._plan.physical_batch
+        )
+        for i, measured in zip(held, errors, strict=True):
+            if not measured < self._errors[i]:
+                more.discard(i)
+            self._errors[i] = measured
+        return more
+
+
 def _train_one(work: Trainable, trainee: Trainee, plan: HomePlan) -> list[AdapterState]:
     trainee.start.load_into(work.model)
     named = lora_layers.trained(work.model)
@@ -190,18 +219,24 @@ def _train_one(work: Trainable, trainee: Trainee, plan: HomePlan) -> list[Adapte
     optimizer, shard = _optimizer(named, plan), trainee.shard
     tail = _TailMeans(trainee.steps, list(named.values()))
     size, source = min(plan.batch_size, len(shard)), trainee.source
-    with training_steps(work, private=False):
-        batches = shuffled(len(shard), size, trainee.steps[-1], source.child("shuffle"))
-        for step, rows in enumerate(batches, 1):
-            optimizer.zero_grad()
-            add_gradients(work, shard, rows, plan.physical_batch, source.child("dropout", step))
-            pull()
-            optimizer.step()
-            tail.add(step)
-    return [
-        trainee.start.updated(dict(zip(named, tail.means[steps], strict=True)))
-        for steps in trainee.steps
-    ]
+    batches = shuffled(len(shard), size, trainee.steps[-1], source.child("shuffle"))
+    progress = _Progress(work, [trainee], plan)
+    found: list[AdapterState] = []
+    for done, wanted in itertools.pairwise((0, *trainee.steps)):
+        with training_steps(work, private=False):
+            for step in range(done + 1, wanted + 1):
+                rows, dropout = next(batches), source.child("dropout", step)
+                optimizer.zero_grad()
+                add_gradients(work, shard, rows, plan.physical_batch, dropout)
+                pull()
+                optimizer.step()
+                tail.add(step)
+        found.append(trainee.start.updated(dict(zip(named, tail.means[wanted], strict=True))))
+        iterate = AdapterState.read(work.model)
+        if not progress.going_on({0: found[-1]}, wanted):
+            break
+        iterate.load_into(work.model)
+    return found
 
 
 def _train_together(
@@ -209,55 +244,85 @@ def _train_together(
 ) -> list[list[AdapterState]]:
     """Train with values ``(trainees, *shape)`` of each parameter, in shared packed passes.
 
-    Trainees with more steps come first. A trainee that has taken its last step moves on with a
-    gradient of zero, unseen.
+    A trainee that has taken its last step moves on with a gradient of zero, unseen.
     """
     stacked = {
         name: torch.nn.Parameter(values)
         for name, values in _stacked(work, [t.start for t in trainees]).items()
     }
     pull = proximal_term(list(stacked.values()), plan.proximal)
-    optimizer, named = _optimizer(stacked, plan), lora_layers.trained(work.model)
-    tail = _TailMeans({s for t in trainees for s in t.steps}, list(stacked.values()))
-    last = trainees[0].steps[-1]
+    optimizer = _optimizer(stacked, plan)
+    checkpoints = sorted({steps for t in trainees for steps in t.steps})
+    tail = _TailMeans(checkpoints, list(stacked.values()))
     batches = [
-        shuffled(len(t.shard), min(plan.batch_size, len(t.shard)), last, t.source.child("shuffle"))
+        shuffled(
+            len(t.shard),
+            min(plan.batch_size, len(t.shard)),
+            t.steps[-1],
+            t.source.child("shuffle"),
+        )
         for t in trainees
     ]
     for values in stacked.values():
         values.grad = torch.zeros_like(values)
-    with training_steps(work, private=False):
-        for step in range(1, last + 1):
-            optimizer.zero_grad(set_to_none=False)
-            active = sum(step <= t.steps[-1] for t in trainees)
-            parts = [
-                t.shard.select(np.sort(next(rows)))
-                for t, rows in zip(trainees[:active], batches, strict=False)
-            ]
-            sizes = [len(part) for part in parts]
-            owner = np.repeat(np.arange(active), sizes)
-            passes = _shared_passes(work, concatenate(parts), owner, stacked, plan.physical_batch)
-            with contextlib.closing(passes):
-                for rows, losses, owners in passes:
-                    share = torch.tensor([1 / sizes[i] for i in owner[rows]], dtype=losses.dtype)
-                    (losses * share).sum().backward()
-                    work.per_sample.collect()
-                    for name, parameter in named.items():
-                        gradient = stacked[name].grad
-                        assert gradient is not None
-                        gradient[owners].add_(pop_grad_sample(name, parameter))
-            pull()
-            optimizer.step()
-            tail.add(step)
-    return [
-        [
-            trainee.start.updated(
-                {n: means[i].clone() for n, means in zip(stacked, tail.means[steps], strict=True)}
+    found: list[list[AdapterState]] = [[] for _ in trainees]
+    progress = _Progress(work, trainees, plan)
+    training = list(range(len(trainees)))
+    for done, wanted in itertools.pairwise((0, *checkpoints)):
+        with training_steps(work, private=False):
+            for step in range(done + 1, wanted + 1):
+                optimizer.zero_grad(set_to_none=False)
+                parts = {i: trainees[i].shard.select(np.sort(next(batches[i]))) for i in training}
+                _add_shared_gradients(work, parts, stacked, plan.physical_batch)
+                pull()
+                optimizer.step()
+                tail.add(step)
+        reached = {
+            i: trainees[i].start.updated(
+                {n: m[i].clone() for n, m in zip(stacked, tail.means[wanted], strict=True)}
             )
-            for steps in trainee.steps
-        ]
-        for i, trainee in enumerate(trainees)
-    ]
+            for i in training
+            if wanted in trainees[i].steps
+        }
+        for i, adapter in reached.items():
+            found[i].append(adapter)
+        more = progress.going_on(reached, wanted)
+        training = [i for i in training if i not in reached or i in more]
+        if not training:
+            break
+    return found
+
+
+def _add_shared_gradients(
+    work: Trainable,
+    shards: Mapping[int, Shard],
+    stacked: Mapping[str, torch.nn.Parameter],
+    physical_batch: int,
+) -> None:
+    """Add the gradient of the mean loss over each shard to that adapter's row of the gradients.
+
+    Args:
+        work: The model.
+        shards: Number of an adapter -> records, ascending, each at least one.
+        stacked: The values ``(adapters, *shape)`` of each trained parameter, with gradients.
+        physical_batch: Records in memory at a time.
+    """
+    numbers = torch.tensor(list(shards))
+    sizes = [len(shard) for shard in shards.values()]
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    values = {name: each.detach()[numbers] for name, each in stacked.items()}
+    records = concatenate(list(shards.values()))
+    named = lora_layers.trained(work.model)
+    passes = _shared_passes(work, records, owner, values, physical_batch)
+    with contextlib.closing(passes):
+        for rows, losses, owners in passes:
+            share = torch.tensor([1 / sizes[i] for i in owner[rows]], dtype=losses.dtype)
+            (losses * share).sum().backward()
+            work.per_sample.collect()
+            for name, parameter in named.items():
+                gradient = stacked[name].grad
+                assert gradient is not None
+                gradient.index_add_(0, numbers[owners], pop_grad_sample(name, parameter))
 
 
 def _stacked(work: Trainable, adapters: Sequence[AdapterState]) -> dict[str, torch.Tensor]:

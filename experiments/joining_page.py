@@ -39,11 +39,11 @@ PRIVATE = (
     "the shared adapter only."
 )
 CHOICES = (
-    "The number of training steps of the model alone, the learning rate at home if several are "
-    "given, and how much an own model without differential privacy keeps of the shared adapter (at "
-    "most half; with fine-tune nothing), were chosen by each institution on validation records, a "
-    "part of its training records. Institutions with fewer than "
-    f"{HOME_CHOOSES_FROM} training records chose none of these. "
+    "The number of training steps of the model alone, which an own model without differential "
+    "privacy takes too, the learning rate at home if several are given, and how much such an own "
+    "model keeps of the shared adapter (at most half; with fine-tune nothing), were chosen by each "
+    "institution on validation records, a part of its training records. Institutions with fewer "
+    f"than {HOME_CHOOSES_FROM} training records chose none of these. "
     "Held-out records decided nothing in this run: the models that institutions made at home were "
     "measured on them once, at the end; the shared adapter also in rounds that measure it."
 )
@@ -72,8 +72,13 @@ def home_promise(joining: Mapping[str, Any]) -> str:
     return PRIVATE.format(**joining) if "epsilon" in joining else STAYS
 
 
-def section(result: Mapping[str, Any]) -> list[Section]:
-    """Return the section on what joining gave in a run; nothing where nothing was compared."""
+def section(result: Mapping[str, Any], most: int) -> list[Section]:
+    """Return the section on what joining gave in a run; nothing where nothing was compared.
+
+    Args:
+        result: The run's ``result.json``.
+        most: Its ``home.steps``.
+    """
     if "joining" not in result:
         return []
     failed = ", ".join(
@@ -91,7 +96,7 @@ def section(result: Mapping[str, Any]) -> list[Section]:
                 home_promise(joining),
                 CHOICES,
                 *_keeping(joining),
-                *_most_steps(joining["institutions"]),
+                *_most_steps(joining["institutions"], most),
                 INTERVALS,
                 *_macro_f1(joining),
                 _scarce(joining),
@@ -139,16 +144,16 @@ def _keeping(joining: Mapping[str, Any]) -> list[str]:
     return [KEEPING + said + (f": {', '.join(names)}. Their gain is 0." if names else ".")]
 
 
-def _most_steps(institutions: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How many models alone may have been stopped too early; own models take all steps."""
+def _most_steps(institutions: Mapping[str, Mapping[str, Any]], most: int) -> list[str]:
+    """How many models alone may have been stopped too early."""
     chose = [of for of in institutions.values() if of["records"] >= HOME_CHOOSES_FROM]
     if not chose:
         return []
-    most = sum(of["alone_steps"] == of["own_steps"] for of in chose)
+    took = sum(of["alone_steps"] == most for of in chose)
     return [
-        f"Of {len(chose)} models alone that could choose their number of steps, {most} took the "
-        f"most, {chose[0]['own_steps']:g} (home.steps). Where most do, models alone may be better "
-        "with more, and the gain of joining smaller."
+        f"Of {len(chose)} models alone that could choose their number of steps, {took} took the "
+        f"most, {most:,} (home.steps). Where most do, models alone may be better with more, and "
+        "the gain of joining smaller."
     ]
 
 

@@ -502,11 +502,11 @@ class HomeConfig(Section):
         choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
     )
     steps: int = key(
-        60, "steps at home; for the model alone validation records may choose fewer", at_least=1
+        120, "the most steps at home; validation records may choose fewer", at_least=1
     )
     batch_size: int = key(32, "records of a step at home", at_least=1)
     learning_rate: tuple[float, ...] = key(
-        (0.002,),
+        (0.005,),
         "Adam's learning rates at home: validation records choose one; an institution with too "
         "few of them takes the first",
         at_least=1e-7,

@@ -88,14 +88,16 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
 
     def spied_train(work, trainees, plan):
         trained.append([one.shard for one in trainees])
+        measured.extend(one.held for one in trainees if one.held is not None)
         return train(work, trainees, plan)
 
     def spied_measure(work, adapters, shards, physical_batch):
-        measured.append(shards)
+        measured.extend(shards)
         return measure(work, adapters, shards, physical_batch)
 
     monkeypatch.setattr(home, "train_at_home", spied_train)
     monkeypatch.setattr(home, "expected_errors", spied_measure)
+    monkeypatch.setattr(home_training, "expected_errors", spied_measure)
     homes = homes_of(institutions, order)
 
     def held_out(*_):
@@ -104,15 +106,16 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
     monkeypatch.setattr(Federation, "held_out", held_out)
     monkeypatch.setattr(Federation, "pooled_held_out", held_out)
     institutions[0].models_at_home(homes)
-    assert len(trained) == 4 and len(measured) == 3 + len(WEIGHTS)
+    assert len(trained) == 4
     trained = [trained[i] for i in (0, 2, 1, 3)]  # trials first
+    validations = {tuple(hashes(shard)) for shard in measured}
+    assert len(validations) == 4 < len(measured)
     for i, one in enumerate(homes):
         everything = sorted(hashes(one.shard))
         for shards in trained[:2]:
-            for validation in measured:
-                fit, held = hashes(shards[i]), hashes(validation[i])
-                assert sorted([*fit, *held]) == everything
-                assert len(held) == round(0.2 * len(everything))
+            fit = hashes(shards[i])
+            (held,) = (v for v in validations if sorted([*fit, *v]) == everything)
+            assert len(held) == round(0.2 * len(everything))
         for shards in trained[2:]:
             assert sorted(hashes(shards[i])) == everything
 
@@ -231,34 +234,39 @@ def test_the_choice_is_the_one_with_the_fewest_expected_errors(banks, method):
         return home_training.expected_errors(work, [adapter], [validation], 64)[0]
 
     alone = trial(work.start, "alone", config.home.head_learning_rate, 0.0, (2, 4, 8))
+    errors = [error(adapter) for adapter in alone]
+    best = next((k for k in (0, 1) if errors[k + 1] >= errors[k]), 2)
+    steps = (2, 4, 8)[best]
     if method == "interpolate":
         start = one.shared.updated(work.start.only(("head",)))
         assert not start["base_model.model.classifier.weight"].any()
-        (own,) = trial(start, "own", config.home.head_learning_rate, 0.0, (8,))
+        (own,) = trial(start, "own", config.home.head_learning_rate, 0.0, (steps,))
     else:
-        (own,) = trial(one.shared, "own", 0.02, 0.1 if method == "ditto" else 0.0, (8,))
+        (own,) = trial(one.shared, "own", 0.02, 0.1 if method == "ditto" else 0.0, (steps,))
     weight = 1.0
     if method != "fine-tune":
         weight = min(WEIGHTS, key=lambda w: error(mixed(one.shared, own, w)))
-    alone_best = min(range(3), key=lambda k: error(alone[k]))
-    assert found.choice == Choice(
-        alone=Setting((2, 4, 8)[alone_best], 0.02),
-        own=Setting(8, 0.02),
-        weight=weight,
-    )
+    setting = Setting(steps, 0.02)
+    assert found.choice == Choice(alone=setting, own=setting, weight=weight)
 
 
-@pytest.mark.parametrize(("model", "steps"), [("alone", (2, 4, 8)), ("own", (8,))])
-def test_rates_and_the_steps_of_alone_are_chosen_together_for_each_institution(banks, model, steps):
-    """By hand: the least expected error of the trials. The own model takes all steps."""
+@pytest.mark.parametrize("model", ["alone", "own"])
+def test_rates_and_the_steps_of_alone_are_chosen_together_for_each_institution(banks, model):
+    """By hand: the least expected error of the trials up to the first that is no better.
+
+    The own model takes the steps of the model alone.
+    """
     rates = (1e-6, 0.05, 5.0)
     institutions, order, work, config = banks(
         **{"home.learning-rate": rates, "home.method": "fine-tune"}
     )
     homes = homes_of(institutions, order)
     found = models_at_home(work, homes, config.home, 64)
+    stopped, taken = 0, set()
     for one, models_of_one in zip(homes, found, strict=True):
         fit, validation = home._split(one)
+        of_alone = models_of_one.choice.alone.steps
+        steps = (2, 4, 8) if model == "alone" else (of_alone,)
         errors = {}
         for rate in rates:
             plan = home_training.HomePlan(
@@ -274,13 +282,36 @@ def test_rates_and_the_steps_of_alone_are_chosen_together_for_each_institution(b
                 source=one.source.child(model, "fit"),
             )
             ((*adapters,),) = home_training.train_at_home(work, [trainee], plan)
+            before = np.inf
             for count, adapter in zip(steps, adapters, strict=True):
-                (errors[Setting(count, rate)],) = home_training.expected_errors(
-                    work, [adapter], [validation], 64
-                )
+                (error,) = home_training.expected_errors(work, [adapter], [validation], 64)
+                errors[Setting(count, rate)] = error
+                if not error < before:
+                    stopped += count < steps[-1]
+                    break
+                before = error
         chosen = getattr(models_of_one.choice, model)
+        taken.add(chosen.steps)
         assert errors[chosen] == pytest.approx(min(errors.values()), abs=1e-6)
         assert len({round(error, 3) for error in errors.values()}) > 1
+    assert len(taken) > 1 and (stopped or model == "own")
+
+
+@pytest.mark.parametrize(
+    ("most", "tried"),
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (8, (2, 4, 8)),
+        (24, (6, 12, 24)),
+        (60, (15, 30, 60)),
+        (120, (30, 60, 120)),
+        (239, (59, 119, 239)),
+        (240, (30, 60, 120, 240)),
+    ],
+)
+def test_a_model_alone_tries_the_most_steps_and_its_halves(most, tried):
+    assert home.checkpoints(most) == tried
 
 
 def test_the_chosen_settings_train_both_models_anew_on_all_records(banks, monkeypatch):

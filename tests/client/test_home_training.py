@@ -107,6 +107,41 @@ def test_institutions_that_share_passes_get_the_adapters_that_each_gets_alone(
             assert far > 100 * ROUNDING * PLAN.head_learning_rate  # it moved, and not by rounding
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_trainee_stops_where_records_held_back_see_no_fewer_errors(bank, shared, monkeypatch):
+    """The errors are given; those who go on get what they get without anyone stopping."""
+    made, steps = bank(), (1, 2, 4, 8)
+    errors = [[0.5, 0.4, 0.3], [0.5, 0.5], [0.5, 0.4, 0.4], [np.nan]]  # as long as asked
+    left = [list(each) for each in errors]
+    numbers = {}
+
+    def measured(work, adapters, shards, physical_batch):
+        found = [left[numbers[id(shard)]].pop(0) for shard in shards]
+        for adapter, shard in zip(adapters, shards, strict=True):
+            reached[numbers[id(shard)]].append(adapter)
+            moved(adapter, 0).load_into(work.model)  # it may leave anything in the model
+        return found
+
+    reached = [[], [], [], []]
+    if not shared:
+        monkeypatch.setattr(home_training, "_can_share", lambda *_: False)
+    trainees = cohort(made, [steps] * 4)
+    expected = train_at_home(made.work, trainees, PLAN)
+    monkeypatch.setattr(home_training, "expected_errors", measured)
+    held = [shard.select(range(3)) for shard in made.shards]
+    numbers |= {id(shard): i for i, shard in enumerate(held)}
+    asked = [dataclasses.replace(t, held=held[i]) for i, t in enumerate(trainees)]
+    found = train_at_home(made.work, asked, PLAN)
+    assert [len(each) for each in found] == [4, 2, 3, 1] and left == [[], [], [], []]
+    for i, adapters in enumerate(found):
+        assert len(reached[i]) == len(errors[i])
+        for adapter, one in zip(adapters, expected[i], strict=False):
+            for name, tensor in one.items():
+                torch.testing.assert_close(adapter[name], tensor, rtol=0, atol=1e-6)
+        for adapter, one in zip(reached[i], adapters, strict=False):
+            assert all(torch.equal(adapter[n], one[n]) for n in one)
+
+
 def test_no_institutions_are_trained_to_no_adapters(bank):
     work = bank().work
     assert train_at_home(work, [], PLAN) == []
