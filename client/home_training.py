@@ -79,8 +79,8 @@ def train_at_home(
     decaying step size (Polyak & Juditsky 1992), and needs no number of steps beforehand.
 
     Args:
-        work: The model. Its trained parameters are those that are trained here; their values are
-            the last trainee's afterwards.
+        work: The model. Its trained parameters are those that are trained here; afterwards they
+            may have any values.
         trainees: Any number of them.
         plan: The steps.
 

@@ -501,9 +501,7 @@ class HomeConfig(Section):
         "and is the default and the only choice for sft",
         choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
     )
-    steps: int = key(
-        120, "the most steps at home; validation records may choose fewer", at_least=1
-    )
+    steps: int = key(120, "the most steps at home; validation records may choose fewer", at_least=1)
     batch_size: int = key(32, "records of a step at home", at_least=1)
     learning_rate: tuple[float, ...] = key(
         (0.005,),
