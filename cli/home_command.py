@@ -25,7 +25,7 @@ def home(
     ] = None,
     method: Annotated[str, typer.Option(help="As home.method; wins over the run's.")] = "",
     steps: Annotated[
-        int | None, typer.Option(help="Steps at home; wins over the run's home.steps.")
+        int | None, typer.Option(help="The most steps at home; wins over the run's home.steps.")
     ] = None,
     epsilon: Annotated[
         float | None,

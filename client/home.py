@@ -34,6 +34,8 @@ from fedlora.sections import (
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable
 
+COMPARED_FROM = 30
+"""The fewest steps after which a model alone may stop: fewer say little of what more will bring."""
 WEIGHTS = (0.5, 0.75, 1.0)
 """Weights of the adapter that was trained at home, against the shared one; fine-tune has only 1."""
 
@@ -54,9 +56,9 @@ def models_at_home(
     and chooses by the expected errors on what it held back: for the model alone the learning rate
     (one of ``home.learning-rate``) and the number of steps (it trains until twice as many have no
     fewer errors, and at most ``home.steps``), for the own model the rate and the weight of the
-    trained adapter in its mean with the shared one. With few records it takes all steps, the first
-    learning rate and the smallest weight. Then it trains both models anew by these settings, on all
-    its training records.
+    trained adapter in its mean with the shared one. With few records it takes the first learning
+    rate, the smallest weight and all steps, but `HOME_STEPS_WITHOUT_CHOICE` at most. Then it trains
+    both models anew by these settings, on all its training records.
 
     The own model takes as many steps as the model alone, and a weight of a half or more. The shared
     adapter was trained on the records held back too, so these would choose few steps and a small
@@ -161,7 +163,7 @@ class _Trainer:
             head = work.start.only(("head",))
             self.starts = [base.updated(head) for base in self.bases]
         self.weights = (1.0,) if settings.method == "fine-tune" else WEIGHTS
-        self.default = Setting(settings.steps, settings.learning_rate[0])
+        self.default = Setting(settings.steps_without_choice, settings.learning_rate[0])
         self.fits: dict[int, Shard] = {}  # of institutions that hold records back
         self.held: dict[int, Shard] = {}
         for i, home in enumerate(homes):
@@ -181,7 +183,7 @@ class _Trainer:
         missing = [i for i in range(len(self.homes)) if i not in found]
         compared = [i for i in missing if self.homes[i].own is None]  # one under DP is not
         tried = [i for i in missing if i in compared or self._chooses(i)]
-        most = checkpoints(self.default.steps)
+        most = checkpoints(self.settings.steps)
         trials = self._trials(Model.ALONE, dict.fromkeys(tried, most))
         chosen = dict.fromkeys(missing, self.default) | {
             i: setting for i, (setting, _) in self._fewest(trials.items()).items()
@@ -207,7 +209,8 @@ class _Trainer:
         found: dict[int, OwnModel] = {}
         for i, home in enumerate(self.homes):
             if home.own is not None:
-                found[i] = OwnModel(home.own.adapter, self.default, 1.0)
+                setting = Setting(self.settings.steps, self.settings.private_learning_rate)
+                found[i] = OwnModel(home.own.adapter, setting, 1.0)
         missing = [i for i in range(len(self.homes)) if i not in found]
         trials = self._trials(Model.OWN, {i: (alone[i].setting.steps,) for i in missing})
         chosen = dict.fromkeys(missing, (self.default, self.weights[0])) | {
@@ -240,10 +243,10 @@ class _Trainer:
         Args:
             model: The model.
             steps: Number of an institution -> the steps to try. Institutions that choose train by
-                every rate, those that only compare by the first rate and the last of their steps.
+                every rate, those that only compare by the default setting.
         """
         fits = {i: self.fits[i] for i in steps if i in self.fits}
-        tried = {i: steps[i] if self._chooses(i) else steps[i][-1:] for i in fits}
+        tried = {i: steps[i] if self._chooses(i) else (self.default.steps,) for i in fits}
         found: dict[Setting, dict[int, AdapterState]] = {}
         for rate in self.settings.learning_rate:
             if rate != self.default.learning_rate:
@@ -253,7 +256,9 @@ class _Trainer:
             for i, adapters in self._train(model, fits, tried, rate, "fit").items():
                 for count, adapter in zip(tried[i], adapters, strict=False):  # it may stop early
                     found.setdefault(Setting(count, rate), {})[i] = adapter
-        return found
+        rates = self.settings.learning_rate
+        in_order = sorted(found, key=lambda s: (rates.index(s.learning_rate), s.steps))
+        return {setting: found[setting] for setting in in_order}  # of equal errors the first counts
 
     def _chooses(self, i: int) -> bool:
         return len(self.homes[i].shard) >= HOME_CHOOSES_FROM
@@ -296,7 +301,7 @@ class _Trainer:
                 start=self.work.start if alone else self.starts[i],
                 steps=steps[i],
                 source=self.homes[i].source.child(model.value, purpose),
-                held=self.held[i] if len(steps[i]) > 1 else None,
+                held=self.held[i] if len(steps[i]) > 1 and steps[i][0] >= COMPARED_FROM else None,
             )
             for i, shard in shards.items()
         ]
@@ -347,13 +352,12 @@ class _Trainer:
 
 
 def checkpoints(most: int) -> tuple[int, ...]:
-    """The numbers of steps that a model alone may take: ``most``, and its halves from 30 on.
+    """The numbers of steps that a model alone may take: ``most``, its half, its quarter, and so on.
 
-    Two halves are among them, however few steps they have. Below 30 steps a comparison says little
-    of what twice as many bring (benchmarks/LOG.md).
+    Beyond the quarter it is halved as long as `COMPARED_FROM` steps are left.
     """
     found = [most]
-    while len(found) < 3 or found[-1] >= 60:
+    while len(found) < 3 or found[-1] >= 2 * COMPARED_FROM:
         found.append(max(1, found[-1] // 2))
     return tuple(sorted(set(found)))
 

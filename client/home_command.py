@@ -33,7 +33,7 @@ from fedlora.files import new_path, write_atomic
 from fedlora.joining_verdict import ALL_KEEP, FINDINGS, MODELS, interval, macro_f1_gain, outcome
 from fedlora.released import ReleaseFiles
 from fedlora.rounding import at_most
-from fedlora.sections import HOME_COMPARES_FROM, HomeConfig
+from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
 
 LOCK = "home.lock"
 SPLIT = 0.2
@@ -107,9 +107,11 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         if config.home.private:
             say(f"own: {config.home.steps} steps at epsilon {config.home.epsilon:g}")
         plain = "alone" if config.home.private else "alone and own"
-        compares = len(train_rows) >= HOME_COMPARES_FROM
-        then = " or fewer on four fifths of the records, then as many on all" * compares
-        say(f"{plain}: {config.home.steps} steps{then}")
+        if len(train_rows) >= HOME_CHOOSES_FROM:
+            steps = f"at most {config.home.steps} steps on four fifths of the records, then on all"
+        else:
+            steps = f"{config.home.steps_without_choice} steps"
+        say(f"{plain}: {steps}")
         home = institution.home(shared)
         member = Member(institution=institution, run=found.run, home=home)
         models = home_cohort.train({0: member})[0]

@@ -231,7 +231,8 @@ def _train_one(work: Trainable, trainee: Trainee, plan: HomePlan) -> list[Adapte
                 pull()
                 optimizer.step()
                 tail.add(step)
-        found.append(trainee.start.updated(dict(zip(named, tail.means[wanted], strict=True))))
+        means = (mean.cpu() for mean in tail.means.pop(wanted))
+        found.append(trainee.start.updated(dict(zip(named, means, strict=True))))
         iterate = AdapterState.read(work.model)
         if not progress.going_on({0: found[-1]}, wanted):
             break
@@ -244,7 +245,7 @@ def _train_together(
 ) -> list[list[AdapterState]]:
     """Train with values ``(trainees, *shape)`` of each parameter, in shared packed passes.
 
-    A trainee that has taken its last step moves on with a gradient of zero, unseen.
+    A trainee that has taken its last step moves on without a gradient, unseen.
     """
     stacked = {
         name: torch.nn.Parameter(values)
@@ -277,10 +278,9 @@ def _train_together(
                 pull()
                 optimizer.step()
                 tail.add(step)
+        means = dict(zip(stacked, tail.means.pop(wanted), strict=True))
         reached = {
-            i: trainees[i].start.updated(
-                {n: m[i].clone() for n, m in zip(stacked, tail.means[wanted], strict=True)}
-            )
+            i: trainees[i].start.updated({name: mean[i].clone() for name, mean in means.items()})
             for i in training
             if wanted in trainees[i].steps
         }

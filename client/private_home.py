@@ -15,8 +15,9 @@ def config_at_home(
 ) -> RunConfig:
     """The configuration under which the own model of a run is trained under DP.
 
-    Steps and rate are those of home; sample rate, clipping and noise those of the run. Seeded noise
-    follows from seed and round, so the round is the one after the run's last.
+    Steps are those of home, the rate is a share of that of home; sample rate, clipping and noise
+    those of the run. Seeded noise follows from seed and round, so the round is the one after the
+    run's last.
 
     Args:
         config: The run, with a finite ``home.epsilon``.
@@ -35,7 +36,7 @@ def config_at_home(
             "privacy.accountant": accountant,
             "training.local-steps": config.home.steps,
             "training.optimizer": "adam",
-            "training.learning-rate": config.home.learning_rate[0],
+            "training.learning-rate": config.home.private_learning_rate,
             "training.proximal": 0.0,
             "adapter.ranks": "",
             "federation.rounds": config.federation.rounds + 1,

@@ -480,6 +480,10 @@ HOME_VALIDATION = 0.2
 """Share of an institution's training records that choices at home are made on."""
 HOME_CHOOSES_FROM = 78
 """An institution with fewer training records, so fewer than 16 to choose on, chooses no setting."""
+HOME_STEPS_WITHOUT_CHOICE = 60
+"""The most steps of such an institution; with 80 records 96 at a rate of 0.005 do no better."""
+HOME_PRIVATE_RATE = 0.3
+"""Of a learning rate at home the share under DP: Adam carries noise by rate times root of steps."""
 HOME_COMPARES_FROM = 38
 """With fewer training records, so fewer than 8 held back, alone and own are not compared."""
 
@@ -548,6 +552,16 @@ class HomeConfig(Section):
         """Whether own models are trained under DP."""
         return self.method != "none" and math.isfinite(self.epsilon)
 
+    @property
+    def steps_without_choice(self) -> int:
+        """Steps of an institution that has too few records to choose them."""
+        return min(self.steps, HOME_STEPS_WITHOUT_CHOICE)
+
+    @property
+    def private_learning_rate(self) -> float:
+        """The learning rate of an own model under DP."""
+        return HOME_PRIVATE_RATE * self.learning_rate[0]
+
     def chosen(self, institutions: int) -> list[int]:
         """The numbers of the institutions that train at home, of so many, ascending."""
         count = min(self.institutions or institutions, institutions)
@@ -565,10 +579,10 @@ class HomeConfig(Section):
         """
         if self.method == "none":
             return 0.0
-        trials = 1 if records >= HOME_COMPARES_FROM else 0
+        trials, steps = int(records >= HOME_COMPARES_FROM), self.steps_without_choice
         if records >= HOME_CHOOSES_FROM:
-            trials = len(self.learning_rate)
-        return 2 * (trials + 1) * self.steps * min(self.batch_size, records)
+            trials, steps = len(self.learning_rate), self.steps
+        return 2 * (trials + 1) * steps * min(self.batch_size, records)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,12 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
 
     def spied_train(work, trainees, plan):
         trained.append([one.shard for one in trainees])
-        measured.extend(one.held for one in trainees if one.held is not None)
+        for one, everything in zip(trainees, records_of, strict=True):
+            if one.held is None:
+                assert one.steps[-1:] == one.steps  # stops at none of them
+            else:
+                assert sorted(hashes(one.shard) + hashes(one.held)) == everything
+                measured.append(one.held)
         return train(work, trainees, plan)
 
     def spied_measure(work, adapters, shards, physical_batch):
@@ -98,7 +103,9 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
     monkeypatch.setattr(home, "train_at_home", spied_train)
     monkeypatch.setattr(home, "expected_errors", spied_measure)
     monkeypatch.setattr(home_training, "expected_errors", spied_measure)
+    monkeypatch.setattr(home, "COMPARED_FROM", 2)
     homes = homes_of(institutions, order)
+    records_of = [sorted(hashes(one.shard)) for one in homes]
 
     def held_out(*_):
         raise AssertionError("a held-out row was read")
@@ -110,8 +117,7 @@ def test_choices_are_made_on_training_records_that_the_trial_did_not_train_on(ba
     trained = [trained[i] for i in (0, 2, 1, 3)]  # trials first
     validations = {tuple(hashes(shard)) for shard in measured}
     assert len(validations) == 4 < len(measured)
-    for i, one in enumerate(homes):
-        everything = sorted(hashes(one.shard))
+    for i, everything in enumerate(records_of):
         for shards in trained[:2]:
             fit = hashes(shards[i])
             (held,) = (v for v in validations if sorted([*fit, *v]) == everything)
@@ -234,9 +240,7 @@ def test_the_choice_is_the_one_with_the_fewest_expected_errors(banks, method):
         return home_training.expected_errors(work, [adapter], [validation], 64)[0]
 
     alone = trial(work.start, "alone", config.home.head_learning_rate, 0.0, (2, 4, 8))
-    errors = [error(adapter) for adapter in alone]
-    best = next((k for k in (0, 1) if errors[k + 1] >= errors[k]), 2)
-    steps = (2, 4, 8)[best]
+    steps = (2, 4, 8)[min(range(3), key=lambda k: error(alone[k]))]
     if method == "interpolate":
         start = one.shared.updated(work.start.only(("head",)))
         assert not start["base_model.model.classifier.weight"].any()
@@ -251,11 +255,14 @@ def test_the_choice_is_the_one_with_the_fewest_expected_errors(banks, method):
 
 
 @pytest.mark.parametrize("model", ["alone", "own"])
-def test_rates_and_the_steps_of_alone_are_chosen_together_for_each_institution(banks, model):
+def test_rates_and_the_steps_of_alone_are_chosen_together_for_each_institution(
+    banks, model, monkeypatch
+):
     """By hand: the least expected error of the trials up to the first that is no better.
 
     The own model takes the steps of the model alone.
     """
+    monkeypatch.setattr(home, "COMPARED_FROM", 2)
     rates = (1e-6, 0.05, 5.0)
     institutions, order, work, config = banks(
         **{"home.learning-rate": rates, "home.method": "fine-tune"}
@@ -312,6 +319,34 @@ def test_rates_and_the_steps_of_alone_are_chosen_together_for_each_institution(b
 )
 def test_a_model_alone_tries_the_most_steps_and_its_halves(most, tried):
     assert home.checkpoints(most) == tried
+
+
+@pytest.mark.parametrize(("few", "steps"), [(2, 2), (3, 8)])
+def test_a_model_alone_stops_only_from_a_number_of_steps_on(banks, monkeypatch, few, steps):
+    """Errors of 0.5, 0.5 and 0.3 after 2, 4 and 8 steps: whoever may stop at 2 never sees 0.3."""
+    monkeypatch.setattr(home, "COMPARED_FROM", few)
+    counts, train = {}, home.train_at_home
+
+    def spied(work, trainees, plan):
+        found = train(work, trainees, plan)
+        for one, adapters in zip(trainees, found, strict=True):
+            counts.update(zip(map(fingerprint, adapters), one.steps, strict=False))
+        return found
+
+    def fingerprint(adapter):
+        return b"".join(tensor.numpy().tobytes() for tensor in adapter.values())
+
+    def measured(work, adapters, shards, physical_batch):
+        errors = {2: 0.5, 4: 0.5, 8: 0.3}
+        return [errors.get(counts.get(fingerprint(adapter)), 0.5) for adapter in adapters]
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+    monkeypatch.setattr(home, "expected_errors", measured)
+    monkeypatch.setattr(home_training, "expected_errors", measured)
+    institutions, order, work, config = banks()
+    found = models_at_home(work, homes_of(institutions, order), config.home, 64)
+    assert {one.choice.alone.steps for one in found} == {steps}
+    assert {one.choice.own.steps for one in found} == {steps}
 
 
 def test_the_chosen_settings_train_both_models_anew_on_all_records(banks, monkeypatch):

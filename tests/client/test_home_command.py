@@ -371,7 +371,7 @@ def test_flags_of_the_institution_win_over_the_wish_of_the_run(bank):
     made.receive(made.release())
     wished = made.result("--run", "first", "--steps", 4)["choices"]
     assert (wished["method"], wished["steps"]) == ("interpolate", 4)
-    assert 1 <= wished["alone_steps"] <= 4 and 1 <= wished["own_steps"] <= 4
+    assert 1 <= wished["alone_steps"] == wished["own_steps"] <= 4
     out = made.directory / "other"
     flags = ("--steps", 2, "--method", "fine-tune", "--out", out)
     chosen = made.result("--run", "first", *flags)["choices"]

@@ -136,10 +136,44 @@ def test_a_trainee_stops_where_records_held_back_see_no_fewer_errors(bank, share
     for i, adapters in enumerate(found):
         assert len(reached[i]) == len(errors[i])
         for adapter, one in zip(adapters, expected[i], strict=False):
-            for name, tensor in one.items():
-                torch.testing.assert_close(adapter[name], tensor, rtol=0, atol=1e-6)
+            assert_near(adapter, one, steps=steps[-1])
         for adapter, one in zip(reached[i], adapters, strict=False):
             assert all(torch.equal(adapter[n], one[n]) for n in one)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"adapter.dropout": 0.3},
+        {"adapter.method": "dora", "training.gradient-checkpointing": True},
+    ],
+    ids=["plain", "dropout", "dora"],
+)
+def test_a_measurement_on_records_held_back_leaves_training_as_it_is(
+    bank, shared, values, monkeypatch
+):
+    made = bank(**values)
+    if not shared:
+        monkeypatch.setattr(home_training, "_can_share", lambda *_: False)
+    trainees = cohort(made, [(2, 4, 6)] * 4)
+    measure = home_training.expected_errors
+    expected = train_at_home(made.work, trainees, PLAN)
+
+    def falling(*of):
+        calls.append(measure(*of))
+        return [1.0 / len(calls)] * len(of[1])
+
+    calls = []
+    monkeypatch.setattr(home_training, "expected_errors", falling)
+    held = [dataclasses.replace(t, held=t.shard.select(range(3))) for t in trainees]
+    found = train_at_home(made.work, held, PLAN)
+    assert len(calls) >= 2 and all(np.isfinite(each).all() for each in calls)
+    for adapters, one in zip(found, expected, strict=True):
+        assert len(adapters) == len(one) == 3
+        for adapter, other in zip(adapters, one, strict=True):
+            assert all(torch.equal(adapter[name], tensor) for name, tensor in other.items())
 
 
 def test_no_institutions_are_trained_to_no_adapters(bank):
