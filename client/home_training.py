@@ -233,6 +233,8 @@ def _train_one(work: Trainable, trainee: Trainee, plan: HomePlan) -> list[Adapte
                 tail.add(step)
         means = (mean.cpu() for mean in tail.means.pop(wanted))
         found.append(trainee.start.updated(dict(zip(named, means, strict=True))))
+        if trainee.held is None:
+            continue
         iterate = AdapterState.read(work.model)
         if not progress.going_on({0: found[-1]}, wanted):
             break

@@ -29,6 +29,8 @@ MIN_DELTA = 1e-30
 MIN_NATURAL_RECORDS = 8
 """The fewest records whose default delta is at most 1e-3; smaller institutions of a natural
 partition are left out by default."""
+MIN_RATE = 1e-7
+"""The smallest learning rate."""
 MAX_RATES = 8
 """The most learning rates at home."""
 
@@ -229,7 +231,9 @@ class TrainingConfig(Section):
     physical_batch: int = key(
         64, "records in memory at a time; changes results by rounding only", at_least=1
     )
-    learning_rate: float = key(1.0, "learning rate at the institution", at_least=1e-7, at_most=1e4)
+    learning_rate: float = key(
+        1.0, "learning rate at the institution", at_least=MIN_RATE, at_most=1e4
+    )
     optimizer: str = key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
     proximal: float = key(
         0.0,
@@ -309,7 +313,7 @@ class FederationConfig(Section):
     server_learning_rate: float = key(
         0.006,
         "learning rate of the server optimizer; by default 1 with none and momentum",
-        at_least=1e-7,
+        at_least=MIN_RATE,
         at_most=1e4,
     )
     server_head_learning_rate: float = key(
@@ -511,14 +515,14 @@ class HomeConfig(Section):
         (0.005,),
         "Adam's learning rates at home: validation records choose one; an institution with too "
         "few of them takes the first",
-        at_least=1e-7,
+        at_least=MIN_RATE,
         at_most=1e4,
     )
     head_learning_rate: float = key(
         0.05,
         "Adam's learning rate of a fresh head: that of the model alone, and with interpolate of "
         "the own model",
-        at_least=1e-7,
+        at_least=MIN_RATE,
         at_most=1e4,
     )
     proximal: float = key(0.1, "ditto: mu of the pull mu (w - w_shared)", at_least=0, at_most=1e4)
@@ -560,7 +564,7 @@ class HomeConfig(Section):
     @property
     def private_learning_rate(self) -> float:
         """The learning rate of an own model under DP."""
-        return HOME_PRIVATE_RATE * self.learning_rate[0]
+        return max(MIN_RATE, HOME_PRIVATE_RATE * self.learning_rate[0])
 
     def chosen(self, institutions: int) -> list[int]:
         """The numbers of the institutions that train at home, of so many, ascending."""

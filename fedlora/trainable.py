@@ -104,9 +104,8 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
         threads=config.engine.threads,
         private=config.privacy.enabled,
     )
-    with processors.threads(
-        settings.threads
-    ):  # one is loaded with one, since forks would wait for others
+    # one is loaded with one, since forks would wait for others
+    with processors.threads(settings.threads):
         return _load(settings)
 
 

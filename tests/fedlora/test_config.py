@@ -284,6 +284,14 @@ def test_the_institutions_that_train_at_home_are_spread_evenly(wished, of, chose
     assert HomeConfig(institutions=wished).chosen(of) == chosen
 
 
+@pytest.mark.parametrize(("rate", "private"), [(0.005, 0.0015), (1e-7, 1e-7)])
+def test_an_own_model_under_dp_takes_three_tenths_of_the_rate_and_never_too_small_a_one(
+    rate, private
+):
+    home = HomeConfig(learning_rate=(rate, 0.002))
+    assert home.private_learning_rate == pytest.approx(private, rel=1e-12)
+
+
 @pytest.mark.parametrize(("records", "trainings"), [(37, 1), (38, 1 + 1), (77, 1 + 1), (78, 2 + 1)])
 def test_the_work_at_home_counts_trials_where_there_are_records_to_choose_on(records, trainings):
     home = HomeConfig(learning_rate=(0.002, 0.005))
