@@ -2,6 +2,7 @@
 
 # pyright: reportUnknownMemberType=false
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,8 @@ from fedlora.adapters import open_for
 from fedlora.config import RunConfig, load
 from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
-from fedlora.files import new_directory, new_path
+from fedlora.files import new_directory, new_path, write_atomic
+from fedlora.model_files import MERGED
 from fedlora.run_files import CONFIG, read_run_file
 from fedlora.sections import check_gpu
 from fedlora.text import is_unicode
@@ -209,7 +211,9 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
     """Fold a run's adapter into its base model; write safetensors and the tokenizer.
 
     The classifier of an encoder is written with the code of its class (`fedlora.mean_pooling`). The
-    card of an own model says what its adapter's card does, also whether it may leave.
+    card says what the run promises, that of an own model what its adapter's card does, also whether
+    it may leave. The file `model_files.MERGED` names run and source, so that no run under DP on the
+    same records takes the model for a base that never saw them.
 
     Raises:
         InputError: If ``out_dir`` exists.
@@ -217,11 +221,18 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
     new_path(out_dir)  # before the model is loaded
     config = configuration(run_dir, {})
     merged, work = merged_model(run_dir, institution, own_model=own_model)
-    said = ""
     if own_model:
         place = adapter_directory(run_dir, config, institution, own_model=True)
         said = model_card.said_of_own(place)
+    else:
+        said = str(read_run_file(run_dir, "privacy.json")["protects"])
     with new_directory(out_dir) as new:
         merged.save_pretrained(new, safe_serialization=True)
         work.base.tokenizer.save_pretrained(new)
-        model_card.write_merged(new, config, work, said)
+        model_card.write_merged(new, config, work, said, own_model=own_model)
+        origin = {
+            "run": read_run_file(run_dir)["run"],
+            "source": model_card.source(config),
+            "private": model_card.is_private(config, own_model=own_model),
+        }
+        write_atomic(new / MERGED, f"{json.dumps(origin)}\n".encode())

@@ -48,7 +48,7 @@ def write_adapter(
     cast(Any, work.base.tokenizer).save_pretrained(directory)
     _write_classes(directory, work)
     parts = (
-        _front_matter(config, "peft"),
+        _front_matter(config, "peft", private=is_private(config)),
         f"# {Path(config.run_dir).name}",
         f"A LoRA adapter, trained by fedlora in a federation of institutions for {_words(config)}.",
         *([SHARED_PART] if config.federation.traits.local_parts else []),
@@ -97,21 +97,36 @@ def _how_to_load(config: RunConfig, work: Trainable, code: str) -> list[str]:
     return [LOADING, base, _block(code)]
 
 
-def write_merged(directory: Path, config: RunConfig, work: Trainable, said: str = "") -> None:
+def write_merged(
+    directory: Path, config: RunConfig, work: Trainable, said: str, *, own_model: bool
+) -> None:
     """Write the card of a merged model.
 
     Args:
         directory: The model's directory.
         config: The run.
         work: The model of the run.
-        said: What else the card says, of a model that is not the federation's.
+        said: What the card says on privacy; of an own model its adapter's card.
+        own_model: Whether it is an institution's own model, and not the federation's.
     """
+    private = is_private(config, own_model=own_model)
+    merged = f"base model `{base_name(config)}` with"
     parts = [
-        _front_matter(config, "transformers"),
+        _front_matter(config, "transformers", private=private),
         f"# {Path(config.run_dir).name}",
-        *([said] if said else []),
-        f"The model of a federated run for {_words(config)}: base model `{base_name(config)}` with "
-        "the run's adapter merged into it.",
+        *(
+            [
+                said,
+                f"An institution's own model for {_words(config)}: {merged} that adapter merged "
+                "into it.",
+            ]
+            if own_model
+            else [
+                f"The model of a federated run for {_words(config)}: {merged} the run's adapter "
+                "merged into it.",
+                f"## Privacy\n\n{said}",
+            ]
+        ),
     ]
     if work.base.kind == "encoder":
         parts += [
@@ -238,14 +253,20 @@ def _after(work: Trainable, around: Template) -> str:
     return after if whole["input_ids"] == ids else after.rstrip(" ")
 
 
-def _front_matter(config: RunConfig, library: str) -> str:
+def is_private(config: RunConfig, *, own_model: bool = False) -> bool:
+    """Whether a run's released adapter, or an institution's own one, was made under DP."""
+    released = config.privacy.enabled or config.privacy.hides_institutions
+    made_so = config.home.private if own_model else released
+    return made_so and config.privacy.noise != "seeded"  # a seed's noise protects nobody
+
+
+def _front_matter(config: RunConfig, library: str, *, private: bool) -> str:
     """YAML that the hub reads; JSON texts are YAML texts."""
     lines = [f"library_name: {library}", f"pipeline_tag: {TASKS[config.model.task]}"]
     if _is_hub_name(config.model.name):
         lines.append(f"base_model: {json.dumps(config.model.name)}")
     tags = ["lora", "federated-learning"]
-    private = config.privacy.enabled or config.privacy.hides_institutions
-    if private and config.privacy.noise != "seeded":  # a seed's noise protects nobody
+    if private:
         tags.append("differential-privacy")
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
@@ -269,8 +290,9 @@ def base_name(config: RunConfig) -> str:
     return name if named else Path(name).name
 
 
-def _source(source: str) -> str:
-    """A source without the directories of this machine."""
+def source(config: RunConfig) -> str:
+    """The source of the records without the directories of this machine."""
+    source = config.data.source
     return source if source.startswith(("package:", "hub:")) else Path(source).name
 
 
@@ -294,9 +316,7 @@ def _data(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
     if config.deployed:
         lines.append("- source: records of institutions, which stayed on their machines")
     else:
-        lines.append(
-            f"- source: `{_source(config.data.source)}`, partition: `{config.data.partition}`"
-        )
+        lines.append(f"- source: `{source(config)}`, partition: `{config.data.partition}`")
     lines.append(f"- columns: text `{config.data.text}`, label `{config.data.label}`")
     if config.privacy.enabled:
         lines.append("- number of training records: not stated, since DP protects each of them")

@@ -23,6 +23,8 @@ Task = Literal["classification", "sft"]
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")
 """Endings of the class names of causal models in config.json."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MERGED = "merged.json"
+"""Of a model of `fedlora merge`: ``run``, the ``source`` of its records, whether ``private``."""
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_TIMEOUT_SECONDS = 10.0
 
@@ -68,6 +70,19 @@ def resolve(name: str) -> ModelFiles:
             "config.json and *.safetensors, a hub name, or package:NAME"
         )
     return _from_hub(name)
+
+
+def merged_from(name: str) -> dict[str, Any]:
+    """What `MERGED` says of a base model in a directory; empty for any other base."""
+    try:
+        return json.loads((Path(name).expanduser() / MERGED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"model.name is {name!r}, whose {MERGED} cannot be read ({type(error).__name__}); "
+            "merge the model again"
+        ) from None
 
 
 def _package_directory(name: str) -> Path:

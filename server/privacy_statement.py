@@ -54,7 +54,13 @@ STARTED = (
 )
 CLASSES_READ = (
     " The list of classes is taken for public: data.labels is empty, so it was read from the "
-    "records, and a class of one record shows that record's label."
+    "records. A class of one record shows that record's label, and a class whose texts would "
+    "all be held out stays in training instead."
+)
+POOLED = (
+    " With data.view = pooled a value of {unit!r} that has records at several institutions counts "
+    "as one unit at each of them, so that only its records at one institution are protected at "
+    "once."
 )
 HOME = (
     " An institution that trains an own model at home does so after the last round, under "
@@ -138,6 +144,8 @@ def promise(config: RunConfig) -> dict[str, str]:
         words += ALONE + NOT_MASKED * (not privacy.masks)
         words += SIMULATED_KEYS * (privacy.masks and not config.deployed)
     words += CLASSES_READ * (config.model.task == "classification" and not config.data.labels)
+    if config.data.view == "pooled" and privacy.unit != "record":
+        words += POOLED.format(unit=privacy.unit)
     words += STARTED * bool(config.adapter.start)
     if config.home.private and not config.deployed:
         words += HOME.format(epsilon=config.home.epsilon)

@@ -13,7 +13,8 @@ from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import sha256
 from fedlora.lora_layers import Scale
-from fedlora.model_card import LABELS
+from fedlora.model_card import LABELS, source
+from fedlora.model_files import merged_from
 from fedlora.run_files import CONFIG, ENVIRONMENT, read_run_file
 from fedlora.trainable import Trainable
 from strategies.lowrank import carried, recompressed
@@ -37,8 +38,10 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
     Raises:
         InputError: If the directory holds no adapter, or one of another base, rank or scale; if it
             is a run that was not completed or has no adapter for all; if it was trained without DP
-            on the records that this run protects, or with DP that other ledgers were charged for.
+            on the records that this run protects, or with DP that other ledgers were charged for;
+            if the base was merged from a run on these records.
     """
+    _check_base(config)
     start = config.adapter.start
     if not start:
         return work.start
@@ -127,6 +130,25 @@ def _origin(start: str) -> _Origin | None:
     return None
 
 
+def _check_base(config: RunConfig) -> None:
+    """Check that the base was not trained on the records that a run promises to protect.
+
+    Raises:
+        InputError: If the base was merged from a run on the same source.
+    """
+    origin = merged_from(config.model.name)
+    promised = config.privacy.enabled and not config.privacy.protects_nobody
+    if not origin or not promised or origin["source"] != source(config):
+        return
+    if config.deployed and origin["private"]:
+        return  # each institution has one ledger for all runs
+    raise InputError(
+        f"model.name is {config.model.name}, merged from the run {origin['run']} on the same "
+        f"data.source ({origin['source']}): what it reveals of these records would be in no figure "
+        "of this run; take that run's base, and its adapter as adapter.start"
+    )
+
+
 def _check_promises(config: RunConfig) -> None:
     """Check that what a run starts from reveals nothing that its promise leaves out.
 
@@ -158,17 +180,70 @@ def _check_promises(config: RunConfig) -> None:
                 "reveal records that privacy.epsilon promises to protect; start from a run "
                 "under DP, or from one on public records"
             )
-        ledgers = Path(earlier.privacy.ledger or origin.run_dir / "ledgers")
-        if not config.deployed and (
-            not ledgers.is_dir() or not privacy.ledger or not ledgers.samefile(privacy.ledger)
-        ):
+        if not config.deployed:
+            _check_ledgers(config, earlier, origin.run_dir, same)
+
+
+def _check_ledgers(config: RunConfig, earlier: RunConfig, run_dir: Path, same: str) -> None:
+    """Check that the ledgers of a simulation add up what an earlier one spent on these records.
+
+    Args:
+        config: The simulation.
+        earlier: The one that it follows.
+        run_dir: That one's directory.
+        same: What their sources have in common.
+
+    Raises:
+        InputError: Naming the start and the remedy.
+    """
+    start = f"adapter.start is {config.adapter.start}"
+    if changed := _assigned_otherwise(earlier, config):
+        raise InputError(
+            f"{start}, and {run_dir} spent on {same}, whose records it assigned to "
+            f"institutions in another way ({changed} is other): their ledgers would not add up "
+            f"both runs; give the {changed} of that run"
+        )
+    given = config.privacy.ledger
+    ledgers = Path(earlier.privacy.ledger or run_dir / "ledgers")
+    if not ledgers.is_dir() or not given or not ledgers.samefile(given):
+        raise InputError(
+            f"{start}, and {run_dir} spent on {same}: privacy.ledger is "
+            f"{given or 'not set'}, so this run's epsilon would leave that out; set "
+            f"privacy.ledger to {ledgers}, which both runs are then charged to (their limit is "
+            "the first run's privacy.max-epsilon), or use fedlora run --resume "
+            f"{run_dir} --rounds +N"
+        )
+    for name in _spenders(run_dir):
+        if not (ledgers / f"{name}.db").is_file():
             raise InputError(
-                f"{start}, and {origin.run_dir} spent on {same}: privacy.ledger is "
-                f"{privacy.ledger or 'not set'}, so this run's epsilon would leave that out; set "
-                f"privacy.ledger to {ledgers}, which both runs are then charged to (their limit is "
-                "the first run's privacy.max-epsilon), or use fedlora run --resume "
-                f"{origin.run_dir} --rounds +N"
+                f"{start}, and {ledgers} has no ledger of {name}, which spent in "
+                f"{run_dir}, so nobody knows what is spent already; restore it"
             )
+
+
+def _assigned_otherwise(earlier: RunConfig, config: RunConfig) -> str:
+    """The first key by which records of one source have other institutions; empty if none.
+
+    Where a column names the institutions, a name stands for the same records, and its ledger
+    refuses others.
+    """
+    before, now = earlier.flat(), config.flat()
+    if (
+        "pooled" in (before["data.view"], now["data.view"])
+        and before["data.view"] != now["data.view"]
+    ):
+        return "data.view"
+    keys = ["data.partition"]
+    if not str(before["data.partition"]).startswith("natural:"):
+        free = ("data.source", "data.test-source", "data.view")
+        keys += ["seed", *(key for key in now if key.startswith("data.") and key not in free)]
+    return next((key for key in keys if before[key] != now[key]), "")
+
+
+def _spenders(run_dir: Path) -> list[str]:
+    """The institutions that spent in a run, or may have."""
+    said = read_run_file(run_dir, "privacy.json")
+    return [*said["institutions"], *said.get("without_report", ())]
 
 
 def _same_records(one: str, other: str) -> str:

@@ -16,6 +16,7 @@ from fedlora import config, finished_run, model_card, model_files, trainable
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
+from server.start import start_adapter
 from simulation import run
 from tests.fedlora.small_models import byte_tokenizer
 
@@ -214,6 +215,30 @@ def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints,
     assert answers(again, texts) == answers(classifier, texts)
 
 
+def test_a_merged_model_is_no_base_under_dp_on_the_records_that_it_was_trained_on(
+    classifier, complaints, tmp_path
+):
+    """Its own run had no DP, and no ledger knows of it; other records are free."""
+    finished_run.merge(classifier, tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "This run protects nobody" in card and "differential-privacy" not in card
+    known = finished_run.configuration(classifier, {})
+    config = known.replace({"model.name": str(tmp_path / "merged"), "privacy.epsilon": 1.0})
+    work = trainable.load(config, ("card", "fraud", "loan"))
+    with pytest.raises(InputError, match=r"merged from the run \w+ on the same data.source"):
+        start_adapter(config, work)
+    (tmp_path / "others.csv").write_bytes(complaints.read_bytes())
+    for change in (
+        {"data.source": str(tmp_path / "others.csv")},
+        {"privacy.epsilon": float("inf")},
+        {"privacy.noise": "seeded"},
+    ):
+        assert start_adapter(config.replace(change), work) is work.start
+    (tmp_path / "merged" / "merged.json").write_text("{")
+    with pytest.raises(InputError, match=r"merged\.json cannot be read"):
+        start_adapter(config, work)
+
+
 def test_a_merged_classifier_of_other_classes_is_no_base(classifier, complaints, tmp_path):
     """As many classes, in another order: its head would answer for others."""
     finished_run.merge(classifier, tmp_path / "merged")
@@ -229,7 +254,7 @@ def test_a_merge_that_is_cut_short_leaves_nothing_and_mixes_with_nothing(
     classifier, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(model_card, "write_merged", lambda *_: 1 / 0)
+        patched.setattr(model_card, "write_merged", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finished_run.merge(classifier, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

@@ -47,6 +47,13 @@ def test_a_class_list_that_was_read_from_the_records_is_said_to_be_public(tiny_c
     assert ("list of classes is taken for public" in said) != listed
 
 
+@pytest.mark.parametrize("view", ["all", "pooled"])
+def test_pooling_divides_a_unit_that_several_institutions_hold_and_says_so(tiny_config, view):
+    values = {"privacy.noise": "secure", "data.view": view, "privacy.unit": "customer"}
+    said = privacy_statement.promise(tiny_config(**values))["protects"]
+    assert ("counts as one unit at each" in said) == (view == "pooled")
+
+
 @pytest.mark.parametrize("epsilon", ["8.0", "inf"])
 def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_run, epsilon):
     values = {"privacy.institution-epsilon": 5.0, "privacy.delta": 0.0, "accept": ["delta"]}

@@ -258,6 +258,17 @@ def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
     for run, said in (("first", False), ("second", True)):
         text = report.write(tmp_path / run).read_text(encoding="utf-8")
         assert (own_rounds in text) == said
+    for change in (
+        {"data.view": "pooled"},  # one new ledger, of all records
+        {"data.partition": "iid", "data.institutions": 2},
+    ):
+        with pytest.raises(InputError, match="assigned to institutions in another way"):
+            start_adapter(same.replace(change), made)
+    (ledgers / "Beta.db").rename(tmp_path / "Beta.db")
+    with pytest.raises(InputError, match=r"no ledger of Beta, which spent in .*first"):
+        start_adapter(same, made)
+    (tmp_path / "Beta.db").rename(ledgers / "Beta.db")
+    start_adapter(same, made)
     ledgers.rename(tmp_path / "moved")  # what was spent is not known any more
     with pytest.raises(InputError, match=r"set privacy\.ledger to"):
         start_adapter(same, made)
