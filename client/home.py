@@ -3,7 +3,8 @@
 *Alone* is trained from a fresh adapter, as if there were no federation. *Shared* is the adapter
 that the federation released. *Own* is made from the shared one at home, or is the model alone where
 that was clearly better. Alone has no differential privacy and does not leave the institution. The
-same holds for own, unless ``home.epsilon`` trains it under DP (`client.home_cohort`).
+same holds for own, unless ``home.epsilon`` trains it under DP, which is not done here
+(`client.home_cohort`).
 
 Settings are chosen on a validation part of the training records. Held-out rows serve for nothing
 but the figures at the end.
@@ -67,8 +68,7 @@ def models_at_home(
     the model alone.
 
     Where the model alone is right on clearly more of the records held back (`is_better`), it is the
-    own model too. An own model that was trained under DP stays as it is; no record chooses for it.
-    Where training gives no numbers, the own model is the shared adapter (weight 0).
+    own model too. Where training gives no numbers, the own model is the shared adapter (weight 0).
 
     The runs of a sweep train a model alone once (`client.alone_models`).
 
@@ -88,9 +88,8 @@ def models_at_home(
     a penalty on the distance to it: Li et al. (2021), Ditto, arXiv 2012.04221, which is MR-MTL of
     Liu et al. (2022), arXiv 2206.07902.
     """
-    work.train_only([part for part in PARTS if part in {kind(name) for name in work.start}])
     trainer = _Trainer(work, homes, settings, physical_batch)
-    alone = trainer.alone()
+    alone = trainer.alone(compared=True)
     own = trainer.own(alone)
     return [
         HomeModels(
@@ -102,10 +101,24 @@ def models_at_home(
                 weight=own[i].weight,
                 keeps_alone=own[i].keeps_alone,
             ),
-            private=home.own,
         )
-        for i, home in enumerate(homes)
+        for i in range(len(homes))
     ]
+
+
+def models_alone(
+    work: Trainable, homes: Sequence[Home], settings: HomeConfig, physical_batch: int
+) -> list[AloneModel]:
+    """Train the models alone of institutions, as `models_at_home` does, and no own models.
+
+    Returns:
+        The model alone of each institution, which is compared with no own one (``right`` is empty).
+
+    Raises:
+        InputError: If training gives no numbers.
+    """
+    found = _Trainer(work, homes, settings, physical_batch).alone(compared=False)
+    return [found[i] for i in range(len(homes))]
 
 
 def is_better(alone: Sequence[bool], own: Sequence[bool]) -> bool:
@@ -152,6 +165,7 @@ class _Trainer:
     def __init__(
         self, work: Trainable, homes: Sequence[Home], settings: HomeConfig, physical_batch: int
     ) -> None:
+        work.train_only([part for part in PARTS if part in {kind(name) for name in work.start}])
         self.work, self.homes, self.settings = work, homes, settings
         self.physical_batch = physical_batch
         self.bases = [home.shared for home in homes]  # mixed with the trained adapters
@@ -170,8 +184,11 @@ class _Trainer:
             if len(home.shard) >= HOME_COMPARES_FROM:
                 self.fits[i], self.held[i] = _split(home)
 
-    def alone(self) -> dict[int, AloneModel]:
+    def alone(self, *, compared: bool) -> dict[int, AloneModel]:
         """The model alone of each institution.
+
+        Args:
+            compared: Whether the own model is chosen against it.
 
         Raises:
             InputError: If training gives no numbers.
@@ -181,20 +198,22 @@ class _Trainer:
             if (kept := alone_models.read(home.alone, self.work.start)) is not None:
                 found[i] = kept
         missing = [i for i in range(len(self.homes)) if i not in found]
-        compared = [i for i in missing if self.homes[i].own is None]  # one under DP is not
-        tried = [i for i in missing if i in compared or self._chooses(i)]
+        tried = [i for i in missing if compared or self._chooses(i)]
         most = checkpoints(self.settings.steps)
         trials = self._trials(Model.ALONE, dict.fromkeys(tried, most))
         chosen = dict.fromkeys(missing, self.default) | {
             i: setting for i, (setting, _) in self._fewest(trials.items()).items()
         }
-        right = self._right({i: trials[chosen[i]][i] for i in compared if i in self.held})
+        right = self._right(
+            {i: trials[chosen[i]][i] for i in missing if compared and i in self.held}
+        )
         for i, adapter in self._train_on_all(Model.ALONE, chosen).items():
             if not adapter.is_finite():
                 raise InputError(
                     f"the model alone has no finite values after {chosen[i].steps} steps at "
                     f"{chosen[i].learning_rate:g}, so nothing can be compared with it; lower "
-                    "home.learning-rate, home.head-learning-rate or the number of steps"
+                    "home.learning-rate, home.head-learning-rate or home.steps (with fedlora home: "
+                    "--steps)"
                 )
             found[i] = AloneModel(adapter, chosen[i], right.get(i, ()))
             alone_models.write(self.homes[i].alone, found[i])
@@ -207,13 +226,8 @@ class _Trainer:
             alone: The models alone.
         """
         found: dict[int, OwnModel] = {}
-        for i, home in enumerate(self.homes):
-            if home.own is not None:
-                setting = Setting(self.settings.steps, self.settings.private_learning_rate)
-                found[i] = OwnModel(home.own.adapter, setting, 1.0)
-        missing = [i for i in range(len(self.homes)) if i not in found]
-        trials = self._trials(Model.OWN, {i: (alone[i].setting.steps,) for i in missing})
-        chosen = dict.fromkeys(missing, (self.default, self.weights[0])) | {
+        trials = self._trials(Model.OWN, {i: (one.setting.steps,) for i, one in alone.items()})
+        chosen = dict.fromkeys(alone, (self.default, self.weights[0])) | {
             i: (setting, weight if np.isfinite(errors) else 0.0)
             for i, ((setting, weight), errors) in self._fewest(self._mixtures(trials)).items()
         }

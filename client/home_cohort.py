@@ -1,15 +1,18 @@
-"""Models at home of one institution or of several: own ones under DP first, then all others."""
+"""Models at home of one institution or of several, own ones under DP among them."""
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from client import private_home
+from client.alone_models import AloneModel
 from client.cohort import answer, attempt
-from client.home_models import Home, HomeModels, PrivateOwn
+from client.home_models import Choice, Home, HomeModels, PrivateOwn, Setting
 from client.institution import Institution
 from fedlora import processors, records, trainable
+from fedlora.errors import Refusal
 from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, TrainOrder
 
 log = logging.getLogger("fedlora.client")
@@ -63,7 +66,8 @@ def train(members: Mapping[int, Member]) -> dict[int, HomeModels | Exception]:
     """Train the models of institutions of one run.
 
     With a finite ``home.epsilon`` own models are trained under DP. Each is charged to the ledger of
-    its institution before its first step.
+    its institution before its first step, and after the model alone is there: no charge is lost to
+    a model alone that cannot be trained.
 
     Args:
         members: Number -> institution.
@@ -73,17 +77,9 @@ def train(members: Mapping[int, Member]) -> dict[int, HomeModels | Exception]:
         ``ledger-*``), of limits (``epsilon-too-large``, ``delta-too-large``), of a guard
         (``guard-*``), or of training.
     """
-    failed: dict[int, HomeModels | Exception] = {}
-    ready = dict(members)
-    private = {n: one for n, one in members.items() if one.institution.config.home.private}
-    for number, own in _train_privately(private).items():
-        if isinstance(own, Exception):
-            failed[number] = own
-            del ready[number]
-        else:
-            one = members[number]
-            ready[number] = dataclasses.replace(one, home=dataclasses.replace(one.home, own=own))
-    return failed | _train_without_dp(ready)
+    if any(one.institution.config.home.private for one in members.values()):
+        return _train_privately(members)
+    return _together(members, Institution.models_at_home)
 
 
 def _member(institution: Institution, order: EvaluateOrder) -> Member:
@@ -91,9 +87,9 @@ def _member(institution: Institution, order: EvaluateOrder) -> Member:
     return Member(institution=institution, run=order.run, home=home)
 
 
-def _train_privately(members: Mapping[int, Member]) -> dict[int, PrivateOwn | Exception]:
-    """Own models under DP. No record chooses steps, rate or weight."""
-    outcomes: dict[int, PrivateOwn | Exception] = {}
+def _train_privately(members: Mapping[int, Member]) -> dict[int, HomeModels | Exception]:
+    """Models alone, and own models under DP. No record chooses their steps, rate or weight."""
+    outcomes: dict[int, HomeModels | Exception] = {}
     calls: dict[int, tuple[Institution, TrainOrder]] = {}
     for number, member in members.items():
         call = attempt(_private_call, member)
@@ -101,33 +97,49 @@ def _train_privately(members: Mapping[int, Member]) -> dict[int, PrivateOwn | Ex
             outcomes[number] = call
         else:
             calls[number] = call
+    alone: dict[int, AloneModel] = {}
+    made = _together({number: members[number] for number in calls}, Institution.models_alone)
+    for number, model in made.items():
+        if isinstance(model, Exception):
+            outcomes[number] = model
+            del calls[number]
+        else:
+            alone[number] = model
     for number, update in zip(calls, answer(list(calls.values())), strict=True):
-        if isinstance(update, Exception):
-            outcomes[number] = update
-            continue
-        outcomes[number] = attempt(_private_own, members[number], update)
+        outcomes[number] = (
+            update
+            if isinstance(update, Exception)
+            else attempt(_private_models, members[number], alone[number], update)
+        )
     return outcomes
 
 
-def _private_own(member: Member, update: ClientUpdate) -> PrivateOwn:
-    """The trained model, with the ledger's spending of now: a stored answer has that of its day."""
+def _private_models(member: Member, alone: AloneModel, update: ClientUpdate) -> HomeModels:
+    """The models, with the ledger's spending of now: a stored answer has that of its day."""
     assert update.privacy is not None
     with member.institution.open_ledger() as ledger:
         privacy = dataclasses.replace(
             update.privacy, ledger_epsilon=ledger.spent(), ledger_limit=ledger.max_epsilon
         )
-        alone, charged = ledger.spent_alone(), member.run in ledger.runs()
-    return PrivateOwn(
-        run=member.run,
-        adapter=member.home.shared.updated(update.adapter),
-        privacy=privacy,
-        ledger_alone=alone,
-        run_charged=charged,
+        spent_alone, charged = ledger.spent_alone(), member.run in ledger.runs()
+    home = member.institution.config.home
+    own = PrivateOwn(run=member.run, privacy=privacy, ledger_alone=spent_alone, run_charged=charged)
+    return HomeModels(
+        alone=alone.adapter,
+        own=member.home.shared.updated(update.adapter),
+        choice=Choice(
+            alone=alone.setting, own=Setting(home.steps, home.private_learning_rate), weight=1.0
+        ),
+        private=own,
     )
 
 
 def _private_call(member: Member) -> tuple[Institution, TrainOrder]:
-    """The institution in the round that trains its own model under DP, and the round's order."""
+    """The institution in the round that trains its own model under DP, and the round's order.
+
+    Raises:
+        Refusal: Before anything is trained or charged; ``budget-exhausted`` if too little is left.
+    """
     institution, shared = member.institution, member.home.shared
     with institution.open_ledger() as ledger:
         delta, accountant = ledger.delta, ledger.accountant
@@ -141,21 +153,36 @@ def _private_call(member: Member) -> tuple[Institution, TrainOrder]:
         labels = records.load(institution.config).labels
         work = trainable.load(institution.config, labels)
     order = private_home.order_at_home(config, member.run, work.base.digest, shared)
-    return dataclasses.replace(institution, config=config, rank=config.adapter.rank), order
+    private = dataclasses.replace(institution, config=config, rank=config.adapter.rank)
+    with private.plan_round(private.accept(order)) as planned:
+        ledger = planned.ledger
+        if order.run not in ledger.runs() and not ledger.fits(planned.plan.events):
+            raise Refusal(
+                "budget-exhausted",
+                f"the ledger allows epsilon {ledger.max_epsilon:g} at delta {ledger.delta:g}; "
+                f"{ledger.spent():.4g} is spent, and an own model at epsilon "
+                f"{config.privacy.epsilon:g} does not fit beside it",
+            )
+    return private, order
 
 
-def _train_without_dp(members: Mapping[int, Member]) -> dict[int, HomeModels | Exception]:
-    """The other models, each institution's alone where training together failed."""
+_Made = TypeVar("_Made")
+
+
+def _together(
+    members: Mapping[int, Member], make: Callable[[Institution, Sequence[Home]], list[_Made]]
+) -> dict[int, _Made | Exception]:
+    """What ``make`` trains of institutions, each by itself where training together failed."""
     if not members:
         return {}
-    together = next(iter(members.values())).institution
-    made = attempt(together.models_at_home, [one.home for one in members.values()])
+    first = next(iter(members.values())).institution
+    made = attempt(make, first, [one.home for one in members.values()])
     if not isinstance(made, Exception):
         return dict(zip(members, made, strict=True))
     if len(members) == 1:
         return dict.fromkeys(members, made)
     log.error("training %d institutions at home together failed", len(members), exc_info=made)
-    found: dict[int, HomeModels | Exception] = {}
+    found: dict[int, _Made | Exception] = {}
     for number, one in members.items():
-        found |= _train_without_dp({number: one})
+        found |= _together({number: one}, make)
     return found

@@ -79,7 +79,9 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
 
     Raises:
         InputError: For bad input, before any training or charge, and for a model alone whose
-            training diverged, after it; no result is written then.
+            training diverged, before a charge; no result is written then.
+        FileExistsError: If another command made the directory of the results meanwhile; it names
+            the one where they are.
         Refusal: For a run that the settings forbid, and under DP for a budget that does not last.
     """
     started = time.monotonic()
@@ -287,11 +289,22 @@ def _private_cache(state: Path) -> Generator[None]:
 
 @contextlib.contextmanager
 def _new_directory(out: Path, begin: str) -> Generator[Path]:
-    """A directory for its owner only, in its place when the block has ended without an error."""
+    """A directory for its owner only, in its place when the block has ended without an error.
+
+    Raises:
+        FileExistsError: If the place was taken meanwhile; it names the one beside it that was not.
+    """
     new = Path(tempfile.mkdtemp(dir=new_path(out), prefix=begin))
     try:
         yield new
-        new.rename(out)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    try:
+        new.rename(out)
+    except OSError:
+        beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}-"))
+        new.rename(beside)
+        raise FileExistsError(
+            f"{out} was made by another command; the models are in {beside}"
+        ) from None

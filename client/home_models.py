@@ -54,11 +54,10 @@ The noise was drawn from a seed, for a reproducible simulation, so this training
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateOwn:
-    """An own model that was trained under DP, and charged.
+    """The training of an own model under DP, which was charged.
 
     Args:
         run: The run that released the shared adapter.
-        adapter: The trained adapter.
         privacy: The spending of this training; its ledger's figures are of now, also where a
             stored answer is given again.
         ledger_alone: The ledger's spending if, in runs with secure aggregation, all other
@@ -67,7 +66,6 @@ class PrivateOwn:
     """
 
     run: str
-    adapter: AdapterState
     privacy: PrivacySpent
     ledger_alone: float
     run_charged: bool
@@ -91,7 +89,6 @@ class Home:
         shard: Its training records.
         shared: The adapter that the federation released to it.
         source: Its random source.
-        own: Its own model where that was trained under DP; None: it is trained without DP.
         alone: The file of its model alone where the runs of a sweep share that
             (`client.alone_models`).
     """
@@ -99,7 +96,6 @@ class Home:
     shard: Shard
     shared: AdapterState
     source: RandomSource
-    own: PrivateOwn | None = None
     alone: Path | None
 
 
@@ -160,7 +156,7 @@ class HomeModels:
     alone: AdapterState
     own: AdapterState
     choice: Choice
-    private: PrivateOwn | None
+    private: PrivateOwn | None = None
 
     def card(self) -> str:
         """The model card of the own model."""

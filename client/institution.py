@@ -24,8 +24,9 @@ from client import (
     secure_store,
     training,
 )
+from client.alone_models import AloneModel
 from client.config_policy import server_values
-from client.home import models_at_home
+from client.home import models_alone, models_at_home
 from client.home_models import Home, HomeModels
 from client.ledger import Ledger
 from client.local_parts import LocalParts
@@ -345,6 +346,13 @@ class Institution:
         """Train the models of institutions that take part in the same run."""
         with processors.threads(self.config.engine.threads):
             return models_at_home(
+                self._load(), homes, self.config.home, self.config.training.physical_batch
+            )
+
+    def models_alone(self, homes: Sequence[Home]) -> list[AloneModel]:
+        """Train the models alone of institutions that take part in the same run."""
+        with processors.threads(self.config.engine.threads):
+            return models_alone(
                 self._load(), homes, self.config.home, self.config.training.physical_batch
             )
 

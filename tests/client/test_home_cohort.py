@@ -144,7 +144,32 @@ def test_an_own_model_has_all_its_noise_also_after_a_run_of_secure_aggregation(b
         assert shown["epsilon"] == shown["epsilon_alone"] <= 2.0
 
 
-def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks):
+def test_a_model_alone_that_cannot_be_trained_costs_no_budget(banks, monkeypatch):
+    """The remedy it names is another order, which would be charged again."""
+    train = home.train_at_home
+
+    def diverges(work, trainees, plan):
+        return [
+            [AdapterState({n: t * torch.nan for n, t in one.items()}) for one in adapters]
+            for adapters in train(work, trainees, plan)
+        ]
+
+    monkeypatch.setattr(home, "train_at_home", diverges)
+    institutions, order = banks()
+    for one, answer in zip(institutions, compare(institutions, order), strict=True):
+        assert isinstance(answer, InputError) and "no finite values" in str(answer)
+        assert ledger_of(one)["entries"] == []
+
+
+def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks, monkeypatch):
+    trained: list[int] = []
+    train = home.train_at_home
+
+    def spied(work, trainees, plan):
+        trained.extend(len(one.shard) for one in trainees)
+        return train(work, trainees, plan)
+
+    monkeypatch.setattr(home, "train_at_home", spied)
     institutions, order = banks(**{"home.epsilon": 8.0})
     ledger = institutions[1].ledger_path
     with Ledger.open(ledger) as opened:
@@ -164,6 +189,8 @@ def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks):
     assert isinstance(found[1], Refusal) and found[1].code == "budget-exhausted"
     assert not (institutions[1].directory / "own").exists()
     assert not isinstance(found[0], Exception)
+    whole = len(institutions[0]._records())
+    assert max(trained) == whole and trained.count(whole) == 1  # nothing of the refused one
 
 
 @pytest.mark.parametrize(

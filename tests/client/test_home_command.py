@@ -485,6 +485,21 @@ def test_a_strategy_with_residuals_gives_models_too(bank):
     assert result["choices"]["weight"] == 1.0
 
 
+def test_results_whose_place_another_command_took_are_kept_beside_it(tmp_path):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(FileExistsError, match="made by another command") as raised,
+        home_command._new_directory(out, ".new-") as new,
+    ):
+        (new / "mine").touch()
+        out.mkdir()
+        (out / "theirs").touch()
+    (kept,) = tmp_path.glob("out-*")
+    assert str(kept) in str(raised.value)
+    assert (kept / "mine").exists() and (out / "theirs").exists()
+    assert not list(tmp_path.glob(".new-*"))
+
+
 # Under DP.
 
 
