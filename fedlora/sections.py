@@ -330,7 +330,12 @@ class FederationConfig(Section):
         at_least=0,
         at_most=1,
     )
-    timeout: float = key(600.0, "seconds that an institution may take for a round", above=0)
+    timeout: float = key(
+        600.0,
+        "seconds that an institution may take for a round; at home as much longer as its work "
+        "there is more",
+        above=0,
+    )
     evaluate_every: int = key(
         1, "rounds between evaluations on the held-out rows; 0: only at the end", at_least=0
     )

@@ -4,7 +4,7 @@ This is the experimenter's measurement on held-out rows, in simulations only.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,14 @@ from flwr.serverapp import Grid
 
 from fedlora import records, wire
 from fedlora.arrays import Int64
+from fedlora.budget import rate_of
 from fedlora.comparison import Rows, summary, text_numbers
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.messages import EvaluateOrder, Evaluation
 from server.answers import ask
 from server.population import Population
+from server.roster import patience
 
 
 def measure(
@@ -26,7 +28,6 @@ def measure(
     nodes: Mapping[int, str],
     config: RunConfig,
     population: Population,
-    patience: float,
 ) -> dict[str, Any]:
     """Let institutions train at home, and compare their models.
 
@@ -36,7 +37,6 @@ def measure(
         nodes: Node -> institution.
         config: The run.
         population: The institutions and their held-out rows.
-        patience: Seconds without any reply after which the server stops waiting.
 
     Returns:
         As `fedlora.comparison.summary`, with ``method`` and ``seconds``; ``epsilon`` if own models
@@ -45,6 +45,7 @@ def measure(
     started = time.monotonic()
     assert population.held_out is not None
     texts = text_numbers(population.held_out)
+    timeout = seconds_at_home(config, [population.names.index(name) for name in nodes.values()])
     answers, failed = ask(
         grid,
         order,
@@ -52,8 +53,8 @@ def measure(
         nodes,
         lambda name, answer: _rows(name, answer, config, population, texts),
         failure="trained no model at home",
-        timeout=config.federation.timeout,
-        patience=patience,
+        timeout=timeout,
+        patience=patience(config, timeout),
     )
     found = {name: rows for name, rows in answers.items() if len(rows.truth)}
     return {
@@ -63,6 +64,24 @@ def measure(
         "seconds": round(time.monotonic() - started, 2),
         **({"not_compared": failed} if failed else {}),
     }
+
+
+def seconds_at_home(config: RunConfig, institutions: Sequence[int]) -> float:
+    """Seconds that an institution may take to train at home.
+
+    They are ``federation.timeout``, which is for a round, as many times as the most records that an
+    institution passes at home exceed those of its round, or a batch at home where that is more.
+
+    Args:
+        config: The run.
+        institutions: The numbers of those that train.
+    """
+    federation, home = records.load(config), config.home
+    longest = 1.0
+    for shard in (federation.train(i) for i in institutions):
+        of_a_round = config.training.local_steps * rate_of(config, shard) * len(shard)
+        longest = max(longest, home.work(len(shard)) / max(of_a_round, home.batch_size))
+    return longest * config.federation.timeout
 
 
 def _rows(

@@ -316,14 +316,18 @@ def _is_class(size: int) -> bool:
     return size >= 1 and size & (size - 1) == 0
 
 
-def patience(config: RunConfig) -> float:
+def patience(config: RunConfig, timeout: float = 0.0) -> float:
     """Seconds without any reply after which the server stops waiting.
+
+    Args:
+        config: The run.
+        timeout: Seconds that one institution may take; 0: those of a round.
 
     An engine may take an institution's time twice, and the start of a new worker, before it reports
     the institution that hangs; the first time together with that of others in a simulation.
     """
     together = 1 if config.deployed else UNTIMED_TOGETHER
-    return (together + 1) * config.federation.timeout + 2 * NODES_TIMEOUT
+    return (together + 1) * (timeout or config.federation.timeout) + 2 * NODES_TIMEOUT
 
 
 def reasons(failed: Mapping[Any, str]) -> str:

@@ -480,7 +480,6 @@ class Federation:
             {node: name for node, name in self.nodes().items() if name in chosen},
             config,
             population,
-            patience(config),
         )
 
     def hand_out(self, adapter: AdapterState) -> dict[str, str]:

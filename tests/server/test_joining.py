@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from rich.console import Console
 from rich.table import Table
 
-from fedlora import metrics, wire
+from fedlora import metrics, records, wire
 from fedlora.adapters import AdapterState
 from fedlora.comparison import _interval, summary, text_numbers
 from fedlora.errors import Refusal
@@ -375,9 +375,31 @@ def test_an_answer_of_another_institution_is_refused(beta, monkeypatch) -> None:
     monkeypatch.setattr(answers, "content", lambda reply: reply)
     order = EvaluateOrder(run="a1", round=3, save=True, adapter=AdapterState({}))
     nodes = {1: "Alpha", 2: "Beta"}
-    found = joining.measure(None, order, nodes, config, population, patience=1.0)
+    found = joining.measure(None, order, nodes, config, population)
     assert found["not_compared"] == {"Alpha": "wrong-institution"}
     assert list(found["institutions"]) == ["Beta"]
+
+
+def test_an_institution_has_as_much_longer_at_home_as_its_work_is_more(beta, monkeypatch) -> None:
+    """A round's seconds ended training at home that a slow machine needs an hour for."""
+    config, population, _ = beta
+    config = config.replace({"home.steps": 120, "federation.timeout": 10.0})
+    rounds = config.training.local_steps * 0.25 * len(records.load(config).train(0))
+    batches = 2 * 2 * 120  # two models, each tried and trained
+    sent = []
+
+    def exchange(_grid, messages, patience):
+        sent.extend(message.metadata.ttl for message in messages)
+        assert patience > 9 * sent[0]
+        return iter(())
+
+    monkeypatch.setattr(answers, "exchange", exchange)
+    order = EvaluateOrder(run="a1", round=3, save=True, adapter=AdapterState({}))
+    nodes = dict(enumerate(population.names[:2]))
+    joining.measure(None, order, nodes, config, population)
+    assert sent == [pytest.approx(10.0 * batches * 32 / max(32, rounds), rel=0.05)] * 2
+    short = config.replace({"home.steps": 1, "home.batch-size": 1})
+    assert joining.seconds_at_home(short, [0, 1]) == 10.0
 
 
 def test_a_run_compares_the_models_and_each_institution_keeps_its_own(
