@@ -43,6 +43,7 @@ from simulation.run import check_engine
 
 Engine = Literal["auto", "ray", "inline"]
 Execute = Callable[[list[str]], None]
+LOCK = ".lock"
 ALONE_MODELS = "alone-models"
 """The sweep's directory of models alone, which the cells of one call share."""
 
@@ -90,8 +91,11 @@ def run(
         made, needed = sweep.cells(cases)
     if not yes:
         sweep.check_size(len(made), sum(cell.cost for cell in made.values()))
+    tracked = next((case.config for case in cases if case.config.tracking.mlflow), cases[0].config)
+    parent = tracking.begin_sweep(tracked, out)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out, console) as lock:
+    with _locked(out, console) as lock:
+        _check_place(out, resume)  # another sweep may have come here first
         _write_manifest(out, path, cases, needed)
         left = [cell for cell in made.values() if not is_complete(results.run_dir(out, cell.name))]
         console.write_line(f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}")
@@ -101,15 +105,13 @@ def run(
                 f"kept: remove their directories from {out / 'cells'} to run them again"
             )
         started = time.monotonic()
-        any_config = cases[0].config
-        parent = tracking.begin_sweep(any_config, out)
         try:
             with _alone_models(out) as kept:
                 failed = _Runner(out, jobs, engine, execute, lock, console, parent, kept).run(left)
         finally:
             results.write(out)
-            if parent:
-                tracking.end_sweep(any_config, parent, out / "results.csv")
+        if parent:
+            tracking.end_sweep(tracked, parent, out / "results.csv")
     return {
         "out": str(out),
         "cells": len(made),
@@ -144,7 +146,7 @@ def _check_place(out: Path, resume: bool) -> None:
             raise InputError(
                 f"{out} holds a sweep; continue it with --resume, or give another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(p.name != LOCK for p in out.iterdir())):
         raise InputError(f"{out} holds other files; give an --out that is empty or does not exist")
     try:
         existing_parent(out)
@@ -153,9 +155,9 @@ def _check_place(out: Path, resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def _alone(out: Path, console: Terminal) -> Iterator[int]:
+def _locked(out: Path, console: Terminal) -> Iterator[int]:
     """Hold the sweep's lock. Cells inherit it, so that those of a killed sweep end first."""
-    with (out / ".lock").open("w") as file:
+    with (out / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -211,7 +213,7 @@ class _Runner:
         parent: str,
         alone: Path,
     ) -> None:
-        self._parent, self._alone = parent, alone
+        self._parent, self._alone_models = parent, alone
         self._out, self._jobs, self._engine, self._execute = out, jobs, engine, execute
         self._lock, self._console = lock, console
         self._processes = multiprocessing.get_context("forkserver")
@@ -268,6 +270,18 @@ class _Runner:
     def _cell(self, cell: Cell) -> tuple[float, str]:
         """Run a cell; return its seconds and, if it failed, the reason."""
         started = time.monotonic()
+        try:
+            error = self._run(cell)
+        except OSError as failed:
+            error = f"{type(failed).__name__}: {failed}"
+        return time.monotonic() - started, error
+
+    def _run(self, cell: Cell) -> str:
+        """Run a cell; return the reason if it failed.
+
+        Raises:
+            OSError: If its files cannot be written.
+        """
         directory = results.run_dir(self._out, cell.name)
         threads = cell.config.engine.threads
         cores = processors.count() // (self._jobs * threads)
@@ -282,6 +296,7 @@ class _Runner:
             arguments += [str(config), "--out", str(directory)]
         log = self._out / "logs" / f"{cell.name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(b"")  # of an earlier call
         process = self._processes.Process(
             target=_run_cell,
             args=(
@@ -290,7 +305,7 @@ class _Runner:
                 log,
                 workers * threads,
                 self._parent,
-                str(self._alone),
+                str(self._alone_models),
                 _InheritedFile(self._lock),
             ),
         )
@@ -300,8 +315,7 @@ class _Runner:
             _end([process])
         process.join()
         self._running.discard(process)
-        error = "" if process.exitcode == 0 else _reason(log, process.exitcode)
-        return time.monotonic() - started, error
+        return "" if process.exitcode == 0 else _reason(log, process.exitcode)
 
     def _kind(self, cell: Cell, workers: int) -> str:
         if self._engine != "auto":
@@ -403,10 +417,17 @@ def _send(process: BaseProcess, number: signal.Signals) -> None:
 
 
 def _reason(log: Path, code: int | None) -> str:
-    """Return the last error line of a cell."""
+    """Return the last error line of a cell, or how it ended where it says nothing of an error."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (said or lines or [f"it ended with {code}"])[-1] + f" (see {log})"
+    if said:
+        return f"{said[-1]} (see {log})"
+    ended = f"it ended with exit code {code}"
+    if code is not None and code < 0:
+        ended = f"it was ended by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            ended += ", which is what Linux sends where memory runs out"
+    return f"{ended} (see {log}" + (f"; its last line: {lines[-1]})" if lines else ")")
 
 
 def _time(seconds: float) -> str:

@@ -46,6 +46,8 @@ SINGLE_INSTITUTION = {
 """Settings of a run with one institution: federation features must not change its result."""
 SPLIT_KEYS = ("seed", "data.", "model.", "training.max-length")
 """Prefixes of keys that fix the untrained adapter and the split of the data."""
+MACHINE_KEYS = ("accept", "engine.", "tracking.", "federation.metrics")
+"""Prefixes of further keys that count where nothing is trained."""
 
 STARTUP_SECONDS = 15.0
 OPERATIONS_PER_SECOND = 5e11
@@ -303,7 +305,8 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
     everything = {**base, **values}
     if kind == "base":
         from_flat(everything)  # also checks the keys that are dropped below
-        start = {key: value for key, value in values.items() if key.startswith(SPLIT_KEYS)}
+        kept = (*SPLIT_KEYS, *MACHINE_KEYS)
+        start = {key: value for key, value in values.items() if key.startswith(kept)}
         everything = {**base, **start, **SINGLE_INSTITUTION, "federation.rounds": 0}
     fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}
     if kind == arm:

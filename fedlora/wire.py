@@ -68,6 +68,8 @@ MAX_LIST_TEXTS = 16
 """Texts in a list of an order: its parts, its local parts, the requested figures."""
 MAX_EVALUATION_CHARACTERS = 2**20
 """Characters of an evaluation's figures as JSON: some thousand classes."""
+CHARACTERS_OF_A_ROW = 30
+"""Further characters for a row's predictions by three models, of up to 10,000,000 classes."""
 _CODE = re.compile(r"[a-z0-9-]{1,64}")
 _PLAIN: dict[Any, str] = {
     int: "a whole number",
@@ -276,17 +278,28 @@ def pack_evaluation(evaluation: Evaluation) -> RecordDict:
     return RecordDict({_EVALUATION: ConfigRecord(typing.cast(Any, values))})
 
 
-def unpack_evaluation(content: RecordDict) -> Evaluation:
-    """The `Evaluation` in a reply. Raises `Refusal` when it is not one."""
+def unpack_evaluation(content: RecordDict, rows: int = 0) -> Evaluation:
+    """The `Evaluation` in a reply.
+
+    Args:
+        content: The reply.
+        rows: Rows of which it may have the predictions of three models.
+
+    Raises:
+        Refusal: If it is none.
+    """
     _raise_refusal(content)
     _holds_only(content, _EVALUATION)
     values = _config(content, _EVALUATION)
     text, metrics = values.get("metrics"), None
-    if isinstance(text, str) and len(text) <= MAX_EVALUATION_CHARACTERS:
+    most = MAX_EVALUATION_CHARACTERS + CHARACTERS_OF_A_ROW * rows
+    if isinstance(text, str) and len(text) <= most:
         with contextlib.suppress(ValueError, RecursionError):
             metrics = json.loads(text)
     if not isinstance(metrics, dict):
-        raise Refusal("malformed-message", "the metrics are no JSON object, or a too long one")
+        raise Refusal(
+            "malformed-message", f"the metrics are no JSON object of up to {most} characters"
+        )
     return _build(Evaluation, values | {"metrics": metrics})
 
 

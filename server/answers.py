@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedlora import wire
@@ -15,6 +15,12 @@ from server.replies import content
 
 log = logging.getLogger("fedlora.server")
 _T = TypeVar("_T")
+FAILURES = {
+    MessageType.EVALUATE: "was not evaluated",
+    wire.HOME: "trained no model at home",
+    wire.RELEASED: "did not store the released adapter",
+}
+"""What a refused answer to a message of each type means for the institution."""
 
 
 def ask(
@@ -24,9 +30,9 @@ def ask(
     nodes: Mapping[int, str],
     read: Callable[[str, Evaluation], _T],
     *,
-    failure: str,
     timeout: float,
     patience: float,
+    rows: int = 0,
 ) -> tuple[dict[str, _T], dict[str, str]]:
     """Send an order to institutions and read their answers. One bad answer spoils no other.
 
@@ -36,9 +42,9 @@ def ask(
         message_type: Flower's type of the messages.
         nodes: Node -> institution.
         read: Makes the result of an institution's name and answer; may raise `Refusal`.
-        failure: What a refused answer means for the institution, for the log.
         timeout: Seconds that one institution may take.
         patience: Seconds without any reply after which the server stops waiting.
+        rows: The most rows of which an answer has the predictions.
 
     Returns:
         Institution -> its result, and institution -> the code of its refusal.
@@ -52,11 +58,11 @@ def ask(
     for node, reply in exchange(grid, messages, patience):
         name = nodes[node]
         try:
-            answer = wire.unpack_evaluation(content(reply))
+            answer = wire.unpack_evaluation(content(reply), rows)
             if answer.institution != name:
                 raise Refusal("wrong-institution", f"{name} answered as {answer.institution}")
             results[name] = read(name, answer)
         except Refusal as refusal:
             failed[name] = refusal.code
-            log.warning("%s %s: %s", name, failure, refusal)
+            log.warning("%s %s: %s", name, FAILURES[message_type], refusal)
     return results, dict(sorted(failed.items()))

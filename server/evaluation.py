@@ -86,7 +86,6 @@ def evaluate_own(
         MessageType.EVALUATE,
         nodes,
         read,
-        failure="was not evaluated",
         timeout=timeout,
         patience=patience,
     )

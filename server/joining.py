@@ -52,9 +52,9 @@ def measure(
         wire.HOME,
         nodes,
         lambda name, answer: _rows(name, answer, config, population, texts),
-        failure="trained no model at home",
         timeout=timeout,
         patience=patience(config, timeout),
+        rows=len(population.held_out),
     )
     found = {name: rows for name, rows in answers.items() if len(rows.truth)}
     return {

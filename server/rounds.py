@@ -503,7 +503,6 @@ class Federation:
             wire.RELEASED,
             self.nodes(),
             lambda name, answer: "stored",
-            failure="did not store the released adapter",
             timeout=config.federation.timeout,
             patience=patience(config),
         )

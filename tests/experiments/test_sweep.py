@@ -642,6 +642,60 @@ def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_p
     assert again["results"] == said["results"]
 
 
+@pytest.mark.parametrize(
+    ("log", "code", "reason"),
+    [
+        ("warning: rare-classes\nerror: no such file\n", 2, "no such file (see "),
+        ("warning: rare-classes\n", -9, "it was ended by SIGKILL, which is what Linux sends"),
+        ("a line\n", 3, "it ended with exit code 3 (see "),
+        ("", -11, "it was ended by SIGSEGV (see "),
+    ],
+)
+def test_the_reason_of_a_failed_cell_is_its_error_or_how_it_ended(tmp_path, log, code, reason):
+    file = tmp_path / "cell.txt"
+    file.write_text(log)
+    said = cells._reason(file, code)
+    assert said.startswith(reason) and str(file) in said
+    assert ("rare-classes" in said) == (code == -9)
+
+
+def test_a_sweep_whose_tracker_fails_leaves_nothing_behind(sweep_file, tmp_path, monkeypatch):
+    def unreachable(*_):
+        raise InputError("tracking.mlflow is 'x', but nothing can be logged there")
+
+    monkeypatch.setattr(cells.tracking, "begin_sweep", unreachable)
+    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
+    result = invoke("sweep", path, "--out", out)
+    assert result.exit_code == 2 and "nothing can be logged" in result.stderr
+    assert not out.exists()
+
+
+def test_of_two_sweeps_that_start_at_once_in_one_directory_the_second_is_refused(
+    sweep_file, tmp_path, monkeypatch
+):
+    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
+
+    def meanwhile(*_):  # the other has come first while records were split
+        out.mkdir()
+        (out / cells.LOCK).touch()
+        (out / results.MANIFEST).write_text("{}")
+        return ""
+
+    monkeypatch.setattr(cells.tracking, "begin_sweep", meanwhile)
+    result = invoke("sweep", path, "--out", out)
+    assert result.exit_code == 2 and "holds a sweep" in result.stderr
+    assert (out / results.MANIFEST).read_text() == "{}"
+
+
+def test_the_arm_base_keeps_what_set_accepts_and_tracks(sweep_file):
+    text = 'arms = ["base", "federated"]\n[set]\naccept = ["labels"]\n'
+    text += 'tracking.mlflow = "sqlite:///t.db"\nengine.threads = 2\n[grid]\nseed = [1]'
+    for case in sweep.read(sweep_file(text)):
+        config = case.config
+        assert config.accept == ("labels",) and config.engine.threads == 2
+        assert config.tracking.mlflow == "sqlite:///t.db"
+
+
 @pytest.mark.slow
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path):
     text = 'arms = ["federated"]\n[grid]\nadapter.target-modules = [["query"], ["nope"]]'
@@ -727,6 +781,28 @@ def test_a_killed_sweep_goes_on_where_it_was(sweep_file, tmp_path):
     said = json.loads(result.stdout)
     assert said["before"] >= 1 and said["before"] + said["done"] == 2
     assert {p: p.stat().st_mtime_ns for p in first} == first
+
+
+@pytest.mark.slow
+def test_a_cell_that_was_killed_midway_goes_on_from_its_last_round(sweep_file, tmp_path):
+    text, out = 'arms = ["federated"]\n[grid]\nseed = [1]', tmp_path / "out"
+    path = sweep_file(text, **{"federation.rounds": 60})
+    command = [sys.executable, "-m", "cli.main", "sweep", str(path), "--out", str(out)]
+    command += ["--engine", "inline", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    found: list[str] = []
+    while len(found) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        found = [line for p in out.glob("cells/*/rounds.jsonl") for line in p.open()]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(out.glob("cells/*/result.json"))
+    result = invoke(*command[3:], "--resume")
+    assert result.exit_code == 0, result.output
+    (file,) = out.glob("cells/*/rounds.jsonl")
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 60 and lines[0] == found[0]  # its seconds are those of the first try
 
 
 def test_a_directory_with_other_files_is_refused(sweep_file, tmp_path):

@@ -231,6 +231,15 @@ def test_what_an_evaluation_asks_and_answers_comes_back():
     assert wire.unpack_hello(wire.pack_hello(hello)) == hello
 
 
+def test_predictions_of_many_rows_fit_into_an_evaluation_and_no_more_than_they_need():
+    rows = 200_000
+    metrics = {model: [77] * rows for model in ("alone", "shared", "own")}
+    packed = wire.pack_evaluation(Evaluation(institution="Alpha", metrics=metrics))
+    assert wire.unpack_evaluation(packed, rows).metrics == metrics
+    with pytest.raises(Refusal, match="no JSON object of up to 1048576 characters"):
+        wire.unpack_evaluation(packed)
+
+
 @pytest.mark.parametrize("code", ["", "x\n{}", "Budget", "a b", "x" * 65])
 def test_a_refusal_that_is_no_code_is_a_refusal_without_one(code):
     with pytest.raises(Refusal) as caught:
