@@ -514,7 +514,12 @@ class HomeConfig(Section):
         "and is the default and the only choice for sft",
         choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
     )
-    steps: int = key(120, "the most steps at home; validation records may choose fewer", at_least=1)
+    steps: int = key(
+        120,
+        "the most steps at home; validation records may choose fewer, and an institution with "
+        "fewer than 78 training records takes 60 at most; under home.epsilon exactly so many",
+        at_least=1,
+    )
     batch_size: int = key(32, "records of a step at home", at_least=1)
     learning_rate: tuple[float, ...] = key(
         (0.005,),
@@ -539,7 +544,8 @@ class HomeConfig(Section):
     epsilon: float = key(
         math.inf,
         "budget of an own model, charged to the ledger on top of privacy.epsilon: it is then "
-        "trained by home.steps steps of DP-SGD from the shared adapter, whatever home.method says; "
+        "trained by home.steps steps of DP-SGD from the shared adapter, at 0.3 of the first "
+        "home.learning-rate, whatever home.method says; "
         "inf: no DP. Simulations only: a deployed institution decides with fedlora home --epsilon",
         above=0,
         infinite=True,
