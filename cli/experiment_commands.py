@@ -268,7 +268,7 @@ def audit(
     place = out or Path(f"runs/audit-{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if shadows < 0:
         raise InputError(f"--shadows is {shadows}; it must be at least 0, where 0 leaves LiRA out")
-    check(loaded, place, engine)
+    check(loaded, place, canaries, engine)
     console = Terminal(quiet=as_json)
     console.write_line(f"auditing; results in {place}")
     with one_line_errors(place / "run"):

@@ -3,7 +3,7 @@
 It is written for a risk officer, who reads nothing else, and fits on one sheet of paper.
 """
 
-import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +107,10 @@ def verdict(run: Run) -> Section:
     if warnings:
         many = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
         words.append(f"The run began with {many}: see Warnings, below.")
-    if joining is not None and (compared := _compared(run, joining)):
-        words.append(compared)
+    if joining is not None:
+        words += [
+            said for said in (_compared(run, joining), joining_verdict.one_run(joining)) if said
+        ]
     if rising := result.get("still_rising"):
         words.append(advice(rising))
     return Section(
@@ -178,6 +180,12 @@ def promised(run: Run) -> Section:
         delta = max(one["delta"] for one in spent)
         what = f"a certain {_unit(config.privacy.unit)} was trained on"
         points += odds(privacy["odds"], epsilon, delta, what, continued=bool(config.adapter.start))
+        if (total := with_earlier_runs(run)) is not None:
+            epsilon, delta = total
+            points.append(
+                f"All runs on these records together, as the ledgers have them: epsilon "
+                f"{at_most(epsilon)} at delta {delta:.3g}. What follows is for these."
+            )
         shared = config.privacy.shares_noise
         if config.privacy.unit == "record":
             where = "at one or several institutions" if shared else "at an institution"
@@ -195,6 +203,15 @@ def promised(run: Run) -> Section:
         bad=config.privacy.protects_nobody,
         points=points,
     )
+
+
+def with_earlier_runs(run: Run) -> tuple[float, float] | None:
+    """Largest epsilon and delta of a ledger; None where it has this run only."""
+    spent = run.privacy["institutions"].values()
+    most = max(spent, key=lambda one: one["ledger_epsilon"], default=None)
+    if most is None or most["ledger_epsilon"] <= 1.001 * run.result["epsilon_max"]:
+        return None
+    return most["ledger_epsilon"], max(one["ledger_delta"] for one in spent)
 
 
 def customer_of_two(epsilon: float, delta: float) -> str:
@@ -222,7 +239,12 @@ def customer(epsilon: float, delta: float, where: str) -> str:
     said = "The promise is for one record. "
     if of_two := _of_two(epsilon, delta):
         said += f"For a customer with two records {where} it is {of_two}, and "
-        most = next(k for k in itertools.count(2) if group_delta(epsilon, delta, k + 1) >= 1)
+        # delta (e^(k epsilon) - 1) / (e^epsilon - 1) is below 1; the sum decides at the edge
+        most = max(2, round(math.log1p(math.expm1(epsilon) / delta) / epsilon))
+        while group_delta(epsilon, delta, most) >= 1:
+            most -= 1
+        while group_delta(epsilon, delta, most + 1) < 1:
+            most += 1
         said += f"for one with {most + 1} or more it promises nothing"
     else:
         said += f"For a customer with two or more records {where} it promises nothing"
@@ -426,8 +448,8 @@ def identity(run: Run) -> Section:
     return Section(
         title="Identity",
         words=[
-            f'The command "fedlora verify {run.directory.absolute().name}" checks all of this and '
-            "computes epsilon anew."
+            f'The command "fedlora verify DIRECTORY", with the directory of this run '
+            f"({run.directory.absolute().name}), checks all of this and computes epsilon anew."
         ],
         tables=[Table(rows=rows)],
     )

@@ -85,8 +85,12 @@ def _tiles(run: opening.Run) -> dict[str, str]:
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
         tiles["loss per token"] = f"{result['token_loss']:.3f}"
+    total = opening.with_earlier_runs(run)
+    if total is not None:
+        tiles["largest epsilon, all runs on the records"] = _epsilon(total[0])
+    of_run = "largest epsilon (smaller is more private)" if total is None else "of this run alone"
     return tiles | {
-        "largest epsilon (smaller is more private)": _epsilon(result["epsilon_max"]),
+        of_run: _epsilon(result["epsilon_max"]),
         "institutions": str(len(run.institutions)),
         **({"held-out rows": f"{run.held_out:,}"} if run.held_out else {}),
         "rounds": str(result["rounds"]),

@@ -227,7 +227,8 @@ def _cost(
     rows = sum(rate_of(config, shard) * len(shard) for shard in shards) * asked / names
     steps = federation.rounds * config.training.local_steps
     every = federation.evaluate_every
-    evaluations = 1 + (federation.rounds // every if every else 0)
+    measured = federation.rounds // every if every else 0
+    evaluations = measured + (not every or federation.rounds % every != 0)  # always at the end
     seconds = {
         "loading": loading,
         "training": steps * rows * of_row / min(workers, asked),
@@ -237,13 +238,23 @@ def _cost(
     if chosen := config.at_home(names):
         at_home = config.home.work_of_all([len(shard) for shard in shards])
         seconds["home"] = at_home * of_row / min(workers, len(chosen))
-    sent = wire.array_bytes(wire.pack_adapter(work.start.only(federation.traits.parts_sent(1))))
+    ordered = wire.array_bytes(wire.pack_adapter(work.start))
+    answered = [
+        8 * sum(tensor.numel() for tensor in parts.values())
+        if config.privacy.shares_noise  # words of 8 bytes, which can be added up
+        else wire.array_bytes(wire.pack_adapter(parts))
+        for parts in (work.start.only(sent) for sent in federation.traits.sent)
+    ]
+    moved = federation.rounds * ordered + sum(
+        answered[number % len(answered)] for number in range(federation.rounds)
+    )
     return {
         "seconds_per_record": of_row,
         "workers": min(workers, names),
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
         "minutes": sum(seconds.values()) / 60,
-        "bytes_moved": 2 * sent * asked * federation.rounds,
+        "bytes_moved": moved * asked,
+        "bytes_grow": federation.traits.residuals,  # whose rank may grow with the rounds
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 

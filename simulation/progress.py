@@ -141,7 +141,9 @@ def describe(
     parts.append("no DP (epsilon inf)" if spent == "inf" else f"epsilon {at_most(spent or 0, 3)}")
     if fresh > 1 and len(records) < total:
         pace = sum(r["seconds"] for r in records[-fresh:]) / fresh
-        parts.append(f"{pace * (total - len(records)):.0f} s left")
+        left = f"{pace * (total - len(records)):.0f} s left"
+        at_home = config.home.method != "none" and not config.deployed
+        parts.append(left + " for the rounds, then models at home" * at_home)
     return " · ".join(parts)
 
 
@@ -190,6 +192,8 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
         )
     style = VERDICT_STYLES[joining_verdict.outcome(joining)]
     table.add_row("", Styled(joining_verdict.verdict(joining), style))
+    if said := joining_verdict.one_run(joining):
+        table.add_row("", said)
 
 
 def longer(truncated: int, max_length: int) -> str:

@@ -44,10 +44,37 @@ def of_run(run_dir: Path) -> str:
             "same configuration."
         )
     found = read(folder)
+    said = f"An audit attacked this run: the promise {verdict(found)}."
+    if not math.isfinite(float(found["epsilon"])):
+        said = "An audit attacked this run, which promised nothing."
+    elif found["refuted"]:
+        said = f"An audit attacked this run: the promise IS BROKEN, for {broken_by(found)}."
     return (
-        f"An audit attacked this run: the promise {verdict(found)}. Its attacks show epsilon "
-        f"{at_least(shown(found), 3)} at least; its report is beside the run's directory."
+        f"{said} Its attacks show epsilon {at_least(shown(found), 3)} at least; its report is "
+        "beside the run's directory."
     )
+
+
+def limit(result: Mapping[str, Any], view: str) -> float:
+    """The epsilon that a bound from this view is compared with."""
+    return float(result["epsilon_alone" if view == ALL_BUT_ONE else "epsilon"])
+
+
+def broken_by(result: Mapping[str, Any]) -> str:
+    """What refuted a promise, with its figures."""
+    noise, canaries = result["noise"], result["canaries"]
+    found = [
+        f"attacks from {view} show epsilon {at_least(canaries[view]['epsilon'], 3)} at least, and "
+        f"{at_most(limit(result, view))} was promised"
+        for view in VIEWS
+        if view in canaries and canaries[view]["epsilon"] > limit(result, view)
+    ]
+    if (noise.get("cosine") or 0.0) > noise["bound"]:
+        found.append(
+            f"two updates share their noise (cosine {noise['cosine']:.2f}; above "
+            f"{noise['bound']:g} it was used twice)"
+        )
+    return "; ".join(found)
 
 
 def shown(found: Mapping[str, Any]) -> float:
@@ -86,7 +113,7 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if failed := result.get("lira failed"):
         found.append(("membership inference (lira)", f"not known: its runs failed ({failed})"))
     if extraction := result.get("extraction"):
-        for which in ("planted", "not planted"):
+        for which in (which for which in ("planted", "not planted") if which in extraction):
             bits = extraction[which]
             text = (
                 f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f}), "

@@ -26,7 +26,7 @@ def of(directory: Path) -> Page:
         tiles["promised if all others collude"] = at_most(float(found["epsilon_alone"]))
         tiles["shown by attacks if they do"] = at_least(alone["epsilon"], 3)
     if broken:
-        note = "The promise is broken: an attack learned more than it allows."
+        note = f"The promise is broken: {findings.broken_by(found)}."
     elif not math.isfinite(promised):
         note = (
             "Nothing was promised, so there is nothing to refute. The attacks show what an "

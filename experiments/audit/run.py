@@ -1,5 +1,6 @@
 """`fedlora audit`: a run with canaries, and attacks on it."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -25,7 +26,7 @@ from experiments.audit.canaries import (
     plant,
     write,
 )
-from experiments.audit.findings import ALL_BUT_ONE, FILE, FINAL, facts
+from experiments.audit.findings import FILE, FINAL, broken_by, facts
 from experiments.audit.observed import (
     Transcript,
     losses,
@@ -37,7 +38,7 @@ from fedlora.adapters import open_for
 from fedlora.arrays import Floats
 from fedlora.config import ACCEPTABLE, RunConfig
 from fedlora.csv_files import PLAIN
-from fedlora.errors import InputError
+from fedlora.errors import InputError, Refusal
 from fedlora.files import write_atomic
 from fedlora.rows import partition_rows
 from fedlora.run_files import CONFIG, finite, read_run_file
@@ -49,16 +50,27 @@ from simulation.progress import progress
 from simulation.run import check_engine, load, open_engine, run_rounds
 
 CONFIDENCE = 0.95
+MIN_CANARIES = 10
 MAX_COSINE = 0.5  # updates with a larger cosine share noise; see `noise_reuse`
 
 
-def check(config: RunConfig, out: Path, engine: str) -> None:
+def check(config: RunConfig, out: Path, canaries: int, engine: str) -> None:
     """Refuse a run that cannot be audited.
 
     Raises:
         InputError: Naming value, bound and remedy.
     """
     check_engine(engine)
+    if canaries < MIN_CANARIES:
+        raise InputError(
+            f"--canaries is {canaries}; it must be at least {MIN_CANARIES}, and so few show next "
+            "to nothing"
+        )
+    if config.data.view != "all":
+        raise InputError(
+            f"data.view is {config.data.view!r}, but the audit plants rows at each institution; "
+            "use all"
+        )
     if (out / FILE).exists() or (out / "run" / CONFIG).exists():
         raise InputError(f"{out} holds another audit; give another --out")
     if config.federation.traits.local_parts or config.adapter.ranks:
@@ -111,7 +123,12 @@ def run(
             {"run-dir": run_dir, "privacy.ledger": "", "home.method": "none"}
         )
         transcript = Transcript(folder=Path(folder) / "transcript")
-        _train(target, engine, console, transcript)
+        try:
+            _train(target, engine, console, transcript)
+        except (InputError, Refusal):
+            with contextlib.suppress(OSError):
+                out.rmdir()  # nothing is in it where the run was refused before its first round
+            raise
         # The audited run is complete; the attacks below read its released adapters.
         work = _load_released(target)
         with console.status("scoring canaries") as status:
@@ -131,9 +148,7 @@ def run(
             loss = membership.measure(-rows.losses, rows.inside, CONFIDENCE)
             result["membership"] = {"loss": loss}
         shutil.rmtree(Path(folder) / "transcript")
-        result["refuted"] = (result["noise"].get("cosine") or 0.0) > MAX_COSINE or any(
-            result["canaries"][view]["epsilon"] > _limit(result, view) for view in scored
-        )
+        result["refuted"] = broken_by(result) != ""
         result = _write_result(out, result)
         if shadows:
             kept = f"kept so far: {out / 'audit.json'}; {shadows} shadow runs for LiRA follow"
@@ -152,11 +167,6 @@ def _check_planted(config: RunConfig, audited: Audited, shard: Shard) -> None:
     trained = _distinct(records.load(config).all_train)
     for canary, row in zip(audited.canaries, shard.records, strict=True):
         assert not canary.inside or bytes(row) in trained, f"{canary} was not trained on"
-
-
-def _limit(result: Mapping[str, Any], view: str) -> float:
-    """Return the epsilon that a bound from this view is compared with."""
-    return float(result["epsilon_alone" if view == ALL_BUT_ONE else "epsilon"])
 
 
 def _bounds(audited: Audited, scored: Mapping[str, Floats], delta: float) -> dict[str, Any]:
@@ -352,8 +362,11 @@ def _extraction(
     bits = membership.exposure(own, rest.reshape(len(own), ALTERNATIVE_SECRETS))
     draw = RandomSource.seeded("exposure", config.seed)
     return {
-        "planted": _summary(bits[inside], draw.child("in")),
-        "not planted": _summary(bits[~inside], draw.child("out")),
+        **{  # of few canaries, coins may leave one group empty
+            which: _summary(bits[chosen], draw.child(name))
+            for which, name, chosen in (("planted", "in", inside), ("not planted", "out", ~inside))
+            if chosen.any()
+        },
         "most possible": float(np.log2(ALTERNATIVE_SECRETS + 1)),
     }
 

@@ -28,7 +28,7 @@ from flwr.app import Context, Message, RecordDict
 from ray._private import parameter, services
 from ray._private.node import Node
 from ray._private.state import GlobalState
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from fedlora import logs, wire
 from fedlora.errors import InputError
@@ -358,15 +358,18 @@ class RayGrid(SimulationGrid):
                 self._running[reference] = (index, todo)
 
     def _collect(self, reference: Any) -> list[Message]:
-        """Return the replies of a finished call; none if its worker died and it is retried."""
+        """Return the replies of a finished call; none if its worker or its result is lost.
+
+        Such a call is retried. An institution that had answered gives its stored answer again.
+        """
         index, done = self._running.pop(reference)
         replies: list[tuple[Message, RecordDict | None]]
         try:
             replies = pickle.loads(ray.get(reference))
-        except (RayActorError, OutOfMemoryError):
-            return self._replace(index, reference, done, WORKER_DIED)
         except RayTaskError:
             replies = [(error_reply(job.message, 2, "worker"), None) for job in done.jobs]
+        except RayError:
+            return self._replace(index, reference, done, WORKER_DIED)
         self._new.discard(index)
         seconds, expected = time.monotonic() - done.started, done.seconds
         self._at_worker[index].remove(reference)

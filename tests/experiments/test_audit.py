@@ -175,7 +175,22 @@ def test_fewer_canaries_than_institutions_are_refused(tiny_config, tmp_path):
 def test_an_audit_of_sums_refuses_a_run_that_masks_them(tiny_config, tmp_path):
     values = SECURE | {"privacy.protocol": "full"}
     with pytest.raises(InputError, match=r"privacy\.protocol .* use ideal"):
-        check(tiny_config(**values), tmp_path / "audit", "inline")
+        check(tiny_config(**values), tmp_path / "audit", 100, "inline")
+
+
+@pytest.mark.parametrize(
+    ("values", "canaries", "said"),
+    [
+        ({"data.view": "pooled"}, 100, r"data\.view is 'pooled'.* use all"),
+        ({"data.view": "only:Alpha"}, 100, r"data\.view is 'only:Alpha'"),
+        ({}, 9, r"--canaries is 9; it must be at least 10"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused_before_it_is_trained(
+    tiny_config, tmp_path, values, canaries, said
+):
+    with pytest.raises(InputError, match=said):
+        check(tiny_config(**values), tmp_path / "audit", canaries, "inline")
 
 
 def test_a_server_knows_the_sum_of_all_vectors_and_with_others_smaller_sums(tiny_config):

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from experiments import figures, opening, report, results
+from experiments.audit import findings
 from experiments.pages import NUMBER
 from fedlora.config import from_flat, load
+from fedlora.odds import group_delta
 from fedlora.rounding import at_most
 from server.privacy_statement import promise
 from tests.samples import compared
@@ -426,18 +428,59 @@ AUDIT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("refuted", [False, True])
-def test_an_audit_has_a_page_and_its_run_says_what_it_found(run_directory, tmp_path, refuted):
+@pytest.mark.parametrize(
+    ("shows", "cosine", "reason"),
+    [
+        (0.3, None, ""),
+        (1.4, None, "attacks from the final adapter show epsilon 1.4 at least, and 1 was promised"),
+        (0.3, 0.99, "two updates share their noise (cosine 0.99; above 0.5 it was used twice)"),
+    ],
+)
+def test_an_audit_has_a_page_and_its_run_says_what_it_found(
+    run_directory, tmp_path, shows, cosine, reason
+):
     out = tmp_path / "audit"
     shutil.copytree(run_directory, out / "run")
-    (out / "audit.json").write_text(json.dumps(AUDIT | {"refuted": refuted}))
+    found = json.loads(json.dumps(AUDIT)) | {"refuted": bool(reason)}
+    found["canaries"]["the final adapter"]["epsilon"] = shows
+    found["noise"] |= {"cosine": cosine, "left_out": 0}
+    assert findings.broken_by(found) == reason
+    (out / "audit.json").write_text(json.dumps(found))
     text, of_run = shown(out), shown(out / "run")
     assert "Privacy audit: audit" in text
-    assert ("The promise is broken" in text) == refuted
+    assert (f"The promise is broken: {reason}." in text) == bool(reason)
     assert "from the final adapter: 3 of 4 guesses right" in text
     assert "An audit attacked this run" in of_run
-    assert ("the promise IS BROKEN" in of_run) == refuted
-    assert "show epsilon 0.3 at least" in of_run and "if all others collude" not in text
+    assert (f"the promise IS BROKEN, for {reason}." in of_run) == bool(reason)
+    assert f"show epsilon {shows} at least" in of_run and "if all others collude" not in text
+
+
+def test_an_audit_of_a_run_without_a_promise_says_so_on_the_run_s_page(run_directory, tmp_path):
+    out = tmp_path / "audit"
+    shutil.copytree(run_directory, out / "run")
+    (out / "audit.json").write_text(json.dumps(AUDIT | {"epsilon": "inf"}))
+    assert "An audit attacked this run, which promised nothing. Its" in shown(out / "run")
+
+
+def test_the_page_of_a_run_whose_ledgers_have_earlier_runs_states_their_sum(run_directory):
+    """It is the promise of an adapter that continues another; a customer's is worse by as much."""
+    privacy = json.loads((run_directory / "privacy.json").read_text())
+    before = shown(run_directory)
+    assert "largest epsilon (smaller is more private)" in before and "All runs on" not in before
+    for of in privacy["institutions"].values():
+        of |= {"ledger_epsilon": 11.19, "ledger_limit": 20.0, "ledger_delta": 1e-4}
+    change(run_directory, "privacy.json", institutions=privacy["institutions"])
+    text = shown(run_directory)
+    assert "All runs on these records together, as the ledgers have them: epsilon 11.19" in text
+    assert "largest epsilon, all runs on the records" in text and "of this run alone" in text
+    assert "with two or more records at an institution it promises nothing" in text
+
+
+@pytest.mark.parametrize("epsilon", [1e-4, 0.002, 0.5])
+def test_from_how_many_records_on_nothing_is_promised_is_found_at_once(epsilon):
+    said = opening.customer(epsilon, 1e-5, "at an institution")
+    most = int(re.search(r"with (\d+) or more it", said)[1]) - 1
+    assert group_delta(epsilon, 1e-5, most) < 1 <= group_delta(epsilon, 1e-5, most + 1)
 
 
 def test_what_an_attack_shows_if_all_others_collude_stands_beside_its_own_promise(

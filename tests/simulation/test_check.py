@@ -73,6 +73,28 @@ def test_one_row_institutions_that_are_kept_void_the_result_until_accepted(messy
     assert accepted["refused"] == [] and names(accepted)["delta"]["voids"]
 
 
+SHARES = {"privacy.trust": "secure-aggregation", "privacy.honest": 2}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"federation.strategy": "ffa"},
+        {"federation.strategy": "rolora"},
+        {"federation.strategy": "fedsa"},
+        SHARES | {"federation.weighting": "public-size"},
+    ],
+    ids=str,
+)
+def test_the_bytes_of_a_check_are_those_that_a_run_moves(values, tiny_config, simulate_run) -> None:
+    config = tiny_config(**values)
+    expected = check.describe(config)["cost"]["bytes_moved"]
+    simulate_run(config)
+    lines = (Path(config.run_dir) / "rounds.jsonl").read_text().splitlines()
+    moved = [json.loads(line)["institutions"].values() for line in lines]
+    assert expected == sum(one["sent"] + one["received"] for of in moved for one in of)
+
+
 def test_noise_delta_and_findings_are_those_of_the_run(messy, simulate_run) -> None:
     make, _ = messy
     config = make(**{"data.min-records": 8})

@@ -16,6 +16,7 @@ import ray
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from ray._private import parameter, services
 from ray._private.node import Node
+from ray.exceptions import ObjectLostError
 
 from benchmarks.empty_client import app
 from server.exchange import exchange
@@ -209,6 +210,24 @@ def test_a_worker_whose_place_is_lost_leaves_the_round_to_the_others(ray_cores):
         for _ in range(2):
             assert all(right(r) for r in one_round(grid, ttl=20.0).values())
         assert len(grid._starting) == 1
+
+
+def test_a_result_that_is_lost_with_its_machine_is_made_again(ray_cores, monkeypatch):
+    """The call had ended; its reply lay on the machine that was lost before it was fetched."""
+    with RayGrid(EMPTY, 6, {}, workers=WorkerSpec(count=2, threads=1)) as grid:
+        assert all(right(r) for r in one_round(grid).values())
+        get, lost = ray.get, []
+
+        def fetch(reference, **options):
+            if not lost:
+                lost.append(reference)
+                raise ObjectLostError(reference.hex(), None, "")
+            return get(reference, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ray, "get", fetch)
+            assert all(right(r) for r in one_round(grid).values())
+        assert lost
 
 
 ONLY_HERE = """
