@@ -64,7 +64,7 @@ def ledger_show(
     lines = Table(*(Column(column, overflow="fold") for column in columns))
     for entry in entries:
         lines.add_row(
-            str(entry["run"])[:12],
+            str(entry["run"]),
             str(entry["round"]),
             f"{entry['noise_multiplier']:.4f}",
             str(entry["shares"] or ""),

@@ -7,7 +7,6 @@ spending (docs/threat-model.md).
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -478,7 +477,6 @@ def _closed_on_error(ledger: Ledger) -> Generator[None]:
         raise
 
 
-@functools.lru_cache(maxsize=1)
 def _ranks(config: RunConfig) -> list[int]:
     units = records.load(config).units
     return config.adapter.ranks_of([accounting.public_size(count) for count in units])

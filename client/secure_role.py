@@ -28,20 +28,27 @@ from fedlora.secure_aggregation import (
 )
 
 
-def erase(store: Path, ledger: Path, run: str) -> None:
+def erase(store: Path, ledger: Path, run: str) -> bool:
     """Erase the secrets of a run that has ended: its masks, shares and noise.
 
-    The run cannot go on at this institution, and cannot be set up again.
+    The run cannot go on at this institution, and cannot be set up again. The store says that a run
+    has ended only after the ledger's keys are wiped, so that an interrupted call can be repeated.
 
     Args:
         store: The file of the institution's keys and shares.
         ledger: The file of its privacy ledger.
         run: The run's identity.
+
+    Returns:
+        Whether the ledger has a charge of the run. If another ledger was charged, that one keeps
+        the key of the last round's noise.
     """
+    with Ledger.open(ledger) as opened:
+        charged = run in opened.runs()
+        opened.end_run(run)
     with secure_store.opened(store) as db:
         secure_store.end(db, run)
-    with Ledger.open(ledger) as opened:
-        opened.end_run(run)
+    return charged
 
 
 @dataclass(frozen=True, kw_only=True)

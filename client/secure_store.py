@@ -165,9 +165,11 @@ def drop_unused(db: sqlite3.Connection) -> None:
         db.executemany(f"DELETE FROM {table} WHERE run = ?", found)
 
 
-def unended(db: sqlite3.Connection) -> list[str]:
-    """The runs whose secrets are not erased, the oldest first."""
-    return [row[0] for row in db.execute("SELECT run FROM runs WHERE NOT ended ORDER BY rowid")]
+def known(db: sqlite3.Connection) -> dict[str, bool]:
+    """Run -> whether its secrets are erased, the oldest first."""
+    return {
+        run: bool(ended) for run, ended in db.execute("SELECT run, ended FROM runs ORDER BY rowid")
+    }
 
 
 def add_sealed(db: sqlite3.Connection, run: str, *, peers: bytes, sealed: bytes) -> None:

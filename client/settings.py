@@ -88,7 +88,9 @@ class Settings(Section):
     report: tuple[str, ...] = setting(
         (), f"figures that may leave without DP: {', '.join(REPORTABLE)}"
     )
-    max_seconds: float = setting(1800.0, "most seconds that one message may take", at_least=1)
+    max_seconds: float = setting(
+        1800.0, "most seconds that one message may take", at_least=1, at_most=1e7
+    )
     threads: int = setting(1, "threads of training", at_least=1)
     gpu: bool = setting(False, "whether training uses a GPU")
     gateway: str = setting(

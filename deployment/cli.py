@@ -421,17 +421,24 @@ def forget(
 
     own = load(str(absolute(settings)))
     store = Path(own.state) / secure_store.FILE
-    known: list[str] = []
+    known: dict[str, bool] = {}
     if store.exists():
         with secure_store.opened(store) as db:
-            known = secure_store.unended(db)
+            known = secure_store.known(db)
     if run not in known:
+        left = [name for name, ended in known.items() if not ended]
         raise InputError(
-            f"--run is {run!r}, but {store} has no secrets of such a run; it has them of: "
-            f"{', '.join(known) or 'none'}"
+            f"--run is {run!r}, but {store} has no such run; it has secrets of: "
+            f"{', '.join(left) or 'none'}"
         )
-    secure_role.erase(store, Path(own.ledger), run)
+    charged = secure_role.erase(store, Path(own.ledger), run)
     PLAIN.write_line(f"erased the secrets of run {run}; it cannot go on here")
+    if not charged:
+        PLAIN.write_line(
+            f"warning: the ledger {own.ledger} has no charge of this run. If the settings named "
+            "another ledger then, that one keeps the key of the last round's noise: name it in "
+            "settings and run this command once more"
+        )
 
 
 def _started(here: Any, submission: Any, *, wait: bool, as_json: bool) -> None:

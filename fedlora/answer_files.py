@@ -140,7 +140,11 @@ def _rows(source: str, form: CsvForm) -> tuple[list[dict[str, Any]], list[str]]:
                 raise ValueError("a line is not an object")
             return found, list(dict.fromkeys(column for row in found for column in row))
         table = csv.DictReader(file, delimiter=DELIMITERS[form.delimiter], strict=True)
-        rows = list(table)
+        before = csv.field_size_limit(2**31 - 1)  # a text may be longer than csv expects
+        try:
+            rows = list(table)
+        finally:
+            csv.field_size_limit(before)
         for number, row in enumerate(rows, start=1):
             if None in row or None in row.values():
                 raise ValueError(f"row {number} has another number of values than the header")

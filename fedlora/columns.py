@@ -1,5 +1,6 @@
 """What all readers of data sources share: values as text, and errors."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -58,7 +59,7 @@ def as_text(value: Any, source: str, column: str) -> str:
     Raises:
         InputError: If it is no text, number or truth value, or no Unicode.
     """
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
         if not is_unicode(value):

@@ -9,7 +9,15 @@ from fedlora.sections import AdapterConfig, FederationConfig, HomeConfig, Privac
 from fedlora.settings_schema import Scalar
 from fedlora.strategy_table import names_with
 
-OWN_FIGURES = ("n", "accuracy", "macro_f1", "per_class", "loss", "by_owner", "institutions")
+OWN_FIGURES = frozenset(
+    (
+        *("n", "accuracy", "macro_f1", "per_class", "loss", "by_owner", "institutions"),
+        *("token_loss", "perplexity", "exact_match", "unparseable", "not_evaluated"),
+        *("joining", "still_rising", "released", "epsilon_max", "delta", "epsilon_alone_max"),
+        *("rounds", "seconds", "run", "run_dir", "base", "labels", "population", "nonce"),
+        *("trained_parameters", "counts", "findings"),
+    )
+)
 """Names of a run's own figures, which no metric of ``federation.metrics`` may have."""
 
 

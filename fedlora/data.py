@@ -24,7 +24,7 @@ from fedlora.errors import InputError
 from fedlora.rows import check_labels, partition_rows, read_table
 from fedlora.sections import DataConfig
 from fedlora.shards import Corpus, Federation, Shard
-from fedlora.text import folded
+from fedlora.text import MISSING, folded
 
 Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
@@ -78,8 +78,7 @@ def prepare(
     if settings.partition.startswith(schemes.PYTHON):
         named = settings.partition.removeprefix(schemes.PYTHON)
         shape.append(json.dumps(plugins.describe([("data.partition", named)])))
-        # one name may stand for several functions, made by another or defined anew in a notebook
-        reusable = "<" not in named and not named.startswith("__main__:")
+        reusable = False  # a function may read other files, and the process may hold older code
     base = cache_dir or cached_shards()
     cache.expire(base)
     tokens, entry = _entry(base, "corpus", key), _entry(base, "partition", [key, shape])
@@ -203,10 +202,11 @@ def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:
         return np.arange(len(starts)) - starts
     same = {value: folded(value) for value in set(values)}
     names = [same[value] for value in values]
-    if "" in names:
+    if missing := sum(name in MISSING for name in names):
         raise InputError(
-            f"privacy.unit is {unit!r}, but {names.count('')} training rows have nothing in that "
-            "column; fill it in, drop these rows, or choose another unit"
+            f"privacy.unit is {unit!r}, but {missing} training rows have nothing in that column "
+            "(or a word for it, such as NULL), so that strangers would be one unit; fill it in, "
+            "drop these rows, or choose another unit"
         )
     units = np.empty(len(values), dtype=np.int64)
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):

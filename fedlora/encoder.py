@@ -147,6 +147,8 @@ def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> 
                 f"model.name is {name!r}, a classifier of {config.num_labels} classes, but "
                 f"the data have {num_labels}; take its base model or data with those classes"
             )
+        if (quantization := options.get("quantization_config")) is not None:
+            quantization.llm_int8_skip_modules = [HEAD]  # it is trained
         return EncoderClassifier.from_pretrained(
             path, config=config, trust_remote_code=False, **options
         )

@@ -27,6 +27,10 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 LAST_LINES = 3
 
 
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
+"""Values of model_type whose linear layers are Conv1D, with swapped factors."""
+
+
 def vllm(run_dir: Path, out_dir: Path, institution: str = "") -> str:
     """Write the adapter of a causal model as a directory that vLLM serves.
 
@@ -94,7 +98,10 @@ def gguf(
     parent = new_path(out)
     converter = _converter(llama_cpp)
     config, folder, saved = _causal_adapter(run_dir, institution, "llama.cpp takes")
-    if saved.get("use_dora") or saved.get("fan_in_fan_out"):
+    base = model_files.resolve(config.model.name).path
+    kind = json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")
+    # a quantised base has other layers in place of Conv1D, which the adapter does not show
+    if saved.get("use_dora") or saved.get("fan_in_fan_out") or kind in CONV1D_MODELS:
         what = "of DoRA" if saved.get("use_dora") else "on GPT-2's Conv1D layers"
         raise InputError(
             f"{run_dir} has an adapter {what}, which {LORA_CONVERTER} does not convert; run "
@@ -102,7 +109,6 @@ def gguf(
         )
     if saved.get("use_rslora"):
         saved |= {"use_rslora": False, "lora_alpha": saved["lora_alpha"] * math.sqrt(saved["r"])}
-    base = model_files.resolve(config.model.name).path
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}-") as scratch:
         adapter, made = Path(scratch) / "adapter", Path(scratch) / "adapter.gguf"
         adapter.mkdir()

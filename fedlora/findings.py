@@ -17,7 +17,7 @@ from fedlora.budget import plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.shards import Federation
-from fedlora.text import folded
+from fedlora.text import MISSING, folded
 
 MAX_DELTA = 1e-3
 """The largest delta that is no finding."""
@@ -33,8 +33,6 @@ MAX_SIZE_RATIO = 8
 """The largest ratio of size classes that is no finding where all institutions weigh the same."""
 NAMED = 5
 """The most names in one finding."""
-MISSING = ("", "nan", "none", "null", "na", "n/a", "#n/a", "nat", "-", "?")
-"""Labels, folded, with which tables mark a missing value."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,7 @@ class Federation:
     held_out_bounds: Int64
     left_out: Mapping[str, int] = field(default_factory=dict[str, int])
 
-    @property
+    @cached_property
     def units(self) -> list[int]:
         """The number of units of privacy of each institution, in the order of names."""
         return [self.train(index).num_units for index in range(len(self.names))]

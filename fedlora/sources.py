@@ -304,7 +304,10 @@ def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
     arrow: Any = importlib.import_module("pyarrow")
     try:
         file = parquet.ParquetFile(path)
-        check_columns(source, wanted, file.schema_arrow.names)
+        names = file.schema_arrow.names
+        check_columns(source, wanted, names)
+        if twice := [name for name in wanted if names.count(name) > 1]:
+            raise InputError(f"{source} has two columns {twice[0]!r}; rename one of them")
         columns = {c: file.read(columns=[c]).column(c).to_pylist() for c in wanted}
     except (arrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise unreadable(source, error) from None

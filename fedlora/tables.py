@@ -108,7 +108,12 @@ def digest(table: Table, source: str) -> str:
     if by_institution(table):
         parts = {str(name): digest(part, source) for name, part in table.items()}
         return _digest(parts)
-    return _digest({name: list(map(str, _values(table, name))) for name in _names(table, source)})
+    return _digest(
+        {
+            name: [f"{type(v).__name__} {v}" for v in map(_plain, _values(table, name))]
+            for name in _names(table, source)
+        }
+    )
 
 
 def by_institution(table: Table) -> bool:

@@ -13,6 +13,9 @@ _IGNORABLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
 
+MISSING = ("", "nan", "none", "null", "na", "n/a", "#n/a", "nat", "-", "?")
+"""Labels, folded, with which tables mark a missing value."""
+
 
 def visible(text: str) -> str:
     r"""Escape each control character and lone surrogate as Python does: ``\x1b``.

@@ -103,6 +103,7 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
         device=device,
         threads=config.engine.threads,
         private=config.privacy.enabled,
+        weights=model_files.digest(model_files.resolve(config.model.name).weights),
     )
     # one is loaded with one, since forks would wait for others
     with processors.threads(settings.threads):
@@ -123,6 +124,7 @@ class _Settings:
     device: str
     threads: int
     private: bool
+    weights: str
 
 
 def _check_classes(name: str, model: Any, labels: Sequence[str]) -> None:
@@ -162,7 +164,13 @@ def _load(settings: _Settings) -> Trainable:
     )
     peft_model = lora.attach(base, spec, settings.seed)
     if settings.gradient_checkpointing:
-        cast(Any, base.model).gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            cast(Any, base.model).gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise InputError(
+                f"training.gradient-checkpointing is true, which {model.name} does not take "
+                f"({' '.join(str(error).split())}); set it to false"
+            ) from None
     task = choose_task(
         model.task,
         base.kind,

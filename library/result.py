@@ -61,7 +61,7 @@ class Result:
             institution: The institution whose adapter is used, where each has its own.
             own: Whether it is the model that this institution made at home after the run.
         """
-        return finished_run.merged_model(self.directory, institution, own_model=own)[0]
+        return finished_run.merged_model(self.directory, institution, own_model=own)[0].cpu()
 
     def tokenizer(self) -> Any:
         """The tokenizer of the model."""
@@ -114,7 +114,11 @@ class Result:
         figures = self.figures
         names = ("accuracy", "macro_f1", "token_loss", *self.config.federation.metric_names)
         return {
-            **{name: f"{figures[name]:.4f}" for name in names if name in figures},
+            **{
+                name: "–" if figures[name] is None else f"{figures[name]:.4f}"
+                for name in names
+                if name in figures
+            },
             "epsilon": at_most(float(figures["epsilon_max"]), 3),
             "rounds": str(figures["rounds"]),
         }

@@ -1,13 +1,16 @@
 """The secrets of a round from shares, some of which may be wrong or absent.
 
 Each secret is checked against what its institution published before the run, so a wrong secret is
-never used. With wrong shares, the server leaves out one institution after the other, then two,
-until a secret is right; the shares that do not lie on the polynomial are the wrong ones.
+never used. With wrong shares, the server looks for the polynomial on which most lie
+(`fedlora.shamir.correct`), and where that cannot find as many liars as may collude, it leaves out
+one institution after the other, then two, until a secret is right. The shares that do not lie on
+the polynomial are the wrong ones.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from fedlora.errors import Refusal
 from fedlora.secure_aggregation import Terms
 
 MAX_TRIES = 2000
-"""Sets of shares that are tried for one secret: all pairs of wrong shares of 60 institutions."""
+"""Sets of shares that are tried for one secret."""
 
 WRONG, ABSENT = "secure-wrong-share", "secure-absent-share"
 
@@ -66,7 +69,8 @@ def reveal(
             continue
         found = _search(terms, present, distrusted, lambda s, d=dealer: is_right(d, s))
         if found is None:
-            lost[dealer] = WRONG
+            if _finds_all(terms, len(present)):  # as many liars as may collude: so it is the dealer
+                lost[dealer] = WRONG
             refusal = refusal or Refusal(
                 "secure-shares-wrong",
                 f"the shares of {dealer}'s secret do not give it; the round is given up",
@@ -95,27 +99,53 @@ def _search(
 ) -> tuple[bytes, set[str]] | None:
     """The secret, and the holders of wrong shares as far as they had to be found."""
     order = sorted(shares, key=lambda holder: (holder in distrusted, holder))
-    for tries, chosen in enumerate(_subsets(order, terms.threshold)):
-        points = {terms.points[holder]: shares[holder] for holder in chosen}
-        value = shamir.combine(points)
-        if value < 2 ** (8 * shamir.SECRET_BYTES):
-            secret = value.to_bytes(shamir.SECRET_BYTES, "big")
-            if is_right(secret):
-                suspects = [h for h in order if h not in chosen] if tries else []
-                return secret, {
-                    holder
-                    for holder in suspects
-                    if shamir.combine(points, terms.points[holder])
-                    != int.from_bytes(shares[holder], "big")
-                }
+
+    def checked(value: int) -> bytes | None:
+        if value >= 2 ** (8 * shamir.SECRET_BYTES):
+            return None
+        secret = value.to_bytes(shamir.SECRET_BYTES, "big")
+        return secret if is_right(secret) else None
+
+    def wrong(value_at: Callable[[int], int]) -> set[str]:
+        return {
+            holder
+            for holder in order
+            if value_at(terms.points[holder]) != int.from_bytes(shares[holder], "big")
+        }
+
+    points = {terms.points[holder]: shares[holder] for holder in order}
+    first = dict(itertools.islice(points.items(), terms.threshold))
+    if (secret := checked(shamir.combine(first))) is not None:
+        return secret, set()
+    line = shamir.correct(points, terms.threshold)
+    if line is not None and (secret := checked(shamir.value(line, 0))) is not None:
+        return secret, wrong(lambda at: shamir.value(line, at))
+    if _corrects(terms, len(order)):
+        return None
+    for chosen in itertools.islice(_subsets(order, terms.threshold), 1, MAX_TRIES):
+        some = {terms.points[holder]: shares[holder] for holder in chosen}
+        if (secret := checked(shamir.combine(some))) is not None:
+            return secret, wrong(lambda at, some=some: shamir.combine(some, at))
     return None
 
 
+def _corrects(terms: Terms, present: int) -> bool:
+    """Whether `fedlora.shamir.correct` finds as many wrong shares as institutions may collude."""
+    return present - terms.threshold >= 2 * terms.colluding
+
+
+def _finds_all(terms: Terms, present: int) -> bool:
+    """Whether as many wrong shares as institutions may collude are found, whoever has them."""
+    sets = sum(math.comb(present, count) for count in range(terms.colluding + 1))
+    spare = present - terms.threshold
+    return _corrects(terms, present) or (terms.colluding <= spare and sets <= MAX_TRIES)
+
+
 def _subsets(order: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """Up to `MAX_TRIES` sets of holders: the first, then those without one, two, ... of all."""
+    """Sets of holders: the first, then those without one, two, ... of all."""
     spare = len(order) - size
     left_out = itertools.chain.from_iterable(
         itertools.combinations(range(len(order)), count) for count in range(spare + 1)
     )
-    for out in itertools.islice(left_out, MAX_TRIES):
+    for out in left_out:
         yield [holder for i, holder in enumerate(order) if i not in out][:size]

@@ -161,6 +161,11 @@ def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
             table.add_row("", Styled(said, "yellow"))
 
 
+def number(value: float | None) -> str:
+    """A figure with four digits; a dash for one that is no number."""
+    return "–" if value is None else f"{value:.4f}"
+
+
 def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     """Add the three models of institutions, the gain of joining, and the verdict."""
     if failed := result.get("joining", {}).get("not_compared"):
@@ -260,7 +265,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
             )
     for name in config.federation.metric_names:
         if name in result:
-            table.add_row(name, f"{result[name]:.4f}")
+            table.add_row(name, number(result[name]))
     add_baseline(table, result)
     if "n" in result:
         table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")

@@ -564,9 +564,9 @@ def test_secrets_of_a_round_are_erased_from_the_file_when_the_next_begins(memory
     made.masked(2, NAMES)
     assert not any(secret in files() for secret in (*first, *shares))
     with secure_store.opened(memory_path / "ada.db") as db:
-        assert secure_store.unended(db) == ["run"]
+        assert secure_store.known(db) == {"run": False}
         secure_store.end(db, "run")
-        assert secure_store.unended(db) == []
+        assert secure_store.known(db) == {"run": True}
     assert not any(secret in files() for secret in second)
     with refused("secure-run-ended"):
         made.party("ada").keys(made.terms)

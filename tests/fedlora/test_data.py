@@ -96,6 +96,10 @@ def test_rows_are_counted_and_have_a_fingerprint_as_a_run_reads_them(tmp_path: P
         "form": settings.csv_form,
     }
     assert data.count(settings.source, **columns) == 4
+    for missing in ("NULL", "n/a", "NaN"):
+        source = write(tmp_path / "null.jsonl", [*TRAIN, ("new", "good", "South", missing)])
+        with pytest.raises(InputError, match=r"1 training rows .* a word for it, such as NULL"):
+            data.count(source, **columns)
     source = write(tmp_path / "empty.jsonl", [*TRAIN, ("new", "good", "South", " ")])
     with pytest.raises(InputError, match="1 training rows have nothing in that column"):
         data.count(source, **columns)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -237,6 +238,32 @@ def test_a_merged_model_is_no_base_under_dp_on_the_records_that_it_was_trained_o
     (tmp_path / "merged" / "merged.json").write_text("{")
     with pytest.raises(InputError, match=r"merged\.json cannot be read"):
         start_adapter(config, work)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_head_of_a_merged_classifier_is_trained_also_on_a_quantised_base(
+    classifier, tmp_path, quantization
+):
+    finished_run.merge(classifier, tmp_path / "merged")
+    values = {"model.name": str(tmp_path / "merged"), "model.quantization": quantization}
+    config = finished_run.configuration(classifier, {}).replace(values)
+    work = trainable.load(config, ("card", "fraud", "loan"))
+    saved = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    head = work.start["base_model.model.classifier.weight"]
+    assert torch.equal(head, saved["classifier.weight"].float())
+
+
+def test_weights_that_change_in_their_place_are_loaded_anew(classifier, tmp_path):
+    finished_run.merge(classifier, tmp_path / "merged")
+    config = finished_run.configuration(classifier, {})
+    config = config.replace({"model.name": str(tmp_path / "merged")})
+    before = trainable.load(config, ("card", "fraud", "loan"))
+    file = tmp_path / "merged" / "model.safetensors"
+    tensors = {name: t + 1.0 for name, t in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    after = trainable.load(config, ("card", "fraud", "loan"))
+    assert after.base.digest != before.base.digest
+    assert trainable.load(config, ("card", "fraud", "loan")) is after
 
 
 def test_a_merged_classifier_of_other_classes_is_no_base(classifier, complaints, tmp_path):

@@ -244,8 +244,15 @@ def test_a_changed_partition_opens_no_cached_shards(own, tmp_path):
 
     assert prepared() == ("long", "short")
     own.write_text(MODULE.replace('"long"', '"large"'))
+    assert prepared() == ("long", "short")  # this process has the old code
     sys.modules.pop("own_code")
     assert prepared() == ("large", "short")
+    table = tmp_path / "regions.txt"
+    own.write_text(MODULE.replace('"long"', f"open({str(table)!r}).read()"))
+    for region in ("north", "south"):  # a file that the code reads, and nobody knows of
+        table.write_text(region)
+        sys.modules.pop("own_code", None)
+        assert prepared() == tuple(sorted((region, "short")))
 
     def made(first):
         return lambda texts, labels, seed: [first if len(t) > 3 else "b" for t in texts]

@@ -71,3 +71,29 @@ def test_one_share_fewer_fits_every_secret():
 def test_two_splits_of_one_secret_have_different_shares():
     first, second = (shamir.split(bytes(32), 2, [1, 2, 3]) for _ in range(2))
     assert not set(first) & set(second)
+
+
+@settings(max_examples=40, deadline=None)
+@given(secret=st.binary(min_size=32, max_size=32), data=st.data())
+def test_half_of_the_shares_above_the_threshold_may_be_wrong(secret, data):
+    count = data.draw(st.integers(1, 14))
+    threshold = data.draw(st.integers(1, count))
+    points = range(1, count + 1)
+    shares = dict(zip(points, shamir.split(secret, threshold, points), strict=True))
+    wrong = data.draw(st.permutations(points))[: (count - threshold) // 2]
+    for point in wrong:
+        other = data.draw(st.integers(1, 2**256))
+        shares[point] = share((int.from_bytes(shares[point], "big") + other) % shamir.PRIME)
+    found = shamir.correct(shares, threshold)
+    assert found is not None and shamir.value(found, 0) == int.from_bytes(secret, "big")
+    off = [p for p in points if shamir.value(found, p) != int.from_bytes(shares[p], "big")]
+    assert off == sorted(wrong)
+
+
+def test_one_wrong_share_too_many_is_not_corrected():
+    points = range(1, 8)
+    for secret in (b"\0" * 32, b"\7" * 32):
+        shares = dict(zip(points, shamir.split(secret, 3, points), strict=True))
+        for point in (2, 4, 5):
+            shares[point] = share(point)
+        assert shamir.correct(shares, 3) is None

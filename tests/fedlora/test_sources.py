@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -62,10 +63,11 @@ def test_an_unusable_csv_is_one_line_of_error(tmp_path: Path, content: bytes, me
 
 def test_jsonl_takes_numbers_and_nulls_and_skips_blank_lines(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 1}, {"text": None, "label": True}, {"label": 0.5}]
+    rows += [{"text": math.nan, "label": "nan"}]  # as a data frame's missing value is written
     source = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, rows)) + "\n")
     assert sources.read(source, TEXT_LABEL) == {
-        "text": ["a", "", ""],
-        "label": ["1", "true", "0.5"],
+        "text": ["a", "", "", ""],
+        "label": ["1", "true", "0.5", "nan"],
     }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+import secrets
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from fedlora.secure_aggregation import (
     SharesMessage,
     UnmaskMessage,
 )
+from server import secure_shares
 from server.secure_sum import SecureRound, SecureSetup
 from tests.secure_federation import DIGEST, NAMES, Federation, key, pinned, refused, terms
 
@@ -334,6 +336,37 @@ def test_two_liars_of_seven_are_found(memory_path):
     one = made.unmasked(1, names, lies={"b": lie, "d": changed_share(0)})
     assert np.array_equal(one.total(), made.plain(names))
     assert one.culprits == {"b": "secure-wrong-share", "d": "secure-wrong-share"}
+
+
+@pytest.mark.parametrize("liars", [(10, 11, 12), (0, 1, 2), (19, 20, 38)])
+def test_as_many_liars_as_may_collude_are_found_wherever_they_stand(liars):
+    """Leaving out three of 39 after another takes up to 9,139 sets."""
+    names = tuple(f"bank-{number:02}" for number in range(39))
+    made = terms(names=names, colluding=3)
+    dealt = {dealer: secrets.token_bytes(32) for dealer in names[:4]}
+    points = [made.points[name] for name in names]
+    held = {
+        dealer: dict(zip(names, shamir.split(secret, made.threshold, points), strict=True))
+        for dealer, secret in dealt.items()
+    }
+    for dealer in dealt:
+        for number in liars:
+            held[dealer][names[number]] = shamir.evaluate([number + 1], [1])[0]
+    found = secure_shares.reveal(made, held, lambda dealer, secret: secret == dealt[dealer])
+    assert found.refusal is None and found.secrets == dealt
+    assert found.culprits == {names[number]: "secure-wrong-share" for number in liars}
+
+
+def test_with_more_liars_than_can_be_found_nobody_is_named():
+    names = tuple(f"bank-{number:02}" for number in range(40))
+    made = terms(names=names, colluding=10)
+    secret, points = secrets.token_bytes(32), [made.points[name] for name in names]
+    shares = dict(zip(names, shamir.split(secret, made.threshold, points), strict=True))
+    for name in names[15:25]:
+        shares[name] = shamir.evaluate([1], [1])[0]
+    found = secure_shares.reveal(made, {names[0]: shares}, lambda _, value: value == secret)
+    assert found.refusal is not None and found.refusal.code == "secure-shares-wrong"
+    assert found.culprits == {}
 
 
 @pytest.mark.parametrize("broken", ["sealed", "polynomial"])
