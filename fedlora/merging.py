@@ -48,8 +48,11 @@ def merge(model: PeftModel) -> PreTrainedModel:
         for mark in (*marks, "peft_config"):
             module.__dict__.pop(mark, None)
     plain.config.__dict__.pop("quantization_config", None)
-    inner, outer = plain.get_input_embeddings(), plain.get_output_embeddings()
-    if outer is not None and inner is not None and inner.weight is not outer.weight:
+    inner, outer = (
+        plain.get_input_embeddings(),
+        cast(nn.Module | None, plain.get_output_embeddings()),
+    )
+    if outer is not None and inner.weight is not outer.weight:
         plain.config.tie_word_embeddings = False  # an adapter on one of them parted them
     return plain.requires_grad_(False).eval()
 
