@@ -373,7 +373,10 @@ def _observed(
     if status == "finished:failed" and not details.startswith(INTERRUPTED):
         return _ended(submission, "failed", details.removeprefix(RAISED)), False
     orphaned = status in ("starting", "running") and age > time.monotonic() - since
-    return submission, orphaned or status in ("finished:failed", "unknown")
+    interrupted = orphaned or status in ("finished:failed", "unknown")
+    if interrupted and submission.complete:  # it ended before Flower noted so
+        return _ended(submission, "completed", ""), False
+    return submission, interrupted
 
 
 def _read_object(file: Path) -> dict[str, Any]:

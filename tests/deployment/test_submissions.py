@@ -322,6 +322,8 @@ def test_a_simulations_configuration_and_a_taken_name_are_refused(here, link, de
         (False, "finished:stopped", "", "stopped"),
         (True, "running", "", "running"),
         (False, "finished:failed", submissions.INTERRUPTED[0], "running"),
+        (True, "finished:failed", submissions.INTERRUPTED[0], "completed"),  # it ended just before
+        (True, "unknown", "", "completed"),
     ],
 )
 def test_completed_means_a_result_and_flowers_word(
