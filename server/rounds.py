@@ -1,5 +1,6 @@
 """The federation's rounds: each is `Federation.ask`, `aggregate`, `step` and `record`."""
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -543,8 +544,14 @@ class Federation:
             "findings": [dataclasses.asdict(finding) for finding in population.findings],
         }
         model_card.write_adapter(self.directory.path / "adapter", config, work, result, privacy)
+        with contextlib.suppress(InputError):  # the key was renewed meanwhile, or is the first one
+            self.signer = binding.signer(config)
         self.directory.write_result(
-            result, privacy, config, records=population.fingerprint, signer=self.signer
+            result,
+            privacy,
+            config,
+            records=population.fingerprint,
+            signer=self.signer,
         )
 
     def largest_delta(self, privacy: Mapping[str, Any]) -> float | None:
