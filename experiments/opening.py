@@ -103,14 +103,15 @@ def verdict(run: Run) -> Section:
         words.append(joining_verdict.verdict(joining))
     if void and learned:
         words.append(learned)
+    notes: list[str] = []
     warnings = [finding for finding in result.get("findings", []) if not finding["voids"]]
     if warnings:
         many = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
-        words.append(f"The run began with {many}: see Warnings, below.")
+        notes.append(f"The run began with {many}: see Warnings, below.")
     if joining is not None:
-        words += [
-            said for said in (_compared(run, joining), joining_verdict.one_run(joining)) if said
-        ]
+        notes += [_compared(run, joining), joining_verdict.one_run(joining)]
+    if said := " ".join(filter(None, notes)):
+        words.append(said)
     if rising := result.get("still_rising"):
         words.append(advice(rising))
     return Section(
@@ -448,8 +449,8 @@ def identity(run: Run) -> Section:
     return Section(
         title="Identity",
         words=[
-            f'The command "fedlora verify DIRECTORY", with the directory of this run '
-            f"({run.directory.absolute().name}), checks all of this and computes epsilon anew."
+            f'"fedlora verify DIRECTORY" (its name: {run.directory.absolute().name}) checks all of '
+            "this and computes epsilon anew."
         ],
         tables=[Table(rows=rows)],
     )

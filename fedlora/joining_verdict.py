@@ -31,10 +31,7 @@ FINDINGS = {
     Outcome.LOSS: "Joining does not pay: an institution does better alone",
     Outcome.UNCLEAR: "Joining makes no difference that these rows can show",
 }
-ONE_RUN = (
-    "Intervals are for other held-out texts. Another run has other noise too, so that one run's "
-    "verdict is wrong more often than one in twenty: rely on a sweep over seeds."
-)
+ONE_RUN = "One run's interval leaves out its noise: rely on a sweep over seeds."
 """What the interval of one run leaves out. Of ten splits of the demo at epsilon 8 some 17 % of such
 intervals would have missed their mean (Cochran's Q 18.3 on 9 degrees of freedom)."""
 ALL_KEEP = "Joining brings nothing: the model alone was clearly better, and stays"

@@ -54,8 +54,7 @@ STARTED = (
 )
 CLASSES_READ = (
     " The list of classes is taken for public: data.labels is empty, so it was read from the "
-    "records. A class of one record shows that record's label, and a class whose texts would "
-    "all be held out stays in training instead."
+    "records, and a class of one record shows that record's label."
 )
 POOLED = (
     " With data.view = pooled a value of {unit!r} that has records at several institutions counts "
