@@ -156,7 +156,7 @@ def _private_call(member: Member) -> tuple[Institution, TrainOrder]:
     private = dataclasses.replace(institution, config=config, rank=config.adapter.rank)
     with private.plan_round(private.accept(order)) as planned:
         ledger = planned.ledger
-        if order.run not in ledger.runs() and not ledger.fits(planned.plan.events):
+        if not ledger.fits(planned.plan.events, order.run):
             raise Refusal(
                 "budget-exhausted",
                 f"the ledger allows epsilon {ledger.max_epsilon:g} at delta {ledger.delta:g}; "

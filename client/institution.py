@@ -148,7 +148,7 @@ class Institution:
             with self.open_ledger(shard, create=query.first and self.simulated) as ledger:
                 self._check_limits(plan, ledger)
                 planned = (*plan.events, *self.events_at_home(shard.num_units, ledger))
-                fits = query.run in ledger.runs() or ledger.fits(planned)
+                fits = ledger.fits(planned, query.run)
             size = plan.size_class if plan.honest else 0
         return Hello(
             institution=self.name,

@@ -336,9 +336,14 @@ class Ledger:
         """The same if, in runs with secure aggregation, all other institutions collude."""
         return accounting.epsilon_alone(self.history(), self.delta, self.accountant)
 
-    def fits(self, planned: Sequence[Event]) -> bool:
-        """Whether all charges and a whole planned run are within the limit."""
-        return self._epsilon((*self.history(), *planned)) <= self.max_epsilon
+    def fits(self, planned: Sequence[Event], run: str = "") -> bool:
+        """Whether all charges and a whole planned run are within the limit.
+
+        Args:
+            planned: The events of the run.
+            run: Its identity; one that was charged before has its place.
+        """
+        return run in self.runs() or self._epsilon((*self.history(), *planned)) <= self.max_epsilon
 
     def show(self) -> dict[str, Any]:
         """The ledger as plain values, ready for JSON."""

@@ -18,6 +18,7 @@ from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.odds import group_delta
 from fedlora.rounding import at_least, at_most
 from fedlora.run_files import CONFIG, RESULT
+from server.privacy_statement import with_earlier_runs
 from server.trend import advice
 
 
@@ -181,8 +182,9 @@ def promised(run: Run) -> Section:
         delta = max(one["delta"] for one in spent)
         what = f"a certain {_unit(config.privacy.unit)} was trained on"
         points += odds(privacy["odds"], epsilon, delta, what, continued=bool(config.adapter.start))
-        if (total := with_earlier_runs(run)) is not None:
-            epsilon, delta = total
+        if (most := with_earlier_runs(privacy, run.result)) is not None:
+            epsilon = most["ledger_epsilon"]
+            delta = max(one["ledger_delta"] for one in spent)
             points.append(
                 f"All runs on these records together, as the ledgers have them: epsilon "
                 f"{at_most(epsilon)} at delta {delta:.3g}. What follows is for these."
@@ -204,15 +206,6 @@ def promised(run: Run) -> Section:
         bad=config.privacy.protects_nobody,
         points=points,
     )
-
-
-def with_earlier_runs(run: Run) -> tuple[float, float] | None:
-    """Largest epsilon and delta of a ledger; None where it has this run only."""
-    spent = run.privacy["institutions"].values()
-    most = max(spent, key=lambda one: one["ledger_epsilon"], default=None)
-    if most is None or most["ledger_epsilon"] <= 1.001 * run.result["epsilon_max"]:
-        return None
-    return most["ledger_epsilon"], max(one["ledger_delta"] for one in spent)
 
 
 def customer_of_two(epsilon: float, delta: float) -> str:

@@ -16,6 +16,7 @@ from fedlora.config import RunConfig, load
 from fedlora.files import write_atomic
 from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, ENVIRONMENT, read_records, read_run_file
+from server.privacy_statement import with_earlier_runs
 
 FILE = "report.html"
 MAX_BARS = 40
@@ -85,10 +86,10 @@ def _tiles(run: opening.Run) -> dict[str, str]:
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
         tiles["loss per token"] = f"{result['token_loss']:.3f}"
-    total = opening.with_earlier_runs(run)
-    if total is not None:
-        tiles["largest epsilon, all runs on the records"] = _epsilon(total[0])
-    of_run = "largest epsilon (smaller is more private)" if total is None else "of this run alone"
+    of_run = "largest epsilon (smaller is more private)"
+    if (most := with_earlier_runs(run.privacy, result)) is not None:
+        tiles["largest epsilon, all runs on the records"] = _epsilon(most["ledger_epsilon"])
+        of_run = "of this run alone"
     return tiles | {
         of_run: _epsilon(result["epsilon_max"]),
         "institutions": str(len(run.institutions)),

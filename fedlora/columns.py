@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedlora.errors import InputError, RecordError
@@ -42,6 +42,12 @@ def check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]
 def listed(columns: list[str]) -> str:
     """The first 30 columns, joined by commas."""
     return ", ".join(columns[:30]) + (", ..." if len(columns) > 30 else "")
+
+
+def check_single(source: str, wanted: Iterable[str], names: Sequence[str]) -> None:
+    """Refuse a source in which a wanted column stands twice. Raises `InputError`."""
+    if twice := [name for name in wanted if names.count(name) > 1]:
+        raise InputError(f"{source} has two columns {twice[0]!r}; rename one of them")
 
 
 def unreadable(source: str, error: Exception) -> InputError:

@@ -1,4 +1,4 @@
-"""Bounds as text, rounded to the side on which they stay bounds."""
+"""Figures as text; bounds are rounded to the side on which they stay bounds."""
 
 import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
@@ -12,6 +12,11 @@ def at_most(value: float, digits: int = 4) -> str:
 def at_least(value: float, digits: int = 4) -> str:
     """A lower bound in so many significant digits, rounded down; "inf" stays."""
     return _rounded(value, digits, ROUND_FLOOR)
+
+
+def number(value: float | None) -> str:
+    """A figure with four digits; a dash for one that is no number."""
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _rounded(value: float, digits: int, how: str) -> str:

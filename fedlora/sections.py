@@ -475,6 +475,11 @@ class PrivacyConfig(Section):
         return self.shares_noise and self.protocol == "full"
 
     @property
+    def promises(self) -> bool:
+        """Whether records are promised something: under DP, whose noise nobody can subtract."""
+        return self.enabled and not self.protects_nobody
+
+    @property
     def protects_nobody(self) -> bool:
         """Whether a run gives no guarantee to anyone."""
         return self.noise == "seeded" or not (self.enabled or self.hides_institutions)

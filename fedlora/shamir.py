@@ -34,13 +34,8 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> list[bytes]:
 
 def evaluate(coefficients: Sequence[int], points: Sequence[int]) -> list[bytes]:
     """The values of a polynomial at points, 33 bytes each; the highest coefficient comes first."""
-    shares: list[bytes] = []
-    for point in points:
-        value = 0
-        for coefficient in coefficients:
-            value = (value * point + coefficient) % PRIME
-        shares.append(value.to_bytes(SHARE_BYTES, "big"))
-    return shares
+    lowest_first = coefficients[::-1]
+    return [value(lowest_first, point).to_bytes(SHARE_BYTES, "big") for point in points]
 
 
 def combine(shares: Mapping[int, bytes], at: int = 0) -> int:

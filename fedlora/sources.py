@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedlora import csv_files, plugins, schemes, tables
-from fedlora.columns import Rows, as_text, check_columns, unreadable
+from fedlora.columns import Rows, as_text, check_columns, check_single, unreadable
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
@@ -306,8 +306,7 @@ def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
         check_columns(source, wanted, names)
-        if twice := [name for name in wanted if names.count(name) > 1]:
-            raise InputError(f"{source} has two columns {twice[0]!r}; rename one of them")
+        check_single(source, wanted, names)
         columns = {c: file.read(columns=[c]).column(c).to_pylist() for c in wanted}
     except (arrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise unreadable(source, error) from None

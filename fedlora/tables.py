@@ -15,7 +15,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from fedlora.columns import Rows, as_text, check_columns
+from fedlora.columns import Rows, as_text, check_columns, check_single
 from fedlora.errors import InputError
 
 MEMORY = "memory:"
@@ -91,8 +91,7 @@ def columns(table: Table, wanted: Mapping[str, str], source: str) -> Rows:
         return _joined(table, wanted, source)
     names = _names(table, source)
     check_columns(source, wanted, names)
-    if twice := [name for name in wanted if names.count(name) > 1]:
-        raise InputError(f"{source} has two columns {twice[0]!r}; rename one of them")
+    check_single(source, wanted, names)
     rows = {
         name: [as_text(_plain(value), source, name) for value in _values(table, name)]
         for name in wanted

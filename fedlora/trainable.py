@@ -103,11 +103,23 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
         device=device,
         threads=config.engine.threads,
         private=config.privacy.enabled,
-        weights=model_files.digest(model_files.resolve(config.model.name).weights),
+        weights=_weights(config.model.name),
     )
     # one is loaded with one, since forks would wait for others
     with processors.threads(settings.threads):
         return _load(settings)
+
+
+_files = functools.lru_cache(maxsize=1)(model_files.resolve)  # every message comes by here
+
+
+def _weights(name: str) -> str:
+    """The digest of a base model's weights of now."""
+    try:
+        return model_files.digest(_files(name).weights)
+    except OSError:  # they were moved
+        _files.cache_clear()
+        return model_files.digest(_files(name).weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +241,7 @@ def _question(settings: _Settings, base: models.Base, spec: lora.LoraSpec) -> di
 def forget() -> None:
     """Drop the process's `Trainable`, before its model is taken apart."""
     _load.cache_clear()
+    _files.cache_clear()
 
 
 def without_weights(work: Trainable) -> Trainable:

@@ -11,7 +11,7 @@ from typing import Any
 from fedlora import finished_run
 from fedlora.config import RunConfig, load
 from fedlora.extras import require_page_packages
-from fedlora.rounding import at_most
+from fedlora.rounding import at_most, number
 from fedlora.run_files import CONFIG, read_records, read_run_file
 
 
@@ -114,11 +114,7 @@ class Result:
         figures = self.figures
         names = ("accuracy", "macro_f1", "token_loss", *self.config.federation.metric_names)
         return {
-            **{
-                name: "–" if figures[name] is None else f"{figures[name]:.4f}"
-                for name in names
-                if name in figures
-            },
+            **{name: number(figures[name]) for name in names if name in figures},
             "epsilon": at_most(float(figures["epsilon_max"]), 3),
             "rounds": str(figures["rounds"]),
         }

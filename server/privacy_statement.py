@@ -209,6 +209,21 @@ def largest_epsilon(statement: Mapping[str, Any]) -> float:
     )
 
 
+def with_earlier_runs(
+    statement: Mapping[str, Any], result: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """The entry of the institution with the largest ``ledger_epsilon``; None if no run came before.
+
+    Args:
+        statement: The content of privacy.json.
+        result: The content of result.json.
+    """
+    spent = statement["institutions"].values()
+    most = max(spent, key=lambda one: one["ledger_epsilon"], default=None)
+    earlier = most is not None and most["ledger_epsilon"] > 1.001 * result["epsilon_max"]
+    return most if earlier else None
+
+
 def epsilon_alone(statement: Mapping[str, Any]) -> float | str | None:
     """The largest epsilon if all others collude; None without secure aggregation.
 

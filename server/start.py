@@ -137,8 +137,7 @@ def _check_base(config: RunConfig) -> None:
         InputError: If the base was merged from a run on the same source.
     """
     origin = merged_from(config.model.name)
-    promised = config.privacy.enabled and not config.privacy.protects_nobody
-    if not origin or not promised or origin["source"] != source(config):
+    if not origin or not config.privacy.promises or origin["source"] != source(config):
         return
     if config.deployed and origin["private"]:
         return  # each institution has one ledger for all runs
@@ -156,7 +155,6 @@ def _check_promises(config: RunConfig) -> None:
         InputError: Naming the start and the remedy.
     """
     start, privacy = f"adapter.start is {config.adapter.start}", config.privacy
-    promised = privacy.enabled and not privacy.protects_nobody
     for earlier, origin in _lineage(config):
         same = _same_records(earlier.data.source, config.data.source)
         if not same:
@@ -166,7 +164,7 @@ def _check_promises(config: RunConfig) -> None:
                 f"{start}, and a run that it follows had {same}: no ledger adds up two runs for "
                 "privacy.institution-epsilon; plan all rounds in one run"
             )
-        if not promised:
+        if not privacy.promises:
             continue
         if not origin.released:
             raise InputError(
@@ -174,7 +172,7 @@ def _check_promises(config: RunConfig) -> None:
                 f"on {same}: that run's promise does not cover it; start from the "
                 "adapter that the run released"
             )
-        if not earlier.privacy.enabled or earlier.privacy.protects_nobody:
+        if not earlier.privacy.promises:
             raise InputError(
                 f"{start}, and it follows a run without DP on {same}: its adapter may "
                 "reveal records that privacy.epsilon promises to protect; start from a run "
@@ -228,10 +226,7 @@ def _assigned_otherwise(earlier: RunConfig, config: RunConfig) -> str:
     refuses others.
     """
     before, now = earlier.flat(), config.flat()
-    if (
-        "pooled" in (before["data.view"], now["data.view"])
-        and before["data.view"] != now["data.view"]
-    ):
+    if (before["data.view"] == "pooled") != (now["data.view"] == "pooled"):
         return "data.view"
     keys = ["data.partition"]
     if not str(before["data.partition"]).startswith("natural:"):

@@ -14,9 +14,10 @@ from rich.table import Table
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import Outcome
-from fedlora.rounding import at_most
+from fedlora.rounding import at_most, number
 from fedlora.run_files import CONFIG, link_latest, read_records, read_run_file
 from fedlora.terminal import Terminal
+from server.privacy_statement import with_earlier_runs
 from server.trend import advice
 
 if TYPE_CHECKING:
@@ -161,11 +162,6 @@ def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
             table.add_row("", Styled(said, "yellow"))
 
 
-def number(value: float | None) -> str:
-    """A figure with four digits; a dash for one that is no number."""
-    return "–" if value is None else f"{value:.4f}"
-
-
 def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     """Add the three models of institutions, the gain of joining, and the verdict."""
     if failed := result.get("joining", {}).get("not_compared"):
@@ -223,9 +219,7 @@ def add_privacy(
             f"epsilon {at_most(result['epsilon_max'])} at delta {delta}, per "
             f"{config.privacy.unit}, each institution",
         )
-        spent = privacy["institutions"].values()
-        most = max(spent, key=lambda one: one["ledger_epsilon"], default=None)
-        if most and most["ledger_epsilon"] > 1.001 * result["epsilon_max"]:
+        if (most := with_earlier_runs(privacy, result)) is not None:
             table.add_row(
                 "with earlier runs",
                 f"epsilon {at_most(most['ledger_epsilon'])} at delta {most['ledger_delta']:g}, of "

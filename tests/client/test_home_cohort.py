@@ -39,6 +39,19 @@ def banks(tiny_config):
     return make
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """What was trained at home without DP, in order."""
+    found, train = [], home.train_at_home
+
+    def spied(work, trainees, plan):
+        found.extend(trainees)
+        return train(work, trainees, plan)
+
+    monkeypatch.setattr(home, "train_at_home", spied)
+    return found
+
+
 def compare(institutions, order):
     return home_cohort.compare_at_home([(one, order) for one in institutions])
 
@@ -95,17 +108,11 @@ def _in_a_directory_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_model_under_dp_is_the_only_own_model_that_is_trained(banks, monkeypatch):
+def test_a_model_under_dp_is_the_only_own_model_that_is_trained(banks, trained):
     institutions, order = banks()
-    starts, train = [], home.train_at_home
-
-    def spied(work, trainees, plan):
-        starts.extend(one.start for one in trainees)
-        return train(work, trainees, plan)
-
-    monkeypatch.setattr(home, "train_at_home", spied)
     work = institutions[0]._load()
     compare(institutions, order)
+    starts = [one.start for one in trained]
     assert len(starts) == 2 * 2  # the model alone, to choose and at the end
     assert all(torch.equal(start[n], t) for start in starts for n, t in work.start.items())
 
@@ -161,15 +168,7 @@ def test_a_model_alone_that_cannot_be_trained_costs_no_budget(banks, monkeypatch
         assert ledger_of(one)["entries"] == []
 
 
-def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks, monkeypatch):
-    trained: list[int] = []
-    train = home.train_at_home
-
-    def spied(work, trainees, plan):
-        trained.extend(len(one.shard) for one in trainees)
-        return train(work, trainees, plan)
-
-    monkeypatch.setattr(home, "train_at_home", spied)
+def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks, trained):
     institutions, order = banks(**{"home.epsilon": 8.0})
     ledger = institutions[1].ledger_path
     with Ledger.open(ledger) as opened:
@@ -190,7 +189,8 @@ def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks, mo
     assert not (institutions[1].directory / "own").exists()
     assert not isinstance(found[0], Exception)
     whole = len(institutions[0]._records())
-    assert max(trained) == whole and trained.count(whole) == 1  # nothing of the refused one
+    records_of = [len(one.shard) for one in trained]
+    assert max(records_of) == whole and records_of.count(whole) == 1  # nothing of the refused one
 
 
 @pytest.mark.parametrize(
@@ -220,21 +220,16 @@ def test_every_kind_of_run_trains_own_models_under_dp(banks, values):
             assert not any(torch.equal(own[name], order.adapter[name]) for name in start)
 
 
-def test_beside_an_own_model_under_dp_no_trial_is_trained_that_nobody_compares(banks, monkeypatch):
-    trained: list[int] = []
-    train = home.train_at_home
-
-    def spied(work, trainees, plan):
-        trained.extend(len(one.shard) for one in trainees)
-        return train(work, trainees, plan)
-
-    monkeypatch.setattr(home, "train_at_home", spied)
+def test_beside_an_own_model_under_dp_no_trial_is_trained_that_nobody_compares(
+    banks, trained, monkeypatch
+):
     monkeypatch.setattr(home, "HOME_COMPARES_FROM", 8)  # all of them hold records back
     monkeypatch.setattr(home, "HOME_CHOOSES_FROM", 10_000)
     institutions, order = banks()
     whole = [len(one._records()) for one in institutions]
     assert not any(isinstance(answer, Exception) for answer in compare(institutions, order))
-    assert trained == whole  # the models alone, once, on all records
+    # the models alone, once, on all records
+    assert [len(one.shard) for one in trained] == whole
 
 
 # The limit.

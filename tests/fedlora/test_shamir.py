@@ -13,6 +13,19 @@ def number(share):
     return int.from_bytes(share, "big")
 
 
+def dealt(secret, threshold, points):
+    """Point -> share."""
+    return dict(zip(points, shamir.split(secret, threshold, points), strict=True))
+
+
+@st.composite
+def splits(draw):
+    """A secret, the threshold, and all shares."""
+    secret, count = draw(st.binary(min_size=32, max_size=32)), draw(st.integers(1, 14))
+    threshold = draw(st.integers(1, count))
+    return secret, threshold, dealt(secret, threshold, range(1, count + 1))
+
+
 def share(value):
     return value.to_bytes(shamir.SHARE_BYTES, "big")
 
@@ -46,20 +59,17 @@ def test_any_three_shares_of_a_parabola_give_its_value_at_0_and_elsewhere(points
 
 
 @settings(max_examples=40, deadline=None)
-@given(secret=st.binary(min_size=32, max_size=32), data=st.data())
-def test_as_many_shares_as_the_threshold_give_the_secret(secret, data):
-    count = data.draw(st.integers(1, 12))
-    threshold = data.draw(st.integers(1, count))
-    points = range(1, count + 1)
-    shares = dict(zip(points, shamir.split(secret, threshold, points), strict=True))
-    chosen = data.draw(st.permutations(points))[:threshold]
+@given(split=splits(), data=st.data())
+def test_as_many_shares_as_the_threshold_give_the_secret(split, data):
+    secret, threshold, shares = split
+    chosen = data.draw(st.permutations(list(shares)))[:threshold]
     found = shamir.combine({point: shares[point] for point in chosen})
     assert found.to_bytes(shamir.SECRET_BYTES, "big") == secret
 
 
 def test_one_share_fewer_fits_every_secret():
     points = range(1, 6)
-    shares = dict(zip(points, shamir.split(b"\1" * 32, 4, points), strict=True))
+    shares = dealt(b"\1" * 32, 4, points)
     three = {point: shares[point] for point in (1, 3, 5)}
     for secret in (0, 7, 2**256 - 1):
         # the polynomial of degree 3 through the three shares and this secret
@@ -74,26 +84,23 @@ def test_two_splits_of_one_secret_have_different_shares():
 
 
 @settings(max_examples=40, deadline=None)
-@given(secret=st.binary(min_size=32, max_size=32), data=st.data())
-def test_half_of_the_shares_above_the_threshold_may_be_wrong(secret, data):
-    count = data.draw(st.integers(1, 14))
-    threshold = data.draw(st.integers(1, count))
-    points = range(1, count + 1)
-    shares = dict(zip(points, shamir.split(secret, threshold, points), strict=True))
-    wrong = data.draw(st.permutations(points))[: (count - threshold) // 2]
+@given(split=splits(), data=st.data())
+def test_half_of_the_shares_above_the_threshold_may_be_wrong(split, data):
+    secret, threshold, shares = split
+    wrong = data.draw(st.permutations(list(shares)))[: (len(shares) - threshold) // 2]
     for point in wrong:
         other = data.draw(st.integers(1, 2**256))
         shares[point] = share((int.from_bytes(shares[point], "big") + other) % shamir.PRIME)
     found = shamir.correct(shares, threshold)
     assert found is not None and shamir.value(found, 0) == int.from_bytes(secret, "big")
-    off = [p for p in points if shamir.value(found, p) != int.from_bytes(shares[p], "big")]
+    off = [p for p in shares if shamir.value(found, p) != int.from_bytes(shares[p], "big")]
     assert off == sorted(wrong)
 
 
 def test_one_wrong_share_too_many_is_not_corrected():
     points = range(1, 8)
     for secret in (b"\0" * 32, b"\7" * 32):
-        shares = dict(zip(points, shamir.split(secret, 3, points), strict=True))
+        shares = dealt(secret, 3, points)
         for point in (2, 4, 5):
             shares[point] = share(point)
         assert shamir.correct(shares, 3) is None
