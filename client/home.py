@@ -24,6 +24,7 @@ from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
 from fedlora.adapters import PARTS, AdapterState, kind
 from fedlora.arrays import Floats
+from fedlora.batches import distinct
 from fedlora.errors import InputError
 from fedlora.lora_layers import Scale
 from fedlora.sections import (
@@ -182,7 +183,9 @@ class _Trainer:
         self.held: dict[int, Shard] = {}
         for i, home in enumerate(homes):
             if len(home.shard) >= HOME_COMPARES_FROM:
-                self.fits[i], self.held[i] = _split(home)
+                fit, held = _split(home)
+                if len(held):
+                    self.fits[i], self.held[i] = fit, held
 
     def alone(self, *, compared: bool) -> dict[int, AloneModel]:
         """The model alone of each institution.
@@ -275,7 +278,7 @@ class _Trainer:
         return {setting: found[setting] for setting in in_order}  # of equal errors the first counts
 
     def _chooses(self, i: int) -> bool:
-        return len(self.homes[i].shard) >= HOME_CHOOSES_FROM
+        return i in self.held and len(self.homes[i].shard) >= HOME_CHOOSES_FROM
 
     def _train_on_all(self, model: Model, chosen: Mapping[int, Setting]) -> dict[int, AdapterState]:
         """Train one model of some institutions on all their records, by the chosen settings.
@@ -405,7 +408,18 @@ def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> Adapter
 
 
 def _split(home: Home) -> tuple[Shard, Shard]:
-    """The records that a model is fitted to, and those that are held back."""
-    count = round(HOME_VALIDATION * len(home.shard))
-    order = home.source.child("validation").permutation(len(home.shard))
-    return home.shard.select(np.sort(order[count:])), home.shard.select(np.sort(order[:count]))
+    """The records that a model is fitted to, and those that are held back.
+
+    Copies of a record are on one side: a model is right on those that it was fitted to. Where most
+    records are copies of one, fewer than `HOME_VALIDATION` are held back, or none.
+    """
+    shard = home.shard
+    _, copy_of = distinct(shard.row(i).tobytes() for i in range(len(shard)))
+    copies, room, kinds = np.bincount(copy_of), round(HOME_VALIDATION * len(shard)), list[int]()
+    order = home.source.child("validation").permutation(len(shard))
+    for kind_of in dict.fromkeys(copy_of[order].tolist()):
+        if copies[kind_of] <= room:
+            room -= copies[kind_of]
+            kinds.append(kind_of)
+    held = np.isin(copy_of, kinds)
+    return shard.select(np.flatnonzero(~held)), shard.select(np.flatnonzero(held))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora import rows
+from fedlora import csv_files, rows
 from fedlora.columns import as_text, check_columns
-from fedlora.csv_files import DELIMITERS, PLAIN, CsvForm
+from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.text import is_unicode
@@ -57,12 +57,15 @@ def read(source: str, text: str, form: CsvForm = PLAIN) -> Texts:
     place = "standard input" if source == STDIN else source
     try:
         if source == STDIN:
-            found = [{"text": line.rstrip("\r\n")} for line in sys.stdin]
+            lines = sys.stdin.read().removeprefix("\ufeff").splitlines()
+            found = [{"text": line} for line in lines]
             columns, wanted = ["text"], ["text"]
         else:
             found, columns = _rows(source, form)
             wanted = [column.strip() for column in text.split(",")]
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError, RecursionError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{place} cannot be read ({type(error).__name__}: {error}); give a .csv or .jsonl file "
             "in UTF-8, or - for one text a line of standard input; data.encoding and "
@@ -132,23 +135,13 @@ def _rows(source: str, form: CsvForm) -> tuple[list[dict[str, Any]], list[str]]:
             f"--data is {source!r}; give a file that ends in {' or '.join(KINDS)}, or - for "
             "standard input"
         )
-    lines = path.suffix.lower() == ".jsonl"
-    with path.open(encoding=PLAIN.codec if lines else form.codec, newline="") as file:
-        if lines:
-            found: list[Any] = [json.loads(line) for line in file if line.strip()]
-            if not all(isinstance(row, dict) for row in found):
-                raise ValueError("a line is not an object")
-            return found, list(dict.fromkeys(column for row in found for column in row))
-        table = csv.DictReader(file, delimiter=DELIMITERS[form.delimiter], strict=True)
-        before = csv.field_size_limit(2**31 - 1)  # a text may be longer than csv expects
-        try:
-            rows = list(table)
-        finally:
-            csv.field_size_limit(before)
-        for number, row in enumerate(rows, start=1):
-            if None in row or None in row.values():
-                raise ValueError(f"row {number} has another number of values than the header")
-        columns = list(table.fieldnames or ())
+    if path.suffix.lower() == ".csv":
+        columns, *found = csv_files.records(source, path, form)
         if len(set(columns)) < len(columns):
             raise ValueError("two columns have the same name")
-        return rows, columns
+        return [dict(zip(columns, row, strict=True)) for row in found], columns
+    with path.open(encoding="utf-8-sig") as file:
+        lines: list[Any] = [json.loads(line) for line in file if line.strip()]
+    if not all(isinstance(row, dict) for row in lines):
+        raise ValueError("a line is not an object")
+    return lines, list(dict.fromkeys(column for row in lines for column in row))

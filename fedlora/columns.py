@@ -1,7 +1,6 @@
 """What all readers of data sources share: values as text, and errors."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -52,10 +51,9 @@ def check_single(source: str, wanted: Iterable[str], names: Sequence[str]) -> No
 
 def unreadable(source: str, error: Exception) -> InputError:
     """The error for a file that its reader cannot read; it quotes no record."""
-    # Arrow quotes the bad row after its column count; rows are private and may span lines.
-    reason = re.sub(r"(got \d+):.*", r"\1", str(error), flags=re.DOTALL)
     return InputError(
-        f"data source {source!r} cannot be read: {' '.join(reason.split())[:300]}; mend the file"
+        f"data source {source!r} cannot be read: {' '.join(str(error).split())[:300]}; mend the "
+        "file"
     )
 
 

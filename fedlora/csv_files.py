@@ -2,17 +2,18 @@
 
 import codecs
 import csv
-import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fedlora.columns import Rows, check_columns, listed, unreadable
+from fedlora.columns import Rows, check_columns, check_single, listed
 from fedlora.errors import InputError, RecordError
 
 DELIMITERS = {",": ",", ";": ";", "|": "|", "tab": "\t"}
 """Value of ``data.delimiter`` -> the character."""
+_EXCEL = re.compile("sep=.?")
+"""What a line of Excel begins with that names the delimiter to it and stands before the header."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,53 +69,68 @@ def read(source: str, path: Path, wanted: Mapping[str, str], form: CsvForm) -> R
         InputError: If the file has another delimiter or encoding, lacks a column, has one twice,
             or cannot be read.
     """
-    arrow_csv: Any = importlib.import_module("pyarrow.csv")
-    arrow: Any = importlib.import_module("pyarrow")
     _check_not_utf8(source, path, form)
-    columns, has_rows = header(source, path, form)
+    columns = header(source, path, form)
     _check_delimiter(source, path, wanted, form, columns)
     check_columns(source, wanted, columns)
-    for column in wanted:
-        if columns.count(column) > 1:
-            raise InputError(
-                f"{source} has {columns.count(column)} columns named {column!r}; rename all but one"
-            )
-    if not has_rows:  # a parse error to Arrow when the header has no end of line
-        return {column: [] for column in wanted}
-    utf8 = form.codec == "utf-8-sig"
-    try:
-        table = arrow_csv.read_csv(
-            path,
-            # A block must hold a whole row, which may span many lines. With one thread, errors
-            # give the row's number.
-            read_options=arrow_csv.ReadOptions(
-                use_threads=False, block_size=1 << 28, encoding="utf8" if utf8 else form.encoding
-            ),
-            parse_options=arrow_csv.ParseOptions(
-                newlines_in_values=True, delimiter=DELIMITERS[form.delimiter]
-            ),
-            convert_options=arrow_csv.ConvertOptions(
-                include_columns=list(wanted), column_types=dict.fromkeys(wanted, arrow.string())
-            ),
-        )
-    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise _wrong_encoding(source, path, form) or unreadable(source, error) from None
-    return {column: table.column(column).to_pylist() for column in wanted}
+    check_single(source, wanted, columns)
+    places = {column: columns.index(column) for column in wanted}
+    found: Rows = {column: [] for column in wanted}
+    rows = records(source, path, form)
+    next(rows)  # the header
+    for row in rows:
+        for column, place in places.items():
+            found[column].append(row[place])
+    return found
 
 
-def header(source: str, path: Path, form: CsvForm) -> tuple[list[str], bool]:
-    """The columns of a CSV file, and whether a row follows.
+def header(source: str, path: Path, form: CsvForm) -> list[str]:
+    """The columns of a CSV file; empty for an empty file.
 
     Raises:
         InputError: If the file cannot be read in this encoding.
     """
+    return next(records(source, path, form, strict=False), list[str]())
+
+
+def records(source: str, path: Path, form: CsvForm, *, strict: bool = True) -> Generator[list[str]]:
+    """The header of a CSV file, then its rows; blank lines and Excel's line ``sep=;`` are left out.
+
+    Args:
+        source: The source, for messages.
+        path: The file.
+        form: The file's delimiter and encoding.
+        strict: Whether to refuse quotes that are not those of RFC 4180: an open one would make
+            text of the rows after it, up to the next.
+
+    Raises:
+        InputError: If the file cannot be read in this encoding, or for a row with other quotes or
+            with another number of values than the header. The message quotes no record.
+    """
+    columns: list[str] | None = None
+    line = 1  # on which the row begins
+    before = csv.field_size_limit(2**31 - 1)  # a text may be longer than csv expects
     try:
         with path.open(encoding=form.codec, newline="") as file:
-            reader = csv.reader(file, delimiter=DELIMITERS[form.delimiter])
-            columns = next(reader, list[str]())
-            return columns, any(line.strip() for line in file)
+            reader = csv.reader(file, delimiter=DELIMITERS[form.delimiter], strict=strict)
+            for row in reader:
+                if row and not (columns is None and _EXCEL.fullmatch(row[0])):
+                    columns = columns or row
+                    if strict and len(row) != len(columns):
+                        raise InputError(
+                            f"data source {source!r} has {len(row)} values in the row from line "
+                            f"{line}, but {len(columns)} columns; quote values that hold the "
+                            "delimiter, or fill in what is missing"
+                        )
+                    yield row
+                line = reader.line_num + 1
     except (UnicodeError, csv.Error) as error:
-        raise _wrong_encoding(source, path, form) or unreadable(source, error) from None
+        raise _wrong_encoding(source, path, form) or InputError(
+            f"data source {source!r} cannot be read in the row from line {line} ({error}); a value "
+            'that holds a quote must be in quotes, and each quote in it doubled: "say ""yes"""'
+        ) from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def suspected_encoding(content: bytes) -> str:
@@ -131,7 +147,7 @@ def suspected_encoding(content: bytes) -> str:
 def suspected_delimiter(source: str, path: Path, encoding: str) -> str:
     """The key of `DELIMITERS` that gives the header the most columns; the comma for one column."""
     forms = (CsvForm(delimiter=name, encoding=encoding) for name in DELIMITERS)
-    return max(forms, key=lambda form: len(header(source, path, form)[0])).delimiter
+    return max(forms, key=lambda form: len(header(source, path, form))).delimiter
 
 
 def _decodes(content: bytes, encoding: str) -> bool:
@@ -149,7 +165,7 @@ def _check_delimiter(
     if all(column in columns for column in wanted):
         return
     for name in DELIMITERS:
-        others = header(source, path, CsvForm(delimiter=name, encoding=form.encoding))[0]
+        others = header(source, path, CsvForm(delimiter=name, encoding=form.encoding))
         split = len(columns) == 1 and len(others) > 1
         if name != form.delimiter and (split or all(column in others for column in wanted)):
             raise RecordError(

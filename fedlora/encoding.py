@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from fedlora.errors import InputError, RecordError
 
-VERSION = 1  # to be raised when the same inputs give other ids or targets
+VERSION = 2  # to be raised when the same inputs give other ids or targets
 CHUNK = 1000  # rows tokenised at a time: offsets of many rows would not fit into memory
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL_PROMPT = (
@@ -184,9 +184,19 @@ class _Row:
 
 
 def _compose(
-    tokenizer: Any, around: Template, texts: Sequence[str], answers: Sequence[str]
+    tokenizer: Any,
+    around: Template,
+    texts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    with_blank: bool = False,
 ) -> Iterator[_Row]:
-    """Tokenises whole rows; texts and answers lose the blanks around them."""
+    """Tokenises whole rows; texts and answers lose the blanks around them.
+
+    ``with_blank`` makes the blank before an answer part of it. Whether a tokenizer joins both to
+    one token depends on the answer, which a prompt that is to be answered does not know.
+    """
+    middle = around.middle.rstrip(" ") if with_blank else around.middle
     pairs = [(text.strip(), answer.strip()) for text, answer in zip(texts, answers, strict=True)]
     for rows in _chunks(pairs):
         batch = tokenizer(
@@ -206,7 +216,7 @@ def _compose(
             yield _Row(
                 ids=ids,
                 text=(bisect_right(ends, start), bisect_right(ends, start + len(text))),
-                answer=bisect_right(ends, start + len(text) + len(around.middle)),
+                answer=bisect_right(ends, start + len(text) + len(middle)),
             )
 
 
@@ -320,7 +330,8 @@ class ResponsePrompt:
 
         A row that is too long loses the end of its text, and only when no text is left the end of
         its response. Where a row's prompt has no token of its own, an end token takes its place.
-        ``labels`` is not used.
+        The blank before a response belongs to it, so that a prompt's ids do not depend on the
+        response. ``labels`` is not used.
         """
         around = self.around()
         _check_room(self.tokenizer, around, "text", self.max_length - 1)
@@ -328,7 +339,7 @@ class ResponsePrompt:
         ids: list[list[int]] = []
         targets: list[int] = []
         truncated: list[bool] = []
-        for row in _compose(self.tokenizer, around, texts, answers):
+        for row in _compose(self.tokenizer, around, texts, answers, with_blank=True):
             kept = _cut_text(row, len(row.ids) - self.max_length)
             own = kept.ids if kept.answer else [first, *kept.ids]
             truncated.append(len(row.ids) > self.max_length)

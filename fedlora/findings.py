@@ -16,7 +16,7 @@ from fedlora import accounting
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.shards import Federation
+from fedlora.shards import Federation, Shard
 from fedlora.text import MISSING, folded
 
 MAX_DELTA = 1e-3
@@ -25,6 +25,8 @@ MIN_REACH = 10.0
 """The least `reach` of a run that can learn; benchmarks/LOG.md has the runs behind it."""
 MAX_LOST_SHARE = 0.05
 """The largest share of rows without text, label or institution that is no finding."""
+MAX_SEEN_SHARE = 0.01
+"""The largest share of held-out rows with the tokens of a training row that is no finding."""
 MIN_CLASS_RECORDS = 8
 MIN_HELD_OUT_ROWS = 100
 MIN_NUMBERS = 10
@@ -71,6 +73,7 @@ def findings(config: RunConfig, records: Federation, participations: int) -> lis
                 f"{50 / math.sqrt(rows):.0f} points; raise data.test-fraction or give more data",
             )
         )
+    found += [*_missing_institutions(records), *_seen(config, records)]
     if config.privacy.enabled:
         found += [*_delta(config, records), *_noises(config, records, participations)]
     return sorted(found, key=lambda finding: not finding.voids)
@@ -156,12 +159,14 @@ def _labels(records: Federation) -> list[Finding]:
     alike: dict[str, list[str]] = {}
     for label in labels:
         # a sign at an end is part of the label: a+ and a-
-        alike.setdefault(re.sub(r"(?<=\w)[\W_]+(?=\w)", " ", folded(label)), []).append(label)
+        spelled = re.sub(r"(?<=\w)[\W_]+(?=\w)", " ", folded(label))
+        value = _number(label)  # 1 and 1.0, which pandas writes where another cell is empty
+        alike.setdefault(spelled if value is None else str(value), []).append(label)
     if pairs := [" / ".join(group) for group in alike.values() if len(group) > 1]:
         found.append(
             Finding(
                 name="similar-labels",
-                text=f"labels that differ in case or punctuation only are different classes: "
+                text=f"labels that differ in spelling only are different classes: "
                 f"{some(pairs)}; write them alike, or list data.labels",
             )
         )
@@ -228,12 +233,52 @@ def _left_out(config: RunConfig, records: Federation) -> list[Finding]:
     names = [f"{name} ({rows})" for name, rows in records.left_out.items()]
     least = f"they have fewer than data.min-records ({config.data.min_records}) training records"
     if config.data.institutions:
-        least += f", or are not among the data.institutions ({config.data.institutions}) largest"
+        least += (
+            f", or are not among the data.institutions ({config.data.institutions}) largest, which "
+            "0 would lift"
+        )
     return [
         Finding(
             name="left-out",
             text=f"{len(names):,} institutions with {sum(records.left_out.values()):,} training "
             f"rows are left out: {least}. The largest are {some(names)}",
+        )
+    ]
+
+
+def _missing_institutions(records: Federation) -> list[Finding]:
+    # a name of an institution is that of a directory too, without signs such as /
+    words = {re.sub(r"\W", "", word) for word in MISSING} - {""}
+    missing = [name for name in records.names if re.sub(r"\W", "", folded(name)) in words]
+    if not missing:
+        return []
+    return [
+        Finding(
+            name="missing-institutions",
+            text=f"an institution is called {some(missing)}, as missing values are; if they are, "
+            "leave these cells empty, and the rows are left out",
+        )
+    ]
+
+
+def _seen(config: RunConfig, records: Federation) -> list[Finding]:
+    def inputs(shard: Shard) -> list[bytes]:
+        """What the model reads of each row: for sft the prompt."""
+        ends = shard.lengths if records.labels else shard.targets
+        return [shard.row(i)[: ends[i]].tobytes() for i in range(len(shard))]
+
+    trained = set(inputs(records.all_train))
+    held_out = inputs(records.all_held_out)
+    seen = sum(tokens in trained for tokens in held_out)
+    if seen <= MAX_SEEN_SHARE * len(held_out):
+        return []
+    return [
+        Finding(
+            name="seen-held-out",
+            text=f"{seen:,} of {len(held_out):,} held-out rows have the same tokens as a training "
+            "row, so that accuracies are too high; their texts differ after training.max-length "
+            f"({config.training.max_length}) tokens or in signs that the tokenizer drops: raise "
+            "training.max-length, or write such texts alike",
         )
     ]
 

@@ -42,9 +42,9 @@ class Assignment:
 
 
 def normalise(text: str) -> str:
-    """Return the form in which texts are compared: NFKC, case-folded, only words and numbers."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"\w+", folded)) or folded
+    """Return the form in which texts are compared: `folded`, only words and numbers."""
+    shown = folded(text)
+    return " ".join(re.findall(r"\w+", shown)) or shown
 
 
 def hold_out(

@@ -125,6 +125,11 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
         seed=seed,
         keep_labels=classes != () and not settings.labels,
     )
+    if not train.texts:
+        raise InputError(
+            f"data.test-source has the text of every one of the {len(rows.texts):,} rows of "
+            "data.source, so that none is left for training; give other rows"
+        )
     if by_value:
         train, lost = _with_value(train, argument)
         held_out, lost_too = _with_value(held_out, argument)
@@ -172,7 +177,8 @@ def wanted_columns(settings: DataConfig, unit: str) -> dict[str, str]:
 
     Args:
         settings: Columns and partition.
-        unit: "record", or the column that names the unit of privacy of a row.
+        unit: "record", or the column that names the unit of privacy of a row; held-out rows need
+            none.
     """
     scheme, _, column = settings.partition.partition(":")
     return {
@@ -208,10 +214,16 @@ def read_table(
         form: Delimiter and encoding of a CSV file.
 
     Raises:
-        InputError: If the source cannot be read, a column is missing, or no row has a text and a
-            label; the message says which of them is missing.
+        InputError: If the source cannot be read, a column is missing, the label is among the
+            columns of the text, or no row has a text and a label; the message says which of them
+            is missing.
     """
     columns = text_columns(text)
+    if label in columns:
+        raise InputError(
+            f"data.text is {text!r}, of which {label!r} is data.label too, so that every text "
+            "would hold its answer; leave it out of data.text"
+        )
     wanted = {**others, label: "data.label", **dict.fromkeys(columns, "data.text")}
     rows = {
         column: [value.strip() for value in values]

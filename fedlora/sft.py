@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -146,16 +147,19 @@ class Sft(Task):
         ends = self.encoding.end_tokens()
         said: dict[int, str] = {}
         generate: Any = model.generate
+        config: Any = model.config
+        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         with evaluation_mode(model):
             for some in micro_batches(lengths, first, self.physical_batch):
                 tokens = [prompts[int(i)] for i in some]
                 batch = pad(tokens, some, lengths[some], self._pad_id, "left")
                 inputs = model_inputs(model, batch)
+                room = positions - inputs["input_ids"].shape[1]
                 written = generate(
                     **inputs,
                     do_sample=False,
                     use_cache=True,
-                    max_new_tokens=max_tokens,
+                    max_new_tokens=max(1, min(max_tokens, room)),
                     eos_token_id=ends,
                     pad_token_id=self._pad_id,
                 )[:, inputs["input_ids"].shape[1] :]

@@ -132,8 +132,9 @@ def is_glob(source: str) -> bool:
 
 def is_per_institution(source: str) -> bool:
     """Whether a source is a directory or glob, whose files are the institutions'."""
+    path = Path(source).expanduser()
     with _accessible(source):
-        return is_glob(source) or Path(source).expanduser().is_dir()
+        return path.is_dir() or (is_glob(source) and not path.exists())
 
 
 @contextlib.contextmanager
@@ -178,7 +179,7 @@ def columns(source: str, form: CsvForm) -> list[str]:
         raise InputError(f"data source {source!r} is no file; give a .csv, .jsonl or .parquet file")
     path, suffix = locate(source), _suffix(source)
     if suffix == CSV:
-        return csv_files.header(source, path, form)[0]
+        return csv_files.header(source, path, form)
     if suffix == ".jsonl":
         return list(dict.fromkeys(name for record in _records(source, path) for name in record))
     parquet: Any = importlib.import_module("pyarrow.parquet")

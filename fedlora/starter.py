@@ -19,7 +19,7 @@ from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 
-MAX_CLASSES = 100
+MAX_CLASSES = 200
 LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "topic", "intent", "product")
 INSTITUTION_NAMES = (
     *("institution", "bank", "company", "organisation", "organization", "branch"),
@@ -54,7 +54,8 @@ def write(source: str, out: Path) -> Guess:
     if sources.institution_files(source):
         raise InputError(
             f"{source!r} is a directory or glob, and this command reads one file; give one of its "
-            f"files, then set data.source to {source!r} and data.partition to natural:institution"
+            f"files, then set data.source to {source!r}, data.partition to natural:institution and "
+            "data.institutions to 0 (all)"
         )
     path, form = sources.locate(source), PLAIN
     if path.suffix.lower() == sources.CSV:
@@ -113,10 +114,10 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
         if 2 <= count <= MAX_CLASSES and 5 * count <= len(filled[name])
     }
     if not text or not classes:
+        lacking = f"a label (2 to {MAX_CLASSES} classes)" if text else "a text"
         raise InputError(
-            f"{source} has the columns {', '.join(values)}, of which none looks like "
-            f"{'a label (2 to 100 classes)' if text else 'a text'}; write the configuration by "
-            "hand (`fedlora config` lists the keys)"
+            f"{source} has the columns {', '.join(values)}, of which none looks like {lacking}; "
+            "write the configuration by hand (`fedlora config` lists the keys)"
         )
     label = min(
         classes,

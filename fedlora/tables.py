@@ -116,7 +116,17 @@ def digest(table: Table, source: str) -> str:
 
 
 def by_institution(table: Table) -> bool:
-    """Whether a table is a dictionary with a table for each institution."""
+    """Whether a table is a dictionary with a table for each institution.
+
+    Raises:
+        InputError: For a `datasets.DatasetDict`, whose tables are splits.
+    """
+    if _is_a(table, "datasets", "DatasetDict"):
+        raise InputError(
+            f"data is a DatasetDict with the splits {', '.join(table)}, which would be taken for "
+            'institutions; give one split, as in data=splits["train"], and the published test '
+            'split as test_data=splits["test"]'
+        )
     return isinstance(table, Mapping) and not _is_column(
         next(iter(cast(Mapping[str, Any], table).values()), None)
     )
@@ -140,8 +150,13 @@ def _values(table: Table, name: str) -> list[Any]:
     if _is_a(table, "pandas", "DataFrame"):
         column = table.iloc[:, list(map(str, table.columns)).index(name)]
         gone: list[bool] = column.isna().tolist()
-        return [None if g else v for v, g in zip(column.tolist(), gone, strict=True)]
-    values: list[Any] = list(table[name])
+        values: list[Any] = [None if g else v for v, g in zip(column.tolist(), gone, strict=True)]
+        present = [value for value in values if value is not None]
+        if len(present) < len(values) and all(isinstance(v, float) and v % 1 == 0 for v in present):
+            # pandas makes floats of whole numbers where one is missing: 1, as in a file, not 1.0
+            return [None if value is None else int(value) for value in values]
+        return values
+    values = list(table[name])
     classes: list[str] | None = getattr(table.features[name], "names", None)
     if classes is None:
         return values
@@ -185,5 +200,5 @@ def _digest(content: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A value without numpy's type; a number that is none becomes a missing value."""
-    value = value.item() if hasattr(value, "item") else value
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
     return None if isinstance(value, float) and math.isnan(value) else value

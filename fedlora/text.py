@@ -41,6 +41,8 @@ def folded(name: str) -> str:
     white space becomes one space. Spellings that look alike to a reader are then equal. Folding a
     folded name changes nothing.
     """
+    if name.isascii():
+        return " ".join(name.casefold().split())
     before, after = None, name
     while before != after:  # an invisible character may keep two others from composing
         before = after

@@ -76,7 +76,8 @@ def run(
             if isinstance(table, str | Path):
                 values[key] = str(table)
             elif columns is not None:
-                wanted = rows.wanted_columns(columns.data, columns.privacy.unit)
+                unit = columns.privacy.unit if key == "data.source" else "record"
+                wanted = rows.wanted_columns(columns.data, unit)
                 values[key] = held.enter_context(tables.hold(table, wanted, OWN[key]))
         resolved = _resolved(config, values)
         name = Path(config).stem if isinstance(config, str | Path) else "run"

@@ -15,9 +15,12 @@ from client.home_models import Choice, Setting
 from client.institution import Institution
 from fedlora import models, records, trainable
 from fedlora.adapters import AdapterState
+from fedlora.data import shard_of
+from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.messages import EvaluateOrder
 from fedlora.shards import Federation
+from fedlora.streams import RandomSource
 from tests.client.test_home_training import moved, with_residual
 
 SMALL = {"home.method": "interpolate", "home.steps": 8, "home.learning-rate": 0.02}
@@ -44,6 +47,24 @@ def banks(tiny_config, monkeypatch):
         return [Institution.locate(config, i) for i in range(4)], order, work, config
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("copies", "held_back"),
+    [([1] * 20, 4), ([2] * 10, 4), ([4, 1, 1, 14], None), ([3] * 4, 0), ([20], 0)],
+)
+def test_copies_of_a_record_are_held_back_together_or_not_at_all(copies, held_back):
+    ids = [[kind] for kind, count in enumerate(copies) for _ in range(count)]
+    rows = shard_of(Encoded(ids=ids, targets=[0] * len(ids), truncated=[False] * len(ids)))
+    one = home.Home(
+        shared=AdapterState({}), shard=rows, source=RandomSource.seeded("copies", 1), alone=None
+    )
+    fit, validation = home._split(one)
+    texts = [{int(part.row(i)[0]) for i in range(len(part))} for part in (fit, validation)]
+    assert texts[0].isdisjoint(texts[1]) and texts[0] | texts[1] == set(range(len(copies)))
+    assert len(fit) + len(validation) == len(ids)
+    room = round(home.HOME_VALIDATION * len(ids))
+    assert len(validation) <= room and held_back in (None, len(validation))
 
 
 def homes_of(institutions, order):

@@ -67,7 +67,7 @@ def test_standard_input_has_a_text_a_line(monkeypatch):
     [
         ("in.csv", "text,id\na,1\n ,2\n,3\n", ["row 2", "2 of 3 rows", "drop"]),
         ("in.csv", "story,id\na,1\n", ["data.text is 'text'", "story, id"]),
-        ("in.csv", "text,id\na\n", ["row 1", "number of values"]),
+        ("in.csv", "text,id\na\n", ["1 values", "line 2", "2 columns"]),
         ("in.csv", "text,text\na,b\n", ["same name"]),
         ("in.csv", "text\n", ["has no row"]),
         ("in.jsonl", '{"text": "a"}\n[1]\n', ["not an object"]),
@@ -92,9 +92,9 @@ def test_an_empty_line_of_standard_input_is_refused(monkeypatch):
 
 def test_latin_1_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "in.csv").write_bytes("text\ncafé\n".encode("latin-1"))
-    for source in (tmp_path / "in.csv", tmp_path / "none.csv"):
-        with pytest.raises(InputError, match=r"cannot be read.*in UTF-8"):
-            answer_files.read(str(source), "text")
+    for source, words in (("in.csv", "set data.encoding to 'latin-1'"), ("none.csv", "in UTF-8")):
+        with pytest.raises(InputError, match=rf"cannot be read.*{words}"):
+            answer_files.read(str(tmp_path / source), "text")
 
 
 def test_a_table_of_another_form_is_read_as_the_run_reads_one(tmp_path):

@@ -75,6 +75,31 @@ def test_a_wrong_encoding_is_named_as_the_cause_with_a_better_one(
     sources.read(source, WANTED, form=CsvForm(encoding=suggested))  # the remedy works
 
 
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ('good,a\n"Happy" days,b\nbad,a\n', 3),
+        ('good,a\nline\n"unclosed,b\nbad,a\n', 3),
+        ('"two\nlines",a\n"so ""called"" news" today,b\n', 4),
+        ('good,a\n"he said \\"no\\"",b\n', 3),
+    ],
+)
+def test_quotes_that_would_swallow_rows_are_refused_with_their_line(tmp_path, rows, line) -> None:
+    source = written(tmp_path / "a.csv", "text,label\n" + rows)
+    with pytest.raises(InputError, match=f"from line {line}.*quote") as error:
+        sources.read(source, WANTED)
+    assert not {"Happy", "unclosed", "news", "said"} & set(str(error.value).split())
+
+
+@pytest.mark.parametrize(("first", "delimiter"), [("\n", ","), ("sep=;\n", ";"), ("sep=,\n", ",")])
+def test_what_stands_before_the_header_is_left_out(tmp_path, first, delimiter) -> None:
+    content = first + f"text{delimiter}label\na{delimiter}b\n\n"
+    source = written(tmp_path / "a.csv", content)
+    assert csv_files.suspected_delimiter(source, Path(source), "utf-8") == delimiter
+    read = sources.read(source, WANTED, form=CsvForm(delimiter=delimiter))
+    assert read == {"text": ["a"], "label": ["b"]}
+
+
 @pytest.mark.parametrize("encoding", ["utf-9", "base64", "", "rot13", "hex"])
 def test_an_encoding_that_is_none_of_text_is_refused(encoding) -> None:
     with pytest.raises(InputError, match=r"data\.encoding is .*no encoding of text"):

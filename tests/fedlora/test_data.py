@@ -250,6 +250,7 @@ def test_instruction_pairs_have_no_classes(tmp_path: Path) -> None:
         ({"partition": "natural:town"}, "data.partition is 'town', .* has the columns text, label"),
         ({"label": "mood"}, "data.label is 'mood', but .* text, label, bank, customer"),
         ({"text": "text,title"}, "data.text is 'title'"),
+        ({"text": "text, label"}, "data.text is 'text, label', of which 'label' is data.label too"),
         ({"unit": "person"}, "privacy.unit is 'person'"),
         ({"unit": "customer"}, "privacy.unit is 'customer', but 1 training rows have nothing in"),
         ({"labels": ("good", "fine")}, r"label 'bad' \(2 rows of .*a.jsonl\) is none of good"),
@@ -277,6 +278,12 @@ def test_what_does_not_fit_is_one_line_before_anything_is_tokenised_or_written(
         )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists()
+
+
+def test_held_out_rows_that_leave_none_for_training_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", TRAIN)
+    with pytest.raises(InputError, match="test-source has the text of every one of the 4 rows of"):
+        prepare(tmp_path, source=source, test_source=source)
 
 
 def test_a_label_that_only_the_test_rows_have_is_named(tmp_path: Path) -> None:

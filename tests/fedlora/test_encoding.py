@@ -99,6 +99,19 @@ def test_an_sft_row_is_prompt_then_response_then_one_end_token(chat: str | None)
         assert tokenizer.decode(ids[start:]) == " rose flat<|endoftext|>"
 
 
+@pytest.mark.parametrize("prompt", ["{text}", "{text} ", "{text}\nAnswer:", "{text}\n"])
+@pytest.mark.parametrize("chat", [None, CHAT])
+def test_a_prompt_has_the_same_tokens_whatever_its_response(prompt: str, chat: str | None) -> None:
+    tokenizer = byte_tokenizer(chat=chat)
+    task = choose_task("sft", "causal", tokenizer, prompt=prompt, max_length=99)
+    responses = ["", "positive", "zebra", "7", "?"]  # the blank joins the second, not the third
+    encoded = task.encode(["ok fell"] * len(responses), responses, ())
+    starts = {tuple(i[:k]) for i, k in zip(encoded.ids, encoded.targets, strict=True)}
+    assert len(starts) == 1
+    ends = [tokenizer.decode(i[k:]) for i, k in zip(encoded.ids, encoded.targets, strict=True)]
+    assert [end.strip().partition("<")[0].strip() for end in ends] == responses
+
+
 @given(
     text=st.text(max_size=40),
     response=st.text(max_size=20),

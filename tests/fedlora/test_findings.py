@@ -16,9 +16,10 @@ from fedlora.sections import MIN_NATURAL_RECORDS
 from fedlora.shards import Federation, Shard
 
 
-def shard(targets) -> Shard:
+def shard(targets, first=0) -> Shard:
+    """Rows of one token each, numbered from ``first``."""
     rows = len(targets)
-    ids = [[row] for row in range(rows)]
+    ids = [[first + row] for row in range(rows)]
     return shard_of(Encoded(ids=ids, targets=list(targets), truncated=[False] * rows))
 
 
@@ -37,7 +38,7 @@ def federation(sizes, labels=("loan", "card"), counts=(), left_out=()) -> Federa
         left_out=dict(left_out),
         all_train=replace(shard(targets), units=units),
         train_bounds=starts,
-        all_held_out=shard(held_out),
+        all_held_out=shard(held_out, first=rows),
         held_out_bounds=np.array([0] * len(sizes) + [200]),
     )
 
@@ -97,6 +98,21 @@ def test_the_default_minimum_of_records_is_the_least_whose_default_delta_is_no_f
         return accounting.public_delta(accounting.most_of_class(units))
 
     assert delta(MIN_NATURAL_RECORDS) <= MAX_DELTA < delta(MIN_NATURAL_RECORDS - 1)
+
+
+def test_held_out_rows_that_the_model_reads_as_training_rows_are_counted() -> None:
+    records = federation([100, 200, 150])
+    few = replace(records, all_held_out=shard([0] * 200, first=450 - 2))
+    assert "seen-held-out" not in found(few)
+    several = replace(records, all_held_out=shard([0] * 200, first=450 - 3))
+    said = found(several)["seen-held-out"]
+    assert said.text.startswith("3 of 200 held-out rows") and not said.voids
+
+
+@pytest.mark.parametrize(("name", "missing"), [("N-A", True), ("nan", True), ("Nanterre", False)])
+def test_an_institution_with_the_name_of_a_missing_value_is_found(name, missing) -> None:
+    records = replace(federation([100, 200]), names=("first", name))
+    assert set(found(records)) == ({"missing-institutions"} if missing else set())
 
 
 def test_noise_under_which_nothing_can_be_learned_voids_the_result() -> None:

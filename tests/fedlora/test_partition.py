@@ -25,6 +25,7 @@ CLASSES = np.repeat(np.arange(3), [60, 90, 30])
 def test_texts_that_differ_in_case_space_or_punctuation_count_as_equal() -> None:
     assert normalise(" Net\tINCOME,  2019! ") == normalise("net income 2019") == "net income 2019"
     assert normalise("\ufb01nance") == "finance"
+    assert normalise("re\xadpay\u200bment") == "repayment"  # as a PDF hyphenates
     assert normalise("loss") != normalise("loss 1")
     assert normalise("?!") != normalise("!")
 

@@ -265,6 +265,16 @@ def test_a_model_that_learned_its_responses_generates_and_ends_them() -> None:
     assert (result["exact_match"], result["accuracy"], result["unparseable"]) == (1.0, 1.0, 0)
 
 
+def test_a_response_ends_where_the_model_has_no_more_positions() -> None:
+    tokenizer = byte_tokenizer()
+    model = gpt2(len(tokenizer))  # 128 positions
+    task = choose_task("sft", "causal", tokenizer, prompt="{text}", max_length=128)
+    texts = ["fell", "y" * 120, "y" * 200]
+    said = task.answer(model, texts, ())
+    assert len(said.answers) == 3 and said.truncated == 1
+    assert task.evaluate(model, shard_of(task.encode(texts, ["rose " * 40] * 3, ())), ())["n"] == 3
+
+
 def test_pooled_metrics_are_those_of_all_rows_together() -> None:
     tokenizer = byte_tokenizer()
     model = llama(len(tokenizer))

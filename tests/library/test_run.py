@@ -88,6 +88,15 @@ def test_institutions_are_the_keys_of_a_dictionary_or_the_files_of_a_directory(
     assert one.figures["institutions"] == two.figures["institutions"]
 
 
+def test_held_out_rows_of_a_table_need_no_unit_and_a_file_is_no_glob(small, complaints, tmp_path):
+    frame = pandas.read_csv(complaints)
+    file = tmp_path / "rows [2024].csv"
+    frame.to_csv(file, index=False)
+    small |= {"partition": "natural:bank", "unit": "customer"}
+    one = run(data=file, test_data=frame[["text", "label", "bank"]].tail(40), **small)
+    assert one.figures["counts"]["held_out"] == 40 and one.config.privacy.unit == "customer"
+
+
 def test_an_aggregation_a_metric_and_a_partition_of_ones_own_take_part(small, complaints):
     halves = lambda texts, labels, seed: [str(len(text) % 2) for text in texts]  # noqa: E731
     result = run(data=str(complaints), aggregate=median, metrics=[sure], partition=halves, **small)
