@@ -151,7 +151,7 @@ def _model(described: dict[str, Any], console: Terminal) -> None:
         return
     console.write_line(
         f"model: {model['name']}, {model['parameters'] / 1e6:.1f} M parameters, "
-        f"{model['bytes'] / 1e6:.0f} MB; adapter: {model['adapter_parameters']:,} parameters, "
+        f"{model['bytes'] / 1e6:.0f} MB; adapter: {model['trained_parameters']:,} parameters, "
         f"{model['adapter_bytes'] / 1e6:.2f} MB"
     )
     seconds = ", ".join(

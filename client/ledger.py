@@ -179,7 +179,7 @@ class Ledger:
                 releases than the run's first charge), ``budget-exhausted``, ``ledger-foreign`` (not
                 bound yet), ``ledger-locked``, ``ledger-corrupt``, ``ledger-unusable``.
         """
-        with self._transaction() as db:
+        with self._transaction(wipes=event.shares > 0) as db:
             answer = ledger_file.answered(db, run_id, round_number, order_digest)
             if answer is not None:
                 return Charge(key=b"", answer=answer)
@@ -247,7 +247,7 @@ class Ledger:
             Refusal: ``round-already-answered`` by another process, or ``ledger-*``.
             ValueError: If the round was not charged.
         """
-        with self._transaction() as db:
+        with self._transaction(wipes=True) as db:
             if ledger_file.answered(db, run_id, round_number, order_digest) is not None:
                 raise Refusal(
                     "round-already-answered", f"round {round_number} of run {run_id} has its answer"
@@ -275,7 +275,7 @@ class Ledger:
                 ``round-not-charged``, or ``ledger-*``.
         """
         values = (digest.hex(), json.dumps(list(survivors)))
-        with self._transaction() as db:
+        with self._transaction(wipes=True) as db:
             closed = db.execute(
                 "SELECT digest, survivors FROM closed WHERE (run, round) = (?, ?)",
                 (run_id, round_number),
@@ -300,7 +300,7 @@ class Ledger:
 
     def end_run(self, run_id: str) -> None:
         """Wipe all keys of a run that has ended: none of its rounds can be made again."""
-        with self._transaction() as db:
+        with self._transaction(wipes=True) as db:
             ledger_file.wipe_keys(db, run_id)
 
     def noised_size_of_run(self, run_id: str, noised: float) -> float:
@@ -386,12 +386,16 @@ class Ledger:
         return composition.epsilon(events, self.delta, self.accountant)
 
     @contextlib.contextmanager
-    def _transaction(self) -> Generator[sqlite3.Connection]:
+    def _transaction(self, *, wipes: bool = False) -> Generator[sqlite3.Connection]:
+        """One transaction under the seal; ``wipes`` for one that wipes keys."""
         db = self._connection
-        with ledger_file.refusing(self._path), ledger_file.transaction(db):
-            ledger_file.refuse(self._path, ledger_integrity.broken_seal(db))
-            yield db
-            ledger_integrity.seal(db)
+        with ledger_file.refusing(self._path):
+            with ledger_file.transaction(db):
+                ledger_file.refuse(self._path, ledger_integrity.broken_seal(db))
+                yield db
+                ledger_integrity.seal(db)
+            if wipes:
+                ledger_file.empty_log(db)
 
 
 def _within(part: History, whole: History) -> bool:

@@ -98,6 +98,11 @@ def connect(path: Path, *, shared: bool) -> sqlite3.Connection:
                         refuse(path, ledger_upgrade.upgrade(db, version))
             with transaction(db, "DEFERRED"):  # one snapshot beside charges of other processes
                 refuse(path, ledger_integrity.problems(db))
+            # A process that was killed may have left a wiped key in the log. No waiting for others:
+            # whoever wipes a key now, or closes the file last, empties the log.
+            db.execute("PRAGMA busy_timeout=0")
+            empty_log(db)
+            db.execute(f"PRAGMA busy_timeout={round(1000 * BUSY_SECONDS)}")
         except BaseException:
             db.close()
             raise
@@ -120,6 +125,16 @@ def transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Generator[No
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def empty_log(db: sqlite3.Connection) -> None:
+    """Write the write-ahead log into the file and cut it to nothing. Call it in no transaction.
+
+    A key that is wiped is overwritten in the file only: its earlier page stays in the log for as
+    long as any process has the file open. Where others keep the log in use for longer than the
+    connection waits, it stays as it is, and the next call empties it.
+    """
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def refuse(path: Path, problems: Sequence[str]) -> None:

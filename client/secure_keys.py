@@ -7,7 +7,7 @@ run. Shares travel through the server, sealed for the institution that holds the
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cryptography.exceptions import InvalidTag
@@ -118,19 +118,16 @@ def opened(
     channel: bytes,
     keys: Sequence[KeysMessage],
     sealed: Sequence[bytes],
-    dealers: Collection[str],
 ) -> dict[str, Shares]:
-    """The shares of some dealers that were sealed for ``name``, without those that do not open."""
+    """The shares that others sealed for ``name``, by dealer, without those that do not open."""
     found: dict[str, Shares] = {}
-    if dealers:
-        own = X25519PrivateKey.from_private_bytes(channel)
-        bound = secure_aggregation.transcript(keys)
-        for peer, message in zip(keys, sealed, strict=True):
-            if peer.name in dealers:
-                key = _key(own, peer, terms, bound, (peer.name, name))
-                plain = _decrypted(key, message)
-                if len(plain) == terms.rounds * _PAIR_BYTES:
-                    found[peer.name] = _parsed(plain)
+    own, bound = X25519PrivateKey.from_private_bytes(channel), secure_aggregation.transcript(keys)
+    for peer, message in zip(keys, sealed, strict=True):
+        if peer.name != name:
+            key = _key(own, peer, terms, bound, (peer.name, name))
+            plain = _decrypted(key, message)
+            if len(plain) == terms.rounds * _PAIR_BYTES:
+                found[peer.name] = _parsed(plain)
     return found
 
 

@@ -174,30 +174,28 @@ class SecureParty:
         keys: Sequence[KeysMessage],
         order: MaskedOrder,
     ) -> None:
-        """Open the shares that were sealed for this institution, as far as they are new.
+        """Open the shares that were sealed for this institution, at their first delivery.
 
-        A share that does not open is absent from later answers; the server names its dealer.
+        A share that does not open then never will, and is absent from later answers; the server
+        names its dealer. The channel key opens nothing more and is erased, so that no lie of the
+        server leaves it beside later rounds.
         """
-        if not order.sealed:
-            if not stored.delivered:
-                raise Refusal(
-                    "secure-shares-missing",
-                    f"run {order.run} sent {self._name} no shares of the other institutions",
-                )
+        if stored.delivered:
             return
+        if not order.sealed:
+            raise Refusal(
+                "secure-shares-missing",
+                f"run {order.run} sent {self._name} no shares of the other institutions",
+            )
         if len(order.sealed) != len(terms.names):
             raise Refusal(
                 "secure-shares-length", "the number of sealed shares is not that of names"
             )
-        held = secure_store.shares(db, order.run, order.round).keys()
-        absent = {*terms.names} - held
-        opened = secure_keys.opened(
-            terms, self._name, stored.channel or b"", keys, order.sealed, absent
-        )
+        opened = secure_keys.opened(terms, self._name, stored.channel or b"", keys, order.sealed)
         for dealer, shares in opened.items():
             later = {number: pair for number, pair in shares.items() if number >= order.round}
             secure_store.add_shares(db, order.run, dealer, later)
-        secure_store.delivered(db, order.run, all_opened=absent == opened.keys())
+        secure_store.delivered(db, order.run)
 
     def mask(self, order: MaskedOrder, words: np.ndarray) -> MaskedMessage:
         """Mask this round's vector. Calls `begin` first.

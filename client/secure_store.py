@@ -31,7 +31,7 @@ CREATE TABLE runs (
     run TEXT PRIMARY KEY, terms BLOB NOT NULL,
     roster BLOB NOT NULL,   -- digest of the pinned keys of the run's names
     keys BLOB NOT NULL,     -- answer to the first exchange of the setup
-    channel BLOB,           -- private key; NULL once all shares are opened
+    channel BLOB,           -- private key; NULL once shares of the others arrived
     peers BLOB,             -- the order of the second exchange
     sealed BLOB,            -- the answer to it
     delivered INTEGER NOT NULL DEFAULT 0,  -- whether shares of the others arrived
@@ -113,6 +113,8 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
             with ledger_file.transaction(db):
                 if (problem := db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
                     raise Refusal("secure-store-corrupt", f"{path}: {problem}")
+                # an older version kept the key where a share did not open
+                db.execute("UPDATE runs SET channel = NULL WHERE delivered AND channel IS NOT NULL")
                 yield db
 
 
@@ -191,11 +193,9 @@ def add_shares(db: sqlite3.Connection, run: str, dealer: str, shares: Mapping[in
     )
 
 
-def delivered(db: sqlite3.Connection, run: str, *, all_opened: bool) -> None:
-    """Note that shares arrived, and erase the channel's key once all of them are opened."""
-    db.execute("UPDATE runs SET delivered = 1 WHERE run = ?", (run,))
-    if all_opened:
-        db.execute("UPDATE runs SET channel = NULL WHERE run = ?", (run,))
+def delivered(db: sqlite3.Connection, run: str) -> None:
+    """Note that shares arrived, and erase the channel's key, whether or not all of them opened."""
+    db.execute("UPDATE runs SET delivered = 1, channel = NULL WHERE run = ?", (run,))
 
 
 def shares(db: sqlite3.Connection, run: str, number: int) -> dict[str, Pair]:

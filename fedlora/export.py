@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import shlex
@@ -18,6 +19,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, sync, write_atomic
 
+log = logging.getLogger("fedlora.export")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
 CARD_FILES = (model_card.CARD, model_card.LABELS)
@@ -36,7 +38,8 @@ def vllm(run_dir: Path, out_dir: Path, institution: str = "") -> str:
 
     vLLM reads PEFT's two files, but neither DoRA nor a head beside the low-rank factors, and no
     rank above the largest of `VLLM_RANKS`. The directory also has the tokenizer and the model card,
-    and it names no directory of this machine.
+    and it names no directory of this machine. Of a run on a quantised base a note is logged: vLLM
+    opens the base as it is.
 
     Args:
         run_dir: The directory of a complete run.
@@ -64,6 +67,7 @@ def vllm(run_dir: Path, out_dir: Path, institution: str = "") -> str:
             shutil.copyfile(file, new / file.name)
         saved["base_model_name_or_path"] = base
         write_atomic(new / CONFIG_FILE, (json.dumps(saved, indent=2) + "\n").encode())
+    _note_quantization(run_dir, config, "vLLM")
     largest = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
     return (
         f"vllm serve {base} --enable-lora --lora-modules {out_dir.name}={out_dir} "
@@ -79,7 +83,7 @@ def gguf(
     The converter is run by this interpreter, offline, as it stands in ``llama_cpp``. It reads the
     adapter and the base model's ``config.json``. It knows only the scale alpha / rank, so that it
     gets an adapter of rsLoRA with alpha times sqrt(rank). It has no form for DoRA, and it swaps
-    the two factors of GPT-2's Conv1D.
+    the two factors of GPT-2's Conv1D. Of a run on a quantised base a note is logged, as by `vllm`.
 
     Args:
         run_dir: The directory of a complete run.
@@ -135,6 +139,7 @@ def gguf(
         sync(made)
         made.rename(out)
     sync(parent)
+    _note_quantization(run_dir, config, "llama.cpp")
     base_file = f"{model_card.base_name(config).rpartition('/')[2]}.gguf"
     return (
         shlex.join(["llama-server", "-m", base_file, "--lora", str(out)]),
@@ -174,6 +179,23 @@ def _causal_adapter(
             "serves"
         )
     return config, folder, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def _note_quantization(run_dir: Path, config: RunConfig, program: str) -> None:
+    """Say of a run on a quantised base that its figures are not those of the served model."""
+    quantization = config.model.quantization
+    if quantization == "none":
+        return
+    rounded = ", but for activations in 8 bits" if quantization == "int8" else ""
+    log.warning(
+        "note: the figures of %s were measured on its base quantised to %s, and %s opens the base "
+        "as it is; `fedlora merge %s DIRECTORY` writes the model that was measured%s",
+        run_dir,
+        quantization,
+        program,
+        run_dir,
+        rounded,
+    )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -21,7 +21,8 @@ def merge(model: PeftModel) -> PreTrainedModel:
     """Fold the adapter into the base: a plain model that ``save_pretrained`` can write.
 
     Consumes ``model``: its layers are replaced one by one, so that the peak is about one layer
-    above the result. A quantised base is dequantised to the dtype of its activations.
+    above the result. A quantised base is dequantised to the dtype of its activations. An int8 base
+    also rounds activations to 8 bits in evaluation, which the result does not.
 
     Returns:
         The base model with merged weights, frozen, in evaluation mode.

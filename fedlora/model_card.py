@@ -52,7 +52,7 @@ def write_adapter(
         f"# {Path(config.run_dir).name}",
         f"A LoRA adapter, trained by fedlora in a federation of institutions for {_words(config)}.",
         *([SHARED_PART] if config.federation.traits.local_parts else []),
-        _training(config, result),
+        _training(config, work, result),
         _data(config, work, result),
         _privacy(config, result, privacy),
         _figures(result),
@@ -128,6 +128,12 @@ def write_merged(
             ]
         ),
     ]
+    if config.model.quantization == "int8":
+        parts.append(
+            "The run's base was quantised to int8, which rounds activations to 8 bits too. This "
+            "model has the same weights but does not round activations, so its scores differ from "
+            "those that the run measured, by up to some percent of their spread."
+        )
     if work.base.kind == "encoder":
         parts += [
             "It takes the mean over tokens, which no class of transformers does. The code in "
@@ -166,12 +172,16 @@ def adapter_code(config: RunConfig, work: Trainable, tokenizer: str = "") -> str
     if not isinstance(work.task.encoding, PlainText):
         return _causal_code(config, work, merged=False, tokenizer=tokenizer or "MODEL")
     file, tokenizer = Path(mean_pooling.__file__).stem, tokenizer or "ADAPTER"
+    names, opened = _base_code(config, work, "Classifier.from_base(BASE, labels")
+    if names:
+        opened.append("base.classifier.to(base.device)  # bitsandbytes takes a GPU if there is one")
+    imported, lines = ", ".join(["AutoTokenizer", *names, "pipeline"]), "\n".join(opened)
     return f"""\
 import json
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoTokenizer, pipeline
+from transformers import {imported}
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ADAPTER = "."  # this directory
@@ -180,7 +190,8 @@ TEXTS = ["..."]
 labels = json.loads(Path(ADAPTER, "{LABELS}").read_text())
 # This runs {file}.py of this directory: no class of transformers takes the mean over tokens.
 Classifier = get_class_from_dynamic_module("{file}.MeanPoolingClassifier", ADAPTER)
-model = PeftModel.from_pretrained(Classifier.from_base(BASE, labels), ADAPTER)
+{lines}
+model = PeftModel.from_pretrained(base, ADAPTER)
 classify = pipeline(
     "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained({tokenizer})
 )
@@ -197,13 +208,14 @@ def _causal_code(
     if merged:
         head = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
         head += ['MODEL = "."  # this directory']
-        opened = "AutoModelForCausalLM.from_pretrained(MODEL)"
+        opened = ["model = AutoModelForCausalLM.from_pretrained(MODEL)"]
     else:
-        head = ["from peft import PeftModel"]
-        head += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        names, opened = _base_code(config, work, "AutoModelForCausalLM.from_pretrained(BASE")
+        imported = ", ".join(["AutoModelForCausalLM", "AutoTokenizer", *names])
+        head = ["from peft import PeftModel", f"from transformers import {imported}", ""]
         head += ['MODEL = "."  # this directory']
         head += [f"BASE = {json.dumps(base_name(config))}  # its hub name or directory"]
-        opened = "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), MODEL)"
+        opened.append("model = PeftModel.from_pretrained(base, MODEL)")
     lines = [
         *head,
         'TEXTS = ["..."]',
@@ -216,12 +228,12 @@ def _causal_code(
         ]
     lines += [
         f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
-        f"model = {opened}",
+        *opened,
         "answers = []",
         "for text in TEXTS:",
         "    prompt = BEFORE + text.strip() + AFTER",
         '    inputs = tokenizer(prompt, return_tensors="pt", '
-        f"add_special_tokens={around.add_special_tokens})",
+        f"add_special_tokens={around.add_special_tokens}).to(model.device)",
     ]
     if scored:
         lines += [
@@ -237,6 +249,44 @@ def _causal_code(
             "    answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())",
         ]
     return "\n".join([*lines, "print(answers)"])
+
+
+def _base_code(config: RunConfig, work: Trainable, call: str) -> tuple[list[str], list[str]]:
+    """Python that opens the base as the run did: in the same dtype, quantised alike.
+
+    Args:
+        config: The run.
+        work: The model of the run.
+        call: The call of ``from_pretrained`` or ``from_base`` without its options and bracket.
+
+    Returns:
+        Further names to import from transformers, and the lines that assign ``base``.
+    """
+    dtype, quantization = _dtype(work), config.model.quantization
+    if quantization == "none":
+        return [], [f'base = {call}, dtype="{dtype}")']
+    options = {
+        "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}"',
+        "int8": "load_in_8bit=True, llm_int8_threshold=0.0",
+    }
+    lines = [
+        "quantized = BitsAndBytesConfig(",
+        f"    {options[quantization]}",
+        ")",
+        f'base = {call}, dtype="{dtype}", quantization_config=quantized)',
+    ]
+    if quantization == "int8" and config.adapter.method.startswith("dora"):
+        lines.append("# On a CPU PEFT ends with an error here: it has DoRA on int8 for GPUs only.")
+    if quantization == "nf4":
+        lines += [
+            "for layer in base.modules():  # else bitsandbytes rounds more on some CPUs",
+            "    layer.support_avx512bf16_for_cpu = False",
+        ]
+    return ["BitsAndBytesConfig"], lines
+
+
+def _dtype(work: Trainable) -> str:
+    return str(work.base.dtype).removeprefix("torch.")
 
 
 def _after(work: Trainable, around: Template) -> str:
@@ -296,7 +346,7 @@ def source(config: RunConfig) -> str:
     return source if source.startswith(("package:", "hub:")) else Path(source).name
 
 
-def _training(config: RunConfig, result: Mapping[str, Any]) -> str:
+def _training(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
     federation, adapter = config.federation, config.adapter
     return "\n".join(
         [
@@ -306,6 +356,7 @@ def _training(config: RunConfig, result: Mapping[str, Any]) -> str:
             f"{result['trained_parameters']:,} trained parameters",
             f"- federation: {result['rounds']} rounds, strategy {federation.strategy}, "
             f"{config.training.local_steps} local steps",
+            f"- base model: dtype {_dtype(work)}, quantization {config.model.quantization}",
             f"- texts cut at {config.training.max_length} tokens",
         ]
     )

@@ -6,6 +6,7 @@ Importing this module and reading a run's files load no torch.
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import platform
@@ -20,6 +21,8 @@ import fedlora
 from fedlora import processors
 from fedlora.errors import InputError
 from fedlora.extras import version
+
+log = logging.getLogger("fedlora.server")
 
 CONFIG = "config.toml"
 """In a run directory: the resolved configuration."""
@@ -48,14 +51,20 @@ def alone(path: Path) -> Generator[None]:
     """Wait until no other process runs in this directory, and keep other processes out.
 
     A resumed run may start before the process of the killed server is gone. A directory that does
-    not exist needs no lock.
+    not exist, and one of a network file system that locks none, is not locked.
     """
     if not path.is_dir():
         yield
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("waiting for another process that works in %s", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            pass
         yield
     finally:
         os.close(descriptor)

@@ -5,6 +5,7 @@ of ``federation.strategy`` and its refusals from them. The algorithm of strategy
 ``strategies/NAME.py``, which only the server loads.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -51,6 +52,11 @@ class Traits:
     def averaged(self) -> bool:
         """Whether adapters of several rounds have a mean."""
         return not (self.exact_mean or self.local_parts)
+
+    @property
+    def trained_parts(self) -> tuple["Part", ...]:
+        """The parts of the adapter that institutions train in any round."""
+        return tuple(dict.fromkeys((*itertools.chain(*self.sent), *self.local_parts)))
 
     def parts_sent(self, number: int) -> tuple["Part", ...]:
         """The parts of the adapter that institutions train and send in a round, from 1."""

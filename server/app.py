@@ -1,5 +1,6 @@
 """The Flower ServerApp: read the configuration, run the rounds."""
 
+import contextlib
 from pathlib import Path
 
 from flwr.app import Context
@@ -20,5 +21,6 @@ def main(grid: Grid, context: Context) -> None:
     if logs.wanted():
         logs.to_stderr()
     config = run_directory.with_tracking(from_context(context.run_config, context.run_id))
-    with alone(Path(config.run_dir)):
+    # A simulation has locked its directory already (`simulation.run.run_rounds`).
+    with alone(Path(config.run_dir)) if config.deployed else contextlib.nullcontext():
         Federation(grid, config).run()

@@ -5,9 +5,12 @@ server, and figures of rounds. So they spend no privacy.
 """
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
+
+import torch
 
 from fedlora import plugins
 from fedlora.adapters import AdapterState
@@ -22,6 +25,10 @@ from strategies.base import Round, Strategy, Weighted
 def strategy(federation: FederationConfig) -> Strategy:
     """The strategy of a run, with the aggregation of ``federation.aggregate`` if there is one.
 
+    A plug-in gets copies of the round's adapters, so that it cannot change them. An adapter that it
+    returns must have the names and shapes of the global one, or, from ``start``, of an
+    institution's, and its values are taken without their gradients.
+
     Raises:
         InputError: If the plug-in cannot be loaded.
     """
@@ -29,19 +36,31 @@ def strategy(federation: FederationConfig) -> Strategy:
     if not name:
         return own
     found = plugins.load("federation.aggregate", name)
-    if isinstance(found, Strategy):
-        own, found = found, found.aggregate
-    residuals = federation.traits.residuals
+    given = found if isinstance(found, Strategy) else dataclasses.replace(own, aggregate=found)
+    residual = federation.traits.residuals
 
     def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
         with _named("federation.aggregate", name):
-            made = AdapterState(found(this_round, updates))
+            made = _plain(given.aggregate(copy.deepcopy(this_round), updates))
             whole = this_round.before.updated(made)
-            if problem := whole.validate_against(this_round.before, residual=residuals):
+            if problem := whole.validate_against(this_round.before, residual=residual):
                 raise TypeError(f"its adapter does not fit: {problem}")
         return made
 
-    return dataclasses.replace(own, aggregate=aggregate)
+    def start(this_round: Round, rank: int) -> AdapterState:
+        with _named("federation.aggregate", name):
+            made = _plain(given.start(copy.deepcopy(this_round), rank))
+            wanted = this_round.before.cut(rank)
+            if problem := made.validate_against(wanted, residual=residual):
+                raise TypeError(f"its start for rank {rank} does not fit: {problem}")
+        return made
+
+    return Strategy(aggregate=aggregate, start=start if isinstance(found, Strategy) else own.start)
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> AdapterState:
+    """An adapter of these values, which remembers nothing of how they were computed."""
+    return AdapterState({name: tensor.detach() for name, tensor in tensors.items()})
 
 
 def measures(federation: FederationConfig) -> dict[str, Metric]:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,22 @@ class Roster:
     mended by then. An institution that is online and leaves orders without an answer, so that each
     round would last until its timeout, counts as such a one too (`note`).
 
+    Args:
+        grid: To the nodes.
+        config: The run.
+        query: What each node is asked.
+        names: The institutions of a simulation, in the order of its nodes.
+
     Attributes:
         max_sizes: Institution -> the bound of its size as a weight, in a deployment.
         refused: Node -> code of its refusal.
     """
 
-    def __init__(self, grid: Grid, config: RunConfig, query: Query) -> None:
+    def __init__(
+        self, grid: Grid, config: RunConfig, query: Query, names: Sequence[str] = ()
+    ) -> None:
         self._grid, self._config, self._query = grid, config, query
-        self._names: dict[int, str] = {}  # names by keys, in a deployment
+        self._names = dict(enumerate(names, start=1))  # in a deployment by keys
         self._unregistered: dict[int, str] = {}  # node -> code
         self.max_sizes: dict[str, float] = {}
         self._known: dict[int, Hello] = {}
@@ -122,7 +130,7 @@ class Roster:
                 self.refused.pop(node, None)
             except Refusal as refusal:
                 if self.refused.get(node) != refusal.code:
-                    log.warning("node %d: %s", node, refusal)
+                    log.warning("%s: %s", self._called(node), refusal)
                 self._refuse(node, refusal.code)
         return {self._known[node].institution: node for node in present if node in self._known}
 
@@ -289,6 +297,22 @@ class Roster:
                 "other records (`fedlora ledger show` prints the remaining budget; --max-epsilon "
                 "is for new ledgers and does not raise the limit of one that exists)"
             )
+
+    def findings(self) -> list[findings.Finding]:
+        """The finding on institutions that take no part, by the names known here; or none."""
+        if not self.refused:
+            return []
+        of = [f"{self._called(node)} ({code})" for node, code in sorted(self.refused.items())]
+        return [
+            findings.Finding(
+                name="took-no-part",
+                text=f"{len(of)} institutions took no part at the end of the run: "
+                f"{findings.some(of)}; institutions.log has the reason, or each one's own log",
+            )
+        ]
+
+    def _called(self, node: int) -> str:
+        return self._names.get(node) or f"node {node}"
 
     @property
     def left_out(self) -> dict[int, str]:

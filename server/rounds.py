@@ -151,7 +151,7 @@ class Federation:
             first=self.state.round == 0,
             participations=self.participations,
         )
-        self.roster = Roster(grid, config, query)
+        self.roster = Roster(grid, config, query, self.population.names)
         self.measured: dict[str, Any] = {}
         self.idle_rounds = limits.idle_rounds(read_records(self.directory.path), size)
 
@@ -169,7 +169,9 @@ class Federation:
         if self.session is not None:
             parameters = secure_order.parameters(self.state.adapter, self.config)
             self.session.set_up(self.state.run, parameters, self.nodes(), self.population.size)
+        played = False
         while self.state.round < self.config.federation.rounds:
+            played = True
             online = self.awaited()
             names = self.sample(online)
             limits.check_online(online, self.least, self.roster.left_out)
@@ -206,6 +208,10 @@ class Federation:
             self.idle_rounds = self.idle_rounds + 1 if idle else 0
             last = self.state.round >= self.config.federation.rounds
             limits.check_progress(record, self.idle_rounds, all_asked=all_asked, last=last)
+        lines = read_records(self.directory.path)
+        if not played and lines:  # the process that played the last round may have failed on it
+            all_asked = lines[-1]["asked"] == self.population.size
+            limits.check_progress(lines[-1], self.idle_rounds, all_asked=all_asked, last=True)
         self.finish()
         tracker.end()
 
@@ -539,9 +545,14 @@ class Federation:
             "labels": list(work.labels),
             "population": population.size,
             "nonce": secrets.token_hex(16),
-            "trained_parameters": sum(t.numel() for t in adapter.only(PARTS).values()),
+            "trained_parameters": sum(
+                t.numel() for t in adapter.only(config.federation.traits.trained_parts).values()
+            ),
             "counts": dict(population.counts),
-            "findings": [dataclasses.asdict(finding) for finding in population.findings],
+            "findings": [
+                dataclasses.asdict(finding)
+                for finding in (*population.findings, *self.roster.findings())
+            ],
         }
         model_card.write_adapter(self.directory.path / "adapter", config, work, result, privacy)
         with contextlib.suppress(InputError):  # the key was renewed meanwhile, or is the first one

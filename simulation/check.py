@@ -53,7 +53,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
         )
     records = prepare(config)
     with paused_gc():
-        from server import aggregation, population
+        from server import aggregation, population, tracking
+        from server.start import start_adapter
     refused: list[str] = []
 
     def attempt(inspect: Any, *arguments: Any) -> Any:
@@ -85,6 +86,9 @@ def describe(config: RunConfig) -> dict[str, Any]:
     started = time.monotonic()
     work = attempt(_load, config, records)
     loading = time.monotonic() - started
+    attempt(tracking.check, config)
+    if work is not None:
+        attempt(start_adapter, config, work)
     return {
         "rows": _rows(config, records),
         "classes": _classes(records),
@@ -171,13 +175,15 @@ def _ledgers(
     """Each ledger that exists: epsilon spent and left, its limit, and whether the run fits."""
     if not plans or not config.privacy.ledger:
         return {}
+    from client.checks import check_ledger_delta
     from client.institution import Institution
     from client.ledger import Ledger
 
     described: dict[str, dict[str, Any]] = {}
     for index, (name, plan) in enumerate(zip(records.names, plans, strict=True)):
         institution = Institution.locate(config, index)
-        path, units = institution.ledger_path, records.train(index).num_units
+        shard = records.train(index)
+        path, units = institution.ledger_path, shard.num_units
         if not path.exists():
             continue
         try:
@@ -186,6 +192,11 @@ def _ledgers(
                 described[name] = {key: shown[key] for key in ("epsilon", "left", "limit", "delta")}
                 planned = (*plan.events, *institution.events_at_home(units, ledger))
                 described[name]["fits"] = ledger.fits(planned)
+                check_ledger_delta(ledger, path, units)
+                bound = shown["fingerprint"], shown["unit"]
+                if bound not in ((None, None), (shard.fingerprint(), config.privacy.unit)):
+                    problem = f"{path} belongs to other records, or to another privacy.unit"
+                    described[name] |= {"fits": False, "problem": problem}
         except Refusal as refusal:
             described[name] = {"fits": False, "problem": refusal.detail}
     return described
@@ -196,6 +207,7 @@ def _model(config: RunConfig, work: "Trainable") -> dict[str, Any]:
     from fedlora.adapters import PARTS
 
     adapter = sum(tensor.numel() for tensor in work.start.only(PARTS).values())
+    trained = work.start.only(config.federation.traits.trained_parts)
     total = sum(p.numel() for p in work.model.parameters())
     stored = sum(p.numel() * p.element_size() for p in tasks.base_model(work.model).parameters())
     return {
@@ -203,7 +215,7 @@ def _model(config: RunConfig, work: "Trainable") -> dict[str, Any]:
         "kind": work.base.kind,
         "parameters": total - adapter,
         "bytes": stored,
-        "adapter_parameters": adapter,
+        "trained_parameters": sum(tensor.numel() for tensor in trained.values()),
         "adapter_bytes": 4 * adapter,  # sent as float32
     }
 

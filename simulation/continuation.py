@@ -59,20 +59,23 @@ def _check_ledgers(run_dir: Path, config: RunConfig, run: str) -> None:
     """Check that the ledger of each institution that spent in a run has the run's charges."""
     said = read_run_file(run_dir, "privacy.json")
     steps = {name: one["steps"] for name, one in said["institutions"].items()}
+    without_report = said.get("without_report", {})
     for index, name in enumerate(records.load(config).names):
         path = Institution.locate(config, index).ledger_path
-        if name not in steps and name not in said.get("without_report", {}):
+        if name not in steps and name not in without_report:
             continue
         if path.exists():
             own = said["institutions"].get(name, {}).get("institution_says", {})
             sigma = own.get("noise_multiplier")
+            # those of privacy.json are of orders, which an institution may have refused
+            least = own.get("steps", 0 if name in without_report else max(steps[name], 1))
             with Ledger.open(path) as ledger:
                 charged = sum(  # one-off releases, such as a noised size, have another noise
                     event.steps
                     for event in ledger.history(run)
                     if sigma in (None, event.noise_multiplier)
                 )
-            if charged >= max(steps.get(name, 0), 1):
+            if charged >= least:
                 continue
         raise InputError(
             f"the ledger {path} is missing or lacks charges of the run in {run_dir}, so nobody "

@@ -139,7 +139,10 @@ def describe(
             after = "" if since == total else f" after round {since}"
             parts.append(f"{key.replace('_', ' ')} {measured[key]:.3f}{after}")
     spent = records[-1]["epsilon_max"]
-    parts.append("no DP (epsilon inf)" if spent == "inf" else f"epsilon {at_most(spent or 0, 3)}")
+    if (level := records[-1].get("institution_epsilon")) is not None:
+        parts.append(f"institution epsilon {at_most(level, 3)}")
+    elif spent is not None:  # None: no institution reported yet
+        parts.append("no DP (epsilon inf)" if spent == "inf" else f"epsilon {at_most(spent, 3)}")
     if fresh > 1 and len(records) < total:
         pace = sum(r["seconds"] for r in records[-fresh:]) / fresh
         left = f"{pace * (total - len(records)):.0f} s left"

@@ -21,7 +21,7 @@ from fedlora import logs, processors
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
-from fedlora.run_files import CONFIG, read_run_file
+from fedlora.run_files import CONFIG, alone, is_complete, read_run_file
 from fedlora.sections import check_gpu, check_threads
 from fedlora.startup import paused_gc
 from fedlora.terminal import Terminal
@@ -65,6 +65,8 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     """
     from simulation.progress import progress
 
+    run_dir = Path(config.run_dir)
+    resumed = (run_dir / CONFIG).exists()
     check_engine(kind)
     with console.status("reading records"):
         records = prepare(config)
@@ -75,13 +77,13 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     for finding in found:
         accepted = " (accepted)" if finding.voids else ""
         console.write_line(f"warning: {finding.name}{accepted}: {finding.text}")
-    with _removed_if_refused(Path(config.run_dir)), contextlib.ExitStack() as stack:
+    with _removed_if_refused(run_dir), contextlib.ExitStack() as stack:
         with console.status("loading the base model, starting workers"):
             loaded = stack.enter_context(load(kind, config))
             grid = stack.enter_context(open_engine(kind, config, loaded))
         with progress(config, grid, console):
-            run_rounds(config, grid)
-    return read_run_file(Path(config.run_dir))
+            run_rounds(config, grid, resumed=resumed)
+    return read_run_file(run_dir)
 
 
 @contextlib.contextmanager
@@ -223,7 +225,8 @@ def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[Simul
         config: The run; this function reads its engine keys and its run directory.
         loaded: The loaded parts of the same run.
     """
-    log = str(Path(config.run_dir) / "institutions.log")
+    log = Path(config.run_dir) / "institutions.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     settings, institutions = config.engine, len(loaded.records.names)
     if kind == "inline":
         with paused_gc():
@@ -243,7 +246,7 @@ def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[Simul
                 count=settings.workers,
                 threads=settings.threads,
                 gpus=settings.gpus,
-                log=log,
+                log=str(log),
                 forks=loaded.forks,
             ),
             costs=_costs(config, loaded.records),
@@ -300,20 +303,34 @@ def check_budgets(config: RunConfig) -> None:
         plan_run(config, size, cap)
 
 
-def run_rounds(config: RunConfig, grid: "SimulationGrid") -> None:
-    """Run the ServerApp on a grid, in this process.
+def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | None = None) -> None:
+    """Run the ServerApp on a grid, in this process; no other process runs in its directory then.
+
+    Args:
+        config: The run.
+        grid: Its institutions.
+        resumed: Whether the directory held the run when it was asked for; None: either is right.
 
     Raises:
-        InputError: Before anything is written, naming value, bound and remedy.
+        InputError: Before anything is written, naming value, bound and remedy; also if another
+            process began or completed a run in the directory meanwhile.
     """
     from server.app import app
     from simulation.engines.grid import run_server
 
-    run_server(app, grid, config.flat())
+    run_dir = Path(config.run_dir)
+    with alone(run_dir):
+        if resumed is False and (run_dir / CONFIG).exists():
+            raise InputError(
+                f"another process began a run in {run_dir} meanwhile; give another --out"
+            )
+        if resumed and is_complete(run_dir):
+            raise InputError(f"another process completed the run in {run_dir} meanwhile")
+        run_server(app, grid, config.flat())
 
 
 @contextlib.contextmanager
-def _logging_to(path: str) -> Iterator[None]:
+def _logging_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logs.OneLine("%(asctime)s %(levelname)s %(message)s"))
     logger: Any = logging.getLogger("fedlora.client")

@@ -17,11 +17,11 @@ MIN_SINGULAR_SHARE = 1e-9
 def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     r"""The leading singular triplets of a sum of products c B A, without computing the sum.
 
-    Stacked, the sum is one product L R whose inner dimension is the sum of all ranks. With
-    :math:`R R^\top = W W^\top` (Cholesky) the left singular vectors of L R are those of L W, so the
-    eigenvectors of the small :math:`(LW)^\top L W` give their span. Squaring the singular values
-    loses precision; the product itself is therefore decomposed within that span. Rows of R are
-    normalised to length 1, so that a large A does not hide the product of another.
+    Stacked, the sum is one product :math:`L R^\top` whose inner dimension is the sum of all ranks.
+    With :math:`L = P S` and :math:`R = Q T` (QR) the singular values of the sum are those of the
+    small :math:`S T^\top`. A column of S has the length of its column of L and is rounded by that
+    length, as in T. A factor whose partner is zero therefore adds nothing, however large it is, and
+    a large A beside a small B, or the reverse, costs no precision.
 
     Args:
         products: At least one.
@@ -32,23 +32,11 @@ def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor,
         length, float64; q is at most ``rank``, and less where the sum has a lower rank.
     """
     left, right = _stacked(products)
-    lengths = right.norm(dim=1)
-    lengths[lengths == 0] = 1.0
-    left *= lengths
-    right /= lengths[:, None]
-    gram = right @ right.T
-    tiny = 1e-13 * float(gram.diagonal().sum())
-    if not tiny > 0:
-        return left[:, :0], right[:0]
-    gram.diagonal().add_(tiny)
-    w = torch.linalg.cholesky(gram)
-    del gram
-    values = w.T @ (left.T @ left) @ w
-    vectors = torch.linalg.eigh((values + values.T) / 2)[1][:, -rank:]
-    basis = torch.linalg.qr(left @ (w @ vectors))[0]
-    u, s, vt = torch.linalg.svd((basis.T @ left) @ right, full_matrices=False)
-    used = int((s > MIN_SINGULAR_SHARE * s[0]).sum()) if float(s[0]) > 0 else 0
-    return basis @ u[:, :used], s[:used, None] * vt[:used]
+    p, s = torch.linalg.qr(left)
+    q, t = torch.linalg.qr(right.T)
+    u, values, vt = torch.linalg.svd(s @ t.T, full_matrices=False)
+    used = min(rank, int((values > MIN_SINGULAR_SHARE * values[0]).sum()))
+    return p @ u[:, :used], values[:used, None] * (vt[:used] @ q.T)
 
 
 def _stacked(products: Sequence[Product]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,10 @@ the global scale would take. The ratio the other way round would restore the ins
 product, but a step of half the rank would count four times as much as one of the whole rank, and
 its noise twice as much.
 
+That is exact for a step of SGD. A step of Adam or AdamW does not grow with the gradient, and still
+counts s / s_k times: an institution of half the rank takes half the step in B (under rsLoRA 0.71 of
+it). In A, where it sees the global gradient, it takes the whole step under both.
+
 The paper pads the factors themselves, so a row that a share q of the institutions holds is
 multiplied by q in every round, whatever they learn. Here the change is padded, so an institution
 without a row does not influence it.

@@ -32,7 +32,8 @@ def step(
     r"""One server step from ``before`` towards ``aggregated``.
 
     Moments are corrected for their start at zero as in Adam (Kingma & Ba), since runs here have
-    tens of rounds.
+    tens of rounds. Those of yogi are not, as in Reddi et al.: its v is no exponential mean, so that
+    Adam's divisor does not undo the start.
 
     Args:
         method: ``none`` (:math:`w + \eta \Delta`), ``momentum``, ``adam``, ``yogi`` or ``adagrad``.
@@ -62,8 +63,9 @@ def step(
         moments[f"t/{name}"] = torch.tensor(t, dtype=torch.int64)
         m = BETA1 * state.get(f"m/{name}", torch.zeros_like(old)) + (1 - BETA1) * delta
         moments[f"m/{name}"] = m
+        weight = 1 - BETA1**t  # of all that m has seen
         if method == "momentum":
-            new[name] = old + learning_rate * m / (1 - BETA1**t)
+            new[name] = old + learning_rate * m / weight
             continue
         v = state.get(f"v/{name}", torch.zeros_like(old))
         square = delta * delta
@@ -72,12 +74,12 @@ def step(
             scale = v / (1 - BETA2**t)
         elif method == "yogi":
             v = v - (1 - BETA2) * square * torch.sign(v - square)
-            scale = v / (1 - BETA2**t)
+            scale, weight = v, 1.0
         else:
             v = v + square
             scale = v
         moments[f"v/{name}"] = v
         of_head = kind(name) == "head" and head_learning_rate > 0
         rate = head_learning_rate if of_head else learning_rate
-        new[name] = old + rate * (m / (1 - BETA1**t)) / (scale.sqrt() + TAU)
+        new[name] = old + rate * (m / weight) / (scale.sqrt() + TAU)
     return before.updated(new), moments

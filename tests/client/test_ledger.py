@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import stat
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,66 @@ def test_a_rounds_key_is_gone_from_the_disk_once_it_is_answered(path: Path) -> N
     with Ledger.open(path) as ledger:
         ledger.store_answer("run", 1, "order", b"update")
     assert key not in path.read_bytes()
+
+
+SHARE = dataclasses.replace(STEP, shares=3)
+
+
+def on_disk(path: Path) -> bytes:
+    """A ledger's file and its write-ahead log."""
+    return b"".join(file.read_bytes() for file in path.parent.glob("bank.db*") if file.exists())
+
+
+@contextlib.contextmanager
+def idle_connection(path: Path) -> Generator[sqlite3.Connection]:
+    """Another program that has the ledger open, so that SQLite keeps its write-ahead log."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as idle:
+        idle.execute("SELECT count(*) FROM charges").fetchone()
+        yield idle
+
+
+@pytest.mark.parametrize(
+    ("event", "wipe"),
+    [
+        (STEP, lambda ledger: ledger.store_answer("run", 1, "order", b"update")),
+        (SHARE, lambda ledger: ledger.close_round("run", 1, bytes(32), ("a", "b"))),
+        (SHARE, lambda ledger: charge(ledger, 2, event=SHARE)),
+        (SHARE, lambda ledger: ledger.end_run("run")),
+    ],
+    ids=["answered", "closed", "next round", "ended"],
+)
+def test_a_wiped_key_is_gone_from_the_log_while_another_program_has_the_ledger_open(
+    path: Path, event: Event, wipe
+) -> None:
+    with idle_connection(path), Ledger.open(path) as ledger:
+        key = charge(ledger, event=event).key
+        assert key in on_disk(path)
+        wipe(ledger)
+        assert key not in on_disk(path)
+
+
+def test_a_log_that_is_in_use_stops_no_answer_and_is_emptied_at_the_next_opening(
+    path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(ledger_file, "BUSY_SECONDS", 0.05)
+    with idle_connection(path) as reader, Ledger.open(path) as ledger:
+        key = charge(ledger).key
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM charges").fetchone()
+        ledger.store_answer("run", 1, "order", b"update")
+        Ledger.open(path).close()
+        assert key in on_disk(path)
+        reader.execute("COMMIT")
+        Ledger.open(path).close()
+        assert key not in on_disk(path)
+
+
+def test_opening_a_ledger_does_not_wait_for_a_charge_of_another_process(path: Path) -> None:
+    with idle_connection(path) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        Ledger.open(path).close()
+        assert time.monotonic() - began < ledger_file.BUSY_SECONDS / 2
 
 
 def test_a_simulation_may_bring_its_own_key(path: Path) -> None:

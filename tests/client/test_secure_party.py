@@ -252,10 +252,12 @@ def test_a_share_is_sealed_for_one_institution_of_one_run(memory_path):
     order = MaskedOrder(run="run", round=1, digest=DIGEST, sealed=for_bob)
     cyd = made.party("cyd")
     cyd.begin(order)  # nothing of it opens
+    cyd.begin(dataclasses.replace(order, sealed=made.setup.sealed_for("cyd")))  # too late
     with secure_store.opened(memory_path / "cyd.db") as db:
         assert set(secure_store.shares(db, "run", 1)) == {"cyd"}
-    cyd.begin(dataclasses.replace(order, sealed=made.setup.sealed_for("cyd")))
-    with secure_store.opened(memory_path / "cyd.db") as db:
+    dan = made.party("dan")
+    dan.begin(dataclasses.replace(order, sealed=made.setup.sealed_for("dan")))
+    with secure_store.opened(memory_path / "dan.db") as db:
         assert set(secure_store.shares(db, "run", 1)) == set(NAMES)
 
 
@@ -557,7 +559,7 @@ def test_secrets_of_a_round_are_erased_from_the_file_when_the_next_begins(memory
     files = lambda: b"".join(file.read_bytes() for file in memory_path.glob("ada.db*"))  # noqa: E731
     assert all(secret in files() for secret in (*first, *second, channel))
     made.masked(1, NAMES)
-    assert channel not in files()  # all shares are opened
+    assert channel not in files()  # the shares arrived
     with secure_store.opened(memory_path / "ada.db") as db:
         shares = secure_store.shares(db, "run", 1)["bob"]
     assert all(secret in files() for secret in (*first, *shares))
@@ -570,6 +572,40 @@ def test_secrets_of_a_round_are_erased_from_the_file_when_the_next_begins(memory
     assert not any(secret in files() for secret in second)
     with refused("secure-run-ended"):
         made.party("ada").keys(made.terms)
+
+
+def channel_of(store):
+    with secure_store.opened(store) as db:
+        return secure_store.run(db, "run").channel
+
+
+def test_a_server_that_garbles_a_share_does_not_keep_a_channel_key_in_a_store(memory_path):
+    # with that key all sealed shares, and so the secrets of rounds that are over, would open again
+    made = Federation(memory_path)
+    message = made.party("bob").shares(made.setup.shares_order())
+    first, *others = message.sealed
+    garbled = (bytes([first[0] ^ 1]) + first[1:], *others)
+    made.setup.add_shares(dataclasses.replace(message, sealed=garbled))
+    store, order = memory_path / "ada.db", made.masked(1, ()).masked_order("ada", with_shares=True)
+    channel = channel_of(store)
+    assert channel in store.read_bytes()
+    for _ in range(2):  # the server has no answer yet, and sends the shares again
+        made.party("ada").begin(order)
+        assert channel not in b"".join(file.read_bytes() for file in memory_path.glob("ada.db*"))
+    for number in (1, 2):
+        one = made.unmasked(number, NAMES)
+        assert np.array_equal(one.total(), made.plain(NAMES, number))
+
+
+def test_a_channel_key_that_an_older_version_kept_is_erased(memory_path):
+    made = Federation(memory_path)
+    store, channel = memory_path / "ada.db", channel_of(memory_path / "ada.db")
+    made.masked(1, NAMES)
+    with contextlib.closing(sqlite3.connect(store)) as db, db:
+        db.execute("UPDATE runs SET channel = ?", (channel,))
+    assert channel in store.read_bytes()
+    made.party("ada").terms("run")
+    assert channel not in store.read_bytes()
 
 
 def test_a_store_of_something_else_a_damaged_one_and_an_exposed_one_are_refused(memory_path):

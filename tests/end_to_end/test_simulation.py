@@ -20,8 +20,10 @@ from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
 from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, statement
+from server.roster import RunFailed
 from server.run_directory import RunDirectory, RunState
 from server.spending import Spending
+from simulation import run
 from tests.samples import final_adapter, privacy_spent, same_adapters
 from tests.simulation.workers import worker_pids
 
@@ -187,6 +189,42 @@ def test_an_institution_without_budget_drops_out_and_the_federation_goes_on(
     assert read_records(tmp_path / "run")[-1]["updates"] == 3
     with Ledger.open(tmp_path / "ledgers" / "Beta.db") as ledger:
         assert 5 < ledger.spent() <= 7.0
+
+
+def test_a_run_that_failed_in_its_last_round_is_not_completed_by_a_resume(
+    tiny_config, simulate_run
+):
+    diverges = {"training.learning-rate": 1e4, "privacy.epsilon": 1.0}
+    config = tiny_config(**diverges, **{"federation.rounds": 1})
+    for _ in range(2):
+        with pytest.raises(RunFailed, match="round 1: no institution sent a valid update"):
+            simulate_run(config)
+    assert not (Path(config.run_dir) / "result.json").exists()
+
+
+def test_two_processes_do_not_play_one_run(tiny_config, simulate_run):
+    config = tiny_config(**{"federation.rounds": 1})
+    simulate_run(config)
+    with run.load("inline", config) as ready, run.open_engine("inline", config, ready) as grid:
+        with pytest.raises(InputError, match="another process began a run in .*; give another"):
+            run.run_rounds(config, grid, resumed=False)
+        with pytest.raises(InputError, match="completed the run in"):
+            run.run_rounds(config, grid, resumed=True)
+    assert len(read_records(Path(config.run_dir))) == 1
+
+
+def test_an_institution_that_takes_no_part_is_named_with_its_code_and_reason(
+    tiny_config, simulate_run, tmp_path, caplog
+):
+    config = tiny_config(**{"privacy.ledger": str(tmp_path / "ledgers")})
+    (tmp_path / "ledgers").mkdir()
+    (tmp_path / "ledgers" / "Beta.db").write_bytes(b"no database")
+    result = simulate_run(config)
+    (finding,) = (one for one in result["findings"] if one["name"] == "took-no-part")
+    assert "1 institutions took no part" in finding["text"] and not finding["voids"]
+    assert "Beta (ledger-corrupt)" in finding["text"]
+    assert "Beta: ledger-corrupt" in caplog.text
+    assert "Beta.db" in (Path(config.run_dir) / "institutions.log").read_text()
 
 
 @pytest.mark.parametrize("weighting", ["public-size", "noised-size"])
@@ -384,10 +422,12 @@ def test_a_strategy_that_freezes_a_factor_trains_and_sends_the_rest_only(
     tiny_config, simulate_run, strategy
 ):
     config = tiny_config(**{"federation.strategy": strategy, "federation.rounds": 4})
-    simulate_run(config)
+    result = simulate_run(config)
     start = trainable.load(config, records.load(config).labels).start
     end = final_adapter(config)
     moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
     assert moved == ({"B", "head"} if strategy == "ffa" else {"A", "B", "head"})
+    trained = sum(tensor.numel() for tensor in end.only(tuple(moved)).values())
+    assert result["trained_parameters"] == trained
     rounds = read_records(Path(config.run_dir))
     assert all(i["received"] < 0.7 * i["sent"] for r in rounds for i in r["institutions"].values())

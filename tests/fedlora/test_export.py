@@ -183,6 +183,27 @@ def test_a_converter_that_cannot_run_is_refused(causal_run, llama_cpp, tmp_path,
         export.gguf(causal_run, out, checkout)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [("none", ""), ("nf4", "that was measured"), ("int8", "but for activations in 8 bits")],
+)
+def test_of_a_run_on_a_quantised_base_one_note_says_how_to_serve_what_was_measured(
+    changed_run, llama_cpp, tmp_path, caplog, quantization, words
+):
+    run = changed_run()
+    file = run / "config.toml"
+    text = file.read_text()
+    assert 'quantization = "none"' in text
+    file.write_text(text.replace('quantization = "none"', f'quantization = "{quantization}"'))
+    export.vllm(run, tmp_path / "served")
+    export.gguf(run, tmp_path / "out.gguf", llama_cpp())
+    notes = [record.getMessage() for record in caplog.records if record.name == "fedlora.export"]
+    assert len(notes) == 2 * (quantization != "none")
+    for note, program in zip(notes, ("vLLM", "llama.cpp"), strict=False):
+        assert f"quantised to {quantization}, and {program} opens the base as it is" in note
+        assert f"`fedlora merge {run} DIRECTORY`" in note and note.endswith(words)
+
+
 def test_an_encoder_is_refused_by_name(tiny_config, simulate_run, llama_cpp, tmp_path):
     made = tiny_config(**{"federation.rounds": 1})
     simulate_run(made)

@@ -21,6 +21,7 @@ def test_a_merged_model_is_plain_and_gives_the_same_outputs(
     for method in METHODS:
         model = trained(load(directories / family, quantization), method)
         PerSampleAdapters(model)
+        evaluated = outputs(model)
         if quantization == "int8":
             model.train()  # in evaluation bitsandbytes also rounds the activations to 8 bits
             for module in model.modules():
@@ -34,7 +35,11 @@ def test_a_merged_model_is_plain_and_gives_the_same_outputs(
         assert not any(
             "lora" in name or "modules_to_save" in name for name, _ in merged.named_parameters()
         )
-        torch.testing.assert_close(outputs(merged), expected, rtol=1e-4, atol=1e-4)
+        found = outputs(merged)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        # rounded activations move the scores by 4 % of their spread here, plain ones by nothing
+        gap = float((found - evaluated).abs().max() / evaluated.std())
+        assert 1e-4 < gap < 0.1 if quantization == "int8" else gap < 1e-4
         merged.save_pretrained(tmp_path / method)
         assert "quantization_config" not in json.loads(
             (tmp_path / method / "config.json").read_text()

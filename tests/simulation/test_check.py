@@ -106,7 +106,7 @@ def test_noise_delta_and_findings_are_those_of_the_run(messy, simulate_run) -> N
     for name, said in described["institutions"].items():
         assert privacy[name]["noise_multiplier"] == said["noise_multiplier"]
         assert privacy[name]["delta"] == said["delta"]
-    assert result["trained_parameters"] == described["model"]["adapter_parameters"]
+    assert result["trained_parameters"] == described["model"]["trained_parameters"]
     lines = (Path(config.run_dir) / "rounds.jsonl").read_text().splitlines()
     moved = sum(
         one["sent"] + one["received"]
@@ -144,6 +144,30 @@ def test_a_check_spends_nothing_and_shows_what_is_left_in_a_ledger(messy, tmp_pa
     for name in ("Alpha", "Sparkasse"):
         with Ledger.open(ledgers / f"{name}.db") as ledger:
             assert ledger.show()["entries"] == []
+
+
+def test_a_check_finds_what_a_run_would_refuse_later(tiny_config, simulate_run, tmp_path) -> None:
+    first = tiny_config(**{"privacy.epsilon": float("inf"), "federation.rounds": 1})
+    simulate_run(first)
+    ledgers = tmp_path / "ledgers"
+    ledgers.mkdir(mode=0o700)
+    Ledger.create(ledgers / "Beta.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
+    with Ledger.open(ledgers / "Beta.db") as ledger:
+        ledger.bind("0" * 64, "record")
+    config = tiny_config(
+        **{
+            "run-dir": str(tmp_path / "second"),
+            "privacy.noise": "secure",
+            "adapter.start": first.run_dir,
+            "privacy.ledger": str(ledgers),
+            "federation.min-updates": 4,
+        }
+    )
+    described = check.describe(config)
+    assert described["ledgers"]["Beta"]["fits"] is False
+    assert "belongs to other records" in described["ledgers"]["Beta"]["problem"]
+    assert any("adapter.start is" in reason for reason in described["refused"])
+    assert any("budget exhausted: 1 of 4" in reason for reason in described["refused"])
 
 
 @pytest.mark.parametrize("epsilon", [8.0, "inf"])

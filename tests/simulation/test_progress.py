@@ -30,6 +30,20 @@ def test_the_line_after_the_last_round_has_its_own_figure(tiny_config) -> None:
     assert said.startswith("round 3/3 · accuracy 0.750 ·")
 
 
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({"epsilon_max": None}, ""),
+        ({"epsilon_max": "inf"}, " · no DP (epsilon inf)"),
+        ({"epsilon_max": 1.5}, " · epsilon 1.5"),
+        ({"epsilon_max": "inf", "institution_epsilon": 2.0}, " · institution epsilon 2"),
+    ],
+)
+def test_the_line_has_the_epsilon_that_is_known(tiny_config, known, said) -> None:
+    lines = [record(1), record(2), record(3, 0.75) | known]
+    assert described(lines, tiny_config) == f"round 3/3 · accuracy 0.750{said}"
+
+
 @pytest.fixture
 def log(tmp_path):
     """A console that writes into a file, and the lines in it."""

@@ -148,24 +148,29 @@ def test_pad_averages_the_padded_changes(seed, ranks, rslora):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_pad_takes_the_step_of_an_institution_whose_scale_is_the_global_one(rslora):
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_pad_takes_the_step_of_an_institution_whose_scale_is_the_global_one(optimizer, rslora):
+    """Of SGD the whole step; of Adam, whose steps do not see the scale, that part of B's."""
     draw = np.random.default_rng(4)
     before, towards = _state(draw, 4), _normal(draw, D_OUT, D_IN)
     round = Round(number=1, asked=1, before=before, alpha=8.0, rslora=rslora)
     sent = pad.start(round, 2)
 
     def stepped(state, scale):
-        """A and B after a step of gradient descent on the distance of s B A to a matrix."""
+        """A and B after a step down the distance of s B A to a matrix."""
         a, b = (state[name].double().requires_grad_() for name in (A, B))
         (scale * b @ a - towards).square().sum().backward()
-        return (a - 1e-3 * a.grad).detach(), (b - 1e-3 * b.grad).detach()
+        optimizer([a, b], lr=1e-3).step()
+        return a.detach(), b.detach()
 
     own_a, own_b = stepped(sent, round.scale(2))
     answer = sent.updated({A: own_a.float(), B: own_b.float()})
     new = pad.aggregate(round, updates_of([answer], [1.0]))
     wanted_a, wanted_b = stepped(before.cut(2), round.scale(4))
+    part = round.scale(4) / round.scale(2) if optimizer is torch.optim.Adam else 1.0
+    first = before[B][:, :2].double()
     torch.testing.assert_close(new[A][:2], wanted_a.float())
-    torch.testing.assert_close(new[B][:, :2], wanted_b.float())
+    torch.testing.assert_close(new[B][:, :2], (first + part * (wanted_b - first)).float())
     assert not torch.allclose(new[B][:, :2], before[B][:, :2])
 
 
@@ -357,3 +362,32 @@ def test_the_truncated_svd_is_the_dense_one(seed, inner, rank, fall):
     torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1]).double())
     gram = sv @ sv.T
     assert float((gram - gram.diag().diag()).abs().max()) <= 1e-9 * float(s[0]) ** 2
+
+
+@pytest.mark.parametrize("name", ["a of zero", "opposite halves"])
+def test_a_loud_update_whose_product_is_zero_takes_nothing_from_the_others(name):
+    """Three honest updates whose singular values are 3e-4, and a B of length 1000."""
+    draw, rank = np.random.default_rng(11), 8
+
+    def orthonormal():
+        return torch.linalg.qr(_normal(draw, 40, rank))[0]
+
+    honest = [(0.25, 3e-4 * orthonormal(), orthonormal().T) for _ in range(3)]
+    b, a, tolerance = _normal(draw, 40, rank), torch.zeros(rank, 40), 1e-9
+    if name == "opposite halves":  # each half's product is rounded to 1e-16 of its length
+        b, a, tolerance = (
+            torch.cat([b[:, :4], -b[:, :4]], 1),
+            orthonormal().T[:4].repeat(2, 1),
+            1e-8,
+        )
+    loud = (0.25, b * 1000 / b.norm(), a)
+    total = sum(c * b.double() @ a.double() for c, b, a in honest)
+    u, s, vt = torch.linalg.svd(total, full_matrices=False)
+    best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    found, sv = lowrank.truncated_svd([*honest, loud], rank)
+    assert float((found @ sv - best).norm()) <= tolerance * float(best.norm())
+
+
+def test_the_truncated_svd_of_zeros_has_rank_zero():
+    found, sv = lowrank.truncated_svd([(1.0, torch.zeros(D_OUT, 2), torch.zeros(2, D_IN))], 2)
+    assert found.shape == (D_OUT, 0) and sv.shape == (0, D_IN)

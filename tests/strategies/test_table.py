@@ -100,3 +100,5 @@ def test_the_traits_of_each_strategy_are_those_of_its_algorithm():
         traits = STRATEGY_TABLE[name]
         assert traits.mixed_ranks == (strategy.start is not base.the_global_adapter)
         assert traits.factor_means == (strategy.aggregate is fedavg.aggregate)
+        if traits.linear:  # secure aggregation calls no aggregate
+            assert strategy.aggregate is fedavg.aggregate
