@@ -57,8 +57,8 @@ def read(source: str, text: str, form: CsvForm = PLAIN) -> Texts:
     place = "standard input" if source == STDIN else source
     try:
         if source == STDIN:
-            lines = sys.stdin.read().removeprefix("\ufeff").splitlines()
-            found = [{"text": line} for line in lines]
+            lines = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n").split("\n")
+            found = [{"text": line.rstrip("\r")} for line in lines if lines != [""]]
             columns, wanted = ["text"], ["text"]
         else:
             found, columns = _rows(source, form)

@@ -226,7 +226,6 @@ def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[Simul
         loaded: The loaded parts of the same run.
     """
     log = Path(config.run_dir) / "institutions.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     settings, institutions = config.engine, len(loaded.records.names)
     if kind == "inline":
         with paused_gc():
@@ -319,14 +318,21 @@ def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | Non
     from simulation.engines.grid import run_server
 
     run_dir = Path(config.run_dir)
-    with alone(run_dir):
-        if resumed is False and (run_dir / CONFIG).exists():
-            raise InputError(
-                f"another process began a run in {run_dir} meanwhile; give another --out"
-            )
-        if resumed and is_complete(run_dir):
-            raise InputError(f"another process completed the run in {run_dir} meanwhile")
-        run_server(app, grid, config.flat())
+    with contextlib.suppress(OSError):  # the server says what is wrong with the place
+        run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone(run_dir):
+            if resumed is False and (run_dir / CONFIG).exists():
+                raise InputError(
+                    f"another process began a run in {run_dir} meanwhile; give another --out"
+                )
+            if resumed and is_complete(run_dir):
+                raise InputError(f"another process completed the run in {run_dir} meanwhile")
+            run_server(app, grid, config.flat())
+    except InputError:
+        with contextlib.suppress(OSError):  # it holds files
+            run_dir.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -58,8 +58,11 @@ def test_answers_without_classes_have_no_score(tmp_path):
 
 
 def test_standard_input_has_a_text_a_line(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("one, two\r\nthree\n"))
-    assert answer_files.read("-", "subject,story").texts == ["one, two", "three"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone, two\r\nthree\u2028four\n"))
+    assert answer_files.read("-", "subject,story").texts == ["one, two", "three\u2028four"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(InputError, match="standard input has no row"):
+        answer_files.read("-", "text")
 
 
 @pytest.mark.parametrize(
