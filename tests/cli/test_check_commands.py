@@ -112,7 +112,11 @@ def test_init_writes_a_configuration_that_check_and_run_take(
         ("a.csv", "text\nlong words\n", ["none looks like a label"]),
         ("a.csv", "", ["no column of text"]),
         ("a.csv", "text,label,bank\n", ["has no row below them"]),
-        ("a.csv", "text,label,bank\nlong words,a\n", ["has 2 values in the row from line 2, but 3 columns"]),
+        (
+            "a.csv",
+            "text,label,bank\nlong words,a\n",
+            ["has 2 values in the row from line 2, but 3 columns"],
+        ),
         ("a.xlsx", "x", ["'.xlsx'"]),
         ("a.jsonl", "[]\n", ["line 1 is not an object"]),
     ],
