@@ -182,10 +182,9 @@ class _Trainer:
         self.fits: dict[int, Shard] = {}  # of institutions that hold records back
         self.held: dict[int, Shard] = {}
         for i, home in enumerate(homes):
-            if len(home.shard) >= HOME_COMPARES_FROM:
-                fit, held = _split(home)
-                if len(held):
-                    self.fits[i], self.held[i] = fit, held
+            fit, held = _split(home)
+            if len(held) >= round(HOME_VALIDATION * HOME_COMPARES_FROM):
+                self.fits[i], self.held[i] = fit, held
 
     def alone(self, *, compared: bool) -> dict[int, AloneModel]:
         """The model alone of each institution.
@@ -278,7 +277,7 @@ class _Trainer:
         return {setting: found[setting] for setting in in_order}  # of equal errors the first counts
 
     def _chooses(self, i: int) -> bool:
-        return i in self.held and len(self.homes[i].shard) >= HOME_CHOOSES_FROM
+        return len(self.held.get(i, ())) >= round(HOME_VALIDATION * HOME_CHOOSES_FROM)
 
     def _train_on_all(self, model: Model, chosen: Mapping[int, Setting]) -> dict[int, AdapterState]:
         """Train one model of some institutions on all their records, by the chosen settings.
@@ -410,15 +409,17 @@ def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> Adapter
 def _split(home: Home) -> tuple[Shard, Shard]:
     """The records that a model is fitted to, and those that are held back.
 
-    Copies of a record are on one side: a model is right on those that it was fitted to. Where most
-    records are copies of one, fewer than `HOME_VALIDATION` are held back, or none.
+    Copies of a record are on one side: a model is right on those that it was fitted to. At most
+    `HOME_VALIDATION` of the records are held back, and of the different ones: fewer where most
+    records are copies of a few.
     """
     shard = home.shard
-    _, copy_of = distinct(shard.row(i).tobytes() for i in range(len(shard)))
-    copies, room, kinds = np.bincount(copy_of), round(HOME_VALIDATION * len(shard)), list[int]()
+    first, copy_of = distinct(shard.row(i).tobytes() for i in range(len(shard)))
+    copies, kinds = np.bincount(copy_of), list[int]()
+    room, most = (round(HOME_VALIDATION * count) for count in (len(shard), len(first)))
     order = home.source.child("validation").permutation(len(shard))
     for kind_of in dict.fromkeys(copy_of[order].tolist()):
-        if copies[kind_of] <= room:
+        if copies[kind_of] <= room and len(kinds) < most:
             room -= copies[kind_of]
             kinds.append(kind_of)
     held = np.isin(copy_of, kinds)

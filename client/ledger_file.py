@@ -101,7 +101,8 @@ def connect(path: Path, *, shared: bool) -> sqlite3.Connection:
             # A process that was killed may have left a wiped key in the log. No waiting for others:
             # whoever wipes a key now, or closes the file last, empties the log.
             db.execute("PRAGMA busy_timeout=0")
-            empty_log(db)
+            with contextlib.suppress(sqlite3.OperationalError):  # a file that may only be read
+                empty_log(db)
             db.execute(f"PRAGMA busy_timeout={round(1000 * BUSY_SECONDS)}")
         except BaseException:
             db.close()

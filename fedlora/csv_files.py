@@ -127,7 +127,8 @@ def records(source: str, path: Path, form: CsvForm, *, strict: bool = True) -> G
     except (UnicodeError, csv.Error) as error:
         raise _wrong_encoding(source, path, form) or InputError(
             f"data source {source!r} cannot be read in the row from line {line} ({error}); a value "
-            'that holds a quote must be in quotes, and each quote in it doubled: "say ""yes"""'
+            'that holds a quote must be in quotes, each quote in it doubled ("say ""yes"""), and '
+            "the delimiter follows the closing one"
         ) from None
     finally:
         csv.field_size_limit(before)

@@ -330,8 +330,8 @@ class ResponsePrompt:
 
         A row that is too long loses the end of its text, and only when no text is left the end of
         its response. Where a row's prompt has no token of its own, an end token takes its place.
-        The blank before a response belongs to it, so that a prompt's ids do not depend on the
-        response. ``labels`` is not used.
+        The blank before a response belongs to it, so that the ids of a prompt that is not cut do
+        not depend on the response. ``labels`` is not used.
         """
         around = self.around()
         _check_room(self.tokenizer, around, "text", self.max_length - 1)

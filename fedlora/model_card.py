@@ -292,7 +292,8 @@ def _dtype(work: Trainable) -> str:
 def _after(work: Trainable, around: Template) -> str:
     """The string between a text and the first token of its answer.
 
-    A blank before the answer belongs to the answer where the tokenizer joins both to one token.
+    A blank before the answer belongs to the answer: of a class where the tokenizer joins both to
+    one token, of a response always.
     """
     encoding, tokenizer = work.task.encoding, cast(Any, work.base.tokenizer)
     answer = work.labels[0] if work.labels else ""

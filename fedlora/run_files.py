@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Generator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from fedlora.errors import InputError
 from fedlora.extras import version
 
 log = logging.getLogger("fedlora.server")
+_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+"""The directories that `alone` has locked around this code."""
 
 CONFIG = "config.toml"
 """In a run directory: the resolved configuration."""
@@ -51,12 +54,15 @@ def alone(path: Path) -> Generator[None]:
     """Wait until no other process runs in this directory, and keep other processes out.
 
     A resumed run may start before the process of the killed server is gone. A directory that does
-    not exist, and one of a network file system that locks none, is not locked.
+    not exist, and one of a network file system that locks none, is not locked. Inside a block of
+    its own the lock is held already.
     """
-    if not path.is_dir():
+    held = _held.get()
+    if not path.is_dir() or path.resolve() in held:
         yield
         return
     descriptor = os.open(path, os.O_RDONLY)
+    token = _held.set(held | {path.resolve()})
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,6 +73,7 @@ def alone(path: Path) -> Generator[None]:
             pass
         yield
     finally:
+        _held.reset(token)
         os.close(descriptor)
 
 

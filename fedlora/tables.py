@@ -150,13 +150,8 @@ def _values(table: Table, name: str) -> list[Any]:
     if _is_a(table, "pandas", "DataFrame"):
         column = table.iloc[:, list(map(str, table.columns)).index(name)]
         gone: list[bool] = column.isna().tolist()
-        values: list[Any] = [None if g else v for v, g in zip(column.tolist(), gone, strict=True)]
-        present = [value for value in values if value is not None]
-        if len(present) < len(values) and all(isinstance(v, float) and v % 1 == 0 for v in present):
-            # pandas makes floats of whole numbers where one is missing: 1, as in a file, not 1.0
-            return [None if value is None else int(value) for value in values]
-        return values
-    values = list(table[name])
+        return [None if g else v for v, g in zip(column.tolist(), gone, strict=True)]
+    values: list[Any] = list(table[name])
     classes: list[str] | None = getattr(table.features[name], "names", None)
     if classes is None:
         return values

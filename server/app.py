@@ -1,6 +1,5 @@
 """The Flower ServerApp: read the configuration, run the rounds."""
 
-import contextlib
 from pathlib import Path
 
 from flwr.app import Context
@@ -21,6 +20,5 @@ def main(grid: Grid, context: Context) -> None:
     if logs.wanted():
         logs.to_stderr()
     config = run_directory.with_tracking(from_context(context.run_config, context.run_id))
-    # A simulation has locked its directory already (`simulation.run.run_rounds`).
-    with alone(Path(config.run_dir)) if config.deployed else contextlib.nullcontext():
+    with alone(Path(config.run_dir)):
         Federation(grid, config).run()

@@ -76,17 +76,15 @@ def is_idle(record: Mapping[str, Any], *, all_asked: bool) -> bool:
     return record["skipped"] and (all_asked or not record["updates"])
 
 
-def idle_rounds(records: Sequence[Mapping[str, Any]], institutions: int) -> int:
+def idle_rounds(records: Sequence[Mapping[str, Any]]) -> int:
     """The number of idle rounds at the end of a run that goes on.
 
     Institutions were charged for them, so a new process of the server must not begin to count anew.
 
     Args:
         records: The lines of ``rounds.jsonl``.
-        institutions: The number of institutions; who was online is not on record.
     """
-    ended = reversed(records)
-    idle = (is_idle(one, all_asked=one["asked"] == institutions) for one in ended)
+    idle = (is_idle(one, all_asked=one["all_asked"]) for one in reversed(records))
     return sum(1 for _ in itertools.takewhile(bool, idle))
 
 

@@ -153,7 +153,7 @@ class Federation:
         )
         self.roster = Roster(grid, config, query, self.population.names)
         self.measured: dict[str, Any] = {}
-        self.idle_rounds = limits.idle_rounds(read_records(self.directory.path), size)
+        self.idle_rounds = limits.idle_rounds(read_records(self.directory.path))
 
     def run(self) -> None:
         """Run the rounds that are left, and write the results."""
@@ -171,7 +171,6 @@ class Federation:
             self.session.set_up(self.state.run, parameters, self.nodes(), self.population.size)
         played = False
         while self.state.round < self.config.federation.rounds:
-            played = True
             online = self.awaited()
             names = self.sample(online)
             limits.check_online(online, self.least, self.roster.left_out)
@@ -187,7 +186,9 @@ class Federation:
                 asked = self.asked(self.state.round + 1)  # by a process that ended in that round
                 self.state = dataclasses.replace(self.state, asked=asked)
                 break
+            all_asked = len(names) == len(online)
             record = self.play_round({online[name]: name for name in names})
+            record["all_asked"], played = all_asked, True
             self.directory.append(record)
             self.directory.save(self.state)
             tracker.round(record)
@@ -203,15 +204,14 @@ class Federation:
                 record["aggregation"]["rejected"] or "none",
             )
             self.roster.note(record["aggregation"]["rejected"], names)
-            all_asked = len(names) == len(online)
             idle = limits.is_idle(record, all_asked=all_asked)
             self.idle_rounds = self.idle_rounds + 1 if idle else 0
             last = self.state.round >= self.config.federation.rounds
             limits.check_progress(record, self.idle_rounds, all_asked=all_asked, last=last)
         lines = read_records(self.directory.path)
         if not played and lines:  # the process that played the last round may have failed on it
-            all_asked = lines[-1]["asked"] == self.population.size
-            limits.check_progress(lines[-1], self.idle_rounds, all_asked=all_asked, last=True)
+            asked = lines[-1]["all_asked"]
+            limits.check_progress(lines[-1], self.idle_rounds, all_asked=asked, last=True)
         self.finish()
         tracker.end()
 

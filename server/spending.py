@@ -26,8 +26,8 @@ log = logging.getLogger("fedlora.server")
 MAX_SIZE_CLASS = 2**40
 """Units of an institution in the largest size class that the server accepts."""
 NOISE_TOLERANCE = 0.01
-"""Relative difference between two machines' noise for one plan: each search ends within 0.1 percent
-of the least noise, and floating point decides where."""
+"""Relative difference between two machines' noise for one plan, where rounding decides between two
+neighbours of the grid (0.1 percent apart at most)."""
 EPSILON_TOLERANCE = 1e-6
 """Relative excess of epsilon over the budget that rounding can cause."""
 

@@ -318,21 +318,23 @@ def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | Non
     from simulation.engines.grid import run_server
 
     run_dir = Path(config.run_dir)
+    made = not run_dir.exists()
     with contextlib.suppress(OSError):  # the server says what is wrong with the place
         run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with alone(run_dir):
-            if resumed is False and (run_dir / CONFIG).exists():
-                raise InputError(
-                    f"another process began a run in {run_dir} meanwhile; give another --out"
-                )
-            if resumed and is_complete(run_dir):
-                raise InputError(f"another process completed the run in {run_dir} meanwhile")
+    with alone(run_dir):
+        if resumed is False and (run_dir / CONFIG).exists():
+            raise InputError(
+                f"another process began a run in {run_dir} meanwhile; give another --out"
+            )
+        if resumed and is_complete(run_dir):
+            raise InputError(f"another process completed the run in {run_dir} meanwhile")
+        try:
             run_server(app, grid, config.flat())
-    except InputError:
-        with contextlib.suppress(OSError):  # it holds files
-            run_dir.rmdir()
-        raise
+        except InputError:
+            with contextlib.suppress(OSError):  # it holds files
+                if made:
+                    run_dir.rmdir()
+            raise
 
 
 @contextlib.contextmanager

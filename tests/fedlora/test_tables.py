@@ -44,12 +44,6 @@ def test_missing_values_are_empty_texts_and_numbers_are_texts():
     assert read(frame, {"0": "data.text", "label": "data.label"})[1] == {"0": ["a"], "label": ["7"]}
 
 
-def test_whole_numbers_stay_so_in_a_column_where_one_is_missing():
-    frame = pandas.DataFrame({"text": [1, None, 3], "unit": [0.0, 1.0, 2.0]})
-    rows = tables.columns(frame, {"text": "data.text", "unit": "privacy.unit"}, "data")
-    assert rows == {"text": ["1", "", "3"], "unit": ["0.0", "1.0", "2.0"]}
-
-
 def test_a_dictionary_of_tables_names_the_institution_of_each_row():
     table = {"north": pandas.DataFrame(COLUMNS), "south": {"text": ["x"], "label": ["y"]}}
     _, rows = read(table, {**WANTED, "institution": "data.partition"})
