@@ -124,15 +124,25 @@ class Ledger:
             Refusal: ``ledger-foreign`` if it belongs to other records or another unit.
         """
         with self._transaction() as db:
-            bound = db.execute("SELECT fingerprint, unit FROM ledger").fetchone()
-            if bound == (None, None):
+            if not self.is_bound(fingerprint, unit):
                 db.execute("UPDATE ledger SET fingerprint = ?, unit = ?", (fingerprint, unit))
-            elif bound != (fingerprint, unit):
-                raise Refusal(
-                    "ledger-foreign",
-                    f"{self._path} belongs to records {bound[0][:12]} by {bound[1]}, "
-                    f"not {fingerprint[:12]} by {unit}",
-                )
+
+    def is_bound(self, fingerprint: str, unit: str) -> bool:
+        """Whether the ledger is bound to these records and this unit; False if to none yet.
+
+        Raises:
+            Refusal: ``ledger-foreign`` if it belongs to other records or another unit.
+        """
+        query = "SELECT fingerprint, unit FROM ledger"
+        with ledger_file.refusing(self._path):
+            bound = self._connection.execute(query).fetchone()
+        if bound not in ((None, None), (fingerprint, unit)):
+            raise Refusal(
+                "ledger-foreign",
+                f"{self._path} belongs to records {bound[0][:12]} by {bound[1]}, "
+                f"not {fingerprint[:12]} by {unit}",
+            )
+        return bound != (None, None)
 
     def charge(
         self,

@@ -125,7 +125,7 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
         seed=seed,
         keep_labels=classes != () and not settings.labels,
     )
-    if not train.texts:
+    if test is not None and not train.texts:
         raise InputError(
             f"data.test-source has the text of every one of the {len(rows.texts):,} rows of "
             "data.source, so that none is left for training; give other rows"

@@ -66,14 +66,13 @@ def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) 
         )
 
 
-def is_idle(record: Mapping[str, Any], *, all_asked: bool) -> bool:
+def is_idle(record: Mapping[str, Any]) -> bool:
     """Whether a round changed nothing, and the next one could do no better by asking others.
 
     Args:
         record: The round's line of ``rounds.jsonl``.
-        all_asked: Whether the round asked every institution that is online.
     """
-    return record["skipped"] and (all_asked or not record["updates"])
+    return record["skipped"] and (record["all_asked"] or not record["updates"])
 
 
 def idle_rounds(records: Sequence[Mapping[str, Any]]) -> int:
@@ -84,13 +83,10 @@ def idle_rounds(records: Sequence[Mapping[str, Any]]) -> int:
     Args:
         records: The lines of ``rounds.jsonl``.
     """
-    idle = (is_idle(one, all_asked=one["all_asked"]) for one in reversed(records))
-    return sum(1 for _ in itertools.takewhile(bool, idle))
+    return sum(1 for _ in itertools.takewhile(is_idle, reversed(records)))
 
 
-def check_progress(
-    record: Mapping[str, Any], idle_rounds: int, *, all_asked: bool, last: bool
-) -> None:
+def check_progress(record: Mapping[str, Any], idle_rounds: int, *, last: bool) -> None:
     """End a run whose rounds change nothing.
 
     The first round that nobody answered, not even with a refusal, ends no run: the next one waits
@@ -100,7 +96,6 @@ def check_progress(
         record: The round's line of ``rounds.jsonl``.
         idle_rounds: Rounds in a row that changed nothing, with this one. Where a run samples
             institutions, rounds with a valid update do not count: the next one asks others.
-        all_asked: Whether the round asked every institution that is online.
         last: Whether the run has no further round.
 
     Raises:
@@ -111,7 +106,7 @@ def check_progress(
     rejected: dict[str, str] = aggregation["rejected"]
     refused = aggregation.get("refused", "")
     away = bool(rejected) and {AWAY, *SILENT}.issuperset(rejected.values())
-    hopeless = all_asked and not updates and not away
+    hopeless = record["all_asked"] and not updates and not away
     tired = idle_rounds >= MAX_IDLE_ROUNDS and not (updates and last)
     if not idle_rounds or not (hopeless or tired):
         return

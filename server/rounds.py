@@ -186,9 +186,8 @@ class Federation:
                 asked = self.asked(self.state.round + 1)  # by a process that ended in that round
                 self.state = dataclasses.replace(self.state, asked=asked)
                 break
-            all_asked = len(names) == len(online)
             record = self.play_round({online[name]: name for name in names})
-            record["all_asked"], played = all_asked, True
+            record["all_asked"], played = len(names) == len(online), True
             self.directory.append(record)
             self.directory.save(self.state)
             tracker.round(record)
@@ -204,14 +203,13 @@ class Federation:
                 record["aggregation"]["rejected"] or "none",
             )
             self.roster.note(record["aggregation"]["rejected"], names)
-            idle = limits.is_idle(record, all_asked=all_asked)
+            idle = limits.is_idle(record)
             self.idle_rounds = self.idle_rounds + 1 if idle else 0
             last = self.state.round >= self.config.federation.rounds
-            limits.check_progress(record, self.idle_rounds, all_asked=all_asked, last=last)
+            limits.check_progress(record, self.idle_rounds, last=last)
         lines = read_records(self.directory.path)
         if not played and lines:  # the process that played the last round may have failed on it
-            asked = lines[-1]["all_asked"]
-            limits.check_progress(lines[-1], self.idle_rounds, all_asked=asked, last=True)
+            limits.check_progress(lines[-1], self.idle_rounds, last=True)
         self.finish()
         tracker.end()
 

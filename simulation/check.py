@@ -188,15 +188,12 @@ def _ledgers(
             continue
         try:
             with Ledger.open(path) as ledger:
+                check_ledger_delta(ledger, path, units)
+                ledger.is_bound(shard.fingerprint(), config.privacy.unit)
                 shown = ledger.show()
                 described[name] = {key: shown[key] for key in ("epsilon", "left", "limit", "delta")}
                 planned = (*plan.events, *institution.events_at_home(units, ledger))
                 described[name]["fits"] = ledger.fits(planned)
-                check_ledger_delta(ledger, path, units)
-                bound = shown["fingerprint"], shown["unit"]
-                if bound not in ((None, None), (shard.fingerprint(), config.privacy.unit)):
-                    problem = f"{path} belongs to other records, or to another privacy.unit"
-                    described[name] |= {"fits": False, "problem": problem}
         except Refusal as refusal:
             described[name] = {"fits": False, "problem": refusal.detail}
     return described

@@ -77,28 +77,13 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     for finding in found:
         accepted = " (accepted)" if finding.voids else ""
         console.write_line(f"warning: {finding.name}{accepted}: {finding.text}")
-    with _removed_if_refused(run_dir), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         with console.status("loading the base model, starting workers"):
             loaded = stack.enter_context(load(kind, config))
             grid = stack.enter_context(open_engine(kind, config, loaded))
         with progress(config, grid, console):
             run_rounds(config, grid, resumed=resumed)
     return read_run_file(run_dir)
-
-
-@contextlib.contextmanager
-def _removed_if_refused(run_dir: Path) -> Iterator[None]:
-    """Remove a new run directory if the run is refused before its first round.
-
-    Ledgers in it have no charges then: a run writes its configuration before any.
-    """
-    new = not run_dir.exists()
-    try:
-        yield
-    except (InputError, Refusal):
-        if new and run_dir.exists() and not (run_dir / CONFIG).exists():
-            shutil.rmtree(run_dir)
-        raise
 
 
 def check_engine(kind: str) -> None:
@@ -225,7 +210,7 @@ def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[Simul
         config: The run; this function reads its engine keys and its run directory.
         loaded: The loaded parts of the same run.
     """
-    log = Path(config.run_dir) / "institutions.log"
+    log = str(Path(config.run_dir) / "institutions.log")
     settings, institutions = config.engine, len(loaded.records.names)
     if kind == "inline":
         with paused_gc():
@@ -245,7 +230,7 @@ def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[Simul
                 count=settings.workers,
                 threads=settings.threads,
                 gpus=settings.gpus,
-                log=str(log),
+                log=log,
                 forks=loaded.forks,
             ),
             costs=_costs(config, loaded.records),
@@ -318,27 +303,35 @@ def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | Non
     from simulation.engines.grid import run_server
 
     run_dir = Path(config.run_dir)
-    made = not run_dir.exists()
-    with contextlib.suppress(OSError):  # the server says what is wrong with the place
-        run_dir.mkdir(parents=True, exist_ok=True)
-    with alone(run_dir):
+    with _made(run_dir), alone(run_dir):
         if resumed is False and (run_dir / CONFIG).exists():
             raise InputError(
                 f"another process began a run in {run_dir} meanwhile; give another --out"
             )
         if resumed and is_complete(run_dir):
             raise InputError(f"another process completed the run in {run_dir} meanwhile")
-        try:
-            run_server(app, grid, config.flat())
-        except InputError:
-            with contextlib.suppress(OSError):  # it holds files
-                if made:
-                    run_dir.rmdir()
-            raise
+        run_server(app, grid, config.flat())
 
 
 @contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
+def _made(run_dir: Path) -> Iterator[None]:
+    """Make a run's directory, and remove a new one if the run is refused before its first round.
+
+    Ledgers in it have no charges then: a run writes its configuration before any.
+    """
+    new = not run_dir.exists()
+    with contextlib.suppress(OSError):  # the server says what is wrong with the place
+        run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except (InputError, Refusal):
+        if new and run_dir.exists() and not (run_dir / CONFIG).exists():
+            shutil.rmtree(run_dir)
+        raise
+
+
+@contextlib.contextmanager
+def _logging_to(path: str) -> Iterator[None]:
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logs.OneLine("%(asctime)s %(levelname)s %(message)s"))
     logger: Any = logging.getLogger("fedlora.client")

@@ -82,7 +82,7 @@ def _line(rejected, updates=0, refused=""):
 
 
 def _check(line, idle, *, all_asked=True, last=False):
-    limits.check_progress(line, idle, all_asked=all_asked, last=last)
+    limits.check_progress({**line, "all_asked": all_asked}, idle, last=last)
 
 
 @pytest.mark.parametrize("code", ["node-unavailable", "message-lost", "no-answer"])

@@ -165,7 +165,9 @@ def test_a_check_finds_what_a_run_would_refuse_later(tiny_config, simulate_run, 
     )
     described = check.describe(config)
     assert described["ledgers"]["Beta"]["fits"] is False
-    assert "belongs to other records" in described["ledgers"]["Beta"]["problem"]
+    assert (
+        "belongs to records 000000000000 by record, not " in described["ledgers"]["Beta"]["problem"]
+    )
     assert any("adapter.start is" in reason for reason in described["refused"])
     assert any("budget exhausted: 1 of 4" in reason for reason in described["refused"])
 
