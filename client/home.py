@@ -23,7 +23,7 @@ from client.alone_models import AloneModel
 from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
 from fedlora.adapters import PARTS, AdapterState, kind
-from fedlora.arrays import Floats
+from fedlora.arrays import Floats, Int64
 from fedlora.batches import distinct
 from fedlora.errors import InputError
 from fedlora.lora_layers import Scale
@@ -122,21 +122,25 @@ def models_alone(
     return [found[i] for i in range(len(homes))]
 
 
-def is_better(alone: Sequence[bool], own: Sequence[bool]) -> bool:
+def is_better(alone: Sequence[bool], own: Sequence[bool], copy_of: Int64) -> bool:
     """Whether the model alone is right on more records than the own one, beyond chance.
 
-    Of the records on which one model is right and the other wrong, the difference must be above its
-    standard error if the models were equally good, which is the root of their number.
+    The difference must be above its standard error if the models were equally good, which is the
+    root of the sum of its squares over the different records. Copies count as one: a model gives
+    them one answer. Where no record has a copy the sum is the number of records on which one model
+    is right and the other wrong.
 
     Args:
-        alone: Whether the model alone is right on each record.
+        alone: Whether the model alone is right on each record ``(n,)``.
         own: The same of the own model.
+        copy_of: The number of each record's kind ``(n,)``, equal for copies; from 0.
 
     Reference: McNemar (1947), Note on the sampling error of the difference between correlated
     proportions.
     """
-    apart = [int(a) - int(o) for a, o in zip(alone, own, strict=True) if a != o]
-    return sum(apart) > math.sqrt(len(apart))
+    apart = np.asarray(alone, dtype=np.float64) - np.asarray(own, dtype=np.float64)
+    by_kind = np.bincount(copy_of, weights=apart)
+    return bool(by_kind.sum() > math.sqrt((by_kind**2).sum()))
 
 
 class OwnModel(NamedTuple):
@@ -244,7 +248,7 @@ class _Trainer:
             }
         )
         for i, of_own in right.items():
-            if is_better(alone[i].right, of_own):
+            if is_better(alone[i].right, of_own, _kinds(self.held[i])):
                 found[i] = OwnModel(alone[i].adapter, *chosen.pop(i), keeps_alone=True)
         settings = {i: setting for i, (setting, _) in chosen.items()}
         for i, adapter in self._train_on_all(Model.OWN, settings).items():
@@ -406,6 +410,11 @@ def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> Adapter
     )
 
 
+def _kinds(shard: Shard) -> Int64:
+    """The number of each record's kind ``(n,)``, from 0: records of the same tokens are copies."""
+    return distinct(shard.row(i).tobytes() for i in range(len(shard)))[1]
+
+
 def _split(home: Home) -> tuple[Shard, Shard]:
     """The records that a model is fitted to, and those that are held back.
 
@@ -414,9 +423,9 @@ def _split(home: Home) -> tuple[Shard, Shard]:
     records are copies of a few.
     """
     shard = home.shard
-    first, copy_of = distinct(shard.row(i).tobytes() for i in range(len(shard)))
+    copy_of = _kinds(shard)
     copies, kinds = np.bincount(copy_of), list[int]()
-    room, most = (round(HOME_VALIDATION * count) for count in (len(shard), len(first)))
+    room, most = (round(HOME_VALIDATION * count) for count in (len(shard), len(copies)))
     order = home.source.child("validation").permutation(len(shard))
     for kind_of in dict.fromkeys(copy_of[order].tolist()):
         if copies[kind_of] <= room and len(kinds) < most:

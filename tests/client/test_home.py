@@ -411,8 +411,20 @@ def test_alone_is_better_beyond_a_standard_error_of_the_records_on_which_the_two
 ):
     alone = [True] * better + [False] * worse + [True, False] * 7
     own = [False] * better + [True] * worse + [True, False] * 7
-    assert home.is_better(alone, own) == found
-    assert home.is_better(alone[::-1], own[::-1]) == found
+    kinds = np.arange(len(alone))
+    assert home.is_better(alone, own, kinds) == found
+    assert home.is_better(alone[::-1], own[::-1], kinds) == found
+    for copies in (2, 5):  # say nothing more
+        assert home.is_better(alone * copies, own * copies, np.tile(kinds, copies)) == found
+
+
+def test_copies_with_other_labels_count_by_their_sum():
+    """Of one kind the model alone is right three times and wrong once: 2; then three times 1."""
+    alone = [True, True, True, False, True, False, False]
+    own = [not right for right in alone]
+    kinds = np.array([0, 0, 0, 0, 1, 2, 3])
+    assert not home.is_better(alone, own, kinds)  # 2 + 1 - 1 - 1 against the root of 4 + 3
+    assert home.is_better(alone[:5], own[:5], kinds[:5])  # 3 against the root of 5
 
 
 def test_the_model_alone_stays_where_it_was_right_on_more_of_the_records_held_back(
@@ -424,8 +436,8 @@ def test_the_model_alone_stays_where_it_was_right_on_more_of_the_records_held_ba
     homes = homes_of(institutions, order)
     seen, own_trainings, train = [], [], home.train_at_home
 
-    def second(*of):
-        seen.append(of)
+    def second(alone, own, kinds):
+        seen.append((alone, own, kinds.tolist()))
         return len(seen) % 4 == 2
 
     def spied(work, trainees, plan):
@@ -440,9 +452,10 @@ def test_the_model_alone_stays_where_it_was_right_on_more_of_the_records_held_ba
         assert [one.choice.keeps_alone for one in found] == [False, True, False, False]
         assert [same(one.own, one.alone) for one in found] == [False, True, False, False]
         assert ["model alone" in one.card() for one in found] == [False, True, False, False]
-    for one, (of_alone, of_own) in zip(homes, seen, strict=False):
+    for one, (of_alone, of_own, kinds) in zip(homes, seen, strict=False):
         _, validation = home._split(one)
         assert len(of_alone) == len(of_own) == len(validation)
+        assert kinds == home._kinds(validation).tolist()
 
 
 def test_what_is_compared_are_the_answers_of_the_chosen_trials_on_records_held_back(
@@ -457,7 +470,7 @@ def test_what_is_compared_are_the_answers_of_the_chosen_trials_on_records_held_b
         return trained[-1]
 
     monkeypatch.setattr(home, "train_at_home", spied)
-    monkeypatch.setattr(home, "is_better", lambda *of: seen.append(of))
+    monkeypatch.setattr(home, "is_better", lambda *of: seen.append(of[:2]))
     homes = homes_of(institutions, order)
     found = models_at_home(work, homes, config.home, 64)
     alone_trials, _, own_trials, _ = trained
@@ -528,14 +541,14 @@ def test_an_institution_with_under_sixteen_validation_records_chooses_nothing(
     banks, records, chooses, held, method, weight, monkeypatch
 ):
     institutions, order, work, config = banks(**{"home.method": method})
-    compared: list[tuple[int, int]] = []
+    compared: list[tuple[int, ...]] = []
     monkeypatch.setattr(home, "is_better", lambda *of: compared.append(tuple(map(len, of))))
     calls, measure = [], home.expected_errors
     monkeypatch.setattr(home, "expected_errors", lambda *a: calls.append(a) or measure(*a))
     one = institutions[0].home(institutions[0].released(order))
     one = dataclasses.replace(one, shard=one.shard.select(range(records)))
     (found,) = models_at_home(work, [one], config.home, 64)
-    assert bool(calls) == chooses and compared == [(held, held)] * bool(held)
+    assert bool(calls) == chooses and compared == [(held, held, held)] * bool(held)
     if not chooses:
         assert found.choice == Choice(alone=Setting(8, 0.02), own=Setting(8, 0.02), weight=weight)
     assert found.choice.weight >= 0.5 and not same(found.own, one.shared)
@@ -598,7 +611,7 @@ def test_a_trial_that_diverges_is_not_compared_where_no_setting_is_chosen(banks,
     _, validation = home._split(one)
     order.adapter.load_into(work.model)
     right = np.array(_predictions(work.model, work, validation)) == validation.targets
-    ((_, of_own),) = seen
+    ((_, of_own, _),) = seen
     assert list(of_own) == right.tolist() and same(found.own, order.adapter)
     assert found.choice.weight == 0.0
 
