@@ -9,7 +9,7 @@ database holds which objects there are, and a file holds each large one.
 import contextlib
 from pathlib import Path
 
-from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.inflatable.inflatable_object import get_object_id, is_valid_sha256_hash
 from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
@@ -49,7 +49,7 @@ class FileObjectStore(SqlObjectStore):
             return
         if object_id not in self:
             raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
-        write_atomic(self._folder / object_id, object_content)
+        write_atomic(self._file(object_id), object_content)
         try:
             super().put(object_id, b"")
         except NoObjectInStoreError:  # it was deleted meanwhile
@@ -61,13 +61,17 @@ class FileObjectStore(SqlObjectStore):
         content = super().get(object_id)
         if content == b"":
             with contextlib.suppress(FileNotFoundError):
-                return (self._folder / object_id).read_bytes()
+                return self._file(object_id).read_bytes()
         return content
 
     def delete(self, object_id: str) -> None:
-        """Delete an object that no other one needs, and then its own parts."""
+        """Delete an object that no other one needs, and then its own parts.
+
+        An id of no object deletes nothing: an institution names any text here, also a path.
+        """
+        known = object_id in self
         super().delete(object_id)  # calls this method for the parts
-        if object_id not in self:
+        if known and object_id not in self:
             self._drop(object_id)
 
     def clear(self) -> None:
@@ -77,4 +81,9 @@ class FileObjectStore(SqlObjectStore):
             file.unlink(missing_ok=True)
 
     def _drop(self, object_id: str) -> None:
-        (self._folder / object_id).unlink(missing_ok=True)
+        self._file(object_id).unlink(missing_ok=True)
+
+    def _file(self, object_id: str) -> Path:
+        if not is_valid_sha256_hash(object_id):
+            raise ValueError(f"{object_id[:80]!r} is not the id of an object")
+        return self._folder / object_id

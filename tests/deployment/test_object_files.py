@@ -73,6 +73,24 @@ def test_a_file_goes_with_the_last_message_that_needs_it(store, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "where", ["../state.db", "{folder}/other", "../objects", "", ".", "a" * 64]
+)
+def test_an_id_of_no_object_deletes_nothing(store, tmp_path, where):
+    """A node confirms a message by any text, and Flower deletes what the text names."""
+    (tmp_path / "other").write_bytes(b"kept")
+    (tmp_path / "objects" / ("a" * 64)).write_bytes(b"on its way, or nobody's")
+    tree, contents = _message(1)
+    store.preregister(1, tree)
+    for key, content in contents.items():
+        store.put(key, content)
+    before = _files(tmp_path)
+    store.delete(where.format(folder=tmp_path))
+    assert (tmp_path / "state.db").exists() and (tmp_path / "other").exists()
+    assert _files(tmp_path) == before
+    assert {key: store.get(key) for key in contents} == contents
+
+
+@pytest.mark.parametrize(
     ("announced", "content", "error"),
     [(True, b"other", ValueError), (False, None, NoObjectInStoreError)],
     ids=["another-content", "nobody-announced-it"],
