@@ -182,7 +182,7 @@ def load(path: str) -> Settings:
     return dataclasses.replace(
         made,
         **{
-            field: str(file.parent / Path(value).expanduser())
+            field: str(file.parent / files.expanded(value))
             for field in ("ledger", "state", "ca", "key", "peers", *records)
             if (value := getattr(made, field))
         },

@@ -38,6 +38,7 @@ MAX_SECONDS_AHEAD = 4.0
 MAX_SECONDS_BEHIND = 60.0
 """Flower accepts signatures up to 305 s behind its clock."""
 GROUP_AND_OTHERS = 0o077
+GROUP_AND_OTHERS_WRITE = 0o022
 Outcome = Literal["ok", "warn", "fail"]
 
 
@@ -139,9 +140,7 @@ def operator(directory: Path) -> list[Check]:
             directory / "server" / "keys" / "superexec.secret",
         ),
     ]
-    public_keys = sorted((directory / "server" / "institutions").glob("*.pub"))
-    names = ", ".join(file.stem for file in public_keys)
-    found.append(Check("institutions", "ok" if names else "fail", names or "none"))
+    found += [_folders(directory), _institutions(directory / "server" / "institutions")]
     for folder in sorted((directory / "institutions").glob("*")):
         key = folder / "keys" / "node.key"
         if key.exists():
@@ -149,6 +148,47 @@ def operator(directory: Path) -> list[Check]:
             public = directory / "server" / "institutions" / f"{folder.name}.pub"
             found.append(_pair(f"{folder.name}: public key", key, public))
     return found + _flower()
+
+
+def _folders(directory: Path) -> Check:
+    """Check that nobody but their owner may put files into the folders of keys."""
+    wanted = ("ca", "gateway", "superlink", "server/keys", "server/institutions")
+    folders = [directory / name for name in wanted]
+    folders += sorted(directory.glob("institutions/*/keys")) + sorted(
+        directory.glob("institutions/*/keys/peers")
+    )
+    there = [folder for folder in folders if folder.is_dir()]
+    for folder in there:
+        if (mode := folder.stat().st_mode) & GROUP_AND_OTHERS_WRITE:
+            return Check(
+                "folders of keys",
+                "fail",
+                f"{folder} may be written by others than its owner (mode {mode & 0o777:o}), who "
+                f"could replace the keys in it; chmod go-w {folder}",
+            )
+    return Check("folders of keys", "ok", f"{len(there)} folders")
+
+
+def _institutions(folder: Path) -> Check:
+    """Check the institutions' public keys and sizes as their registration will."""
+    holders: dict[bytes, str] = {}
+    for file in sorted(folder.glob("*.pub")):
+        try:
+            key = keys.registered(file).public_bytes(
+                serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+            if (stated := file.with_suffix(".size")).exists():
+                keys.stated_size(stated)
+        except (OSError, ValueError) as error:
+            return Check("institutions", "fail", in_words(error))
+        if (holder := holders.setdefault(key, file.stem)) != file.stem:
+            return Check(
+                "institutions",
+                "fail",
+                f"{file} is the key of {holder}; ask {file.stem} for its own",
+            )
+    names = ", ".join(holders.values())
+    return Check("institutions", "ok" if names else "fail", names or "none")
 
 
 def institution(path: Path) -> list[Check]:
@@ -168,8 +208,7 @@ def institution(path: Path) -> list[Check]:
         _private("key", Path(own.key)) if own.key else _missing("key", "key"),
         _try("node", lambda: _node(own)),
         _ledger(own),
-        _try("records", lambda: _records(own)),
-        _try("held-out records", lambda: _held_out(own)) if own.test_source else NO_HELD_OUT,
+        *_data(own),
         *(_try(f"model {name}", lambda name=name: _model(name)) for name in own.models),
         *([_try("GPU", _gpu)] if own.gpu else []),
         _writable("state", Path(own.state)),
@@ -181,6 +220,16 @@ def institution(path: Path) -> list[Check]:
     elif ca.is_file():
         found += _gateway(f"https://{own.gateway}/health", ca)
     return found + _flower()
+
+
+def _data(own: "Settings") -> list[Check]:
+    found = [
+        _try("records", lambda: _records(own)),
+        _try("held-out records", lambda: _held_out(own)) if own.test_source else NO_HELD_OUT,
+    ]
+    if passed(found):
+        found.append(_try("training rows", lambda: _training(own)))
+    return found
 
 
 def _secure_aggregation(own: "Settings") -> list[Check]:
@@ -314,9 +363,9 @@ def _certificate(name: str, path: Path, remedy: str = "run `fedlora deploy renew
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
-        return Check(name, "fail", f"{path} cannot be read: {error.strerror}")
+        return Check(name, "fail", f"{path} cannot be read: {error.strerror}; {remedy}")
     except ValueError:
-        return Check(name, "fail", f"{path} is not a PEM certificate")
+        return Check(name, "fail", f"{path} is not a PEM certificate; {remedy}")
     now = datetime.now(UTC)
     until = certificate.not_valid_after_utc
     if certificate.not_valid_before_utc > now:
@@ -341,6 +390,8 @@ def _signed(name: str, path: Path, ca: Path) -> Check:
     try:
         authority = x509.load_pem_x509_certificate(ca.read_bytes())
         x509.load_pem_x509_certificate(path.read_bytes()).verify_directly_issued_by(authority)
+    except OSError as error:
+        return Check(name, "fail", f"{error.filename} cannot be read: {error.strerror}")
     except Exception as error:  # a damaged file, another issuer, or a signature that does not fit
         return Check(name, "fail", f"{path} was not signed by {ca} ({type(error).__name__})")
     return Check(name, "ok", str(path))
@@ -350,7 +401,7 @@ def _belongs(name: str, private: Path, certificate: Path, remedy: str) -> Check:
     try:
         keys.read_pair(certificate.read_bytes(), private.read_bytes())
     except OSError as error:
-        return Check(name, "fail", f"{error.filename} cannot be read: {error.strerror}")
+        return Check(name, "fail", f"{error.filename} cannot be read: {error.strerror}; {remedy}")
     except (ValueError, TypeError) as error:
         return Check(name, "fail", f"{private} does not fit {certificate} ({error}); {remedy}")
     return Check(name, "ok", str(private))
@@ -506,6 +557,11 @@ def _records(own: "Settings") -> str:
         form=own.csv_form,
     )
     return f"{rows:,} rows with a text and a label"
+
+
+def _training(own: "Settings") -> str:
+    """Take the training rows as a run does: classes and held-out texts may not leave any."""
+    return f"{len(_shard(own)):,} rows"
 
 
 def _held_out(own: "Settings") -> str:

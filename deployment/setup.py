@@ -84,13 +84,22 @@ def add(directory: Path, name: str) -> None:
                 f"{there} is there already, and keys are not overwritten; remove it first, for new "
                 "ones"
             )
-    services = owner(directory)
-    _institution(directory, name, _authority(directory).pem)
-    _pin_peers(directory)
-    if os.geteuid() == 0:
-        _change_owner(directory / "institutions" / name, services)
-        for pinned in (directory / "institutions").glob("*/keys/peers"):
-            _change_owner(pinned, services)
+    services, authority = owner(directory), _authority(directory)
+    try:
+        _institution(directory, name, authority.pem)
+        _pin_peers(directory)
+        if os.geteuid() == 0:
+            _change_owner(directory / "institutions" / name, services)
+            for pinned in (directory / "institutions").glob("*/keys/peers"):
+                _change_owner(pinned, services)
+    except BaseException:  # its keys are nobody's yet, and would be in the way of another try
+        shutil.rmtree(directory / "institutions" / name, ignore_errors=True)
+        for made in (
+            directory / "server" / "institutions" / f"{name}.pub",
+            *(directory / "institutions").glob(f"*/keys/peers/{name}.pub"),
+        ):
+            made.unlink(missing_ok=True)
+        raise
 
 
 def owner(directory: Path) -> tuple[int, int]:
@@ -101,7 +110,7 @@ def owner(directory: Path) -> tuple[int, int]:
     """
     value = ""
     with contextlib.suppress(FileNotFoundError):
-        for line in (directory / ".env").read_text(encoding="utf-8").splitlines():
+        for line in (directory / ".env").read_text("utf-8", errors="replace").splitlines():
             if line.startswith("FEDLORA_USER="):
                 value = line.partition("=")[2].strip(" \"'")
     if not value:
@@ -184,7 +193,7 @@ def _build(root: Path, institutions: Sequence[str], host: str) -> None:
     _write(root / "server" / "configs" / "run.toml", _example_run(len(institutions)), 0o644)
     for name in ("database", "results"):
         (root / name).mkdir(mode=0o700)
-    (root / "server" / "institutions").mkdir()
+    _make_folder(root / "server" / "institutions")
     for name in institutions:
         _institution(root, name, authority.pem)
     _pin_peers(root)
@@ -214,8 +223,9 @@ def _servers(root: Path, authority: keys.Authority, hosts: Sequence[str]) -> lis
 
 def _institution(root: Path, name: str, ca: bytes) -> None:
     folder = root / "institutions" / name
+    _make_folder(folder)
     for part in ("settings", "keys", "data", "ledger", "state"):
-        (folder / part).mkdir(mode=0o700, parents=True)
+        (folder / part).mkdir(mode=0o700)
     public, private = keys.make_node(name)
     _write(folder / "keys" / "node.key", private, 0o600)
     _write(folder / "keys" / "ca.crt", ca, 0o644)
@@ -229,7 +239,7 @@ def _pin_peers(root: Path) -> None:
     Outside of a rehearsal institutions exchange their keys themselves and compare fingerprints.
     """
     keys = {file.stem: file.read_bytes() for file in _public_keys(root)}
-    for folder in (root / "institutions").iterdir():
+    for folder in filter(Path.is_dir, (root / "institutions").iterdir()):
         for name, key in keys.items():
             if name != folder.name:
                 _write(folder / "keys" / "peers" / f"{name}.pub", key, 0o644)
@@ -314,6 +324,13 @@ def _environment(directory: Path, port: int) -> bytes:
     return "".join(f"{key}={value}\n" for key, value in values.items()).encode()
 
 
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it, which only their owner may write, whatever the umask."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o755, exist_ok=True)
+
+
 def _write(path: Path, content: bytes, mode: int) -> None:
     """Write a file atomically, with the permissions ``mode`` from the start."""
     with _written_beside([(path, content, mode)]):
@@ -330,7 +347,7 @@ def _written_beside(files: Sequence[File]) -> Iterator[None]:
     pairs = [(path.with_name(f".{path.name}.new"), path) for path, _, _ in files]
     try:
         for (beside, path), (_, content, mode) in zip(pairs, files, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             beside.unlink(missing_ok=True)
             new = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
             with os.fdopen(new, "wb") as file:

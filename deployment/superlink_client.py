@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import ssl
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,6 @@ from typing import Any
 import click
 import httpx
 import tomli_w
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.utils import flwr_cli_exc_handler
 from flwr.common.constant import Status
@@ -39,6 +35,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from deployment import keys
 from deployment.errors import FlowerError, Unanswered, in_words, named
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
@@ -168,9 +165,9 @@ def register(server: Server) -> dict[str, str]:
         for file in _institution_files(server, ".pub"):
             name = file.stem
             try:
-                key = _public_key(file)
+                key = public_key_to_bytes(keys.registered(file))
                 if (stated := file.with_suffix(".size")).exists():
-                    sizes[name] = _size(stated)
+                    sizes[name] = keys.stated_size(stated)
             except (OSError, ValueError) as error:
                 done[name] = in_words(error)
                 continue
@@ -186,8 +183,8 @@ def register(server: Server) -> dict[str, str]:
             else:
                 nodes[node.node_id] = name
                 done[name] = "already registered"
-        keys = {name: key.decode() for key, name in holders.items()}
-        for name, content in ((KEYS, keys), (SIZES, sizes), (NODES, nodes)):
+        public = {name: key.decode() for key, name in holders.items()}
+        for name, content in ((KEYS, public), (SIZES, sizes), (NODES, nodes)):
             _write(server.results / name, json.dumps(content, indent=2) + "\n")
     return done
 
@@ -195,28 +192,6 @@ def register(server: Server) -> dict[str, str]:
 def _write(file: Path, content: str) -> None:
     with named(file, "written"):
         write_atomic(file, content.encode())
-
-
-def _public_key(file: Path) -> bytes:
-    """A public key in the form that Flower uses."""
-    try:
-        key = load_ssh_public_key(file.read_bytes())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ValueError(f"{file} is not a public key in OpenSSH's format: {error}") from None
-    remedy = "the institution makes one on P-384 with `ssh-keygen -t ecdsa -b 384 -N ''`"
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ValueError(f"{file} is not an elliptic curve key; {remedy}")
-    if not isinstance(key.curve, ec.SECP384R1):  # Flower takes any curve, `fedlora.peers` does not
-        raise ValueError(f"{file} is a key on the curve {key.curve.name}; {remedy}")
-    return public_key_to_bytes(key)
-
-
-def _size(file: Path) -> int:
-    """The server's bound of an institution's number of records."""
-    text = file.read_text(encoding="utf-8").strip()
-    if not re.fullmatch("[1-9][0-9]{0,11}", text):
-        raise ValueError(f"{file} holds {text[:40]!r}; it must be a whole number from 1")
-    return int(text)
 
 
 def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from fedlora import csv_files, rows
 from fedlora.columns import as_text, check_columns
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError
-from fedlora.files import existing_parent, write_atomic
+from fedlora.files import existing_parent, expanded, write_atomic
 from fedlora.text import is_unicode
 
 STDIN = "-"
@@ -129,7 +129,7 @@ def write(out: Path, texts: Texts, answers: Sequence[dict[str, Any]]) -> None:
 
 def _rows(source: str, form: CsvForm) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file and its columns."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix.lower() not in KINDS:
         raise InputError(
             f"--data is {source!r}; give a file that ends in {' or '.join(KINDS)}, or - for "

@@ -16,6 +16,21 @@ def cache_directory() -> Path:
     return Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
 
 
+def expanded(path: str) -> Path:
+    """A path with ``~`` as the home directory.
+
+    Raises:
+        InputError: If it begins with ``~NAME``, and no user here has that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"{path!r} begins with the home directory of a user whom this machine does not know; "
+            "write the whole path"
+        ) from None
+
+
 def sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's content."""
     with path.open("rb") as file:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedlora.errors import InputError
-from fedlora.files import sha256
+from fedlora.files import expanded, sha256
 
 Kind = Literal["encoder", "causal"]
 Task = Literal["classification", "sft"]
@@ -61,7 +61,7 @@ def resolve(name: str) -> ModelFiles:
     """
     if name.startswith("package:"):
         return _inspect(name, _package_directory(name))
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return _inspect(name, path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -75,7 +75,7 @@ def resolve(name: str) -> ModelFiles:
 def merged_from(name: str) -> dict[str, Any]:
     """What `MERGED` says of a base model in a directory; empty for any other base."""
     try:
-        return json.loads((Path(name).expanduser() / MERGED).read_text(encoding="utf-8"))
+        return json.loads((expanded(name) / MERGED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

@@ -26,7 +26,7 @@ from fedlora.columns import Rows, as_text, check_columns, check_single, unreadab
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
-from fedlora.files import sha256
+from fedlora.files import expanded, sha256
 
 CSV = ".csv"
 US_GAAP = "package:edgartools"
@@ -95,7 +95,7 @@ def institution_files(source: str) -> dict[str, Path]:
     Raises:
         InputError: If there is no file, or two files have one name apart from their ending.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     with _accessible(source):
         if path.is_dir():
             found = [file for file in path.iterdir() if file.suffix.lower() in (CSV, *_READERS)]
@@ -132,7 +132,7 @@ def is_glob(source: str) -> bool:
 
 def is_per_institution(source: str) -> bool:
     """Whether a source is a directory or glob, whose files are the institutions'."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     with _accessible(source):
         return path.is_dir() or (is_glob(source) and not path.exists())
 
@@ -147,6 +147,8 @@ def _accessible(source: str) -> Generator[None]:
             f"data source {source!r} cannot be read: {error.strerror}; let user {os.geteuid()}, "
             "who runs this, read it, or give another"
         ) from None
+    except ValueError as error:  # of a pattern that is none, or a path with a null character
+        raise InputError(f"data source {source!r} is no path: {error}; correct it") from None
 
 
 @functools.lru_cache(maxsize=2)
@@ -240,7 +242,7 @@ def locate(source: str) -> Path:
                 f"data source {source!r} is not there; pip install {package}, or mend the path"
             )
         return path
-    path = Path(source).expanduser()
+    path = expanded(source)
     with _accessible(source):
         if path.is_file():
             path.open("rb").close()

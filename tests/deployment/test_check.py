@@ -161,6 +161,45 @@ def test_keys_and_secrets_that_do_not_belong_together_are_found(made):
     assert _failed(check.operator(made)) == {"a: public key", "secrets agree"}
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("b.pub", b"garbage", "is not a public key in OpenSSH's format"),
+        ("b.pub", None, "b.pub is the key of a; ask b for its own"),
+        ("a.size", b"1,000", "it must be a whole number from 1"),
+        ("a.size", b"\xff", "it must be a whole number from 1"),
+    ],
+)
+def test_a_key_or_size_that_registration_will_refuse_is_found(made, name, content, said):
+    folder = made / "server" / "institutions"
+    (folder / name).write_bytes((folder / "a.pub").read_bytes() if content is None else content)
+    found = check.operator(made)
+    assert _failed(found) == {"institutions"}
+    assert said in _as(found, "institutions").details
+
+
+@pytest.mark.parametrize("folder", ["ca", "server/institutions", "institutions/a/keys"])
+def test_a_folder_in_which_others_could_replace_keys_is_found(made, folder):
+    (made / folder).chmod(0o775)
+    found = check.operator(made)
+    assert _failed(found) == {"folders of keys"}
+    assert f"chmod go-w {made / folder}" in _as(found, "folders of keys").details
+
+
+def test_a_missing_key_for_statements_is_missing_and_not_of_another_ca(made):
+    for file in (made / "server" / "keys").glob("statement.*"):
+        file.unlink()
+    found = {one.name: one.details for one in check.operator(made) if one.outcome == "fail"}
+    assert "run `fedlora deploy renew`" in found["statement certificate"]
+    assert "No such file" in found["statement signed by the CA"]
+    assert "not signed" not in found["statement signed by the CA"]
+
+
+def test_an_environment_file_in_another_encoding_is_read(made):
+    (made / ".env").write_bytes("# Schlüssel\n".encode("latin-1"))
+    assert setup.owner(made) == (setup.IMAGE_USER, setup.IMAGE_USER)
+
+
 @pytest.fixture
 def institution(made, complaints, tiny_encoder):
     folder = made / "institutions" / "a"
@@ -461,6 +500,31 @@ def test_held_out_records_are_read_as_the_records_are(institution, gateway, tmp_
     assert "which encoding names" in held_out().details
     test.write_text("text,label\nmy card,card\nmy loan,loan\n,loan\n")
     assert held_out() == check.Check("held-out records", "ok", "2 rows with a text and a label")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('labels = ["card", "fraud", "loan", "loan"]', "has 'loan' twice"),
+        ('test-source = "{records}"', "none is left for training"),
+        ('source = "~nobody-of-this-name/records.csv"', "whom this machine does not know"),
+        ('source = "/data/**x/*.csv"', "is no path: Invalid pattern"),
+    ],
+)
+def test_what_would_refuse_every_order_fails_the_check_of_the_records(
+    institution, gateway, complaints, line, said
+):
+    key = line.partition(" = ")[0]
+    kept = [one for one in institution.read_text().splitlines() if not one.startswith(f"{key} =")]
+    if key == "labels":  # a list of several lines
+        values = tomllib.loads(institution.read_text()) | tomllib.loads(line)
+        kept = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    else:
+        kept.insert(0, line.format(records=complaints))
+    institution.write_text("\n".join(kept) + "\n")
+    found = check.institution(institution)
+    failed = {one.name: one.details for one in found if one.outcome == "fail"}
+    assert any(said in details for details in failed.values()), failed
 
 
 def test_a_label_that_is_not_listed_is_shown_on_the_terminal(institution, gateway):

@@ -247,6 +247,41 @@ def test_what_root_makes_later_belongs_to_the_services_user(made, monkeypatch, u
     } <= set(given)
 
 
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o077])
+def test_no_umask_lets_others_replace_keys(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        setup.make(tmp_path / "d", ["a", "b"], host="localhost", port=8443)
+        setup.add(tmp_path / "d", "c")
+    finally:
+        os.umask(before)
+    folders = [tmp_path / "d", *(one for one in (tmp_path / "d").rglob("*") if one.is_dir())]
+    assert [one for one in folders if one.stat().st_mode & 0o022] == []
+
+
+def test_an_institution_is_added_beside_a_stray_file(made):
+    (made / "institutions" / ".DS_Store").write_bytes(b"x")
+    setup.add(made, "e")
+    assert (made / "institutions" / "a" / "keys" / "peers" / "e.pub").is_file()
+
+
+def test_an_institution_that_cannot_be_added_leaves_nothing_in_the_way_of_another_try(
+    made, monkeypatch
+):
+    before, pin = _contents(made), setup._pin_peers
+
+    def full(directory):
+        pin(directory)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(setup, "_pin_peers", full)
+    with pytest.raises(OSError, match="No space"):
+        setup.add(made, "e")
+    assert _contents(made) == before and not (made / "institutions" / "e").exists()
+    monkeypatch.setattr(setup, "_pin_peers", pin)
+    setup.add(made, "e")
+
+
 def test_a_user_that_is_no_pair_of_numbers_is_refused_before_anything_is_made(made):
     (made / ".env").write_text("FEDLORA_USER=fedlora\n")
     before = _contents(made)
