@@ -45,14 +45,24 @@ def of_run(run_dir: Path) -> str:
         )
     found = read(folder)
     said = f"An audit attacked this run: the promise {verdict(found)}."
-    if not math.isfinite(float(found["epsilon"])):
-        said = "An audit attacked this run, which promised nothing."
-    elif found["refuted"]:
+    if found["refuted"]:
         said = f"An audit attacked this run: the promise IS BROKEN, for {broken_by(found)}."
+    elif not promises(found):
+        said = f"An audit attacked this run; {verdict(found)}."
     return (
         f"{said} Its attacks show epsilon {at_least(shown(found), 3)} at least; its report is "
         "beside the run's directory."
     )
+
+
+def promises(result: Mapping[str, Any]) -> bool:
+    """Whether the audited run promised anything: noise that a seed repeats protects nobody."""
+    return math.isfinite(float(result["epsilon"])) and not is_seeded(result)
+
+
+def is_seeded(result: Mapping[str, Any]) -> bool:
+    """Whether the audited run was under DP with noise from a seed."""
+    return math.isfinite(float(result["epsilon"])) and result["noise"]["source"] == "seeded"
 
 
 def limit(result: Mapping[str, Any], view: str) -> float:
@@ -87,13 +97,13 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return an audit's findings as pairs of texts; the last pair is the verdict."""
     promised, canaries = float(result["epsilon"]), result["canaries"]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in canaries["kinds"].items())
+    said = f"epsilon {at_most(promised)} at delta {result['delta']:g}"
+    if not math.isfinite(promised):
+        said = "nothing (epsilon inf)"
+    elif is_seeded(result):
+        said = f"nothing: the noise came from a seed ({said} with such noise drawn in secret)"
     found = [
-        (
-            "promised",
-            f"epsilon {at_most(promised)} at delta {result['delta']:g}"
-            if math.isfinite(promised)
-            else "nothing (epsilon inf)",
-        ),
+        ("promised", said),
         ("canaries", f"{canaries['planted']:,} of {canaries['in all']:,} planted ({kinds})"),
     ]
     if "epsilon_alone" in result:
@@ -130,8 +140,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     promised, canaries = float(result["epsilon"]), result["canaries"]
     if result["refuted"]:
         return "IS BROKEN"
-    if not math.isfinite(promised):
-        return "nothing was promised"
+    if not promises(result):
+        return "nothing was promised" + ", as the noise came from a seed" * is_seeded(result)
     most = at_least(canaries["most they can show"], 3)
     can = f"{canaries['in all']:,} canaries show epsilon {most}"
     if canaries["most they can show"] <= promised:

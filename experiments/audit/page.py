@@ -17,8 +17,11 @@ def of(directory: Path) -> Page:
     found = findings.read(directory)
     promised, broken = float(found["epsilon"]), found["refuted"]
     shown, alone = findings.shown(found), found["canaries"].get(findings.ALL_BUT_ONE)
+    seeded = findings.is_seeded(found)
     tiles = {
-        "promised: epsilon at most": at_most(promised),
+        "epsilon at most, were the noise secret"
+        if seeded
+        else "promised: epsilon at most": at_most(promised),
         "shown by attacks: epsilon at least": at_least(shown, 3),
         "the canaries could show at most": at_least(found["canaries"]["most they can show"], 3),
     }
@@ -27,6 +30,12 @@ def of(directory: Path) -> Page:
         tiles["shown by attacks if they do"] = at_least(alone["epsilon"], 3)
     if broken:
         note = f"The promise is broken: {findings.broken_by(found)}."
+    elif seeded:
+        note = (
+            "Nothing was promised, as the noise came from a seed: whoever has that can take it "
+            "off. The attacks do not use the seed; of such noise drawn in secret they refute "
+            "nothing."
+        )
     elif not math.isfinite(promised):
         note = (
             "Nothing was promised, so there is nothing to refute. The attacks show what an "
@@ -43,7 +52,7 @@ def of(directory: Path) -> Page:
                 title="Verdict",
                 note=note,
                 bad=broken,
-                caution=not broken and shown < promised == math.inf,
+                caution=not broken and (seeded or shown < promised == math.inf),
                 words=[
                     "Rows that the auditor made (canaries) were added to the records or not, by "
                     "the toss of a coin. Attacks then guess from what the run released which were "

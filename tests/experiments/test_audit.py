@@ -120,9 +120,14 @@ def test_a_verdict_says_what_canaries_could_have_shown():
     views = {view: {"epsilon": 0.0} for view in VIEWS}
     result = {"refuted": False, "epsilon": 8.0, "canaries": {"in all": 1000, **views}}
     result["canaries"]["most they can show"] = 5.28
+    result["noise"] = {"source": "secure"}
     assert "could not have refuted it" in verdict(result)
     assert "could not" not in verdict(result | {"epsilon": 1.0})
     assert verdict(result | {"epsilon": "inf"}) == "nothing was promised"
+    seeded = result | {"noise": {"source": "seeded"}}
+    assert verdict(seeded) == "nothing was promised, as the noise came from a seed"
+    assert verdict(seeded | {"epsilon": "inf"}) == "nothing was promised"
+    assert verdict(seeded | {"refuted": True}) == "IS BROKEN"
 
 
 def test_lira_tells_rows_apart_where_the_loss_does_not():

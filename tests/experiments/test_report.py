@@ -459,7 +459,19 @@ def test_an_audit_of_a_run_without_a_promise_says_so_on_the_run_s_page(run_direc
     out = tmp_path / "audit"
     shutil.copytree(run_directory, out / "run")
     (out / "audit.json").write_text(json.dumps(AUDIT | {"epsilon": "inf"}))
-    assert "An audit attacked this run, which promised nothing. Its" in shown(out / "run")
+    assert "An audit attacked this run; nothing was promised. Its" in shown(out / "run")
+
+
+def test_an_audit_of_a_run_with_seeded_noise_does_not_confirm_a_promise(run_directory, tmp_path):
+    out = tmp_path / "audit"
+    shutil.copytree(run_directory, out / "run")
+    noise = AUDIT["noise"] | {"source": "seeded", "left_out": 0}
+    (out / "audit.json").write_text(json.dumps(AUDIT | {"noise": noise}))
+    text, of_run = shown(out), shown(out / "run")
+    assert "Nothing was promised, as the noise came from a seed" in text
+    assert "epsilon at most, were the noise secret" in text and "promised: epsilon" not in text
+    assert "not refuted" not in text + of_run
+    assert "An audit attacked this run; nothing was promised, as the noise came" in of_run
 
 
 def test_the_page_of_a_run_whose_ledgers_have_earlier_runs_states_their_sum(run_directory):
