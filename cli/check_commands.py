@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from cli.simulation_commands import Accept
 from experiments import ready
 from fedlora.config import accepting, load, parse_overrides
+from fedlora.rounding import at_least
 from fedlora.run_files import finite
 from fedlora.terminal import Json, Overrides, Terminal, clean_errors
 
@@ -129,7 +130,7 @@ def _ledgers(ledgers: dict[str, dict[str, Any]], console: Terminal) -> None:
         if "problem" in said
         else [
             name,
-            f"{said['left']:.3g} of {said['limit']:g}",
+            f"{at_least(said['left'], 3)} of {said['limit']:g}",
             f"{said['delta']:g}",
             "yes" if said["fits"] else "no",
         ]

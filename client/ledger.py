@@ -27,6 +27,7 @@ from client import ledger_file, ledger_integrity
 from fedlora import accounting, composition
 from fedlora.composition import Event, History
 from fedlora.errors import InputError, Refusal
+from fedlora.sections import MIN_DELTA
 from fedlora.streams import KEY_BYTES
 
 
@@ -82,6 +83,10 @@ class Ledger:
         if not 0 < max_epsilon < float("inf"):
             raise InputError(f"max-epsilon is {max_epsilon}, but must be a finite number above 0")
         composition.epsilon((), delta, accountant)  # checks both
+        if delta < MIN_DELTA:
+            raise InputError(
+                f"delta is {delta:g}, but accountants are exact from {MIN_DELTA:g} on; raise it"
+            )
         ledger_file.write(Path(path), max_epsilon=max_epsilon, delta=delta, accountant=accountant)
 
     @classmethod
@@ -331,6 +336,12 @@ class Ledger:
         """All charged events, of all runs or of one, in canonical form."""
         with ledger_file.refusing(self._path):
             return ledger_file.events(self._connection, only=run_id)
+
+    def steps_of(self, run_id: str) -> int:
+        """The steps that a run was charged for, without one-off releases."""
+        with ledger_file.refusing(self._path):
+            query = "SELECT coalesce(sum(steps), 0) FROM charges WHERE run = ?"
+            return self._connection.execute(query, (run_id,)).fetchone()[0]
 
     def runs(self) -> tuple[str, ...]:
         """The identities of all charged runs, sorted."""

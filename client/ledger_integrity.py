@@ -9,8 +9,8 @@ seal, which shows another program's change to all but the earlier charges; the c
 to those at the next opening.
 
 Guaranteed: an opening finds a change, by accident or by hand, to anything that is read. Not found:
-a change after which somebody computed the hashes anew, since they have no key, and an older copy
-of the whole file.
+a change after which somebody computed the hashes anew, since they have no key, or rebuilt the file
+in the form of version 1, which had no seal; and an older copy of the whole file.
 """
 
 from __future__ import annotations

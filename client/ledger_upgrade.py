@@ -13,6 +13,10 @@ from client import ledger_integrity
 
 VERSIONS = (1, 2)
 """The versions that can be upgraded."""
+_CLOSED = {("closed", column) for column in ("run", "round", "digest", "survivors")}
+_NEW_IN_3 = {("charges", "shares")} | _CLOSED
+_LATER = {1: {("ledger", "seal"), ("answers", "sha256")} | _NEW_IN_3, 2: _NEW_IN_3}
+"""Version -> the columns, as table and name, that a later version added."""
 _WITHOUT_SHARES = ledger_integrity.COLUMNS.replace(", shares", ", 0")
 
 
@@ -26,6 +30,7 @@ def upgrade(db: sqlite3.Connection, version: int) -> list[str]:
     """
     if found := (
         ledger_integrity.broken_pages(db)
+        or _other_form(db, version)
         or ledger_integrity.broken_chain(db, _WITHOUT_SHARES)
         or (version > 1 and ledger_integrity.broken_seal(db, version))
         or (version > 1 and ledger_integrity.altered_answers(db))
@@ -43,6 +48,29 @@ def upgrade(db: sqlite3.Connection, version: int) -> list[str]:
     ledger_integrity.seal(db)
     db.execute(f"PRAGMA user_version={ledger_integrity.VERSION}")
     return ledger_integrity.problems(db)
+
+
+def _other_form(db: sqlite3.Connection, version: int) -> list[str]:
+    """Problems of the tables: a newer ledger that is called older would be checked less."""
+    newest = sqlite3.connect(":memory:")
+    try:
+        newest.executescript(ledger_integrity.SCHEMA)
+        wanted = _columns(newest) - _LATER[version]
+    finally:
+        newest.close()
+    changed = sorted({table for table, _ in _columns(db) ^ wanted})
+    if not changed:
+        return []
+    return [f"{', '.join(changed)} is not defined as in a ledger of version {version}"]
+
+
+def _columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    return set(
+        db.execute(
+            "SELECT tables.name, columns.name FROM sqlite_schema AS tables, "
+            "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"
+        )
+    )
 
 
 def _add_seals(db: sqlite3.Connection) -> None:

@@ -165,7 +165,7 @@ class PrivateRound:
             delta=plan.delta,
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.sample_rate,
-            steps=sum(e.steps for e in events if e.noise_multiplier == plan.noise_multiplier),
+            steps=ledger.steps_of(self.order.run),
             accountant=plan.accountant,
             noise=self.config.privacy.noise,
             max_grad_norm=plan.max_grad_norm,

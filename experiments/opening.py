@@ -18,7 +18,7 @@ from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.odds import group_delta
 from fedlora.rounding import at_least, at_most
 from fedlora.run_files import CONFIG, RESULT
-from server.privacy_statement import with_earlier_runs
+from server.privacy_statement import epsilon_alone, with_earlier_runs
 from server.trend import advice
 
 
@@ -182,12 +182,12 @@ def promised(run: Run) -> Section:
         delta = max(one["delta"] for one in spent)
         what = f"a certain {_unit(config.privacy.unit)} was trained on"
         points += odds(privacy["odds"], epsilon, delta, what, continued=bool(config.adapter.start))
-        if (most := with_earlier_runs(privacy, run.result)) is not None:
+        if (most := with_earlier_runs(config, privacy)) is not None:
             epsilon = most["ledger_epsilon"]
             delta = max(one["ledger_delta"] for one in spent)
             points.append(
                 f"All runs on these records together, as the ledgers have them: epsilon "
-                f"{at_most(epsilon)} at delta {delta:.3g}. What follows is for these."
+                f"{at_most(epsilon)} at delta {at_most(delta, 3)}. What follows is for these."
             )
         shared = config.privacy.shares_noise
         if config.privacy.unit == "record":
@@ -271,7 +271,7 @@ def odds(
               for prior, after in sorted(found["suspicion"].items(), reverse=True)]  # fmt: skip
     (rate, share), *rarer = sorted(found["found"].items(), reverse=True)
     return [
-        f"Epsilon {at_most(epsilon)} at delta {delta:.3g}. Somebody suspects that {what}. "
+        f"Epsilon {at_most(epsilon)} at delta {at_most(delta, 3)}. Somebody suspects that {what}. "
         f"{released} can raise this suspicion "
         f"{', and '.join(before)}"
         + (
@@ -323,7 +323,7 @@ def ledgers(run: Run) -> list[str]:
     said = (
         "Each institution's ledger adds up all runs on its records and refuses what exceeds its "
         f"limit. The least is left at {name}: epsilon {at_least(left)} of "
-        f"{worst['ledger_limit']:g}, at delta {worst['ledger_delta']:.3g}."
+        f"{worst['ledger_limit']:g}, at delta {at_most(worst['ledger_delta'], 3)}."
     )
     if "epsilon" in run.result.get("joining", {}):
         said += (
@@ -374,9 +374,8 @@ def trusted(run: Run) -> Section:
 
 def _secure_aggregation(privacy: Mapping[str, Any]) -> list[str]:
     said = privacy["secure_aggregation"]
-    alone = [one["epsilon_alone"] for one in privacy["institutions"].values()]
-    largest = max(alone, key=float, default="inf")
-    epsilon = "no finite epsilon" if largest == "inf" else f"epsilon {at_most(float(largest))}"
+    largest = float(epsilon_alone(privacy) or "inf")
+    epsilon = f"epsilon {at_most(largest)}" if math.isfinite(largest) else "no finite epsilon"
     return [
         f"h = {said['honest']} honest institutions of {said['institutions']}: each adds a share of "
         "the noise, and the promise needs that many honest shares in every sum.",

@@ -87,7 +87,7 @@ def _tiles(run: opening.Run) -> dict[str, str]:
     if "token_loss" in result:
         tiles["loss per token"] = f"{result['token_loss']:.3f}"
     of_run = "largest epsilon (smaller is more private)"
-    if (most := with_earlier_runs(run.privacy, result)) is not None:
+    if (most := with_earlier_runs(run.config, run.privacy)) is not None:
         tiles["largest epsilon, all runs on the records"] = _epsilon(most["ledger_epsilon"])
         of_run = "of this run alone"
     return tiles | {

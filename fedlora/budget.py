@@ -6,7 +6,7 @@ possible. Plans are cached for the life of the process.
 
 import functools
 
-from fedlora import accounting, discrete_gaussian, noise_shares
+from fedlora import accounting, composition, discrete_gaussian, noise_shares
 from fedlora.accounting import PrivacyPlan
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
@@ -66,6 +66,12 @@ def _plan_run(
     rate = accounting.sample_rate(given_rate, batch_size, size_class)
     size_noise = privacy.size_noise if weighting == "noised-size" else 0.0
     honest = privacy.honest if privacy.shares_noise else 0
+    of_size = composition.epsilon(accounting.size_events(size_noise), delta, privacy.accountant)
+    if of_size >= privacy.epsilon:
+        raise InputError(
+            f"privacy.size-noise is {size_noise:g}, at which the noised size alone costs epsilon "
+            f"{of_size:.4g} of privacy.epsilon {privacy.epsilon:g}; raise either"
+        )
     noise_multiplier = _noise_multiplier(
         privacy.epsilon,
         delta,

@@ -385,7 +385,7 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
     if spent:
         most = max(spent, key=lambda one: one["epsilon"])
         ledger = max(one["ledger_epsilon"] for one in spent)
-        delta = "by size class" if result["delta"] is None else f"{result['delta']:.3g}"
+        delta = "by size class" if result["delta"] is None else at_most(result["delta"], 3)
         lines += [
             "",
             "| | |",

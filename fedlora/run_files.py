@@ -16,7 +16,7 @@ import sys
 from collections.abc import Generator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fedlora
 from fedlora import processors
@@ -100,16 +100,32 @@ def read_run_file(run_dir: Path, name: str = RESULT) -> dict[str, Any]:
     """Read a JSON file of a complete run.
 
     Raises:
-        InputError: If the file does not exist or cannot be read.
+        InputError: If the file does not exist, cannot be read, is no object, or has a key twice:
+            of these a program reads the last, and a person the first.
     """
     try:
-        return json.loads((run_dir / name).read_text(encoding="utf-8"))
+        text = (run_dir / name).read_text(encoding="utf-8")
+        found = json.loads(text, object_pairs_hook=_single)
+        if not isinstance(found, dict):
+            raise ValueError(f"{name} is no object")
+        return cast(dict[str, Any], found)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{run_dir} holds no complete run that can be read ({name}: {type(error).__name__}); "
+            f"{run_dir} holds no complete run that can be read ({name}: {_reason(error)}); "
             "give the directory that a finished run printed, or continue the run with "
             f"`fedlora run --resume {run_dir}`"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}, {error}" if type(error) is ValueError else type(error).__name__
+
+
+def _single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

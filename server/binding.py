@@ -12,7 +12,7 @@ from typing import Any
 
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.files import write_atomic
+from fedlora.files import sha256, write_atomic
 from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_run_file
 from fedlora.seal import KEY, Signer
 
@@ -100,12 +100,16 @@ def keyed(key: str, fingerprint: str) -> str:
 
 def digests(directory: Path) -> dict[str, str]:
     """File -> SHA-256 (hex), for the files of a run directory that are bound."""
-    return {
-        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in _files(directory)
-    }
+    return {str(file.relative_to(directory)): _digest(file) for file in _files(directory)}
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 (hex); of a link to anything but a file that it is one."""
+    return sha256(file) if file.is_file() else "a link"
 
 
 def _files(directory: Path) -> Iterator[Path]:
+    """The files, and links to directories: what is in these is not the run's."""
     yield from (directory / name for name in FILES if (directory / name).is_file())
-    yield from sorted(file for file in (directory / "adapter").rglob("*") if file.is_file())
+    inside = sorted((directory / "adapter").rglob("*"))
+    yield from (file for file in inside if file.is_file() or file.is_symlink())

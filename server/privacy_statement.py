@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlora import accounting, odds
+from fedlora import accounting, composition, odds
 from fedlora.composition import Event, History
 from fedlora.config import RunConfig
 from server.run_directory import RunState
@@ -209,19 +209,29 @@ def largest_epsilon(statement: Mapping[str, Any]) -> float:
     )
 
 
-def with_earlier_runs(
-    statement: Mapping[str, Any], result: Mapping[str, Any]
-) -> Mapping[str, Any] | None:
-    """The entry of the institution with the largest ``ledger_epsilon``; None if no run came before.
+def with_earlier_runs(config: RunConfig, statement: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The entry with the largest ``ledger_epsilon`` of those whose ledgers have other runs too.
+
+    None if no ledger has any. A ledger's epsilon is at its own delta and by its own accountant,
+    which the entry does not name: the run's spending is computed anew at that delta by both.
 
     Args:
+        config: The run.
         statement: The content of privacy.json.
-        result: The content of result.json.
     """
-    spent = statement["institutions"].values()
-    most = max(spent, key=lambda one: one["ledger_epsilon"], default=None)
-    earlier = most is not None and most["ledger_epsilon"] > 1.001 * result["epsilon_max"]
-    return most if earlier else None
+    entries = statement["institutions"].values()
+    with_others = [one for one in entries if _has_other_runs(config, one)]
+    return max(with_others, key=lambda one: one["ledger_epsilon"], default=None)
+
+
+def _has_other_runs(config: RunConfig, spent: Mapping[str, Any]) -> bool:
+    by_both = [
+        composition.epsilon(history(config, spent), spent["ledger_delta"], accountant)
+        for accountant in ("prv", "rdp")
+    ]
+    total, margin = spent["ledger_epsilon"], 1e-3  # of sums that another processor rounded
+    of_this_run = any(abs(total - own) <= margin * own for own in by_both)
+    return total > (1 + margin) * min(by_both) and not of_this_run
 
 
 def epsilon_alone(statement: Mapping[str, Any]) -> float | str | None:

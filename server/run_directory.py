@@ -176,7 +176,8 @@ class RunDirectory:
                 release the round between them a second time, under fresh noise.
 
         Raises:
-            InputError: If there are checkpoints, but no allowed one can be read.
+            InputError: If there are checkpoints, but no allowed one can be read, or none is there
+                though a round was begun: its releases would count in no statement.
         """
         from safetensors import SafetensorError
 
@@ -186,9 +187,12 @@ class RunDirectory:
                 return self._read(file)
             except (OSError, SafetensorError, ValueError, KeyError, TypeError):
                 continue  # a damaged file; the checkpoint before it is whole
-        if found:
+        begun = any(read_lines(self.path / name) for name in (ROUNDS, ORDERS))
+        if found or begun:
             raise InputError(
-                f"no checkpoint in {found[0].parent} can be read; start anew with another --out"
+                f"no checkpoint in {self.path / 'checkpoints'} can be read"
+                + ", but the run has begun" * (not found)
+                + "; restore it, or start anew with another --out"
             )
         return None
 

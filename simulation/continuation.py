@@ -66,15 +66,10 @@ def _check_ledgers(run_dir: Path, config: RunConfig, run: str) -> None:
             continue
         if path.exists():
             own = said["institutions"].get(name, {}).get("institution_says", {})
-            sigma = own.get("noise_multiplier")
             # those of privacy.json are of orders, which an institution may have refused
             least = own.get("steps", 0 if name in without_report else max(steps[name], 1))
             with Ledger.open(path) as ledger:
-                charged = sum(  # one-off releases, such as a noised size, have another noise
-                    event.steps
-                    for event in ledger.history(run)
-                    if sigma in (None, event.noise_multiplier)
-                )
+                charged = ledger.steps_of(run)
             if charged >= least:
                 continue
         raise InputError(

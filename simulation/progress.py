@@ -222,7 +222,7 @@ def add_privacy(
             f"epsilon {at_most(result['epsilon_max'])} at delta {delta}, per "
             f"{config.privacy.unit}, each institution",
         )
-        if (most := with_earlier_runs(privacy, result)) is not None:
+        if (most := with_earlier_runs(config, privacy)) is not None:
             table.add_row(
                 "with earlier runs",
                 f"epsilon {at_most(most['ledger_epsilon'])} at delta {most['ledger_delta']:g}, of "

@@ -86,6 +86,7 @@ def test_a_ledger_is_never_overwritten(path: Path) -> None:
         ({"max_epsilon": 0}, "max-epsilon is 0"),
         ({"max_epsilon": float("inf")}, "max-epsilon is inf"),
         ({"delta": 1.0}, "delta is 1.0"),
+        ({"delta": 1e-31}, "delta is 1e-31"),
         ({"accountant": "gdp"}, "accountant is 'gdp'"),
     ],
 )
@@ -365,8 +366,16 @@ def test_what_a_run_releases_once_is_paid_once_and_stays_the_same(path: Path) ->
             assert ledger.noised_size_of_run("run", 500.0 + round) == 501.0
         charge(ledger, 1, run_id="second", extra_events=(SIZE,))
         assert ledger.noised_size_of_run("second", 498.0) == 498.0
-        assert ledger.history("run") == (steps(3), SIZE)
+        assert ledger.history("run") == (steps(3), SIZE) and ledger.steps_of("run") == 3
         assert ledger.history() == composition.compose([steps(4), SIZE, SIZE])
+
+
+def test_a_size_with_the_noise_of_the_steps_is_no_step(path: Path) -> None:
+    alike = dataclasses.replace(STEP, steps=1)
+    with Ledger.open(path) as ledger:
+        charge(ledger, 1, extra_events=(alike,))
+        charge(ledger, 2, extra_events=(alike,))
+        assert ledger.steps_of("run") == 2 * STEP.steps and ledger.steps_of("another") == 0
 
 
 def test_the_once_released_size_counts_against_the_limit(tmp_path: Path) -> None:

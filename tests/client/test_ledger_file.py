@@ -261,6 +261,22 @@ def test_an_older_ledger_is_upgraded_and_keeps_all_it_says(path: Path, old: Path
         Ledger.open(old)
 
 
+@pytest.mark.parametrize("called", [1, 2])
+def test_a_ledger_that_is_called_older_than_it_is_is_not_upgraded(path: Path, called: int) -> None:
+    """An older version is checked less: its limits, records and keys could be changed."""
+    for statement in (
+        "UPDATE ledger SET fingerprint = NULL, unit = NULL",
+        "UPDATE charges SET key = zeroblob(32)",
+        "DELETE FROM answers",
+        "DROP TABLE closed",
+        f"PRAGMA user_version={called}",
+    ):
+        edit(path, statement)
+    with pytest.raises(Refusal, match=f"is not defined as in a ledger of version {called}"):
+        Ledger.open(path)
+    assert version(path) == called
+
+
 @pytest.mark.parametrize(
     "tampering",
     [

@@ -17,9 +17,11 @@ from cli.main import app
 from experiments import figures, opening, report, results
 from experiments.audit import findings
 from experiments.pages import NUMBER
+from fedlora import composition
 from fedlora.config import from_flat, load
 from fedlora.odds import group_delta
 from fedlora.rounding import at_most
+from server import privacy_statement
 from server.privacy_statement import promise
 from tests.samples import compared
 
@@ -380,6 +382,13 @@ def test_under_secure_aggregation_the_page_names_whom_to_trust(run_directory):
     text = shown(run_directory)
     assert "h = 2 honest institutions of 4" in text and "up to t = 1 institutions" in text
     assert "which promises no finite epsilon" in text
+    for one in privacy["institutions"].values():
+        one["epsilon_alone"] = 13.4
+    silent = {"Quiet": {"rounds_asked": 1, "epsilon_at_most": 8.0, "delta": 1e-5}}
+    for extra, said in (({}, "promises epsilon 13.4"), ({"without_report": silent}, "no finite")):
+        path.write_text(json.dumps(privacy | {"secure_aggregation": numbers} | extra))
+        assert said in shown(run_directory)
+    path.write_text(json.dumps(privacy | {"secure_aggregation": numbers}))
     assert "nobody else" not in text
     assert "For a customer with two records at one or several institutions" in text
     config.write_text(secure.replace({"privacy.unit": "label"}).to_toml())
@@ -486,6 +495,21 @@ def test_the_page_of_a_run_whose_ledgers_have_earlier_runs_states_their_sum(run_
     assert "All runs on these records together, as the ledgers have them: epsilon 11.19" in text
     assert "largest epsilon, all runs on the records" in text and "of this run alone" in text
     assert "with two or more records at an institution it promises nothing" in text
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_whether_a_ledger_has_other_runs_is_seen_at_its_own_delta(run_directory, accountant):
+    """Its epsilon may be below the run's where its delta is larger, and above where it is less."""
+    config = load(run_directory / "config.toml")
+    privacy = json.loads((run_directory / "privacy.json").read_text())
+    one = next(iter(privacy["institutions"].values()))
+    own = privacy_statement.history(config, one)
+    for delta in (1e-3, 1e-8):
+        for events, others in ((own, False), ((*own, *own), True)):
+            spent = composition.epsilon(events, delta, accountant)
+            entry = one | {"ledger_epsilon": spent, "ledger_delta": delta}
+            found = privacy_statement.with_earlier_runs(config, {"institutions": {"a": entry}})
+            assert (found == entry) == others and (found is None) != others
 
 
 @pytest.mark.parametrize("epsilon", [1e-4, 0.002, 0.5])

@@ -287,6 +287,13 @@ def test_a_target_that_no_noise_reaches_is_an_error() -> None:
             noise_multiplier(epsilon=target, delta=1e-5, sample_rate=0.25, steps=40)
 
 
+def test_a_noised_size_that_costs_the_whole_budget_is_named() -> None:
+    values = {"privacy.epsilon": 0.15, "privacy.size-noise": 10.0, "privacy.delta": 1e-5}
+    config = from_flat({**values, "federation.weighting": "noised-size"})
+    with pytest.raises(InputError, match=r"privacy.size-noise is 10.* costs epsilon .* 0.15"):
+        plan_run(config, 100, 20)
+
+
 def test_a_plan_pays_for_the_noised_size_too() -> None:
     values = {
         "privacy.epsilon": 4.0,

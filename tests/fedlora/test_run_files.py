@@ -61,7 +61,9 @@ def test_a_checkout_reports_its_own_commit(repository):
     assert commit_seen_from(package) == git(repository, "rev-parse", "HEAD")
 
 
-@pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [None, b"{", b"\xff", b"[" * 100_000, b"5", b"[]", b'{"a": {"b": 1, "b": 2}}']
+)
 def test_a_result_that_is_missing_or_broken_is_refused_with_its_directory(tmp_path, content):
     assert not run_files.is_complete(tmp_path)
     if content is not None:

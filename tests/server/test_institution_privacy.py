@@ -128,6 +128,20 @@ def test_a_damaged_newest_checkpoint_is_replaced_only_where_no_round_is_released
     assert state is not None and state.round == 2 and older.exists()
 
 
+def test_a_run_that_has_begun_does_not_begin_anew_without_its_checkpoints(
+    tiny_config, simulate_run, tmp_path
+):
+    config = tiny_config(**{"privacy.institution-epsilon": 5.0})
+    simulate_run(config)
+    directory = RunDirectory(Path(config.run_dir))
+    for file in (directory.path / "checkpoints").iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match="can be read, but the run has begun; restore it"):
+        directory.latest()
+    (tmp_path / "new").mkdir()
+    assert RunDirectory(tmp_path / "new").latest() is None  # killed before its first round
+
+
 def test_with_institution_level_dp_a_resume_takes_the_newest_checkpoint_or_none(
     tiny_config, simulate_run
 ):

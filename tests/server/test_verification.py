@@ -170,8 +170,23 @@ def test_files_that_are_added_or_lost_are_found(run_directory):
     (run_directory / "adapter" / "modeling.py").write_text("import os")
     assert failing(run_directory) == {"files"}
     (run_directory / "adapter" / "modeling.py").unlink()
+    elsewhere = run_directory.parent / "elsewhere"
+    elsewhere.mkdir()
+    for target in (elsewhere, elsewhere / "nothing"):
+        (run_directory / "adapter" / "more").symlink_to(target)
+        assert failing(run_directory) == {"files"}
+        (run_directory / "adapter" / "more").unlink()
+    assert failing(run_directory) == set()
     (run_directory / "adapter" / "README.md").unlink()
     assert failing(run_directory) == {"files"}
+
+
+def test_a_statement_with_a_key_twice_is_not_read(run_directory):
+    """A program reads the last one, and a person the first."""
+    file = run_directory / "privacy.json"
+    file.write_text('{"protects": "Every customer.", ' + file.read_text().lstrip()[1:])
+    done = runner.invoke(app, ["verify", str(run_directory)])
+    assert done.exit_code == 2 and "a key stands twice" in done.stderr
 
 
 def test_other_records_and_other_base_weights_are_found(
