@@ -79,6 +79,23 @@ class Factors(NamedTuple):
         return tensors
 
 
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of PEFT's ``init_lora_weights`` that leave the base's weights as they are."""
+CHANGES_MEANING = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_bias",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Settings of PEFT under which tensors of the same names are another function."""
+
+
 def saved_scale(directory: Path) -> Scale:
     """The scale of a saved adapter.
 
@@ -89,6 +106,8 @@ def saved_scale(directory: Path) -> Scale:
         saved: Any = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         scale = Scale(float(saved["lora_alpha"]), bool(saved["use_rslora"]))
         varied = bool(saved.get("alpha_pattern"))
+        start = saved.get("init_lora_weights", True)
+        other = [f"{key} {saved[key]!r}"[:80] for key in CHANGES_MEANING if saved.get(key)]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{directory / CONFIG_FILE} cannot be read ({type(error).__name__}); give a directory "
@@ -98,6 +117,14 @@ def saved_scale(directory: Path) -> Scale:
         raise InputError(
             f"{directory / CONFIG_FILE} has alpha_pattern, a scale of its own for some layers, "
             "which no run here has; give an adapter with one lora_alpha"
+        )
+    if start not in PLAIN_STARTS:
+        other.append(f"init_lora_weights {start!r}"[:80])
+    if other:
+        raise InputError(
+            f"{directory / CONFIG_FILE} has {', '.join(other)}: its tensors then belong to changed "
+            "base weights, or to a part of the tokens, and would be another model here; give an "
+            "adapter of plain LoRA, rsLoRA or DoRA"
         )
     return scale
 
@@ -320,9 +347,18 @@ def open_for(directory: Path, start: AdapterState, *, residuals: bool) -> Adapte
     Raises:
         InputError: If a file is missing or damaged, or a layer is not one of ``start``.
     """
-    saved = AdapterState.open(directory)
+    opened = AdapterState.open(directory)
+    saved = AdapterState(  # PEFT saves in the dtype that its user trained in
+        {name: t.float() if t.is_floating_point() else t for name, t in opened.items()}
+    )
     if not residuals:
         return saved
+    for name, tensor in saved.items():
+        if kind(name) in ("A", "B") and (tensor.dim() != 2 or not tensor.numel()):
+            raise InputError(
+                f"the adapter in {directory} does not fit: {name} has the shape "
+                f"{tuple(tensor.shape)}, and a factor has rows and columns"
+            )
     try:
         return saved.as_residual(start, saved_scale(directory))
     except KeyError as error:

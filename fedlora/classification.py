@@ -33,9 +33,10 @@ class Classification(Task):
 
     encoding: PlainText | LabelPrompt
 
-    def __init__(self, encoding: PlainText | LabelPrompt) -> None:
+    def __init__(self, encoding: PlainText | LabelPrompt, vocabulary: int = 0) -> None:
         # With padding on the left, the answer follows the last position of every row.
-        super().__init__(encoding, "left" if isinstance(encoding, LabelPrompt) else "right")
+        side = "left" if isinstance(encoding, LabelPrompt) else "right"
+        super().__init__(encoding, side, vocabulary)
         self._label_tokens: dict[tuple[str, ...], torch.Tensor] = {}
 
     def first_position(self, model: nn.Module) -> int | None:

@@ -353,9 +353,14 @@ def _check_positions(model: PeftModel, task: Task) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     if not any(kind in str(rope) for kind in LENGTH_DEPENDENT):
         return
-    given = (rope, vars(config))
+    nested = [one for one in rope.values() if isinstance(one, dict)]  # by type of layer
     keys = ("original_max_position_embeddings", "max_position_embeddings")
-    limits = [n for found in given for key in keys if type(n := found.get(key)) is int]
+    limits = [
+        n
+        for found in (rope, *nested, vars(config))
+        for key in keys
+        if type(n := found.get(key)) is int
+    ]
     longest = task.encoding.max_length
     if longest > min(limits, default=0):
         raise _Flaw(

@@ -99,8 +99,8 @@ def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
         seed: The seed of the initial A.
 
     Raises:
-        InputError: If a target module is not in the model or is not a linear layer, or the rank is
-            above the largest rank of one of these layers.
+        InputError: If a target module is not in the model or is not a linear layer, the rank is
+            above the largest rank of one of these layers, or DoRA finds a row of zeros in one.
     """
     targets = _targets(base.model, spec.target_modules)
     _check_rank(base.model, spec.rank, targets)
@@ -134,6 +134,12 @@ def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
             if ADAPTER in layer.lora_magnitude_vector:
                 magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[ADAPTER].weight)
                 magnitude.copy_(dense_weight(layer.get_base_layer()).norm(dim=1))
+                if zeros := int((magnitude == 0).sum()):
+                    raise InputError(
+                        f"adapter.method is {spec.method}, which divides by the norm of each row, "
+                        f"and {zeros} rows of {name} in {base.name} are zero; take lora or "
+                        "rslora, or other adapter.target-modules"
+                    )
     return model
 
 

@@ -84,9 +84,9 @@ class LowRankUpdate(torch.autograd.Function):
                 grad_x = _product(gu, _values(a, 0, unit, own), of).to(x.dtype).view(x.shape)
             if for_a:
                 inputs = x.reshape(-1, x.shape[-1])
-                grad_a = _factor_gradient(gu[:, : a.shape[-2]], inputs, of, a, unit)
+                grad_a = _factor_gradient(_columns(gu, a.shape[-2]), inputs, of, a, unit)
         if for_b:
-            grad_b = _factor_gradient(g, u[:, : b.shape[-1]], of, b, unit)
+            grad_b = _factor_gradient(g, _columns(u, b.shape[-1]), of, b, unit)
         return grad_x, grads[0], grad_a, grad_b, None, None, None, None, None
 
 
@@ -136,6 +136,15 @@ def _values(
     return F.pad(values, (0, 0, 0, missing) if rank_dim == -2 else (0, missing))
 
 
+def _columns(rows: torch.Tensor, rank: int) -> torch.Tensor:
+    """The first columns of rows that are padded as `_values` are.
+
+    Of rank 1 all: products of one column are computed by a kernel whose last bits depend on the
+    place in a batch. The other columns are zeros, and the gradient is cut to the factor's shape.
+    """
+    return rows[:, :rank] if rank > 1 else rows
+
+
 def _factor_gradient(
     left: torch.Tensor,
     right: torch.Tensor,
@@ -144,12 +153,14 @@ def _factor_gradient(
     unit: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gradient of a factor: per unit if it is expanded, else summed over all rows."""
+    p, q = factor.shape[-2:]
     if factor.dim() == 2:
-        return left.float().T @ right.float()
+        return (left.float().T @ right.float())[:p, :q]
     if not isinstance(of, int):
         each = of.outer(left, right)
     else:
         each = torch.bmm(_each(left, of).mT, _each(right, of))
+    each = each[:, :p, :q]
     if unit is None:
         return each
     return each.new_zeros(factor.shape).index_add_(0, unit, each)

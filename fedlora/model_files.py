@@ -41,6 +41,7 @@ class ModelFiles:
             hidden states.
         positions: The number of positions, the most tokens of a row; 0 when ``config.json`` sets
             no limit.
+        vocabulary: The number of tokens that it knows; 0 when ``config.json`` does not say.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelFiles:
     weights: tuple[Path, ...]
     kind: Kind
     positions: int
+    vocabulary: int
 
 
 def resolve(name: str) -> ModelFiles:
@@ -180,6 +182,8 @@ def _inspect(name: str, path: Path) -> ModelFiles:
         causal = any(item.endswith(CAUSAL_ARCHITECTURES) for item in architectures)
         own = config.get("encoder") or config  # a merged classifier describes its encoder there
         positions = int(own.get("max_position_embeddings") or own.get("n_positions") or 0)
+        text = own.get("text_config") or own
+        vocabulary = int(text.get("vocab_size") or 0)
     except (
         OSError,
         ValueError,
@@ -217,6 +221,7 @@ def _inspect(name: str, path: Path) -> ModelFiles:
         weights=weights,
         kind="causal" if causal else "encoder",
         positions=positions,
+        vocabulary=vocabulary,
     )
 
 

@@ -50,6 +50,7 @@ def _load(
             prompt=settings.prompt,
             max_length=max_length,
             positions=files.positions,
+            vocabulary=files.vocabulary,
         ).encode
 
     federation = data.prepare(

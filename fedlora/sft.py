@@ -40,8 +40,8 @@ class Sft(Task):
 
     encoding: ResponsePrompt
 
-    def __init__(self, encoding: ResponsePrompt) -> None:
-        super().__init__(encoding, "right")
+    def __init__(self, encoding: ResponsePrompt, vocabulary: int = 0) -> None:
+        super().__init__(encoding, "right", vocabulary)
 
     def losses(
         self, model: nn.Module, batch: Batch | PackedBatch, labels: tuple[str, ...]

@@ -17,6 +17,7 @@ def choose_task(
     prompt: str,
     max_length: int,
     positions: int = 0,
+    vocabulary: int = 0,
 ) -> Task:
     """The task of a configuration.
 
@@ -28,6 +29,7 @@ def choose_task(
             ``{labels}`` where it lists them; empty for the task's own.
         max_length: ``training.max-length``, in tokens.
         positions: The model's number of positions; 0 when it sets no limit.
+        vocabulary: The number of tokens that the model knows; 0 when that is not known.
 
     Raises:
         InputError: For a prompt on an encoder, an encoder for sft, a tokenizer without a fast
@@ -51,12 +53,15 @@ def choose_task(
             raise InputError(
                 "data.prompt is for causal models, but model.name is an encoder; leave it empty"
             )
-        return Classification(PlainText(tokenizer=tokenizer, max_length=max_length))
+        plain = PlainText(tokenizer=tokenizer, max_length=max_length)
+        return Classification(plain, vocabulary)
     if task == "classification":
         label_prompt = prompt or LABEL_PROMPT
         return Classification(
-            LabelPrompt(tokenizer=tokenizer, prompt=label_prompt, max_length=max_length)
+            LabelPrompt(tokenizer=tokenizer, prompt=label_prompt, max_length=max_length), vocabulary
         )
+    response_prompt = prompt or RESPONSE_PROMPT
     return Sft(
-        ResponsePrompt(tokenizer=tokenizer, prompt=prompt or RESPONSE_PROMPT, max_length=max_length)
+        ResponsePrompt(tokenizer=tokenizer, prompt=response_prompt, max_length=max_length),
+        vocabulary,
     )

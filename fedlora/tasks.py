@@ -6,6 +6,7 @@ computed only at the positions of a loss: with a vocabulary of 50,000 all of the
 than much of the forward.
 """
 
+import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
@@ -48,22 +49,43 @@ class Task(ABC):
     Args:
         encoding: The encoding of texts and answers as tokens and targets.
         side: The side on which batches are padded.
+        vocabulary: The number of tokens that the model knows; 0 when that is not known.
     """
 
     physical_batch = 64
     """The most rows of one pass of an evaluation."""
 
-    def __init__(self, encoding: PlainText | LabelPrompt | ResponsePrompt, side: Side) -> None:
+    def __init__(
+        self, encoding: PlainText | LabelPrompt | ResponsePrompt, side: Side, vocabulary: int = 0
+    ) -> None:
         tokenizer = encoding.tokenizer
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-        self._pad_id: int = next((i for i in ids if i is not None), 0)
+        self._most = min(vocabulary or len(tokenizer), len(tokenizer))
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        self._pad_id = self._known(pad, end)
+        self._unknown_id = self._known(tokenizer.unk_token_id, end, pad)
         self._tokenizer = tokenizer
         self._side: Side = side
         self.encoding = encoding
 
+    def _known(self, *ids: int | None) -> int:
+        """The first of these ids that is a token of the model, or 0."""
+        return next((i for i in ids if i is not None and i < self._most), 0)
+
     def encode(self, texts: list[str], answers: list[str], labels: tuple[str, ...]) -> Encoded:
-        """Tokens and targets of rows; see the encodings in `fedlora.encoding`."""
-        return self.encoding.encode(texts, answers, labels)
+        """Tokens and targets of rows; see the encodings in `fedlora.encoding`.
+
+        A token that was added to the tokenizer and not to the model becomes the unknown one, and a
+        row without a token gets that: one such row would fail in the model, and under DP a failure
+        must not follow from a record.
+        """
+        found = self.encoding.encode(texts, answers, labels)
+        if all(found.ids) and self._most == len(self._tokenizer):
+            return found
+        ids = [
+            [i if i < self._most else self._unknown_id for i in row] or [self._unknown_id]
+            for row in found.ids
+        ]
+        return dataclasses.replace(found, ids=ids)
 
     def collate(self, shard: Shard, indices: Sequence[int] | Int64, width: int = 0) -> Batch:
         """The batch of these rows for `losses`, padded to ``width``, or to the longest row."""

@@ -6,6 +6,7 @@ Loading is the slow part of a round, so each process loads once and swaps adapte
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,7 +27,9 @@ from fedlora import (
 )
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
+from fedlora.data import shard_of
 from fedlora.encoder import EncoderClassifier
+from fedlora.encoding import Encoded
 from fedlora.errors import InputError, Refusal
 from fedlora.per_sample import PerSampleAdapters
 from fedlora.sections import AdapterConfig, ModelConfig
@@ -183,14 +186,18 @@ def _load(settings: _Settings) -> Trainable:
                 f"training.gradient-checkpointing is true, which {model.name} does not take "
                 f"({' '.join(str(error).split())}); set it to false"
             ) from None
+    files = model_files.resolve(model.name)
     task = choose_task(
         model.task,
         base.kind,
         base.tokenizer,
         prompt=settings.prompt,
         max_length=settings.max_length,
-        positions=model_files.resolve(model.name).positions,
+        positions=files.positions,
+        vocabulary=files.vocabulary,
     )
+    if files.positions and settings.max_length > files.positions // 2:
+        _check_longest_row(peft_model, task, labels)
     per_sample = PerSampleAdapters(peft_model)
 
     def examine() -> exactness.Verdict:
@@ -216,6 +223,30 @@ def _load(settings: _Settings) -> Trainable:
         start=AdapterState.read(peft_model),
         first_position=verdict.first_position,
     )
+
+
+def _check_longest_row(model: Any, task: Task, labels: tuple[str, ...]) -> None:
+    """Check that the model takes a row of ``training.max-length`` tokens.
+
+    RoBERTa's family counts positions from after padding, so that it takes fewer tokens than its
+    configuration says. Under DP a row that fails would show in the reply.
+
+    Raises:
+        InputError: If it does not.
+    """
+    words, length = task.words(model), task.encoding.max_length
+    ids = list(itertools.islice(itertools.cycle(words), length))
+    target = 0 if labels else length // 2  # for sft where the response begins
+    row = shard_of(Encoded(ids=[ids], targets=[target], truncated=[False]))
+    try:
+        with torch.no_grad():
+            task.losses(model, task.collate(row, [0], length), labels)
+    except (IndexError, RuntimeError) as error:
+        raise InputError(
+            f"training.max-length is {length}, but the base model fails on a row of so many tokens "
+            f"({' '.join(str(error).split())[:120]}); lower it by a few tokens: some models count "
+            "positions from after padding"
+        ) from None
 
 
 def _question(settings: _Settings, base: models.Base, spec: lora.LoraSpec) -> dict[str, Any]:

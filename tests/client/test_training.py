@@ -108,7 +108,9 @@ def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residua
     federation = records.load(config)
     work = trainable.load(config, federation.labels)
     if packed and work.first_position is None:
+        eight = trainable.load(config.replace({"adapter.rank": 8}), federation.labels)
         trainable.forget()
+        assert eight.first_position is None  # no rank is worse than a whole eight
         pytest.skip("with this processor's products the examination makes rows padded")
     generator = torch.Generator().manual_seed(1)
     state = {n: 2 * torch.randn(t.shape, generator=generator) for n, t in work.start.items()}

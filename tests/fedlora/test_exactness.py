@@ -76,6 +76,27 @@ REFUSED = {
         (),
         "rotary positions change with the longest row of a pass above 6 tokens",
     ),
+    "longrope by type of layer": (
+        hf.Gemma3TextConfig(
+            **SIZE,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=256,
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "original_max_position_embeddings": 6,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [4.0] * 4,
+                    "factor": 3.2,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+        ("q_proj", "v_proj"),
+        "rotary positions change with the longest row of a pass above 6 tokens",
+    ),
     "dynamic": (
         _rope(rope_type="dynamic", factor=4.0, original_max_position_embeddings=6),
         (),
@@ -88,7 +109,7 @@ EXACT = {
     "llama": (LLAMA, (), True),
     "lfm2": (families.tiny("lfm2"), ("q_proj", "v_proj"), False),
 }
-CAUSAL = ("bart", "llama", "lfm2", "longrope", "dynamic")
+CAUSAL = ("bart", "llama", "lfm2", "longrope", "longrope by type of layer", "dynamic")
 
 
 def made(name, directory, config=None):
@@ -108,6 +129,29 @@ def test_layers_without_exact_gradients_are_refused_by_name_at_load(name, physic
     with pytest.raises(InputError, match=reason) as refused:
         families.load(made(name, tmp_path), targets, **values)
     assert "choose other adapter.target-modules" in str(refused.value)
+
+
+ROBERTA = hf.RobertaConfig(**SIZE, max_position_embeddings=26, type_vocab_size=1)
+
+
+def test_a_length_that_the_model_cannot_take_is_refused_before_a_record_shows_it(tmp_path):
+    """RoBERTa counts positions from after padding: of 26 it takes 24."""
+    made("roberta", tmp_path, ROBERTA)
+    with pytest.raises(InputError, match=r"training.max-length is 25, but the base model fails"):
+        families.load(tmp_path, (), **{"training.max-length": 25})
+    assert families.load(tmp_path, (), **{"training.max-length": 24})
+
+
+def test_a_token_that_the_model_does_not_know_is_read_as_the_unknown_one(tmp_path):
+    made("bert", tmp_path)
+    tokenizer = families.tokenizer()
+    tokenizer.add_tokens(["TICKER"])
+    tokenizer.save_pretrained(tmp_path)
+    task = families.load(tmp_path, ()).task
+    label = families.LABELS[0]
+    found = task.encode(["w1 TICKER w2", ""], [label, label], families.LABELS)
+    one, two = (tokenizer.convert_tokens_to_ids(word) for word in ("w1", "w2"))
+    assert found.ids == [[one, tokenizer.unk_token_id, two], [tokenizer.unk_token_id]]
 
 
 @pytest.mark.parametrize("name", EXACT)

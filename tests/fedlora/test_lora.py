@@ -52,6 +52,18 @@ def test_dora_magnitudes_start_at_the_row_norms_of_the_base(directories, quantiz
     torch.testing.assert_close(magnitude, plain, rtol=tolerance, atol=0)
 
 
+def test_dora_refuses_a_row_of_zeros_which_has_no_direction(directories):
+    for method in ("lora", "dora"):
+        base = load(directories / "llama")
+        with torch.no_grad():
+            base.model.model.layers[0].self_attn.q_proj.weight[3] = 0
+        if method == "lora":
+            assert lora.attach(base, spec(method), seed=1)
+            continue
+        with pytest.raises(InputError, match=r"1 rows of .*q_proj in .* are zero; take lora"):
+            lora.attach(base, spec(method), seed=1)
+
+
 def test_every_default_target_is_in_the_model_it_is_for():
     checked = 0
     for model_type in lora.TARGETS:

@@ -6,12 +6,13 @@ import re
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
 from client.ledger import Ledger
 from experiments import report
 from fedlora import finished_run, records, trainable
-from fedlora.adapters import AdapterState, kind
+from fedlora.adapters import AdapterState, kind, open_for
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from server.start import _same_records, start_adapter
@@ -94,6 +95,48 @@ def test_an_adapter_with_a_scale_of_its_own_for_some_layers_is_refused(work, tmp
     (place / "adapter_config.json").write_text(json.dumps(saved | {"alpha_pattern": {"query": 64}}))
     with pytest.raises(InputError, match="alpha_pattern"):
         started(work, place)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"alora_invocation_tokens": [1, 2]},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_is_another_function_by_the_same_names_is_refused(work, tmp_path, setting):
+    """PiSSA and OLoRA change the base's weights, aLoRA acts on some of the tokens."""
+    _, made = work
+    place = tmp_path / "adapter"
+    made.start.save(place, made.model)
+    saved = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(saved | setting))
+    with pytest.raises(InputError, match=next(iter(setting))):
+        started(work, place)
+
+
+@pytest.mark.parametrize("residuals", [False, True])
+def test_an_adapter_in_16_bits_is_taken_and_a_damaged_one_is_refused(work, tmp_path, residuals):
+    _, made = work
+    place = tmp_path / "adapter"
+    moved(made.start).save(place, made.model)
+    file = place / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    halves = {name: t.bfloat16() for name, t in tensors.items()}
+    safetensors.torch.save_file(halves, file)
+    found = open_for(place, made.start, residuals=residuals)
+    assert all(t.dtype == torch.float32 for t in found.values())
+    assert residuals or found.validate_against(made.start) is None
+    name = next(name for name in tensors if "lora_A" in name)
+    for wrong in (tensors[name][:0], tensors[name].sum(), tensors[name].flatten()):
+        safetensors.torch.save_file(tensors | {name: wrong.contiguous()}, file)
+        with pytest.raises(InputError, match="does not fit"):
+            if residuals:
+                open_for(place, made.start, residuals=True)
+            else:
+                started(work, place)
 
 
 def test_a_missing_directory_is_refused_by_name(work, tmp_path):
