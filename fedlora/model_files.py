@@ -20,7 +20,7 @@ from fedlora.files import expanded, sha256
 Kind = Literal["encoder", "causal"]
 Task = Literal["classification", "sft"]
 
-CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")
+CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "GenerationDecoder")
 """Endings of the class names of causal models in config.json."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MERGED = "merged.json"
