@@ -42,9 +42,17 @@ class Assignment:
 
 
 def normalise(text: str) -> str:
-    """Return the form in which texts are compared: `folded`, only words and numbers."""
+    """Return the form in which texts are compared: `folded`, only words and numbers.
+
+    Marks are part of a word: in Hindi, Thai or Arabic they are its vowels.
+    """
     shown = folded(text)
-    return " ".join(re.findall(r"\w+", shown)) or shown
+    if shown.isascii():
+        return " ".join(re.findall(r"\w+", shown)) or shown
+    kept = (
+        c if c == "_" or c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in shown
+    )
+    return " ".join("".join(kept).split()) or shown
 
 
 def hold_out(

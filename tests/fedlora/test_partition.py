@@ -27,6 +27,8 @@ def test_texts_that_differ_in_case_space_or_punctuation_count_as_equal() -> None
     assert normalise("\ufb01nance") == "finance"
     assert normalise("re\xadpay\u200bment") == "repayment"  # as a PDF hyphenates
     assert normalise("loss") != normalise("loss 1")
+    assert len({normalise(text) for text in ("कि", "की", "का")}) == 3  # vowels are marks
+    assert normalise("é, (naïve_1) – 北京!") == "é naïve_1 北京"
     assert normalise("?!") != normalise("!")
 
 
