@@ -17,7 +17,7 @@ from experiments import ready
 from fedlora import config_schema
 from fedlora.config import RunConfig, accepting, describe, load, parse_overrides
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG
+from fedlora.run_files import CONFIG, finite
 from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
@@ -207,6 +207,7 @@ def evaluate(
         return
     table = Table(show_header=False)
     truncated, max_length = result.pop("truncated"), result.pop("max_length")
+    left_out = {key: result.pop(key) for key in ("without_text", "without_label")}
     for key, value in result.items():
         if key != "per_class":
             name = "rows" if key == "n" else key.replace("_", " ")
@@ -214,6 +215,9 @@ def evaluate(
     progress.add_baseline(table, result)
     if truncated:
         table.add_row("cut to length", progress.longer(truncated, max_length))
+    for key, count in left_out.items():
+        if count:
+            table.add_row("left out", f"{count} row{'s' * (count != 1)} {key.replace('_', ' ')}")
     for label, counts in result.get("per_class", {}).items():
         table.add_row(
             label,
@@ -248,16 +252,17 @@ def predict(
 
     if bool(text) == bool(data):
         raise InputError("give texts or --data with a file of texts, and not both")
+    overrides = parse_overrides(assign or [])
     if data:
-        config = finished_run.configuration(run_dir, parse_overrides(assign or []))
+        config = finished_run.configuration(run_dir, overrides)
         given = answer_files.read(data, config.data.text, config.data.csv_form)
-    elif assign:
-        raise InputError("--set names the columns of a file; give --data too")
+    elif of_files := sorted(key for key in overrides if key.startswith("data.")):
+        raise InputError(f"--set has {of_files[0]}, which is for a file; give --data too")
     else:
         given = answer_files.of(text or [])
     if out is not None:
         answer_files.check_out(out, given)
-    result = finished_run.predict(run_dir, given.texts, institution, own_model=own)
+    result = finished_run.predict(run_dir, given.texts, institution, overrides, own_model=own)
     if out is not None:
         answer_files.write(out, given, result["answers"])
     if as_json:
@@ -365,10 +370,12 @@ def show_config(
         return
     if config is not None:
         resolved = load(ready.locate(config), parse_overrides(assign or []))
-        print(
-            json.dumps(resolved.flat()) if as_json else resolved.to_toml(),
-            end="" if not as_json else "\n",
-        )
+        if as_json:
+            lists = {name for name, kind, *_ in describe() if kind.startswith("list of")}
+            flat = {k: json.loads(str(v)) if k in lists else v for k, v in resolved.flat().items()}
+            print(json.dumps(finite(flat)))
+        else:
+            print(resolved.to_toml(), end="")
         return
     if assign:
         raise InputError("--set changes a file's values; give a CONFIG too")

@@ -41,6 +41,7 @@ from fedlora.budget import delta_of, plan_run
 from fedlora.composition import Event
 from fedlora.config import UNRELEASED, RunConfig
 from fedlora.errors import Refusal
+from fedlora.files import expanded
 from fedlora.messages import (
     ClientUpdate,
     EvaluateOrder,
@@ -94,9 +95,13 @@ class Institution:
 
     @classmethod
     def locate(cls, config: RunConfig, index: int) -> Self:
-        """The institution with this number in a simulation."""
+        """The institution with this number in a simulation.
+
+        Raises:
+            InputError: If the path of its ledgers begins with an unknown ``~NAME``.
+        """
         name = records.load(config).names[index]
-        ledgers = Path(config.privacy.ledger or Path(config.run_dir) / "ledgers")
+        ledgers = expanded(config.privacy.ledger or str(Path(config.run_dir) / "ledgers"))
         return cls(
             config=config,
             name=name,

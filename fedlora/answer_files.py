@@ -52,7 +52,8 @@ def read(source: str, text: str, form: CsvForm = PLAIN) -> Texts:
         form: The delimiter and encoding of a ``.csv`` file.
 
     Raises:
-        InputError: If the file cannot be read, a column is missing, or a row has no text.
+        InputError: If the file cannot be read or has another form, a column is missing, or a row
+            has no text.
     """
     place = "standard input" if source == STDIN else source
     try:
@@ -61,8 +62,8 @@ def read(source: str, text: str, form: CsvForm = PLAIN) -> Texts:
             found = [{"text": line.rstrip("\r")} for line in lines if lines != [""]]
             columns, wanted = ["text"], ["text"]
         else:
-            found, columns = _rows(source, form)
-            wanted = [column.strip() for column in text.split(",")]
+            wanted = rows.text_columns(text)
+            found, columns = _rows(source, wanted, form)
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -92,9 +93,9 @@ def check_out(out: Path, texts: Texts) -> None:
     """
     if out.suffix.lower() not in KINDS:
         raise InputError(f"--out is {str(out)!r}; its name must end in {' or '.join(KINDS)}")
-    if out.exists():
-        raise InputError(f"{out} exists; give an --out that does not exist")
     try:
+        if out.exists():
+            raise InputError(f"{out} exists; give an --out that does not exist")
         existing_parent(out)
     except OSError as error:
         raise InputError(f"{error}; give another --out") from None
@@ -111,7 +112,11 @@ def check_out(out: Path, texts: Texts) -> None:
 
 
 def write(out: Path, texts: Texts, answers: Sequence[dict[str, Any]]) -> None:
-    """Write the rows with their answers, whole or not at all; see `check_out`."""
+    """Write the rows with their answers, whole or not at all; see `check_out`.
+
+    Raises:
+        InputError: If the file cannot be written, as on a full disk.
+    """
     added = [name for name in (ANSWER, SCORE) if name in answers[0]]
     both = [
         row | {name: answer[name] for name in added}
@@ -124,11 +129,18 @@ def write(out: Path, texts: Texts, answers: Sequence[dict[str, Any]]) -> None:
         table.writerows(both)
     else:
         content.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in both)
-    write_atomic(out, content.getvalue().encode())
+    try:
+        write_atomic(out, content.getvalue().encode())
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written ({error.strerror}); give another --out"
+        ) from None
 
 
-def _rows(source: str, form: CsvForm) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a file and its columns."""
+def _rows(
+    source: str, wanted: Sequence[str], form: CsvForm
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a file and its columns; none of an empty file."""
     path = expanded(source)
     if path.suffix.lower() not in KINDS:
         raise InputError(
@@ -136,7 +148,10 @@ def _rows(source: str, form: CsvForm) -> tuple[list[dict[str, Any]], list[str]]:
             "standard input"
         )
     if path.suffix.lower() == ".csv":
-        columns, *found = csv_files.records(source, path, form)
+        csv_files.check_not_utf8(source, path, form)
+        columns = csv_files.header(source, path, form)
+        csv_files.check_delimiter(source, path, wanted, form, columns)
+        found = list(csv_files.records(source, path, form))[1:]
         if len(set(columns)) < len(columns):
             raise ValueError("two columns have the same name")
         return [dict(zip(columns, row, strict=True)) for row in found], columns

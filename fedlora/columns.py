@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 from fedlora.errors import InputError, RecordError
@@ -60,8 +62,10 @@ def unreadable(source: str, error: Exception) -> InputError:
 def as_text(value: Any, source: str, column: str) -> str:
     """A value of a row as text; a missing one is the empty text.
 
+    Dates and times are written as ISO 8601 does; pandas' timestamps are dates too.
+
     Raises:
-        InputError: If it is no text, number or truth value, or no Unicode.
+        InputError: If it is no text, number, date or truth value, or no Unicode.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -74,8 +78,13 @@ def as_text(value: Any, source: str, column: str) -> str:
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Decimal):
+        return "" if value.is_nan() else str(value)
     if isinstance(value, int | float):
         return str(value)
+    if isinstance(value, date):
+        text = value.isoformat()
+        return "" if text == "NaT" else text  # pandas' missing date
     raise InputError(
         f"column {column!r} of {source} holds a {type(value).__name__}; it must hold one text or "
         "number a row: flatten it"

@@ -3,7 +3,7 @@
 import codecs
 import csv
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +69,9 @@ def read(source: str, path: Path, wanted: Mapping[str, str], form: CsvForm) -> R
         InputError: If the file has another delimiter or encoding, lacks a column, has one twice,
             or cannot be read.
     """
-    _check_not_utf8(source, path, form)
+    check_not_utf8(source, path, form)
     columns = header(source, path, form)
-    _check_delimiter(source, path, wanted, form, columns)
+    check_delimiter(source, path, wanted, form, columns)
     check_columns(source, wanted, columns)
     check_single(source, wanted, columns)
     places = {column: columns.index(column) for column in wanted}
@@ -96,6 +96,8 @@ def header(source: str, path: Path, form: CsvForm) -> list[str]:
 def records(source: str, path: Path, form: CsvForm, *, strict: bool = True) -> Generator[list[str]]:
     """The header of a CSV file, then its rows; blank lines and Excel's line ``sep=;`` are left out.
 
+    Names in the header are stripped of white space, as after the comma in ``id, text``.
+
     Args:
         source: The source, for messages.
         path: The file.
@@ -115,7 +117,8 @@ def records(source: str, path: Path, form: CsvForm, *, strict: bool = True) -> G
             reader = csv.reader(file, delimiter=DELIMITERS[form.delimiter], strict=strict)
             for row in reader:
                 if row and not (columns is None and _EXCEL.fullmatch(row[0])):
-                    columns = columns or row
+                    if columns is None:
+                        columns = row = [name.strip() for name in row]
                     if strict and len(row) != len(columns):
                         raise InputError(
                             f"data source {source!r} has {len(row)} values in the row from line "
@@ -159,10 +162,21 @@ def _decodes(content: bytes, encoding: str) -> bool:
     return True
 
 
-def _check_delimiter(
-    source: str, path: Path, wanted: Mapping[str, str], form: CsvForm, columns: list[str]
+def check_delimiter(
+    source: str, path: Path, wanted: Iterable[str], form: CsvForm, columns: list[str]
 ) -> None:
-    """Refuse a file whose header lacks a column only because its delimiter is another one."""
+    """Refuse a file whose header lacks a column only because its delimiter is another one.
+
+    Args:
+        source: The source, for messages.
+        path: The file.
+        wanted: The columns that are needed.
+        form: The file's delimiter and encoding.
+        columns: The file's columns in this form.
+
+    Raises:
+        RecordError: Naming the other delimiter.
+    """
     if all(column in columns for column in wanted):
         return
     for name in DELIMITERS:
@@ -191,8 +205,17 @@ def _wrong_encoding(source: str, path: Path, form: CsvForm) -> InputError | None
     return None
 
 
-def _check_not_utf8(source: str, path: Path, form: CsvForm) -> None:
-    """Refuse to read UTF-8 as another encoding: most of them accept all bytes as wrong letters."""
+def check_not_utf8(source: str, path: Path, form: CsvForm) -> None:
+    """Refuse to read UTF-8 as another encoding: most of them accept all bytes as wrong letters.
+
+    Args:
+        source: The source, for messages.
+        path: The file.
+        form: The encoding that the file is said to have.
+
+    Raises:
+        InputError: If the file is in UTF-8 and not in ASCII, and ``form`` says otherwise.
+    """
     if form.codec == "utf-8-sig":
         return
     content = path.read_bytes()

@@ -121,7 +121,7 @@ def _entry(base: Path, kind: str, key: list[Any]) -> Path:
 
 def load_shard(
     settings: DataConfig, source: str, *, labels: tuple[str, ...], encode: Encode
-) -> tuple[Shard, int]:
+) -> tuple[Shard, dict[str, int]]:
     """Read all rows of one source, uncached; rows without text or label are left out.
 
     Args:
@@ -131,7 +131,8 @@ def load_shard(
         encode: The tokeniser.
 
     Returns:
-        The rows, and the number of rows that were cut to length.
+        The rows, and numbers of rows: ``truncated``, those that were cut to length, and those left
+        out, ``without_text`` and ``without_label`` (see `fedlora.rows.Table`).
 
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
@@ -141,7 +142,11 @@ def load_shard(
     if labels:
         check_labels(table.labels, labels, source, "the model was trained on no other label")
     encoded = encode(table.texts, table.labels, labels)
-    return shard_of(encoded, _digests(table.texts, table.labels)), sum(encoded.truncated)
+    return shard_of(encoded, _digests(table.texts, table.labels)), {
+        "truncated": sum(encoded.truncated),
+        "without_text": table.without_text,
+        "without_label": table.without_label,
+    }
 
 
 def count(

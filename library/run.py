@@ -10,6 +10,7 @@ from experiments import ready
 from fedlora import plugins, records, rows, sources, tables
 from fedlora.config import RunConfig, from_flat, load
 from fedlora.errors import InputError
+from fedlora.files import expanded
 from fedlora.startup import quiet_libraries
 from fedlora.tables import Table
 from fedlora.terminal import Terminal
@@ -82,7 +83,7 @@ def run(
         resolved = _resolved(config, values)
         name = Path(config).stem if isinstance(config, str | Path) else "run"
         default = resolved.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        directory = Path(out or default).absolute()
+        directory = expanded(str(out or default)).absolute()
         simulate(placed(resolved, directory), engine, Terminal(quiet=not progress))
     return Result(directory)
 

@@ -117,9 +117,10 @@ def _deployed(config: RunConfig) -> Population:
     held_out, counts = None, dict[str, int]()
     if config.data.test_source:
         task = trainable.load(config, config.data.labels).task
-        held_out, counts["truncated"] = data.load_shard(
+        held_out, found = data.load_shard(
             config.data, config.data.test_source, labels=config.data.labels, encode=task.encode
         )
+        counts["truncated"] = found["truncated"]
     return Population(
         size=config.data.institutions,
         names=(),

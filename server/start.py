@@ -11,7 +11,7 @@ from fedlora import sources, tables
 from fedlora.adapters import AdapterState, open_for, residual_names, saved_scale
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
-from fedlora.files import sha256
+from fedlora.files import expanded, sha256
 from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS, source
 from fedlora.model_files import merged_from
@@ -45,7 +45,7 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
     start = config.adapter.start
     if not start:
         return work.start
-    folder = Path(start)
+    folder = expanded(start)
     origin = _origin(start)
     if origin and origin.released:
         _check_run(origin.run_dir, config, work)
@@ -122,7 +122,7 @@ class _Origin:
 
 def _origin(start: str) -> _Origin | None:
     """The run in whose directory an adapter lies, at any depth; None if it lies in none."""
-    folder = Path(start).resolve()
+    folder = expanded(start).resolve()
     for place in (folder, *folder.parents):
         near = place in (folder, folder.parent)  # farther up, a config.toml may be anybody's
         if (place / CONFIG).exists() and (near or (place / ENVIRONMENT).exists()):

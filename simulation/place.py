@@ -6,6 +6,7 @@ from pathlib import Path
 from fedlora import sources
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
+from fedlora.files import expanded
 from fedlora.run_files import CONFIG, is_complete
 from server.run_directory import RunDirectory
 
@@ -19,8 +20,9 @@ def placed(config: RunConfig, directory: Path, *, resume: bool = False) -> RunCo
         resume: Whether the directory holds this run, to be continued.
 
     Raises:
-        InputError: If the directory does not fit.
+        InputError: If the directory does not fit, or a path begins with an unknown ``~NAME``.
     """
+    directory = expanded(str(directory))
     if not resume and (directory / CONFIG).exists():
         raise InputError(
             f"{directory} holds another run; give another --out, or continue it with --resume "
@@ -33,12 +35,13 @@ def placed(config: RunConfig, directory: Path, *, resume: bool = False) -> RunCo
         )
     values = {"run-dir": str(directory.absolute())}
     if config.privacy.ledger:
-        values["privacy.ledger"] = str(Path(config.privacy.ledger).absolute())
+        values["privacy.ledger"] = str(expanded(config.privacy.ledger).absolute())
     for key in ("data.source", "data.test-source", "model.name", "adapter.start"):
         value = str(config.flat()[key])
-        there = os.path.exists(value)  # noqa: PTH110  (False also where this user may not look)
+        path = expanded(value)
+        there = os.path.exists(path)  # noqa: PTH110  (False also where this user may not look)
         if value and (there or (key.startswith("data.") and sources.is_glob(value))):
-            values[key] = str(Path(value).absolute())
+            values[key] = str(path.absolute())
     if "adapter.start" in values:
         values["adapter.start"] = str(Path(values["adapter.start"]).resolve())  # runs/latest moves
     resolved = config.replace(values)

@@ -238,5 +238,27 @@ def test_init_guesses_columns_by_their_values_and_then_by_their_names(values, gu
     assert (found.text, found.label, found.institution, found.customer) == guessed
 
 
+def test_init_keeps_names_with_unusual_characters_and_marks_the_encoding_as_a_guess(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, text, label = "10.31\u202fAM.csv", "long\u00a0text", "the\u2028kind"
+    rows = "".join(f"a long té {i};{'ab'[i % 2]}\n" for i in range(40))
+    Path(name).write_bytes(f"{text};kind\n{rows}".encode("cp1252"))
+    done = invoke("init", name, "--out", "a.toml")
+    assert done.exit_code == 0 and ", encoding 'latin-1'" in done.stdout, done.output
+    assert "(a guess: the file is no UTF-8)" in Path("a.toml").read_text()
+    made = load(Path("a.toml"))
+    assert (made.data.source, made.data.text) == (name, text)
+    Path(name).write_text(f"{text};{label}\n{rows}", encoding="utf-8")
+    done = invoke("init", name, "--out", "b.toml")
+    assert done.exit_code == 0 and "encoding" not in done.stdout, done.output
+    assert "(found from the bytes of the file)" in Path("b.toml").read_text()
+    assert load(Path("b.toml")).data.label == label
+    rows = [{"note": f"a long text {i}", "\ud800": "ab"[i % 2]} for i in range(40)]
+    Path("c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused("init", "c.jsonl", words=["is no Unicode text", "rename it"])
+
+
 def test_init_refuses_a_place_that_cannot_be_written(messy, tmp_path) -> None:
     refused("init", tmp_path / "messy.csv", "--out", "/proc/x.toml", words=["cannot be written"])

@@ -54,10 +54,14 @@ def test_the_version_is_the_packages():
 def test_config_lists_every_key_and_resolves_a_file(config_file):
     rows = json.loads(invoke("config", "--json").stdout)
     assert {"privacy.epsilon", "adapter.rank"} <= {row["key"] for row in rows}
+    shown = invoke("config", config_file(**{"privacy.epsilon": float("inf")}), "--json").stdout
+    read = json.loads(shown, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert read["privacy.epsilon"] == "inf"
+    assert read["data.labels"] == [] and read["home.learning-rate"] == [0.005]
     assert "rounds = 7" in invoke("config", config_file(), "--set", "federation.rounds=7").stdout
 
 
-def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
+def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints, monkeypatch):
     out = tmp_path / "out"
     result = invoke("run", config_file(), "--out", out, "--engine", "inline", "--json")
     assert result.exit_code == 0, result.output
@@ -71,7 +75,13 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     more.write_text(f"text,label\n{'stolen ' * 20},fraud\nmortgage lender,loan\n")
     measured = json.loads(invoke("evaluate", out, "--data", more, "--json").stdout)
     assert (measured["n"], measured["truncated"], measured["max_length"]) == (2, 1, 16)
-    assert "1 text longer than 16 tokens" in invoke("evaluate", out, "--data", more).stdout
+    said = invoke("evaluate", out, "--data", more).stdout
+    assert "1 text longer than 16 tokens" in said and "left out" not in said
+    more.write_text(more.read_text() + "loans,\n,loan\n,card\n")
+    measured = json.loads(invoke("evaluate", out, "--data", more, "--json").stdout)
+    assert (measured["n"], measured["without_text"], measured["without_label"]) == (2, 2, 1)
+    said = invoke("evaluate", out, "--data", more).stdout
+    assert "2 rows without text" in said and "1 row without label" in said
 
     texts = ("stolen phishing scam", "mortgage " * 20)
     said = json.loads(invoke("predict", out, *texts, "--json").stdout)
@@ -93,6 +103,8 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints):
     refused("predict", out, words=["give texts or --data"])
     refused("predict", out, "stolen", "--data", table, words=["not both"])
     refused("predict", out, "stolen", *columns, words=["give --data too"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused("predict", out, "stolen", "--set", "engine.gpus=1", words=["torch finds no GPU"])
     refused("predict", out, " ", words=["text 1 of 1 is empty"])
     refused("predict", out, "--data", table, *columns, "--out", answered, words=["exists"])
     more.write_text(more.read_text().replace("text,label", "story,kind"))

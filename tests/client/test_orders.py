@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -174,6 +175,12 @@ def test_only_the_very_parts_of_strategy_and_round_are_accepted(
     assert accepted(order) == (numbers and right)
     proper = dataclasses.replace(order, parts=own.parts_sent(round), kept=own.local_parts)
     assert accepted(proper) == numbers
+
+
+def test_ledgers_below_the_home_directory_are_one_place_for_every_run(tiny_config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/tests")
+    who = Institution.locate(tiny_config(**{"privacy.ledger": "~/ledgers"}), 0)
+    assert who.ledger_path == Path("/home/of/tests/ledgers", f"{who.name}.db")
 
 
 @pytest.mark.parametrize("participations", [-5, 0, 4, 10**9])

@@ -73,6 +73,8 @@ def test_standard_input_has_a_text_a_line(monkeypatch):
         ("in.csv", "text,id\na\n", ["1 values", "line 2", "2 columns"]),
         ("in.csv", "text,text\na,b\n", ["same name"]),
         ("in.csv", "text\n", ["has no row"]),
+        ("in.csv", "", ["in.csv has no row"]),
+        ("in.csv", "text;id\na;1\n", ["data.delimiter is ','", "set data.delimiter to ';'"]),
         ("in.jsonl", '{"text": "a"}\n[1]\n', ["not an object"]),
         ("in.jsonl", '{"text": ["a"]}\n', ["holds a list"]),
         ("in.jsonl", "[" * 100_000, ["RecursionError"]),
@@ -105,6 +107,9 @@ def test_a_table_of_another_form_is_read_as_the_run_reads_one(tmp_path):
     file.write_bytes("text;n\nprêt, refusé;1\n".encode("latin-1"))
     form = CsvForm(delimiter=";", encoding="latin-1")
     assert answer_files.read(str(file), "text", form).texts == ["prêt, refusé"]
+    file.write_text("text;n\nprêt;1\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"is valid UTF-8, .* set data.encoding to 'utf-8'"):
+        answer_files.read(str(file), "text", form)
 
 
 def test_a_place_for_answers_is_refused_before_any_work(tmp_path):
@@ -114,10 +119,13 @@ def test_a_place_for_answers_is_refused_before_any_work(tmp_path):
         (tmp_path / "out.txt", "must end in .csv or .jsonl"),
         (tmp_path / "taken.csv", "exists"),
         (tmp_path / "taken.csv" / "out.csv", "give another --out"),
+        (tmp_path / f"{'x' * 300}.csv", "File name too long.*give another --out"),
     ):
         with pytest.raises(InputError, match=words):
             answer_files.check_out(out, found)
     assert taken
+    with pytest.raises(InputError, match=r"out.csv cannot be written .*give another --out"):
+        answer_files.write(tmp_path / "taken.csv" / "out.csv", found, ANSWERS[:1])
     half = answer_files.Texts(texts=["a"], rows=[{"id": "\ud800"}], columns=["id"])
     with pytest.raises(InputError, match="row 1 holds half of a surrogate pair"):
         answer_files.check_out(tmp_path / "out.jsonl", half)

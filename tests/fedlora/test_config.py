@@ -56,6 +56,8 @@ def test_every_key_is_described_with_its_default():
         ("training.sample-rate", 5e-324, ["training.sample-rate", "0 or at least 1e-06"]),
         ("privacy.delta", 5e-324, ["privacy.delta", "0 or at least 1e-30"]),
         ("training.proximal", 2.5, ["training.proximal", "2.5", "product must be at most 2"]),
+        ("data.source", "", ["data.source is empty", "give"]),
+        ("data.source", " ", ["data.source is empty", "give"]),
         ("data.labels", "[" * 100_000, ["data.labels", "list of text"]),
         ("data.labels", f"[{'9' * 5000}]", ["data.labels", "list of text"]),
         ("data.labels", '["\\ud800"]', ["data.labels", "surrogate pair"]),

@@ -100,6 +100,15 @@ def test_what_stands_before_the_header_is_left_out(tmp_path, first, delimiter) -
     assert read == {"text": ["a"], "label": ["b"]}
 
 
+def test_blanks_around_the_names_of_columns_are_no_part_of_them(tmp_path) -> None:
+    source = written(tmp_path / "a.csv", "id, text , label\n1, a, b\n")
+    assert csv_files.header(source, Path(source), csv_files.PLAIN) == ["id", "text", "label"]
+    assert sources.read(source, WANTED) == {"text": [" a"], "label": [" b"]}
+    source = written(tmp_path / "b.csv", "text, text,label\na,b,c\n")
+    with pytest.raises(InputError, match="two columns 'text'"):
+        sources.read(source, WANTED)
+
+
 @pytest.mark.parametrize("encoding", ["utf-9", "base64", "", "rot13", "hex"])
 def test_an_encoding_that_is_none_of_text_is_refused(encoding) -> None:
     with pytest.raises(InputError, match=r"data\.encoding is .*no encoding of text"):

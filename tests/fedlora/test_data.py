@@ -477,9 +477,12 @@ def test_the_fingerprint_of_an_institution_outlives_a_change_of_tokeniser(tmp_pa
 def test_one_source_can_be_read_for_evaluation(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [*TRAIN, ("", "good"), ("up " * 30, "good")])
     settings = DataConfig()
-    known, truncated = data.load_shard(settings, source, labels=("good", "bad"), encode=encode)
+    known, counts = data.load_shard(settings, source, labels=("good", "bad"), encode=encode)
     assert read_back(known) == ["up", "down", "flat", "dip", "up " * 20]
-    assert (known.targets.tolist(), truncated) == ([0, 1, 0, 1, 0], 1)
+    assert (known.targets.tolist(), counts["truncated"]) == ([0, 1, 0, 1, 0], 1)
+    more = write(tmp_path / "c.jsonl", [*TRAIN, ("", "good"), (" ", "bad"), ("so", "")])
+    _, counts = data.load_shard(settings, more, labels=("good", "bad"), encode=encode)
+    assert counts == {"truncated": 0, "without_text": 2, "without_label": 1}
     with pytest.raises(InputError, match=r"label 'bad' \(2 rows of .* is none of good; the model"):
         data.load_shard(settings, source, labels=("good",), encode=encode)
     with pytest.raises(InputError, match="has no row with a text and a label"):

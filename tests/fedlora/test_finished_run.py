@@ -2,8 +2,10 @@
 
 import csv
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora import config, finished_run, model_card, model_files, trainable
-from fedlora.adapters import AdapterState
+from fedlora.adapters import WEIGHTS_FILE, AdapterState
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from server.start import start_adapter
@@ -402,3 +404,30 @@ def test_a_gpu_asked_for_after_the_run_is_not_ignored(classifier, complaints, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"engine.gpus is 1, but torch finds no GPU"):
         finished_run.evaluate(classifier, str(complaints), "", {"engine.gpus": 1.0})
+    with pytest.raises(InputError, match=r"engine.gpus is 1, but torch finds no GPU"):
+        finished_run.predict(classifier, ["a card"], "", {"engine.gpus": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda tensors: tensors.popitem(), "is missing"),
+        (lambda tensors: tensors.update({k: t[:1] for k, t in tensors.items()}), "has shape"),
+        (lambda tensors: next(iter(tensors.values())).fill_(math.nan), "not finite"),
+    ],
+)
+def test_an_adapter_that_was_damaged_after_the_run_is_one_clear_error(
+    classifier, complaints, tmp_path, spoil, words
+):
+    shutil.copytree(classifier, tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / WEIGHTS_FILE
+    tensors = safetensors.torch.load_file(weights)
+    spoil(tensors)
+    safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    for use in (
+        lambda run_dir: finished_run.evaluate(run_dir, str(complaints)),
+        lambda run_dir: finished_run.predict(run_dir, ["a card"]),
+        lambda run_dir: finished_run.merge(run_dir, tmp_path / "merged"),
+    ):
+        with pytest.raises(InputError, match=f"run/adapter does not fit .*{words}.*restore"):
+            use(tmp_path / "run")

@@ -1,5 +1,8 @@
 """Tables that a process holds as sources."""
 
+import datetime
+import decimal
+
 import datasets
 import numpy as np
 import pandas
@@ -42,6 +45,19 @@ def test_missing_values_are_empty_texts_and_numbers_are_texts():
     assert read(frame)[1] == {"text": ["a", "", ""], "label": ["1.5", "", "2.0"]}
     frame = pandas.DataFrame({0: ["a"], "label": np.array([7])})
     assert read(frame, {"0": "data.text", "label": "data.label"})[1] == {"0": ["a"], "label": ["7"]}
+
+
+def test_decimals_and_dates_are_texts_and_those_that_are_none_are_missing():
+    day = datetime.date(2024, 2, 3)
+    table = {
+        "text": [day, pandas.Timestamp("2024-02-03 04:05"), pandas.NaT],
+        "label": [decimal.Decimal("1.50"), decimal.Decimal("NaN"), datetime.datetime(2024, 2, 3)],
+    }
+    for one in (table, pandas.DataFrame(table, dtype=object)):
+        assert read(one)[1] == {
+            "text": ["2024-02-03", "2024-02-03T04:05:00", ""],
+            "label": ["1.50", "", "2024-02-03T00:00:00"],
+        }
 
 
 def test_a_dictionary_of_tables_names_the_institution_of_each_row():

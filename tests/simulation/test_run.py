@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from fedlora import models, processors, trainable
 from fedlora.budget import plan_run
 from fedlora.errors import InputError
 from simulation import run
+from simulation.place import placed
 
 SCRIPT = """
 import sys
@@ -48,6 +50,28 @@ with run.load("ray", config) as ready, run.open_engine("ray", config, ready) as 
     above = [[pid, *(p.pid for p in psutil.Process(pid).parents())] for pid in pids]
     print(owner, *(",".join(map(str, pids)) for pids in above))
 """
+
+
+def test_paths_of_a_run_begin_at_the_home_directory_and_not_where_it_starts(
+    tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    names = {
+        "privacy.ledger": "ledgers",
+        "adapter.start": "earlier",
+        "data.source": "banks/*.csv",
+        "data.test-source": "rows.csv",
+    }
+    config = tiny_config(**{key: f"~/{name}" for key, name in names.items()})
+    found = placed(config, Path("~/out"))
+    assert found.run_dir == str(tmp_path / "out")
+    assert {key: found.flat()[key] for key in names} == {
+        key: str(tmp_path / name) for key, name in names.items()
+    }
+    with pytest.raises(InputError, match="'~no-such-user/x' begins with the home directory"):
+        placed(tiny_config(**{"privacy.ledger": "~no-such-user/x"}), tmp_path / "out")
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])
