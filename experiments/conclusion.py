@@ -180,7 +180,7 @@ def _widened(line: Mapping[str, Any], key: str, settings: int) -> float | None:
         return half
     from scipy import stats
 
-    tail, degrees = (1 - CONFIDENCE) / 2, max(line["seeds"] - 1, 1)
+    tail, degrees = (1 - CONFIDENCE) / 2, line[f"{key}_n"] - 1
     wide, plain = stats.t.isf([tail / settings, tail], degrees)
     return float(half * wide / plain)
 

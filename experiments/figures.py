@@ -17,7 +17,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from fedlora.rounding import at_most
 
@@ -42,6 +48,7 @@ Line = tuple[str, Sequence[float], Sequence[float], Sequence[float | None]]
 
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name from data may have dollar signs
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.edgecolor": MUTED,
@@ -158,6 +165,8 @@ def by_round(
         known = [value for _, _, y, _ in lines for value in y]
         if known and 0 < 20 * min(known) < max(known):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # the default writes math
+            axes.yaxis.set_minor_formatter(NullFormatter())
         elif known and from_zero and max(known) > 0:
             axes.set_ylim(0, 1.08 * max(known))
         if shares:

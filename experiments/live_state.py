@@ -44,8 +44,9 @@ def summary(run_dir: Path) -> dict[str, Any]:
         train at home, and results are written) or ``complete``. Unless the run is starting also:
         ``round`` and ``rounds`` (done, planned), ``asked`` (institutions of the round in progress),
         ``updates`` of the last round, ``seconds_left`` (None where it is not known), ``metric``
-        and its ``measured`` ``[round, value]``, ``epsilon`` (the same), ``limit``
-        (privacy.epsilon; both None without DP), and ``institutions``, a list sorted by name.
+        and its ``measured`` ``[round, value]``, ``epsilon`` (the same, of rounds where one is
+        known), ``limit`` (privacy.epsilon; both None without DP), and ``institutions``, a list
+        sorted by name.
     """
     found: dict[str, Any] = {"name": run_dir.name, "directory": str(run_dir), "stage": "starting"}
     try:
@@ -57,7 +58,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
     stage = "complete" if is_complete(run_dir) else "rounds" if done < total else "ending"
     metric = next((m for m in METRICS if any(m in r["metrics"] for r in records)), None)
     measured = [[r["round"], r["metrics"][metric]] for r in records if metric in r["metrics"]]
-    spent = [[r["round"], r["epsilon_max"] or 0.0] for r in records]
+    spent = [[r["round"], r["epsilon_max"]] for r in records if r["epsilon_max"] is not None]
     found |= {
         "stage": stage,
         "round": done,

@@ -20,6 +20,7 @@ from fedlora.rounding import at_least, at_most
 from fedlora.run_files import CONFIG, RESULT
 from server.privacy_statement import epsilon_alone, with_earlier_runs
 from server.trend import advice
+from simulation.progress import lost_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,11 @@ class Run:
     def held_out(self) -> int:
         """The number of held-out rows; 0 where there are none or the result does not say."""
         return int(self.result.get("n", 0))
+
+    @property
+    def judged(self) -> int:
+        """The number of held-out rows whose answers were judged: under sft a part of them."""
+        return int(self.result.get("generated", self.held_out))
 
     @property
     def institutions(self) -> set[str]:
@@ -107,8 +113,9 @@ def verdict(run: Run) -> Section:
     notes: list[str] = []
     warnings = [finding for finding in result.get("findings", []) if not finding["voids"]]
     if warnings:
-        many = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
-        notes.append(f"The run began with {many}: see Warnings, below.")
+        many = "is 1 warning" if len(warnings) == 1 else f"are {len(warnings)} warnings"
+        notes.append(f"There {many}: see Warnings, below.")
+    notes.append(lost_rounds(run.config, result, run.records))
     if joining is not None:
         notes += [_compared(run, joining), joining_verdict.one_run(joining)]
     if said := " ".join(filter(None, notes)):
@@ -142,14 +149,17 @@ def _alone(run: Run, classes: Mapping[str, Mapping[str, int]]) -> tuple[str, boo
     name, value = results.score(run.result)
     if not name:
         return "Nothing was measured: there are no held-out rows.", False
-    said, useless = "", False
-    if classes:
-        useless = value <= metrics.majority(classes)[1]
-        said = "The shared adapter is of no use yet. " * useless
-    said += f"The shared adapter is right on {100 * value:.1f} % of {run.held_out:,} held-out rows"
+    useless = False
+    said = f"The shared adapter is right on {100 * value:.1f} % of {run.judged:,} held-out rows"
     if classes:
         frequent, share = metrics.majority(classes)
         said += f"; always answering {frequent} would be right on {100 * share:.1f} %"
+        if value <= share:
+            least = metrics.majority_macro_f1(classes)
+            useless = metrics.occurring(classes) > 1 and run.result["macro_f1"] <= least
+            said += "" if useless else ", which its accuracy does not beat"
+    if useless:
+        said = f"The shared adapter is of no use yet. {said}"
     if run.config.data.view != "all":
         return f"{said}. This run has no federation, so it does not measure joining.", useless
     if "joining" in run.result:
@@ -389,6 +399,8 @@ def _secure_aggregation(privacy: Mapping[str, Any]) -> list[str]:
 def uncovered(run: Run) -> Section:
     """What the promise does not cover, and what an audit found."""
     rows = f"{run.held_out:,} held-out rows" if run.held_out else "held-out rows"
+    if run.judged < run.held_out:
+        rows += f" (those of answers from {run.judged:,} of them)"
     points: list[str] = []
     if results.score(run.result)[0] or "token_loss" in run.result:
         points.append(

@@ -13,10 +13,12 @@ from experiments.audit import page as audit_page
 from experiments.pages import Page, Section, Table, environment, number, render
 from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig, load
+from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, ENVIRONMENT, read_records, read_run_file
 from server.privacy_statement import with_earlier_runs
+from simulation.progress import lost_rounds, skipped_rounds
 
 FILE = "report.html"
 MAX_BARS = 40
@@ -36,6 +38,11 @@ def write(directory: Path) -> Path:
         page = sweep_page.of(directory)
     elif (directory / findings.FILE).exists():
         page = audit_page.of(directory)
+    elif (directory / "run" / CONFIG).exists() and not (directory / CONFIG).exists():
+        raise InputError(
+            f"{directory} holds an audit that did not finish: it has no {findings.FILE}; start the "
+            "audit anew with another --out"
+        )
     else:
         page = of_run(directory)
     path = directory / FILE
@@ -122,12 +129,16 @@ def _words(run: opening.Run) -> list[str]:
         if training.sample_rate
         else f"{training.batch_size} of its records"
     )
+    counted = result["rounds"] - skipped_rounds(run.records)
+    only = f" of {counted} round{'s' * (counted != 1)}" if counted < result["rounds"] else ""
     how = (
         f"In each of {result['rounds']} rounds every sampled institution took "
         f"{training.local_steps} step{'s' * (training.local_steps != 1)} on about {share}, and the "
-        f"server combined the updates ({config.federation.strategy}, "
+        f"server combined the updates{only} ({config.federation.strategy}, "
         f"server optimizer {config.federation.server_optimizer})."
     )
+    if lost := lost_rounds(config, result, run.records):
+        how += f" {lost}"
     rows = [f"{counts[k]:,} {w}" for k, w in (("train", "to train on"), ("held_out", "held out"))
             if k in counts]  # fmt: skip
     data = f"The records came from {config.data.source}, partitioned by {config.data.partition}"
@@ -136,7 +147,7 @@ def _words(run: opening.Run) -> list[str]:
 
 
 def _findings(result: Mapping[str, Any]) -> Section:
-    """The warnings with which the run began; empty without any."""
+    """The run's warnings; empty without any."""
     found = [finding["text"] for finding in result.get("findings", []) if not finding["voids"]]
     return Section(title="Warnings", points=[f"{text}." for text in found])
 

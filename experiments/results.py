@@ -18,11 +18,13 @@ from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, read_records, read_run_file
 
 MANIFEST = "cells.json"
+GAIN_SEEDS = ("gain_over_local_n", "gain_over_local_dp_n")
+"""Columns that no file has: the number of seeds behind each gain."""
 COLUMNS = (
     "arm", "institution", "seeds", "accuracy", "accuracy_ci95", "macro_f1", "macro_f1_ci95",
     "worst_accuracy", "worst_accuracy_ci95", "gain_over_local", "gain_over_local_ci95",
-    "gain_over_local_dp", "gain_over_local_dp_ci95", "bytes", "seconds", "epsilon", "delta",
-    "same_as",
+    "gain_over_local_dp", "gain_over_local_dp_ci95", *GAIN_SEEDS, "bytes", "seconds", "epsilon",
+    "delta", "same_as",
 )  # fmt: skip
 """Columns of a line, beside the axes of the grid."""
 JOINING = ("alone", "shared", "own", "gain", "gain_macro_f1")
@@ -30,8 +32,10 @@ JOINING_HEADS = ("alone, %", "shared, %", "own, %", "gain of joining", "gain in 
 JOINING_COLUMNS = (*(f"{key}{end}" for key in JOINING for end in ("", "_ci95")),
                    "institutions", "records")  # fmt: skip
 """Further columns where institutions trained at home."""
-ALL = "all"
-"""The institution's name in lines on the held-out rows of all institutions together."""
+ALL = "(all)"
+"""The institution's name in lines on the held-out rows of all institutions together.
+
+No institution has this name: `fedlora.partition.file_names` makes none with brackets."""
 CONFIDENCE = 0.95
 CAPTION = (
     "Means over seeds ± half the 95 % confidence interval (Student's t; where each seed draws its "
@@ -72,9 +76,10 @@ def manifest(out: Path) -> dict[str, Any]:
 def score(result: Mapping[str, Any]) -> tuple[str, float]:
     """Return name and value of a result's main metric; ("", nan) if nothing was measured.
 
-    The main metric is accuracy where there are classes, else the share of exact matches.
+    The main metric is the share of exact matches under sft, else accuracy. An evaluation under sft
+    may have an accuracy too, but another one of the same rows none: it needs few, short references.
     """
-    name = next((key for key in ("accuracy", "exact_match") if key in result), "")
+    name = next((key for key in ("exact_match", "accuracy") if key in result), "")
     value = result.get(name)
     return name, math.nan if value is None else float(value)
 
@@ -110,6 +115,7 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "score": score(result)[1],
         "macro_f1": result.get("macro_f1", math.nan),
         "institutions": institutions,
+        "population": found[0].get("population", len(institutions)),
         "epsilon": max(float(one["epsilon_max"]) for one in found),
         "delta": max((d for one in found if (d := one.get("delta")) is not None), default=None),
         "seconds": sum(one["seconds"] for one in found),
@@ -129,9 +135,9 @@ def summary(out: Path) -> list[dict[str, Any]]:
     """Aggregate a sweep's results over seeds.
 
     Returns:
-        For each arm and point of the grid a line with ``institution`` "all", then a line for each
-        institution. ``seeds`` is the number of seeds behind each figure, the least where they
-        differ. ``accuracy``, ``macro_f1``,
+        For each arm and point of the grid a line with `ALL` as ``institution``, then a line for
+        each institution. ``seeds`` is the number of seeds behind each figure, the least where they
+        differ; those of gains end in ``_n``. ``accuracy``, ``macro_f1``,
         ``worst_accuracy`` (the lowest institution of each seed), ``gain_over_local`` and
         ``gain_over_local_dp`` (differences within a seed) are means. Each has a ``_ci95``: the half
         width of its 95 % confidence interval by Student's t, None for one seed. Seeds that draw
@@ -206,8 +212,9 @@ def _line(
         line |= nothing | {f"{key}_ci95": None for key in nothing}
     if compared:
         line |= _joining(institution, compared, drawn)
-    line |= _mean("gain_over_local", gains["local"], drawn)
-    line |= _mean("gain_over_local_dp", gains["local-dp"], drawn)
+    for arm, values in gains.items():
+        key = f"gain_over_{arm.replace('-', '_')}"
+        line |= _mean(key, values, drawn) | {f"{key}_n": len(_finite(values))}
     for key in ("bytes", "seconds"):
         line[key] = (
             statistics.fmean(found[key] for found in results) if institution == ALL else None
@@ -242,7 +249,7 @@ def _joining(
     everyone = institution == ALL
     # all that train together: with home.institutions some of them train no models at home
     line["institutions"] = (
-        statistics.fmean(len(found["institutions"]) for found in runs) if everyone else None
+        statistics.fmean(found["population"] for found in runs) if everyone else None
     )
     held = [
         of["records"] for one in by_seed for name, of in one.items() if institution in (ALL, name)
@@ -270,15 +277,20 @@ def _mean(name: str, values: Sequence[float], drawn: float) -> dict[str, float |
 
 
 def write(out: Path) -> None:
-    """Write ``results.csv``, ``results.parquet`` and ``results.md``."""
+    """Write ``results.csv``, ``results.parquet`` and ``results.md``.
+
+    While no case is complete, such files and a page are of an earlier grid, and are removed.
+    """
     import pyarrow as pa
     from pyarrow import csv, parquet
 
     lines = summary(out)
     if not lines:
+        for name in ("results.csv", "results.parquet", "results.md", "report.html"):
+            (out / name).unlink(missing_ok=True)
         return
     axes = {k for case in manifest(out)["cases"] for k in case["axes"]}
-    names = list(dict.fromkeys(name for line in lines for name in line))
+    names = [n for n in dict.fromkeys(n for line in lines for n in line) if n not in GAIN_SEEDS]
     columns: dict[str, Any] = {}
     for name in names:
         values = [line.get(name) for line in lines]

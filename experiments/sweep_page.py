@@ -47,12 +47,16 @@ def of(out: Path) -> Page:
     missing = sum(not _is_complete(case, configs) for case in about["cases"])
     seeds = sorted({case["seed"] for case in about["cases"]})
     arms = list(dict.fromkeys(case["arm"] for case in about["cases"]))
+    generated = any(config.model.task == "sft" for config in configs.values())
     return Page(
         title=f"Sweep: {about['name']}",
         opening=[
             conclusion.of(pooled, axes, data_sets),
             _dp([config.privacy for config in configs.values()]),
-            Section(title="What was compared", words=_words(arms, axes, seeds, missing)),
+            Section(
+                title="What was compared",
+                words=_words(arms, axes, seeds, missing, generated=generated),
+            ),
         ],
         tiles={} if data_sets else _tiles(pooled),
         sections=[
@@ -78,13 +82,19 @@ def of(out: Path) -> Page:
 
 
 def _words(
-    arms: Sequence[str], axes: Sequence[str], seeds: Sequence[int], missing: int
+    arms: Sequence[str],
+    axes: Sequence[str],
+    seeds: Sequence[int],
+    missing: int,
+    *,
+    generated: bool,
 ) -> list[str]:
+    """Describe the comparison; where answers are generated, arms answer other held-out rows."""
     varied = f" Varied: {', '.join(axes)}." if axes else ""
     many = f"{len(seeds)} seeds" if len(seeds) != 1 else "one seed, so there are no intervals"
     words = [
-        "Compared, at each setting, on the same held-out rows, with the same split and the same "
-        "number of steps: "
+        f"Compared, at each setting,{'' if generated else ' on the same held-out rows,'} with the "
+        "same split and the same number of steps: "
         + "; ".join(ARM_MEANINGS[arm] for arm in arms)
         + f".{varied} Each case with {many}."
     ]

@@ -89,14 +89,33 @@ def majority(classes: Mapping[str, Mapping[str, int]]) -> tuple[str, float]:
     return name, classes[name]["truth"] / sum(counts["truth"] for counts in classes.values())
 
 
+def majority_macro_f1(classes: Mapping[str, Mapping[str, int]]) -> float:
+    """The macro-F1 of always answering the most frequent class: its recall is 1, all others' 0.
+
+    Args:
+        classes: The result of `per_class` for at least one row.
+    """
+    _, share = majority(classes)
+    return 2 * share / (1 + share) / occurring(classes)
+
+
+def occurring(classes: Mapping[str, Mapping[str, int]]) -> int:
+    """The number of classes that rows are of.
+
+    Args:
+        classes: The result of `per_class`.
+    """
+    return sum(counts["truth"] > 0 for counts in classes.values())
+
+
 def only_prediction(classes: Mapping[str, Mapping[str, int]]) -> str | None:
-    """The only class that is predicted, or None if there are several.
+    """The only class that is predicted for rows of several; None if there are more, or one class.
 
     Args:
         classes: The result of `per_class`.
     """
     said = [name for name, counts in classes.items() if counts["predicted"]]
-    return said[0] if len(said) == 1 and len(classes) > 1 else None
+    return said[0] if len(said) == 1 and occurring(classes) > 1 else None
 
 
 def classification(

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,6 +200,51 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
         table.add_row("", said)
 
 
+def add_rounds(
+    table: Table,
+    config: RunConfig,
+    result: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add the number of rounds and their time, and a warning about rounds that are lost."""
+    table.add_row("rounds", f"{result['rounds']} in {result['seconds']:.0f} s")
+    if lost := lost_rounds(config, result, records):
+        table.add_row("", Styled(lost, "yellow"))
+
+
+def lost_rounds(
+    config: RunConfig, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> str:
+    """Which rounds of a complete run changed nothing or were not played; empty without any.
+
+    Args:
+        config: The run.
+        result: The content of its result.json.
+        records: The lines of its rounds.jsonl.
+    """
+    done, planned, said = result["rounds"], config.federation.rounds, list[str]()
+    if skipped := skipped_rounds(records):
+        said.append(
+            f"{skipped} of {done} rounds changed nothing: too few updates counted, or together "
+            "they were refused."
+        )
+    if done < planned:
+        said.append(
+            f"The run ended after {done} of {planned} rounds: too few institutions were left to "
+            "ask."
+        )
+    return " ".join(said)
+
+
+def skipped_rounds(records: Sequence[Mapping[str, Any]]) -> int:
+    """The number of rounds that changed nothing.
+
+    Args:
+        records: The lines of a run's rounds.jsonl.
+    """
+    return sum(record.get("skipped", False) for record in records)
+
+
 def longer(truncated: int, max_length: int) -> str:
     """The number of truncated texts, in words."""
     return f"{truncated} text{'s' * (truncated != 1)} longer than {max_length} tokens"
@@ -278,7 +323,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
         )
     add_joining(table, result)
     add_advice(table, result)
-    table.add_row("rounds", f"{result['rounds']} in {result['seconds']:.0f} s")
+    add_rounds(table, config, result, read_records(run_dir))
     table.add_row(
         "trained",
         f"{result['trained_parameters']:,} parameters "

@@ -72,8 +72,8 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
         folder: The directory of the files.
 
     Raises:
-        InputError: If there are too few held-out rows to make canaries, or fewer canaries than
-            institutions.
+        InputError: If there are too few held-out rows to make canaries, or none that attacks
+            could compare with training records, or fewer canaries than institutions.
     """
     dealt = partition_rows(
         config.data, unit=config.privacy.unit, seed=config.seed, task=config.model.task
@@ -85,6 +85,11 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
     draw = RandomSource.seeded("canaries", config.seed)
     train, held_out = dealt.train[0], dealt.held_out[0]
     if config.model.task == "sft":
+        if not held_out.texts:
+            raise InputError(
+                "the run has 0 held-out rows, and an audit compares training records with at least "
+                "1; raise data.test-fraction, or give a data.test-source"
+            )
         canaries, used = _secrets(dealt.names, count, draw), np.empty(0, np.int64)
     else:
         canaries, used = _rows(dealt.names, dealt.classes, train, held_out, count, draw)

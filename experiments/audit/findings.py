@@ -97,10 +97,10 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return an audit's findings as pairs of texts; the last pair is the verdict."""
     promised, canaries = float(result["epsilon"]), result["canaries"]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in canaries["kinds"].items())
-    said = f"epsilon {at_most(promised)} at delta {result['delta']:g}"
-    if not math.isfinite(promised):
-        said = "nothing (epsilon inf)"
-    elif is_seeded(result):
+    said = "nothing (epsilon inf)"
+    if math.isfinite(promised):
+        said = f"epsilon {at_most(promised)} at delta {result['delta']:g}"
+    if is_seeded(result):
         said = f"nothing: the noise came from a seed ({said} with such noise drawn in secret)"
     found = [
         ("promised", said),

@@ -177,6 +177,12 @@ def test_fewer_canaries_than_institutions_are_refused(tiny_config, tmp_path):
         plant(tiny_config(), 3, tmp_path / "audit")
 
 
+def test_an_audit_of_answers_without_held_out_rows_names_the_key(tiny_config, tmp_path):
+    values = {"model.task": "sft", "home.method": "none", "data.test-fraction": 0.0}
+    with pytest.raises(InputError, match=r"0 held-out rows.*raise data\.test-fraction"):
+        plant(tiny_config(**values), 40, tmp_path / "audit")
+
+
 def test_an_audit_of_sums_refuses_a_run_that_masks_them(tiny_config, tmp_path):
     values = SECURE | {"privacy.protocol": "full"}
     with pytest.raises(InputError, match=r"privacy\.protocol .* use ideal"):

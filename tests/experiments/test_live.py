@@ -91,6 +91,12 @@ def test_every_stage_of_a_run_has_its_name(run_dir, tmp_path):
     assert (said["epsilon"], said["limit"]) == (None, None)
 
 
+def test_an_epsilon_that_no_institution_reported_is_not_zero(run_dir):
+    lines = [line(1) | {"epsilon_max": None}, line(2)]
+    (run_dir / "rounds.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert live_state.summary(run_dir)["epsilon"] == [[2, 1.001]]
+
+
 def test_the_page_follows_the_files(address, run_dir):
     assert json.loads(get(address, "run.json")[2])["round"] == 3
     with (run_dir / "rounds.jsonl").open("a") as file:
@@ -124,15 +130,29 @@ def test_each_answer_allows_its_own_script_only(address):
     assert f'<script nonce="{nonces[0]}">' in pages[0][2].decode()
 
 
-@pytest.mark.slow
-def test_a_browser_shows_the_run(address):
+def page_of(address):
+    """The page as a browser shows it."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium is installed")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += ["--virtual-time-budget=3000", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    page = done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_browser_shows_an_epsilon_that_is_not_known(address, run_dir):
+    label = "<span>epsilon of this run, of 4</span>"
+    (run_dir / "rounds.jsonl").write_text(json.dumps(line(1) | {"epsilon_max": None}) + "\n")
+    assert f"<b>not known</b>{label}" in page_of(address)
+    (run_dir / "rounds.jsonl").write_text("")
+    assert f"<b>0</b>{label}" in page_of(address)
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_run(address):
+    page = page_of(address)
     for words in (
         "<title>3/6 one</title>",
         "Round 4 of 6: 1 institution trains.",

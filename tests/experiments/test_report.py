@@ -17,7 +17,7 @@ from cli.main import app
 from experiments import figures, opening, report, results
 from experiments.audit import findings
 from experiments.pages import NUMBER
-from fedlora import composition
+from fedlora import composition, metrics
 from fedlora.config import from_flat, load
 from fedlora.odds import group_delta
 from fedlora.rounding import at_most
@@ -415,9 +415,79 @@ def test_a_model_that_has_learned_nothing_and_a_void_result_stand_at_the_top(run
 def test_a_model_that_is_no_better_than_the_most_frequent_class_is_marked(run_directory):
     result = json.loads((run_directory / "result.json").read_text())
     most = max(c["truth"] for c in result["per_class"].values()) / 94
-    for accuracy, useless in ((most, True), (most + 0.01, False)):
-        change(run_directory, "result.json", accuracy=accuracy)
-        assert ("of no use yet" in shown(run_directory)) == useless
+    least = metrics.majority_macro_f1(result["per_class"])
+    for accuracy, macro_f1, useless, beaten in (
+        (most, least, True, True),
+        (most, least + 0.01, False, False),  # it finds the rarer classes
+        (most + 0.01, least, False, True),
+    ):
+        change(run_directory, "result.json", accuracy=accuracy, macro_f1=macro_f1)
+        text = shown(run_directory)
+        assert ("of no use yet" in text) == useless
+        assert ("which its accuracy does not beat" in text) != beaten
+        assert ('class="note bad"' in (run_directory / "report.html").read_text()) == useless
+
+
+def test_rows_of_one_class_mark_no_model(run_directory):
+    one = {"truth": 12, "predicted": 12, "correct": 12}
+    classes = {"card": one, "loan": dict.fromkeys(one, 0)}
+    change(run_directory, "result.json", n=12, accuracy=1.0, macro_f1=1.0, per_class=classes)
+    text = shown(run_directory)
+    assert "of no use yet" not in text and "has learned nothing" not in text
+
+
+def test_the_page_of_written_answers_counts_those_that_were_generated(run_directory):
+    path = run_directory / "result.json"
+    result = json.loads(path.read_text())
+    for key in ("accuracy", "macro_f1", "per_class", "loss"):
+        del result[key]
+    result |= {"n": 5000, "token_loss": 1.2, "exact_match": 0.31, "generated": 200, "labels": []}
+    path.write_text(json.dumps(result))
+    config = load(run_directory / "config.toml", {"model.task": "sft"})
+    (run_directory / "config.toml").write_text(config.to_toml())
+    text = shown(run_directory)
+    assert "is right on 31.0 % of 200 held-out rows" in text
+    assert "come from 5,000 held-out rows (those of answers from 200 of them)" in text
+
+
+def test_rounds_that_changed_nothing_and_an_early_end_are_said(run_directory):
+    text = shown(run_directory)
+    assert "changed nothing" not in text and "The run ended" not in text
+    path = run_directory / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["skipped"] = True
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    change(run_directory, "result.json", rounds=2)
+    text = shown(run_directory)
+    for said in ("1 of 2 rounds changed nothing", "The run ended after 2 of 3 rounds"):
+        assert text.index(said) < text.index("What was promised") < text.rindex(said)
+    assert "the server combined the updates of 1 round (fedavg" in text
+
+
+def test_warnings_that_came_at_the_end_are_none_of_the_beginning(run_directory):
+    late = {"name": "took-no-part", "text": "1 institutions took no part", "voids": False}
+    for found, said in (([late], "There is 1 warning:"), ([late] * 2, "There are 2 warnings:")):
+        change(run_directory, "result.json", findings=found)
+        text = shown(run_directory)
+        assert said in text and "began with" not in text
+
+
+def test_the_report_of_an_audit_that_did_not_finish_says_so(run_directory, tmp_path):
+    out = tmp_path / "audit"
+    shutil.copytree(run_directory, out / "run")
+    (out / "run" / "result.json").unlink()
+    result = runner.invoke(app, ["report", str(out)])
+    assert result.exit_code == 2 and "did not finish" in result.stderr
+    assert "another --out" in result.stderr and "--resume" not in result.stderr
+
+
+def test_names_with_dollar_signs_are_no_formulas():
+    names = ["$5 and $10", r"a $\foo$"]
+    svg = figures.bars("x", "title", {"accuracy": dict.fromkeys(names, 0.5)}, label="accuracy")
+    assert all(f">{name}</text>" in svg for name in names)
+    far = [("error", [1, 2], [0.001, 1.0], [None, None])]
+    ticks = re.findall(r">([^<>]*)</text>", figures.by_round("x", "title", far, label="error"))
+    assert {"0.001", "0.01", "0.1"} <= set(ticks) and not any("$" in tick for tick in ticks)
 
 
 def test_a_class_without_rows_leaves_an_empty_cell(run_directory):

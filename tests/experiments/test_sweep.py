@@ -25,6 +25,7 @@ from experiments import cells, conclusion, joining_page, results, sweep, sweep_p
 from fedlora import records
 from fedlora.config import from_flat
 from fedlora.errors import InputError
+from fedlora.partition import file_names
 from fedlora.terminal import Terminal
 from tests.samples import compared
 
@@ -463,7 +464,79 @@ def test_a_line_counts_the_seeds_behind_its_figures(tmp_path):
     file.write_text(json.dumps(result))
     of = {"arm": about["cases"][0]["arm"], **about["cases"][0]["axes"]}
     lines = [x for x in results.summary(out) if of.items() <= x.items()]
-    assert {x["institution"]: x["seeds"] for x in lines} == {"all": 1, "A": 2, "B": 1}
+    assert {x["institution"]: x["seeds"] for x in lines} == {results.ALL: 1, "A": 2, "B": 1}
+
+
+def test_institutions_that_train_together_are_counted_also_without_held_out_rows(tmp_path):
+    out = joined_sweep(tmp_path / "sweep")
+    for cell in (out / "cells").iterdir():
+        result = json.loads((cell / "result.json").read_text())
+        (cell / "result.json").write_text(json.dumps(result | {"population": 10}))
+    assert results.summary(out)[0]["institutions"] == 10
+
+
+def save_sweep(out, cells):
+    """Write a sweep of one setting: arm -> the result of each of its seeds."""
+    cases = [
+        {"arm": arm, "axes": {}, "seed": seed, "cells": {"": f"{arm}-{seed}"}}
+        for arm, found in cells.items()
+        for seed in range(len(found))
+    ]
+    out.mkdir(exist_ok=True)
+    about = {"name": "x", "command": "fedlora sweep x.toml", "cases": cases}
+    (out / results.MANIFEST).write_text(json.dumps(about))
+    for case in cases:
+        (name,) = case["cells"].values()
+        result = {"institutions": {}, "epsilon_max": "inf", "seconds": 1.0}
+        result |= cells[case["arm"]][case["seed"]]
+        save_cell(results.run_dir(out, name), result)
+    return out
+
+
+def test_an_institution_named_all_keeps_its_figures(tmp_path):
+    (name,) = file_names(["all"])
+    result = {"accuracy": 0.75, "institutions": {name: 0.9, "B": 0.6}}
+    lines = results.summary(save_sweep(tmp_path / "sweep", {"federated": [result]}))
+    assert [x["accuracy"] for x in lines] == [0.75, 0.6, 0.9]
+    assert [x["institution"] for x in lines if x["institution"] != results.ALL] == ["B", "all"]
+    assert file_names([results.ALL])[results.ALL] != results.ALL
+
+
+def test_a_gain_in_exact_matches_is_not_one_against_an_accuracy(tmp_path):
+    """Local answers of few kinds have an accuracy, too; those of the federation have none."""
+    answers = {"token_loss": 1.0, "generated": 200}
+    local = answers | {"exact_match": 0.4, "accuracy": 0.6, "macro_f1": 0.5}
+    cells = {"local": [local] * 2, "federated": [answers | {"exact_match": 0.5}] * 2}
+    lines = results.summary(save_sweep(tmp_path / "sweep", cells))
+    assert [x["accuracy"] for x in lines] == [0.4, 0.5]
+    assert lines[1]["gain_over_local"] == pytest.approx(0.1)
+    for generated in (True, False):
+        words = sweep_page._words(["local"], [], [1], 0, generated=generated)
+        assert ("on the same held-out rows" in words[0]) != generated
+
+
+def test_a_gain_counts_its_own_seeds_and_no_file_shows_them(tmp_path):
+    cells = {
+        arm: [{"accuracy": 0.5 + seed / 10} for seed in range(seeds)]
+        for arm, seeds in (("local", 4), ("local-dp", 3), ("federated-dp", 4))
+    }
+    out = save_sweep(tmp_path / "sweep", cells)
+    line = next(x for x in results.summary(out) if x["arm"] == "federated-dp")
+    assert line["seeds"] == 3
+    assert (line["gain_over_local_n"], line["gain_over_local_dp_n"]) == (4, 3)
+    results.write(out)
+    assert "_n" not in (out / "results.csv").read_text().splitlines()[0].replace('"', "")
+
+
+def test_results_of_an_earlier_grid_go_when_no_case_of_the_new_one_is_complete(tmp_path):
+    out = save_sweep(tmp_path / "sweep", {"federated": [{"accuracy": 0.5}]})
+    results.write(out)
+    (out / "report.html").write_text("of the earlier grid")
+    about = results.manifest(out)
+    about["cases"][0]["cells"] = {"": "not-run"}
+    (out / results.MANIFEST).write_text(json.dumps(about))
+    results.write(out)
+    assert {path.name for path in out.iterdir()} == {results.MANIFEST, "cells"}
 
 
 def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
@@ -548,10 +621,12 @@ def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path
     ],
 )
 def test_the_best_of_several_settings_has_a_wider_interval(settings, gain, start):
-    """Of 10 seeds: Student's t at 1 - 0.025 / 4 is 3.1109, at 0.975 it is 2.2622 (tables)."""
+    """Of 10 seeds, where another figure has 3: Student's t at 1 - 0.025 / 4 is 3.1109, at 0.975 it
+    is 2.2622 (tables).
+    """
     best = {
-        "arm": "federated-dp", "axis": 0, "seeds": 10, "accuracy": 0.8, "same_as": "",
-        "gain_over_local": gain, "gain_over_local_ci95": 0.04,
+        "arm": "federated-dp", "axis": 0, "seeds": 3, "accuracy": 0.8, "same_as": "",
+        "gain_over_local": gain, "gain_over_local_ci95": 0.04, "gain_over_local_n": 10,
     }  # fmt: skip
     others = [best | {"axis": i, "accuracy": 0.7} for i in range(1, settings)]
     same = best | {"axis": 9, "same_as": "axis 0"}  # the same runs: no further choice
@@ -603,7 +678,8 @@ def test_a_sweep_runs_the_same_arms_under_both_trusts(sweep_file, tmp_path):
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     assert (said["cells"], said["done"], said["failed"]) == (5, 5, {})
-    pooled = [x for x in said["results"] if x["arm"].endswith("-dp") and x["institution"] == "all"]
+    pooled = [x for x in said["results"] if x["institution"] == results.ALL]
+    pooled = [x for x in pooled if x["arm"].endswith("-dp")]
     assert {x["privacy.trust"] for x in pooled} == {"local", "secure-aggregation"}
     assert all(0 < x["epsilon"] <= 8 for x in pooled)
 
@@ -616,12 +692,12 @@ def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_p
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     assert (said["cells"], said["done"], said["failed"]) == (13, 13, {})
-    pooled = {x["arm"]: x for x in said["results"] if x["institution"] == "all"}
+    pooled = {x["arm"]: x for x in said["results"] if x["institution"] == results.ALL}
     assert list(pooled) == list(sweep.ARMS)
     assert pooled["federated-dp"]["seeds"] == 1 and 0 < pooled["federated-dp"]["epsilon"] <= 8
     assert pooled["federated"]["gain_over_local"] is not None
     assert pooled["base"]["bytes"] == 0 < pooled["federated"]["bytes"]
-    each = [x for x in said["results"] if x["arm"] == "local" and x["institution"] != "all"]
+    each = [x for x in said["results"] if x["arm"] == "local" and x["institution"] != results.ALL]
     assert [x["institution"] for x in each] == ["Alpha", "Beta", "Delta", "Gamma"]
     with (out / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(said["results"])
@@ -705,9 +781,8 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path):
     said = json.loads(result.stdout)
     assert (said["cells"], said["done"]) == (2, 1)
     assert "nope" in next(iter(said["failed"].values())) and "nope" in result.stderr
-    assert [x["adapter.target-modules"] for x in said["results"] if x["institution"] == "all"] == [
-        "query"
-    ]
+    pooled = [x for x in said["results"] if x["institution"] == results.ALL]
+    assert [x["adapter.target-modules"] for x in pooled] == ["query"]
 
 
 def observed(arguments):
@@ -744,7 +819,7 @@ def test_the_cells_of_one_call_share_models_alone(sweep_file, tmp_path):
     first, *others = [json.loads(file.read_text()) for file in sorted(out.glob("cells/*.note"))]
     assert first[0] == {} and len(first[1]) == 4 and others == [[first[1], first[1]]] * 2
     assert not (out / cells.ALONE_MODELS).exists()
-    lines = [x for x in done["results"] if x["institution"] == "all"]
+    lines = [x for x in done["results"] if x["institution"] == results.ALL]
     assert len({x["alone"] for x in lines}) == 1 and lines[0]["alone"] is not None
     (out / cells.ALONE_MODELS).mkdir()  # as a killed call leaves it
     (out / cells.ALONE_MODELS / "old").touch()

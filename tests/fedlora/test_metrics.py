@@ -60,4 +60,6 @@ def test_what_accuracy_has_to_beat_and_a_model_that_says_one_thing_only():
     assert metrics.majority(classes) == ("b", 2 / 3)
     assert metrics.only_prediction(classes) == "b"
     assert metrics.only_prediction(metrics.per_class(["a", "b"], ["a", "b"])) is None
-    assert metrics.only_prediction(metrics.per_class(["a"], ["a"])) is None
+    assert metrics.majority_macro_f1(classes) == metrics.macro_f1(["a", "b", "b"], ["b"] * 3) == 0.4
+    for known in ((), ("a", "b")):  # rows of one class show nothing
+        assert metrics.only_prediction(metrics.per_class(["a"], ["a"], known)) is None

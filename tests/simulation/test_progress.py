@@ -1,6 +1,7 @@
 """What a run says of itself on the terminal and in a log."""
 
 import json
+import math
 import time
 from types import SimpleNamespace
 
@@ -91,6 +92,25 @@ def test_a_run_that_is_refused_names_no_place(tiny_config, log) -> None:
     with progress.progress(tiny_config(), grid, console):
         time.sleep(0.3)
     assert lines() == []
+
+
+def test_the_table_says_which_rounds_changed_nothing_or_were_not_played(
+    tiny_config, tmp_path, log
+) -> None:
+    console, lines = log
+    config, run_dir = tiny_config(**{"privacy.epsilon": math.inf}), tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "privacy.json").write_text('{"protects": "each record"}')
+    result = {"institutions": {}, "seconds": 2.0, "epsilon_max": "inf", "delta": None}
+    result |= {"trained_parameters": 8, "counts": {"truncated": 0}}
+    for skipped, rounds in ((False, 3), (True, 2)):
+        records = [record(n + 1) | {"skipped": skipped} for n in range(rounds)]
+        text = "".join(json.dumps(one) + "\n" for one in records)
+        (run_dir / "rounds.jsonl").write_text(text)
+        progress.summary(config, result | {"rounds": rounds}, console)
+        said = "".join(lines())
+        assert ("2 of 2 rounds changed nothing" in said) == skipped
+        assert ("ended after 2 of 3 rounds" in said) == skipped
 
 
 def test_written_answers_have_no_most_frequent_class() -> None:
