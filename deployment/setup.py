@@ -85,6 +85,7 @@ def add(directory: Path, name: str) -> None:
                 "ones"
             )
     services, authority = owner(directory), _authority(directory)
+    kept = set(_pins(directory, name))  # of an institution that was pinned by hand
     try:
         _institution(directory, name, authority.pem)
         _pin_peers(directory)
@@ -94,12 +95,15 @@ def add(directory: Path, name: str) -> None:
                 _change_owner(pinned, services)
     except BaseException:  # its keys are nobody's yet, and would be in the way of another try
         shutil.rmtree(directory / "institutions" / name, ignore_errors=True)
-        for made in (
-            directory / "server" / "institutions" / f"{name}.pub",
-            *(directory / "institutions").glob(f"*/keys/peers/{name}.pub"),
-        ):
-            made.unlink(missing_ok=True)
+        (directory / "server" / "institutions" / f"{name}.pub").unlink(missing_ok=True)
+        for pin in set(_pins(directory, name)) - kept:
+            pin.unlink(missing_ok=True)
         raise
+
+
+def _pins(directory: Path, name: str) -> Iterator[Path]:
+    """The places where other institutions of this directory pin an institution's key."""
+    return (directory / "institutions").glob(f"*/keys/peers/{name}.pub")
 
 
 def owner(directory: Path) -> tuple[int, int]:

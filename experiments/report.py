@@ -40,8 +40,8 @@ def write(directory: Path) -> Path:
         page = audit_page.of(directory)
     elif (directory / "run" / CONFIG).exists() and not (directory / CONFIG).exists():
         raise InputError(
-            f"{directory} holds an audit that did not finish: it has no {findings.FILE}; start the "
-            "audit anew with another --out"
+            f"{directory} holds no {findings.FILE}: if it is of an audit, that did not finish; "
+            f"start it anew with another --out, or give {directory / 'run'} for its run"
         )
     else:
         page = of_run(directory)

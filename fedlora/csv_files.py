@@ -71,10 +71,11 @@ def read(source: str, path: Path, wanted: Mapping[str, str], form: CsvForm) -> R
     """
     check_not_utf8(source, path, form)
     columns = header(source, path, form)
-    check_delimiter(source, path, wanted, form, columns)
-    check_columns(source, wanted, columns)
-    check_single(source, wanted, columns)
-    places = {column: columns.index(column) for column in wanted}
+    stripped = {column.strip(): key for column, key in wanted.items()}  # as the header is
+    check_delimiter(source, path, stripped, form, columns)
+    check_columns(source, stripped, columns)
+    check_single(source, stripped, columns)
+    places = {column: columns.index(column.strip()) for column in wanted}
     found: Rows = {column: [] for column in wanted}
     rows = records(source, path, form)
     next(rows)  # the header

@@ -59,7 +59,9 @@ class Task(ABC):
         self, encoding: PlainText | LabelPrompt | ResponsePrompt, side: Side, vocabulary: int = 0
     ) -> None:
         tokenizer = encoding.tokenizer
-        self._most = min(vocabulary or len(tokenizer), len(tokenizer))
+        largest = 1 + max(tokenizer.get_vocab().values(), default=-1)
+        self._most = min(vocabulary or largest, largest)
+        self._all_known = self._most == largest
         pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
         self._pad_id = self._known(pad, end)
         self._unknown_id = self._known(tokenizer.unk_token_id, end, pad)
@@ -79,12 +81,10 @@ class Task(ABC):
         must not follow from a record.
         """
         found = self.encoding.encode(texts, answers, labels)
-        if all(found.ids) and self._most == len(self._tokenizer):
-            return found
-        ids = [
-            [i if i < self._most else self._unknown_id for i in row] or [self._unknown_id]
-            for row in found.ids
-        ]
+        other = self._unknown_id
+        ids = [row or [other] for row in found.ids]
+        if not self._all_known:
+            ids = [[i if i < self._most else other for i in row] for row in ids]
         return dataclasses.replace(found, ids=ids)
 
     def collate(self, shard: Shard, indices: Sequence[int] | Int64, width: int = 0) -> Batch:

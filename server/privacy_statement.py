@@ -225,8 +225,10 @@ def with_earlier_runs(config: RunConfig, statement: Mapping[str, Any]) -> Mappin
 
 
 def _has_other_runs(config: RunConfig, spent: Mapping[str, Any]) -> bool:
+    # the ledger's figure is of the last report, before steps that were charged and not reported
+    reported = {**spent, "steps": spent["steps"] - spent.get("unreported_steps", 0)}
     by_both = [
-        composition.epsilon(history(config, spent), spent["ledger_delta"], accountant)
+        composition.epsilon(history(config, reported), spent["ledger_delta"], accountant)
         for accountant in ("prv", "rdp")
     ]
     total, margin = spent["ledger_epsilon"], 1e-3  # of sums that another processor rounded

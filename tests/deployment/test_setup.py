@@ -268,10 +268,12 @@ def test_an_institution_is_added_beside_a_stray_file(made):
 def test_an_institution_that_cannot_be_added_leaves_nothing_in_the_way_of_another_try(
     made, monkeypatch
 ):
+    by_hand = made / "institutions" / "a" / "keys" / "peers" / "e.pub"
+    by_hand.write_bytes((made / "server" / "institutions" / "b.pub").read_bytes())
     before, pin = _contents(made), setup._pin_peers
 
     def full(directory):
-        pin(directory)
+        (directory / "institutions" / "b" / "keys" / "peers" / "e.pub").write_bytes(b"new")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(setup, "_pin_peers", full)

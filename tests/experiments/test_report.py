@@ -580,6 +580,9 @@ def test_whether_a_ledger_has_other_runs_is_seen_at_its_own_delta(run_directory,
             entry = one | {"ledger_epsilon": spent, "ledger_delta": delta}
             found = privacy_statement.with_earlier_runs(config, {"institutions": {"a": entry}})
             assert (found == entry) == others and (found is None) != others
+            more = entry | {"steps": one["steps"] + 1, "unreported_steps": 1}
+            found = privacy_statement.with_earlier_runs(config, {"institutions": {"a": more}})
+            assert (found == more) == others and (found is None) != others
 
 
 @pytest.mark.parametrize("epsilon", [1e-4, 0.002, 0.5])

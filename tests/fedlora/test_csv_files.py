@@ -104,6 +104,7 @@ def test_blanks_around_the_names_of_columns_are_no_part_of_them(tmp_path) -> Non
     source = written(tmp_path / "a.csv", "id, text , label\n1, a, b\n")
     assert csv_files.header(source, Path(source), csv_files.PLAIN) == ["id", "text", "label"]
     assert sources.read(source, WANTED) == {"text": [" a"], "label": [" b"]}
+    assert sources.read(source, {" text": "data.text"}) == {" text": [" a"]}  # an older way
     source = written(tmp_path / "b.csv", "text, text,label\na,b,c\n")
     with pytest.raises(InputError, match="two columns 'text'"):
         sources.read(source, WANTED)
