@@ -218,7 +218,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
     )
     noised = {"federation__weighting": "noised-size"}
     yield case(followed, "privacy.size-noise", 1e6, **noised)
-    yield case(("budget-exhausted",), "privacy.size-noise", 0.01, **noised)
+    yield case(bad, "privacy.size-noise", 0.01, **noised)
     longest = config_policy.PROMPT_CHARACTERS_PER_TOKEN * int(str(OWN["max-length"]))
     prompts = {
         "{text}" + " " * (longest - 6): followed,
