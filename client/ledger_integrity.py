@@ -15,6 +15,7 @@ in the form of version 1, which had no seal; and an older copy of the whole file
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -164,12 +165,15 @@ def _other_tables(db: sqlite3.Connection) -> list[str]:
 
 @functools.cache
 def _expected_tables() -> frozenset[tuple[object, ...]]:
-    db = sqlite3.connect(":memory:")
-    try:
-        db.executescript(SCHEMA)
+    with contextlib.closing(empty()) as db:
         return _tables(db)
-    finally:
-        db.close()
+
+
+def empty() -> sqlite3.Connection:
+    """A database in memory with the tables of this version."""
+    db = sqlite3.connect(":memory:")
+    db.executescript(SCHEMA)
+    return db
 
 
 def _tables(db: sqlite3.Connection) -> frozenset[tuple[object, ...]]:

@@ -7,6 +7,7 @@ closed rounds.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 
 from client import ledger_integrity
@@ -52,12 +53,8 @@ def upgrade(db: sqlite3.Connection, version: int) -> list[str]:
 
 def _other_form(db: sqlite3.Connection, version: int) -> list[str]:
     """Problems of the tables: a newer ledger that is called older would be checked less."""
-    newest = sqlite3.connect(":memory:")
-    try:
-        newest.executescript(ledger_integrity.SCHEMA)
+    with contextlib.closing(ledger_integrity.empty()) as newest:
         wanted = _columns(newest) - _LATER[version]
-    finally:
-        newest.close()
     changed = sorted({table for table, _ in _columns(db) ^ wanted})
     if not changed:
         return []

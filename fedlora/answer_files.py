@@ -148,9 +148,7 @@ def _rows(
             "standard input"
         )
     if path.suffix.lower() == ".csv":
-        csv_files.check_not_utf8(source, path, form)
-        columns = csv_files.header(source, path, form)
-        csv_files.check_delimiter(source, path, wanted, form, columns)
+        columns = csv_files.checked_header(source, path, wanted, form)
         found = list(csv_files.records(source, path, form))[1:]
         if len(set(columns)) < len(columns):
             raise ValueError("two columns have the same name")

@@ -69,10 +69,8 @@ def read(source: str, path: Path, wanted: Mapping[str, str], form: CsvForm) -> R
         InputError: If the file has another delimiter or encoding, lacks a column, has one twice,
             or cannot be read.
     """
-    check_not_utf8(source, path, form)
-    columns = header(source, path, form)
     stripped = {column.strip(): key for column, key in wanted.items()}  # as the header is
-    check_delimiter(source, path, stripped, form, columns)
+    columns = checked_header(source, path, stripped, form)
     check_columns(source, stripped, columns)
     check_single(source, stripped, columns)
     places = {column: columns.index(column.strip()) for column in wanted}
@@ -92,6 +90,25 @@ def header(source: str, path: Path, form: CsvForm) -> list[str]:
         InputError: If the file cannot be read in this encoding.
     """
     return next(records(source, path, form, strict=False), list[str]())
+
+
+def checked_header(source: str, path: Path, wanted: Iterable[str], form: CsvForm) -> list[str]:
+    """The columns of a CSV file, after a check of its delimiter and encoding.
+
+    Args:
+        source: The source, for messages.
+        path: The file.
+        wanted: The columns that are needed: one may lack only because the delimiter is another.
+        form: The delimiter and encoding that the file is said to have.
+
+    Raises:
+        InputError: If the file has another encoding.
+        RecordError: If it has another delimiter; it quotes the columns.
+    """
+    _check_not_utf8(source, path, form)
+    columns = header(source, path, form)
+    _check_delimiter(source, path, wanted, form, columns)
+    return columns
 
 
 def records(source: str, path: Path, form: CsvForm, *, strict: bool = True) -> Generator[list[str]]:
@@ -163,21 +180,10 @@ def _decodes(content: bytes, encoding: str) -> bool:
     return True
 
 
-def check_delimiter(
+def _check_delimiter(
     source: str, path: Path, wanted: Iterable[str], form: CsvForm, columns: list[str]
 ) -> None:
-    """Refuse a file whose header lacks a column only because its delimiter is another one.
-
-    Args:
-        source: The source, for messages.
-        path: The file.
-        wanted: The columns that are needed.
-        form: The file's delimiter and encoding.
-        columns: The file's columns in this form.
-
-    Raises:
-        RecordError: Naming the other delimiter.
-    """
+    """Refuse a file whose header lacks a column only because its delimiter is another one."""
     if all(column in columns for column in wanted):
         return
     for name in DELIMITERS:
@@ -206,17 +212,8 @@ def _wrong_encoding(source: str, path: Path, form: CsvForm) -> InputError | None
     return None
 
 
-def check_not_utf8(source: str, path: Path, form: CsvForm) -> None:
-    """Refuse to read UTF-8 as another encoding: most of them accept all bytes as wrong letters.
-
-    Args:
-        source: The source, for messages.
-        path: The file.
-        form: The encoding that the file is said to have.
-
-    Raises:
-        InputError: If the file is in UTF-8 and not in ASCII, and ``form`` says otherwise.
-    """
+def _check_not_utf8(source: str, path: Path, form: CsvForm) -> None:
+    """Refuse to read UTF-8 as another encoding: most of them accept all bytes as wrong letters."""
     if form.codec == "utf-8-sig":
         return
     content = path.read_bytes()

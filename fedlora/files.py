@@ -13,7 +13,7 @@ from fedlora.errors import InputError
 
 def cache_directory() -> Path:
     """The directory of caches: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
-    return Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
+    return expanded(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora")
 
 
 def expanded(path: str) -> Path:

@@ -107,7 +107,7 @@ def read_run_file(run_dir: Path, name: str = RESULT) -> dict[str, Any]:
         text = (run_dir / name).read_text(encoding="utf-8")
         found = json.loads(text, object_pairs_hook=_single)
         if not isinstance(found, dict):
-            raise ValueError(f"{name} is no object")
+            raise ValueError("it is no object")
         return cast(dict[str, Any], found)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(

@@ -356,7 +356,7 @@ def _hub_revisions(source: str) -> list[str]:
     name = source.removeprefix("hub:").partition(":")[0]
     home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME", f"{home}/huggingface")
-    root = Path(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets")).expanduser()
+    root = expanded(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets"))
 
     def normalised(text: str) -> str:  # datasets writes owner/camelCase as owner___camel_case
         return text.lower().replace("_", "").replace("/", "")

@@ -18,10 +18,9 @@ def of(directory: Path) -> Page:
     promised, broken = float(found["epsilon"]), found["refuted"]
     shown, alone = findings.shown(found), found["canaries"].get(findings.ALL_BUT_ONE)
     seeded = findings.is_seeded(found)
+    epsilon = "epsilon at most, were the noise secret" if seeded else "promised: epsilon at most"
     tiles = {
-        "epsilon at most, were the noise secret"
-        if seeded
-        else "promised: epsilon at most": at_most(promised),
+        epsilon: at_most(promised),
         "shown by attacks: epsilon at least": at_least(shown, 3),
         "the canaries could show at most": at_least(found["canaries"]["most they can show"], 3),
     }
