@@ -147,6 +147,8 @@ def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return sum(r[key] for r in results)
 
     def mean(key: str, weight: str) -> float:
+        if any(r[key] is None for r in results):  # a loss that was not finite, read from JSON
+            return math.nan
         return sum(r[key] * r[weight] for r in results) / total(weight)
 
     result: dict[str, Any] = {"n": total("n")}

@@ -65,6 +65,13 @@ def is_seeded(result: Mapping[str, Any]) -> bool:
     return math.isfinite(float(result["epsilon"])) and result["noise"]["source"] == "seeded"
 
 
+def of_one(result: Mapping[str, Any]) -> str:
+    """What the epsilon of an institution's own share of the noise is called."""
+    if is_seeded(result):
+        return "epsilon if all others collude, were the noise secret"
+    return "promised if all others collude"
+
+
 def limit(result: Mapping[str, Any], view: str) -> float:
     """The epsilon that a bound from this view is compared with."""
     return float(result["epsilon_alone" if view == ALL_BUT_ONE else "epsilon"])
@@ -108,7 +115,7 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if "epsilon_alone" in result:
         alone = f"epsilon {at_most(float(result['epsilon_alone']))}: the vector's own noise"
-        found.append(("promised if all others collude", alone))
+        found.append((of_one(result), alone))
     for view in (view for view in VIEWS if view in canaries):
         attack = canaries[view]
         text = (

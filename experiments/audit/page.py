@@ -25,7 +25,7 @@ def of(directory: Path) -> Page:
         "the canaries could show at most": at_least(found["canaries"]["most they can show"], 3),
     }
     if alone is not None:
-        tiles["promised if all others collude"] = at_most(float(found["epsilon_alone"]))
+        tiles[findings.of_one(found)] = at_most(float(found["epsilon_alone"]))
         tiles["shown by attacks if they do"] = at_least(alone["epsilon"], 3)
     if broken:
         note = f"The promise is broken: {findings.broken_by(found)}."
