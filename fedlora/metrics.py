@@ -130,6 +130,12 @@ def classification(
     }
 
 
+def _mean(results: Sequence[Mapping[str, Any]], key: str, weight: str) -> float:
+    if any(r[key] is None for r in results):  # a loss that was not finite, read from JSON
+        return math.nan
+    return sum(r[key] * r[weight] for r in results) / sum(r[weight] for r in results)
+
+
 def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Metrics over the rows of several evaluations.
 
@@ -146,19 +152,14 @@ def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def total(key: str) -> int:
         return sum(r[key] for r in results)
 
-    def mean(key: str, weight: str) -> float:
-        if any(r[key] is None for r in results):  # a loss that was not finite, read from JSON
-            return math.nan
-        return sum(r[key] * r[weight] for r in results) / total(weight)
-
     result: dict[str, Any] = {"n": total("n")}
     if all("tokens" in r for r in results):
-        loss = mean("token_loss", "tokens")
+        loss = _mean(results, "token_loss", "tokens")
         result |= {
             "tokens": total("tokens"),
             "token_loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "exact_match": mean("exact_match", "generated"),
+            "exact_match": _mean(results, "exact_match", "generated"),
             "generated": total("generated"),
         }
     if all("per_class" in r for r in results):
@@ -170,14 +171,14 @@ def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 for key, count in counts.items():
                     mine[key] += count
         result |= {
-            "accuracy": mean("accuracy", rows),
+            "accuracy": _mean(results, "accuracy", rows),
             "macro_f1": _mean_f1(classes),
             "per_class": classes,
         }
         if all("unparseable" in r for r in results):
             result["unparseable"] = total("unparseable")
     if all("loss" in r for r in results):
-        result["loss"] = mean("loss", "n")
+        result["loss"] = _mean(results, "loss", "n")
     return result
 
 
