@@ -1,12 +1,11 @@
-"""LoRA, rsLoRA and DoRA on a frozen base: the settings, and a fresh adapter on a model."""
+"""LoRA, rsLoRA and DoRA on a frozen base: a fresh adapter on a model."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,10 +16,9 @@ from fedlora.encoder import HEAD
 from fedlora.errors import InputError
 from fedlora.lora_layers import ADAPTER, dense_weight, is_linear, lora_layers
 from fedlora.models import Base
+from fedlora.sections import AdapterConfig
 from fedlora.streams import RandomSource
 
-Method = Literal["lora", "rslora", "dora", "dora-rslora"]
-METHODS: tuple[Method, ...] = ("lora", "rslora", "dora", "dora-rslora")
 # The query and value projections (Hu et al. 2021, section 7.1), or the fused projection that
 # contains them.
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -42,75 +40,34 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraSpec:
-    """Settings of an adapter: low-rank factors on some linear layers of the base.
-
-    Args:
-        method: ``lora`` (W + s B A); ``rslora`` has s = alpha / sqrt(rank) instead of alpha / rank;
-            ``dora`` also learns the norm of each output row (Liu et al. 2024, arXiv 2402.09353);
-            ``dora-rslora`` both.
-        rank: Rank of B A, at least 1.
-        alpha: The numerator of the scale, above 0.
-        dropout: The dropout rate on the input of A, in [0, 1).
-        target_modules: Last parts of layer names; empty for the default of the architecture
-            (`TARGETS`).
-
-    Raises:
-        InputError: For a value out of bounds.
-    """
-
-    method: Method
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"adapter.method is {self.method!r}; choose one of {', '.join(METHODS)} "
-                f"(perhaps {near!r})"
-            )
-        if self.rank < 1:
-            raise InputError(f"adapter.rank is {self.rank}, but must be at least 1; 8 is usual")
-        if not 0 < self.alpha < float("inf"):
-            raise InputError(
-                f"adapter.alpha is {self.alpha}, but must be above 0; twice the rank is usual"
-            )
-        if not 0 <= self.dropout < 1:
-            raise InputError(
-                f"adapter.dropout is {self.dropout}, but must be in [0, 1); 0 switches it off"
-            )
-
-
-def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
+def attach(base: Base, adapter: AdapterConfig, seed: int) -> PeftModel:
     """Put a fresh adapter on a base; until it is trained, outputs equal those of the base.
 
-    B is zero, A uniform in +-1/sqrt(d_in) as in PEFT but from named streams (the same on every
-    machine, whatever the order of layers), DoRA's magnitudes are the row norms of the base.
+    ``lora`` is W + s B A; ``rslora`` has s = alpha / sqrt(rank) instead of alpha / rank; ``dora``
+    also learns the norm of each output row (Liu et al. 2024, arXiv 2402.09353); ``dora-rslora``
+    both. B is zero, A uniform in +-1/sqrt(d_in) as in PEFT but from named streams (the same on
+    every machine, whatever the order of layers), DoRA's magnitudes are the row norms of the base.
     Adapters are float32. On an encoder the head is trained too. The base's own modules become part
     of the result.
 
     Args:
         base: A base without an adapter.
-        spec: The adapter's settings.
+        adapter: The adapter's settings; ``ranks`` and ``start`` have no effect here.
         seed: The seed of the initial A.
 
     Raises:
         InputError: If a target module is not in the model or is not a linear layer, the rank is
             above the largest rank of one of these layers, or DoRA finds a row of zeros in one.
     """
-    targets = _targets(base.model, spec.target_modules)
-    _check_rank(base.model, spec.rank, targets)
+    targets = _targets(base.model, adapter.target_modules)
+    _check_rank(base.model, adapter.rank, targets)
     config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=cast(int, spec.alpha),  # PEFT computes with it as a float
-        lora_dropout=spec.dropout,
+        r=adapter.rank,
+        lora_alpha=cast(int, adapter.alpha),  # PEFT computes with it as a float
+        lora_dropout=adapter.dropout,
         target_modules=list(targets),
-        use_rslora=spec.method.endswith("rslora"),
-        use_dora=spec.method.startswith("dora"),
+        use_rslora=adapter.method.endswith("rslora"),
+        use_dora=adapter.method.startswith("dora"),
         fan_in_fan_out=any(
             isinstance(layer, Conv1D) for _, layer in _matching(base.model, targets)
         ),
@@ -136,8 +93,8 @@ def attach(base: Base, spec: LoraSpec, seed: int) -> PeftModel:
                 magnitude.copy_(dense_weight(layer.get_base_layer()).norm(dim=1))
                 if zeros := int((magnitude == 0).sum()):
                     raise InputError(
-                        f"adapter.method is {spec.method}, which divides by the norm of each row, "
-                        f"and {zeros} rows of {name} in {base.name} are zero; take lora or "
+                        f"adapter.method is {adapter.method}, which divides by the norm of each "
+                        f"row, and {zeros} rows of {name} in {base.name} are zero; take lora or "
                         "rslora, or other adapter.target-modules"
                     )
     return model

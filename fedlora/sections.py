@@ -87,12 +87,15 @@ class ModelConfig(Section):
     task: str = key("classification", "kind of training", choices=("classification", "sft"))
 
 
+METHODS = ("lora", "rslora", "dora", "dora-rslora")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Section):
     """The low-rank adapter that is trained and exchanged."""
 
     prefix = "adapter."
-    method: str = key("lora", "adapter method", choices=("lora", "rslora", "dora", "dora-rslora"))
+    method: str = key("lora", "adapter method", choices=METHODS)
     rank: int = key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
     ranks: str = key(
         "",

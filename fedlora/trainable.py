@@ -170,14 +170,7 @@ def _load(settings: _Settings) -> Trainable:
         device=settings.device,
     )
     _check_classes(model.name, base.model, labels)
-    spec = lora.LoraSpec(
-        method=adapter.method,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
-    )
-    peft_model = lora.attach(base, spec, settings.seed)
+    peft_model = lora.attach(base, adapter, settings.seed)
     if settings.gradient_checkpointing:
         try:
             cast(Any, base.model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -207,7 +200,7 @@ def _load(settings: _Settings) -> Trainable:
         finally:
             training_mode(peft_model, False)
 
-    verdict = verdicts.remembered(_question(settings, base, spec), examine)
+    verdict = verdicts.remembered(_question(settings, base), examine)
     if verdict.flaw and (settings.private or per_sample.has_dropout):
         raise InputError(
             f"model.name is {base.name!r}, whose layers in adapter.target-modules give no exact "
@@ -249,14 +242,14 @@ def _check_longest_row(model: Any, task: Task, labels: tuple[str, ...]) -> None:
         ) from None
 
 
-def _question(settings: _Settings, base: models.Base, spec: lora.LoraSpec) -> dict[str, Any]:
+def _question(settings: _Settings, base: models.Base) -> dict[str, Any]:
     """The properties of a loaded model that a verdict on it depends on; see `verdicts`."""
     tokenizer: Any = base.tokenizer
     device = settings.device
     return {
         "weights": base.digest,
         "configuration": cast(Any, base.model.config).to_json_string(use_diff=False),
-        "adapter": dataclasses.asdict(spec),
+        "adapter": dataclasses.asdict(dataclasses.replace(settings.adapter, ranks="", start="")),
         "task": (
             settings.model.task,
             settings.max_length,

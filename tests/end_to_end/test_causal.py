@@ -13,8 +13,8 @@ from peft import PeftModel
 from fedlora import records, trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import from_flat
-from fedlora.lora import METHODS
 from fedlora.run_files import read_records
+from fedlora.sections import METHODS
 from tests.conftest import shared_data
 
 LABELS = ("negative", "neutral", "positive")

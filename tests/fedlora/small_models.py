@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from fedlora import lora, lora_layers, tasks
-from fedlora.lora import LoraSpec
 from fedlora.models import load_base
+from fedlora.sections import AdapterConfig
 from fedlora.sft import Sft
 from fedlora.task_choice import choose_task
 
@@ -45,7 +45,7 @@ def spec(method="lora", **changes):
 
     With one, PEFT's results and ours can agree to the last bit, and a table of zeros shows nothing.
     """
-    return LoraSpec(**{"method": method, "rank": 3, "alpha": 7, **changes})
+    return AdapterConfig(**{"method": method, "rank": 3, "alpha": 7.0, **changes})
 
 
 def trained(base, method="lora", **changes):

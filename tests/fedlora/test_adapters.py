@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from fedlora import adapters, lora, lora_layers
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError
-from fedlora.lora import METHODS, LoraSpec
 from fedlora.per_sample import PerSampleAdapters
+from fedlora.sections import METHODS, AdapterConfig
 from tests.fedlora.small_models import CONFIGS, load, outputs, spec, trained
 
 pytestmark = pytest.mark.usefixtures("no_tokenizer")
@@ -141,7 +141,7 @@ def test_a_model_takes_on_the_rank_of_what_is_loaded(directories, method):
     model = trained(load(directories / "bert"), method)
     other = lora.attach(
         load(directories / "bert"),
-        LoraSpec(method=method, rank=2, alpha=spec(method).alpha),
+        AdapterConfig(method=method, rank=2, alpha=spec(method).alpha),
         seed=5,
     ).eval()
     with torch.no_grad():

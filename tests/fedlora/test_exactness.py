@@ -10,9 +10,10 @@ import transformers as hf
 
 from benchmarks import families
 from client.institution import Institution
-from fedlora import exactness, lora, trainable, verdicts
+from fedlora import exactness, trainable, verdicts
 from fedlora.errors import InputError
 from fedlora.per_sample import PerSampleAdapters
+from fedlora.sections import METHODS
 from simulation import run
 
 SIZE = {
@@ -166,7 +167,7 @@ def test_exact_models_train_packed_where_only_attention_mixes_tokens(name, tmp_p
 @pytest.mark.parametrize(
     "values",
     [
-        *({"adapter.method": method} for method in lora.METHODS),
+        *({"adapter.method": method} for method in METHODS),
         {"model.dtype": "bf16"},
         {"model.quantization": "nf4", "model.dtype": "bf16"},
         {"model.quantization": "int8", "model.dtype": "bf16"},

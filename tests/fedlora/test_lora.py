@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from fedlora import adapters, lora, lora_layers
 from fedlora.adapters import AdapterState
 from fedlora.errors import InputError
-from fedlora.lora import METHODS, LoraSpec
+from fedlora.sections import METHODS
 from tests.fedlora.small_models import CONFIGS, load, outputs, spec
 
 pytestmark = pytest.mark.usefixtures("no_tokenizer")
@@ -76,21 +76,6 @@ def test_every_default_target_is_in_the_model_it_is_for():
         assert lora._targets(model, ()) == lora.TARGETS[model_type]
         checked += 1
     assert checked == len(lora.TARGETS) > 20
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"method": "rlora"}, "adapter.method is 'rlora'.*rslora"),
-        ({"rank": 0}, "adapter.rank is 0"),
-        ({"alpha": 0}, "adapter.alpha is 0"),
-        ({"alpha": math.nan}, "adapter.alpha is nan"),
-        ({"dropout": 1.0}, "adapter.dropout is 1.0"),
-    ],
-)
-def test_a_bad_value_is_named(values, message):
-    with pytest.raises(InputError, match=message):
-        LoraSpec(**{"method": "lora", "rank": 8, "alpha": 16, **values})
 
 
 @pytest.mark.parametrize(

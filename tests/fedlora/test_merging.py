@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedlora import lora_layers, merging, models
-from fedlora.lora import METHODS
 from fedlora.per_sample import PerSampleAdapters
+from fedlora.sections import METHODS
 from tests.fedlora.small_models import CONFIGS, load, outputs, trained
 
 pytestmark = pytest.mark.usefixtures("no_tokenizer")

@@ -12,6 +12,7 @@ from fedlora.encoder import EncoderClassifier
 from fedlora.encoding import Encoded
 from fedlora.models import Base
 from fedlora.per_sample import PerSampleAdapters
+from fedlora.sections import AdapterConfig
 from fedlora.task_choice import choose_task
 
 LABELS = ("a", "b", "c")
@@ -103,7 +104,7 @@ def found_first(model, task):
         name="made",
     )
     targets = ("q_proj", "v_proj") if model.config.model_type == "lfm2" else ()
-    spec = lora.LoraSpec(method="lora", rank=2, alpha=4, target_modules=targets)
+    spec = AdapterConfig(method="lora", rank=2, alpha=4.0, target_modules=targets)
     peft = lora.attach(base, spec, seed=1).eval()
     found = exactness.examine(peft, PerSampleAdapters(peft), task, LABELS)
     assert not found.flaw

@@ -16,8 +16,8 @@ from fedlora import adapters, lora_layers, models, packing
 from fedlora.batches import pack, rounded
 from fedlora.errors import Refusal
 from fedlora.layer_forwards import dropout_mask
-from fedlora.lora import METHODS
 from fedlora.per_sample import PerSampleAdapters
+from fedlora.sections import METHODS
 from fedlora.streams import RandomSource
 from tests.fedlora.small_models import CONFIGS, load, trained
 
