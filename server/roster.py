@@ -26,7 +26,10 @@ NODES_TIMEOUT = 60.0  # seconds to wait for the first institutions
 HELLO_PAUSE = 60.0
 """Seconds after which a deployment asks an institution again that did not take part; each further
 time twice as many. It is also the longest wait for that answer."""
-LEAST = "federation.min-updates, a robust rule, or privacy.honest + privacy.colluding"
+LEAST = (
+    "federation.min-updates, a robust rule, or privacy.honest + privacy.colluding and more than "
+    "half of institutions + colluding"
+)
 """What decides on the least number of institutions of a round, in words."""
 MAX_SILENT = 2
 """Orders in a row that an institution may leave without an answer."""

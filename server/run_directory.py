@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fedlora
 from fedlora import seal
 from fedlora.config import ENGINE_ONLY, RunConfig, load
 from fedlora.errors import InputError
@@ -29,6 +30,7 @@ from fedlora.run_files import (
     finite,
     read_lines,
     read_records,
+    read_run_file,
 )
 from server import binding
 
@@ -119,6 +121,7 @@ class RunDirectory:
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}); "
                     "give another --out, or resume it unchanged"
                 )
+            self._check_version()
             return True
         if self.path.exists() and (
             not self.path.is_dir() or any(not _is_foreign(e.name) for e in self.path.iterdir())
@@ -143,6 +146,22 @@ class RunDirectory:
                 f"{MIN_FREE_BYTES / 2**20:.0f} MiB: free some or give another --out"
             )
         return False
+
+    def _check_version(self) -> None:
+        """Check that the version that began a run continues it.
+
+        Raises:
+            InputError: If it is another, whose rounds would not follow from the ones before.
+        """
+        if not (self.path / ENVIRONMENT).exists():
+            return  # the process ended while it made the directory
+        begun = read_run_file(self.path, ENVIRONMENT)["versions"]["fedlora"]
+        if begun != fedlora.__version__:
+            raise InputError(
+                f"{self.path} was begun with fedlora {begun}, and this is {fedlora.__version__}: "
+                "its checkpoint continues only with the version that wrote it; install that, or "
+                "begin a run with another --out"
+            )
 
     def create(self, config: RunConfig) -> None:
         """Make the directory, with the run's configuration and environment."""

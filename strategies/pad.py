@@ -15,8 +15,8 @@ counts s / s_k times: an institution of half the rank takes half the step in B (
 it). In A, where it sees the global gradient, it takes the whole step under both.
 
 The paper pads the factors themselves, so a row that a share q of the institutions holds is
-multiplied by q in every round, whatever they learn. Here the change is padded, so an institution
-without a row does not influence it.
+multiplied by q in every round, whatever they learn. Here the change is padded: an institution
+without a row counts with its weight as no change of it.
 
 DoRA's magnitudes and a head are plain tensors: their weighted mean.
 

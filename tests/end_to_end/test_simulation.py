@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedlora
 from client.ledger import Ledger
 from fedlora import composition, models, records, trainable
 from fedlora.adapters import AdapterState, kind
@@ -391,6 +392,16 @@ def test_a_run_may_be_resumed_on_a_smaller_machine_and_not_as_another_run(tiny_c
     assert directory.check(config.replace({"engine.threads": 1, "engine.workers": 1}))
     with pytest.raises(InputError, match=r"holds a run with another .*\(adapter\.rank was 8, now"):
         directory.check(config.replace({"engine.threads": 1, "adapter.rank": 3}))
+
+
+def test_a_run_is_not_continued_by_another_version(tiny_config, monkeypatch):
+    config = tiny_config()
+    directory = RunDirectory(Path(config.run_dir))
+    directory.create(config)
+    assert directory.check(config)
+    monkeypatch.setattr(fedlora, "__version__", "0.0.1")
+    with pytest.raises(InputError, match=r"begun with fedlora \d\S*, and this is 0\.0\.1: "):
+        directory.check(config)
 
 
 def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
