@@ -283,24 +283,19 @@ def repeated(
 
 def no_dp(options: Options) -> dict[str, Outcome]:
     """10 institutions x 3 rounds x 5 steps of 64."""
-    todo = work.Work(institutions=2, rounds=1, steps=1) if options.quick else work.Work()
-    found = rivals(todo, ["flower", "pfl"], options)
+    found = rivals(_little(options, work.Work()), ["flower", "pfl"], options)
     return {name: found[name] for name in ("flower", "pfl", "flower-memory")}
 
 
 def with_dp(options: Options) -> dict[str, Outcome]:
     """The same under DP."""
-    todo = work.Work(private=True)
-    if options.quick:
-        todo = work.Work(institutions=2, rounds=1, steps=1, private=True)
+    todo = _little(options, work.Work(private=True))
     return {"flower-dp": rivals(todo, ["flower"], options)["flower"]}
 
 
 def many_rounds(options: Options) -> dict[str, Outcome]:
     """10 institutions x 20 rounds x 1 step of 64 under DP."""
-    todo = work.Work(rounds=20, steps=1, private=True)
-    if options.quick:
-        todo = work.Work(institutions=2, rounds=2, steps=1, private=True)
+    todo = _little(options, work.Work(rounds=20, steps=1, private=True), rounds=2)
     return {"flower-dp-rounds": rivals(todo, ["flower"], options)["flower"]}
 
 
@@ -492,6 +487,10 @@ MEASUREMENTS: dict[Callable[[Options], dict[str, Outcome]], tuple[str, ...]] = {
     sweep: ("sweep",),
 }
 """The rows of each measurement."""
+
+
+def _little(options: Options, todo: work.Work, rounds: int = 1) -> work.Work:
+    return replace(todo, institutions=2, rounds=rounds, steps=1) if options.quick else todo
 
 
 def _brief(options: Options, *smaller: str) -> list[str]:

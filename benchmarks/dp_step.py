@@ -17,7 +17,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -87,19 +87,19 @@ def local_plan(arguments: argparse.Namespace) -> Any:
     )
 
 
-def mechanism(rows: int) -> Any:
-    """The noise of a step that samples every row."""
+def mechanism(size_class: int, sample_rate: float = 1.0, steps: int = 1) -> Any:
+    """The noise of the steps of one round; by default of a step that samples every row."""
     from fedlora.accounting import PrivacyPlan
 
     return PrivacyPlan(
         epsilon=8.0,
         delta=1e-5,
         noise_multiplier=1.0,
-        sample_rate=1.0,
-        size_class=rows,
+        sample_rate=sample_rate,
+        size_class=size_class,
         max_grad_norm=1.0,
         clipping="flat",
-        steps_per_round=1,
+        steps_per_round=steps,
         rounds=1,
         accountant="prv",
     )
@@ -159,18 +159,24 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def in_turn(sides: Mapping[str, Callable[[], None]], turns: int) -> dict[str, list[float]]:
+    """Seconds of each side, which take turns; the first two turns do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(turns + 2):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
 def main() -> None:
     arguments = parser().parse_args()
     other = arguments.against
     peaks = _peaks(arguments)
-    steps = dict(zip((other, "dp"), sides(arguments, other, "dp"), strict=True))
-    seconds: dict[str, list[float]] = {other: [], "dp": []}
-    for turn in range(arguments.turns + 2):
-        for side, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if turn >= 2:
-                seconds[side].append(time.perf_counter() - started)
+    steps = zip((other, "dp"), sides(arguments, other, "dp"), strict=True)
+    seconds = in_turn(dict(steps), arguments.turns)
     ratios = [d / p for d, p in zip(seconds["dp"], seconds[other], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     print(

@@ -27,9 +27,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from benchmarks import dp_step
 from client import private_training, training
 from fedlora import lora, lora_layers, models, trainable
-from fedlora.accounting import PrivacyPlan
 from fedlora.config import from_flat
 from fedlora.data import shard_of
 from fedlora.encoder import HEAD
@@ -206,18 +206,7 @@ def train(work: trainable.Trainable) -> None:
     records = shard(work.labels)
     participant = private_training.Participant(
         shard=records,
-        mechanism=PrivacyPlan(
-            epsilon=8.0,
-            delta=1e-5,
-            noise_multiplier=1.0,
-            sample_rate=0.9,
-            size_class=16,
-            max_grad_norm=1.0,
-            clipping="flat",
-            steps_per_round=2,
-            rounds=1,
-            accountant="prv",
-        ),
+        mechanism=dp_step.mechanism(16, sample_rate=0.9, steps=2),
         source=RandomSource.seeded("families", 1),
     )
     plan = training.LocalPlan(steps=2, physical_batch=8, optimizer="sgd", learning_rate=0.5)

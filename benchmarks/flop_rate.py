@@ -12,7 +12,6 @@ import collections
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -80,13 +79,7 @@ def main() -> None:
     with Products() as products:
         step()
     sides = {"step": step, "products": bare(products.counts)}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(arguments.turns + 2):
-        for name, side in sides.items():
-            started = time.perf_counter()
-            side()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - started)
+    seconds = dp_step.in_turn(sides, arguments.turns)
     shares = [b / s for s, b in zip(seconds["step"], seconds["products"], strict=True)]
     low, middle, high = statistics.quantiles(shares, n=4)
     total = sum(operations(product) * count for product, count in products.counts.items())

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import work
+from benchmarks import dp_step, work
 from client import private_training, training
 from fedlora import records, trainable
-from fedlora.accounting import PrivacyPlan
 from fedlora.config import load
 from fedlora.streams import RandomSource
 
@@ -60,22 +59,11 @@ def main() -> None:
     def private(turn: int) -> None:
         participants = [
             private_training.Participant(
-                shard=federation.train(index),
-                mechanism=PrivacyPlan(
-                    epsilon=8.0,
-                    delta=1e-5,
-                    noise_multiplier=1.0,
-                    sample_rate=min(1.0, 64 / len(federation.train(index))),
-                    size_class=len(federation.train(index)),
-                    max_grad_norm=1.0,
-                    clipping="flat",
-                    steps_per_round=plan.steps,
-                    rounds=1,
-                    accountant="prv",
-                ),
+                shard=shard,
+                mechanism=dp_step.mechanism(len(shard), min(1.0, 64 / len(shard)), plan.steps),
                 source=RandomSource.seeded("profile", turn, index),
             )
-            for index in range(count)
+            for index, shard in enumerate(map(federation.train, range(count)))
         ]
         private_training.train_privately(model, participants, plan)
 

@@ -13,29 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import results, sweep_page
-from experiments.audit.run import facts
+from experiments import pages, results, sweep_page
+from experiments.audit.findings import FILE, facts
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import ENVIRONMENT, commit, is_complete, read_run_file
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 PICTURES = DOCUMENT.parent / "results"
-COLOURS = {
-    "--ink": "#1b2430",
-    "--muted": "#5c6773",
-    "--grid": "#dfe3e8",
-    "--bad": "#b3261e",
-    "--series-1": "#0067a5",
-    "--series-2": "#c2570c",
-    "--series-3": "#1d7f5f",
-    "--series-4": "#8a3a8f",
-    "--series-5": "#8a6d00",
-    "--series-6": "#3f4a9e",
-    "--series-7": "#a3324f",
-    "--series-8": "#4d5a66",
-}
-"""Colours of figures outside a page, on white."""
+PAGE = Path(pages.__file__).with_name("templates") / "report.html"
+COLOURS = dict(re.findall(r"(--[\w-]+): (#\w+);", PAGE.read_text("utf-8").split(":root {")[1]))
+"""Colours of figures outside a page: those of the page on white."""
 
 
 def of_sweep(out: Path) -> str:
@@ -67,7 +55,7 @@ def standing_alone(svg: str) -> str:
 
 def of_audit(out: Path) -> str:
     """The part on an audit."""
-    found = read_run_file(out, "audit.json")
+    found = read_run_file(out, FILE)
     made = read_run_file(out / "run", ENVIRONMENT)
     rows = [("what", "found"), *facts(found)]
     where = _where({out / "run": None})
@@ -108,7 +96,7 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     for out in parser.parse_args().directories:
         try:
-            audit = (out / "audit.json").exists()
+            audit = (out / FILE).exists()
             name = f"Audit {out.name}" if audit else f"Sweep {results.manifest(out)['name']}"
             put(name, of_audit(out) if audit else of_sweep(out))
         except InputError as error:

@@ -10,7 +10,6 @@ row of 1,000 is long: some three million agreements and a million and a half sig
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 import tempfile
@@ -273,18 +272,15 @@ def main() -> None:
     parser.add_argument("--mask-parameters", type=int, default=40_000_000)
     parser.add_argument("--mask-peers", type=int, default=39)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
-    found: dict[str, object] = {}
     rows: list[dict[str, object]] = []
     if arguments.mask_peers:
-        rate = found["masks"] = mask_rate(arguments.mask_parameters, arguments.mask_peers)
+        rate = mask_rate(arguments.mask_parameters, arguments.mask_peers)
         print(
             f"masks of {rate['peers']} peers over {rate['parameters']} parameters, all run: "
             f"{rate['seconds']:.2f} s, {rate['gb_per_second']:.2f} GB/s on one core",
             flush=True,
         )
-    found["rows"] = rows
     for count in arguments.institutions:
         rows.append(cost(count, arguments.parameters, arguments.rounds, arguments.processes))
         print(table(rows[-1:]), flush=True)
@@ -305,8 +301,6 @@ def main() -> None:
         )
         print(table(rows[-1:]), flush=True)
     print("\n" + table(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

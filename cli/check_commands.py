@@ -161,11 +161,11 @@ def _model(described: dict[str, Any], console: Terminal) -> None:
         for part, value in cost["seconds"].items()
         if value
     )
-    at_least = "at least " * cost["bytes_grow"]
+    grows = "at least " * cost["bytes_grow"]
     console.write_line(
         f"expected: about {cost['minutes']:.1f} minutes with {cost['workers']} workers ({seconds}; "
         f"from a measured step of {1000 * cost['seconds_per_record']:.0f} ms a record), "
-        f"{at_least}{cost['bytes_moved'] / 1e6:.1f} MB moved, "
+        f"{grows}{cost['bytes_moved'] / 1e6:.1f} MB moved, "
         f"{cost['peak_bytes'] / 1e6:.0f} MB of memory in a process"
     )
 

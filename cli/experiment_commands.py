@@ -261,6 +261,7 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Train with canaries among the records, attack the run; exit 3 if the promise is broken."""
+    from experiments.audit.findings import FILE
     from experiments.audit.run import check, run, show
 
     config = ready.locate(config)
@@ -286,7 +287,7 @@ def audit(
         print(json.dumps(result))
     else:
         show(result, console)
-        console.write_line(f"audit          {place / 'audit.json'}")
+        console.write_line(f"audit          {place / FILE}")
         console.write_line(f"report         {place / 'report.html'}")
     if failed := result.get("lira failed"):
         ERRORS.write_line(f"error: the shadow runs of LiRA failed: {failed}")

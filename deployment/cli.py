@@ -186,7 +186,6 @@ def register() -> None:
     from deployment import superlink_client
 
     here = superlink_client.server()
-    superlink_client.connect(here)
     outcomes = superlink_client.register(here)
     for name, outcome in outcomes.items():
         PLAIN.write_line(f"{name}: {outcome}")
@@ -235,7 +234,6 @@ def submit(
 
     resolved = load(config, parse_overrides(assign or []))
     here = superlink_client.server()
-    superlink_client.connect(here)
     chosen = name or f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         submission = submissions.submit(here, resolved, chosen)
@@ -260,7 +258,6 @@ def resume(
     from deployment import submissions, superlink_client
 
     here = superlink_client.server()
-    superlink_client.connect(here)
     try:
         submission = submissions.resume(here, name)
     except Unanswered as error:
@@ -288,7 +285,6 @@ def status(
     from deployment import submissions, superlink_client
 
     here = superlink_client.server()
-    superlink_client.connect(here)
     if not name:
         unknown = False
         for one in submissions.names(here):
@@ -315,7 +311,6 @@ def stop(name: Name) -> None:
     from deployment import submissions, superlink_client
 
     here = superlink_client.server()
-    superlink_client.connect(here)
     _show(submissions.stop(here, name), False)
 
 
@@ -326,7 +321,6 @@ def results(name: Name, as_json: Json = False) -> None:
     from deployment import submissions, superlink_client
 
     here = superlink_client.server()
-    superlink_client.connect(here)
     submission = submissions.observe(here, name)
     if submission.state != "completed":
         _show(submission, as_json)

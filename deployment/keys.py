@@ -122,41 +122,35 @@ def make_server(
         hosts: The server's names and addresses; the first is the common name.
         days: The certificate's validity in days, from an hour ago, since clocks differ.
     """
-    key = ec.generate_private_key(ec.SECP384R1())
-    issuer = authority.certificate.subject
-    made = (
-        _certificate(_name(hosts[0]), issuer, key.public_key(), authority.key.public_key(), days)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([_alternative(h) for h in hosts]), False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .sign(authority.key, hashes.SHA384())
-    )
-    return (
-        made.public_bytes(serialization.Encoding.PEM),
-        _private(key, serialization.PrivateFormat.PKCS8),
-    )
+    names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    return _issued(authority, hosts[0], days, (names, False), (usage, False))
 
 
-def make_signer(authority: Authority, days: int = SERVER_DAYS) -> tuple[bytes, bytes]:
+def make_signer(authority: Authority) -> tuple[bytes, bytes]:
     """Certificate and private key with which the server signs privacy statements.
 
-    Args:
-        authority: The signer of the certificate.
-        days: As in `make_server`. A statement stays valid: it was signed within these days.
+    They are valid as long as a server's. A statement stays valid: it was signed in this time.
     """
+    usage = x509.ExtendedKeyUsage([PURPOSE])
+    return _issued(authority, "fedlora privacy statements", SERVER_DAYS, (usage, True))
+
+
+def _issued(
+    authority: Authority, name: str, days: int, *extensions: tuple[x509.ExtensionType, bool]
+) -> tuple[bytes, bytes]:
+    """A certificate, with these extensions and whether each is critical, and its private key."""
     key = ec.generate_private_key(ec.SECP384R1())
-    issuer = authority.certificate.subject
-    name = _name("fedlora privacy statements")
-    made = (
-        _certificate(name, issuer, key.public_key(), authority.key.public_key(), days)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([PURPOSE]), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .sign(authority.key, hashes.SHA384())
+    issuer, signer = authority.certificate.subject, authority.key
+    made = _certificate(_name(name), issuer, key.public_key(), signer.public_key(), days)
+    made = made.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    for extension, critical in extensions:
+        made = made.add_extension(extension, critical)
+    signed = made.add_extension(_usage(signs_certificates=False), critical=True).sign(
+        signer, hashes.SHA384()
     )
     return (
-        made.public_bytes(serialization.Encoding.PEM),
+        signed.public_bytes(serialization.Encoding.PEM),
         _private(key, serialization.PrivateFormat.PKCS8),
     )
 

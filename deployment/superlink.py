@@ -54,13 +54,13 @@ def main() -> None:
     """Run the SuperLink with Flower's arguments."""
     logs.keep_flower_to_one_line()
     waiting = Waiting(flower_internals.own_thread)
-    fleet, runtime = flower_internals.wrap_fleet_handler, flower_internals.wrap_runtime_handler
-    runtime("push_messages", waiting.order_push)
-    runtime("push_object", waiting.object_push)
-    fleet("pull_messages", waiting.order_pull)
-    fleet("push_messages", lambda push: own_answers(waiting.reply_push(push)))
-    fleet("push_object", waiting.object_push)
-    runtime("pull_messages", waiting.reply_pull)
+    wrap = flower_internals.wrap_handler
+    wrap("runtime", "push_messages", waiting.order_push)
+    wrap("runtime", "push_object", waiting.object_push)
+    wrap("fleet", "pull_messages", waiting.order_pull)
+    wrap("fleet", "push_messages", lambda push: own_answers(waiting.reply_push(push)))
+    wrap("fleet", "push_object", waiting.object_push)
+    wrap("runtime", "pull_messages", waiting.reply_pull)
     flower_internals.set_database_wait(LOCK_WAIT)
     flower_internals.keep_objects_with(FileObjectStore)
     flower_superlink()

@@ -99,12 +99,11 @@ def _page(
 ) -> Page:
     names: list[str] = compared["runs"]
     shown: dict[str, str] = {}
-    lines: list[figures.Line] = []
+    lines: dict[str, dict[int, float]] = {}
     for name, lines_of in zip(names, records, strict=True):
         measured = [{"round": r["round"], **r["metrics"]} for r in lines_of]
-        points = figures.last_of(measured, "accuracy")
-        if points:
-            lines.append((name, list(points), list(points.values()), [None] * len(points)))
+        if points := figures.last_of(measured, "accuracy"):
+            lines[name] = points
     if lines:
         title = "Accuracy by round"
         shown[title] = figures.by_round("rounds", title, lines, label="accuracy", shares=True)

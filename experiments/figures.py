@@ -134,7 +134,7 @@ def legend_below(axes: Axes) -> None:
 def by_round(
     name: str,
     title: str,
-    lines: Sequence[Line],
+    lines: Mapping[str, Mapping[int, float]],
     *,
     label: str,
     epsilons: Mapping[int, float] | None = None,
@@ -146,23 +146,25 @@ def by_round(
     Args:
         name: Unique on its page.
         title: Its heading.
-        lines: Name, rounds and values of each line.
+        lines: Name of a line -> round -> value.
         label: The label of the value axis.
         epsilons: Round -> epsilon spent, for a second axis above.
         shares: Whether values are shares, to be shown as percent.
         from_zero: Whether the value axis begins at 0, so that heights can be compared.
     """
+    rounds = {number for points in lines.values() for number in points}
+    known = [value for points in lines.values() for value in points.values()]
 
     def plot(axes: Axes) -> None:
-        for i, (of, x, y, _) in enumerate(lines[:MAX_SERIES]):
-            marker = MARKERS[i] if len(x) <= 12 else ""
+        for i, (of, points) in enumerate(list(lines.items())[:MAX_SERIES]):
+            marker = MARKERS[i] if len(points) <= 12 else ""
+            x, y = list(points), list(points.values())
             axes.plot(x, y, color=SERIES[i], ls=DASHES[i], marker=marker, ms=4, label=of)
         axes.set_xlabel("round")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if len({value for _, x, _, _ in lines for value in x}) == 1:
-            axes.set_xlim(lines[0][1][0] - 1, lines[0][1][0] + 1)
-        known = [value for _, _, y, _ in lines for value in y]
+        if len(rounds) == 1:
+            axes.set_xlim(min(rounds) - 1, min(rounds) + 1)
         if known and 0 < 20 * min(known) < max(known):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # the default writes math
@@ -176,7 +178,8 @@ def by_round(
         if epsilons:
             _epsilon_axis(axes, epsilons)
 
-    last = ", ".join(f"{of}: {y[-1]:.4g} at round {x[-1]:g}" for of, x, y, _ in lines if len(x))
+    ends = {of: max(points) for of, points in lines.items() if points}
+    last = ", ".join(f"{of}: {lines[of][end]:.4g} at round {end}" for of, end in ends.items())
     return draw(name, title, f"{label} by round. Last values: {last}.", plot)
 
 

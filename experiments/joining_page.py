@@ -98,7 +98,9 @@ def section(result: Mapping[str, Any], most: int) -> list[Section]:
                 *_keeping(joining),
                 *_most_steps(joining["institutions"], most),
                 INTERVALS,
-                *_macro_f1(joining),
+                "In macro-F1, which counts each class alike, the gain is "
+                f"{joining_verdict.macro_f1_gain(joining['gain_macro_f1'])}; one record of a rare "
+                "class can move it by points.",
                 _scarce(joining),
                 *missing,
             ],
@@ -136,11 +138,8 @@ def _keeping(joining: Mapping[str, Any]) -> list[str]:
     """Which institutions keep the model alone, and by what rule."""
     if "epsilon" in joining:
         return []
-    institutions = joining["institutions"]
-    if not any("keeps_alone" in of for of in institutions.values()):
-        return []  # of an earlier version, which did not compare
-    names = joining_verdict.keepers(joining)
-    said = f"{len(names)} of {len(institutions)} institutions keep the model alone as their own"
+    names, count = joining_verdict.keepers(joining), len(joining["institutions"])
+    said = f"{len(names)} of {count} institutions keep the model alone as their own"
     return [KEEPING + said + (f": {', '.join(names)}. Their gain is 0." if names else ".")]
 
 
@@ -157,26 +156,16 @@ def _most_steps(institutions: Mapping[str, Mapping[str, Any]], most: int) -> lis
     ]
 
 
-def _macro_f1(joining: Mapping[str, Any]) -> list[str]:
-    gain = joining.get("gain_macro_f1")  # not in results of version 0.1
-    if gain is None:
-        return []
-    return [
-        "In macro-F1, which counts each class alike, the gain is "
-        f"{joining_verdict.macro_f1_gain(gain)}; one record of a rare class can move it by points."
-    ]
-
-
 def _sizes(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
     """A column for each size class."""
     columns = [
         [
             f"{int(size):,} to {2 * int(size) - 1:,}",
             str(of["institutions"]),
-            *(str(of.get(movers, "")) for movers in ("gaining", "losing")),
+            *(str(of[movers]) for movers in ("gaining", "losing")),
             f"{of['rows']:,}",
             *_accuracies(of),
-            " to ".join(filter(None, _interval(of))) if "low" in of else "",  # none in version 0.1
+            " to ".join(filter(None, _interval(of))),
         ]
         for size, of in sizes.items()
     ]
@@ -209,7 +198,7 @@ def _institutions(institutions: Mapping[str, Mapping[str, Any]]) -> Table:
             *_accuracies(of),
             *_interval(of),
             *(str(of[key]) for key in ("alone_steps", "own_steps")),
-            "alone" if of.get("keeps_alone") else str(of["weight"]),
+            "alone" if of["keeps_alone"] else str(of["weight"]),
         ]
         for name, of in institutions.items()
     ]

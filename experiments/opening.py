@@ -102,7 +102,7 @@ def verdict(run: Run) -> Section:
     elif learned:
         note = learned
     elif joining is not None:
-        note = f"{joining_verdict.verdict(joining)}"
+        note = joining_verdict.verdict(joining)
     else:
         note, useless = _alone(run, classes)
     words: list[str] = []
@@ -282,8 +282,7 @@ def odds(
     (rate, share), *rarer = sorted(found["found"].items(), reverse=True)
     return [
         f"Epsilon {at_most(epsilon)} at delta {at_most(delta, 3)}. Somebody suspects that {what}. "
-        f"{released} can raise this suspicion "
-        f"{', and '.join(before)}"
+        f"{released} can raise this suspicion {', and '.join(before)}"
         + (
             f", except in at most 1 of {int(1 / rest):,} cases"
             if (rest := found["exceeded"])

@@ -154,18 +154,16 @@ def _findings(result: Mapping[str, Any]) -> Section:
 
 def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    words = [
-        f"Adversary: {privacy['adversary']}." if "adversary" in privacy else "",
-        f"Adjacency, the difference between two data sets that an adversary cannot tell apart: "
-        f"{privacy['adjacency']}."
-        if "adjacency" in privacy
-        else "",
-        "Epsilon bounds what an adversary can learn about one protected unit: the odds that the "
-        "adversary gives to its presence change by at most the factor e^epsilon, except in a few "
-        "cases (above). These are rare, but not as rare as delta."
-        if config.privacy.enabled
-        else "",
-    ]
+    words: list[str] = []
+    if config.privacy.enabled:
+        words = [
+            f"Adversary: {privacy['adversary']}.",
+            "Adjacency, the difference between two data sets that an adversary cannot tell apart: "
+            f"{privacy['adjacency']}.",
+            "Epsilon bounds what an adversary can learn about one protected unit: the odds that "
+            "the adversary gives to its presence change by at most the factor e^epsilon, except in "
+            "a few cases (above). These are rare, but not as rare as delta.",
+        ]
     shared = "secure_aggregation" in privacy
     heads = ["institution", "unit", "epsilon", "delta", "accountant", "noise", "noise multiplier"]
     heads += ["sample rate", "steps", *(["epsilon if all others collude"] * shared)]
@@ -204,7 +202,7 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
             + ", ".join(silent)
             + "."
         )
-    return {**found, "words": [w for w in words if w]}
+    return {**found, "words": words}
 
 
 def _epsilon(value: float | str) -> str:
@@ -213,11 +211,9 @@ def _epsilon(value: float | str) -> str:
 
 def _quality(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shown: dict[str, str] = {}
-    lines: list[figures.Line] = []
-    for key, of in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("exact_match", "exact")):
-        points = figures.last_of([{"round": r["round"], **r["metrics"]} for r in records], key)
-        if points:
-            lines.append((of, list(points), list(points.values()), [None] * len(points)))
+    measured = [{"round": r["round"], **r["metrics"]} for r in records]
+    named = {"accuracy": "accuracy", "macro_f1": "macro-F1", "exact_match": "exact"}
+    lines = {of: points for key, of in named.items() if (points := figures.last_of(measured, key))}
     if lines:
         epsilons = figures.last_of(records, "epsilon_max")
         title = "Quality on held-out rows by round" + ", and the epsilon spent" * bool(epsilons)
@@ -273,23 +269,17 @@ def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     errors = {r: e for r, e in figures.last_of(records, "aggregation_error").items() if e > 0}
     if errors:
         title = "Aggregation error by round"
-        line = ("error", list(errors), list(errors.values()), [None] * len(errors))
-        shown[title] = figures.by_round(
-            "error", title, [line], label="error relative to the update"
-        )
+        label = "error relative to the update"
+        shown[title] = figures.by_round("error", title, {"error": errors}, label=label)
     norms = {r["round"]: sorted(r["aggregation"]["norm"].values()) for r in records
              if r["aggregation"].get("norm")}  # fmt: skip
     if norms:
         title = "Length of the institutions' updates by round"
-        rounds = list(norms)
-        lines = [
-            (of, rounds, [pick(values) for values in norms.values()], [None] * len(rounds))
-            for of, pick in (
-                ("longest", max),
-                ("middle", lambda values: values[len(values) // 2]),
-                ("shortest", min),
-            )
-        ]
+        lines = {
+            "longest": {r: values[-1] for r, values in norms.items()},
+            "middle": {r: values[len(values) // 2] for r, values in norms.items()},
+            "shortest": {r: values[0] for r, values in norms.items()},
+        }
         shown[title] = figures.by_round("norms", title, lines, label="norm of the update")
     refused = [
         [str(r["round"]), name, why]
@@ -314,10 +304,8 @@ def _cost(run: opening.Run) -> dict[str, Any]:
     result, records = run.result, run.records
     if not records:
         return {}
-    rounds = [r["round"] for r in records]
-    nothing = [None] * len(rounds)
     moved = {
-        of: [sum(i[key] for i in r["institutions"].values()) / 1e6 for r in records]
+        of: {r["round"]: sum(i[key] for i in r["institutions"].values()) / 1e6 for r in records}
         for of, key in (("to institutions", "sent"), ("from institutions", "received"))
     }
     one, two = "Seconds by round", "Megabytes by round"
@@ -332,16 +320,10 @@ def _cost(run: opening.Run) -> dict[str, Any]:
             one: figures.by_round(
                 "seconds",
                 one,
-                [("seconds", rounds, [r["seconds"] for r in records], nothing)],
+                {"seconds": {r["round"]: r["seconds"] for r in records}},
                 label="seconds",
                 from_zero=True,
             ),
-            two: figures.by_round(
-                "bytes",
-                two,
-                [(of, rounds, y, nothing) for of, y in moved.items()],
-                label="MB",
-                from_zero=True,
-            ),
+            two: figures.by_round("bytes", two, moved, label="MB", from_zero=True),
         },
     }

@@ -148,14 +148,7 @@ def _privacy(lines: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -
         arm, label = points[0]["arm"].removesuffix("-dp"), setting_of(points[0], others)
         ends = [free[arm, label]] if (arm, label) in free else []
         points = sorted(points, key=lambda p: float(p[EPSILON])) + ends
-        drawn.append(
-            (
-                name,
-                [float(p[EPSILON]) for p in points],
-                [p["accuracy"] for p in points],
-                [p["accuracy_ci95"] for p in points],
-            )
-        )
+        drawn.append(_line(name, points, EPSILON))
     if not any(len(x) > 1 for _, x, _, _ in drawn):
         return {}
     levels: dict[str, float] = {}
@@ -165,6 +158,11 @@ def _privacy(lines: Lines, axes: Sequence[str], data_sets: Sequence[str] = ()) -
             levels[arm if len(found) == 1 else f"{arm} (best setting)"] = max(found)
     title = "Accuracy against the privacy budget" + _part(len(series))
     return {title: figures.against_epsilon(title, drawn, levels)}
+
+
+def _line(name: str, points: Points, axis: str) -> figures.Line:
+    accuracies, halves = ([p[key] for p in points] for key in ("accuracy", "accuracy_ci95"))
+    return name, [float(p[axis]) for p in points], accuracies, halves
 
 
 def _telling(
@@ -198,17 +196,10 @@ def _against(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
             if line["accuracy"] is not None:
                 label = setting_of(line, [o for o in others if o != EPSILON or under_dp(line)])
                 series.setdefault(_name(line["arm"], label), []).append(line)
-        drawn: list[figures.Line] = []
-        for name, points in list(series.items())[: figures.MAX_SERIES]:
-            points = sorted(points, key=lambda p: p[axis])
-            drawn.append(
-                (
-                    name,
-                    [float(p[axis]) for p in points],
-                    [p["accuracy"] for p in points],
-                    [p["accuracy_ci95"] for p in points],
-                )
-            )
+        drawn = [
+            _line(name, sorted(points, key=lambda p: p[axis]), axis)
+            for name, points in list(series.items())[: figures.MAX_SERIES]
+        ]
         title = f"Accuracy against {axis}{_part(len(series))}"
         shown[title] = figures.against("against-" + axis.replace(".", "-"), title, drawn, axis)
     return shown

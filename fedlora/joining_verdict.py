@@ -51,13 +51,13 @@ def outcome(joining: Mapping[str, Any]) -> Outcome:
 
 def macro_f1_outcome(joining: Mapping[str, Any]) -> Outcome:
     """Return what the interval of the gain in macro-F1 says; unclear where it cannot tell."""
-    gain = joining.get("gain_macro_f1")  # not in results of version 0.1
-    return Outcome.UNCLEAR if gain is None or _few_texts(gain) else _outcome(gain)
+    gain = joining["gain_macro_f1"]
+    return Outcome.UNCLEAR if _few_texts(gain) else _outcome(gain)
 
 
 def has_interval(gain: Mapping[str, Any]) -> bool:
     """Whether a gain is that of enough texts for an interval."""
-    return gain.get("texts", MIN_TEXTS) >= MIN_TEXTS  # version 0.1 does not say
+    return gain.get("texts", MIN_TEXTS) >= MIN_TEXTS  # that in macro-F1 does not say
 
 
 def _outcome(gain: Mapping[str, Any]) -> Outcome:
@@ -103,8 +103,8 @@ def _too_small(joining: Mapping[str, Any]) -> str:
 
 
 def keepers(joining: Mapping[str, Any]) -> list[str]:
-    """The institutions that keep the model alone as their own; in older results none does."""
-    return [name for name, of in joining["institutions"].items() if of.get("keeps_alone")]
+    """The institutions that keep the model alone as their own."""
+    return [name for name, of in joining["institutions"].items() if of["keeps_alone"]]
 
 
 def _keeping(count: int) -> str:
@@ -118,9 +118,7 @@ def _keeping(count: int) -> str:
 def _classes(joining: Mapping[str, Any]) -> str:
     """A further sentence where macro-F1 does not say the same as the accuracy, or cannot tell."""
     alone, own = joining["alone"]["macro_f1"], joining["own"]["macro_f1"]
-    gain = joining.get("gain_macro_f1")  # not in results of version 0.1
-    if gain is None:
-        return ""
+    gain = joining["gain_macro_f1"]
     if few := _few_texts(gain):
         return f" Macro-F1 cannot tell: {few}."
     if _outcome(gain) is outcome(joining):
@@ -144,7 +142,7 @@ def macro_f1_gain(gain: Mapping[str, Any]) -> str:
 
 def _few_texts(gain: Mapping[str, Any]) -> str:
     """How many classes have too few held-out texts for macro-F1; empty where none has."""
-    few = gain.get("classes_with_few_texts", 0)  # not in results of version 0.1
+    few = gain["classes_with_few_texts"]
     if not few:
         return ""
     return (
@@ -154,10 +152,7 @@ def _few_texts(gain: Mapping[str, Any]) -> str:
 
 
 def scarce_gain(joining: Mapping[str, Any]) -> str:
-    """The gain on classes that are scarce at their institution.
-
-    Empty without such rows, and for a result of version 0.1, which has no interval.
-    """
+    """The gain on classes that are scarce at their institution; empty without such rows."""
     scarce = joining["scarce"]
     return interval({**scarce, "mean": scarce["gain"]}) if "low" in scarce else ""
 

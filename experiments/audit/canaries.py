@@ -93,7 +93,8 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
         canaries, used = _secrets(dealt.names, count, draw), np.empty(0, np.int64)
     else:
         canaries, used = _rows(dealt.names, dealt.classes, train, held_out, count, draw)
-    rest = held_out.take(np.setdiff1d(np.arange(len(held_out.texts)), used))
+    kept = np.setdiff1d(np.arange(len(held_out.texts)), used)
+    rest = held_out.take(kept)
     owners = np.repeat(np.array(dealt.names), np.diff(dealt.train[1]))
     inside = [canary for canary in canaries if canary.inside]
     unit = config.privacy.unit
@@ -105,7 +106,6 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
         for i, c in enumerate(inside)
     ]
     held_owners = np.repeat(np.array(dealt.names), np.diff(dealt.held_out[1]))
-    kept = np.setdiff1d(np.arange(len(held_out.texts)), used)
     write(folder / "train.csv", columns, rows)
     write(
         folder / "held-out.csv",

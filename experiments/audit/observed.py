@@ -3,7 +3,7 @@
 The server knows every order that it sent and every update that it received. With one step of SGD an
 update is the noisy sum of the clipped gradients of the sampled records. The share of a canary's
 gradient in that sum is the solution of a linear system. Under secure aggregation the server knows
-a sum of updates in place of each (`View`).
+a sum of updates in place of each (`views`).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from experiments.audit.findings import ALL_BUT_HONEST, ALL_BUT_ONE, SERVER
 from fedlora import lora_layers, noise_shares, records, wire
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
-from fedlora.arrays import Floats, Int64
+from fedlora.arrays import Floats
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig
 from fedlora.messages import ClientUpdate
@@ -33,28 +33,7 @@ from simulation.engines.grid import SimulationGrid
 RIDGE_FRACTION = 1e-3  # ridge without noise, as a fraction of the mean squared gradient norm
 
 
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """An observer's view of the rounds: the sums of updates that it knows.
-
-    Args:
-        name: Describes the observer.
-        groups: Institutions (indices) whose updates are known as their sum only.
-    """
-
-    name: str
-    groups: tuple[tuple[int, ...], ...]
-
-    def attacked(self, owners: Int64) -> NDArray[np.bool_]:
-        """Whether each canary ``(n,)`` belongs to an institution in one of the sums.
-
-        Args:
-            owners: The institution (index) of each canary, ``(n,)``.
-        """
-        return np.isin(owners, [index for group in self.groups for index in group])
-
-
-def views(config: RunConfig, institutions: int) -> tuple[View, ...]:
+def views(config: RunConfig, institutions: int) -> dict[str, tuple[tuple[int, ...], ...]]:
     """The observers whose bounds are compared with a promise.
 
     Under local trust the server sees each update. Under secure aggregation it sees the sum of all
@@ -66,16 +45,19 @@ def views(config: RunConfig, institutions: int) -> tuple[View, ...]:
     Args:
         config: The run.
         institutions: The number of its institutions.
+
+    Returns:
+        Name of an observer -> groups of institutions (indices) of whose updates it knows the sum.
     """
     single = tuple((index,) for index in range(institutions))
     if not config.privacy.shares_noise:
-        return (View(name=SERVER, groups=single),)
+        return {SERVER: single}
     everyone = tuple(range(institutions))
-    return (
-        View(name=SERVER, groups=(everyone,)),
-        View(name=ALL_BUT_HONEST, groups=(everyone[: config.privacy.honest],)),
-        View(name=ALL_BUT_ONE, groups=single),
-    )
+    return {
+        SERVER: (everyone,),
+        ALL_BUT_HONEST: (everyone[: config.privacy.honest],),
+        ALL_BUT_ONE: single,
+    }
 
 
 @dataclass(kw_only=True)
@@ -200,8 +182,11 @@ def scores(
     federation, plans = records.load(config), _plans(config)
     owner = np.array([federation.names.index(name) for name in owners])
     observers = views(config, len(federation.names))
-    found = {view.name: np.where(view.attacked(owner), 0.0, np.nan) for view in observers}
-    sums = [(view.name, group) for view in observers for group in view.groups]
+    sums = [(name, group) for name, groups in observers.items() for group in groups]
+    found = {
+        name: np.where(np.isin(owner, np.concatenate(groups)), 0.0, np.nan)
+        for name, groups in observers.items()
+    }
     clipping = Clipping(max_grad_norm=config.privacy.max_grad_norm, kind=config.privacy.clipping)
     for number, (sent, parts) in sorted(transcript.orders.items()):
         say(f"scoring canaries, round {number} of {max(transcript.orders)}")

@@ -151,7 +151,7 @@ def run(
         result["refuted"] = broken_by(result) != ""
         result = _write_result(out, result)
         if shadows:
-            kept = f"kept so far: {out / 'audit.json'}; {shadows} shadow runs for LiRA follow"
+            kept = f"kept so far: {out / FILE}; {shadows} shadow runs for LiRA follow"
             console.write_line(kept)
             try:
                 lira = _lira(target, rows, engine, shadows, Path(folder), console)
@@ -203,8 +203,8 @@ def _train(
     transcript: Transcript | None = None,
 ) -> None:
     with (
-        load(engine, config) as loaded,
-        open_engine(engine, config, loaded) as grid,
+        load(engine, config) as forks,
+        open_engine(engine, config, forks) as grid,
     ):
         if transcript is not None:
             transcript.watch(grid)

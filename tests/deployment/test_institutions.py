@@ -132,6 +132,18 @@ def test_without_rows_of_its_own_the_server_measures_nothing(deployed, instituti
     assert "accuracy" not in result and result["rounds"] == 3
 
 
+def test_no_institution_is_asked_for_figures_of_its_own_adapter(
+    deployed, institutions, monkeypatch
+):
+    files, asked = institutions(), []
+    for file in files:
+        file.write_text(file.read_text().replace('"pad"', '"fedsa"'))
+    monkeypatch.setattr(Institution, "evaluate", lambda who, order: asked.append(who.name))
+    result = _run(deployed(**{"federation.strategy": "fedsa"}), files)
+    assert result["released"] == dict.fromkeys(BANKS, "stored")
+    assert not asked and "not_evaluated" not in result and result["institutions"] == {}
+
+
 @pytest.mark.parametrize(
     ("own", "values", "code"),
     [

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import socket
 import threading
@@ -633,7 +632,6 @@ DISK_ERRORS = [
     ("status", "write_atomic", _full, "one/submission.json", "cannot be written: No space left"),
     ("stop", "write_atomic", _full, "one/submission.json", "cannot be written: No space left"),
     ("results", "write_atomic", _full, "one/submission.json", "cannot be written: No space left"),
-    ("status", "connect", _full, "../home/config.toml", "cannot be written: No space left"),
 ]
 
 
@@ -648,15 +646,21 @@ def test_a_disk_error_is_one_line_with_file_cause_and_remedy_and_no_state(
         if failing == "read_text":
             patched.setattr(Path, failing, error)
         else:
-            module = superlink_client if failing == "connect" else submissions
-            patched.setattr(module, "write_atomic", error)
+            patched.setattr(submissions, "write_atomic", error)
         done = CliRunner().invoke(app, ["deploy", command, "one"])
     assert done.exit_code == 4 and not done.stdout
-    assert f"error: {os.path.normpath(here.results / file)} {words}" in done.stderr
+    assert f"error: {here.results / file} {words}" in done.stderr
     assert done.stderr.count("\n") == 1 and "; " in done.stderr
     # the same command works once the disk does
     again = CliRunner().invoke(app, ["deploy", command, "one"])
     assert again.exit_code == 0 and not again.stderr
+
+
+def test_a_server_that_cannot_write_flowers_configuration_does_not_start(here, monkeypatch):
+    monkeypatch.setattr(superlink_client, "write_atomic", _full)
+    done = CliRunner().invoke(app, ["deploy", "server"])
+    assert done.exit_code == 4 and not done.stdout and done.stderr.count("\n") == 1
+    assert f"error: {here.home / 'config.toml'} cannot be written: No space left" in done.stderr
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"accuracy": 0.'])

@@ -244,7 +244,8 @@ def test_the_page_says_how_many_models_alone_took_the_most_steps(run_directory):
 
 
 def test_the_page_names_institutions_that_keep_the_model_alone(run_directory):
-    assert "keep the model alone" not in with_joining(run_directory)
+    none = f"0 of {len(BANKS)} institutions keep the model alone as their own."
+    assert none in with_joining(run_directory)
     joining = compared(BANKS)
     joining["institutions"]["Beta"]["keeps_alone"] = True
     change(run_directory, "result.json", joining=joining)
@@ -359,10 +360,12 @@ def test_the_page_names_ledger_held_out_rows_and_trust(run_directory):
 
 
 def test_a_run_that_still_learns_says_what_more_rounds_cost(run_directory):
-    rising = {"points": 5.3, "since": 15, "more_rounds": 15, "epsilon": 9.69, "noise": 1.12}
+    rising = {"points": 5.3, "since": 15, "until": 30, "more_rounds": 15}
+    rising |= {"epsilon": 9.69, "noise": 1.12}
     change(run_directory, "result.json", still_rising=rising)
     text = shown(run_directory)
-    assert "(+5.3 points since round 15)" in text and "12 % more noise at the same epsilon." in text
+    assert "(+5.3 points since round 15 to round 30)" in text
+    assert "12 % more noise at the same epsilon." in text
     assert "epsilon.." not in text
 
 
@@ -485,7 +488,7 @@ def test_names_with_dollar_signs_are_no_formulas():
     names = ["$5 and $10", r"a $\foo$"]
     svg = figures.bars("x", "title", {"accuracy": dict.fromkeys(names, 0.5)}, label="accuracy")
     assert all(f">{name}</text>" in svg for name in names)
-    far = [("error", [1, 2], [0.001, 1.0], [None, None])]
+    far = {"error": {1: 0.001, 2: 1.0}}
     ticks = re.findall(r">([^<>]*)</text>", figures.by_round("x", "title", far, label="error"))
     assert {"0.001", "0.01", "0.1"} <= set(ticks) and not any("$" in tick for tick in ticks)
 
