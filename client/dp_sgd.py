@@ -193,16 +193,11 @@ class PrivateOptimizer(DPOptimizer):
         for p in self.params:
             if getattr(p, "grad_sample", None) is None:
                 raise Refusal("guard-no-gradient", f"{self._names[p]} has no per-example gradient")
-        before = (
-            [p.detach().clone() for p in self.params]
-            if not self._check_skip_next_step(False)
-            else None
-        )
+        before = [p.detach().clone() for p in self.params]
         super().step()
-        if before is not None:
-            for p, old in zip(self.params, before, strict=True):
-                if torch.equal(p.detach(), old):
-                    raise Refusal("guard-no-step", f"the step left {self._names[p]} unchanged")
+        for p, old in zip(self.params, before, strict=True):
+            if torch.equal(p.detach(), old):
+                raise Refusal("guard-no-step", f"the step left {self._names[p]} unchanged")
 
 
 def check_noise(noise: np.ndarray, deviation: float) -> None:

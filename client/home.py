@@ -13,7 +13,7 @@ but the figures at the end.
 import enum
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
 from fedlora.adapters import PARTS, AdapterState, kind
 from fedlora.arrays import Floats, Int64
-from fedlora.batches import distinct
+from fedlora.comparison import text_numbers
 from fedlora.errors import InputError
 from fedlora.lora_layers import Scale
 from fedlora.sections import (
@@ -90,21 +90,7 @@ def models_at_home(
     Liu et al. (2022), arXiv 2206.07902.
     """
     trainer = _Trainer(work, homes, settings, physical_batch)
-    alone = trainer.alone(compared=True)
-    own = trainer.own(alone)
-    return [
-        HomeModels(
-            alone=alone[i].adapter,
-            own=own[i].adapter,
-            choice=Choice(
-                alone=alone[i].setting,
-                own=own[i].setting,
-                weight=own[i].weight,
-                keeps_alone=own[i].keeps_alone,
-            ),
-        )
-        for i in range(len(homes))
-    ]
+    return trainer.own(trainer.alone(compared=True))
 
 
 def models_alone(
@@ -141,22 +127,6 @@ def is_better(alone: Sequence[bool], own: Sequence[bool], copy_of: Int64) -> boo
     apart = np.asarray(alone, dtype=np.float64) - np.asarray(own, dtype=np.float64)
     by_kind = np.bincount(copy_of, weights=apart)
     return bool(by_kind.sum() > math.sqrt((by_kind**2).sum()))
-
-
-class OwnModel(NamedTuple):
-    """An own model.
-
-    Args:
-        adapter: Its adapter.
-        setting: The setting by which it was trained.
-        weight: Weight of the trained adapter in the mean with the shared one.
-        keeps_alone: Whether it is the model alone instead.
-    """
-
-    adapter: AdapterState
-    setting: Setting
-    weight: float
-    keeps_alone: bool = False
 
 
 Candidate = TypeVar("Candidate")
@@ -225,13 +195,12 @@ class _Trainer:
             alone_models.write(self.homes[i].alone, found[i])
         return found
 
-    def own(self, alone: Mapping[int, AloneModel]) -> dict[int, OwnModel]:
-        """The own model of each institution.
+    def own(self, alone: Mapping[int, AloneModel]) -> list[HomeModels]:
+        """The models of each institution, of which the own one is made here.
 
         Args:
             alone: The models alone.
         """
-        found: dict[int, OwnModel] = {}
         trials = self._trials(Model.OWN, {i: (one.setting.steps,) for i, one in alone.items()})
         chosen = dict.fromkeys(alone, (self.default, self.weights[0])) | {
             i: (setting, weight if np.isfinite(errors) else 0.0)
@@ -247,14 +216,19 @@ class _Trainer:
                 if i in self.held
             }
         )
-        for i, of_own in right.items():
-            if is_better(alone[i].right, of_own, _kinds(self.held[i])):
-                found[i] = OwnModel(alone[i].adapter, *chosen.pop(i), keeps_alone=True)
-        settings = {i: setting for i, (setting, _) in chosen.items()}
-        for i, adapter in self._train_on_all(Model.OWN, settings).items():
-            setting, weight = chosen[i]
-            weight = weight if adapter.is_finite() else 0.0
-            found[i] = OwnModel(mixed(self.bases[i], adapter, weight), setting, weight)
+        copies = {i: text_numbers(self.held[i]) for i in right}
+        kept = {i for i in right if is_better(alone[i].right, right[i], copies[i])}
+        settings = {i: setting for i, (setting, _) in chosen.items() if i not in kept}
+        trained = self._train_on_all(Model.OWN, settings)
+        found: list[HomeModels] = []
+        for i in range(len(self.homes)):
+            one, (setting, weight) = alone[i], chosen[i]
+            own = one.adapter
+            if i not in kept:
+                weight = weight if trained[i].is_finite() else 0.0
+                own = mixed(self.bases[i], trained[i], weight)
+            choice = Choice(alone=one.setting, own=setting, weight=weight, keeps_alone=i in kept)
+            found.append(HomeModels(alone=one.adapter, own=own, choice=choice))
         return found
 
     def _trials(self, model: Model, steps: Mapping[int, tuple[int, ...]]) -> Trials:
@@ -364,7 +338,7 @@ class _Trainer:
         found: dict[int, tuple[bool, ...]] = {}
         for i, adapter in adapters.items():
             adapter.load_into(self.work.model)
-            said = self.work.task.predict(self.work.model, self.held[i], self.work.labels)
+            said, _ = self.work.task.predict(self.work.model, self.held[i], self.work.labels)
             truth: list[int] = self.held[i].targets.tolist()
             labels = [self.work.labels[target] for target in truth]
             found[i] = tuple(a == b for a, b in zip(said, labels, strict=True))
@@ -410,11 +384,6 @@ def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> Adapter
     )
 
 
-def _kinds(shard: Shard) -> Int64:
-    """The number of each record's kind ``(n,)``, from 0: records of the same tokens are copies."""
-    return distinct(shard.row(i).tobytes() for i in range(len(shard)))[1]
-
-
 def _split(home: Home) -> tuple[Shard, Shard]:
     """The records that a model is fitted to, and those that are held back.
 
@@ -423,7 +392,7 @@ def _split(home: Home) -> tuple[Shard, Shard]:
     records are copies of a few.
     """
     shard = home.shard
-    copy_of = _kinds(shard)
+    copy_of = text_numbers(shard)
     copies, kinds = np.bincount(copy_of), list[int]()
     room, most = (round(HOME_VALIDATION * count) for count in (len(shard), len(copies)))
     order = home.source.child("validation").permutation(len(shard))

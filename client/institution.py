@@ -373,7 +373,7 @@ class Institution:
             predicted: dict[str, list[int]] = {}
             for name, adapter in (("alone", models.alone), ("shared", shared), ("own", models.own)):
                 adapter.load_into(work.model)
-                answers = work.task.predict(work.model, shard, work.labels) if len(shard) else []
+                answers = work.task.predict(work.model, shard, work.labels)[0] if len(shard) else []
                 predicted[name] = [work.labels.index(answer) for answer in answers]
             models.own.save(self.directory / "own", work.model)
             model_card.write_own(self.directory / "own", models.card(), self.config, work)

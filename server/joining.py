@@ -19,7 +19,6 @@ from fedlora.errors import Refusal
 from fedlora.messages import EvaluateOrder, Evaluation
 from server.answers import ask
 from server.population import Population
-from server.roster import patience
 
 
 def measure(
@@ -48,12 +47,12 @@ def measure(
     timeout = seconds_at_home(config, [population.names.index(name) for name in nodes.values()])
     answers, failed = ask(
         grid,
+        config,
         order,
         wire.HOME,
         nodes,
         lambda name, answer: _rows(name, answer, config, population, texts),
         timeout=timeout,
-        patience=patience(config, timeout),
         rows=len(population.held_out),
     )
     found = {name: rows for name, rows in answers.items() if len(rows.truth)}

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedlora import accounting, data, findings, records, trainable
 from fedlora.arrays import Int64
 from fedlora.config import RunConfig
@@ -37,14 +35,6 @@ class Population:
     counts: Mapping[str, int]
     findings: tuple[Finding, ...]
     fingerprint: str
-
-    @property
-    def held_out_rows(self) -> dict[str, int]:
-        """Institution -> number of its held-out rows, where the owners of the rows are known."""
-        if self.owner is None:
-            return {}
-        counts = np.bincount(self.owner, minlength=len(self.names))
-        return dict(zip(self.names, counts.tolist(), strict=True))
 
 
 def population_of(config: RunConfig) -> Population:

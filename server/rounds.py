@@ -446,15 +446,10 @@ class Federation:
             return evaluation.evaluate_global(
                 self.work, state.final_adapter(), self.population, self.measures
             )
-        return evaluation.evaluate_own(
-            self.grid,
-            EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter),
-            self.nodes(),
-            rows=self.population.held_out_rows,
-            labels=self.work.labels,
-            timeout=federation.timeout,
-            patience=patience(self.config),
-        )
+        if self.config.deployed:  # institutions give no figures of their own rows there
+            return {"institutions": {}}
+        order = EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter)
+        return evaluation.evaluate_own(self.grid, order, self.nodes(), self.config)
 
     def nodes(self) -> dict[int, str]:
         """Node -> institution, for the institutions that are online."""
@@ -503,13 +498,7 @@ class Federation:
         )
         released.describe(self.directory.path / "adapter", release, config.public())
         stored, failed = answers.ask(
-            self.grid,
-            release,
-            wire.RELEASED,
-            self.nodes(),
-            lambda name, answer: "stored",
-            timeout=config.federation.timeout,
-            patience=patience(config),
+            self.grid, config, release, wire.RELEASED, self.nodes(), lambda name, answer: "stored"
         )
         return {**dict.fromkeys(sorted(state.asked), "offline"), **stored, **failed}
 

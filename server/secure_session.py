@@ -58,16 +58,12 @@ class Collected:
     """The masked vectors of a round, as their sum; stored before the list of survivors is sent.
 
     Args:
-        round: The round.
-        digest: `MaskedOrder.digest`.
         survivors: The institutions in the sum, sorted.
         words: The sum of their masked vectors, little-endian.
         sizes: Institution -> its size class.
         privacy: Institution -> the spending that it reported.
     """
 
-    round: int
-    digest: bytes
     survivors: tuple[str, ...]
     words: bytes
     sizes: Mapping[str, float]
@@ -149,22 +145,12 @@ class SecureSession:
 
     def _made(self, terms: Terms, nodes: Mapping[int, str]) -> SecureSetup:
         setup = SecureSetup(terms, self._peers())
-        keys: dict[str, bytes] = {}
-        shares: dict[str, bytes] = {}
-
-        def add_keys(message: KeysMessage) -> None:
-            setup.add_keys(message)
-            keys[message.name] = message.to_bytes()
-
-        def add_shares(message: SharesMessage) -> None:
-            setup.add_shares(message)
-            shares[message.name] = message.to_bytes()
-
-        self._ask_all(terms, wire.KEYS, nodes, KeysMessage, add_keys)
-        self._ask_all(setup.shares_order(), wire.SHARES, nodes, SharesMessage, add_shares)
-        public = {name: _pem(setup.peers[name]) for name in terms.names}
-        in_order = [tuple(made[name] for name in terms.names) for made in (public, keys, shares)]
-        self._write("setup", terms.to_bytes(), *in_order)
+        self._ask_all(terms, wire.KEYS, nodes, KeysMessage, setup.add_keys)
+        order = setup.shares_order()
+        self._ask_all(order, wire.SHARES, nodes, SharesMessage, setup.add_shares)
+        public = tuple(_pem(setup.peers[name]) for name in terms.names)
+        shares = tuple(setup.shares[name].to_bytes() for name in terms.names)
+        self._write("setup", terms.to_bytes(), public, order.keys, shares)
         return setup
 
     def _ask_all(
@@ -261,33 +247,18 @@ class SecureSession:
             one.add_masked(message)
             self._delivered.add(update.institution)
             sizes[update.institution] = size
-        survivors = one.list_order().survivors
-        collected = Collected(
-            round=this_round.number,
-            digest=self._digest,
-            survivors=survivors,
-            words=one.masked_sum,
-            sizes=sizes,
-            privacy=replies.privacy,
-        )
-        self._write(
-            "round",
-            collected.round,
-            collected.digest,
-            collected.survivors,
-            collected.words,
-            json.dumps({"sizes": sizes, "privacy": replies.privacy}),
-        )
-        return collected
+        survivors, words = one.list_order().survivors, one.masked_sum
+        text = json.dumps({"sizes": sizes, "privacy": replies.privacy})
+        self._write("round", this_round.number, self._digest, survivors, words, text)
+        return Collected(survivors=survivors, words=words, sizes=sizes, privacy=replies.privacy)
 
     def _read_collected(self, number: int) -> Collected | None:
         """What an earlier process collected for the same order in this round."""
         stored = self._read("round")
         if stored is None or (stored[0], stored[1]) != (number, self._digest):
             return None
-        *values, text = stored
-        fields = ("round", "digest", "survivors", "words")
-        return Collected(**dict(zip(fields, values, strict=True)), **json.loads(text))
+        _, _, survivors, words, text = stored
+        return Collected(survivors=survivors, words=words, **json.loads(text))
 
     def _ask(
         self,

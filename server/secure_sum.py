@@ -50,7 +50,7 @@ class SecureSetup:
         secure_aggregation.check_roster(terms, peers)
         self.terms, self.peers = terms, peers
         self._keys: dict[str, KeysMessage] = {}
-        self._sealed: dict[str, tuple[bytes, ...]] = {}
+        self.shares: dict[str, SharesMessage] = {}
 
     def add_keys(self, message: KeysMessage) -> None:
         """Add an institution's keys.
@@ -96,7 +96,7 @@ class SecureSetup:
             raise Refusal(
                 "secure-shares-length", f"{name} sealed no share for some of the institutions"
             )
-        self._sealed[name] = sealed
+        self.shares[name] = message
 
     def sealed_for(self, name: str) -> tuple[bytes, ...]:
         """The shares that all sealed for one institution, in the order of names.
@@ -104,13 +104,13 @@ class SecureSetup:
         Raises:
             Refusal: ``secure-setup-unfinished`` that names the institutions without shares.
         """
-        if missing := [dealer for dealer in self.terms.names if dealer not in self._sealed]:
+        if missing := [dealer for dealer in self.terms.names if dealer not in self.shares]:
             raise Refusal(
                 "secure-setup-unfinished",
                 f"run {self.terms.run} has no shares of {', '.join(missing)}; the setup needs all",
             )
         position = self.terms.names.index(name)
-        return tuple(self._sealed[dealer][position] for dealer in self.terms.names)
+        return tuple(self.shares[dealer].sealed[position] for dealer in self.terms.names)
 
     def _known(self, name: str) -> str:
         if name not in self.terms.names:

@@ -1,5 +1,6 @@
 """Whether a run still improves at its end, and what more rounds would cost."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from fedlora import composition
 from fedlora.budget import plan_run
 from fedlora.comparison import text_numbers
 from fedlora.config import RunConfig
+from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from fedlora.shards import Shard
 
@@ -71,9 +73,13 @@ def still_rising(
         plan = plan_run(config, units, rounds)
         longer = config.replace({"federation.rounds": rounds + more})
         same_noise = dataclasses.replace(plan, rounds=rounds + more)
-        found["epsilon"] = composition.epsilon(same_noise.events, plan.delta, plan.accountant)
-        again = plan_run(longer, units, rounds + more)
-        found["noise"] = again.noise_multiplier / plan.noise_multiplier
+        with contextlib.suppress(InputError):  # they may have no plan, and the run is over
+            again = plan_run(longer, units, rounds + more)
+            epsilon = composition.epsilon(same_noise.events, plan.delta, plan.accountant)
+            found |= {
+                "epsilon": epsilon,
+                "noise": again.noise_multiplier / plan.noise_multiplier,
+            }
     return found
 
 
@@ -93,10 +99,9 @@ def independent_texts(held_out: Shard) -> float:
 
 def advice(found: Mapping[str, Any]) -> str:
     """One sentence on `still_rising`."""
-    until = f" to round {found['until']}" if "until" in found else ""  # not in version 0.1
     said = (
-        f"The accuracy may still rise ({found['points']:+.1f} points since round {found['since']}"
-        f"{until}): {found['more_rounds']} more rounds may help"
+        f"The accuracy may still rise ({found['points']:+.1f} points since round {found['since']} "
+        f"to round {found['until']}): {found['more_rounds']} more rounds may help"
     )
     if "epsilon" in found:
         said += (

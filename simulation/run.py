@@ -13,7 +13,6 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,21 +31,6 @@ if TYPE_CHECKING:
     from simulation.engines.grid import SimulationGrid
 
 CLIENT_APP = "client.app:app"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """The loaded parts of a simulation.
-
-    Args:
-        records: The tokenised records.
-        forks: The fork server of the workers. None where workers start as new processes: on a
-            cluster; with GPUs or several threads, whose state does not survive a fork; on systems
-            without pidfds; and in a later run of a process with other records or another model.
-    """
-
-    records: "Federation"
-    forks: "ForkServer | None"
 
 
 def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
@@ -79,8 +63,8 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
         console.write_line(f"warning: {finding.name}{accepted}: {finding.text}")
     with contextlib.ExitStack() as stack:
         with console.status("loading the base model, starting workers"):
-            loaded = stack.enter_context(load(kind, config))
-            grid = stack.enter_context(open_engine(kind, config, loaded))
+            forks = stack.enter_context(load(kind, config))
+            grid = stack.enter_context(open_engine(kind, config, forks))
         with progress(config, grid, console):
             run_rounds(config, grid, resumed=resumed)
     return read_run_file(run_dir)
@@ -97,16 +81,22 @@ def check_engine(kind: str) -> None:
 
 
 @contextlib.contextmanager
-def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
+def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
     """Read the records, check the budgets, load the base model and start Ray.
 
     Args:
         kind: ``ray`` or ``inline``.
         config: The run.
 
+    Yields:
+        The fork server of the workers. None where workers start as new processes: on a cluster;
+        with GPUs or several threads, whose state does not survive a fork; on systems without
+        pidfds; and in a later run of a process with other records or another model.
+
     Raises:
-        InputError: As `prepare` and `check_budgets`; also if the base model cannot be loaded, there
-            is no GPU for `engine.gpus`, Ray is not installed, or no cluster answers at its address.
+        InputError: As `prepare` and `fedlora.budget.plan_run`; also if the base model cannot be
+            loaded, there is no GPU for `engine.gpus`, Ray is not installed, or no cluster answers
+            at its address.
     """
     check_engine(kind)
     if kind == "ray":
@@ -119,15 +109,16 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
         check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
     records = prepare(config)
     with paused_gc():  # a collection would scan all imported objects
-        if config.privacy.enabled:
-            check_budgets(config)  # forks inherit the cached plans
-        from fedlora import trainable
+        from fedlora import findings, trainable
 
+        if config.privacy.enabled:  # an impossible budget is refused; forks inherit cached noise multipliers
+            cap = config.federation.participations(len(records.names))
+            findings.plans_of(config, records.units, cap)
         for name in _modules(config):
             importlib.import_module(name)
         work = trainable.load(config, records.labels)
     if kind == "inline":
-        yield Loaded(records=records, forks=None)
+        yield None
         return
     forks, settings = _forks(config, (records, work)), config.engine
     with paused_gc():
@@ -135,7 +126,7 @@ def load(kind: str, config: RunConfig) -> Iterator[Loaded]:
 
     cores = max(settings.workers * settings.threads, processors.count())
     with ray.started(settings.ray_address, cores):
-        yield Loaded(records=records, forks=forks)
+        yield forks
 
 
 def _reach(address: str) -> None:
@@ -202,16 +193,21 @@ def _forks(config: RunConfig, loaded: tuple[object, object]) -> "ForkServer | No
 
 
 @contextlib.contextmanager
-def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[SimulationGrid]":
+def open_engine(
+    kind: str, config: RunConfig, forks: "ForkServer | None"
+) -> "Iterator[SimulationGrid]":
     """Open the Grid of a simulation.
 
     Args:
         kind: ``ray`` or ``inline``.
         config: The run; this function reads its engine keys and its run directory.
-        loaded: The loaded parts of the same run.
+        forks: What `load` yields for the same run.
     """
+    from fedlora import records
+
     log = str(Path(config.run_dir) / "institutions.log")
-    settings, institutions = config.engine, len(loaded.records.names)
+    settings, federation = config.engine, records.load(config)
+    institutions = len(federation.names)
     if kind == "inline":
         with paused_gc():
             from client.app import app
@@ -231,9 +227,9 @@ def open_engine(kind: str, config: RunConfig, loaded: Loaded) -> "Iterator[Simul
                 threads=settings.threads,
                 gpus=settings.gpus,
                 log=log,
-                forks=loaded.forks,
+                forks=forks,
             ),
-            costs=_costs(config, loaded.records),
+            costs=_costs(config, federation),
         ) as grid:
             yield grid
 
@@ -259,7 +255,8 @@ def prepare(config: RunConfig) -> "Federation":
         raise InputError(
             "data.source is 'institutions', which is for deployments; to simulate, name the records"
         )
-    plugins.check(config.plug_ins)
+    for key, name in config.plug_ins:
+        plugins.load(key, name)
     with paused_gc():  # a tokenizer imports torch; cached records need none
         federation = records.load(config)
     if config.privacy.enabled:
@@ -270,21 +267,6 @@ def prepare(config: RunConfig) -> "Federation":
                 f"privacy.ledger needs a directory to write to, but {error}; give another"
             ) from None
     return federation
-
-
-def check_budgets(config: RunConfig) -> None:
-    """Plan the noise of each size class, so that an impossible budget is refused early.
-
-    Raises:
-        InputError: Naming value, bound and remedy.
-    """
-    from fedlora import accounting, records
-    from fedlora.budget import plan_run
-
-    federation = records.load(config)
-    cap = config.federation.participations(len(federation.names))
-    for size in sorted({accounting.public_size(count) for count in federation.units}):
-        plan_run(config, size, cap)
 
 
 def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | None = None) -> None:

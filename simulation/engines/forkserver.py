@@ -121,12 +121,6 @@ class ForkServer:
             os.close(self._ended)
         return self._code is not None
 
-    def __enter__(self) -> "ForkServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _run(work: Callable[[], None]) -> NoReturn:
     """Run a function in a forked process, then end the process."""

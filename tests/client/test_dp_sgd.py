@@ -50,9 +50,7 @@ def test_flat_clipping_is_opacus_own():
         for p, q, g in zip(ours, theirs, _gradients(6, scale, seed), strict=True):
             p.grad_sample, q.grad_sample = g.clone(), g.clone()
         for optimizer in (mine, reference):
-            optimizer.signal_skip_step(True)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer.clip_and_accumulate()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p.summed_grad.float(), q.summed_grad)
 
@@ -127,6 +125,16 @@ def test_a_step_that_leaves_a_weight_unchanged_ends_the_run():
     parameters[0].grad_sample = torch.zeros(1, 4)
     with pytest.raises(Refusal, match="guard-no-step: the step left p0 unchanged"):
         _optimizer(parameters, lr=1e-6).step()
+
+
+def test_a_step_that_opacus_skips_ends_the_run():
+    parameters = _parameters()
+    for p, g in zip(parameters, _gradients(2), strict=True):
+        p.grad_sample = g
+    optimizer = _optimizer(parameters)
+    optimizer.signal_skip_step(True)
+    with pytest.raises(Refusal, match="guard-no-step: the step left p0 unchanged"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])

@@ -15,6 +15,7 @@ from client.home_models import Choice, Setting
 from client.institution import Institution
 from fedlora import models, records, trainable
 from fedlora.adapters import AdapterState
+from fedlora.comparison import text_numbers
 from fedlora.data import shard_of
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
@@ -455,7 +456,7 @@ def test_the_model_alone_stays_where_it_was_right_on_more_of_the_records_held_ba
     for one, (of_alone, of_own, kinds) in zip(homes, seen, strict=False):
         _, validation = home._split(one)
         assert len(of_alone) == len(of_own) == len(validation)
-        assert kinds == home._kinds(validation).tolist()
+        assert kinds == text_numbers(validation).tolist()
 
 
 def test_what_is_compared_are_the_answers_of_the_chosen_trials_on_records_held_back(

@@ -1,6 +1,5 @@
 """Ray, started once for the tests of a file, and workers that begin with everything imported."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -15,10 +14,10 @@ from fedlora.config import RunConfig
 from simulation import run
 
 FORK_SERVER = """
-import sys
+import contextlib, sys
 import client.app, client.dp_sgd
 from simulation.engines.forkserver import ForkServer
-with ForkServer() as forks:
+with contextlib.closing(ForkServer()) as forks:
     print(forks.py_executable, flush=True)
     sys.stdin.read()
 """
@@ -55,10 +54,11 @@ def simulate_on_ray(forks, ray_cores) -> Callable[..., dict[str, Any]]:
     """
 
     def go(config: RunConfig, *, forked: bool = True) -> dict[str, Any]:
-        with run.load("ray", config) as ready:
-            loaded = dataclasses.replace(ready, forks=forks if forked else None)
-            with run.open_engine("ray", config, loaded) as grid:
-                run.run_rounds(config, grid)
+        with (
+            run.load("ray", config),
+            run.open_engine("ray", config, forks if forked else None) as grid,
+        ):
+            run.run_rounds(config, grid)
         return json.loads((Path(config.run_dir) / "result.json").read_text())
 
     return go

@@ -13,13 +13,12 @@ from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import accounting, composition, config, metrics, wire
+from fedlora import accounting, composition, config, wire
 from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.errors import Refusal
 from fedlora.messages import ClientUpdate, Query
 from fedlora.run_files import read_records
-from server import evaluation
 from server.exchange import exchange
 from server.replies import Replies
 from server.run_directory import RunDirectory
@@ -234,65 +233,6 @@ def test_a_second_reply_to_one_message_is_nobodys():
     orders = [Message(query, node, MessageType.QUERY) for node in (1, 2, 3)]
     came = [node for node, reply in exchange(grid, orders, 5.0) if reply is not None]
     assert sorted(came) == [1, 2, 3]
-
-
-# Evaluations.
-
-LABELS = ("card", "fraud")
-FIGURES = {**metrics.classification(["card", "fraud"], ["card", "card"], LABELS), "loss": 0.5}
-ANSWERS = {
-    **metrics.classification(["a", "b"], ["a", None], ["a", "b"]),
-    "unparseable": 1,
-    "tokens": 9,
-    "token_loss": 1.0,
-    "perplexity": 2.7,
-    "exact_match": 0.5,
-    "generated": 2,
-}
-PLAIN_ANSWERS = {k: v for k, v in ANSWERS.items() if k in ("n", *evaluation.GENERATION_FIGURES)}
-
-
-def test_what_an_evaluation_gives_is_taken():
-    evaluation.check_figures(FIGURES, 2, LABELS)
-    evaluation.check_figures(ANSWERS, 2, ())
-    evaluation.check_figures(PLAIN_ANSWERS, 2, ())
-
-
-@pytest.mark.parametrize(
-    ("figures", "changes"),
-    [
-        *((FIGURES, {"n": value}) for value in (0, 3, -1, 10**30, 2.0, True, "many", None)),
-        *((FIGURES, {"accuracy": value}) for value in (-0.1, 1.1, math.nan, "high", 10**400)),
-        *((FIGURES, {"loss": value}) for value in (-0.1, math.nan, math.inf, None, [])),
-        (FIGURES, {"another": 1.0}),
-        (FIGURES, {"per_class": {}}),
-        (FIGURES, {"per_class": dict.fromkeys(LABELS, 3)}),
-        (FIGURES, {"per_class": {**FIGURES["per_class"], "another": {}}}),
-        (FIGURES, {"per_class": {**FIGURES["per_class"], "card": {"truth": 1}}}),
-        (
-            FIGURES,
-            {
-                "per_class": {
-                    name: dict.fromkeys(("truth", "predicted", "correct"), 3) for name in LABELS
-                }
-            },
-        ),
-        (ANSWERS, {"per_class": {"x" * 41: dict.fromkeys(("truth", "predicted", "correct"), 1)}}),
-        *((ANSWERS, {"generated": value}) for value in (0, 3, -1, 1.5)),
-        *((ANSWERS, {"tokens": value}) for value in (0, -1, 2**50, "9")),
-        *((ANSWERS, {"unparseable": value}) for value in (-1, 3, 0.5)),
-        (PLAIN_ANSWERS, {"accuracy": 1.0}),
-    ],
-)
-def test_figures_that_no_evaluation_gives_are_refused(figures, changes):
-    labels = LABELS if figures is FIGURES else ()
-    with pytest.raises(Refusal, match="invalid-metrics") as refused:
-        evaluation.check_figures({**figures, **changes}, 2, labels)
-    assert len(str(refused.value)) < 400
-    for name in figures:
-        with pytest.raises(Refusal, match="invalid-metrics"):
-            short = {k: v for k, v in figures.items() if k != name}
-            evaluation.check_figures(short, 2, labels)
 
 
 # Whole runs.

@@ -5,6 +5,7 @@ import pytest
 
 from fedlora import composition
 from fedlora.budget import plan_run
+from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from fedlora.shards import concatenate
 from server.population import population_of
@@ -96,3 +97,15 @@ def test_only_rows_with_a_generated_answer_count(tiny_config):
     assert still_rising(config, measured, 200, 90)
     measured[-1]["metrics"]["generated"] = 100
     assert still_rising(config, measured, 200, 90) == {}
+
+
+def test_a_price_that_cannot_be_computed_does_not_end_a_run_that_is_over(tiny_config, monkeypatch):
+    def plan(config, units, rounds):
+        if rounds > 8:
+            raise InputError("too coarse on its grid")
+        return plan_run(config, units, rounds)
+
+    config = tiny_config(**{"federation.rounds": 8})
+    monkeypatch.setattr("server.trend.plan_run", plan)
+    found = still_rising(config, lines(**{"2": 0.1, "4": 0.2, "8": 0.9}), 200, 90)
+    assert set(found) == {"points", "since", "until", "more_rounds"}

@@ -1,5 +1,6 @@
 """Processes forked from one that has imported everything."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -30,7 +31,7 @@ def forks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SERVER", "its own")
         server = ForkServer()
-    with server:
+    with contextlib.closing(server):
         yield server
 
 
@@ -141,7 +142,7 @@ def staying(server, script):
 def test_forks_end_with_the_server_however_it_ends(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    with ForkServer() as server:
+    with contextlib.closing(ForkServer()) as server:
         process, pid = staying(server, script)
         os.kill(psutil.Process(pid).ppid(), signal.SIGKILL)
         assert gone(pid)
