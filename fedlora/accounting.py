@@ -102,16 +102,11 @@ def _least_on_grid(
     raise AssertionError("every third turn halves the interval")
 
 
-def default_delta(records: int) -> float:
-    """Return 1 / (10 x records), the delta of a report when none was chosen."""
-    return 1 / (10 * _positive(records))
-
-
 def public_delta(records: int) -> float:
     """Return the largest power of ten not above 1 / (10 x records).
 
-    Training uses it in place of :func:`default_delta`, because the noise follows from delta and
-    would otherwise reveal the exact number of records.
+    It is no finer than that, because the noise follows from delta and would otherwise reveal the
+    exact number of records.
     """
     return float(f"1e-{len(str(10 * _positive(records) - 1))}")
 

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from fedlora.arrays import Int64
 from fedlora.packing import Packing
-from fedlora.shards import Shard
 
 Side = Literal["left", "right"]
 
@@ -23,13 +22,11 @@ class Batch:
         input_ids: ``(b, T)``.
         attention_mask: ``(b, T)``, 1 at tokens and 0 at padding.
         targets: ``(b,)``, as in the shard: positions count from a row's first token, not padding.
-        rows: ``(b,)``, the rows' numbers in the shard.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     targets: torch.Tensor
-    rows: torch.Tensor
 
 
 def rounded(lengths: Int64, at_most: int) -> Int64:
@@ -48,23 +45,14 @@ def rounded(lengths: Int64, at_most: int) -> Int64:
     return np.minimum(-(-lengths // steps) * steps, at_most)
 
 
-def collate(
-    shard: Shard, indices: Sequence[int] | Int64, pad_id: int, side: Side, width: int = 0
-) -> Batch:
-    """Pads rows with ``pad_id`` on the given side, to ``width`` or to the longest among them."""
-    rows = np.asarray(indices, dtype=np.int64)
-    return pad([shard.row(int(i)) for i in rows], rows, shard.targets[rows], pad_id, side, width)
-
-
 def pad(
     tokens: Sequence[NDArray[np.int32]],
-    rows: Int64,
     targets: Int64,
     pad_id: int,
     side: Side,
     width: int = 0,
 ) -> Batch:
-    """Pads token ids to ``width`` or to the longest; ``rows`` and ``targets`` are ``(b,)``."""
+    """Pads token ids with ``pad_id``, to ``width`` or to the longest; ``targets`` is ``(b,)``."""
     width = width or max((len(row) for row in tokens), default=0)
     ids = np.full((len(tokens), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -76,7 +64,6 @@ def pad(
         input_ids=torch.tensor(ids),
         attention_mask=torch.tensor(mask),
         targets=torch.tensor(targets),
-        rows=torch.tensor(rows),
     )
 
 

@@ -1,7 +1,7 @@
 """The plan of an institution's run: its noise follows from public values only.
 
 Both sides plan: an institution before a charge, the server to check whether a privacy record is
-possible. Plans are cached for the life of the process.
+possible. Noise multipliers are cached for the life of the process.
 """
 
 import functools
@@ -12,6 +12,9 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.sections import PrivacyConfig
 from fedlora.shards import Shard
+
+_noise_multiplier = functools.lru_cache(maxsize=4096)(accounting.noise_multiplier)
+"""The noise of a plan, cached: institutions of several size classes often share it."""
 
 
 def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
@@ -33,52 +36,26 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
             f"the number of rounds for which an institution is asked is {participations}; it must "
             f"be from 1 to federation.rounds ({rounds})"
         )
-    return _plan_run(
-        config.privacy,
-        config.training.local_steps,
-        config.training.batch_size,
-        config.training.sample_rate,
-        config.federation.weighting,
-        units,
-        participations,
-    )
-
-
-def rate_of(config: RunConfig, shard: Shard) -> float:
-    """The share of its records that an institution trains on in a step; under DP its plan's."""
-    training = config.training
-    size = accounting.public_size(shard.num_units) if config.privacy.enabled else len(shard)
-    return accounting.sample_rate(training.sample_rate, training.batch_size, max(1, size))
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan_run(
-    privacy: PrivacyConfig,
-    local_steps: int,
-    batch_size: int,
-    given_rate: float,
-    weighting: str,
-    units: int,
-    participations: int,
-) -> PrivacyPlan:
+    privacy, training = config.privacy, config.training
     size_class = accounting.public_size(units)
     delta = delta_of(privacy, units)
-    rate = accounting.sample_rate(given_rate, batch_size, size_class)
-    size_noise = privacy.size_noise if weighting == "noised-size" else 0.0
+    rate = accounting.sample_rate(training.sample_rate, training.batch_size, size_class)
+    size_noise = privacy.size_noise if config.federation.weighting == "noised-size" else 0.0
+    size_events = accounting.size_events(size_noise)
     honest = privacy.honest if privacy.shares_noise else 0
-    of_size = composition.epsilon(accounting.size_events(size_noise), delta, privacy.accountant)
+    of_size = composition.epsilon(size_events, delta, privacy.accountant)
     if of_size >= privacy.epsilon:
         raise InputError(
             f"privacy.size-noise is {size_noise:g}, at which the noised size alone costs epsilon "
             f"{of_size:.4g} of privacy.epsilon {privacy.epsilon:g}; raise either"
         )
     noise_multiplier = _noise_multiplier(
-        privacy.epsilon,
-        delta,
-        rate,
-        local_steps * participations,
-        privacy.accountant,
-        size_noise=size_noise,
+        epsilon=privacy.epsilon,
+        delta=delta,
+        sample_rate=rate,
+        steps=training.local_steps * participations,
+        accountant=privacy.accountant,
+        history=size_events,
         shares=honest,
     )
     plan = PrivacyPlan(
@@ -89,7 +66,7 @@ def _plan_run(
         size_class=size_class,
         max_grad_norm=privacy.max_grad_norm,
         clipping=privacy.clipping,
-        steps_per_round=local_steps,
+        steps_per_round=training.local_steps,
         rounds=participations,
         accountant=privacy.accountant,
         size_noise=size_noise,
@@ -109,27 +86,11 @@ def _plan_run(
     return plan
 
 
-@functools.lru_cache(maxsize=4096)
-def _noise_multiplier(
-    epsilon: float,
-    delta: float,
-    rate: float,
-    steps: int,
-    accountant: str,
-    *,
-    size_noise: float,
-    shares: int,
-) -> float:
-    """The noise of a plan; institutions of several size classes often share it."""
-    return accounting.noise_multiplier(
-        epsilon=epsilon,
-        delta=delta,
-        sample_rate=rate,
-        steps=steps,
-        accountant=accountant,
-        history=accounting.size_events(size_noise),
-        shares=shares,
-    )
+def rate_of(config: RunConfig, shard: Shard) -> float:
+    """The share of its records that an institution trains on in a step; under DP its plan's."""
+    training = config.training
+    size = accounting.public_size(shard.num_units) if config.privacy.enabled else len(shard)
+    return accounting.sample_rate(training.sample_rate, training.batch_size, max(1, size))
 
 
 def delta_of(privacy: PrivacyConfig, units: int) -> float:

@@ -91,14 +91,10 @@ class Classification(Task):
         inputs["logits_to_keep"] = torch.tensor([-1], device=inputs["input_ids"].device)
         return model(**inputs, use_cache=False).logits[:, -1]
 
-    def predict(self, model: nn.Module, shard: Shard, labels: tuple[str, ...]) -> list[str]:
-        """The label with the highest score for each row."""
-        return self.predict_with_probabilities(model, shard, labels)[0]
-
-    def predict_with_probabilities(
+    def predict(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
     ) -> tuple[list[str], NDArray[np.float32]]:
-        """As `predict`, with the softmax of each row's scores, float32 ``(n, C)``."""
+        """The label with the highest score for each row, and the softmax of the scores."""
         scores = self._scores(model, shard, labels)
         said = [labels[int(i)] for i in scores.argmax(1)]
         return said, torch.tensor(scores).softmax(1).numpy()

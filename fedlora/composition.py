@@ -94,9 +94,7 @@ class Event:
         if not self.shares:
             return self
         sigma = self.noise_multiplier / math.sqrt(self.shares)
-        return Event(
-            noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps, shares=1
-        )
+        return replace(self, noise_multiplier=sigma, shares=1)
 
 
 History = tuple[Event, ...]

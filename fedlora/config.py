@@ -188,15 +188,9 @@ class RunConfig(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    "model": ModelConfig,
-    "adapter": AdapterConfig,
-    "data": DataConfig,
-    "training": TrainingConfig,
-    "federation": FederationConfig,
-    "privacy": PrivacyConfig,
-    "home": HomeConfig,
-    "engine": EngineConfig,
-    "tracking": TrackingConfig,
+    field.name: field.default_factory
+    for field in dataclasses.fields(RunConfig)
+    if isinstance(field.default_factory, type)
 }
 
 
@@ -317,11 +311,9 @@ def from_context(run_config: Mapping[str, Any], run_id: int) -> RunConfig:
     Its run directory is ``runs/flower-ID`` unless the configuration names another.
     """
     config = from_flat(run_config)
-    return (
-        config
-        if config.run_dir
-        else dataclasses.replace(config, run_dir=str(Path(f"runs/flower-{run_id}").absolute()))
-    )
+    if config.run_dir:
+        return config
+    return dataclasses.replace(config, run_dir=str(Path(f"runs/flower-{run_id}").absolute()))
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:

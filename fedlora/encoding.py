@@ -143,7 +143,8 @@ def template(tokenizer: Any, prompt: str) -> Template:
     answer.
 
     Raises:
-        InputError: If the prompt does not hold ``{text}`` exactly once.
+        InputError: If the prompt does not hold ``{text}`` exactly once, or the chat template does
+            not take the two turns.
     """
     if prompt.count("{text}") != 1:
         raise InputError(
@@ -157,12 +158,7 @@ def template(tokenizer: Any, prompt: str) -> Template:
     marked = prompt.replace("{text}", _TEXT)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": marked}, {"role": "assistant", "content": _ANSWER}]
-        # Llama 3 would insert today's date, but a resumed run must see the same prompt.
-        rendered: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, date_string="01 Jan 2025"
-        )
-        before, rest = rendered.split(_TEXT)
-        middle, after = rest.split(_ANSWER)
+        before, middle, after = _rendered(tokenizer, turns)
         after = after.strip() or tokenizer.eos_token
     else:
         before, rest = marked.split(_TEXT)
@@ -174,6 +170,25 @@ def template(tokenizer: Any, prompt: str) -> Template:
         after=after or "",
         add_special_tokens=not tokenizer.chat_template,
     )
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[str, str, str]:
+    """What the chat template writes before the text, between text and answer, and after it."""
+    why = "it does not write both once, in this order"
+    try:
+        # Llama 3 would insert today's date, but a resumed run must see the same prompt.
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, date_string="01 Jan 2025")
+    except Exception as error:  # a template raises what it likes
+        rendered, why = "", " ".join(str(error).split())[:120] or type(error).__name__
+    before, text, rest = rendered.partition(_TEXT)
+    middle, answer, after = rest.partition(_ANSWER)
+    if not (text and answer) or any(mark in before + middle + after for mark in (_TEXT, _ANSWER)):
+        raise InputError(
+            "model.name has a chat template that does not take a turn of the user and one of the "
+            f"assistant, each a text: {why}; mend chat_template in the directory of the base model,"
+            " or remove it there, so that data.prompt is used as it is"
+        )
+    return before, middle, after
 
 
 @dataclass(frozen=True, kw_only=True)

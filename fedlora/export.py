@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fedlora import finished_run, model_card, model_files
 from fedlora.adapters import CONFIG_FILE, WEIGHTS_FILE
@@ -171,8 +171,7 @@ def _causal_adapter(
     """A complete run's configuration, its adapter's directory and ``adapter_config.json``."""
     config = finished_run.configuration(run_dir, {})
     folder = finished_run.adapter_directory(run_dir, config, institution)
-    kind = model_files.kind(config.model.name, cast(model_files.Task, config.model.task))
-    if kind != "causal":
+    if model_files.resolve(config.model.name).kind != "causal":
         raise InputError(
             f"{run_dir} has an adapter for {config.model.name}, an encoder; {program_takes} "
             "adapters of causal models only. `fedlora merge` writes a model that transformers "

@@ -288,7 +288,7 @@ def _delta(config: RunConfig, records: Federation) -> list[Finding]:
     for name, units in zip(records.names, records.units, strict=True):
         most = accounting.most_of_class(units)
         delta = config.privacy.delta or accounting.public_delta(most)
-        bound = min(MAX_DELTA, accounting.default_delta(units))
+        bound = min(MAX_DELTA, 1 / (10 * units))
         if delta > bound:
             above.append(f"{name} ({units} units: {delta:g}, bound {bound:.2g})")
     if not above:

@@ -183,17 +183,19 @@ def predict(
             )
     config = configuration(run_dir, overrides or {})
     work = _open(run_dir, config, institution, own_model=own_model)
-    said = work.task.answer(work.model, texts, work.labels)
+    nothing = work.labels[0] if work.labels else ""  # predictions do not depend on the answer
+    encoded = work.task.encode(list(texts), [nothing] * len(texts), work.labels)
+    said, probabilities = work.task.predict(work.model, data.shard_of(encoded), work.labels)
     answers: list[dict[str, Any]] = [
-        {"text": text, "answer": answer} for text, answer in zip(texts, said.answers, strict=True)
+        {"text": text, "answer": answer} for text, answer in zip(texts, said, strict=True)
     ]
-    if said.probabilities is not None:
-        for one, row in zip(answers, said.probabilities.tolist(), strict=True):
+    if probabilities is not None:
+        for one, row in zip(answers, probabilities.tolist(), strict=True):
             scores = dict(zip(work.labels, row, strict=True))
             one |= {"score": scores[one["answer"]], "scores": scores}
     return {
         "answers": answers,
-        "truncated": said.truncated,
+        "truncated": sum(encoded.truncated),
         "max_length": config.training.max_length,
     }
 

@@ -9,6 +9,7 @@ imports the module that it changes when it is called: a node loads nothing of th
 
 import contextlib
 import functools
+import importlib
 import json
 import mmap
 import os
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 from flwr.app import Array, Message
@@ -92,20 +93,14 @@ def show_server_app_output() -> None:
     AutoExecPlugin.visible_output_task_types |= {TaskType.SERVER_APP}
 
 
-def wrap_fleet_handler(name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Wrap a handler of the SuperLink's for requests of nodes."""
-    from flwr.superlink.servicer.fleet import fleet_handlers
-
-    setattr(fleet_handlers, name, wrap(getattr(fleet_handlers, name)))
-
-
-def wrap_runtime_handler(
-    name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+def wrap_handler(
+    side: Literal["fleet", "runtime"],
+    name: str,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> None:
-    """Wrap a handler of the SuperLink's for requests of the ServerApp."""
-    from flwr.superlink.servicer.runtime import runtime_handlers
-
-    setattr(runtime_handlers, name, wrap(getattr(runtime_handlers, name)))
+    """Wrap the SuperLink's handler of requests of nodes (fleet) or of the ServerApp (runtime)."""
+    handlers = importlib.import_module(f"flwr.superlink.servicer.{side}.{side}_handlers")
+    setattr(handlers, name, wrap(getattr(handlers, name)))
 
 
 @contextlib.contextmanager

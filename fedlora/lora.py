@@ -118,12 +118,8 @@ def _targets(model: nn.Module, asked: tuple[str, ...]) -> tuple[str, ...]:
             f"name some of its linear layers: {', '.join(endings)}"
         )
     for target in targets:
-        found = [
-            name
-            for name, _ in model.named_modules()
-            if name == target or name.endswith(f".{target}")
-        ]
-        if not found or not set(found) <= set(layers):
+        found = {name for name, _ in _matching(model, (target,))}
+        if not found or not found <= set(layers):
             near = difflib.get_close_matches(target, endings, n=1)
             raise InputError(
                 f"adapter.target-modules has {target!r}, which is "

@@ -18,7 +18,6 @@ from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
 
 Kind = Literal["encoder", "causal"]
-Task = Literal["classification", "sft"]
 
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "GenerationDecoder")
 """Endings of the class names of causal models in config.json."""
@@ -256,14 +255,14 @@ def _file_digest(file: Path, identity: tuple[int, ...]) -> str:
     return sha256(file)
 
 
-def kind(name: str, task: Task) -> Kind:
-    """The kind of a base model, without loading it.
+def files_for(name: str, task: str) -> ModelFiles:
+    """The files of a base model as by `resolve`, checked to support ``model.task``.
 
     Raises:
         InputError: As `resolve`, and for a task that the model does not support.
     """
-    found = resolve(name).kind
-    if task == "sft" and found != "causal":
+    found = resolve(name)
+    if task == "sft" and found.kind != "causal":
         raise InputError(
             f"model.name is {name!r}, an encoder, which cannot write the responses of task sft; "
             "choose a causal language model or model.task = 'classification'"

@@ -13,19 +13,16 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fedlora import processors
 from fedlora.errors import InputError
 from fedlora.extras import require
-from fedlora.model_files import Kind, ModelFiles, Task, digest, encoder_decoder_error, kind, resolve
+from fedlora.model_files import Kind, ModelFiles, digest, encoder_decoder_error, files_for, resolve
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Dtype = Literal["auto", "fp32", "bf16"]
-Quantization = Literal["none", "nf4", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +122,9 @@ def _cannot_open(files: ModelFiles, error: Exception) -> InputError:
 def load_base(
     name: str,
     *,
-    dtype: Dtype,
-    quantization: Quantization,
-    task: Task,
+    dtype: str,
+    quantization: str,
+    task: str,
     num_labels: int,
     device: str = "cpu",
 ) -> Base:
@@ -150,8 +147,7 @@ def load_base(
     """
     if quantization != "none":
         require("bitsandbytes", "qlora", f"model.quantization {quantization}")
-    files = resolve(name)
-    kind(name, task)
+    files = files_for(name, task)
     import torch
 
     from fedlora import attention
@@ -190,7 +186,7 @@ def load_base(
     )
 
 
-def _options(quantization: Quantization, dtype: "torch.dtype", device: str) -> dict[str, Any]:
+def _options(quantization: str, dtype: "torch.dtype", device: str) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for weights of this dtype, on this device."""
     from transformers import BitsAndBytesConfig
 
@@ -237,9 +233,10 @@ def _freeze_behaviour(model: Any) -> None:
         # gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-        # A frozen base has nothing to regularise; its dropout would tie a row to its place.
+        # A frozen base has nothing to regularise; its dropout would tie a row to its place, and
+        # OPT's layerdrop and a drop_path leave out whole layers.
         for key, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in key or type(module) is Dropout):
+            if isinstance(value, float) and ("drop" in key or type(module) is Dropout):
                 setattr(module, key, 0.0)
 
 

@@ -92,19 +92,6 @@ def load(key: str, name: str) -> Any:
     return found
 
 
-def check(named: Iterable[tuple[str, str]]) -> None:
-    """Load every plug-in of a run, before any work starts.
-
-    Args:
-        named: `fedlora.config.RunConfig.plug_ins`.
-
-    Raises:
-        InputError: As `load`.
-    """
-    for key, name in named:
-        load(key, name)
-
-
 def describe(named: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     """Each plug-in for a run's papers: ``key``, ``object``, ``file`` and ``sha256`` of its code.
 

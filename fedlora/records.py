@@ -5,7 +5,6 @@ cached.
 """
 
 import functools
-from typing import cast
 
 from fedlora import data, model_files, models, sources
 from fedlora.config import RunConfig
@@ -35,17 +34,15 @@ def forget() -> None:
 def _load(
     seed: int, model: ModelConfig, settings: DataConfig, max_length: int, unit: str
 ) -> Federation:
-    task = cast(model_files.Task, model.task)
-    kind = model_files.kind(model.name, task)
-    files = model_files.resolve(model.name)
+    files = model_files.files_for(model.name, model.task)
 
     def encoder() -> data.Encode:
         from fedlora.task_choice import choose_task
 
         tokenizer = models.load_tokenizer(model.name)
         return choose_task(
-            task,
-            kind,
+            model.task,
+            files.kind,
             tokenizer,
             prompt=settings.prompt,
             max_length=max_length,
@@ -57,10 +54,10 @@ def _load(
         settings,
         unit=unit,
         seed=seed,
-        task=task,
+        task=model.task,
         encoder=encoder,
         encoding_key=encoding_key(
-            files.path, task=task, prompt=settings.prompt, max_length=max_length
+            files.path, task=model.task, prompt=settings.prompt, max_length=max_length
         ),
     )
     return federation.seen_as(settings.view)

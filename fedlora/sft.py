@@ -61,10 +61,11 @@ class Sft(Task):
         responses = rounded(shard.lengths - shard.targets, self.encoding.max_length)
         return np.column_stack([super().shapes(shard), responses])
 
-    def predict(self, model: nn.Module, shard: Shard, labels: tuple[str, ...]) -> list[str]:
+    def predict(
+        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
+    ) -> tuple[list[str], None]:
         """The response to each row's prompt, generated greedily."""
-        rows = np.arange(len(shard))
-        return self._generate(model, shard, rows, MAX_RESPONSE_TOKENS)
+        return self._generate(model, shard, np.arange(len(shard)), MAX_RESPONSE_TOKENS), None
 
     def evaluate(
         self,
@@ -152,7 +153,7 @@ class Sft(Task):
         with evaluation_mode(model):
             for some in micro_batches(lengths, first, self.physical_batch):
                 tokens = [prompts[int(i)] for i in some]
-                batch = pad(tokens, some, lengths[some], self._pad_id, "left")
+                batch = pad(tokens, lengths[some], self._pad_id, "left")
                 inputs = model_inputs(model, batch)
                 room = positions - inputs["input_ids"].shape[1]
                 written = generate(

@@ -17,6 +17,18 @@ ENVIRONMENT = {
 }
 """Environment variables that a training process needs from its start."""
 
+_LIBRARIES = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Waiting torch threads spin by default. On shared cores a pass then takes ten times as long.
+    "OMP_WAIT_POLICY": "passive",
+}
+
 TRIM_THRESHOLD = 192 * 2**20
 """Growth in bytes since the last trim after which `trim_heap` trims again."""
 
@@ -28,14 +40,6 @@ _LIBC = ctypes.CDLL(None)  # at import, because no library may be loaded between
 def end_with_parent() -> None:
     """Ask Linux to kill this process when its parent ends, also when the parent is killed."""
     _LIBC.prctl(_END_WITH_PARENT, signal.SIGKILL)
-
-
-def apply_environment() -> None:
-    """Apply `ENVIRONMENT` to this process and its children, before torch is imported."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    with contextlib.suppress(AttributeError):  # a C library other than glibc
-        _LIBC.mallopt(_ARENA_MAX, int(os.environ["MALLOC_ARENA_MAX"]))
 
 
 _bytes_after_trim = 0  # resident bytes of this process after its last trim
@@ -78,20 +82,13 @@ def paused_gc() -> Generator[None]:
 
 def quiet_libraries() -> None:
     """Set variables that libraries read at import: no telemetry, no banners, no compiler."""
-    apply_environment()
+    for name, value in (ENVIRONMENT | _LIBRARIES).items():
+        os.environ.setdefault(name, value)
+    with contextlib.suppress(AttributeError):  # a C library other than glibc
+        _LIBC.mallopt(_ARENA_MAX, int(os.environ["MALLOC_ARENA_MAX"]))
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
     )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels
     # The hub's client logs each of five retries as a line; our error names the last failure.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Waiting torch threads spin by default. On shared cores a pass then takes up to ten times as
-    # long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,17 +1,18 @@
 """The choice of the task that a configuration asks for."""
 
-from typing import Any, Literal
+from typing import Any
 
 from fedlora.classification import Classification
 from fedlora.encoding import LABEL_PROMPT, RESPONSE_PROMPT, LabelPrompt, PlainText, ResponsePrompt
 from fedlora.errors import InputError
+from fedlora.model_files import Kind
 from fedlora.sft import Sft
 from fedlora.tasks import Task
 
 
 def choose_task(
-    task: Literal["classification", "sft"],
-    kind: Literal["encoder", "causal"],
+    task: str,
+    kind: Kind,
     tokenizer: Any,
     *,
     prompt: str,
@@ -23,7 +24,7 @@ def choose_task(
 
     Args:
         task: ``model.task``.
-        kind: The kind of base; only a causal one can write responses.
+        kind: The kind of base, which supports the task (`model_files.files_for`).
         tokenizer: A Hugging Face tokenizer in its fast form.
         prompt: ``data.prompt``, for causal models only: a template with ``{text}`` once, and
             ``{labels}`` where it lists them; empty for the task's own.
@@ -32,8 +33,8 @@ def choose_task(
         vocabulary: The number of tokens that the model knows; 0 when that is not known.
 
     Raises:
-        InputError: For a prompt on an encoder, an encoder for sft, a tokenizer without a fast
-            form, and a length that the model cannot take.
+        InputError: For a prompt on an encoder, a tokenizer without a fast form, and a length that
+            the model cannot take.
     """
     if not tokenizer.is_fast:
         raise InputError(
@@ -47,8 +48,6 @@ def choose_task(
             f"{limit} tokens; lower it"
         )
     if kind == "encoder":
-        if task == "sft":
-            raise InputError("model.task is sft, but model.name is an encoder; name a causal model")
         if prompt:
             raise InputError(
                 "data.prompt is for causal models, but model.name is an encoder; leave it empty"

@@ -11,7 +11,6 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -21,8 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedlora.arrays import Int64
-from fedlora.batches import Batch, PackedBatch, Side, collate, pack, rounded
-from fedlora.data import shard_of
+from fedlora.batches import Batch, PackedBatch, Side, pack, pad, rounded
 from fedlora.encoding import Encoded, LabelPrompt, PlainText, ResponsePrompt
 from fedlora.errors import InputError
 from fedlora.metrics import Metric
@@ -89,7 +87,9 @@ class Task(ABC):
 
     def collate(self, shard: Shard, indices: Sequence[int] | Int64, width: int = 0) -> Batch:
         """The batch of these rows for `losses`, padded to ``width``, or to the longest row."""
-        return collate(shard, indices, self._pad_id, self._side, width)
+        rows = np.asarray(indices, dtype=np.int64)
+        tokens = [shard.row(int(i)) for i in rows]
+        return pad(tokens, shard.targets[rows], self._pad_id, self._side, width)
 
     def shapes(self, shard: Shard) -> Int64:
         """The sizes that decide each row's kernels, ``(n, k)``; first its padded width.
@@ -160,8 +160,13 @@ class Task(ABC):
         """Loss of each example, float32 ``(b,)``; it depends on no other example of the batch."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, shard: Shard, labels: tuple[str, ...]) -> list[str]:
-        """The model's answer to each row: a label, or the text it generates greedily."""
+    def predict(
+        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
+    ) -> tuple[list[str], NDArray[np.float32] | None]:
+        """The model's answer to each row: a label, or the text it generates greedily.
+
+        Beside them the probability of each class ``(n, C)``; None without classes.
+        """
 
     @abstractmethod
     def evaluate(
@@ -186,34 +191,6 @@ class Task(ABC):
         Raises:
             InputError: If the shard is empty.
         """
-
-    def answer(self, model: nn.Module, texts: Sequence[str], labels: tuple[str, ...]) -> "Answers":
-        """The model's answer to each text."""
-        nothing = labels[0] if labels else ""  # predictions do not depend on the answer
-        encoded = self.encode(list(texts), [nothing] * len(texts), labels)
-        said, probabilities = self.predict_with_probabilities(model, shard_of(encoded), labels)
-        return Answers(answers=said, probabilities=probabilities, truncated=sum(encoded.truncated))
-
-    def predict_with_probabilities(
-        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
-    ) -> tuple[list[str], NDArray[np.float32] | None]:
-        """As `predict`, with the probability of each class ``(n, C)``; None without classes."""
-        return self.predict(model, shard, labels), None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """A model's answers to texts.
-
-    Attributes:
-        answers: One for each text.
-        probabilities: Of each class, float32 ``(n, C)``; None for a task without classes.
-        truncated: The number of texts that were cut to length.
-    """
-
-    answers: list[str]
-    probabilities: NDArray[np.float32] | None
-    truncated: int
 
 
 @contextmanager

@@ -78,31 +78,9 @@ _PLAIN: dict[Any, str] = {
     bool: "true or false",
     tuple[str, ...]: f"a list of at most {MAX_LIST_TEXTS} texts",
 }
-(
-    _ADAPTER,
-    _WORDS,
-    _ORDER,
-    _UPDATE,
-    _PRIVACY,
-    _METRICS,
-    _REFUSED,
-    _HELLO,
-    _QUERY,
-    _EVALUATION,
-    _SECURE,
-) = (
-    "adapter",
-    "words",
-    "order",
-    "update",
-    "privacy",
-    "metrics",
-    "refused",
-    "hello",
-    "query",
-    "evaluation",
-    "secure",
-)
+_ADAPTER, _WORDS, _ORDER, _UPDATE = "adapter", "words", "order", "update"
+_PRIVACY, _METRICS, _REFUSED, _HELLO = "privacy", "metrics", "refused", "hello"
+_QUERY, _EVALUATION, _SECURE = "query", "evaluation", "secure"
 
 
 def pack_adapter(state: "AdapterState") -> ArrayRecord:

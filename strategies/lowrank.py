@@ -10,7 +10,7 @@ import torch
 from fedlora.adapters import Factors
 from strategies.products import Product
 
-MIN_SINGULAR_SHARE = 1e-9
+ZERO_SINGULAR_SHARE = 1e-9
 """A singular value below this share of the largest one counts as zero."""
 
 
@@ -35,7 +35,7 @@ def truncated_svd(products: Sequence[Product], rank: int) -> tuple[torch.Tensor,
     p, s = torch.linalg.qr(left)
     q, t = torch.linalg.qr(right.T)
     u, values, vt = torch.linalg.svd(s @ t.T, full_matrices=False)
-    used = min(rank, int((values > MIN_SINGULAR_SHARE * values[0]).sum()))
+    used = min(rank, int((values > ZERO_SINGULAR_SHARE * values[0]).sum()))
     return p @ u[:, :used], values[:used, None] * (vt[:used] @ q.T)
 
 

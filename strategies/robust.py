@@ -20,10 +20,9 @@ post-processing.
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedlora.adapters import AdapterState, kind
@@ -72,8 +71,9 @@ def aggregate(
                 f"{rule} with federation.byzantine {byzantine:g} cannot use {count} updates",
             )
         bad = tolerated(byzantine, count)
-        if rule in COORDINATE:
-            return _coordinates(this_round, everyone, COORDINATE[rule], bad), {}
+        if rule in ("median", "trimmed-mean"):
+            cut = bad if rule == "trimmed-mean" else (count - 1) // 2
+            return _coordinates(this_round, everyone, cut), {}
         changes = _changes(this_round, everyone)
         most = statistics.median(everyone.weights)
         weights = [min(weight, most) for weight in everyone.weights]
@@ -164,29 +164,11 @@ def _bounded(
     return mean(dataclasses.replace(this_round, asked=2 * len(everyone)), updates())
 
 
-def _median(stack: npt.NDArray[np.float32], bad: int) -> Floats:
-    return np.median(stack.astype(np.float64), axis=0)
-
-
-def _trimmed(stack: npt.NDArray[np.float32], bad: int) -> Floats:
-    middle = np.sort(stack, axis=0)[bad : len(stack) - bad]
-    return middle.mean(axis=0, dtype=np.float64)
-
-
-Coordinates = Callable[[npt.NDArray[np.float32], int], Floats]
-COORDINATE: dict[str, Coordinates] = {"median": _median, "trimmed-mean": _trimmed}
-
-
-def _coordinates(
-    this_round: Round, everyone: Collected, rule: Coordinates, bad: int
-) -> AdapterState:
-    names: Sequence[str] = list(this_round.before.only(this_round.parts))
-    return AdapterState(
-        {
-            name: torch.tensor(
-                rule(np.stack([t.numpy() for t in everyone.tensors(name)]), bad),
-                dtype=torch.float32,
-            )
-            for name in names
-        }
-    )
+def _coordinates(this_round: Round, everyone: Collected, cut: int) -> AdapterState:
+    """The mean of each coordinate without its ``cut`` largest and smallest values."""
+    result: dict[str, torch.Tensor] = {}
+    for name in this_round.before.only(this_round.parts):
+        stack = np.sort(np.stack([t.numpy() for t in everyone.tensors(name)]), axis=0)
+        middle = stack[cut : len(stack) - cut].mean(axis=0, dtype=np.float64)
+        result[name] = torch.tensor(middle, dtype=torch.float32)
+    return AdapterState(result)

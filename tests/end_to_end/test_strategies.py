@@ -226,25 +226,17 @@ def test_a_part_that_is_not_finite_is_not_kept(tiny_config, simulate_run, monkey
     assert rejected == [{"Alpha": "invalid-update"}, {}]
 
 
-@pytest.mark.parametrize("what", ["garbage", "another name", "nothing fits"])
-def test_a_bad_evaluation_ends_no_run_and_is_named(tiny_config, simulate_run, monkeypatch, what):
+def test_a_bad_evaluation_ends_no_run_and_is_named(tiny_config, simulate_run, monkeypatch):
     evaluate = Institution.evaluate
 
     def bad(who, order):
         answer = evaluate(who, order)
-        if who.name != "Beta":
-            return answer
-        if what == "another name":
-            return dataclasses.replace(answer, institution="Alpha")
-        return dataclasses.replace(
-            answer, metrics={"n": "many"} if what == "garbage" else {"n": 0, "accuracy": "high"}
-        )
+        return dataclasses.replace(answer, institution="Alpha") if who.name == "Beta" else answer
 
     monkeypatch.setattr(Institution, "evaluate", bad)
     config = tiny_config(**{"federation.strategy": "fedsa", "federation.rounds": 1})
     result = simulate_run(config)
-    code = "wrong-institution" if what == "another name" else "invalid-metrics"
-    assert result["not_evaluated"] == {"Beta": code}
+    assert result["not_evaluated"] == {"Beta": "wrong-institution"}
     assert 0 <= result["accuracy"] <= 1 and len(result["institutions"]) == 3
 
 
@@ -421,7 +413,7 @@ def test_a_run_with_residuals_or_local_parts_compares_models_at_home(
         shard = federation.held_out(federation.names.index(name))
         model = _opened(config, _run_dir(config) / "institutions" / name / "own")
         work = trainable.load(config, federation.labels)
-        said = work.task.predict(model, shard, work.labels)
+        said, _ = work.task.predict(model, shard, work.labels)
         right = np.mean([work.labels[t] == s for t, s in zip(shard.targets, said, strict=True)])
         assert right == joining["institutions"][name]["own"]
         residual = strategy != "fedsa" and not joining["institutions"][name]["keeps_alone"]

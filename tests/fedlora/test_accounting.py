@@ -319,7 +319,7 @@ def test_the_public_delta_is_the_power_of_ten_at_or_below_a_tenth_of_one_in_n(
     records, delta
 ) -> None:
     assert accounting.public_delta(records) == delta
-    assert delta <= accounting.default_delta(records) < 10 * delta + 1e-18
+    assert delta <= 1 / (10 * records) < 10 * delta + 1e-18
     accounting.check_delta(delta, records)
 
 
@@ -332,7 +332,7 @@ def test_a_delta_of_one_in_n_or_more_is_an_error_that_says_what_would_do() -> No
     for delta in (1 / 3100, 0.5, 0.0, math.nan):
         with pytest.raises(InputError, match=r"below 1 / 3100 records .* use 1e-05"):
             accounting.check_delta(delta, 3100)
-    for function in (accounting.public_delta, accounting.public_size, accounting.default_delta):
+    for function in (accounting.public_delta, accounting.public_size):
         with pytest.raises(InputError, match="number of records is 0"):
             function(0)
 

@@ -5,24 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import encoding
-from fedlora.batches import collate, distinct, micro_batches, rounded
-from fedlora.data import shard_of
-
-LABELS = ("negative", "neutral", "positive")
+from fedlora.batches import distinct, micro_batches, pad, rounded
 
 
 def test_a_batch_is_padded_to_its_own_longest_row_on_the_given_side() -> None:
-    rows = shard_of(
-        encoding.Encoded(ids=[[5, 6, 7], [8], [9] * 9], targets=[0, 1, 2], truncated=[False] * 3)
-    )
-    left, right = (collate(rows, [1, 0], 3, side) for side in ("left", "right"))
+    rows = [np.array(row, np.int32) for row in ([8], [5, 6, 7])]
+    left, right = (pad(rows, np.array([1, 0]), 3, side) for side in ("left", "right"))
     assert left.input_ids.tolist() == [[3, 3, 8], [5, 6, 7]]
     assert left.attention_mask.tolist() == [[0, 0, 1], [1, 1, 1]]
     assert right.input_ids.tolist() == [[8, 3, 3], [5, 6, 7]]
     assert right.attention_mask.tolist() == [[1, 0, 0], [1, 1, 1]]
     assert right.targets.tolist() == [1, 0]
-    assert right.rows.tolist() == [1, 0]
     assert {t.dtype for t in vars(right).values()} == {torch.int64}
 
 

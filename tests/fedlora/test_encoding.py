@@ -86,6 +86,23 @@ def test_a_label_outside_the_label_set_is_refused() -> None:
         label_task(byte_tokenizer()).encode(["ok"], ["bullish"], LABELS)
 
 
+@pytest.mark.parametrize(
+    ("chat", "why"),
+    [
+        (
+            "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+            "once",
+        ),
+        ("{{ messages[0]['content'] }}" * 2 + "{{ messages[1]['content'] }}", "once"),
+        ("{{ messages[1]['content'] }}{{ messages[0]['content'] }}", "in this order"),
+        ("{{ raise_exception('a system turn is needed') }}", "a system turn is needed"),
+    ],
+)
+def test_a_chat_template_that_does_not_take_two_turns_of_text_is_refused(chat: str, why: str):
+    with pytest.raises(InputError, match=rf"model\.name has a chat template .*{why}.*; mend"):
+        encoding.template(byte_tokenizer(chat=chat), "{text}")
+
+
 @pytest.mark.parametrize("chat", [None, CHAT])
 def test_an_sft_row_is_prompt_then_response_then_one_end_token(chat: str | None) -> None:
     tokenizer = byte_tokenizer(chat=chat)

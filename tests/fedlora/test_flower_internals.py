@@ -101,8 +101,8 @@ def test_the_superexec_passes_on_the_output_of_a_server_app(monkeypatch):
 
 def test_the_superlink_s_route_uses_the_handler_that_is_wrapped(monkeypatch):
     _restore(monkeypatch, fleet_handlers, "push_messages")
-    flower_internals.wrap_fleet_handler(
-        "push_messages", lambda push: lambda request, state: ("wrapped", push)
+    flower_internals.wrap_handler(
+        "fleet", "push_messages", lambda push: lambda request, state: ("wrapped", push)
     )
     said, inner = router.fleet_push_messages(request=None, state=None)
     assert said == "wrapped" and callable(inner)
@@ -112,7 +112,9 @@ def test_the_servers_route_uses_the_handler_that_is_wrapped(monkeypatch):
     from flwr.superlink import main
 
     _restore(monkeypatch, main.runtime_handlers, "push_object")
-    flower_internals.wrap_runtime_handler("push_object", lambda push: lambda *_: ("wrapped", push))
+    flower_internals.wrap_handler(
+        "runtime", "push_object", lambda push: lambda *_: ("wrapped", push)
+    )
     said, inner = main._RUNTIME_HANDLERS.push_object(None, None, None)
     assert said == "wrapped" and callable(inner)
 

@@ -19,6 +19,8 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -79,7 +81,7 @@ def test_a_directory_resolves_to_its_weights_and_kind(encoder, causal):
     assert (found.kind, found.path) == ("encoder", encoder)
     assert found.positions == SIZES.get("max_position_embeddings", 512)
     assert found.weights == (encoder / "model.safetensors",)
-    assert model_files.resolve(str(causal)).kind == model_files.kind(str(causal), "sft") == "causal"
+    assert model_files.files_for(str(causal), "sft") == model_files.resolve(str(causal))
 
 
 def test_resolving_imports_neither_torch_nor_transformers(encoder):
@@ -456,3 +458,15 @@ def test_a_tokenizer_loads_without_the_weights(causal):
     (tokenizer,) = {models.load_tokenizer(str(causal))}
     assert tokenizer.pad_token == tokenizer.eos_token == "w2"
     assert json.loads((causal / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_no_layer_of_a_frozen_base_is_left_out_at_random():
+    config = OPTConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16,
+        max_position_embeddings=16, word_embed_proj_dim=16, layerdrop=0.5, dropout=0.5,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).train()
+    models._freeze_behaviour(model)
+    ids = torch.arange(1, 9).view(1, 8)
+    first = model(ids).logits
+    assert all(torch.equal(model(ids).logits, first) for _ in range(10))

@@ -94,8 +94,6 @@ def test_impossible_choices_are_refused_before_any_model_is_loaded() -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(InputError, match=r"data\.prompt is for causal models"):
         choose_task("classification", "encoder", tokenizer, prompt="{text}", max_length=9)
-    with pytest.raises(InputError, match=r"model\.task is sft"):
-        choose_task("sft", "encoder", tokenizer, prompt="", max_length=9)
     tokenizer.model_max_length = 64
     with pytest.raises(InputError, match="max-length is 65, but the base model takes at most 64"):
         choose_task("sft", "causal", tokenizer, prompt="", max_length=65)
@@ -192,7 +190,7 @@ def test_evaluation_runs_equal_rows_once_without_dropout_and_restores_each_modul
     assert model.rows_seen == 3
     assert [module.training for module in model.modules()] == modes
     model.eval()
-    predicted = [task.predict(model, rows.select([i]), ("x", "y"))[0] for i in range(6)]
+    predicted = [task.predict(model, rows.select([i]), ("x", "y"))[0][0] for i in range(6)]
     right = np.array([t == p for t, p in zip(truth, predicted, strict=True)])
     assert result["n"] == 6
     assert result["accuracy"] == pytest.approx(right.mean())
@@ -216,19 +214,21 @@ def test_predictions_are_the_same_whatever_the_batch() -> None:
         for task.physical_batch in (1, 4):
             sft = isinstance(task, Sft)
             short = task._generate(model, rows, np.arange(6), 8) if sft else None
-            said.append(short or task.predict(model, rows, labels))
+            said.append(short or task.predict(model, rows, labels)[0])
         assert said[0] == said[1]
         assert said[0][1] == said[0][4]  # the same text twice
 
 
 def test_answers_to_texts_are_labels_of_the_set() -> None:
     tokenizer = byte_tokenizer()
-    said = label_task(tokenizer).answer(llama(len(tokenizer)), TEXTS, LABELS)
-    assert len(said.answers) == 6
-    assert set(said.answers) <= set(LABELS)
-    assert said.probabilities.shape == (6, 3)
-    np.testing.assert_allclose(said.probabilities.sum(1), 1, rtol=1e-5)
-    assert [LABELS[i] for i in said.probabilities.argmax(1)] == said.answers
+    task = label_task(tokenizer)
+    rows = shard_of(task.encode(TEXTS, ANSWERS, LABELS))
+    said, probabilities = task.predict(llama(len(tokenizer)), rows, LABELS)
+    assert len(said) == 6
+    assert set(said) <= set(LABELS)
+    assert probabilities.shape == (6, 3)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    assert [LABELS[i] for i in probabilities.argmax(1)] == said
 
 
 def test_sft_metrics_weigh_tokens_and_count_unparseable_answers() -> None:
@@ -259,8 +259,8 @@ def test_a_model_that_learned_its_responses_generates_and_ends_them() -> None:
         optimizer.zero_grad()
         task.losses(model, task.collate(rows, [0, 1, 2]), ()).sum().backward()
         optimizer.step()
-    said = task.answer(model, texts, ())
-    assert (said.answers, said.probabilities, said.truncated) == (answers, None, 0)
+    assert task.predict(model, rows, ()) == (answers, None)
+    assert not rows.corpus.truncated.any()
     result = task.evaluate(model, rows, ())
     assert (result["exact_match"], result["accuracy"], result["unparseable"]) == (1.0, 1.0, 0)
 
@@ -270,8 +270,9 @@ def test_a_response_ends_where_the_model_has_no_more_positions() -> None:
     model = gpt2(len(tokenizer))  # 128 positions
     task = choose_task("sft", "causal", tokenizer, prompt="{text}", max_length=128)
     texts = ["fell", "y" * 120, "y" * 200]
-    said = task.answer(model, texts, ())
-    assert len(said.answers) == 3 and said.truncated == 1
+    prompts = task.encode(texts, [""] * 3, ())
+    said, _ = task.predict(model, shard_of(prompts), ())
+    assert len(said) == 3 and sum(prompts.truncated) == 1
     assert task.evaluate(model, shard_of(task.encode(texts, ["rose " * 40] * 3, ())), ())["n"] == 3
 
 
