@@ -128,7 +128,11 @@ def overrides(keywords: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in keywords.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "`fedlora config` lists the keys; a keyword is the last part, with _"
+            hint = (
+                f"did you mean {near[0]}?"
+                if near
+                else "`fedlora config` lists the keys; a keyword is the last part, with _"
+            )
             raise InputError(f"{name} is no keyword of fedlora.run; {hint}")
         found[known[name]] = _plain(known[name], value)
     return found
