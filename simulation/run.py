@@ -111,9 +111,7 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
     with paused_gc():  # a collection would scan all imported objects
         from fedlora import findings, trainable
 
-        if (
-            config.privacy.enabled
-        ):  # an impossible budget is refused; forks inherit cached noise multipliers
+        if config.privacy.enabled:  # an impossible budget is refused; forks inherit its noise
             cap = config.federation.participations(len(records.names))
             findings.plans_of(config, records.units, cap)
         for name in _modules(config):
