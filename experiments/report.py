@@ -92,7 +92,8 @@ def _tiles(run: opening.Run) -> dict[str, str]:
         # rows of sft have references, not classes
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
-        tiles["loss per token"] = f"{result['token_loss']:.3f}"
+        loss = result["token_loss"]
+        tiles["loss per token"] = "not finite" if loss is None else f"{loss:.3f}"
     of_run = "largest epsilon (smaller is more private)"
     if (most := with_earlier_runs(run.config, run.privacy)) is not None:
         tiles["largest epsilon, all runs on the records"] = _epsilon(most["ledger_epsilon"])

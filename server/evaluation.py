@@ -1,5 +1,6 @@
 """Measuring a simulation's adapters on held-out rows."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ from flwr.serverapp import Grid
 from fedlora import metrics
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
-from fedlora.messages import EvaluateOrder
+from fedlora.errors import Refusal
+from fedlora.messages import EvaluateOrder, Evaluation
 from fedlora.trainable import Trainable
 from server.answers import ask
 from server.population import Population
@@ -61,9 +63,7 @@ def evaluate_own(
         As `evaluate_global`. If replies were refused, ``not_evaluated`` is institution -> reason,
         and the metrics are those of the other institutions.
     """
-    found, failed = ask(
-        grid, config, order, MessageType.EVALUATE, nodes, lambda _, answer: answer.metrics
-    )
+    found, failed = ask(grid, config, order, MessageType.EVALUATE, nodes, _figures)
     results = {name: figures for name, figures in found.items() if figures}
     names = sorted(results)
     return {
@@ -71,3 +71,9 @@ def evaluate_own(
         "institutions": {n: results[n]["accuracy"] for n in names if "accuracy" in results[n]},
         **({"not_evaluated": failed} if failed else {}),
     }
+
+
+def _figures(_: str, answer: Evaluation) -> Mapping[str, Any]:
+    if not all(math.isfinite(x) for x in answer.metrics.values() if isinstance(x, float)):
+        raise Refusal("invalid-metrics", "the institution's own adapter has no finite figures")
+    return answer.metrics

@@ -30,7 +30,6 @@ from fedlora.run_files import (
     finite,
     read_lines,
     read_records,
-    read_run_file,
 )
 from server import binding
 
@@ -155,12 +154,18 @@ class RunDirectory:
         """
         if not (self.path / ENVIRONMENT).exists():
             return  # the process ended while it made the directory
-        begun = read_run_file(self.path, ENVIRONMENT)["versions"]["fedlora"]
+        try:
+            begun = json.loads((self.path / ENVIRONMENT).read_bytes())["versions"]["fedlora"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.path / ENVIRONMENT} cannot be read ({error}), so that nothing says which "
+                "version began the run; restore the file, or begin a run with another --out"
+            ) from None
         if begun != fedlora.__version__:
             raise InputError(
                 f"{self.path} was begun with fedlora {begun}, and this is {fedlora.__version__}: "
                 "its checkpoint continues only with the version that wrote it; install that, or "
-                "begin a run with another --out"
+                "begin a run with another --out (in a sweep: remove this directory)"
             )
 
     def create(self, config: RunConfig) -> None:

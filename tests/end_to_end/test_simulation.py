@@ -402,6 +402,9 @@ def test_a_run_is_not_continued_by_another_version(tiny_config, monkeypatch):
     monkeypatch.setattr(fedlora, "__version__", "0.0.1")
     with pytest.raises(InputError, match=r"begun with fedlora \d\S*, and this is 0\.0\.1: "):
         directory.check(config)
+    (directory.path / "environment.json").write_text("{}")
+    with pytest.raises(InputError, match=r"environment\.json cannot be read .*; restore the file"):
+        directory.check(config)
 
 
 def test_rounds_asked_count_although_no_answer_arrived(tiny_config):

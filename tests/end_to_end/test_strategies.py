@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -226,17 +227,26 @@ def test_a_part_that_is_not_finite_is_not_kept(tiny_config, simulate_run, monkey
     assert rejected == [{"Alpha": "invalid-update"}, {}]
 
 
-def test_a_bad_evaluation_ends_no_run_and_is_named(tiny_config, simulate_run, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"institution": "Alpha"}, "wrong-institution"),
+        ({"metrics": {"n": 2, "loss": math.nan, "accuracy": 0.5}}, "invalid-metrics"),
+    ],
+)
+def test_a_bad_evaluation_ends_no_run_and_is_named(
+    tiny_config, simulate_run, monkeypatch, change, code
+):
     evaluate = Institution.evaluate
 
     def bad(who, order):
         answer = evaluate(who, order)
-        return dataclasses.replace(answer, institution="Alpha") if who.name == "Beta" else answer
+        return dataclasses.replace(answer, **change) if who.name == "Beta" else answer
 
     monkeypatch.setattr(Institution, "evaluate", bad)
     config = tiny_config(**{"federation.strategy": "fedsa", "federation.rounds": 1})
     result = simulate_run(config)
-    assert result["not_evaluated"] == {"Beta": "wrong-institution"}
+    assert result["not_evaluated"] == {"Beta": code}
     assert 0 <= result["accuracy"] <= 1 and len(result["institutions"]) == 3
 
 

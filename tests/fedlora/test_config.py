@@ -51,6 +51,8 @@ def test_every_key_is_described_with_its_default():
         ("data.partition", "pathological:" + "9" * 5000, ["data.partition"]),
         ("adapter.ranks", "9" * 5000, ["adapter.ranks", "whole numbers"]),
         ("adapter.rank", "9" * 400, ["adapter.rank", "whole number below 2^63"]),
+        ("adapter.alpha", 0, ["adapter.alpha", "0", "at least 1e-06"]),
+        ("adapter.alpha", "nan", ["adapter.alpha", "nan", "at least 1e-06"]),
         ("adapter.dropout", 1 - 1e-16, ["adapter.dropout", "at most 0.99"]),
         ("training.learning-rate", 5e-324, ["learning-rate", "at least 1e-07"]),
         ("training.sample-rate", 5e-324, ["training.sample-rate", "0 or at least 1e-06"]),
