@@ -216,8 +216,7 @@ class _Trainer:
                 if i in self.held
             }
         )
-        copies = {i: text_numbers(self.held[i]) for i in right}
-        kept = {i for i in right if is_better(alone[i].right, right[i], copies[i])}
+        kept = {i for i in right if is_better(alone[i].right, right[i], text_numbers(self.held[i]))}
         settings = {i: setting for i, (setting, _) in chosen.items() if i not in kept}
         trained = self._train_on_all(Model.OWN, settings)
         found: list[HomeModels] = []
