@@ -93,7 +93,7 @@ def _tiles(run: opening.Run) -> dict[str, str]:
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
         loss = result["token_loss"]
-        tiles["loss per token"] = "not finite" if loss is None else f"{loss:.3f}"
+        tiles["loss per token"] = f"{loss:.3f}" if isinstance(loss, float) else "not finite"
     of_run = "largest epsilon (smaller is more private)"
     if (most := with_earlier_runs(run.config, run.privacy)) is not None:
         tiles["largest epsilon, all runs on the records"] = _epsilon(most["ledger_epsilon"])

@@ -131,9 +131,10 @@ def classification(
 
 
 def _mean(results: Sequence[Mapping[str, Any]], key: str, weight: str) -> float:
-    if any(r[key] is None for r in results):  # a loss that was not finite, read from JSON
-        return math.nan
-    return sum(r[key] * r[weight] for r in results) / sum(r[weight] for r in results)
+    # JSON has null and "inf" for figures that are not finite
+    values = [math.nan if r[key] is None else float(r[key]) for r in results]
+    weights = [r[weight] for r in results]
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
 def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,9 +14,11 @@ def at_least(value: float, digits: int = 4) -> str:
     return _rounded(value, digits, ROUND_FLOOR)
 
 
-def number(value: float | None) -> str:
-    """A figure with four digits; a dash for one that is no number."""
-    return "–" if value is None else f"{value:.4f}"
+def number(value: float | str | None) -> str:
+    """A figure with four digits; "inf" stays, and a dash stands for one that is no number."""
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else f"{value:.4f}"
 
 
 def _rounded(value: float, digits: int, how: str) -> str:

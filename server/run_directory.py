@@ -152,7 +152,7 @@ class RunDirectory:
         Raises:
             InputError: If it is another, whose rounds would not follow from the ones before.
         """
-        if not (self.path / ENVIRONMENT).exists():
+        if not (self.path / ENVIRONMENT).exists() and not self._checkpoints():
             return  # the process ended while it made the directory
         try:
             begun = json.loads((self.path / ENVIRONMENT).read_bytes())["versions"]["fedlora"]
@@ -187,9 +187,8 @@ class RunDirectory:
             if field.name not in ("adapter", "moments", "average")
         }
         blob = safetensors.torch.save(tensors, {"state": json.dumps(plain)})
-        folder = self.path / "checkpoints"
-        write_atomic(folder / f"round-{state.round:06d}.safetensors", blob)
-        for old in sorted(folder.glob("round-*.safetensors"))[:-MAX_CHECKPOINTS]:
+        write_atomic(self.path / "checkpoints" / f"round-{state.round:06d}.safetensors", blob)
+        for old in self._checkpoints()[:-MAX_CHECKPOINTS]:
             old.unlink()
 
     def latest(self, *, newest_only: bool = False) -> RunState | None:
@@ -205,7 +204,7 @@ class RunDirectory:
         """
         from safetensors import SafetensorError
 
-        found = sorted((self.path / "checkpoints").glob("round-*.safetensors"), reverse=True)
+        found = self._checkpoints()[::-1]
         for file in found[:1] if newest_only else found:
             try:
                 return self._read(file)
@@ -219,6 +218,9 @@ class RunDirectory:
                 + "; restore it, or start anew with another --out"
             )
         return None
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("round-*.safetensors"))
 
     def _read(self, path: Path) -> RunState:
         import safetensors

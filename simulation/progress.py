@@ -135,7 +135,7 @@ def describe(
         (0, {}),
     )
     for key in ("accuracy", "token_loss"):
-        if measured.get(key) is not None:  # None: not finite
+        if isinstance(measured.get(key), float):  # otherwise not finite
             after = "" if since == total else f" after round {since}"
             parts.append(f"{key.replace('_', ' ')} {measured[key]:.3f}{after}")
     spent = records[-1]["epsilon_max"]

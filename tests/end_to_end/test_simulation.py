@@ -403,7 +403,14 @@ def test_a_run_is_not_continued_by_another_version(tiny_config, monkeypatch):
     with pytest.raises(InputError, match=r"begun with fedlora \d\S*, and this is 0\.0\.1: "):
         directory.check(config)
     (directory.path / "environment.json").write_text("{}")
-    with pytest.raises(InputError, match=r"environment\.json cannot be read .*; restore the file"):
+    unreadable = r"environment\.json cannot be read .*; restore the file"
+    with pytest.raises(InputError, match=unreadable):
+        directory.check(config)
+    (directory.path / "environment.json").unlink()
+    assert directory.check(config)  # the process ended while it made the directory
+    (directory.path / "checkpoints").mkdir()
+    (directory.path / "checkpoints" / "round-000001.safetensors").touch()
+    with pytest.raises(InputError, match=unreadable):
         directory.check(config)
 
 

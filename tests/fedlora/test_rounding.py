@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.rounding import at_least, at_most
+from fedlora.rounding import at_least, at_most, number
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,7 @@ def test_a_shown_bound_holds_and_is_near(value, digits):
     high, low = float(at_most(value, digits)), float(at_least(value, digits))
     assert low <= value <= high
     assert high - low <= value * 10.0 ** (1 - digits) * 1.0001
+
+
+def test_figures_that_are_not_finite_have_a_text():
+    assert [number(value) for value in (0.25, "inf", None)] == ["0.2500", "inf", "–"]

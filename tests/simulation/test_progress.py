@@ -26,6 +26,12 @@ def test_a_figure_that_was_measured_after_an_earlier_round_says_so(tiny_config) 
     assert said.startswith("round 3/3 · accuracy 0.250 after round 1 ·")
 
 
+def test_a_loss_that_is_not_finite_does_not_end_the_line(tiny_config) -> None:
+    for loss in (None, "inf"):
+        lines = [record(1), record(2), record(3) | {"metrics": {"token_loss": loss}}]
+        assert described(lines, tiny_config) == "round 3/3 · epsilon 1"
+
+
 def test_the_line_after_the_last_round_has_its_own_figure(tiny_config) -> None:
     said = described([record(1, 0.25), record(2), record(3, 0.75)], tiny_config)
     assert said.startswith("round 3/3 · accuracy 0.750 ·")
