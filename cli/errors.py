@@ -30,10 +30,11 @@ def one_line_errors(directory: Path, resume: str = "") -> Iterator[None]:
         name = type(error).__name__
         what = str(error) if name == "RunFailed" else f"{name}: {error}"
     ERRORS.write_line(f"error: {what}")
-    if (directory / "institutions.log").exists():
-        ERRORS.write_line(f"log of the institutions: {directory / 'institutions.log'}")
-    if resume and (directory / "checkpoints").exists():
-        ERRORS.write_line(f"every finished round is kept; continue with: {resume} {directory}")
+    with contextlib.suppress(PermissionError):  # of a directory that this user may not enter
+        if (directory / "institutions.log").exists():
+            ERRORS.write_line(f"log of the institutions: {directory / 'institutions.log'}")
+        if resume and (directory / "checkpoints").exists():
+            ERRORS.write_line(f"every finished round is kept; continue with: {resume} {directory}")
     raise typer.Exit(1)
 
 

@@ -57,8 +57,9 @@ def run_sweep(
             execute=execute,
             console=console,
         )
-    except KeyboardInterrupt:
-        ERRORS.write_line("error: interrupted; finished cells are kept, continue with --resume")
+    except (KeyboardInterrupt, OSError) as error:  # a full disk, for one
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        ERRORS.write_line(f"error: {what}; finished cells are kept, continue with --resume")
         raise typer.Exit(1) from None
     draw_report(place)
     if as_json:

@@ -23,26 +23,39 @@ from typing import Any
 from client import config_policy, home_cohort
 from client.home_cohort import Member
 from client.institution import Institution
+from client.ledger import Ledger
 from client.releases import Releases
 from client.settings import Settings
 from fedlora import comparison, records, trainable
 from fedlora.comparison import Rows
 from fedlora.config import RunConfig
-from fedlora.errors import InputError
+from fedlora.errors import InputError, Refusal
 from fedlora.files import new_path, write_atomic
 from fedlora.joining_verdict import ALL_KEEP, FINDINGS, MODELS, interval, macro_f1_gain, outcome
 from fedlora.released import ReleaseFiles
 from fedlora.rounding import at_most
 from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
+from fedlora.shards import Shard
 
 LOCK = "home.lock"
 SPLIT = 0.2
 """Share of the records that are held back where the settings name no ``test-source``."""
-SPLIT_NOTE = (
-    "The settings name no test-source, so a seeded fifth of the records was held back. If the "
-    "institution took part, the run trained on these rows too: the figures of shared and own can "
-    "be too high"
-)
+TEST_SOURCE = "test-source"
+UNCERTAIN = {
+    "split": (
+        "without a test-source",
+        "The settings name no test-source, so a seeded fifth of the records was held back. If the "
+        "institution took part, the run trained on these rows too: the figures of shared and own "
+        "can be too high",
+    ),
+    "other-records": (
+        "with other records or another test-source than those of the run",
+        "The ledger is of other records than those that the settings give now. The run may have "
+        "trained on rows that are held out today, and the model alone on rows that the run did not "
+        "have: the figures can favour either. Put records and test-source back as they were",
+    ),
+}
+"""Why held-out rows cannot tell whether joining pays: a condition, and a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +116,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         train_rows, held_out = federation.train(0), federation.held_out(0)
         if not len(held_out):
             raise InputError("no held-out row is left; name a test-source with rows of its own")
+        held_out_from = _held_out_from(own, config, found.run, train_rows)
         work = trainable.load(config, federation.labels)
         shared = found.adapter(work, residuals=config.federation.traits.residuals)
         say(f"run {found.name}: {len(train_rows)} records, {len(held_out)} held-out rows")
@@ -131,7 +145,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             "records": len(train_rows),
             "held_out": {
                 "rows": len(held_out),
-                "from": "test-source" if own.test_source else "split",
+                "from": held_out_from,
             },
             **{model: compared[model] for model in MODELS},
             "gain": {key: compared["gain"][key] for key in ("mean", "low", "high", "texts")},
@@ -162,8 +176,8 @@ def report(result: dict[str, Any]) -> list[str]:
         f"In macro-F1: {macro_f1_gain(result['gain_macro_f1'])}.",
         _made(chosen),
     ]
-    if held_out["from"] == "split":
-        lines.append(f"{SPLIT_NOTE}.")
+    if held_out["from"] != TEST_SOURCE:
+        lines.append(f"{UNCERTAIN[held_out['from']][1]}.")
     if result["privacy"] is None:
         lines.append("The own model has no differential privacy and must not leave.")
     else:
@@ -189,10 +203,30 @@ def _finding(result: dict[str, Any]) -> str:
     """Whether joining pays, where rows can tell on which the run did not train."""
     if result["choices"]["keeps_alone"]:
         return ALL_KEEP
-    said = "Whether joining pays cannot be said without a test-source"
-    if result["held_out"]["from"] != "split":
+    if (held_out := result["held_out"]["from"]) == TEST_SOURCE:
         said = FINDINGS[outcome(result)]
+    else:
+        said = f"Whether joining pays cannot be said {UNCERTAIN[held_out][0]}"
     return f"{said}: own against alone {interval(result['gain'])}"
+
+
+def _held_out_from(own: Settings, config: RunConfig, run: str, rows: Shard) -> str:
+    """Where the held-out rows are from: `TEST_SOURCE`, or a key of `UNCERTAIN`.
+
+    The ledger proves that a run under DP trained on other rows. It knows nothing of runs without.
+    """
+    if not own.test_source:
+        return "split"
+    if config.privacy.enabled:
+        with Ledger.open(own.ledger) as ledger:
+            try:
+                if run in ledger.runs():
+                    ledger.is_bound(rows.fingerprint(), config.privacy.unit)
+            except Refusal as refusal:
+                if refusal.code != "ledger-foreign":
+                    raise
+                return "other-records"
+    return TEST_SOURCE
 
 
 def _release(own: Settings, choices: Choices) -> ReleaseFiles:

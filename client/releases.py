@@ -64,13 +64,14 @@ class Releases:
         Raises:
             InputError: If there is none, or several runs have the name.
         """
-        known = self._known()
+        known, damaged = self._known()
         found = [one for one in known if run in (one.name, one.run)]
         if not found:
             names = ", ".join(one.name for one in known) or "none"
             raise InputError(
                 f"--run is {run!r}, but {self._directory} has no such run; there are: {names}. "
-                "For another run give --adapter DIR, with adapter/ of the operator's results"
+                + "".join(f"{path} cannot be read. " for path in damaged)
+                + "For another run give --adapter DIR, with adapter/ of the operator's results"
             )
         if len(found) > 1:
             raise InputError(
@@ -79,12 +80,24 @@ class Releases:
             )
         return found[0]
 
-    def _known(self) -> list[ReleaseFiles]:
+    def _known(self) -> tuple[list[ReleaseFiles], list[Path]]:
+        """The releases, and the directories that hold none which can be read."""
         known: list[ReleaseFiles] = []
+        damaged: list[Path] = []
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                next(self._directory.iterdir(), None)  # glob takes what it may not read for empty
+        except OSError as error:
+            raise InputError(
+                f"{self._directory} cannot be read ({error.strerror}); run the command as the "
+                "user of the institution's node"
+            ) from None
         for directory in self._directories():
-            with contextlib.suppress(InputError):
+            try:
                 known.append(ReleaseFiles.open(directory))
-        return known
+            except InputError:
+                damaged.append(directory)
+        return known, damaged
 
     def _directories(self) -> list[Path]:
         """The directories, the oldest first."""

@@ -167,9 +167,11 @@ def load(path: str) -> Settings:
         InputError: For such a path, or a missing, damaged or invalid file.
     """
     file = Path(path)
-    if not file.is_absolute() or ".." in file.parts or file.is_symlink():
-        raise InputError(f"settings is {path!r}; it must be an absolute path without .. or links")
     try:
+        if not file.is_absolute() or ".." in file.parts or file.is_symlink():
+            raise InputError(
+                f"settings is {path!r}; it must be an absolute path without .. or links"
+            )
         if exposed := files.exposed(file):
             raise InputError(exposed)
         values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))

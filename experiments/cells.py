@@ -98,8 +98,10 @@ def run(
         _check_place(out, resume)  # another sweep may have come here first
         _write_manifest(out, path, cases, needed)
         left = [cell for cell in made.values() if not is_complete(results.run_dir(out, cell.name))]
-        console.write_line(f"{len(made)} cells, {len(made) - len(left)} complete; results in {out}")
-        if others := _commits(out, set(made) - {cell.name for cell in left}) - {commit(revision())}:
+        before = set(made) - {cell.name for cell in left}
+        console.write_line(f"{len(made)} cells, {len(before)} complete; results in {out}")
+        damaged = _damaged(out, before)
+        if others := _commits(out, before) - {commit(revision())}:
             console.write_line(
                 f"some complete cells are of other code ({', '.join(sorted(others))}); they are "
                 f"kept: remove their directories from {out / 'cells'} to run them again"
@@ -115,12 +117,26 @@ def run(
     return {
         "out": str(out),
         "cells": len(made),
-        "before": len(made) - len(left),
+        "before": len(before),
         "done": len(left) - len(failed),
-        "failed": failed,
+        "failed": {**damaged, **failed},
         "seconds": round(time.monotonic() - started, 1),
         "results": finite(results.summary(out)),
     }
+
+
+def _damaged(out: Path, cells: Iterable[str]) -> dict[str, str]:
+    """The complete cells whose results cannot be read, with what to do."""
+    found: dict[str, str] = {}
+    for name in sorted(cells):
+        try:
+            read_run_file(results.run_dir(out, name))
+        except InputError:
+            found[name] = (
+                "its result.json cannot be read, so that its case counts in no mean; restore the "
+                f"file, or remove {results.run_dir(out, name)} to run the cell again"
+            )
+    return found
 
 
 def _commits(out: Path, cells: Iterable[str]) -> set[str]:

@@ -110,10 +110,13 @@ def read_run_file(run_dir: Path, name: str = RESULT) -> dict[str, Any]:
             raise ValueError("it is no object")
         return cast(dict[str, Any], found)
     except (OSError, ValueError, RecursionError) as error:
+        go_on = f"run --resume {run_dir}"
+        if (run_dir / SUBMISSION).exists():
+            go_on = f"deploy resume {run_dir.name}"
         raise InputError(
             f"{run_dir} holds no complete run that can be read ({name}: {_reason(error)}); "
-            "give the directory that a finished run printed, or continue the run with "
-            f"`fedlora run --resume {run_dir}`"
+            f"give the directory that a finished run printed, or continue the run with `fedlora "
+            f"{go_on}`"
         ) from None
 
 

@@ -56,7 +56,7 @@ ERRORS = Terminal(stderr=True)
 
 
 def clean_errors(command: Callable[P, T]) -> Callable[P, T]:
-    """Print bad input as one line on stderr and exit with code 2."""
+    """Print bad input as one line on stderr and exit with code 2; a file's error, with code 1."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -65,5 +65,10 @@ def clean_errors(command: Callable[P, T]) -> Callable[P, T]:
         except (InputError, Refusal) as error:
             ERRORS.write_line(f"error: {error}")
             raise typer.Exit(2) from None
+        except BrokenPipeError:  # the reader of the output has ended
+            raise
+        except OSError as error:  # no permission, a full disk
+            ERRORS.write_line(f"error: {error}")
+            raise typer.Exit(1) from None
 
     return wrapped

@@ -314,6 +314,15 @@ class Roster:
             )
         ]
 
+    def absent(self) -> dict[str, str]:
+        """Registered institution -> why it takes no part: a refusal's code, or ``offline``."""
+        ready = {hello.institution for hello in self._known.values()}
+        return {
+            name: self.left_out.get(node, "offline")
+            for node, name in sorted(self._names.items(), key=lambda item: item[1])
+            if name not in ready
+        }
+
     def _called(self, node: int) -> str:
         return self._names.get(node) or f"node {node}"
 

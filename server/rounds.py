@@ -157,7 +157,8 @@ class Federation:
 
     def run(self) -> None:
         """Run the rounds that are left, and write the results."""
-        self.roster.wait(self.population.size, self.least)
+        ended = self.config.deployed and 0 < self.config.federation.rounds <= self.state.round
+        self.roster.wait(self.population.size, 0 if ended else self.least)  # results need nobody
         if self.state.round == 0 and self.config.privacy.enabled:
             self.roster.check_budgets(self.least)
             if self.config.deployed:
@@ -166,7 +167,7 @@ class Federation:
         if self.state.round == 0:
             self.directory.create(self.config)
             self.directory.save(self.state)
-        if self.session is not None:
+        if self.session is not None and not ended:
             parameters = secure_order.parameters(self.state.adapter, self.config)
             self.session.set_up(self.state.run, parameters, self.nodes(), self.population.size)
         played = False
@@ -486,7 +487,7 @@ class Federation:
         """Write down the released adapter of a deployed run, and send it to its institutions.
 
         Returns:
-            Institution -> ``stored``, or the reason why it has no adapter.
+            Institution -> ``stored``, or the reason why it has no adapter; all registered ones.
         """
         config, state = self.config, self.state
         release = Release(
@@ -500,7 +501,8 @@ class Federation:
         stored, failed = answers.ask(
             self.grid, config, release, wire.RELEASED, self.nodes(), lambda name, answer: "stored"
         )
-        return {**dict.fromkeys(sorted(state.asked), "offline"), **stored, **failed}
+        absent = dict.fromkeys(sorted(state.asked), "offline") | self.roster.absent()
+        return {**absent, **stored, **failed}
 
     def finish(self) -> None:
         """Write the final adapter, privacy.json and result.json."""

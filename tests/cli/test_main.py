@@ -195,7 +195,7 @@ def test_bad_input_that_no_encoding_can_write_is_one_line(config_file, tmp_path)
         refused(
             "predict", done, "text", words=["holds no complete run that can be read", "result.json"]
         )
-        refused("report", done, words=["holds no complete run that can be read"])
+        refused("report", done, words=["holds no complete run that can be read", "run --resume"])
 
 
 def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(

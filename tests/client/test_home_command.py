@@ -18,7 +18,7 @@ from cli.main import app as cli
 from client import app, config_policy, home, home_command, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
-from fedlora import released, trainable, wire
+from fedlora import records, released, trainable, wire
 from fedlora.adapters import AdapterState
 from fedlora.composition import Event
 from fedlora.config import UNRELEASED
@@ -391,6 +391,32 @@ def test_without_a_test_source_rows_are_held_back_and_the_command_says_so(bank):
     assert result["records"] + rows <= 80
 
 
+def test_where_the_ledger_is_of_other_records_than_given_now_the_command_says_so(bank):
+    made = bank()
+    made.receive(made.release())
+    config = made.followed()
+    event = Event(noise_multiplier=1.0, sample_rate=0.5, steps=1)
+    with Ledger.open(made.directory / "ledger.db") as ledger:
+        ledger.bind(records.load(config).train(0).fingerprint(), config.privacy.unit)
+        charge = {"round_number": 1, "order_digest": "00", "event": event, "planned": [event]}
+        ledger.charge(run_id=RUN, max_steps_of_run=1, **charge)
+    paying = made.home("--run", "first", "--out", made.directory / "one").stdout
+    assert "cannot be said" not in paying
+    rows = (made.directory / "own.csv").read_text().splitlines(keepends=True)
+    (made.directory / "fewer.csv").write_text("".join(rows[:60]))
+    (made.directory / "apart.csv").write_text("".join([rows[0], *rows[60:]]))
+    made.set(source="fewer.csv", test_source="apart.csv")
+    said = made.home("--run", "first").stdout
+    assert "cannot be said with other records or another test-source than those of the run" in said
+    assert "The ledger is of other records" in said and "Joining pays" not in said
+    result = json.loads((made.directory / "state" / "home" / "first" / "result.json").read_text())
+    assert result["held_out"]["from"] == "other-records"
+    (made.directory / "ledger.db").unlink()
+    out = made.directory / "two"
+    assert "ledger-missing" in made.home("--run", "first", "--out", out, code=2).stderr
+    assert not out.exists()
+
+
 def test_the_adapter_that_the_operator_hands_out_gives_the_same_models(bank, tmp_path):
     made = bank()
     release = made.release()
@@ -413,11 +439,28 @@ def test_the_adapter_that_the_operator_hands_out_gives_the_same_models(bank, tmp
 def test_an_unknown_run_is_one_error_that_lists_the_known_runs(bank):
     made = bank()
     assert "there are: none" in made.refused("--run", "first")
+    (made.directory / "state" / "released" / "damaged").mkdir(parents=True)
+    assert "released/damaged cannot be read. For" in made.refused("--run", "first")
+    (made.directory / "state" / "released" / "damaged").rmdir()
     for run, name in (("a1", "first"), ("a2", "second"), ("a3", "second")):
         made.receive(made.release(run=run, name=name))
     said = made.refused("--run", "third")
     assert "--run is 'third'" in said and "there are: first, second, second." in said
     assert "give the identity of one: a2, a3" in made.refused("--run", "second")
+
+
+def test_what_this_user_may_not_enter_is_one_line(bank, monkeypatch):
+    made = bank()
+    made.receive(made.release())
+
+    def closed(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", closed)
+        assert "run the command as the user" in made.refused("--run", "first")
+    monkeypatch.setattr(Path, "is_symlink", closed)
+    assert "cannot be read: Permission denied" in made.refused("--run", "first")
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,24 @@ def test_an_institution_that_is_offline_or_refuses_at_the_end_is_named_and_ends_
     assert not (rows / "Beta" / "state" / "released").exists()
 
 
+def test_a_run_of_which_only_the_results_are_missing_needs_no_institution(
+    deployed, institutions, monkeypatch
+):
+    config, files = deployed(), institutions()
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Federation, "finish", full)
+        with pytest.raises(OSError, match="No space left"):
+            _run(config, files)
+    monkeypatch.setattr(roster, "NODES_TIMEOUT", 0.0)
+    result = _run(config, [])
+    assert result["rounds"] == 3 and "accuracy" in result
+    assert result["released"] == dict.fromkeys(BANKS, "offline")
+
+
 def test_without_rows_of_its_own_the_server_measures_nothing(deployed, institutions):
     result = _run(deployed(**{"data.test-source": ""}), institutions())
     assert "accuracy" not in result and result["rounds"] == 3

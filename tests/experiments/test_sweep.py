@@ -718,6 +718,32 @@ def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_p
     assert again["results"] == said["results"]
 
 
+def test_a_cell_whose_results_cannot_be_read_is_named_and_the_exit_code_tells_it(
+    sweep_file, tmp_path
+):
+    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
+    (cell,) = sweep.cells(sweep.read(path))[0]
+    directory = results.run_dir(out, cell)
+    directory.mkdir(parents=True)
+    (out / results.MANIFEST).write_text('{"name": "sweep", "command": "", "cases": []}')
+    (directory / "result.json").write_text("{")
+    (directory / "environment.json").write_text('{"git_sha": "f", "git_dirty": false}')
+    said = invoke("sweep", path, "--out", out, "--resume")
+    assert said.exit_code == 1
+    assert f"cell {cell} failed: its result.json cannot be read" in said.stderr
+
+
+def test_a_full_disk_ends_a_sweep_in_one_line(sweep_file, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cells, "_write_manifest", full)
+    path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]')
+    said = invoke("sweep", path, "--out", tmp_path / "out")
+    assert said.exit_code == 1 and len(said.stderr.splitlines()) == 1
+    assert "No space left on device; finished cells are kept" in said.stderr
+
+
 @pytest.mark.parametrize(
     ("log", "code", "reason"),
     [

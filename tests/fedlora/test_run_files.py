@@ -70,7 +70,10 @@ def test_a_result_that_is_missing_or_broken_is_refused_with_its_directory(tmp_pa
         (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(InputError, match="holds no complete run that can be read") as caught:
         run_files.read_run_file(tmp_path)
-    assert str(tmp_path) in str(caught.value) and "--resume" in str(caught.value)
+    assert str(tmp_path) in str(caught.value) and "fedlora run --resume" in str(caught.value)
+    (tmp_path / "submission.json").touch()  # of a deployment
+    with pytest.raises(InputError, match=f"fedlora deploy resume {tmp_path.name}`"):
+        run_files.read_run_file(tmp_path)
 
 
 def test_a_complete_run_is_read(tmp_path):

@@ -124,6 +124,9 @@ def test_whoever_takes_no_part_is_named_with_the_reason(made, register, tmp_path
     one = made(grid, **{"federation.weighting": "public-size"})
     assert one.online() == {"a": 1}
     assert one.left_out == {2: "no-size", 3: "wrong-name", 4: "not-registered"}
+    register(a=1, b=2, c=3, e=5)
+    assert one.online() == {"a": 1}
+    assert one.absent() == {"b": "no-size", "c": "wrong-name", "e": "offline"}
 
 
 def test_a_new_key_takes_the_place_of_the_old_one_in_mid_run(made, register):
