@@ -59,7 +59,7 @@ def run_sweep(
         )
     except (KeyboardInterrupt, OSError) as error:  # a full disk, for one
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        ERRORS.write_line(f"error: {what}; finished cells are kept, continue with --resume")
+        ERRORS.write_line(f"error: {what}; finished cells, if any, are kept (--resume)")
         raise typer.Exit(1) from None
     draw_report(place)
     if as_json:

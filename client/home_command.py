@@ -54,6 +54,11 @@ UNCERTAIN = {
         "trained on rows that are held out today, and the model alone on rows that the run did not "
         "have: the figures can favour either. Put records and test-source back as they were",
     ),
+    "no-ledger": (
+        "while the ledger cannot be opened",
+        "Only the ledger shows that the run had the records that the settings give now; if it had "
+        "others, the figures can favour either",
+    ),
 }
 """Why held-out rows cannot tell whether joining pays: a condition, and a sentence."""
 
@@ -217,14 +222,17 @@ def _held_out_from(own: Settings, config: RunConfig, run: str, rows: Shard) -> s
     """
     if not own.test_source:
         return "split"
-    if config.privacy.enabled:
-        with Ledger.open(own.ledger) as ledger:
+    if not config.privacy.enabled:
+        return TEST_SOURCE
+    try:
+        ledger = Ledger.open(own.ledger)
+    except Refusal:
+        return "no-ledger"
+    with ledger:
+        if run in ledger.runs():
             try:
-                if run in ledger.runs():
-                    ledger.is_bound(rows.fingerprint(), config.privacy.unit)
-            except Refusal as refusal:
-                if refusal.code != "ledger-foreign":
-                    raise
+                ledger.is_bound(rows.fingerprint(), config.privacy.unit)
+            except Refusal:
                 return "other-records"
     return TEST_SOURCE
 

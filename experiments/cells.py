@@ -99,8 +99,9 @@ def run(
         _write_manifest(out, path, cases, needed)
         left = [cell for cell in made.values() if not is_complete(results.run_dir(out, cell.name))]
         before = set(made) - {cell.name for cell in left}
-        console.write_line(f"{len(made)} cells, {len(before)} complete; results in {out}")
         damaged = _damaged(out, before)
+        complete = len(before) - len(damaged)
+        console.write_line(f"{len(made)} cells, {complete} complete; results in {out}")
         if others := _commits(out, before) - {commit(revision())}:
             console.write_line(
                 f"some complete cells are of other code ({', '.join(sorted(others))}); they are "
@@ -117,7 +118,7 @@ def run(
     return {
         "out": str(out),
         "cells": len(made),
-        "before": len(before),
+        "before": complete,
         "done": len(left) - len(failed),
         "failed": {**damaged, **failed},
         "seconds": round(time.monotonic() - started, 1),

@@ -315,13 +315,8 @@ class Roster:
         ]
 
     def absent(self) -> dict[str, str]:
-        """Registered institution -> why it takes no part: a refusal's code, or ``offline``."""
-        ready = {hello.institution for hello in self._known.values()}
-        return {
-            name: self.left_out.get(node, "offline")
-            for node, name in sorted(self._names.items(), key=lambda item: item[1])
-            if name not in ready
-        }
+        """Registered institution -> a refusal's code; ``offline`` if it is not refused."""
+        return {name: self.left_out.get(node, "offline") for node, name in self._names.items()}
 
     def _called(self, node: int) -> str:
         return self._names.get(node) or f"node {node}"

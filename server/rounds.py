@@ -157,8 +157,11 @@ class Federation:
 
     def run(self) -> None:
         """Run the rounds that are left, and write the results."""
-        ended = self.config.deployed and 0 < self.config.federation.rounds <= self.state.round
-        self.roster.wait(self.population.size, 0 if ended else self.least)  # results need nobody
+        federation = self.config.federation
+        ended = self.config.deployed and 0 < federation.rounds <= self.state.round
+        # Results need nobody, but parts that stay at institutions go with no adapter handed out.
+        least = 0 if ended and not federation.traits.local_parts else self.least
+        self.roster.wait(self.population.size, least)
         if self.state.round == 0 and self.config.privacy.enabled:
             self.roster.check_budgets(self.least)
             if self.config.deployed:
@@ -501,8 +504,8 @@ class Federation:
         stored, failed = answers.ask(
             self.grid, config, release, wire.RELEASED, self.nodes(), lambda name, answer: "stored"
         )
-        absent = dict.fromkeys(sorted(state.asked), "offline") | self.roster.absent()
-        return {**absent, **stored, **failed}
+        absent = dict.fromkeys(state.asked, "offline") | self.roster.absent()
+        return dict(sorted({**absent, **stored, **failed}.items()))
 
     def finish(self) -> None:
         """Write the final adapter, privacy.json and result.json."""

@@ -741,7 +741,7 @@ def test_a_full_disk_ends_a_sweep_in_one_line(sweep_file, tmp_path, monkeypatch)
     path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]')
     said = invoke("sweep", path, "--out", tmp_path / "out")
     assert said.exit_code == 1 and len(said.stderr.splitlines()) == 1
-    assert "No space left on device; finished cells are kept" in said.stderr
+    assert "No space left on device; finished cells, if any, are kept (--resume)" in said.stderr
 
 
 @pytest.mark.parametrize(
