@@ -43,6 +43,8 @@ def init(
             f"unit record: each record is protected by itself; {guessed.customer!r} looks like "
             f"customers, all of whose records privacy.unit = {guessed.customer!r} protects"
         )
+    if guessed.failed:
+        console.write_line(f"not read: {guessed.failed}")
     console.write_line(f"these are guesses; next: fedlora check {place}")
 
 

@@ -53,7 +53,7 @@ def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
 
     Args:
         config: The run. Its keys `TOGETHER_ONLY` do not count.
-        base: The digest of the base model.
+        base: The digest of the base model, and its dtype.
         name: The institution's name.
         shard: Its training records.
     """

@@ -24,6 +24,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import Sampler
 
 from fedlora.errors import Refusal
+from fedlora.noise_grid import on_grid
 from fedlora.streams import RandomSource
 
 CLIPPING_MARGIN = 1 - 4e-7
@@ -174,7 +175,7 @@ class PrivateOptimizer(DPOptimizer):
             p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
 
     def add_noise(self) -> None:
-        """``p.grad`` = ``p.summed_grad`` + noise, added in float64 and rounded once."""
+        """``p.grad`` = ``p.summed_grad`` + noise, added in float64 and rounded to one grid."""
         deviation = self.noise_multiplier * self.max_grad_norm
         params: list[Any] = self.params
         noise = self._draw(sum(p.numel() for p in params)) * deviation
@@ -182,7 +183,7 @@ class PrivateOptimizer(DPOptimizer):
         start = 0
         for p in params:
             part = torch.from_numpy(noise[start : start + p.numel()]).view(p.shape).to(p.device)
-            p.grad = (p.summed_grad.double() + part).to(p.dtype)
+            p.grad = on_grid(p.summed_grad.double() + part, deviation).to(p.dtype)
             start += p.numel()
 
     def _draw(self, count: int) -> np.ndarray:

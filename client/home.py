@@ -27,12 +27,7 @@ from fedlora.arrays import Floats, Int64
 from fedlora.comparison import text_numbers
 from fedlora.errors import InputError
 from fedlora.lora_layers import Scale
-from fedlora.sections import (
-    HOME_CHOOSES_FROM,
-    HOME_COMPARES_FROM,
-    HOME_VALIDATION,
-    HomeConfig,
-)
+from fedlora.sections import HOME_CHOOSES_ON, HOME_COMPARES_ON, HOME_VALIDATION, HomeConfig
 from fedlora.shards import Shard
 from fedlora.trainable import Trainable
 
@@ -157,7 +152,7 @@ class _Trainer:
         self.held: dict[int, Shard] = {}
         for i, home in enumerate(homes):
             fit, held = _split(home)
-            if len(held) >= round(HOME_VALIDATION * HOME_COMPARES_FROM):
+            if len(held) >= HOME_COMPARES_ON:
                 self.fits[i], self.held[i] = fit, held
 
     def alone(self, *, compared: bool) -> dict[int, AloneModel]:
@@ -226,7 +221,13 @@ class _Trainer:
             if i not in kept:
                 weight = weight if trained[i].is_finite() else 0.0
                 own = mixed(self.bases[i], trained[i], weight)
-            choice = Choice(alone=one.setting, own=setting, weight=weight, keeps_alone=i in kept)
+            choice = Choice(
+                alone=one.setting,
+                own=setting,
+                weight=weight,
+                keeps_alone=i in kept,
+                held_back=len(self.held.get(i, ())),
+            )
             found.append(HomeModels(alone=one.adapter, own=own, choice=choice))
         return found
 
@@ -254,7 +255,7 @@ class _Trainer:
         return {setting: found[setting] for setting in in_order}  # of equal errors the first counts
 
     def _chooses(self, i: int) -> bool:
-        return len(self.held.get(i, ())) >= round(HOME_VALIDATION * HOME_CHOOSES_FROM)
+        return len(self.held.get(i, ())) >= HOME_CHOOSES_ON
 
     def _train_on_all(self, model: Model, chosen: Mapping[int, Setting]) -> dict[int, AdapterState]:
         """Train one model of some institutions on all their records, by the chosen settings.

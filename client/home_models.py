@@ -122,12 +122,14 @@ class Choice:
             own model is the shared one.
         keeps_alone: Whether the own model is the model alone, which was right more often than the
             mean with that weight.
+        held_back: Number of training records that were held back to choose and compare on.
     """
 
     alone: Setting
     own: Setting
     weight: float
     keeps_alone: bool = False
+    held_back: int = 0
 
     def figures(self) -> dict[str, float]:
         """The choice as `fedlora.messages.Evaluation` has it at home."""
@@ -138,6 +140,7 @@ class Choice:
             self.own.learning_rate,
             self.weight,
             self.keeps_alone,
+            self.held_back,
         )
         return dict(zip(CHOICES, figures, strict=True))
 

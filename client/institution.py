@@ -338,7 +338,9 @@ class Institution:
         """
         shard, alone = self._records(), None
         if self.simulated:
-            alone = alone_models.place(self.config, self._load().base.digest, self.name, shard)
+            base = self._load().base
+            about = f"{base.digest} {base.dtype}"  # "auto" may be another dtype in another process
+            alone = alone_models.place(self.config, about, self.name, shard)
         return Home(
             shard=shard,
             shared=shared,

@@ -152,8 +152,9 @@ class PrivateRound:
             return float(self.plan.size_class)
         if weighting == "noised-size":
             draw = float(RandomSource(self.key).child("size").normal(1)[0])
-            noised = max(1.0, self.shard.num_units + self.plan.size_noise * draw)
-            return self.ledger.noised_size_of_run(self.order.run, noised)
+            # whole, since the last bits of the sum could exclude another number of units
+            noised = max(1, round(self.shard.num_units + self.plan.size_noise * draw))
+            return self.ledger.noised_size_of_run(self.order.run, float(noised))
         return 0.0
 
     def _spent(self) -> PrivacySpent:

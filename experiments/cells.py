@@ -30,6 +30,7 @@ from fedlora.files import existing_parent, write_atomic
 from fedlora.run_files import (
     CONFIG,
     ENVIRONMENT,
+    RESULT,
     command,
     commit,
     finite,
@@ -102,10 +103,14 @@ def run(
         damaged = _damaged(out, before)
         complete = len(before) - len(damaged)
         console.write_line(f"{len(made)} cells, {complete} complete; results in {out}")
-        if others := _commits(out, before) - {commit(revision())}:
+        if others := _commits(out, before - damaged.keys()) - {commit(revision())}:
             console.write_line(
                 f"some complete cells are of other code ({', '.join(sorted(others))}); they are "
                 f"kept: remove their directories from {out / 'cells'} to run them again"
+            )
+        if dropped := _drop_begun(out, left):
+            console.write_line(
+                f"begun with other code, so that they start anew: {', '.join(sorted(dropped))}"
             )
         started = time.monotonic()
         try:
@@ -130,14 +135,30 @@ def _damaged(out: Path, cells: Iterable[str]) -> dict[str, str]:
     """The complete cells whose results cannot be read, with what to do."""
     found: dict[str, str] = {}
     for name in sorted(cells):
-        try:
-            read_run_file(results.run_dir(out, name))
-        except InputError:
-            found[name] = (
-                "its result.json cannot be read, so that its case counts in no mean; restore the "
-                f"file, or remove {results.run_dir(out, name)} to run the cell again"
-            )
+        for file in (RESULT, ENVIRONMENT):
+            try:
+                read_run_file(results.run_dir(out, name), file)
+            except InputError:
+                found[name] = (
+                    f"its {file} cannot be read, so that its case counts in no mean; restore the "
+                    f"file, or remove {results.run_dir(out, name)} to run the cell again"
+                )
     return found
+
+
+def _drop_begun(out: Path, cells: Iterable[Cell]) -> set[str]:
+    """Remove begun cells of another commit: one run should not be of two."""
+    dropped: set[str] = set()
+    for cell in cells:
+        directory = results.run_dir(out, cell.name)
+        try:
+            begun = commit(read_run_file(directory, ENVIRONMENT))
+        except InputError:  # nothing there yet, or what the run itself refuses
+            continue
+        if begun != commit(revision()):
+            shutil.rmtree(directory)
+            dropped.add(cell.name)
+    return dropped
 
 
 def _commits(out: Path, cells: Iterable[str]) -> set[str]:

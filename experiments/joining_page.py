@@ -14,7 +14,7 @@ from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
 from fedlora import joining_verdict
 from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MIN_TEXTS, MODELS, has_interval
-from fedlora.sections import HOME_CHOOSES_FROM, HOME_COMPARES_FROM
+from fedlora.sections import HOME_CHOOSES_FROM, HOME_CHOOSES_ON, HOME_COMPARES_FROM
 
 TITLE = "What joining gives"
 MAX_ROWS = 40  # institutions in the figure of a run
@@ -43,7 +43,8 @@ CHOICES = (
     "privacy takes too, the learning rate at home if several are given, and how much such an own "
     "model keeps of the shared adapter (at most half; with fine-tune nothing), were chosen by each "
     "institution on validation records, a part of its training records. Institutions with fewer "
-    f"than {HOME_CHOOSES_FROM} training records chose none of these. "
+    f"than {HOME_CHOOSES_FROM} training records, and those that held back fewer than "
+    f"{HOME_CHOOSES_ON} since many are copies of a few, chose none of these. "
     "Held-out records decided nothing in this run: the models that institutions made at home were "
     "measured on them once, at the end; the shared adapter also in rounds that measure it."
 )
@@ -145,7 +146,7 @@ def _keeping(joining: Mapping[str, Any]) -> list[str]:
 
 def _most_steps(institutions: Mapping[str, Mapping[str, Any]], most: int) -> list[str]:
     """How many models alone may have been stopped too early."""
-    chose = [of for of in institutions.values() if of["records"] >= HOME_CHOOSES_FROM]
+    chose = [of for of in institutions.values() if (of.get("held_back") or 0) >= HOME_CHOOSES_ON]
     if not chose:
         return []
     took = sum(of["alone_steps"] == most for of in chose)

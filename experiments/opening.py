@@ -330,7 +330,7 @@ def ledgers(run: Run) -> list[str]:
     )
     left = max(0.0, worst["ledger_limit"] - worst["ledger_epsilon"])
     said = (
-        "Each institution's ledger adds up all runs on its records and refuses what exceeds its "
+        "Each institution's ledger adds up all runs charged to it and refuses what exceeds its "
         f"limit. The least is left at {name}: epsilon {at_least(left)} of "
         f"{worst['ledger_limit']:g}, at delta {at_most(worst['ledger_delta'], 3)}."
     )

@@ -15,7 +15,7 @@ from fedlora.config import load
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, read_records, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, read_records, read_run_file
 
 MANIFEST = "cells.json"
 GAIN_SEEDS = ("gain_over_local_n", "gain_over_local_dp_n")
@@ -30,7 +30,7 @@ COLUMNS = (
 JOINING = ("alone", "shared", "own", "gain", "gain_macro_f1")
 JOINING_HEADS = ("alone, %", "shared, %", "own, %", "gain of joining", "gain in macro-F1")
 JOINING_COLUMNS = (*(f"{key}{end}" for key in JOINING for end in ("", "_ci95")),
-                   "institutions", "records")  # fmt: skip
+                   "institutions", "records", "not_compared")  # fmt: skip
 """Further columns where institutions trained at home."""
 ALL = "(all)"
 """The institution's name in lines on the held-out rows of all institutions together.
@@ -49,7 +49,9 @@ CAPTION = (
 JOINING_CAPTION = (
     " Alone, shared, own: accuracies of the institutions' models at home within a run; the gain of "
     "joining is own minus alone, in points, also of macro-F1. Where the model alone was clearly "
-    "better on training records held back, it is the own model too (keeps_alone in result.json)."
+    "better on training records held back, it is the own model too (keeps_alone in result.json). "
+    "Not compared: institutions of all seeds whose models could not be made or measured, as where "
+    "training diverged; they count in none of these."
 )
 
 
@@ -100,6 +102,7 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         directory = run_dir(out, cell)
         try:
             found.append(read_run_file(directory))
+            read_run_file(directory, ENVIRONMENT)  # a result counts with the code that it is of
         except InputError:
             return None
         total_bytes += bytes_moved(read_records(directory))
@@ -121,6 +124,7 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "seconds": sum(one["seconds"] for one in found),
         "bytes": total_bytes if kind in ("federated", "base") else 0,
         "joining": joining_verdict.comparison(found[0]),
+        "not_compared": len(found[0].get("joining", {}).get("not_compared", {})),
         "drawn": _drawn(run_dir(out, next(iter(case["cells"].values())))),
     }
 
@@ -147,7 +151,8 @@ def summary(out: Path) -> list[dict[str, Any]]:
         setting with the same runs, if several settings share them. Where institutions trained at
         home, ``alone``, ``shared``, ``own`` (accuracies), ``gain`` (own minus alone) and
         ``gain_macro_f1`` (the same of macro-F1, on all rows only) follow, with the number of
-        institutions of a run and the mean number of training records of those compared.
+        institutions of a run, the mean number of training records of those compared, and the
+        number of institutions of all seeds whose models could not be compared.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     by_key: dict[str, dict[str, Any]] = {}
@@ -163,7 +168,7 @@ def summary(out: Path) -> list[dict[str, Any]]:
             (case["arm"], sorted((c["seed"], sorted(c["cells"].items())) for c, _ in group))
         )
         axes = first.setdefault(runs, case["axes"])
-        same_as = ", ".join(_text(v) for k, v in axes.items() if v != case["axes"][k])
+        same_as = ", ".join(_text(v) or "empty" for k, v in axes.items() if v != case["axes"][k])
         names = sorted({name for _, found in group for name in found["institutions"]})
         for name in (ALL, *names):
             line = {"arm": case["arm"], **case["axes"]} | _line(name, group, by_key)
@@ -251,6 +256,7 @@ def _joining(
     line["institutions"] = (
         statistics.fmean(found["population"] for found in runs) if everyone else None
     )
+    line["not_compared"] = sum(found["not_compared"] for found in runs) if everyone else None
     held = [
         of["records"] for one in by_seed for name, of in one.items() if institution in (ALL, name)
     ]
@@ -343,6 +349,7 @@ def tables(
             "gain over local",
             "gain over local-dp",
             *JOINING_HEADS,
+            "not compared",
             "epsilon",
             "delta",
             "MB moved",
@@ -361,6 +368,7 @@ def tables(
                 percent(line, "gain_over_local", signed=True),
                 percent(line, "gain_over_local_dp", signed=True),
                 *(percent(line, key, signed=key.startswith("gain")) for key in JOINING),
+                str(line.get("not_compared") or ""),
                 at_most(line["epsilon"]),
                 "" if line["delta"] is None else _text(line["delta"]),
                 f"{line['bytes'] / 1e6:.1f}",

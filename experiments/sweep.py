@@ -22,6 +22,7 @@ from fedlora import config as configs
 from fedlora import model_files, plugins, records
 from fedlora.config import SECTIONS, RunConfig, check_values, from_flat
 from fedlora.errors import InputError
+from fedlora.files import expanded
 
 ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp")
 KEYS = ("base", "set", "grid", "arms")
@@ -315,6 +316,9 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
         if everything.get("federation.weighting") == "noised-size":
             fixed["federation.weighting"] = "public-size"
     alone = SINGLE_INSTITUTION if kind in ("local", "central") else {}
+    start = expanded(str(everything.get("adapter.start", "")))
+    if everything.get("adapter.start") and start.exists():  # runs/latest moves
+        fixed["adapter.start"] = str(start.resolve())
     config = from_flat({**everything, **alone, **fixed})
     return config.replace({"data.view": "pooled"}) if kind == "central" else config
 
@@ -379,6 +383,11 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     weights = model_files.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
     inputs = [config.fingerprint(), model_files.digest(weights), seen.fingerprint()]
+    inputs.append(records.encoding(config))
+    if config.adapter.start:  # another adapter may come to stand there
+        folder = expanded(config.adapter.start)
+        files = [f for place in (folder, folder / "adapter") for f in place.glob("*.safetensors")]
+        inputs.append(model_files.digest(tuple(sorted(files))))
     if config.plug_ins:  # their code may change under one name
         inputs.append(json.dumps(plugins.describe(config.plug_ins)))
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()

@@ -12,7 +12,7 @@ from experiments.sweep import EPSILON
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, ENVIRONMENT, is_complete, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, commit, is_complete, read_run_file
 from fedlora.sections import PrivacyConfig
 
 Points = list[Mapping[str, Any]]
@@ -408,7 +408,7 @@ def _dp(privacies: Sequence[PrivacyConfig]) -> Section:
 
 def _environment(cells: Sequence[Path]) -> list[Section]:
     found = [read_run_file(path, ENVIRONMENT) for path in cells]
-    shas = sorted({str(one["git_sha"]) for one in found})
+    shas = sorted({commit(one) or "unknown" for one in found})
     section = environment(found[-1])
     if len(shas) > 1:
         return [

@@ -3,6 +3,7 @@
 import gc
 import importlib
 
+from fedlora.run_files import revision
 from fedlora.startup import paused_gc, quiet_libraries
 
 quiet_libraries()
@@ -16,4 +17,5 @@ with paused_gc():
         "simulation.run",
     ):
         importlib.import_module(name)
+revision()
 gc.freeze()

@@ -150,8 +150,11 @@ def _rows(
     if path.suffix.lower() == ".csv":
         columns = csv_files.checked_header(source, path, wanted, form)
         found = list(csv_files.records(source, path, form))[1:]
-        if len(set(columns)) < len(columns):
-            raise ValueError("two columns have the same name")
+        twice = [column for column in columns if columns.count(column) > 1]
+        if twice:
+            raise InputError(
+                f"--data {source} has two columns {twice[0]!r}; rename or remove one of them"
+            )
         return [dict(zip(columns, row, strict=True)) for row in found], columns
     with path.open(encoding="utf-8-sig") as file:
         lines: list[Any] = [json.loads(line) for line in file if line.strip()]

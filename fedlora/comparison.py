@@ -30,8 +30,9 @@ CHOICES = (
     "own_learning_rate",
     "weight",
     "keeps_alone",
+    "held_back",
 )
-"""Names of what an institution chose at home."""
+"""Names of what an institution chose at home, last the records that it held back to choose on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def prepare(
     test_digest = sources.digest(settings.test_source, "test") if settings.test_source else ""
     content = [sources.digest(settings.source), test_digest]
     form = [settings.delimiter, settings.encoding, settings.text, settings.label, settings.labels]
-    key = [content, form, task, encoding_key, _code_digest()]
+    key = [content, form, task, encoding_key, _CODE]
     reusable = True
     shape = [
         unit,
@@ -254,14 +254,19 @@ def _code_digest() -> str:
         "columns.py",
         "csv_files.py",
         "data.py",
+        "encoding.py",
         "partition.py",
         "rows.py",
         "schemes.py",
         "shards.py",
         "sources.py",
         "tables.py",
+        "tasks.py",
         "streams.py",
         "text.py",
     ):
         digest.update(hashlib.sha256(Path(__file__).with_name(module).read_bytes()).digest())
     return digest.hexdigest()
+
+
+_CODE = _code_digest()  # at import: a file may change while the code that runs does not

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 from fedlora.errors import InputError, RecordError
 
-VERSION = 2  # to be raised when the same inputs give other ids or targets
 CHUNK = 1000  # rows tokenised at a time: offsets of many rows would not fit into memory
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL_PROMPT = (
@@ -72,7 +71,7 @@ def encoding_key(directory: Path, *, task: str, prompt: str, max_length: int) ->
     """
     digest = hashlib.sha256()
     default = LABEL_PROMPT if task == "classification" else RESPONSE_PROMPT
-    digest.update(json.dumps([VERSION, task, prompt or default, max_length]).encode())
+    digest.update(json.dumps([task, prompt or default, max_length]).encode())
     if not (directory / "tokenizer.json").is_file():
         raise InputError(
             f"model.name has no tokenizer.json in {directory}; save its tokenizer in fast form "

@@ -20,7 +20,7 @@ def require(package: str, extra: str, purpose: str) -> None:
     if find_spec(package) is None:
         raise InputError(
             f"{purpose} needs the Python package {package}, which is not installed; "
-            f"run: pip install 'fedlora[{extra}]' (in a checkout, `make demo` installs all extras)"
+            f"run in fedlora's checkout: pip install '.[{extra}]' (`make demo` installs all extras)"
         )
 
 

@@ -1,7 +1,8 @@
 """What is wrong with a run before it starts: findings on records, budgets and noise.
 
 A finding is a warning, or voids the result. A run with the latter is refused unless ``accept``
-names it. `findings` is pure: it reads the records that a simulation has and spends nothing.
+names it. `findings` reads the records of a simulation and the names of its ledgers, and spends
+nothing.
 """
 
 import json
@@ -16,6 +17,7 @@ from fedlora import accounting
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
+from fedlora.files import expanded
 from fedlora.shards import Federation, Shard
 from fedlora.text import MISSING, folded
 
@@ -75,7 +77,11 @@ def findings(config: RunConfig, records: Federation, participations: int) -> lis
         )
     found += [*_missing_institutions(records), *_seen(config, records)]
     if config.privacy.enabled:
-        found += [*_delta(config, records), *_noises(config, records, participations)]
+        found += [
+            *_other_ledgers(config, records),
+            *_delta(config, records),
+            *_noises(config, records, participations),
+        ]
     return sorted(found, key=lambda finding: not finding.voids)
 
 
@@ -283,6 +289,26 @@ def _seen(config: RunConfig, records: Federation) -> list[Finding]:
     ]
 
 
+def _other_ledgers(config: RunConfig, records: Federation) -> list[Finding]:
+    """Ledgers beside those of this run: no ledger sees what the same records spent in another."""
+    if not config.privacy.ledger:
+        return []
+    directory, own = expanded(config.privacy.ledger), {f"{name}.db" for name in records.names}
+    files = [file for file in directory.glob("*.db") if not file.name.endswith(".secure.db")]
+    others = sorted(file.stem for file in files if file.name not in own)
+    if not others:
+        return []
+    return [
+        Finding(
+            name="other-ledgers",
+            text=f"privacy.ledger is {directory}, which has {len(others)} ledgers of other names "
+            f"than this run's institutions ({some(others)}): where these hold the same records, no "
+            "limit counts what both spend; assign records as the earlier run did, or lower "
+            "privacy.max-epsilon by what was spent there",
+        )
+    ]
+
+
 def _delta(config: RunConfig, records: Federation) -> list[Finding]:
     above: list[str] = []
     for name, units in zip(records.names, records.units, strict=True):
@@ -294,8 +320,11 @@ def _delta(config: RunConfig, records: Federation) -> list[Finding]:
     if not above:
         return []
     remedy = "lower privacy.delta" if config.privacy.delta else "set privacy.delta"
-    if config.privacy.unit == "record":
+    kind = config.data.partition.partition(":")[0]
+    if kind == "natural" and config.privacy.unit == "record":
         remedy = f"raise data.min-records (now {config.data.min_records}) or {remedy}"
+    elif kind not in ("natural", "python"):  # drawn: all rows, among so many institutions
+        remedy = f"lower data.institutions (now {config.data.institutions}) or {remedy}"
     return [
         Finding(
             name="delta",

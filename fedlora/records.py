@@ -24,10 +24,20 @@ def load(config: RunConfig) -> Federation:
     )
 
 
+def encoding(config: RunConfig) -> str:
+    """The digest of the tokenizer and of all else, but the labels, that turns texts into tokens."""
+    return _encoding(config.model, config.data.prompt, config.training.max_length)
+
+
 def forget() -> None:
     """Drop the records in memory, so that changed sources are read again."""
     _load.cache_clear()
     sources.forget()
+
+
+def _encoding(model: ModelConfig, prompt: str, max_length: int) -> str:
+    files = model_files.files_for(model.name, model.task)
+    return encoding_key(files.path, task=model.task, prompt=prompt, max_length=max_length)
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,8 +66,6 @@ def _load(
         seed=seed,
         task=model.task,
         encoder=encoder,
-        encoding_key=encoding_key(
-            files.path, task=model.task, prompt=settings.prompt, max_length=max_length
-        ),
+        encoding_key=_encoding(model, settings.prompt, max_length),
     )
     return federation.seen_as(settings.view)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Mapping
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,8 +173,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def revision() -> dict[str, Any]:
-    """Return the commit of the code, and whether it has uncommitted changes; None where unknown."""
+@cache
+def revision() -> Mapping[str, Any]:
+    """The commit of the code, and whether it has uncommitted changes; None where unknown.
+
+    It is read once a process: a checkout may move on while the code that runs does not.
+    """
     sha = _project_git("rev-parse", "HEAD")
     dirty = bool(_project_git("status", "--porcelain")) if sha else None
     return {"git_sha": sha or None, "git_dirty": dirty}

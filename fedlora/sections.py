@@ -498,13 +498,17 @@ class PrivacyConfig(Section):
 HOME_VALIDATION = 0.2
 """Share of an institution's training records that choices at home are made on."""
 HOME_CHOOSES_FROM = 78
-"""An institution with fewer training records, so fewer than 16 to choose on, chooses no setting."""
+"""An institution with fewer training records chooses no setting."""
+HOME_CHOOSES_ON = 16
+"""Nor does one that holds fewer records back, as where most are copies of a few."""
 HOME_STEPS_WITHOUT_CHOICE = 60
 """The most steps of such an institution; with 80 records 96 at a rate of 0.005 do no better."""
 HOME_PRIVATE_RATE = 0.3
 """Of a learning rate at home the share under DP: Adam carries noise by rate times root of steps."""
 HOME_COMPARES_FROM = 38
-"""With fewer training records, so fewer than 8 held back, alone and own are not compared."""
+"""With fewer training records alone and own are not compared."""
+HOME_COMPARES_ON = 8
+"""Nor are they where fewer are held back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -527,7 +531,8 @@ class HomeConfig(Section):
     steps: int = key(
         120,
         "the most steps at home; validation records may choose fewer, and an institution with "
-        "fewer than 78 training records takes 60 at most; under home.epsilon exactly so many",
+        f"fewer than {HOME_CHOOSES_FROM} training records takes {HOME_STEPS_WITHOUT_CHOICE} at "
+        "most; under home.epsilon exactly so many",
         at_least=1,
     )
     batch_size: int = key(32, "records of a step at home", at_least=1)
@@ -554,8 +559,8 @@ class HomeConfig(Section):
     epsilon: float = key(
         math.inf,
         "budget of an own model, charged to the ledger on top of privacy.epsilon: it is then "
-        "trained by home.steps steps of DP-SGD from the shared adapter, at 0.3 of the first "
-        "home.learning-rate, whatever home.method says; "
+        "trained by home.steps steps of DP-SGD from the shared adapter, at "
+        f"{HOME_PRIVATE_RATE:g} of the first home.learning-rate, whatever home.method says; "
         "inf: no DP. Simulations only: a deployed institution decides with fedlora home --epsilon",
         above=0,
         infinite=True,

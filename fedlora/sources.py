@@ -58,7 +58,7 @@ def read(
     elif source.startswith(schemes.PYTHON):
         rows = tables.columns(_call(source, split), wanted, source)
     elif files := institution_files(source):
-        rows = _read_files(source, files, wanted, form)
+        rows = _read_files(files, wanted, form)
     else:
         rows = _read_file(source, wanted, form)
     if not any(rows.values()):
@@ -78,9 +78,7 @@ def _read_file(source: str, wanted: Mapping[str, str], form: CsvForm) -> Rows:
     return _READERS[_suffix(source)](source, path, wanted)
 
 
-def _read_files(
-    source: str, files: Mapping[str, Path], wanted: Mapping[str, str], form: CsvForm
-) -> Rows:
+def _read_files(files: Mapping[str, Path], wanted: Mapping[str, str], form: CsvForm) -> Rows:
     """The rows of all files, and the name of each row's file as the column ``institution``."""
     own = {name: key for name, key in wanted.items() if name != tables.INSTITUTION}
     rows: Rows = {name: [] for name in wanted}
@@ -227,7 +225,7 @@ def locate(source: str) -> Path:
         if path is None:
             raise InputError(
                 f"data source {source!r} needs the package edgartools, which is not installed or "
-                'has no us-gaap mapping; pip install edgartools (or pip install "fedlora[demo]")'
+                "has no us-gaap mapping; pip install edgartools"
             )
         return path
     if source.startswith("package:"):

@@ -4,6 +4,7 @@ The columns of text, label and institution are guesses from the values and names
 the written file says so.
 """
 
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from fedlora.errors import InputError
 from fedlora.files import write_atomic
 
 MAX_CLASSES = 200
+LABEL_LENGTH = 60
+"""A longer value, in characters, is rather a sentence, such as an instruction."""
 LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "topic", "intent", "product")
 INSTITUTION_NAMES = (
     *("institution", "bank", "company", "organisation", "organization", "branch"),
@@ -27,6 +30,7 @@ INSTITUTION_NAMES = (
 )
 SURE = ("utf-8", "utf-16")
 """Encodings that the bytes of a file tell from all others."""
+UNLIKE = 3
 CUSTOMER_NAMES = ("customer", "borrower", "account", "client", "user", "person")
 
 
@@ -34,7 +38,8 @@ CUSTOMER_NAMES = ("customer", "borrower", "account", "client", "user", "person")
 class Guess:
     """The guessed roles of columns; ``institution`` and ``customer`` are empty where none fits.
 
-    ``encoding`` is empty where the bytes of the file leave no doubt.
+    ``encoding`` is empty where the bytes of the file leave no doubt. ``failed`` says why a column
+    could not be read; it is empty where all could.
     """
 
     text: str
@@ -42,6 +47,7 @@ class Guess:
     institution: str
     customer: str
     encoding: str = ""
+    failed: str = ""
 
 
 def write(source: str, out: Path) -> Guess:
@@ -81,7 +87,11 @@ def write(source: str, out: Path) -> Guess:
         none = InputError(f"data source {source!r} has no column of text; give one that has")
         raise failed or none
     encoding = "" if form.encoding in SURE else form.encoding
-    guessed = replace(guess(source, values), encoding=encoding)
+    try:
+        guessed = guess(source, values)
+    except InputError as error:
+        raise (InputError(f"{error}; not read: {failed}") if failed else error) from None
+    guessed = replace(guessed, encoding=encoding, failed=str(failed or ""))
     try:
         write_atomic(out, _text(source, form, columns, guessed).encode())
     except OSError as error:
@@ -100,10 +110,12 @@ def write(source: str, out: Path) -> Guess:
 def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
     """Guess which columns hold text, label and institution.
 
-    The text is the column of the longest values. The label has 2 to `MAX_CLASSES` distinct values,
-    each in five rows or more on average, and the institution has at least two of them on average.
-    Among several a usual name decides, then the smaller number of values; a column with the name
-    of an institution is a label only if nothing else is.
+    The text is the column of the longest values, of those that could be no label and differ if
+    there are any: an instruction may be the same in all rows. The label has 2 to `MAX_CLASSES`
+    distinct values, each in five rows or more on average, and the institution has at least two of
+    them, each in two rows or more on average. Among several the nearest to a usual name decides,
+    then, of labels, that they are no sentences, then the smaller number of values; a column with
+    the name of an institution is a label only if nothing else is.
 
     Args:
         source: The file, for messages.
@@ -118,24 +130,36 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
         for name, column in filled.items()
         if column and "," not in name  # data.text joins columns by commas
     }
-    text = max(lengths, key=lambda name: lengths[name], default="")
-    distinct = {name: len(set(column)) for name, column in filled.items() if name != text}
+    distinct = {name: len(set(column)) for name, column in filled.items()}
     classes = {
         name: count
         for name, count in distinct.items()
         if 2 <= count <= MAX_CLASSES and 5 * count <= len(filled[name])
     }
+    text = max(
+        lengths,
+        key=lambda name: (name not in classes and distinct[name] > 1, lengths[name]),
+        default="",
+    )
+    distinct.pop(text, None)
+    classes.pop(text, None)
     if not text or not classes:
-        lacking = f"a label (2 to {MAX_CLASSES} classes)" if text else "a text"
+        lacking = (
+            f"a label (2 to {MAX_CLASSES} classes, each in five rows or more on average)"
+            if text
+            else "a text"
+        )
         raise InputError(
             f"{source} has the columns {', '.join(values)}, of which none looks like {lacking}; "
-            "write the configuration by hand (`fedlora config` lists the keys)"
+            "write the configuration by hand (`fedlora config` lists the keys; where answers are "
+            "written out, start from `fedlora config sft`)"
         )
     label = min(
         classes,
         key=lambda name: (
-            not _named(name, LABEL_NAMES),
-            _named(name, INSTITUTION_NAMES),
+            _distance(name, LABEL_NAMES),
+            lengths.get(name, 0.0) > LABEL_LENGTH,
+            -_distance(name, INSTITUTION_NAMES),
             classes[name],
         ),
     )
@@ -144,19 +168,30 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
         for name, count in distinct.items()
         if name != label and count >= 2 and 2 * count <= len(filled[name])
     }
-    named = [name for name in owners if _named(name, INSTITUTION_NAMES)]
-    others = [name for name in distinct if name not in (label, *named[:1])]
-    customers = [name for name in others if _named(name, CUSTOMER_NAMES)]
+    institution = _nearest(owners, INSTITUTION_NAMES)
+    others = {name: distinct[name] for name in distinct if name not in (label, institution)}
     return Guess(
         text=text,
         label=label,
-        institution=named[0] if named else "",
-        customer=customers[0] if customers else "",
+        institution=institution,
+        customer=_nearest(others, CUSTOMER_NAMES),
     )
 
 
-def _named(column: str, usual: tuple[str, ...]) -> bool:
-    return any(word in column.casefold() for word in usual)
+def _nearest(columns: Mapping[str, int], usual: tuple[str, ...]) -> str:
+    """The column whose name is nearest to a usual one, then that of fewest values; or ""."""
+    named = [name for name in columns if _distance(name, usual) < UNLIKE]
+    return min(named, key=lambda name: (_distance(name, usual), columns[name]), default="")
+
+
+def _distance(column: str, usual: tuple[str, ...]) -> int:
+    """0: a usual name; 1: one of its words is one; 2: a word begins with one; `UNLIKE`: none."""
+    words = [word for word in re.split(r"[\W_]+", column.casefold()) if word]
+    if "".join(words) in usual:
+        return 0
+    if set(words) & set(usual):
+        return 1
+    return 2 if any(word.startswith(usual) for word in words) else UNLIKE
 
 
 def _text(source: str, form: CsvForm, columns: list[str], guessed: Guess) -> str:
@@ -173,7 +208,7 @@ def _text(source: str, form: CsvForm, columns: list[str], guessed: Guess) -> str
             if guessed.encoding
             else "found from the bytes of the file",
         ),
-        "data.text": (guessed.text, "a guess: the longest values"),
+        "data.text": (guessed.text, "a guess: the longest values that differ"),
         "data.label": (guessed.label, "a guess: few distinct values"),
         "data.partition": (
             f"natural:{guessed.institution}" if natural else "iid",

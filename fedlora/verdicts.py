@@ -51,18 +51,25 @@ def remembered(question: Mapping[str, Any], examine: Callable[[], Verdict]) -> V
     return verdict
 
 
-@cache
-def environment() -> dict[str, str]:
-    """Versions of libraries, the source of this package, and the processor's instructions."""
+def _code_digest() -> str:
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
+    return code.hexdigest()
+
+
+_CODE = _code_digest()  # at import: a file may change while the code that runs does not
+
+
+@cache
+def environment() -> dict[str, str]:
+    """Versions of libraries, the source of this package, and the processor's instructions."""
     found = {name: version(name) for name in LIBRARIES}
     instructions = {
         **torch.cpu.get_capabilities(),
         "level": torch.backends.cpu.get_cpu_capability(),
     }
-    return {**found, "code": code.hexdigest(), "processor": json.dumps(instructions, default=str)}
+    return {**found, "code": _CODE, "processor": json.dumps(instructions, default=str)}
 
 
 def _read(entry: Path, asked: str) -> Verdict | None:

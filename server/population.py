@@ -91,9 +91,12 @@ def check_settings(config: RunConfig, records: Federation) -> None:
     size = len(records.names)
     check_federation(config, size)
     if not len(records.all_held_out):
+        classes, rows = len(records.labels), len(records.all_train)
         raise InputError(
-            "there are 0 held-out rows to measure on; raise data.test-fraction "
-            f"(now {config.data.test_fraction:g}) or give more data"
+            f"there are 0 held-out rows to measure on; raise data.test-fraction (now "
+            f"{config.data.test_fraction:g}), give more data or, as the last text of a class stays "
+            f"in training, another data.label ({config.data.label!r} has {classes} classes for "
+            f"{rows} rows; answers written out need model.task = sft)"
         )
     units = records.units
     config.adapter.ranks_of([accounting.public_size(count) for count in units])

@@ -533,7 +533,11 @@ class Federation:
             "seconds": round(state.seconds, 2),
             "run": state.run,
             "run_dir": str(self.directory.path),
-            "base": {"name": config.model.name, "digest": work.base.digest},
+            "base": {
+                "name": config.model.name,
+                "digest": work.base.digest,
+                "dtype": str(work.base.dtype).removeprefix("torch."),
+            },
             "labels": list(work.labels),
             "population": population.size,
             "nonce": secrets.token_hex(16),
@@ -578,7 +582,8 @@ class Federation:
     def _first_state(self, resumed: bool) -> RunState:
         """The newest checkpoint of a run that goes on; otherwise the state before round 1."""
         newest_only = self.aggregation.newest_checkpoint_only
-        found = f"{self.work.base.digest}\n{self.population.fingerprint}"
+        tokens = records.encoding(self.config)
+        found = f"{self.work.base.digest}\n{self.population.fingerprint}\n{tokens}"
         if self.config.federation.aggregate:
             own = plugins.describe([("federation.aggregate", self.config.federation.aggregate)])
             found += f"\n{json.dumps(own)}"
@@ -589,9 +594,9 @@ class Federation:
             state = RunState.first(uuid.uuid4().hex, inputs, adapter)
         if state.inputs != inputs:
             raise InputError(
-                f"{self.directory.path} was run on other records or base weights than data.source "
-                "and model.name hold now, or with another federation.aggregate; restore them, or "
-                "start anew with another --out"
+                f"{self.directory.path} was run on other records, base weights or another "
+                "tokenizer than data.source and model.name hold now, or with another "
+                "federation.aggregate; restore them, or start anew with another --out"
             )
         privacy = {} if self.spending is None else self.spending.possible(state.privacy)
         return dataclasses.replace(state, privacy=privacy)

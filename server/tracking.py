@@ -35,7 +35,7 @@ def check(config: RunConfig) -> None:
         if value and importlib.util.find_spec(name) is None:
             raise InputError(
                 f"tracking.{name} is {value!r}, but {name} is not installed; run: "
-                "pip install 'fedlora[tracking]', or leave it empty"
+                f"pip install {name}, or leave it empty"
             )
 
 

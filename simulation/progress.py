@@ -15,7 +15,7 @@ from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import Outcome
 from fedlora.rounding import at_most, number
-from fedlora.run_files import CONFIG, link_latest, read_records, read_run_file
+from fedlora.run_files import CONFIG, ROUNDS, link_latest, read_records, read_run_file
 from fedlora.terminal import Terminal
 from server.privacy_statement import with_earlier_runs
 from server.trend import advice
@@ -40,10 +40,14 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     done = threading.Event()
     started = time.monotonic()
     run_dir = Path(config.run_dir)
-    resumed_at = len(read_records(run_dir))
+    records = read_records(run_dir)
+    resumed_at, size = len(records), 0
 
     def line() -> tuple[int, str]:
-        records = read_records(run_dir)
+        nonlocal records, size
+        file = run_dir / ROUNDS
+        if (now := file.stat().st_size if file.exists() else 0) != size:
+            records, size = read_records(run_dir), now
         return len(records), describe(
             config,
             records,

@@ -24,6 +24,7 @@ import torch
 from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.messages import ClientUpdate
+from fedlora.noise_grid import on_grid
 from fedlora.streams import RandomSource
 from strategies.base import length
 
@@ -49,7 +50,7 @@ def aggregate(
         source: The random source of the noise; fresh for every round.
 
     Returns:
-        A new adapter, float32. Sums and noise are float64, rounded once.
+        A new adapter, float32. Sums and noise are float64, rounded to one grid before the mean.
 
     Raises:
         Refusal: ``guard-no-noise`` for a noise multiplier that is not above 0.
@@ -66,10 +67,11 @@ def aggregate(
         for name, tensor in delta.items():
             total[name].add_(tensor, alpha=share)
     noise = torch.as_tensor(source.normal(sum(t.numel() for t in total.values())))
+    deviation = noise_multiplier * max_norm
     start, result = 0, dict[str, torch.Tensor]()
     for name, tensor in total.items():
         part = noise[start : start + tensor.numel()].view(tensor.shape)
         start += tensor.numel()
-        mean = (tensor + noise_multiplier * max_norm * part) / answered
-        result[name] = (before[name].double() + mean).float()
+        noised = on_grid(tensor + deviation * part, deviation)
+        result[name] = (before[name].double() + noised / answered).float()
     return AdapterState(result)

@@ -81,7 +81,13 @@ def compared_rows(truth, alone, shared, own, records=64, scarce=None, texts=None
             "own": np.array(own),
         },
         scarce=np.array(scarce or [False] * len(truth)),
-        choice={"alone_steps": 8, "own_steps": 4, "weight": 0.5, "keeps_alone": False},
+        choice={
+            "alone_steps": 8,
+            "own_steps": 4,
+            "weight": 0.5,
+            "keeps_alone": False,
+            "held_back": records // 5,
+        },
     )
 
 

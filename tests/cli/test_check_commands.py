@@ -226,14 +226,26 @@ def test_the_list_of_keys_fits_80_columns_with_whole_lines(monkeypatch) -> None:
             {"bank": "ab", "kind": "wxyz", "customer_id": "abcdefghij", "note": "n"},
             ("note", "kind", "bank", "customer_id"),
         ),
+        ({"instruction": "i", "note": "n", "kind": "ab"}, ("note", "kind", "", "")),
+        ({"instruction": "ij", "note": "n", "kind": "abc"}, ("note", "kind", "", "")),
+        (
+            {"Company public response": "abc", "Company": "abcd", "kind": "xy", "note": "n"},
+            ("note", "kind", "Company", ""),
+        ),
+        ({"confirmed": "abc", "kind": "xy", "note": "n"}, ("note", "kind", "", "")),
+        ({"BankName": "abc", "kind": "xy", "note": "n"}, ("note", "kind", "BankName", "")),
     ],
 )
 def test_init_guesses_columns_by_their_values_and_then_by_their_names(values, guessed) -> None:
     columns = {
-        name: [f"a text of words {i}" if letters == "n" else letters[i % len(letters)]
-               for i in range(80)]
+        name: [
+            f"a text of words {i}"
+            if letters == "n"
+            else letters[i % len(letters)] * (99 if name == "instruction" else 1)
+            for i in range(80)
+        ]
         for name, letters in values.items()
-    }  # fmt: skip
+    }
     found = starter.guess("x.csv", columns)
     assert (found.text, found.label, found.institution, found.customer) == guessed
 
@@ -258,6 +270,20 @@ def test_init_keeps_names_with_unusual_characters_and_marks_the_encoding_as_a_gu
     rows = [{"note": f"a long text {i}", "\ud800": "ab"[i % 2]} for i in range(40)]
     Path("c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     refused("init", "c.jsonl", words=["is no Unicode text", "rename it"])
+
+
+def test_init_says_what_a_label_must_be_and_which_columns_it_could_not_read(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("few.csv").write_text("text,label\na text,x\nanother,y\nthird,x\n")
+    refused("init", "few.csv", words=["each in five rows or more", "fedlora config sft"])
+    rows = "".join(f"a long text {i},{'ab'[i % 2]},c\n" for i in range(40))
+    Path("twice.csv").write_text(f"text,label,label\n{rows}")
+    refused("init", "twice.csv", words=["none looks like a label", "not read", "two columns"])
+    Path("kind.csv").write_text("text,kind,note,note\n" + rows.replace(",c", ",c,d"))
+    done = invoke("init", "kind.csv")
+    assert done.exit_code == 0 and "not read" in done.stdout and "'note'" in done.stdout
 
 
 def test_init_refuses_a_place_that_cannot_be_written(messy, tmp_path) -> None:

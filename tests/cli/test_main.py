@@ -262,7 +262,8 @@ def test_data_too_small_to_hold_anything_out_is_refused(config_file, tmp_path):
     path, out = tmp_path / "few.csv", tmp_path / "out"
     path.write_text("text,label,bank\na loan,loan,A\na card,card,A\n")
     sets = ("--set", f"data.source={path}", "--set", "data.test-fraction=0.01")
-    refused("run", config_file(), *sets, "--out", out, *QUIETLY, words=["0 held-out rows"])
+    words = ["0 held-out rows", "data.test-fraction", "2 classes for 2 rows", "model.task = sft"]
+    refused("run", config_file(), *sets, "--out", out, *QUIETLY, words=words)
     assert not out.exists()
 
 
@@ -438,7 +439,7 @@ def test_a_run_on_ray_without_ray_is_refused_before_records_are_read(
     monkeypatch.setattr(records, "load", lambda _: pytest.fail("records were read"))
     missing("ray")
     out = tmp_path / "out"
-    words = ["--engine ray", "needs the Python package ray", "fedlora[simulation]"]
+    words = ["--engine ray", "needs the Python package ray", "pip install '.[simulation]'"]
     refused("run", config_file(), "--out", out, words=words)
     assert not out.exists()
 
@@ -460,7 +461,7 @@ def test_a_sweep_and_an_audit_without_ray_are_refused_before_records_are_read(
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_pages_without_what_draws_them_are_refused_at_once(tmp_path, missing, package):
     missing(package)
-    words = [f"needs the Python package {package}", "fedlora[experiments]"]
+    words = [f"needs the Python package {package}", "pip install '.[experiments]'"]
     refused("report", tmp_path, words=words)
     refused("compare", tmp_path, tmp_path, words=words)
     refused("sweep", tmp_path / "x.toml", words=words)
@@ -481,4 +482,4 @@ app(sys.argv[1:])
     assert done.returncode == 0, done.stderr
     assert (out / "result.json").exists() and not (out / "report.html").exists()
     assert "warning: report.html was not written" in done.stderr
-    assert "fedlora[experiments]" in done.stderr
+    assert "pip install '.[experiments]'" in done.stderr

@@ -80,6 +80,8 @@ def test_the_step_is_minus_the_noised_sum_over_the_expected_batch_size():
         parameters, _gradients(3, 0.01), (noise[:6].view(3, 2), noise[6:]), strict=True
     ):
         torch.testing.assert_close(p.detach(), (1 - (g.sum(0) + n) / 4.0).float())
+        whole = p.grad.double() * 4.0 * 2**20 / 2.0  # deviation 1, so a grid of 2^-19
+        assert torch.equal(whole, whole.round())
 
 
 def test_a_missing_per_example_gradient_ends_the_run():

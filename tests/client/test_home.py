@@ -273,7 +273,9 @@ def test_the_choice_is_the_one_with_the_fewest_expected_errors(banks, method):
     if method != "fine-tune":
         weight = min(WEIGHTS, key=lambda w: error(mixed(one.shared, own, w)))
     setting = Setting(steps, 0.02)
-    assert found.choice == Choice(alone=setting, own=setting, weight=weight)
+    assert found.choice == Choice(
+        alone=setting, own=setting, weight=weight, held_back=len(validation)
+    )
 
 
 @pytest.mark.parametrize("model", ["alone", "own"])
@@ -551,7 +553,8 @@ def test_an_institution_with_under_sixteen_validation_records_chooses_nothing(
     (found,) = models_at_home(work, [one], config.home, 64)
     assert bool(calls) == chooses and compared == [(held, held, held)] * bool(held)
     if not chooses:
-        assert found.choice == Choice(alone=Setting(8, 0.02), own=Setting(8, 0.02), weight=weight)
+        setting = Setting(8, 0.02)
+        assert found.choice == Choice(alone=setting, own=setting, weight=weight, held_back=held)
     assert found.choice.weight >= 0.5 and not same(found.own, one.shared)
 
 

@@ -223,8 +223,8 @@ def test_every_kind_of_run_trains_own_models_under_dp(banks, values):
 def test_beside_an_own_model_under_dp_no_trial_is_trained_that_nobody_compares(
     banks, trained, monkeypatch
 ):
-    monkeypatch.setattr(home, "HOME_COMPARES_FROM", 8)  # all of them hold records back
-    monkeypatch.setattr(home, "HOME_CHOOSES_FROM", 10_000)
+    monkeypatch.setattr(home, "HOME_COMPARES_ON", 2)  # all of them hold records back
+    monkeypatch.setattr(home, "HOME_CHOOSES_ON", 10_000)
     institutions, order = banks()
     whole = [len(one._records()) for one in institutions]
     assert not any(isinstance(answer, Exception) for answer in compare(institutions, order))

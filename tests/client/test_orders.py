@@ -256,6 +256,13 @@ def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
         assert spent <= 8.0
 
 
+def test_a_noised_size_is_a_whole_number_from_1(bank):
+    """The last bits of a sum with noise would exclude numbers of units near the true one."""
+    who, _, order = bank(**{"federation.weighting": "noised-size", "privacy.size-noise": 3.7})
+    size = who.answer(order).size
+    assert size > 1 and size == round(size)
+
+
 SECURE = {
     "privacy.trust": "secure-aggregation",
     "privacy.honest": 3,

@@ -381,7 +381,7 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
     (Path(config.run_dir) / "result.json").unlink()
     copy.write_text("".join(complaints.read_text().splitlines(keepends=True)[:-5]))
     records._load.cache_clear()  # as in a new process
-    with pytest.raises(InputError, match="other records or base weights"):
+    with pytest.raises(InputError, match="other records, base weights or"):
         simulate_run(config)
 
 
@@ -455,5 +455,6 @@ def test_a_strategy_that_freezes_a_factor_trains_and_sends_the_rest_only(
     assert moved == ({"B", "head"} if strategy == "ffa" else {"A", "B", "head"})
     trained = sum(tensor.numel() for tensor in end.only(tuple(moved)).values())
     assert result["trained_parameters"] == trained
+    assert result["base"]["dtype"] in ("float32", "bfloat16")
     rounds = read_records(Path(config.run_dir))
     assert all(i["received"] < 0.7 * i["sent"] for r in rounds for i in r["institutions"].values())

@@ -22,7 +22,7 @@ from cli.main import app
 from cli.simulation_commands import execute
 from client import alone_models
 from experiments import cells, conclusion, joining_page, results, sweep, sweep_page
-from fedlora import records
+from fedlora import records, run_files
 from fedlora.config import from_flat
 from fedlora.errors import InputError
 from fedlora.partition import file_names
@@ -58,6 +58,7 @@ def save_cell(folder, result, **values):
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(from_flat(values).to_toml())
     (folder / "result.json").write_text(json.dumps(result))
+    (folder / "environment.json").write_text('{"git_sha": "f", "git_dirty": false}')
 
 
 def test_arms_share_every_held_out_row(sweep_file):
@@ -204,6 +205,36 @@ def test_other_records_are_another_cell(sweep_file, complaints, tmp_path):
     records.forget()  # as another process would
     after, _ = sweep.cells(sweep.read(path))
     assert len(before) == len(after) == 1 and set(before) != set(after)
+
+
+def test_another_adapter_to_start_from_is_another_cell(sweep_file, tmp_path):
+    runs = tmp_path / "runs"
+    for name in ("one", "two"):
+        (runs / name / "adapter").mkdir(parents=True)
+        (runs / name / "adapter" / "adapter_model.safetensors").write_text(name)
+    link = runs / "latest"
+
+    def found():
+        link.unlink(missing_ok=True)
+        link.symlink_to(runs / "one")
+        cases = sweep.read(path)
+        link.unlink()
+        link.symlink_to(runs / "two")  # a run that began meanwhile
+        return sweep.cells(cases)[0]
+
+    path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]', **{"adapter.start": str(link)})
+    (before,) = found().values()
+    assert before.config.adapter.start == str(runs / "one")
+    assert [*found()] == [before.name]
+    (runs / "one" / "adapter" / "adapter_model.safetensors").write_text("three")
+    assert before.name not in found()
+
+
+def test_another_tokenizer_is_another_cell(sweep_file, monkeypatch):
+    path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]')
+    before, _ = sweep.cells(sweep.read(path))
+    monkeypatch.setattr(records, "encoding", lambda config: "another")
+    assert sweep.cells(sweep.read(path))[0].keys().isdisjoint(before)
 
 
 @pytest.mark.parametrize(
@@ -465,6 +496,20 @@ def test_a_line_counts_the_seeds_behind_its_figures(tmp_path):
     of = {"arm": about["cases"][0]["arm"], **about["cases"][0]["axes"]}
     lines = [x for x in results.summary(out) if of.items() <= x.items()]
     assert {x["institution"]: x["seeds"] for x in lines} == {results.ALL: 1, "A": 2, "B": 1}
+
+
+def test_institutions_that_could_not_be_compared_are_counted(tmp_path):
+    out = joined_sweep(tmp_path / "sweep")
+    assert "not compared" not in results.tables(out, results.summary(out))[0][0]
+    for cell in ("few-1", "few-2"):
+        file = results.run_dir(out, cell) / "result.json"
+        result = json.loads(file.read_text())
+        result["joining"]["not_compared"] = {"C": "bad-configuration"}
+        file.write_text(json.dumps(result))
+    lines = results.summary(out)
+    assert [x["not_compared"] for x in lines if x["institution"] == results.ALL] == [2, 0]
+    head, *rows = results.tables(out, lines)[0]
+    assert [row[head.index("not compared")] for row in rows] == ["2", ""]
 
 
 def test_institutions_that_train_together_are_counted_also_without_held_out_rows(tmp_path):
@@ -731,6 +776,33 @@ def test_a_cell_whose_results_cannot_be_read_is_named_and_the_exit_code_tells_it
     said = invoke("sweep", path, "--out", out, "--resume")
     assert said.exit_code == 1
     assert f"cell {cell} failed: its result.json cannot be read" in said.stderr
+
+
+def test_a_complete_cell_whose_code_is_unknown_counts_in_no_mean_and_is_named(sweep_file, tmp_path):
+    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
+    (cell,) = sweep.cells(sweep.read(path))[0]
+    save_cell(results.run_dir(out, cell), {"accuracy": 1.0})
+    (results.run_dir(out, cell) / "environment.json").unlink()
+    (out / results.MANIFEST).write_text('{"name": "sweep", "command": "", "cases": []}')
+    said = invoke("sweep", path, "--out", out, "--resume")
+    assert said.exit_code == 1
+    assert f"cell {cell} failed: its environment.json cannot be read" in said.stderr
+    assert results.summary(out) == []
+
+
+def test_a_begun_cell_of_another_commit_starts_anew(tmp_path):
+    """Its rounds would be of two commits; one of this commit goes on."""
+    made = []
+    for name, sha in (("old", "e" * 40), ("new", run_files.revision()["git_sha"]), ("none", None)):
+        config = from_flat({})
+        made.append(sweep.Cell(name=name, config=config, institutions=4, cost=1.0))
+        folder = results.run_dir(tmp_path, name)
+        folder.mkdir(parents=True)
+        about = {**run_files.revision(), "git_sha": sha}
+        if sha:
+            (folder / "environment.json").write_text(json.dumps(about))
+    assert cells._drop_begun(tmp_path, made) == {"old"}
+    assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == ["new", "none"]
 
 
 def test_a_full_disk_ends_a_sweep_in_one_line(sweep_file, tmp_path, monkeypatch):

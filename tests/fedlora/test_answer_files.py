@@ -71,7 +71,7 @@ def test_standard_input_has_a_text_a_line(monkeypatch):
         ("in.csv", "text,id\na,1\n ,2\n,3\n", ["row 2", "2 of 3 rows", "drop"]),
         ("in.csv", "story,id\na,1\n", ["data.text is 'text'", "story, id"]),
         ("in.csv", "text,id\na\n", ["1 values", "line 2", "2 columns"]),
-        ("in.csv", "text,text\na,b\n", ["same name"]),
+        ("in.csv", "text,text\na,b\n", ["two columns 'text'", "rename or remove"]),
         ("in.csv", "text\n", ["has no row"]),
         ("in.csv", "", ["in.csv has no row"]),
         ("in.csv", "text;id\na;1\n", ["data.delimiter is ','", "set data.delimiter to ';'"]),

@@ -86,11 +86,27 @@ def test_a_delta_above_the_bound_of_an_institution_voids_the_result(sizes, delta
     [
         ({"privacy.delta": 2e-3}, "; raise data.min-records (now 1) or lower privacy.delta"),
         ({"privacy.delta": 2e-3, "privacy.unit": "customer"}, "; lower privacy.delta"),
+        (
+            {"privacy.delta": 2e-3, "data.partition": "iid", "data.institutions": 2},
+            "; lower data.institutions (now 2) or lower privacy.delta",
+        ),
     ],
 )
 def test_the_remedy_for_a_large_delta_fits_the_unit(values, remedy) -> None:
     text = found(federation([100, 120]), **values)["delta"].text
     assert text.endswith(remedy) and ("min-records" in text) == ("min-records" in remedy)
+
+
+def test_ledgers_of_other_names_are_named(tmp_path):
+    """Records that come under another name get a second ledger, and no limit counts both."""
+    values = {"privacy.ledger": str(tmp_path)}
+    for name in ("bank-0.db", "bank-0.secure.db", "pooled.secure.db"):
+        (tmp_path / name).touch()
+    assert "other-ledgers" not in found(federation([100, 120]), **values)
+    (tmp_path / "pooled.db").touch()
+    said = found(federation([100, 120]), **values)["other-ledgers"]
+    assert "1 ledgers of other names" in said.text and "(pooled)" in said.text and not said.voids
+    assert "other-ledgers" not in found(federation([100, 120]))
 
 
 def test_the_default_minimum_of_records_is_the_least_whose_default_delta_is_no_finding() -> None:

@@ -296,7 +296,7 @@ def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
     assert all(one["ledger_epsilon"] > 1.1 * one["epsilon"] for one in stated.values())
     both = at_most(max(one["ledger_epsilon"] for one in stated.values()))
     card = (tmp_path / "second" / "adapter" / "README.md").read_text()
-    assert f"| largest epsilon of a ledger, all runs on its records | {both} |" in card
+    assert f"| largest epsilon of a ledger, all runs charged to it | {both} |" in card
     own_rounds = "what the adapter that it started from reveals of the same records is not in"
     for run, said in (("first", False), ("second", True)):
         text = report.write(tmp_path / run).read_text(encoding="utf-8")

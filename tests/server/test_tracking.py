@@ -220,9 +220,9 @@ def test_both_trackers_hold_what_rounds_jsonl_holds(
     tiny_config, simulate_run, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)  # MLflow keeps the files of a local store in ./mlruns
-    mlflow = pytest.importorskip("mlflow", reason="needs fedlora[tracking]")
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra tracking")
     events = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="needs fedlora[tracking]"
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra tracking"
     )
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = tiny_config(
