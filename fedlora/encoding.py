@@ -8,16 +8,21 @@ that may be cut when a row is too long) and the start of the answer.
 
 import hashlib
 import json
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedlora.errors import InputError, RecordError
 
+DATE = date(2025, 1, 1)
+TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+"""A template's call for today's date; no function can be given to a template in its place."""
 CHUNK = 1000  # rows tokenised at a time: offsets of many rows would not fit into memory
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL_PROMPT = (
@@ -175,8 +180,13 @@ def _rendered(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[str, str, st
     """What the chat template writes before the text, between text and answer, and after it."""
     why = "it does not write both once, in this order"
     try:
-        # Llama 3 would insert today's date, but a resumed run must see the same prompt.
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, date_string="01 Jan 2025")
+        # Templates insert today's date, but all institutions, and a resumed run, see one prompt.
+        frozen = TODAY.sub(
+            lambda call: repr(DATE.strftime(call["format"])), tokenizer.get_chat_template()
+        )
+        rendered = tokenizer.apply_chat_template(
+            turns, chat_template=frozen, tokenize=False, date_string="01 Jan 2025"
+        )
     except Exception as error:  # a template raises what it likes
         rendered, why = "", " ".join(str(error).split())[:120] or type(error).__name__
     before, text, rest = rendered.partition(_TEXT)
@@ -362,10 +372,15 @@ class ResponsePrompt:
         return Encoded(ids=ids, targets=targets, truncated=truncated)
 
     def end_tokens(self) -> list[int]:
-        """Tokens at which generation stops: the last of the end mark, and the tokenizer's own."""
-        end = self.tokenizer(self.around().after, add_special_tokens=False)["input_ids"][-1:]
+        """Tokens at which generation stops.
+
+        The first token of the end mark that was added to the vocabulary, as marks of turns are, its
+        last one, and the tokenizer's own.
+        """
+        mark = self.tokenizer(self.around().after, add_special_tokens=False)["input_ids"]
+        added = [i for i in mark if i in self.tokenizer.added_tokens_decoder]
         own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        return sorted({*end, *own})
+        return sorted({*added[:1], *mark[-1:], *own})
 
     def around(self) -> Template:
         """The strings around a text and its response."""

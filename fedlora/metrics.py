@@ -1,6 +1,7 @@
 """Classification metrics without scikit-learn: one definition for every task."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,13 +188,14 @@ def leading_answer(text: str, answers: Sequence[str]) -> str | None:
     """Finds the one of the ``answers`` that a generated ``text`` begins with.
 
     Case, surrounding blanks and any text after the answer's last word are ignored: "Positive."
-    gives "positive". If two answers fit, the longer one counts. Any other text is unparseable and
-    gives ``None``, never a class.
+    gives "positive", but "12.75" does not give "12". If two answers fit, the longer one counts. Any
+    other text is unparseable and gives ``None``, never a class.
     """
     said = text.strip().casefold()
     fitting = [
         answer
         for answer in answers
-        if said.startswith(answer.casefold()) and not said[len(answer.casefold()) :][:1].isalnum()
+        if said.startswith(answer.casefold())
+        and not re.match(r"\w|[.,]\d", said[len(answer.casefold()) :])
     ]
     return max(fitting, key=len, default=None)

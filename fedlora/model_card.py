@@ -15,7 +15,7 @@ from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
 from fedlora.files import write_atomic
 from fedlora.rounding import at_most
 from fedlora.run_files import finite
-from fedlora.sft import MAX_RESPONSE_TOKENS
+from fedlora.sft import GREEDY, MAX_RESPONSE_TOKENS
 from fedlora.trainable import Trainable
 
 CARD, LABELS = "README.md", "labels.json"
@@ -226,6 +226,8 @@ def _causal_code(
             f"LABELS = {list(work.labels)!r}",
             f"TOKENS = {encoding.tokens(work.labels)}  # the token that stands for each label",
         ]
+    else:
+        lines.append(f"GREEDY = {dict(GREEDY)}")
     lines += [
         f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
         *opened,
@@ -243,7 +245,7 @@ def _causal_code(
     else:
         ends = encoding.end_tokens()
         lines += [
-            f"    output = model.generate(**inputs, do_sample=False, eos_token_id={ends}, "
+            f"    output = model.generate(**inputs, **GREEDY, eos_token_id={ends}, "
             f"max_new_tokens={MAX_RESPONSE_TOKENS})",
             '    new = output[0, inputs["input_ids"].shape[1] :]',
             "    answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())",

@@ -28,6 +28,23 @@ PART = 64
 depends on its examples; a product's number of rows must not."""
 MAX_PACKED_TOKENS = 640
 """Tokens of a packed row, unless the longest row has more."""
+GREEDY: Mapping[str, Any] = MappingProxyType(
+    {
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "min_length": 0,
+        "min_new_tokens": 0,
+        "bad_words_ids": None,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+        "sequence_bias": None,
+        "stop_strings": None,
+    }
+)
+"""Of ``generate``: what a base's generation_config.json may set otherwise, such as a penalty on the
+words of the prompt, among which the answers may be."""
 MAX_RESPONSE_TOKENS = 128  # of a generated response
 MAX_ANSWERS = 100
 """The largest number of different references that are read as classes."""
@@ -102,11 +119,13 @@ class Sft(Task):
             "exact_match": metrics.accuracy(truth, said),
             "generated": len(sampled),
         }
-        closed = sorted(set(references))
+        spelling = {text.casefold(): text for text in sorted(set(references), reverse=True)}
+        closed = sorted(spelling.values())  # `leading_answer` reads an answer whatever its case
         if len(closed) <= MAX_ANSWERS and max(map(len, closed)) <= MAX_ANSWER_CHARACTERS:
             parsed = [metrics.leading_answer(text, closed) for text in said]
             result["unparseable"] = parsed.count(None)
-            result |= {**metrics.classification(truth, parsed, closed), "n": len(shard)}
+            classes = [spelling[text.casefold()] for text in truth]
+            result |= {**metrics.classification(classes, parsed, closed), "n": len(shard)}
         return result
 
     def _response_losses(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +177,7 @@ class Sft(Task):
                 room = positions - inputs["input_ids"].shape[1]
                 written = generate(
                     **inputs,
-                    do_sample=False,
+                    **GREEDY,
                     use_cache=True,
                     max_new_tokens=max(1, min(max_tokens, room)),
                     eos_token_id=ends,

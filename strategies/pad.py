@@ -18,6 +18,9 @@ The paper pads the factors themselves, so a row that a share q of the institutio
 multiplied by q in every round, whatever they learn. Here the change is padded: an institution
 without a row counts with its weight as no change of it.
 
+The paper's pruning of ranks by the institutions themselves and its weights by the norm of their
+products are not here: ranks are fixed, and weights are the run's.
+
 DoRA's magnitudes and a head are plain tensors: their weighted mean.
 
 Reference: Cho et al. (2024), Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation

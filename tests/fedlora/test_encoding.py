@@ -187,6 +187,25 @@ def test_what_goes_first_is_the_end_of_the_text_then_the_end_of_the_response() -
     assert decoded(7, text="") == (before + after, "negative neutral", 1)
 
 
+def test_a_prompt_has_the_same_date_on_every_day() -> None:
+    for dated in ("{{ strftime_now('%d %B %Y') }}", "{{ date_string }}"):
+        encoded = [
+            sft_task(byte_tokenizer(chat=day + CHAT)).encode(["fell"], ["rose"], ()).ids[0]
+            for day in (dated, "01 January 2025" if "now" in dated else "01 Jan 2025")
+        ]
+        assert encoded[0] == encoded[1]
+
+
+def test_generation_ends_at_the_mark_of_a_turn_that_other_tokens_follow() -> None:
+    tokenizer = byte_tokenizer(
+        chat=CHAT + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    )
+    encoding = sft_task(tokenizer).encoding
+    assert encoding.around().after == "<|end|>\n<|endoftext|>"
+    ends = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
+    assert encoding.end_tokens() == sorted(ends)
+
+
 @pytest.mark.parametrize("make", [label_task, sft_task])
 def test_a_template_longer_than_the_maximum_is_refused(make: object) -> None:
     task = make(byte_tokenizer(chat=CHAT), 4)  # type: ignore[operator]

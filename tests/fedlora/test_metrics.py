@@ -47,12 +47,19 @@ def test_an_unparseable_answer_is_wrong_and_no_class() -> None:
         ("it is positive", None),
         ("neutral positive", "neutral positive"),
         ("", None),
+        ("12 million", "12"),
+        ("12, or so.", "12"),
+        ("12.75 million", None),
+        ("12,750", None),
     ],
 )
 def test_an_answer_is_read_only_where_the_response_begins_with_it(
     text: str, expected: str | None
 ) -> None:
-    assert metrics.leading_answer(text, ["positive", "neutral", "neutral positive"]) == expected
+    assert (
+        metrics.leading_answer(text, [*["positive", "neutral", "12"], "neutral positive"])
+        == expected
+    )
 
 
 def test_what_accuracy_has_to_beat_and_a_model_that_says_one_thing_only():

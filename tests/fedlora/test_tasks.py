@@ -20,6 +20,7 @@ from fedlora.batches import rounded
 from fedlora.data import shard_of
 from fedlora.errors import InputError
 from fedlora.sft import Sft
+from fedlora.streams import RandomSource
 from fedlora.task_choice import choose_task
 from tests.fedlora.small_models import CHAT, byte_tokenizer, encoder_tokenizer, label_task, sft_task
 
@@ -263,6 +264,23 @@ def test_a_model_that_learned_its_responses_generates_and_ends_them() -> None:
     assert not rows.corpus.truncated.any()
     result = task.evaluate(model, rows, ())
     assert (result["exact_match"], result["accuracy"], result["unparseable"]) == (1.0, 1.0, 0)
+    # what a base's own generation_config.json asks for is no part of a measurement
+    model.generation_config.update(
+        repetition_penalty=50.0, num_beams=3, no_repeat_ngram_size=1, min_new_tokens=30,
+        suppress_tokens=tokenizer("positive")["input_ids"],
+    )  # fmt: skip
+    assert task.evaluate(model, rows, ()) == result
+
+
+def test_references_that_differ_in_case_are_one_answer() -> None:
+    task, texts, answers = sft_task(byte_tokenizer()), ["fell", "rose", "flat"], ["Ok", "ok", "x"]
+    rows = shard_of(task.encode(texts, answers, ()))
+    model = llama(len(byte_tokenizer()))
+    sampled = RandomSource.seeded("generated rows", 0).permutation(3)
+    task._generate = lambda *_: [answers[i].swapcase() for i in sampled]  # type: ignore[method-assign]
+    result = task.evaluate(model, rows, ())
+    assert (result["accuracy"], result["unparseable"], result["exact_match"]) == (1.0, 0, 0.0)
+    assert set(result["per_class"]) == {"Ok", "x"}
 
 
 def test_a_response_ends_where_the_model_has_no_more_positions() -> None:
