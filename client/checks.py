@@ -14,6 +14,9 @@ from fedlora.errors import Refusal
 from fedlora.messages import Release, TrainOrder
 from fedlora.rounding import at_most
 
+MAX_ANSWER = 999_000_000
+"""The most bytes of an answer that the ledger stores: SQLite's 10^9, less those around it."""
+
 ADAM_EPS = 1e-8
 """torch's Adam adds this to the root of its second moment."""
 
@@ -124,13 +127,26 @@ def check_step(order: TrainOrder, config: RunConfig, plan: PrivacyPlan) -> None:
             )
 
 
-def check_vector(order: TrainOrder, plan: PrivacyPlan) -> None:
-    """Refuse a vector of more numbers than the plan counts noise for, under secure aggregation.
+def check_vector(order: TrainOrder, plan: PrivacyPlan, *, stored: bool) -> None:
+    """Refuse an adapter that the ledger cannot store or the plan has no noise for.
+
+    Args:
+        order: An accepted order.
+        plan: The plan of the run.
+        stored: Whether the ledger will store the answer, which may have ``MAX_ANSWER`` bytes.
 
     Raises:
         Refusal: ``adapter-too-large``.
     """
     numbers = sum(tensor.numel() for tensor in order.adapter.only(order.parts).values())
+    kept = sum(tensor.numel() for tensor in order.adapter.only(order.kept).values())
+    size = 8 * numbers if plan.honest else 4 * (numbers + kept)
+    if stored and size > MAX_ANSWER:
+        raise Refusal(
+            "adapter-too-large",
+            f"the answer would have {size:,} bytes, and the ledger stores at most {MAX_ANSWER:,}: "
+            "lower adapter.rank or name fewer adapter.target-modules",
+        )
     if plan.honest and numbers > noise_shares.MAX_PARAMETERS:
         raise Refusal(
             "adapter-too-large",

@@ -18,6 +18,8 @@ from fedlora.errors import InputError, Refusal
 
 _APPLICATION = 0x66646C64  # "fdld", the file's mark for `file` and PRAGMA application_id
 BUSY_SECONDS = 30.0
+STORED_RUNS = 20
+"""Runs whose last answer stays: a server that begins many must not fill the institution's disk."""
 
 
 def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> None:
@@ -204,9 +206,17 @@ def charged(db: sqlite3.Connection, run: str, number: int, digest: str | None = 
 
 
 def store_answer(db: sqlite3.Connection, run: str, number: int, digest: str, answer: bytes) -> None:
-    """Store an answer, wipe the round's keys and drop the answers of the run's earlier rounds."""
+    """Store an answer, wipe the round's keys, and drop answers that nobody asks for any more.
+
+    These are of the run's earlier rounds and of old runs: each opening of the ledger reads all.
+    """
     db.execute("UPDATE charges SET key = NULL WHERE (run, round) = (?, ?)", (run, number))
     db.execute("DELETE FROM answers WHERE run = ? AND round < ?", (run, number))
+    db.execute(
+        "DELETE FROM answers WHERE run NOT IN "
+        "(SELECT run FROM charges GROUP BY run ORDER BY max(id) DESC LIMIT ?)",
+        (STORED_RUNS,),
+    )
     db.execute(
         "INSERT INTO answers VALUES (?, ?, ?, ?, ?)",
         (run, number, digest, answer, ledger_integrity.sha256(answer)),

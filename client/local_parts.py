@@ -20,6 +20,8 @@ log = logging.getLogger("fedlora.client")
 
 STORED_ROUNDS = 4
 """Rounds whose files stay: a server goes back at most to the checkpoint before its last."""
+STORED_RUNS = 20
+"""Runs whose files stay: a server that begins many must not fill the institution's disk."""
 
 
 class LocalParts:
@@ -67,6 +69,13 @@ class LocalParts:
         )
         for old in self._files()[:-STORED_ROUNDS]:
             old.unlink()
+        newest: dict[str, int] = {}  # run and configuration -> its last change
+        for file in self._directory.glob("kept-*.safetensors"):
+            stem = file.stem.rpartition("-")[0]
+            newest[stem] = max(newest.get(stem, 0), file.stat().st_mtime_ns)
+        for stem in sorted(newest, key=lambda stem: newest[stem])[:-STORED_RUNS]:
+            for old in self._directory.glob(f"{stem}-*.safetensors"):
+                old.unlink()
 
     def _files(self) -> list[Path]:
         return sorted(self._directory.glob(f"{self._stem}*.safetensors"))

@@ -3,6 +3,7 @@
 Flower, uvicorn, nginx and fedlora's apps have different log formats; a log collector gets one.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -179,5 +180,6 @@ def _read(
         for line in lines:
             if made := record(service, line, level, ready=ready):
                 level = made["level"]
-                sys.stdout.write(json.dumps(made) + "\n")
-                sys.stdout.flush()
+                with contextlib.suppress(OSError):  # a full disk may have space again later
+                    sys.stdout.write(json.dumps(made) + "\n")
+                    sys.stdout.flush()

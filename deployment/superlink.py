@@ -9,6 +9,8 @@ A request that finds the database locked for 5 s gets 500 from Flower, which end
 ServerApp. A busy machine may lock the database for longer.
 """
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable
 from logging import WARNING
 from typing import Any
@@ -26,14 +28,21 @@ from fedlora import flower_internals, logs
 LOCK_WAIT = 60_000
 """Milliseconds that a request waits for the database. Clients try again after 30 s."""
 
+MAX_LISTS = 4
+"""The most different lists of objects for one order: a node that restarts may answer it again."""
+KEPT_ORDERS = 10_000
+
 Push = Callable[..., PushMessagesResponse]
 
 
 def own_answers(push: Push) -> Push:
     """Flower's handler of nodes' messages, behind a check that each is its sender's own answer.
 
-    The sender is the node whose key signed the request, which Flower has already checked.
+    The sender is the node whose key signed the request, which Flower has already checked. A node
+    sends few lists of objects for one order: Flower notes each object of a list while nobody else
+    can write, again whenever the list is another one.
     """
+    lists: OrderedDict[str, set[bytes]] = OrderedDict()
 
     def checked(request: PushMessagesRequest, state: LinkState) -> Any:
         node = request.node.node_id
@@ -45,6 +54,15 @@ def own_answers(push: Push) -> Push:
             if said.src_node_id != node or not said.reply_to_message_id:
                 log(WARNING, "Refused a message of node_id=%s: it is no answer of its own", node)
                 raise HTTPException(403, "a node may send answers of its own and nothing else")
+            tree = request.message_object_trees[0].SerializeToString(deterministic=True)
+            known = lists.setdefault(said.reply_to_message_id, set())
+            known.add(hashlib.sha256(tree).digest())
+            lists.move_to_end(said.reply_to_message_id)
+            if len(lists) > KEPT_ORDERS:
+                lists.popitem(last=False)
+            if len(known) > MAX_LISTS:
+                log(WARNING, "Refused a message of node_id=%s: one order has many answers", node)
+                raise HTTPException(403, "a node sends one answer to an order")
         return push(request=request, state=state)
 
     return checked

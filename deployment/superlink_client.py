@@ -156,7 +156,7 @@ def register(server: Server) -> dict[str, str]:
         Institution -> ``registered``, ``already registered``, or the problem with its key or size.
     """
     done: dict[str, str] = {}
-    holders: dict[bytes, str] = {}
+    own: dict[str, bytes] = {}
     nodes: dict[int, str] = {}
     sizes: dict[str, int] = {}
     with alone(server.results), _superlink(server) as superlink, _errors():
@@ -168,11 +168,16 @@ def register(server: Server) -> dict[str, str]:
                 key = public_key_to_bytes(keys.registered(file))
                 if (stated := file.with_suffix(".size")).exists():
                     sizes[name] = keys.stated_size(stated)
+                own[name] = key
             except (OSError, ValueError) as error:
                 done[name] = in_words(error)
-                continue
-            node, holder = known.get(key), holders.setdefault(key, name)
-            if holder != name:
+        holders = _holders(own, _registered_keys(server))
+        for name, key in own.items():
+            file, node, holder = server.institutions / f"{name}.pub", known.get(key), holders[key]
+            if not holder:
+                names = " and ".join(other for other, of in own.items() if of == key)
+                done[name] = f"{names} have one key; ask each for its own"
+            elif holder != name:
                 done[name] = f"{file} is the key of {holder}; ask {name} for its own"
             elif node is None:
                 request = RegisterNodeRequest(public_key=key, name=name)
@@ -183,10 +188,30 @@ def register(server: Server) -> dict[str, str]:
             else:
                 nodes[node.node_id] = name
                 done[name] = "already registered"
-        public = {name: key.decode() for key, name in holders.items()}
+        public = {name: key.decode() for key, name in holders.items() if name}
         for name, content in ((KEYS, public), (SIZES, sizes), (NODES, nodes)):
             _write(server.results / name, json.dumps(content, indent=2) + "\n")
     return done
+
+
+def _registered_keys(server: Server) -> dict[str, bytes]:
+    """Institution -> the key by which it is registered; nothing where the file cannot be read."""
+    try:
+        found: dict[str, str] = json.loads((server.results / KEYS).read_bytes())
+        return {name: key.encode() for name, key in found.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _holders(own: Mapping[str, bytes], registered: Mapping[str, bytes]) -> dict[bytes, str]:
+    """Key -> its institution: of several with one key the registered one; "" where none is."""
+    names: dict[bytes, list[str]] = {}
+    for name, key in own.items():
+        names.setdefault(key, []).append(name)
+    return {
+        key: next((n for n in of if registered.get(n) == key), of[0] if len(of) == 1 else "")
+        for key, of in names.items()
+    }
 
 
 def _write(file: Path, content: str) -> None:

@@ -109,7 +109,9 @@ class Trainer:
             connection.send(reply)
         except OSError:
             log.warning("the answer was not sent: its receiver has ended")
-        return answer.done()
+        if done := answer.done():  # also where it came just after its time
+            faulthandler.cancel_dump_traceback_later()
+        return done
 
     def _answer(self, message: Message, context: Context) -> Message:
         try:

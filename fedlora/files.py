@@ -5,10 +5,13 @@ import hashlib
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Generator
 from pathlib import Path
 
 from fedlora.errors import InputError
+
+_UMASK = threading.Lock()
 
 
 def cache_directory() -> Path:
@@ -56,8 +59,9 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
+        with _UMASK:
+            umask = os.umask(0o077)  # it can only be read by setting it, for all threads
+            os.umask(umask)
         temporary.chmod(mode & ~umask)  # mkstemp's 0600 is for secrets
         temporary.replace(path)
     except BaseException:

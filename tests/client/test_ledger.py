@@ -209,6 +209,21 @@ def test_an_answered_round_answers_no_other_order(path: Path) -> None:
         assert refused(ledger.store_answer, "run", 1, "order", b"new") == "round-already-answered"
 
 
+def test_old_runs_answers_are_dropped_so_that_no_server_fills_the_disk(path: Path) -> None:
+    cheap = dataclasses.replace(STEP, noise_multiplier=50.0)
+    with Ledger.open(path) as ledger:
+        for number in range(23):
+            run = f"run{number}"
+            charge(ledger, run_id=run, event=cheap)
+            ledger.store_answer(run, 1, "order", b"answer")
+        for number in (0, 1, 2):
+            again = refused(charge, ledger, run_id=f"run{number}", event=cheap)
+            assert again == "round-already-answered"
+        for number in (3, 22):
+            assert charge(ledger, run_id=f"run{number}", event=cheap).answer == b"answer"
+        assert len(ledger.show()["entries"]) == 23  # what was spent stays
+
+
 def test_the_answers_of_earlier_rounds_are_dropped_and_not_made_again(path: Path) -> None:
     with Ledger.open(path) as ledger:
         for round in (1, 2):

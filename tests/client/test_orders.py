@@ -288,6 +288,18 @@ def test_a_vector_of_more_numbers_than_the_plan_counts_is_refused(bank, monkeypa
     assert _refused(who, order) == "adapter-too-large"
 
 
+@pytest.mark.parametrize(
+    "values", [{}, {**SECURE, "privacy.protocol": "ideal"}], ids=["own", "sum"]
+)
+def test_an_answer_that_the_ledger_cannot_store_is_refused_before_a_charge(
+    bank, monkeypatch, values
+):
+    """SQLite takes no value of over 10^9 bytes; it would be found after the charge."""
+    who, _, order = bank(**values)
+    monkeypatch.setattr(checks, "MAX_ANSWER", 1000)
+    assert _refused(who, order) == "adapter-too-large"
+
+
 def test_the_settings_decide_about_secure_aggregation(tmp_path):
     own = Settings(
         name="a", source="r.csv", ledger="l.db", state=str(tmp_path), models=("m",), labels=("x",)

@@ -119,14 +119,24 @@ def test_a_key_that_was_unregistered_is_said_to_be_of_no_use(here, link):
 
 
 def test_two_institutions_with_one_key_and_a_file_without_one_are_named(here, link):
+    _put(here, "b")
+    superlink_client.register(here)
+    for copy in ("a", "c"):  # whichever comes first in the directory
+        _put(here, copy, (here.institutions / "b.pub").read_bytes())
+    _put(here, "d", b"no key")
+    outcomes = superlink_client.register(here)
+    assert outcomes["b"] == "already registered"
+    assert all("is the key of b" in outcomes[name] for name in ("a", "c"))
+    assert "not a public key in OpenSSH's format" in outcomes["d"]
+    assert _nodes(here) == {"b": 0}
+
+
+def test_of_two_new_institutions_with_one_key_none_is_registered(here, link):
     _put(here, "a")
     _put(here, "b", (here.institutions / "a.pub").read_bytes())
-    _put(here, "c", b"no key")
     outcomes = superlink_client.register(here)
-    assert outcomes["a"] == "registered"
-    assert "is the key of a" in outcomes["b"]
-    assert "not a public key in OpenSSH's format" in outcomes["c"]
-    assert _nodes(here) == {"a": 0}
+    assert outcomes == dict.fromkeys("ab", "a and b have one key; ask each for its own")
+    assert _nodes(here) == {} and not link.nodes
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -109,6 +111,21 @@ def test_a_carriage_return_begins_no_line():
     done = subprocess.run(_service("sh", "-c", script), capture_output=True, text=True, timeout=60)
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["level"] == "info"
+
+
+def test_a_log_that_cannot_be_written_for_a_while_goes_on_afterwards(monkeypatch):
+    """The reader must not die: it keeps the program's pipe open, and its later lines."""
+    written, full = [], [True]
+
+    def write(line):
+        if full.pop() if full else False:
+            raise OSError(28, "No space left on device")
+        written.append(line)
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
+    with subprocess.Popen(["printf", "one\ntwo\n"], stdout=subprocess.PIPE) as process:
+        service._read("x", process, threading.Semaphore(0), ready=False)
+    assert [json.loads(line)["message"] for line in written] == ["two"]
 
 
 def test_a_program_that_is_not_there_is_bad_input():

@@ -15,7 +15,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
-from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.server.superlink.linkstate import LinkStateFactory
@@ -110,6 +110,33 @@ def test_ours_takes_neither_and_takes_a_nodes_own_answer(link):
             push(request=request, state=link.state)
     _pushed(push, link.state, link.c, _answer(_order(link, link.c), link.c))
     assert link.state.num_message_res() == 1
+
+
+def test_a_node_sends_few_lists_of_objects_for_one_order(link):
+    """Flower notes each object of a list, while no other request can write."""
+    noted = []
+
+    def push(*, request, state):
+        noted.append(request)
+
+    checked = superlink.own_answers(push)
+    order, other = _order(link, link.c), _order(link, link.c)
+    proto = message_to_proto(remove_content_from_message(_answer(order, link.c)))
+
+    def request(number, of=proto):
+        return PushMessagesRequest(
+            node=Node(node_id=link.c),
+            messages_list=[of],
+            message_object_trees=[ObjectTree(object_id=f"{number}")],
+        )
+
+    for number in (*range(superlink.MAX_LISTS), 0):  # the same one again is a retry
+        checked(request=request(number), state=link.state)
+    with pytest.raises(HTTPException) as refused:
+        checked(request=request("more"), state=link.state)
+    assert refused.value.status_code == 403 and len(noted) == superlink.MAX_LISTS + 1
+    again = message_to_proto(remove_content_from_message(_answer(other, link.c)))
+    checked(request=request("more", again), state=link.state)
 
 
 class Bell(threading.Event):

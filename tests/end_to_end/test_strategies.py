@@ -320,6 +320,11 @@ def test_what_was_kept_under_another_configuration_is_not_seen(tmp_path):
     for round in range(2, 9):
         LocalParts(tmp_path, "a1", "one").store(round, state)
     assert [f.stem[-6:] for f in sorted(tmp_path.iterdir())] == [f"{r:06}" for r in range(5, 9)]
+    for number in range(22):  # of old runs nothing stays
+        LocalParts(tmp_path, f"b{number}", "one").store(1, state)
+        LocalParts(tmp_path, f"b{number}", "one").store(2, state)
+    runs = sorted({int(f.name.split("-")[1][1:]) for f in tmp_path.iterdir()})
+    assert runs == list(range(2, 22)) and len(list(tmp_path.iterdir())) == 40
 
 
 def test_a_damaged_kept_part_is_not_replaced_by_another(tiny_config, simulate_run, tmp_path):
