@@ -203,7 +203,7 @@ def evaluate(
     overrides = parse_overrides(assign or [])
     result = finished_run.evaluate(run_dir, data, institution, overrides, own_model=own)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(finite(result)))
         return
     table = Table(show_header=False)
     truncated, max_length = result.pop("truncated"), result.pop("max_length")
@@ -266,7 +266,7 @@ def predict(
     if out is not None:
         answer_files.write(out, given, result["answers"])
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(finite(result)))
         return
     if out is not None:
         Terminal().write_line(f"{len(given.texts)} answers in {out}")
@@ -366,6 +366,8 @@ def show_config(
 ) -> None:
     """Print all keys with types, defaults and meaning, or the resolved keys of a file."""
     if schema:
+        if config is not None or assign or as_json:
+            raise InputError("--schema is of all keys and takes no CONFIG, --set or --json")
         print(json.dumps(config_schema.json_schema(), indent=2))
         return
     if config is not None:
@@ -383,7 +385,10 @@ def show_config(
     if as_json:
         print(
             json.dumps(
-                [dict(zip(("key", "type", "default", "help"), row, strict=True)) for row in rows]
+                {
+                    row[0]: dict(zip(("type", "default", "help"), row[1:], strict=True))
+                    for row in rows
+                }
             )
         )
         return

@@ -286,7 +286,7 @@ def status(
 
     here = superlink_client.server()
     if not name:
-        unknown = False
+        unknown, shown = False, list[dict[str, Any]]()
         for one in submissions.names(here):
             try:
                 submission = submissions.observe(here, one)
@@ -294,7 +294,11 @@ def status(
                 ERRORS.write_line(f"error: {one}: {in_words(error)}")
                 unknown = True
             else:
-                _show(submission, as_json)
+                shown.append(_described(submission))
+                if not as_json:
+                    _show(submission, as_json)
+        if as_json:
+            print(json.dumps({"submissions": shown}))
         if unknown:
             raise typer.Exit(UNKNOWN)
         return
@@ -463,19 +467,19 @@ def _round(record: dict[str, Any], rounds: int) -> str:
     )
 
 
+def _described(submission: Any) -> dict[str, Any]:
+    return {
+        "name": submission.name,
+        "state": submission.state,
+        "details": submission.details,
+        "run_dir": str(submission.directory),
+        "flower_runs": submission.runs,
+    }
+
+
 def _show(submission: Any, as_json: bool) -> None:
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "name": submission.name,
-                    "state": submission.state,
-                    "details": submission.details,
-                    "run_dir": str(submission.directory),
-                    "flower_runs": submission.runs,
-                }
-            )
-        )
+        print(json.dumps(_described(submission)))
     else:
         details = f": {submission.details}" if submission.details else ""
         PLAIN.write_line(f"{submission.name}: {submission.state}{details}")

@@ -12,6 +12,7 @@ from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.run_files import CONFIG, finite, read_records, read_run_file
 
+TITLE = "Runs compared"
 METRICS = ("accuracy", "macro_f1", "exact_match", "token_loss")
 
 
@@ -30,6 +31,8 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         raise InputError(f"{len(runs)} run was given; give at least 2 to compare")
     if out.is_dir():
         raise InputError(f"--out {out} is a directory; give a file, such as compare.html")
+    if out.exists() and TITLE.encode() not in out.read_bytes():
+        raise InputError(f"--out {out} exists and is no page of this command; give another")
     try:
         existing_parent(out.absolute().parent)
     except OSError as error:
@@ -120,7 +123,7 @@ def _page(
     both = rows(compared)
     cut = len(compared["results"])
     return Page(
-        title="Runs compared",
+        title=TITLE,
         opening=(),
         tiles={},
         sections=[

@@ -18,7 +18,7 @@ from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.odds import group_delta
 from fedlora.rounding import at_least, at_most
 from fedlora.run_files import CONFIG, RESULT
-from server.privacy_statement import epsilon_alone, with_earlier_runs
+from server.privacy_statement import epsilon_alone, largest_epsilon, with_earlier_runs
 from server.trend import advice
 from simulation.progress import lost_rounds
 
@@ -186,12 +186,19 @@ def promised(run: Run) -> Section:
     """What epsilon and delta allow an attacker, and the ledgers' limit and remainder."""
     privacy, config = run.privacy, run.config
     points: list[str] = []
-    if "odds" in privacy:
-        spent = privacy["institutions"].values()
-        epsilon = max(one["epsilon"] for one in spent)
-        delta = max(one["delta"] for one in spent)
+    spent = privacy["institutions"].values()
+    delta = run.result["delta"]
+    if config.privacy.promises and delta:
+        epsilon, delta = largest_epsilon(privacy), float(delta)
         what = f"a certain {_unit(config.privacy.unit)} was trained on"
-        points += odds(privacy["odds"], epsilon, delta, what, continued=bool(config.adapter.start))
+        if "odds" in privacy:
+            continued = bool(config.adapter.start)
+            points += odds(privacy["odds"], epsilon, delta, what, continued=continued)
+        else:
+            points.append(
+                f"Epsilon {at_most(epsilon)} at delta {at_most(delta, 3)} at most, for whether "
+                f"{what}; odds are not computed where not every institution's spending is stated."
+            )
         if (most := with_earlier_runs(config, privacy)) is not None:
             epsilon = most["ledger_epsilon"]
             delta = max(one["ledger_delta"] for one in spent)

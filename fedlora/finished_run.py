@@ -14,7 +14,7 @@ from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, write_atomic
 from fedlora.model_files import MERGED
-from fedlora.run_files import CONFIG, read_run_file
+from fedlora.run_files import AUDITED, CONFIG, read_run_file
 from fedlora.sections import check_gpu
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
@@ -234,6 +234,11 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
     """
     new_path(out_dir)  # before the model is loaded
     config = configuration(run_dir, {})
+    if (run_dir / AUDITED).exists():
+        raise InputError(
+            f"{run_dir} is an audited run, which was trained on planted records too; merge the "
+            "run itself"
+        )
     merged, work = merged_model(run_dir, institution, own_model=own_model)
     if own_model:
         place = adapter_directory(run_dir, config, institution, own_model=True)
@@ -247,6 +252,8 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
         origin = {
             "run": read_run_file(run_dir)["run"],
             "source": model_card.source(config),
-            "private": model_card.is_private(config, own_model=own_model),
+            # whether each institution's ledger was charged for what the model knows of its records
+            "private": model_card.is_private(config, own_model=own_model)
+            and config.privacy.promises,
         }
         write_atomic(new / MERGED, f"{json.dumps(origin)}\n".encode())

@@ -307,8 +307,12 @@ def _after(work: Trainable, around: Template) -> str:
 
 
 def is_private(config: RunConfig, *, own_model: bool = False) -> bool:
-    """Whether a run's released adapter, or an institution's own one, was made under DP."""
-    released = config.privacy.enabled or config.privacy.hides_institutions
+    """Whether a run's released adapter, or an institution's own one, was made under DP.
+
+    The local parts of an institution have no noise of the server's.
+    """
+    of_server = config.privacy.hides_institutions and not config.federation.traits.local_parts
+    released = config.privacy.enabled or of_server
     made_so = config.home.private if own_model else released
     return made_so and config.privacy.noise != "seeded"  # a seed's noise protects nobody
 
@@ -384,9 +388,7 @@ def _data(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
 def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
     lines = ["## Privacy", "", str(privacy["protects"])]
     spent = list(privacy["institutions"].values())
-    if spent:
-        most = max(spent, key=lambda one: one["epsilon"])
-        ledger = max(one["ledger_epsilon"] for one in spent)
+    if config.privacy.enabled:
         delta = "by size class" if result["delta"] is None else at_most(result["delta"], 3)
         lines += [
             "",
@@ -394,6 +396,11 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
             "| --- | --- |",
             f"| largest epsilon of an institution | {at_most(result['epsilon_max'])} |",
             f"| largest delta of an institution | {delta} |",
+        ]
+    if spent:
+        most = max(spent, key=lambda one: one["epsilon"])
+        ledger = max(one["ledger_epsilon"] for one in spent)
+        lines += [
             f"| largest epsilon of a ledger, all runs charged to it | {at_most(ledger)} |",
             f"| unit | {most['unit']} |",
             f"| adjacency | {privacy['adjacency']} |",

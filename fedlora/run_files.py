@@ -35,6 +35,8 @@ ENVIRONMENT = "environment.json"
 ROUNDS = "rounds.jsonl"
 """In a run directory: a line for each round."""
 RESULT = "result.json"
+AUDITED = "audited.json"
+"""File in the directory of an audited run; it holds the ``data.source`` without planted records."""
 """In a run directory: the results. A run writes this file last, so it marks a complete run."""
 RUNS, LATEST = "runs", "latest"
 """The directory of runs, and the link in it to the run that was started or resumed last."""
@@ -186,7 +188,8 @@ def revision() -> Mapping[str, Any]:
 
 def commit(about: Mapping[str, Any]) -> str:
     """Return 12 digits of a `revision`, with a plus for uncommitted changes; "" if unknown."""
-    return (about["git_sha"] or "")[:12] + "+" * bool(about["git_dirty"])
+    sha = about["git_sha"]
+    return f"{sha[:12]}{'+' * bool(about['git_dirty'])}" if sha else ""
 
 
 def command() -> list[str]:

@@ -21,15 +21,18 @@ from fedlora.config import ENGINE_ONLY, RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.run_files import (
+    AUDITED,
     CONFIG,
     ENVIRONMENT,
     RESULT,
     ROUNDS,
     SUBMISSION,
+    commit,
     environment,
     finite,
     read_lines,
     read_records,
+    revision,
 )
 from server import binding
 
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     from fedlora.adapters import AdapterState
 
 MAX_CHECKPOINTS = 2
-FOREIGN_FILES = ("ledgers", "institutions.log", SUBMISSION)
+FOREIGN_FILES = ("ledgers", "institutions.log", SUBMISSION, AUDITED)
 """Files that may be in a run's directory before the run begins."""
 MIN_FREE_BYTES = 100 * 2**20
 """Free disk space below which a run does not start."""
@@ -155,7 +158,8 @@ class RunDirectory:
         if not (self.path / ENVIRONMENT).exists() and not self._checkpoints():
             return  # the process ended while it made the directory
         try:
-            begun = json.loads((self.path / ENVIRONMENT).read_bytes())["versions"]["fedlora"]
+            about = json.loads((self.path / ENVIRONMENT).read_bytes())
+            begun, code = about["versions"]["fedlora"], commit(about)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path / ENVIRONMENT} cannot be read ({error}), so that nothing says which "
@@ -166,6 +170,13 @@ class RunDirectory:
                 f"{self.path} was begun with fedlora {begun}, and this is {fedlora.__version__}: "
                 "its checkpoint continues only with the version that wrote it; install that, or "
                 "begin a run with another --out (in a sweep: remove this directory)"
+            )
+        now = commit(revision())
+        if code and now and code != now:
+            raise InputError(
+                f"{self.path} was begun with fedlora at commit {code}, and this is {now}: "
+                "privacy.json names one commit for all rounds; check that one out, or begin a run "
+                "with another --out"
             )
 
     def create(self, config: RunConfig) -> None:

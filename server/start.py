@@ -15,7 +15,7 @@ from fedlora.files import expanded, sha256
 from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS, source
 from fedlora.model_files import merged_from
-from fedlora.run_files import CONFIG, ENVIRONMENT, read_run_file
+from fedlora.run_files import AUDITED, CONFIG, ENVIRONMENT, read_run_file
 from fedlora.trainable import Trainable
 from strategies.lowrank import carried, recompressed
 
@@ -136,10 +136,11 @@ def _check_base(config: RunConfig) -> None:
     Raises:
         InputError: If the base was merged from a run on the same source.
     """
-    origin = merged_from(config.model.name)
-    if not origin or not config.privacy.promises or origin["source"] != source(config):
+    origin, privacy = merged_from(config.model.name), config.privacy
+    promised = privacy.promises or privacy.hides_institutions
+    if not origin or not promised or origin["source"] != source(config):
         return
-    if config.deployed and origin["private"]:
+    if config.deployed and origin["private"] and not privacy.hides_institutions:
         return  # each institution has one ledger for all runs
     raise InputError(
         f"model.name is {config.model.name}, merged from the run {origin['run']} on the same "
@@ -156,6 +157,11 @@ def _check_promises(config: RunConfig) -> None:
     """
     start, privacy = f"adapter.start is {config.adapter.start}", config.privacy
     for earlier, origin in _lineage(config):
+        if (origin.run_dir / AUDITED).exists():
+            raise InputError(
+                f"{start}, and {origin.run_dir} is an audited run, which was trained on planted "
+                "records too; start from the run itself"
+            )
         same = _same_records(earlier.data.source, config.data.source)
         if not same:
             continue

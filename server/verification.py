@@ -239,9 +239,11 @@ class _Checks:
         _same("largest epsilon", largest, read_run_file(self.run_dir)["epsilon_max"], RESULT)
         self._secure_aggregation(config, rounds)
         level = self._level(config, max(asked.values(), default=0))
-        if not spent and not level:
+        if not spent and not silent and not level:
             return "nothing was promised"
         parts = [f"{len(spent)} institutions, at most {at_most(float(largest))}"] if spent else []
+        if silent:
+            parts.append(f"{len(silent)} without a report, at most {config.privacy.epsilon:g}")
         return "computed anew: " + "; ".join([*parts, *level])
 
     def _institution(

@@ -41,7 +41,7 @@ from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError, Refusal
 from fedlora.files import write_atomic
 from fedlora.rows import partition_rows
-from fedlora.run_files import CONFIG, finite, read_run_file
+from fedlora.run_files import AUDITED, CONFIG, finite, read_run_file
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.terminal import Terminal
@@ -73,6 +73,14 @@ def check(config: RunConfig, out: Path, canaries: int, engine: str) -> None:
         )
     if (out / FILE).exists() or (out / "run" / CONFIG).exists():
         raise InputError(f"{out} holds another audit; give another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} holds other files; give an --out that is empty or does not exist")
+    if config.privacy.hides_institutions and not config.privacy.enabled:
+        raise InputError(
+            "privacy.epsilon is inf, so that records are promised nothing that an audit could "
+            "test; privacy.institution-epsilon promises to hide institutions, which it does not "
+            "test: set privacy.epsilon, or leave out privacy.institution-epsilon"
+        )
     if config.federation.traits.local_parts or config.adapter.ranks:
         raise InputError(
             f"federation.strategy is {config.federation.strategy!r} and adapter.ranks "
@@ -123,11 +131,15 @@ def run(
             {"run-dir": run_dir, "privacy.ledger": "", "home.method": "none"}
         )
         transcript = Transcript(folder=Path(folder) / "transcript")
+        mark = out / "run" / AUDITED  # no run may take this one for one on other records
+        write_atomic(mark, f"{json.dumps({'source': config.data.source})}\n".encode())
         try:
             _train(target, engine, console, transcript)
         except (InputError, Refusal):
             with contextlib.suppress(OSError):
-                out.rmdir()  # nothing is in it where the run was refused before its first round
+                if list(mark.parent.iterdir()) == [mark]:  # refused before the first round
+                    shutil.rmtree(mark.parent)
+                    out.rmdir()
             raise
         # The audited run is complete; the attacks below read its released adapters.
         work = _load_released(target)

@@ -556,6 +556,9 @@ def test_commands_name_a_record_that_cannot_be_read_and_show_the_others(here, ba
     done = CliRunner().invoke(app, ["deploy", "status"])
     assert done.exit_code == 4 and done.stdout == "two: running\n"
     assert done.stderr.startswith("error: one: ") and str(bad) in done.stderr
+    done = CliRunner().invoke(app, ["deploy", "status", "--json"])
+    (shown,) = json.loads(done.stdout)["submissions"]
+    assert done.exit_code == 4 and (shown["name"], shown["state"]) == ("two", "running")
     for command in ("status", "stop", "results", "resume"):
         done = CliRunner().invoke(app, ["deploy", command, "one"])
         assert done.exit_code == 4 and not done.stdout

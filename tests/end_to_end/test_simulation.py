@@ -399,6 +399,14 @@ def test_a_run_is_not_continued_by_another_version(tiny_config, monkeypatch):
     directory = RunDirectory(Path(config.run_dir))
     directory.create(config)
     assert directory.check(config)
+    file = directory.path / "environment.json"
+    began = json.loads(file.read_text())
+    file.write_text(json.dumps(began | {"git_sha": "f" * 40, "git_dirty": False}))
+    if began["git_sha"]:
+        with pytest.raises(InputError, match=r"at commit f{12}, and this is .*check that one out"):
+            directory.check(config)
+    file.write_text(json.dumps(began | {"git_sha": None}))
+    assert directory.check(config)
     monkeypatch.setattr(fedlora, "__version__", "0.0.1")
     with pytest.raises(InputError, match=r"begun with fedlora \d\S*, and this is 0\.0\.1: "):
         directory.check(config)

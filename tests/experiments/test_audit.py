@@ -183,6 +183,19 @@ def test_an_audit_of_answers_without_held_out_rows_names_the_key(tiny_config, tm
         plant(tiny_config(**values), 40, tmp_path / "audit")
 
 
+def test_an_audit_takes_no_directory_that_holds_something(tiny_config, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(InputError, match="holds other files"):
+        check(tiny_config(), tmp_path, 100, "inline")
+
+
+def test_a_promise_to_institutions_alone_is_not_audited(tiny_config, tmp_path):
+    values = {"privacy.epsilon": math.inf, "privacy.institution-epsilon": 5.0}
+    with pytest.raises(InputError, match="promises to hide institutions, which it does not test"):
+        check(tiny_config(**values), tmp_path / "audit", 100, "inline")
+    check(tiny_config(**values | {"privacy.epsilon": 8.0}), tmp_path / "audit", 100, "inline")
+
+
 def test_an_audit_of_sums_refuses_a_run_that_masks_them(tiny_config, tmp_path):
     values = SECURE | {"privacy.protocol": "full"}
     with pytest.raises(InputError, match=r"privacy\.protocol .* use ideal"):

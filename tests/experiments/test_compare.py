@@ -56,6 +56,14 @@ def test_the_gain_of_joining_is_compared_where_all_runs_have_it(two_runs, tmp_pa
     assert "gain of joining" in page.read_text()
 
 
+def test_a_file_that_is_no_such_page_is_not_replaced(two_runs):
+    file = Path(two_runs[0]) / "result.json"
+    before = file.read_bytes()
+    done = runner.invoke(app, ["compare", *two_runs, "--out", str(file)])
+    assert done.exit_code == 2 and "is no page of this command" in done.stderr
+    assert file.read_bytes() == before
+
+
 def test_one_run_or_none_is_refused(two_runs, tmp_path):
     for runs, words in (
         (two_runs[:1], ["at least 2"]),

@@ -237,9 +237,28 @@ def test_a_merged_model_is_no_base_under_dp_on_the_records_that_it_was_trained_o
         {"privacy.noise": "seeded"},
     ):
         assert start_adapter(config.replace(change), work) is work.start
+    level = {"privacy.epsilon": float("inf"), "privacy.institution-epsilon": 5.0}
+    level |= {"federation.weighting": "uniform"}
+    file = tmp_path / "merged" / "merged.json"
+    for private in (False, True):  # no ledger adds up two runs that hide institutions
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"private": private}))
+        with pytest.raises(InputError, match="merged from the run"):
+            start_adapter(config.replace(level), work)
     (tmp_path / "merged" / "merged.json").write_text("{")
     with pytest.raises(InputError, match=r"merged\.json cannot be read"):
         start_adapter(config, work)
+
+
+def test_an_audited_run_is_no_origin(classifier, tmp_path):
+    """Its records are those of the run that it audits, under another name."""
+    shutil.copytree(classifier, tmp_path / "audited")
+    (tmp_path / "audited" / "audited.json").write_text('{"source": "x.csv"}')
+    with pytest.raises(InputError, match="is an audited run"):
+        finished_run.merge(tmp_path / "audited", tmp_path / "merged")
+    known = finished_run.configuration(classifier, {})
+    config = known.replace({"adapter.start": str(tmp_path / "audited"), "privacy.epsilon": 1.0})
+    with pytest.raises(InputError, match="is an audited run, which was trained on planted"):
+        start_adapter(config, trainable.load(config, ("card", "fraud", "loan")))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -9,6 +9,7 @@ from transformers import dynamic_module_utils
 
 from fedlora import lora_layers, model_card, trainable
 from fedlora.adapters import AdapterState
+from fedlora.config import from_flat
 from tests.fedlora.test_finished_run import tiny_causal  # noqa: F401
 
 TEXT = "stolen card and a lender"
@@ -74,6 +75,13 @@ def test_the_code_of_a_card_opens_the_base_in_the_dtype_of_the_run_and_not_of_it
     assert model.get_base_model().model.embed_tokens.weight.dtype == torch.bfloat16
 
 
+def test_what_has_no_noise_of_the_server_is_not_called_private():
+    level = {"privacy.epsilon": float("inf"), "privacy.institution-epsilon": 5.0}
+    assert model_card.is_private(from_flat(level))
+    assert not model_card.is_private(from_flat({**level, "federation.strategy": "fedsa"}))
+    assert model_card.is_private(from_flat({"federation.strategy": "fedsa"}))
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_cards_name_the_quantisation_of_the_base(quantization, tiny_encoder, tiny_config, tmp_path):
     config = tiny_config(
@@ -86,9 +94,11 @@ def test_cards_name_the_quantisation_of_the_base(quantization, tiny_encoder, tin
     )
     work = trainable.load(config, LABELS)
     result = {"trained_parameters": 1, "rounds": 1, "counts": {}}
+    result |= {"epsilon_max": 8.0, "delta": 1e-5}
     privacy = {"protects": "Nobody.", "institutions": {}}
     model_card.write_adapter(tmp_path, config, work, result, privacy)
     card = (tmp_path / "README.md").read_text()
+    assert "| largest epsilon of an institution | 8" in card  # also where none is named
     assert f"\n- base model: dtype bfloat16, quantization {quantization}\n" in card
     assert ("PEFT ends with an error" in card) == (quantization == "int8")
     model_card.write_merged(tmp_path, config, work, "Nobody.", own_model=False)

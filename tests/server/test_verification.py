@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from deployment import keys
+from experiments import report
 from fedlora import config as configuration
 from fedlora import seal
 from fedlora.config import from_flat
@@ -240,6 +241,17 @@ def level_directory(tiny_config, simulate_run, template):
         }
     )
     return made_once(config, simulate_run, template.with_name("level"))
+
+
+def test_the_promise_to_records_is_said_beside_that_to_institutions(level_directory):
+    """No institution's spending is stated there, but each is bound by the run's epsilon."""
+    found = {check.name: check.detail for check in verification.verify(level_directory)}
+    assert "4 without a report, at most 8" in found["epsilon"]
+    card = (level_directory / "adapter" / "README.md").read_text()
+    assert "| largest epsilon of an institution | 8 |" in card and '"epsilon": 4.9' in card
+    page = report.write(level_directory).read_text(encoding="utf-8")
+    first = page[page.index("<h2>What was promised") : page.index("<h2>Who must be trusted")]
+    assert "Epsilon 8 at delta" in first and "with two records" in first
 
 
 def test_the_second_mechanism_is_computed_anew(level_directory):
