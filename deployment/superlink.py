@@ -10,6 +10,7 @@ ServerApp. A busy machine may lock the database for longer.
 """
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from logging import WARNING
@@ -30,7 +31,8 @@ LOCK_WAIT = 60_000
 
 MAX_LISTS = 4
 """The most different lists of objects for one order: a node that restarts may answer it again."""
-KEPT_ORDERS = 10_000
+KEPT_ORDERS = 1000
+"""The most orders of a node whose lists are remembered."""
 
 Push = Callable[..., PushMessagesResponse]
 
@@ -42,7 +44,8 @@ def own_answers(push: Push) -> Push:
     sends few lists of objects for one order: Flower notes each object of a list while nobody else
     can write, again whenever the list is another one.
     """
-    lists: OrderedDict[str, set[bytes]] = OrderedDict()
+    lists: dict[int, OrderedDict[bytes, set[bytes]]] = {}  # of each node: order -> its lists
+    lock = threading.Lock()
 
     def checked(request: PushMessagesRequest, state: LinkState) -> Any:
         node = request.node.node_id
@@ -54,13 +57,19 @@ def own_answers(push: Push) -> Push:
             if said.src_node_id != node or not said.reply_to_message_id:
                 log(WARNING, "Refused a message of node_id=%s: it is no answer of its own", node)
                 raise HTTPException(403, "a node may send answers of its own and nothing else")
+            order = hashlib.sha256(said.reply_to_message_id.encode()).digest()
             tree = request.message_object_trees[0].SerializeToString(deterministic=True)
-            known = lists.setdefault(said.reply_to_message_id, set())
-            known.add(hashlib.sha256(tree).digest())
-            lists.move_to_end(said.reply_to_message_id)
-            if len(lists) > KEPT_ORDERS:
-                lists.popitem(last=False)
-            if len(known) > MAX_LISTS:
+            digest = hashlib.sha256(tree).digest()
+            with lock:
+                of_node = lists.setdefault(node, OrderedDict())
+                known = of_node.setdefault(order, set())
+                of_node.move_to_end(order)
+                if len(of_node) > KEPT_ORDERS:
+                    of_node.popitem(last=False)
+                allowed = digest in known or len(known) < MAX_LISTS
+                if allowed:
+                    known.add(digest)
+            if not allowed:
                 log(WARNING, "Refused a message of node_id=%s: one order has many answers", node)
                 raise HTTPException(403, "a node sends one answer to an order")
         return push(request=request, state=state)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -171,7 +171,8 @@ def register(server: Server) -> dict[str, str]:
                 own[name] = key
             except (OSError, ValueError) as error:
                 done[name] = in_words(error)
-        holders = _holders(own, _registered_keys(server))
+        registered = _registered_keys(server)
+        holders = _holders(own, registered, unread=done.keys())
         for name, key in own.items():
             file, node, holder = server.institutions / f"{name}.pub", known.get(key), holders[key]
             if not holder:
@@ -188,7 +189,10 @@ def register(server: Server) -> dict[str, str]:
             else:
                 nodes[node.node_id] = name
                 done[name] = "already registered"
-        public = {name: key.decode() for key, name in holders.items() if name}
+        public = {name: key.decode() for key, name in holders.items() if name in own}
+        public |= {
+            name: registered[name].decode() for name in registered.keys() & done.keys() - own.keys()
+        }
         for name, content in ((KEYS, public), (SIZES, sizes), (NODES, nodes)):
             _write(server.results / name, json.dumps(content, indent=2) + "\n")
     return done
@@ -203,15 +207,22 @@ def _registered_keys(server: Server) -> dict[str, bytes]:
         return {}
 
 
-def _holders(own: Mapping[str, bytes], registered: Mapping[str, bytes]) -> dict[bytes, str]:
-    """Key -> its institution: of several with one key the registered one; "" where none is."""
-    names: dict[bytes, list[str]] = {}
-    for name, key in own.items():
-        names.setdefault(key, []).append(name)
-    return {
-        key: next((n for n in of if registered.get(n) == key), of[0] if len(of) == 1 else "")
-        for key, of in names.items()
-    }
+def _holders(
+    own: Mapping[str, bytes], registered: Mapping[str, bytes], unread: Collection[str]
+) -> dict[bytes, str]:
+    """Key -> its institution: of several with one key the registered one; "" where none is.
+
+    Args:
+        own: Institution -> the key in its file.
+        registered: Institution -> the key by which it is registered.
+        unread: The institutions whose files are there and cannot be read: they keep their keys.
+    """
+    found: dict[bytes, str] = {}
+    for key in own.values():
+        names = [name for name, of in own.items() if of == key]
+        before = [name for name, of in registered.items() if of == key and name in {*own, *unread}]
+        found[key] = before[0] if before else names[0] if len(names) == 1 else ""
+    return found
 
 
 def _write(file: Path, content: str) -> None:

@@ -108,6 +108,11 @@ def run(
                 f"some complete cells are of other code ({', '.join(sorted(others))}); they are "
                 f"kept: remove their directories from {out / 'cells'} to run them again"
             )
+        if unknown := {path.name for path in (out / "cells").glob("*")} - made.keys():
+            console.write_line(
+                f"{len(unknown)} directories in {out / 'cells'} are of no cell of this sweep (its "
+                "settings, records, model, tokenizer or arms were others) and count in nothing"
+            )
         if dropped := _drop_begun(out, left):
             console.write_line(
                 f"begun with other code, so that they start anew: {', '.join(sorted(dropped))}"
@@ -155,7 +160,7 @@ def _drop_begun(out: Path, cells: Iterable[Cell]) -> set[str]:
             begun = commit(read_run_file(directory, ENVIRONMENT))
         except InputError:  # nothing there yet, or what the run itself refuses
             continue
-        if begun != commit(revision()):
+        if begun and commit(revision()) and begun != commit(revision()):
             shutil.rmtree(directory)
             dropped.add(cell.name)
     return dropped

@@ -146,7 +146,12 @@ def _keeping(joining: Mapping[str, Any]) -> list[str]:
 
 def _most_steps(institutions: Mapping[str, Mapping[str, Any]], most: int) -> list[str]:
     """How many models alone may have been stopped too early."""
-    chose = [of for of in institutions.values() if (of.get("held_back") or 0) >= HOME_CHOOSES_ON]
+    chose = [
+        of
+        for of in institutions.values()
+        if of.get("held_back", HOME_CHOOSES_ON * (of["records"] >= HOME_CHOOSES_FROM))
+        >= HOME_CHOOSES_ON
+    ]
     if not chose:
         return []
     took = sum(of["alone_steps"] == most for of in chose)

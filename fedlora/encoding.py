@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 from fedlora.errors import InputError, RecordError
 
 DATE = date(2025, 1, 1)
-TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+TODAY = re.compile(
+    r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)"""
+)
 """A template's call for today's date; no function can be given to a template in its place."""
 CHUNK = 1000  # rows tokenised at a time: offsets of many rows would not fit into memory
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -184,6 +186,8 @@ def _rendered(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[str, str, st
         frozen = TODAY.sub(
             lambda call: repr(DATE.strftime(call["format"])), tokenizer.get_chat_template()
         )
+        if re.search(r"strftime_now\s*\(", frozen):
+            raise ValueError("it writes today's date in a format that is no text")
         rendered = tokenizer.apply_chat_template(
             turns, chat_template=frozen, tokenize=False, date_string="01 Jan 2025"
         )

@@ -14,7 +14,7 @@ from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, write_atomic
 from fedlora.model_files import MERGED
-from fedlora.run_files import AUDITED, CONFIG, read_run_file
+from fedlora.run_files import CONFIG, is_audited, read_run_file
 from fedlora.sections import check_gpu
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
@@ -234,7 +234,7 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
     """
     new_path(out_dir)  # before the model is loaded
     config = configuration(run_dir, {})
-    if (run_dir / AUDITED).exists():
+    if is_audited(run_dir):
         raise InputError(
             f"{run_dir} is an audited run, which was trained on planted records too; merge the "
             "run itself"

@@ -35,11 +35,14 @@ ENVIRONMENT = "environment.json"
 ROUNDS = "rounds.jsonl"
 """In a run directory: a line for each round."""
 RESULT = "result.json"
-AUDITED = "audited.json"
-"""File in the directory of an audited run; it holds the ``data.source`` without planted records."""
 """In a run directory: the results. A run writes this file last, so it marks a complete run."""
+AUDITED = "audited.json"
+"""In the directory of an audited run: the ``data.source`` without planted records."""
 RUNS, LATEST = "runs", "latest"
 """The directory of runs, and the link in it to the run that was started or resumed last."""
+ROOMS = ("cli", "client", "deployment", "experiments", "fedlora", "library", "server",
+         "simulation", "strategies")  # fmt: skip
+"""The directories whose code runs."""
 SUBMISSION = "submission.json"
 """In a run directory: the deployment's record of a submitted run."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -177,12 +180,12 @@ def environment() -> dict[str, Any]:
 
 @cache
 def revision() -> Mapping[str, Any]:
-    """The commit of the code, and whether it has uncommitted changes; None where unknown.
+    """The commit of the code, and whether `ROOMS` have uncommitted changes; None where unknown.
 
     It is read once a process: a checkout may move on while the code that runs does not.
     """
     sha = _project_git("rev-parse", "HEAD")
-    dirty = bool(_project_git("status", "--porcelain")) if sha else None
+    dirty = bool(_project_git("status", "--porcelain", "--", *ROOMS)) if sha else None
     return {"git_sha": sha or None, "git_dirty": dirty}
 
 
@@ -190,6 +193,11 @@ def commit(about: Mapping[str, Any]) -> str:
     """Return 12 digits of a `revision`, with a plus for uncommitted changes; "" if unknown."""
     sha = about["git_sha"]
     return f"{sha[:12]}{'+' * bool(about['git_dirty'])}" if sha else ""
+
+
+def is_audited(run_dir: Path) -> bool:
+    """Whether a run was trained on planted records too."""
+    return (run_dir / AUDITED).exists() or (run_dir.resolve().parent / "audit.json").exists()
 
 
 def command() -> list[str]:

@@ -21,6 +21,8 @@ from fedlora.errors import InputError
 from fedlora.files import write_atomic
 
 MAX_CLASSES = 200
+MIN_WORDS = 3
+"""Fewer words on average are rather a name, a number or a date than a text."""
 LABEL_LENGTH = 60
 """A longer value, in characters, is rather a sentence, such as an instruction."""
 LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "topic", "intent", "product")
@@ -110,12 +112,12 @@ def write(source: str, out: Path) -> Guess:
 def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
     """Guess which columns hold text, label and institution.
 
-    The text is the column of the longest values, of those that could be no label and differ if
-    there are any: an instruction may be the same in all rows. The label has 2 to `MAX_CLASSES`
-    distinct values, each in five rows or more on average, and the institution has at least two of
-    them, each in two rows or more on average. Among several the nearest to a usual name decides,
-    then, of labels, that they are no sentences, then the smaller number of values; a column with
-    the name of an institution is a label only if nothing else is.
+    The text is the column of the longest values, of those that could be no label and have several
+    words if there are any: an instruction may be the same in all rows. The label has 2 to
+    `MAX_CLASSES` distinct values, each in five rows or more on average, and the institution has at
+    least two of them, each in two rows or more on average. Among several the nearest to a usual
+    name decides, then, of labels, that they are no sentences, then the smaller number of values; a
+    column with the name of an institution is a label only if nothing else is.
 
     Args:
         source: The file, for messages.
@@ -130,6 +132,7 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
         for name, column in filled.items()
         if column and "," not in name  # data.text joins columns by commas
     }
+    words = {name: np.mean([len(v.split()) for v in filled[name]]) for name in lengths}
     distinct = {name: len(set(column)) for name, column in filled.items()}
     classes = {
         name: count
@@ -138,7 +141,10 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
     }
     text = max(
         lengths,
-        key=lambda name: (name not in classes and distinct[name] > 1, lengths[name]),
+        key=lambda name: (
+            name not in classes and distinct[name] > 1 and words[name] >= MIN_WORDS,
+            lengths[name],
+        ),
         default="",
     )
     distinct.pop(text, None)

@@ -174,9 +174,9 @@ class RunDirectory:
         now = commit(revision())
         if code and now and code != now:
             raise InputError(
-                f"{self.path} was begun with fedlora at commit {code}, and this is {now}: "
-                "privacy.json names one commit for all rounds; check that one out, or begin a run "
-                "with another --out"
+                f"{self.path} was begun with fedlora at commit {code}, and this is {now} (+: code "
+                "with uncommitted changes): privacy.json names one commit for all rounds; check "
+                "that one out, or begin a run with another --out"
             )
 
     def create(self, config: RunConfig) -> None:

@@ -15,7 +15,7 @@ from fedlora.files import expanded, sha256
 from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS, source
 from fedlora.model_files import merged_from
-from fedlora.run_files import AUDITED, CONFIG, ENVIRONMENT, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, is_audited, read_run_file
 from fedlora.trainable import Trainable
 from strategies.lowrank import carried, recompressed
 
@@ -157,7 +157,7 @@ def _check_promises(config: RunConfig) -> None:
     """
     start, privacy = f"adapter.start is {config.adapter.start}", config.privacy
     for earlier, origin in _lineage(config):
-        if (origin.run_dir / AUDITED).exists():
+        if is_audited(origin.run_dir):
             raise InputError(
                 f"{start}, and {origin.run_dir} is an audited run, which was trained on planted "
                 "records too; start from the run itself"

@@ -137,7 +137,7 @@ def run(
             _train(target, engine, console, transcript)
         except (InputError, Refusal):
             with contextlib.suppress(OSError):
-                if list(mark.parent.iterdir()) == [mark]:  # refused before the first round
+                if not (mark.parent / CONFIG).exists():  # refused before the first round
                     shutil.rmtree(mark.parent)
                     out.rmdir()
             raise

@@ -232,6 +232,7 @@ def test_the_list_of_keys_fits_80_columns_with_whole_lines(monkeypatch) -> None:
             {"Company public response": "abc", "Company": "abcd", "kind": "xy", "note": "n"},
             ("note", "kind", "Company", ""),
         ),
+        ({"id": "#", "statement": "st", "kind": "ab"}, ("statement", "kind", "", "")),
         ({"confirmed": "abc", "kind": "xy", "note": "n"}, ("note", "kind", "", "")),
         ({"BankName": "abc", "kind": "xy", "note": "n"}, ("note", "kind", "BankName", "")),
     ],
@@ -241,7 +242,9 @@ def test_init_guesses_columns_by_their_values_and_then_by_their_names(values, gu
         name: [
             f"a text of words {i}"
             if letters == "n"
-            else letters[i % len(letters)] * (99 if name == "instruction" else 1)
+            else f"id-{i:030}"
+            if letters == "#"
+            else letters[i % len(letters)] * (99 if name in ("instruction", "statement") else 1)
             for i in range(80)
         ]
         for name, letters in values.items()

@@ -131,6 +131,23 @@ def test_two_institutions_with_one_key_and_a_file_without_one_are_named(here, li
     assert _nodes(here) == {"b": 0}
 
 
+def test_a_key_stays_with_an_institution_whose_file_cannot_be_read_for_a_while(here, link):
+    _put(here, "b")
+    key = (here.institutions / "b.pub").read_bytes()
+    superlink_client.register(here)
+    _put(here, "c", key)
+    _put(here, "b", b"no key")
+    for _ in range(2):
+        assert "is the key of b" in superlink_client.register(here)["c"]
+        assert _nodes(here) == {}
+    _put(here, "b", key)
+    superlink_client.register(here)
+    assert _nodes(here) == {"b": 0}
+    (here.institutions / "b.pub").unlink()  # renamed to c
+    superlink_client.register(here)
+    assert _nodes(here) == {"c": 0}
+
+
 def test_of_two_new_institutions_with_one_key_none_is_registered(here, link):
     _put(here, "a")
     _put(here, "b", (here.institutions / "a.pub").read_bytes())

@@ -188,12 +188,16 @@ def test_what_goes_first_is_the_end_of_the_text_then_the_end_of_the_response() -
 
 
 def test_a_prompt_has_the_same_date_on_every_day() -> None:
-    for dated in ("{{ strftime_now('%d %B %Y') }}", "{{ date_string }}"):
+    calls = ("strftime_now('%d %B %Y')", 'strftime_now(format="%d %B %Y")', "date_string")
+    for dated in (f"{{{{ {call} }}}}" for call in calls):
         encoded = [
             sft_task(byte_tokenizer(chat=day + CHAT)).encode(["fell"], ["rose"], ()).ids[0]
             for day in (dated, "01 January 2025" if "now" in dated else "01 Jan 2025")
         ]
         assert encoded[0] == encoded[1]
+    unknown = "{% set f = '%d' %}{{ strftime_now(f) }}" + CHAT
+    with pytest.raises(InputError, match="today's date in a format that is no text"):
+        sft_task(byte_tokenizer(chat=unknown)).encode(["fell"], ["rose"], ())
 
 
 def test_generation_ends_at_the_mark_of_a_turn_that_other_tokens_follow() -> None:
