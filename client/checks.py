@@ -127,7 +127,7 @@ def check_step(order: TrainOrder, config: RunConfig, plan: PrivacyPlan) -> None:
             )
 
 
-def check_vector(order: TrainOrder, plan: PrivacyPlan, *, stored: bool) -> None:
+def check_size(order: TrainOrder, plan: PrivacyPlan, *, stored: bool) -> None:
     """Refuse an adapter that the ledger cannot store or the plan has no noise for.
 
     Args:

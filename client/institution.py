@@ -219,7 +219,7 @@ class Institution:
         shard = self._records()
         plan = plan_run(self.config, shard.num_units, order.participations)
         checks.check_step(order, self.config, plan)
-        checks.check_vector(order, plan, stored=not self.config.privacy.masks)
+        checks.check_size(order, plan, stored=not self.config.privacy.masks)
         secure = self.secure_role() if self.config.privacy.masks else None
         ledger = self.open_ledger(shard)
         with _closed_on_error(ledger):

@@ -18,6 +18,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore import log
 from flwr.superlink.cli.flower_superlink import flower_superlink
@@ -37,41 +38,52 @@ KEPT_ORDERS = 1000
 Push = Callable[..., PushMessagesResponse]
 
 
+class _Lists:
+    """The lists of objects that nodes sent, few for each order.
+
+    Flower notes each object of a list while nobody else can write, again whenever the list is
+    another one.
+    """
+
+    def __init__(self) -> None:
+        self._of_nodes: dict[int, OrderedDict[bytes, set[bytes]]] = {}  # node -> order -> lists
+        self._lock = threading.Lock()
+
+    def allow(self, node: int, order: str, tree: ObjectTree) -> bool:
+        """Whether a node may send this list for this order: a known one, or one of `MAX_LISTS`."""
+        order_digest = hashlib.sha256(order.encode()).digest()
+        digest = hashlib.sha256(tree.SerializeToString(deterministic=True)).digest()
+        with self._lock:
+            orders = self._of_nodes.setdefault(node, OrderedDict())
+            known = orders.setdefault(order_digest, set())
+            orders.move_to_end(order_digest)
+            if len(orders) > KEPT_ORDERS:
+                orders.popitem(last=False)
+            if digest not in known and len(known) >= MAX_LISTS:
+                return False
+            known.add(digest)
+            return True
+
+
 def own_answers(push: Push) -> Push:
     """Flower's handler of nodes' messages, behind a check that each is its sender's own answer.
 
-    The sender is the node whose key signed the request, which Flower has already checked. A node
-    sends few lists of objects for one order: Flower notes each object of a list while nobody else
-    can write, again whenever the list is another one.
+    The sender is the node whose key signed the request, which Flower has already checked.
     """
-    lists: dict[int, OrderedDict[bytes, set[bytes]]] = {}  # of each node: order -> its lists
-    lock = threading.Lock()
+    lists = _Lists()
 
     def checked(request: PushMessagesRequest, state: LinkState) -> Any:
         node = request.node.node_id
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
             log(WARNING, "Refused a request of node_id=%s: it has not one message", node)
             raise HTTPException(403, "a node sends one message at a time")
-        for message in request.messages_list:
-            said = message.metadata
-            if said.src_node_id != node or not said.reply_to_message_id:
-                log(WARNING, "Refused a message of node_id=%s: it is no answer of its own", node)
-                raise HTTPException(403, "a node may send answers of its own and nothing else")
-            order = hashlib.sha256(said.reply_to_message_id.encode()).digest()
-            tree = request.message_object_trees[0].SerializeToString(deterministic=True)
-            digest = hashlib.sha256(tree).digest()
-            with lock:
-                of_node = lists.setdefault(node, OrderedDict())
-                known = of_node.setdefault(order, set())
-                of_node.move_to_end(order)
-                if len(of_node) > KEPT_ORDERS:
-                    of_node.popitem(last=False)
-                allowed = digest in known or len(known) < MAX_LISTS
-                if allowed:
-                    known.add(digest)
-            if not allowed:
-                log(WARNING, "Refused a message of node_id=%s: one order has many answers", node)
-                raise HTTPException(403, "a node sends one answer to an order")
+        said = request.messages_list[0].metadata
+        if said.src_node_id != node or not said.reply_to_message_id:
+            log(WARNING, "Refused a message of node_id=%s: it is no answer of its own", node)
+            raise HTTPException(403, "a node may send answers of its own and nothing else")
+        if not lists.allow(node, said.reply_to_message_id, request.message_object_trees[0]):
+            log(WARNING, "Refused a message of node_id=%s: one order has many answers", node)
+            raise HTTPException(403, "a node sends one answer to an order")
         return push(request=request, state=state)
 
     return checked

@@ -316,9 +316,9 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
         if everything.get("federation.weighting") == "noised-size":
             fixed["federation.weighting"] = "public-size"
     alone = SINGLE_INSTITUTION if kind in ("local", "central") else {}
-    start = expanded(str(everything.get("adapter.start", "")))
-    if everything.get("adapter.start") and start.exists():  # runs/latest moves
-        fixed["adapter.start"] = str(start.resolve())
+    start = str(everything.get("adapter.start", ""))
+    if start and expanded(start).exists():  # runs/latest moves
+        fixed["adapter.start"] = str(expanded(start).resolve())
     config = from_flat({**everything, **alone, **fixed})
     return config.replace({"data.view": "pooled"}) if kind == "central" else config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedlora import csv_files, rows
-from fedlora.columns import as_text, check_columns
+from fedlora.columns import as_text, check_columns, check_single
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, expanded, write_atomic
@@ -150,11 +150,7 @@ def _rows(
     if path.suffix.lower() == ".csv":
         columns = csv_files.checked_header(source, path, wanted, form)
         found = list(csv_files.records(source, path, form))[1:]
-        twice = [column for column in columns if columns.count(column) > 1]
-        if twice:
-            raise InputError(
-                f"--data {source} has two columns {twice[0]!r}; rename or remove one of them"
-            )
+        check_single(f"--data {source}", columns, columns)
         return [dict(zip(columns, row, strict=True)) for row in found], columns
     with path.open(encoding="utf-8-sig") as file:
         lines: list[Any] = [json.loads(line) for line in file if line.strip()]

@@ -48,7 +48,7 @@ def listed(columns: list[str]) -> str:
 def check_single(source: str, wanted: Iterable[str], names: Sequence[str]) -> None:
     """Refuse a source in which a wanted column stands twice. Raises `InputError`."""
     if twice := [name for name in wanted if names.count(name) > 1]:
-        raise InputError(f"{source} has two columns {twice[0]!r}; rename one of them")
+        raise InputError(f"{source} has two columns {twice[0]!r}; rename or remove one of them")
 
 
 def unreadable(source: str, error: Exception) -> InputError:

@@ -499,7 +499,7 @@ HOME_VALIDATION = 0.2
 """Share of an institution's training records that choices at home are made on."""
 HOME_CHOOSES_FROM = 78
 """An institution with fewer training records chooses no setting."""
-HOME_CHOOSES_ON = 16
+HOME_CHOOSES_ON = round(HOME_VALIDATION * HOME_CHOOSES_FROM)
 """Nor does one that holds fewer records back, as where most are copies of a few."""
 HOME_STEPS_WITHOUT_CHOICE = 60
 """The most steps of such an institution; with 80 records 96 at a rate of 0.005 do no better."""
@@ -507,7 +507,7 @@ HOME_PRIVATE_RATE = 0.3
 """Of a learning rate at home the share under DP: Adam carries noise by rate times root of steps."""
 HOME_COMPARES_FROM = 38
 """With fewer training records alone and own are not compared."""
-HOME_COMPARES_ON = 8
+HOME_COMPARES_ON = round(HOME_VALIDATION * HOME_COMPARES_FROM)
 """Nor are they where fewer are held back."""
 
 
