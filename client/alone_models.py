@@ -41,11 +41,13 @@ class AloneModel(NamedTuple):
         adapter: Its adapter.
         setting: The setting by which it was trained.
         right: Whether its trial was right on each of the records held back; empty without any.
+        held_back: The number of training records that were held back.
     """
 
     adapter: AdapterState
     setting: Setting
     right: tuple[bool, ...]
+    held_back: int
 
 
 def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
@@ -80,9 +82,12 @@ def read(file: Path | None, start: AdapterState) -> AloneModel | None:
         adapter = AdapterState(safetensors.torch.load_file(file))
         setting = Setting(int(about["steps"]), float(about["learning-rate"]))
         right = tuple(digit == "1" for digit in about["right"])
+        held_back = int(about["held-back"])
     except (OSError, KeyError, ValueError, safetensors.SafetensorError):
         return None
-    return None if adapter.validate_against(start) else AloneModel(adapter, setting, right)
+    if adapter.validate_against(start):
+        return None
+    return AloneModel(adapter, setting, right, held_back)
 
 
 def write(file: Path | None, model: AloneModel) -> None:
@@ -97,6 +102,7 @@ def write(file: Path | None, model: AloneModel) -> None:
         "steps": str(model.setting.steps),
         "learning-rate": repr(model.setting.learning_rate),
         "right": "".join("1" if right else "0" for right in model.right),
+        "held-back": str(model.held_back),
     }
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from client.secure_party import SecureParty
 from fedlora import wire
 from fedlora.config import from_context
 from fedlora.errors import InputError, RecordError, Refusal, place
-from fedlora.sections import check_threads
+from fedlora.sections import check_gpu, check_threads
 from fedlora.secure_aggregation import (
     ListOrder,
     SecureMessage,
@@ -187,6 +187,8 @@ def _institution(context: Context) -> Institution:
         if config.deployed:
             raise Refusal("bad-configuration", "data.source is institutions in a simulation")
         check_threads("engine.threads", config.engine.threads)
+        if config.engine.gpus:  # Ray counts the cards that torch may be unable to use
+            check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
         return Institution.locate(config, int(context.node_config.get("partition-id", -1)))
     path = context.node_config.get("settings")
     if not isinstance(path, str):

@@ -186,7 +186,8 @@ class _Trainer:
                     "home.learning-rate, home.head-learning-rate or home.steps (with fedlora home: "
                     "--steps)"
                 )
-            found[i] = AloneModel(adapter, chosen[i], right.get(i, ()))
+            held_back = len(self.held.get(i, ()))
+            found[i] = AloneModel(adapter, chosen[i], right.get(i, ()), held_back)
             alone_models.write(self.homes[i].alone, found[i])
         return found
 
@@ -226,7 +227,7 @@ class _Trainer:
                 own=setting,
                 weight=weight,
                 keeps_alone=i in kept,
-                held_back=len(self.held.get(i, ())),
+                held_back=one.held_back,
             )
             found.append(HomeModels(alone=one.adapter, own=own, choice=choice))
         return found

@@ -128,7 +128,10 @@ def _private_models(member: Member, alone: AloneModel, update: ClientUpdate) -> 
         alone=alone.adapter,
         own=member.home.shared.updated(update.adapter),
         choice=Choice(
-            alone=alone.setting, own=Setting(home.steps, home.private_learning_rate), weight=1.0
+            alone=alone.setting,
+            own=Setting(home.steps, home.private_learning_rate),
+            weight=1.0,
+            held_back=alone.held_back,
         ),
         private=own,
     )

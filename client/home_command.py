@@ -31,7 +31,15 @@ from fedlora.comparison import Rows
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.files import new_path, write_atomic
-from fedlora.joining_verdict import ALL_KEEP, FINDINGS, MODELS, interval, macro_f1_gain, outcome
+from fedlora.joining_verdict import (
+    ALL_KEEP,
+    FINDINGS,
+    MODELS,
+    has_interval,
+    interval,
+    macro_f1_gain,
+    outcome,
+)
 from fedlora.released import ReleaseFiles
 from fedlora.rounding import at_most
 from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
@@ -41,6 +49,10 @@ LOCK = "home.lock"
 SPLIT = 0.2
 """Share of the records that are held back where the settings name no ``test-source``."""
 TEST_SOURCE = "test-source"
+OTHER_RUNS = (
+    "The intervals are of other held-out rows; another run of the federation, with other noise, "
+    "could say something else."
+)
 UNCERTAIN = {
     "split": (
         "without a test-source",
@@ -181,6 +193,8 @@ def report(result: dict[str, Any]) -> list[str]:
         f"In macro-F1: {macro_f1_gain(result['gain_macro_f1'])}.",
         _made(chosen),
     ]
+    if has_interval(result["gain"]):
+        lines.append(OTHER_RUNS)
     if held_out["from"] != TEST_SOURCE:
         lines.append(f"{UNCERTAIN[held_out['from']][1]}.")
     if result["privacy"] is None:

@@ -252,24 +252,28 @@ class Ledger:
 
     def store_answer(
         self, run_id: str, round_number: int, order_digest: str, answer: bytes
-    ) -> None:
-        """Store a round's answer; it may be sent after the method returns.
+    ) -> bytes:
+        """Store a round's answer; what the method returns may be sent, and nothing else.
 
         The same transaction wipes the round's key and drops the answers of the run's earlier
         rounds.
 
+        Returns:
+            The answer, or the one that another process has stored for the same order: two that were
+            trained under one key may differ in their last bits, and only one may leave.
+
         Raises:
-            Refusal: ``round-already-answered`` by another process, or ``ledger-*``.
+            Refusal: ``round-already-answered`` to another order, or ``ledger-*``.
             ValueError: If the round was not charged.
         """
         with self._transaction(wipes=True) as db:
-            if ledger_file.answered(db, run_id, round_number, order_digest) is not None:
-                raise Refusal(
-                    "round-already-answered", f"round {round_number} of run {run_id} has its answer"
-                )
+            stored = ledger_file.answered(db, run_id, round_number, order_digest)
+            if stored is not None:
+                return stored
             if not ledger_file.charged(db, run_id, round_number, order_digest):
                 raise ValueError(f"round {round_number} of run {run_id} was never charged")
             ledger_file.store_answer(db, run_id, round_number, order_digest, answer)
+            return answer
 
     def close_round(
         self, run_id: str, round_number: int, digest: bytes, survivors: Sequence[str]

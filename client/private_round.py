@@ -115,10 +115,11 @@ class PrivateRound:
             trained: The outcome of `train_rounds`.
 
         Returns:
-            The answer, with the local parts.
+            The answer, with the local parts: where another process stored one to this order
+            meanwhile, as a worker may that was given up, that one.
 
         Raises:
-            Refusal: ``round-already-answered`` or ``ledger-*``.
+            Refusal: ``round-already-answered`` to another order, or ``ledger-*``.
         """
         order, words, adapter = self.order, None, AdapterState({})
         if isinstance(trained, AdapterState):
@@ -137,8 +138,8 @@ class PrivateRound:
         if self.secure is not None and words is not None:
             return dataclasses.replace(update, words=self.secure.mask(order, words))
         blob = wire.update_to_bytes(update)
-        self.ledger.store_answer(order.run, order.round, self.digest, blob)
-        return update
+        stored = self.ledger.store_answer(order.run, order.round, self.digest, blob)
+        return update if stored is blob else wire.update_from_bytes(stored)
 
     def _size(self) -> float:
         """The size that the weighting needs: a size class, a noised count, or 0.

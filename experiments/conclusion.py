@@ -96,12 +96,12 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
         return Section(title="Conclusion", note=note, caution=True)
     least = min(line["seeds"] for line in each)
     said: list[str] = []
-    ahead = behind = 0
+    counted: list[tuple[int, int, int]] = []
     for private, where in ((True, "under differential privacy"), (False, "without it")):
         lines = [line for line in each if under_dp(line) == private]
         pays, costs = _clear(lines, "gain")
         if lines:
-            ahead, behind = ahead + pays, behind + costs
+            counted.append((pays, costs, len(lines)))
             where = where if said or private else "without differential privacy"
             said.append(
                 f"{where[0].upper()}{where[1:]} in {pays} of {len(lines)} settings, and in "
@@ -135,9 +135,21 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     )
     if least < MIN_SEEDS:
         words.append(_too_few(each))
+    ahead, behind, settings = counted[0]  # under DP where a setting is: that is what banks ask
     bad = behind > ahead
-    caution = not bad and (least < MIN_SEEDS or not ahead or behind + costs > 0)
+    doubtful = least < MIN_SEEDS or ahead <= _by_chance(settings)
+    caution = not bad and (doubtful or costs + sum(one[1] for one in counted) > 0)
     return Section(title="Conclusion", note=note, bad=bad, caution=caution, words=words)
+
+
+def _by_chance(settings: int) -> int:
+    """So many settings, or fewer, pay in 19 of 20 sweeps in which joining makes no difference.
+
+    This is of settings that share no records. Those that do pay together, more often than that.
+    """
+    from scipy import stats
+
+    return int(stats.binom.ppf(CONFIDENCE, settings, (1 - CONFIDENCE) / 2))
 
 
 def _clear(lines: Lines, key: str) -> tuple[int, int]:

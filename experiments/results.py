@@ -48,7 +48,9 @@ CAPTION = (
 """Explains the tables."""
 JOINING_CAPTION = (
     " Alone, shared, own: accuracies of the institutions' models at home within a run; the gain of "
-    "joining is own minus alone, in points, also of macro-F1. Where the model alone was clearly "
+    "joining is own minus alone, in points, also of macro-F1. Where seeds draw their held-out rows "
+    "and have by chance less spread than the bootstrap of single runs, the interval of a gain is "
+    "that of the bootstrap, for so many seeds. Where the model alone was clearly "
     "better on training records held back, it is the own model too (keeps_alone in result.json). "
     "Not compared: institutions of all seeds whose models could not be made or measured, as where "
     "training diverged; they count in none of these."
@@ -251,6 +253,10 @@ def _joining(
         else:
             values = [joining[key]["accuracy"] for joining in compared]
         line |= _mean(key, values, drawn)
+        if institution == ALL and key.startswith("gain") and drawn:
+            line[f"{key}_ci95"] = _at_least(
+                line[f"{key}_ci95"], [joining[key] for joining in compared], drawn
+            )
     everyone = institution == ALL
     # all that train together: with home.institutions some of them train no models at home
     line["institutions"] = (
@@ -280,6 +286,23 @@ def _mean(name: str, values: Sequence[float], drawn: float) -> dict[str, float |
         t = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(known) - 1))
         half = t * statistics.stdev(known) * math.sqrt(1 / len(known) + drawn / (1 - drawn))
     return {name: statistics.fmean(known) if known else None, f"{name}_ci95": half}
+
+
+def _at_least(half: float | None, gains: Sequence[Mapping[str, Any]], drawn: float) -> float | None:
+    """Half the width of a mean gain's interval, no less than that of its runs' own intervals.
+
+    Two or three seeds often agree by chance. What single runs do not know cannot be known by their
+    mean alone.
+
+    Args:
+        half: That of the spread over seeds; None with one seed.
+        gains: ``low`` and ``high`` of each seed's 95 % interval, a bootstrap over held-out texts.
+        drawn: The share of records that each seed draws as held-out rows; above 0.
+    """
+    if half is None:
+        return None
+    one = statistics.fmean((gain["high"] - gain["low"]) / 2 for gain in gains)
+    return max(half, one * math.sqrt(1 / len(gains) + drawn / (1 - drawn)))
 
 
 def write(out: Path) -> None:

@@ -8,6 +8,8 @@ Importing fedlora loads nothing else: each name is loaded when it is first used.
 """
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.2.0"
@@ -38,9 +40,34 @@ _NAMES = {
 __all__ = ["__version__", *_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
+_ROOMS = (
+    "cli",
+    "client",
+    "deployment",
+    "experiments",
+    "library",
+    "server",
+    "simulation",
+    "strategies",
+)
+"""The other packages of fedlora, which lie beside this one."""
+
+
+def _check_rooms() -> None:
+    """Refuse a module of the user's own that has the name of one of fedlora's packages."""
+    here = Path(__file__).resolve().parent.parent
+    for room in _ROOMS:
+        spec = importlib.util.find_spec(room)
+        if spec and spec.origin and here not in Path(spec.origin).resolve().parents:
+            raise ImportError(
+                f"{spec.origin} hides the package {room!r} of fedlora; rename it and start anew"
+            )
+
+
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _check_rooms()
     found = getattr(importlib.import_module(_NAMES[name]), name)
     globals()[name] = found
     return found

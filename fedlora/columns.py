@@ -31,8 +31,12 @@ def check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]
     for column, key in wanted.items():
         if column in columns:
             continue
-        form = "natural:COLUMN with one of them" if key == "data.partition" else "one of them"
-        remedy = f"set {key} to {form}"
+        remedy = f"set {key} to one of them"
+        if key == "data.partition":
+            remedy = (
+                "give rows with that column, or set data.partition to natural:COLUMN with one of "
+                "them, or to iid with data.institutions"
+            )
         if {"context", "target"} <= set(columns):
             remedy = 'these are FinLoRA rows: set data.text to "context" and data.label to "target"'
         raise RecordError(

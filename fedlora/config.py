@@ -21,6 +21,7 @@ import tomli_w
 
 from fedlora import config_rules, schemes
 from fedlora.errors import InputError
+from fedlora.files import expanded
 from fedlora.sections import (
     INSTITUTIONS,
     MIN_NATURAL_RECORDS,
@@ -322,7 +323,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
     Raises:
         InputError: If the file is missing, is not TOML, or holds a bad key or value.
     """
-    return from_flat({**given(Path(path)), **(overrides or {})})
+    return from_flat({**given(expanded(str(path))), **(overrides or {})})
 
 
 def given(path: Path) -> dict[str, Any]:

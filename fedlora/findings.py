@@ -65,7 +65,12 @@ def findings(config: RunConfig, records: Federation, participations: int) -> lis
     Raises:
         InputError: If no noise reaches the budget, or delta is not below 1 / records.
     """
-    found = [*_labels(records), *_lost_rows(records), *_left_out(config, records)]
+    found = [
+        *_labels(records),
+        *_lost_rows(records),
+        *_left_out(config, records),
+        *_not_measured(config, records),
+    ]
     rows = len(records.all_held_out)
     if 0 < rows < MIN_HELD_OUT_ROWS:
         found.append(
@@ -98,6 +103,7 @@ def refuse(config: RunConfig, found: Sequence[Finding]) -> None:
             f"accept = {json.dumps(names)} to the configuration"
             if config.deployed
             else " ".join(f"--accept {name}" for name in names)
+            + f" (in Python accept={json.dumps(names)})"
         )
         raise InputError(
             "; ".join(finding.text for finding in void)
@@ -248,6 +254,20 @@ def _left_out(config: RunConfig, records: Federation) -> list[Finding]:
             name="left-out",
             text=f"{len(names):,} institutions with {sum(records.left_out.values()):,} training "
             f"rows are left out: {least}. The largest are {some(names)}",
+        )
+    ]
+
+
+def _not_measured(config: RunConfig, records: Federation) -> list[Finding]:
+    lost, rows = records.counts["test_rows_dropped"], records.counts["test_rows"]
+    if not lost:
+        return []
+    return [
+        Finding(
+            name="test-rows-left-out",
+            text=f"{lost:,} of {rows:,} rows of data.test-source are not measured: no institution "
+            f"of theirs trains. Institutions are {some(records.names)}; write their names alike in "
+            "both sources",
         )
     ]
 

@@ -11,7 +11,8 @@ MAX_SCARCE_RECORDS = 5
 MIN_TEXTS = 10
 """A gain has an interval, and an institution may count as gaining or losing, with at least so many
 different held-out texts. With fewer the bootstrap's interval is too narrow: of five texts, one gain
-in 16 may lie above 0 by chance, of ten to seventeen at worst one in 25, of more about one in 40."""
+in 16 may lie above 0 by chance; of ten to some twenty one in 20 at worst, which is where the models
+differ on nearly every text, else about one in 40."""
 MIN_CLASS_TEXTS = 8
 """Macro-F1 has a verdict where each of its classes has at least so many different held-out texts.
 With fewer the 95 % interval is none: simulated with one rare class in four, which gains 40 points,

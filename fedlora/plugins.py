@@ -29,6 +29,8 @@ ARGUMENTS = {
 
 _given: dict[str, Any] = {}
 """Name -> object that this process was given, which need not be importable."""
+_codes_of: dict[tuple[str, Any], list[tuple[str, bytes]]] = {}
+"""(Name, function) -> its code when this process first found it: a file may change later."""
 
 
 def give(key: str, thing: Any) -> str:
@@ -89,16 +91,17 @@ def load(key: str, name: str) -> Any:
             "function"
         )
     _check_arguments(key, name, for_calls)
+    _codes(name, found)
     return found
 
 
 def describe(named: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     """Each plug-in for a run's papers: ``key``, ``object``, ``file`` and ``sha256`` of its code.
 
-    The hash is that of the file, or of the function's source where there is no file (in a
-    notebook); it does not cover other files that the plug-in imports. An object whose function is
-    defined in another file than the object has an entry for each of the two. What cannot be found
-    is left out.
+    The hash is that of the file as it was when this process first loaded the object, or of the
+    function's source where there is no file (in a notebook); it does not cover other files that the
+    plug-in imports. An object whose function is defined in another file than the object has an
+    entry for each of the two. What cannot be found is left out.
     """
     found: list[dict[str, str]] = []
     for key, name in named:
@@ -173,10 +176,12 @@ def _name(thing: Any) -> str:
 def _codes(name: str, thing: Any) -> list[tuple[str, bytes]]:
     """The code of an object's function, and of the module that names the object."""
     function = _function(thing)
-    parts = [function]
-    if function is not thing:
-        parts.append(sys.modules.get(name.partition(":")[0]))
-    return [code for code in dict.fromkeys(map(_code, parts)) if any(code)]
+    if (name, function) not in _codes_of:
+        parts = [function]
+        if function is not thing:
+            parts.append(sys.modules.get(name.partition(":")[0]))
+        _codes_of[name, function] = [c for c in dict.fromkeys(map(_code, parts)) if any(c)]
+    return _codes_of[name, function]
 
 
 def _code(thing: Any) -> tuple[str, bytes]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import plugins, schemes, sources
+from fedlora import plugins, schemes, sources, tables
 from fedlora.arrays import Int64
 from fedlora.columns import as_text
 from fedlora.csv_files import CsvForm
@@ -158,7 +158,9 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
         )
     counts["institutions_dropped"] = len(placed.left_out)
     owner = at_most(placed, settings.max_records, seed=seed)
-    counts["rows_dropped"] = int((owner < 0).sum() + (placed.held_out < 0).sum())
+    lost_held_out = int((placed.held_out < 0).sum())
+    counts["rows_dropped"] = int((owner < 0).sum()) + lost_held_out
+    counts["test_rows_dropped"] = lost_held_out if test else 0
 
     return PartitionedRows(
         names=placed.names,
@@ -268,7 +270,7 @@ def _assigned(table: Table, name: str, seed: int) -> Table:
             f"{key} is python:{name}, which gave {len(given)} institutions for "
             f"{len(table.texts)} rows; give one for each row, and an empty text for none"
         )
-    names = [as_text(institution, key, name) for institution in given]
+    names = [as_text(tables.plain(institution), key, name) for institution in given]
     return replace(table, others={**table.others, name: names})
 
 

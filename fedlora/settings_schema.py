@@ -6,8 +6,10 @@ that names the key, the value, the bound and the remedy.
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -53,7 +55,11 @@ def _holds(value: float, word: str, bound: float) -> bool:
 
 
 class Section:
-    """A dataclass that checks each field against the choices and bounds of its declaration."""
+    """A dataclass that checks each field against the type, choices and bounds of its declaration.
+
+    A value of another form becomes one of its type where that is no guess: a path or a number in
+    text, a list, one number for a list of them.
+    """
 
     prefix: typing.ClassVar[str] = ""
     where: typing.ClassVar[str] = "in the config or with --set {}=VALUE"
@@ -61,8 +67,13 @@ class Section:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(typing.cast(Any, self)):
-            name = self.prefix + kebab(field.name)
+            name, kind = self.prefix + kebab(field.name), _hints(type(self))[field.name]
             value = getattr(self, field.name)
+            if not field.metadata:
+                _check_section(name, value, kind)
+                continue
+            value = coerce(name, value, kind, field.metadata["bounds"])
+            object.__setattr__(self, field.name, value)
             choices: tuple[str, ...] = field.metadata.get("choices", ())
             if choices and value not in choices:
                 near = difflib.get_close_matches(str(value), choices, n=1)
@@ -72,6 +83,16 @@ class Section:
                 )
             for each in typing.cast(Any, value) if isinstance(value, tuple) else (value,):
                 _check_bounds(name, each, field.metadata, self.where.format(name))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _check_section(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is {value!r}; it must be a {kind.__name__}: make one of its keys")
 
 
 def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any], where: str) -> None:
@@ -102,7 +123,7 @@ _S = typing.TypeVar("_S", bound=Section)
 
 
 def coerce(name: str, value: Any, kind: Any, bounds: Mapping[str, float]) -> Any:
-    """A value from TOML, Flower or the command line as the type of its field.
+    """A value from TOML, Flower, Python or the command line as the type of its field.
 
     Args:
         name: Name of the key, for errors.
@@ -113,6 +134,8 @@ def coerce(name: str, value: Any, kind: Any, bounds: Mapping[str, float]) -> Any
     Raises:
         InputError: If the value is not of that type, or a conversion would be a guess.
     """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(typing.cast("os.PathLike[str]", value))
     if isinstance(value, str) and not is_unicode(value):
         raise _surrogate_error(name, value)
     if isinstance(kind, types.GenericAlias):
@@ -122,6 +145,7 @@ def coerce(name: str, value: Any, kind: Any, bounds: Mapping[str, float]) -> Any
 
 def _coerce_list(name: str, value: Any, kind: type, bounds: Mapping[str, float]) -> tuple[Any, ...]:
     """A list from TOML, or its text: JSON, or entries joined by commas; one number is a list."""
+    given = value
     if isinstance(value, str):
         text = value.strip()
         try:
@@ -133,12 +157,16 @@ def _coerce_list(name: str, value: Any, kind: type, bounds: Mapping[str, float])
     if not isinstance(value, list | tuple):
         example = '["a", "b"]' if kind is str else "[0.1, 0.2]"
         words = "text" if kind is str else "numbers"
-        raise InputError(f"{name} must be a list of {words}, such as {example}")
+        said = f"{given!r:.100}"
+        raise InputError(f"{name} is {said}; it must be a list of {words}, such as {example}")
     items = typing.cast(list[Any], value)
     if kind is float:
         return tuple(_coerce_scalar(name, item, float, bounds) for item in items)
     if not all(isinstance(item, str) for item in items):
-        raise InputError(f'{name} must be a list of text, such as ["a", "b"]')
+        wrong = next(item for item in items if not isinstance(item, str))
+        raise InputError(
+            f'{name} has {wrong!r}, which is no text; it must be a list of text, such as ["a", "b"]'
+        )
     for item in items:
         if not is_unicode(item):
             raise _surrogate_error(name, item)
@@ -185,7 +213,6 @@ def section(cls: type[_S], values: Mapping[str, Any]) -> _S:
     Raises:
         InputError: For an unknown key, a wrong type or a value out of bounds.
     """
-    hints = typing.get_type_hints(cls)
     known = {kebab(field.name): field for field in dataclasses.fields(typing.cast(Any, cls))}
     made: dict[str, Any] = {}
     for name, value in values.items():
@@ -195,6 +222,5 @@ def section(cls: type[_S], values: Mapping[str, Any]) -> _S:
                 f"{name} is no key here; "
                 + (f"did you mean {near[0]}?" if near else f"keys are {', '.join(known)}")
             )
-        field = known[name]
-        made[field.name] = coerce(name, value, hints[field.name], field.metadata["bounds"])
+        made[known[name].name] = value
     return cls(**made)

@@ -129,7 +129,8 @@ class Federation:
         counts: rows (of data.source) and test_rows (of data.test-source), as the sum of train,
             held_out, without_text, without_label (a text and no label), without_institution,
             duplicates_removed and rows_dropped (of an institution left out, or above
-            data.max-records); and institutions_dropped, truncated.
+            data.max-records); and institutions_dropped, truncated, test_rows_dropped (those of
+            rows_dropped that are of data.test-source).
         left_out: Institution without enough training rows -> its training rows.
         all_train: Training rows of all institutions, one institution after the other.
         train_bounds: int64 (institutions + 1,), where each institution's rows begin.

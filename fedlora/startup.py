@@ -17,7 +17,7 @@ ENVIRONMENT = {
 }
 """Environment variables that a training process needs from its start."""
 
-_LIBRARIES = {
+LIBRARIES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -28,6 +28,7 @@ _LIBRARIES = {
     # Waiting torch threads spin by default. On shared cores a pass then takes ten times as long.
     "OMP_WAIT_POLICY": "passive",
 }
+"""Environment variables by which libraries send nothing and wait quietly."""
 
 TRIM_THRESHOLD = 192 * 2**20
 """Growth in bytes since the last trim after which `trim_heap` trims again."""
@@ -82,7 +83,7 @@ def paused_gc() -> Generator[None]:
 
 def quiet_libraries() -> None:
     """Set variables that libraries read at import: no telemetry, no banners, no compiler."""
-    for name, value in (ENVIRONMENT | _LIBRARIES).items():
+    for name, value in (ENVIRONMENT | LIBRARIES).items():
         os.environ.setdefault(name, value)
     with contextlib.suppress(AttributeError):  # a C library other than glibc
         _LIBC.mallopt(_ARENA_MAX, int(os.environ["MALLOC_ARENA_MAX"]))

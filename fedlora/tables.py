@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from fedlora.columns import Rows, as_text, check_columns, check_single
 from fedlora.errors import InputError
+from fedlora.text import folded
 
 MEMORY = "memory:"
 """Begins the name of a source that this process holds."""
@@ -93,7 +94,7 @@ def columns(table: Table, wanted: Mapping[str, str], source: str) -> Rows:
     check_columns(source, wanted, names)
     check_single(source, wanted, names)
     rows = {
-        name: [as_text(_plain(value), source, name) for value in _values(table, name)]
+        name: [as_text(plain(value), source, name) for value in _values(table, name)]
         for name in wanted
     }
     lengths = {name: len(column) for name, column in rows.items()}
@@ -109,10 +110,16 @@ def digest(table: Table, source: str) -> str:
         return _digest(parts)
     return _digest(
         {
-            name: [f"{type(v).__name__} {v}" for v in map(_plain, _values(table, name))]
+            name: [f"{type(v).__name__} {v}" for v in map(plain, _values(table, name))]
             for name in _names(table, source)
         }
     )
+
+
+def is_table(thing: Any) -> bool:
+    """Whether a thing is a table of one holder, of the kinds that `columns` reads."""
+    frame = _is_a(thing, "pandas", "DataFrame") or _is_a(thing, "datasets", "Dataset")
+    return frame or isinstance(thing, Mapping)
 
 
 def by_institution(table: Table) -> bool:
@@ -140,7 +147,10 @@ def _names(table: Table, key: str) -> tuple[str, ...]:
         return tuple(map(str, table.columns))
     if _is_a(table, "datasets", "Dataset"):
         return tuple(table.column_names)
-    raise InputError(f"{key} is a {type(table).__name__}; it must be {KINDS}")
+    module, name = type(table).__module__.partition(".")[0], type(table).__qualname__
+    kind = name if module == "builtins" else f"{module} {name}"
+    hint = "; give its .to_pandas()" if hasattr(table, "to_pandas") else ""
+    raise InputError(f"{key} is a {kind}; it must be {KINDS}{hint}")
 
 
 def _values(table: Table, name: str) -> list[Any]:
@@ -164,11 +174,21 @@ def _joined(tables: Mapping[Any, Table], wanted: Mapping[str, str], source: str)
         raise InputError(f"{source} is an empty dictionary; it must be {KINDS}")
     own = {name: key for name, key in wanted.items() if name != INSTITUTION}
     rows: Rows = {name: [] for name in wanted}
+    names: dict[str, Any] = {}
     for institution, table in tables.items():
+        other = names.setdefault(folded(str(institution)), institution)
+        if other is not institution:
+            raise InputError(
+                f"{source} has the institutions {other!r} and {institution!r}, whose names are "
+                "the same but for case, spaces or type; rename one, or give their rows together"
+            )
         place = f"{source}[{institution!r}]"
         if by_institution(table):
             raise InputError(f"{place} is a dictionary of tables; it must be one table")
-        add_institution(rows, str(institution), columns(table, own, place))
+        part = columns(table, own, place)
+        if not any(part.values()):
+            raise InputError(f"{place} has no row; leave this institution out, or give its rows")
+        add_institution(rows, str(institution), part)
     return rows
 
 
@@ -180,7 +200,8 @@ def add_institution(rows: Rows, institution: str, part: Rows) -> None:
 
 
 def _is_column(values: Any) -> bool:
-    return isinstance(values, list | tuple)
+    """Whether a thing is a list, or one dimension of pandas, numpy, torch or datasets."""
+    return isinstance(values, list | tuple) or getattr(values, "ndim", None) == 1
 
 
 def _is_a(thing: Any, module: str, name: str) -> bool:
@@ -193,7 +214,10 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """A value without numpy's type; a number that is none becomes a missing value."""
+def plain(value: Any) -> Any:
+    """A value without numpy's type; a missing one of pandas, or a number that is none, is None."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value
-    return None if isinstance(value, float) and math.isnan(value) else value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    pandas = sys.modules.get("pandas")
+    return None if pandas is not None and value is pandas.NA else value

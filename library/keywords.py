@@ -7,6 +7,7 @@ this list with the configuration.
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from fedlora import plugins, schemes
@@ -16,7 +17,12 @@ from strategies.base import Strategy
 
 PlugIn = str | Callable[..., Any] | Strategy
 """Code of one's own, or its name as ``module:object``."""
-OWN = {"data.source": "data", "data.test-source": "test_data", "run-dir": "out"}
+OWN = {
+    "data.source": "data",
+    "data.test-source": "test_data",
+    "run-dir": "out",
+    "tracking.callbacks": "on_round",
+}
 """Keys that `library.run.run` takes as arguments of other names."""
 
 
@@ -26,7 +32,7 @@ class Keywords(TypedDict, total=False):
     seed: int
     accept: Sequence[str]
     # [model]
-    model: str
+    model: str | Path
     dtype: str
     quantization: str
     task: str
@@ -36,7 +42,7 @@ class Keywords(TypedDict, total=False):
     ranks: str
     alpha: float
     dropout: float
-    start: str
+    start: str | Path
     target_modules: Sequence[str]
     # [data]
     partition: PlugIn
@@ -65,7 +71,7 @@ class Keywords(TypedDict, total=False):
     rounds: int
     strategy: str
     aggregate: PlugIn
-    metrics: Sequence[PlugIn]
+    metrics: PlugIn | Sequence[PlugIn]
     residual_rank: int
     institutions_per_round: int
     min_updates: int
@@ -92,7 +98,7 @@ class Keywords(TypedDict, total=False):
     unit: str
     noise: str
     size_noise: float
-    ledger: str
+    ledger: str | Path
     max_epsilon: float
     institution_epsilon: float
     institution_delta: float
@@ -101,7 +107,7 @@ class Keywords(TypedDict, total=False):
     home_method: str
     home_steps: int
     home_batch_size: int
-    home_learning_rate: Sequence[float]
+    home_learning_rate: float | Sequence[float]
     home_head_learning_rate: float
     home_proximal: float
     home_institutions: int
@@ -124,9 +130,12 @@ def overrides(keywords: Mapping[str, Any]) -> dict[str, Any]:
         InputError: For a keyword that is none, with the nearest one.
     """
     known = keys()
+    same = {key.rpartition(".")[2].replace("-", "_"): own for key, own in OWN.items()}
     found: dict[str, Any] = {}
     for name, value in keywords.items():
         if name not in known:
+            if name in same:
+                raise InputError(f"{name} is no keyword of fedlora.run; did you mean {same[name]}?")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = (
                 f"did you mean {near[0]}?"
@@ -146,7 +155,7 @@ def keys() -> dict[str, str]:
         name = last.replace("-", "_")
         if section == "home":
             name = f"home_{name}"
-        if key not in OWN and key != "tracking.callbacks":
+        if key not in OWN:
             found["model" if key == "model.name" else name] = key
     return found
 

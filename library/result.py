@@ -3,19 +3,18 @@
 import html
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedlora import finished_run
+from fedlora import finished_run, rows, tables
 from fedlora.config import RunConfig, load
 from fedlora.extras import require_page_packages
+from fedlora.files import expanded
 from fedlora.rounding import at_most, number
 from fedlora.run_files import CONFIG, read_records, read_run_file
 
 
-@dataclass(frozen=True)
 class Result:
     """A complete run: ``Result("runs/one")`` opens an earlier one.
 
@@ -23,10 +22,8 @@ class Result:
         directory: The run directory.
     """
 
-    directory: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "directory", Path(self.directory).absolute())
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = expanded(str(directory)).absolute()
         _ = self.figures  # refuses a directory without a complete run
 
     @cached_property
@@ -36,7 +33,12 @@ class Result:
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
-        """A dictionary for each round, as in ``rounds.jsonl``: ``metrics``, ``epsilon_max``, ..."""
+        """A dictionary for each round, as in ``rounds.jsonl``: ``metrics``, ``epsilon_max``, ...
+
+        Raises:
+            InputError: If the run directory is no longer there.
+        """
+        read_run_file(self.directory)
         return read_records(self.directory)
 
     @property
@@ -69,16 +71,28 @@ class Result:
         return transformers.AutoTokenizer.from_pretrained(self.adapter, trust_remote_code=False)
 
     def predict(
-        self, texts: Sequence[str], institution: str = "", *, own: bool = False
+        self, texts: Sequence[str] | tables.Table, institution: str = "", *, own: bool = False
     ) -> list[dict[str, Any]]:
         """Answer texts: ``text``, ``answer`` and, where there are classes, ``score``, ``scores``.
 
         ``institution`` and ``own`` are those of `model`.
 
+        Args:
+            texts: The texts, or a table with the run's columns of the text (``data.text``).
+            institution: The institution whose adapter is used.
+            own: Whether it is the institution's own model.
+
         Raises:
-            InputError: If a text is empty.
+            InputError: If a text is empty, or a table has no such column.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        if isinstance(texts, str):
+            texts = [texts]
+        elif tables.is_table(texts):
+            columns = dict.fromkeys(rows.text_columns(self.config.data.text), "data.text")
+            found = tables.columns(texts, columns, "texts")
+            texts = [rows.joined(parts) for parts in zip(*found.values(), strict=True)]
+        else:
+            texts = list(texts)
         found = finished_run.predict(self.directory, texts, institution, own_model=own)
         return found["answers"]
 
@@ -97,6 +111,8 @@ class Result:
         return page
 
     def __repr__(self) -> str:
+        if not self.directory.exists():
+            return f"Result({str(self.directory)!r}, which is gone)"
         shown = ", ".join(f"{name} {value}" for name, value in self._shown().items())
         return f"Result({str(self.directory)!r}: {shown})"
 

@@ -95,10 +95,10 @@ def _resolved(config: str | Path | RunConfig | None, values: Mapping[str, Any]) 
     if isinstance(config, RunConfig):
         return config.replace(values)
     if isinstance(cast(object, config), str | Path):
-        return load(ready.locate(Path(config)), values)
+        return load(ready.locate(expanded(str(config))), values)
     raise InputError(
         f"config is a {type(config).__name__}; it must be the path of a TOML file, the name of a "
-        "ready configuration, or a RunConfig"
+        "ready configuration, or a RunConfig; give records as data=..."
     )
 
 

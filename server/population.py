@@ -90,6 +90,12 @@ def check_settings(config: RunConfig, records: Federation) -> None:
     """
     size = len(records.names)
     check_federation(config, size)
+    if not len(records.all_held_out) and (lost := records.counts["test_rows_dropped"]):
+        raise InputError(
+            f"all {lost:,} rows of data.test-source that could be measured on are of institutions "
+            f"that do not train; those that do are {findings.some(records.names)}: write their "
+            "names alike in both sources"
+        )
     if not len(records.all_held_out):
         classes, rows = len(records.labels), len(records.all_train)
         raise InputError(

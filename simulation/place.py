@@ -24,9 +24,10 @@ def placed(config: RunConfig, directory: Path, *, resume: bool = False) -> RunCo
     """
     directory = expanded(str(directory))
     if not resume and (directory / CONFIG).exists():
+        go_on = f", or continue it with `fedlora run --resume {directory}`"
         raise InputError(
-            f"{directory} holds another run; give another --out, or continue it with --resume "
-            f"{directory}"
+            f"{directory} holds another run; give another directory (--out, in Python out=...)"
+            + go_on * (not is_complete(directory))
         )
     if resume and is_complete(directory):
         raise InputError(

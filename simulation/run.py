@@ -6,7 +6,6 @@ Workers on this machine are forks of this process, so that it imports and loads 
 import contextlib
 import importlib
 import logging
-import operator
 import os
 import secrets
 import shutil
@@ -91,7 +90,7 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
     Yields:
         The fork server of the workers. None where workers start as new processes: on a cluster;
         with GPUs or several threads, whose state does not survive a fork; on systems without
-        pidfds; and in a later run of a process with other records or another model.
+        pidfds; and in a process that has imported Ray, as each has after its first run on Ray.
 
     Raises:
         InputError: As `prepare` and `fedlora.budget.plan_run`; also if the base model cannot be
@@ -105,7 +104,7 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
             _ask_for_a_token()
     if not config.engine.ray_address:  # machines of a cluster have other processors
         check_threads("engine.threads", config.engine.threads)
-    if kind == "inline" and config.engine.gpus:  # Ray itself refuses more GPUs than there are
+    if config.engine.gpus and not config.engine.ray_address:
         check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
     records = prepare(config)
     with paused_gc():  # a collection would scan all imported objects
@@ -116,16 +115,19 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
             findings.plans_of(config, records.units, cap)
         for name in _modules(config):
             importlib.import_module(name)
-        work = trainable.load(config, records.labels)
+        trainable.load(config, records.labels)
     if kind == "inline":
         yield None
         return
-    forks, settings = _forks(config, (records, work)), config.engine
-    with paused_gc():
-        from simulation.engines import ray
+    settings = config.engine
+    with contextlib.ExitStack() as stack:
+        if (forks := _forks(config)) is not None:
+            stack.callback(forks.close)
+        with paused_gc():
+            from simulation.engines import ray
 
-    cores = max(settings.workers * settings.threads, processors.count())
-    with ray.started(settings.ray_address, cores):
+        cores = max(settings.workers * settings.threads, processors.count())
+        stack.enter_context(ray.started(settings.ray_address, cores))
         yield forks
 
 
@@ -169,27 +171,18 @@ def _modules(config: RunConfig) -> list[str]:
     return [CLIENT_APP.partition(":")[0], *private, "server.app"]
 
 
-_fork_server: "tuple[ForkServer, tuple[object, object]] | None" = None
-"""The fork server of this process's first run on Ray, with the records and the model of its forks.
-A later run cannot start another one, because Ray is imported by then."""
-
-
-def _forks(config: RunConfig, loaded: tuple[object, object]) -> "ForkServer | None":
-    global _fork_server
+def _forks(config: RunConfig) -> "ForkServer | None":
+    """A server of forks of this process, or None; see `load`."""
     if config.engine.ray_address or config.engine.gpus or config.engine.threads > 1:
         return None  # a fork would wait for threads that it does not have
-    if _fork_server is not None:
-        server, inherited = _fork_server
-        return server if server.alive and all(map(operator.is_, inherited, loaded)) else None
     if "ray" in sys.modules:
         return None
     from simulation.engines.forkserver import ForkServer
 
     try:
-        _fork_server = ForkServer(), loaded
+        return ForkServer()
     except (AttributeError, OSError):  # no pidfds or Unix sockets, or a path too long for a socket
         return None
-    return _fork_server[0]
 
 
 @contextlib.contextmanager

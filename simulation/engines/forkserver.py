@@ -99,9 +99,9 @@ class ForkServer:
         return not self._has_ended(0.0)
 
     def check(self) -> None:
-        """Raise a RuntimeError if the server has ended, since no worker could start any more."""
+        """Raise a ChildProcessError if the server has ended, since no worker could start then."""
         if not self.alive:
-            raise RuntimeError(f"the fork server of the workers ended with {self._code}")
+            raise ChildProcessError(f"the fork server of the workers ended with {self._code}")
 
     def close(self) -> None:
         """End the server and its forks. A second call, or one in another process, does nothing."""

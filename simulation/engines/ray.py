@@ -33,7 +33,7 @@ from ray.exceptions import RayError, RayTaskError
 from fedlora import logs, wire
 from fedlora.errors import InputError
 from fedlora.flower_internals import set_message_id
-from fedlora.startup import ENVIRONMENT, paused_gc, trim_heap
+from fedlora.startup import ENVIRONMENT, LIBRARIES, paused_gc, trim_heap
 from server.roster import UNTIMED_TOGETHER
 from simulation.engines.forkserver import ForkServer
 from simulation.engines.grid import (
@@ -46,6 +46,8 @@ from simulation.engines.grid import (
     fitting,
     identify,
 )
+
+log = logging.getLogger("fedlora.simulation")
 
 LOOPBACK = "127.0.0.1"
 MAX_CACHED_RECORDS = 2  # shared records of earlier pushes that a worker keeps
@@ -199,7 +201,7 @@ class RayGrid(SimulationGrid):
         super().__init__(institutions, run_config)
         self._forks = workers.forks
         self._costs = dict(zip(self.get_node_ids(), costs, strict=True)) if costs else {}
-        environment: dict[str, Any] = {"env_vars": ENVIRONMENT}
+        environment: dict[str, Any] = {"env_vars": ENVIRONMENT | LIBRARIES}
         if workers.forks is not None:
             environment["py_executable"] = workers.forks.py_executable
         count = min(_max_workers(workers.threads, workers.gpus), institutions)
@@ -222,6 +224,7 @@ class RayGrid(SimulationGrid):
         self._queue: collections.deque[_Call] = collections.deque()
         self._running: dict[Any, tuple[int, _Call]] = {}  # reference -> worker, call
         self._at_worker: list[collections.deque[Any]] = [collections.deque() for _ in range(count)]
+        self._failed_starts: int | None = 0  # None once a worker has started
         self._new = set(range(count))  # workers without a reply so far
         self._starting = {w.pid.remote(): i for i, w in enumerate(self._workers)}  # no answer yet
 
@@ -265,7 +268,8 @@ class RayGrid(SimulationGrid):
             for index in self._started():
                 self._workers[index].store_shared.remote(list(fresh), *fresh.values())
         self._queue.clear()  # no caller waits for the messages of an earlier push
-        self._queue.extend(_group(jobs, len(self._workers)))
+        working = len(self._started()) or len(self._workers)  # some may never find a place
+        self._queue.extend(_group(jobs, working))
         self._begin_exchange([job.message for job in jobs])
         self._dispatch()
         return [job.message.metadata.message_id for job in jobs]
@@ -274,7 +278,7 @@ class RayGrid(SimulationGrid):
         """Return the replies that have arrived; wait up to 0.1 s for the first.
 
         Raises:
-            RuntimeError: If the fork server of the workers has ended.
+            ChildProcessError: If the fork server of the workers has ended, or no worker can start.
         """
         if self._forks is not None:
             self._forks.check()
@@ -317,8 +321,22 @@ class RayGrid(SimulationGrid):
         )
         for reference in ready:
             index = self._starting.pop(reference)
+            self._count_start(reference)
             if self._shared:
                 self._workers[index].store_shared.remote(list(self._shared), *self._shared.values())
+
+    def _count_start(self, reference: Any) -> None:
+        """Log why a worker could not start. Raises a ChildProcessError where none ever could."""
+        try:
+            ray.get(reference)
+            self._failed_starts = None
+        except RayError as error:
+            log.warning("a worker could not start: %s", _cause(error))
+            if self._failed_starts is None:
+                return
+            self._failed_starts += 1
+            if self._failed_starts >= len(self._workers):
+                raise ChildProcessError(f"no worker can start: {_cause(error)}") from error
 
     def _dispatch(self) -> None:
         """Send calls to idle workers, and queue short calls behind a running one."""
@@ -368,7 +386,8 @@ class RayGrid(SimulationGrid):
             replies = pickle.loads(ray.get(reference))
         except RayTaskError:
             replies = [(error_reply(job.message, 2, "worker"), None) for job in done.jobs]
-        except RayError:
+        except RayError as error:
+            log.warning("a worker ended: %s", _cause(error))
             return self._replace(index, reference, done, WORKER_DIED)
         self._new.discard(index)
         seconds, expected = time.monotonic() - done.started, done.seconds
@@ -429,6 +448,11 @@ class RayGrid(SimulationGrid):
             job.failed = True
             self._queue.appendleft(_Call(jobs=[job]))
         return []
+
+
+def _cause(error: RayError) -> str:
+    """The last line of an error of Ray, which says what happened; those before it say where."""
+    return str(error).strip().rpartition("\n")[2].strip()
 
 
 def _timing_key(message: Message) -> tuple[int, str]:

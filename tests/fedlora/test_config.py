@@ -1,5 +1,6 @@
 import math
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -127,8 +128,8 @@ def test_learning_rates_at_home_are_one_number_or_a_list(given, read):
         ([0.1, math.inf], "home.learning-rate is inf; it must be finite"),
         ("fast", "home.learning-rate is 'fast'; it must be a number"),
         ([True], "home.learning-rate is True; it must be a number"),
-        ("[0.1", "home.learning-rate must be a list of numbers, such as [0.1, 0.2]"),
-        ({"a": 1}, "home.learning-rate must be a list of numbers"),
+        ("[0.1", "home.learning-rate is '[0.1'; it must be a list of numbers, such as [0.1, 0.2]"),
+        ({"a": 1}, "home.learning-rate is {'a': 1}; it must be a list of numbers"),
     ],
 )
 def test_bad_learning_rates_at_home_are_named(given, words):
@@ -215,12 +216,32 @@ def test_text_that_is_no_unicode_and_nesting_without_end_are_refused(tmp_path):
         key = "data.text" if value == "\ud800" else "data.labels"
         with pytest.raises(InputError, match=rf"{key} has '\\ud800', .*surrogate pair"):
             config.from_flat({key: value})
-    with pytest.raises(InputError, match=r"data\.labels must be a list of text"):
+    with pytest.raises(InputError, match=r"data\.labels is '\[+; it must be a list of text"):
         config.from_flat({"data.labels": "[" * 100_000})
     deep = tmp_path / "deep.toml"
     deep.write_text("seed = " + "[" * 100_000)
     with pytest.raises(InputError, match="not valid TOML"):
         config.load(deep)
+
+
+def test_sections_made_in_python_have_their_types_and_name_what_is_none():
+    assert config.DataConfig(source=Path("x.csv")).source == "x.csv"
+    assert config.TrainingConfig(learning_rate="0.1").learning_rate == 0.1
+    assert config.HomeConfig(learning_rate=0.01).learning_rate == (0.01,)
+    for make, words in (
+        (
+            lambda: config.FederationConfig(rounds=2.5),
+            "federation.rounds is 2.5; it must be a",
+        ),
+        (lambda: config.DataConfig(source=7), "data.source is 7; it must be Unicode text"),
+        (
+            lambda: config.RunConfig(training={"rounds": 2}),
+            "training is {'rounds': 2}; it must",
+        ),
+    ):
+        with pytest.raises(InputError) as error:
+            make()
+        assert words in str(error.value)
 
 
 def test_the_fingerprint_ignores_where_a_run_runs_and_nothing_else():

@@ -216,6 +216,7 @@ def test_small_institutions_go_with_their_held_out_rows(tmp_path: Path) -> None:
     fed = fixed(tmp_path, TRAIN, [("rise", "good", "South"), ("z", "bad", "North")], min_records=2)
     assert fed.names == ("South",)
     assert (fed.counts["institutions_dropped"], fed.counts["rows_dropped"]) == (1, 2)
+    assert fed.counts["test_rows_dropped"] == 1
     assert read_back(fed.all_held_out) == ["rise"]
 
 

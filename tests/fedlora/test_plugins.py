@@ -2,8 +2,10 @@
 
 import functools
 import hashlib
+import importlib
 import sys
 
+import numpy as np
 import pytest
 
 from fedlora import data, plugins, rows, schemes, sources
@@ -73,6 +75,19 @@ def test_a_name_is_imported_from_the_working_directory_and_described_with_the_ha
             "sha256": hashlib.sha256(own.read_bytes()).hexdigest(),
         }
     ]
+
+
+def test_the_hash_is_of_the_code_that_this_process_runs(own):
+    named = [("federation.metrics", "own_code:Deep.metric")]
+    before = hashlib.sha256(own.read_bytes()).hexdigest()
+    plugins.load(*named[0])
+    own.write_text(MODULE.replace("return 1.0", "return 2.0"))
+    plugins.forget()
+    assert plugins.describe(named)[0]["sha256"] == before
+    sys.modules.pop("own_code")
+    importlib.invalidate_caches()
+    assert plugins.load(*named[0])(None) == 2.0
+    assert plugins.describe(named)[0]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -215,6 +230,12 @@ def test_a_function_is_a_partition(own):
     )
     assert made.names == ("long", "short")
     assert made.train[0].texts == ["abcd", "abcde", "ab", "abc"]
+    numbers = np.array([3, 1, 3, 3])
+    name = plugins.give("data.partition", lambda texts, labels, seed: numbers)
+    made = rows.partition_rows(
+        settings(partition=f"python:{name}"), unit="record", seed=1, task="x"
+    )
+    assert made.names == ("1", "3")
     with pytest.raises(InputError, match="gave 1 institutions for 4 rows"):
         rows.partition_rows(
             settings(partition="python:own_code:too_few"), unit="record", seed=1, task="x"

@@ -40,6 +40,21 @@ def test_every_kind_of_table_gives_the_same_rows_under_the_same_name(table):
     assert sources.digest(source) == source.removeprefix("memory:")
 
 
+class Foreign:
+    """A data frame of another library."""
+
+    def to_pandas(self):
+        raise AssertionError("nobody asked for it")
+
+
+def test_columns_may_be_series_and_arrays():
+    series = pandas.Series(["a", pandas.NA, "c"], dtype="string")
+    _, rows = read({"text": series, "label": np.array([1, 2, 3])})
+    assert rows == {"text": ["a", "", "c"], "label": ["1", "2", "3"]}
+    _, rows = read({"text": ["a", pandas.NA], "label": ["x", "y"]})
+    assert rows["text"] == ["a", ""]
+
+
 def test_missing_values_are_empty_texts_and_numbers_are_texts():
     frame = pandas.DataFrame({"text": ["a", None, np.nan], "label": [1.5, np.nan, 2]})
     assert read(frame)[1] == {"text": ["a", "", ""], "label": ["1.5", "", "2.0"]}
@@ -76,6 +91,11 @@ def test_a_dictionary_of_tables_names_the_institution_of_each_row():
         ({"text": ["a"]}, "data.label is 'label', but data has the columns text"),
         ({"north": {"text": ["a"]}}, "data['north'] has the columns text"),
         ({"north": 7}, "data['north'] is a int"),
+        ({"North Bank": COLUMNS, "north  bank": COLUMNS}, "'North Bank' and 'north  bank', whose"),
+        ({1: COLUMNS, "1": COLUMNS}, "institutions 1 and '1', whose names are the same"),
+        ({"north": {"text": [], "label": []}}, "data['north'] has no row; leave this institution"),
+        (Foreign(), "data is a tests Foreign; it must be a pandas.DataFrame"),
+        (Foreign(), "; give its .to_pandas()"),
         ({"text": [["a"]], "label": ["b"]}, "holds a list"),
         (pandas.DataFrame({"text": [np.ones(2)], "label": ["b"]}), "holds a ndarray"),
         (pandas.DataFrame({"text": [np.ones(1)], "label": ["b"]}), "holds a ndarray"),

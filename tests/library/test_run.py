@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import tomllib
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas
@@ -66,12 +68,31 @@ def test_a_run_on_a_frame_is_the_run_on_its_file(small, complaints, tmp_path):
     texts = ["stolen phishing scam", "mortgage lender"]
     said = one.predict(texts)
     assert [answer["text"] for answer in said] == texts
+    assert one.predict(pandas.DataFrame({"text": texts, "label": ["", ""]})) == said
+    assert one.predict({"text": texts}) == said
+    with pytest.raises(InputError, match=r"data\.text is 'text', but texts has the columns note"):
+        one.predict(pandas.DataFrame({"note": texts}))
     inputs = one.tokenizer()(texts, padding=True, return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     scores = one.model()(**inputs).logits.softmax(-1)
     labels = one.figures["labels"]
     assert [labels[int(i)] for i in scores.argmax(-1)] == [answer["answer"] for answer in said]
     assert "accuracy" in repr(fedlora.Result(one.directory)) and "<table>" in one._repr_html_()
+
+
+def test_a_result_whose_directory_is_gone_says_so(small, complaints, tmp_path):
+    result = run(data=pandas.read_csv(complaints), partition="natural:bank", **small)
+    assert len(result.rounds) == 2
+    result.directory.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="holds no complete run"):
+        result.rounds  # noqa: B018
+    assert repr(result).endswith("run', which is gone)")
+    again = fedlora.Result(str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match=r"holds another run; give another directory \(--out, in"):
+        run(data=complaints, partition="natural:bank", **(small | {"out": again.directory}))
+    with pytest.raises(InputError, match=r"all 5 rows of data\.test-source that could"):
+        rows = {"text": list("abcde"), "label": ["fraud"] * 5, "bank": ["Omega"] * 5}
+        run(data=complaints, test_data=rows, partition="natural:bank", **small)
 
 
 def test_institutions_are_the_keys_of_a_dictionary_or_the_files_of_a_directory(
@@ -156,6 +177,13 @@ FRAME = pandas.DataFrame({"text": ["a"], "label": ["b"], "bank": ["c"]})
         ({"data": FRAME, "partition": "natural:bank", "label": "kind"}, "data.label is 'kind'"),
         ({"data": "nowhere.csv"}, "'nowhere.csv' is not a file"),
         ({"config": 7}, "config is a int"),
+        ({"config": FRAME}, "config is a DataFrame; it must be the path of a TOML file, the name"),
+        ({"config": FRAME}, "give records as data=..."),
+        ({"run_dir": "x"}, "run_dir is no keyword of fedlora.run; did you mean out?"),
+        ({"test_source": "x"}, "test_source is no keyword of fedlora.run; did you mean test_data?"),
+        ({"callbacks": []}, "did you mean on_round?"),
+        ({"start": Path("no/adapter")}, "adapter.start is no/adapter"),
+        ({"start": Path("\0")}, "it must be Unicode text without NUL"),
         ({"config": "nothing"}, "no ready one has this name"),
         ({"engine": "gpu"}, "engine is 'gpu'"),
         ({"on_round": "plot"}, "tracking.callbacks is 'plot'; it must be module:object"),
@@ -165,11 +193,11 @@ FRAME = pandas.DataFrame({"text": ["a"], "label": ["b"], "bank": ["c"]})
         ({"metrics": None}, "federation.metrics is None; give a function"),
         ({"metrics": {"sure": sure}}, "federation.metrics is a dict; give a function"),
         ({"metrics": "nowhere:x"}, "federation.metrics is 'nowhere:x', but the module nowhere"),
-        ({"accept": None}, "accept must be a list of text"),
+        ({"accept": None}, "accept is None; it must be a list of text"),
         ({"accept": "deltas"}, "accept has 'deltas'"),
-        ({"target_modules": 3}, "adapter.target-modules must be a list of text"),
-        ({"labels": None}, "data.labels must be a list of text"),
-        ({"home_learning_rate": None}, "home.learning-rate must be a list of numbers"),
+        ({"target_modules": 3}, "adapter.target-modules is 3; it must be a list of text"),
+        ({"labels": None}, "data.labels is None; it must be a list of text"),
+        ({"home_learning_rate": None}, "home.learning-rate is None; it must be a list of numbers"),
         ({"home_learning_rate": "fast"}, "home.learning-rate is 'fast'"),
         ({"metrics": ["nowhere:x"]}, "the module nowhere cannot be imported"),
         ({"metrics": [lambda predictions: 0.0]}, "names a figure '<lambda>'"),
@@ -195,9 +223,10 @@ def test_every_key_of_the_configuration_is_a_keyword_with_its_type():
         if name in plug_ins:
             assert kind == plug_ins[name]
         elif typing.get_args(kind):
-            assert typing.get_args(hints[name])[0] is typing.get_args(kind)[0]
+            (each,) = set(typing.get_args(kind)) - {...}
+            assert hints[name] in (Sequence[each], each | Sequence[each])
         else:
-            assert hints[name] is kind
+            assert hints[name] in (kind, kind | Path)
 
 
 def test_the_names_of_the_package_and_its_stub_are_the_same():
@@ -220,6 +249,22 @@ def test_importing_the_package_loads_nothing_else():
     )
     loaded = [m for m in done.stdout.split() if m.partition(".")[0] in ("fedlora", "library")]
     assert loaded == ["fedlora"]
+
+
+def test_a_file_with_the_name_of_a_package_of_fedlora_is_named(tmp_path):
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    packages = tools["setuptools"]["packages"]["find"]["include"]
+    assert {one.rstrip("*") for one in packages} == {"fedlora", *fedlora._ROOMS}
+    (tmp_path / "strategies.py").write_text("")
+    (tmp_path / "server").mkdir()  # a folder without modules hides nothing
+    done = subprocess.run(
+        [sys.executable, "-c", "from fedlora import run"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.endswith("strategies.py hides the package 'strategies' of fedlora; rename it and "
+                         "start anew")  # fmt: skip
 
 
 SCRIPT = """

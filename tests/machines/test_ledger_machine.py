@@ -163,11 +163,15 @@ def _of(book: Book, operation: Charging | Storing) -> list[Row]:
 
 def _stored(book: Book, operation: Storing, said: Any) -> Book | None:
     rows = _of(book, operation)
+    place = (operation.run, operation.round, operation.digest)
+    for *where, answer in book.answers:
+        if tuple(where) == place:
+            return book if said in (..., answer) else None
     if any(row.answered for row in rows):
         return book if said in (..., "round-already-answered") else None
     if operation.digest not in {row.digest for row in rows}:
         return book if said in (..., "never charged") else None
-    if said not in (..., None):
+    if said not in (..., operation.answer):
         return None
     wiped = [dataclasses.replace(r, key=None, answered=True) if r in rows else r for r in book.rows]
     kept = [a for a in book.answers if a[0] != operation.run or a[1] >= operation.round]

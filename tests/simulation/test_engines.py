@@ -199,6 +199,15 @@ def test_a_worker_killed_between_rounds_is_replaced(ray_grid):
     assert victim not in worker_pids(ray_grid)
 
 
+def test_workers_that_cannot_start_end_the_run_with_the_cause(ray_cores):
+    workers = WorkerSpec(count=2, threads=1)
+    with (
+        RayGrid("no_such_module:app", 6, {}, workers=workers) as grid,
+        pytest.raises(ChildProcessError, match=r"^no worker can start: .*'no_such_module'$"),
+    ):
+        one_round(grid)
+
+
 def test_a_worker_whose_place_is_lost_leaves_the_round_to_the_others(ray_cores):
     """As after the loss of a machine: nothing is left on which a replacement could start."""
     with RayGrid(EMPTY, 6, {}, workers=WorkerSpec(count=2, threads=1)) as grid:

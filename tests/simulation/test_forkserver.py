@@ -147,7 +147,7 @@ def test_forks_end_with_the_server_however_it_ends(tmp_path):
         os.kill(psutil.Process(pid).ppid(), signal.SIGKILL)
         assert gone(pid)
         assert process.wait(timeout=20) == 1
-        with pytest.raises(RuntimeError, match="ended with -9"):
+        with pytest.raises(ChildProcessError, match="ended with -9"):
             server.check()
     process.communicate()
 
@@ -162,7 +162,7 @@ def test_forks_end_when_the_server_is_closed(tmp_path):
     server.close()
     assert gone(pid)
     assert process.wait(timeout=20) == 1
-    with pytest.raises(RuntimeError, match="ended with 0"):
+    with pytest.raises(ChildProcessError, match="ended with 0"):
         server.check()
     process.communicate()
 
