@@ -136,14 +136,14 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     if least < MIN_SEEDS:
         words.append(_too_few(each))
     ahead, behind, settings = counted[0]  # under DP where a setting is: that is what banks ask
-    bad = behind > ahead
+    bad = behind > max(ahead, _by_chance(settings))
     doubtful = least < MIN_SEEDS or ahead <= _by_chance(settings)
     caution = not bad and (doubtful or costs + sum(one[1] for one in counted) > 0)
     return Section(title="Conclusion", note=note, bad=bad, caution=caution, words=words)
 
 
 def _by_chance(settings: int) -> int:
-    """So many settings, or fewer, pay in 19 of 20 sweeps in which joining makes no difference.
+    """So many settings, or fewer, pay, or cost, in 19 of 20 sweeps where nothing differs.
 
     This is of settings that share no records. Those that do pay together, more often than that.
     """

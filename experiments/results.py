@@ -253,10 +253,10 @@ def _joining(
         else:
             values = [joining[key]["accuracy"] for joining in compared]
         line |= _mean(key, values, drawn)
-        if institution == ALL and key.startswith("gain") and drawn:
-            line[f"{key}_ci95"] = _at_least(
-                line[f"{key}_ci95"], [joining[key] for joining in compared], drawn
-            )
+        if key.startswith("gain") and drawn:
+            own = [one[institution] for one in by_seed if institution in one]
+            gains = [joining[key] for joining in compared] if institution == ALL else own
+            line[f"{key}_ci95"] = _at_least(line[f"{key}_ci95"], gains, drawn)
     everyone = institution == ALL
     # all that train together: with home.institutions some of them train no models at home
     line["institutions"] = (

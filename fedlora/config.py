@@ -7,6 +7,7 @@ is one `InputError` that names the key, the value, the bound and the remedy.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -35,7 +36,7 @@ from fedlora.sections import (
     TrackingConfig,
     TrainingConfig,
 )
-from fedlora.settings_schema import Scalar, Section, coerce, kebab, key
+from fedlora.settings_schema import Scalar, Section, coerce, hints_of, kebab, key
 from fedlora.strategy_table import STRATEGY_TABLE
 
 ACCEPTABLE = ("delta", "noise", "labels")
@@ -205,11 +206,12 @@ def _walk(config: RunConfig) -> Iterable[tuple[str, Any]]:
             yield kebab(field.name), value
 
 
+@functools.cache
 def _fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     """``section.key`` -> (field, its type)."""
     found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
     for cls in (RunConfig, *SECTIONS.values()):
-        hints = typing.get_type_hints(cls)
+        hints = hints_of(cls)
         for field in dataclasses.fields(typing.cast(Any, cls)):
             if field.name not in SECTIONS:
                 found[cls.prefix + kebab(field.name)] = (field, hints[field.name])

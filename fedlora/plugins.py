@@ -29,8 +29,8 @@ ARGUMENTS = {
 
 _given: dict[str, Any] = {}
 """Name -> object that this process was given, which need not be importable."""
-_codes_of: dict[tuple[str, Any], list[tuple[str, bytes]]] = {}
-"""(Name, function) -> its code when this process first found it: a file may change later."""
+_codes_of: dict[tuple[str, int], tuple[Any, list[tuple[str, bytes]]]] = {}
+"""(Name, id) -> an object, and its code when this process first loaded it: files may change."""
 
 
 def give(key: str, thing: Any) -> str:
@@ -69,8 +69,15 @@ def give(key: str, thing: Any) -> str:
 
 
 def forget() -> None:
-    """Drop the objects that this process was given."""
+    """Drop the objects that this process was given, and what no module holds any longer."""
     _given.clear()
+    for key, (thing, _) in list(_codes_of.items()):
+        module, _, path = key[0].partition(":")
+        held: Any = sys.modules.get(module)
+        for part in path.split("."):
+            held = getattr(held, part, None)
+        if held is not thing:
+            del _codes_of[key]
 
 
 def load(key: str, name: str) -> Any:
@@ -175,13 +182,14 @@ def _name(thing: Any) -> str:
 
 def _codes(name: str, thing: Any) -> list[tuple[str, bytes]]:
     """The code of an object's function, and of the module that names the object."""
-    function = _function(thing)
-    if (name, function) not in _codes_of:
+    if (name, id(thing)) not in _codes_of:
+        function = _function(thing)
         parts = [function]
         if function is not thing:
             parts.append(sys.modules.get(name.partition(":")[0]))
-        _codes_of[name, function] = [c for c in dict.fromkeys(map(_code, parts)) if any(c)]
-    return _codes_of[name, function]
+        codes = [code for code in dict.fromkeys(map(_code, parts)) if any(code)]
+        _codes_of[name, id(thing)] = thing, codes
+    return _codes_of[name, id(thing)][1]
 
 
 def _code(thing: Any) -> tuple[str, bytes]:

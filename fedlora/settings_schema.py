@@ -67,7 +67,7 @@ class Section:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(typing.cast(Any, self)):
-            name, kind = self.prefix + kebab(field.name), _hints(type(self))[field.name]
+            name, kind = self.prefix + kebab(field.name), hints_of(type(self))[field.name]
             value = getattr(self, field.name)
             if not field.metadata:
                 _check_section(name, value, kind)
@@ -86,13 +86,16 @@ class Section:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, Any]:
+    """The type of each field of a section; every message of a run reads a configuration."""
     return typing.get_type_hints(cls)
 
 
 def _check_section(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
-        raise InputError(f"{name} is {value!r}; it must be a {kind.__name__}: make one of its keys")
+        raise InputError(
+            f"{name} is {_shown(value)}; it must be a {kind.__name__}: make one of its keys"
+        )
 
 
 def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any], where: str) -> None:
@@ -157,15 +160,17 @@ def _coerce_list(name: str, value: Any, kind: type, bounds: Mapping[str, float])
     if not isinstance(value, list | tuple):
         example = '["a", "b"]' if kind is str else "[0.1, 0.2]"
         words = "text" if kind is str else "numbers"
-        said = f"{given!r:.100}"
-        raise InputError(f"{name} is {said}; it must be a list of {words}, such as {example}")
+        raise InputError(
+            f"{name} is {_shown(given)}; it must be a list of {words}, such as {example}"
+        )
     items = typing.cast(list[Any], value)
     if kind is float:
         return tuple(_coerce_scalar(name, item, float, bounds) for item in items)
     if not all(isinstance(item, str) for item in items):
         wrong = next(item for item in items if not isinstance(item, str))
         raise InputError(
-            f'{name} has {wrong!r}, which is no text; it must be a list of text, such as ["a", "b"]'
+            f"{name} has {_shown(wrong)}, which is no text; it must be a list of text, such as "
+            '["a", "b"]'
         )
     for item in items:
         if not is_unicode(item):
@@ -197,7 +202,15 @@ def _coerce_scalar(name: str, value: Any, kind: Any, bounds: Mapping[str, float]
     }[kind]
     if bounds:
         wanted += ", " + " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
-    raise InputError(f"{name} is {value!r}; it must be {wanted}")
+    raise InputError(f"{name} is {_shown(value)}; it must be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    """A value in one short line; of what may hold records only the type."""
+    if value is None or isinstance(value, str | int | float | list | tuple | dict):
+        text = " ".join(repr(typing.cast(object, value)).split())
+        return text if len(text) <= 100 else f"{text[:100]}..."
+    return f"a {type(value).__qualname__}"
 
 
 def _surrogate_error(name: str, value: str) -> InputError:

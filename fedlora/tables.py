@@ -200,7 +200,7 @@ def add_institution(rows: Rows, institution: str, part: Rows) -> None:
 
 
 def _is_column(values: Any) -> bool:
-    """Whether a thing is a list, or one dimension of pandas, numpy, torch or datasets."""
+    """Whether a thing is a list, or has one dimension as a series of pandas or array of numpy."""
     return isinstance(values, list | tuple) or getattr(values, "ndim", None) == 1
 
 

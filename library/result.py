@@ -2,6 +2,7 @@
 
 import html
 import importlib
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from fedlora import finished_run, rows, tables
 from fedlora.config import RunConfig, load
+from fedlora.errors import InputError, RecordError
 from fedlora.extras import require_page_packages
 from fedlora.files import expanded
 from fedlora.rounding import at_most, number
@@ -16,15 +18,22 @@ from fedlora.run_files import CONFIG, read_records, read_run_file
 
 
 class Result:
-    """A complete run: ``Result("runs/one")`` opens an earlier one.
-
-    Attributes:
-        directory: The run directory.
-    """
+    """A complete run: ``Result("runs/one")`` opens an earlier one."""
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = expanded(str(directory)).absolute()
+        self._directory = expanded(os.fspath(directory)).absolute()
         _ = self.figures  # refuses a directory without a complete run
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, absolute."""
+        return self._directory
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Result) and self.directory == other.directory
+
+    def __hash__(self) -> int:
+        return hash(self.directory)
 
     @cached_property
     def figures(self) -> dict[str, Any]:
@@ -89,8 +98,16 @@ class Result:
             texts = [texts]
         elif tables.is_table(texts):
             columns = dict.fromkeys(rows.text_columns(self.config.data.text), "data.text")
-            found = tables.columns(texts, columns, "texts")
-            texts = [rows.joined(parts) for parts in zip(*found.values(), strict=True)]
+            try:
+                found = tables.columns(texts, columns, "texts").values()
+            except RecordError:
+                raise InputError(
+                    f"texts is a table without a column that the run reads ({', '.join(columns)}); "
+                    "rename yours, or give a list of texts"
+                ) from None
+            texts = [
+                rows.joined([part.strip() for part in row]) for row in zip(*found, strict=True)
+            ]
         else:
             texts = list(texts)
         found = finished_run.predict(self.directory, texts, institution, own_model=own)

@@ -90,11 +90,11 @@ def check_settings(config: RunConfig, records: Federation) -> None:
     """
     size = len(records.names)
     check_federation(config, size)
-    if not len(records.all_held_out) and (lost := records.counts["test_rows_dropped"]):
+    lost = records.counts["test_rows_dropped"] if config.data.view == "all" else 0
+    if not len(records.all_held_out) and lost:
         raise InputError(
             f"all {lost:,} rows of data.test-source that could be measured on are of institutions "
-            f"that do not train; those that do are {findings.some(records.names)}: write their "
-            "names alike in both sources"
+            f"that do not train; those that do are {findings.some(records.names)}: {findings.ALIKE}"
         )
     if not len(records.all_held_out):
         classes, rows = len(records.labels), len(records.all_train)

@@ -65,7 +65,12 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
             forks = stack.enter_context(load(kind, config))
             grid = stack.enter_context(open_engine(kind, config, forks))
         with progress(config, grid, console):
-            run_rounds(config, grid, resumed=resumed)
+            try:
+                run_rounds(config, grid, resumed=resumed)
+            except ChildProcessError as error:  # Ray has no worker left
+                from server.roster import RunFailed
+
+                raise RunFailed(str(error)) from error
     return read_run_file(run_dir)
 
 

@@ -224,7 +224,7 @@ class RayGrid(SimulationGrid):
         self._queue: collections.deque[_Call] = collections.deque()
         self._running: dict[Any, tuple[int, _Call]] = {}  # reference -> worker, call
         self._at_worker: list[collections.deque[Any]] = [collections.deque() for _ in range(count)]
-        self._failed_starts: int | None = 0  # None once a worker has started
+        self._failed_starts: set[int] | None = set()  # None once a worker has started
         self._new = set(range(count))  # workers without a reply so far
         self._starting = {w.pid.remote(): i for i, w in enumerate(self._workers)}  # no answer yet
 
@@ -268,8 +268,7 @@ class RayGrid(SimulationGrid):
             for index in self._started():
                 self._workers[index].store_shared.remote(list(fresh), *fresh.values())
         self._queue.clear()  # no caller waits for the messages of an earlier push
-        working = len(self._started()) or len(self._workers)  # some may never find a place
-        self._queue.extend(_group(jobs, working))
+        self._queue.extend(_group(jobs, len(self._workers)))
         self._begin_exchange([job.message for job in jobs])
         self._dispatch()
         return [job.message.metadata.message_id for job in jobs]
@@ -321,11 +320,11 @@ class RayGrid(SimulationGrid):
         )
         for reference in ready:
             index = self._starting.pop(reference)
-            self._count_start(reference)
+            self._count_start(index, reference)
             if self._shared:
                 self._workers[index].store_shared.remote(list(self._shared), *self._shared.values())
 
-    def _count_start(self, reference: Any) -> None:
+    def _count_start(self, index: int, reference: Any) -> None:
         """Log why a worker could not start. Raises a ChildProcessError where none ever could."""
         try:
             ray.get(reference)
@@ -334,8 +333,8 @@ class RayGrid(SimulationGrid):
             log.warning("a worker could not start: %s", _cause(error))
             if self._failed_starts is None:
                 return
-            self._failed_starts += 1
-            if self._failed_starts >= len(self._workers):
+            self._failed_starts.add(index)
+            if len(self._failed_starts) == len(self._workers):
                 raise ChildProcessError(f"no worker can start: {_cause(error)}") from error
 
     def _dispatch(self) -> None:
@@ -499,16 +498,22 @@ def _max_workers(threads: int, gpus: float) -> int:
     Raises:
         InputError: If not even one fits.
     """
-    cluster = ray.cluster_resources()
-    cores, cards = int(cluster.get("CPU", 0)), cluster.get("GPU", 0.0)
-    count = cores // threads
+    nodes: list[Mapping[str, float]] = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    count = sum(_fitting(node, threads, gpus) for node in nodes)
+    if count < 1:
+        said = ", ".join(f"{n.get('CPU', 0):g} cores and {n.get('GPU', 0):g} GPUs" for n in nodes)
+        raise InputError(
+            f"engine.threads is {threads} and engine.gpus {gpus:g}, but there is no machine with "
+            f"as many, only {said}; lower them"
+        )
+    return count
+
+
+def _fitting(node: Mapping[str, float], threads: int, gpus: float) -> int:
+    """The number of workers that fit on one machine."""
+    count, cards = int(node.get("CPU", 0)) // threads, node.get("GPU", 0.0)
     if gpus:  # a share below 1 stays on one card
         count = min(count, int(cards * int(1 / gpus)) if gpus <= 1 else int(cards // gpus))
-    if count < 1:
-        raise InputError(
-            f"engine.threads is {threads} and engine.gpus {gpus:g}, but there are {cores} cores "
-            f"and {cards:g} GPUs; lower them"
-        )
     return count
 
 

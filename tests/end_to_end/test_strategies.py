@@ -289,7 +289,10 @@ def test_the_same_order_from_another_start_is_another_release(tiny_config, tmp_p
     who.answer(order(1))  # leaves a kept part
     second = who.plan_round(who.accept(order(2)))
     second.charge()
-    with first, second:
+    twin = who.plan_round(who.accept(order(2)))  # another process with the same order
+    twin.charge()
+    with first, second, twin:
+        assert twin.key == second.key
         assert first.key != second.key
         assert sum(event.steps for event in first.ledger.history("a1")) == 3
         (trained,) = train_rounds([second])
@@ -298,6 +301,10 @@ def test_the_same_order_from_another_start_is_another_release(tiny_config, tmp_p
         (late,) = train_rounds([first])
         with pytest.raises(Refusal, match="round-already-answered"):
             first.store_answer(late)
+        (slower,) = train_rounds([twin])
+        slower = slower.updated({n: t + 1e-7 for n, t in slower.items()})  # as another cohort may
+        stored = who.store_local_parts(twin.order, twin.store_answer(slower))
+        assert all(torch.equal(stored.adapter[n], sent.adapter[n]) for n in sent.adapter)
     assert sorted(who.directory.glob("kept-*-000002.safetensors"))[0].read_bytes() == kept
     assert {kind(name) for name in sent.adapter} == {"A", "head"}
     again = who.answer(order(2))

@@ -185,6 +185,7 @@ def test_other_code_of_a_plug_in_is_another_cell(sweep_file, tmp_path, monkeypat
     for version in (1, 2):
         code = f"def mean(this_round, updates):\n    return {version}\n"
         (tmp_path / "own_rule.py").write_text(code)
+        sys.modules.pop("own_rule", None)  # as in another process
         made, _ = sweep.cells(sweep.read(path))
         names += made
     assert len(set(names)) == 2
@@ -612,8 +613,12 @@ def test_seeds_that_agree_by_chance_are_no_surer_than_their_runs(tmp_path):
         place = results.run_dir(out, name)
         result = json.loads((place / "result.json").read_text())
         result["joining"]["gain"] |= {"mean": 0.2, "low": 0.1, "high": 0.4}
-        save_cell(place, result)
-    assert results.summary(out)[0]["gain_ci95"] == pytest.approx(0.15 * math.sqrt(1 / 2 + 0.25))
+        result["joining"]["institutions"]["A"] |= {"gain": 0.2, "low": 0.0, "high": 0.4}
+        (place / "result.json").write_text(json.dumps(result))
+    everyone, alpha = results.summary(out)[:2]
+    assert everyone["gain_ci95"] == pytest.approx(0.15 * math.sqrt(1 / 2 + 0.25))
+    assert (alpha["institution"], alpha["gain"]) == ("A", pytest.approx(0.2))
+    assert alpha["gain_ci95"] == pytest.approx(0.2 * math.sqrt(1 / 2 + 0.25))
     test_file = from_flat({"data.source": "/data/a.csv", "data.test-source": "/data/b.csv"})
     for cell in (out / "cells").iterdir():  # other rows are no part of it: one test file
         (cell / "config.toml").write_text(test_file.to_toml())
@@ -661,6 +666,9 @@ def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path
     assert conclusion.of([*lines[:3], free], ["holdings"]).caution
     assert not conclusion.of([lines[0], lines[0], lines[2]], ["holdings"]).caution
     assert conclusion.of([*lines[1:3], free], ["holdings"]).caution  # it pays without DP only
+    once = conclusion.of([*lines[1:], free], ["holdings"])  # one cost of three can be chance too
+    assert once.caution and not once.bad
+    assert conclusion.of([lines[3], lines[3], lines[1]], ["holdings"]).bad
     assert "pays: Without differential privacy in 1 of 1" in conclusion.of([free], []).note
     rare = [(0.02, 0.01), (0.02, 0.03), (-0.06, 0.05), (-0.02, 0.01), (0.0, 0.1)]
     lines_and_rare = zip([*lines, free], rare, strict=True)

@@ -2,11 +2,14 @@ import math
 import tomllib
 from pathlib import Path
 
+import pandas
 import pytest
 
 from fedlora import config
 from fedlora.errors import InputError
 from fedlora.sections import HomeConfig
+
+FRAME = pandas.DataFrame({"text": ["a secret record"]})
 
 
 def test_a_configuration_survives_toml_and_flowers_flat_form(tmp_path):
@@ -216,7 +219,7 @@ def test_text_that_is_no_unicode_and_nesting_without_end_are_refused(tmp_path):
         key = "data.text" if value == "\ud800" else "data.labels"
         with pytest.raises(InputError, match=rf"{key} has '\\ud800', .*surrogate pair"):
             config.from_flat({key: value})
-    with pytest.raises(InputError, match=r"data\.labels is '\[+; it must be a list of text"):
+    with pytest.raises(InputError, match=r"data\.labels is '\[+\.\.\.; it must be a list of text"):
         config.from_flat({"data.labels": "[" * 100_000})
     deep = tmp_path / "deep.toml"
     deep.write_text("seed = " + "[" * 100_000)
@@ -233,6 +236,11 @@ def test_sections_made_in_python_have_their_types_and_name_what_is_none():
             lambda: config.FederationConfig(rounds=2.5),
             "federation.rounds is 2.5; it must be a",
         ),
+        (
+            lambda: config.RunConfig(data=FRAME),
+            "data is a DataFrame; it must be a DataConfig: make",
+        ),
+        (lambda: config.DataConfig(source=FRAME), "data.source is a DataFrame; it must be Unicode"),
         (lambda: config.DataConfig(source=7), "data.source is 7; it must be Unicode text"),
         (
             lambda: config.RunConfig(training={"rounds": 2}),

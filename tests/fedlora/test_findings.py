@@ -225,6 +225,9 @@ def test_rows_of_a_test_source_whose_institutions_do_not_train_are_counted() -> 
     said = found(federation([500, 500], counts=counts.items()))["test-rows-left-out"]
     assert "40 of 300 rows of data.test-source are not measured" in said.text
     assert "bank-0, bank-1" in said.text
+    records = federation([500, 500], counts=counts.items())
+    for view in ("pooled", "only:bank-0"):  # the other rows have institutions that train
+        assert "test-rows-left-out" not in found(records, **{"data.view": view})
 
 
 def test_institutions_left_out_are_named_the_largest_first() -> None:

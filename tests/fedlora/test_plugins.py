@@ -90,6 +90,29 @@ def test_the_hash_is_of_the_code_that_this_process_runs(own):
     assert plugins.describe(named)[0]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
 
 
+def test_the_hash_of_a_partial_is_that_of_the_module_that_was_reloaded(own):
+    named = [("federation.metrics", "own_code:share_of_x")]
+    plugins.load(*named[0])
+    own.write_text(MODULE.replace('share_of, "x")', 'share_of, "zebra")'))
+    importlib.invalidate_caches()
+    importlib.reload(sys.modules["own_code"])
+    plugins.forget()
+    assert plugins.load(*named[0]).args == ("zebra",)
+    hashes = {one["sha256"] for one in plugins.describe(named)}
+    assert hashes == {hashlib.sha256(own.read_bytes()).hexdigest()}
+
+
+def test_what_no_module_holds_is_dropped_with_the_run():
+    def metric(predictions):
+        return 1.0
+
+    name = plugins.give("federation.metrics", metric)
+    plugins.load("federation.metrics", name)
+    assert any(thing is metric for thing, _ in plugins._codes_of.values())
+    plugins.forget()
+    assert not any(thing is metric for thing, _ in plugins._codes_of.values())
+
+
 @pytest.mark.parametrize(
     ("key", "name", "words"),
     [

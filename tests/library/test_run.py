@@ -69,8 +69,8 @@ def test_a_run_on_a_frame_is_the_run_on_its_file(small, complaints, tmp_path):
     said = one.predict(texts)
     assert [answer["text"] for answer in said] == texts
     assert one.predict(pandas.DataFrame({"text": texts, "label": ["", ""]})) == said
-    assert one.predict({"text": texts}) == said
-    with pytest.raises(InputError, match=r"data\.text is 'text', but texts has the columns note"):
+    assert one.predict({"text": [f"  {text} " for text in texts]}) == said
+    with pytest.raises(InputError, match=r"a column that the run reads \(text\); rename yours, or"):
         one.predict(pandas.DataFrame({"note": texts}))
     inputs = one.tokenizer()(texts, padding=True, return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -88,6 +88,8 @@ def test_a_result_whose_directory_is_gone_says_so(small, complaints, tmp_path):
         result.rounds  # noqa: B018
     assert repr(result).endswith("run', which is gone)")
     again = fedlora.Result(str(tmp_path / "elsewhere"))
+    assert again == fedlora.Result(tmp_path / "elsewhere") != result
+    assert len({again, fedlora.Result(tmp_path / "elsewhere")}) == 1
     with pytest.raises(InputError, match=r"holds another run; give another directory \(--out, in"):
         run(data=complaints, partition="natural:bank", **(small | {"out": again.directory}))
     with pytest.raises(InputError, match=r"all 5 rows of data\.test-source that could"):
@@ -197,6 +199,7 @@ FRAME = pandas.DataFrame({"text": ["a"], "label": ["b"], "bank": ["c"]})
         ({"accept": "deltas"}, "accept has 'deltas'"),
         ({"target_modules": 3}, "adapter.target-modules is 3; it must be a list of text"),
         ({"labels": None}, "data.labels is None; it must be a list of text"),
+        ({"labels": FRAME.label}, "data.labels is a Series; it must be a list of text"),
         ({"home_learning_rate": None}, "home.learning-rate is None; it must be a list of numbers"),
         ({"home_learning_rate": "fast"}, "home.learning-rate is 'fast'"),
         ({"metrics": ["nowhere:x"]}, "the module nowhere cannot be imported"),
