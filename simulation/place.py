@@ -24,10 +24,10 @@ def placed(config: RunConfig, directory: Path, *, resume: bool = False) -> RunCo
     """
     directory = expanded(str(directory))
     if not resume and (directory / CONFIG).exists():
-        go_on = f", or continue it with `fedlora run --resume {directory}`"
+        more = " --rounds +N" * is_complete(directory)
         raise InputError(
-            f"{directory} holds another run; give another directory (--out, in Python out=...)"
-            + go_on * (not is_complete(directory))
+            f"{directory} holds another run; give another directory (--out, in Python out=...), or "
+            f"continue that one with `fedlora run --resume {directory}{more}`"
         )
     if resume and is_complete(directory):
         raise InputError(
