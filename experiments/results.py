@@ -254,8 +254,9 @@ def _joining(
             values = [joining[key]["accuracy"] for joining in compared]
         line |= _mean(key, values, drawn)
         if key.startswith("gain") and drawn:
-            own = [one[institution] for one in by_seed if institution in one]
-            gains = [joining[key] for joining in compared] if institution == ALL else own
+            gains = [joining[key] for joining in compared]
+            if institution != ALL:
+                gains = [one[institution] for one in by_seed if institution in one]
             line[f"{key}_ci95"] = _at_least(line[f"{key}_ci95"], gains, drawn)
     everyone = institution == ALL
     # all that train together: with home.institutions some of them train no models at home

@@ -40,7 +40,7 @@ _NAMES = {
 __all__ = ["__version__", *_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-_ROOMS = (
+ROOMS = (
     "cli",
     "client",
     "deployment",
@@ -56,7 +56,7 @@ _ROOMS = (
 def _check_rooms() -> None:
     """Refuse a module of the user's own that has the name of one of fedlora's packages."""
     here = Path(__file__).resolve().parent.parent
-    for room in _ROOMS:
+    for room in ROOMS:
         spec = importlib.util.find_spec(room)
         if spec and spec.origin and here not in Path(spec.origin).resolve().parents:
             raise ImportError(

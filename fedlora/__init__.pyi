@@ -20,3 +20,4 @@ from strategies.base import Strategy as Strategy
 from strategies.collected import collect as collect
 
 __version__: str
+ROOMS: tuple[str, ...]

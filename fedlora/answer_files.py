@@ -75,7 +75,7 @@ def read(source: str, text: str, form: CsvForm = PLAIN) -> Texts:
     if not found:
         raise InputError(f"{place} has no row; give one text at least")
     check_columns(place, dict.fromkeys(wanted, "data.text"), columns)
-    texts = [rows.joined([as_text(row.get(c), place, c).strip() for c in wanted]) for row in found]
+    texts = [rows.joined([as_text(row.get(c), place, c) for c in wanted]) for row in found]
     if "" in texts:
         raise InputError(
             f"row {texts.index('') + 1} of {place} has no text in {', '.join(wanted)} "

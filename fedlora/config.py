@@ -238,7 +238,8 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
     parts: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
         section, _, key = name.rpartition(".")
-        parts[section][key.replace("-", "_")] = _coerced(name, value)
+        _field(name)
+        parts[section][key.replace("-", "_")] = value
     made = {section: cls(**parts[section]) for section, cls in SECTIONS.items()}
     return RunConfig(**parts[""], **typing.cast(dict[str, Any], made))
 
@@ -250,15 +251,16 @@ def check_values(values: Mapping[str, Any]) -> None:
         InputError: For an unknown key, a wrong type or a value out of its own bounds.
     """
     for name, value in values.items():
-        _coerced(name, value)
+        field, kind = _field(name)
+        coerce(name, value, kind, field.metadata["bounds"])
 
 
-def _coerced(name: str, value: object) -> Any:
+def _field(name: str) -> tuple[dataclasses.Field[Any], Any]:
+    """The field of a key, and its type. Raises `InputError` for what is no key."""
     known = _fields()
     if name not in known:
         raise InputError(f"{name} is not a configuration key; {_meant(name)}")
-    field, kind = known[name]
-    return coerce(name, value, kind, field.metadata["bounds"])
+    return known[name]
 
 
 def _meant(name: str) -> str:

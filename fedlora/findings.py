@@ -263,9 +263,14 @@ def _left_out(config: RunConfig, records: Federation) -> list[Finding]:
     ]
 
 
+def not_measured(config: RunConfig, records: Federation) -> int:
+    """The number of rows of ``data.test-source`` of institutions that do not train in any view."""
+    return records.counts["test_rows_dropped"] if config.data.view == "all" else 0
+
+
 def _not_measured(config: RunConfig, records: Federation) -> list[Finding]:
-    lost, rows = records.counts["test_rows_dropped"], records.counts["test_rows"]
-    if not lost or config.data.view != "all":
+    lost, rows = not_measured(config, records), records.counts["test_rows"]
+    if not lost:
         return []
     return [
         Finding(

@@ -275,8 +275,8 @@ def _assigned(table: Table, name: str, seed: int) -> Table:
 
 
 def joined(parts: Sequence[str]) -> str:
-    """The text of a row whose text columns hold these values."""
-    return " | ".join(filter(None, parts))
+    """The text of a row whose text columns hold these values, without blanks at their ends."""
+    return " | ".join(filter(None, (part.strip() for part in parts)))
 
 
 def _classes(settings: DataConfig, rows: Table, test: Table | None) -> tuple[str, ...]:

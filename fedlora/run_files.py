@@ -40,9 +40,6 @@ AUDITED = "audited.json"
 """In the directory of an audited run: the ``data.source`` without planted records."""
 RUNS, LATEST = "runs", "latest"
 """The directory of runs, and the link in it to the run that was started or resumed last."""
-ROOMS = ("cli", "client", "deployment", "experiments", "fedlora", "library", "server",
-         "simulation", "strategies")  # fmt: skip
-"""The directories whose code runs."""
 SUBMISSION = "submission.json"
 """In a run directory: the deployment's record of a submitted run."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -180,12 +177,16 @@ def environment() -> dict[str, Any]:
 
 @cache
 def revision() -> Mapping[str, Any]:
-    """The commit of the code, and whether `ROOMS` have uncommitted changes; None where unknown.
+    """The commit of the code, and whether packages have uncommitted changes; None where unknown.
 
     It is read once a process: a checkout may move on while the code that runs does not.
     """
     sha = _project_git("rev-parse", "HEAD")
-    dirty = bool(_project_git("status", "--porcelain", "--", *ROOMS)) if sha else None
+    dirty = (
+        bool(_project_git("status", "--porcelain", "--", "fedlora", *fedlora.ROOMS))
+        if sha
+        else None
+    )
     return {"git_sha": sha or None, "git_dirty": dirty}
 
 

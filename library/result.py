@@ -105,9 +105,7 @@ class Result:
                     f"texts is a table without a column that the run reads ({', '.join(columns)}); "
                     "rename yours, or give a list of texts"
                 ) from None
-            texts = [
-                rows.joined([part.strip() for part in row]) for row in zip(*found, strict=True)
-            ]
+            texts = [rows.joined(parts) for parts in zip(*found, strict=True)]
         else:
             texts = list(texts)
         found = finished_run.predict(self.directory, texts, institution, own_model=own)

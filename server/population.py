@@ -90,13 +90,13 @@ def check_settings(config: RunConfig, records: Federation) -> None:
     """
     size = len(records.names)
     check_federation(config, size)
-    lost = records.counts["test_rows_dropped"] if config.data.view == "all" else 0
-    if not len(records.all_held_out) and lost:
-        raise InputError(
-            f"all {lost:,} rows of data.test-source that could be measured on are of institutions "
-            f"that do not train; those that do are {findings.some(records.names)}: {findings.ALIKE}"
-        )
     if not len(records.all_held_out):
+        if lost := findings.not_measured(config, records):
+            raise InputError(
+                f"all {lost:,} rows of data.test-source that could be measured on are of "
+                "institutions that do not train; those that do are "
+                f"{findings.some(records.names)}: {findings.ALIKE}"
+            )
         classes, rows = len(records.labels), len(records.all_train)
         raise InputError(
             f"there are 0 held-out rows to measure on; raise data.test-fraction (now "

@@ -257,7 +257,7 @@ def test_importing_the_package_loads_nothing_else():
 def test_a_file_with_the_name_of_a_package_of_fedlora_is_named(tmp_path):
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     packages = tools["setuptools"]["packages"]["find"]["include"]
-    assert {one.rstrip("*") for one in packages} == {"fedlora", *fedlora._ROOMS}
+    assert {one.rstrip("*") for one in packages} == {"fedlora", *fedlora.ROOMS}
     (tmp_path / "strategies.py").write_text("")
     (tmp_path / "server").mkdir()  # a folder without modules hides nothing
     done = subprocess.run(
