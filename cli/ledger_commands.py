@@ -68,7 +68,7 @@ def ledger_show(
             str(entry["round"]),
             f"{entry['noise_multiplier']:.4f}",
             str(entry["shares"] or ""),
-            f"{entry['sample_rate']:.4f}",
+            f"{entry['sample_rate']:.4g}",
             str(entry["steps"]),
             str(entry["at"])[:16].replace("T", " "),
         )

@@ -335,7 +335,7 @@ def results(name: Name, as_json: Json = False) -> None:
         return
     for key, value in result.items():
         if not isinstance(value, dict | list):
-            PLAIN.write_line(f"{key:20} {value}")
+            PLAIN.write_line(f"{key:20} {'not known' if value is None else value}")
     PLAIN.write_line(f"{'adapter':20} {submission.directory / 'adapter'}")
     for institution, outcome in result.get("released", {}).items():
         if outcome != "stored":

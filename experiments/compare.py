@@ -10,9 +10,11 @@ from fedlora import joining_verdict
 from fedlora.config import ENGINE_ONLY, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
+from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, finite, read_records, read_run_file
 
 TITLE = "Runs compared"
+GAIN = "gain of joining"
 METRICS = ("accuracy", "macro_f1", "exact_match", "token_loss")
 
 
@@ -53,7 +55,7 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     if len(joinings) == len(loaded):
         for model in joining_verdict.MODELS:
             figures_of[f"{model}, accuracy"] = [joining[model]["accuracy"] for joining in joinings]
-        figures_of["gain of joining"] = [joining["gain"]["mean"] for joining in joinings]
+        figures_of[GAIN] = [joining["gain"]["mean"] for joining in joinings]
     figures_of["epsilon"] = [result["epsilon_max"] for result in loaded]
     figures_of["rounds"] = [result["rounds"] for result in loaded]
     figures_of["seconds"] = [result["seconds"] for result in loaded]
@@ -84,12 +86,16 @@ def rows(compared: Mapping[str, Any]) -> list[list[str]]:
     """Return the table's rows as text: results, then the settings that differ."""
     found = {**compared["results"], **compared["settings"]}
     return [
-        [name, *("" if value is None else _text(value) for value in values)]
+        [name, *("" if value is None else _text(value, name) for value in values)]
         for name, values in found.items()
     ]
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, name: str) -> str:
+    if name == "epsilon":
+        return at_most(float(value))
+    if name == GAIN:
+        return f"{100 * value:+.1f} points"
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4f}" if not value or abs(value) >= 1e-3 else f"{value:g}"
@@ -109,6 +115,9 @@ def _page(
             lines[name] = points
     if lines:
         title = "Accuracy by round"
+        if len(lines) > figures.MAX_SERIES:
+            title += f", the first {figures.MAX_SERIES} of {len(lines)} runs"
+            lines = dict(list(lines.items())[: figures.MAX_SERIES])
         shown[title] = figures.by_round("rounds", title, lines, label="accuracy", shares=True)
     groups = {n: r["institutions"] for n, r in zip(names, loaded, strict=True) if r["institutions"]}
     everyone = {name for values in groups.values() for name in values}

@@ -4,7 +4,6 @@ matplotlib draws in placeholder colours, which become the page's CSS variables. 
 works in light mode, in dark mode and on paper. Text stays text.
 """
 
-import functools
 import html
 import io
 import math
@@ -165,7 +164,7 @@ def by_round(
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(rounds) == 1:
             axes.set_xlim(min(rounds) - 1, min(rounds) + 1)
-        if known and 0 < 20 * min(known) < max(known):
+        if known and not shares and 0 < 20 * min(known) < max(known):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # the default writes math
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -211,11 +210,12 @@ def against_epsilon(title: str, lines: Sequence[Line], levels: Mapping[str, floa
                 low = [max(0.0, a - b) for a, b in zip(y, h, strict=True)]
                 high = [min(1.0, a + b) for a, b in zip(y, h, strict=True)]
                 axes.fill_between(x, low, high, color=SERIES[i], alpha=0.18, lw=0)
-        for i, (of, y) in enumerate(levels.items()):
+        for i, (of, y) in enumerate(sorted(levels.items(), key=lambda level: level[1])):
             axes.axhline(y, color=MUTED, ls=DASHES[(i + 1) % len(DASHES)], lw=1.2)
             axes.annotate(
                 of,
-                (0.01, y),
+                (0.99 if i % 2 else 0.01, y),  # two close ones at different ends
+                ha="right" if i % 2 else "left",
                 xycoords=("axes fraction", "data"),
                 xytext=(0, 2),
                 textcoords="offset points",
@@ -263,7 +263,7 @@ def against(name: str, title: str, lines: Sequence[Line], axis: str) -> str:
                     for x in xs
                 ],
                 ys,
-                yerr=[h or 0.0 for h in halves],
+                yerr=[math.nan if h is None else h for h in halves],  # no interval: no bar
                 color=SERIES[i],
                 ls=DASHES[i],
                 marker=MARKERS[i],
@@ -286,11 +286,17 @@ def against(name: str, title: str, lines: Sequence[Line], axis: str) -> str:
     return draw(name, title, f"accuracy against {axis}. " + "; ".join(words) + ".", plot, 3.6)
 
 
-def short(name: str) -> str:
-    """A name of at most `MAX_NAME` characters beside a bar: begin and end of a longer one."""
-    if len(name) <= MAX_NAME:
-        return name
-    return f"{name[: MAX_NAME - 9]}…{name[-8:]}"
+def shortened(names: Sequence[str]) -> list[str]:
+    """Names of at most `MAX_NAME` characters beside bars: begin and end of longer ones.
+
+    The begin is as long as leaves different names different; whole names, if none does.
+    """
+    for begin in (MAX_NAME - 9, MAX_NAME // 2, 6, 0):
+        end = MAX_NAME - 1 - begin
+        cut = [n if len(n) <= MAX_NAME else f"{n[:begin]}…{n[-end:]}" for n in names]
+        if len(set(cut)) == len(set(names)):
+            return cut
+    return list(names)
 
 
 def bars(
@@ -336,8 +342,12 @@ def bars(
             if len(groups) == 1 and worst in rows:
                 drawn.patches[[r for _, r in known].index(worst)].set_facecolor(BAD)
         # A setting or a run is known by all of its name, of which there are few.
-        cut = short if len(rows) > MAX_WHOLE else functools.partial(textwrap.fill, width=MAX_NAME)
-        marked = [f"{cut(row)} (worst)" if row == worst else cut(row) for row in rows]
+        cut = shortened(rows)
+        if len(rows) <= MAX_WHOLE:
+            cut = [textwrap.fill(row, width=MAX_NAME) for row in rows]
+        marked = [
+            f"{said} (worst)" if row == worst else said for row, said in zip(rows, cut, strict=True)
+        ]
         axes.set_yticks(range(len(rows)), marked)
         axes.grid(False, axis="y")
         axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

@@ -251,7 +251,7 @@ def arrows(title: str, ends: Mapping[str, tuple[float, float]]) -> str:
             axes.plot([alone, own], [place, place], color=colour, lw=1.8)
             axes.plot([alone], [place], color=INK, marker="o", ms=3.5, ls="")
             axes.plot([own], [place], color=colour, marker=marker, ms=6 - kind // 2 * 2, ls="")
-        axes.set_yticks(range(len(ends)), [figures.short(name) for name in ends])
+        axes.set_yticks(range(len(ends)), figures.shortened(list(ends)))
         axes.set_ylim(len(ends) - 0.5, -0.5)
         axes.tick_params(axis="y", labelsize=9)
         axes.set_xlabel("accuracy on its own held-out records")
@@ -329,7 +329,7 @@ def _gains(
                 axes.errorbar(
                     [p["records"] * aside for p in line],
                     [100 * p["gain"] for p in line],
-                    yerr=[100 * (p["gain_ci95"] or 0.0) for p in line],
+                    yerr=[100 * (math.nan if (h := p["gain_ci95"]) is None else h) for p in line],
                     color=SERIES[i],
                     ls=DASHES[i],
                     marker=MARKERS[i],

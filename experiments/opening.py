@@ -17,7 +17,7 @@ from fedlora.config import RunConfig
 from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.odds import group_delta
 from fedlora.rounding import at_least, at_most
-from fedlora.run_files import CONFIG, RESULT
+from fedlora.run_files import CONFIG, RESULT, void
 from server.privacy_statement import epsilon_alone, largest_epsilon, with_earlier_runs
 from server.trend import advice
 from simulation.progress import lost_rounds
@@ -90,25 +90,24 @@ def sections(run: Run) -> list[Section]:
 def verdict(run: Run) -> Section:
     """Whether the result is of use, in words, and the three models of joining."""
     result, joining = run.result, joining_verdict.comparison(run.result)
-    void = [finding["text"] for finding in result.get("findings", []) if finding["voids"]]
+    because = void(result)
     classes = {} if "token_loss" in result else result.get("per_class") or {}
     learned = "" if (only := metrics.only_prediction(classes)) is None else (
         f"The shared adapter has learned nothing yet: it answers {only} for every row."
     )  # fmt: skip
-    outcome = None if joining is None else joining_verdict.outcome(joining)
-    useless = False
-    if void:
-        note = f"The result is void, and the run accepted it: {'; '.join(void)}."
+    shown = Outcome.LOSS if because or learned else Outcome.GAIN
+    if because:
+        note = f"The result is void, and the run accepted it: {'; '.join(because)}."
     elif learned:
         note = learned
     elif joining is not None:
-        note = joining_verdict.verdict(joining)
+        note, shown = joining_verdict.verdict(joining), joining_verdict.overall(joining)
     else:
-        note, useless = _alone(run, classes)
+        note, shown = _alone(run, classes)
     words: list[str] = []
-    if joining is not None and (void or learned):
+    if joining is not None and (because or learned):
         words.append(joining_verdict.verdict(joining))
-    if void and learned:
+    if because and learned:
         words.append(learned)
     notes: list[str] = []
     warnings = [finding for finding in result.get("findings", []) if not finding["voids"]]
@@ -117,7 +116,11 @@ def verdict(run: Run) -> Section:
         notes.append(f"There {many}: see Warnings, below.")
     notes.append(lost_rounds(run.config, result, run.records))
     if joining is not None:
-        notes += [_compared(run, joining), joining_verdict.one_run(joining)]
+        compared = joining_verdict.compared(joining, len(run.institutions))
+        notes += [compared, joining_verdict.one_run(joining)]
+    if missing := result.get("not_evaluated"):
+        failed = ", ".join(f"{name} ({code})" for name, code in missing.items())
+        notes.append(f"Not measured, because the reply was refused: {failed}.")
     if said := " ".join(filter(None, notes)):
         words.append(said)
     if rising := result.get("still_rising"):
@@ -125,47 +128,41 @@ def verdict(run: Run) -> Section:
     return Section(
         title="Verdict",
         note=note,
-        bad=bool(void or learned or useless) or outcome is Outcome.LOSS,
-        caution=outcome is Outcome.UNCLEAR
-        or (joining is not None and joining_verdict.macro_f1_outcome(joining) is Outcome.LOSS),
+        bad=shown is Outcome.LOSS,
+        caution=shown is Outcome.UNCLEAR,
         words=words,
         tables=[] if joining is None else [_three(joining)],
     )
 
 
-def _compared(run: Run, joining: Mapping[str, Any]) -> str:
-    """How many institutions the verdict is about; empty where it is all of them."""
-    all_of, failed = len(run.institutions), len(joining.get("not_compared", {}))
-    if all_of == len(joining["institutions"]):
-        return ""
-    said = f"Compared were {len(joining['institutions'])} of {all_of} institutions"
-    if failed:
-        said += f"; {failed} {'replies were' if failed > 1 else 'reply was'} refused"
-    return f"{said}."
+def _alone(run: Run, classes: Mapping[str, Mapping[str, int]]) -> tuple[str, Outcome]:
+    """The verdict of a run without models at home.
 
-
-def _alone(run: Run, classes: Mapping[str, Mapping[str, int]]) -> tuple[str, bool]:
-    """The verdict of a run without models at home, and whether its adapter is of no use."""
+    It is a loss where the adapter is of no use, and unclear where nothing shows that it is of use.
+    """
     name, value = results.score(run.result)
     if not name:
-        return "Nothing was measured: there are no held-out rows.", False
-    useless = False
-    said = f"The shared adapter is right on {100 * value:.1f} % of {run.judged:,} held-out rows"
+        return "Nothing was measured: there are no held-out rows.", Outcome.UNCLEAR
+    shown = Outcome.GAIN
+    who = "The shared adapter" if run.config.federation.rounds else run.config.model.name
+    said = f"{who} is right on {100 * value:.1f} % of {run.judged:,} held-out rows"
     if classes:
         frequent, share = metrics.majority(classes)
         said += f"; always answering {frequent} would be right on {100 * share:.1f} %"
         if value <= share:
             least = metrics.majority_macro_f1(classes)
             useless = metrics.occurring(classes) > 1 and run.result["macro_f1"] <= least
+            shown = Outcome.LOSS if useless else Outcome.UNCLEAR
             said += "" if useless else ", which its accuracy does not beat"
-    if useless:
-        said = f"The shared adapter is of no use yet. {said}"
+    if shown is Outcome.LOSS:
+        said = f"{who} is of no use yet. {said}"
     if run.config.data.view != "all":
-        return f"{said}. This run has no federation, so it does not measure joining.", useless
+        return f"{said}. This run has no federation, so it does not measure joining.", shown
     if "joining" in run.result:
-        return f"{said}. Whether joining pays is not known: no institution was compared.", useless
+        failed = shown if shown is Outcome.LOSS else Outcome.UNCLEAR
+        return f"{said}. Whether joining pays is not known: no institution was compared.", failed
     why = "no institution trained a model alone"
-    return f"{said}. Whether joining pays was not measured: {why}.", useless
+    return f"{said}. Whether joining pays was not measured: {why}.", shown
 
 
 def _three(joining: Mapping[str, Any]) -> Table:
@@ -188,7 +185,14 @@ def promised(run: Run) -> Section:
     points: list[str] = []
     spent = privacy["institutions"].values()
     delta = run.result["delta"]
-    if config.privacy.promises and delta:
+    if config.privacy.promises and not delta and (silent := len(privacy.get("without_report", {}))):
+        points.append(
+            f"Epsilon {at_most(largest_epsilon(privacy))} at most, for whether a certain "
+            f"{_unit(config.privacy.unit)} was trained on. Delta goes by size class, and is not "
+            f"known of {silent} institution{'s' * (silent != 1)} without a report; so there are no "
+            "odds."
+        )
+    elif config.privacy.promises and delta:
         epsilon, delta = largest_epsilon(privacy), float(delta)
         what = f"a certain {_unit(config.privacy.unit)} was trained on"
         if "odds" in privacy:
@@ -322,8 +326,6 @@ def percent(share: float, *, up: bool = False) -> str:
     value = 100 * share
     # A bound must not be understated; 1e-9 absorbs the rounding of an exact figure.
     shown = -(-(value * scale - 1e-9) // 1) / scale if up else round(value, digits)
-    if up and shown >= 100 and share < 1:
-        return "over 99.99 %"
     return f"{shown:.{digits}f}".rstrip("0").rstrip(".") + " %"
 
 

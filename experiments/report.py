@@ -95,9 +95,13 @@ def _tiles(run: opening.Run) -> dict[str, str]:
         loss = result["token_loss"]
         tiles["loss per token"] = f"{loss:.3f}" if isinstance(loss, float) else "not finite"
     of_run = "largest epsilon (smaller is more private)"
+    if run.config.privacy.noise == "seeded":
+        of_run = "epsilon, were the noise secret"
     if (most := with_earlier_runs(run.config, run.privacy)) is not None:
         tiles["largest epsilon, all runs on the records"] = _epsilon(most["ledger_epsilon"])
         of_run = "of this run alone"
+    if level := run.privacy.get("institution_level"):
+        tiles["epsilon of an institution as a whole"] = _epsilon(level["epsilon"])
     return tiles | {
         of_run: _epsilon(result["epsilon_max"]),
         "institutions": str(len(run.institutions)),
@@ -133,7 +137,8 @@ def _words(run: opening.Run) -> list[str]:
     counted = result["rounds"] - skipped_rounds(run.records)
     only = f" of {counted} round{'s' * (counted != 1)}" if counted < result["rounds"] else ""
     how = (
-        f"In each of {result['rounds']} rounds every sampled institution took "
+        f"In {'each of ' * (result['rounds'] != 1)}{result['rounds']} "
+        f"round{'s' * (result['rounds'] != 1)} every sampled institution took "
         f"{training.local_steps} step{'s' * (training.local_steps != 1)} on about {share}, and the "
         f"server combined the updates{only} ({config.federation.strategy}, "
         f"server optimizer {config.federation.server_optimizer})."
@@ -177,7 +182,7 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
             said["accountant"],
             str(said.get("noise", config.privacy.noise)),
             number(said["noise_multiplier"]),
-            number(said["sample_rate"]),
+            f"{said['sample_rate']:.4g}",
             str(said["steps"]),
             *([_epsilon(said["epsilon_alone"])] if shared else []),
         ]
@@ -315,7 +320,9 @@ def _cost(run: opening.Run) -> dict[str, Any]:
     return {
         "words": [
             f"The rounds took {seconds(result['seconds'])} and moved {total:.1f} MB, {per:.2f} MB "
-            "for each institution. A simulation uses no network: these are the adapters' sizes."
+            "for each institution."
+            + " A simulation uses no network: these are the adapters' sizes."
+            * (not run.config.deployed)
         ],
         "figures": {
             one: figures.by_round(

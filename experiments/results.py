@@ -435,6 +435,9 @@ def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     pooled, each = tables(out, lines)
     about = manifest(out)
     text = f"# {about['name']}\n\n{caption(lines)} By `{about['command']}`.\n\n"
+    missing = sum(measured(out, case) is None for case in about["cases"])
+    if missing:
+        text += f"Not complete, and left out: {missing} of {len(about['cases'])} cases.\n\n"
     text += f"{markdown_table(pooled)}\n"
     if len(each) > 1:
         text += f"\n## By institution\n\n{markdown_table(each)}\n"

@@ -1,6 +1,6 @@
 """The page on a sweep: the cost of privacy, and each institution's gain."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from experiments.sweep import EPSILON
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, ENVIRONMENT, commit, is_complete, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, commit, is_complete, read_run_file, void
 from fedlora.sections import PrivacyConfig
 
+MAX_REASONS = 3
+"""The most findings that the note on void runs names."""
 Points = list[Mapping[str, Any]]
 
 ARM_MEANINGS = {
@@ -51,6 +53,7 @@ def of(out: Path) -> Page:
     return Page(
         title=f"Sweep: {about['name']}",
         opening=[
+            *_void(out, configs),
             conclusion.of(pooled, axes, data_sets),
             _dp([config.privacy for config in configs.values()]),
             Section(
@@ -81,6 +84,22 @@ def of(out: Path) -> Page:
     )
 
 
+def _void(out: Path, cells: Iterable[str]) -> list[Section]:
+    """A section that names void results, which count below like others; none without any."""
+    found = {cell: because for cell in cells
+             if (because := void(read_run_file(results.run_dir(out, cell))))}  # fmt: skip
+    if not found:
+        return []
+    reasons = sorted({text for because in found.values() for text in because})
+    note = (
+        f"The results of {len(found)} of this sweep's runs are void, which it accepted, and count "
+        f"in all figures below: {'; '.join(reasons[:MAX_REASONS])}"
+        + (f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else "")
+        + "."
+    )
+    return [Section(title="Void runs", note=note, bad=True, words=[", ".join(sorted(found)) + "."])]
+
+
 def _words(
     arms: Sequence[str],
     axes: Sequence[str],
@@ -99,7 +118,8 @@ def _words(
         + f".{varied} Each case with {many}."
     ]
     if missing:
-        words.append(f"{missing} cases are not complete and are left out.")
+        verb = "case is not complete and is" if missing == 1 else "cases are not complete and are"
+        words.append(f"{missing} {verb} left out.")
     return words
 
 
@@ -301,7 +321,8 @@ def _joining(pooled: Lines, configs: Mapping[str, RunConfig], about: Mapping[str
     alike = _only_holdings(configs, about)
     drawn = joining_page.by_records(pooled, EPSILON, budget) if alike else {}
     words = [joining_page.MEANINGS, *promises, joining_page.CHOICES]
-    words += [joining_page.BARS] if drawn else []
+    bars = any(line.get("gain_ci95") is not None for line in pooled)
+    words += [joining_page.BARS] if drawn and bars else []
     return Section(title=joining_page.TITLE, words=words, figures=drawn)
 
 

@@ -122,18 +122,17 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
     if not found:
         return {}
     everyone = [found[name] for name in sorted(found)]
-    draw = np.random.default_rng(0)  # resampling of a measurement: repeatable, and no privacy
     institutions: dict[str, dict[str, Any]] = {}
     for name in sorted(found):
         rows = found[name]
         institutions[name] = {
             "records": rows.records,
-            **_compared([rows], draw),
+            **_compared([rows]),
             **rows.choice,
         }
-    low, high = _interval(everyone, draw)
+    low, high = _interval(everyone)
     quality = {model: _quality(everyone, model, labels) for model in MODELS}
-    low_f1, high_f1 = _macro_f1_interval(everyone, len(labels), draw)
+    low_f1, high_f1 = _macro_f1_interval(everyone, len(labels))
     sizes: dict[int, list[str]] = {}
     for name in sorted(found):
         sizes.setdefault(accounting.public_size(found[name].records), []).append(name)
@@ -153,11 +152,11 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
             "high": high_f1,
             "classes_with_few_texts": _classes_with_few_texts(everyone, len(labels)),
         },
-        "scarce": _compared(scarce, draw),
+        "scarce": _compared(scarce),
         "sizes": {
             str(size): {
                 "institutions": len(names),
-                **_compared([found[name] for name in names], draw),
+                **_compared([found[name] for name in names]),
                 **_movers([institutions[name] for name in names]),
             }
             for size, names in sorted(sizes.items())
@@ -209,12 +208,12 @@ def _accuracies(group: Sequence[Rows]) -> dict[str, Any]:
     }
 
 
-def _compared(group: Sequence[Rows], draw: np.random.Generator) -> dict[str, Any]:
+def _compared(group: Sequence[Rows]) -> dict[str, Any]:
     """`_accuracies`, with the number of texts and the interval of the gain, ``low`` to ``high``."""
     found = _accuracies(group)
     if found["rows"]:
         found["texts"] = _texts(group)
-        found["low"], found["high"] = _interval(group, draw)
+        found["low"], found["high"] = _interval(group)
     return found
 
 
@@ -235,17 +234,15 @@ def _movers(institutions: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
-def _interval(group: Sequence[Rows], draw: np.random.Generator) -> tuple[float, float]:
+def _interval(group: Sequence[Rows]) -> tuple[float, float]:
     """The 95 % interval of the gain in accuracy by a paired bootstrap over texts."""
     right = [{m: rows.predicted[m] == rows.truth for m in ("alone", "own")} for rows in group]
     gains = np.concatenate([one["own"].astype(np.int64) - one["alone"] for one in right])
-    difference, count = _resampled(group, np.stack([gains, np.ones_like(gains)]), draw)
+    difference, count = _resampled(group, np.stack([gains, np.ones_like(gains)]))
     return _middle(difference / count)
 
 
-def _macro_f1_interval(
-    group: Sequence[Rows], classes: int, draw: np.random.Generator
-) -> tuple[float, float]:
+def _macro_f1_interval(group: Sequence[Rows], classes: int) -> tuple[float, float]:
     """The 95 % interval of the gain in macro-F1 by a paired bootstrap over texts.
 
     It is rougher than that of the accuracy where classes are rare: a class of one text is
@@ -257,7 +254,7 @@ def _macro_f1_interval(
     of_truth, of_models = truth == every, [one == every for one in said]
     right = [of_truth & predicted for predicted in of_models]
     counts = np.concatenate([of_truth, *of_models, *right]).astype(np.int64)
-    alone, own = _macro_f1(_resampled(group, counts, draw), classes)
+    alone, own = _macro_f1(_resampled(group, counts), classes)
     return _middle(own - alone)
 
 
@@ -298,19 +295,19 @@ def _middle(values: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _resampled(group: Sequence[Rows], values: Int64, draw: np.random.Generator) -> Floats:
+def _resampled(group: Sequence[Rows], values: Int64) -> Floats:
     """Sums of values of rows in resamples of texts.
 
     Rows of one text, at one institution or at several, are right or wrong together, so a text is
     drawn with all of its rows. Texts of all institutions are drawn together: a draw within each
     institution of n texts would have (n - 1) / n of the variance, none for a single text. So an
     interval also holds how much institutions differ, and is rather too wide than too narrow. Texts
-    with equal sums count alike, so that their counts are multinomial.
+    with equal sums count alike, so that their counts are multinomial. Each call draws the same, so
+    that equal rows have equal intervals wherever a report states them.
 
     Args:
         group: Institutions, n rows in all.
         values: ``(k, n)``.
-        draw: Draws the resamples.
 
     Returns:
         ``(k, RESAMPLES)``.
@@ -320,5 +317,6 @@ def _resampled(group: Sequence[Rows], values: Int64, draw: np.random.Generator) 
     _, text = np.unique(np.concatenate([rows.texts for rows in group]), return_inverse=True)
     sums = np.stack([np.bincount(text, row) for row in values])
     kinds, times = np.unique(sums, axis=1, return_counts=True)
+    draw = np.random.default_rng(0)  # resampling of a measurement: repeatable, and no privacy
     drawn = draw.multinomial(times.sum(), times / times.sum(), RESAMPLES)
     return kinds @ drawn.astype(np.float64).T

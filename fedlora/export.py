@@ -18,6 +18,7 @@ from fedlora.adapters import CONFIG_FILE, WEIGHTS_FILE
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, sync, write_atomic
+from fedlora.run_files import refuse_audited
 
 log = logging.getLogger("fedlora.export")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -170,6 +171,7 @@ def _causal_adapter(
 ) -> tuple[RunConfig, Path, dict[str, Any]]:
     """A complete run's configuration, its adapter's directory and ``adapter_config.json``."""
     config = finished_run.configuration(run_dir, {})
+    refuse_audited(run_dir, "export")
     folder = finished_run.adapter_directory(run_dir, config, institution)
     if model_files.resolve(config.model.name).kind != "causal":
         raise InputError(

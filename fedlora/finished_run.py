@@ -13,8 +13,8 @@ from fedlora.config import RunConfig, load
 from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, write_atomic
-from fedlora.model_files import MERGED
-from fedlora.run_files import CONFIG, is_audited, read_run_file
+from fedlora.model_files import MERGED, Origin
+from fedlora.run_files import CONFIG, read_run_file, refuse_audited
 from fedlora.sections import check_gpu
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
@@ -226,34 +226,29 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
 
     The classifier of an encoder is written with the code of its class (`fedlora.mean_pooling`). The
     card says what the run promises, that of an own model what its adapter's card does, also whether
-    it may leave. The file `model_files.MERGED` names run and source, so that no run under DP on the
-    same records takes the model for a base that never saw them.
+    it may leave. The file `model_files.MERGED` names run and source, and those behind the start of
+    the run, so that no run under DP on the same records takes the model for a base that never saw
+    them.
 
     Raises:
         InputError: If ``out_dir`` exists.
     """
     new_path(out_dir)  # before the model is loaded
     config = configuration(run_dir, {})
-    if is_audited(run_dir):
-        raise InputError(
-            f"{run_dir} is an audited run, which was trained on planted records too; merge the "
-            "run itself"
-        )
+    refuse_audited(run_dir, "merge")
     merged, work = merged_model(run_dir, institution, own_model=own_model)
     if own_model:
         place = adapter_directory(run_dir, config, institution, own_model=True)
         said = model_card.said_of_own(place)
     else:
         said = str(read_run_file(run_dir, "privacy.json")["protects"])
+    result = read_run_file(run_dir)
+    said += model_card.unprotected_origins(result)
+    private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
+    this = Origin(run=result["run"], source=model_card.source(config), private=private)
     with new_directory(out_dir) as new:
         merged.save_pretrained(new, safe_serialization=True)
         work.base.tokenizer.save_pretrained(new)
         model_card.write_merged(new, config, work, said, own_model=own_model)
-        origin = {
-            "run": read_run_file(run_dir)["run"],
-            "source": model_card.source(config),
-            # whether each institution's ledger was charged for what the model knows of its records
-            "private": model_card.is_private(config, own_model=own_model)
-            and config.privacy.promises,
-        }
-        write_atomic(new / MERGED, f"{json.dumps(origin)}\n".encode())
+        content = json.dumps([this, *result.get("origins", [])])
+        write_atomic(new / MERGED, f"{content}\n".encode())

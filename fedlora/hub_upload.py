@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.model_card import CARD, base_name
 from fedlora.released import FILE as RELEASE
-from fedlora.run_files import CONFIG, read_run_file
+from fedlora.run_files import CONFIG, read_run_file, refuse_audited, void
 
 PRIVACY = "privacy.json"
 
@@ -34,9 +35,10 @@ def push(run_dir: Path, repo: str, *, public: bool = False, unprotected: bool = 
         InputError: If the run is not complete or has no DP, or the hub refuses the upload.
     """
     privacy = read_run_file(run_dir, PRIVACY)
-    read_run_file(run_dir)
+    result = read_run_file(run_dir)
     config = load(run_dir / CONFIG)
-    _check_promise(config, unprotected)
+    refuse_audited(run_dir, "push")
+    _check_promise(config, result, unprotected)
     source = run_dir / "adapter"
     if missing := [n for n in (CONFIG_FILE, WEIGHTS_FILE, CARD) if not (source / n).is_file()]:
         raise InputError(
@@ -50,18 +52,25 @@ def push(run_dir: Path, repo: str, *, public: bool = False, unprotected: bool = 
         return _upload(folder, repo, public=public)
 
 
-def _check_promise(config: RunConfig, unprotected: bool) -> None:
+def _check_promise(config: RunConfig, result: Mapping[str, Any], unprotected: bool) -> None:
     """Refuse an adapter that may reveal training records, unless the user accepts that."""
     if unprotected:
         return
+    open_to_all = [of for of in result.get("origins", []) if not of["private"]]
     if not config.privacy.enabled:
         why = "privacy.epsilon was inf"
     elif config.privacy.noise == "seeded":
         why = "privacy.noise was seeded, so that the noise can be subtracted"
+    elif because := void(result):
+        why = f"the result is void: {'; '.join(because)}"
+    elif open_to_all:
+        run, source = open_to_all[0]["run"], open_to_all[0]["source"]
+        why = f"it started from what the run {run} trained on {source} without a promise"
     else:
         return
     raise InputError(
-        f"no DP protects this adapter ({why}), and it may reveal training records; give "
+        f"not all that this adapter knows is protected ({why}), and it may reveal training "
+        "records; give "
         "--unprotected if these records may be public"
     )
 

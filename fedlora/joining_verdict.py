@@ -50,10 +50,11 @@ def outcome(joining: Mapping[str, Any]) -> Outcome:
     return _outcome(joining["gain"])
 
 
-def macro_f1_outcome(joining: Mapping[str, Any]) -> Outcome:
-    """Return what the interval of the gain in macro-F1 says; unclear where it cannot tell."""
-    gain = joining["gain_macro_f1"]
-    return Outcome.UNCLEAR if _few_texts(gain) else _outcome(gain)
+def overall(joining: Mapping[str, Any]) -> Outcome:
+    """Return what accuracy and macro-F1 say together: a gain that costs rare classes is unclear."""
+    macro_f1, found = joining["gain_macro_f1"], outcome(joining)
+    costs = not _few_texts(macro_f1) and _outcome(macro_f1) is Outcome.LOSS
+    return Outcome.UNCLEAR if found is Outcome.GAIN and costs else found
 
 
 def has_interval(gain: Mapping[str, Any]) -> bool:
@@ -71,14 +72,31 @@ def _outcome(gain: Mapping[str, Any]) -> Outcome:
 
 def verdict(joining: Mapping[str, Any]) -> str:
     """One sentence: whether joining pays in this run."""
-    gain, count, keeping = joining["gain"], len(joining["institutions"]), len(keepers(joining))
+    gain, each = joining["gain"], joining["institutions"]
+    count, keeping = len(each), len(keepers(joining))
     return (
         f"{ALL_KEEP if keeping == count else FINDINGS[outcome(joining)]}: own models are right on "
-        f"{100 * joining['own']['accuracy']:.1f} % of held-out rows, models trained alone "
-        f"on {100 * joining['alone']['accuracy']:.1f} % "
+        f"{100 * joining['own']['accuracy']:.1f} % of {sum(of['rows'] for of in each.values()):,} "
+        f"held-out rows, models trained alone on {100 * joining['alone']['accuracy']:.1f} % "
         f"({interval(gain)}); of {count} institution{'s' * (count != 1)} {movers(gain)} by more "
         f"than their own interval{_too_small(joining)}.{_keeping(keeping)}{_classes(joining)}"
     )
+
+
+def compared(joining: Mapping[str, Any], institutions: int) -> str:
+    """How many institutions a verdict is about; empty where it is all of them.
+
+    Args:
+        joining: A comparison.
+        institutions: The number of institutions in the run.
+    """
+    counted, failed = len(joining["institutions"]), len(joining.get("not_compared", {}))
+    if counted == institutions:
+        return ""
+    said = f"Compared were {counted} of {institutions} institutions"
+    if failed:
+        said += f"; {failed} {'replies were' if failed > 1 else 'reply was'} refused"
+    return f"{said}."
 
 
 def one_run(joining: Mapping[str, Any]) -> str:

@@ -92,6 +92,11 @@ class MeanPoolingClassifier(PreTrainedModel):
             labels: Class names in index order.
             options: Arguments of ``AutoModel.from_pretrained``.
         """
+        about, _ = PreTrainedConfig.get_config_dict(base)
+        if about.get("model_type") == MeanPoolingConfig.model_type:  # merged: it has its head
+            if (quantized := options.get("quantization_config")) is not None:
+                quantized.llm_int8_skip_modules = ["classifier"]  # it is trained
+            return cls.from_pretrained(base, trust_remote_code=False, **options).eval()
         inner: Any = AutoConfig.from_pretrained(base, trust_remote_code=False)
         encoder: Any = AutoModel.from_pretrained(
             base, trust_remote_code=False, **without_pooler(inner), **options
@@ -122,8 +127,10 @@ class MeanPoolingClassifier(PreTrainedModel):
 
 def configuration(encoder: PreTrainedConfig, labels: Sequence[str]) -> MeanPoolingConfig:
     """The configuration of a classifier of this encoder with these classes, in index order."""
+    described = encoder.to_dict()
+    described.pop("_name_or_path", None)  # a directory of this machine
     return MeanPoolingConfig(
-        encoder=encoder.to_dict(),
+        encoder=described,
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
     )

@@ -14,7 +14,7 @@ from fedlora.config import RunConfig
 from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
 from fedlora.files import write_atomic
 from fedlora.rounding import at_most
-from fedlora.run_files import finite
+from fedlora.run_files import finite, void
 from fedlora.sft import GREEDY, MAX_RESPONSE_TOKENS
 from fedlora.trainable import Trainable
 
@@ -51,6 +51,7 @@ def write_adapter(
         _front_matter(config, "peft", private=is_private(config)),
         f"# {Path(config.run_dir).name}",
         f"A LoRA adapter, trained by fedlora in a federation of institutions for {_words(config)}.",
+        *(f"**The result is void, and the run accepted it: {text}.**" for text in void(result)),
         *([SHARED_PART] if config.federation.traits.local_parts else []),
         _training(config, work, result),
         _data(config, work, result),
@@ -177,6 +178,7 @@ def adapter_code(config: RunConfig, work: Trainable, tokenizer: str = "") -> str
         opened.append("base.classifier.to(base.device)  # bitsandbytes takes a GPU if there is one")
     imported, lines = ", ".join(["AutoTokenizer", *names, "pipeline"]), "\n".join(opened)
     return f"""\
+import importlib.util
 import json
 from pathlib import Path
 
@@ -185,7 +187,7 @@ from transformers import {imported}
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ADAPTER = "."  # this directory
-BASE = {json.dumps(base_name(config))}  # its hub name or directory
+{_base_line(config)}
 TEXTS = ["..."]
 labels = json.loads(Path(ADAPTER, "{LABELS}").read_text())
 # This runs {file}.py of this directory: no class of transformers takes the mean over tokens.
@@ -206,20 +208,24 @@ def _causal_code(
     scored = isinstance(encoding, LabelPrompt)
     around = encoding.layout(work.labels)[0] if scored else encoding.around()
     if merged:
-        head = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        head = ["import torch"]
+        head += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
         head += ['MODEL = "."  # this directory']
         opened = ["model = AutoModelForCausalLM.from_pretrained(MODEL)"]
     else:
         names, opened = _base_code(config, work, "AutoModelForCausalLM.from_pretrained(BASE")
         imported = ", ".join(["AutoModelForCausalLM", "AutoTokenizer", *names])
-        head = ["from peft import PeftModel", f"from transformers import {imported}", ""]
+        head = ["import importlib.util", "from pathlib import Path", ""]
+        head += ["import torch", "from peft import PeftModel"]
+        head += [f"from transformers import {imported}", ""]
         head += ['MODEL = "."  # this directory']
-        head += [f"BASE = {json.dumps(base_name(config))}  # its hub name or directory"]
+        head += [_base_line(config)]
         opened.append("model = PeftModel.from_pretrained(base, MODEL)")
     lines = [
         *head,
         'TEXTS = ["..."]',
         f"BEFORE, AFTER = {around.before!r}, {_after(work, around)!r}",
+        f"MAX_TOKENS = {_room(config, work)}  # longer texts lose their end, as in training",
     ]
     if scored:
         lines += [
@@ -234,8 +240,15 @@ def _causal_code(
         "answers = []",
         "for text in TEXTS:",
         "    prompt = BEFORE + text.strip() + AFTER",
-        '    inputs = tokenizer(prompt, return_tensors="pt", '
-        f"add_special_tokens={around.add_special_tokens}).to(model.device)",
+        '    encoded = tokenizer(prompt, return_tensors="pt", '
+        f"add_special_tokens={around.add_special_tokens})",
+        "    inputs = {name: ids.to(model.device) for name, ids in encoded.items()}",
+        '    if (surplus := encoded["input_ids"].shape[1] - MAX_TOKENS) > 0:',
+        "        end = encoded.char_to_token(len(prompt) - len(AFTER) - 1) + 1  # of the text",
+        "        inputs = {",
+        "            name: torch.cat([ids[:, : end - surplus], ids[:, end:]], 1)",
+        "            for name, ids in inputs.items()",
+        "        }",
     ]
     if scored:
         lines += [
@@ -251,6 +264,27 @@ def _causal_code(
             "    answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())",
         ]
     return "\n".join([*lines, "print(answers)"])
+
+
+def _base_line(config: RunConfig) -> str:
+    """The line that assigns ``BASE``: of a package's model it finds the directory."""
+    name = base_name(config)
+    if not name.startswith("package:"):
+        return f"BASE = {json.dumps(name)}  # its hub name or directory"
+    package = name.removeprefix("package:")
+    spec = f'importlib.util.find_spec("{package.replace("-", "_")}")'
+    return (
+        f"(folder,) = {spec}.submodule_search_locations  # pip install {package}\n"
+        'BASE = str(next(Path(folder).rglob("*.safetensors")).parent)'
+    )
+
+
+def _room(config: RunConfig, work: Trainable) -> int:
+    """The most tokens of a prompt with its text: what a row has beside an empty response."""
+    if work.labels:
+        return config.training.max_length
+    encoded = work.task.encoding.encode(["text"], [""], ())
+    return config.training.max_length - len(encoded.ids[0]) + int(encoded.targets[0])
 
 
 def _base_code(config: RunConfig, work: Trainable, call: str) -> tuple[list[str], list[str]]:
@@ -386,7 +420,7 @@ def _data(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
 
 
 def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
-    lines = ["## Privacy", "", str(privacy["protects"])]
+    lines = ["## Privacy", "", f"{privacy['protects']}{unprotected_origins(result)}"]
     spent = list(privacy["institutions"].values())
     if config.privacy.enabled:
         delta = "by size class" if result["delta"] is None else at_most(result["delta"], 3)
@@ -414,6 +448,20 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
     if config.privacy.enabled:
         lines += ["", "Models that institutions train at home from this adapter are not covered."]
     return "\n".join(lines)
+
+
+def unprotected_origins(result: Mapping[str, Any]) -> str:
+    """A further sentence for each run without a promise that a run started from; often empty.
+
+    Args:
+        result: The content of result.json.
+    """
+    return "".join(
+        f" What it started from was trained by the run {origin['run']} on `{origin['source']}` "
+        "without a promise: whatever that reveals of those records is in no figure here."
+        for origin in result.get("origins", [])
+        if not origin["private"]
+    )
 
 
 def _figures(result: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
@@ -23,7 +23,7 @@ CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "Genera
 """Endings of the class names of causal models in config.json."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MERGED = "merged.json"
-"""Of a model of `fedlora merge`: ``run``, the ``source`` of its records, whether ``private``."""
+"""Of a model of `fedlora merge`: its `Origin` values, those behind its start and base too."""
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_TIMEOUT_SECONDS = 10.0
 
@@ -73,13 +73,30 @@ def resolve(name: str) -> ModelFiles:
     return _from_hub(name)
 
 
-def merged_from(name: str) -> dict[str, Any]:
-    """What `MERGED` says of a base model in a directory; empty for any other base."""
+class Origin(TypedDict):
+    """A run whose records an adapter or a base model may know."""
+
+    run: str
+    """Its id."""
+    source: str
+    """Its ``data.source``, without the directories of the machine."""
+    private: bool
+    """Whether the ledger of each institution was charged for what is known of its records."""
+
+
+def origins_of_base(name: str) -> list[Origin]:
+    """The runs that a base model in a directory was merged from; empty for any other base.
+
+    Raises:
+        InputError: If `MERGED` cannot be read.
+    """
     try:
-        return json.loads((expanded(name) / MERGED).read_text(encoding="utf-8"))
+        found = json.loads((expanded(name) / MERGED).read_text(encoding="utf-8"))
+        return [Origin(run=str(of["run"]), source=str(of["source"]), private=of["private"] is True)
+                for of in found]  # fmt: skip
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"model.name is {name!r}, whose {MERGED} cannot be read ({type(error).__name__}); "
             "merge the model again"

@@ -135,6 +135,32 @@ def _single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def refuse_audited(run_dir: Path, instead: str) -> None:
+    """Refuse an audited run: its adapter knows planted records too.
+
+    Args:
+        run_dir: The run's directory.
+        instead: What to do with the run itself, as a verb.
+
+    Raises:
+        InputError: If an audit made the run.
+    """
+    if is_audited(run_dir):
+        raise InputError(
+            f"{run_dir} is an audited run, which was trained on planted records too; {instead} the "
+            "run itself"
+        )
+
+
+def void(result: Mapping[str, Any]) -> list[str]:
+    """Why a result is void: the texts of findings that its run accepted; empty where it is not.
+
+    Args:
+        result: The content of result.json.
+    """
+    return [finding["text"] for finding in result.get("findings", []) if finding["voids"]]
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a run directory's ``rounds.jsonl``."""
     return read_lines(path / ROUNDS)

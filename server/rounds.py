@@ -52,7 +52,7 @@ from server.roster import Roster, patience
 from server.run_directory import RunDirectory, RunState
 from server.secure_session import SecureSession
 from server.spending import Spending
-from server.start import start_adapter
+from server.start import origins, start_adapter
 from server.trend import independent_texts, still_rising
 from strategies import base, server_optimizer
 from strategies.base import Round
@@ -526,6 +526,7 @@ class Federation:
             **({"joining": compared} if compared else {}),
             **({"still_rising": rising} if (rising := self.still_rising()) else {}),
             **({"released": outcomes} if outcomes else {}),
+            **({"origins": behind} if (behind := origins(config)) else {}),
             "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
             "delta": self.largest_delta(privacy),
             **({"epsilon_alone_max": alone} if (alone := epsilon_alone(privacy)) else {}),

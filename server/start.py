@@ -13,9 +13,9 @@ from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
 from fedlora.lora_layers import Scale
-from fedlora.model_card import LABELS, source
-from fedlora.model_files import merged_from
-from fedlora.run_files import CONFIG, ENVIRONMENT, is_audited, read_run_file
+from fedlora.model_card import LABELS, is_private, source
+from fedlora.model_files import Origin, origins_of_base
+from fedlora.run_files import CONFIG, ENVIRONMENT, is_audited, is_complete, read_run_file
 from fedlora.trainable import Trainable
 from strategies.lowrank import carried, recompressed
 
@@ -130,23 +130,50 @@ def _origin(start: str) -> _Origin | None:
     return None
 
 
+def origins(config: RunConfig) -> list[Origin]:
+    """The runs whose records the start of a run may know: those that it follows, those of its base.
+
+    A start that is gone meanwhile counts as one without a promise. An adapter in no run's directory
+    counts as public, as a base model does.
+
+    Args:
+        config: The run.
+    """
+    start, found = config.adapter.start, origins_of_base(config.model.name)
+    if start and not expanded(start).exists():
+        found.append(Origin(run="unknown", source=start, private=False))
+    for earlier, origin in _lineage(config):
+        complete = is_complete(origin.run_dir)
+        result = read_run_file(origin.run_dir) if complete else {}
+        private = is_private(earlier, own_model=not origin.released) and earlier.privacy.promises
+        run = str(result.get("run", origin.run_dir.name))
+        found.append(Origin(run=run, source=source(earlier), private=private))
+        found += result.get("origins", [])
+    return [one for i, one in enumerate(found) if one not in found[:i]]
+
+
 def _check_base(config: RunConfig) -> None:
     """Check that the base was not trained on the records that a run promises to protect.
 
     Raises:
-        InputError: If the base was merged from a run on the same source.
+        InputError: If the base was merged from a run on a source of the same name, or from one that
+            follows such a run; any two tables in memory count as the same.
     """
-    origin, privacy = merged_from(config.model.name), config.privacy
-    promised = privacy.promises or privacy.hides_institutions
-    if not origin or not promised or origin["source"] != source(config):
+    privacy, of_run = config.privacy, source(config)
+    if not privacy.promises and not privacy.hides_institutions:
         return
-    if config.deployed and origin["private"] and not privacy.hides_institutions:
-        return  # each institution has one ledger for all runs
-    raise InputError(
-        f"model.name is {config.model.name}, merged from the run {origin['run']} on the same "
-        f"data.source ({origin['source']}): what it reveals of these records would be in no figure "
-        "of this run; take that run's base, and its adapter as adapter.start"
-    )
+    for origin in origins_of_base(config.model.name):
+        tables_both = all(name.startswith(tables.MEMORY) for name in (of_run, origin["source"]))
+        if origin["source"] != of_run and not tables_both:
+            continue
+        if config.deployed and origin["private"] and not privacy.hides_institutions:
+            continue  # each institution has one ledger for all runs
+        same = "a table too" if tables_both else f"a data.source of this name ({of_run})"
+        raise InputError(
+            f"model.name is {config.model.name}, and the run {origin['run']}, from which it was "
+            f"merged, was on {same}: what it reveals of these records would be in no figure of "
+            "this run; take that run's base, and its adapter as adapter.start"
+        )
 
 
 def _check_promises(config: RunConfig) -> None:

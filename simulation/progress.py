@@ -15,7 +15,7 @@ from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import Outcome
 from fedlora.rounding import at_most, number
-from fedlora.run_files import CONFIG, ROUNDS, link_latest, read_records, read_run_file
+from fedlora.run_files import CONFIG, ROUNDS, link_latest, read_records, read_run_file, void
 from fedlora.terminal import Terminal
 from server.privacy_statement import with_earlier_runs
 from server.trend import advice
@@ -155,6 +155,21 @@ def describe(
     return " · ".join(parts)
 
 
+def add_quality(table: Table, config: RunConfig, result: Mapping[str, Any]) -> None:
+    """Add the figures of quality, below a word on a void result."""
+    if because := void(result):
+        said = f"the result is void, and the run accepted it: {'; '.join(because)}"
+        table.add_row("", Styled(said, "bold red"))
+    for name in ("accuracy", "macro_f1", "token_loss", "perplexity", "exact_match", "unparseable"):
+        if name in result:
+            value = result[name]
+            said = str(value) if isinstance(value, int) else number(value)
+            table.add_row(name.replace("_", " "), said)
+    for name in config.federation.metric_names:
+        if name in result:
+            table.add_row(name, number(result[name]))
+
+
 def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
     """Add the majority baseline, and a warning about a model that predicts one class only.
 
@@ -189,8 +204,8 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     gain = joining["gain"]
     table.add_row(
         "gain of joining",
-        f"{joining_verdict.interval(gain)}; of {len(joining['institutions'])} institutions "
-        f"{joining_verdict.movers(gain)}",
+        f"{joining_verdict.interval(gain)}; of {(count := len(joining['institutions']))} "
+        f"institution{'s' * (count != 1)} {joining_verdict.movers(gain)}",
     )
     if on_scarce := joining_verdict.scarce_gain(joining):
         table.add_row(
@@ -198,9 +213,13 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
             f"{on_scarce}; {joining['scarce']['rows']:,} held-out rows are of classes of which "
             f"their institution has at most {joining_verdict.MAX_SCARCE_RECORDS} training records",
         )
-    style = VERDICT_STYLES[joining_verdict.outcome(joining)]
+    style = VERDICT_STYLES[joining_verdict.overall(joining)]
+    if void(result):
+        style = "yellow"  # said above of all figures
     table.add_row("", Styled(joining_verdict.verdict(joining), style))
-    if said := joining_verdict.one_run(joining):
+    compared = joining_verdict.compared(joining, result["population"])
+    notes = [compared, joining_verdict.one_run(joining)]
+    if said := " ".join(filter(None, notes)):
         table.add_row("", said)
 
 
@@ -266,9 +285,10 @@ def add_privacy(
     """Add the promise: its epsilons, the institutions that must be trusted, and words."""
     if config.privacy.enabled:
         delta = "by size class" if result["delta"] is None else f"{result['delta']:g}"
+        secret = ", were the noise secret" if config.privacy.noise == "seeded" else ""
         table.add_row(
             "privacy",
-            f"epsilon {at_most(result['epsilon_max'])} at delta {delta}, per "
+            f"epsilon {at_most(result['epsilon_max'])}{secret} at delta {delta}, per "
             f"{config.privacy.unit}, each institution",
         )
         if (most := with_earlier_runs(config, privacy)) is not None:
@@ -303,15 +323,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     table = Table(title="Federated run", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name in ("accuracy", "macro_f1", "token_loss", "perplexity", "exact_match", "unparseable"):
-        if name in result:
-            value = result[name]
-            table.add_row(
-                name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
-            )
-    for name in config.federation.metric_names:
-        if name in result:
-            table.add_row(name, number(result[name]))
+    add_quality(table, config, result)
     add_baseline(table, result)
     if "n" in result:
         table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")

@@ -77,6 +77,11 @@ def limit(result: Mapping[str, Any], view: str) -> float:
     return float(result["epsilon_alone" if view == ALL_BUT_ONE else "epsilon"])
 
 
+def can_refute(result: Mapping[str, Any]) -> bool:
+    """Whether the canaries could show more than what was promised."""
+    return result["canaries"]["most they can show"] > float(result["epsilon"])
+
+
 def broken_by(result: Mapping[str, Any]) -> str:
     """What refuted a promise, with its figures."""
     noise, canaries = result["noise"], result["canaries"]
@@ -144,14 +149,14 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def verdict(result: Mapping[str, Any]) -> str:
     """Return the verdict on the privacy promise in words."""
-    promised, canaries = float(result["epsilon"]), result["canaries"]
+    canaries = result["canaries"]
     if result["refuted"]:
         return "IS BROKEN"
     if not promises(result):
         return "nothing was promised" + ", as the noise came from a seed" * is_seeded(result)
     most = at_least(canaries["most they can show"], 3)
     can = f"{canaries['in all']:,} canaries show epsilon {most}"
-    if canaries["most they can show"] <= promised:
+    if not can_refute(result):
         return f"is not refuted; {can} at most, so they could not have refuted it: see --canaries"
     return f"is not refuted; {can} at most"
 

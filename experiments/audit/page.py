@@ -51,7 +51,7 @@ def of(directory: Path) -> Page:
                 title="Verdict",
                 note=note,
                 bad=broken,
-                caution=not broken and (seeded or shown < promised == math.inf),
+                caution=not broken and (seeded or not findings.can_refute(found)),
                 words=[
                     "Rows that the auditor made (canaries) were added to the records or not, by "
                     "the toss of a coin. Attacks then guess from what the run released which were "

@@ -344,7 +344,7 @@ def test_a_promise_for_a_customer_says_what_it_is_at_two_institutions_with_one_n
 @pytest.mark.parametrize(
     ("share", "up", "said"),
     [(0.9996646, True, "99.97 %"), (0.73106, True, "73.2 %"), (0.5, False, "50 %"),
-     (0.001, False, "0.1 %"), (0.0001, True, "0.01 %"), (0.999999, True, "over 99.99 %"),
+     (0.001, False, "0.1 %"), (0.0001, True, "0.01 %"), (0.999999, True, "100 %"),
      (1.0, True, "100 %"), (0.1234, True, "12.4 %")],
 )  # fmt: skip
 def test_a_bound_in_percent_is_never_rounded_down(share, up, said):
@@ -413,6 +413,35 @@ def test_a_model_that_has_learned_nothing_and_a_void_result_stand_at_the_top(run
     text = report.write(run_directory).read_text(encoding="utf-8")
     note = re.search(r'<p class="note bad">(.*?)</p>', text, re.DOTALL)
     assert note and note[1] == "The result is void, and the run accepted it: delta is 0.1."
+
+
+def test_a_sweep_names_void_runs_first(made_up_sweep):
+    assert "Void runs" not in report.write(made_up_sweep).read_text(encoding="utf-8")
+    cell = next((made_up_sweep / "cells").iterdir())
+    change(cell, "result.json", findings=[{"text": "delta is 0.1", "voids": True}])
+    text = report.write(made_up_sweep).read_text(encoding="utf-8")
+    assert "The results of 1 of this sweep&#39;s runs are void" in text
+    assert text.index("delta is 0.1") < text.index("Conclusion")
+
+
+def test_a_promise_whose_delta_is_not_known_of_all_still_has_its_epsilon(run_directory):
+    """In a deployment delta goes by size class, and an institution without a report has none."""
+    change(run_directory, "result.json", delta=None)
+    change(run_directory, "privacy.json", without_report={"Beta": {"epsilon_at_most": 9.0}})
+    text = shown(run_directory)
+    assert "Epsilon 9 at most, for whether a certain record was trained on." in text
+    assert "not known of 1 institution without a report" in text
+
+
+def test_a_run_that_shows_nothing_is_not_green(run_directory):
+    change(run_directory, "result.json", n=0, not_evaluated={"Beta": "timeout"})
+    result = json.loads((run_directory / "result.json").read_text())
+    for key in ("accuracy", "per_class"):
+        del result[key]
+    (run_directory / "result.json").write_text(json.dumps(result))
+    text = report.write(run_directory).read_text(encoding="utf-8")
+    assert re.search(r'class="note caution">\s*Nothing was measured', text)
+    assert "Not measured, because the reply was refused: Beta (timeout)." in text
 
 
 def test_a_model_that_is_no_better_than_the_most_frequent_class_is_marked(run_directory):
@@ -535,6 +564,17 @@ def test_an_audit_has_a_page_and_its_run_says_what_it_found(
     assert "An audit attacked this run" in of_run
     assert (f"the promise IS BROKEN, for {reason}." in of_run) == bool(reason)
     assert f"show epsilon {shows} at least" in of_run and "if all others collude" not in text
+
+
+def test_an_audit_that_could_not_have_refuted_is_marked(run_directory, tmp_path):
+    shutil.copytree(run_directory, tmp_path / "audit/run")
+    for most, marked in ((9.0, False), (7.0, True)):
+        canaries = AUDIT["canaries"] | {"most they can show": most}
+        promised = {"epsilon": 8.0, "refuted": False, "canaries": canaries}
+        promised["noise"] = AUDIT["noise"] | {"left_out": 0}
+        (tmp_path / "audit/audit.json").write_text(json.dumps(AUDIT | promised))
+        text = report.write(tmp_path / "audit").read_text(encoding="utf-8")
+        assert ('class="note caution"' in text) == marked
 
 
 def test_an_audit_of_a_run_without_a_promise_says_so_on_the_run_s_page(run_directory, tmp_path):
@@ -670,6 +710,12 @@ def test_a_long_name_leaves_the_bars_their_room(monkeypatch):
         figures.bars("x", "title", {"accuracy": dict.fromkeys(rows, 0.5)}, label="accuracy")
         shown_names = [tick.get_text() for tick in axes.get_yticklabels()]
         assert shown_names[:2] == [long, "A" * 26]
+
+
+def test_names_that_differ_in_the_middle_stay_different():
+    names = [f"Sparkasse-Region-Mittel-{letter}-Hauptfiliale" for letter in "ABC"]
+    cut = figures.shortened([*names, "short"])
+    assert len(set(cut)) == 4 and max(map(len, cut)) <= figures.MAX_NAME and cut[3] == "short"
 
 
 def test_names_from_data_cannot_become_markup(run_directory):

@@ -15,11 +15,12 @@ import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedlora import config, finished_run, model_card, model_files, trainable
+from fedlora import config, finished_run, hub_upload, model_card, model_files, trainable
 from fedlora.adapters import WEIGHTS_FILE, AdapterState
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
-from server.start import start_adapter
+from fedlora.run_files import read_run_file
+from server.start import origins, start_adapter
 from simulation import run
 from tests.fedlora.small_models import byte_tokenizer
 
@@ -150,6 +151,8 @@ def test_a_merged_classifier_and_an_adapter_answer_elsewhere_as_here_or_do_not_o
         texts,
         tmp_path,
     )
+    for file in (tmp_path / "merged").glob("*.json"):
+        assert str(tiny_encoder) not in file.read_text(), file
     ours = answers(classifier, texts)
     assert len(set(ours)) == 3  # else a constant answer would do
     assert said.pop("merged") == said.pop("adapter") == ours
@@ -215,7 +218,10 @@ def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints,
         },
     )
     texts = texts_of(complaints)
-    assert answers(again, texts) == answers(classifier, texts)
+    ours = answers(again, texts)
+    assert ours == answers(classifier, texts)
+    adapter = {"again": (again / "adapter", tmp_path / "merged")}
+    assert read_elsewhere(adapter, texts, tmp_path)["again"] == ours
 
 
 def test_a_merged_model_is_no_base_under_dp_on_the_records_that_it_was_trained_on(
@@ -228,7 +234,7 @@ def test_a_merged_model_is_no_base_under_dp_on_the_records_that_it_was_trained_o
     known = finished_run.configuration(classifier, {})
     config = known.replace({"model.name": str(tmp_path / "merged"), "privacy.epsilon": 1.0})
     work = trainable.load(config, ("card", "fraud", "loan"))
-    with pytest.raises(InputError, match=r"merged from the run \w+ on the same data.source"):
+    with pytest.raises(InputError, match="from which it was merged, was on"):
         start_adapter(config, work)
     (tmp_path / "others.csv").write_bytes(complaints.read_bytes())
     for change in (
@@ -241,12 +247,63 @@ def test_a_merged_model_is_no_base_under_dp_on_the_records_that_it_was_trained_o
     level |= {"federation.weighting": "uniform"}
     file = tmp_path / "merged" / "merged.json"
     for private in (False, True):  # no ledger adds up two runs that hide institutions
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"private": private}))
-        with pytest.raises(InputError, match="merged from the run"):
+        file.write_text(json.dumps([json.loads(file.read_text())[0] | {"private": private}]))
+        with pytest.raises(InputError, match="from which it was merged"):
             start_adapter(config.replace(level), work)
+    in_memory = {"run": "1", "source": "memory:a", "private": False}
+    file.write_text(json.dumps([in_memory]))
+    with pytest.raises(InputError, match="was on a table too"):
+        start_adapter(config.replace({"data.source": "memory:b"}), work)
     (tmp_path / "merged" / "merged.json").write_text("{")
     with pytest.raises(InputError, match=r"merged\.json cannot be read"):
         start_adapter(config, work)
+
+
+def test_a_merged_model_names_the_runs_that_it_goes_back_to(classifier, complaints, tmp_path):
+    """Merged without DP, then trained on under DP on other records, and merged once more."""
+    finished_run.merge(classifier, tmp_path / "merged")
+    others = tmp_path / "others.csv"
+    others.write_bytes(complaints.read_bytes() + complaints.read_bytes().splitlines()[1] + b"\n")
+    again = finished(
+        tmp_path / "again",
+        **{
+            "model.name": str(tmp_path / "merged"),
+            "data.source": str(others),
+            "training.max-length": 8,
+            "federation.rounds": 1,
+            "privacy.epsilon": 8.0,
+            "privacy.noise": "secure",
+        },
+    )
+    first, source = read_run_file(classifier)["run"], complaints.name
+    assert read_run_file(again)["origins"] == [{"run": first, "source": source, "private": False}]
+    said = f"trained by the run {first} on `{source}` without a promise"
+    assert said in (again / "adapter" / "README.md").read_text()
+    with pytest.raises(InputError, match=f"from what the run {first} trained on {source} without"):
+        hub_upload.push(again, "org/adapter")
+    finished_run.merge(again, tmp_path / "twice")
+    assert said in (tmp_path / "twice" / "README.md").read_text()
+    known = finished_run.configuration(classifier, {})
+    config = known.replace({"model.name": str(tmp_path / "twice"), "privacy.epsilon": 1.0})
+    with pytest.raises(InputError, match=f"the run {first}, from which it was merged"):
+        start_adapter(config, trainable.load(config, ("card", "fraud", "loan")))
+
+
+def test_a_run_names_the_runs_that_its_adapter_goes_back_to(classifier, tmp_path):
+    known = finished_run.configuration(classifier, {})
+    first, source = read_run_file(classifier)["run"], Path(known.data.source).name
+    once = {"run": first, "source": source, "private": False}
+    assert origins(known) == []
+    assert origins(known.replace({"adapter.start": str(classifier)})) == [once]
+    gone = str(tmp_path / "gone")
+    assert origins(known.replace({"adapter.start": gone})) == [
+        {"run": "unknown", "source": gone, "private": False}
+    ]
+    shutil.copytree(classifier, tmp_path / "second")
+    result = read_run_file(classifier) | {"run": "2", "origins": [once]}
+    (tmp_path / "second" / "result.json").write_text(json.dumps(result))
+    found = origins(known.replace({"adapter.start": str(tmp_path / "second")}))
+    assert [of["run"] for of in found] == ["2", first]
 
 
 def test_an_audited_run_is_no_origin(classifier, tmp_path):
@@ -255,6 +312,8 @@ def test_an_audited_run_is_no_origin(classifier, tmp_path):
     (tmp_path / "audited" / "audited.json").write_text('{"source": "x.csv"}')
     with pytest.raises(InputError, match="is an audited run"):
         finished_run.merge(tmp_path / "audited", tmp_path / "merged")
+    with pytest.raises(InputError, match="is an audited run"):
+        hub_upload.push(tmp_path / "audited", "org/adapter", unprotected=True)
     known = finished_run.configuration(classifier, {})
     config = known.replace({"adapter.start": str(tmp_path / "audited"), "privacy.epsilon": 1.0})
     with pytest.raises(InputError, match="is an audited run, which was trained on planted"):
@@ -351,6 +410,7 @@ def test_the_cards_of_a_causal_model_give_the_answers_of_the_run(
         },
     )
     texts = texts_of(complaints)[: 15 if task == "classification" else 3]
+    texts.append("a card that was lost " * 40)  # longer than 512 tokens
     finished_run.merge(run_dir, tmp_path / "merged")
     said = read_elsewhere(
         {

@@ -216,7 +216,7 @@ def test_intervals_hold_the_true_gain_as_often_as_they_say() -> None:
     for _ in range(600):
         better, worse, same = draw.multinomial(200, [0.2, 0.1, 0.7])
         rows = by_counts(int(better), int(worse), int(same))
-        low, high = _interval([rows], draw)
+        low, high = _interval([rows])
         held += low <= 0.1 <= high
     assert 0.91 <= held / 600 <= 0.985
 
@@ -271,9 +271,9 @@ def test_the_verdict_follows_the_interval(counts, said, expected) -> None:
     assert f"of 1 institution {said}" in sentence
 
 
-def printed(result) -> str:
+def printed(result, population=1) -> str:
     table = Table(show_header=False)
-    progress.add_joining(table, result)
+    progress.add_joining(table, {"population": population, **result})
     console = Console(width=200, force_terminal=True, color_system="standard")
     with console.capture() as capture:
         console.print(table)
@@ -289,6 +289,24 @@ def test_the_end_table_has_the_three_models_and_marks_a_loss() -> None:
         said = printed({"joining": summary({"A": by_counts(*counts)}, LABELS)})
         assert f"{style}Joining" in said
     assert "not compared" in printed({"joining": {"not_compared": {"Beta": "invalid-metrics"}}})
+
+
+def test_the_end_table_says_of_how_many_a_verdict_is_and_marks_no_void_or_costly_gain() -> None:
+    yellow, green = "\x1b[33m", "\x1b[32m"
+    gains = summary({"A": by_counts(30, 5, 65)}, LABELS)
+    assert "Compared were 1 of 4" in printed({"joining": gains}, population=4)
+    void = [{"name": "noise", "text": "too much", "voids": True}]
+    assert f"{yellow}Joining pays" in printed({"joining": gains, "findings": void})
+    assert f"{green}Joining pays" in printed({"joining": gains})
+    gains["gain_macro_f1"] |= {"low": -0.2, "high": -0.1, "classes_with_few_texts": 0}
+    assert f"{yellow}Joining pays" in printed({"joining": gains})
+
+
+def test_equal_rows_have_equal_intervals_wherever_they_stand() -> None:
+    found = summary({"A": by_counts(30, 5, 65)}, LABELS)
+    bounds = [(one["low"], one["high"]) for one in
+              (found["gain"], found["institutions"]["A"], *found["sizes"].values())]  # fmt: skip
+    assert len(bounds) == 3 and len(set(bounds)) == 1
 
 
 def test_progress_says_that_institutions_train_at_home(tiny_config) -> None:
@@ -429,7 +447,7 @@ def test_a_verdict_names_the_macro_f1_where_its_interval_says_something_else():
         "gain_macro_f1": {"mean": -0.05, "low": -0.12, "high": 0.02, "classes_with_few_texts": 0},
         "alone": {"accuracy": 0.80, "macro_f1": 0.75},
         "own": {"accuracy": 0.82, "macro_f1": 0.70},
-        "institutions": {"Alpha": {"keeps_alone": False}},
+        "institutions": {"Alpha": {"keeps_alone": False, "rows": 50}},
     }
     said = "own models reach 70.0 % and models alone 75.0 % (-5.0 points, 95 % interval -12.0 to"
     assert verdict(figures).endswith(f"{said} +2.0).")  # not shown, while the accuracy's is
@@ -448,7 +466,7 @@ def test_a_verdict_draws_nothing_from_the_macro_f1_of_classes_with_few_texts(low
         "gain_macro_f1": {"mean": 0.05, "low": low, "high": high, "classes_with_few_texts": 2},
         "alone": {"accuracy": 0.80, "macro_f1": 0.75},
         "own": {"accuracy": 0.82, "macro_f1": 0.70},
-        "institutions": {"Alpha": {"keeps_alone": False}},
+        "institutions": {"Alpha": {"keeps_alone": False, "rows": 50}},
     }
     said = verdict(figures)
     few = "2 classes have fewer than 8 different held-out texts"
