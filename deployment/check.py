@@ -414,7 +414,8 @@ def _pair(name: str, private: Path, public: Path) -> Check:
     except (OSError, ValueError) as error:
         return Check(name, "fail", f"{public} or {private.name} cannot be read: {error}")
     if ours != theirs:
-        return Check(name, "fail", f"{public} is not the public key of {private}")
+        remedy = f"if the institution made its own, delete {private}"
+        return Check(name, "fail", f"{public} is not the public key of {private}; {remedy}")
     return Check(name, "ok", str(public))
 
 
@@ -478,12 +479,17 @@ def _node(own: "Settings") -> str:
 def _ledger(own: "Settings") -> Check:
     from client.ledger import Ledger
 
+    path = Path(own.ledger)
     try:
-        with Ledger.open(Path(own.ledger)) as ledger:
+        with Ledger.open(path) as ledger:
             shown, accountant = ledger.show(), ledger.accountant
             _fits_records(own, ledger, shown)
     except Refusal as refusal:
         return Check("ledger", "fail", str(refusal))
+    if (private := _private("ledger", path)).outcome != "ok":  # as of a copy that was put back
+        return private
+    if not os.access(path, os.W_OK):
+        return Check("ledger", "fail", f"{path} cannot be written; give it to the node's user")
     spent = f"epsilon {at_most(shown['epsilon'])} of {shown['limit']:g} spent"
     if accountant == "prv":
         remedy = (

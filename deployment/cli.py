@@ -351,6 +351,9 @@ def run_checks(
     institution: Annotated[
         Path | None, typer.Option(help="At an institution: its settings, a TOML file.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit code 1 at a warning too, as for a monitor.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check the set-up before anything runs; exit code 1 if a check fails."""
@@ -368,7 +371,7 @@ def run_checks(
     else:
         for one in found:
             PLAIN.write_line(f"{one.outcome:5} {one.name:22} {one.details}")
-    if not check.passed(found):
+    if not check.passed(found) or (strict and any(one.outcome == "warn" for one in found)):
         raise typer.Exit(1)
 
 

@@ -49,7 +49,7 @@ from server.population import population_of
 from server.privacy_statement import epsilon_alone, largest_epsilon, statement
 from server.replies import Replies
 from server.roster import Roster, patience
-from server.run_directory import RunDirectory, RunState
+from server.run_directory import OTHER, RunDirectory, RunState
 from server.secure_session import SecureSession
 from server.spending import Spending
 from server.start import origins, start_adapter
@@ -597,7 +597,7 @@ class Federation:
             raise InputError(
                 f"{self.directory.path} was run on other records, base weights or another "
                 "tokenizer than data.source and model.name hold now, or with another "
-                "federation.aggregate; restore them, or start anew with another --out"
+                f"federation.aggregate; restore them, or start anew with {OTHER}"
             )
         privacy = {} if self.spending is None else self.spending.possible(state.privacy)
         return dataclasses.replace(state, privacy=privacy)

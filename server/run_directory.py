@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 MAX_CHECKPOINTS = 2
 FOREIGN_FILES = ("ledgers", "institutions.log", SUBMISSION, AUDITED)
 """Files that may be in a run's directory before the run begins."""
+OTHER = "another --out (in a deployment: --name)"
+"""The remedy where a run cannot be in a directory."""
 MIN_FREE_BYTES = 100 * 2**20
 """Free disk space below which a run does not start."""
 ORDERS = "orders.jsonl"
@@ -121,7 +123,7 @@ class RunDirectory:
             if changed:
                 raise InputError(
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}); "
-                    "give another --out, or resume it unchanged"
+                    f"give {OTHER}, or resume it unchanged"
                 )
             self._check_version()
             return True
@@ -134,18 +136,18 @@ class RunDirectory:
         try:
             parent = existing_parent(self.path)
         except OSError as error:
-            raise InputError(f"{error}; give another --out") from None
+            raise InputError(f"{error}; give {OTHER}") from None
         usage = shutil.disk_usage(parent)
         if not usage.total:
             raise InputError(
                 f"{parent} is on a file system that stores no files, such as /proc or /sys; give "
-                "another --out"
+                f"{OTHER}"
             )
         free = usage.free
         if free < MIN_FREE_BYTES:
             raise InputError(
                 f"{parent} has {free / 2**20:.0f} MiB free; a run needs at least "
-                f"{MIN_FREE_BYTES / 2**20:.0f} MiB: free some or give another --out"
+                f"{MIN_FREE_BYTES / 2**20:.0f} MiB: free some or give {OTHER}"
             )
         return False
 
@@ -163,20 +165,20 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path / ENVIRONMENT} cannot be read ({error}), so that nothing says which "
-                "version began the run; restore the file, or begin a run with another --out"
+                f"version began the run; restore the file, or begin a run with {OTHER}"
             ) from None
         if begun != fedlora.__version__:
             raise InputError(
                 f"{self.path} was begun with fedlora {begun}, and this is {fedlora.__version__}: "
                 "its checkpoint continues only with the version that wrote it; install that, or "
-                "begin a run with another --out (in a sweep: remove this directory)"
+                f"begin a run with {OTHER} (in a sweep: remove this directory)"
             )
         now = commit(revision())
         if code and now and code != now:
             raise InputError(
                 f"{self.path} was begun with fedlora at commit {code}, and this is {now} (+: code "
                 "with uncommitted changes): privacy.json names one commit for all rounds; check "
-                "that one out, or begin a run with another --out"
+                f"that one out, or begin a run with {OTHER}"
             )
 
     def create(self, config: RunConfig) -> None:
@@ -226,7 +228,7 @@ class RunDirectory:
             raise InputError(
                 f"no checkpoint in {self.path / 'checkpoints'} can be read"
                 + ", but the run has begun" * (not found)
-                + "; restore it, or start anew with another --out"
+                + f"; restore it, or start anew with {OTHER}"
             )
         return None
 

@@ -259,6 +259,15 @@ def test_a_ledger_that_trusts_the_server_s_choice_of_noise_is_warned_of(institut
     assert "keep this ledger" in found.details and "Other records" in found.details
 
 
+def test_a_ledger_that_others_may_read_is_refused_as_of_a_copy_that_was_put_back(
+    institution, gateway
+):
+    ledger = institution.parents[1] / "ledger" / "ledger.db"
+    ledger.chmod(0o644)
+    found = _as(check.institution(institution), "ledger")
+    assert found.outcome == "fail" and "may be used by others" in found.details
+
+
 def test_a_ledger_is_held_against_the_records(institution, gateway, complaints, tmp_path):
     ledger = institution.parents[1] / "ledger" / "ledger.db"
 
@@ -629,3 +638,11 @@ def test_the_exit_code_says_whether_anything_failed(made):
     assert done.exit_code == 1
     assert not json.loads(done.stdout)["ok"]
     assert runner.invoke(app, ["deploy", "check"]).exit_code == 2
+
+
+def test_a_monitor_is_told_of_a_warning_by_the_exit_code(made, monkeypatch):
+    asked = ["deploy", "check", "--dir", str(made)]
+    assert CliRunner().invoke(app, [*asked, "--strict"]).exit_code == 0
+    monkeypatch.setattr(check, "MIN_DAYS_LEFT", 10_000)
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert CliRunner().invoke(app, [*asked, "--strict"]).exit_code == 1
