@@ -589,7 +589,7 @@ def test_two_processes_racing_on_one_ledger_spend_its_budget_and_no_more(tmp_pat
     for count in range(1, 32):
         epsilon([steps(count)], DELTA)
     context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.SimpleQueue()
+    barrier, results = context.Barrier(2), context.Queue()
 
     def spend(name: str) -> None:
         with Ledger.open(path) as ledger:
@@ -605,7 +605,7 @@ def test_two_processes_racing_on_one_ledger_spend_its_budget_and_no_more(tmp_pat
     racers = [context.Process(target=spend, args=(name,)) for name in ("a", "b")]
     for racer in racers:
         racer.start()
-    outcomes = [results.get() for _ in racers]
+    outcomes = [results.get(timeout=60) for _ in racers]
     for racer in racers:
         racer.join(30)
     assert [code for _, code in outcomes] == ["budget-exhausted"] * 2

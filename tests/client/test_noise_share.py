@@ -43,7 +43,7 @@ def test_words_are_the_rounded_sum_and_a_share_of_noise():
 
 
 def test_the_shares_of_those_who_must_be_honest_have_the_noise_of_the_plan():
-    """The deviation of a sum of 4 shares of 50,000 numbers; false alarms are rarer than 1e-7."""
+    """The deviation of a sum of 4 shares of 50,000 numbers; false alarms are rarer than 2e-7."""
     n, plan = 50_000, _plan()
     shares = [_words(np.zeros(n), key=bytes([number]) * 32) for number in range(plan.honest)]
     noise = sum(shares) * noise_shares.grid(plan.max_grad_norm)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from client import ledger_file, secure_store
@@ -524,23 +524,18 @@ class LyingServer:
 
 
 @settings(max_examples=8, deadline=None)
-@given(draw=st.randoms(use_true_random=False))
-def test_no_schedule_of_a_lying_server_gets_both_shares_or_two_vectors(draw):
+@given(seed=st.integers(0, 2**32))  # schedules that Hypothesis draws itself get no answer
+@example(seed=5)
+def test_no_schedule_of_a_lying_server_gets_both_shares_or_two_vectors(seed):
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        server = LyingServer(Federation(Path(folder)), draw)
-        for _ in range(80):
+        server = LyingServer(Federation(Path(folder)), random.Random(seed))
+        for _ in range(150):
             server.step()
         assert all(len(kinds) == 1 for kinds in server.kinds.values())
         assert all(len(vectors) == 1 for vectors in server.vectors.values())
-
-
-def test_a_lying_server_is_answered_where_its_schedule_is_honest_enough(memory_path):
-    # the property above is about something: with this schedule shares are revealed
-    server = LyingServer(Federation(memory_path), random.Random(5))
-    for _ in range(150):
-        server.step()
-    assert server.answers > 0
+        if seed == 5:
+            assert server.kinds  # the property is about something: shares are revealed
 
 
 # The store

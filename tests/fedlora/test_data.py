@@ -496,26 +496,22 @@ needs_edgartools = pytest.mark.skipif(
 )
 
 SCRIPT = """
-import sys, time
+import sys
 from pathlib import Path
 from fedlora.sections import DataConfig
 from fedlora.data import prepare
 settings = DataConfig(source="package:edgartools", partition="natural:industry", min_records=50)
-seconds = []
-for _ in range(3):
-    start = time.perf_counter()
-    fed = prepare(settings, unit="record", seed=0, task="classification", encoder=None,
-        encoding_key="characters", cache_dir=Path(sys.argv[1]))
-    for index in range(len(fed.names)):
-        fed.train(index), fed.held_out(index)
-    seconds.append(time.perf_counter() - start)
+fed = prepare(settings, unit="record", seed=0, task="classification", encoder=None,
+    encoding_key="characters", cache_dir=Path(sys.argv[1]))
+for index in range(len(fed.names)):
+    fed.train(index), fed.held_out(index)
 heavy = {"datasets", "flwr_datasets", "pandas", "pyarrow", "torch", "transformers", "edgar"}
-print(len(fed.names), min(seconds), sorted(heavy & set(sys.modules)))
+print(len(fed.names), sorted(heavy & set(sys.modules)))
 """
 
 
 @needs_edgartools
-def test_cached_us_gaap_opens_at_once_without_heavy_imports(tmp_path: Path) -> None:
+def test_cached_us_gaap_opens_without_heavy_imports(tmp_path: Path) -> None:
     fed = prepare(tmp_path, "package:edgartools", partition="natural:industry", min_records=50)
     assert len(fed.names) >= 35
     assert where_rows_went(fed.counts) == fed.counts["rows"] == 10_073
@@ -527,9 +523,8 @@ def test_cached_us_gaap_opens_at_once_without_heavy_imports(tmp_path: Path) -> N
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "cache")]
     root = Path(__file__).parents[2]
     out = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-    institutions, seconds, heavy = out.split(maxsplit=2)
+    institutions, heavy = out.split(maxsplit=1)
     assert (int(institutions), heavy.strip()) == (len(fed.names), "[]")
-    assert float(seconds) < 0.2
 
 
 def test_fpb_is_dealt_to_four_institutions(tmp_path: Path) -> None:

@@ -124,11 +124,9 @@ def test_minilm_is_in_its_package():
 )
 @pytest.mark.usefixtures("no_network")
 def test_a_model_that_is_not_there_says_what_to_do(name, message):
-    start = time.monotonic()
     with pytest.raises(InputError, match=message) as error:
         model_files.resolve(name)
     assert "\n" not in str(error.value) and f"model.name is {name!r}" in str(error.value)
-    assert time.monotonic() - start < 15
 
 
 @pytest.mark.usefixtures("no_network")

@@ -166,8 +166,9 @@ def test_gradients_are_exact_within_rounding_on_a_bf16_base(directories, family,
 def test_peft_still_fails_for_dora_on_int8_so_its_reference_is_dequantised(directories):
     if torch.cuda.is_available():
         pytest.skip("on a GPU PEFT runs it")
+    model = build(directories / "llama", method="dora", quantization="int8")
     with pytest.raises(Exception) as failure:
-        one_by_one(build(directories / "llama", method="dora", quantization="int8"), batch())
+        one_by_one(model, batch())
     print(repr(failure.value)[:300])
 
 

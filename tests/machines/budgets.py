@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
-from hypothesis.errors import FlakyFailure
+from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from fedlora.errors import Refusal
@@ -70,6 +70,6 @@ def finds(machine: type[RuleBasedStateMachine], **world: Any) -> None:
     )
     # flaky: two processes that race do not fail in the same way twice; ValueError and
     # FileNotFoundError: a torn or missing file; RuntimeWarning: a number beyond its type
-    found = (AssertionError, Refusal, ValueError, FlakyFailure, FileNotFoundError, RuntimeWarning)
+    found = (AssertionError, Refusal, ValueError, Flaky, FileNotFoundError, RuntimeWarning)
     with pytest.raises(found):
         search(machine, budget, **world)

@@ -32,6 +32,9 @@ class Cut:
     number: int
 
 
+MISTAKES = (TypeError, AttributeError, NameError)
+
+
 class Life:
     """A fork of this process that runs ``work(report)``.
 
@@ -61,8 +64,9 @@ class Life:
                 try:
                     work(report)
                     code = 0
-                except BaseException:
-                    pipe.write(pickle.dumps(("error", traceback.format_exc())))
+                except BaseException as error:
+                    kind = "mistake" if isinstance(error, MISTAKES) else "error"
+                    pipe.write(pickle.dumps((kind, traceback.format_exc())))
         finally:
             os._exit(code)
 
@@ -79,10 +83,13 @@ class Life:
 
     def end(self) -> tuple[list[Any], bool]:
         """Its reports, and whether it was killed; waits for its end."""
-        reports, errors = [], []
+        found: dict[str, list[Any]] = {"report": [], "error": [], "mistake": []}
         with os.fdopen(self._read, "rb") as pipe:
             for kind, value in _unpickled(pipe):
-                (reports if kind == "report" else errors).append(value)
+                found[kind].append(value)
+        reports, errors = found["report"], found["error"]
+        if found["mistake"]:  # of the test itself: no machine has found a fault by it
+            raise TypeError(found["mistake"][0])
         if not getattr(self, "_ended", False):
             _, self._status = os.waitpid(self._pid, 0)
         code = os.waitstatus_to_exitcode(self._status)

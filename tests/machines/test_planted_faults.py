@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from client import checks, ledger_file, private_round
+from client import checks, ledger_file, ledger_integrity, private_round
 from client.ledger import Ledger
 from fedlora.messages import TrainOrder
 from server import replies, run_directory
@@ -23,9 +23,10 @@ pytestmark = [
 
 def test_a_charge_in_pieces_is_found(monkeypatch):
     @contextlib.contextmanager
-    def in_pieces(ledger):
+    def in_pieces(ledger, *, wipes=False):
         with ledger_file.refusing(ledger._path):
             yield ledger._connection  # each statement by itself
+            ledger_integrity.seal(ledger._connection)
 
     monkeypatch.setattr(Ledger, "_transaction", in_pieces)
     finds(LedgerMachine)

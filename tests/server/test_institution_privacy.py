@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from fedlora import accounting, composition, records
 from fedlora.adapters import AdapterState
 from fedlora.composition import Event
 from fedlora.errors import InputError, Refusal
+from fedlora.messages import ClientUpdate
 from fedlora.run_files import read_records
 from server import aggregation, institution_privacy, privacy_statement
 from server.run_directory import RunDirectory
+from strategies.base import Round
 
 
 def test_the_plan_fits_the_budget_and_counts_what_was_asked(tiny_config):
@@ -74,6 +77,27 @@ def test_it_composes_with_example_level_dp_and_is_stated(tiny_config, simulate_r
     rounds = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
     assert rounds[0]["institution_epsilon"] < rounds[-1]["institution_epsilon"] == level["epsilon"]
     assert all(not r["reported"] for r in rounds)  # exact losses would bypass the noise
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_round_has_fresh_noise_of_the_planned_deviation(seed):
+    """Two updates of zeros; the noise's variance within 5 standard errors: false alarms 6e-7."""
+    zeros = AdapterState({"a.lora_A.weight": torch.zeros(200, 300)})
+    update = ClientUpdate(institution="bank", round=1, adapter=zeros)
+    mechanism = institution_privacy.InstitutionMechanism(
+        noise_multiplier=2.0, max_norm=3.0, delta=1e-5, accountant="rdp", seed=seed
+    )
+
+    def noise(number):
+        this_round = Round(number=number, asked=3, before=zeros, parts=("A",))
+        return mechanism.aggregate(this_round, [update, update], 3)["a.lora_A.weight"]
+
+    first, again, second = noise(1), noise(1), noise(2)
+    assert torch.equal(first, again) == (seed is not None)
+    assert not torch.equal(first, second)
+    n = first.numel()
+    spread = float(first.double().square().mean()) / (2.0 * 3.0 / 3) ** 2
+    assert abs(spread - 1) < 5 * math.sqrt(2 / n)
 
 
 @pytest.mark.parametrize("code", ["", "guard", "failed", "timed-out"])

@@ -27,6 +27,7 @@ class Nodes(InlineGrid):
 
     def __init__(self, *names, sizes=None):
         app, self.names, self.asked, self.refusing = ClientApp(), list(names), [], {}
+        self.version = fedlora.__version__
 
         @app.query()
         def hello(message, context):
@@ -35,9 +36,7 @@ class Nodes(InlineGrid):
             if name in self.refusing:
                 return Message(wire.pack_refusal(self.refusing[name]), reply_to=message)
             size = (sizes or {}).get(name, 0)
-            said = Hello(
-                institution=name, version=fedlora.__version__, fits=True, rank=8, size=size
-            )
+            said = Hello(institution=name, version=self.version, fits=True, rank=8, size=size)
             return Message(wire.pack_hello(said), reply_to=message)
 
         super().__init__(app, len(names), {})
@@ -128,6 +127,14 @@ def test_whoever_takes_no_part_is_named_with_the_reason(made, register, tmp_path
     assert one.online() == {"a": 1}
     codes = {"b": "no-size", "c": "wrong-name", "e": "offline"}
     assert one.absent() == {"a": "offline", **codes}  # a may have gone since
+
+
+def test_who_runs_another_version_takes_no_part(made, register):
+    register(a=1)
+    grid = Nodes("a")
+    grid.version = "0.0.1"
+    one = made(grid)
+    assert one.online() == {} and one.left_out == {1: "version-mismatch"}
 
 
 def test_a_new_key_takes_the_place_of_the_old_one_in_mid_run(made, register):
