@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, work
+from fedlora.errors import InputError
+from fedlora.files import write_atomic
 from fedlora.models import fast_bf16
 from fedlora.run_files import environment
 
@@ -597,7 +599,9 @@ def cell(row: Row, found: Mapping[str, Any] | None) -> str:
         return "not measured"
     if "skipped" in found:
         return str(found["skipped"])
-    shown = f"{row.shown(found['value'])} ({row.shown(found['low'])} to {row.shown(found['high'])})"
+    spread = f"{row.shown(found['low'])} to {row.shown(found['high'])}"
+    times = len(found["values"])
+    shown = f"{row.shown(found['value'])} ({'once' if times == 1 else spread})"
     missed = "" if row.met(found["value"]) else ", **missed**"
     return shown + missed + (f"; {found['problem']}" if found["problem"] else "")
 
@@ -605,12 +609,22 @@ def cell(row: Row, found: Mapping[str, Any] | None) -> str:
 def write(result: Mapping[str, Any], file: Path) -> None:
     """The result file, and the table of all processors where the document has it."""
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_atomic(file, f"{json.dumps(result, indent=1)}\n".encode())
     results = [json.loads(each.read_text(encoding="utf-8")) for each in sorted(RESULTS.iterdir())]
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    if END not in rest:
+        raise InputError(f"{DOCUMENT} has {BEGIN!r} without {END!r} after it; put it back")
     after = rest.partition(END)[2]
     text = f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
-    DOCUMENT.write_text(text, encoding="utf-8")
+    write_atomic(DOCUMENT, text.encode())
+
+
+def _edited(*folders: str) -> bool:
+    """Whether folders that hold no package of fedlora have uncommitted changes."""
+    asked = ["git", "-C", str(DOCUMENT.parent), "status", "--porcelain", "--"]
+    root = DOCUMENT.parents[1]
+    asked += [str(root / folder) for folder in folders]
+    return bool(subprocess.run(asked, capture_output=True, text=True, check=False).stdout)
 
 
 def say(line: str) -> None:
@@ -633,7 +647,8 @@ def main() -> None:
         quick=arguments.quick,
     )
     on, known = machine(), environment()
-    sha = f"{known['git_sha'] or 'unknown'}{'+' if known['git_dirty'] else ''}"
+    changed = known["git_dirty"] or _edited("benchmarks", "tests")
+    sha = f"{known['git_sha'] or 'unknown'}{'+' * bool(changed)}"
     file = result_file(on)
     last = committed(file)["rows"]
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else {}

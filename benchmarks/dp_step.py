@@ -1,4 +1,4 @@
-"""The cost of a DP step over another step on the same rows: time, and the process's peak memory.
+"""The cost of a DP step over another step on the same rows: time, and the memory of the step.
 
 Usage: python -m benchmarks.dp_step [--against plain|peft|opacus] [--model NAME]
            [--method lora|dora] [--task classification|sft] [--rows 64] [--tokens 40]
@@ -14,7 +14,6 @@ row's result must not depend on the other sampled rows), which the plain side do
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -125,14 +124,20 @@ def random_rows(arguments: argparse.Namespace, config: Any) -> Any:
 
 
 def _peak(side: str, arguments: argparse.Namespace) -> float:
+    """What three steps take beyond what the process holds after a first one, MiB."""
+    from benchmarks.aggregation import forget_peak, resident
+
     (step,) = sides(arguments, side)
+    step()
+    held = resident("VmRSS")
+    forget_peak()
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (resident("VmHWM") - held) / 2**20
 
 
 def _peaks(arguments: argparse.Namespace) -> dict[str, float]:
-    """Memory of each side in its own process, MiB; a process that dies ends the benchmark."""
+    """`_peak` of each side in its own process; a process that dies ends the benchmark."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, float] = {}
     for side in (arguments.against, "dp"):

@@ -35,6 +35,7 @@ from fedlora.data import shard_of
 from fedlora.encoder import HEAD
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError, Refusal
+from fedlora.files import write_atomic
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
@@ -302,7 +303,7 @@ def main() -> None:
             print(*astuple(row), sep=" | ", flush=True)
             rows.append(row)
     before, _, _ = PAGE.read_text(encoding="utf-8").partition("| family |")
-    PAGE.write_text(before + table(rows), encoding="utf-8")
+    write_atomic(PAGE, f"{before}{table(rows)}".encode())  # the table ends the page
 
 
 if __name__ == "__main__":

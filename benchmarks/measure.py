@@ -37,7 +37,7 @@ class Failed(RuntimeError):
 
 def pss_mib(pid: int) -> float:
     """Proportional memory of one process; 0 when it has ended."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         return int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0]) / 1024
     return 0.0

@@ -24,7 +24,12 @@ class MeanPooled(nn.Module):
     def __init__(self, path: str, classes: int) -> None:
         super().__init__()
         self.encoder = AutoModel.from_pretrained(
-            path, dtype=torch.float32, add_pooling_layer=False, trust_remote_code=False
+            path,
+            dtype=torch.float32,
+            add_pooling_layer=False,
+            trust_remote_code=False,
+            hidden_dropout_prob=0.0,  # fedlora trains without dropout
+            attention_probs_dropout_prob=0.0,
         )
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
         nn.init.zeros_(self.head.weight)

@@ -82,13 +82,11 @@ def main() -> None:
         name: Shuffled(rival_model.rows(path, work), name, work["steps"], draw)
         for name, path in work["shards"].items()
     }
-    capabilities = torch.cpu.get_capabilities()
-    fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     model = PyTorchModel(
         Trained(module),
         torch.optim.Adam,
         torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0),
-        amp_dtype=torch.bfloat16 if fast else None,
+        amp_dtype=torch.bfloat16 if work["bf16"] else None,
     )
     shards = FederatedDataset(held.__getitem__, get_user_sampler("minimize_reuse", list(held)))
     backend = SimulatedBackend(
@@ -112,7 +110,9 @@ def main() -> None:
     )
     held_out = rival_model.rows(work["held_out"], work)
     with model.amp_context or contextlib.nullcontext():
-        print(json.dumps({"accuracy": rival_model.accuracy(module, held_out), "bf16": fast}))
+        print(
+            json.dumps({"accuracy": rival_model.accuracy(module, held_out), "bf16": work["bf16"]})
+        )
 
 
 if __name__ == "__main__":

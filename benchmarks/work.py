@@ -22,6 +22,7 @@ import numpy as np
 from fedlora import model_files
 from fedlora.config import RunConfig, load
 from fedlora.lora import TARGETS
+from fedlora.models import fast_bf16
 from fedlora.rows import PartitionedRows, Table, partition_rows
 
 HERE = Path(__file__).resolve().parent
@@ -94,6 +95,7 @@ class Work:
             "alpha": adapter.alpha,
             "target_modules": TARGETS["bert"],
             "seed": config.seed,
+            "bf16": fast_bf16("cpu"),
             "workers": config.engine.workers,
             "noise": _noise(config, np.diff(bounds).tolist()) if self.private else None,
             "max_grad_norm": config.privacy.max_grad_norm,

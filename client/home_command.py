@@ -30,7 +30,7 @@ from fedlora import comparison, records, trainable
 from fedlora.comparison import Rows
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
-from fedlora.files import new_path, write_atomic
+from fedlora.files import new_path, sync, write_atomic
 from fedlora.joining_verdict import (
     ALL_KEEP,
     FINDINGS,
@@ -364,3 +364,4 @@ def _new_directory(out: Path, begin: str) -> Generator[Path]:
         raise FileExistsError(
             f"{out} was made by another command; the models are in {beside}"
         ) from None
+    sync(out.absolute().parent)

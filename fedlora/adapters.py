@@ -108,6 +108,8 @@ def saved_scale(directory: Path) -> Scale:
         varied = bool(saved.get("alpha_pattern"))
         start = saved.get("init_lora_weights", True)
         other = [f"{key} {saved[key]!r}"[:80] for key in CHANGES_MEANING if saved.get(key)]
+        if (bias := saved.get("bias", "none")) != "none":  # it holds trained biases of the base
+            other.append(f"bias {bias!r}"[:80])
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{directory / CONFIG_FILE} cannot be read ({type(error).__name__}); give a directory "

@@ -3,11 +3,12 @@
 # pyright: reportUnknownMemberType=false
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora import data, merging, model_card, trainable
+from fedlora import data, merging, model_card, model_files, trainable
 from fedlora.adapters import open_for
 from fedlora.config import RunConfig, load
 from fedlora.encoder import EncoderClassifier
@@ -19,6 +20,8 @@ from fedlora.sections import check_gpu
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
 
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+"""The dtype of a run's base in result.json -> ``model.dtype``."""
 READING = ("data.text", "data.label", "data.delimiter", "data.encoding", "engine.gpus")
 """Keys that may differ from the run's, because they do not change its model."""
 
@@ -92,6 +95,8 @@ def _open(
             such adapter, or one that does not fit the model.
     """
     result = read_run_file(run_dir)
+    if (dtype := result["base"].get("dtype")) in DTYPES:  # as the run, wherever this machine is
+        config = config.replace({"model.dtype": DTYPES[dtype]})
     work = trainable.load(config, tuple(result["labels"]))
     if work.base.digest != result["base"]["digest"]:
         raise InputError(
@@ -246,7 +251,10 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
     said += model_card.unprotected_origins(result)
     private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
     this = Origin(run=result["run"], source=model_card.source(config), private=private)
+    licences = model_files.resolve(config.model.name).path.glob("LICENSE*")
     with new_directory(out_dir) as new:
+        for licence in licences:
+            shutil.copyfile(licence, new / licence.name)
         merged.save_pretrained(new, safe_serialization=True)
         work.base.tokenizer.save_pretrained(new)
         model_card.write_merged(new, config, work, said, own_model=own_model)

@@ -12,7 +12,7 @@ from typing import Any, cast
 from fedlora import mean_pooling
 from fedlora.config import RunConfig
 from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
-from fedlora.files import write_atomic
+from fedlora.files import sync, write_atomic
 from fedlora.rounding import at_most
 from fedlora.run_files import finite, void
 from fedlora.sft import GREEDY, MAX_RESPONSE_TOKENS
@@ -45,7 +45,8 @@ def write_adapter(
         result: The content of ``result.json``.
         privacy: The content of ``privacy.json``.
     """
-    cast(Any, work.base.tokenizer).save_pretrained(directory)
+    for file in cast(Any, work.base.tokenizer).save_pretrained(directory):
+        sync(Path(file))
     _write_classes(directory, work)
     parts = (
         _front_matter(config, "peft", private=is_private(config)),
@@ -431,6 +432,8 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
             f"| largest epsilon of an institution | {at_most(result['epsilon_max'])} |",
             f"| largest delta of an institution | {delta} |",
         ]
+        if alone := result.get("epsilon_alone_max"):
+            lines.append(f"| largest epsilon if all others collude | {at_most(float(alone))} |")
     if spent:
         most = max(spent, key=lambda one: one["epsilon"])
         ledger = max(one["ledger_epsilon"] for one in spent)

@@ -2,6 +2,7 @@
 
 import html
 import importlib
+import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,6 +16,8 @@ from fedlora.extras import require_page_packages
 from fedlora.files import expanded
 from fedlora.rounding import at_most, number
 from fedlora.run_files import CONFIG, read_records, read_run_file
+
+log = logging.getLogger("fedlora")
 
 
 class Result:
@@ -109,6 +112,9 @@ class Result:
         else:
             texts = list(texts)
         found = finished_run.predict(self.directory, texts, institution, own_model=own)
+        if found["truncated"]:
+            log.warning("%s of %s texts were longer than %s tokens, and lost their end",
+                        found["truncated"], len(texts), found["max_length"])  # fmt: skip
         return found["answers"]
 
     def report(self) -> Path:

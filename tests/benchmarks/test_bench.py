@@ -76,17 +76,18 @@ def test_the_table_has_every_row_and_says_what_is_missed_skipped_or_not_measured
         "worker": bench.record(bench.Outcome(skipped="needs --smollm2 DIR"), ""),
         "opacus": _row(0.2, problem="accuracies differ"),
     }
+    rows["pfl"] |= {"values": [1.1, 1.2, 1.3], "low": 1.1, "high": 1.3}
     other = {"machine": {**ON, "processor": "Other CPU"}, "date": "2026-01-02", "rows": {}}
     other["rows"]["start"] = _row(3.0)
     text = bench.table([{"machine": ON, "date": "2026-01-01", "rows": rows}, other])
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
     assert {row.what for row in bench.ROWS.values()} <= set(lines)
     line = {name: lines[row.what] for name, row in bench.ROWS.items()}
-    assert "at least 5.5 x | 6.00 x (6.00 x to 6.00 x) | not measured |" in line["flower"]
-    assert "1.20 x (1.20 x to 1.20 x), **missed** | not" in line["pfl"]
+    assert "at least 5.5 x | 6.00 x (once) | not measured |" in line["flower"]
+    assert "1.20 x (1.10 x to 1.30 x), **missed** | not" in line["pfl"]
     assert "needs --smollm2 DIR" in line["worker"]
     assert "accuracies differ" in line["opacus"] and "missed" not in line["opacus"]
-    assert "at most 4 s | not measured | 3.00 s (3.00 s to 3.00 s) |" in line["start"]
+    assert "at most 4 s | not measured | 3.00 s (once) |" in line["start"]
     assert text.startswith("| what | target | Some CPU @ 2.0GHz | Other CPU |")
     assert "Some CPU @ 2.0GHz, 2 cores" in text and "torch 2.13.0" in text
 

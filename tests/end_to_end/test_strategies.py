@@ -175,6 +175,8 @@ def test_what_stays_with_an_institution_is_never_sent_and_survives_a_resume(
         assert all(torch.equal(calm[n], again[n]) for n in calm)
     sent = sum(len(a.data) for a in wire.pack_adapter(start.only(("A", "head"))).values())
     assert {i["received"] for i in read_records(run)[0]["institutions"].values()} == {sent}
+    card = (run / "institutions" / "Alpha" / "adapter" / "README.md").read_text()
+    assert "must not leave the institution" in card and "PeftModel" in card
     # the pooled accuracy is that of each one's own adapter on its own rows
     federation = records.load(config)
     right = 0

@@ -100,6 +100,7 @@ def test_an_adapter_with_a_scale_of_its_own_for_some_layers_is_refused(work, tmp
 @pytest.mark.parametrize(
     "setting",
     [
+        {"bias": "lora_only"},
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"},
         {"alora_invocation_tokens": [1, 2]},
