@@ -127,11 +127,11 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "bytes": total_bytes if kind in ("federated", "base") else 0,
         "joining": joining_verdict.comparison(found[0]),
         "not_compared": len(found[0].get("joining", {}).get("not_compared", {})),
-        "drawn": _drawn(run_dir(out, next(iter(case["cells"].values())))),
+        "drawn": drawn_share(run_dir(out, next(iter(case["cells"].values())))),
     }
 
 
-def _drawn(directory: Path) -> float:
+def drawn_share(directory: Path) -> float:
     """The share of records that a run's seed draws as held-out rows; 0 of a separate test file."""
     data = load(directory / CONFIG).data
     return 0.0 if data.test_source else data.test_fraction
@@ -209,11 +209,11 @@ def _line(
     behind += [len(compared)] * (institution == ALL)
     seeds = min(filter(None, behind), default=len(group))
     line: dict[str, Any] = {"institution": institution, "seeds": seeds}
-    line |= _mean("accuracy", accuracies, drawn)
+    line |= mean("accuracy", accuracies, drawn)
     if institution == ALL:
-        line |= _mean("macro_f1", [found["macro_f1"] for found in results], drawn)
+        line |= mean("macro_f1", [found["macro_f1"] for found in results], drawn)
         least = [min(found["institutions"].values(), default=math.nan) for found in results]
-        line |= _mean("worst_accuracy", least, drawn)
+        line |= mean("worst_accuracy", least, drawn)
     else:
         nothing: dict[str, None] = dict.fromkeys(("macro_f1", "worst_accuracy"))
         line |= nothing | {f"{key}_ci95": None for key in nothing}
@@ -221,7 +221,7 @@ def _line(
         line |= _joining(institution, compared, drawn)
     for arm, values in gains.items():
         key = f"gain_over_{arm.replace('-', '_')}"
-        line |= _mean(key, values, drawn) | {f"{key}_n": len(_finite(values))}
+        line |= mean(key, values, drawn) | {f"{key}_n": len(_finite(values))}
     for key in ("bytes", "seconds"):
         line[key] = (
             statistics.fmean(found[key] for found in results) if institution == ALL else None
@@ -252,12 +252,12 @@ def _joining(
             values = [one["own"]["macro_f1"] - one["alone"]["macro_f1"] for one in compared]
         else:
             values = [joining[key]["accuracy"] for joining in compared]
-        line |= _mean(key, values, drawn)
+        line |= mean(key, values, drawn)
         if key.startswith("gain") and drawn:
             gains = [joining[key] for joining in compared]
             if institution != ALL:
                 gains = [one[institution] for one in by_seed if institution in one]
-            line[f"{key}_ci95"] = _at_least(line[f"{key}_ci95"], gains, drawn)
+            line[f"{key}_ci95"] = no_narrower(line[f"{key}_ci95"], gains, drawn)
     everyone = institution == ALL
     # all that train together: with home.institutions some of them train no models at home
     line["institutions"] = (
@@ -271,7 +271,7 @@ def _joining(
     return line
 
 
-def _mean(name: str, values: Sequence[float], drawn: float) -> dict[str, float | None]:
+def mean(name: str, values: Sequence[float], drawn: float) -> dict[str, float | None]:
     """Return the mean of the finite values and half the width of its confidence interval.
 
     Args:
@@ -289,7 +289,9 @@ def _mean(name: str, values: Sequence[float], drawn: float) -> dict[str, float |
     return {name: statistics.fmean(known) if known else None, f"{name}_ci95": half}
 
 
-def _at_least(half: float | None, gains: Sequence[Mapping[str, Any]], drawn: float) -> float | None:
+def no_narrower(
+    half: float | None, gains: Sequence[Mapping[str, Any]], drawn: float
+) -> float | None:
     """Half the width of a mean gain's interval, no less than that of its runs' own intervals.
 
     Two or three seeds often agree by chance. What single runs do not know cannot be known by their
