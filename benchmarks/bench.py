@@ -624,6 +624,7 @@ def _edited(*folders: str) -> bool:
     asked = ["git", "-C", str(DOCUMENT.parent), "status", "--porcelain", "--"]
     root = DOCUMENT.parents[1]
     asked += [str(root / folder) for folder in folders]
+    asked += [f":(exclude){RESULTS}", f":(exclude){RESULTS.parent / 'LOG.md'}"]
     return bool(subprocess.run(asked, capture_output=True, text=True, check=False).stdout)
 
 

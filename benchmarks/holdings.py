@@ -17,12 +17,13 @@ from typing import Any
 
 from experiments import results
 from fedlora.config import load
+from fedlora.joining_verdict import comparison
 from fedlora.run_files import CONFIG, is_complete, read_run_file
 
 Joining = Mapping[str, Any]
 Setting = tuple[int, int]
 """Records that an institution holds, and institutions."""
-SEEDS = 3
+SEEDS = {1, 2, 3}
 
 
 def read(sweeps: Sequence[Path]) -> tuple[dict[float, dict[Setting, dict[int, Joining]]], float]:
@@ -30,7 +31,8 @@ def read(sweeps: Sequence[Path]) -> tuple[dict[float, dict[Setting, dict[int, Jo
     found: dict[float, dict[Setting, dict[int, Joining]]] = {}
     drawn = 0.0
     for cell in (cell for sweep in sweeps for cell in sorted((sweep / "cells").iterdir())):
-        if not is_complete(cell):
+        joining = comparison(read_run_file(cell)) if is_complete(cell) else None
+        if joining is None:
             continue
         config = load(cell / CONFIG)
         setting = (config.data.max_records, config.data.institutions)
@@ -39,13 +41,14 @@ def read(sweeps: Sequence[Path]) -> tuple[dict[float, dict[Setting, dict[int, Jo
             raise SystemExit(
                 f"{cell}: another cell has its epsilon, setting and seed; leave it out"
             )
-        seeds[config.seed] = read_run_file(cell)["joining"]
+        seeds[config.seed] = joining
         drawn = results.drawn_share(cell)
-    whole = {
-        epsilon: {setting: seeds for setting, seeds in settings.items() if len(seeds) == SEEDS}
-        for epsilon, settings in found.items()
-    }
-    return whole, drawn
+    for epsilon, settings in found.items():
+        for setting, seeds in list(settings.items()):
+            if set(seeds) != SEEDS:
+                print(f"left out, with the seeds {sorted(seeds)}: epsilon {epsilon:g}, {setting}")
+                del settings[setting]
+    return found, drawn
 
 
 def percent(runs: Sequence[Joining], model: str) -> str:
@@ -66,8 +69,7 @@ def average(
     drawn: float,
 ) -> str:
     """The average over settings of each seed, and its interval over seeds."""
-    seeds = sorted({seed for runs in settings.values() for seed in runs})
-    of_seeds = {seed: [runs[seed][key] for runs in settings.values()] for seed in seeds}
+    of_seeds = {seed: [runs[seed][key] for runs in settings.values()] for seed in sorted(SEEDS)}
     each = [statistics.fmean(one["mean"] for one in gains) for gains in of_seeds.values()]
     found = results.mean("mean", each, drawn)
     bounds = [{end: statistics.fmean(one[end] for one in gains) for end in ("low", "high")}
@@ -92,6 +94,7 @@ def main() -> None:
     found, drawn = read(parser.parse_args().sweeps)
     for epsilon, settings in sorted(found.items(), reverse=True):
         print(f"\nepsilon {epsilon:g}\n\n| records | institutions | alone, shared, own | gain |")
+        print("| --- | --- | --- | --- |")
         for (records, institutions), seeds in sorted(settings.items()):
             print(f"| {records} | {institutions} | {of_setting(list(seeds.values()), drawn)} |")
         groups = {

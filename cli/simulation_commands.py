@@ -340,7 +340,9 @@ def push(
     ] = False,
     unprotected: Annotated[
         bool,
-        typer.Option("--unprotected", help="Upload an adapter that no DP protects."),
+        typer.Option(
+            "--unprotected", help="Upload although records may be revealed, or the result is void."
+        ),
     ] = False,
 ) -> None:
     """Upload a run's adapter directory and privacy.json to the Hugging Face Hub.

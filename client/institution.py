@@ -56,13 +56,6 @@ from fedlora.secure_aggregation import KeysMessage, Terms
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 
-LOCAL_CARD = (
-    "# An institution's adapter\n\nThe parts that all institutions of a federation share, and the "
-    "parts that this one kept at home. What the run promises is about the shared parts: the kept "
-    "ones must not leave the institution."
-)
-"""The first part of the card of an adapter with local parts."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Institution:
@@ -297,7 +290,8 @@ class Institution:
             adapter.load_into(work.model)
             if order.save:
                 adapter.save(self.directory / "adapter", work.model)
-                model_card.write_own(self.directory / "adapter", LOCAL_CARD, self.config, work)
+                said = f"# An institution's adapter\n\n{model_card.KEPT_PART}"
+                model_card.write_own(self.directory / "adapter", said, self.config, work)
             shard = records.load(self.config).held_out(self.index)
             metrics = work.task.evaluate(work.model, shard, work.labels) if len(shard) else {}
         return Evaluation(institution=self.name, metrics=metrics)

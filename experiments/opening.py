@@ -12,7 +12,7 @@ from typing import Any
 from experiments import joining_page, results
 from experiments.audit import findings as audit_findings
 from experiments.pages import Section, Table
-from fedlora import joining_verdict, metrics
+from fedlora import joining_verdict, metrics, model_card
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.odds import group_delta
@@ -423,6 +423,8 @@ def uncovered(run: Run) -> Section:
     joining = joining_verdict.comparison(run.result)
     if joining is not None:
         points.append(joining_page.home_promise(joining))
+    if said := model_card.unprotected_origins(run.result).replace("`", "").strip():
+        points.append(said)
     points.append(
         "That an institution takes part, and the size class of its data, count as public."
     )

@@ -53,7 +53,7 @@ def of(out: Path) -> Page:
     return Page(
         title=f"Sweep: {about['name']}",
         opening=[
-            *_void(out, configs),
+            *_void(out, about["cases"]),
             conclusion.of(pooled, axes, data_sets),
             _dp([config.privacy for config in configs.values()]),
             Section(
@@ -84,8 +84,10 @@ def of(out: Path) -> Page:
     )
 
 
-def _void(out: Path, cells: Iterable[str]) -> list[Section]:
+def _void(out: Path, cases: Iterable[Mapping[str, Any]]) -> list[Section]:
     """A section that names void results, which count below like others; none without any."""
+    counted = [case for case in cases if results.measured(out, case) is not None]
+    cells = {cell for case in counted for cell in case["cells"].values()}
     found = {cell: because for cell in cells
              if (because := void(read_run_file(results.run_dir(out, cell))))}  # fmt: skip
     if not found:

@@ -248,10 +248,13 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
     else:
         said = str(read_run_file(run_dir, "privacy.json")["protects"])
     result = read_run_file(run_dir)
+    if not own_model and config.federation.traits.local_parts:
+        said += f" {model_card.KEPT_PART}"
     said += model_card.unprotected_origins(result)
+    said = "\n\n".join([said, *model_card.voided(result)])
     private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
     this = Origin(run=result["run"], source=model_card.source(config), private=private)
-    licences = model_files.resolve(config.model.name).path.glob("LICENSE*")
+    licences = model_files.licences(config.model.name)
     with new_directory(out_dir) as new:
         for licence in licences:
             shutil.copyfile(licence, new / licence.name)

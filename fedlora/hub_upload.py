@@ -1,6 +1,7 @@
 """Upload of a run's adapter directory to the Hugging Face Hub."""
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from fedlora.model_card import CARD, base_name
 from fedlora.released import FILE as RELEASE
 from fedlora.run_files import CONFIG, read_run_file, refuse_audited, void
 
+log = logging.getLogger("fedlora")
+
 PRIVACY = "privacy.json"
 
 
@@ -26,13 +29,15 @@ def push(run_dir: Path, repo: str, *, public: bool = False, unprotected: bool = 
         run_dir: The directory of a complete run.
         repo: ``OWNER/NAME`` on the hub.
         public: Whether a new repository is public.
-        unprotected: Whether the adapter may be one that no DP protects.
+        unprotected: Whether to upload although DP does not protect all that the adapter knows, or
+            the result is void; the reasons are logged.
 
     Returns:
         The address of the upload.
 
     Raises:
-        InputError: If the run is not complete or has no DP, or the hub refuses the upload.
+        InputError: If the run is not complete, is an audited one or void, has no DP or goes back
+            to a run without a promise, or the hub refuses the upload.
     """
     privacy = read_run_file(run_dir, PRIVACY)
     result = read_run_file(run_dir)
@@ -54,25 +59,26 @@ def push(run_dir: Path, repo: str, *, public: bool = False, unprotected: bool = 
 
 def _check_promise(config: RunConfig, result: Mapping[str, Any], unprotected: bool) -> None:
     """Refuse an adapter that may reveal training records, unless the user accepts that."""
-    if unprotected:
-        return
-    open_to_all = [of for of in result.get("origins", []) if not of["private"]]
+    whys: list[str] = []
     if not config.privacy.enabled:
-        why = "privacy.epsilon was inf"
+        whys.append("privacy.epsilon was inf")
     elif config.privacy.noise == "seeded":
-        why = "privacy.noise was seeded, so that the noise can be subtracted"
-    elif because := void(result):
-        why = f"the result is void: {'; '.join(because)}"
-    elif open_to_all:
-        run, source = open_to_all[0]["run"], open_to_all[0]["source"]
-        why = f"it started from what the run {run} trained on {source} without a promise"
-    else:
-        return
-    raise InputError(
-        f"not all that this adapter knows is protected ({why}), and it may reveal training "
-        "records; give "
-        "--unprotected if these records may be public"
-    )
+        whys.append("privacy.noise was seeded, so that the noise can be subtracted")
+    whys += [f"the result is void: {text}" for text in void(result)]
+    whys += [
+        f"it started from what the run {of['run']} trained on {of['source']} without a promise for "
+        "these records"
+        for of in result.get("origins", [])
+        if not of["private"]
+    ]
+    if unprotected:
+        for why in whys:
+            log.warning("uploaded although %s", why)
+    elif whys:
+        raise InputError(
+            f"not all that this adapter knows is protected ({'; '.join(whys)}), and it may reveal "
+            "training records; give --unprotected if these records may be public"
+        )
 
 
 def _without_directories(file: Path, config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from fedlora import mean_pooling
 from fedlora.config import RunConfig
 from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
 from fedlora.files import sync, write_atomic
+from fedlora.model_files import UNKNOWN
 from fedlora.rounding import at_most
 from fedlora.run_files import finite, void
 from fedlora.sft import GREEDY, MAX_RESPONSE_TOKENS
@@ -21,6 +22,10 @@ from fedlora.trainable import Trainable
 CARD, LABELS = "README.md", "labels.json"
 FIGURES = ("accuracy", "macro_f1", "loss", "exact_match", "token_loss")
 """Keys of a result that a card quotes, where the result has them."""
+KEPT_PART = (
+    "It also holds parts that one institution kept at home. What the run promises is about the "
+    "shared parts: the kept ones must not leave the institution."
+)
 SHARED_PART = (
     "It holds the parts that institutions share. Each institution keeps further parts at home, and "
     "without them this adapter does not give the figures below."
@@ -52,7 +57,7 @@ def write_adapter(
         _front_matter(config, "peft", private=is_private(config)),
         f"# {Path(config.run_dir).name}",
         f"A LoRA adapter, trained by fedlora in a federation of institutions for {_words(config)}.",
-        *(f"**The result is void, and the run accepted it: {text}.**" for text in void(result)),
+        *voided(result),
         *([SHARED_PART] if config.federation.traits.local_parts else []),
         _training(config, work, result),
         _data(config, work, result),
@@ -111,7 +116,8 @@ def write_merged(
         said: What the card says on privacy; of an own model its adapter's card.
         own_model: Whether it is an institution's own model, and not the federation's.
     """
-    private = is_private(config, own_model=own_model)
+    kept = config.federation.traits.local_parts and not own_model
+    private = is_private(config, own_model=own_model) and not kept
     merged = f"base model `{base_name(config)}` with"
     parts = [
         _front_matter(config, "transformers", private=private),
@@ -178,9 +184,9 @@ def adapter_code(config: RunConfig, work: Trainable, tokenizer: str = "") -> str
     if names:
         opened.append("base.classifier.to(base.device)  # bitsandbytes takes a GPU if there is one")
     imported, lines = ", ".join(["AutoTokenizer", *names, "pipeline"]), "\n".join(opened)
+    packaged = "import importlib.util\n" * base_name(config).startswith("package:")
     return f"""\
-import importlib.util
-import json
+{packaged}import json
 from pathlib import Path
 
 from peft import PeftModel
@@ -216,8 +222,9 @@ def _causal_code(
     else:
         names, opened = _base_code(config, work, "AutoModelForCausalLM.from_pretrained(BASE")
         imported = ", ".join(["AutoModelForCausalLM", "AutoTokenizer", *names])
-        head = ["import importlib.util", "from pathlib import Path", ""]
-        head += ["import torch", "from peft import PeftModel"]
+        head = ["import torch", "from peft import PeftModel"]
+        if base_name(config).startswith("package:"):
+            head = ["import importlib.util", "from pathlib import Path", "", *head]
         head += [f"from transformers import {imported}", ""]
         head += ['MODEL = "."  # this directory']
         head += [_base_line(config)]
@@ -242,10 +249,11 @@ def _causal_code(
         "for text in TEXTS:",
         "    prompt = BEFORE + text.strip() + AFTER",
         '    encoded = tokenizer(prompt, return_tensors="pt", '
-        f"add_special_tokens={around.add_special_tokens})",
+        f"add_special_tokens={around.add_special_tokens}, return_offsets_mapping=True)",
+        '    ends = encoded.pop("offset_mapping")[0, :, 1].cummax(0).values',
         "    inputs = {name: ids.to(model.device) for name, ids in encoded.items()}",
         '    if (surplus := encoded["input_ids"].shape[1] - MAX_TOKENS) > 0:',
-        "        end = encoded.char_to_token(len(prompt) - len(AFTER) - 1) + 1  # of the text",
+        "        end = int((ends <= len(prompt) - len(AFTER)).sum())  # the text's last token",
         "        inputs = {",
         "            name: torch.cat([ids[:, : end - surplus], ids[:, end:]], 1)",
         "            for name, ids in inputs.items()",
@@ -453,6 +461,11 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
     return "\n".join(lines)
 
 
+def voided(result: Mapping[str, Any]) -> list[str]:
+    """Paragraphs that say why a result is void; none where it is not."""
+    return [f"**The result is void, and the run accepted it: {text}.**" for text in void(result)]
+
+
 def unprotected_origins(result: Mapping[str, Any]) -> str:
     """A further sentence for each run without a promise that a run started from; often empty.
 
@@ -460,8 +473,11 @@ def unprotected_origins(result: Mapping[str, Any]) -> str:
         result: The content of result.json.
     """
     return "".join(
-        f" What it started from was trained by the run {origin['run']} on `{origin['source']}` "
-        "without a promise: whatever that reveals of those records is in no figure here."
+        f" What it started from ({origin['source']}) is gone, so nobody knows what that reveals."
+        if origin["run"] == UNKNOWN
+        else f" What it started from was trained by the run {origin['run']} on "
+        f"`{origin['source']}` without a promise for these records: whatever that reveals of them "
+        "is in no figure here."
         for origin in result.get("origins", [])
         if not origin["private"]
     )

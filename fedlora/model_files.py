@@ -7,12 +7,14 @@ pickle can run code when it is opened.
 # pyright: reportUnknownVariableType=false
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
@@ -24,7 +26,10 @@ CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "Genera
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MERGED = "merged.json"
 """Of a model of `fedlora merge`: its `Origin` values, those behind its start and base too."""
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+UNKNOWN = "unknown"
+"""The ``run`` of an `Origin` whose directory is gone."""
+LICENCES = ("LICENSE*", "NOTICE*")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *LICENCES]
 HUB_TIMEOUT_SECONDS = 10.0
 
 
@@ -84,6 +89,16 @@ class Origin(TypedDict):
     """Whether the ledger of each institution was charged for what is known of its records."""
 
 
+def licences(name: str) -> list[Path]:
+    """The licence and notice files of a base model, which its copies must keep."""
+    files = [file for kind in LICENCES for file in sorted(resolve(name).path.glob(kind))]
+    if name.startswith("package:"):
+        package = importlib.metadata.distribution(name.removeprefix("package:"))
+        files += [Path(str(file.locate())) for file in package.files or ()
+                  if any(fnmatch(file.name, kind) for kind in LICENCES)]  # fmt: skip
+    return files
+
+
 def origins_of_base(name: str) -> list[Origin]:
     """The runs that a base model in a directory was merged from; empty for any other base.
 
@@ -92,8 +107,12 @@ def origins_of_base(name: str) -> list[Origin]:
     """
     try:
         found = json.loads((expanded(name) / MERGED).read_text(encoding="utf-8"))
+        if isinstance(found, dict):  # of an earlier version, which named the merged run only
+            found = cast(Any, [found])
+        if not isinstance(found, list) or not found:
+            raise ValueError("it names no run")
         return [Origin(run=str(of["run"]), source=str(of["source"]), private=of["private"] is True)
-                for of in found]  # fmt: skip
+                for of in cast(list[Any], found)]  # fmt: skip
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -14,7 +14,7 @@ from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
 from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS, is_private, source
-from fedlora.model_files import Origin, origins_of_base
+from fedlora.model_files import UNKNOWN, Origin, origins_of_base
 from fedlora.run_files import CONFIG, ENVIRONMENT, is_audited, is_complete, read_run_file
 from fedlora.trainable import Trainable
 from strategies.lowrank import carried, recompressed
@@ -51,6 +51,7 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
         _check_run(origin.run_dir, config, work)
         folder = origin.run_dir / "adapter"
     _check_promises(config)
+    _check_recorded(config)
     residuals = config.federation.traits.residuals
     try:
         loaded = open_for(folder, work.start, residuals=residuals)
@@ -141,7 +142,7 @@ def origins(config: RunConfig) -> list[Origin]:
     """
     start, found = config.adapter.start, origins_of_base(config.model.name)
     if start and not expanded(start).exists():
-        found.append(Origin(run="unknown", source=start, private=False))
+        found.append(Origin(run=UNKNOWN, source=Path(start).name, private=False))
     for earlier, origin in _lineage(config):
         complete = is_complete(origin.run_dir)
         result = read_run_file(origin.run_dir) if complete else {}
@@ -159,21 +160,54 @@ def _check_base(config: RunConfig) -> None:
         InputError: If the base was merged from a run on a source of the same name, or from one that
             follows such a run; any two tables in memory count as the same.
     """
-    privacy, of_run = config.privacy, source(config)
-    if not privacy.promises and not privacy.hides_institutions:
-        return
     for origin in origins_of_base(config.model.name):
-        tables_both = all(name.startswith(tables.MEMORY) for name in (of_run, origin["source"]))
-        if origin["source"] != of_run and not tables_both:
-            continue
-        if config.deployed and origin["private"] and not privacy.hides_institutions:
-            continue  # each institution has one ledger for all runs
-        same = "a table too" if tables_both else f"a data.source of this name ({of_run})"
-        raise InputError(
-            f"model.name is {config.model.name}, and the run {origin['run']}, from which it was "
-            f"merged, was on {same}: what it reveals of these records would be in no figure of "
-            "this run; take that run's base, and its adapter as adapter.start"
-        )
+        if same := _uncounted(config, origin):
+            raise InputError(
+                f"model.name is {config.model.name}, and the run {origin['run']}, from which it "
+                f"was merged, was on {same}: what it reveals of these records would be in no "
+                "figure of this run; take that run's base, and its adapter as adapter.start"
+            )
+
+
+def _uncounted(config: RunConfig, origin: Origin) -> str:
+    """What the sources of a run and of one behind its start have in common by their names.
+
+    Empty where they have nothing in common, where the run promises nothing, and where ledgers have
+    the earlier run: in a deployment each institution has one for all runs.
+    """
+    privacy, names = config.privacy, (source(config), origin["source"])
+    if not privacy.promises and not privacy.hides_institutions:
+        return ""
+    if config.deployed and origin["private"] and not privacy.hides_institutions:
+        return ""
+    if all(name.startswith(tables.MEMORY) for name in names):
+        return "a table too"
+    return f"a data.source of this name ({names[0]})" if names[0] == names[1] else ""
+
+
+def _check_recorded(config: RunConfig) -> None:
+    """Check the runs that earlier runs say to go back to and whose directories are gone.
+
+    Where an earlier run was on the same records, it was charged to the ledgers of those before it.
+
+    Raises:
+        InputError: If one of them was on a source of this run's name.
+    """
+    start = config.adapter.start
+    followed = [(earlier, read_run_file(origin.run_dir)) for earlier, origin in _lineage(config)
+                if is_complete(origin.run_dir)]  # fmt: skip
+    here = {result["run"] for _, result in followed}
+    for earlier, result in followed:
+        for origin in result.get("origins", []):
+            counted = origin["private"] and origin["source"] == source(earlier)
+            if origin["run"] in here or counted:
+                continue
+            if same := _uncounted(config, origin):
+                raise InputError(
+                    f"adapter.start is {start}, and it goes back to the run {origin['run']} on "
+                    f"{same}: what that reveals of these records would be in no figure of this "
+                    "run; start from another adapter"
+                )
 
 
 def _check_promises(config: RunConfig) -> None:

