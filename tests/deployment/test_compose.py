@@ -159,5 +159,5 @@ def test_the_image_can_be_read_by_its_user_whatever_the_checkout_was_made_under(
 
 
 def test_without_what_deploy_init_writes_the_file_is_refused():
-    with pytest.raises(KeyError, match="fedlora deploy init makes it"):
+    with pytest.raises(KeyError, match="made by fedlora deploy init"):
         harness.compose({})
