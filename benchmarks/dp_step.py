@@ -124,13 +124,12 @@ def random_rows(arguments: argparse.Namespace, config: Any) -> Any:
 
 
 def _peak(side: str, arguments: argparse.Namespace) -> float:
-    """What three steps take beyond what the process holds after a first one, MiB."""
+    """What steps take at their highest beyond what the process holds before the first, MiB."""
     from benchmarks.aggregation import forget_peak, resident
 
     (step,) = sides(arguments, side)
-    step()
     held = resident("VmRSS")
-    forget_peak()
+    forget_peak()  # loading and the model's examination are no part of a step
     for _ in range(3):
         step()
     return (resident("VmHWM") - held) / 2**20
