@@ -36,8 +36,7 @@ def of_sweep(out: Path) -> str:
             name = f"{about['name']}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
             write_atomic(PICTURES / name, standing_alone(svg).encode())
             text += f"\n![{title}](results/{name})\n"
-    missing = sum(results.measured(out, case) is None for case in about["cases"])
-    if missing:
+    if missing := results.incomplete(out):
         text += f"\n{missing} of {len(about['cases'])} cases have not run.\n"
     cells = [results.run_dir(out, c) for case in about["cases"] for c in case["cells"].values()]
     return f"{_command(about['command'])}\n\n{_where(dict.fromkeys(cells))}\n\n{text}"

@@ -342,9 +342,8 @@ def bars(
             if len(groups) == 1 and worst in rows:
                 drawn.patches[[r for _, r in known].index(worst)].set_facecolor(BAD)
         # A setting or a run is known by all of its name, of which there are few.
-        cut = shortened(rows)
-        if len(rows) <= MAX_WHOLE:
-            cut = [textwrap.fill(row, width=MAX_NAME) for row in rows]
+        few = len(rows) <= MAX_WHOLE
+        cut = [textwrap.fill(row, width=MAX_NAME) for row in rows] if few else shortened(rows)
         marked = [
             f"{said} (worst)" if row == worst else said for row, said in zip(rows, cut, strict=True)
         ]

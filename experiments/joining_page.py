@@ -82,9 +82,7 @@ def section(result: Mapping[str, Any], most: int) -> list[Section]:
     """
     if "joining" not in result:
         return []
-    failed = ", ".join(
-        f"{name} ({code})" for name, code in result["joining"].get("not_compared", {}).items()
-    )
+    failed = joining_verdict.with_codes(result["joining"].get("not_compared", {}))
     missing = [f"Not compared, because the reply was refused: {failed}."] if failed else []
     joining = joining_verdict.comparison(result)
     if joining is None:

@@ -12,12 +12,12 @@ from typing import Any
 from experiments import joining_page, results
 from experiments.audit import findings as audit_findings
 from experiments.pages import Section, Table
-from fedlora import joining_verdict, metrics, model_card
+from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.odds import group_delta
 from fedlora.rounding import at_least, at_most
-from fedlora.run_files import CONFIG, RESULT, void
+from fedlora.run_files import CONFIG, RESULT, said_of_origins, void
 from server.privacy_statement import epsilon_alone, largest_epsilon, with_earlier_runs
 from server.trend import advice
 from simulation.progress import lost_rounds
@@ -119,8 +119,8 @@ def verdict(run: Run) -> Section:
         compared = joining_verdict.compared(joining, len(run.institutions))
         notes += [compared, joining_verdict.one_run(joining)]
     if missing := result.get("not_evaluated"):
-        failed = ", ".join(f"{name} ({code})" for name, code in missing.items())
-        notes.append(f"Not measured, because the reply was refused: {failed}.")
+        said = joining_verdict.with_codes(missing)
+        notes.append(f"Not measured, because the reply was refused: {said}.")
     if said := " ".join(filter(None, notes)):
         words.append(said)
     if rising := result.get("still_rising"):
@@ -423,7 +423,7 @@ def uncovered(run: Run) -> Section:
     joining = joining_verdict.comparison(run.result)
     if joining is not None:
         points.append(joining_page.home_promise(joining))
-    if said := model_card.unprotected_origins(run.result).replace("`", "").strip():
+    if said := said_of_origins(run.result).replace("`", "").strip():
         points.append(said)
     points.append(
         "That an institution takes part, and the size class of its data, count as public."

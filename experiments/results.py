@@ -131,6 +131,11 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def incomplete(out: Path) -> int:
+    """The number of a sweep's cases without a result that can be read."""
+    return sum(measured(out, case) is None for case in manifest(out)["cases"])
+
+
 def drawn_share(directory: Path) -> float:
     """The share of records that a run's seed draws as held-out rows; 0 of a separate test file."""
     data = load(directory / CONFIG).data
@@ -437,8 +442,7 @@ def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     pooled, each = tables(out, lines)
     about = manifest(out)
     text = f"# {about['name']}\n\n{caption(lines)} By `{about['command']}`.\n\n"
-    missing = sum(measured(out, case) is None for case in about["cases"])
-    if missing:
+    if missing := incomplete(out):
         text += f"Not complete, and left out: {missing} of {len(about['cases'])} cases.\n\n"
     text += f"{markdown_table(pooled)}\n"
     if len(each) > 1:

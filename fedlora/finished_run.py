@@ -15,7 +15,7 @@ from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, write_atomic
 from fedlora.model_files import MERGED, Origin
-from fedlora.run_files import CONFIG, read_run_file, refuse_audited
+from fedlora.run_files import CONFIG, read_run_file, refuse_audited, said_of_origins
 from fedlora.sections import check_gpu
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
@@ -250,7 +250,7 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
     result = read_run_file(run_dir)
     if not own_model and config.federation.traits.local_parts:
         said += f" {model_card.KEPT_PART}"
-    said += model_card.unprotected_origins(result)
+    said += said_of_origins(result)
     said = "\n\n".join([said, *model_card.voided(result)])
     private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
     this = Origin(run=result["run"], source=model_card.source(config), private=private)

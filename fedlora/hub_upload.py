@@ -13,7 +13,14 @@ from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.model_card import CARD, base_name
 from fedlora.released import FILE as RELEASE
-from fedlora.run_files import CONFIG, read_run_file, refuse_audited, void
+from fedlora.run_files import (
+    CONFIG,
+    UNKNOWN,
+    read_run_file,
+    refuse_audited,
+    unprotected_origins,
+    void,
+)
 
 log = logging.getLogger("fedlora")
 
@@ -66,10 +73,11 @@ def _check_promise(config: RunConfig, result: Mapping[str, Any], unprotected: bo
         whys.append("privacy.noise was seeded, so that the noise can be subtracted")
     whys += [f"the result is void: {text}" for text in void(result)]
     whys += [
-        f"it started from what the run {of['run']} trained on {of['source']} without a promise for "
-        "these records"
-        for of in result.get("origins", [])
-        if not of["private"]
+        f"what it started from ({of['source']}) is gone"
+        if of["run"] == UNKNOWN
+        else f"it started from what the run {of['run']} trained on {of['source']} without a "
+        "promise for these records"
+        for of in unprotected_origins(result)
     ]
     if unprotected:
         for why in whys:

@@ -99,6 +99,11 @@ def compared(joining: Mapping[str, Any], institutions: int) -> str:
     return f"{said}."
 
 
+def with_codes(refused: Mapping[str, str]) -> str:
+    """Institutions whose replies were refused, each with the reason."""
+    return ", ".join(f"{name} ({code})" for name, code in refused.items())
+
+
 def one_run(joining: Mapping[str, Any]) -> str:
     """What the verdict of one run leaves out; empty where it has no interval."""
     return ONE_RUN if has_interval(joining["gain"]) else ""

@@ -13,9 +13,8 @@ from fedlora import mean_pooling
 from fedlora.config import RunConfig
 from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
 from fedlora.files import sync, write_atomic
-from fedlora.model_files import UNKNOWN
 from fedlora.rounding import at_most
-from fedlora.run_files import finite, void
+from fedlora.run_files import finite, said_of_origins, void
 from fedlora.sft import GREEDY, MAX_RESPONSE_TOKENS
 from fedlora.trainable import Trainable
 
@@ -429,7 +428,7 @@ def _data(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
 
 
 def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
-    lines = ["## Privacy", "", f"{privacy['protects']}{unprotected_origins(result)}"]
+    lines = ["## Privacy", "", f"{privacy['protects']}{said_of_origins(result)}"]
     spent = list(privacy["institutions"].values())
     if config.privacy.enabled:
         delta = "by size class" if result["delta"] is None else at_most(result["delta"], 3)
@@ -464,23 +463,6 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
 def voided(result: Mapping[str, Any]) -> list[str]:
     """Paragraphs that say why a result is void; none where it is not."""
     return [f"**The result is void, and the run accepted it: {text}.**" for text in void(result)]
-
-
-def unprotected_origins(result: Mapping[str, Any]) -> str:
-    """A further sentence for each run without a promise that a run started from; often empty.
-
-    Args:
-        result: The content of result.json.
-    """
-    return "".join(
-        f" What it started from ({origin['source']}) is gone, so nobody knows what that reveals."
-        if origin["run"] == UNKNOWN
-        else f" What it started from was trained by the run {origin['run']} on "
-        f"`{origin['source']}` without a promise for these records: whatever that reveals of them "
-        "is in no figure here."
-        for origin in result.get("origins", [])
-        if not origin["private"]
-    )
 
 
 def _figures(result: Mapping[str, Any]) -> str:

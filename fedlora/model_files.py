@@ -26,8 +26,6 @@ CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "Genera
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MERGED = "merged.json"
 """Of a model of `fedlora merge`: its `Origin` values, those behind its start and base too."""
-UNKNOWN = "unknown"
-"""The ``run`` of an `Origin` whose directory is gone."""
 LICENCES = ("LICENSE*", "NOTICE*")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *LICENCES]
 HUB_TIMEOUT_SECONDS = 10.0

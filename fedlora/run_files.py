@@ -40,6 +40,8 @@ AUDITED = "audited.json"
 """In the directory of an audited run: the ``data.source`` without planted records."""
 RUNS, LATEST = "runs", "latest"
 """The directory of runs, and the link in it to the run that was started or resumed last."""
+UNKNOWN = "unknown"
+"""In ``origins`` of a result: the ``run`` of a start whose directory is gone."""
 SUBMISSION = "submission.json"
 """In a run directory: the deployment's record of a submitted run."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -159,6 +161,27 @@ def void(result: Mapping[str, Any]) -> list[str]:
         result: The content of result.json.
     """
     return [finding["text"] for finding in result.get("findings", []) if finding["voids"]]
+
+
+def unprotected_origins(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs without a promise that a run goes back to (`fedlora.model_files.Origin`).
+
+    Args:
+        result: The content of result.json.
+    """
+    return [origin for origin in result.get("origins", []) if not origin["private"]]
+
+
+def said_of_origins(result: Mapping[str, Any]) -> str:
+    """A further sentence for each of `unprotected_origins`; often empty."""
+    return "".join(
+        f" What it started from ({origin['source']}) is gone, so nobody knows what that reveals."
+        if origin["run"] == UNKNOWN
+        else f" What it started from was trained by the run {origin['run']} on "
+        f"`{origin['source']}` without a promise for these records: whatever that reveals of them "
+        "is in no figure here."
+        for origin in unprotected_origins(result)
+    )
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,15 @@ from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
 from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS, is_private, source
-from fedlora.model_files import UNKNOWN, Origin, origins_of_base
-from fedlora.run_files import CONFIG, ENVIRONMENT, is_audited, is_complete, read_run_file
+from fedlora.model_files import Origin, origins_of_base
+from fedlora.run_files import (
+    CONFIG,
+    ENVIRONMENT,
+    UNKNOWN,
+    is_audited,
+    is_complete,
+    read_run_file,
+)
 from fedlora.trainable import Trainable
 from strategies.lowrank import carried, recompressed
 

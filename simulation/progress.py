@@ -187,7 +187,7 @@ def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
 def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     """Add the three models of institutions, the gain of joining, and the verdict."""
     if failed := result.get("joining", {}).get("not_compared"):
-        table.add_row("not compared", ", ".join(f"{n} ({code})" for n, code in failed.items()))
+        table.add_row("not compared", joining_verdict.with_codes(failed))
     joining = joining_verdict.comparison(result)
     if joining is None:
         return
@@ -328,7 +328,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     if "n" in result:
         table.add_row("held-out rows", f"{result['n']} (pooled, never trained on)")
     if missing := result.get("not_evaluated"):
-        table.add_row("not evaluated", ", ".join(f"{n} ({code})" for n, code in missing.items()))
+        table.add_row("not evaluated", joining_verdict.with_codes(missing))
     institutions = result["institutions"]
     if institutions:
         low, high = min(institutions, key=institutions.get), max(institutions, key=institutions.get)

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,13 @@ def test_the_page_on_a_run_says_what_was_done_and_promised(run_directory):
     assert text.count("<svg") == text.count('role="img"') == text.count("<desc")
     environment = json.loads((run_directory / "environment.json").read_text())
     assert environment["versions"]["torch"] in text and environment["git_sha"] in text
+
+
+def test_pages_are_drawn_without_torch():
+    """It takes seconds to load, and a page reads files only."""
+    code = "import experiments.report, experiments.sweep_page, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_a_page_loads_nothing_from_elsewhere(run_directory):

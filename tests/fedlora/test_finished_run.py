@@ -15,7 +15,15 @@ import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedlora import config, finished_run, hub_upload, model_card, model_files, trainable
+from fedlora import (
+    config,
+    finished_run,
+    hub_upload,
+    model_card,
+    model_files,
+    run_files,
+    trainable,
+)
 from fedlora.adapters import WEIGHTS_FILE, AdapterState
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
@@ -202,16 +210,20 @@ def test_a_run_without_own_models_says_so(classifier):
         finished_run.predict(classifier, ["a card"], "Alpha", own_model=True)
 
 
+def on_merged(directory, source, **values):
+    """A finished run of one round on the base ``merged`` of the directory."""
+    base = {"model.name": str(directory / "merged"), "data.source": str(source)}
+    short = {"training.max-length": 8, "federation.rounds": 1}
+    return finished(directory / "again", **base, **short, **values)
+
+
 def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints, tmp_path):
     finished_run.merge(classifier, tmp_path / "merged")
     assert model_files.resolve(str(tmp_path / "merged")).positions == 64
-    again = finished(
-        tmp_path / "again",
+    again = on_merged(
+        tmp_path,
+        complaints,
         **{
-            "model.name": str(tmp_path / "merged"),
-            "data.source": str(complaints),
-            "training.max-length": 8,
-            "federation.rounds": 1,
             "training.learning-rate": 1e-7,
             "federation.server-learning-rate": 1e-7,
             "federation.server-head-learning-rate": 1e-7,
@@ -264,17 +276,7 @@ def test_a_merged_model_names_the_runs_that_it_goes_back_to(classifier, complain
     finished_run.merge(classifier, tmp_path / "merged")
     others = tmp_path / "others.csv"
     others.write_bytes(complaints.read_bytes() + complaints.read_bytes().splitlines()[1] + b"\n")
-    again = finished(
-        tmp_path / "again",
-        **{
-            "model.name": str(tmp_path / "merged"),
-            "data.source": str(others),
-            "training.max-length": 8,
-            "federation.rounds": 1,
-            "privacy.epsilon": 8.0,
-            "privacy.noise": "secure",
-        },
-    )
+    again = on_merged(tmp_path, others, **{"privacy.epsilon": 8.0, "privacy.noise": "secure"})
     first, source = read_run_file(classifier)["run"], complaints.name
     assert read_run_file(again)["origins"] == [{"run": first, "source": source, "private": False}]
     said = f"trained by the run {first} on `{source}` without a promise"
@@ -296,9 +298,7 @@ def test_a_run_names_the_runs_that_its_adapter_goes_back_to(classifier, tmp_path
     assert origins(known) == []
     assert origins(known.replace({"adapter.start": str(classifier)})) == [once]
     gone = str(tmp_path / "gone")
-    said = model_card.unprotected_origins(
-        {"origins": origins(known.replace({"adapter.start": gone}))}
-    )
+    said = run_files.said_of_origins({"origins": origins(known.replace({"adapter.start": gone}))})
     assert said == " What it started from (gone) is gone, so nobody knows what that reveals."
     assert origins(known.replace({"adapter.start": gone})) == [
         {"run": "unknown", "source": "gone", "private": False}
