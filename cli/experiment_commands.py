@@ -160,7 +160,7 @@ def plan(
         int | None, typer.Option(help="Secure aggregation: those whose noise is in every sum.")
     ] = None,
     colluding: Annotated[
-        int | None, typer.Option(help="Secure aggregation: those that may collude with the server.")
+        int | None, typer.Option(help="Secure aggregation: those that may collude; by default 1.")
     ] = None,
     table: Annotated[
         bool, typer.Option("--table", help="Epsilon against noise and against steps.")

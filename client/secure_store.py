@@ -23,7 +23,8 @@ from fedlora.errors import Refusal
 FILE = "secure.db"
 """The store's name in a deployed institution's ``state``."""
 MAX_UNUSED = 20
-"""The most runs that were set up and had no round: a server may ask for any number of them."""
+"""The most runs that were set up and have no masked vector, which a charge comes before: a server
+may ask for any number of them."""
 _APPLICATION = 0x66646C73  # "fdls", the file's mark for `file` and PRAGMA application_id
 _VERSION = 1
 _SCHEMA = """
@@ -157,13 +158,13 @@ def add_run(db: sqlite3.Connection, stored: StoredRun, secrets: Iterable[Pair]) 
 
 
 def drop_unused(db: sqlite3.Connection) -> None:
-    """Forget the oldest runs without a round, so that fewer than `MAX_UNUSED` are left."""
+    """Forget the oldest runs without a masked vector: fewer than `MAX_UNUSED` are left."""
     found = db.execute(
-        "SELECT run FROM runs WHERE NOT ended AND run NOT IN (SELECT run FROM rounds) "
-        "ORDER BY rowid DESC LIMIT -1 OFFSET ?",
+        "SELECT run FROM runs WHERE NOT ended AND run NOT IN "
+        "(SELECT run FROM rounds WHERE masked IS NOT NULL) ORDER BY rowid DESC LIMIT -1 OFFSET ?",
         (MAX_UNUSED - 1,),
     ).fetchall()
-    for table in ("secrets", "shares", "runs"):
+    for table in ("secrets", "shares", "rounds", "runs"):
         db.executemany(f"DELETE FROM {table} WHERE run = ?", found)
 
 
@@ -240,7 +241,11 @@ def add_list(
 
 
 def end(db: sqlite3.Connection, run: str) -> None:
-    """Erase a run's secrets and shares; the run itself stays known."""
+    """Erase a run's secrets, shares and messages; the run itself stays known."""
     for table in ("secrets", "shares"):
         db.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
-    db.execute("UPDATE runs SET channel = NULL, sealed = NULL, ended = 1 WHERE run = ?", (run,))
+    db.execute(
+        "UPDATE runs SET keys = x'', channel = NULL, peers = NULL, sealed = NULL, ended = 1 "
+        "WHERE run = ?",
+        (run,),
+    )

@@ -74,7 +74,7 @@ class Settings(Section):
         2, "least privacy.honest of a run with secure aggregation", at_least=2
     )
     min_colluding: int = setting(
-        0, "least privacy.colluding of a run with secure aggregation", at_least=0
+        1, "least privacy.colluding of a run with secure aggregation", at_least=1
     )
     max_alone_epsilon: float = setting(
         math.inf,

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import serialization
 import fedlora
 from deployment import keys, setup
 from deployment.errors import in_words
-from fedlora import files, peers, seal
+from fedlora import files, noise_shares, peers, seal
 from fedlora.errors import InputError, Refusal
 from fedlora.rounding import at_most
 from fedlora.sections import check_gpu
@@ -264,17 +264,18 @@ def _peers(own: "Settings") -> str:
 
 def _collusion(own: "Settings") -> Check:
     """Which promises this institution accepts if others collude with the server."""
-    if not own.min_colluding and math.isinf(own.max_alone_epsilon):
+    if own.min_colluding == noise_shares.MIN_COLLUDING and math.isinf(own.max_alone_epsilon):
         return Check(
             "collusion",
             "warn",
-            "min-colluding is 0 and max-alone-epsilon is inf: a server may choose a promise that "
-            "one other institution can break by telling it its noise; set one of the two",
+            f"min-colluding is {own.min_colluding} and max-alone-epsilon is inf: a server may "
+            "choose a promise that two other institutions can break by telling it their noise; "
+            "set one of the two",
         )
     return Check(
         "collusion",
         "ok",
-        f"runs that hold against at least {own.min_colluding} others, and with epsilon at most "
+        f"runs that hold against {own.min_colluding} others or more, and with epsilon at most "
         f"{own.max_alone_epsilon:g} against all",
     )
 

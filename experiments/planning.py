@@ -38,8 +38,11 @@ class Trust:
             raise InputError(
                 f"--honest is {self.honest}; it must be at least {noise_shares.MIN_HONEST}"
             )
-        if self.colluding < 0:
-            raise InputError(f"--colluding is {self.colluding}; it must be at least 0")
+        if self.colluding < noise_shares.MIN_COLLUDING:
+            raise InputError(
+                f"--colluding is {self.colluding}; it must be at least "
+                f"{noise_shares.MIN_COLLUDING}, since an institution knows its own share"
+            )
         if self.honest + self.colluding > self.institutions:
             raise InputError(
                 f"--honest is {self.honest} and --colluding {self.colluding}, but --institutions "
@@ -57,7 +60,9 @@ def trust_of(institutions: int | None, honest: int | None, colluding: int | None
         return None
     if institutions is None or honest is None:
         raise InputError("secure aggregation needs --institutions and --honest; give both")
-    return Trust(institutions=institutions, honest=honest, colluding=colluding or 0)
+    if colluding is None:
+        colluding = noise_shares.MIN_COLLUDING
+    return Trust(institutions=institutions, honest=honest, colluding=colluding)
 
 
 def rate_of(records: int, batch_size: int | None, sample_rate: float | None) -> float:

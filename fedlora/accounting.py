@@ -178,7 +178,6 @@ class PrivacyPlan:
         honest: Under secure aggregation the number of institutions whose shares of noise are in
             every sum; ``noise_multiplier`` is that of their sum. 0: the institution adds all of the
             noise itself.
-        colluding: The number of institutions that may tell the server all that they know.
     """
 
     epsilon: float
@@ -193,7 +192,6 @@ class PrivacyPlan:
     accountant: str
     size_noise: float = 0.0
     honest: int = 0
-    colluding: int = 0
 
     @property
     def expected_batch_size(self) -> float:

@@ -71,7 +71,6 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
         accountant=privacy.accountant,
         size_noise=size_noise,
         honest=honest,
-        colluding=privacy.colluding if privacy.shares_noise else 0,
     )
     if honest and plan.share_scale(noise_shares.MAX_PARAMETERS) > discrete_gaussian.MAX_SCALE:
         raise InputError(

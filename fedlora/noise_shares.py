@@ -28,6 +28,9 @@ MAX_BATCH = 2**19
 beyond C, since n units make an error of at most n^2 2^-53 C in each."""
 MIN_HONEST = 2
 """With one honest share the sum would protect no more than that share."""
+MIN_COLLUDING = 1
+"""Each institution sees every adapter and knows its own share of the noise, so that it can take
+that one out of a sum without telling anybody."""
 
 
 def grid(max_grad_norm: float) -> float:

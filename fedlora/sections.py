@@ -386,7 +386,8 @@ class PrivacyConfig(Section):
     )
     colluding: int = key(
         0,
-        "secure-aggregation: institutions that may tell the server all that they know, at most",
+        "secure-aggregation: institutions that may tell the server all that they know, at most; at "
+        f"least {noise_shares.MIN_COLLUDING}",
         at_least=0,
         at_most=10**6,
     )

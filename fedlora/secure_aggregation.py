@@ -60,7 +60,8 @@ class SecureMessage:
         if len(values) != len(types) or not all(map(_fits, values, types.values())):
             raise Refusal(
                 "secure-malformed",
-                f"the values of a {cls.__name__} have other types than {', '.join(types)}",
+                f"the values of a {cls.__name__} have other types than {', '.join(types)}, or a "
+                f"text has more than {MAX_TEXT_CHARACTERS} characters",
             )
         return cls(**dict(zip(types, values, strict=True)))
 
@@ -72,9 +73,10 @@ def _types(message: type[SecureMessage]) -> dict[str, typing.Any]:
 
 def _fits(value: canonical.Value, wanted: typing.Any) -> bool:
     if not isinstance(value, tuple):
-        return type(value) is wanted
+        short = not isinstance(value, str) or len(value) <= MAX_TEXT_CHARACTERS
+        return short and type(value) is wanted
     item = typing.get_args(wanted)[:1]
-    return bool(item) and all(type(part) is item[0] for part in value)
+    return bool(item) and all(_fits(part, item[0]) for part in value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,11 @@ class Terms(SecureMessage):
             (
                 self.honest < noise_shares.MIN_HONEST,
                 f"honest is {self.honest}, below {noise_shares.MIN_HONEST}: a sum of one is no sum",
+            ),
+            (
+                self.colluding < noise_shares.MIN_COLLUDING,
+                f"colluding is {self.colluding}, below {noise_shares.MIN_COLLUDING}: an "
+                "institution knows its own share of the noise",
             ),
             (
                 self.honest + self.colluding > n,

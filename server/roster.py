@@ -207,24 +207,26 @@ class Roster:
             f"server/institutions/{name}.size"
         )
 
-    def wait(self, institutions: int, least: int) -> None:
+    def wait(self, institutions: int, least: int, *, all_needed: bool = False) -> None:
         """Wait until all institutions have replied, or until time is up.
 
-        Time is up after `NODES_TIMEOUT`. While fewer than ``least`` are ready, a deployment goes on
-        until ``federation.timeout``, and a refusal of `PASSING` is no reply there.
+        Time is up after `NODES_TIMEOUT`. While fewer are ready than are needed, a deployment goes
+        on until ``federation.timeout``, and a refusal of `PASSING` is no reply there.
 
         Args:
             institutions: The number of institutions of the run.
             least: The least number of institutions with which a round can count.
+            all_needed: Whether all are needed first, for the setup of secure aggregation.
 
         Raises:
             RunFailed: When fewer than ``least`` are ready.
         """
+        needed = institutions if all_needed else least
         begun, told = time.monotonic(), False
         longest = max(NODES_TIMEOUT, self._config.federation.timeout)
         while True:
             online = len(self.online())
-            lacking = self._config.deployed and len(self) < least
+            lacking = self._config.deployed and len(self) < needed
             passing = PASSING if lacking else ()
             if online + sum(c not in passing for c in self.refused.values()) >= institutions:
                 break
@@ -234,9 +236,9 @@ class Roster:
             if waited > NODES_TIMEOUT and not told:
                 told = True
                 log.warning(
-                    "%d institutions are ready, and a round needs %d; waiting for up to %.0f s",
+                    "%d institutions are ready, and %d are needed; waiting for up to %.0f s",
                     len(self),
-                    least,
+                    needed,
                     longest,
                 )
             time.sleep(1.0)

@@ -161,7 +161,8 @@ class Federation:
         ended = self.config.deployed and 0 < federation.rounds <= self.state.round
         # Results need nobody, but parts that stay at institutions go with no adapter handed out.
         least = 0 if ended and not federation.traits.local_parts else self.least
-        self.roster.wait(self.population.size, least)
+        unset = self.session is not None and not ended and not self.session.is_set_up
+        self.roster.wait(self.population.size, least, all_needed=unset)
         if self.state.round == 0 and self.config.privacy.enabled:
             self.roster.check_budgets(self.least)
             if self.config.deployed:

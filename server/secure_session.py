@@ -87,6 +87,11 @@ class SecureSession:
         self._nodes: Mapping[int, str] = {}
         self._digest = b""
 
+    @property
+    def is_set_up(self) -> bool:
+        """Whether an earlier process of the run stored its setup."""
+        return self._read("setup") is not None
+
     def set_up(
         self, run: str, parameters: int, nodes: Mapping[int, str], institutions: int
     ) -> None:
@@ -172,7 +177,8 @@ class SecureSession:
                 return
         raise RunFailed(
             f"{len(failed)} institutions have no part in the setup of secure aggregation, which "
-            f"needs all ({reasons(failed)}); repair them, and resume the run"
+            f"needs all ({reasons(failed)}); repair them, and resume the run, or begin a new one "
+            "where a key, a name or a number of the run had to change"
         )
 
     @property

@@ -141,6 +141,7 @@ def test_an_own_model_has_all_its_noise_also_after_a_run_of_secure_aggregation(b
     secure = {
         "privacy.trust": "secure-aggregation",
         "privacy.honest": 2,
+        "privacy.colluding": 1,
         "federation.weighting": "public-size",
     }
     institutions, order = banks(**secure)

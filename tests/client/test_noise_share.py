@@ -27,7 +27,6 @@ def _plan(sigma=2.0, honest=4, max_grad_norm=0.5) -> PrivacyPlan:
         rounds=3,
         accountant="rdp",
         honest=honest,
-        colluding=1,
     )
 
 
@@ -90,7 +89,7 @@ def test_a_vector_without_noise_trips_a_guard(changes):
 
 @pytest.mark.parametrize(
     ("institutions", "honest", "colluding", "least"),
-    [(39, 34, 3, 37), (5, 2, 1, 4), (4, 2, 1, 3), (100, 2, 0, 51), (3, 2, 1, 3)],
+    [(39, 34, 3, 37), (5, 2, 1, 4), (4, 2, 1, 3), (100, 2, 1, 51), (3, 2, 1, 3)],
 )
 def test_the_least_number_of_survivors_has_the_shares_and_the_signatures(
     institutions, honest, colluding, least

@@ -30,6 +30,7 @@ from fedlora.secure_aggregation import (
     Terms,
     UnmaskOrder,
 )
+from server.secure_sum import SecureRound
 from tests.secure_federation import DIGEST, NAMES, Federation, key, pinned, refused, terms
 
 
@@ -53,6 +54,7 @@ def signed(message, name, **changes):
         {"run": "r" * 1001},
         {"honest": 1},
         {"colluding": 4},
+        {"colluding": 0},
         {"rounds": 0},
         {"parameters": 0},
         {"parameters": 2**32 + 1},
@@ -73,6 +75,17 @@ def test_the_threshold_and_the_least_survivors_by_hand(n, colluding, threshold, 
     )
     assert (made.threshold, made.least_survivors) == (threshold, least)
     assert 2 * threshold - n > colluding
+
+
+@pytest.mark.parametrize("place", ["run", "survivors"])
+def test_a_message_with_a_long_text_is_refused(place):
+    """What is refused is quoted in logs."""
+    for length in (1000, 1001):
+        values = {"run": "run", "round": 1, "survivors": ("ada", "bob")}
+        values[place] = "x" * length if place == "run" else ("ada", "x" * length)
+        data = ListOrder(**values).to_bytes()
+        with refused("secure-malformed") if length > 1000 else contextlib.nullcontext():
+            assert ListOrder.from_bytes(data).to_bytes() == data
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, -1])
@@ -114,7 +127,7 @@ def test_other_terms_for_a_run_are_refused_and_the_same_have_the_same_keys(memor
     first, again = (made.party("ada").keys(made.terms) for _ in range(2))
     assert first == again
     with refused("secure-terms-changed"):
-        made.party("ada").keys(terms(colluding=0))
+        made.party("ada").keys(terms(colluding=2))
 
 
 def test_runs_that_have_no_round_are_forgotten_and_others_stay(memory_path, monkeypatch):
@@ -132,6 +145,19 @@ def test_runs_that_have_no_round_are_forgotten_and_others_stay(memory_path, monk
             for table in ("runs", "secrets")
         )
     assert runs == secrets == {made.terms.run, "r2", "r3", "r4"}
+
+
+def test_runs_whose_round_began_without_a_vector_are_forgotten_too(memory_path, monkeypatch):
+    """A charge comes between the two; a server could have it refused any number of times."""
+    monkeypatch.setattr(secure_store, "MAX_UNUSED", 3)
+    for number in range(5):
+        made = Federation(memory_path, terms(run=f"r{number}"))
+        order = SecureRound(made.setup, 1, DIGEST).masked_order("ada", with_shares=True)
+        made.party("ada").begin(order)
+    with secure_store.opened(memory_path / "ada.db") as db:
+        for table in ("runs", "secrets", "shares", "rounds"):
+            found = {run for (run,) in db.execute(f"SELECT run FROM {table}")}
+            assert found == {"r2", "r3", "r4"}, table
 
 
 def test_a_run_that_goes_on_under_another_roster_is_refused(memory_path):
@@ -564,6 +590,8 @@ def test_secrets_of_a_round_are_erased_from_the_file_when_the_next_begins(memory
         assert secure_store.known(db) == {"run": False}
         secure_store.end(db, "run")
         assert secure_store.known(db) == {"run": True}
+        ended = secure_store.run(db, "run")
+        assert (ended.keys, ended.peers, ended.sealed, ended.channel) == (b"", None, None, None)
     assert not any(secret in files() for secret in second)
     with refused("secure-run-ended"):
         made.party("ada").keys(made.terms)

@@ -342,8 +342,8 @@ def test_peers_and_their_store_are_checked_where_the_institution_trusts_them(pin
     assert _as(found, "peers").details.startswith("b, c")
     assert _as(found, "collusion").outcome == "warn"
     for line, said in (
-        ("min-colluding = 1", "at least 1 others, and with epsilon at most inf"),
-        ("max-alone-epsilon = 40.0", "at least 0 others, and with epsilon at most 40 "),
+        ("min-colluding = 2", "against 2 others or more, and with epsilon at most inf"),
+        ("max-alone-epsilon = 40.0", "against 1 others or more, and with epsilon at most 40 "),
     ):
         pinned.write_text(f"{pinned.read_text()}{line}\n")
         bounded = _as(check.institution(pinned), "collusion")

@@ -42,7 +42,7 @@ OWN = {
     "max-delta": 1e-4,
     "secure-aggregation": True,
     "min-honest": 3,
-    "min-colluding": 1,
+    "min-colluding": 2,
 }
 """Settings; the tiny models have layers of width 32 and places for 64 tokens."""
 BASE = {
@@ -182,7 +182,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
     secure = {
         "privacy__trust": "secure-aggregation",
         "privacy__honest": 3,
-        "privacy__colluding": 1,
+        "privacy__colluding": 2,
         "privacy__protocol": "full",
         "federation__weighting": "public-size",
     }
@@ -191,9 +191,9 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (("no-peers",), "privacy.honest", 3),
         (("too-few-honest",), "privacy.honest", 2),
         (bad, "privacy.honest", 0, 1, -1, 10**6 + 1),
-        (("no-peers",), "privacy.colluding", 1, 10**6),
-        (("too-few-colluding",), "privacy.colluding", 0),
-        (bad, "privacy.colluding", -1, 10**6 + 1),
+        (("no-peers",), "privacy.colluding", 2, 10**6),
+        (("too-few-colluding",), "privacy.colluding", 1),
+        (bad, "privacy.colluding", 0, -1, 10**6 + 1),
         (("no-peers",), "privacy.honest", 40),
         (("masks-required",), "privacy.protocol", "ideal"),
         (bad, "privacy.protocol", "plain"),

@@ -15,6 +15,7 @@ SECURE = {
     "privacy.trust": "secure-aggregation",
     "privacy.protocol": "full",
     "privacy.honest": 2,
+    "privacy.colluding": 1,
     "training.local-steps": 1,
     "federation.weighting": "public-size",
     "federation.server-optimizer": "none",

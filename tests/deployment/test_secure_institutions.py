@@ -164,8 +164,8 @@ def _one_renamed(terms, _):
     return dataclasses.replace(terms, names=(*terms.names[:-1], "Zeta"))
 
 
-def _fewer_honest(terms, node):
-    return dataclasses.replace(terms, honest=2, colluding=0) if node == 0 else terms
+def _more_colluding(terms, node):
+    return dataclasses.replace(terms, colluding=2) if node == 0 else terms
 
 
 def _own_key_in_place(order, node):
@@ -179,7 +179,7 @@ def _own_key_in_place(order, node):
     ("message_type", "kind", "lie", "codes"),
     [
         (wire.KEYS, Terms, _one_renamed, {"secure-unknown-institution", "secure-name-missing"}),
-        (wire.KEYS, Terms, _fewer_honest, {"secure-terms-mismatch"}),
+        (wire.KEYS, Terms, _more_colluding, {"secure-terms-mismatch"}),
         (wire.SHARES, SharesOrder, _own_key_in_place, {"secure-keys-swapped"}),
     ],
 )
@@ -319,7 +319,7 @@ def test_a_round_that_is_asked_for_again_with_one_institution_fewer_shows_no_dif
     deployed, files, rows
 ):
     """The differencing attack: the sums of two lists of one round would differ by one vector."""
-    config = deployed(**{**SECURE, "privacy.colluding": 0, "federation.rounds": 1})
+    config = deployed(**{**SECURE, "federation.rounds": 1})
     grid = Lying(files, config, "none", lambda content, _: content)
     orders, lists, unmasks = [], [], []
 
@@ -424,7 +424,7 @@ def test_between_two_rounds_a_revealed_round_gives_the_same_shares_and_nothing_e
         yield sent[wire.UNMASK][0].content, wire.UNMASK
         yield sent["train"][0].content, "train"
 
-    config = deployed(**{**SECURE, "privacy.colluding": 0})
+    config = deployed(**SECURE)
     grid = Holding(files, config, more)
     _run(config, grid)
     assert grid.said == [

@@ -138,10 +138,11 @@ def test_a_batch_size_is_counted_by_the_size_class(tiny_config):
             {
                 "privacy.trust": "secure-aggregation",
                 "privacy.honest": 5,
+                "privacy.colluding": 1,
                 "federation.weighting": "public-size",
             },
             None,
-            "privacy.honest is 5 and privacy.colluding 0, but only 4 institutions",
+            "privacy.honest is 5 and privacy.colluding 1, but only 4 institutions",
         ),
     ],
 )

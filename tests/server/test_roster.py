@@ -209,13 +209,25 @@ def test_a_deployment_waits_longer_than_a_minute_only_while_too_few_are_ready(
     one = made(grid)
     one.wait(3, 2)
     assert 300 <= clock.now <= 310 and len(one) == 2
-    assert caplog.text.count("1 institutions are ready, and a round needs 2; waiting") == 1
+    assert caplog.text.count("1 institutions are ready, and 2 are needed; waiting") == 1
     clock.now = 0.0
     made(grid).wait(3, 2)
     assert 60 <= clock.now <= 62
     clock.now, grid.names[2] = 0.0, "c"
     made(grid).wait(3, 2)
     assert clock.now == 0.0
+
+
+def test_where_a_setup_needs_all_institutions_a_deployment_waits_for_all(made, register, clock):
+    register(a=1, b=2, c=3)
+    grid = Nodes("a", "b", "")
+    clock.then[300] = lambda: grid.names.__setitem__(2, "c")
+    one = made(grid)
+    one.wait(3, 2, all_needed=True)
+    assert 300 <= clock.now <= 310 and len(one) == 3
+    clock.now, grid.names[2] = 0.0, ""
+    made(grid).wait(3, 2, all_needed=True)  # the setup names who is missing
+    assert 600 <= clock.now <= 602
 
 
 @pytest.mark.parametrize("code", ["ledger-locked", "timed-out"])
@@ -262,6 +274,7 @@ def test_under_secure_aggregation_the_roster_has_each_size_class():
     values = {
         "privacy.trust": "secure-aggregation",
         "privacy.honest": 2,
+        "privacy.colluding": 1,
         "privacy.delta": 1e-5,
         "training.sample-rate": 0.2,
         "federation.weighting": "public-size",

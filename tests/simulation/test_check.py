@@ -73,7 +73,11 @@ def test_one_row_institutions_that_are_kept_void_the_result_until_accepted(messy
     assert accepted["refused"] == [] and names(accepted)["delta"]["voids"]
 
 
-SHARES = {"privacy.trust": "secure-aggregation", "privacy.honest": 2}
+SHARES = {
+    "privacy.trust": "secure-aggregation",
+    "privacy.honest": 2,
+    "privacy.colluding": 1,
+}
 
 
 @pytest.mark.parametrize(
