@@ -14,7 +14,7 @@ from fedlora.terminal import Json, Terminal, clean_errors
 app = typer.Typer()
 ledger = typer.Typer(no_args_is_help=True, help="An institution's privacy ledger.")
 app.add_typer(ledger, name="ledger")
-_TOTALS = ("epsilon", "limit", "left", "delta")
+_TOTALS = ("epsilon", "epsilon_alone", "limit", "left", "delta")
 _BOUNDS = {"epsilon": at_most, "epsilon_alone": at_most, "left": at_least}
 
 
@@ -91,9 +91,12 @@ def _show_all(directory: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(shown))
         return
-    lines = Table(*(Column(name, overflow="fold") for name in ("ledger", *_TOTALS, "runs")))
+    shared = any(said["epsilon_alone"] != said["epsilon"] for said in shown.values())
+    totals = [key for key in _TOTALS if shared or key != "epsilon_alone"]
+    columns = ("ledger", *(key.replace("_", " ") for key in totals), "runs")
+    lines = Table(*(Column(name, overflow="fold") for name in columns))
     for name, said in shown.items():
-        figures = (_BOUNDS.get(key, "{:.4g}".format)(said[key]) for key in _TOTALS)
+        figures = (_BOUNDS.get(key, "{:.4g}".format)(float(said[key])) for key in totals)
         lines.add_row(name, *figures, str(said["runs"]))
     Terminal().print(lines)
 

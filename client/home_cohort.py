@@ -119,11 +119,14 @@ def _private_models(member: Member, alone: AloneModel, update: ClientUpdate) -> 
     assert update.privacy is not None
     with member.institution.open_ledger() as ledger:
         privacy = dataclasses.replace(
-            update.privacy, ledger_epsilon=ledger.spent(), ledger_limit=ledger.max_epsilon
+            update.privacy,
+            ledger_epsilon=ledger.spent(),
+            ledger_epsilon_alone=ledger.spent_alone(),
+            ledger_limit=ledger.max_epsilon,
         )
-        spent_alone, charged = ledger.spent_alone(), member.run in ledger.runs()
+        charged = member.run in ledger.runs()
     home = member.institution.config.home
-    own = PrivateOwn(run=member.run, privacy=privacy, ledger_alone=spent_alone, run_charged=charged)
+    own = PrivateOwn(run=member.run, privacy=privacy, run_charged=charged)
     return HomeModels(
         alone=alone.adapter,
         own=member.home.shared.updated(update.adapter),

@@ -60,14 +60,11 @@ class PrivateOwn:
         run: The run that released the shared adapter.
         privacy: The spending of this training; its ledger's figures are of now, also where a
             stored answer is given again.
-        ledger_alone: The ledger's spending if, in runs with secure aggregation, all other
-            institutions collude.
         run_charged: Whether the ledger has charges of the run.
     """
 
     run: str
     privacy: PrivacySpent
-    ledger_alone: float
     run_charged: bool
 
     def card(self) -> str:
@@ -76,8 +73,8 @@ class PrivateOwn:
         figures |= {key: at_most(figures[key]) for key in ("epsilon", "ledger_epsilon")}
         others = WITH_RUN if self.run_charged else WITHOUT_RUN
         card = PRIVATE_CARD.format(run=self.run, others=others, **figures)
-        if self.ledger_alone > self.privacy.ledger_epsilon:
-            card += SHARED_NOISE_CARD.format(at_most(self.ledger_alone))
+        if self.privacy.ledger_epsilon_alone > self.privacy.ledger_epsilon:
+            card += SHARED_NOISE_CARD.format(at_most(self.privacy.ledger_epsilon_alone))
         return card + (SEEDED_CARD if self.privacy.noise == "seeded" else "")
 
 

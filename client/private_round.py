@@ -174,6 +174,7 @@ class PrivateRound:
             clipping=plan.clipping,
             size_noise=plan.size_noise,
             ledger_epsilon=ledger.spent(),
+            ledger_epsilon_alone=ledger.spent_alone(),
             ledger_delta=ledger.delta,
             ledger_limit=ledger.max_epsilon,
         )

@@ -12,9 +12,11 @@ from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, finite, read_records, read_run_file
+from server.privacy_statement import with_earlier_runs
 
 TITLE = "Runs compared"
 GAIN = "gain of joining"
+OF_ALL_RUNS = "epsilon with earlier runs"
 METRICS = ("accuracy", "macro_f1", "exact_match", "token_loss")
 
 
@@ -40,7 +42,9 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--out has no place to write to: {error}; give another") from None
     loaded = [read_run_file(run) for run in runs]
-    flats = [load(run / CONFIG).flat() for run in runs]
+    configs = [load(run / CONFIG) for run in runs]
+    flats = [config.flat() for config in configs]
+    promises = [read_run_file(run, "privacy.json") for run in runs]
     records = [read_records(run) for run in runs]
     figures_of: dict[str, list[Any]] = {
         name: [result.get(name) for result in loaded]
@@ -57,6 +61,18 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
             figures_of[f"{model}, accuracy"] = [joining[model]["accuracy"] for joining in joinings]
         figures_of[GAIN] = [joining["gain"]["mean"] for joining in joinings]
     figures_of["epsilon"] = [result["epsilon_max"] for result in loaded]
+    figures_of["delta"] = [result["delta"] for result in loaded]
+    whole = [*map(with_earlier_runs, configs, promises)]
+    if any(whole):
+        figures_of[OF_ALL_RUNS] = [
+            result["epsilon_max"] if most is None else most["ledger_epsilon"]
+            for result, most in zip(loaded, whole, strict=True)
+        ]
+    if any(config.privacy.noise == "seeded" for config in configs):
+        figures_of["noise"] = [
+            "from a seed, so epsilon protects nobody" if config.privacy.noise == "seeded" else ""
+            for config in configs
+        ]
     figures_of["rounds"] = [result["rounds"] for result in loaded]
     figures_of["seconds"] = [result["seconds"] for result in loaded]
     figures_of["bytes"] = [results.bytes_moved(lines) for lines in records]
@@ -92,7 +108,7 @@ def rows(compared: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _text(value: Any, name: str) -> str:
-    if name == "epsilon":
+    if name in ("epsilon", OF_ALL_RUNS):
         return at_most(float(value))
     if name == GAIN:
         return f"{100 * value:+.1f} points"

@@ -13,6 +13,7 @@ from experiments.conclusion import under_dp
 from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
 from fedlora import joining_verdict
+from fedlora.config import RunConfig
 from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MIN_TEXTS, MODELS, has_interval
 from fedlora.sections import HOME_CHOOSES_FROM, HOME_CHOOSES_ON, HOME_COMPARES_FROM
 
@@ -37,6 +38,11 @@ PRIVATE = (
     "states the promise of that training, and each ledger was charged for it. They took all steps, "
     "and no record chose a setting for them. What this page says of privacy elsewhere is said of "
     "the shared adapter only."
+)
+SEEDED = (
+    "Alone has no differential privacy, and the noise of own models came from a seed, which "
+    "protects nobody: both may reveal records, so they stay at their institution and must not be "
+    "passed on. What this page says of privacy is said of the shared adapter only."
 )
 CHOICES = (
     "The number of training steps of the model alone, which an own model without differential "
@@ -68,17 +74,20 @@ INTERVALS = (
 )
 
 
-def home_promise(joining: Mapping[str, Any]) -> str:
+def home_promise(config: RunConfig) -> str:
     """What DP says of the models that institutions trained at home."""
-    return PRIVATE.format(**joining) if "epsilon" in joining else STAYS
+    if not config.home.private:
+        return STAYS
+    seeded = config.privacy.noise == "seeded"
+    return SEEDED if seeded else PRIVATE.format(epsilon=config.home.epsilon)
 
 
-def section(result: Mapping[str, Any], most: int) -> list[Section]:
+def section(result: Mapping[str, Any], config: RunConfig) -> list[Section]:
     """Return the section on what joining gave in a run; nothing where nothing was compared.
 
     Args:
         result: The run's ``result.json``.
-        most: Its ``home.steps``.
+        config: Its configuration.
     """
     if "joining" not in result:
         return []
@@ -92,10 +101,10 @@ def section(result: Mapping[str, Any], most: int) -> list[Section]:
             title=TITLE,
             words=[
                 MEANINGS,
-                home_promise(joining),
+                home_promise(config),
                 CHOICES,
                 *_keeping(joining),
-                *_most_steps(joining["institutions"], most),
+                *_most_steps(joining["institutions"], config.home.steps),
                 INTERVALS,
                 "In macro-F1, which counts each class alike, the gain is "
                 f"{joining_verdict.macro_f1_gain(joining['gain_macro_f1'])}; one record of a rare "

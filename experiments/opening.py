@@ -18,7 +18,12 @@ from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.odds import group_delta
 from fedlora.rounding import at_least, at_most
 from fedlora.run_files import CONFIG, RESULT, said_of_origins, void
-from server.privacy_statement import epsilon_alone, largest_epsilon, with_earlier_runs
+from server.privacy_statement import (
+    epsilon_alone,
+    largest_epsilon,
+    ledger_alone,
+    with_earlier_runs,
+)
 from server.trend import advice
 from simulation.progress import lost_rounds
 
@@ -210,6 +215,11 @@ def promised(run: Run) -> Section:
                 f"All runs on these records together, as the ledgers have them: epsilon "
                 f"{at_most(epsilon)} at delta {at_most(delta, 3)}. What follows is for these."
             )
+            if (alone := ledger_alone(privacy)) is not None:
+                points.append(
+                    "Some of these runs have secure aggregation. If all others collude in them, it "
+                    f"is epsilon {at_most(alone)}."
+                )
         shared = config.privacy.shares_noise
         if config.privacy.unit == "record":
             where = "at one or several institutions" if shared else "at an institution"
@@ -373,8 +383,9 @@ def trusted(run: Run) -> Section:
         points += _secure_aggregation(run.privacy)
     elif privacy.enabled:
         points.append(
-            "For records, nobody else: each institution adds all of its noise before anything "
-            "leaves it, so neither the server nor all other institutions together learn more."
+            "For records, nobody else: in this run each institution adds all of its noise before "
+            "anything leaves it, so neither the server nor all other institutions together learn "
+            "more."
         )
     if privacy.hides_institutions:
         points.append(
@@ -422,7 +433,7 @@ def uncovered(run: Run) -> Section:
         )
     joining = joining_verdict.comparison(run.result)
     if joining is not None:
-        points.append(joining_page.home_promise(joining))
+        points.append(joining_page.home_promise(run.config))
     if said := said_of_origins(run.result).replace("`", "").strip():
         points.append(said)
     points.append(

@@ -69,7 +69,7 @@ def of_run(directory: Path) -> Page:
             _findings(result),
             Section(title="What was done", words=_words(run)),
             Section(title="Privacy in figures", **_privacy(config, run.privacy)),
-            *joining_page.section(result, config.home.steps),
+            *joining_page.section(result, config),
             Section(title="Quality", words=[METRICS], **_quality(result, run.records)),
             Section(title="Institutions", **_by_institution(result)),
             Section(title="Aggregation", **_aggregation(run.records)),

@@ -313,11 +313,10 @@ def _joining(pooled: Lines, configs: Mapping[str, RunConfig], about: Mapping[str
     """Show the gain of joining where institutions trained at home; else an empty section."""
     if all(line.get("gain") is None for line in pooled):
         return Section(title=joining_page.TITLE)
-    homes = [config.home for config in configs.values()]
     promises = dict.fromkeys(
-        joining_page.home_promise({"epsilon": home.epsilon} if home.private else {})
-        for home in homes
-        if home.method != "none"
+        joining_page.home_promise(config)
+        for config in configs.values()
+        if config.home.method != "none"
     )
     budget = min(config.privacy.epsilon for config in configs.values())
     alike = _only_holdings(configs, about)

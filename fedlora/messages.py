@@ -179,6 +179,8 @@ class PrivacySpent:
         clipping: ``flat`` or ``automatic``.
         size_noise: Standard deviation of the noise on the noised size; 0 without a noised size.
         ledger_epsilon: The spending of all runs on these records, at ``ledger_delta``.
+        ledger_epsilon_alone: The same if all others collude in runs with secure aggregation; inf
+            where an institution's own share protects nothing.
         ledger_delta: The ledger's delta.
         ledger_limit: The ledger's limit, which the institution sets.
     """
@@ -195,6 +197,7 @@ class PrivacySpent:
     clipping: str
     size_noise: float
     ledger_epsilon: float
+    ledger_epsilon_alone: float
     ledger_delta: float
     ledger_limit: float
 

@@ -5,7 +5,7 @@ encoder the code of its classifier (`fedlora.mean_pooling`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -446,6 +446,7 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
         ledger = max(one["ledger_epsilon"] for one in spent)
         lines += [
             f"| largest epsilon of a ledger, all runs charged to it | {at_most(ledger)} |",
+            *_if_others_collude(spent),
             f"| unit | {most['unit']} |",
             f"| adjacency | {privacy['adjacency']} |",
             f"| adversary | {privacy['adversary']} |",
@@ -458,6 +459,16 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
     if config.privacy.enabled:
         lines += ["", "Models that institutions train at home from this adapter are not covered."]
     return "\n".join(lines)
+
+
+def _if_others_collude(spent: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The row on ledgers whose runs with secure aggregation trust others; none without any."""
+    alone = max(float(one["ledger_epsilon_alone"]) for one in spent)
+    if alone == max(one["ledger_epsilon"] for one in spent):
+        return []
+    return [
+        f"| the same if all others collude in runs with secure aggregation | {at_most(alone)} |"
+    ]
 
 
 def voided(result: Mapping[str, Any]) -> list[str]:

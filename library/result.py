@@ -16,6 +16,7 @@ from fedlora.extras import require_page_packages
 from fedlora.files import expanded
 from fedlora.rounding import at_most, number
 from fedlora.run_files import CONFIG, read_records, read_run_file
+from server.privacy_statement import with_earlier_runs
 
 log = logging.getLogger("fedlora")
 
@@ -148,10 +149,11 @@ class Result:
         return f"<table>{rows}</table>"
 
     def _shown(self) -> dict[str, str]:
-        figures = self.figures
-        names = ("accuracy", "macro_f1", "token_loss", *self.config.federation.metric_names)
-        return {
-            **{name: number(figures[name]) for name in names if name in figures},
-            "epsilon": at_most(float(figures["epsilon_max"]), 3),
-            "rounds": str(figures["rounds"]),
-        }
+        figures, config = self.figures, self.config
+        names = ("accuracy", "macro_f1", "token_loss", *config.federation.metric_names)
+        secret = " (were the noise secret)" if config.privacy.noise == "seeded" else ""
+        shown = {name: number(figures[name]) for name in names if name in figures}
+        shown["epsilon"] = at_most(float(figures["epsilon_max"]), 3) + secret
+        if (most := with_earlier_runs(config, self.privacy)) is not None:
+            shown["epsilon with earlier runs"] = at_most(most["ledger_epsilon"], 3) + secret
+        return shown | {"rounds": str(figures["rounds"])}

@@ -50,7 +50,8 @@ BY_SIZE_CLASS = "a power of ten below 1 / size class"
 STARTED = (
     " The run started from an earlier adapter (adapter.start): what that one reveals of the same "
     'records adds to this. "ledger_epsilon" of an institution is the bound for all runs on its '
-    "ledger."
+    'ledger; "ledger_epsilon_alone" is that bound if, in runs with secure aggregation, all other '
+    "institutions collude."
 )
 CLASSES_READ = (
     " The list of classes is taken for public: data.labels is empty, so it was read from the "
@@ -210,7 +211,7 @@ def largest_epsilon(statement: Mapping[str, Any]) -> float:
 
 
 def with_earlier_runs(config: RunConfig, statement: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The entry with the largest ``ledger_epsilon`` of those whose ledgers have other runs too.
+    """The entry with the largest ``ledger_epsilon``, where a ledger has other runs too.
 
     None if no ledger has any. A ledger's epsilon is at its own delta and by its own accountant,
     which the entry does not name: the run's spending is computed anew at that delta by both.
@@ -219,9 +220,24 @@ def with_earlier_runs(config: RunConfig, statement: Mapping[str, Any]) -> Mappin
         config: The run.
         statement: The content of privacy.json.
     """
-    entries = statement["institutions"].values()
-    with_others = [one for one in entries if _has_other_runs(config, one)]
-    return max(with_others, key=lambda one: one["ledger_epsilon"], default=None)
+    entries: list[Mapping[str, Any]] = [*statement["institutions"].values()]
+    if not any(_has_other_runs(config, one) for one in entries):
+        return None
+    return max(entries, key=lambda one: one["ledger_epsilon"])
+
+
+def ledger_alone(statement: Mapping[str, Any]) -> float | None:
+    """The largest ``ledger_epsilon_alone``, which may be inf; None where no ledger differs by it.
+
+    Args:
+        statement: The content of privacy.json.
+    """
+    found = [
+        float(one["ledger_epsilon_alone"])
+        for one in statement["institutions"].values()
+        if float(one["ledger_epsilon_alone"]) > one["ledger_epsilon"]
+    ]
+    return max(found, default=None)
 
 
 def _has_other_runs(config: RunConfig, spent: Mapping[str, Any]) -> bool:

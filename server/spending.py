@@ -75,6 +75,8 @@ class Spending:
         _require(said, "epsilon", 0 <= said.epsilon <= limit, f"it is at most {privacy.epsilon:g}")
         _require(said, "steps", said.steps in steps, f"it is one of {steps}")
         _require(said, "ledger_epsilon", 0 <= said.ledger_epsilon < math.inf, "it is finite")
+        alone = said.ledger_epsilon_alone
+        _require(said, "ledger_epsilon_alone", alone >= said.ledger_epsilon, "it is no smaller")
         _require(said, "ledger_delta", 0 < said.ledger_delta < 1, "it is above 0 and below 1")
         _require(said, "ledger_limit", 0 < said.ledger_limit < math.inf, "it is finite, above 0")
         plan = self._plan(said, size_class)

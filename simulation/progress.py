@@ -17,7 +17,7 @@ from fedlora.joining_verdict import Outcome
 from fedlora.rounding import at_most, number
 from fedlora.run_files import CONFIG, ROUNDS, link_latest, read_records, read_run_file, void
 from fedlora.terminal import Terminal
-from server.privacy_statement import with_earlier_runs
+from server.privacy_statement import ledger_alone, with_earlier_runs
 from server.trend import advice
 
 if TYPE_CHECKING:
@@ -297,6 +297,10 @@ def add_privacy(
                 f"epsilon {at_most(most['ledger_epsilon'])} at delta {most['ledger_delta']:g}, of "
                 f"{most['ledger_limit']:g} in an institution's ledger",
             )
+            if (alone := ledger_alone(privacy)) is not None:
+                table.add_row(
+                    "", f"epsilon {at_most(alone)} if all others collude in secure aggregation"
+                )
     if "secure_aggregation" in privacy:
         trusted, alone = privacy["secure_aggregation"], result.get("epsilon_alone_max", "inf")
         table.add_row(
@@ -356,7 +360,8 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     console.write_line(f"adapter        {adapter}")
     if joining_verdict.comparison(result) is not None:
         own = run_dir / "institutions" / "NAME" / "own"
-        stays = "" if "epsilon" in result["joining"] else " (no DP: they must not leave)"
+        protected = "epsilon" in result["joining"] and config.privacy.noise != "seeded"
+        stays = "" if protected else " (no DP: they must not leave)"
         console.write_line(f"own adapters   {own}{stays}")
     console.write_line(f"report         {run_dir / 'report.html'}")
     console.write_line(f"privacy        {run_dir / 'privacy.json'}")

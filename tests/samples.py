@@ -41,6 +41,7 @@ def privacy_spent(**changes):
         "clipping": "flat",
         "size_noise": 0.0,
         "ledger_epsilon": 2.0,
+        "ledger_epsilon_alone": 2.0,
         "ledger_delta": 1e-5,
         "ledger_limit": 9.0,
     }

@@ -409,6 +409,8 @@ def test_plan_gives_both_epsilons_of_secure_aggregation():
     assert "if all others collude" in invoke("plan", *size, *trust).stdout.replace("\n", " ")
     refused("plan", *size, "--institutions", 39, "--honest", 1, words=["--honest is 1", "2"])
     refused("plan", *size, *trust[:4], "--colluding", 6, words=["--colluding 6", "39"])
+    refused("plan", *size, *trust[:4], "--colluding", 0, words=["--colluding is 0", "1"])
+    assert json.loads(invoke("plan", *common, *trust[:4]).stdout)["least_survivors"] == 35
 
 
 def test_a_ledger_is_made_shown_and_verified(tmp_path):

@@ -56,6 +56,21 @@ def test_the_gain_of_joining_is_compared_where_all_runs_have_it(two_runs, tmp_pa
     assert "gain of joining" in page.read_text()
 
 
+def test_epsilon_is_compared_with_earlier_runs_and_delta_and_a_seed_is_named(two_runs, tmp_path):
+    page = tmp_path / "page.html"
+    command = ["compare", *two_runs, "--out", str(page)]
+    file = Path(two_runs[1]) / "privacy.json"
+    privacy = json.loads(file.read_text())
+    before = json.loads(runner.invoke(app, [*command, "--json"]).stdout)["results"]
+    assert before["noise"] == ["from a seed, so epsilon protects nobody"] * 2
+    assert "epsilon with earlier runs" not in before and None not in before["delta"]
+    next(iter(privacy["institutions"].values()))["ledger_epsilon"] = 11.19
+    file.write_text(json.dumps(privacy))
+    found = json.loads(runner.invoke(app, [*command, "--json"]).stdout)["results"]
+    assert found["epsilon with earlier runs"] == [before["epsilon"][0], 11.19]
+    assert "11.19" in runner.invoke(app, command).stdout
+
+
 def test_a_file_that_is_no_such_page_is_not_replaced(two_runs):
     file = Path(two_runs[0]) / "result.json"
     before = file.read_bytes()

@@ -61,6 +61,12 @@ def change(directory, name, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def settings(directory, **values):
+    """Other values in a run's configuration."""
+    path = directory / "config.toml"
+    path.write_text(load(path).replace(values).to_toml())
+
+
 def shown(directory):
     """The text of a run's page, without markup and with single blanks."""
     text = report.write(directory).read_text(encoding="utf-8")
@@ -196,11 +202,19 @@ def test_the_page_does_not_say_of_own_models_under_dp_that_they_have_none(run_di
     result = json.loads(path.read_text())
     result["joining"]["epsilon"] = 2.0
     path.write_text(json.dumps(result))
-    text = report.write(run_directory).read_text(encoding="utf-8")
-    section = text[text.index("<h2>What joining gives") : text.index("<h2>Quality")]
-    assert "with epsilon 2 on top of the run" in section
-    assert "Alone and own have no differential privacy" not in section
-    assert "Alone has no differential privacy" in section
+
+    def section(**values):
+        settings(run_directory, **{"home.method": "fine-tune", "home.epsilon": 2.0}, **values)
+        text = report.write(run_directory).read_text(encoding="utf-8")
+        return text[text.index("<h2>What joining gives") : text.index("<h2>Quality")]
+
+    found = section()
+    assert "with epsilon 2 on top of the run" in found
+    assert "Alone and own have no differential privacy" not in found
+    assert "Alone has no differential privacy" in found
+    seeded = section(**{"privacy.noise": "seeded"})
+    assert "noise of own models came from a seed, which protects nobody" in seeded
+    assert "with epsilon 2" not in seeded
 
 
 @pytest.mark.parametrize(
@@ -609,13 +623,28 @@ def test_the_page_of_a_run_whose_ledgers_have_earlier_runs_states_their_sum(run_
     privacy = json.loads((run_directory / "privacy.json").read_text())
     before = shown(run_directory)
     assert "largest epsilon (smaller is more private)" in before and "All runs on" not in before
-    for of in privacy["institutions"].values():
-        of |= {"ledger_epsilon": 11.19, "ledger_limit": 20.0, "ledger_delta": 1e-4}
+    one = min(privacy["institutions"].values(), key=lambda of: of["noise_multiplier"])
+    one |= {"ledger_epsilon": 11.19, "ledger_epsilon_alone": 11.19}
+    one |= {"ledger_limit": 20.0, "ledger_delta": 1e-4}
     change(run_directory, "privacy.json", institutions=privacy["institutions"])
     text = shown(run_directory)
     assert "All runs on these records together, as the ledgers have them: epsilon 11.19" in text
     assert "largest epsilon, all runs on the records" in text and "of this run alone" in text
     assert "with two or more records at an institution it promises nothing" in text
+    assert "others collude" not in text
+    one["ledger_epsilon_alone"] = 40.51  # earlier runs had secure aggregation
+    change(run_directory, "privacy.json", institutions=privacy["institutions"])
+    assert "If all others collude in them, it is epsilon 40.51." in shown(run_directory)
+
+
+def test_all_runs_together_are_those_of_the_institution_with_the_most(run_directory):
+    """One that joined late may have an earlier run and still less than all others."""
+    privacy = json.loads((run_directory / "privacy.json").read_text())
+    first, *others = privacy["institutions"].values()
+    most = max(one["ledger_epsilon"] for one in others)
+    first |= {"steps": 1, "epsilon": 0.1, "ledger_epsilon": 0.99 * most}
+    found = privacy_statement.with_earlier_runs(load(run_directory / "config.toml"), privacy)
+    assert found["ledger_epsilon"] == most
 
 
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])

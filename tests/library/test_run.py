@@ -77,7 +77,10 @@ def test_a_run_on_a_frame_is_the_run_on_its_file(small, complaints, tmp_path):
     scores = one.model()(**inputs).logits.softmax(-1)
     labels = one.figures["labels"]
     assert [labels[int(i)] for i in scores.argmax(-1)] == [answer["answer"] for answer in said]
-    assert "accuracy" in repr(fedlora.Result(one.directory)) and "<table>" in one._repr_html_()
+    shown = repr(fedlora.Result(one.directory))
+    assert "accuracy" in shown and "epsilon" in shown and "<table>" in one._repr_html_()
+    assert ("were the noise secret" in shown) == (one.config.privacy.noise == "seeded")
+    assert "earlier runs" not in shown
 
 
 def test_a_result_whose_directory_is_gone_says_so(small, complaints, tmp_path):

@@ -45,6 +45,7 @@ HONEST = privacy_spent(
     noise_multiplier=PLAN.noise_multiplier,
     steps=4,
     ledger_epsilon=7.0,
+    ledger_epsilon_alone=7.0,
     ledger_delta=1e-4,
     ledger_limit=8.0,
 )
@@ -59,6 +60,7 @@ BAD = [
     *(("size_noise", value) for value in (*NOT_FINITE, -1.0, 1e-9, 10.0)),
     *(("max_grad_norm", value) for value in (*NOT_FINITE, -1.0, 0.0, 2.0)),
     *(("ledger_epsilon", value) for value in (*NOT_FINITE, -1.0)),
+    *(("ledger_epsilon_alone", value) for value in (math.nan, -math.inf, -1.0, 6.9)),
     *(("ledger_delta", value) for value in (*NOT_FINITE, -1.0, 0.0, 1.0)),
     *(("ledger_limit", value) for value in (*NOT_FINITE, -1.0, 0.0)),
     *(("accountant", value) for value in ("prv", "gdp", "")),
@@ -315,6 +317,7 @@ def test_an_honest_runs_statement_has_its_figures_and_quotes_the_institution(
 SECURE = RUN | {
     "privacy.trust": "secure-aggregation",
     "privacy.honest": 2,
+    "privacy.colluding": 1,
     "training.local-steps": 1,
     "federation.weighting": "public-size",
 }
