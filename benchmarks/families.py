@@ -281,7 +281,10 @@ def _first(error: Exception) -> str:
 def _reason(error: InputError | Refusal) -> str:
     """The reason for a refusal, without the model's name and the remedy."""
     said = error.detail if isinstance(error, Refusal) else str(error)
-    return said.split("per-example gradients: ", 1)[-1].split("', ", 1)[-1].split(";")[0]
+    said = said.split("per-example gradients: ", 1)[-1]
+    if said.startswith("model.name is '"):
+        said = said.split("', ", 1)[1]
+    return said.split(";")[0]
 
 
 def table(rows: Sequence[Row]) -> str:

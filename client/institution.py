@@ -374,13 +374,14 @@ class Institution:
         with processors.threads(self.config.engine.threads):
             work = self._load()
             shard = records.load(self.config).held_out(self.index)
+            # first of all, since predictions may run out of memory
+            models.own.save(self.directory / "own", work.model)
+            model_card.write_own(self.directory / "own", models.card(), self.config, work)
             predicted: dict[str, list[int]] = {}
             for name, adapter in (("alone", models.alone), ("shared", shared), ("own", models.own)):
                 adapter.load_into(work.model)
                 answers = work.task.predict(work.model, shard, work.labels)[0] if len(shard) else []
                 predicted[name] = [work.labels.index(answer) for answer in answers]
-            models.own.save(self.directory / "own", work.model)
-            model_card.write_own(self.directory / "own", models.card(), self.config, work)
         figures = {**predicted, **models.choice.figures()}
         return Evaluation(institution=self.name, metrics=figures)
 

@@ -104,7 +104,7 @@ def saved_scale(directory: Path) -> Scale:
     """
     try:
         saved: Any = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        scale = Scale(float(saved["lora_alpha"]), bool(saved["use_rslora"]))
+        scale = Scale(float(saved["lora_alpha"]), bool(saved.get("use_rslora")))
         varied = bool(saved.get("alpha_pattern"))
         start = saved.get("init_lora_weights", True)
         other = [f"{key} {saved[key]!r}"[:80] for key in CHANGES_MEANING if saved.get(key)]

@@ -21,6 +21,7 @@ from fedlora.tasks import (
     Task,
     base_model,
     can_pack,
+    causal_position,
     check_rows,
     evaluation_mode,
     model_inputs,
@@ -147,6 +148,8 @@ class Classification(Task):
 def _causal_inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """Inputs with positions that count from each row's first token, for models that take them."""
     inputs = model_inputs(model, batch)
-    if "position_ids" in inspect.signature(base_model(model).forward).parameters:
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    base = base_model(model)
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        first = causal_position(base)
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + first
     return inputs

@@ -35,7 +35,7 @@ pass.
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -100,6 +100,7 @@ def examine(
         sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(),
     ):
         try:
+            _check_dense(cast(Any, model).config.to_dict())
             probe = _Probe(model, per_sample, task, labels)
             _check_positions(model, task)
             with _unchanged(model):
@@ -115,6 +116,23 @@ def examine(
 
 class _Flaw(Exception):
     """A failed check. The message names the layer where it is known."""
+
+
+MIXTURES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of configurations for the number of experts in a mixture."""
+
+
+def _check_dense(config: Mapping[str, Any]) -> None:
+    """Check a configuration, and those inside it. Raises `_Flaw` for a mixture of experts."""
+    used = config.get("is_moe", True)
+    if experts := [key for key in MIXTURES if used and config.get(key)]:
+        raise _Flaw(
+            f"the base routes tokens to experts ({experts[0]}), whose products have as many rows "
+            "as tokens came, so a gradient depends on other examples"
+        )
+    for inner in config.values():
+        if isinstance(inner, Mapping):
+            _check_dense(cast(Mapping[str, Any], inner))
 
 
 Parts = torch.Tensor | tuple[torch.Tensor, ...]

@@ -67,7 +67,8 @@ class LowRankUpdate(torch.autograd.Function):
             out = rows + _product(u, b_t, of).to(rows.dtype)
         else:
             out = _product(u, b_t, of, plus=rows.float()).to(rows.dtype)
-        return out.view(base.shape)
+        # not `view`: of a view autograd forbids changes in place, which some models make
+        return torch.ops.aten._unsafe_view(out, base.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:

@@ -23,6 +23,8 @@ Kind = Literal["encoder", "causal"]
 
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "GenerationDecoder")
 """Endings of the class names of causal models in config.json."""
+SENSES = ("vision_config", "audio_config")
+"""Keys of a config.json of a model that takes more than text."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MERGED = "merged.json"
 """Of a model of `fedlora merge`: its `Origin` values, those behind its start and base too."""
@@ -248,6 +250,19 @@ def _inspect(name: str, path: Path) -> ModelFiles:
         )
     if config.get("is_encoder_decoder"):
         raise encoder_decoder_error(name, config.get("model_type"))
+    if not causal and (senses := [key for key in SENSES if config.get(key)]):
+        raise InputError(
+            f"model.name is {name!r}, a model of more than text ({senses[0]} in its config.json); "
+            "choose a checkpoint for text only"
+        )
+    how: Any = config.get("quantization_config")
+    method: Any = cast(dict[str, Any], how).get("quant_method") if isinstance(how, dict) else how
+    if how and method != "bitsandbytes":
+        raise InputError(
+            f"model.name is {name!r}, whose weights are quantised already ({str(method)[:40]!r}), "
+            "which fedlora can neither train on exactly nor merge; take the checkpoint that it "
+            "was made from, with model.quantization nf4 or int8 where memory is short"
+        )
     return ModelFiles(
         name=name,
         path=path,

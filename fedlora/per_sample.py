@@ -54,12 +54,6 @@ class PerSampleAdapters:
         self.layers: dict[str, nn.Module] = {}  # layers with a replaced forward
         self._named: dict[str, nn.Parameter] = {}
         covered: set[nn.Parameter] = set()
-        if experts := [key for key in MIXTURES if _has(model.config.to_dict(), key)]:
-            raise Refusal(
-                "guard-batch-coupled",
-                f"the base routes tokens to experts ({experts[0]}), whose products have as many "
-                "rows as tokens came, so a gradient depends on other examples; choose a dense one",
-            )
         for name, module in model.named_modules():
             if _couples_examples(module):
                 raise Refusal(
@@ -157,12 +151,6 @@ class PerSampleAdapters:
             leaf.grad = None
 
 
-def _has(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a configuration, or one inside it, has a value under this key."""
-    inner = (value for value in config.values() if isinstance(value, Mapping))
-    return bool(config.get(key)) or any(_has(cast(Mapping[str, Any], v), key) for v in inner)
-
-
 def pop_grad_sample(name: str, parameter: nn.Parameter) -> torch.Tensor:
     """Remove a parameter's per-example gradient and return it, float32 ``(units, *shape)``.
 
@@ -178,10 +166,6 @@ def pop_grad_sample(name: str, parameter: nn.Parameter) -> torch.Tensor:
         raise Refusal("guard-no-gradient", f"{name} has no per-example gradient")
     del cast(Any, parameter).grad_sample
     return gradient
-
-
-MIXTURES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of configurations for the number of experts in a mixture."""
 
 
 def _couples_examples(module: nn.Module) -> bool:

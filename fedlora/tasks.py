@@ -41,6 +41,14 @@ MIN_MEAN_TOKENS = 10
 """Tokens that the rows of a pass may have on average before fewer rows fit into it."""
 
 
+def causal_position(base: nn.Module) -> int:
+    """The position of a causal model's first token: RoBERTa's family counts from after padding."""
+    inner: Any = getattr(base, str(getattr(base, "base_model_prefix", "")), base)
+    table = getattr(getattr(inner, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
+
+
 class Task(ABC):
     """A way to train and evaluate a model. A task holds the tokenizer and no model.
 
@@ -51,7 +59,7 @@ class Task(ABC):
     """
 
     physical_batch = 64
-    """The most rows of one pass of an evaluation."""
+    """The most rows of one pass of an evaluation; ``training.physical-batch`` may lower it."""
 
     def __init__(
         self, encoding: PlainText | LabelPrompt | ResponsePrompt, side: Side, vocabulary: int = 0
@@ -145,7 +153,7 @@ class Task(ABC):
         """
         base = base_model(model)
         # A causal model counts as in padded rows.
-        return 0 if can_pack(base, base, self.encoding.max_length) else None
+        return causal_position(base) if can_pack(base, base, self.encoding.max_length) else None
 
     def words(self, model: nn.Module) -> list[int]:
         """Ids of tokens that are text, at most a thousand."""

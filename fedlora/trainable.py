@@ -102,6 +102,7 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
         prompt=config.data.prompt,
         max_length=config.training.max_length,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        physical_batch=config.training.physical_batch,
         labels=labels,
         device=device,
         threads=config.engine.threads,
@@ -135,6 +136,7 @@ class _Settings:
     prompt: str
     max_length: int
     gradient_checkpointing: bool
+    physical_batch: int
     labels: tuple[str, ...]
     device: str
     threads: int
@@ -189,6 +191,7 @@ def _load(settings: _Settings) -> Trainable:
         positions=files.positions,
         vocabulary=files.vocabulary,
     )
+    task.physical_batch = min(task.physical_batch, settings.physical_batch)
     if files.positions and settings.max_length > files.positions // 2:
         _check_longest_row(peft_model, task, labels)
     per_sample = PerSampleAdapters(peft_model)

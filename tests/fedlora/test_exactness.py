@@ -32,6 +32,11 @@ BART = hf.BartConfig(
     decoder_attention_heads=4, is_encoder_decoder=False, is_decoder=True, pad_token_id=1,
 )  # fmt: skip
 LLAMA = hf.LlamaConfig(**SIZE, num_key_value_heads=2)
+MIXTRAL = hf.MixtralConfig(**SIZE, num_key_value_heads=2, num_local_experts=4)
+FALCON = hf.FalconConfig(vocab_size=families.WORDS, hidden_size=32, num_hidden_layers=2,
+                         num_attention_heads=4, pad_token_id=1)  # fmt: skip
+DOGE = families.tiny("doge")
+DOGE.is_moe = False
 
 
 def _rope(**parameters):
@@ -42,7 +47,8 @@ def _rope(**parameters):
 REFUSED = {
     "xlnet": (XLNET, ("layer_1", "layer_2"), r"ff\.layer_1 got an input of shape \(\d+, 3, 32\)"),
     "longformer": (LONGFORMER, ("value",), r"self\.value got an input of shape"),
-    "longformer, query": (LONGFORMER, ("query",), "modified inplace"),
+    "longformer, query": (LONGFORMER, ("query",), r"self\.query got an input of shape"),
+    "mixtral": (MIXTRAL, ("q_proj", "v_proj"), "routes tokens to experts"),
     "deberta with keys shared": (
         hf.DebertaV2Config(
             **SIZE,
@@ -109,8 +115,14 @@ EXACT = {
     "bert": (hf.BertConfig(**SIZE), (), True),
     "llama": (LLAMA, (), True),
     "lfm2": (families.tiny("lfm2"), ("q_proj", "v_proj"), False),
+    # it changes what adapted layers return in place
+    "falcon": (FALCON, ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), False),
+    "doge": (DOGE, ("q_proj", "v_proj"), False),  # a mixture that is switched off
 }
-CAUSAL = ("bart", "llama", "lfm2", "longrope", "longrope by type of layer", "dynamic")
+CAUSAL = (
+    *("bart", "llama", "lfm2", "longrope", "longrope by type of layer", "dynamic"),
+    *("mixtral", "falcon", "doge"),
+)
 
 
 def made(name, directory, config=None):
@@ -357,6 +369,8 @@ def test_without_dp_layers_need_no_gradients_per_example_except_for_dropout(tmp_
     model = made("xlnet", tmp_path)
     plain = {"privacy.epsilon": float("inf")}
     assert families.load(model, ("layer_1",), **plain).first_position is None
+    experts = made("mixtral", tmp_path / "mixtral")
+    assert families.load(experts, ("q_proj",), **plain).first_position is None
     with pytest.raises(InputError, match="layer_1"):
         families.load(model, ("layer_1",), **plain, **{"adapter.dropout": 0.1})
 

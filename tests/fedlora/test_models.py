@@ -163,6 +163,24 @@ def test_a_hub_model_of_pickles_is_refused_before_it_is_downloaded(monkeypatch, 
         ),
         (
             {
+                "config.json": '{"vision_config": {"depth": 2}, "text_config": {}}',
+                "model.safetensors": "x",
+            },
+            "more than text",
+        ),
+        (
+            {
+                "config.json": '{"quantization_config": {"quant_method": "bitnet"}}',
+                "model.safetensors": "x",
+            },
+            "quantised already .'bitnet'",
+        ),
+        (
+            {"config.json": '{"quantization_config": ["gptq"]}', "model.safetensors": "x"},
+            "quantised already",
+        ),
+        (
+            {
                 "config.json": "{}",
                 "model.safetensors.index.json": '{"weight_map": {"a": "part1.safetensors"}}',
             },

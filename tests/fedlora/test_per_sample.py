@@ -233,13 +233,6 @@ def test_a_dropout_mask_keeps_its_share_and_the_mean():
     assert abs(float((mask == 0).float().mean()) - 0.3) < 5 * (0.3 * 0.7 / 200_000) ** 0.5 + 1e-5
 
 
-def test_a_mixture_of_experts_is_refused(directories):
-    model = build(directories / "llama")
-    model.config.num_local_experts = 8
-    with pytest.raises(Refusal, match="routes tokens to experts"):
-        PerSampleAdapters(model)
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 from fedlora import encoding, metrics, tasks
@@ -39,6 +41,16 @@ def llama(vocab: int, seed: int = 0) -> LlamaForCausalLM:
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config)
+
+
+def roberta(vocab: int, pad: int) -> RobertaForCausalLM:
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=600, is_decoder=True, pad_token_id=pad,
+        type_vocab_size=1, initializer_range=0.3,
+    )  # fmt: skip
+    return RobertaForCausalLM(config)
 
 
 def gpt2(vocab: int) -> GPT2LMHeadModel:
@@ -161,6 +173,21 @@ def test_gradients_of_a_padded_batch_are_finite_and_sum_those_of_its_rows(make: 
     assert sum(float(g.norm()) for g in together) > 0
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
+def test_a_causal_model_reads_padded_rows_at_the_positions_that_it_gives_one_row(family) -> None:
+    tokenizer = byte_tokenizer()
+    pad = tokenizer.convert_tokens_to_ids("~")  # in no text here
+    made = {"llama": llama, "gpt2": gpt2, "roberta": lambda n: roberta(n, pad)}[family]
+    model = made(len(tokenizer)).eval()
+    task = label_task(tokenizer)
+    rows = shard_of(task.encode(TEXTS, ANSWERS, LABELS))
+    found = task.next_token(model, task.collate(rows, range(len(rows))))
+    for i in range(len(rows)):
+        ids = torch.tensor(rows.row(i), dtype=torch.int64)
+        alone = model(ids[None]).logits[0, -1]
+        torch.testing.assert_close(found[i], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_encoder_losses_are_cross_entropy_of_the_logits() -> None:
