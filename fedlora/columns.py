@@ -37,7 +37,7 @@ def check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]
                 "give rows with that column, or set data.partition to natural:COLUMN with one of "
                 "them, or to iid with data.institutions"
             )
-        if {"context", "target"} <= set(columns):
+        if key in ("data.text", "data.label") and {"context", "target"} <= set(columns):
             remedy = 'these are FinLoRA rows: set data.text to "context" and data.label to "target"'
         raise RecordError(
             f"{key} is {column!r}, but {source} has the columns {listed(columns)}; {remedy}"
@@ -89,7 +89,9 @@ def as_text(value: Any, source: str, column: str) -> str:
     if isinstance(value, date):
         text = value.isoformat()
         return "" if text == "NaT" else text  # pandas' missing date
+    kind: str = type(value).__name__
+    remedy = "flatten it" if kind in ("list", "tuple", "dict") else "write it as text"
     raise InputError(
-        f"column {column!r} of {source} holds a {type(value).__name__}; it must hold one text or "
-        "number a row: flatten it"
+        f"column {column!r} of {source} holds a {kind}; it must hold one text, number or date a "
+        f"row: {remedy}"
     )

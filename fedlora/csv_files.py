@@ -159,7 +159,10 @@ def suspected_encoding(content: bytes) -> str:
     """The most likely encoding of a file: ``utf-8``, ``utf-16``, ``cp1252`` or ``latin-1``."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    if _decodes(content, "utf-8"):
+    text = content.decode("utf-8", "replace")
+    broken = text.count("\ufffd")
+    letters = len(text) - len(text.encode("ascii", "ignore")) - broken
+    if 4 * broken <= letters:  # all of it, or all but a few places, such as a letter cut in two
         return "utf-8"
     controls = bytes(range(0x80, 0xA0))  # control characters in Latin-1, letters in cp1252
     used = bool(content.translate(None, controls) != content)
@@ -204,10 +207,13 @@ def _wrong_encoding(source: str, path: Path, form: CsvForm) -> InputError | None
         content.decode(form.encoding)
     except UnicodeError as error:
         line = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        fits = suspected_encoding(content)
+        remedy = f"set data.encoding to {fits!r}, which fits the file, or to its real encoding"
+        if fits == form.encoding:
+            remedy = "mend this line, since almost all others fit it"
         return InputError(
             f"data source {source!r} cannot be read as {form.encoding}, which data.encoding names: "
-            f"line {line} holds other bytes; set data.encoding to "
-            f"{suspected_encoding(content)!r}, which fits the file, or to its real encoding"
+            f"line {line} holds other bytes; {remedy}"
         )
     return None
 

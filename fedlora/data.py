@@ -215,7 +215,8 @@ def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:
         )
     units = np.empty(len(values), dtype=np.int64)
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        units[start:stop] = np.unique(np.array(names[start:stop]), return_inverse=True)[1]
+        number = {name: i for i, name in enumerate(sorted(set(names[start:stop])))}
+        units[start:stop] = [number[name] for name in names[start:stop]]
     return units
 
 

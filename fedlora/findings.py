@@ -88,6 +88,8 @@ def findings(config: RunConfig, records: Federation, participations: int) -> lis
     found += [*_missing_institutions(records), *_seen(config, records)]
     if config.privacy.enabled:
         found += [
+            *_split_units(config, records),
+            *_seeded_ledger(config),
             *_other_ledgers(config, records),
             *_delta(config, records),
             *_noises(config, records, participations),
@@ -338,6 +340,33 @@ def _other_ledgers(config: RunConfig, records: Federation) -> list[Finding]:
     ]
 
 
+def _split_units(config: RunConfig, records: Federation) -> list[Finding]:
+    count = records.counts["units_at_several"]
+    if not count or config.data.view.startswith("only:"):
+        return []
+    return [
+        Finding(
+            name="split-units",
+            text=f"{count} values of {config.privacy.unit!r} have records at several institutions, "
+            "and the promise is for those at one: together epsilon and delta are as many times "
+            "larger as there are institutions; count on that, or give one of them all records",
+        )
+    ]
+
+
+def _seeded_ledger(config: RunConfig) -> list[Finding]:
+    if config.privacy.noise != "seeded" or not config.privacy.ledger:
+        return []
+    return [
+        Finding(
+            name="seeded-ledger",
+            text="privacy.noise is seeded, which protects nobody, and privacy.ledger's ledgers "
+            "will count this run as if its noise were secret, as will every later run on them; "
+            "leave privacy.ledger out, or set privacy.noise to secure",
+        )
+    ]
+
+
 def _delta(config: RunConfig, records: Federation) -> list[Finding]:
     above: list[str] = []
     for name, units in zip(records.names, records.units, strict=True):
@@ -345,7 +374,8 @@ def _delta(config: RunConfig, records: Federation) -> list[Finding]:
         delta = config.privacy.delta or accounting.public_delta(most)
         bound = min(MAX_DELTA, 1 / (10 * units))
         if delta > bound:
-            above.append(f"{name} ({units} units: {delta:g}, bound {bound:.2g})")
+            size = accounting.public_size(units)  # cards quote this, and state no number of units
+            above.append(f"{name} (size class {size}: {delta:g})")
     if not above:
         return []
     remedy = "lower privacy.delta" if config.privacy.delta else "set privacy.delta"

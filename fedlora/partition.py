@@ -179,12 +179,14 @@ def by_scheme(
     institutions: int,
     min_records: int,
     seed: int,
+    units: Sequence[str] | None = None,
 ) -> Assignment:
     """Assign rows to a number of synthetic institutions.
 
-    Training rows follow the scheme. Held-out rows of a class are assigned in proportion to each
-    institution's training rows of that class, so that an institution is tested on its own mix. A
-    class without training rows is assigned in proportion to size.
+    Training rows follow the scheme, and rows of one unit of privacy stay together: they count as
+    one of the class that most of them have. Held-out rows of a class are assigned in proportion to
+    each institution's training rows of that class, so that an institution is tested on its own mix.
+    A class without training rows is assigned in proportion to size.
 
     Args:
         spec: A partition other than natural.
@@ -193,10 +195,12 @@ def by_scheme(
         institutions: The number of institutions.
         min_records: Every institution gets at least this many training rows, and at least one.
         seed: Seed of the partition.
+        units: The unit of privacy of each training row, compared as `folded`; None where each row
+            is one.
 
     Raises:
-        InputError: If there are more institutions than rows, the scheme needs classes and there are
-            none, or it cannot give every institution ``min_records`` rows.
+        InputError: If there are more institutions than rows or units, the scheme needs classes and
+            there are none, or it cannot give every institution ``min_records`` rows.
     """
     scheme, argument = schemes.parse(
         spec, institutions=institutions, has_classes=isinstance(train, np.ndarray)
@@ -204,25 +208,28 @@ def by_scheme(
     targets = np.zeros(train, dtype=np.int64) if isinstance(train, int) else train
     held = np.zeros(held_out, dtype=np.int64) if isinstance(held_out, int) else held_out
     least = max(1, min_records)
-    if institutions > len(targets):
+    unit_of, dealt = _together(units, targets)
+    if institutions > len(dealt):
         raise InputError(
-            f"data.institutions is {institutions}, but there are only {len(targets)} training "
-            "rows; lower it"
+            f"data.institutions is {institutions}, but there are only {len(dealt)} training "
+            f"{'rows' if units is None else 'units of privacy'}; lower it"
         )
     source = RandomSource.seeded("partition", seed)
-    order = source.child("order").permutation(len(targets))
-    owner = np.zeros(len(targets), dtype=np.int64)
+    order = source.child("order").permutation(len(dealt))
+    owner = np.zeros(len(dealt), dtype=np.int64)
     if schemes.is_drawn(scheme, institutions):
         draw = int(source.child("flower").words(1)[0])
         try:
-            partitioner = _partitioner(scheme, argument, institutions, least, draw)
-            owner[order] = _through_flower(partitioner, {"target": targets[order]})
+            fewest = least if units is None else 1  # of rows, which are counted below
+            partitioner = _partitioner(scheme, argument, institutions, fewest, draw)
+            owner[order] = _through_flower(partitioner, {"target": dealt[order]})
         except ValueError as error:
             raise InputError(
                 f"data.partition {spec} cannot give {institutions} institutions {least} or more of "
                 f"{len(targets)} training rows each ({' '.join(str(error).split())[:200]}); lower "
                 "data.institutions or data.min-records, or choose a more even partition"
             ) from None
+    owner = owner[unit_of]
     sizes = np.bincount(owner[owner >= 0], minlength=institutions)
     if sizes.min() < least:
         raise InputError(
@@ -235,6 +242,23 @@ def by_scheme(
     return Assignment(
         names=names, train=owner, held_out=_assign_held_out(held, targets, owner, sizes, source)
     )
+
+
+def _together(units: Sequence[str] | None, targets: Int64) -> tuple[Int64, Int64]:
+    """What is dealt: the unit of each row (n,), and the most frequent class of each unit (u,)."""
+    if units is None:
+        return np.arange(len(targets)), targets
+    same = {value: folded(value) for value in set(units)}
+    number: dict[str, int] = {}
+    unit_of = np.fromiter(
+        (number.setdefault(same[value], len(number)) for value in units),
+        dtype=np.int64,
+        count=len(units),
+    )
+    pairs, counts = np.unique(np.stack([unit_of, targets]), axis=1, return_counts=True)
+    order = np.lexsort((pairs[1], -counts, pairs[0]))
+    first = np.unique(pairs[0][order], return_index=True)[1]
+    return unit_of, pairs[1][order][first]
 
 
 def _partitioner(scheme: str, argument: str, institutions: int, least: int, seed: int) -> Any:

@@ -155,11 +155,13 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
             institutions=settings.institutions,
             min_records=settings.min_records,
             seed=seed,
+            units=train.others.get(unit),
         )
     counts["institutions_dropped"] = len(placed.left_out)
     owner = at_most(placed, settings.max_records, seed=seed)
     lost_held_out = int((placed.held_out < 0).sum())
     counts["rows_dropped"] = int((owner < 0).sum()) + lost_held_out
+    counts["units_at_several"] = _at_several(train.others.get(unit), owner)
     counts["test_rows_dropped"] = lost_held_out if test else 0
 
     return PartitionedRows(
@@ -333,6 +335,16 @@ def _with_value(table: Table, column: str) -> tuple[Table, int]:
     given = {value for value in set(values) if folded(value)}
     rows = np.flatnonzero([value in given for value in values])
     return table.take(rows), len(table.texts) - len(rows)
+
+
+def _at_several(units: Sequence[str] | None, owner: Int64) -> int:
+    """The number of units of privacy that have training rows at more than one institution."""
+    if units is None:
+        return 0
+    same = {value: folded(value) for value in set(units)}
+    held = {(same[value], place) for value, place in zip(units, owner.tolist(), strict=True)}
+    at = Counter(value for value, place in held if place >= 0)
+    return sum(count > 1 for count in at.values())
 
 
 def _class_indices(table: Table, classes: tuple[str, ...]) -> Int64 | int:

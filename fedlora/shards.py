@@ -130,7 +130,8 @@ class Federation:
             held_out, without_text, without_label (a text and no label), without_institution,
             duplicates_removed and rows_dropped (of an institution left out, or above
             data.max-records); and institutions_dropped, truncated, test_rows_dropped (those of
-            rows_dropped that are of data.test-source).
+            rows_dropped that are of data.test-source), units_at_several (units of privacy with
+            training rows at more than one institution).
         left_out: Institution without enough training rows -> its training rows.
         all_train: Training rows of all institutions, one institution after the other.
         train_bounds: int64 (institutions + 1,), where each institution's rows begin.
@@ -202,9 +203,18 @@ class Federation:
             )
         index = self.names.index(name)
         train, held_out = self.train(index), self.held_out(index)
+        left = self.counts["train"] + self.counts["held_out"] - len(train) - len(held_out)
+        cut = self.all_train.corpus.truncated
         return replace(
             self,
             names=(name,),
+            counts={
+                **self.counts,
+                "train": len(train),
+                "held_out": len(held_out),
+                "rows_dropped": self.counts["rows_dropped"] + left,
+                "truncated": int(cut[train.rows].sum() + cut[held_out.rows].sum()),
+            },
             all_train=train,
             train_bounds=np.array([0, len(train)]),
             all_held_out=held_out,

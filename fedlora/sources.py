@@ -83,7 +83,12 @@ def _read_files(files: Mapping[str, Path], wanted: Mapping[str, str], form: CsvF
     own = {name: key for name, key in wanted.items() if name != tables.INSTITUTION}
     rows: Rows = {name: [] for name in wanted}
     for institution, path in files.items():
-        tables.add_institution(rows, institution, _read_file(str(path), own, form))
+        part = _read_file(str(path), own, form)
+        if not any(part.values()):
+            raise InputError(
+                f"{str(path)!r} has no row; remove the file, or give the institution's rows"
+            )
+        tables.add_institution(rows, institution, part)
     return rows
 
 
@@ -185,8 +190,8 @@ def columns(source: str, form: CsvForm) -> list[str]:
     parquet: Any = importlib.import_module("pyarrow.parquet")
     arrow: Any = importlib.import_module("pyarrow")
     try:
-        return parquet.ParquetFile(path).schema_arrow.names
-    except (arrow.ArrowInvalid, OSError) as error:
+        return [name.strip() for name in parquet.ParquetFile(path).schema_arrow.names]
+    except (arrow.lib.ArrowException, OSError, ValueError) as error:
         raise unreadable(source, error) from None
 
 
@@ -284,7 +289,8 @@ def _records(source: str, path: Path) -> list[dict[str, Any]]:
                     record: Any = json.loads(line)
                     if not isinstance(record, dict):
                         raise ValueError(f"line {number} is not an object")
-                    records.append(cast(dict[str, Any], record))
+                    values = cast(dict[str, Any], record)
+                    records.append({name.strip(): value for name, value in values.items()})
     except json.JSONDecodeError as error:
         raise unreadable(source, ValueError(f"line {number}: {error.msg}")) from None
     except RecursionError:
@@ -303,15 +309,21 @@ def _read_jsonl(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
 def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
     parquet: Any = importlib.import_module("pyarrow.parquet")
     arrow: Any = importlib.import_module("pyarrow")
+    name, rows = "", Rows()
     try:
         file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        check_columns(source, wanted, names)
-        check_single(source, wanted, names)
-        columns = {c: file.read(columns=[c]).column(c).to_pylist() for c in wanted}
-    except (arrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise unreadable(source, error) from None
-    return {c: [as_text(v, source, c) for v in values] for c, values in columns.items()}
+        written = {name.strip(): name for name in file.schema_arrow.names}
+        check_columns(source, wanted, written)
+        check_single(source, wanted, [name.strip() for name in file.schema_arrow.names])
+        for name in wanted:
+            column = file.read(columns=[written[name]]).column(written[name])
+            rows[name] = [as_text(value, source, name) for value in column.to_pylist()]
+    except InputError:
+        raise
+    except (arrow.lib.ArrowException, OSError, ValueError, OverflowError) as error:
+        where = f"column {name!r}: " if name else ""
+        raise unreadable(source, ValueError(f"{where}{error}")) from None
+    return rows
 
 
 def _read_us_gaap(path: Path, wanted: Mapping[str, str]) -> Rows:

@@ -216,7 +216,9 @@ def _digest(content: Any) -> str:
 
 def plain(value: Any) -> Any:
     """A value without numpy's type; a missing one of pandas, or a number that is none, is None."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    if getattr(value, "ndim", None) == 0:
+        date = getattr(value, "dtype", None) is not None and value.dtype.kind == "M"
+        value = (value.astype("datetime64[us]") if date else value).item()  # else ns are numbers
     if isinstance(value, float) and math.isnan(value):
         return None
     pandas = sys.modules.get("pandas")

@@ -127,7 +127,11 @@ def _rows(config: RunConfig, records: Federation) -> dict[str, Any]:
                 reason: counts[key]
                 for key, reason in (
                     ("duplicates_removed", "a copy of a held-out text"),
-                    ("rows_dropped", "of an institution left out, or above data.max-records"),
+                    (
+                        "rows_dropped",
+                        "of an institution left out or a class without one, or above "
+                        "data.max-records",
+                    ),
                 )
                 if counts[key]
             },
@@ -286,7 +290,7 @@ def _seconds_per_row(
         if plans:
             from client.private_training import Participant, train_privately
 
-            mechanism = replace(plans[0], sample_rate=1.0, honest=0, colluding=0)
+            mechanism = replace(plans[0], sample_rate=1.0, honest=0)
             member = Participant(shard=shard, mechanism=mechanism, source=source)
             train_privately(work, [member], plan)
         else:

@@ -235,6 +235,10 @@ def test_the_list_of_keys_fits_80_columns_with_whole_lines(monkeypatch) -> None:
         ({"id": "#", "statement": "st", "kind": "ab"}, ("statement", "kind", "", "")),
         ({"confirmed": "abc", "kind": "xy", "note": "n"}, ("note", "kind", "", "")),
         ({"BankName": "abc", "kind": "xy", "note": "n"}, ("note", "kind", "BankName", "")),
+        (
+            {"customer_segment": "abc", "customer_id": "abcdefgh", "kind": "xy", "note": "n"},
+            ("note", "kind", "", "customer_id"),
+        ),
     ],
 )
 def test_init_guesses_columns_by_their_values_and_then_by_their_names(values, guessed) -> None:

@@ -126,3 +126,12 @@ def test_the_form_of_a_file_is_suspected_from_its_bytes(tmp_path) -> None:
     encoding = csv_files.suspected_encoding((tmp_path / "a.csv").read_bytes())
     assert encoding == "latin-1"
     assert csv_files.suspected_delimiter(source, tmp_path / "a.csv", encoding) == "tab"
+
+
+def test_a_letter_that_was_cut_in_two_makes_no_other_encoding_of_utf_8(tmp_path) -> None:
+    """Read as cp1252, every letter beyond ASCII would be two others."""
+    content = "text,label\n" + "Überweisung für Müller,a\n" * 20
+    (tmp_path / "a.csv").write_bytes(content.encode() + b"geh\xc3,b\n")
+    assert csv_files.suspected_encoding((tmp_path / "a.csv").read_bytes()) == "utf-8"
+    with pytest.raises(InputError, match=r"line 22 holds other bytes; mend this line"):
+        sources.read(str(tmp_path / "a.csv"), WANTED, form=CsvForm())

@@ -122,7 +122,7 @@ def test_rows_reach_their_institution_with_target_and_unit(tmp_path: Path) -> No
     assert fed.train(1).units.tolist() == [1, 0, 1]  # customers 2, 1, 2, numbered within South
     assert read_back(fed.held_out(0)) == []
     assert read_back(fed.held_out(1)) == ["rise"]
-    assert fed.counts["rows"], fed.counts["test_rows"] == (4, 1)
+    assert (fed.counts["rows"], fed.counts["test_rows"]) == (4, 1)
 
 
 def test_institutions_with_more_records_keep_a_part_and_all_held_out_rows(tmp_path: Path) -> None:
@@ -157,6 +157,28 @@ def test_a_customer_is_one_unit_in_whatever_case_and_unicode_form(tmp_path: Path
     plain = [(*row[:3], SPELLINGS[0] if row[3] in SPELLINGS else row[3]) for row in train]
     same = fixed(tmp_path, plain, TEST, unit="customer").train(0)
     assert same.fingerprint() == shard.fingerprint()  # a ledger knows who has which records
+
+
+def test_customers_with_records_at_several_institutions_are_counted(tmp_path: Path) -> None:
+    customers = ("Anna", "anna ", "Bob", "Bob", "Cyd", "Cyd")
+    train = [
+        (f"text {i}", ("good", "bad")[i % 2], ("North", "South")[i % 2], name)
+        for i, name in enumerate(customers)
+    ]
+    assert fixed(tmp_path, train, TEST, unit="customer").counts["units_at_several"] == 3
+    assert fixed(tmp_path, train, TEST).counts["units_at_several"] == 0
+    drawn = fixed(tmp_path, train, TEST, unit="customer", partition="iid", institutions=2)
+    assert drawn.counts["units_at_several"] == 0 and drawn.names[1] == "institution-01"
+
+
+def test_a_view_of_one_institution_counts_its_own_rows(tmp_path: Path) -> None:
+    whole = fixed(tmp_path, TRAIN, TEST)
+    one = whole.seen_as("only:South")
+    assert (one.counts["train"], one.counts["held_out"]) == (3, 1)
+    for counts in (whole.counts, one.counts):
+        parts = ("train", "held_out", "without_text", "without_label", "without_institution",
+                 "duplicates_removed", "rows_dropped")  # fmt: skip
+        assert counts["rows"] + counts["test_rows"] == sum(counts[part] for part in parts)
 
 
 def test_the_fingerprint_of_records_is_the_digest_of_their_digests(tmp_path: Path) -> None:
@@ -323,7 +345,7 @@ def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
     partition: str,
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("rows")
-    start = [(f"{y} {i}", y, "North", "1") for y in ("yes", "no") for i in range(10)]
+    start = [(f"{y} {i}", y, "North", str(i)) for y in ("yes", "no") for i in range(10)]
     source = write(tmp_path / "a.jsonl", [*start, *rows])
     test_source = (
         "" if test is None else write(tmp_path / "b.jsonl", [("stop", "no", "West"), *test])

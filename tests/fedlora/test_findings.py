@@ -29,7 +29,7 @@ def federation(sizes, labels=("loan", "card"), counts=(), left_out=()) -> Federa
     targets = [i % max(1, len(labels)) for i in range(rows)]
     held_out = [0] * 200
     known = ("rows", "test_rows", "without_text", "without_label", "without_institution",
-             "test_rows_dropped")  # fmt: skip
+             "test_rows_dropped", "units_at_several")  # fmt: skip
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     units = np.arange(rows) - np.repeat(starts[:-1], sizes)
     return Federation(
@@ -80,6 +80,7 @@ def test_a_delta_above_the_bound_of_an_institution_voids_the_result(sizes, delta
     assert (said is not None) == bool(bad)
     if said:
         assert said.voids and said.text.startswith(f"{bad} of {len(sizes)} institutions")
+        assert "(size class " in said.text and "units:" not in said.text  # cards quote it
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,16 @@ def test_ledgers_of_other_names_are_named(tmp_path):
     said = found(federation([100, 120]), **values)["other-ledgers"]
     assert "1 ledgers of other names" in said.text and "(pooled)" in said.text and not said.voids
     assert "other-ledgers" not in found(federation([100, 120]))
+
+
+def test_customers_at_several_institutions_and_seeds_on_lasting_ledgers_are_findings(tmp_path):
+    split = federation([100, 120], counts={"units_at_several": 7}.items())
+    said = found(split, **{"privacy.unit": "customer"})["split-units"]
+    assert said.text.startswith("7 values of 'customer'") and not said.voids
+    assert "split-units" not in found(federation([100, 120]))
+    seeded = {"privacy.noise": "seeded", "privacy.ledger": str(tmp_path)}
+    assert not found(federation([100, 120]), **seeded)["seeded-ledger"].voids
+    assert "seeded-ledger" not in found(federation([100, 120]), **{"privacy.noise": "seeded"})
 
 
 def test_the_default_minimum_of_records_is_the_least_whose_default_delta_is_no_finding() -> None:
@@ -154,6 +165,7 @@ def test_shares_of_noise_reach_as_far_as_the_noise_of_their_sum() -> None:
     shared = {
         "privacy.trust": "secure-aggregation",
         "privacy.honest": 8,
+        "privacy.colluding": 1,
         "privacy.delta": 1e-5,
         "federation.weighting": "public-size",
     }

@@ -146,6 +146,27 @@ def test_every_row_goes_to_one_institution_and_the_seed_decides(spec: str) -> No
     assert (one.held_out >= 0).all()
 
 
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_rows_of_one_unit_of_privacy_stay_together(spec: str) -> None:
+    customers = [f"{'Customer' if i % 2 else ' customer'} {i // 4}" for i in range(len(CLASSES))]
+    dealt = by_scheme(
+        spec, CLASSES, CLASSES, institutions=3, min_records=5, seed=0, units=customers
+    )
+    for first in range(0, len(CLASSES), 4):
+        assert len(set(dealt.train[first : first + 4])) == 1
+    assert set(dealt.train) == {0, 1, 2}
+    with pytest.raises(InputError, match="only 45 training units of privacy"):
+        by_scheme(spec, CLASSES, 0, institutions=46, min_records=1, seed=0, units=customers)
+
+
+def test_a_unit_is_dealt_by_the_class_of_most_of_its_rows() -> None:
+    classes, units = np.array([0, 1, 1, 2, 0, 0]), ["a", "a", "a", "b", "c", "c"]
+    dealt = by_scheme(
+        "pathological:1", classes, classes, institutions=3, min_records=1, seed=0, units=units
+    )
+    assert dealt.train.tolist() == [1, 1, 1, 2, 0, 0]
+
+
 def test_sizes_are_equal_under_iid_and_grow_under_size() -> None:
     iid = by_scheme("iid", 61, 0, institutions=3, min_records=1, seed=0)
     assert sorted(np.bincount(iid.train)) == [20, 20, 21]

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from fedlora import sources
+from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
 from tests.conftest import shared_data
 
@@ -93,6 +94,10 @@ def test_finlora_rows_are_read_and_recognised_when_the_columns_are_not_set(tmp_p
     assert sources.read(source, wanted) == {"context": ["up 5 %"], "target": ["positive"]}
     with pytest.raises(InputError, match=r'FinLoRA rows: set data.text to "context"'):
         sources.read(source, TEXT_LABEL)
+    with pytest.raises(
+        InputError, match=r"data\.partition is 'bank', .*give rows with that column"
+    ):
+        sources.read(source, {**wanted, "bank": "data.partition"})
 
 
 def test_parquet_columns_of_any_plain_type_become_text(tmp_path: Path) -> None:
@@ -132,6 +137,30 @@ def test_text_that_is_no_unicode_and_nesting_without_end_are_one_line_of_error(
     with pytest.raises(InputError, match=message) as error:
         sources.read(write(tmp_path / file, content), TEXT_LABEL)
     assert "\n" not in str(error.value)
+
+
+def test_a_date_beyond_those_of_python_is_one_line_that_names_the_column(tmp_path: Path) -> None:
+    """Banks write 9999-12-31 for no end; in some time zones that is in the year 10000."""
+    late = pa.array([253402300799], pa.timestamp("s", "Europe/Berlin"))
+    table = pa.table({"text": late, "label": pa.array(["b"]), "raw": pa.array([b"x"])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    source = str(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"cannot be read: column 'text': .*mend the file$"):
+        sources.read(source, TEXT_LABEL)
+    assert sources.read(source, {"label": "data.label"}) == {"label": ["b"]}
+    with pytest.raises(InputError, match=r"holds a bytes.* write it as text"):
+        sources.read(source, {"raw": "data.text"})
+
+
+def test_blanks_around_names_of_columns_are_no_part_of_them(tmp_path: Path) -> None:
+    table = pa.table({"text ": pa.array(["a"]), " label": pa.array(["b"])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for source in (
+        str(tmp_path / "a.parquet"),
+        write(tmp_path / "a.jsonl", '{"text ": "a", " label": "b"}\n'),
+    ):
+        assert sources.columns(source, PLAIN) == ["text", "label"]
+        assert sources.read(source, TEXT_LABEL) == {"text": ["a"], "label": ["b"]}
 
 
 def test_parquet_text_that_is_no_unicode_is_one_line_of_error(tmp_path: Path) -> None:

@@ -75,6 +75,13 @@ def test_decimals_and_dates_are_texts_and_those_that_are_none_are_missing():
         }
 
 
+def test_dates_in_arrays_are_texts_too():
+    for unit in ("ns", "us", "D"):
+        days = np.array(["2024-02-03", "NaT"], dtype=f"datetime64[{unit}]")
+        found = read({"text": days, "label": ["a", "b"]})[1]["text"]
+        assert found in (["2024-02-03T00:00:00", ""], ["2024-02-03", ""])
+
+
 def test_a_dictionary_of_tables_names_the_institution_of_each_row():
     table = {"north": pandas.DataFrame(COLUMNS), "south": {"text": ["x"], "label": ["y"]}}
     _, rows = read(table, {**WANTED, "institution": "data.partition"})
@@ -134,6 +141,10 @@ def test_files_of_a_directory_or_glob_are_institutions(tmp_path):
     assert before == sources.digest(f"{tmp_path}/*.[cj]s*")
     (tmp_path / "south.jsonl").rename(tmp_path / "west.jsonl")
     assert sources.digest(str(tmp_path)) != before
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    with pytest.raises(InputError, match=r"empty\.csv' has no row; remove the file"):
+        sources.read(str(tmp_path), wanted)
+    (tmp_path / "empty.csv").unlink()
     with pytest.raises(InputError, match="has no file"):
         sources.read(f"{tmp_path}/*.parquet", wanted)
     (tmp_path / "north.jsonl").write_text('{"text": "c", "label": "z"}\n')
