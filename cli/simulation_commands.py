@@ -232,11 +232,14 @@ def predict(
     run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
     text: Annotated[list[str] | None, typer.Argument(help="One or more texts.")] = None,
     data: Annotated[
-        str, typer.Option(help="A .csv or .jsonl file, or - for one text a line of standard input.")
+        str,
+        typer.Option(
+            help="A .csv, .jsonl or .parquet file, or - for a text a line of standard input."
+        ),
     ] = "",
     out: Annotated[
         Path | None,
-        typer.Option(help="A .csv or .jsonl file for the rows with columns answer and score."),
+        typer.Option(help="A file of these kinds for the rows with columns answer and score."),
     ] = None,
     assign: Assign = None,
     institution: Institution = "",

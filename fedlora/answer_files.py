@@ -1,11 +1,13 @@
 """Files of texts for ``fedlora predict``, and the same rows with a column of answers."""
 
 import csv
+import importlib
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +21,9 @@ from fedlora.text import is_unicode
 STDIN = "-"
 ANSWER, SCORE = "answer", "score"
 """The columns that are added: the answer, and its probability where there are classes."""
-KINDS = (".csv", ".jsonl")
+PARQUET = ".parquet"
+KINDS = (".csv", ".jsonl", PARQUET)
+_NAMED = "a .csv, .jsonl or .parquet file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ def read(source: str, text: str, form: CsvForm = PLAIN) -> Texts:
     """Read the texts of a file, or of standard input with one text a line.
 
     Args:
-        source: A ``.csv`` file, a ``.jsonl`` file in UTF-8, or ``-``.
+        source: A ``.csv`` file, a ``.jsonl`` file in UTF-8, a ``.parquet`` file, or ``-``.
         text: The column of the text; several columns, separated by commas, are joined as in a run.
             Standard input has no columns.
         form: The delimiter and encoding of a ``.csv`` file.
@@ -66,9 +70,9 @@ def read(source: str, text: str, form: CsvForm = PLAIN) -> Texts:
             found, columns = _rows(source, wanted, form)
     except InputError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{place} cannot be read ({type(error).__name__}: {error}); give a .csv or .jsonl file "
+            f"{place} cannot be read ({type(error).__name__}: {error}); give {_NAMED} "
             "in UTF-8, or - for one text a line of standard input; data.encoding and "
             "data.delimiter set another form of a .csv file"
         ) from None
@@ -92,7 +96,7 @@ def check_out(out: Path, texts: Texts) -> None:
             column of the answers' names.
     """
     if out.suffix.lower() not in KINDS:
-        raise InputError(f"--out is {str(out)!r}; its name must end in {' or '.join(KINDS)}")
+        raise InputError(f"--out is {str(out)!r}; give {_NAMED}")
     try:
         if out.exists():
             raise InputError(f"{out} exists; give an --out that does not exist")
@@ -105,10 +109,18 @@ def check_out(out: Path, texts: Texts) -> None:
             "rename it in the file"
         )
     for number, row in enumerate(texts.rows, start=1):
-        if not is_unicode(json.dumps(row, ensure_ascii=False)):
+        if not is_unicode(json.dumps(row, ensure_ascii=False, default=_as_json)):
             raise InputError(
                 f"row {number} holds half of a surrogate pair, which no file can; correct the row"
             )
+    if out.suffix.lower() == PARQUET:
+        try:
+            _table(texts.rows, texts.columns)
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"the rows make no .parquet file ({' '.join(str(error).split())[:120]}); give an "
+                "--out that ends in .jsonl"
+            ) from None
 
 
 def write(out: Path, texts: Texts, answers: Sequence[dict[str, Any]]) -> None:
@@ -122,15 +134,24 @@ def write(out: Path, texts: Texts, answers: Sequence[dict[str, Any]]) -> None:
         row | {name: answer[name] for name in added}
         for row, answer in zip(texts.rows, answers, strict=True)
     ]
-    content = io.StringIO()
-    if out.suffix.lower() == ".csv":
-        table = csv.DictWriter(content, [*texts.columns, *added])
+    columns, suffix, text = [*texts.columns, *added], out.suffix.lower(), io.StringIO()
+    if suffix == PARQUET:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+        packed = io.BytesIO()
+        parquet.write_table(_table(both, columns), packed)
+        content = packed.getvalue()
+    elif suffix == ".csv":
+        table = csv.DictWriter(text, columns)
         table.writeheader()
         table.writerows(both)
+        content = text.getvalue().encode()
     else:
-        content.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in both)
+        text.writelines(
+            json.dumps(row, ensure_ascii=False, default=_as_json) + "\n" for row in both
+        )
+        content = text.getvalue().encode()
     try:
-        write_atomic(out, content.getvalue().encode())
+        write_atomic(out, content)
     except OSError as error:
         raise InputError(
             f"{out} cannot be written ({error.strerror}); give another --out"
@@ -143,10 +164,13 @@ def _rows(
     """The rows of a file and its columns; none of an empty file."""
     path = expanded(source)
     if path.suffix.lower() not in KINDS:
-        raise InputError(
-            f"--data is {source!r}; give a file that ends in {' or '.join(KINDS)}, or - for "
-            "standard input"
-        )
+        raise InputError(f"--data is {source!r}; give {_NAMED}, or - for standard input")
+    if path.suffix.lower() == PARQUET:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+        table = parquet.read_table(path)
+        columns = [name.strip() for name in table.column_names]
+        check_single(f"--data {source}", columns, columns)
+        return table.rename_columns(columns).to_pylist(), columns
     if path.suffix.lower() == ".csv":
         columns = csv_files.checked_header(source, path, wanted, form)
         found = list(csv_files.records(source, path, form))[1:]
@@ -157,3 +181,14 @@ def _rows(
     if not all(isinstance(row, dict) for row in lines):
         raise ValueError("a line is not an object")
     return lines, list(dict.fromkeys(column for row in lines for column in row))
+
+
+def _table(found: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Any:
+    """The rows as a table of Arrow. Raises ValueError or TypeError for values of mixed types."""
+    arrow: Any = importlib.import_module("pyarrow")
+    return arrow.table({name: [row.get(name) for row in found] for name in columns})
+
+
+def _as_json(value: Any) -> str:
+    """A value of a .parquet file that JSON has no form for, as a run reads it."""
+    return value.isoformat() if isinstance(value, date) else str(value)

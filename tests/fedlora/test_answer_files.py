@@ -1,9 +1,13 @@
 """Files of texts to answer: every row kept, one clear error for each bad file, no torch."""
 
 import csv
+import datetime
+import decimal
 import io
 import json
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from fedlora import answer_files
@@ -78,7 +82,8 @@ def test_standard_input_has_a_text_a_line(monkeypatch):
         ("in.jsonl", '{"text": "a"}\n[1]\n', ["not an object"]),
         ("in.jsonl", '{"text": ["a"]}\n', ["holds a list"]),
         ("in.jsonl", "[" * 100_000, ["RecursionError"]),
-        ("in.parquet", "", ["--data is", ".csv or .jsonl"]),
+        ("in.parquet", "", ["cannot be read", ".parquet file"]),
+        ("in.xlsx", "", ["--data is", ".csv, .jsonl or .parquet"]),
     ],
 )
 def test_a_file_that_cannot_be_answered_is_one_clear_error(tmp_path, name, content, words):
@@ -87,6 +92,39 @@ def test_a_file_that_cannot_be_answered_is_one_clear_error(tmp_path, name, conte
         answer_files.read(source, "text")
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_parquet_file_is_answered_with_its_types(tmp_path, kind):
+    table = pa.table(
+        {
+            " text": ["a", "b"],
+            "day": [datetime.date(2024, 2, 3), None],
+            "amount": [decimal.Decimal("1.50"), decimal.Decimal("2.00")],
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    texts = answer_files.read(str(tmp_path / "in.parquet"), "text")
+    assert (texts.texts, texts.columns) == (["a", "b"], ["text", "day", "amount"])
+    out = tmp_path / f"out.{kind}"
+    answer_files.check_out(out, texts)
+    answer_files.write(out, texts, [{"answer": "x", "score": 0.5}, {"answer": "y", "score": 1.0}])
+    if kind == "parquet":
+        found = pyarrow.parquet.read_table(out)
+        assert found.schema.field("amount").type == pa.decimal128(3, 2)
+        assert found.to_pylist()[0] == {**texts.rows[0], "answer": "x", "score": 0.5}
+    else:
+        again = answer_files.read(str(out), "text")
+        assert again.columns == ["text", "day", "amount", "answer", "score"]
+        assert [again.rows[0][name] for name in ("day", "amount")] == ["2024-02-03", "1.50"]
+
+
+def test_rows_that_no_parquet_file_holds_are_refused_before_any_work(tmp_path):
+    texts = answer_files.read(
+        written(tmp_path, "in.jsonl", '{"text": "a", "n": 1}\n{"text": "b", "n": "x"}\n'), "text"
+    )
+    with pytest.raises(InputError, match=r"make no \.parquet file .*ends in \.jsonl"):
+        answer_files.check_out(tmp_path / "out.parquet", texts)
 
 
 def test_an_empty_line_of_standard_input_is_refused(monkeypatch):
@@ -116,7 +154,7 @@ def test_a_place_for_answers_is_refused_before_any_work(tmp_path):
     found = answer_files.of(["a"])
     taken = written(tmp_path, "taken.csv", "")
     for out, words in (
-        (tmp_path / "out.txt", "must end in .csv or .jsonl"),
+        (tmp_path / "out.txt", "give a .csv, .jsonl or .parquet file"),
         (tmp_path / "taken.csv", "exists"),
         (tmp_path / "taken.csv" / "out.csv", "give another --out"),
         (tmp_path / f"{'x' * 300}.csv", "File name too long.*give another --out"),
