@@ -42,6 +42,7 @@ from fedlora.joining_verdict import (
 )
 from fedlora.released import ReleaseFiles
 from fedlora.rounding import at_most
+from fedlora.run_files import finite
 from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
 from fedlora.shards import Shard
 
@@ -168,7 +169,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             "gain": {key: compared["gain"][key] for key in ("mean", "low", "high", "texts")},
             "gain_macro_f1": compared["gain_macro_f1"],
             "choices": {**rows.choice, "method": config.home.method, "steps": config.home.steps},
-            "privacy": models.private and dataclasses.asdict(models.private.privacy),
+            "privacy": models.private and finite(dataclasses.asdict(models.private.privacy)),
             "seconds": round(time.monotonic() - started, 2),
         }
         write_atomic(new / "result.json", (json.dumps(result, indent=2) + "\n").encode())

@@ -723,6 +723,7 @@ arms = ["central", "central-dp", "federated", "federated-dp"]
 [set]
 federation.weighting = "public-size"
 privacy.honest = 3
+privacy.colluding = 1
 [grid]
 privacy.trust = ["local", "secure-aggregation"]
 privacy.epsilon = [1.0, 8.0]
