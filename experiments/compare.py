@@ -68,11 +68,13 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
             result["epsilon_max"] if most is None else most["ledger_epsilon"]
             for result, most in zip(loaded, whole, strict=True)
         ]
-    if any(config.privacy.noise == "seeded" for config in configs):
-        figures_of["noise"] = [
-            "from a seed, so epsilon protects nobody" if config.privacy.noise == "seeded" else ""
-            for config in configs
-        ]
+    seeded = [
+        (privacy.enabled or privacy.hides_institutions) and privacy.noise == "seeded"
+        for privacy in (config.privacy for config in configs)
+    ]
+    if any(seeded):
+        words = "from a seed, so epsilon protects nobody"
+        figures_of["noise"] = [words if one else "" for one in seeded]
     figures_of["rounds"] = [result["rounds"] for result in loaded]
     figures_of["seconds"] = [result["seconds"] for result in loaded]
     figures_of["bytes"] = [results.bytes_moved(lines) for lines in records]

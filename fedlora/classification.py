@@ -1,6 +1,5 @@
 """Classification: class logits of an encoder, or label tokens of a causal model."""
 
-import inspect
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -21,10 +20,10 @@ from fedlora.tasks import (
     Task,
     base_model,
     can_pack,
-    causal_position,
     check_rows,
     evaluation_mode,
     model_inputs,
+    row_positions,
     text_config,
 )
 
@@ -86,7 +85,8 @@ class Classification(Task):
         if isinstance(batch, PackedBatch):
             inputs = {**model_inputs(model, batch), "logits_to_keep": batch.row.last}
             return model(**inputs, use_cache=False).logits[0, : batch.row.examples]
-        inputs = _causal_inputs(model, batch)
+        inputs = model_inputs(model, batch)
+        inputs |= row_positions(model, inputs["attention_mask"])
         # An index and not a number: a number gives a view, for which torch's product copies the
         # whole vocabulary's weights for every row.
         inputs["logits_to_keep"] = torch.tensor([-1], device=inputs["input_ids"].device)
@@ -143,13 +143,3 @@ class Classification(Task):
                 logits = self.logits(model, self.collate(shard, rows), labels)
                 scores[rows] = logits.cpu().numpy()
         return scores[first[copy_of]]
-
-
-def _causal_inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """Inputs with positions that count from each row's first token, for models that take them."""
-    inputs = model_inputs(model, batch)
-    base = base_model(model)
-    if "position_ids" in inspect.signature(base.forward).parameters:
-        first = causal_position(base)
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + first
-    return inputs

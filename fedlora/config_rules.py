@@ -231,12 +231,6 @@ def check_secure(
             f"{noise_shares.MIN_HONEST}: set it to the number of institutions whose noise is "
             "surely in every sum"
         )
-    if privacy.colluding < noise_shares.MIN_COLLUDING:
-        raise InputError(
-            f"privacy.colluding is {privacy.colluding}, but under {trust} it must be at least "
-            f"{noise_shares.MIN_COLLUDING}: each institution knows its own share of the noise, so "
-            "that one of them can always take a share out of a sum"
-        )
     if not federation.traits.linear:
         raise InputError(
             f"federation.strategy is {federation.strategy!r}, which reads more than the mean "

@@ -344,12 +344,15 @@ def _split_units(config: RunConfig, records: Federation) -> list[Finding]:
     count = records.counts["units_at_several"]
     if not count or config.data.view.startswith("only:"):
         return []
+    larger = "epsilon and delta are as many times larger"
+    if config.privacy.shares_noise or config.data.view == "pooled":  # they are in one sum
+        larger = "epsilon is as many times larger, and delta by far more,"
     return [
         Finding(
             name="split-units",
             text=f"{count} values of {config.privacy.unit!r} have records at several institutions, "
-            "and the promise is for those at one: together epsilon and delta are as many times "
-            "larger as there are institutions; count on that, or give one of them all records",
+            f"and the promise is for those at one: together {larger} as there are institutions; "
+            "count on that, or give one of them all records",
         )
     ]
 

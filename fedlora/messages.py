@@ -201,6 +201,14 @@ class PrivacySpent:
     ledger_delta: float
     ledger_limit: float
 
+    @classmethod
+    def stored(cls, said: Mapping[str, Any]) -> "PrivacySpent":
+        """A record from a file; those of older versions have no ``ledger_epsilon_alone``."""
+        values: dict[str, Any] = dict(said)
+        alone = values.get("ledger_epsilon_alone", values["ledger_epsilon"])
+        values["ledger_epsilon_alone"] = float(alone)  # a file may say "inf"
+        return cls(**values)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClientUpdate:

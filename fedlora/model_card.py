@@ -463,8 +463,8 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
 
 def _if_others_collude(spent: Sequence[Mapping[str, Any]]) -> list[str]:
     """The row on ledgers whose runs with secure aggregation trust others; none without any."""
-    alone = max(float(one["ledger_epsilon_alone"]) for one in spent)
-    if alone == max(one["ledger_epsilon"] for one in spent):
+    alone = max(float(one.get("ledger_epsilon_alone", 0.0)) for one in spent)
+    if alone <= max(one["ledger_epsilon"] for one in spent):
         return []
     return [
         f"| the same if all others collude in runs with secure aggregation | {at_most(alone)} |"

@@ -257,7 +257,8 @@ def _inspect(name: str, path: Path) -> ModelFiles:
         )
     how: Any = config.get("quantization_config")
     method: Any = cast(dict[str, Any], how).get("quant_method") if isinstance(how, dict) else how
-    if how and method != "bitsandbytes":
+    packed = isinstance(how, dict) and ("load_in_4bit" in how or "load_in_8bit" in how)
+    if how and not packed and method != "bitsandbytes":
         raise InputError(
             f"model.name is {name!r}, whose weights are quantised already ({str(method)[:40]!r}), "
             "which fedlora can neither train on exactly nor merge; take the checkpoint that it "

@@ -25,6 +25,10 @@ from fedlora.errors import InputError
 from fedlora.streams import RandomSource
 from fedlora.text import folded
 
+DRAWS = 10
+"""How often units of privacy are dealt by Dirichlet until all institutions have enough rows, which
+Flower does for rows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
@@ -218,11 +222,14 @@ def by_scheme(
     order = source.child("order").permutation(len(dealt))
     owner = np.zeros(len(dealt), dtype=np.int64)
     if schemes.is_drawn(scheme, institutions):
-        draw = int(source.child("flower").words(1)[0])
+        fewest = least if units is None else 1  # of rows, which Flower cannot count here
+        draws = DRAWS if units is not None and scheme == "dirichlet" else 1
         try:
-            fewest = least if units is None else 1  # of rows, which are counted below
-            partitioner = _partitioner(scheme, argument, institutions, fewest, draw)
-            owner[order] = _through_flower(partitioner, {"target": dealt[order]})
+            for draw in source.child("flower").words(draws).tolist():
+                partitioner = _partitioner(scheme, argument, institutions, fewest, draw)
+                owner[order] = _through_flower(partitioner, {"target": dealt[order]})
+                if _sizes(owner[unit_of], institutions).min() >= least:
+                    break
         except ValueError as error:
             raise InputError(
                 f"data.partition {spec} cannot give {institutions} institutions {least} or more of "
@@ -230,7 +237,7 @@ def by_scheme(
                 "data.institutions or data.min-records, or choose a more even partition"
             ) from None
     owner = owner[unit_of]
-    sizes = np.bincount(owner[owner >= 0], minlength=institutions)
+    sizes = _sizes(owner, institutions)
     if sizes.min() < least:
         raise InputError(
             f"data.min-records is {min_records}, but partition {spec} gives institution "
@@ -244,6 +251,11 @@ def by_scheme(
     )
 
 
+def _sizes(owner: Int64, institutions: int) -> Int64:
+    """The rows of each institution (institutions,); -1 is none."""
+    return np.bincount(owner[owner >= 0], minlength=institutions)
+
+
 def _together(units: Sequence[str] | None, targets: Int64) -> tuple[Int64, Int64]:
     """What is dealt: the unit of each row (n,), and the most frequent class of each unit (u,)."""
     if units is None:
@@ -255,10 +267,11 @@ def _together(units: Sequence[str] | None, targets: Int64) -> tuple[Int64, Int64
         dtype=np.int64,
         count=len(units),
     )
-    pairs, counts = np.unique(np.stack([unit_of, targets]), axis=1, return_counts=True)
-    order = np.lexsort((pairs[1], -counts, pairs[0]))
-    first = np.unique(pairs[0][order], return_index=True)[1]
-    return unit_of, pairs[1][order][first]
+    classes = int(targets.max(initial=0)) + 1
+    pairs, counts = np.unique(unit_of * classes + targets, return_counts=True)
+    order = np.lexsort((pairs, -counts, pairs // classes))
+    first = np.unique(pairs[order] // classes, return_index=True)[1]
+    return unit_of, pairs[order][first] % classes
 
 
 def _partitioner(scheme: str, argument: str, institutions: int, least: int, seed: int) -> Any:

@@ -20,7 +20,15 @@ from fedlora.batches import Batch, PackedBatch, distinct, micro_batches, pad, ro
 from fedlora.encoding import ResponsePrompt
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
-from fedlora.tasks import Task, base_model, check_rows, evaluation_mode, model_inputs
+from fedlora.tasks import (
+    Task,
+    base_model,
+    causal_position,
+    check_rows,
+    evaluation_mode,
+    model_inputs,
+    row_positions,
+)
 
 GENERATED_ROWS = 200  # rows of an evaluation with a generated response: generation is slow
 PART = 64
@@ -168,13 +176,16 @@ class Sft(Task):
         said: dict[int, str] = {}
         generate: Any = model.generate
         config: Any = model.config
-        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        first_position = causal_position(base_model(model))
+        most = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - first_position
         with evaluation_mode(model):
             for some in micro_batches(lengths, first, self.physical_batch):
                 tokens = [prompts[int(i)] for i in some]
                 batch = pad(tokens, lengths[some], self._pad_id, "left")
                 inputs = model_inputs(model, batch)
-                room = positions - inputs["input_ids"].shape[1]
+                room = most - inputs["input_ids"].shape[1]
+                if first_position:  # else the model counts by the mask itself
+                    inputs |= row_positions(model, inputs["attention_mask"])
                 written = generate(
                     **inputs,
                     **GREEDY,

@@ -290,7 +290,10 @@ def _records(source: str, path: Path) -> list[dict[str, Any]]:
                     if not isinstance(record, dict):
                         raise ValueError(f"line {number} is not an object")
                     values = cast(dict[str, Any], record)
-                    records.append({name.strip(): value for name, value in values.items()})
+                    record = {name.strip(): value for name, value in values.items()}
+                    if len(record) < len(values):
+                        raise ValueError(f"line {number} has a name twice, but for blanks")
+                    records.append(record)
     except json.JSONDecodeError as error:
         raise unreadable(source, ValueError(f"line {number}: {error.msg}")) from None
     except RecursionError:

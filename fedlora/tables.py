@@ -217,8 +217,9 @@ def _digest(content: Any) -> str:
 def plain(value: Any) -> Any:
     """A value without numpy's type; a missing one of pandas, or a number that is none, is None."""
     if getattr(value, "ndim", None) == 0:
-        date = getattr(value, "dtype", None) is not None and value.dtype.kind == "M"
-        value = (value.astype("datetime64[us]") if date else value).item()  # else ns are numbers
+        if str(getattr(value, "dtype", "")) in ("datetime64[ns]", "datetime64[ps]"):
+            value = value.astype("datetime64[us]")  # of finer ones numpy gives numbers
+        value = value.item()
     if isinstance(value, float) and math.isnan(value):
         return None
     pandas = sys.modules.get("pandas")

@@ -41,6 +41,22 @@ MIN_MEAN_TOKENS = 10
 """Tokens that the rows of a pass may have on average before fewer rows fit into it."""
 
 
+def row_positions(model: nn.Module, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Positions that count from each row's first token, for causal models that take them.
+
+    Args:
+        model: The model.
+        mask: 1 for tokens and 0 for padding, ``(b, L)``.
+
+    Returns:
+        ``position_ids`` int64 ``(b, L)``; nothing for a model without that input.
+    """
+    base = base_model(model)
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0) + causal_position(base)}
+
+
 def causal_position(base: nn.Module) -> int:
     """The position of a causal model's first token: RoBERTa's family counts from after padding."""
     inner: Any = getattr(base, str(getattr(base, "base_model_prefix", "")), base)

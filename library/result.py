@@ -151,9 +151,12 @@ class Result:
     def _shown(self) -> dict[str, str]:
         figures, config = self.figures, self.config
         names = ("accuracy", "macro_f1", "token_loss", *config.federation.metric_names)
-        secret = " (were the noise secret)" if config.privacy.noise == "seeded" else ""
+        seeded = config.privacy.enabled and config.privacy.noise == "seeded"
+        secret = " (were the noise secret)" if seeded else ""
         shown = {name: number(figures[name]) for name in names if name in figures}
         shown["epsilon"] = at_most(float(figures["epsilon_max"]), 3) + secret
+        if figures["delta"] is not None:
+            shown["delta"] = at_most(figures["delta"], 3)
         if (most := with_earlier_runs(config, self.privacy)) is not None:
             shown["epsilon with earlier runs"] = at_most(most["ledger_epsilon"], 3) + secret
         return shown | {"rounds": str(figures["rounds"])}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedlora import accounting, data, findings, records, trainable
+from fedlora import accounting, data, findings, noise_shares, records, trainable
 from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
@@ -150,6 +150,12 @@ def check_federation(config: RunConfig, institutions: int) -> None:
                 + remedy
             )
     privacy = config.privacy
+    if privacy.shares_noise and privacy.colluding < noise_shares.MIN_COLLUDING:
+        raise InputError(
+            f"privacy.colluding is {privacy.colluding}, but under secure aggregation it must be at "
+            f"least {noise_shares.MIN_COLLUDING}: each institution knows its own share of the "
+            "noise, so that one of them can always take a share out of a sum"
+        )
     if privacy.shares_noise and privacy.honest + privacy.colluding > institutions:
         raise InputError(
             f"privacy.honest is {privacy.honest} and privacy.colluding {privacy.colluding}, but "

@@ -232,22 +232,25 @@ def ledger_alone(statement: Mapping[str, Any]) -> float | None:
     Args:
         statement: The content of privacy.json.
     """
-    found = [
-        float(one["ledger_epsilon_alone"])
-        for one in statement["institutions"].values()
-        if float(one["ledger_epsilon_alone"]) > one["ledger_epsilon"]
-    ]
+    found: list[float] = []
+    for one in statement["institutions"].values():
+        alone = float(one.get("ledger_epsilon_alone", 0.0))  # older files have none
+        found += [alone] * (alone > one["ledger_epsilon"])
     return max(found, default=None)
 
 
 def _has_other_runs(config: RunConfig, spent: Mapping[str, Any]) -> bool:
+    total, margin = spent["ledger_epsilon"], 1e-3  # of sums that another processor rounded
+    says = spent.get("institution_says", spent)
+    same_delta = says["delta"] == spent["ledger_delta"]
+    if same_delta and abs(total - says["epsilon"]) <= margin * says["epsilon"]:
+        return False  # the usual case, without composition
     # the ledger's figure is of the last report, before steps that were charged and not reported
     reported = {**spent, "steps": spent["steps"] - spent.get("unreported_steps", 0)}
     by_both = [
         composition.epsilon(history(config, reported), spent["ledger_delta"], accountant)
         for accountant in ("prv", "rdp")
     ]
-    total, margin = spent["ledger_epsilon"], 1e-3  # of sums that another processor rounded
     of_this_run = any(abs(total - own) <= margin * own for own in by_both)
     return total > (1 + margin) * min(by_both) and not of_this_run
 

@@ -90,7 +90,7 @@ class SecureSession:
     @property
     def is_set_up(self) -> bool:
         """Whether an earlier process of the run stored its setup."""
-        return self._read("setup") is not None
+        return (self._folder / "setup").exists()
 
     def set_up(
         self, run: str, parameters: int, nodes: Mapping[int, str], institutions: int

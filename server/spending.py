@@ -112,8 +112,8 @@ class Spending:
         kept: dict[str, Mapping[str, Any]] = {}
         for name, record in privacy.items():
             try:
-                self.checked(PrivacySpent(**record))
-            except (Refusal, ArithmeticError, TypeError, ValueError) as error:
+                self.checked(PrivacySpent.stored(record))
+            except (Refusal, ArithmeticError, TypeError, ValueError, KeyError) as error:
                 log.warning("the checkpoint's privacy record of %s is left out: %s", name, error)
             else:
                 kept[name] = record
@@ -130,7 +130,7 @@ class Spending:
             record: Its last record, checked.
             rounds_asked: The number of rounds for which it was asked.
         """
-        said = PrivacySpent(**record)
+        said = PrivacySpent.stored(record)
         plan = self.checked(said)
         sigma = min(said.noise_multiplier, plan.noise_multiplier)
         whole = dataclasses.replace(plan, noise_multiplier=sigma)

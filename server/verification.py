@@ -275,7 +275,7 @@ class _Checks:
             config=config, participations=config.federation.participations(self._size)
         )
         try:
-            plan = spending.checked(PrivacySpent(**one["institution_says"]))
+            plan = spending.checked(PrivacySpent.stored(one["institution_says"]))
         except Refusal as refusal:
             raise ValueError(f"{name}: {refusal}") from None
         for key in ("sample_rate", "delta"):

@@ -232,6 +232,9 @@ def test_more_trust_than_there_are_institutions_is_refused_before_anything_runs(
     config = tiny_config(**{**SECURE, "privacy.colluding": 3})
     with pytest.raises(InputError, match=r"honest is 2 and privacy\.colluding 3, but only 4"):
         population_of(config)
+    with pytest.raises(InputError, match=r"colluding is 0, but .* it must be at least 1"):
+        population_of(tiny_config(**{**SECURE, "privacy.colluding": 0}))
+    assert population_of(tiny_config(**{**SECURE, "privacy.colluding": 1})).size == 4
 
 
 @pytest.mark.parametrize("strategy", ["ffa", "rolora"])

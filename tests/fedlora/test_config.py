@@ -265,7 +265,6 @@ def test_the_fingerprint_ignores_where_a_run_runs_and_nothing_else():
 SECURE = {
     "privacy.trust": "secure-aggregation",
     "privacy.honest": 3,
-    "privacy.colluding": 1,
     "privacy.delta": 1e-5,
     "training.sample-rate": 0.2,
     "federation.weighting": "public-size",
@@ -277,7 +276,6 @@ SECURE = {
     [
         ({"privacy.honest": 0}, "privacy.honest is 0, .* at least 2"),
         ({"privacy.honest": 1}, "privacy.honest is 1, .* at least 2"),
-        ({"privacy.colluding": 0}, "privacy.colluding is 0, .* at least 1"),
         ({"privacy.epsilon": math.inf}, "privacy.epsilon is inf, .* give a budget"),
         *(
             ({"federation.strategy": name}, f"{name!r}, .* use fedavg, ffa, rolora$")

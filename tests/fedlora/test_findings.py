@@ -115,6 +115,9 @@ def test_customers_at_several_institutions_and_seeds_on_lasting_ledgers_are_find
     split = federation([100, 120], counts={"units_at_several": 7}.items())
     said = found(split, **{"privacy.unit": "customer"})["split-units"]
     assert said.text.startswith("7 values of 'customer'") and not said.voids
+    assert "epsilon and delta are as many times larger" in said.text
+    pooled = found(split, **{"privacy.unit": "customer", "data.view": "pooled"})["split-units"]
+    assert "epsilon is as many times larger, and delta by far more" in pooled.text
     assert "split-units" not in found(federation([100, 120]))
     seeded = {"privacy.noise": "seeded", "privacy.ledger": str(tmp_path)}
     assert not found(federation([100, 120]), **seeded)["seeded-ledger"].voids

@@ -159,6 +159,16 @@ def test_rows_of_one_unit_of_privacy_stay_together(spec: str) -> None:
         by_scheme(spec, CLASSES, 0, institutions=46, min_records=1, seed=0, units=customers)
 
 
+def test_units_are_dealt_again_until_each_institution_has_enough_rows() -> None:
+    rng = np.random.default_rng(1)
+    units = [f"customer {i}" for i in rng.integers(0, 400, 2000)]
+    classes = rng.integers(0, 4, 2000)
+    for seed in range(5):
+        dealt = by_scheme("dirichlet:0.3", classes, 0, institutions=10, min_records=8, seed=seed,
+                          units=units)  # fmt: skip
+        assert np.bincount(dealt.train).min() >= 8
+
+
 def test_a_unit_is_dealt_by_the_class_of_most_of_its_rows() -> None:
     classes, units = np.array([0, 1, 1, 2, 0, 0]), ["a", "a", "a", "b", "c", "c"]
     dealt = by_scheme(

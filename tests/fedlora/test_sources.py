@@ -161,6 +161,9 @@ def test_blanks_around_names_of_columns_are_no_part_of_them(tmp_path: Path) -> N
     ):
         assert sources.columns(source, PLAIN) == ["text", "label"]
         assert sources.read(source, TEXT_LABEL) == {"text": ["a"], "label": ["b"]}
+    twice = write(tmp_path / "b.jsonl", '{"text": "a", "text ": "c", "label": "b"}\n')
+    with pytest.raises(InputError, match="line 1 has a name twice"):
+        sources.read(twice, TEXT_LABEL)
 
 
 def test_parquet_text_that_is_no_unicode_is_one_line_of_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pandas
 import pytest
+import torch
 
 from fedlora import sources, tables
 from fedlora.errors import InputError
@@ -76,10 +77,12 @@ def test_decimals_and_dates_are_texts_and_those_that_are_none_are_missing():
 
 
 def test_dates_in_arrays_are_texts_too():
-    for unit in ("ns", "us", "D"):
+    for unit, text in (("ns", "2024-02-03T00:00:00"), ("us", "2024-02-03T00:00:00"),
+                       ("D", "2024-02-03")):  # fmt: skip
         days = np.array(["2024-02-03", "NaT"], dtype=f"datetime64[{unit}]")
-        found = read({"text": days, "label": ["a", "b"]})[1]["text"]
-        assert found in (["2024-02-03T00:00:00", ""], ["2024-02-03", ""])
+        assert read({"text": days, "label": ["a", "b"]})[1]["text"] == [text, ""]
+    numbers = torch.tensor([0, 1])
+    assert read({"text": ["a", "b"], "label": numbers})[1]["label"] == ["0", "1"]
 
 
 def test_a_dictionary_of_tables_names_the_institution_of_each_row():

@@ -190,6 +190,23 @@ def test_a_causal_model_reads_padded_rows_at_the_positions_that_it_gives_one_row
         torch.testing.assert_close(found[i], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
+def test_an_answer_is_written_at_the_positions_that_a_model_gives_one_row(family) -> None:
+    tokenizer = byte_tokenizer()
+    pad = tokenizer.convert_tokens_to_ids("~")
+    made = {"llama": llama, "gpt2": gpt2, "roberta": lambda n: roberta(n, pad)}[family]
+    model = made(len(tokenizer)).eval()
+    task = sft_task(tokenizer, max_length=40)
+    rows = shard_of(task.encode(TEXTS, [""] * len(TEXTS), ()))
+    written = task._generate(model, rows, np.arange(len(rows)), 3)
+    for i, said in enumerate(written):
+        ids = torch.tensor(rows.row(i)[: rows.targets[i]], dtype=torch.int64)
+        before = len(ids)
+        for _ in range(3):
+            ids = torch.cat([ids, model(ids[None]).logits[0, -1].argmax()[None]])
+        assert said == task._text(ids[before:].numpy())
+
+
 def test_encoder_losses_are_cross_entropy_of_the_logits() -> None:
     task = choose_task("classification", "encoder", encoder_tokenizer(), prompt="", max_length=9)
     rows = shard_of(task.encode(["a b c", "d"], ["y", "x"], ("x", "y")))

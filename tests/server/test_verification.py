@@ -114,6 +114,15 @@ def test_every_field_is_covered_by_the_seal(run_directory):
             seal.check_digest(changed(content, path, other(value)))
 
 
+def test_a_statement_of_an_older_version_without_a_figure_is_verified(run_directory):
+    content = statement(run_directory)
+    for one in content["institutions"].values():
+        del one["ledger_epsilon_alone"], one["institution_says"]["ledger_epsilon_alone"]
+    write(run_directory, content)
+    assert not failing(run_directory)
+    assert privacy_statement.ledger_alone(content) is None
+
+
 UNPROVABLE = {"ledger_epsilon", "ledger_epsilon_alone", "ledger_delta", "ledger_limit"}
 """Figures that an institution alone knows; no file of the run proves them."""
 
