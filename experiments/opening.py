@@ -17,13 +17,8 @@ from fedlora.config import RunConfig
 from fedlora.joining_verdict import MODELS, Outcome
 from fedlora.odds import group_delta
 from fedlora.rounding import at_least, at_most
-from fedlora.run_files import CONFIG, RESULT, said_of_origins, void
-from server.privacy_statement import (
-    epsilon_alone,
-    largest_epsilon,
-    ledger_alone,
-    with_earlier_runs,
-)
+from fedlora.run_files import CONFIG, RESULT, ledger_alone, said_of_origins, void
+from server.privacy_statement import epsilon_alone, largest_epsilon, with_earlier_runs
 from server.trend import advice
 from simulation.progress import lost_rounds
 

@@ -24,7 +24,7 @@ from fedlora.errors import InputError
 from fedlora.rows import check_labels, partition_rows, read_table
 from fedlora.sections import DataConfig
 from fedlora.shards import Corpus, Federation, Shard
-from fedlora.text import MISSING, folded
+from fedlora.text import MISSING, each_folded
 
 Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
@@ -205,8 +205,7 @@ def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:
     if values is None:
         starts: Int64 = np.repeat(bounds[:-1], np.diff(bounds))
         return np.arange(len(starts)) - starts
-    same = {value: folded(value) for value in set(values)}
-    names = [same[value] for value in values]
+    names = each_folded(values)
     if missing := sum(name in MISSING for name in names):
         raise InputError(
             f"privacy.unit is {unit!r}, but {missing} training rows have nothing in that column "

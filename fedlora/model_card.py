@@ -5,7 +5,7 @@ encoder the code of its classifier (`fedlora.mean_pooling`).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from fedlora.config import RunConfig
 from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
 from fedlora.files import sync, write_atomic
 from fedlora.rounding import at_most
-from fedlora.run_files import finite, said_of_origins, void
+from fedlora.run_files import finite, ledger_alone, said_of_origins, void
 from fedlora.sft import GREEDY, MAX_RESPONSE_TOKENS
 from fedlora.trainable import Trainable
 
@@ -446,7 +446,11 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
         ledger = max(one["ledger_epsilon"] for one in spent)
         lines += [
             f"| largest epsilon of a ledger, all runs charged to it | {at_most(ledger)} |",
-            *_if_others_collude(spent),
+        ]
+        if (largest := ledger_alone(privacy)) is not None:
+            collude = "the same if all others collude in runs with secure aggregation"
+            lines.append(f"| {collude} | {at_most(largest)} |")
+        lines += [
             f"| unit | {most['unit']} |",
             f"| adjacency | {privacy['adjacency']} |",
             f"| adversary | {privacy['adversary']} |",
@@ -459,16 +463,6 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
     if config.privacy.enabled:
         lines += ["", "Models that institutions train at home from this adapter are not covered."]
     return "\n".join(lines)
-
-
-def _if_others_collude(spent: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The row on ledgers whose runs with secure aggregation trust others; none without any."""
-    alone = max(float(one.get("ledger_epsilon_alone", 0.0)) for one in spent)
-    if alone <= max(one["ledger_epsilon"] for one in spent):
-        return []
-    return [
-        f"| the same if all others collude in runs with secure aggregation | {at_most(alone)} |"
-    ]
 
 
 def voided(result: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from fedlora import schemes
 from fedlora.arrays import Int64
 from fedlora.errors import InputError
 from fedlora.streams import RandomSource
-from fedlora.text import folded
+from fedlora.text import each_folded, folded
 
 DRAWS = 10
 """How often units of privacy are dealt by Dirichlet until all institutions have enough rows, which
@@ -260,10 +260,9 @@ def _together(units: Sequence[str] | None, targets: Int64) -> tuple[Int64, Int64
     """What is dealt: the unit of each row (n,), and the most frequent class of each unit (u,)."""
     if units is None:
         return np.arange(len(targets)), targets
-    same = {value: folded(value) for value in set(units)}
     number: dict[str, int] = {}
     unit_of = np.fromiter(
-        (number.setdefault(same[value], len(number)) for value in units),
+        (number.setdefault(name, len(number)) for name in each_folded(units)),
         dtype=np.int64,
         count=len(units),
     )

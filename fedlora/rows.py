@@ -19,7 +19,7 @@ from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
 from fedlora.partition import at_most, by_column, by_scheme, hold_out, normalise
 from fedlora.sections import DataConfig
-from fedlora.text import folded
+from fedlora.text import each_folded, folded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,9 +341,8 @@ def _at_several(units: Sequence[str] | None, owner: Int64) -> int:
     """The number of units of privacy that have training rows at more than one institution."""
     if units is None:
         return 0
-    same = {value: folded(value) for value in set(units)}
-    held = {(same[value], place) for value, place in zip(units, owner.tolist(), strict=True)}
-    at = Counter(value for value, place in held if place >= 0)
+    held = set(zip(each_folded(units), owner.tolist(), strict=True))
+    at = Counter(name for name, place in held if place >= 0)
     return sum(count > 1 for count in at.values())
 
 

@@ -184,6 +184,20 @@ def said_of_origins(result: Mapping[str, Any]) -> str:
     )
 
 
+def ledger_alone(statement: Mapping[str, Any]) -> float | None:
+    """The largest epsilon of a ledger if all others collude in runs with secure aggregation.
+
+    None where it is not above the largest ``ledger_epsilon``.
+
+    Args:
+        statement: The content of privacy.json.
+    """
+    ledgers = statement["institutions"].values()
+    # a file of an older version has no figure for it
+    alone = max((float(one.get("ledger_epsilon_alone", 0.0)) for one in ledgers), default=0.0)
+    return alone if alone > max((one["ledger_epsilon"] for one in ledgers), default=0.0) else None
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a run directory's ``rounds.jsonl``."""
     return read_lines(path / ROUNDS)

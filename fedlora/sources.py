@@ -315,9 +315,10 @@ def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
     name, rows = "", Rows()
     try:
         file = parquet.ParquetFile(path)
-        written = {name.strip(): name for name in file.schema_arrow.names}
-        check_columns(source, wanted, written)
-        check_single(source, wanted, [name.strip() for name in file.schema_arrow.names])
+        names = [name.strip() for name in file.schema_arrow.names]
+        written = dict(zip(names, file.schema_arrow.names, strict=True))
+        check_columns(source, wanted, names)
+        check_single(source, wanted, names)
         for name in wanted:
             column = file.read(columns=[written[name]]).column(written[name])
             rows[name] = [as_text(value, source, name) for value in column.to_pylist()]

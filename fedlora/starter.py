@@ -116,9 +116,9 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
     words if there are any: an instruction may be the same in all rows. The label has 2 to
     `MAX_CLASSES` distinct values, each in five rows or more on average, and the institution has at
     least two of them, each in two rows or more on average; the customer has the most values, since
-    a segment of customers has few. Among several the nearest to a usual
-    name decides, then, of labels, that they are no sentences, then the smaller number of values; a
-    column with the name of an institution is a label only if nothing else is.
+    a segment of customers has few. Among several the nearest to a usual name decides, then, of
+    labels, that they are no sentences, then the smaller number of values; a column with the name of
+    an institution is a label only if nothing else is.
 
     Args:
         source: The file, for messages.

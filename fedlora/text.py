@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029"  # C0 and C1 controls, line and paragraph separators
@@ -49,6 +50,12 @@ def folded(name: str) -> str:
         shown = "".join(char for char in before if not _invisible(char))
         after = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", shown).casefold())
     return " ".join(after.split())
+
+
+def each_folded(values: Sequence[str]) -> list[str]:
+    """Return the `folded` form of each value; equal ones are computed once."""
+    known = {value: folded(value) for value in set(values)}
+    return [known[value] for value in values]
 
 
 def _invisible(char: str) -> bool:

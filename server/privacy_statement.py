@@ -226,19 +226,6 @@ def with_earlier_runs(config: RunConfig, statement: Mapping[str, Any]) -> Mappin
     return max(entries, key=lambda one: one["ledger_epsilon"])
 
 
-def ledger_alone(statement: Mapping[str, Any]) -> float | None:
-    """The largest ``ledger_epsilon_alone``, which may be inf; None where no ledger differs by it.
-
-    Args:
-        statement: The content of privacy.json.
-    """
-    found: list[float] = []
-    for one in statement["institutions"].values():
-        alone = float(one.get("ledger_epsilon_alone", 0.0))  # older files have none
-        found += [alone] * (alone > one["ledger_epsilon"])
-    return max(found, default=None)
-
-
 def _has_other_runs(config: RunConfig, spent: Mapping[str, Any]) -> bool:
     total, margin = spent["ledger_epsilon"], 1e-3  # of sums that another processor rounded
     says = spent.get("institution_says", spent)

@@ -15,9 +15,17 @@ from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig
 from fedlora.joining_verdict import Outcome
 from fedlora.rounding import at_most, number
-from fedlora.run_files import CONFIG, ROUNDS, link_latest, read_records, read_run_file, void
+from fedlora.run_files import (
+    CONFIG,
+    ROUNDS,
+    ledger_alone,
+    link_latest,
+    read_records,
+    read_run_file,
+    void,
+)
 from fedlora.terminal import Terminal
-from server.privacy_statement import ledger_alone, with_earlier_runs
+from server.privacy_statement import with_earlier_runs
 from server.trend import advice
 
 if TYPE_CHECKING:

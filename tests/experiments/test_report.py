@@ -635,6 +635,10 @@ def test_the_page_of_a_run_whose_ledgers_have_earlier_runs_states_their_sum(run_
     one["ledger_epsilon_alone"] = 40.51  # earlier runs had secure aggregation
     change(run_directory, "privacy.json", institutions=privacy["institutions"])
     assert "If all others collude in them, it is epsilon 40.51." in shown(run_directory)
+    other = next(of for of in privacy["institutions"].values() if of is not one)
+    other |= {"ledger_epsilon": 50.0, "ledger_epsilon_alone": 50.0, "ledger_limit": 60.0}
+    change(run_directory, "privacy.json", institutions=privacy["institutions"])
+    assert "others collude" not in shown(run_directory)  # the largest of all is another's
 
 
 def test_all_runs_together_are_those_of_the_institution_with_the_most(run_directory):

@@ -18,7 +18,7 @@ from fedlora import config as configuration
 from fedlora import seal
 from fedlora.config import from_flat
 from fedlora.errors import InputError
-from fedlora.run_files import finite
+from fedlora.run_files import finite, ledger_alone
 from server import binding, institution_privacy, privacy_statement, verification
 
 runner = CliRunner()
@@ -120,7 +120,7 @@ def test_a_statement_of_an_older_version_without_a_figure_is_verified(run_direct
         del one["ledger_epsilon_alone"], one["institution_says"]["ledger_epsilon_alone"]
     write(run_directory, content)
     assert not failing(run_directory)
-    assert privacy_statement.ledger_alone(content) is None
+    assert ledger_alone(content) is None
 
 
 UNPROVABLE = {"ledger_epsilon", "ledger_epsilon_alone", "ledger_delta", "ledger_limit"}
