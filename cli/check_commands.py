@@ -43,6 +43,15 @@ def init(
             f"unit record: each record is protected by itself; {guessed.customer!r} looks like "
             f"customers, all of whose records privacy.unit = {guessed.customer!r} protects"
         )
+    if guessed.empty:
+        console.write_line(
+            f"{guessed.empty:,} rows have nothing in {guessed.text!r} and would be left out"
+        )
+    if guessed.with_comma:
+        console.write_line(
+            f"not taken for a text: {guessed.with_comma!r}, since commas separate columns in "
+            "data.text; rename it if it is the text"
+        )
     if guessed.failed:
         console.write_line(f"not read: {guessed.failed}")
     console.write_line(f"these are guesses; next: fedlora check {place}")

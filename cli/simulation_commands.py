@@ -26,7 +26,7 @@ Accept = Annotated[
     typer.Option("--accept", help="Run in spite of a finding that voids the result, by its name."),
 ]
 Assign = Annotated[
-    list[str] | None, typer.Option("--set", help="KEY=VALUE; data.text or data.delimiter, for one.")
+    list[str] | None, typer.Option("--set", help="KEY=VALUE; data.text or model.name, for one.")
 ]
 Institution = Annotated[
     str,
@@ -289,13 +289,15 @@ def merge(
     out_dir: Annotated[
         Path, typer.Argument(help="Directory of the merged model; it must not exist.")
     ],
+    assign: Assign = None,
     institution: Institution = "",
     own: Own = False,
 ) -> None:
     """Fold a run's adapter into its base: one safetensors model directory."""
     from fedlora import finished_run
 
-    finished_run.merge(run_dir, out_dir, institution, own_model=own)
+    overrides = parse_overrides(assign or [])
+    finished_run.merge(run_dir, out_dir, institution, overrides, own_model=own)
     Terminal().write_line(f"merged model in {out_dir}")
 
 

@@ -58,7 +58,8 @@ def check_base(order: TrainOrder | Release, digest: str) -> None:
     if order.base != digest:
         raise Refusal(
             "base-mismatch",
-            "the server trains another base model than the one of model.name here",
+            f"the weights of the server's base model have the SHA-256 {order.base[:12]!r}..., and "
+            f"those of model.name here {digest[:12]!r}...: all need the same files, byte for byte",
         )
 
 

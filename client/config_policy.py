@@ -147,7 +147,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             Limit(
                 "other-labels",
                 lambda own, run: run.data.labels == own.labels,
-                "has other labels, or not in the same order",
+                "has the classes {run.data.labels}, in this order",
                 "labels",
             ),
         ),

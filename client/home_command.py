@@ -40,9 +40,10 @@ from fedlora.joining_verdict import (
     macro_f1_gain,
     outcome,
 )
+from fedlora.model_files import Origin, origins_of_base
 from fedlora.released import ReleaseFiles
 from fedlora.rounding import at_most
-from fedlora.run_files import finite
+from fedlora.run_files import HOME_CONFIG, UNKNOWN, finite
 from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
 from fedlora.shards import Shard
 
@@ -170,8 +171,15 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             "gain_macro_f1": compared["gain_macro_f1"],
             "choices": {**rows.choice, "method": config.home.method, "steps": config.home.steps},
             "privacy": models.private and finite(dataclasses.asdict(models.private.privacy)),
+            "base": {
+                "digest": work.base.digest,
+                "dtype": str(work.base.dtype).removeprefix("torch."),
+            },
+            "labels": list(work.labels),
+            "origins": _origins(config, found),
             "seconds": round(time.monotonic() - started, 2),
         }
+        write_atomic(new / HOME_CONFIG, config.to_toml().encode())
         write_atomic(new / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         write_atomic(new / "report.txt", ("\n".join(report(result)) + "\n").encode())
     return {**result, "directory": str(out)}
@@ -250,6 +258,14 @@ def _held_out_from(own: Settings, config: RunConfig, run: str, rows: Shard) -> s
             except Refusal:
                 return "other-records"
     return TEST_SOURCE
+
+
+def _origins(config: RunConfig, found: ReleaseFiles) -> list[Origin]:
+    """The runs behind the released adapter, as far as an institution can know them."""
+    behind = origins_of_base(config.model.name)
+    if start := str(found.config.get("adapter.start", "")):  # it lies at the operator
+        behind.append(Origin(run=UNKNOWN, source=Path(start).name, private=False))
+    return behind
 
 
 def _release(own: Settings, choices: Choices) -> ReleaseFiles:

@@ -145,7 +145,10 @@ class Ledger:
             raise Refusal(
                 "ledger-foreign",
                 f"{self._path} belongs to records {bound[0][:12]} by {bound[1]}, "
-                f"not {fingerprint[:12]} by {unit}",
+                f"not {fingerprint[:12]} by {unit}: put back the records and the unit of the first "
+                "run on it, and whatever decides which of them are trained on (in a simulation "
+                "seed, data.test-source, data.test-fraction and data.max-records too), or see "
+                "'Other records' in docs/deployment.md",
             )
         return bound != (None, None)
 

@@ -591,4 +591,5 @@ def _gpu() -> str:
 def _model(name: str) -> str:
     from fedlora import model_files
 
-    return str(model_files.resolve(name).path)
+    found = model_files.resolve(name)
+    return f"{found.path}, SHA-256 {model_files.digest(found.weights)[:12]}..."

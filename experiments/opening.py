@@ -207,8 +207,9 @@ def promised(run: Run) -> Section:
             epsilon = most["ledger_epsilon"]
             delta = max(one["ledger_delta"] for one in spent)
             points.append(
-                f"All runs on these records together, as the ledgers have them: epsilon "
-                f"{at_most(epsilon)} at delta {at_most(delta, 3)}. What follows is for these."
+                f"All runs that the ledgers of these records were charged for together: epsilon "
+                f"{at_most(epsilon)} at delta {at_most(delta, 3)}. What follows is for these; a "
+                "run without differential privacy is in no ledger."
             )
             if (alone := ledger_alone(privacy)) is not None:
                 points.append(

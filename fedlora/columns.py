@@ -39,6 +39,11 @@ def check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]
             )
         if key in ("data.text", "data.label") and {"context", "target"} <= set(columns):
             remedy = 'these are FinLoRA rows: set data.text to "context" and data.label to "target"'
+        if key == "data.text" and (with_comma := [name for name in columns if "," in name]):
+            remedy += (
+                f"; commas separate columns there, so that {with_comma[0]!r} must be renamed to be "
+                "one"
+            )
         raise RecordError(
             f"{key} is {column!r}, but {source} has the columns {listed(columns)}; {remedy}"
         )

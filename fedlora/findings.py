@@ -218,13 +218,14 @@ def _number(label: str) -> float | None:
 
 
 def lost(counts: Mapping[str, int]) -> dict[str, int]:
-    """Rows that a run leaves out because a value is missing: reason -> number."""
+    """Rows that a run leaves out as they cannot be used: what they have -> number."""
     return {
         reason: counts[key]
         for key, reason in (
             ("without_text", "no text"),
             ("without_label", "no label"),
             ("without_institution", "no institution"),
+            ("duplicates_removed", "a copy among the held-out rows"),
         )
         if counts[key]
     }
@@ -241,7 +242,7 @@ def _lost_rows(records: Federation) -> list[Finding]:
         Finding(
             name="lost-rows",
             text=f"{number:,} of {total:,} rows ({100 * number / total:.0f} %) are left out: "
-            f"{said}; fill these cells in if the rows matter",
+            f"{said}; mend these rows if they matter",
         )
     ]
 

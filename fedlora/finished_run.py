@@ -15,19 +15,37 @@ from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, write_atomic
 from fedlora.model_files import MERGED, Origin
-from fedlora.run_files import CONFIG, read_run_file, refuse_audited, said_of_origins
+from fedlora.run_files import (
+    CONFIG,
+    HOME_CONFIG,
+    read_run_file,
+    refuse_audited,
+    said_of_origins,
+)
 from fedlora.sections import check_gpu
 from fedlora.text import is_unicode
 from fedlora.trainable import Trainable
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 """The dtype of a run's base in result.json -> ``model.dtype``."""
-READING = ("data.text", "data.label", "data.delimiter", "data.encoding", "engine.gpus")
-"""Keys that may differ from the run's, because they do not change its model."""
+READING = (
+    "model.name",
+    "data.text",
+    "data.label",
+    "data.delimiter",
+    "data.encoding",
+    "engine.gpus",
+)
+"""Keys that may differ from the run's, because they do not change its model: the base must have the
+same weights, wherever it lies."""
 
 
 def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     """The configuration of a complete run, with other values for keys in `READING`.
+
+    Args:
+        run_dir: Its directory, or the one that `fedlora home` wrote at an institution.
+        overrides: Key -> value.
 
     Raises:
         InputError: If the run is not complete, a key is none of these, or a GPU is asked for where
@@ -39,10 +57,15 @@ def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
             raise InputError(
                 f"{name} cannot be changed after the run; only {', '.join(READING)} can"
             )
-    config = load(run_dir / CONFIG, overrides)
+    config = load(run_dir / (HOME_CONFIG if _at_home(run_dir) else CONFIG), overrides)
     if config.engine.gpus and "engine.gpus" in overrides:
         check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
     return config
+
+
+def _at_home(run_dir: Path) -> bool:
+    """Whether `fedlora home` wrote the directory: it holds one institution's own model only."""
+    return (run_dir / HOME_CONFIG).exists()
 
 
 def adapter_directory(
@@ -60,6 +83,14 @@ def adapter_directory(
     Raises:
         InputError: If there is no such adapter.
     """
+    if _at_home(run_dir):
+        only = read_run_file(run_dir)["institution"]
+        if institution not in ("", only):
+            raise InputError(
+                f"institution is {institution}, but {run_dir} has the own model of {only}; leave "
+                "it out"
+            )
+        return run_dir / "own"
     kind = "own" if own_model else "adapter"
     several = own_model or config.federation.traits.local_parts
     found = (run_dir / "institutions").glob(f"*/{kind}")
@@ -67,6 +98,8 @@ def adapter_directory(
     if institution not in names:
         if not several:
             has = "one adapter for all; leave it out"
+            if (run_dir / "institutions" / institution / "own").is_dir():
+                has += ", or give --own (in Python own=True) for its own model"
         elif not own_model:
             has = f"an adapter for each institution; give one of {', '.join(names)}"
         elif names:
@@ -94,6 +127,7 @@ def _open(
         InputError: If the run is not complete, the base model has changed since, or there is no
             such adapter, or one that does not fit the model.
     """
+    own_model = own_model or _at_home(run_dir)
     result = read_run_file(run_dir)
     if (dtype := result["base"].get("dtype")) in DTYPES:  # as the run, wherever this machine is
         config = config.replace({"model.dtype": DTYPES[dtype]})
@@ -101,7 +135,8 @@ def _open(
     if work.base.digest != result["base"]["digest"]:
         raise InputError(
             f"model.name {config.model.name} is not the base that {run_dir} was trained on "
-            "(weights differ); restore that base or run again"
+            "(weights differ); restore that base, name the directory that holds it (--set "
+            "model.name=DIR, in Python Result(run, model=DIR)), or run again"
         )
     place = adapter_directory(run_dir, config, institution, own_model=own_model)
     residuals = config.federation.traits.residuals or (own_model and config.home.method == "dual")
@@ -206,19 +241,25 @@ def predict(
 
 
 def merged_model(
-    run_dir: Path, institution: str, *, own_model: bool = False
+    run_dir: Path,
+    institution: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    own_model: bool = False,
 ) -> tuple[Any, Trainable]:
     """A run's base model with the adapter folded in, as transformers knows it.
 
     Args:
         run_dir: The directory of a complete run.
         institution: See `predict`.
+        overrides: Other values for keys in `READING`.
         own_model: See `predict`.
 
     Returns:
         The model, in evaluation mode, which nothing else in this process uses, and its parts.
     """
-    work = _open(run_dir, configuration(run_dir, {}), institution, own_model=own_model)
+    config = configuration(run_dir, overrides or {})
+    work = _open(run_dir, config, institution, own_model=own_model)
     trainable.forget()  # merging changes the cached model
     merged = merging.merge(work.model)
     if isinstance(merged, EncoderClassifier):
@@ -226,7 +267,14 @@ def merged_model(
     return merged, work
 
 
-def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: bool = False) -> None:
+def merge(
+    run_dir: Path,
+    out_dir: Path,
+    institution: str = "",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    own_model: bool = False,
+) -> None:
     """Fold a run's adapter into its base model; write safetensors and the tokenizer.
 
     The classifier of an encoder is written with the code of its class (`fedlora.mean_pooling`). The
@@ -239,9 +287,10 @@ def merge(run_dir: Path, out_dir: Path, institution: str = "", *, own_model: boo
         InputError: If ``out_dir`` exists.
     """
     new_path(out_dir)  # before the model is loaded
-    config = configuration(run_dir, {})
+    own_model = own_model or _at_home(run_dir)
+    config = configuration(run_dir, overrides or {})
     refuse_audited(run_dir, "merge")
-    merged, work = merged_model(run_dir, institution, own_model=own_model)
+    merged, work = merged_model(run_dir, institution, overrides, own_model=own_model)
     if own_model:
         place = adapter_directory(run_dir, config, institution, own_model=True)
         said = model_card.said_of_own(place)

@@ -155,13 +155,14 @@ def _from_hub(name: str) -> ModelFiles:
             )
         )
 
+    here = expanded(name).absolute()
     hint = f"download it where there is a network (hf download {name}) or give a directory"
     incomplete: InputError | None = None  # names the problem of a copy in the cache
     try:
         return _inspect(name, snapshot(local_files_only=True))
     except HFValidationError:
         raise InputError(
-            f"model.name is {name!r}, which is neither a directory here nor a hub name; "
+            f"model.name is {name!r}, which is neither a directory here ({here}) nor a hub name; "
             "give a directory, org/model, or package:NAME"
         ) from None
     except InputError as error:
@@ -171,8 +172,8 @@ def _from_hub(name: str) -> ModelFiles:
     except OSError:
         if constants.HF_HUB_OFFLINE:
             raise InputError(
-                f"model.name is {name!r}, which is neither a directory nor in the hub cache of "
-                f"this machine, and HF_HUB_OFFLINE is set; {hint}"
+                f"model.name is {name!r}, which is neither a directory ({here}) nor in the hub "
+                f"cache of this machine, and HF_HUB_OFFLINE is set; {hint}"
             ) from None
     try:
         info = HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
@@ -186,13 +187,13 @@ def _from_hub(name: str) -> ModelFiles:
         raise
     except RepositoryNotFoundError:
         raise InputError(
-            f"model.name is {name!r}, which the hub does not have or does not show without "
-            "a login; check the name, or run: hf auth login"
+            f"model.name is {name!r}, which is no directory here ({here}), and which the hub does "
+            "not have or does not show without a login; check the name, or run: hf auth login"
         ) from None
     except Exception as error:  # each transport has its own errors
         raise incomplete or InputError(
-            f"model.name is {name!r}, which is not on this machine, and the hub cannot be reached "
-            f"({type(error).__name__}); {hint}"
+            f"model.name is {name!r}, which is not on this machine ({here}, hub cache), and the "
+            f"hub cannot be reached ({type(error).__name__}); {hint}"
         ) from None
 
 
@@ -203,8 +204,8 @@ def _no_safetensors(name: str, *, pickled: bool) -> InputError:
             "opened; convert them (save_pretrained writes safetensors) or choose another model"
         )
     return InputError(
-        f"model.name is {name!r}, which holds no *.safetensors; give a directory with config.json "
-        "and model.safetensors"
+        f"model.name is {name!r}, which holds neither model.safetensors nor "
+        "model.safetensors.index.json; give a directory with config.json and one of these"
     )
 
 

@@ -194,7 +194,7 @@ def wanted_columns(settings: DataConfig, unit: str) -> dict[str, str]:
 
 
 def text_columns(text: str) -> list[str]:
-    """The columns that ``data.text`` names."""
+    """The columns that ``data.text`` names, separated by commas."""
     return [column.strip() for column in text.split(",")]
 
 

@@ -30,6 +30,9 @@ _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 
 CONFIG = "config.toml"
 """In a run directory: the resolved configuration."""
+HOME_CONFIG = "home.toml"
+"""In the directory that `fedlora home` wrote: the run's configuration, as the institution followed
+it."""
 ENVIRONMENT = "environment.json"
 """In a run directory: versions, commit and processor."""
 ROUNDS = "rounds.jsonl"

@@ -27,6 +27,7 @@ from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
 from fedlora.files import expanded, sha256
+from fedlora.text import folded
 
 CSV = ".csv"
 US_GAAP = "package:edgartools"
@@ -114,13 +115,13 @@ def institution_files(source: str) -> dict[str, Path]:
         )
     files: dict[str, Path] = {}
     for file in sorted(found):
-        if file.stem in files:
+        if other := files.get(folded(file.stem)):
             raise InputError(
-                f"data source {source!r} has {files[file.stem].name} and {file.name}, which are "
-                "both the institution's of that name; join or rename them"
+                f"data source {source!r} has {other.name} and {file.name}, which are both the "
+                "institution's of that name; join or rename them"
             )
-        files[file.stem] = file
-    return files
+        files[folded(file.stem)] = file
+    return {file.stem: file for file in files.values()}
 
 
 def is_path(source: str) -> bool:

@@ -40,14 +40,18 @@ CUSTOMER_NAMES = ("customer", "borrower", "account", "client", "user", "person")
 class Guess:
     """The guessed roles of columns; ``institution`` and ``customer`` are empty where none fits.
 
-    ``encoding`` is empty where the bytes of the file leave no doubt. ``failed`` says why a column
-    could not be read; it is empty where all could.
+    ``empty`` is the number of rows without text; ``with_comma`` is a column that could be no text
+    because its name has a comma, empty where there is none. ``encoding`` is empty where the bytes
+    of the file leave no doubt. ``failed`` says why a column could not be read; it is empty where
+    all could.
     """
 
     text: str
     label: str
     institution: str
     customer: str
+    empty: int
+    with_comma: str
     encoding: str = ""
     failed: str = ""
 
@@ -112,13 +116,13 @@ def write(source: str, out: Path) -> Guess:
 def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
     """Guess which columns hold text, label and institution.
 
-    The text is the column of the longest values, of those that could be no label and have several
-    words if there are any: an instruction may be the same in all rows. The label has 2 to
-    `MAX_CLASSES` distinct values, each in five rows or more on average, and the institution has at
-    least two of them, each in two rows or more on average; the customer has the most values, since
-    a segment of customers has few. Among several the nearest to a usual name decides, then, of
-    labels, that they are no sentences, then the smaller number of values; a column with the name of
-    an institution is a label only if nothing else is.
+    The text is the column of the most letters over all rows, of those that could be no label and
+    have several words if there are any: an instruction may be the same in all rows. The label has
+    2 to `MAX_CLASSES` distinct values, each in five rows or more on average, and the institution
+    has at least two of them, each in two rows or more on average; the customer has the most values,
+    since a segment of customers has few. Among several the nearest to a usual name decides, then,
+    of labels, that they are no sentences, then the smaller number of values; a column with the name
+    of an institution is a label only if nothing else is.
 
     Args:
         source: The file, for messages.
@@ -129,7 +133,7 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
     """
     filled = {name: [v for v in column if v.strip()] for name, column in values.items()}
     lengths = {
-        name: float(np.mean([len(v) for v in column]))
+        name: sum(len(v) for v in column) / len(values[name])
         for name, column in filled.items()
         if column and "," not in name  # data.text joins columns by commas
     }
@@ -182,6 +186,8 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
         label=label,
         institution=institution,
         customer=_nearest({name: -count for name, count in others.items()}, CUSTOMER_NAMES),
+        empty=len(values[text]) - len(filled[text]),
+        with_comma=next((name for name in values if "," in name and name != label), ""),
     )
 
 
@@ -215,7 +221,7 @@ def _text(source: str, form: CsvForm, columns: list[str], guessed: Guess) -> str
             if guessed.encoding
             else "found from the bytes of the file",
         ),
-        "data.text": (guessed.text, "a guess: the longest values that differ"),
+        "data.text": (guessed.text, "a guess: the longest values that differ, over all rows"),
         "data.label": (guessed.label, "a guess: few distinct values"),
         "data.partition": (
             f"natural:{guessed.institution}" if natural else "iid",

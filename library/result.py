@@ -22,10 +22,16 @@ log = logging.getLogger("fedlora")
 
 
 class Result:
-    """A complete run: ``Result("runs/one")`` opens an earlier one."""
+    """A complete run: ``Result("runs/one")`` opens an earlier one.
 
-    def __init__(self, directory: str | Path) -> None:
+    Args:
+        directory: The run directory.
+        model: Where the base model lies now, if not where the run found it.
+    """
+
+    def __init__(self, directory: str | Path, *, model: str | Path = "") -> None:
         self._directory = expanded(os.fspath(directory)).absolute()
+        self._reading = {"model.name": os.fspath(model)} if model else {}
         _ = self.figures  # refuses a directory without a complete run
 
     @property
@@ -76,7 +82,10 @@ class Result:
             institution: The institution whose adapter is used, where each has its own.
             own: Whether it is the model that this institution made at home after the run.
         """
-        return finished_run.merged_model(self.directory, institution, own_model=own)[0].cpu()
+        merged, _ = finished_run.merged_model(
+            self.directory, institution, self._reading, own_model=own
+        )
+        return merged.cpu()
 
     def tokenizer(self) -> Any:
         """The tokenizer of the model."""
@@ -101,7 +110,8 @@ class Result:
         if isinstance(texts, str):
             texts = [texts]
         elif tables.is_table(texts):
-            columns = dict.fromkeys(rows.text_columns(self.config.data.text), "data.text")
+            text = finished_run.configuration(self.directory, {}).data.text
+            columns = dict.fromkeys(rows.text_columns(text), "data.text")
             try:
                 found = tables.columns(texts, columns, "texts").values()
             except RecordError:
@@ -112,7 +122,9 @@ class Result:
             texts = [rows.joined(parts) for parts in zip(*found, strict=True)]
         else:
             texts = list(texts)
-        found = finished_run.predict(self.directory, texts, institution, own_model=own)
+        found = finished_run.predict(
+            self.directory, texts, institution, self._reading, own_model=own
+        )
         if found["truncated"]:
             log.warning("%s of %s texts were longer than %s tokens, and lost their end",
                         found["truncated"], len(texts), found["max_length"])  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora import accounting, findings, processors
+from fedlora import accounting, files, findings, processors
 from fedlora.budget import rate_of
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 TIMED_ROWS = 64
 """The most records of the timed step, and the most held-out rows of the timed evaluation. A step of
 32 takes twice as long a record under DP as those of a run do."""
+
+DROPPED = "of an institution left out or a class without one, or above data.max-records"
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
@@ -74,15 +76,22 @@ def describe(config: RunConfig) -> dict[str, Any]:
         found = findings.findings(config, records, cap)
         attempt(findings.refuse, config, found)
     ledgers = _ledgers(config, records, plans)
+    unusable = [ledger["problem"] for ledger in ledgers.values() if "problem" in ledger]
     lacking = sum(not ledger["fits"] for ledger in ledgers.values())
     chosen = attempt(aggregation.choose, config, len(records.names), cap)
     least = max(config.federation.min_updates, chosen.least_asked if chosen else 0)
     if lacking and len(records.names) - lacking < least:
-        refused.append(
-            f"budget exhausted: {lacking} of {len(records.names)} institutions have too little "
-            f"left in their ledgers, whose limit nothing raises, and {least} institutions are "
-            "needed"
-        )
+        of = f"of {len(records.names)} institutions"
+        if unusable:
+            refused.append(
+                f"{len(unusable)} {of} cannot use their ledgers, and {least} institutions are "
+                f"needed: {unusable[0]}"
+            )
+        if exhausted := lacking - len(unusable):
+            refused.append(
+                f"budget exhausted: {exhausted} {of} have too little left in their ledgers, whose "
+                f"limit nothing raises, and {least} institutions are needed"
+            )
     started = time.monotonic()
     work = attempt(_load, config, records)
     loading = time.monotonic() - started
@@ -123,18 +132,7 @@ def _rows(config: RunConfig, records: Federation) -> dict[str, Any]:
         "held_out": counts["held_out"],
         "dropped": {
             **findings.lost(counts),
-            **{
-                reason: counts[key]
-                for key, reason in (
-                    ("duplicates_removed", "a copy of a held-out text"),
-                    (
-                        "rows_dropped",
-                        "of an institution left out or a class without one, or above "
-                        "data.max-records",
-                    ),
-                )
-                if counts[key]
-            },
+            **({DROPPED: counts["rows_dropped"]} if counts["rows_dropped"] else {}),
         },
         "cut": counts["truncated"],
         "max_length": config.training.max_length,
@@ -176,7 +174,10 @@ def _institutions(records: Federation, plans: Sequence["PrivacyPlan"]) -> dict[s
 def _ledgers(
     config: RunConfig, records: Federation, plans: Sequence["PrivacyPlan"]
 ) -> dict[str, dict[str, Any]]:
-    """Each ledger that exists: epsilon spent and left, its limit, and whether the run fits."""
+    """Epsilon spent and left, limit, and whether the run fits, of ledgers that the run finds.
+
+    Also of those that it could not make.
+    """
     if not plans or not config.privacy.ledger:
         return {}
     from client.checks import check_ledger_delta
@@ -189,6 +190,8 @@ def _ledgers(
         shard = records.train(index)
         path, units = institution.ledger_path, shard.num_units
         if not path.exists():
+            if path.parent.exists() and (exposed := files.exposed(path)):
+                described[name] = {"fits": False, "problem": exposed}
             continue
         try:
             with Ledger.open(path) as ledger:

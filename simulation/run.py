@@ -19,6 +19,7 @@ from fedlora import logs, processors
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
+from fedlora.findings import lost
 from fedlora.run_files import CONFIG, alone, is_complete, read_run_file
 from fedlora.sections import check_gpu, check_threads
 from fedlora.startup import paused_gc
@@ -57,6 +58,8 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
             from server import population
         found = population.check(config, records)
     console.write_line(f"{len(records.names)} institutions, {records.counts['rows']:,} rows")
+    for reason, count in lost(records.counts).items():
+        console.write_line(f"  {count:,} left out: {reason}")
     for finding in found:
         accepted = " (accepted)" if finding.voids else ""
         console.write_line(f"warning: {finding.name}{accepted}: {finding.text}")

@@ -293,5 +293,26 @@ def test_init_says_what_a_label_must_be_and_which_columns_it_could_not_read(
     assert done.exit_code == 0 and "not read" in done.stdout and "'note'" in done.stdout
 
 
+def test_init_takes_no_text_that_most_rows_lack_and_says_what_would_be_left_out(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(
+        f'"a complaint of words {i}",{"a long answer of many words" * 3 * (i % 5 == 0)},'
+        f'"some other words, longer than both of them together {i}",{"ab"[i % 2]}\n'
+        for i in range(40)
+    )
+    Path("a.csv").write_text(f'complaint,answer,"full, text",kind\n{rows}')
+    done = invoke("init", "a.csv")
+    assert "text 'complaint', label 'kind'" in done.stdout, done.output
+    assert "not taken for a text: 'full, text'" in done.stdout and "left out" not in done.stdout
+    Path("b.csv").write_text(f"answer,complaint,x,kind\n{rows.replace('a complaint of words', '')}")
+    done = invoke("init", "b.csv")
+    assert "text 'x'" in done.stdout, done.output
+    Path("c.csv").write_text("note,kind\n" + "".join(f"{'a note' * (i > 2)},{'ab'[i % 2]}\n"
+                                                     for i in range(40)))  # fmt: skip
+    assert "3 rows have nothing in 'note'" in invoke("init", "c.csv").stdout
+
+
 def test_init_refuses_a_place_that_cannot_be_written(messy, tmp_path) -> None:
     refused("init", tmp_path / "messy.csv", "--out", "/proc/x.toml", words=["cannot be written"])

@@ -18,13 +18,14 @@ from cli.main import app as cli
 from client import app, config_policy, home, home_command, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
-from fedlora import records, released, trainable, wire
+from fedlora import data, finished_run, records, released, trainable, wire
 from fedlora.adapters import AdapterState
 from fedlora.composition import Event
 from fedlora.config import UNRELEASED
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Release
 from fedlora.rounding import at_most
+from library.result import Result
 from simulation.engines.grid import identify
 
 pytestmark = pytest.mark.usefixtures("no_ray")
@@ -541,6 +542,30 @@ def test_results_whose_place_another_command_took_are_kept_beside_it(tmp_path):
     assert str(kept) in str(raised.value)
     assert (kept / "mine").exists() and (out / "theirs").exists()
     assert not list(tmp_path.glob(".new-*"))
+
+
+def test_predict_evaluate_and_merge_take_the_directory_and_use_the_own_model(bank):
+    made = bank()
+    made.receive(made.release())
+    made.result("--run", "first")
+    place, texts = made.directory / "state" / "home" / "first", ["a stolen card", "my loan"]
+    found = finished_run.predict(place, texts)["answers"]
+    work, adapter = made.work(), AdapterState.open(place / "own")
+    adapter.load_into(work.model)
+    encoded = work.task.encode(texts, [LABELS[0]] * 2, work.labels)
+    said, _ = work.task.predict(work.model, data.shard_of(encoded), work.labels)
+    assert [one["answer"] for one in found] == list(said)
+    assert Result(place).predict(texts, "Alpha", own=True) == found
+    measured = finished_run.evaluate(place, str(made.directory / "test.csv"))
+    assert (
+        measured["accuracy"] == json.loads((place / "result.json").read_text())["own"]["accuracy"]
+    )
+    with pytest.raises(InputError, match=r"institution is Beta, but .* own model of Alpha; leave"):
+        finished_run.predict(place, texts, "Beta")
+    finished_run.merge(place, made.directory / "merged")
+    assert "must not leave" in " ".join(
+        (made.directory / "merged" / "README.md").read_text().split()
+    )
 
 
 # Under DP.

@@ -396,7 +396,7 @@ ASKED = {**BASE, "model.name": "m", "training.local-steps": 20}
         (
             {"max_steps": 20},
             {"data.labels": json.dumps(LABELS[::-1])},
-            ("not in the same order", 'labels is ["card", "fraud", "loan"]'),
+            ("has the classes ('loan', 'fraud', 'card')", 'labels is ["card", "fraud", "loan"]'),
         ),
         ({"max_steps": 20}, {"privacy.noise": "seeded"}, ("seed, which no institution takes",)),
     ],

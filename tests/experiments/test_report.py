@@ -628,7 +628,7 @@ def test_the_page_of_a_run_whose_ledgers_have_earlier_runs_states_their_sum(run_
     one |= {"ledger_limit": 20.0, "ledger_delta": 1e-4}
     change(run_directory, "privacy.json", institutions=privacy["institutions"])
     text = shown(run_directory)
-    assert "All runs on these records together, as the ledgers have them: epsilon 11.19" in text
+    assert "the ledgers of these records were charged for together: epsilon 11.19" in text
     assert "largest epsilon, all runs on the records" in text and "of this run alone" in text
     assert "with two or more records at an institution it promises nothing" in text
     assert "others collude" not in text

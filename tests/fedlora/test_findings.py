@@ -29,7 +29,7 @@ def federation(sizes, labels=("loan", "card"), counts=(), left_out=()) -> Federa
     targets = [i % max(1, len(labels)) for i in range(rows)]
     held_out = [0] * 200
     known = ("rows", "test_rows", "without_text", "without_label", "without_institution",
-             "test_rows_dropped", "units_at_several")  # fmt: skip
+             "test_rows_dropped", "units_at_several", "duplicates_removed")  # fmt: skip
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     units = np.arange(rows) - np.repeat(starts[:-1], sizes)
     return Federation(
@@ -230,6 +230,8 @@ def test_lost_rows_are_counted_by_reason() -> None:
     said = found(federation([500], counts=counts.items()))["lost-rows"]
     for words in ("51 of 1,000 rows (5 %)", "40 have no text", "5 have no label", "6 have no inst"):
         assert words in said.text
+    copies = found(federation([500], counts=(counts | {"duplicates_removed": 9}).items()))
+    assert "9 have a copy among the held-out rows" in copies["lost-rows"].text
     few = counts | {"without_text": 39}
     assert "lost-rows" not in found(federation([500], counts=few.items()))
 

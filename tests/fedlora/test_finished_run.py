@@ -14,7 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from cli.main import app as cli
 from fedlora import (
     config,
     finished_run,
@@ -28,6 +30,7 @@ from fedlora.adapters import WEIGHTS_FILE, AdapterState
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from fedlora.run_files import read_run_file
+from library.result import Result
 from server.start import origins, start_adapter
 from simulation import run
 from tests.fedlora.small_models import byte_tokenizer
@@ -498,6 +501,37 @@ def test_evaluate_reads_other_columns_and_refuses_keys_of_the_model(
     assert measured == finished_run.evaluate(classifier, str(complaints))
     with pytest.raises(InputError, match=r"adapter.rank cannot be changed.*data.text"):
         finished_run.evaluate(classifier, str(renamed), "", {"adapter.rank": "4"})
+
+
+def test_a_base_model_that_lies_elsewhere_now_is_named_and_must_have_the_same_weights(
+    complaints, tiny_encoder, tmp_path
+):
+    base, texts = tmp_path / "base", texts_of(complaints)
+    shutil.copytree(tiny_encoder, base)
+    run_dir = finished(
+        tmp_path / "run",
+        **{"model.name": str(base), "data.source": str(complaints), **LEARNS},
+    )
+    ours = answers(run_dir, texts)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"model.name is .*base', which is no directory here"):
+        answers(run_dir, texts)
+    moved = {"model.name": str(tmp_path / "moved")}
+    found = finished_run.predict(run_dir, texts, "", moved)["answers"]
+    assert [one["answer"] for one in found] == ours
+    opened = Result(run_dir, model=tmp_path / "moved")
+    assert [one["answer"] for one in opened.predict(texts)] == ours
+    assert not opened.model().training
+    merged = CliRunner().invoke(
+        cli,
+        ["merge", str(run_dir), str(tmp_path / "merged"), "--set", f"model.name={tmp_path}/moved"],
+    )
+    assert merged.exit_code == 0, merged.output
+    file = tmp_path / "moved" / "model.safetensors"
+    tensors = {name: t + 1.0 for name, t in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"is not the base that .*--set model.name=DIR"):
+        finished_run.predict(run_dir, texts, "", moved)
 
 
 def test_a_gpu_asked_for_after_the_run_is_not_ignored(classifier, complaints, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from fedlora import sources
 from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError
+from fedlora.rows import read_table
 from tests.conftest import shared_data
 
 TEXT_LABEL = {"text": "data.text", "label": "data.label"}
@@ -375,3 +376,18 @@ def test_real_files_are_read_whole(file: str, columns: str, rows: int, classes: 
     assert {len(values) for values in table.values()} == {rows}
     assert len(set(table[columns.split()[-1]])) == classes
     assert all(value for values in table.values() for value in values)
+
+
+def test_files_whose_names_differ_in_case_are_not_one_institution(tmp_path: Path) -> None:
+    for name in ("Nord.csv", "nord.csv"):
+        write(tmp_path / name, "text,label\na,b\n")
+    with pytest.raises(
+        InputError, match=r"Nord.csv and nord.csv, which are both .* join or rename"
+    ):
+        sources.institution_files(str(tmp_path))
+
+
+def test_a_text_whose_name_has_a_comma_must_be_renamed(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.csv", '"Complaint, full text",kind\na,b\n')
+    with pytest.raises(InputError, match=r"'Complaint, full text' must be renamed to be one"):
+        read_table(source, "Complaint, full text", "kind", {}, form=PLAIN)

@@ -173,7 +173,22 @@ def test_a_check_finds_what_a_run_would_refuse_later(tiny_config, simulate_run, 
         "belongs to records 000000000000 by record, not " in described["ledgers"]["Beta"]["problem"]
     )
     assert any("adapter.start is" in reason for reason in described["refused"])
-    assert any("budget exhausted: 1 of 4" in reason for reason in described["refused"])
+    problem = described["ledgers"]["Beta"]["problem"]
+    said = f"1 of 4 institutions cannot use their ledgers, and 4 institutions are needed: {problem}"
+    assert said in described["refused"]
+    assert not any("budget exhausted" in reason for reason in described["refused"])
+
+
+def test_a_check_says_that_others_may_write_where_a_run_would_make_its_ledgers(
+    tiny_config, tmp_path
+) -> None:
+    ledgers = tmp_path / "ledgers"
+    ledgers.mkdir()
+    ledgers.chmod(0o770)
+    config = tiny_config(**{"privacy.noise": "secure", "privacy.ledger": str(ledgers)})
+    (reason,) = check.describe(config)["refused"]
+    assert "4 of 4 institutions cannot use their ledgers" in reason and "chmod go-w" in reason
+    assert not list(ledgers.iterdir())
 
 
 @pytest.mark.parametrize("epsilon", [8.0, "inf"])
