@@ -32,8 +32,6 @@ WORD_BYTES = 8
 """Bytes of a word: an integer modulo 2^64, little-endian."""
 MAX_INSTITUTIONS = 10_000
 MAX_ROUNDS = 10_000
-MAX_PARAMETERS = 2**32
-"""Words of a vector: a keystream of ChaCha20 has 2^35."""
 MAX_TEXT_CHARACTERS = 1000
 """Characters of a text in a message, such as a run, a name, a digest, a version."""
 _TAG = "fedlora secure aggregation 1 "
@@ -131,8 +129,9 @@ class Terms(SecureMessage):
             ),
             (not 1 <= self.rounds <= MAX_ROUNDS, f"{self.rounds} rounds are not 1..{MAX_ROUNDS}"),
             (
-                not 1 <= self.parameters <= MAX_PARAMETERS,
-                f"{self.parameters} parameters are not 1..{MAX_PARAMETERS}",
+                not 1 <= self.parameters <= noise_shares.MAX_PARAMETERS,
+                f"{self.parameters} parameters are not 1..{noise_shares.MAX_PARAMETERS}; "
+                "lower adapter.rank or name fewer adapter.target-modules",
             ),
         ):
             if wrong:

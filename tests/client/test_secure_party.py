@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from client import ledger_file, secure_store
-from fedlora import secure_aggregation
+from fedlora import noise_shares, secure_aggregation
 from fedlora.errors import Refusal
 from fedlora.secure_aggregation import (
     KeysMessage,
@@ -57,7 +57,7 @@ def signed(message, name, **changes):
         {"colluding": 0},
         {"rounds": 0},
         {"parameters": 0},
-        {"parameters": 2**32 + 1},
+        {"parameters": noise_shares.MAX_PARAMETERS + 1},
     ],
     ids=str,
 )
