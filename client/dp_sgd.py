@@ -1,4 +1,4 @@
-"""DP-SGD around per-example gradients: Poisson sampling, clipping, noise, a check after each.
+"""DP-SGD around per-example gradients: Poisson sampling; clipping and noise, each checked.
 
 Opacus supplies the optimizer's order of events (`DPOptimizer`), the sampler's contract and the
 accountants. This module draws noise and samples from one keyed `RandomSource`, clips in place and
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch.utils.data import Sampler
 
 from fedlora.errors import Refusal
 from fedlora.noise_grid import on_grid
@@ -60,16 +59,6 @@ class PoissonSampler(UniformWithReplacementSampler):
     def __iter__(self) -> Generator[list[int]]:
         for _ in range(self.steps):
             yield np.flatnonzero(self._source.uniform(self.num_samples) < self.sample_rate).tolist()
-
-
-def check_sampler(sampler: Sampler[list[int]]) -> None:
-    """Refuse any sampler whose batches the accountant's formula does not cover."""
-    if not isinstance(sampler, UniformWithReplacementSampler):
-        raise Refusal(
-            "guard-not-poisson",
-            f"batches come from {type(sampler).__name__}, but the accounting holds for Poisson "
-            "sampling only",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

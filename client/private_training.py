@@ -157,7 +157,7 @@ class _Member:
 
     def __init__(self, participant: Participant, plan: LocalPlan) -> None:
         # Opacus takes seconds to import, and a run without DP needs none of it.
-        from client.dp_sgd import Clipping, PoissonSampler, check_sampler
+        from client.dp_sgd import Clipping, PoissonSampler
 
         mechanism, source = participant.mechanism, participant.source
         self.shard, self.mechanism, self.source = participant.shard, mechanism, source
@@ -169,7 +169,6 @@ class _Member:
             steps=plan.steps,
             source=source.child("sampling"),
         )
-        check_sampler(sampler)
         self.draws = iter(sampler)
         self.clipping = Clipping(max_grad_norm=mechanism.max_grad_norm, kind=mechanism.clipping)
 

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opacus.optimizers import DPOptimizer
 from scipy import stats
-from torch.utils.data import BatchSampler, RandomSampler
 
-from client.dp_sgd import Clipping, PoissonSampler, PrivateOptimizer, check_noise, check_sampler
+from client.dp_sgd import Clipping, PoissonSampler, PrivateOptimizer, check_noise
 from fedlora.errors import Refusal
 from fedlora.streams import RandomSource
 
@@ -143,13 +142,6 @@ def test_a_step_that_opacus_skips_ends_the_run():
 def test_a_noise_multiplier_that_is_no_noise_is_refused(sigma):
     with pytest.raises(Refusal, match="guard-no-noise"):
         _optimizer(_parameters(), sigma=sigma)
-
-
-def test_a_sampler_that_is_not_poisson_is_refused():
-    shuffled = BatchSampler(RandomSampler(range(10)), batch_size=2, drop_last=False)
-    with pytest.raises(Refusal, match="guard-not-poisson"):
-        check_sampler(shuffled)
-    check_sampler(PoissonSampler(units=10, sample_rate=0.5, steps=1, source=RandomSource.secure()))
 
 
 def test_poisson_batches_have_the_right_distribution():
