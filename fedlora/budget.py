@@ -40,9 +40,8 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
     size_class = accounting.public_size(units)
     delta = delta_of(privacy, units)
     rate = accounting.sample_rate(training.sample_rate, training.batch_size, size_class)
-    size_noise = privacy.size_noise if config.federation.weighting == "noised-size" else 0.0
+    size_noise = config.paid_size_noise
     size_events = accounting.size_events(size_noise)
-    honest = privacy.honest if privacy.shares_noise else 0
     of_size = composition.epsilon(size_events, delta, privacy.accountant)
     if of_size >= privacy.epsilon:
         raise InputError(
@@ -56,7 +55,7 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
         steps=training.local_steps * participations,
         accountant=privacy.accountant,
         history=size_events,
-        shares=honest,
+        shares=privacy.shares,
     )
     plan = PrivacyPlan(
         epsilon=privacy.epsilon,
@@ -70,14 +69,14 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
         rounds=participations,
         accountant=privacy.accountant,
         size_noise=size_noise,
-        honest=honest,
+        honest=privacy.shares,
     )
-    if honest and plan.share_scale(noise_shares.MAX_PARAMETERS) > discrete_gaussian.MAX_SCALE:
+    if plan.honest and plan.share_scale(noise_shares.MAX_PARAMETERS) > discrete_gaussian.MAX_SCALE:
         raise InputError(
             f"privacy.epsilon is {privacy.epsilon:g}, which needs a noise multiplier of "
             f"{noise_multiplier:g}, beyond the integers of secure aggregation; raise it"
         )
-    if honest and plan.expected_batch_size > noise_shares.MAX_BATCH:
+    if plan.honest and plan.expected_batch_size > noise_shares.MAX_BATCH:
         raise InputError(
             f"a batch has {plan.expected_batch_size:g} expected records, but secure aggregation "
             f"allows at most {noise_shares.MAX_BATCH}; lower training.sample-rate"

@@ -26,6 +26,7 @@ from fedlora.files import expanded
 from fedlora.sections import (
     INSTITUTIONS,
     MIN_NATURAL_RECORDS,
+    UNWEIGHTED,
     AdapterConfig,
     DataConfig,
     EngineConfig,
@@ -128,6 +129,12 @@ class RunConfig(Section):
     def planned_epsilon(self) -> float:
         """The epsilon that a simulation spends at an institution: the run's and its own model's."""
         return self.privacy.epsilon + (self.home.epsilon if self.home.private else 0.0)
+
+    @property
+    def paid_size_noise(self) -> float:
+        """The deviation of the noise on a size that the budget pays for; 0 where none is sent."""
+        noised = self.federation.weighting == "noised-size"
+        return self.privacy.size_noise if noised else 0.0
 
     def at_home(self, institutions: int) -> list[int]:
         """The numbers of the institutions whose models at home a run compares, ascending.
@@ -300,7 +307,7 @@ def _simulation_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     partition = str(values.get("data.partition", DataConfig.partition))
     if partition.partition(":")[0] in schemes.BY_VALUE:
         found["data.min-records"] = MIN_NATURAL_RECORDS
-    weighed = values.get("federation.robust", "none") not in ("median", "trimmed-mean", "krum")
+    weighed = values.get("federation.robust", "none") not in UNWEIGHTED
     try:
         hidden = float(values.get("privacy.institution-epsilon", PrivacyConfig.institution_epsilon))
     except (TypeError, ValueError):

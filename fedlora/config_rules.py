@@ -5,7 +5,14 @@ from collections.abc import Mapping, Sequence
 
 from fedlora import noise_shares
 from fedlora.errors import InputError
-from fedlora.sections import AdapterConfig, FederationConfig, HomeConfig, PrivacyConfig
+from fedlora.sections import (
+    COORDINATE_WISE,
+    UNWEIGHTED,
+    AdapterConfig,
+    FederationConfig,
+    HomeConfig,
+    PrivacyConfig,
+)
 from fedlora.settings_schema import Scalar
 from fedlora.strategy_table import names_with
 
@@ -169,18 +176,18 @@ def check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
             f"federation.byzantine is {federation.byzantine:g}; it must be a share below 0.5 or a "
             "whole number: no rule withstands a majority"
         )
-    if rule in ("median", "trimmed-mean") and not traits.factor_means:
+    if rule in COORDINATE_WISE and not traits.factor_means:
         raise InputError(
             f"federation.robust is {rule!r}, which takes each coordinate of the factors by itself, "
             f"but federation.strategy {strategy!r} does not average each factor by itself; use "
             f"krum, multi-krum or norm-bound, or {names_with(lambda t: t.factor_means)}"
         )
-    if rule not in ("median", "trimmed-mean") and traits.local_parts:
+    if rule not in COORDINATE_WISE and traits.local_parts:
         raise InputError(
             f"federation.robust is {rule!r}, which measures products, but under "
             f"federation.strategy {strategy!r} institutions keep their B; use median, trimmed-mean"
         )
-    if rule in ("median", "trimmed-mean", "krum") and federation.weighting != "uniform":
+    if rule in UNWEIGHTED and federation.weighting != "uniform":
         raise InputError(
             f"federation.robust is {rule!r}, which takes no weights, but federation.weighting is "
             f"{federation.weighting!r}; use uniform, or multi-krum or norm-bound"

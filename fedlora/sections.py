@@ -16,7 +16,11 @@ from fedlora.errors import InputError
 from fedlora.settings_schema import Section, check_zero_or, kebab, key
 from fedlora.strategy_table import STRATEGY_TABLE, Traits
 
-ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "norm-bound")
+COORDINATE_WISE = ("median", "trimmed-mean")
+"""Robust rules that take each coordinate of the factors by itself."""
+UNWEIGHTED = (*COORDINATE_WISE, "krum")
+"""Robust rules that take no weights."""
+ROBUST = (*UNWEIGHTED, "multi-krum", "norm-bound")
 
 SECURE_AGGREGATION = "secure-aggregation"
 """``privacy.trust`` where the server sees sums of updates only."""
@@ -355,6 +359,11 @@ class FederationConfig(Section):
         """The facts about the strategy that both sides need."""
         return STRATEGY_TABLE[self.strategy]
 
+    @property
+    def averaged_from(self) -> int:
+        """The first round of the mean of the last adapters; above ``rounds`` without one."""
+        return self.rounds - round(self.average_last * self.rounds) + 1
+
     def participations(self, institutions: int) -> int:
         """The most rounds for which one institution may be asked: all rounds, or an even share.
 
@@ -474,6 +483,11 @@ class PrivacyConfig(Section):
     def shares_noise(self) -> bool:
         """Whether institutions add shares of noise to a sum (secure aggregation)."""
         return self.trust == SECURE_AGGREGATION
+
+    @property
+    def shares(self) -> int:
+        """The shares of noise that each sum surely has; 0 without secure aggregation."""
+        return self.honest if self.shares_noise else 0
 
     @property
     def masks(self) -> bool:

@@ -158,12 +158,11 @@ def promise(config: RunConfig) -> dict[str, str]:
 
 def history(config: RunConfig, spent: Mapping[str, Any]) -> History:
     """The releases of an institution, from its entry in privacy.json."""
-    shares = config.privacy.honest if config.privacy.shares_noise else 0
     steps = Event(
         noise_multiplier=spent["noise_multiplier"],
         sample_rate=spent["sample_rate"],
         steps=spent["steps"],
-        shares=shares,
+        shares=config.privacy.shares,
     )
     return (steps, *accounting.size_events(spent["size_noise"]))
 

@@ -375,7 +375,7 @@ class Federation:
             )
             limits.check_adapter(adapter, orders.this_round, residuals=federation.traits.residuals)
         average, averaged = dict(state.average), state.averaged
-        if number > federation.rounds - round(federation.average_last * federation.rounds):
+        if number >= federation.averaged_from:
             averaged += 1
             average = {k: average.get(k, 0.0) + v.double() for k, v in adapter.items()}
         return dataclasses.replace(

@@ -58,14 +58,13 @@ class Spending:
             Refusal: ``invalid-privacy-record``, with the impossible figure.
         """
         privacy = self.config.privacy
-        noised = self.config.federation.weighting == "noised-size"
         known = {
             "unit": privacy.unit,
             "accountant": privacy.accountant,
             "noise": privacy.noise,
             "max_grad_norm": privacy.max_grad_norm,
             "clipping": privacy.clipping,
-            "size_noise": privacy.size_noise if noised else 0.0,
+            "size_noise": self.config.paid_size_noise,
         }
         for name, value in known.items():
             _require(said, name, getattr(said, name) == value, f"the run has {value}")

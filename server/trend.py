@@ -45,12 +45,11 @@ def still_rising(
         many again; under DP ``epsilon``, the whole longer run's at the same noise, and ``noise``,
         the factor of the noise that keeps epsilon.
     """
-    rounds = config.federation.rounds
-    first_mean = rounds - round(config.federation.average_last * rounds) + 1  # of one adapter still
+    rounds, first_mean = config.federation.rounds, config.federation.averaged_from
     measured = {
         int(r["round"]): float(r["metrics"]["accuracy"])
         for r in records
-        if "accuracy" in r["metrics"] and r["round"] <= first_mean
+        if "accuracy" in r["metrics"] and r["round"] <= first_mean  # of one adapter
     }
     if len(measured) < 3 or not texts:
         return {}

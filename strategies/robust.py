@@ -1,8 +1,8 @@
 """Rules that bound the influence of a few bad institutions on the global adapter.
 
 - ``median``, ``trimmed-mean`` (Yin et al. 2018, arXiv 1803.01498): each coordinate of each factor
-  by itself, without the f largest and smallest values. These rules need factors that share a
-  basis: fedavg, ffa, rolora.
+  by itself, without the f largest and smallest values. These rules need a strategy that averages
+  each factor by itself: fedavg, ffa, rolora, fedsa.
 - ``krum``, ``multi-krum`` (Blanchard et al. 2017, NeurIPS): an update is scored by its squared
   distances to its n - f - 2 nearest others; krum takes the best one, multi-krum the n - f best.
 - ``norm-bound`` (Sun et al. 2019, arXiv 1911.07963): a change longer than the cohort's median is
@@ -12,9 +12,9 @@ Distances and lengths are those of the products s B A with magnitudes and head (
 A with a small B has a harmless product, but does harm once averaged with other factors. Lengths of
 factors therefore count too: norm-bound limits each of the two to its median; krum adds the two
 squared distances, each over the median squared length. Krum and norm-bound only choose weights, and
-the strategy then takes its mean, so they work with every strategy. Institutions report their own
-weights, so none counts more than the median weight. All rules read updates only: under DP they are
-post-processing.
+the strategy then takes its mean, so they work with every strategy whose institutions send all that
+they train: not with fedsa. Institutions report their own weights, so none counts more than the
+median weight. All rules read updates only: under DP they are post-processing.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from fedlora.adapters import AdapterState, kind
 from fedlora.arrays import Floats
 from fedlora.errors import Refusal
 from fedlora.messages import ClientUpdate
+from fedlora.sections import COORDINATE_WISE
 from strategies import products
 from strategies.base import Aggregate, Round, Weighted
 from strategies.collected import Collected, collect
@@ -71,7 +72,7 @@ def aggregate(
                 f"{rule} with federation.byzantine {byzantine:g} cannot use {count} updates",
             )
         bad = tolerated(byzantine, count)
-        if rule in ("median", "trimmed-mean"):
+        if rule in COORDINATE_WISE:
             cut = bad if rule == "trimmed-mean" else (count - 1) // 2
             return _coordinates(this_round, everyone, cut), {}
         changes = _changes(this_round, everyone)
