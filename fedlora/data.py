@@ -43,7 +43,6 @@ def prepare(
     task: str,
     encoder: Callable[[], Encode],
     encoding_key: str,
-    cache_dir: Path | None = None,
 ) -> Federation:
     """Open a federation from the cache, or build it and cache it; remove entries that are too old.
 
@@ -56,7 +55,6 @@ def prepare(
         task: "classification" or "sft".
         encoder: Makes the tokeniser; called once, and only if the tokens are not cached.
         encoding_key: A key of everything on which the tokeniser depends.
-        cache_dir: Directory of cached shards; None: `cached_shards`.
 
     Raises:
         InputError: If a source, column, label or partition does not fit; nothing is written then.
@@ -79,7 +77,7 @@ def prepare(
         named = settings.partition.removeprefix(schemes.PYTHON)
         shape.append(json.dumps(plugins.describe([("data.partition", named)])))
         reusable = False  # a function may read other files, and the process may hold older code
-    base = cache_dir or cached_shards()
+    base = cached_shards()
     cache.expire(base)
     tokens, entry = _entry(base, "corpus", key), _entry(base, "partition", [key, shape])
     corpus = cache.open_corpus(tokens)

@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -52,12 +53,13 @@ def prepare(tmp_path: Path, source: str, **changes: Any) -> Federation:
         "task": "classification",
         "encoder": lambda: encode,
         "encoding_key": "characters",
-        "cache_dir": tmp_path / "cache",
     }
     values |= changes
     names = {field.name for field in dataclasses.fields(DataConfig)} & set(values)
     settings = DataConfig(**{name: values.pop(name) for name in names})
-    return data.prepare(settings, **values)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FEDLORA_CACHE", str(tmp_path))
+        return data.prepare(settings, **values)
 
 
 def fixed(
@@ -300,7 +302,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_tokenised_or_written(
             **{"source": source, "test_source": other, "encoder": lambda: never, **changes},
         )
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "shards").exists()
 
 
 def test_held_out_rows_that_leave_none_for_training_are_refused(tmp_path: Path) -> None:
@@ -352,7 +354,7 @@ def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
     )
     fed, again = (
         prepare(
-            tmp_path,
+            tmp_path / cache,
             source,
             test_source=test_source,
             unit=unit,
@@ -360,7 +362,6 @@ def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
             institutions=0 if partition.startswith("natural") else 2,
             test_fraction=0.3,
             seed=seed,
-            cache_dir=tmp_path / cache,
         )
         for cache in ("one", "two")
     )
@@ -426,7 +427,7 @@ def test_the_second_time_nothing_is_read_or_tokenised(
     rows.append(("more", "good", "South", "3"))
     assert run() == [1, 1]
     for damaged in ("corpus-*/tokens.npy", "partition-*/train_rows.npy"):
-        for file in (tmp_path / "cache").glob(damaged):
+        for file in (tmp_path / "shards").glob(damaged):
             file.write_bytes(b"damaged")
         assert run() == [1, int(damaged.startswith("corpus"))]
 
@@ -440,10 +441,10 @@ def test_seeds_and_partitions_of_one_data_set_store_its_texts_once(tmp_path: Pat
         for seed in (1, 2)
         for partition in ({}, {"partition": "iid", "institutions": 3}, {"max_records": 5})
     ]
-    (corpus,) = (tmp_path / "cache").glob("corpus-*")
+    (corpus,) = (tmp_path / "shards").glob("corpus-*")
     tokens = np.load(corpus / "tokens.npy")
     word = np.array([ord(c) for c in "unmistakable"], dtype=np.int32).tobytes()
-    files = {f: f.read_bytes().count(word) for f in (tmp_path / "cache").rglob("*.npy")}
+    files = {f: f.read_bytes().count(word) for f in (tmp_path / "shards").rglob("*.npy")}
     assert {file.parent: count for file, count in files.items() if count} == {corpus: 40}
     for fed in feds:
         assert np.array_equal(fed.all_train.corpus.tokens, tokens)
@@ -478,11 +479,8 @@ def test_rows_that_changed_while_they_were_read_are_tokenised_anew(
     assert read_back(fed.train(1)) == ["dip", "flat", "down"]
 
 
-def test_the_cache_is_where_the_environment_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "there"))
-    prepare(tmp_path, write(tmp_path / "a.jsonl", TRAIN), cache_dir=None)
+def test_the_cache_is_where_the_environment_says(tmp_path: Path) -> None:
+    prepare(tmp_path / "there", write(tmp_path / "a.jsonl", TRAIN))
     assert len(list((tmp_path / "there").glob("shards/*/meta.json"))) == 2
 
 
@@ -519,12 +517,11 @@ needs_edgartools = pytest.mark.skipif(
 
 SCRIPT = """
 import sys
-from pathlib import Path
 from fedlora.sections import DataConfig
 from fedlora.data import prepare
 settings = DataConfig(source="package:edgartools", partition="natural:industry", min_records=50)
 fed = prepare(settings, unit="record", seed=0, task="classification", encoder=None,
-    encoding_key="characters", cache_dir=Path(sys.argv[1]))
+    encoding_key="characters")
 for index in range(len(fed.names)):
     fed.train(index), fed.held_out(index)
 heavy = {"datasets", "flwr_datasets", "pandas", "pyarrow", "torch", "transformers", "edgar"}
@@ -542,9 +539,11 @@ def test_cached_us_gaap_opens_without_heavy_imports(tmp_path: Path) -> None:
     assert len(whole) > 400
     assert not whole & set(held_out)
     assert max(held_out.values()) > 5  # concepts that industries share, held out in all of them
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "cache")]
-    root = Path(__file__).parents[2]
-    out = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "FEDLORA_CACHE": str(tmp_path)}
+    command, root = [sys.executable, "-c", SCRIPT], Path(__file__).parents[2]
+    out = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     institutions, heavy = out.split(maxsplit=1)
     assert (int(institutions), heavy.strip()) == (len(fed.names), "[]")
 

@@ -265,8 +265,10 @@ def test_a_function_is_a_partition(own):
         )
 
 
-def test_a_changed_partition_opens_no_cached_shards(own, tmp_path):
+def test_a_changed_partition_opens_no_cached_shards(own, tmp_path, monkeypatch):
     from fedlora.encoding import Encoded
+
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
 
     def encoder():
         return lambda texts, answers, labels: Encoded(
@@ -283,7 +285,6 @@ def test_a_changed_partition_opens_no_cached_shards(own, tmp_path):
             task="classification",
             encoder=encoder,
             encoding_key="k",
-            cache_dir=tmp_path / "cache",
         ).names
 
     assert prepared() == ("long", "short")
