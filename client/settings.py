@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora import files, sources
+from fedlora import files, noise_shares, sources
 from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.sections import check_threads
@@ -71,10 +71,14 @@ class Settings(Section):
         "(privacy.trust)",
     )
     min_honest: int = setting(
-        2, "least privacy.honest of a run with secure aggregation", at_least=2
+        noise_shares.MIN_HONEST,
+        "least privacy.honest of a run with secure aggregation",
+        at_least=noise_shares.MIN_HONEST,
     )
     min_colluding: int = setting(
-        1, "least privacy.colluding of a run with secure aggregation", at_least=1
+        noise_shares.MIN_COLLUDING,
+        "least privacy.colluding of a run with secure aggregation",
+        at_least=noise_shares.MIN_COLLUDING,
     )
     max_alone_epsilon: float = setting(
         math.inf,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlora import accounting
-from fedlora.budget import plan_run
+from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import expanded
@@ -374,8 +374,7 @@ def _seeded_ledger(config: RunConfig) -> list[Finding]:
 def _delta(config: RunConfig, records: Federation) -> list[Finding]:
     above: list[str] = []
     for name, units in zip(records.names, records.units, strict=True):
-        most = accounting.most_of_class(units)
-        delta = config.privacy.delta or accounting.public_delta(most)
+        delta = delta_of(config.privacy, units)
         bound = min(MAX_DELTA, 1 / (10 * units))
         if delta > bound:
             size = accounting.public_size(units)  # cards quote this, and state no number of units

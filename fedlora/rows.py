@@ -102,13 +102,12 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     by_value = scheme in schemes.BY_VALUE
     if schemes.is_drawn(scheme, settings.institutions):
         require("flwr_datasets", "simulation", f"data.partition {settings.partition}")
-    partition_column = {argument: "data.partition"} if scheme == "natural" else {}
-    unit_column = {unit: "privacy.unit"} if unit != "record" else {}
     text, label, form = settings.text, settings.label, settings.csv_form
-    rows = read_table(settings.source, text, label, partition_column | unit_column, form=form)
+    rows = read_table(settings.source, text, label, _other_columns(settings, unit), form=form)
     test = None
     if settings.test_source:
-        test = read_table(settings.test_source, text, label, partition_column, "test", form=form)
+        others = _other_columns(settings, "record")  # held-out rows need no unit
+        test = read_table(settings.test_source, text, label, others, "test", form=form)
         test = replace(test, numbers=test.numbers + len(rows.texts))
     if scheme == "python":
         rows = _assigned(rows, argument, seed)
@@ -184,13 +183,18 @@ def wanted_columns(settings: DataConfig, unit: str) -> dict[str, str]:
         unit: "record", or the column that names the unit of privacy of a row; held-out rows need
             none.
     """
-    scheme, _, column = settings.partition.partition(":")
     return {
-        **({column: "data.partition"} if scheme == "natural" else {}),
-        **({unit: "privacy.unit"} if unit != "record" else {}),
+        **_other_columns(settings, unit),
         settings.label: "data.label",
         **dict.fromkeys(text_columns(settings.text), "data.text"),
     }
+
+
+def _other_columns(settings: DataConfig, unit: str) -> dict[str, str]:
+    """The columns of institution and unit -> their config keys."""
+    scheme, _, column = settings.partition.partition(":")
+    partition = {column: "data.partition"} if scheme == "natural" else {}
+    return partition | ({unit: "privacy.unit"} if unit != "record" else {})
 
 
 def text_columns(text: str) -> list[str]:
