@@ -21,8 +21,8 @@ LARGE = 16 * 2**20
 """Bytes of an adapter above which sent messages are collected at once: their records are cycles."""
 GRACE = 30.0
 """Seconds without any reply after which nobody waits for replies that are not needed."""
-MALFORMED_REPLY = 102
-"""Error code, beside Flower's own, of a reply that the Grid cannot read."""
+WORKER_DIED, TIMEOUT, MALFORMED_REPLY = 100, 101, 102
+"""Error codes beside Flower's own; the last is that of a reply that the Grid cannot read."""
 
 
 def exchange(

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedlora import wire
 from fedlora.errors import Refusal
 from fedlora.messages import ClientUpdate
-from server.exchange import MALFORMED_REPLY, exchange
+from server.exchange import MALFORMED_REPLY, TIMEOUT, WORKER_DIED, exchange
 from server.spending import Spending
 from strategies import base
 from strategies.base import Round, Weighted
@@ -37,8 +37,8 @@ FLOWER_ERRORS = {
     4: "reply-lost",
     5: AWAY,
     8: "client-crashed",
-    100: "worker-died",
-    101: "timeout",
+    WORKER_DIED: "worker-died",
+    TIMEOUT: "timeout",
     MALFORMED_REPLY: "malformed-message",
 }
 

@@ -15,8 +15,6 @@ log = logging.getLogger("fedlora.simulation")
 RUN_ID = 1
 MAX_MESSAGES_PER_CALL = 32
 MAX_ADAPTER_BYTES_PER_CALL = 128 * 2**20  # sums and replies take several times as much memory
-WORKER_DIED, TIMEOUT = 100, 101
-"""Error codes of replies, beside Flower's own."""
 
 
 class SimulationGrid(Grid):

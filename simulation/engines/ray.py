@@ -34,12 +34,11 @@ from fedlora import logs, wire
 from fedlora.errors import InputError
 from fedlora.flower_internals import set_message_id
 from fedlora.startup import ENVIRONMENT, LIBRARIES, paused_gc, trim_heap
+from server.exchange import TIMEOUT, WORKER_DIED
 from server.roster import UNTIMED_TOGETHER
 from simulation.engines.forkserver import ForkServer
 from simulation.engines.grid import (
     RUN_ID,
-    TIMEOUT,
-    WORKER_DIED,
     SimulationGrid,
     call_together,
     error_reply,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from simulation.engines.grid import TIMEOUT, WORKER_DIED
+from server.exchange import TIMEOUT, WORKER_DIED
 from simulation.engines.ray import RayGrid, WorkerSpec, started
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 from tests.simulation.workers import worker_pids
