@@ -251,10 +251,8 @@ def _joining(
     for key in JOINING:
         if institution != ALL:
             values = [one.get(institution, {}).get(key, math.nan) for one in by_seed]
-        elif key == "gain":
-            values = [joining["gain"]["mean"] for joining in compared]
-        elif key == "gain_macro_f1":
-            values = [one["own"]["macro_f1"] - one["alone"]["macro_f1"] for one in compared]
+        elif key.startswith("gain"):
+            values = [joining[key]["mean"] for joining in compared]
         else:
             values = [joining[key]["accuracy"] for joining in compared]
         line |= mean(key, values, drawn)
