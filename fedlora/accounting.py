@@ -119,6 +119,11 @@ def public_size(records: int) -> int:
     return 1 << (_positive(records).bit_length() - 1)
 
 
+def is_size_class(size: float) -> bool:
+    """Whether a size is a :func:`public_size`: a power of two, from 1."""
+    return 1 <= size < math.inf and size == public_size(int(size))
+
+
 def sample_rate(given: float, batch_size: int, size: int) -> float:
     """Return the share of its records that an institution trains on in a step, in (0, 1].
 

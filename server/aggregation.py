@@ -239,7 +239,7 @@ class NoisedSum(Aggregation):
         """The sum of the vectors, and the size classes of their institutions.
 
         Raises:
-            Refusal: ``too-few-survivors``.
+            Refusal: ``secure-survivors``.
         """
         config = self._config
         total = np.zeros(this_round.words, np.int64)
@@ -250,7 +250,7 @@ class NoisedSum(Aggregation):
                 sizes.append(size)
         if len(sizes) < self.least_asked:
             raise Refusal(
-                "too-few-survivors",
+                "secure-survivors",
                 f"{len(sizes)} vectors arrived; with privacy.honest {config.privacy.honest} and "
                 f"privacy.colluding {config.privacy.colluding} at least {self.least_asked} of "
                 f"{self._institutions} are needed",

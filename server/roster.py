@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 import fedlora
 from fedlora import findings, wire
+from fedlora.accounting import is_size_class
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Hello, Query
@@ -122,7 +123,7 @@ class Roster:
                         f"{hello.institution} has rank {hello.rank}, adapter.rank is {rank} and "
                         f"federation.strategy {strategy}",
                     )
-                if self._config.privacy.shares_noise and not _is_class(hello.size):
+                if self._config.privacy.shares_noise and not is_size_class(hello.size):
                     raise Refusal(
                         "invalid-size",
                         f"{hello.institution} has size {hello.size}, which is no power of two",
@@ -343,10 +344,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_class(size: int) -> bool:
-    return size >= 1 and size & (size - 1) == 0
 
 
 def patience(config: RunConfig, timeout: float = 0.0) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fedlora.accounting import is_size_class
 from fedlora.adapters import PARTS, AdapterState, Part
 from fedlora.errors import Refusal
 from fedlora.lora_layers import Scale
@@ -226,7 +227,7 @@ def _check_size(size: float, weighting: str) -> None:
     """Refuse a size that the weighting cannot give."""
     fits, what = {
         "uniform": (size == 0, "none is asked for"),
-        "public-size": (1 <= size < math.inf and math.frexp(size)[0] == 0.5, "a power of two"),
+        "public-size": (is_size_class(size), "a power of two"),
         "records": (1 <= size < math.inf and size == int(size), "a whole number from 1"),
         "noised-size": (1 <= size < math.inf, "a number from 1"),
     }[weighting]

@@ -326,6 +326,8 @@ def test_the_public_delta_is_the_power_of_ten_at_or_below_a_tenth_of_one_in_n(
 @pytest.mark.parametrize(("records", "size"), [(1, 1), (2, 2), (3, 2), (255, 128), (256, 256)])
 def test_the_public_size_is_the_power_of_two_at_or_below(records: int, size: int) -> None:
     assert accounting.public_size(records) == size
+    assert accounting.is_size_class(records) == (records == size)
+    assert not accounting.is_size_class(size + 0.5)
 
 
 def test_a_delta_of_one_in_n_or_more_is_an_error_that_says_what_would_do() -> None:
