@@ -91,7 +91,7 @@ def verdict(run: Run) -> Section:
     """Whether the result is of use, in words, and the three models of joining."""
     result, joining = run.result, joining_verdict.comparison(run.result)
     because = void(result)
-    classes = {} if "token_loss" in result else result.get("per_class") or {}
+    classes = metrics.classes_of(result)
     learned = "" if (only := metrics.only_prediction(classes)) is None else (
         f"The shared adapter has learned nothing yet: it answers {only} for every row."
     )  # fmt: skip

@@ -88,8 +88,7 @@ def _tiles(run: opening.Run) -> dict[str, str]:
         tiles["gain of joining, points"] = f"{100 * joining['gain']['mean']:+.1f}"
     elif name:
         tiles[name.replace("_", " ")] = f"{100 * value:.1f} %"
-    if classes := {} if "token_loss" in result else result.get("per_class"):
-        # rows of sft have references, not classes
+    if classes := metrics.classes_of(result):
         tiles["always the most frequent class"] = f"{100 * metrics.majority(classes)[1]:.1f} %"
     if "token_loss" in result:
         loss = result["token_loss"]

@@ -80,6 +80,11 @@ def per_class(
     }
 
 
+def classes_of(result: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
+    """The `per_class` of a result; empty for sft, whose rows have references and no classes."""
+    return {} if "token_loss" in result else result.get("per_class", {})
+
+
 def majority(classes: Mapping[str, Mapping[str, int]]) -> tuple[str, float]:
     """The baseline for accuracy: the most frequent class, and its share of the rows.
 

@@ -183,8 +183,7 @@ def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
 
     Rows of sft have references, not classes, and no baseline.
     """
-    classes = {} if "token_loss" in result else result.get("per_class")
-    if classes:
+    if classes := metrics.classes_of(result):
         name, share = metrics.majority(classes)
         table.add_row("always the most frequent", f"{share:.4f} ({name})")
         if only := metrics.only_prediction(classes):
