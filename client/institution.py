@@ -40,7 +40,7 @@ from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
 from fedlora.composition import Event
 from fedlora.config import UNRELEASED, RunConfig
-from fedlora.errors import Refusal
+from fedlora.errors import InputError, Refusal
 from fedlora.files import expanded
 from fedlora.messages import (
     ClientUpdate,
@@ -399,7 +399,7 @@ class Institution:
         Args:
             shard: The institution's records, where they are at hand.
             create: Create a missing ledger, with limit and delta of the run. Only a simulation
-                does so, and only when a run first starts.
+                does so, and only before the run's first order.
 
         Raises:
             Refusal: ``ledger-*`` when it is missing, locked, corrupt, bound to other records, or
@@ -409,12 +409,16 @@ class Institution:
         path, privacy = self.ledger_path, self.config.privacy
         if create and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            Ledger.create(
-                path,
-                max_epsilon=privacy.max_epsilon or self.config.planned_epsilon,
-                delta=delta_of(privacy, shard.num_units),
-                accountant=privacy.accountant,
-            )
+            try:
+                Ledger.create(
+                    path,
+                    max_epsilon=privacy.max_epsilon or self.config.planned_epsilon,
+                    delta=delta_of(privacy, shard.num_units),
+                    accountant=privacy.accountant,
+                )
+            except InputError:
+                if not path.exists():  # otherwise another run made it meanwhile
+                    raise
         ledger = Ledger.open(path, shared=bool(self.config.engine.ray_address))
         with _closed_on_error(ledger):
             checks.check_ledger_delta(ledger, path, shard.num_units)

@@ -142,6 +142,22 @@ def test_a_ledger_whose_delta_means_nothing_for_its_records_is_refused(tiny_conf
         who.open_ledger()
 
 
+def test_a_ledger_that_another_run_makes_at_the_same_moment_is_opened(tiny_config, monkeypatch):
+    from client import institution
+
+    who = Institution.locate(tiny_config(), 0)
+    first, second = institution.Ledger.create, []
+
+    def created_by_both(path, **limits):
+        first(path, **limits)
+        second.append(path)
+        first(path, **limits)
+
+    monkeypatch.setattr(institution.Ledger, "create", created_by_both)
+    with who.open_ledger(create=True) as ledger:
+        assert second == [who.ledger_path] and not ledger.runs()
+
+
 @pytest.fixture
 def ask_banks(tiny_config, tmp_path):
     """Gives a function that sends train orders to banks and returns what each one answers."""
