@@ -42,7 +42,7 @@ class Query:
 
     Args:
         run: The run's identity, also after a resume.
-        first: Whether this is the run's first start, not a resume.
+        first: Whether no round of the run was ordered yet, so that nobody can have been charged.
         participations: The largest number of rounds for which the institution may be asked.
     """
 

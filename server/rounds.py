@@ -148,7 +148,7 @@ class Federation:
             startup.trim_heap()
         query = Query(
             run=self.state.run,
-            first=self.state.round == 0,
+            first=self.state.round == 0 and not self.directory.asked(1),
             participations=self.participations,
         )
         self.roster = Roster(grid, config, query, self.population.names)

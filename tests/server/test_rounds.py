@@ -285,6 +285,16 @@ def test_an_institution_that_was_asked_before_a_crash_and_never_again_stands_in_
     assert all(told["rounds_asked"] == 3 for told in said["institutions"].values())
 
 
+def test_a_ledger_that_is_gone_after_the_first_order_is_not_made_anew(crash_in_round):
+    def lose_a_ledger(run_dir):
+        (run_dir / "ledgers" / "Beta.db").unlink()
+        return ""
+
+    said = crash_in_round(1, lose_a_ledger)
+    assert set(said["institutions"]) == {"Alpha", "Gamma", "Delta"}
+    assert said["without_report"]["Beta"]["rounds_asked"] == 1
+
+
 def test_a_round_that_was_charged_and_never_played_again_stands_in_the_statement(crash_in_round):
     """Two of four are asked in each round, each once. One of the second round does not come back,
     so that the round cannot be played again and the run ends."""
