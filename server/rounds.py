@@ -514,6 +514,8 @@ class Federation:
         if config.federation.traits.local_parts or not self.measured:
             self.measured = self.measure(save=True)
         adapter = state.final_adapter()
+        for draft in (self.directory.path / "adapter").glob(".*"):
+            draft.unlink()  # of a killed process; privacy.json binds all files in the directory
         adapter.save(self.directory.path / "adapter", work.model)
         outcomes = self.hand_out(adapter) if config.deployed else {}
         compared = self.compare_at_home(adapter)

@@ -373,6 +373,17 @@ def test_a_run_ends_when_everybody_left_has_had_its_planned_rounds(
     assert (Path(config.run_dir) / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_what_a_kill_leaves_of_a_write_into_the_adapter_is_not_bound(tiny_config, simulate_run):
+    config = tiny_config(**{"federation.rounds": 1})
+    simulate_run(config)
+    run = Path(config.run_dir)
+    (run / "result.json").unlink()
+    (run / "adapter" / ".adapter_model.safetensors.k1ll3d").touch()
+    simulate_run(config)
+    bound = json.loads((run / "privacy.json").read_text())["run"]["files"]
+    assert "adapter/adapter_model.safetensors" in bound and "k1ll3d" not in str(bound)
+
+
 def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complaints, tmp_path):
     copy = tmp_path / "copy.csv"
     copy.write_text(complaints.read_text())
