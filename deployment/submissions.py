@@ -122,7 +122,7 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
     directory = server.results / name
     flat = from_flat({**config.flat(), "run-dir": str(directory)}).flat()
     with alone(server.results):
-        if directory.exists():
+        if directory.exists() and not _is_unwritten(directory):
             raise InputError(f"{directory} exists; give another --name")
         made = Submission(name=name, config=dict(flat))
         try:
@@ -131,6 +131,13 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
             shutil.rmtree(directory, ignore_errors=True)
             raise
         return _first_start(server, made, lambda: shutil.rmtree(directory))
+
+
+def _is_unwritten(directory: Path) -> bool:
+    """Whether a kill during `submit` left this directory: nothing but drafts of the record."""
+    return directory.is_dir() and all(
+        one.name.startswith(f".{SUBMISSION}.") for one in directory.iterdir()
+    )
 
 
 def find(server: Server, name: str) -> Submission:

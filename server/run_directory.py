@@ -314,8 +314,8 @@ class RunDirectory:
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a file is one of `FOREIGN_FILES`, or what a killed write of a submission left."""
-    return name in FOREIGN_FILES or name.startswith(f".{SUBMISSION}.")
+    """Whether a file is one of `FOREIGN_FILES`, or what a kill left of the first write."""
+    return name in FOREIGN_FILES or name.startswith((f".{SUBMISSION}.", f".{CONFIG}."))
 
 
 def _encoded(content: Mapping[str, Any]) -> bytes:

@@ -133,11 +133,22 @@ def test_the_directory_of_a_submission_is_free_for_the_run(here, link, deployed)
     from server.run_directory import RunDirectory
 
     made = submissions.submit(here, deployed, "one")
-    (made.directory / ".submission.json.k1ll3d").touch()  # what a kill leaves of a write
+    for name in ("submission.json", "config.toml"):
+        (made.directory / f".{name}.k1ll3d").touch()  # what a kill leaves of a write
     assert RunDirectory(made.directory).check(config.from_flat(made.config)) is False
     (made.directory / ".other").touch()
     with pytest.raises(InputError, match="holds other files"):
         RunDirectory(made.directory).check(config.from_flat(made.config))
+
+
+def test_a_submission_that_was_killed_before_its_record_keeps_no_name(here, link, deployed):
+    (here.results / "one").mkdir()
+    (here.results / "one" / ".submission.json.k1ll3d").touch()
+    assert submissions.submit(here, deployed, "one").state == "running"
+    (here.results / "two").mkdir()
+    (here.results / "two" / "notes.txt").touch()
+    with pytest.raises(InputError, match="two exists; give another --name"):
+        submissions.submit(here, deployed, "two")
 
 
 def test_what_the_superlink_does_not_take_leaves_nothing(here, link, deployed):
