@@ -293,7 +293,24 @@ def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | Non
             )
         if resumed and is_complete(run_dir):
             raise InputError(f"another process completed the run in {run_dir} meanwhile")
+        if not (run_dir / CONFIG).exists() and not config.privacy.ledger:
+            _drop_unused_ledgers(config)
         run_server(app, grid, config.flat())
+
+
+def _drop_unused_ledgers(config: RunConfig) -> None:
+    """Remove what a run that ended before it began left in `ledgers/`: its limits would hold here.
+
+    A ledger with a charge stays, and so does one that no run was bound to: it was made by hand.
+    """
+    from client.ledger import Ledger
+
+    for path in Path(config.run_dir, "ledgers").glob("*.db"):
+        with contextlib.suppress(Refusal):  # the run itself says what is wrong with it
+            with Ledger.open(path, shared=bool(config.engine.ray_address)) as ledger:
+                found = ledger.show()
+            if found["fingerprint"] and not found["entries"]:
+                path.unlink()
 
 
 @contextlib.contextmanager

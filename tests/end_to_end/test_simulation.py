@@ -373,6 +373,38 @@ def test_a_run_ends_when_everybody_left_has_had_its_planned_rounds(
     assert (Path(config.run_dir) / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_ledgers_of_a_run_that_never_began_bound_no_corrected_one(
+    tiny_config, simulate_run, monkeypatch
+):
+    """One that was charged stays, and one that was made by hand."""
+    ledgers = Path(tiny_config().run_dir) / "ledgers"
+
+    def interrupted(*_):
+        with Ledger.open(ledgers / "Beta.db") as ledger:
+            event = composition.Event(noise_multiplier=5.0, sample_rate=0.25, steps=1)
+            ledger.charge(
+                run_id="other",
+                round_number=1,
+                order_digest="00",
+                event=event,
+                planned=(event,),
+                max_steps_of_run=1,
+            )
+        (ledgers / "Gamma.db").unlink()
+        Ledger.create(ledgers / "Gamma.db", max_epsilon=7.0, delta=1e-4, accountant="rdp")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDirectory, "create", interrupted)
+        simulate_run(tiny_config(**{"privacy.epsilon": 3.0}))
+    simulate_run(tiny_config())
+    limits = {}
+    for name in ("Alpha", "Beta", "Gamma", "Delta"):
+        with Ledger.open(ledgers / f"{name}.db") as ledger:
+            limits[name] = ledger.max_epsilon
+    assert limits == {"Alpha": 8.0, "Beta": 3.0, "Gamma": 7.0, "Delta": 8.0}
+
+
 def test_what_a_kill_leaves_of_a_write_into_the_adapter_is_not_bound(tiny_config, simulate_run):
     config = tiny_config(**{"federation.rounds": 1})
     simulate_run(config)
