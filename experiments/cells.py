@@ -35,8 +35,8 @@ from fedlora.run_files import (
     commit,
     finite,
     is_complete,
+    other_code,
     read_run_file,
-    revision,
 )
 from fedlora.terminal import Terminal
 from server import tracking
@@ -103,7 +103,7 @@ def run(
         damaged = _damaged(out, before)
         complete = len(before) - len(damaged)
         console.write_line(f"{len(made)} cells, {complete} complete; results in {out}")
-        if others := _commits(out, before - damaged.keys()) - {commit(revision())}:
+        if others := _other_codes(out, before - damaged.keys()):
             console.write_line(
                 f"some complete cells are of other code ({', '.join(sorted(others))}); they are "
                 f"kept: remove their directories from {out / 'cells'} to run them again"
@@ -152,23 +152,24 @@ def _damaged(out: Path, cells: Iterable[str]) -> dict[str, str]:
 
 
 def _drop_begun(out: Path, cells: Iterable[Cell]) -> set[str]:
-    """Remove begun cells of another commit: one run should not be of two."""
+    """Remove begun cells of other code: one run should not be of two."""
     dropped: set[str] = set()
     for cell in cells:
         directory = results.run_dir(out, cell.name)
         try:
-            begun = commit(read_run_file(directory, ENVIRONMENT))
+            other = other_code(read_run_file(directory, ENVIRONMENT))
         except InputError:  # nothing there yet, or what the run itself refuses
             continue
-        if begun and commit(revision()) and begun != commit(revision()):
+        if other:
             shutil.rmtree(directory)
             dropped.add(cell.name)
     return dropped
 
 
-def _commits(out: Path, cells: Iterable[str]) -> set[str]:
-    """The commits whose code ran these cells."""
-    return {commit(read_run_file(results.run_dir(out, name), ENVIRONMENT)) for name in cells}
+def _other_codes(out: Path, cells: Iterable[str]) -> set[str]:
+    """The commits, or digests, of other code that ran these cells."""
+    found = (read_run_file(results.run_dir(out, name), ENVIRONMENT) for name in cells)
+    return {commit(one) or one["code"][:12] for one in found if other_code(one)}
 
 
 def _guess(cases: Sequence[Case]) -> float:

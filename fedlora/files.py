@@ -40,6 +40,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def code_digest(*packages: Path) -> str:
+    """SHA-256 (hex) of the .py files of packages: of their names and contents."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for file in sorted(package.rglob("*.py")):
+            content = file.read_bytes()
+            digest.update(f"{package.name} {file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
 def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write ``content`` to ``path`` so that a crash leaves either the old file or the new one.
 

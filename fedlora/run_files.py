@@ -23,6 +23,7 @@ import fedlora
 from fedlora import processors
 from fedlora.errors import InputError
 from fedlora.extras import version
+from fedlora.files import code_digest
 
 log = logging.getLogger("fedlora.server")
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
@@ -243,9 +244,10 @@ def environment() -> dict[str, Any]:
 
 @cache
 def revision() -> Mapping[str, Any]:
-    """The commit of the code, and whether packages have uncommitted changes; None where unknown.
+    """The commit of the code, whether packages have uncommitted changes, and a digest of them.
 
-    It is read once a process: a checkout may move on while the code that runs does not.
+    The first two are None where unknown. All are read once a process: a checkout may move on while
+    the code that runs does not.
     """
     sha = _project_git("rev-parse", "HEAD")
     dirty = (
@@ -253,13 +255,28 @@ def revision() -> Mapping[str, Any]:
         if sha
         else None
     )
-    return {"git_sha": sha or None, "git_dirty": dirty}
+    root = Path(__file__).resolve().parents[1]
+    code = code_digest(*(root / package for package in ("fedlora", *fedlora.ROOMS)))
+    return {"git_sha": sha or None, "git_dirty": dirty, "code": code}
 
 
 def commit(about: Mapping[str, Any]) -> str:
     """Return 12 digits of a `revision`, with a plus for uncommitted changes; "" if unknown."""
     sha = about["git_sha"]
     return f"{sha[:12]}{'+' * bool(about['git_dirty'])}" if sha else ""
+
+
+def other_code(about: Mapping[str, Any]) -> str:
+    """How the code of a `revision` differs from this one's, in words; empty where it does not.
+
+    An unknown commit is any, and so is the code of an earlier version, which noted no digest of it.
+    """
+    now = revision()
+    if commit(about) and commit(now) and commit(about) != commit(now):
+        return f"commit {commit(about)}, and this is {commit(now)}"
+    if about.get("code", now["code"]) != now["code"]:
+        return f"code {about['code'][:12]}, and this is {now['code'][:12]}"
+    return ""
 
 
 def is_audited(run_dir: Path) -> bool:

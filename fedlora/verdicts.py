@@ -21,7 +21,7 @@ import torch
 
 from fedlora.exactness import Verdict
 from fedlora.extras import version
-from fedlora.files import cache_directory, write_atomic
+from fedlora.files import cache_directory, code_digest, write_atomic
 
 MAX_ENTRIES = 200
 """The most entries on disk. The oldest are deleted, so that no server can fill the disk."""
@@ -51,14 +51,8 @@ def remembered(question: Mapping[str, Any], examine: Callable[[], Verdict]) -> V
     return verdict
 
 
-def _code_digest() -> str:
-    code = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(file.read_bytes())
-    return code.hexdigest()
-
-
-_CODE = _code_digest()  # at import: a file may change while the code that runs does not
+# at import: a file may change while the code that runs does not
+_CODE = code_digest(Path(__file__).parent)
 
 
 @cache

@@ -27,9 +27,9 @@ from fedlora.run_files import (
     RESULT,
     ROUNDS,
     SUBMISSION,
-    commit,
     environment,
     finite,
+    other_code,
     read_lines,
     read_records,
     revision,
@@ -126,7 +126,7 @@ class RunDirectory:
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}); "
                     f"give {OTHER}, or resume it unchanged"
                 )
-            self._check_version()
+            self._check_version(config)
             return True
         if self.path.exists() and (
             not self.path.is_dir() or any(not _is_foreign(e.name) for e in self.path.iterdir())
@@ -152,8 +152,10 @@ class RunDirectory:
             )
         return False
 
-    def _check_version(self) -> None:
-        """Check that the version that began a run continues it.
+    def _check_version(self, config: RunConfig) -> None:
+        """Check that the version and the code that began a run continue it.
+
+        A deployment, whose image knows no commit, may mend its code during a run.
 
         Raises:
             InputError: If it is another, whose rounds would not follow from the ones before.
@@ -162,7 +164,8 @@ class RunDirectory:
             return  # the process ended while it made the directory
         try:
             about = json.loads((self.path / ENVIRONMENT).read_bytes())
-            begun, code = about["versions"]["fedlora"], commit(about)
+            begun = about["versions"]["fedlora"]
+            other = other_code(about | {"code": revision()["code"]} if config.deployed else about)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path / ENVIRONMENT} cannot be read ({error}), so that nothing says which "
@@ -174,11 +177,10 @@ class RunDirectory:
                 "its checkpoint continues only with the version that wrote it; install that, or "
                 f"begin a run with {OTHER} (in a sweep: remove this directory)"
             )
-        now = commit(revision())
-        if code and now and code != now:
+        if other:
             raise InputError(
-                f"{self.path} was begun with fedlora at commit {code}, and this is {now} (+: code "
-                "with uncommitted changes): privacy.json names one commit for all rounds; check "
+                f"{self.path} was begun with fedlora at {other} (+: code with uncommitted changes; "
+                "code: a digest of fedlora's files): all rounds of a run are of one code; check "
                 f"that one out, or begin a run with {OTHER}"
             )
 

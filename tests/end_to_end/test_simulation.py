@@ -18,6 +18,7 @@ from client.ledger import Ledger
 from fedlora import composition, models, records, trainable
 from fedlora.adapters import AdapterState, kind
 from fedlora.budget import plan_run
+from fedlora.config import from_flat
 from fedlora.errors import InputError
 from fedlora.run_files import read_records
 from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, statement
@@ -450,6 +451,11 @@ def test_a_run_is_not_continued_by_another_version(tiny_config, monkeypatch):
             directory.check(config)
     file.write_text(json.dumps(began | {"git_sha": None}))
     assert directory.check(config)
+    file.write_text(json.dumps(began | {"code": "f" * 64}))
+    with pytest.raises(InputError, match=r"at code f{12}, and this is .*check that one out"):
+        directory.check(config)
+    file.write_text(json.dumps({name: began[name] for name in began.keys() - {"code"}}))
+    assert directory.check(config)  # of an earlier version
     monkeypatch.setattr(fedlora, "__version__", "0.0.1")
     with pytest.raises(InputError, match=r"begun with fedlora \d\S*, and this is 0\.0\.1: "):
         directory.check(config)
@@ -463,6 +469,16 @@ def test_a_run_is_not_continued_by_another_version(tiny_config, monkeypatch):
     (directory.path / "checkpoints" / "round-000001.safetensors").touch()
     with pytest.raises(InputError, match=unreadable):
         directory.check(config)
+
+
+def test_a_deployed_run_goes_on_after_its_code_was_mended(tmp_path):
+    values = {"data.source": "institutions", "data.institutions": 3, "data.labels": '["a", "b"]'}
+    config = from_flat({**values, "run-dir": str(tmp_path / "run")})
+    directory = RunDirectory(tmp_path / "run")
+    directory.create(config)
+    file = directory.path / "environment.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"code": "f" * 64}))
+    assert directory.check(config)
 
 
 def test_rounds_asked_count_although_no_answer_arrived(tiny_config):

@@ -817,18 +817,23 @@ def test_a_complete_cell_whose_code_is_unknown_counts_in_no_mean_and_is_named(sw
     assert results.summary(out) == []
 
 
-def test_a_begun_cell_of_another_commit_starts_anew(tmp_path):
-    """Its rounds would be of two commits; one of this commit goes on."""
+def test_a_begun_cell_of_other_code_starts_anew(tmp_path):
+    """Its rounds would be of two codes; one of this code goes on."""
     made = []
-    for name, sha in (("old", "e" * 40), ("new", run_files.revision()["git_sha"]), ("none", None)):
+    now = run_files.revision()
+    for name, about in (
+        ("old", {**now, "git_sha": "e" * 40, "git_dirty": False}),
+        ("edited", {**now, "code": "e" * 64}),
+        ("new", now),
+        ("none", None),
+    ):
         config = from_flat({})
         made.append(sweep.Cell(name=name, config=config, institutions=4, cost=1.0))
         folder = results.run_dir(tmp_path, name)
         folder.mkdir(parents=True)
-        about = {**run_files.revision(), "git_sha": sha}
-        if sha:
+        if about:
             (folder / "environment.json").write_text(json.dumps(about))
-    assert cells._drop_begun(tmp_path, made) == {"old"}
+    assert cells._drop_begun(tmp_path, made) == {"old", "edited"}
     assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == ["new", "none"]
 
 
