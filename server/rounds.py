@@ -219,6 +219,11 @@ class Federation:
         tracker.end()
 
     @property
+    def dtype(self) -> str:
+        """The dtype of the base model, such as ``bfloat16``."""
+        return str(self.work.base.dtype).removeprefix("torch.")
+
+    @property
     def least(self) -> int:
         """The least number of institutions with which a round can count."""
         return max(self.aggregation.least_asked, self.config.federation.min_updates)
@@ -540,7 +545,7 @@ class Federation:
             "base": {
                 "name": config.model.name,
                 "digest": work.base.digest,
-                "dtype": str(work.base.dtype).removeprefix("torch."),
+                "dtype": self.dtype,
             },
             "labels": list(work.labels),
             "population": population.size,
@@ -595,12 +600,18 @@ class Federation:
         state = self.directory.latest(newest_only=newest_only) if resumed else None
         if state is None:
             adapter = start_adapter(self.config, self.work)
-            state = RunState.first(uuid.uuid4().hex, inputs, adapter)
+            state = RunState.first(uuid.uuid4().hex, inputs, adapter, self.dtype)
         if state.inputs != inputs:
             raise InputError(
                 f"{self.directory.path} was run on other records, base weights or another "
                 "tokenizer than data.source and model.name hold now, or with another "
                 f"federation.aggregate; restore them, or start anew with {OTHER}"
+            )
+        if state.dtype not in ("", self.dtype) and not self.config.deployed:
+            raise InputError(
+                f"{self.directory.path} was begun with the base model in {state.dtype}, and here "
+                f"model.dtype {self.config.model.dtype} is {self.dtype}; resume it on a processor "
+                f"or GPU where that is {state.dtype}, or start anew with {OTHER}"
             )
         privacy = {} if self.spending is None else self.spending.possible(state.privacy)
         return dataclasses.replace(state, privacy=privacy)

@@ -68,6 +68,7 @@ class RunState:
         averaged: The number of adapters in ``average``.
         privacy: Institution -> its last report of its spending.
         seconds: Time spent in rounds.
+        dtype: The dtype of the base model; empty in a checkpoint of an earlier version.
     """
 
     run: str
@@ -80,9 +81,10 @@ class RunState:
     averaged: int
     privacy: Mapping[str, Mapping[str, Any]]
     seconds: float
+    dtype: str = ""
 
     @classmethod
-    def first(cls, run: str, inputs: str, adapter: AdapterState) -> RunState:
+    def first(cls, run: str, inputs: str, adapter: AdapterState, dtype: str) -> RunState:
         """The state of a run before its first round."""
         return cls(
             run=run,
@@ -95,6 +97,7 @@ class RunState:
             averaged=0,
             privacy={},
             seconds=0.0,
+            dtype=dtype,
         )
 
     def final_adapter(self) -> AdapterState:

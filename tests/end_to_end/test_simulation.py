@@ -429,6 +429,18 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
         simulate_run(config)
 
 
+def test_a_resume_where_auto_is_another_dtype_is_refused(tiny_config, simulate_run, monkeypatch):
+    config = tiny_config(**{"model.dtype": "auto", "privacy.epsilon": float("inf")})
+    monkeypatch.setattr(models, "fast_bf16", lambda _: False)
+    simulate_run(config)
+    (Path(config.run_dir) / "result.json").unlink()
+    monkeypatch.setattr(models, "fast_bf16", lambda _: True)
+    trainable.forget()  # as in a new process
+    with pytest.raises(InputError, match="auto is bfloat16; resume it on"):
+        simulate_run(config)
+    trainable.forget()
+
+
 def test_a_run_may_be_resumed_on_a_smaller_machine_and_not_as_another_run(tiny_config):
     config = tiny_config(**{"engine.threads": 2})
     directory = RunDirectory(Path(config.run_dir))
