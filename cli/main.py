@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed midway (finished work is kept), 2 bad input (nothin
 """
 
 import atexit
+import functools
 import gc
 import importlib
 import logging
@@ -79,9 +80,11 @@ def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Federated LoRA under differential privacy."""
-    # SIGTERM ends a command as Ctrl-C does. Services replace this handler by their own.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
+    # SIGTERM and a lost terminal end a command as Ctrl-C does. Services have their own handlers.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if (before := signal.getsignal(number)) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+            context.call_on_close(functools.partial(signal.signal, number, before))
     quiet_libraries()
     if logging.lastResort is not None:  # the handler of warnings where no log is kept
         logging.lastResort.setFormatter(logs.OneLine("%(message)s"))

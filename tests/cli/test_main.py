@@ -325,21 +325,30 @@ def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
     assert json.loads(resumed.stdout)["rounds"] == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_under_nohup_outlives_its_terminal(monkeypatch):
+    monkeypatch.setattr("cli.main.quiet_libraries", lambda: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert invoke("--version").exit_code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_end_says_how_to_continue(config_file, tmp_path, monkeypatch, number):
-    out, before = tmp_path / "runs" / "one", signal.getsignal(signal.SIGTERM)
+    out, before = tmp_path / "runs" / "one", signal.getsignal(number)
     measure = server.rounds.Federation.measure
 
     def told_to_end(self, **values):
         if self.state.round == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return measure(self, **values)
 
     monkeypatch.setattr(server.rounds.Federation, "measure", told_to_end)
     result = invoke("run", config_file(**{"federation.rounds": 3}), "--out", out, *QUIETLY)
     assert result.exit_code == 1
     assert "error: interrupted" in result.stderr and f"--resume {out}" in result.stderr
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     monkeypatch.undo()
     latest = tmp_path / "runs" / "latest"
     assert latest.resolve() == out
