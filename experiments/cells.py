@@ -45,6 +45,8 @@ from simulation.run import check_engine
 Engine = Literal["auto", "ray", "inline"]
 Execute = Callable[[list[str]], None]
 LOCK = ".lock"
+DROPPED = ".dropped"
+"""Where a begun cell of other code is while it is removed."""
 ALONE_MODELS = "alone-models"
 """The sweep's directory of models alone, which the cells of one call share."""
 
@@ -154,6 +156,9 @@ def _damaged(out: Path, cells: Iterable[str]) -> dict[str, str]:
 def _drop_begun(out: Path, cells: Iterable[Cell]) -> set[str]:
     """Remove begun cells of other code: one run should not be of two."""
     dropped: set[str] = set()
+    gone = out / DROPPED
+    if gone.exists():  # an earlier call was killed
+        shutil.rmtree(gone)
     for cell in cells:
         directory = results.run_dir(out, cell.name)
         try:
@@ -161,7 +166,8 @@ def _drop_begun(out: Path, cells: Iterable[Cell]) -> set[str]:
         except InputError:  # nothing there yet, or what the run itself refuses
             continue
         if other:
-            shutil.rmtree(directory)
+            directory.rename(gone)  # half a cell could neither be resumed nor start anew
+            shutil.rmtree(gone)
             dropped.add(cell.name)
     return dropped
 

@@ -837,6 +837,25 @@ def test_a_begun_cell_of_other_code_starts_anew(tmp_path):
     assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == ["new", "none"]
 
 
+def test_a_kill_while_a_begun_cell_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch):
+    made = [sweep.Cell(name="old", config=from_flat({}), institutions=4, cost=1.0)]
+    folder = results.run_dir(tmp_path, "old")
+    folder.mkdir(parents=True)
+    about = {**run_files.revision(), "code": "e" * 64}
+    (folder / "environment.json").write_text(json.dumps(about))
+
+    def killed(path):
+        (path / "environment.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cells.shutil, "rmtree", killed)
+        cells._drop_begun(tmp_path, made)
+    assert not folder.exists()
+    assert cells._drop_begun(tmp_path, made) == set()
+    assert [path.name for path in tmp_path.iterdir()] == ["cells"]
+
+
 def test_a_full_disk_ends_a_sweep_in_one_line(sweep_file, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
