@@ -39,7 +39,10 @@ def one_line_errors(directory: Path, resume: str = "") -> Iterator[None]:
 
 
 def draw_report(directory: Path) -> None:
-    """Write the report of a complete run or sweep. A failure is a warning: the results exist."""
+    """Write the report of a complete run or sweep. A failure is a warning: the results exist.
+
+    So is Ctrl-C, which should not take the summary of the results with it.
+    """
     try:
         require_page_packages("report.html")
         from experiments import report
@@ -47,8 +50,8 @@ def draw_report(directory: Path) -> None:
         report.write(directory)
     except InputError as error:
         ERRORS.write_line(f"warning: report.html was not written: {error}")
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        why = f"{type(error).__name__}: {error}".removesuffix(": ")
         ERRORS.write_line(
-            f"warning: report.html was not written ({type(error).__name__}: {error}); "
-            f"try: fedlora report {directory}"
+            f"warning: report.html was not written ({why}); try: fedlora report {directory}"
         )

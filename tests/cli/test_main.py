@@ -479,6 +479,19 @@ def test_pages_without_what_draws_them_are_refused_at_once(tmp_path, missing, pa
     refused("sweep", tmp_path / "x.toml", words=words)
 
 
+def test_a_run_that_is_interrupted_while_its_page_is_drawn_gives_its_results(
+    config_file, tmp_path, monkeypatch
+):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.report.write", interrupted)
+    out = tmp_path / "out"
+    done = invoke("run", config_file(), "--out", out, "--engine", "inline", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["rounds"] == 1
+    assert f"not written (KeyboardInterrupt); try: fedlora report {out}" in done.stderr
+
+
 def test_a_run_without_what_draws_its_page_is_complete_and_warns(config_file, tmp_path):
     """In a process of its own, in which the packages cannot be imported either."""
     code = """
