@@ -84,8 +84,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
         of = f"of {len(records.names)} institutions"
         if unusable:
             refused.append(
-                f"{len(unusable)} {of} cannot use their ledgers, and {least} institutions are "
-                f"needed: {unusable[0]}"
+                f"{len(unusable)} {of} cannot use their ledgers, and a round needs {least}: "
+                f"{unusable[0]}"
             )
         if exhausted := lacking - len(unusable):
             refused.append(

@@ -174,7 +174,7 @@ def test_a_check_finds_what_a_run_would_refuse_later(tiny_config, simulate_run, 
     )
     assert any("adapter.start is" in reason for reason in described["refused"])
     problem = described["ledgers"]["Beta"]["problem"]
-    said = f"1 of 4 institutions cannot use their ledgers, and 4 institutions are needed: {problem}"
+    said = f"1 of 4 institutions cannot use their ledgers, and a round needs 4: {problem}"
     assert said in described["refused"]
     assert not any("budget exhausted" in reason for reason in described["refused"])
 
