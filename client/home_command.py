@@ -43,8 +43,8 @@ from fedlora.joining_verdict import (
 from fedlora.model_files import Origin, origins_of_base
 from fedlora.released import ReleaseFiles
 from fedlora.rounding import at_most
-from fedlora.run_files import HOME_CONFIG, UNKNOWN, finite
-from fedlora.sections import HOME_CHOOSES_FROM, HomeConfig
+from fedlora.run_files import HOME_CONFIG, finite
+from fedlora.sections import HOME_CHOOSES_FROM, INSTITUTIONS, HomeConfig
 from fedlora.shards import Shard
 
 LOCK = "home.lock"
@@ -179,7 +179,8 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             "origins": _origins(config, found),
             "seconds": round(time.monotonic() - started, 2),
         }
-        write_atomic(new / HOME_CONFIG, config.to_toml().encode())
+        kept = config.replace({"run-dir": str(out.absolute())})
+        write_atomic(new / HOME_CONFIG, kept.to_toml().encode())
         write_atomic(new / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         write_atomic(new / "report.txt", ("\n".join(report(result)) + "\n").encode())
     return {**result, "directory": str(out)}
@@ -261,11 +262,9 @@ def _held_out_from(own: Settings, config: RunConfig, run: str, rows: Shard) -> s
 
 
 def _origins(config: RunConfig, found: ReleaseFiles) -> list[Origin]:
-    """The runs behind the released adapter, as far as an institution can know them."""
-    behind = origins_of_base(config.model.name)
-    if start := str(found.config.get("adapter.start", "")):  # it lies at the operator
-        behind.append(Origin(run=UNKNOWN, source=Path(start).name, private=False))
-    return behind
+    """The run that released the adapter, and those behind the base."""
+    run = Origin(run=found.run, source=INSTITUTIONS, private=config.privacy.promises)
+    return [run, *origins_of_base(config.model.name)]
 
 
 def _release(own: Settings, choices: Choices) -> ReleaseFiles:

@@ -51,6 +51,7 @@ from fedlora.messages import (
     Release,
     TrainOrder,
 )
+from fedlora.run_files import LEDGERS
 from fedlora.sections import check_gpu
 from fedlora.secure_aggregation import KeysMessage, Terms
 from fedlora.shards import Shard
@@ -101,7 +102,7 @@ class Institution:
             InputError: If the path of its ledgers begins with an unknown ``~NAME``.
         """
         name = records.load(config).names[index]
-        ledgers = expanded(config.privacy.ledger or str(Path(config.run_dir) / "ledgers"))
+        ledgers = expanded(config.privacy.ledger or str(Path(config.run_dir) / LEDGERS))
         return cls(
             config=config,
             name=name,
@@ -407,7 +408,8 @@ class Institution:
         """
         shard = self._records() if shard is None else shard
         path, privacy = self.ledger_path, self.config.privacy
-        if create and not path.exists():
+        found = path.exists()
+        if create and not found:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             try:
                 Ledger.create(
@@ -422,7 +424,10 @@ class Institution:
         ledger = Ledger.open(path, shared=bool(self.config.engine.ray_address))
         with _closed_on_error(ledger):
             checks.check_ledger_delta(ledger, path, shard.num_units)
-            ledger.bind(shard.fingerprint(), privacy.unit)
+            if create and found:  # the first order binds it: the run may be refused before
+                ledger.is_bound(shard.fingerprint(), privacy.unit)
+            else:
+                ledger.bind(shard.fingerprint(), privacy.unit)
         return ledger
 
     def _train_without_dp(self, order: TrainOrder) -> ClientUpdate:

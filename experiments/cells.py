@@ -32,7 +32,6 @@ from fedlora.run_files import (
     ENVIRONMENT,
     RESULT,
     command,
-    commit,
     finite,
     is_complete,
     other_code,
@@ -107,7 +106,7 @@ def run(
         console.write_line(f"{len(made)} cells, {complete} complete; results in {out}")
         if others := _other_codes(out, before - damaged.keys()):
             console.write_line(
-                f"some complete cells are of other code ({', '.join(sorted(others))}); they are "
+                f"some complete cells are of other code ({'; '.join(sorted(others))}); they are "
                 f"kept: remove their directories from {out / 'cells'} to run them again"
             )
         if unknown := {path.name for path in (out / "cells").glob("*")} - made.keys():
@@ -173,9 +172,9 @@ def _drop_begun(out: Path, cells: Iterable[Cell]) -> set[str]:
 
 
 def _other_codes(out: Path, cells: Iterable[str]) -> set[str]:
-    """The commits, or digests, of other code that ran these cells."""
+    """The other code that ran these cells, in words."""
     found = (read_run_file(results.run_dir(out, name), ENVIRONMENT) for name in cells)
-    return {commit(one) or one["code"][:12] for one in found if other_code(one)}
+    return {said for one in found if (said := other_code(one))}
 
 
 def _guess(cases: Sequence[Case]) -> float:

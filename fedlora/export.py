@@ -170,6 +170,11 @@ def _causal_adapter(
     run_dir: Path, institution: str, program_takes: str
 ) -> tuple[RunConfig, Path, dict[str, Any]]:
     """A complete run's configuration, its adapter's directory and ``adapter_config.json``."""
+    if finished_run.made_at_home(run_dir):
+        raise InputError(
+            f"{run_dir} has an institution's own model; export is for the adapter that a run "
+            "released. `fedlora merge` writes a model that transformers serves"
+        )
     config = finished_run.configuration(run_dir, {})
     refuse_audited(run_dir, "export")
     folder = finished_run.adapter_directory(run_dir, config, institution)

@@ -41,12 +41,13 @@ def sha256(path: Path) -> str:
 
 
 def code_digest(*packages: Path) -> str:
-    """SHA-256 (hex) of the .py files of packages: of their names and contents."""
+    """SHA-256 (hex) of the .py files of packages: of their places and contents."""
     digest = hashlib.sha256()
     for package in packages:
         for file in sorted(package.rglob("*.py")):
-            content = file.read_bytes()
-            digest.update(f"{package.name} {file.name} {len(content)}\n".encode() + content)
+            if file.is_file():  # and no dangling link, as an editor's lock is
+                place, content = file.relative_to(package.parent), file.read_bytes()
+                digest.update(f"{place} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ MAX_DELTA = 1e-3
 MIN_REACH = 10.0
 """The least `reach` of a run that can learn; benchmarks/LOG.md has the runs behind it."""
 MAX_LOST_SHARE = 0.05
-"""The largest share of rows without text, label or institution that is no finding."""
+"""The largest share of rows that cannot be used (`lost`) that is no finding."""
 MAX_SEEN_SHARE = 0.01
 """The largest share of held-out rows with the tokens of a training row that is no finding."""
 MIN_CLASS_RECORDS = 8

@@ -57,13 +57,13 @@ def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
             raise InputError(
                 f"{name} cannot be changed after the run; only {', '.join(READING)} can"
             )
-    config = load(run_dir / (HOME_CONFIG if _at_home(run_dir) else CONFIG), overrides)
+    config = load(run_dir / (HOME_CONFIG if made_at_home(run_dir) else CONFIG), overrides)
     if config.engine.gpus and "engine.gpus" in overrides:
         check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
     return config
 
 
-def _at_home(run_dir: Path) -> bool:
+def made_at_home(run_dir: Path) -> bool:
     """Whether `fedlora home` wrote the directory: it holds one institution's own model only."""
     return (run_dir / HOME_CONFIG).exists()
 
@@ -83,7 +83,7 @@ def adapter_directory(
     Raises:
         InputError: If there is no such adapter.
     """
-    if _at_home(run_dir):
+    if made_at_home(run_dir):
         only = read_run_file(run_dir)["institution"]
         if institution not in ("", only):
             raise InputError(
@@ -127,7 +127,7 @@ def _open(
         InputError: If the run is not complete, the base model has changed since, or there is no
             such adapter, or one that does not fit the model.
     """
-    own_model = own_model or _at_home(run_dir)
+    own_model = own_model or made_at_home(run_dir)
     result = read_run_file(run_dir)
     if (dtype := result["base"].get("dtype")) in DTYPES:  # as the run, wherever this machine is
         config = config.replace({"model.dtype": DTYPES[dtype]})
@@ -287,7 +287,7 @@ def merge(
         InputError: If ``out_dir`` exists.
     """
     new_path(out_dir)  # before the model is loaded
-    own_model = own_model or _at_home(run_dir)
+    own_model = own_model or made_at_home(run_dir)
     config = configuration(run_dir, overrides or {})
     refuse_audited(run_dir, "merge")
     merged, work = merged_model(run_dir, institution, overrides, own_model=own_model)
@@ -309,6 +309,7 @@ def merge(
             shutil.copyfile(licence, new / licence.name)
         merged.save_pretrained(new, safe_serialization=True)
         work.base.tokenizer.save_pretrained(new)
-        model_card.write_merged(new, config, work, said, own_model=own_model)
+        named = configuration(run_dir, {})  # the card names the base as the run did
+        model_card.write_merged(new, named, work, said, own_model=own_model)
         content = json.dumps([this, *result.get("origins", [])])
         write_atomic(new / MERGED, f"{content}\n".encode())

@@ -154,6 +154,7 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
     )
     distinct.pop(text, None)
     classes.pop(text, None)
+    with_comma = next((name for name in values if "," in name), "")
     if not text or not classes:
         lacking = (
             f"a label (2 to {MAX_CLASSES} classes, each in five rows or more on average)"
@@ -162,7 +163,8 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
         )
         raise InputError(
             f"{source} has the columns {', '.join(values)}, of which none looks like {lacking}; "
-            "write the configuration by hand (`fedlora config` lists the keys; where answers are "
+            + f"if {with_comma!r} is the text, rename it: it has a comma; " * bool(with_comma)
+            + "write the configuration by hand (`fedlora config` lists the keys; where answers are "
             "written out, start from `fedlora config sft`)"
         )
     label = min(
@@ -181,13 +183,14 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
     }
     institution = _nearest(owners, INSTITUTION_NAMES)
     others = {name: distinct[name] for name in distinct if name not in (label, institution)}
+    customer = _nearest({name: -count for name, count in others.items()}, CUSTOMER_NAMES)
     return Guess(
         text=text,
         label=label,
         institution=institution,
-        customer=_nearest({name: -count for name, count in others.items()}, CUSTOMER_NAMES),
+        customer=customer,
         empty=len(values[text]) - len(filled[text]),
-        with_comma=next((name for name in values if "," in name and name != label), ""),
+        with_comma="" if with_comma in (label, institution, customer) else with_comma,
     )
 
 

@@ -32,6 +32,11 @@ class Result:
     def __init__(self, directory: str | Path, *, model: str | Path = "") -> None:
         self._directory = expanded(os.fspath(directory)).absolute()
         self._reading = {"model.name": os.fspath(model)} if model else {}
+        if finished_run.made_at_home(self._directory):
+            raise InputError(
+                f"{self._directory} has an institution's own model and no run; `fedlora predict`, "
+                "`evaluate` and `merge` take it, and its card has the Python that opens it"
+            )
         _ = self.figures  # refuses a directory without a complete run
 
     @property
@@ -110,8 +115,7 @@ class Result:
         if isinstance(texts, str):
             texts = [texts]
         elif tables.is_table(texts):
-            text = finished_run.configuration(self.directory, {}).data.text
-            columns = dict.fromkeys(rows.text_columns(text), "data.text")
+            columns = dict.fromkeys(rows.text_columns(self.config.data.text), "data.text")
             try:
                 found = tables.columns(texts, columns, "texts").values()
             except RecordError:

@@ -520,7 +520,8 @@ class Federation:
             self.measured = self.measure(save=True)
         adapter = state.final_adapter()
         for draft in (self.directory.path / "adapter").glob(".*"):
-            draft.unlink()  # of a killed process; privacy.json binds all files in the directory
+            if draft.is_file():
+                draft.unlink()  # of a killed process; privacy.json binds all files in the directory
         adapter.save(self.directory.path / "adapter", work.model)
         outcomes = self.hand_out(adapter) if config.deployed else {}
         compared = self.compare_at_home(adapter)
@@ -607,11 +608,13 @@ class Federation:
                 "tokenizer than data.source and model.name hold now, or with another "
                 f"federation.aggregate; restore them, or start anew with {OTHER}"
             )
-        if state.dtype not in ("", self.dtype) and not self.config.deployed:
-            raise InputError(
-                f"{self.directory.path} was begun with the base model in {state.dtype}, and here "
-                f"model.dtype {self.config.model.dtype} is {self.dtype}; resume it on a processor "
-                f"or GPU where that is {state.dtype}, or start anew with {OTHER}"
+        if state.dtype not in ("", self.dtype):
+            log.warning(
+                "the run was begun with the base model in %s, and here model.dtype %s is %s; its "
+                "further rounds follow from other roundings",
+                state.dtype,
+                self.config.model.dtype,
+                self.dtype,
             )
         privacy = {} if self.spending is None else self.spending.possible(state.privacy)
         return dataclasses.replace(state, privacy=privacy)

@@ -24,6 +24,7 @@ from fedlora.run_files import (
     AUDITED,
     CONFIG,
     ENVIRONMENT,
+    LEDGERS,
     RESULT,
     ROUNDS,
     SUBMISSION,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from fedlora.adapters import AdapterState
 
 MAX_CHECKPOINTS = 2
-FOREIGN_FILES = ("ledgers", "institutions.log", SUBMISSION, AUDITED)
+FOREIGN_FILES = (LEDGERS, "institutions.log", SUBMISSION, AUDITED)
 """Files that may be in a run's directory before the run begins."""
 OTHER = "another --out (in a deployment: --name)"
 """The remedy where a run cannot be in a directory."""
@@ -183,8 +184,8 @@ class RunDirectory:
         if other:
             raise InputError(
                 f"{self.path} was begun with fedlora at {other} (+: code with uncommitted changes; "
-                "code: a digest of fedlora's files): all rounds of a run are of one code; check "
-                f"that one out, or begin a run with {OTHER}"
+                "code: a digest of fedlora's files): all rounds of a run are of one code; restore "
+                f"that one, or begin a run with {OTHER}"
             )
 
     def create(self, config: RunConfig) -> None:

@@ -18,6 +18,7 @@ from fedlora.model_files import Origin, origins_of_base
 from fedlora.run_files import (
     CONFIG,
     ENVIRONMENT,
+    LEDGERS,
     UNKNOWN,
     is_audited,
     is_complete,
@@ -276,7 +277,7 @@ def _check_ledgers(config: RunConfig, earlier: RunConfig, run_dir: Path, same: s
             f"both runs; give the {changed} of that run"
         )
     given = config.privacy.ledger
-    ledgers = Path(earlier.privacy.ledger or run_dir / "ledgers")
+    ledgers = Path(earlier.privacy.ledger or run_dir / LEDGERS)
     if not ledgers.is_dir() or not given or not ledgers.samefile(given):
         raise InputError(
             f"{start}, and {run_dir} spent on {same}: privacy.ledger is "

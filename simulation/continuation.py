@@ -16,7 +16,7 @@ from fedlora import composition, records
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, read_run_file
+from fedlora.run_files import CONFIG, LEDGERS, read_run_file
 
 
 def values(run_dir: Path, more: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def values(run_dir: Path, more: int) -> dict[str, Any]:
     _check_ledgers(run_dir, config, result["run"])
     return found | {
         "privacy.epsilon": _epsilon(config, more),
-        "privacy.ledger": config.privacy.ledger or str(run_dir / "ledgers"),
+        "privacy.ledger": config.privacy.ledger or str(run_dir / LEDGERS),
         "privacy.max-epsilon": 0.0,
     }
 

@@ -20,7 +20,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
 from fedlora.findings import lost
-from fedlora.run_files import CONFIG, alone, is_complete, read_run_file
+from fedlora.run_files import CONFIG, LEDGERS, alone, is_complete, read_run_file
 from fedlora.sections import check_gpu, check_threads
 from fedlora.startup import paused_gc
 from fedlora.terminal import Terminal
@@ -286,31 +286,14 @@ def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | Non
     from simulation.engines.grid import run_server
 
     run_dir = Path(config.run_dir)
-    with _made(run_dir), alone(run_dir):
+    with _made(run_dir), alone(run_dir), _without_unused_ledgers(run_dir):
         if resumed is False and (run_dir / CONFIG).exists():
             raise InputError(
                 f"another process began a run in {run_dir} meanwhile; give another --out"
             )
         if resumed and is_complete(run_dir):
             raise InputError(f"another process completed the run in {run_dir} meanwhile")
-        if not (run_dir / CONFIG).exists() and not config.privacy.ledger:
-            _drop_unused_ledgers(config)
         run_server(app, grid, config.flat())
-
-
-def _drop_unused_ledgers(config: RunConfig) -> None:
-    """Remove what a run that ended before it began left in `ledgers/`: its limits would hold here.
-
-    A ledger with a charge stays, and so does one that no run was bound to: it was made by hand.
-    """
-    from client.ledger import Ledger
-
-    for path in Path(config.run_dir, "ledgers").glob("*.db"):
-        with contextlib.suppress(Refusal):  # the run itself says what is wrong with it
-            with Ledger.open(path, shared=bool(config.engine.ray_address)) as ledger:
-                found = ledger.show()
-            if found["fingerprint"] and not found["entries"]:
-                path.unlink()
 
 
 @contextlib.contextmanager
@@ -327,6 +310,18 @@ def _made(run_dir: Path) -> Iterator[None]:
     except (InputError, Refusal):
         if new and run_dir.exists() and not (run_dir / CONFIG).exists():
             shutil.rmtree(run_dir)
+        raise
+
+
+@contextlib.contextmanager
+def _without_unused_ledgers(run_dir: Path) -> Iterator[None]:
+    """Remove new ledgers of a run that ends before it begins: a corrected one would meet them."""
+    new = not (run_dir / LEDGERS).exists()
+    try:
+        yield
+    except BaseException:
+        if new and not (run_dir / CONFIG).exists():
+            shutil.rmtree(run_dir / LEDGERS, ignore_errors=True)
         raise
 
 

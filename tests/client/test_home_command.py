@@ -555,7 +555,9 @@ def test_predict_evaluate_and_merge_take_the_directory_and_use_the_own_model(ban
     encoded = work.task.encode(texts, [LABELS[0]] * 2, work.labels)
     said, _ = work.task.predict(work.model, data.shard_of(encoded), work.labels)
     assert [one["answer"] for one in found] == list(said)
-    assert Result(place).predict(texts, "Alpha", own=True) == found
+    assert finished_run.predict(place, texts, "Alpha", own_model=True)["answers"] == found
+    with pytest.raises(InputError, match="an institution's own model and no run"):
+        Result(place)
     measured = finished_run.evaluate(place, str(made.directory / "test.csv"))
     assert (
         measured["accuracy"] == json.loads((place / "result.json").read_text())["own"]["accuracy"]
