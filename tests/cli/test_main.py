@@ -334,6 +334,15 @@ def test_a_command_under_nohup_outlives_its_terminal(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def heeded_hangup():
+    """As in a terminal, where these tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeded_hangup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_end_says_how_to_continue(config_file, tmp_path, monkeypatch, number):
     out, before = tmp_path / "runs" / "one", signal.getsignal(number)
