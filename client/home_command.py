@@ -173,7 +173,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             "privacy": models.private and finite(dataclasses.asdict(models.private.privacy)),
             "base": {
                 "digest": work.base.digest,
-                "dtype": str(work.base.dtype).removeprefix("torch."),
+                "dtype": work.base.dtype_name,
             },
             "labels": list(work.labels),
             "origins": _origins(config, found),

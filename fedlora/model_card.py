@@ -306,7 +306,7 @@ def _base_code(config: RunConfig, work: Trainable, call: str) -> tuple[list[str]
     Returns:
         Further names to import from transformers, and the lines that assign ``base``.
     """
-    dtype, quantization = _dtype(work), config.model.quantization
+    dtype, quantization = work.base.dtype_name, config.model.quantization
     if quantization == "none":
         return [], [f'base = {call}, dtype="{dtype}")']
     options = {
@@ -327,10 +327,6 @@ def _base_code(config: RunConfig, work: Trainable, call: str) -> tuple[list[str]
             "    layer.support_avx512bf16_for_cpu = False",
         ]
     return ["BitsAndBytesConfig"], lines
-
-
-def _dtype(work: Trainable) -> str:
-    return str(work.base.dtype).removeprefix("torch.")
 
 
 def _after(work: Trainable, around: Template) -> str:
@@ -405,7 +401,7 @@ def _training(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> 
             f"{result['trained_parameters']:,} trained parameters",
             f"- federation: {result['rounds']} rounds, strategy {federation.strategy}, "
             f"{config.training.local_steps} local steps",
-            f"- base model: dtype {_dtype(work)}, quantization {config.model.quantization}",
+            f"- base model: dtype {work.base.dtype_name}, quantization {config.model.quantization}",
             f"- texts cut at {config.training.max_length} tokens",
         ]
     )

@@ -45,6 +45,11 @@ class Base:
     digest: str
     name: str
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as results name it, such as ``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 CLEARLY = 1.3
 """How much faster a timed product must be, so that processes of one machine agree."""

@@ -219,11 +219,6 @@ class Federation:
         tracker.end()
 
     @property
-    def dtype(self) -> str:
-        """The dtype of the base model, such as ``bfloat16``."""
-        return str(self.work.base.dtype).removeprefix("torch.")
-
-    @property
     def least(self) -> int:
         """The least number of institutions with which a round can count."""
         return max(self.aggregation.least_asked, self.config.federation.min_updates)
@@ -546,7 +541,7 @@ class Federation:
             "base": {
                 "name": config.model.name,
                 "digest": work.base.digest,
-                "dtype": self.dtype,
+                "dtype": self.work.base.dtype_name,
             },
             "labels": list(work.labels),
             "population": population.size,
@@ -601,20 +596,20 @@ class Federation:
         state = self.directory.latest(newest_only=newest_only) if resumed else None
         if state is None:
             adapter = start_adapter(self.config, self.work)
-            state = RunState.first(uuid.uuid4().hex, inputs, adapter, self.dtype)
+            state = RunState.first(uuid.uuid4().hex, inputs, adapter, self.work.base.dtype_name)
         if state.inputs != inputs:
             raise InputError(
                 f"{self.directory.path} was run on other records, base weights or another "
                 "tokenizer than data.source and model.name hold now, or with another "
                 f"federation.aggregate; restore them, or start anew with {OTHER}"
             )
-        if state.dtype not in ("", self.dtype):
+        if state.dtype not in ("", self.work.base.dtype_name):
             log.warning(
                 "the run was begun with the base model in %s, and here model.dtype %s is %s; its "
                 "further rounds follow from other roundings",
                 state.dtype,
                 self.config.model.dtype,
-                self.dtype,
+                self.work.base.dtype_name,
             )
         privacy = {} if self.spending is None else self.spending.possible(state.privacy)
         return dataclasses.replace(state, privacy=privacy)

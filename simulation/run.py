@@ -19,7 +19,6 @@ from fedlora import logs, processors
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
-from fedlora.findings import lost
 from fedlora.run_files import CONFIG, LEDGERS, alone, is_complete, read_run_file
 from fedlora.sections import check_gpu, check_threads
 from fedlora.startup import paused_gc
@@ -55,6 +54,7 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     with console.status("reading records"):
         records = prepare(config)
         with paused_gc():
+            from fedlora.findings import lost
             from server import population
         found = population.check(config, records)
     console.write_line(f"{len(records.names)} institutions, {records.counts['rows']:,} rows")
