@@ -3,8 +3,8 @@
 A model alone depends on the institution's records, the base and the settings at home, and on
 nothing of the federation: neither its noise nor its strategy. A sweep over epsilon would train it
 anew for every epsilon. Instead the first run that needs it keeps it in the sweep's directory, and
-the others take it from there. They do so within one call of the sweep only, in which program,
-machine and records stay as they are.
+the others take it from there. The sweep names another directory for other code and on another
+machine.
 
 The models are trained without DP: files and directory are their owner's only.
 """

@@ -7,6 +7,7 @@ reported, and the others go on. Cells share models alone (`client.alone_models`)
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from fedlora.run_files import (
     ENVIRONMENT,
     RESULT,
     command,
+    environment,
     finite,
     is_complete,
     other_code,
@@ -47,7 +49,7 @@ LOCK = ".lock"
 DROPPED = ".dropped"
 """Where a begun cell of other code is while it is removed."""
 ALONE_MODELS = "alone-models"
-"""The sweep's directory of models alone, which the cells of one call share."""
+"""The sweep's directory of models alone, which cells share until the last one is complete."""
 
 
 def run(
@@ -120,8 +122,10 @@ def run(
             )
         started = time.monotonic()
         try:
-            with _alone_models(out) as kept:
-                failed = _Runner(out, jobs, engine, execute, lock, console, parent, kept).run(left)
+            kept = _alone_models(out)
+            failed = _Runner(out, jobs, engine, execute, lock, console, parent, kept).run(left)
+            if not failed:
+                shutil.rmtree(kept.parent, ignore_errors=True)
         finally:
             results.write(out)
         if parent:
@@ -217,15 +221,18 @@ def _locked(out: Path, console: Terminal) -> Iterator[int]:
         yield file.fileno()
 
 
-@contextlib.contextmanager
-def _alone_models(out: Path) -> Iterator[Path]:
-    """The empty directory of the models alone; it is removed at the end."""
-    directory = (out / ALONE_MODELS).absolute()
-    shutil.rmtree(directory, ignore_errors=True)  # of a killed call
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+def _alone_models(out: Path) -> Path:
+    """The directory of the models alone of this code on this machine; those of others go.
+
+    What an interrupted call leaves there serves the next one.
+    """
+    about = {key: value for key, value in environment().items() if key != "command"}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    directory = (out / ALONE_MODELS / digest).absolute()
+    for other in directory.parent.glob("*"):
+        if other != directory:
+            shutil.rmtree(other, ignore_errors=True)
+    return directory
 
 
 def _write_manifest(

@@ -970,10 +970,44 @@ def test_the_cells_of_one_call_share_models_alone(sweep_file, tmp_path):
     assert not (out / cells.ALONE_MODELS).exists()
     lines = [x for x in done["results"] if x["institution"] == results.ALL]
     assert len({x["alone"] for x in lines}) == 1 and lines[0]["alone"] is not None
-    (out / cells.ALONE_MODELS).mkdir()  # as a killed call leaves it
-    (out / cells.ALONE_MODELS / "old").touch()
-    with cells._alone_models(out) as directory:
-        assert not directory.exists()
+
+
+def test_models_alone_of_an_interrupted_call_stay_unless_of_other_code(tmp_path, monkeypatch):
+    kept = cells._alone_models(tmp_path)
+    kept.mkdir(parents=True)
+    (kept / "one").touch()
+    assert cells._alone_models(tmp_path) == kept and (kept / "one").exists()
+    monkeypatch.setattr(cells, "environment", lambda: {"code": "other", "command": ["x"]})
+    other = cells._alone_models(tmp_path)
+    assert other != kept and not kept.exists()
+    monkeypatch.setattr(cells, "environment", lambda: {"code": "other", "command": ["y"]})
+    assert cells._alone_models(tmp_path) == other
+
+
+def fails_at_four(arguments):
+    """`fedlora` in the process of a cell; the cell of epsilon 4 fails at its end."""
+    execute(arguments)
+    if "epsilon-4" in arguments[-1]:
+        sys.exit(1)
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_failed_cell_keeps_its_models_alone(sweep_file, tmp_path):
+    text = 'arms = ["federated-dp"]\n[grid]\nprivacy.epsilon = [8.0, 4.0]'
+    out, keys = tmp_path / "out", {"home.method": "interpolate", "home.steps": 4}
+    done = cells.run(
+        sweep_file(text, **keys),
+        out,
+        jobs=1,
+        resume=False,
+        yes=False,
+        engine="inline",
+        execute=fails_at_four,
+        console=Terminal(quiet=True),
+    )
+    assert done["done"] == 1 and len(done["failed"]) == 1
+    (kept,) = (out / cells.ALONE_MODELS).iterdir()
+    assert len(list(kept.glob("*.safetensors"))) == 4
 
 
 def test_a_cell_waits_while_another_may_train_its_models_alone(tiny_config):
