@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting, composition, noise_shares
+from fedlora import accounting, composition
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import RESIDUAL_A, AdapterState
 from fedlora.config import RunConfig
@@ -128,13 +128,12 @@ def check_step(order: TrainOrder, config: RunConfig, plan: PrivacyPlan) -> None:
             )
 
 
-def check_size(order: TrainOrder, plan: PrivacyPlan, *, stored: bool) -> None:
-    """Refuse an adapter that the ledger cannot store or the plan has no noise for.
+def check_size(order: TrainOrder, plan: PrivacyPlan) -> None:
+    """Refuse an adapter whose answer has more than ``MAX_ANSWER`` bytes: it is stored.
 
     Args:
         order: An accepted order.
         plan: The plan of the run.
-        stored: Whether the ledger will store the answer, which may have ``MAX_ANSWER`` bytes.
 
     Raises:
         Refusal: ``adapter-too-large``.
@@ -142,18 +141,11 @@ def check_size(order: TrainOrder, plan: PrivacyPlan, *, stored: bool) -> None:
     numbers = sum(tensor.numel() for tensor in order.adapter.only(order.parts).values())
     kept = sum(tensor.numel() for tensor in order.adapter.only(order.kept).values())
     size = 8 * numbers if plan.honest else 4 * (numbers + kept)
-    if stored and size > MAX_ANSWER:
+    if size > MAX_ANSWER:
         raise Refusal(
             "adapter-too-large",
-            f"the answer would have {size:,} bytes, and the ledger stores at most {MAX_ANSWER:,}: "
+            f"the answer would have {size:,} bytes, and at most {MAX_ANSWER:,} can be stored: "
             "lower adapter.rank or name fewer adapter.target-modules",
-        )
-    if plan.honest and numbers > noise_shares.MAX_PARAMETERS:
-        raise Refusal(
-            "adapter-too-large",
-            f"the order trains {numbers} parameters; under secure aggregation at most "
-            f"{noise_shares.MAX_PARAMETERS} are possible: lower adapter.rank or name fewer "
-            "adapter.target-modules",
         )
 
 

@@ -220,12 +220,15 @@ class Institution:
         shard = self._records()
         plan = plan_run(self.config, shard.num_units, order.participations)
         checks.check_step(order, self.config, plan)
-        checks.check_size(order, plan, stored=not self.config.privacy.masks)
+        checks.check_size(order, plan)
         secure = self.secure_role() if self.config.privacy.masks else None
-        ledger = self.open_ledger(shard)
+        ledger, masked = self.open_ledger(shard), None
         with _closed_on_error(ledger):
             self._check_limits(plan, ledger)
-            count = secure.begin(order) if secure else len(records.load(self.config).names)
+            if secure:
+                count, masked = secure.begin(order)
+            else:
+                count = len(records.load(self.config).names)
         return PrivateRound(
             name=self.name,
             order=order,
@@ -235,6 +238,7 @@ class Institution:
             ledger=ledger,
             institutions=count,
             secure=secure,
+            masked=masked,
         )
 
     def secure_role(self) -> SecureRole:

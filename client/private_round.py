@@ -1,6 +1,5 @@
 """One round of one institution under DP, from the charge to the stored answer."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ class PrivateRound:
         ledger: The institution's ledger, open.
         institutions: The number of institutions in the run.
         secure: The institution's role under the full protocol of secure aggregation.
+        masked: The round's vector where that protocol masked it before.
         key: Key of the round's noise and sampling; empty before the charge.
     """
 
@@ -51,6 +51,7 @@ class PrivateRound:
     ledger: Ledger
     institutions: int
     secure: SecureRole | None
+    masked: Int64 | None = None
     key: bytes = b""
 
     def __enter__(self) -> Self:
@@ -81,7 +82,7 @@ class PrivateRound:
         """Charge the ledger for the round, unless it was answered before.
 
         Returns:
-            The stored answer of a round that was answered before, else None.
+            The stored answer of a round that was answered or masked before, else None.
 
         Raises:
             Refusal: If the ledger refuses (``budget-exhausted``, ``ledger-*`` and others).
@@ -103,13 +104,15 @@ class PrivateRound:
             extra_events=self.plan.size_events,
         )
         self.key = charged.key
+        if self.masked is not None:
+            return self._update(AdapterState({}), self.masked)
         return None if charged.answer is None else wire.update_from_bytes(charged.answer)
 
     def store_answer(self, trained: Trained) -> ClientUpdate:
         """Store the round's answer in the ledger; only then may it be sent.
 
-        A masked vector is not stored: nobody can read it before shares leave, and the ledger closes
-        the round before they do (`SecureParty.unmask`).
+        A masked vector is in the store of the protocol's keys instead (`SecureParty.mask`), and the
+        ledger closes the round before shares leave (`SecureParty.unmask`).
 
         Args:
             trained: The outcome of `train_rounds`.
@@ -121,25 +124,27 @@ class PrivateRound:
         Raises:
             Refusal: ``round-already-answered`` to another order, or ``ledger-*``.
         """
-        order, words, adapter = self.order, None, AdapterState({})
+        order = self.order
         if isinstance(trained, AdapterState):
-            adapter = trained.only((*order.parts, *order.kept))
+            update = self._update(trained.only((*order.parts, *order.kept)), None)
+        elif self.secure is not None:
+            return self._update(AdapterState({}), self.secure.mask(order, trained))
         else:
-            words = trained
-        update = ClientUpdate(
+            update = self._update(AdapterState({}), trained)
+        blob = wire.update_to_bytes(update)
+        stored = self.ledger.store_answer(order.run, order.round, self.digest, blob)
+        return update if stored is blob else wire.update_from_bytes(stored)
+
+    def _update(self, adapter: AdapterState, words: Int64 | None) -> ClientUpdate:
+        return ClientUpdate(
             institution=self.name,
-            round=order.round,
-            run=order.run,
+            round=self.order.round,
+            run=self.order.run,
             adapter=adapter,
             size=self._size(),
             privacy=self._spent(),
             words=words,
         )
-        if self.secure is not None and words is not None:
-            return dataclasses.replace(update, words=self.secure.mask(order, words))
-        blob = wire.update_to_bytes(update)
-        stored = self.ledger.store_answer(order.run, order.round, self.digest, blob)
-        return update if stored is blob else wire.update_from_bytes(stored)
 
     def _size(self) -> float:
         """The size that the weighting needs: a size class, a noised count, or 0.

@@ -10,7 +10,6 @@ institution masks one vector, signs one list, and reveals for each institution o
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from fedlora import masks, secure_aggregation
 from fedlora.errors import Refusal
 from fedlora.secure_aggregation import (
     KEY_BYTES,
+    WORD_BYTES,
     KeysMessage,
     ListMessage,
     ListOrder,
@@ -131,15 +131,29 @@ class SecureParty:
             )
         return message
 
-    def begin(self, order: MaskedOrder) -> None:
+    def begin(self, order: MaskedOrder) -> MaskedMessage | None:
         """Begin a round, before any training: check the order, store it, erase earlier rounds.
+
+        Returns:
+            The masked vector where the round has one. Nothing is trained for it again: a second
+            training may differ in its last bits, and whether it does may depend on the records.
 
         Raises:
             Refusal: ``secure-setup-unfinished``, ``secure-shares-missing``, ``secure-digest``,
                 ``secure-round-range``, ``secure-round-past``, ``secure-round-other-order``.
         """
         with secure_store.opened(self._path) as db:
-            self._begin(db, order)
+            terms, _, _ = self._begin(db, order)
+            words = self._round(db, order.run, order.round).masked
+        if words is None:
+            return None
+        if len(words) != terms.parameters * WORD_BYTES:
+            raise Refusal(
+                "secure-round-past",
+                f"an earlier version of fedlora masked round {order.round} of run {order.run} and "
+                "kept no vector to send again; begin a new run",
+            )
+        return MaskedMessage(name=self._name, round=order.round, words=words)
 
     def _begin(
         self, db: sqlite3.Connection, order: MaskedOrder
@@ -202,11 +216,15 @@ class SecureParty:
 
         Args:
             order: The round's order.
-            words: ``(d,)`` int64, noise included: the same whenever the order is the same.
+            words: ``(d,)`` int64, noise included.
+
+        Returns:
+            The masked vector, or the one that another process has stored meanwhile: two that were
+            trained under one key may differ in their last bits, and only one may leave.
 
         Raises:
             Refusal: As `begin`, ``secure-words-length``, ``secure-words-range`` if a word is not
-                below 2^62 / n in size, ``secure-words-changed`` if the round masked other words.
+                below 2^62 / n in size.
         """
         with secure_store.opened(self._path) as db:
             terms, keys, (private, seed) = self._begin(db, order)
@@ -231,17 +249,12 @@ class SecureParty:
             add=[seed, *(key for name, key in pairs.items() if name > self._name)],
             subtract=[key for name, key in pairs.items() if name < self._name],
         )
-        digest = hashlib.sha256(masked.data).digest()
         with secure_store.opened(self._path) as db:
-            stored = self._round(db, order.run, order.round)
-            if stored.masked not in (None, digest):
-                raise Refusal(
-                    "secure-words-changed",
-                    f"round {order.round} of run {order.run} was masked with other words: two "
-                    "vectors under one mask would show their difference",
-                )
-            secure_store.add_masked(db, order.run, order.round, digest)
-        return MaskedMessage(name=self._name, round=order.round, words=masked.tobytes())
+            stored = self._round(db, order.run, order.round).masked
+            if stored is None:
+                stored = masked.tobytes()
+                secure_store.add_masked(db, order.run, order.round, stored)
+        return MaskedMessage(name=self._name, round=order.round, words=stored)
 
     def sign_list(self, order: ListOrder) -> ListMessage:
         """Sign the survivors of a round: one list a round.

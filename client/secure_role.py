@@ -23,6 +23,7 @@ from fedlora.errors import Refusal
 from fedlora.messages import TrainOrder
 from fedlora.secure_aggregation import (
     KeysMessage,
+    MaskedMessage,
     MaskedOrder,
     Terms,
 )
@@ -96,11 +97,12 @@ class SecureRole:
             self.store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self.party().keys(terms)
 
-    def begin(self, order: TrainOrder) -> int:
+    def begin(self, order: TrainOrder) -> tuple[int, Int64 | None]:
         """Begin a round, before its charge.
 
         Returns:
-            The number of institutions of the run.
+            The number of institutions of the run, and the round's vector where it was masked
+            before.
 
         Raises:
             Refusal: ``secure-order-missing`` for an order without a masked one,
@@ -121,15 +123,15 @@ class SecureRole:
         terms = party.terms(order.run)
         # the configuration comes with each message, and may have changed since the setup
         self._check_terms(terms, secure_order.parameters(order.adapter, self.config))
-        party.begin(masked)
-        return len(terms.names)
+        sent = party.begin(masked)
+        return len(terms.names), None if sent is None else _of_order(sent, order)
 
     def mask(self, order: TrainOrder, words: Int64) -> Int64:
         """Mask the vector of a round that began.
 
         Args:
             order: The round's order.
-            words: ``(d,)``, with noise, the same whenever the order is the same.
+            words: ``(d,)``, with noise.
 
         Returns:
             ``(d,)``; without the peers' part in the protocol it is uniform noise.
@@ -141,8 +143,7 @@ class SecureRole:
         # a round may train fewer parameters than another; nothing is known of the words beyond
         whole = np.zeros(party.terms(order.run).parameters, np.int64)
         whole[: len(words)] = words
-        masked = party.mask(self._masked(order), whole)
-        return np.frombuffer(masked.words, "<i8")[: len(words)].astype(np.int64)
+        return _of_order(party.mask(self._masked(order), whole), order)
 
     def _check_terms(self, terms: Terms, parameters: int) -> None:
         """Refuse terms that are not those of the configuration and the length of its vectors."""
@@ -175,3 +176,9 @@ class SecureRole:
     ) -> None:
         with Ledger.open(self.ledger) as ledger:
             ledger.close_round(run, number, digest, survivors)
+
+
+def _of_order(message: MaskedMessage, order: TrainOrder) -> Int64:
+    """The words of what an order trains; the message has those of the longest round."""
+    trained = sum(tensor.numel() for tensor in order.adapter.only(order.parts).values())
+    return np.frombuffer(message.words, "<i8")[:trained].astype(np.int64)

@@ -49,7 +49,7 @@ CREATE TABLE shares (
 ) STRICT;
 CREATE TABLE rounds (
     run TEXT NOT NULL, round INTEGER NOT NULL, digest BLOB NOT NULL,
-    masked BLOB,            -- SHA-256 of the masked vector
+    masked BLOB,            -- the masked vector; empty once it is of no use
     list BLOB, signature BLOB,
     PRIMARY KEY (run, round)
 ) STRICT;
@@ -219,14 +219,15 @@ def latest_round(db: sqlite3.Connection, run: str) -> StoredRound | None:
 
 
 def begin_round(db: sqlite3.Connection, run: str, number: int, digest: bytes) -> None:
-    """Store a round's order and erase the secrets and shares of all rounds before it."""
+    """Store a round's order; erase secrets, shares and masked vectors of all rounds before it."""
+    db.execute("UPDATE rounds SET masked = x'' WHERE run = ? AND masked IS NOT NULL", (run,))
     db.execute("INSERT INTO rounds (run, round, digest) VALUES (?, ?, ?)", (run, number, digest))
     for table in ("secrets", "shares"):
         db.execute(f"DELETE FROM {table} WHERE run = ? AND round < ?", (run, number))
 
 
 def add_masked(db: sqlite3.Connection, run: str, number: int, masked: bytes) -> None:
-    """Store the digest of a round's masked vector."""
+    """Store a round's masked vector."""
     db.execute("UPDATE rounds SET masked = ? WHERE (run, round) = (?, ?)", (masked, run, number))
 
 
@@ -244,6 +245,7 @@ def end(db: sqlite3.Connection, run: str) -> None:
     """Erase a run's secrets, shares and messages; the run itself stays known."""
     for table in ("secrets", "shares"):
         db.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
+    db.execute("UPDATE rounds SET masked = x'' WHERE run = ? AND masked IS NOT NULL", (run,))
     db.execute(
         "UPDATE runs SET keys = x'', channel = NULL, peers = NULL, sealed = NULL, ended = 1 "
         "WHERE run = ?",

@@ -270,7 +270,9 @@ class Roster:
             InputError: If the noise drowns all, and the run does not accept it.
         """
         exact = self._config.privacy.shares_noise
-        sizes = (self.sizes() if exact else self.max_sizes).values()
+        sizes = list(self.max_sizes.values())
+        if exact:  # a larger claim than the operator's bound counts as the bound
+            sizes = [min(size, self.max_sizes.get(n, size)) for n, size in self.sizes().items()]
         if len(sizes) < self._config.data.institutions:
             return
         try:

@@ -20,6 +20,7 @@ from fedlora.composition import Event
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import PrivacySpent
+from fedlora.sections import MIN_DELTA
 
 log = logging.getLogger("fedlora.server")
 
@@ -76,7 +77,8 @@ class Spending:
         _require(said, "ledger_epsilon", 0 <= said.ledger_epsilon < math.inf, "it is finite")
         alone = said.ledger_epsilon_alone
         _require(said, "ledger_epsilon_alone", alone >= said.ledger_epsilon, "it is no smaller")
-        _require(said, "ledger_delta", 0 < said.ledger_delta < 1, "it is above 0 and below 1")
+        possible = MIN_DELTA <= said.ledger_delta < 1  # a smaller one would end each later report
+        _require(said, "ledger_delta", possible, f"it is from {MIN_DELTA:g} on and below 1")
         _require(said, "ledger_limit", 0 < said.ledger_limit < math.inf, "it is finite, above 0")
         plan = self._plan(said, size_class)
         sigma = plan.noise_multiplier

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from flwr.app import Message
 
 import server.app
+from client import institution
 from client.ledger import Ledger
 from deployment import keys, setup
 from fedlora import peers, secure_order, wire
@@ -216,6 +217,40 @@ def test_different_lists_for_different_institutions_unmask_nothing(deployed, fil
     assert all(record["skipped"] for record in read_records(Path(config.run_dir)))
     assert not grid.shares
     assert not any(entry["answered"] for name in BANKS for entry in _entries(rows, name))
+
+
+def test_a_masked_round_is_not_trained_again_for_a_server_that_changes_its_passes(
+    deployed, files, rows, monkeypatch
+):
+    """The last bits of a second training may depend on the records, and a refusal would tell."""
+    config = deployed(**SECURE)
+    trained, again, orders = [], [], {}
+    train = institution.train_rounds  # together they cannot: each has a table of its own
+    monkeypatch.setattr(
+        institution, "train_rounds", lambda rounds: trained.extend(rounds) or train(rounds)
+    )
+
+    def lie(content, node):
+        grid._contexts[node + 1].run_config["training.physical-batch"] = 1
+        (reply,) = Remote.send_and_receive(grid, [orders[node + 1]])
+        again.append(reply)
+        return content
+
+    grid = Lying(files, config, wire.LIST, lie)
+    push = grid.push_messages
+
+    def remember(messages):
+        messages = list(messages)
+        for message in messages:
+            if message.metadata.message_type == "train":
+                node = message.metadata.dst_node_id
+                orders[node] = Message(message.content, node, "train", group_id="again")
+        return push(messages)
+
+    grid.push_messages = remember
+    _run(config, grid)
+    assert len(trained) == len(again) == 8 and len(grid.words) == 16
+    assert len({(number, node, words.tobytes()) for number, node, words in grid.words}) == 8
 
 
 def test_a_list_below_the_least_number_is_not_signed(deployed, files):

@@ -61,7 +61,7 @@ BAD = [
     *(("max_grad_norm", value) for value in (*NOT_FINITE, -1.0, 0.0, 2.0)),
     *(("ledger_epsilon", value) for value in (*NOT_FINITE, -1.0)),
     *(("ledger_epsilon_alone", value) for value in (math.nan, -math.inf, -1.0, 6.9)),
-    *(("ledger_delta", value) for value in (*NOT_FINITE, -1.0, 0.0, 1.0)),
+    *(("ledger_delta", value) for value in (*NOT_FINITE, -1.0, 0.0, 5e-324, 1.0)),
     *(("ledger_limit", value) for value in (*NOT_FINITE, -1.0, 0.0)),
     *(("accountant", value) for value in ("prv", "gdp", "")),
     *(("clipping", value) for value in ("automatic", "none")),

@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 
 import fedlora
 from fedlora import config, wire
+from fedlora.errors import InputError
 from fedlora.messages import Hello, Query
 from fedlora.run_files import NODES, SIZES
 from server import roster
@@ -285,3 +286,24 @@ def test_under_secure_aggregation_the_roster_has_each_size_class():
     assert one.online() == {"a": 1, "d": 4}
     assert one.refused == {2: "invalid-size", 3: "invalid-size"}
     assert one.sizes() == {"a": 64.0, "d": 1.0}
+
+
+def test_a_claim_beyond_the_operators_bound_ends_no_secure_run(made, register, tmp_path):
+    """Delta must be below one in the number of records: 2^40 of them would refuse any run."""
+    values = {
+        "privacy.trust": "secure-aggregation",
+        "privacy.protocol": "full",
+        "privacy.honest": 3,
+        "privacy.delta": 1e-5,
+        "training.sample-rate": 0.2,
+        "federation.weighting": "public-size",
+    }
+    register(a=1, b=2, c=3)
+    one = made(Nodes("a", "b", "c", sizes={"a": 2**40, "b": 1024, "c": 1024}), **values)
+    (tmp_path / SIZES).write_text(json.dumps({"a": 2000, "b": 2000, "c": 2000}))
+    assert len(one.online()) == 3
+    one.check_noise(30)
+    (tmp_path / SIZES).write_text(json.dumps({"a": 2**41, "b": 2000, "c": 2000}))
+    one.online()
+    with pytest.raises(InputError, match=r"privacy\.delta"):
+        one.check_noise(30)
