@@ -24,7 +24,16 @@ from deployment.superlink_client import Server
 from fedlora.config import RunConfig, from_flat
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import RESULT, ROUNDS, RUN_NAME, SUBMISSION, alone, is_complete, read_records
+from fedlora.run_files import (
+    RESULT,
+    ROUNDS,
+    RUN_NAME,
+    SUBMISSION,
+    GrowingLines,
+    alone,
+    is_complete,
+    read_records,
+)
 from fedlora.sections import INSTITUTIONS
 
 State = Literal["running", "completed", "failed", "stopped"]
@@ -315,9 +324,13 @@ def follow(
         after: The number of first rounds that are not shown.
     """
     shown, asked = after, time.monotonic()
+    file = find(server, name).directory / ROUNDS
+    lines = GrowingLines(file)
     while True:
         submission = find(server, name)
-        for record in submission.rounds_done()[shown:]:
+        with named(file, "read"):
+            records = lines.read()
+        for record in records[shown:]:
             shown += 1
             show(record)
         if submission.state != "running":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import live_state
+from fedlora.run_files import ROUNDS, GrowingLines
 
 ADDRESS = "127.0.0.1"
 HOSTS = (ADDRESS, "localhost")
@@ -54,15 +55,18 @@ class _Server(ThreadingHTTPServer):
         super().__init__((ADDRESS, 0), _Handler)  # any free port
         self.secret = secrets.token_urlsafe(16)
         self._run_dir = run_dir
+        self._rounds = GrowingLines(run_dir / ROUNDS)
         self._known: tuple[Any, dict[str, Any]] | None = None
+        self._summarising = threading.Lock()
 
     def summary(self) -> bytes:
         """The run's summary as JSON; the files are read again only after a change."""
-        changed = live_state.changed(self._run_dir)
-        if self._known is None or self._known[0] != changed:
-            self._known = changed, live_state.summary(self._run_dir)
-        quiet = live_state.last_change(self._run_dir)
-        return json.dumps(self._known[1] | {"quiet": quiet}).encode()
+        with self._summarising:  # a thread for each request
+            changed = live_state.changed(self._run_dir)
+            if self._known is None or self._known[0] != changed:
+                self._known = changed, live_state.summary(self._run_dir, self._rounds.read())
+            known = self._known[1]
+        return json.dumps(known | {"quiet": live_state.last_change(self._run_dir)}).encode()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a browser that has gone away."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedlora.config import load
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, RESULT, ROUNDS, finite, is_complete, read_records
+from fedlora.run_files import CONFIG, RESULT, ROUNDS, finite, is_complete
 from server.run_directory import ORDERS, RunDirectory
 
 FILES = (CONFIG, ORDERS, ROUNDS, RESULT)
@@ -36,8 +36,12 @@ def last_change(run_dir: Path) -> float | None:
     return max(0.0, time.time() - max(times) / 1e9) if times else None
 
 
-def summary(run_dir: Path) -> dict[str, Any]:
+def summary(run_dir: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarise a run in plain values, ready for JSON.
+
+    Args:
+        run_dir: The run's directory; it may not exist yet.
+        records: The lines of its rounds.jsonl.
 
     Returns:
         ``name`` and ``directory``; ``stage``: ``starting``, ``rounds``, ``ending`` (institutions
@@ -53,7 +57,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
         config = load(run_dir / CONFIG)
     except InputError:  # not accepted yet
         return found
-    records, total = read_records(run_dir), config.federation.rounds
+    total = config.federation.rounds
     done, private = (records[-1]["round"] if records else 0), config.privacy.enabled
     stage = "complete" if is_complete(run_dir) else "rounds" if done < total else "ending"
     metric = next((m for m in METRICS if any(m in r["metrics"] for r in records)), None)

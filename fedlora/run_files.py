@@ -211,11 +211,53 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines without a half-written last one; empty where there is no file."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return GrowingLines(file).read()
+
+
+class GrowingLines:
+    """The lines of a file of JSON lines that grows. Each line is read once.
+
+    Not for several threads at once.
+
+    Args:
+        file: The file; it may not exist yet.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._forget()
+
+    def _forget(self) -> None:
+        self._found: list[dict[str, Any]] = []
+        self._last, self._start = b"", 0  # the last line in _found and its position in the file
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines without a half-written last one; empty where there is no file.
+
+        The file is read from its beginning if the last line read is no longer in its place: the
+        file was cut back, or another file has its name.
+
+        Returns:
+            A list that later calls may extend.
+
+        Raises:
+            ValueError: If a line is not JSON in UTF-8. The next call begins with this line.
+        """
+        try:
+            file = self._file.open("rb")
+        except FileNotFoundError:
+            self._forget()
+            return self._found
+        with file:
+            file.seek(self._start)
+            if file.read(len(self._last)) != self._last:
+                self._forget()
+                file.seek(0)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._found.append(json.loads(line))
+                    self._last, self._start = line, self._start + len(self._last)
+        return self._found
 
 
 def environment() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fedlora.rounding import at_most, number
 from fedlora.run_files import (
     CONFIG,
     ROUNDS,
+    GrowingLines,
     ledger_alone,
     link_latest,
     read_records,
@@ -48,14 +49,11 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     done = threading.Event()
     started = time.monotonic()
     run_dir = Path(config.run_dir)
-    records = read_records(run_dir)
-    resumed_at, size = len(records), 0
+    lines = GrowingLines(run_dir / ROUNDS)
+    resumed_at = len(lines.read())
 
     def line() -> tuple[int, str]:
-        nonlocal records, size
-        file = run_dir / ROUNDS
-        if (now := file.stat().st_size if file.exists() else 0) != size:
-            records, size = read_records(run_dir), now
+        records = lines.read()
         return len(records), describe(
             config,
             records,

@@ -948,6 +948,27 @@ def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deploye
     assert shown == [1, 2]
 
 
+def test_waiting_reads_each_round_once(here, link, deployed, monkeypatch):
+    made = submissions.submit(here, deployed, "one")
+
+    def damaged():
+        with (made.directory / "rounds.jsonl").open("r+b") as file:
+            file.write(b"x")  # no JSON any more
+
+    steps = iter(
+        [
+            lambda: (_round(made, 1), _round(made, 2)),
+            lambda: (damaged(), _round(made, 3)),
+            lambda: _finish(submissions.find(here, "one"), link),
+            lambda: _pass(here),
+        ]
+    )
+    monkeypatch.setattr(submissions.time, "sleep", lambda _: next(steps)())
+    shown = []
+    assert submissions.follow(here, "one", lambda r: shown.append(r["round"])).state == "completed"
+    assert shown == [1, 2, 3]
+
+
 def test_exit_codes_tell_the_truth(here, link, deployed, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(deployed.to_toml())

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from experiments import live, live_state
+from fedlora.run_files import read_records
 
 NAMES = ("Alpha", "<b>Beta</b>")
 
@@ -41,6 +42,10 @@ def run_dir(tmp_path, tiny_config):
     return place
 
 
+def summary(run_dir):
+    return live_state.summary(run_dir, read_records(run_dir))
+
+
 @pytest.fixture
 def address(run_dir):
     with live.serving(run_dir) as served:
@@ -62,7 +67,7 @@ def get(address, path="", **headers):
 
 
 def test_a_run_in_its_fourth_round_is_summarised(run_dir):
-    said = live_state.summary(run_dir)
+    said = summary(run_dir)
     assert (said["stage"], said["round"], said["rounds"]) == ("rounds", 3, 6)
     assert (said["asked"], said["updates"], said["seconds_left"]) == (["Alpha"], [1, 2], 6.0)
     assert (said["metric"], said["measured"]) == ("accuracy", [[2, 0.25]])
@@ -78,23 +83,23 @@ def test_a_run_in_its_fourth_round_is_summarised(run_dir):
 
 
 def test_every_stage_of_a_run_has_its_name(run_dir, tmp_path):
-    assert live_state.summary(tmp_path / "not-yet")["stage"] == "starting"
+    assert summary(tmp_path / "not-yet")["stage"] == "starting"
     assert live_state.last_change(tmp_path / "not-yet") is None
     with (run_dir / "rounds.jsonl").open("a") as file:
         file.write("".join(json.dumps(line(n)) + "\n" for n in (4, 5, 6)) + '{"round": 7, "half')
-    assert live_state.summary(run_dir)["stage"] == "ending"
+    assert summary(run_dir)["stage"] == "ending"
     (run_dir / "result.json").write_text("{}")
-    assert live_state.summary(run_dir)["stage"] == "complete"
+    assert summary(run_dir)["stage"] == "complete"
     config = (run_dir / "config.toml").read_text()
     (run_dir / "config.toml").write_text(config.replace("epsilon = 4.0", "epsilon = inf"))
-    said = live_state.summary(run_dir)
+    said = summary(run_dir)
     assert (said["epsilon"], said["limit"]) == (None, None)
 
 
 def test_an_epsilon_that_no_institution_reported_is_not_zero(run_dir):
     lines = [line(1) | {"epsilon_max": None}, line(2)]
     (run_dir / "rounds.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    assert live_state.summary(run_dir)["epsilon"] == [[2, 1.001]]
+    assert summary(run_dir)["epsilon"] == [[2, 1.001]]
 
 
 def test_the_page_follows_the_files(address, run_dir):
@@ -103,6 +108,11 @@ def test_the_page_follows_the_files(address, run_dir):
         file.write(json.dumps(line(4)) + "\n")
     said = json.loads(get(address, "run.json")[2])
     assert said["round"] == 4 and 0 <= said["quiet"] < 60
+    with (run_dir / "rounds.jsonl").open("r+b") as file:
+        file.write(b"x")  # no JSON: a round that was read is not read again
+        file.seek(0, 2)
+        file.write(json.dumps(line(5)).encode() + b"\n")
+    assert json.loads(get(address, "run.json")[2])["round"] == 5
 
 
 def test_only_this_machine_and_only_its_own_page_reads_the_run(address):

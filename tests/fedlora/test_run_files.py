@@ -111,3 +111,51 @@ def test_only_a_directory_runs_gets_a_link_and_nothing_of_the_users_is_replaced(
     (tmp_path / "runs" / "latest").mkdir(parents=True)
     run_files.link_latest(tmp_path / "runs" / "one")
     assert not (tmp_path / "runs" / "latest").is_symlink()
+
+
+def test_the_lines_of_a_growing_file_are_each_read_once(tmp_path):
+    file = tmp_path / "rounds.jsonl"
+    lines = run_files.GrowingLines(file)
+    assert lines.read() == []
+    file.write_bytes(b'{"round": 1}\n{"round": 2}\n{"rou')
+    assert lines.read() == [{"round": 1}, {"round": 2}]
+    with file.open("r+b") as opened:
+        opened.write(b"x" * len('{"round": 1}'))  # no JSON: the first line is not read again
+        opened.seek(0, 2)
+        opened.write(b'nd": 3}\n')
+    assert lines.read() == [{"round": 1}, {"round": 2}, {"round": 3}]
+    assert lines.read() == [{"round": 1}, {"round": 2}, {"round": 3}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"round": 1}\n',
+        b"",
+        b'{"round": 1}\n{"round": 7}\n{"round": 8}\n',
+        b'{"round": 1, "more": "than before"}\n{"round": 2}\n',
+    ],
+)
+@pytest.mark.parametrize("replaced", [True, False])
+def test_lines_of_a_file_that_was_cut_back_or_replaced_are_read_anew(tmp_path, content, replaced):
+    file = tmp_path / "rounds.jsonl"
+    file.write_bytes(b'{"round": 1}\n{"round": 2}\n')
+    lines = run_files.GrowingLines(file)
+    lines.read()
+    if replaced:
+        file.unlink()
+        assert lines.read() == []
+    file.write_bytes(content)
+    assert lines.read() == run_files.read_lines(file)
+    assert len(lines.read()) == content.count(b"\n")
+
+
+def test_a_damaged_line_is_found_by_each_reading(tmp_path):
+    file = tmp_path / "rounds.jsonl"
+    file.write_bytes(b'{"round": 1}\n{\n')
+    lines = run_files.GrowingLines(file)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="line 2"):
+            lines.read()
+    file.write_bytes(b'{"round": 1}\n{"round": 2}\n')
+    assert lines.read() == [{"round": 1}, {"round": 2}]
