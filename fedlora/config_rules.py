@@ -260,3 +260,11 @@ def check_secure(
             f"privacy.protocol is {privacy.protocol!r}, but data.source is 'institutions', where "
             "the server must not see a single vector; use full"
         )
+    institutions = int(flat["data.institutions"])
+    if deployed and (shares := institutions * federation.rounds) > noise_shares.MAX_SHARES:
+        raise InputError(
+            f"data.institutions is {institutions} and federation.rounds is {federation.rounds}, "
+            f"but under {trust} each institution sends shares of keys for every institution and "
+            f"round in one message, and of these {shares} only {noise_shares.MAX_SHARES} fit: "
+            "lower federation.rounds, or split the run among fewer institutions"
+        )

@@ -26,6 +26,10 @@ multipliers 0.1 % apart for one plan, and the rounding of a sum of gradients in 
 MAX_BATCH = 2**19
 """The most expected units of a batch: twice as many move two sums in float64 by less than 2^-12 C
 beyond C, since n units make an error of at most n^2 2^-53 C in each."""
+MAX_SHARES = 120_000
+"""Institutions times rounds of a deployed run, at most: an institution sends its shares of all
+rounds' keys in one message of 66 bytes each, and the gateway takes 8 MiB (deployment/gateway.conf).
+The rest is for the message's envelope."""
 MIN_HONEST = 2
 """With one honest share the sum would protect no more than that share."""
 MIN_COLLUDING = 1

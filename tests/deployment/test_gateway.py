@@ -12,9 +12,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 from deployment import setup
+from fedlora import noise_shares, shamir, wire
+from fedlora.secure_aggregation import MAX_TEXT_CHARACTERS, SharesMessage
 from tests.deployment.harness import ROOT
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -134,6 +137,17 @@ def test_a_request_is_little_larger_than_flowers_largest_and_is_told_so(gateway,
         link.settimeout(1.0)  # it passes: the SuperLink is waited for, which nobody finds here
         with pytest.raises(TimeoutError):
             link.recv(1)
+
+
+@pytest.mark.parametrize("institutions", [10_000, 1000, 12])
+def test_the_shares_of_the_largest_run_with_full_secure_aggregation_pass(institutions):
+    rounds = noise_shares.MAX_SHARES // institutions
+    plain = bytes(2 * shamir.SHARE_BYTES * rounds)
+    sealed = ChaCha20Poly1305(bytes(32)).encrypt(bytes(12), plain, None)
+    shares = (b"", *(sealed for _ in range(institutions - 1)))
+    packed = wire.pack_secure(SharesMessage(name="n" * MAX_TEXT_CHARACTERS, sealed=shares))
+    largest = max(len(part.deflate()) for part in packed.children.values())
+    assert largest + 1000 < MAX_REQUEST_BYTES["push-object"]  # node, run and digest beside it
 
 
 def test_an_address_has_few_requests_at_once(gateway):

@@ -304,6 +304,20 @@ def test_what_does_not_go_with_secure_aggregation_is_refused_with_the_reason(val
         config.from_flat(SECURE | values)
 
 
+@pytest.mark.parametrize(("institutions", "rounds"), [(1000, 120), (9999, 12), (12, 10_000)])
+def test_more_shares_of_keys_than_one_message_holds_are_refused_in_a_deployment(
+    institutions, rounds
+):
+    of = {"data.institutions": institutions, "federation.rounds": rounds}
+    deployed = {"data.source": "institutions", "data.labels": "a,b", "privacy.protocol": "full"}
+    config.from_flat(SECURE | deployed | of)
+    more = of | {"data.institutions": institutions + 1, "federation.rounds": rounds + 1}
+    config.from_flat(SECURE | {"privacy.protocol": "full"} | more)
+    words = f"institutions is {institutions + 1} and federation.rounds is {rounds + 1}, .* 120000"
+    with pytest.raises(InputError, match=words):
+        config.from_flat(SECURE | deployed | more)
+
+
 def test_different_ranks_do_not_go_with_secure_aggregation():
     with pytest.raises(InputError, match=r"adapter\.ranks"):
         config.from_flat(SECURE | {"adapter.ranks": "size"})
