@@ -13,13 +13,11 @@ from typing import Any
 from client.settings import Settings
 from fedlora.config import RunConfig, from_flat
 from fedlora.errors import InputError, Refusal
-from fedlora.sections import INSTITUTIONS
+from fedlora.sections import INSTITUTIONS, MAX_LIST_TEXT
 from fedlora.settings_schema import Scalar
 
 MAX_TEXT = 1000
 """Characters of a text unless `Taken` has another bound; longer texts are not read or logged."""
-MAX_LIST_TEXT = 2**15
-"""Characters of a list's text."""
 MAX_MODULES = 256
 PROMPT_CHARACTERS_PER_TOKEN = 16
 """Characters of a prompt for each token of the longest row that the settings allow. A prompt is

@@ -93,6 +93,8 @@ class RunConfig(Section):
                 "data.source is 'institutions', where nobody sees all records: list the classes in "
                 "data.labels (none for sft), and the number of institutions in data.institutions"
             )
+        if self.deployed:
+            config_rules.check_lists(self.flat())
         if privacy.shares_noise:
             config_rules.check_secure(federation, privacy, self.flat(), deployed=self.deployed)
         config_rules.check_robust(federation, privacy)

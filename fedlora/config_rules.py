@@ -7,6 +7,7 @@ from fedlora import noise_shares
 from fedlora.errors import InputError
 from fedlora.sections import (
     COORDINATE_WISE,
+    MAX_LIST_TEXT,
     UNWEIGHTED,
     AdapterConfig,
     FederationConfig,
@@ -65,6 +66,17 @@ def check_federation(federation: FederationConfig, privacy: PrivacyConfig) -> No
             "federation.weighting is 'noised-size', but privacy.epsilon is inf, so there is "
             "no budget to pay it from; use uniform, public-size or records"
         )
+
+
+def check_lists(flat: Mapping[str, Scalar]) -> None:
+    """Refuse lists of a deployed run that no institution would read."""
+    for name in ("data.labels", "adapter.target-modules"):
+        length = len(str(flat[name]))
+        if length > MAX_LIST_TEXT:
+            raise InputError(
+                f"{name} has {length} characters in JSON, but data.source is 'institutions', and "
+                f"an institution reads at most {MAX_LIST_TEXT}; use shorter names, or fewer"
+            )
 
 
 def check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> None:

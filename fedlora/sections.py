@@ -26,6 +26,8 @@ SECURE_AGGREGATION = "secure-aggregation"
 """``privacy.trust`` where the server sees sums of updates only."""
 INSTITUTIONS = "institutions"
 """``data.source`` of a deployment: each institution brings its own records."""
+MAX_LIST_TEXT = 2**15
+"""Characters of a list in JSON that an institution of a deployment reads."""
 MIN_SAMPLE_RATE = 1e-6
 """The smallest sample rate above 0: an update is divided by the expected batch size."""
 MIN_DELTA = 1e-30

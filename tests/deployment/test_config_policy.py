@@ -20,9 +20,9 @@ from client import config_policy
 from client.config_policy import KEYS, Taken
 from client.ledger import Ledger
 from client.settings import Settings
-from fedlora.config import RunConfig
-from fedlora.errors import Refusal
-from fedlora.sections import INSTITUTIONS, MIN_DELTA
+from fedlora.config import RunConfig, from_flat
+from fedlora.errors import InputError, Refusal
+from fedlora.sections import INSTITUTIONS, MAX_LIST_TEXT, MIN_DELTA
 from fedlora.settings_schema import kebab
 from tests.deployment.harness import ROOT
 
@@ -407,6 +407,23 @@ def test_a_refusal_names_the_setting_that_decides_and_its_value(own, asked, word
     with pytest.raises(Refusal) as caught:
         config_policy.apply(settings, {**ASKED, **asked})
     assert all(word in caught.value.detail for word in words), caught.value.detail
+
+
+def test_a_deployed_run_may_have_the_lists_that_an_institution_reads_and_no_longer_ones():
+    labels = tuple(f"{n:0>12}" for n in range(2048))  # with quotes, comma and space 16 each
+    texts = {"name": "a", "source": "s", "ledger": "l", "state": "s", "models": ("m",)}
+    own = Settings(**{**texts, "labels": labels, "max_delta": 1e-4})
+    asked = {**BASE, "model.name": "m", "data.labels": json.dumps(labels)}
+    assert len(asked["data.labels"]) == MAX_LIST_TEXT
+    assert config_policy.apply(own, from_flat(asked).flat()).data.labels == labels
+    for key in ("data.labels", "adapter.target-modules"):
+        longer = {**asked, key: json.dumps([*labels[1:], "longer by a" + "n e" * 4])}
+        words = rf"{key} has {len(longer[key])} characters .* at most {MAX_LIST_TEXT}"
+        with pytest.raises(InputError, match=words):
+            from_flat(longer)
+        with pytest.raises(InputError, match=f"at most {MAX_LIST_TEXT}"):
+            config_policy.apply(own, longer)
+        from_flat({**longer, "data.source": "rows.csv"})
 
 
 def test_each_limit_names_a_setting_or_none():
