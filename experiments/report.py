@@ -286,23 +286,19 @@ def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "shortest": {r: values[0] for r, values in norms.items()},
         }
         shown[title] = figures.by_round("norms", title, lines, label="norm of the update")
-    refused = [
-        [str(r["round"]), name, why]
-        for r in records
-        for name, why in r["aggregation"].get("rejected", {}).items()
-    ]
-    tables = (
-        [Table(rows=[["round", "institution", "reason"], *refused], title="Unused updates",
-               folded=len(refused) > 12)]
-        if refused
-        else []
-    )  # fmt: skip
+    unused: dict[tuple[str, str], list[int]] = {}  # institution, reason -> rounds
+    for r in records:
+        for name, why in r["aggregation"].get("rejected", {}).items():
+            unused.setdefault((name, why), []).append(r["round"])
+    rows = [[*key, *map(str, (len(of), of[0], of[-1]))] for key, of in sorted(unused.items())]
+    heads = ["institution", "reason", "updates", "first round", "last round"]
+    tables = [Table(rows=[heads, *rows], title="Unused updates", folded=len(rows) > 12)]
     words = [
         "The mean of the adapters' factors differs from the mean of their products. The error is "
         "the distance of the combined adapter from the exact mean. The length of an update is the "
         "distance that an institution moved, noise included."
     ]
-    return {"words": words if shown else (), "figures": shown, "tables": tables}
+    return {"words": words if shown else (), "figures": shown, "tables": tables if rows else []}
 
 
 def _cost(run: opening.Run) -> dict[str, Any]:

@@ -518,6 +518,25 @@ def test_rounds_that_changed_nothing_and_an_early_end_are_said(run_directory):
     assert "the server combined the updates of 1 round (fedavg" in text
 
 
+def test_unused_updates_are_counted_by_institution_and_reason(run_directory):
+    path = run_directory / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    rejected = [{"Beta": "krum"}, {"Beta": "krum", "Alpha": "too-long"}, {"Beta": "no-answer"}]
+    for line, of in zip(lines, rejected, strict=True):
+        line["aggregation"]["rejected"] = of
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    section = report._aggregation(lines)
+    assert section["tables"][0].rows[1:] == [
+        ["Alpha", "too-long", "1", "2", "2"],
+        ["Beta", "krum", "2", "1", "2"],
+        ["Beta", "no-answer", "1", "3", "3"],
+    ]
+    assert "Unused updates" in shown(run_directory)
+    for line in lines:
+        line["aggregation"]["rejected"] = {}
+    assert report._aggregation(lines)["tables"] == []
+
+
 def test_warnings_that_came_at_the_end_are_none_of_the_beginning(run_directory):
     late = {"name": "took-no-part", "text": "1 institutions took no part", "voids": False}
     for found, said in (([late], "There is 1 warning:"), ([late] * 2, "There are 2 warnings:")):
