@@ -15,7 +15,7 @@ from fedlora import csv_files, rows
 from fedlora.columns import as_text, check_columns, check_single
 from fedlora.csv_files import PLAIN, CsvForm
 from fedlora.errors import InputError
-from fedlora.files import existing_parent, expanded, write_atomic
+from fedlora.files import existing_parent, expanded, replacing
 from fedlora.text import is_unicode
 
 STDIN = "-"
@@ -130,31 +130,33 @@ def write(out: Path, texts: Texts, answers: Sequence[dict[str, Any]]) -> None:
         InputError: If the file cannot be written, as on a full disk.
     """
     added = [name for name in (ANSWER, SCORE) if name in answers[0]]
-    both = [
+    both = (
         row | {name: answer[name] for name in added}
         for row, answer in zip(texts.rows, answers, strict=True)
-    ]
-    columns, suffix, text = [*texts.columns, *added], out.suffix.lower(), io.StringIO()
-    if suffix == PARQUET:
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-        packed = io.BytesIO()
-        parquet.write_table(_table(both, columns), packed)
-        content = packed.getvalue()
-    elif suffix == ".csv":
-        table = csv.DictWriter(text, columns)
-        table.writeheader()
-        table.writerows(both)
-        content = text.getvalue().encode()
-    else:
-        text.writelines(
-            json.dumps(row, ensure_ascii=False, default=_as_json) + "\n" for row in both
-        )
-        content = text.getvalue().encode()
+    )
+    suffix = out.suffix.lower()
     try:
-        write_atomic(out, content)
+        with replacing(out) as file:
+            if suffix == PARQUET:
+                parquet: Any = importlib.import_module("pyarrow.parquet")
+                table = _table(texts.rows, texts.columns)
+                for name in added:
+                    table = table.append_column(name, [[answer[name] for answer in answers]])
+                parquet.write_table(table, file)
+                return
+            text = io.TextIOWrapper(file, "utf-8", newline="")
+            if suffix == ".csv":
+                lines = csv.DictWriter(text, [*texts.columns, *added])
+                lines.writeheader()
+                lines.writerows(both)
+            else:
+                text.writelines(
+                    json.dumps(row, ensure_ascii=False, default=_as_json) + "\n" for row in both
+                )
+            text.detach()  # flushed, and the file stays open
     except OSError as error:
         raise InputError(
-            f"{out} cannot be written ({error.strerror}); give another --out"
+            f"{out} cannot be written ({error.strerror or error}); give another --out"
         ) from None
 
 

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Generator
 from pathlib import Path
+from typing import BinaryIO
 
 from fedlora.errors import InputError
 
@@ -52,12 +53,21 @@ def code_digest(*packages: Path) -> str:
 
 
 def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Write ``content`` to ``path`` so that a crash leaves either the old file or the new one.
+    """Write ``content`` to ``path`` as `replacing` does."""
+    with replacing(path, mode) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
+    """Write a file so that a crash or an error leaves either the old file or the new one.
 
     Args:
         path: The file.
-        content: Its new content.
         mode: Its permissions, less those that the process masks.
+
+    Yields:
+        An open file for the new content.
 
     Raises:
         OSError: If the disk is full or the directory cannot be written; the old file stays.
@@ -67,7 +77,7 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         with _UMASK:

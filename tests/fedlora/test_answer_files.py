@@ -55,6 +55,14 @@ def test_json_lines_keep_their_types_and_may_become_a_table(tmp_path):
     assert (tmp_path / "out.csv").read_text().startswith("text,n,m,answer,score")
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_file_of_answers_is_whole_or_absent(tmp_path, kind):
+    found = answer_files.of(["a", "b"])
+    with pytest.raises(KeyError):
+        answer_files.write(tmp_path / f"out.{kind}", found, [ANSWERS[0], {"answer": "card"}])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_answers_without_classes_have_no_score(tmp_path):
     found = answer_files.of(["a"])
     answer_files.write(tmp_path / "out.csv", found, [{"text": "a", "answer": "yes"}])
