@@ -265,14 +265,24 @@ def predict(
         given = answer_files.of(text or [])
     if out is not None:
         answer_files.check_out(out, given)
-    result = finished_run.predict(run_dir, given.texts, institution, overrides, own_model=own)
+    count = len(given.texts)
+    with ERRORS.status("loading the model") as status:
+        result = finished_run.predict(
+            run_dir,
+            given.texts,
+            institution,
+            overrides,
+            own_model=own,
+            all_scores=as_json,
+            show=lambda done: status.update(f"{done} of {count} texts answered"),
+        )
     if out is not None:
         answer_files.write(out, given, result["answers"])
     if as_json:
         print(json.dumps(finite(result)))
         return
     if out is not None:
-        Terminal().write_line(f"{len(given.texts)} answers in {out}")
+        Terminal().write_line(f"{count} answers in {out}")
     for one in result["answers"] if out is None else ():
         score = [f"{one['score']:.4f}"] if "score" in one else []
         Terminal().write_line(one["answer"], *score, one["text"])

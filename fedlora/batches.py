@@ -1,6 +1,6 @@
 """Rows to tensors: padded batches of rows of similar length, or packed rows without padding."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,6 +130,29 @@ def micro_batches(
     order = np.argsort(-np.asarray(lengths, dtype=np.int64)[rows], kind="stable")
     rows = rows[order]
     return [rows[i : i + physical_batch] for i in range(0, len(rows), physical_batch)]
+
+
+def once(
+    keys: Iterable[bytes], lengths: Int64, physical_batch: int
+) -> Generator[tuple[Int64, Int64, Int64]]:
+    """`micro_batches` of rows of which none repeats another, so that each is computed once.
+
+    Args:
+        keys: A key for each row; rows of one key are equal.
+        lengths: Tokens of each row.
+        physical_batch: Rows of a batch; the last batch may have fewer.
+
+    Yields:
+        The rows of the batch ``(b,)``; all rows ``(m,)`` that equal one of these, each once over
+        all batches; and for each of the latter its equal's position in the batch ``(m,)``.
+    """
+    first, copy_of = distinct(keys)
+    sizes = np.bincount(copy_of, minlength=len(first))
+    grouped, ends = np.argsort(copy_of, kind="stable"), np.cumsum(sizes)
+    for batch in micro_batches(lengths, first, physical_batch):
+        kinds = copy_of[batch]
+        rows = np.concatenate([grouped[ends[k] - sizes[k] : ends[k]] for k in kinds])
+        yield batch, rows, np.repeat(np.arange(len(batch)), sizes[kinds])
 
 
 def distinct(keys: Iterable[bytes]) -> tuple[Int64, Int64]:

@@ -1,7 +1,7 @@
 """Classification: class logits of an encoder, or label tokens of a causal model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedlora import metrics
 from fedlora.arrays import Int64
-from fedlora.batches import Batch, PackedBatch, distinct, micro_batches
+from fedlora.batches import Batch, PackedBatch, once
 from fedlora.encoding import LabelPrompt, PlainText
 from fedlora.shards import Shard
 from fedlora.tasks import (
@@ -92,13 +92,13 @@ class Classification(Task):
         inputs["logits_to_keep"] = torch.tensor([-1], device=inputs["input_ids"].device)
         return model(**inputs, use_cache=False).logits[:, -1]
 
-    def predict(
+    def answers(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
-    ) -> tuple[list[str], NDArray[np.float32]]:
+    ) -> Generator[tuple[Int64, list[str], NDArray[np.float32]]]:
         """The label with the highest score for each row, and the softmax of the scores."""
-        scores = self._scores(model, shard, labels)
-        said = [labels[int(i)] for i in scores.argmax(1)]
-        return said, torch.tensor(scores).softmax(1).numpy()
+        for rows, scores in self._scored(model, shard, labels):
+            said = [labels[int(i)] for i in scores.argmax(1)]
+            yield rows, said, torch.tensor(scores).softmax(1).numpy()
 
     def evaluate(
         self,
@@ -136,10 +136,17 @@ class Classification(Task):
     def _scores(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
     ) -> NDArray[np.float32]:
-        first, copy_of = distinct(shard.row(i).tobytes() for i in range(len(shard)))
         scores = np.empty((len(shard), len(labels)), dtype=np.float32)
-        with evaluation_mode(model):
-            for rows in micro_batches(shard.lengths, first, self.physical_batch):
-                logits = self.logits(model, self.collate(shard, rows), labels)
-                scores[rows] = logits.cpu().numpy()
-        return scores[first[copy_of]]
+        for rows, some in self._scored(model, shard, labels):
+            scores[rows] = some
+        return scores
+
+    def _scored(
+        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
+    ) -> Generator[tuple[Int64, NDArray[np.float32]]]:
+        """Rows ``(m,)`` and their scores ``(m, C)``, batch by batch."""
+        keys = (shard.row(i).tobytes() for i in range(len(shard)))
+        for batch, rows, equal in once(keys, shard.lengths, self.physical_batch):
+            with evaluation_mode(model):
+                scores = self.logits(model, self.collate(shard, batch), labels).cpu().numpy()
+            yield rows, scores[equal]

@@ -4,11 +4,11 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora import data, merging, model_card, model_files, trainable
+from fedlora import data, merging, model_card, model_files, shards, trainable
 from fedlora.adapters import open_for
 from fedlora.config import RunConfig, load
 from fedlora.encoder import EncoderClassifier
@@ -28,6 +28,8 @@ from fedlora.trainable import Trainable
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 """The dtype of a run's base in result.json -> ``model.dtype``."""
+ENCODED = 4096
+"""Texts that are encoded at a time: lists of tokens take ten times the memory of a shard."""
 READING = (
     "model.name",
     "data.text",
@@ -188,8 +190,13 @@ def predict(
     overrides: Mapping[str, Any] | None = None,
     *,
     own_model: bool = False,
+    all_scores: bool = True,
+    show: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Any]:
     """Answer each text with a run's adapter.
+
+    Texts are computed in batches of similar length, whatever their order, and only the answers are
+    kept of a batch.
 
     Args:
         run_dir: The directory of a complete run.
@@ -197,6 +204,8 @@ def predict(
         institution: The institution whose adapter is used, where each has its own.
         overrides: Other values for keys in `READING`.
         own_model: Whether the model is the one that this institution made at home.
+        all_scores: Whether each answer has ``scores``.
+        show: Called after each batch with the number of texts that are answered.
 
     Returns:
         ``answers``, one for each text in order: ``text``, ``answer`` and, where there are classes,
@@ -224,18 +233,27 @@ def predict(
     config = configuration(run_dir, overrides or {})
     work = _open(run_dir, config, institution, own_model=own_model)
     nothing = work.labels[0] if work.labels else ""  # predictions do not depend on the answer
-    encoded = work.task.encode(list(texts), [nothing] * len(texts), work.labels)
-    said, probabilities = work.task.predict(work.model, data.shard_of(encoded), work.labels)
-    answers: list[dict[str, Any]] = [
-        {"text": text, "answer": answer} for text, answer in zip(texts, said, strict=True)
-    ]
-    if probabilities is not None:
-        for one, row in zip(answers, probabilities.tolist(), strict=True):
-            scores = dict(zip(work.labels, row, strict=True))
-            one |= {"score": scores[one["answer"]], "scores": scores}
+    parts = (
+        work.task.encode(list(some), [nothing] * len(some), work.labels)
+        for some in (texts[i : i + ENCODED] for i in range(0, max(1, len(texts)), ENCODED))
+    )
+    shard = shards.joined([data.shard_of(part).corpus for part in parts])
+    answers: list[dict[str, Any]] = [{"text": text} for text in texts]
+    done = 0
+    for rows, said, probabilities in work.task.answers(work.model, shard, work.labels):
+        for place, row in enumerate(map(int, rows)):
+            one = answers[row]
+            one["answer"] = said[place]
+            if probabilities is not None:
+                one["score"] = float(probabilities[place].max())
+                if all_scores:
+                    found = probabilities[place].tolist()
+                    one["scores"] = dict(zip(work.labels, found, strict=True))
+        done += len(rows)
+        show(done)
     return {
         "answers": answers,
-        "truncated": sum(encoded.truncated),
+        "truncated": int(shard.corpus.truncated.sum()),
         "max_length": config.training.max_length,
     }
 

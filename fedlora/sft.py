@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fedlora import metrics
 from fedlora.arrays import Int64
-from fedlora.batches import Batch, PackedBatch, distinct, micro_batches, pad, rounded
+from fedlora.batches import Batch, PackedBatch, once, pad, rounded
 from fedlora.encoding import ResponsePrompt
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
@@ -86,11 +86,13 @@ class Sft(Task):
         responses = rounded(shard.lengths - shard.targets, self.encoding.max_length)
         return np.column_stack([super().shapes(shard), responses])
 
-    def predict(
+    def answers(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
-    ) -> tuple[list[str], None]:
+    ) -> Generator[tuple[Int64, list[str], None]]:
         """The response to each row's prompt, generated greedily."""
-        return self._generate(model, shard, np.arange(len(shard)), MAX_RESPONSE_TOKENS), None
+        everything = np.arange(len(shard))
+        for rows, said in self._written(model, shard, everything, MAX_RESPONSE_TOKENS):
+            yield rows, said, None
 
     def evaluate(
         self,
@@ -156,32 +158,39 @@ class Sft(Task):
         return totals, counts.sum(1).to(nll.dtype)
 
     def _token_loss(self, model: nn.Module, shard: Shard) -> tuple[float, int]:
-        first, copy_of = distinct(
-            shard.row(i).tobytes() + shard.targets[i].tobytes() for i in range(len(shard))
-        )
+        keys = (shard.row(i).tobytes() + shard.targets[i].tobytes() for i in range(len(shard)))
         losses = np.empty((len(shard), 2))
         with evaluation_mode(model):
-            for rows in micro_batches(shard.lengths, first, self.physical_batch):
-                both = torch.stack(self._response_losses(model, self.collate(shard, rows)), 1)
-                losses[rows] = both.cpu().numpy()
-        total, tokens = losses[first[copy_of]].sum(0)
+            for batch, rows, equal in once(keys, shard.lengths, self.physical_batch):
+                both = torch.stack(self._response_losses(model, self.collate(shard, batch)), 1)
+                losses[rows] = both.cpu().numpy()[equal]
+        total, tokens = losses.sum(0)
         return float(total), int(tokens)
 
     def _generate(self, model: nn.Module, shard: Shard, rows: Int64, max_tokens: int) -> list[str]:
         """Greedy responses to the prompts of the given rows."""
+        said = [""] * len(rows)
+        for places, texts in self._written(model, shard, rows, max_tokens):
+            for place, text in zip(places.tolist(), texts, strict=True):
+                said[place] = text
+        return said
+
+    def _written(
+        self, model: nn.Module, shard: Shard, rows: Int64, max_tokens: int
+    ) -> Generator[tuple[Int64, list[str]]]:
+        """Greedy responses batch by batch, and the places ``(m,)`` of their rows in ``rows``."""
         prompts = [shard.row(int(i))[: shard.targets[i]] for i in rows]
-        first, copy_of = distinct(prompt.tobytes() for prompt in prompts)
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         ends = self.encoding.end_tokens()
-        said: dict[int, str] = {}
         generate: Any = model.generate
         config: Any = model.config
         first_position = causal_position(base_model(model))
         most = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - first_position
-        with evaluation_mode(model):
-            for some in micro_batches(lengths, first, self.physical_batch):
-                tokens = [prompts[int(i)] for i in some]
-                batch = pad(tokens, lengths[some], self._pad_id, "left")
+        keys = (prompt.tobytes() for prompt in prompts)
+        for some, places, equal in once(keys, lengths, self.physical_batch):
+            tokens = [prompts[int(i)] for i in some]
+            batch = pad(tokens, lengths[some], self._pad_id, "left")
+            with evaluation_mode(model):
                 inputs = model_inputs(model, batch)
                 room = most - inputs["input_ids"].shape[1]
                 if first_position:  # else the model counts by the mask itself
@@ -194,10 +203,11 @@ class Sft(Task):
                     eos_token_id=ends,
                     pad_token_id=self._pad_id,
                 )[:, inputs["input_ids"].shape[1] :]
-                for i, ids in zip(some, written.cpu().numpy(), strict=True):
-                    stop = np.flatnonzero(np.isin(ids, ends))
-                    said[int(i)] = self._text(ids[: stop[0]] if len(stop) else ids)
-        return [said[int(i)] for i in first[copy_of]]
+            said: list[str] = []
+            for ids in written.cpu().numpy():
+                stop = np.flatnonzero(np.isin(ids, ends))
+                said.append(self._text(ids[: stop[0]] if len(stop) else ids))
+            yield places, [said[i] for i in equal]
 
     def _text(self, ids: NDArray[Any]) -> str:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()

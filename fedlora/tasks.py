@@ -184,13 +184,29 @@ class Task(ABC):
         """Loss of each example, float32 ``(b,)``; it depends on no other example of the batch."""
 
     @abstractmethod
+    def answers(
+        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
+    ) -> Generator[tuple[Int64, list[str], NDArray[np.float32] | None]]:
+        """The model's answers, batch by batch from the longest rows to the shortest.
+
+        Yields:
+            Some rows ``(m,)``, each once over all batches; the answer to each of them, a label or
+            the text that the model generates greedily; and the probability of each class
+            ``(m, C)``, None without classes.
+        """
+
     def predict(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
     ) -> tuple[list[str], NDArray[np.float32] | None]:
-        """The model's answer to each row: a label, or the text it generates greedily.
-
-        Beside them the probability of each class ``(n, C)``; None without classes.
-        """
+        """All `answers` in the order of the rows, and their probabilities ``(n, C)``."""
+        said = [""] * len(shard)
+        found = np.empty((len(shard), len(labels)), dtype=np.float32) if labels else None
+        for rows, answers, probabilities in self.answers(model, shard, labels):
+            for row, answer in zip(rows.tolist(), answers, strict=True):
+                said[row] = answer
+            if found is not None:
+                found[rows] = probabilities
+        return said, found
 
     @abstractmethod
     def evaluate(

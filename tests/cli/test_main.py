@@ -97,6 +97,7 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints, 
     table.write_text("id,story\n7,stolen phishing\n8,mortgage lender\n")
     columns = ("--set", "data.text=story")
     done = invoke("predict", out, "--data", table, *columns, "--out", answered)
+    assert not done.stderr
     assert done.stdout == f"2 answers in {answered}\n", done.output
     rows = list(csv.DictReader(answered.open(newline="")))
     assert [row["id"] for row in rows] == ["7", "8"] and 0 < float(rows[0]["score"]) <= 1

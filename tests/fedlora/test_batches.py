@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.batches import distinct, micro_batches, pad, rounded
+from fedlora.batches import distinct, micro_batches, once, pad, rounded
 
 
 def test_a_batch_is_padded_to_its_own_longest_row_on_the_given_side() -> None:
@@ -41,6 +41,24 @@ def test_distinct_finds_the_first_of_equal_rows(keys: list[bytes]) -> None:
     assert [keys[i] for i in first[copy_of]] == keys
     assert [keys.index(keys[i]) for i in first] == first.tolist()
     assert len(first) == len(set(keys))
+
+
+@given(st.lists(st.sampled_from([b"a", b"b", b"ab", b"abc", b""])), st.integers(1, 3))
+def test_equal_rows_are_computed_once_and_each_row_has_its_equal(
+    keys: list[bytes], physical: int
+) -> None:
+    lengths = np.array([len(key) for key in keys], dtype=np.int64)
+    computed, found = [], {}
+    for batch, rows, equal in once(keys, lengths, physical):
+        assert len(batch) <= physical
+        computed += [keys[i] for i in batch]
+        assert not found.keys() & set(rows.tolist())
+        found |= {row: keys[batch[place]] for row, place in zip(rows.tolist(), equal, strict=True)}
+    assert sorted(computed) == sorted(set(keys))
+    assert [found[row] for row in range(len(keys))] == keys
+    first, _ = distinct(keys)
+    in_turn = [keys[i] for batch in micro_batches(lengths, first, physical) for i in batch]
+    assert computed == in_turn
 
 
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=20), st.integers(700, 800))

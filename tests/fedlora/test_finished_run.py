@@ -491,6 +491,24 @@ def test_scores_are_probabilities_of_all_classes_and_empty_texts_are_refused(
         finished_run.predict(classifier, ["stolen", float("nan")])
 
 
+def test_answers_may_leave_out_the_scores_of_all_classes_and_count_the_texts(
+    classifier, complaints, monkeypatch
+):
+    with complaints.open(newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    ours = finished_run.predict(classifier, texts)
+    monkeypatch.setattr(finished_run, "ENCODED", 7)
+    counts = []
+    found = finished_run.predict(classifier, texts, all_scores=False, show=counts.append)
+    assert found == ours | {
+        "answers": [
+            {key: value for key, value in one.items() if key != "scores"} for one in ours["answers"]
+        ]
+    }
+    assert counts == sorted(set(counts)) and counts[-1] == len(texts) and len(counts) > 1
+    assert finished_run.predict(classifier, [])["answers"] == []
+
+
 def test_evaluate_reads_other_columns_and_refuses_keys_of_the_model(
     classifier, complaints, tmp_path
 ):

@@ -264,6 +264,24 @@ def test_predictions_are_the_same_whatever_the_batch() -> None:
         assert said[0][1] == said[0][4]  # the same text twice
 
 
+def test_probabilities_of_a_batch_are_those_of_all_rows_to_the_last_bit() -> None:
+    generator = np.random.default_rng(1)
+    for classes in (2, 5, 77):
+        labels = tuple(f"class {n}" for n in range(classes))
+        task = choose_task(
+            "classification", "encoder", encoder_tokenizer(), prompt="", max_length=9
+        )
+        texts = [" ".join(generator.choice(list("abcdef"), size=n % 7 + 1)) for n in range(150)]
+        rows = shard_of(task.encode(texts, [labels[0]] * len(texts), labels))
+        model = MeanPooled(classes)
+        for task.physical_batch in (7, 64):
+            scores = task._scores(model, rows, labels)
+            said, probabilities = task.predict(model, rows, labels)
+            assert said == [labels[int(i)] for i in scores.argmax(1)]
+            whole = torch.tensor(scores).softmax(1).numpy()
+            assert probabilities is not None and (probabilities == whole).all()
+
+
 def test_answers_to_texts_are_labels_of_the_set() -> None:
     tokenizer = byte_tokenizer()
     task = label_task(tokenizer)
