@@ -62,7 +62,7 @@ def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
     directory = os.environ.get(DIRECTORY)
     if not directory or config.adapter.start:  # a path says nothing of what is there
         return None
-    inputs = (config.fingerprint(*TOGETHER_ONLY), base, name, shard.fingerprint())
+    inputs = (config.fingerprint(*TOGETHER_ONLY), base, name, shard.fingerprint)
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     return Path(directory) / f"{digest}.safetensors"
 

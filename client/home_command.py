@@ -255,7 +255,7 @@ def _held_out_from(own: Settings, config: RunConfig, run: str, rows: Shard) -> s
     with ledger:
         if run in ledger.runs():
             try:
-                ledger.is_bound(rows.fingerprint(), config.privacy.unit)
+                ledger.is_bound(rows.fingerprint, config.privacy.unit)
             except Refusal:
                 return "other-records"
     return TEST_SOURCE

@@ -429,9 +429,9 @@ class Institution:
         with _closed_on_error(ledger):
             checks.check_ledger_delta(ledger, path, shard.num_units)
             if create and found:  # the first order binds it: the run may be refused before
-                ledger.is_bound(shard.fingerprint(), privacy.unit)
+                ledger.is_bound(shard.fingerprint, privacy.unit)
             else:
-                ledger.bind(shard.fingerprint(), privacy.unit)
+                ledger.bind(shard.fingerprint, privacy.unit)
         return ledger
 
     def _train_without_dp(self, order: TrainOrder) -> ClientUpdate:

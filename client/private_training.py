@@ -162,9 +162,8 @@ class _Member:
         mechanism, source = participant.mechanism, participant.source
         self.shard, self.mechanism, self.source = participant.shard, mechanism, source
         self.values: list[torch.Tensor] = []  # of its own adapter, once a step has changed it
-        self.rows_of_units = _rows_of_units(self.shard)
         sampler = PoissonSampler(
-            units=len(self.rows_of_units),
+            units=self.shard.num_units,
             sample_rate=mechanism.sample_rate,
             steps=plan.steps,
             source=source.child("sampling"),
@@ -216,7 +215,7 @@ def _draw(
     dropout: list[RandomSource] = []
     rows_so_far = 0
     for index, member in enumerate(members):
-        drawn = [member.rows_of_units[unit] for unit in next(member.draws)]
+        drawn = [member.shard.rows_of_unit(unit) for unit in next(member.draws)]
         rows = np.sort(np.concatenate([np.empty(0, np.int64), *drawn]))
         parts.append(member.shard.select(rows))
         units += [rows_so_far + np.searchsorted(rows, unit) for unit in drawn]
@@ -266,10 +265,3 @@ def _clipped_sums(
             sums[batch.owner[group[position]]].add_(flat[position])
     each = sums.split([p.numel() for p in named.values()], 1)
     return [part.unflatten(1, p.shape) for part, p in zip(each, named.values(), strict=True)]
-
-
-def _rows_of_units(shard: Shard) -> list[np.ndarray]:
-    """Unit number -> its rows, in a fixed order."""
-    order = np.argsort(shard.units, kind="stable")
-    _, starts = np.unique(shard.units[order], return_index=True)
-    return np.split(order, starts[1:])

@@ -522,7 +522,7 @@ def _fits_records(own: "Settings", ledger: "Ledger", shown: Mapping[str, Any]) -
     except (InputError, OSError):  # the checks of the records show it
         return
     checks.check_ledger_delta(ledger, own.ledger, shard.num_units)
-    bound, given = (shown["fingerprint"], shown["unit"]), (shard.fingerprint(), own.unit)
+    bound, given = (shown["fingerprint"], shown["unit"]), (shard.fingerprint, own.unit)
     if bound not in ((None, None), given):
         raise Refusal(
             "ledger-foreign",

@@ -4,6 +4,7 @@ Importing this module loads numpy and nothing heavier.
 """
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -41,6 +42,9 @@ class Corpus:
 class Shard:
     """Rows of a corpus.
 
+    The arrays must not change: what is computed from them, such as the fingerprint, is computed
+    once. Other rows or units are another shard.
+
     Attributes:
         corpus: The corpus.
         rows: int64 (n,), the number of each row in the corpus.
@@ -68,15 +72,29 @@ class Shard:
         """Class index, or for sft the position of the first response token, int64 (n,)."""
         return self.corpus.targets[self.rows]
 
-    @cached_property
+    @property
     def records(self) -> NDArray[np.uint8]:
-        """The sha256 of each row's text and answer before tokenising, uint8 (n, 32)."""
+        """The sha256 of each row's text and answer before tokenising, uint8 (n, 32), a copy."""
         return self.corpus.records[self.rows]
 
-    @property
+    @cached_property
     def num_units(self) -> int:
         """Number of units of privacy."""
         return len(np.unique(self.units))
+
+    def rows_of_unit(self, place: int) -> Int64:
+        """Return the rows of one unit, int64, ascending.
+
+        Args:
+            place: The unit's place among the shard's units, from 0, in the order of their numbers.
+
+        Raises:
+            IndexError: If there are not so many units.
+        """
+        order, bounds = self._by_unit
+        if not 0 <= place < len(bounds) - 1:
+            raise IndexError(f"unit {place} of {len(bounds) - 1}")
+        return order[bounds[place] : bounds[place + 1]]
 
     def row(self, index: int) -> NDArray[np.int32]:
         """Return the token ids of one row, int32, without copying."""
@@ -90,17 +108,30 @@ class Shard:
         index = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
         return Shard(corpus=self.corpus, rows=self.rows[index], units=self.units[index])
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a sha256 (hex) of the records and their grouping by units.
+        """A sha256 (hex) of the records and their grouping by units.
 
         It depends neither on the order of rows nor on the numbers of units, nor on the tokeniser,
         so a ledger stays with its data when the base model changes.
         """
-        units: dict[int, list[bytes]] = {}
-        for record, unit in zip(self.records, self.units.tolist(), strict=True):
-            units.setdefault(unit, []).append(record.tobytes())
-        grouped = sorted(hashlib.sha256(b"".join(sorted(rows))).digest() for rows in units.values())
+        order, bounds = self._by_unit
+        records = [record.tobytes() for record in self.records[order]]
+        grouped = sorted(
+            hashlib.sha256(b"".join(sorted(records[begin:end]))).digest()
+            for begin, end in itertools.pairwise(bounds.tolist())
+        )
         return hashlib.sha256(b"".join(grouped)).hexdigest()
+
+    @cached_property
+    def _by_unit(self) -> tuple[Int64, Int64]:
+        """The rows sorted by unit, and where each unit's begin and the last's end ``(units + 1,)``.
+
+        Rows of one unit keep their order.
+        """
+        order = np.argsort(self.units, kind="stable")
+        _, begins = np.unique(self.units[order], return_index=True)
+        return order, np.append(begins, len(order))
 
 
 def joined(parts: Sequence[Corpus]) -> Shard:
@@ -164,11 +195,25 @@ class Federation:
     @cached_property
     def units(self) -> list[int]:
         """The number of units of privacy of each institution, in the order of names."""
-        return [self.train(index).num_units for index in range(len(self.names))]
+        return [shard.num_units for shard in self._train_shards]
+
+    @cached_property
+    def _train_shards(self) -> list[Shard]:
+        bounds = itertools.pairwise(self.train_bounds.tolist())
+        return [self.all_train.select(slice(begin, end)) for begin, end in bounds]
 
     def train(self, index: int) -> Shard:
-        """Return one institution's training rows."""
-        return self.all_train.select(slice(*self.train_bounds[index : index + 2].tolist()))
+        """Return one institution's training rows.
+
+        Each call returns the same object, so that later rounds find what the first one computed,
+        such as the fingerprint.
+
+        Raises:
+            IndexError: If there is no institution of that number.
+        """
+        if not 0 <= index < len(self.names):
+            raise IndexError(f"institution {index} of {len(self.names)}")
+        return self._train_shards[index]
 
     def held_out(self, index: int) -> Shard:
         """Return one institution's held-out rows; there may be none."""
@@ -179,9 +224,7 @@ class Federation:
         digest = hashlib.sha256()
         for index, name in enumerate(self.names):
             shards = (self.train(index), self.held_out(index))
-            digest.update(
-                "\n".join((name, *(shard.fingerprint() for shard in shards), "")).encode()
-            )
+            digest.update("\n".join((name, *(shard.fingerprint for shard in shards), "")).encode())
         return digest.hexdigest()
 
     def seen_as(self, view: str) -> "Federation":

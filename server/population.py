@@ -128,7 +128,7 @@ def _deployed(config: RunConfig) -> Population:
         owner=None,
         counts=counts,
         findings=(),
-        fingerprint="" if held_out is None else held_out.fingerprint(),
+        fingerprint="" if held_out is None else held_out.fingerprint,
     )
 
 

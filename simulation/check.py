@@ -196,7 +196,7 @@ def _ledgers(
         try:
             with Ledger.open(path) as ledger:
                 check_ledger_delta(ledger, path, units)
-                ledger.is_bound(shard.fingerprint(), config.privacy.unit)
+                ledger.is_bound(shard.fingerprint, config.privacy.unit)
                 shown = ledger.show()
                 described[name] = {key: shown[key] for key in ("epsilon", "left", "limit", "delta")}
                 planned = (*plan.events, *institution.events_at_home(units, ledger))

@@ -174,7 +174,7 @@ def test_a_ledger_that_refuses_leaves_one_institution_out_and_no_other(banks, tr
     ledger = institutions[1].ledger_path
     with Ledger.open(ledger) as opened:
         shard = institutions[1]._records()
-        opened.bind(shard.fingerprint(), "record")
+        opened.bind(shard.fingerprint, "record")
         event = Event(noise_multiplier=0.45, sample_rate=0.25, steps=3)
         assert 10 < composition.epsilon((event,), opened.delta, opened.accountant) < 16
         opened.charge(

@@ -398,7 +398,7 @@ def test_where_the_ledger_is_of_other_records_than_given_now_the_command_says_so
     config = made.followed()
     event = Event(noise_multiplier=1.0, sample_rate=0.5, steps=1)
     with Ledger.open(made.directory / "ledger.db") as ledger:
-        ledger.bind(records.load(config).train(0).fingerprint(), config.privacy.unit)
+        ledger.bind(records.load(config).train(0).fingerprint, config.privacy.unit)
         charge = {"round_number": 1, "order_digest": "00", "event": event, "planned": [event]}
         ledger.charge(run_id=RUN, max_steps_of_run=1, **charge)
     paying = made.home("--run", "first", "--out", made.directory / "one").stdout

@@ -20,6 +20,7 @@ from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.config import from_flat
 from fedlora.errors import InputError, Refusal
+from fedlora.shards import Shard
 from fedlora.strategy_table import STRATEGY_TABLE
 from tests.samples import train_order
 
@@ -51,6 +52,14 @@ def _refused(who, order):
     with Ledger.open(who.ledger_path) as ledger:
         assert not ledger.show()["entries"]
     return getattr(caught.value, "code", "bad-configuration")
+
+
+def test_a_later_round_reads_no_records_to_know_them(bank, monkeypatch):
+    who, _, order = bank()
+    who.plan_round(order).ledger.close()
+    monkeypatch.setattr(Shard, "records", None)
+    with who.plan_round(order) as planned:
+        assert planned.ledger.is_bound(planned.shard.fingerprint, "record")
 
 
 def test_a_round_that_ran_out_of_memory_is_tried_with_a_smaller_batch_and_charged_once(
@@ -208,7 +217,7 @@ def test_epsilon_at_a_large_delta_is_refused_for_what_it_is_at_the_ledgers(bank,
     who.ledger_path.unlink()
     Ledger.create(who.ledger_path, max_epsilon=50.0, delta=1e-5, accountant="rdp")
     with Ledger.open(who.ledger_path) as ledger:
-        ledger.bind(records.load(config).train(0).fingerprint(), "record")
+        ledger.bind(records.load(config).train(0).fingerprint, "record")
     limited = dataclasses.replace(who, max_delta=0.5, max_run_epsilon=8.0)
     with pytest.raises(Refusal, match=r"spends epsilon 8 at its delta 0\.0039, which is 1\d\.\d"):
         limited.answer(order)

@@ -244,7 +244,7 @@ def test_a_ledger_that_trusts_the_server_s_choice_of_noise_is_warned_of(institut
     assert found.outcome == "warn"
     assert "replace it by a ledger with --accountant rdp" in found.details
     with Ledger.open(ledger) as opened:
-        opened.bind(check._shard(settings.load(str(institution))).fingerprint(), "record")
+        opened.bind(check._shard(settings.load(str(institution))).fingerprint, "record")
         opened.charge(
             run_id="one",
             round_number=1,
@@ -279,7 +279,7 @@ def test_a_ledger_is_held_against_the_records(institution, gateway, complaints, 
     found("ok")
     with Ledger.open(ledger) as opened:
         assert opened.show()["fingerprint"] is None  # a check binds nothing
-        opened.bind(check._shard(settings.load(str(institution))).fingerprint(), "record")
+        opened.bind(check._shard(settings.load(str(institution))).fingerprint, "record")
     found("ok")
     text = institution.read_text()
     institution.write_text(text.replace('unit = "record"', 'unit = "customer"'))

@@ -89,7 +89,7 @@ def test_rows_are_counted_and_have_a_fingerprint_as_a_run_reads_them(tmp_path: P
     )
     shard = data.without_tokens(settings, unit="customer", seed=0, task="classification")
     assert len(shard) == 4 and shard.num_units == 2
-    assert shard.fingerprint() == fed.train(0).fingerprint()
+    assert shard.fingerprint == fed.train(0).fingerprint
     columns: dict[str, Any] = {
         "text": "text",
         "label": "label",
@@ -158,7 +158,7 @@ def test_a_customer_is_one_unit_in_whatever_case_and_unicode_form(tmp_path: Path
 
     plain = [(*row[:3], SPELLINGS[0] if row[3] in SPELLINGS else row[3]) for row in train]
     same = fixed(tmp_path, plain, TEST, unit="customer").train(0)
-    assert same.fingerprint() == shard.fingerprint()  # a ledger knows who has which records
+    assert same.fingerprint == shard.fingerprint  # a ledger knows who has which records
 
 
 def test_customers_with_records_at_several_institutions_are_counted(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_the_fingerprint_of_records_is_the_digest_of_their_digests(tmp_path: Pat
     digest = lambda content: hashlib.sha256(content).digest()  # noqa: E731
     rows = [digest(json.dumps([text, label]).encode()) for text, label, *_ in TRAIN[1:]]
     units = sorted(digest(row) for row in rows)
-    assert shard.fingerprint() == hashlib.sha256(b"".join(units)).hexdigest()
+    assert shard.fingerprint == hashlib.sha256(b"".join(units)).hexdigest()
 
 
 def test_a_customer_without_a_visible_name_is_refused(tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
         shard = fed.train(index)
         assert len(shard) >= 1
         assert set(shard.units.tolist()) == set(range(shard.units.max() + 1))
-        assert shard.fingerprint() == again.train(index).fingerprint()
+        assert shard.fingerprint == again.train(index).fingerprint
         assert read_back(fed.held_out(index)) == read_back(again.held_out(index))
 
 
@@ -492,7 +492,7 @@ def test_the_fingerprint_of_an_institution_outlives_a_change_of_tokeniser(tmp_pa
     one = prepare(tmp_path, source)
     two = prepare(tmp_path, source, encoder=lambda: other, encoding_key="reversed")
     assert read_back(one.train(1)) != read_back(two.train(1))
-    assert one.train(1).fingerprint() == two.train(1).fingerprint() != one.train(0).fingerprint()
+    assert one.train(1).fingerprint == two.train(1).fingerprint != one.train(0).fingerprint
 
 
 def test_one_source_can_be_read_for_evaluation(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_fingerprint_ignores_the_order_of_rows_and_the_numbers_of_units(
     rows = [([10 + i], 0) for i in range(6)]
     original = shard(*rows, units=groups)
     shuffled = shard(*(rows[i] for i in order), units=[numbers[groups[i]] for i in order])
-    assert shuffled.fingerprint() == original.fingerprint()
+    assert shuffled.fingerprint == original.fingerprint
 
 
 def test_the_fingerprint_changes_with_records_copies_and_grouping_but_not_with_tokens() -> None:
@@ -92,14 +92,50 @@ def test_the_fingerprint_changes_with_records_copies_and_grouping_but_not_with_t
         shard(*rows, units=[0, 0, 1]),
         shard(*rows, units=[0, 1, 1]),
     ]
-    assert len({s.fingerprint() for s in (base, *others)}) == 6
+    assert len({s.fingerprint for s in (base, *others)}) == 6
     retokenised = replace(base, corpus=replace(base.corpus, tokens=base.corpus.tokens + 1))
-    assert retokenised.fingerprint() == base.fingerprint()
+    assert retokenised.fingerprint == base.fingerprint
+
+
+def test_what_follows_from_an_institutions_records_is_computed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = federation()
+    first = one.train(1).fingerprint
+    monkeypatch.setattr(Shard, "records", None)
+    assert one.train(1).fingerprint == first
+
+
+def test_a_shard_made_of_another_never_has_its_fingerprint() -> None:
+    base = shard(([10], 0), ([11], 1), ([12], 0))
+    whole = federation()
+    made = whole.train(1).fingerprint, base.fingerprint
+    assert base.select([0, 1]).fingerprint == shard(([10], 0), ([11], 1)).fingerprint
+    one_unit = replace(base, units=np.zeros(3, dtype=np.int64))
+    assert one_unit.fingerprint == shard(([10], 0), ([11], 1), ([12], 0), units=[0] * 3).fingerprint
+    assert (one_unit.num_units, base.num_units) == (1, 3)
+    moved = replace(whole, train_bounds=np.array([0, 2, 3]))
+    assert moved.train(1).fingerprint == whole.all_train.select([2]).fingerprint != made[0]
+    assert (whole.train(1).fingerprint, base.fingerprint) == made
+
+
+def test_each_unit_has_its_rows_in_order_and_there_is_no_other_unit() -> None:
+    grouped = shard(([10], 0), ([11], 1), ([12], 0), ([13], 0), units=[5, 2, 5, 9])
+    assert [grouped.rows_of_unit(i).tolist() for i in range(3)] == [[1], [0, 2], [3]]
+    for outside in (-1, 3):
+        with pytest.raises(IndexError):
+            grouped.rows_of_unit(outside)
+
+
+def test_there_are_no_training_rows_of_an_unknown_institution() -> None:
+    for outside in (-1, 2):
+        with pytest.raises(IndexError):
+            federation().train(outside)
 
 
 def test_rows_of_no_source_have_no_fingerprint() -> None:
     with pytest.raises(IndexError):
-        shard_of(Encoded(ids=[[1]], targets=[0], truncated=[False])).fingerprint()
+        _ = shard_of(Encoded(ids=[[1]], targets=[0], truncated=[False])).fingerprint
 
 
 def test_a_federations_fingerprint_says_who_holds_what() -> None:
