@@ -114,32 +114,29 @@ class Classification(Task):
         Each of ``measures`` adds the figure of its name.
         """
         check_rows(shard)
-        scores = self._scores(model, shard, labels)
-        predicted = scores.argmax(1)
+        predicted = np.empty(len(shard), dtype=np.int64)
+        losses = np.empty(len(shard), dtype=np.float32)
+        chances = np.empty((len(shard) if measures else 0, len(labels)), dtype=np.float32)
+        for rows, scores in self._scored(model, shard, labels):
+            predicted[rows] = scores.argmax(1)
+            some, targets = torch.tensor(scores), torch.tensor(shard.targets[rows])
+            losses[rows] = functional.cross_entropy(some, targets, reduction="none").numpy()
+            if measures:
+                chances[rows] = some.softmax(1).numpy()
         truth, said = ([labels[int(i)] for i in index] for index in (shard.targets, predicted))
         result = metrics.classification(truth, said, labels)
         if measures:
             predictions = metrics.Predictions(
-                truth=truth,
-                predicted=said,
-                labels=labels,
-                probabilities=torch.tensor(scores).softmax(1).numpy(),
+                truth=truth, predicted=said, labels=labels, probabilities=chances
             )
             result |= {name: measure(predictions) for name, measure in measures.items()}
-        losses = functional.cross_entropy(torch.tensor(scores), torch.tensor(shard.targets))
-        result["loss"] = float(losses)
+        # Not a mean: torch's cross-entropy of all rows adds them up like this, for the same bits.
+        only = torch.zeros(len(shard), dtype=torch.int64)
+        result["loss"] = float(functional.nll_loss(-torch.tensor(losses)[:, None], only))
         if owner is not None:
             right = predicted == shard.targets
             result["by_owner"] = {int(i): float(right[owner == i].mean()) for i in np.unique(owner)}
         return result
-
-    def _scores(
-        self, model: nn.Module, shard: Shard, labels: tuple[str, ...]
-    ) -> NDArray[np.float32]:
-        scores = np.empty((len(shard), len(labels)), dtype=np.float32)
-        for rows, some in self._scored(model, shard, labels):
-            scores[rows] = some
-        return scores
 
     def _scored(
         self, model: nn.Module, shard: Shard, labels: tuple[str, ...]

@@ -1,6 +1,7 @@
 """Tasks: losses against hand computation, no leak between rows, metrics against scikit-learn."""
 
 import math
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -244,6 +245,41 @@ def test_evaluation_runs_equal_rows_once_without_dropout_and_restores_each_modul
     assert result["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
+def _scores(task, model, rows, labels):
+    """The scores of all rows at once ``(n, C)``."""
+    scores = np.empty((len(rows), len(labels)), dtype=np.float32)
+    for some, of_them in task._scored(model, rows, labels):
+        scores[some] = of_them
+    return scores
+
+
+def test_figures_are_those_of_the_scores_of_all_rows_and_these_are_never_in_memory() -> None:
+    """The scores of 600 rows are 600 x 900 numbers of four bytes, 2.2 MB."""
+    task = choose_task("classification", "encoder", encoder_tokenizer(), prompt="", max_length=9)
+    labels = tuple(f"class {i:03}" for i in range(900))
+    draw = np.random.default_rng(3)
+    texts = [" ".join(draw.choice(list("abcdef"), draw.integers(1, 7))) for _ in range(600)]
+    truth = [labels[i] for i in draw.integers(0, 900, 600)]  # also where texts are equal
+    rows = shard_of(task.encode(texts, truth, labels))
+    model = MeanPooled(900).eval()
+    result = task.evaluate(model, rows, labels)
+    scores = _scores(task, model, rows, labels)
+    whole = torch.tensor(scores)
+    loss = torch.nn.functional.cross_entropy(whole, torch.tensor(rows.targets))
+    assert result["loss"] == float(loss)
+    said, probabilities = task.predict(model, rows, labels)
+    assert said == [labels[i] for i in scores.argmax(1)]
+    assert result["accuracy"] == metrics.accuracy(truth, said)
+    assert np.array_equal(probabilities, whole.softmax(1).numpy())
+    tracemalloc.start()
+    try:
+        assert task.evaluate(model, rows, labels) == result
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < scores.nbytes
+
+
 def test_an_empty_shard_cannot_be_evaluated() -> None:
     task = sft_task(byte_tokenizer())
     with pytest.raises(InputError, match="0 rows to evaluate"):
@@ -275,7 +311,7 @@ def test_probabilities_of_a_batch_are_those_of_all_rows_to_the_last_bit() -> Non
         rows = shard_of(task.encode(texts, [labels[0]] * len(texts), labels))
         model = MeanPooled(classes)
         for task.physical_batch in (7, 64):
-            scores = task._scores(model, rows, labels)
+            scores = _scores(task, model, rows, labels)
             said, probabilities = task.predict(model, rows, labels)
             assert said == [labels[int(i)] for i in scores.argmax(1)]
             whole = torch.tensor(scores).softmax(1).numpy()
