@@ -109,7 +109,7 @@ class Institution:
             index=index,
             ledger_path=ledgers / f"{name}.db",
             directory=Path(config.run_dir) / "institutions" / name,
-            rank=_ranks(config)[index],
+            rank=records.ranks(config)[index],
             secure_store=ledgers / f"{name}.{secure_store.FILE}",
         )
 
@@ -498,8 +498,3 @@ def _closed_on_error(ledger: Ledger) -> Generator[None]:
     except BaseException:
         ledger.close()
         raise
-
-
-def _ranks(config: RunConfig) -> list[int]:
-    units = records.load(config).units
-    return config.adapter.ranks_of([accounting.public_size(count) for count in units])

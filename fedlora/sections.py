@@ -147,7 +147,8 @@ class AdapterConfig(Section):
         if not self.ranks:
             return [self.rank] * len(classes)
         if self.ranks == "size":
-            return [max(1, self.rank * size // max(classes)) for size in classes]
+            largest = max(classes)
+            return [max(1, self.rank * size // largest) for size in classes]
         listed = [int(text) for text in self.ranks.split(",")]
         if len(listed) != len(classes):
             raise InputError(

@@ -20,6 +20,7 @@ from fedlora.adapters import AdapterState
 from fedlora.budget import plan_run
 from fedlora.config import from_flat
 from fedlora.errors import InputError, Refusal
+from fedlora.sections import AdapterConfig
 from fedlora.shards import Shard
 from fedlora.strategy_table import STRATEGY_TABLE
 from tests.samples import train_order
@@ -60,6 +61,17 @@ def test_a_later_round_reads_no_records_to_know_them(bank, monkeypatch):
     monkeypatch.setattr(Shard, "records", None)
     with who.plan_round(order) as planned:
         assert planned.ledger.is_bound(planned.shard.fingerprint, "record")
+
+
+def test_a_later_message_computes_no_ranks_of_all_institutions(tiny_config, monkeypatch):
+    def ranks(**values):
+        config = tiny_config(**{"federation.strategy": "pad", "adapter.rank": 4, **values})
+        return [Institution.locate(config, index).rank for index in range(4)]
+
+    assert ranks(**{"adapter.ranks": "1,2,3,4"}) == [1, 2, 3, 4]
+    assert ranks(**{"adapter.ranks": "4,3,2,1"}) == [4, 3, 2, 1]
+    monkeypatch.setattr(AdapterConfig, "ranks_of", None)
+    assert ranks(**{"adapter.ranks": "4,3,2,1"}) == [4, 3, 2, 1]
 
 
 def test_a_round_that_ran_out_of_memory_is_tried_with_a_smaller_batch_and_charged_once(
