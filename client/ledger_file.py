@@ -291,13 +291,15 @@ def events(
     db: sqlite3.Connection, *, only: str | None = None, other_than: str | None = None
 ) -> History:
     """The charged events of all runs, of one, or of all but one, in canonical form."""
+    # Charges of one run are alike, so that a ledger of many rounds has few groups to read.
     rows = db.execute(
-        "SELECT noise_multiplier, sample_rate, steps, shares, extra FROM charges"
-        " WHERE (:only IS NULL OR run = :only) AND (:other IS NULL OR run <> :other)",
+        "SELECT count(*), noise_multiplier, sample_rate, steps, shares, extra FROM charges"
+        " WHERE (:only IS NULL OR run = :only) AND (:other IS NULL OR run <> :other)"
+        " GROUP BY noise_multiplier, sample_rate, steps, shares, extra",
         {"only": only, "other": other_than},
     )
-    parts = [part for *main, extra in rows for part in (main, *json.loads(extra))]
+    parts = [(n, part) for n, *main, extra in rows for part in (main, *json.loads(extra))]
     return compose(
-        Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=sum(shares))
-        for sigma, rate, steps, *shares in parts  # a one-off release has none
+        Event(noise_multiplier=sigma, sample_rate=rate, steps=n * steps, shares=sum(shares))
+        for n, (sigma, rate, steps, *shares) in parts  # a one-off release has none
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -385,6 +386,22 @@ def test_what_a_run_releases_once_is_paid_once_and_stays_the_same(path: Path) ->
         assert ledger.noised_size_of_run("second", 498.0) == 498.0
         assert ledger.history("run") == (steps(3), SIZE) and ledger.steps_of("run") == 3
         assert ledger.history() == composition.compose([steps(4), SIZE, SIZE])
+
+
+def test_a_history_is_read_by_kinds_of_charges_and_not_one_by_one(
+    tmp_path: Path, monkeypatch
+) -> None:
+    share = Event(noise_multiplier=2.0, sample_rate=0.25, steps=3, shares=4)
+    with Ledger.open(new(tmp_path / "wide.db", 100.0)) as ledger:
+        for round in range(1, 7):
+            charge(ledger, round, extra_events=(SIZE,))
+            charge(ledger, round, run_id="other", event=share)
+        read, loads = [], json.loads
+        monkeypatch.setattr(json, "loads", lambda text: read.append(text) or loads(text))
+        wanted = [steps(6), SIZE, dataclasses.replace(share, steps=18)]
+        assert ledger.history() == composition.compose(wanted)
+        assert len(read) == 3  # the first charge of a run, its others, and those of the other run
+        assert ledger.spent() == epsilon(wanted, DELTA)
 
 
 def test_a_size_with_the_noise_of_the_steps_is_no_step(path: Path) -> None:
