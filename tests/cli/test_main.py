@@ -336,14 +336,16 @@ def test_a_command_under_nohup_outlives_its_terminal(monkeypatch):
 
 
 @pytest.fixture
-def heeded_hangup():
-    """As in a terminal, where these tests may run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heeded_signals():
+    """As in a terminal: under nohup and in a script's background both are ignored."""
+    heeded = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in heeded.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("heeded_hangup")
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_end_says_how_to_continue(config_file, tmp_path, monkeypatch, number):
     out, before = tmp_path / "runs" / "one", signal.getsignal(number)

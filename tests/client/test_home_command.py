@@ -304,6 +304,7 @@ def _home_of_another_process(bank, out):
     return process, [Path(process.stdout.readline().strip()) for _ in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["state", "elsewhere"])
 def test_what_a_killed_command_left_is_removed_but_nothing_of_one_that_runs(bank, tmp_path, place):
     made = bank()

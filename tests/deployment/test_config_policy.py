@@ -437,6 +437,7 @@ def test_each_limit_names_a_setting_or_none():
     }
 
 
+@pytest.mark.slow
 def test_a_key_is_followed_within_its_bounds_and_else_refused_before_a_charge_or_not_looked_at(
     institution, tiny_encoder, causal
 ):
