@@ -105,7 +105,7 @@ class PrivateRound:
         )
         self.key = charged.key
         if self.masked is not None:
-            return self._update(AdapterState({}), self.masked)
+            return self._update(self.masked)
         return None if charged.answer is None else wire.update_from_bytes(charged.answer)
 
     def store_answer(self, trained: Trained) -> ClientUpdate:
@@ -125,17 +125,19 @@ class PrivateRound:
             Refusal: ``round-already-answered`` to another order, or ``ledger-*``.
         """
         order = self.order
-        if isinstance(trained, AdapterState):
-            update = self._update(trained.only((*order.parts, *order.kept)), None)
-        elif self.secure is not None:
-            return self._update(AdapterState({}), self.secure.mask(order, trained))
-        else:
-            update = self._update(AdapterState({}), trained)
+        if self.secure is not None and not isinstance(trained, AdapterState):
+            return self._update(self.secure.mask(order, trained))
+        update = self._update(trained)
         blob = wire.update_to_bytes(update)
         stored = self.ledger.store_answer(order.run, order.round, self.digest, blob)
         return update if stored is blob else wire.update_from_bytes(stored)
 
-    def _update(self, adapter: AdapterState, words: Int64 | None) -> ClientUpdate:
+    def _update(self, trained: Trained) -> ClientUpdate:
+        adapter, words = AdapterState({}), None
+        if isinstance(trained, AdapterState):
+            adapter = trained.only((*self.order.parts, *self.order.kept))
+        else:
+            words = trained
         return ClientUpdate(
             institution=self.name,
             round=self.order.round,

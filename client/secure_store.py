@@ -220,7 +220,7 @@ def latest_round(db: sqlite3.Connection, run: str) -> StoredRound | None:
 
 def begin_round(db: sqlite3.Connection, run: str, number: int, digest: bytes) -> None:
     """Store a round's order; erase secrets, shares and masked vectors of all rounds before it."""
-    db.execute("UPDATE rounds SET masked = x'' WHERE run = ? AND masked IS NOT NULL", (run,))
+    _erase_masked(db, run)
     db.execute("INSERT INTO rounds (run, round, digest) VALUES (?, ?, ?)", (run, number, digest))
     for table in ("secrets", "shares"):
         db.execute(f"DELETE FROM {table} WHERE run = ? AND round < ?", (run, number))
@@ -245,9 +245,14 @@ def end(db: sqlite3.Connection, run: str) -> None:
     """Erase a run's secrets, shares and messages; the run itself stays known."""
     for table in ("secrets", "shares"):
         db.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
-    db.execute("UPDATE rounds SET masked = x'' WHERE run = ? AND masked IS NOT NULL", (run,))
+    _erase_masked(db, run)
     db.execute(
         "UPDATE runs SET keys = x'', channel = NULL, peers = NULL, sealed = NULL, ended = 1 "
         "WHERE run = ?",
         (run,),
     )
+
+
+def _erase_masked(db: sqlite3.Connection, run: str) -> None:
+    """Erase a run's masked vectors; which rounds had one stays known."""
+    db.execute("UPDATE rounds SET masked = x'' WHERE run = ? AND masked IS NOT NULL", (run,))

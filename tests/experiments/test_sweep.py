@@ -934,6 +934,20 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path):
     assert [x["adapter.target-modules"] for x in pooled] == ["query"]
 
 
+def run_cells(path, out, execute):
+    """Run the cells of a new sweep one after the other, each by ``execute`` in its process."""
+    return cells.run(
+        path,
+        out,
+        jobs=1,
+        resume=False,
+        yes=False,
+        engine="inline",
+        execute=execute,
+        console=Terminal(quiet=True),
+    )
+
+
 def observed(arguments):
     """`fedlora` in the process of a cell; notes the models alone before and after."""
     directory = Path(os.environ[alone_models.DIRECTORY])
@@ -954,16 +968,7 @@ def test_the_cells_of_one_call_share_models_alone(sweep_file, tmp_path):
     """A cell that trains a model alone writes its file anew; the second and third write none."""
     text = 'arms = ["federated", "federated-dp"]\n[grid]\nprivacy.epsilon = [8.0, 4.0, inf]'
     out, keys = tmp_path / "out", {"home.method": "interpolate", "home.steps": 4}
-    done = cells.run(
-        sweep_file(text, **keys),
-        out,
-        jobs=1,
-        resume=False,
-        yes=False,
-        engine="inline",
-        execute=observed,
-        console=Terminal(quiet=True),
-    )
+    done = run_cells(sweep_file(text, **keys), out, observed)
     assert (done["done"], done["failed"]) == (3, {})
     first, *others = [json.loads(file.read_text()) for file in sorted(out.glob("cells/*.note"))]
     assert first[0] == {} and len(first[1]) == 4 and others == [[first[1], first[1]]] * 2
@@ -985,26 +990,17 @@ def test_models_alone_of_an_interrupted_call_stay_unless_of_other_code(tmp_path,
 
 
 def fails_at_four(arguments):
-    """`fedlora` in the process of a cell; the cell of epsilon 4 fails at its end."""
-    execute(arguments)
+    """`fedlora` in the process of a cell; the cell of epsilon 4 fails."""
     if "epsilon-4" in arguments[-1]:
         sys.exit(1)
+    execute(arguments)
 
 
 @pytest.mark.slow
 def test_a_sweep_with_a_failed_cell_keeps_its_models_alone(sweep_file, tmp_path):
     text = 'arms = ["federated-dp"]\n[grid]\nprivacy.epsilon = [8.0, 4.0]'
     out, keys = tmp_path / "out", {"home.method": "interpolate", "home.steps": 4}
-    done = cells.run(
-        sweep_file(text, **keys),
-        out,
-        jobs=1,
-        resume=False,
-        yes=False,
-        engine="inline",
-        execute=fails_at_four,
-        console=Terminal(quiet=True),
-    )
+    done = run_cells(sweep_file(text, **keys), out, fails_at_four)
     assert done["done"] == 1 and len(done["failed"]) == 1
     (kept,) = (out / cells.ALONE_MODELS).iterdir()
     assert len(list(kept.glob("*.safetensors"))) == 4
