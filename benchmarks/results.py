@@ -30,7 +30,7 @@ def of_sweep(out: Path) -> str:
     """The part on a sweep; its figures are written to files."""
     about, lines = results.manifest(out), results.summary(out)
     pooled, _ = results.tables(out, lines)
-    text = f"{results.caption(lines)}\n\n{results.markdown_table(pooled)}\n"
+    text = f"{results.markdown_table(pooled)}\n"
     for section in sweep_page.of(out).sections:
         for title, svg in section.figures.items():
             name = f"{about['name']}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
