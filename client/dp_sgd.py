@@ -1,10 +1,11 @@
 """DP-SGD around per-example gradients: Poisson sampling; clipping and noise, each checked.
 
 Opacus supplies the optimizer's order of events (`DPOptimizer`), the sampler's contract and the
-accountants. This module draws noise and samples from one keyed `RandomSource`, clips in place and
-checks every step. A failed check ends the training with a `Refusal`; nothing is released.
+accountants. This module draws noise and samples from keyed `RandomSource`s, one for each purpose,
+clips in place and checks every step. A failed check ends the training with a `Refusal`; nothing is
+released.
 
-Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. (2022),
+Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. (2023),
 arXiv 2206.07136.
 """
 
@@ -67,8 +68,9 @@ class Clipping:
 
     Args:
         max_grad_norm: C.
-        kind: ``flat`` scales a gradient to norm C when its norm is larger; ``automatic`` scales
-            every gradient to nearly C.
+        kind: ``flat`` scales a gradient to norm C when its norm is larger. ``automatic`` multiplies
+            every gradient by C / (norm + `AUTOMATIC_GAMMA`): its norm is below C, and near C only
+            where it was far above gamma.
     """
 
     max_grad_norm: float
@@ -129,6 +131,9 @@ class PrivateOptimizer(DPOptimizer):
         clipping: C and the kind of clipping.
         expected_batch_size: L, public; the noisy sum is divided by it.
         source: The random source of the noise.
+
+    Raises:
+        Refusal: ``guard-no-noise`` if the noise multiplier is not a finite number above 0.
     """
 
     def __init__(
@@ -179,7 +184,11 @@ class PrivateOptimizer(DPOptimizer):
         return self._source.normal(count)
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One Opacus step, then a check that each parameter changed."""
+        """One Opacus step, then a check that each parameter changed.
+
+        Raises:
+            Refusal: When a guard trips (``guard-*``). Nothing of the model must be released then.
+        """
         for p in self.params:
             if getattr(p, "grad_sample", None) is None:
                 raise Refusal("guard-no-gradient", f"{self._names[p]} has no per-example gradient")
@@ -200,6 +209,9 @@ def check_noise(noise: np.ndarray, deviation: float) -> None:
     Args:
         noise: (n,) float64.
         deviation: Planned standard deviation.
+
+    Raises:
+        Refusal: ``guard-noise``.
     """
     n = noise.size
     ratio = float(np.mean(np.square(noise))) / deviation**2

@@ -15,8 +15,9 @@ def config_at_home(
 ) -> RunConfig:
     """The configuration under which the own model of a run is trained under DP.
 
-    Steps are those of home, the rate is a share of that of home; sample rate, clipping and noise
-    those of the run. Seeded noise follows from seed and round, so the round is the one after the
+    Steps are those of home, the rate is a share of that of home. Sample rate, clipping and
+    ``privacy.noise`` are those of the run. The noise multiplier follows from ``home.epsilon``; the
+    optimizer is Adam. Seeded noise follows from seed and round, so the round is the one after the
     run's last.
 
     Args:

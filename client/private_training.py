@@ -52,7 +52,8 @@ def train_privately(
     The other participants change no bit of it.
 
     Args:
-        trainable: A model with the adapter that all start from; it has the same one afterwards.
+        trainable: A model with the adapter that all start from; it has the same one afterwards, but
+            after an error any of theirs.
         participants: At least one; all with the same clipping. After a step their adapters differ,
             and a pass computes each example with its own institution's adapter.
         plan: The local plan.

@@ -81,7 +81,7 @@ def run(
         reason), ``seconds``, ``out``, and ``results`` as returned by `results.summary`.
 
     Raises:
-        InputError: Before anything runs or is written.
+        InputError: Before a cell runs. Caches, MLflow's run and an empty ``out`` may exist by then.
     """
     if jobs < 1:
         raise InputError(f"--jobs is {jobs}; it must be at least 1")

@@ -100,7 +100,8 @@ def saved_scale(directory: Path) -> Scale:
     """The scale of a saved adapter.
 
     Raises:
-        InputError: If its configuration is missing or damaged.
+        InputError: If its configuration is missing or damaged, has a scale for each layer, or gives
+            the tensors another meaning (`CHANGES_MEANING`, `PLAIN_STARTS`, trained biases).
     """
     try:
         saved: Any = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -347,7 +348,9 @@ def open_for(directory: Path, start: AdapterState, *, residuals: bool) -> Adapte
             ``start``.
 
     Raises:
-        InputError: If a file is missing or damaged, or a layer is not one of ``start``.
+        InputError: If the weights are missing or damaged. With ``residuals`` also as `saved_scale`,
+            or if a layer is not one of ``start`` or a factor is no matrix. Without, the caller
+            compares with ``start`` (`AdapterState.validate_against`).
     """
     opened = AdapterState.open(directory)
     saved = AdapterState(  # PEFT saves in the dtype that its user trained in

@@ -27,8 +27,9 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
 
     Raises:
         InputError: If there are fewer than one or more participations than the run has rounds, if
-            delta is not below 1 / (the most units of its size class), or no noise reaches the
-            budget.
+            delta is not below 1 / (the most units of its size class), no noise reaches the budget,
+            the noised size alone spends it, or under secure aggregation the noise is beyond
+            `discrete_gaussian.MAX_SCALE` or the batch beyond `noise_shares.MAX_BATCH`.
     """
     rounds = config.federation.rounds
     if not 1 <= participations <= rounds:

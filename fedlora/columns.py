@@ -22,6 +22,7 @@ def check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]
         present: The columns of the source.
 
     Raises:
+        InputError: If the source has no column.
         RecordError: For the first missing column. It quotes the columns, which without a header
             are the values of the first record.
     """

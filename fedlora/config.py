@@ -55,7 +55,12 @@ TOGETHER_ONLY = ("privacy.", "federation.")
 class RunConfig(Section):
     """The configuration of one run, complete."""
 
-    seed: int = key(1, "seed of all random draws except private noise", at_least=0)
+    seed: int = key(
+        1,
+        "seed of all random draws; with privacy.noise = secure not of DP: noise, sampling of "
+        "units, dropout in private steps",
+        at_least=0,
+    )
     run_dir: str = key("", "directory of the results; empty: runs/NAME-TIME")
     accept: tuple[str, ...] = key(
         (),
@@ -286,7 +291,7 @@ def _dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if values.get("model.task") == "sft":
         found["home.method"] = "none"
-    if traits is not None and traits.exact_mean:
+    if traits is not None and traits.no_server_optimizer:
         found["federation.server-optimizer"] = "none"
     if traits is not None and not traits.averaged:
         found["federation.average-last"] = 0.0

@@ -88,12 +88,12 @@ def check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> None
             f"factors of one rank; leave it empty or use {names_with(lambda t: t.mixed_ranks)}"
         )
     stepped = federation.server_optimizer != "none" or federation.server_learning_rate != 1
-    if traits.exact_mean and stepped:
+    if traits.no_server_optimizer and stepped:
         raise InputError(
             f"federation.server-optimizer is {federation.server_optimizer!r} with "
             f"server-learning-rate {federation.server_learning_rate:g}, but federation.strategy "
-            f"{strategy!r} takes the exact mean, not a step towards it; use none and 1, and set "
-            "the step with training.learning-rate"
+            f"{strategy!r} takes no server optimizer; use none and 1, and set the step with "
+            "training.learning-rate"
         )
     if federation.average_last and not traits.averaged:
         raise InputError(
@@ -252,8 +252,8 @@ def check_secure(
         )
     if not federation.traits.linear:
         raise InputError(
-            f"federation.strategy is {federation.strategy!r}, which reads more than the mean "
-            f"of each factor, but under {trust} the server sees nothing else; use "
+            f"federation.strategy is {federation.strategy!r}, which is not the plain mean of all "
+            f"trained factors, but under {trust} the server steps on their sum; use "
             f"{names_with(lambda t: t.linear)}"
         )
     for name, (value, why) in _SECURE.items():

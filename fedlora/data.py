@@ -2,7 +2,7 @@
 
 `prepare` is the entry point. The tokens of a data set are one cache entry, which all partitions and
 seeds share; each of these is a further entry, of row numbers. Their keys cover the content of the
-sources, every setting that shapes the entry, the tokeniser's key and this code. A cached federation
+sources, every setting that shapes the entry, the tokenizer's key and this code. A cached federation
 opens in milliseconds, without ``datasets``, pandas or torch.
 """
 
@@ -53,8 +53,8 @@ def prepare(
         unit: "record", or the column that names the unit of privacy of a row.
         seed: Seed of split and partition.
         task: "classification" or "sft".
-        encoder: Makes the tokeniser; called once, and only if the tokens are not cached.
-        encoding_key: A key of everything on which the tokeniser depends.
+        encoder: Makes the tokenizer; called once, and only if the tokens are not cached.
+        encoding_key: A key of everything on which the tokenizer depends.
 
     Raises:
         InputError: If a source, column, label or partition does not fit; nothing is written then.
@@ -126,7 +126,7 @@ def load_shard(
         settings: ``text``, ``label``, ``delimiter`` and ``encoding`` are used.
         source: A source, see `fedlora.sources`.
         labels: The classes that the model knows; empty for sft.
-        encode: The tokeniser.
+        encode: The tokenizer.
 
     Returns:
         The rows, and numbers of rows: ``truncated``, those that were cut to length, and those left

@@ -2,8 +2,9 @@
 
 Differential privacy rests on gradients that belong to one example each. Whether a layer's input has
 an entry for each example is a property of the model's code, and the shapes of one batch can suggest
-it by coincidence. A loaded model is therefore run on synthetic examples before any record is read
-and any budget charged. The numbers of examples and tokens differ from every dimension of the model.
+it by coincidence. A loaded model is therefore run on synthetic examples before it is given a record
+and before any budget is charged. The numbers of examples and tokens differ from every dimension of
+the model.
 
 The checks run in float32, with every trained parameter away from its initial value, in passes of
 ``count`` examples of one padded width:

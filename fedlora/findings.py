@@ -122,8 +122,9 @@ def reach(config: RunConfig, plans: Sequence[accounting.PrivacyPlan], participat
     """The largest ratio of signal to noise in one direction of the aggregate, over a whole run.
 
     All gradients of all records are taken to have the clipped length and one direction. A run's
-    sum of such steps grows with their number T, and its noise with the root of T. Real gradients
-    agree far less, so no run has a larger ratio than this one.
+    sum of such steps grows with their number T, and its noise with the root of T. Sizes are size
+    classes, of which an institution has fewer than twice the units, so the signal can be almost
+    twice this. Real gradients agree far less. `MIN_REACH` was found for this figure.
 
     Args:
         config: A run under DP.
@@ -416,9 +417,9 @@ def noise(
         Finding(
             name="noise",
             text=f"nothing can be learned at privacy.epsilon {config.privacy.epsilon:g}: the noise "
-            f"multiplier is {loudest:.3g}, and if all gradients agreed, the whole run's signal "
-            f"would be {ratio:.2g} times its noise (runs that learn have over {MIN_REACH:g}); "
-            "raise privacy.epsilon, or the number of records or institutions",
+            f"multiplier is {loudest:.3g}, and if all gradients agreed, the whole run's signal by "
+            f"size classes would be {ratio:.2g} times its noise (runs that learn have over "
+            f"{MIN_REACH:g}); raise privacy.epsilon, or the number of records or institutions",
             voids=True,
         )
     ]

@@ -302,7 +302,8 @@ def merge(
     them.
 
     Raises:
-        InputError: If ``out_dir`` exists.
+        InputError: If ``out_dir`` exists, the run is not complete or was audited, its base model
+            has changed since, or there is no such adapter.
     """
     new_path(out_dir)  # before the model is loaded
     own_model = own_model or made_at_home(run_dir)

@@ -58,6 +58,9 @@ def attach(base: Base, adapter: AdapterConfig, seed: int) -> PeftModel:
     Raises:
         InputError: If a target module is not in the model or is not a linear layer, the rank is
             above the largest rank of one of these layers, or DoRA finds a row of zeros in one.
+
+    Reference: Hu et al. (2021), LoRA, arXiv 2106.09685; Kalajdzievski (2023), rsLoRA,
+    arXiv 2312.03732.
     """
     targets = _targets(base.model, adapter.target_modules)
     _check_rank(base.model, adapter.rank, targets)

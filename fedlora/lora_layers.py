@@ -1,4 +1,4 @@
-"""The adapted layers of a model: their trained parameters and frozen weights."""
+"""The adapted layers of a model: the adapter's parameters and frozen weights."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
@@ -80,7 +80,10 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters under the names that PEFT saves them by, in the model's order."""
+    """The adapter's parameters, trained or frozen, in the model's order.
+
+    The names are those that PEFT saves them by.
+    """
     found: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if f".modules_to_save.{ADAPTER}." in name:

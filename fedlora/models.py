@@ -51,7 +51,7 @@ class Base:
         return str(self.dtype).removeprefix("torch.")
 
 
-CLEARLY = 1.3
+MIN_SPEEDUP = 1.3
 """How much faster a timed product must be, so that processes of one machine agree."""
 
 
@@ -72,7 +72,7 @@ def fast_bf16(device: str) -> bool:
         return True
     if not capabilities.get("avx512_bf16"):
         return False
-    return CLEARLY * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+    return MIN_SPEEDUP * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
 
 
 def _product_seconds(dtype: "torch.dtype") -> float:
@@ -149,6 +149,9 @@ def load_base(
     Raises:
         InputError: As `resolve`, for an architecture that transformers does not know, and for an
             encoder with sft.
+
+    Reference: Dettmers et al. (2023), QLoRA, arXiv 2305.14314; (2022), LLM.int8(),
+    arXiv 2208.07339.
     """
     if quantization != "none":
         require("bitsandbytes", "qlora", f"model.quantization {quantization}")

@@ -5,6 +5,10 @@ large, except where the privacy loss L is above epsilon. The accountant bounds h
 is rarer than that bound, but not as rare as delta, which is the mean of what exceeds. By the noise:
 the epsilon at many deltas bounds the attack's error rates (f-DP; Wasserman & Zhou 2010,
 Dong, Roth & Su 2022, arXiv 1905.02383), much closer at large epsilons.
+
+In the field's terms ``suspicion`` is the posterior for a prior, ``found`` the largest true positive
+rate at a false positive rate, ``right`` the largest accuracy of membership inference at equal
+priors.
 """
 
 import math

@@ -8,6 +8,8 @@ put the result back. `active` gives a model's layers the packing of the present 
 An example's result does not depend on the other examples, to the last bit, if the row has the same
 number of tokens: products with the base then have the same number of rows, and products per example
 have the shape of the example's padded length. Products per unit (`Spans`) do not keep this.
+
+Reference: Krell et al. (2021), Efficient Sequence Packing, arXiv 2107.02027.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false

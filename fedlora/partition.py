@@ -66,7 +66,7 @@ def hold_out(
 
     A text is held out when a hash of it and the seed falls below the fraction. Equal texts are
     therefore on one side, even where institutions split their data separately, and new rows move no
-    old row.
+    old row, except the one text that a label keeps for training (``labels``).
 
     Args:
         texts: The text of each row.
@@ -205,6 +205,9 @@ def by_scheme(
     Raises:
         InputError: If there are more institutions than rows or units, the scheme needs classes and
             there are none, or it cannot give every institution ``min_records`` rows.
+
+    Reference: dirichlet: Hsu et al. (2019), arXiv 1909.06335; pathological: McMahan et al. (2017),
+    arXiv 1602.05629.
     """
     scheme, argument = schemes.parse(
         spec, institutions=institutions, has_classes=isinstance(train, np.ndarray)

@@ -69,7 +69,8 @@ class PartitionedRows:
         train: Training rows sorted by institution, and the first row of each one ``(k + 1,)``.
         held_out: Held-out rows in the same form.
         counts: Numbers of rows that were read, left out and removed.
-        left_out: Institutions without enough training rows -> their training rows.
+        left_out: Institutions left out (too few training rows, or not among the largest
+            ``data.institutions``) -> their training rows.
     """
 
     names: tuple[str, ...]

@@ -14,7 +14,7 @@ from fedlora import noise_shares, processors, schemes
 from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.settings_schema import Section, check_zero_or, kebab, key
-from fedlora.strategy_table import STRATEGY_TABLE, Traits
+from fedlora.strategy_table import STRATEGY_TABLE, Traits, names_with
 
 COORDINATE_WISE = ("median", "trimmed-mean")
 """Robust rules that take each coordinate of the factors by itself."""
@@ -23,7 +23,7 @@ UNWEIGHTED = (*COORDINATE_WISE, "krum")
 ROBUST = (*UNWEIGHTED, "multi-krum", "norm-bound")
 
 SECURE_AGGREGATION = "secure-aggregation"
-"""``privacy.trust`` where the server sees sums of updates only."""
+"""``privacy.trust`` where institutions add shares of noise to a sum of their vectors."""
 INSTITUTIONS = "institutions"
 """``data.source`` of a deployment: each institution brings its own records."""
 MAX_LIST_TEXT = 2**15
@@ -232,7 +232,9 @@ class TrainingConfig(Section):
     prefix = "training."
     local_steps: int = key(1, "optimizer steps in a round", at_least=1)
     batch_size: int = key(
-        64, "records (or units) in a step; the expected number under DP", at_least=1
+        64,
+        "records (or units) in a step; under DP the expected number for a size class",
+        at_least=1,
     )
     sample_rate: float = key(
         0.0,
@@ -318,8 +320,8 @@ class FederationConfig(Section):
     )
     server_optimizer: str = key(
         "adam",
-        "optimizer on the aggregated update (Reddi et al.); by default none with strategies that "
-        "take the exact mean",
+        "optimizer on the aggregated update (Reddi et al.); by default none with "
+        f"{names_with(lambda traits: traits.no_server_optimizer)}",
         choices=("none", "momentum", "adam", "yogi", "adagrad"),
     )
     server_learning_rate: float = key(
@@ -380,13 +382,13 @@ class FederationConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig(Section):
-    """Example-level differential privacy at each institution."""
+    """Differential privacy of records or units at institutions, and of institutions."""
 
     prefix = "privacy."
     trust: str = key(
         "local",
         "who adds the noise: local (each institution all of its own, so that nobody need be "
-        "trusted), secure-aggregation (each a share; the server sees sums only)",
+        "trusted), secure-aggregation (each a share; with protocol full the server sees sums only)",
         choices=("local", SECURE_AGGREGATION),
     )
     honest: int = key(
@@ -424,7 +426,7 @@ class PrivacyConfig(Section):
     )
     clipping: str = key(
         "flat",
-        "flat: scale larger gradients to norm C; automatic: scale all gradients to norm C",
+        "flat: scale larger gradients to norm C; automatic: scale all by C / (norm + 0.01)",
         choices=("flat", "automatic"),
     )
     accountant: str = key("prv", "accountant of Opacus", choices=("prv", "rdp"))

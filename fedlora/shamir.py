@@ -60,7 +60,9 @@ def correct(shares: Mapping[int, bytes], threshold: int) -> list[int] | None:
         threshold: Number of coefficients.
 
     Returns:
-        Its coefficients, that of the lowest degree first; None where more shares are wrong.
+        Its coefficients, that of the lowest degree first; None where there is no such polynomial.
+        With more wrong shares it may be another than the dealt one, so the caller must check the
+        secret.
 
     Reference: Gao (2003), A new algorithm for decoding Reed-Solomon codes.
     """

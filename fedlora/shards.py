@@ -112,7 +112,7 @@ class Shard:
     def fingerprint(self) -> str:
         """A sha256 (hex) of the records and their grouping by units.
 
-        It depends neither on the order of rows nor on the numbers of units, nor on the tokeniser,
+        It depends neither on the order of rows nor on the numbers of units, nor on the tokenizer,
         so a ledger stays with its data when the base model changes.
         """
         order, bounds = self._by_unit
@@ -176,7 +176,8 @@ class Federation:
             data.max-records); and institutions_dropped, truncated, test_rows_dropped (those of
             rows_dropped that are of data.test-source), units_at_several (units of privacy with
             training rows at more than one institution).
-        left_out: Institution without enough training rows -> its training rows.
+        left_out: Institution left out (too few training rows, or not among the largest
+            ``data.institutions``) -> its training rows.
         all_train: Training rows of all institutions, one institution after the other.
         train_bounds: int64 (institutions + 1,), where each institution's rows begin.
         all_held_out: The same of the held-out rows.
@@ -228,7 +229,7 @@ class Federation:
         return digest.hexdigest()
 
     def seen_as(self, view: str) -> "Federation":
-        """Return the same rows with other institutions; held-out rows stay as they are.
+        """Return the federation under a view; no row moves between training and held-out.
 
         Args:
             view: ``all`` changes nothing. ``pooled`` makes all institutions one; a unit of

@@ -24,8 +24,9 @@ class Traits:
         local_parts: The parts that institutions train and never send.
         factor_means: Whether the strategy averages each factor by itself. Coordinate-wise
             robust rules, and noise on the mean of the factors, need such a strategy.
-        linear: Whether the new adapter follows from the mean of each factor and the adapter before.
-            Secure aggregation shows the server nothing else.
+        linear: Whether the new adapter is the mean of each trained tensor and nothing more, and no
+            part stays at institutions. The server can then step on a sum
+            (`strategies.noised_sum`).
         mixed_ranks: Whether institutions may have different ranks.
         residuals: Whether the strategy puts the part of a mean that the factors do not hold into a
             frozen residual of the base's layers.
@@ -44,14 +45,17 @@ class Traits:
     changes_basis: bool = False
 
     @property
-    def exact_mean(self) -> bool:
-        """Whether the strategy takes the exact mean, so that no server optimizer goes with it."""
+    def no_server_optimizer(self) -> bool:
+        """Whether no server optimizer goes with the strategy.
+
+        A residual carries the mean, or the factors change their basis.
+        """
         return self.residuals or self.changes_basis
 
     @property
     def averaged(self) -> bool:
         """Whether adapters of several rounds have a mean."""
-        return not (self.exact_mean or self.local_parts)
+        return not (self.no_server_optimizer or self.local_parts)
 
     @property
     def trained_parts(self) -> tuple["Part", ...]:

@@ -39,8 +39,9 @@ def folded(name: str) -> str:
     """Return the form in which names of customers and institutions are compared.
 
     The text is NFKC-normalised and case-folded. Invisible characters are removed, and each run of
-    white space becomes one space. Spellings that look alike to a reader are then equal. Folding a
-    folded name changes nothing.
+    white space becomes one space. Spellings that differ in case, width, composition, spaces or
+    invisible characters are then equal. Letters of another script that look alike are not. Folding
+    a folded name changes nothing.
     """
     if name.isascii():
         return " ".join(name.casefold().split())

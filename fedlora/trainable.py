@@ -87,12 +87,15 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Trainable:
     """The process's one `Trainable` for this configuration, loaded at the first call.
 
     Guarantee: under DP the model has been found to give exact per-example gradients
-    (`fedlora.exactness`), with ``engine.threads`` threads, before it reads a record and before any
-    charge.
+    (`fedlora.exactness`), with ``engine.threads`` threads, before the model is given a record and
+    before any charge.
 
     Raises:
         InputError: If the base model is missing, has pickles only, cannot take the adapter, or
             gives no exact per-example gradients under DP or with dropout.
+        Refusal: ``guard-batch-coupled`` for a layer with statistics of the batch, or
+            ``guard-no-gradient`` for a trained layer without per-example gradients; also without
+            DP.
     """
     device = "cuda" if config.engine.gpus > 0 and torch.cuda.is_available() else "cpu"
     settings = _Settings(

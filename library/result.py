@@ -27,6 +27,9 @@ class Result:
     Args:
         directory: The run directory.
         model: Where the base model lies now, if not where the run found it.
+
+    Raises:
+        InputError: If the directory has no complete run, or an institution's own model.
     """
 
     def __init__(self, directory: str | Path, *, model: str | Path = "") -> None:

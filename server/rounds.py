@@ -114,7 +114,8 @@ class Federation:
 
     Raises:
         InputError: When the configuration does not fit the data or the budget, or the run's
-            directory holds something else. Nothing is written or sent before.
+            directory holds something else. Nothing is sent before. Caches may be written, and of a
+            resumed run ``rounds.jsonl`` may be cut back to its checkpoint.
     """
 
     def __init__(self, grid: Grid, config: RunConfig) -> None:

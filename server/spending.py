@@ -27,8 +27,8 @@ log = logging.getLogger("fedlora.server")
 MAX_SIZE_CLASS = 2**40
 """Units of an institution in the largest size class that the server accepts."""
 NOISE_TOLERANCE = 0.01
-"""Relative difference between two machines' noise for one plan, where rounding decides between two
-neighbours of the grid (0.1 percent apart at most)."""
+"""The largest relative difference of a reported noise multiplier from the server's plan. Two
+machines' plans are 0.1 percent apart at most; less noise is also held against the budget."""
 EPSILON_TOLERANCE = 1e-6
 """Relative excess of epsilon over the budget that rounding can cause."""
 

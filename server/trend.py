@@ -20,8 +20,8 @@ STANDARD_ERRORS = 2.0
 """A run may still rise if its accuracy grew by more than so many standard errors since the middle.
 These are the errors of other held-out texts. They do not cover the noise of training, which moves
 an adapter from round to round: so a run that does not rise may do it, too."""
-LATE = 2 / 3
-"""The last measurement of a single round's adapter tells of a run's end after so much of it."""
+MIN_MEASURED_SHARE = 2 / 3
+"""The last measurement of a single round's adapter counts only after this share of the rounds."""
 
 
 def still_rising(
@@ -40,10 +40,10 @@ def still_rising(
 
     Returns:
         Empty where the accuracy does not rise, or was measured in less than three rounds, or not
-        after `LATE`. Else ``points``, by which it grew from the measurement nearest to the middle,
-        of the round ``since``, to the last one, of the round ``until``; ``more_rounds``, half as
-        many again; under DP ``epsilon``, the whole longer run's at the same noise, and ``noise``,
-        the factor of the noise that keeps epsilon.
+        after `MIN_MEASURED_SHARE`. Else ``points``, by which it grew from the measurement nearest
+        to the middle, of the round ``since``, to the last one, of the round ``until``;
+        ``more_rounds``, half as many again; under DP ``epsilon``, the whole longer run's at the
+        same noise, and ``noise``, the factor of the noise that keeps epsilon.
     """
     rounds, first_mean = config.federation.rounds, config.federation.averaged_from
     measured = {
@@ -59,7 +59,8 @@ def still_rising(
     since = min((r for r in measured if r < last), key=lambda r: abs(r - last / 2))
     error = math.sqrt(sum(measured[r] * (1 - measured[r]) / texts for r in (since, last)))
     rise = measured[last] - measured[since]
-    if last < LATE * max(r["round"] for r in records) or rise <= STANDARD_ERRORS * error:
+    played = max(r["round"] for r in records)
+    if last < MIN_MEASURED_SHARE * played or rise <= STANDARD_ERRORS * error:
         return {}
     more = math.ceil(rounds / 2)
     found: dict[str, Any] = {

@@ -133,9 +133,9 @@ def sample(
 ) -> list[str]:
     """The institutions to ask in a round.
 
-    These are the institutions asked least so far, ties broken at random, none over ``cap``. So all
-    counts stay within one of each other, no institution is asked more often than ``cap``,
-    and each can plan its noise for that many rounds.
+    These are the institutions asked least so far, ties broken at random, none over ``cap``. While
+    the same institutions are online, counts stay within one of each other. No institution is asked
+    more often than ``cap``, so each can plan its noise for that many rounds.
 
     Args:
         asked: Institution -> rounds for which it was asked so far; only these can be asked.

@@ -1,8 +1,9 @@
 """Rules that bound the influence of a few bad institutions on the global adapter.
 
 - ``median``, ``trimmed-mean`` (Yin et al. 2018, arXiv 1803.01498): each coordinate of each factor
-  by itself, without the f largest and smallest values. These rules need a strategy that averages
-  each factor by itself: fedavg, ffa, rolora, fedsa.
+  by itself, as the mean without the f largest and smallest values, or as the median (the mean of
+  the middle two where n is even). These rules need a strategy that averages each factor by itself:
+  fedavg, ffa, rolora, fedsa.
 - ``krum``, ``multi-krum`` (Blanchard et al. 2017, NeurIPS): an update is scored by its squared
   distances to its n - f - 2 nearest others; krum takes the best one, multi-krum the n - f best.
 - ``norm-bound`` (Sun et al. 2019, arXiv 1911.07963): a change longer than the cohort's median is

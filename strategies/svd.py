@@ -13,9 +13,10 @@ which shrinks the global product.)
 
 A product has many pairs of factors, :math:`A = G V^\top` and :math:`B = U S G^{-1} / s` for any
 invertible G. The chosen A is nearest to the mean A: the old A plus the mean of the institutions'
-changes of A. Equal factors of all institutions are therefore returned as they are, and an A that no
-institution changed stays, so that a server optimizer sees no step that no institution took. (With
-the A nearest to the old A, the growth of A in training would all go into B, round after round.)
+changes of A. Equal factors of all institutions are therefore returned as they are, unless their A
+is below the bound of the next paragraph, and an A that no institution changed stays, so that a
+server optimizer sees no step that no institution took. (With the A nearest to the old A, the growth
+of A in training would all go into B, round after round.)
 
 The i-th singular value of the new A is at least that of the old A, or half of the old A's root mean
 square singular value if that is less: B stays of a size from which it can be trained further. A

@@ -274,8 +274,9 @@ def noise_reuse(config: RunConfig, transcript: Transcript) -> NoiseReuse:
 
     Independent noise vectors have a cosine of about 0; a repeated one has a cosine near 1. The
     gradients of the records can be similar too. An institution is therefore compared only if its
-    noise is at least twice as long as the longest possible sum of its gradients. Under secure
-    aggregation the auditor compares the vectors, which the server does not see.
+    noise is at least twice as long as a sum of twice the expected batch of clipped gradients, all
+    of one direction. Under secure aggregation the auditor compares the vectors, which the server
+    does not see.
     """
     plans, steps = _plans(config), config.training.local_steps
     found: list[float] = []
@@ -291,7 +292,7 @@ def noise_reuse(config: RunConfig, transcript: Transcript) -> NoiseReuse:
             move = _move(config, sent.only(parts), update)
             keys = tuple(sorted(move))
             step = torch.cat([move[key].flatten() for key in keys]).float()
-            # In units of C and of the step size. A batch twice the expected size is very unlikely.
+            # In units of C and of the step size. A mean batch is below twice the size class's.
             noise = plan.share_noise_multiplier * (step.numel() * steps) ** 0.5
             if noise >= 2 * (2 * plan.expected_batch_size * steps):
                 now.setdefault(keys, {})[name] = torch.nn.functional.normalize(step, dim=0)

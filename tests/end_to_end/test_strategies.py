@@ -357,7 +357,7 @@ def test_a_damaged_kept_part_is_not_replaced_by_another(tiny_config, simulate_ru
     [
         ({"adapter.ranks": "2,4"}, "adapter.ranks is '2,4', but federation.strategy 'fedavg'"),
         ({"adapter.ranks": "2,40", "federation.strategy": "pad"}, "'40'; it must be size, or"),
-        ({"federation.strategy": "exact"}, "takes the exact mean, not a step towards it"),
+        ({"federation.strategy": "exact"}, "takes no server optimizer"),
         (
             {"federation.strategy": "stack", "federation.average-last": 0.5, **PLAIN},
             "have no mean; use 0",
