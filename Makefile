@@ -4,12 +4,18 @@ BIN := .venv/bin
 READY := .venv/.ready
 EXTRAS := simulation,experiments,qlora,demo,dev
 
+# .venv is made anew where its Python does not start, or is another version than that of a PYTHON that was given.
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+HAS := $(shell $(BIN)/python -c 'import pip; $(VERSION)' 2>/dev/null)
+WANTS := $(if $(filter file,$(origin PYTHON)),$(HAS),$(shell $(PYTHON) -c '$(VERSION)'))
+VENV := $(if $(filter $(HAS),$(WANTS)),,venv)
+
 export FLWR_TELEMETRY_ENABLED := 0
 export PYTEST_ADDOPTS
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-deployment exactness lint types check bench constraints clean
+.PHONY: help demo test test-slow test-deployment exactness lint types check bench constraints clean venv
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,14 +50,16 @@ bench: $(READY)  ## the table of docs/performance.md, both sides in turn; on an 
 constraints:  ## write constraints.txt anew, from the newest releases that pyproject.toml allows
 	$(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet -e '.[$(EXTRAS)]'
-	.venv-constraints/bin/python -m pip freeze --exclude-editable | grep -v '^torch==' > constraints.txt
+	.venv-constraints/bin/python -m pip freeze --exclude-editable | sed '/^torch==/s/+.*//' > constraints.txt
 	rm -rf .venv-constraints
 
-$(READY): pyproject.toml constraints.txt
+venv:
 	@$(PYTHON) -c 'import sys; sys.exit("fedlora needs Python 3.11 or newer, this is %d.%d; set PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
+
+$(READY): pyproject.toml constraints.txt $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)
 
-clean:  ## remove .venv and caches
-	rm -rf .venv .venv-constraints .pytest_cache .ruff_cache .coverage *.egg-info
+clean:  ## remove .venv, what pip built here, and caches
+	rm -rf .venv .venv-constraints build dist .pytest_cache .ruff_cache .coverage *.egg-info
