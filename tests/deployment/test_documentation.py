@@ -62,3 +62,9 @@ def test_the_directory_of_keys_in_a_documented_command_is_free_and_never_committ
     for directory in named:
         assert not (ROOT / directory / "__init__.py").exists()
         assert f"/{directory}/" in ignored
+
+
+def test_each_argument_of_the_image_is_documented_and_declared_before_the_installation():
+    before, installation, _ = (ROOT / "Dockerfile").read_text().partition("RUN pip install")
+    declared = set(re.findall(r"^ARG ([A-Z_]+)", before, re.MULTILINE))
+    assert installation and declared == set(re.findall(r"--build-arg\s+([A-Z_]+)=", TEXT))
