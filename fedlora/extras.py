@@ -20,7 +20,8 @@ def require(package: str, extra: str, purpose: str) -> None:
     if find_spec(package) is None:
         raise InputError(
             f"{purpose} needs the Python package {package}, which is not installed; "
-            f"run in fedlora's checkout: pip install '.[{extra}]' (`make demo` installs all extras)"
+            "run in fedlora's checkout: pip install --constraint constraints.txt "
+            f"-e '.[{extra}]'; for containers add {extra} to the build argument EXTRAS"
         )
 
 

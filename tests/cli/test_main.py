@@ -463,7 +463,7 @@ def test_a_run_on_ray_without_ray_is_refused_before_records_are_read(
     monkeypatch.setattr(records, "load", lambda _: pytest.fail("records were read"))
     missing("ray")
     out = tmp_path / "out"
-    words = ["--engine ray", "needs the Python package ray", "pip install '.[simulation]'"]
+    words = ["--engine ray", "needs the Python package ray", "constraints.txt -e '.[simulation]'"]
     refused("run", config_file(), "--out", out, words=words)
     assert not out.exists()
 
@@ -485,7 +485,7 @@ def test_a_sweep_and_an_audit_without_ray_are_refused_before_records_are_read(
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_pages_without_what_draws_them_are_refused_at_once(tmp_path, missing, package):
     missing(package)
-    words = [f"needs the Python package {package}", "pip install '.[experiments]'"]
+    words = [f"needs the Python package {package}", "constraints.txt -e '.[experiments]'"]
     refused("report", tmp_path, words=words)
     refused("compare", tmp_path, tmp_path, words=words)
     refused("sweep", tmp_path / "x.toml", words=words)
@@ -519,4 +519,4 @@ app(sys.argv[1:])
     assert done.returncode == 0, done.stderr
     assert (out / "result.json").exists() and not (out / "report.html").exists()
     assert "warning: report.html was not written" in done.stderr
-    assert "pip install '.[experiments]'" in done.stderr
+    assert "constraints.txt -e '.[experiments]'" in done.stderr

@@ -16,7 +16,8 @@ def test_an_installed_package_is_accepted_and_a_missing_one_named_with_its_remed
         extras.require("ray", "simulation", "--engine ray")
     text = str(caught.value)
     assert text.startswith("--engine ray needs the Python package ray, which is not installed")
-    assert "pip install '.[simulation]'" in text and "\n" not in text
+    assert "pip install --constraint constraints.txt -e '.[simulation]'" in text
+    assert "add simulation to the build argument EXTRAS" in text and "\n" not in text
 
 
 def test_every_extra_that_an_error_names_exists_and_installs_the_package():
