@@ -6,7 +6,7 @@ Usage: python -m benchmarks.gpu [--mpnet DIR] [--smollm2 DIR] [--minutes 8]
 One command and at most ``--minutes``: what does not begin in time is left out and named. ``DIR``
 holds a model as safetensors; without it the model's row says so. The Llama of 1.5 billion
 parameters is made here, with random weights, and measured in bf16 and in nf4. It prints a line of
-JSON for each figure, and at the end the tables of docs/performance.md.
+JSON for each figure, and at the end all of them as one table.
 
 A figure is the median of several steps. A rival gets the same rows, in float32 and in one batch, as
 in `benchmarks.dp_step`; Opacus' hooks on the models of up to 200 million parameters. Memory is the
