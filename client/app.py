@@ -58,6 +58,7 @@ def _together(
     for number, (message, context) in enumerate(calls):
         institution = None
         try:
+            wire.check_version(message.content)
             institution = _institution(context)
             orders[number] = institution, unpack(message.content)
         except Exception as error:
@@ -161,6 +162,7 @@ def _reply(
     """The reply to a message: the institution's answer, or a refusal."""
     institution = None
     try:
+        wire.check_version(message.content)  # first: another version may have other keys and fields
         institution = _institution(context)
         content = pack(call(institution, unpack(message.content)))
     except Exception as error:

@@ -34,7 +34,16 @@ from client.releases import Releases
 from client.secure_role import SecureRole
 from client.settings import REPORTABLE, Settings
 from client.training import LocalPlan
-from fedlora import accounting, model_card, peers, processors, records, secure_order, trainable
+from fedlora import (
+    accounting,
+    model_card,
+    peers,
+    processors,
+    records,
+    run_files,
+    secure_order,
+    trainable,
+)
 from fedlora.accounting import PrivacyPlan
 from fedlora.adapters import AdapterState
 from fedlora.budget import delta_of, plan_run
@@ -162,6 +171,7 @@ class Institution:
             fits=fits,
             rank=self.rank,
             size=size,
+            code="" if self.simulated else run_files.code(),
         )
 
     def answer(self, order: TrainOrder) -> ClientUpdate:

@@ -27,6 +27,7 @@ class Hello:
         fits: Whether the whole run fits what its privacy ledger has left.
         rank: The rank of its factors.
         size: Its size class, under secure aggregation; 0 otherwise.
+        code: A digest of fedlora's files there; empty in a simulation.
     """
 
     institution: str
@@ -34,6 +35,7 @@ class Hello:
     fits: bool
     rank: int
     size: int = 0
+    code: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -299,9 +299,14 @@ def revision() -> Mapping[str, Any]:
         if sha
         else None
     )
+    return {"git_sha": sha or None, "git_dirty": dirty, "code": code()}
+
+
+@cache
+def code() -> str:
+    """A digest of fedlora's files, read once a process."""
     root = Path(__file__).resolve().parents[1]
-    code = code_digest(*(root / package for package in ("fedlora", *fedlora.ROOMS)))
-    return {"git_sha": sha or None, "git_dirty": dirty, "code": code}
+    return code_digest(*(root / package for package in ("fedlora", *fedlora.ROOMS)))
 
 
 def commit(about: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from flwr.app import (
     RecordDict,
 )
 
+import fedlora
 from fedlora.arrays import Int64
 from fedlora.errors import Refusal
 from fedlora.messages import (
@@ -81,6 +82,8 @@ _PLAIN: dict[Any, str] = {
 _ADAPTER, _WORDS, _ORDER, _UPDATE = "adapter", "words", "order", "update"
 _PRIVACY, _METRICS, _REFUSED, _HELLO = "privacy", "metrics", "refused", "hello"
 _QUERY, _EVALUATION, _SECURE = "query", "evaluation", "secure"
+_VERSION = "version"
+"""In the first record of each message of the server: its version, whatever else the message has."""
 
 
 def pack_adapter(state: "AdapterState") -> ArrayRecord:
@@ -156,15 +159,43 @@ def _config(content: RecordDict, key: str) -> dict[str, Any]:
     return dict(typing.cast(dict[str, Any], record))
 
 
+def check_version(content: RecordDict) -> None:
+    """Compare the server's version with this one, before anything else of a message is read.
+
+    Raises:
+        Refusal: ``version-mismatch``, also for a server that states none.
+    """
+    for key in (_QUERY, _ORDER, _SECURE):
+        record = content.config_records.get(key)
+        if record is not None and (theirs := record.get(_VERSION)) != fedlora.__version__:
+            said = "an earlier fedlora" if theirs is None else f"fedlora {_quoted(theirs)}"
+            raise Refusal(
+                "version-mismatch",
+                f"the server runs {said}, and this institution {fedlora.__version__}: install one "
+                "version on both sides",
+            )
+
+
+def _versioned(values: Mapping[str, Any]) -> ConfigRecord:
+    return ConfigRecord({**values, _VERSION: fedlora.__version__})
+
+
+def _asked(content: RecordDict, key: str) -> dict[str, Any]:
+    """The values in a message of the server, whose version `check_version` has compared."""
+    values = _config(content, key)
+    values.pop(_VERSION, None)
+    return values
+
+
 def pack_query(query: Query) -> RecordDict:
     """A `Query` as records."""
-    return RecordDict({_QUERY: _plain(query)})
+    return RecordDict({_QUERY: _versioned(_plain(query))})
 
 
 def unpack_query(content: RecordDict) -> Query:
     """The `Query` in a message. Raises `Refusal` when it is not one."""
     _holds_only(content, _QUERY)
-    return _build(Query, _config(content, _QUERY))
+    return _build(Query, _asked(content, _QUERY))
 
 
 def pack_hello(hello: Hello) -> RecordDict:
@@ -181,7 +212,7 @@ def unpack_hello(content: RecordDict) -> Hello:
 
 def pack_secure(message: SecureMessage) -> RecordDict:
     """A message of secure aggregation as records."""
-    return RecordDict({_SECURE: ConfigRecord({_SECURE: message.to_bytes()})})
+    return RecordDict({_SECURE: _versioned({_SECURE: message.to_bytes()})})
 
 
 def unpack_secure(kind: type[_Secure], content: RecordDict) -> _Secure:
@@ -192,7 +223,7 @@ def unpack_secure(kind: type[_Secure], content: RecordDict) -> _Secure:
 
 
 def _secure(kind: type[_Secure], content: RecordDict) -> _Secure:
-    values = _config(content, _SECURE)
+    values = _asked(content, _SECURE)
     encoded = values.get(_SECURE)
     if len(values) != 1 or not isinstance(encoded, bytes):
         raise Refusal("malformed-message", f"the message holds no bytes of a {kind.__name__}")
@@ -206,13 +237,13 @@ def with_masked_order(content: RecordDict, order: MaskedOrder) -> RecordDict:
 
 def pack_order(order: "TrainOrder | EvaluateOrder | Release", adapter: ArrayRecord) -> RecordDict:
     """An order and its adapter as records; engines share the adapter's record between orders."""
-    return RecordDict({_ORDER: _plain(order, "adapter", "masked"), _ADAPTER: adapter})
+    return RecordDict({_ORDER: _versioned(_plain(order, "adapter", "masked")), _ADAPTER: adapter})
 
 
 def unpack_order(content: RecordDict) -> TrainOrder:
     """The `TrainOrder` in a message. Raises `Refusal` when it is not one."""
     _holds_only(content, _ORDER, _ADAPTER, _SECURE)
-    values = _config(content, _ORDER) | {"adapter": _adapter(content)}
+    values = _asked(content, _ORDER) | {"adapter": _adapter(content)}
     values["masked"] = _secure(MaskedOrder, content) if _SECURE in content else None
     return _identified(_build(TrainOrder, values))
 
@@ -236,14 +267,14 @@ class OrderReader:
 def unpack_evaluate(content: RecordDict) -> EvaluateOrder:
     """The `EvaluateOrder` in a message. Raises `Refusal` when it is not one."""
     _holds_only(content, _ORDER, _ADAPTER)
-    values = _config(content, _ORDER)
+    values = _asked(content, _ORDER)
     return _identified(_build(EvaluateOrder, values | {"adapter": _adapter(content)}))
 
 
 def unpack_release(content: RecordDict) -> Release:
     """The `Release` in a message. Raises `Refusal` when it is not one."""
     _holds_only(content, _ORDER, _ADAPTER)
-    values = _config(content, _ORDER)
+    values = _asked(content, _ORDER)
     release = _identified(_build(Release, values | {"adapter": _adapter(content)}))
     if not RUN_NAME.fullmatch(release.name):
         raise Refusal("malformed-message", f"{_quoted(release.name)} is no name of a run")

@@ -12,7 +12,7 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 import fedlora
-from fedlora import findings, wire
+from fedlora import findings, run_files, wire
 from fedlora.accounting import is_size_class
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
@@ -81,6 +81,7 @@ class Roster:
         self._again: dict[int, float] = {}  # node -> when it is asked again, monotonic
         self._pauses: dict[int, int] = {}  # node -> how often it has been refused
         self._silent: dict[str, int] = {}  # institution -> orders in a row without an answer
+        self._other_code: set[str] = set()  # institutions that were named for other code
 
     def online(self) -> dict[str, int]:
         """Institution -> node, for the institutions that are connected now."""
@@ -136,6 +137,7 @@ class Roster:
                 if self.refused.get(node) != refusal.code:
                     log.warning("%s: %s", self._called(node), refusal)
                 self._refuse(node, refusal.code)
+        self._tell_other_code()
         return {self._known[node].institution: node for node in present if node in self._known}
 
     def note(self, rejected: Mapping[str, str], asked: Iterable[str]) -> None:
@@ -163,6 +165,18 @@ class Roster:
                 )
                 del self._known[nodes[name]]
                 self._refuse(nodes[name], "silent")
+
+    def _tell_other_code(self) -> None:
+        """Name once each institution whose code is another of this version."""
+        stated = {hello.institution: hello.code for hello in self._known.values() if hello.code}
+        other = {name for name, code in stated.items() if code != run_files.code()}
+        if new := sorted(other - self._other_code):
+            log.warning(
+                "other code of fedlora %s than the server's: %s; install one checkout everywhere",
+                fedlora.__version__,
+                ", ".join(new),
+            )
+        self._other_code |= other
 
     def _refuse(self, node: int, code: str) -> None:
         self.refused[node] = code

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 
+import fedlora
 from client import app
 from client.institution import Institution
 from fedlora import messages, processors, wire
@@ -19,10 +20,11 @@ from simulation.engines.grid import identify
 from tests.samples import train_order
 
 
-def _ask(config, **node_config):
+def _ask(config, content=None, kind=MessageType.QUERY, **node_config):
     identify()
-    query = Query(run="a1", first=True, participations=1)
-    message = Message(wire.pack_query(query), 1, MessageType.QUERY)
+    if content is None:
+        content = wire.pack_query(Query(run="a1", first=True, participations=1))
+    message = Message(content, 1, kind)
     context = Context(
         run_id=1,
         node_id=1,
@@ -44,6 +46,50 @@ def test_outside_a_simulation_an_institution_without_settings_refuses(tiny_confi
     assert _code(_ask(tiny_config())) == "no-settings"
     assert _code(_ask(tiny_config(), simulation="yes")) == "no-settings"
     assert wire.unpack_hello(_ask(tiny_config(), simulation=True).content).institution == "Alpha"
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        (MessageType.QUERY, "query"),
+        (MessageType.TRAIN, "order"),
+        (MessageType.EVALUATE, "order"),
+        (wire.HOME, "order"),
+        (wire.RELEASED, "order"),
+        *((kind, "secure") for kind in (wire.KEYS, wire.SHARES, wire.LIST, wire.UNMASK)),
+    ],
+)
+def test_a_server_of_another_version_is_refused_whatever_else_it_sends(
+    tiny_config, monkeypatch, caplog, kind, record
+):
+    def read(*_):
+        raise AssertionError("the configuration was read first")
+
+    monkeypatch.setattr(app, "_institution", read)
+    about = {"version": "0.3.0", "a-new-field": 1}
+    content = RecordDict({record: ConfigRecord(about), "a-new-record": ArrayRecord()})
+    reply = _ask(tiny_config(), content, kind, simulation=True)
+    assert _code(reply) == "version-mismatch"
+    assert "0.3.0" in caplog.text and fedlora.__version__ in caplog.text
+    del content[record]["version"]  # as of a server before versions were stated
+    assert _code(_ask(tiny_config(), content, kind, simulation=True)) == "version-mismatch"
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_order_of_another_version_is_not_charged(ask_banks, together, tmp_path, monkeypatch):
+    from client.ledger import Ledger
+
+    def packed(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(fedlora, "__version__", "0.3.0")
+            return pack(*args)
+
+    pack = wire.pack_order
+    monkeypatch.setattr(wire, "pack_order", packed)
+    (reply,) = ask_banks("run", [(0, {})], together=together)
+    assert _code_of(reply) == "version-mismatch"
+    with Ledger.open(tmp_path / "run" / "ledgers" / "Alpha.db") as ledger:
+        assert ledger.runs() == ()
 
 
 @pytest.mark.parametrize("together", [False, True])

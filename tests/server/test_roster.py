@@ -8,7 +8,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 import fedlora
-from fedlora import config, wire
+from fedlora import config, run_files, wire
 from fedlora.errors import InputError
 from fedlora.messages import Hello, Query
 from fedlora.run_files import NODES, SIZES
@@ -28,7 +28,7 @@ class Nodes(InlineGrid):
 
     def __init__(self, *names, sizes=None):
         app, self.names, self.asked, self.refusing = ClientApp(), list(names), [], {}
-        self.version = fedlora.__version__
+        self.version, self.codes = fedlora.__version__, {}
 
         @app.query()
         def hello(message, context):
@@ -37,7 +37,14 @@ class Nodes(InlineGrid):
             if name in self.refusing:
                 return Message(wire.pack_refusal(self.refusing[name]), reply_to=message)
             size = (sizes or {}).get(name, 0)
-            said = Hello(institution=name, version=self.version, fits=True, rank=8, size=size)
+            said = Hello(
+                institution=name,
+                version=self.version,
+                fits=True,
+                rank=8,
+                size=size,
+                code=self.codes.get(name, ""),
+            )
             return Message(wire.pack_hello(said), reply_to=message)
 
         super().__init__(app, len(names), {})
@@ -136,6 +143,16 @@ def test_who_runs_another_version_takes_no_part(made, register):
     grid.version = "0.0.1"
     one = made(grid)
     assert one.online() == {} and one.left_out == {1: "version-mismatch"}
+
+
+def test_who_runs_other_code_of_the_version_is_named_once(made, register, caplog):
+    register(a=1, b=2)
+    grid = Nodes("a", "b")
+    grid.codes = {"a": run_files.code(), "b": "f" * 64}
+    one = made(grid)
+    assert one.online() == one.online() == {"a": 1, "b": 2}
+    (said,) = [r.getMessage() for r in caplog.records if "other code" in r.getMessage()]
+    assert "server's: b;" in said
 
 
 def test_a_new_key_takes_the_place_of_the_old_one_in_mid_run(made, register):
