@@ -157,7 +157,7 @@ def check_limits(
     max_run_epsilon: float,
     max_alone_epsilon: float,
 ) -> None:
-    """Refuse a run that promises less than the institution's own limits.
+    """Refuse a run whose delta or epsilon is above the institution's own limits.
 
     A run's epsilon has a meaning at its delta only, and the server chooses the run's delta and
     accountant. So the epsilon of the whole run is computed again at the ledger's delta with the

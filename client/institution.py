@@ -298,7 +298,8 @@ class Institution:
         This is the experimenter's measurement on rows that are set aside, in simulations only.
 
         Raises:
-            Refusal: If the order's adapter does not fit; ``kept-part-unreadable``.
+            Refusal: ``metrics-not-allowed`` outside of simulations; if the order's adapter does not
+                fit; ``kept-part-unreadable``.
         """
         with processors.threads(self.config.engine.threads):
             work, adapter = self._load(), self.released(order)
@@ -326,11 +327,14 @@ class Institution:
     def receive(self, release: Release) -> Evaluation:
         """Store the released adapter with this institution's local parts (`client.releases`).
 
+        Under the full protocol of secure aggregation it first erases the run's secrets.
+
         Returns:
             The institution's name, without metrics.
 
         Raises:
-            Refusal: If the adapter does not fit; ``kept-part-unreadable``.
+            Refusal: If the adapter does not fit; ``base-mismatch``, ``kept-part-unreadable``,
+                ``ledger-*`` or ``secure-store-*``.
         """
         with processors.threads(self.config.engine.threads):
             work = self._load()
@@ -409,7 +413,9 @@ class Institution:
         )
 
     def open_ledger(self, shard: Shard | None = None, *, create: bool = False) -> Ledger:
-        """Open the institution's ledger and bind it to its records.
+        """Open the institution's ledger, and bind it to its records.
+
+        With ``create`` an existing one is only checked: the first order binds it.
 
         Args:
             shard: The institution's records, where they are at hand.
@@ -419,6 +425,7 @@ class Institution:
         Raises:
             Refusal: ``ledger-*`` when it is missing, locked, corrupt, bound to other records, or
                 has a delta that is too large for so many units.
+            InputError: If a missing ledger cannot be created.
         """
         shard = self._records() if shard is None else shard
         path, privacy = self.ledger_path, self.config.privacy

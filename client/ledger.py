@@ -91,7 +91,7 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path | str, *, shared: bool = False) -> Ledger:
-        """Open a ledger and check that nothing in it was altered or removed.
+        """Open a ledger to charge it, and check that nothing in it was altered or removed.
 
         A ledger of an older version is checked as far as possible and upgraded.
 
@@ -102,11 +102,21 @@ class Ledger:
         Raises:
             Refusal: ``ledger-missing``, ``ledger-exposed`` (others may write to it or to its
                 directory), ``ledger-corrupt`` (damaged or altered), ``ledger-foreign`` (another
-                program's file, or another version), ``ledger-locked`` (busy for longer than half a
-                minute) or ``ledger-unusable`` (not readable or not writable).
+                program's file), ``ledger-newer`` (of a newer version), ``ledger-locked`` (busy for
+                longer than half a minute) or ``ledger-unusable`` (not readable or not writable, or
+                SQLite is too old).
         """
         path = Path(path)
         return cls(ledger_file.connect(path, shared=shared), path)
+
+    @classmethod
+    def look(cls, path: Path | str) -> Ledger:
+        """Open a ledger to read it, with the checks and refusals of `open`.
+
+        The file stays as it is, also where it may only be read or is of an older version.
+        """
+        path = Path(path)
+        return cls(ledger_file.look(path), path)
 
     def __enter__(self) -> Ledger:
         return self
@@ -148,7 +158,8 @@ class Ledger:
                 f"not {fingerprint[:12]} by {unit}: put back the records and the unit of the first "
                 "run on it, and whatever decides which of them are trained on (in a simulation "
                 "seed, data.test-source, data.test-fraction and data.max-records too), or see "
-                "'Other records' in docs/deployment.md",
+                "'Other records' in docs/deployment.md; or an earlier fedlora chose the rows "
+                "otherwise: see 'Upgrade' there",
             )
         return bound != (None, None)
 

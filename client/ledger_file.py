@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sqlite3
 import tempfile
 from collections.abc import Generator, Sequence
@@ -18,6 +19,8 @@ from fedlora.errors import InputError, Refusal
 
 _APPLICATION = 0x66646C64  # "fdld", the file's mark for `file` and PRAGMA application_id
 BUSY_SECONDS = 30.0
+MIN_SQLITE = (3, 37)
+"""The first version of SQLite that has STRICT tables."""
 STORED_RUNS = 20
 """Runs whose last answer stays: a server that begins many must not fill the institution's disk."""
 
@@ -26,8 +29,11 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
     """Write an empty ledger, readable by its owner only, atomically.
 
     Raises:
-        InputError: If the file exists, cannot be written, or others may write to its directory.
+        InputError: If the file exists, cannot be written, or others may write to its directory, or
+            if SQLite is too old.
     """
+    if old := too_old():
+        raise InputError(old)
     limits = (float(max_epsilon), float(delta), accountant)
     try:
         if exposed := files.exposed(path):
@@ -59,8 +65,115 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
         raise InputError(f"the ledger {path} cannot be written: {error}{remedy}") from error
 
 
+def too_old() -> str:
+    """What is wrong with this Python's SQLite, in words; empty where nothing is."""
+    if sqlite3.sqlite_version_info >= MIN_SQLITE:
+        return ""
+    return (
+        f"SQLite is {sqlite3.sqlite_version}, but ledgers and stores of keys need "
+        f"{'.'.join(map(str, MIN_SQLITE))} or newer: use a Python that was built with it"
+    )
+
+
+def form(
+    db: sqlite3.Connection, path: Path, *, application: int, newest: int, store: str = "ledger"
+) -> int:
+    """The version of a file's form; nothing is written before it is known.
+
+    Args:
+        db: The file.
+        path: Its path.
+        application: The file's mark.
+        newest: The newest version that can be read.
+        store: What it is; begins the codes.
+
+    Raises:
+        Refusal: ``STORE-foreign`` or ``STORE-newer``.
+    """
+    found = number(db, "user_version")
+    if number(db, "application_id") != application or found < 1:
+        raise Refusal(
+            f"{store}-foreign", f"{path} is no {store.replace('-', ' ')}; name the right file"
+        )
+    if found > newest:
+        raise Refusal(
+            f"{store}-newer",
+            f"{path} was written by a newer fedlora (form {found}, this one reads up to {newest}): "
+            "install that version; do not make a new file, which would know nothing of what is "
+            "spent and sent",
+        )
+    return found
+
+
+def _form(db: sqlite3.Connection, path: Path) -> int:
+    return form(db, path, application=_APPLICATION, newest=ledger_integrity.VERSION)
+
+
+def _open(path: Path, *, looks: bool = False) -> sqlite3.Connection:
+    """Open a ledger's file, unchecked."""
+    if old := too_old():
+        raise Refusal("ledger-unusable", old)
+    if not path.is_file():
+        raise Refusal(
+            "ledger-missing",
+            f"there is no ledger at {path}; correct the path, or, for records without "
+            "spending, create one with `fedlora ledger init`",
+        )
+    if exposed := files.exposed(path):
+        raise Refusal("ledger-exposed", exposed)
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    if looks and _is_still(path.resolve()):
+        uri += "&immutable=1"  # else SQLite wants to write beside a file that had a log
+    return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+
+
+def _is_still(path: Path) -> bool:
+    """Whether a file's directory cannot be written here, and no other process has it open."""
+    beside = (path.with_name(f"{path.name}-{kind}") for kind in ("wal", "journal"))
+    return not os.access(path.parent, os.W_OK) and not any(file.exists() for file in beside)
+
+
+def look(path: Path) -> sqlite3.Connection:
+    """Open a ledger's file to read it, after checking all of it. The file stays as it is.
+
+    An older version is upgraded in memory.
+
+    Raises:
+        Refusal: As `connect`.
+    """
+    with refusing(path):
+        db = _open(path, looks=True)
+        try:
+            with transaction(db, "DEFERRED"):  # one snapshot beside charges of other processes
+                version = _form(db, path)
+                if version == ledger_integrity.VERSION:
+                    refuse(path, ledger_integrity.problems(db))
+                    found = db
+                else:
+                    found = _upgraded_copy(db, path, version)
+            found.execute("PRAGMA query_only=ON")
+        except BaseException:
+            db.close()
+            raise
+        if found is not db:
+            db.close()
+        return found
+
+
+def _upgraded_copy(db: sqlite3.Connection, path: Path, version: int) -> sqlite3.Connection:
+    copy = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        db.backup(copy)
+        with transaction(copy):
+            refuse(path, ledger_upgrade.upgrade(copy, version))
+    except BaseException:
+        copy.close()
+        raise
+    return copy
+
+
 def connect(path: Path, *, shared: bool) -> sqlite3.Connection:
-    """Open a ledger's file after checking all of it. An older version is upgraded.
+    """Open a ledger's file to charge it, after checking all of it. An older version is upgraded.
 
     Args:
         path: The file.
@@ -68,35 +181,20 @@ def connect(path: Path, *, shared: bool) -> sqlite3.Connection:
             that all of them share, so the file is then kept without one.
 
     Raises:
-        Refusal: ``ledger-missing``, ``-exposed``, ``-corrupt``, ``-foreign``, ``-locked`` or
-            ``-unusable``.
+        Refusal: ``ledger-missing``, ``-exposed``, ``-corrupt``, ``-foreign``, ``-newer``,
+            ``-locked`` or ``-unusable``.
     """
     with refusing(path):
-        if not path.is_file():
-            raise Refusal(
-                "ledger-missing",
-                f"there is no ledger at {path}; correct the path, or, for records without "
-                "spending, create one with `fedlora ledger init`",
-            )
-        if exposed := files.exposed(path):
-            raise Refusal("ledger-exposed", exposed)
-        uri = f"{path.absolute().as_uri()}?mode=rw"
-        db = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+        db = _open(path)
         try:
+            older = _form(db, path) in ledger_upgrade.VERSIONS
             if shared:
                 db.execute("PRAGMA journal_mode=DELETE")
             db.execute("PRAGMA synchronous=EXTRA")  # the deletion of a journal too
             db.execute("PRAGMA secure_delete=ON")  # a wiped key is overwritten
-            known = (*ledger_upgrade.VERSIONS, ledger_integrity.VERSION)
-            foreign = number(db, "application_id") != _APPLICATION
-            if foreign or number(db, "user_version") not in known:
-                raise Refusal(
-                    "ledger-foreign",
-                    f"{path} is not a ledger of version {ledger_integrity.VERSION}",
-                )
-            if number(db, "user_version") in ledger_upgrade.VERSIONS:
+            if older:
                 with transaction(db):
-                    if (version := number(db, "user_version")) in ledger_upgrade.VERSIONS:  # still
+                    if (version := _form(db, path)) in ledger_upgrade.VERSIONS:  # still
                         refuse(path, ledger_upgrade.upgrade(db, version))
             with transaction(db, "DEFERRED"):  # one snapshot beside charges of other processes
                 refuse(path, ledger_integrity.problems(db))
@@ -173,7 +271,12 @@ def refusing(path: Path, store: str = "ledger") -> Generator[None]:
 
 
 def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> bytes | None:
-    """The stored answer to this order, or None if the round has no answer yet."""
+    """The stored answer to this order, or None if the round has no answer yet.
+
+    Raises:
+        Refusal: ``round-already-answered``: to another order, its answer gone, its sum unmasked, or
+            the round given up.
+    """
     stored = db.execute(
         "SELECT digest, answer FROM answers WHERE (run, round) = (?, ?)", (run, number)
     ).fetchone()

@@ -73,9 +73,8 @@ class StoredRun:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRound:
-    """A row of ``rounds``."""
+    """What is stored of a run's round."""
 
-    run: str
     round: int
     digest: bytes
     masked: bytes | None
@@ -92,10 +91,12 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
     """Open the store, make it if it does not exist, and run a block as one transaction.
 
     Raises:
-        Refusal: ``secure-store-exposed``, ``-foreign``, ``-locked``, ``-corrupt`` or
+        Refusal: ``secure-store-exposed``, ``-foreign``, ``-newer``, ``-locked``, ``-corrupt`` or
             ``-unusable``; the block's own error otherwise.
     """
     with ledger_file.refusing(path, "secure-store"):
+        if old := ledger_file.too_old():
+            raise Refusal("secure-store-unusable", old)
         if exposed := files.exposed(path):
             raise Refusal("secure-store-exposed", exposed)
         if not path.exists():
@@ -103,13 +104,11 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
         uri = f"{path.absolute().as_uri()}?mode=rw"
         db = sqlite3.connect(uri, uri=True, timeout=ledger_file.BUSY_SECONDS, isolation_level=None)
         with contextlib.closing(db):
+            ledger_file.form(
+                db, path, application=_APPLICATION, newest=_VERSION, store="secure-store"
+            )
             db.execute("PRAGMA synchronous=EXTRA")  # the journal stays deleted after a power cut
             db.execute("PRAGMA secure_delete=ON")
-            found = [ledger_file.number(db, name) for name in ("application_id", "user_version")]
-            if found != [_APPLICATION, _VERSION]:
-                raise Refusal(
-                    "secure-store-foreign", f"{path} is not a store of version {_VERSION}"
-                )
             db.execute("PRAGMA journal_mode=DELETE")  # an older version made the store with WAL
             with ledger_file.transaction(db):
                 if (problem := db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
@@ -210,7 +209,7 @@ def shares(db: sqlite3.Connection, run: str, number: int) -> dict[str, Pair]:
 def latest_round(db: sqlite3.Connection, run: str) -> StoredRound | None:
     """The last round of a run that began."""
     row = db.execute(
-        "SELECT run, round, digest, masked, list, signature FROM rounds WHERE run = ? "
+        "SELECT round, digest, masked, list, signature FROM rounds WHERE run = ? "
         "ORDER BY round DESC LIMIT 1",
         (run,),
     ).fetchone()
@@ -242,7 +241,10 @@ def add_list(
 
 
 def end(db: sqlite3.Connection, run: str) -> None:
-    """Erase a run's secrets, shares and messages; the run itself stays known."""
+    """Erase a run's secrets, shares, key messages and masked vectors.
+
+    Its terms and its rounds' digests, lists and signatures stay.
+    """
     for table in ("secrets", "shares"):
         db.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
     _erase_masked(db, run)

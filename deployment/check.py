@@ -482,7 +482,7 @@ def _ledger(own: "Settings") -> Check:
 
     path = Path(own.ledger)
     try:
-        with Ledger.open(path) as ledger:
+        with Ledger.look(path) as ledger:
             shown, accountant = ledger.show(), ledger.accountant
             _fits_records(own, ledger, shown)
     except Refusal as refusal:
@@ -528,7 +528,8 @@ def _fits_records(own: "Settings", ledger: "Ledger", shown: Mapping[str, Any]) -
             "ledger-foreign",
             f"{own.ledger} belongs to records {bound[0][:12]} by {bound[1]}, and the settings give "
             f"{given[0][:12]} by {given[1]}: put the old records, test-source and unit back, or "
-            "make the ledger of the new records (docs/deployment.md, 'Other records')",
+            "make the ledger of the new records (docs/deployment.md, 'Other records'); or an "
+            "earlier fedlora chose the rows otherwise ('Upgrade' there)",
         )
 
 

@@ -1,6 +1,7 @@
 """A run on disk: its configuration and environment, its state, and the files to resume it.
 
-Every file is written whole or not at all. Importing this module, checking a directory and reading a
+Every file is written whole or not at all, except ``rounds.jsonl``, which grows by lines; readers
+skip a half-written last one. Importing this module, checking a directory and reading a
 run's lines load no torch.
 """
 

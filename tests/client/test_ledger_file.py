@@ -89,7 +89,9 @@ def flip(path: Path, whole: bytes, bits: list[int]) -> dict[str, int]:
     return ends
 
 
-HARMLESS = {"as before", "ledger-corrupt", "ledger-foreign", "ledger-unusable"}
+HARMLESS = {"as before"} | {
+    f"ledger-{code}" for code in ("corrupt", "foreign", "newer", "unusable")
+}
 
 
 def test_a_flipped_bit_changes_nothing_or_is_refused(path: Path) -> None:
@@ -259,6 +261,66 @@ def test_an_older_ledger_is_upgraded_and_keeps_all_it_says(path: Path, old: Path
     edit(old, "UPDATE ledger SET fingerprint = NULL, unit = NULL")
     with pytest.raises(Refusal, match="ledger-corrupt"):
         Ledger.open(old)
+
+
+def test_who_only_looks_sees_an_older_ledger_upgraded_and_leaves_the_file(
+    path: Path, old: Path
+) -> None:
+    whole = old.read_bytes()
+    with Ledger.look(old) as seen, Ledger.open(path) as ledger:
+        assert seen.show() == ledger.show()
+        with pytest.raises(Refusal, match="ledger-unusable"):
+            charge(seen, "run", 9)
+    assert old.read_bytes() == whole
+    edit(old, "UPDATE charges SET steps = 2 WHERE id = 2")
+    with pytest.raises(Refusal, match="ledger-corrupt"):
+        Ledger.look(old)
+
+
+def test_who_only_looks_charges_nothing_and_sees_what_others_charge(path: Path) -> None:
+    with Ledger.open(path) as ledger, Ledger.look(path) as seen:
+        charge(ledger, "third", 1)
+        assert seen.show() == ledger.show()
+        with pytest.raises(Refusal, match="ledger-unusable"):
+            charge(seen, "third", 2)
+    edit(path, "UPDATE ledger SET unit = 'customer'")
+    with pytest.raises(Refusal, match="ledger-corrupt"):
+        Ledger.look(path)
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_a_ledger_on_storage_that_only_reads_can_be_looked_at(
+    path: Path, old: Path, current: bool, monkeypatch
+) -> None:
+    read_only = path if current else old
+    expected, before = Ledger.look(path).show(), sorted(path.parent.iterdir())
+    monkeypatch.setattr(ledger_file.os, "access", lambda *_: False)
+    read_only.chmod(0o400)
+    with Ledger.look(read_only) as seen:
+        assert seen.show() == expected
+        assert sorted(path.parent.iterdir()) == before  # SQLite wrote nothing beside it
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_ledger_of_a_newer_version_is_named_and_left_as_it_is(path: Path, shared: bool) -> None:
+    edit(path, "PRAGMA user_version=4")
+    whole = path.read_bytes()
+    for opened in (Ledger.look, lambda path: Ledger.open(path, shared=shared)):
+        with pytest.raises(Refusal, match=r"ledger-newer: .*form 4.*up to 3.*install that version"):
+            opened(path)
+    assert path.read_bytes() == whole
+
+
+def test_an_old_sqlite_is_named_before_a_ledger_is_made_or_opened(path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ledger_file.sqlite3, "sqlite_version_info", (3, 34, 1))
+    monkeypatch.setattr(ledger_file.sqlite3, "sqlite_version", "3.34.1")
+    for opened in (Ledger.open, Ledger.look):
+        with pytest.raises(Refusal, match=r"SQLite is 3\.34\.1, .* 3\.37 or newer"):
+            opened(path)
+    new = path.with_name("new.db")
+    with pytest.raises(InputError, match="SQLite is 3"):
+        Ledger.create(new, max_epsilon=1.0, delta=DELTA)
+    assert not new.exists()
 
 
 @pytest.mark.parametrize("called", [1, 2])

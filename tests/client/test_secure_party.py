@@ -642,7 +642,9 @@ def test_a_channel_key_that_an_older_version_kept_is_erased(memory_path):
     assert channel not in store.read_bytes()
 
 
-def test_a_store_of_something_else_a_damaged_one_and_an_exposed_one_are_refused(memory_path):
+def test_a_store_of_something_else_a_damaged_one_and_an_exposed_one_are_refused(
+    memory_path, monkeypatch
+):
     made = Federation(memory_path, until="keys")
     store = memory_path / "ada.db"
     good = store.read_bytes()
@@ -658,6 +660,15 @@ def test_a_store_of_something_else_a_damaged_one_and_an_exposed_one_are_refused(
     with refused("secure-store-foreign"):
         made.party("ada").keys(made.terms)
     store.write_bytes(good)
+    with contextlib.closing(sqlite3.connect(store)) as db:
+        db.execute("PRAGMA user_version=2")
+    with refused("secure-store-newer"):
+        made.party("ada").keys(made.terms)
+    store.write_bytes(good)
+    with monkeypatch.context() as old:
+        old.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+        with refused("secure-store-unusable"):
+            made.party("ada").keys(made.terms)
     with refused("secure-store-corrupt"), secure_store.opened(store) as db:
         db.execute("SELECT CAST(x'ff' AS TEXT)").fetchone()  # as a damaged name is read
     store.chmod(0o622)
