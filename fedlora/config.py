@@ -23,6 +23,7 @@ import tomli_w
 from fedlora import config_rules, schemes
 from fedlora.errors import InputError
 from fedlora.files import expanded
+from fedlora.run_files import other_writer
 from fedlora.sections import (
     INSTITUTIONS,
     MIN_NATURAL_RECORDS,
@@ -339,9 +340,18 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
     """Read a TOML file; ``overrides`` win.
 
     Raises:
-        InputError: If the file is missing, is not TOML, or holds a bad key or value.
+        InputError: If the file is missing, is not TOML, or holds a bad key or value. If it is that
+            of a run which another fedlora wrote, the error names that one.
     """
-    return from_flat({**given(expanded(str(path))), **(overrides or {})})
+    file = expanded(str(path))
+    try:
+        return from_flat({**given(file), **(overrides or {})})
+    except InputError as error:
+        if not (writer := other_writer(file.parent)):
+            raise
+        raise InputError(
+            f"{file.parent} was written by {writer}: read it with the one that wrote it ({error})"
+        ) from None
 
 
 def given(path: Path) -> dict[str, Any]:

@@ -321,7 +321,8 @@ def merge(
     said += said_of_origins(result)
     said = "\n\n".join([said, *model_card.voided(result)])
     private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
-    this = Origin(run=result["run"], source=model_card.source(config), private=private)
+    run = str(result.get("run", run_dir.name))  # an early version wrote no identity
+    this = Origin(run=run, source=model_card.source(config), private=private)
     licences = model_files.licences(config.model.name)
     with new_directory(out_dir) as new:
         for licence in licences:

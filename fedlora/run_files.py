@@ -328,6 +328,22 @@ def other_code(about: Mapping[str, Any]) -> str:
     return ""
 
 
+def other_writer(run_dir: Path) -> str:
+    """How another fedlora wrote a run, in words; empty where this one did, or where nothing says.
+
+    Args:
+        run_dir: The run's directory.
+    """
+    try:
+        about = json.loads((run_dir / ENVIRONMENT).read_bytes())
+        begun, other = about["versions"]["fedlora"], other_code(about)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    if begun != fedlora.__version__:
+        return f"fedlora {begun}, this is {fedlora.__version__}"
+    return f"fedlora at {other}" if other else ""
+
+
 def is_audited(run_dir: Path) -> bool:
     """Whether a run was trained on planted records too."""
     return (run_dir / AUDITED).exists() or (run_dir.resolve().parent / "audit.json").exists()

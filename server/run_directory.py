@@ -125,13 +125,13 @@ class RunDirectory:
         """
         existing = self.path / CONFIG
         if existing.exists():
+            self._check_version(config)  # first: another version may have other keys
             changed = changes(load(existing), config)
             if changed:
                 raise InputError(
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}); "
                     f"give {OTHER}, or resume it unchanged"
                 )
-            self._check_version(config)
             return True
         if self.path.exists() and (
             not self.path.is_dir() or any(not _is_foreign(e.name) for e in self.path.iterdir())

@@ -202,10 +202,10 @@ def _check_recorded(config: RunConfig) -> None:
         InputError: If one of them was on a source of this run's name.
     """
     start = config.adapter.start
-    followed = [(earlier, read_run_file(origin.run_dir)) for earlier, origin in _lineage(config)
-                if is_complete(origin.run_dir)]  # fmt: skip
-    here = {result["run"] for _, result in followed}
-    for earlier, result in followed:
+    followed = [(earlier, origin.run_dir, read_run_file(origin.run_dir))
+                for earlier, origin in _lineage(config) if is_complete(origin.run_dir)]  # fmt: skip
+    here = {result.get("run", run_dir.name) for _, run_dir, result in followed}
+    for earlier, _, result in followed:
         for origin in result.get("origins", []):
             counted = origin["private"] and origin["source"] == source(earlier)
             if origin["run"] in here or counted:

@@ -16,7 +16,7 @@ from fedlora import composition, records
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, LEDGERS, read_run_file
+from fedlora.run_files import CONFIG, LEDGERS, other_writer, read_run_file
 
 
 def values(run_dir: Path, more: int) -> dict[str, Any]:
@@ -47,6 +47,11 @@ def values(run_dir: Path, more: int) -> dict[str, Any]:
     found: dict[str, Any] = {"federation.rounds": more, "adapter.start": str(run_dir)}
     if not config.privacy.enabled:
         return found
+    if "run" not in result:
+        raise InputError(
+            f"{run_dir} was written by {other_writer(run_dir) or 'an early fedlora'}, without an "
+            "identity, so that nobody knows its charges in a ledger; start anew"
+        )
     _check_ledgers(run_dir, config, result["run"])
     return found | {
         "privacy.epsilon": _epsilon(config, more),

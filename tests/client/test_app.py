@@ -1,5 +1,6 @@
 """What leaves an institution when it says no: a code, and nothing else."""
 
+import dataclasses
 import hashlib
 from collections import Counter
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 import fedlora
 from client import app
 from client.institution import Institution
-from fedlora import messages, processors, wire
+from fedlora import messages, processors, run_files, wire
 from fedlora.budget import plan_run
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Query
@@ -73,6 +74,14 @@ def test_a_server_of_another_version_is_refused_whatever_else_it_sends(
     assert "0.3.0" in caplog.text and fedlora.__version__ in caplog.text
     del content[record]["version"]  # as of a server before versions were stated
     assert _code(_ask(tiny_config(), content, kind, simulation=True)) == "version-mismatch"
+
+
+def test_outside_of_simulations_a_hello_states_the_code(tiny_config):
+    simulated = Institution.locate(tiny_config(**{"privacy.epsilon": "inf"}), 0)
+    query = Query(run="a1", first=True, participations=1)
+    assert simulated.hello(query).code == ""
+    deployed = dataclasses.replace(simulated, simulated=False)
+    assert deployed.hello(query).code == run_files.code() != ""
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -268,6 +268,17 @@ def test_a_ledger_that_others_may_read_is_refused_as_of_a_copy_that_was_put_back
     assert found.outcome == "fail" and "may be used by others" in found.details
 
 
+def test_a_check_upgrades_no_ledger_and_names_an_old_sqlite(institution, gateway, monkeypatch):
+    ledger = institution.parents[1] / "ledger" / "ledger.db"
+    monkeypatch.setattr(Ledger, "open", None)
+    whole = ledger.read_bytes()
+    assert _as(check.institution(institution), "ledger").outcome == "ok"
+    assert ledger.read_bytes() == whole
+    monkeypatch.setattr("sqlite3.sqlite_version_info", (3, 34, 1))
+    found = _as(check.institution(institution), "ledger")
+    assert found.outcome == "fail" and "3.37 or newer" in found.details
+
+
 def test_a_ledger_is_held_against_the_records(institution, gateway, complaints, tmp_path):
     ledger = institution.parents[1] / "ledger" / "ledger.db"
 

@@ -467,8 +467,12 @@ def test_a_run_is_not_continued_by_another_version(tiny_config, monkeypatch):
     file.write_text(json.dumps({name: began[name] for name in began.keys() - {"code"}}))
     assert directory.check(config)  # of an earlier version
     monkeypatch.setattr(fedlora, "__version__", "0.0.1")
-    with pytest.raises(InputError, match=r"begun with fedlora \d\S*, and this is 0\.0\.1: "):
-        directory.check(config)
+    configuration = (directory.path / "config.toml").read_text()
+    for text in (configuration, f"a-key-of-another-version = 1\n{configuration}"):
+        (directory.path / "config.toml").write_text(text)
+        with pytest.raises(InputError, match=r"begun with fedlora \d\S*, and this is 0\.0\.1: "):
+            directory.check(config)
+    (directory.path / "config.toml").write_text(configuration)
     (directory.path / "environment.json").write_text("{}")
     unreadable = r"environment\.json cannot be read .*; restore the file"
     with pytest.raises(InputError, match=unreadable):

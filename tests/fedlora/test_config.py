@@ -1,3 +1,4 @@
+import json
 import math
 import tomllib
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pandas
 import pytest
 
+import fedlora
 from fedlora import config
 from fedlora.errors import InputError
 from fedlora.sections import HomeConfig
@@ -25,6 +27,26 @@ def test_a_configuration_survives_toml_and_flowers_flat_form(tmp_path):
     file.write_text(made.to_toml())
     assert config.load(file) == made
     assert config.from_flat(made.flat()) == made
+
+
+def test_a_run_of_another_version_that_cannot_be_read_names_that_version(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("[privacy]\nnew-key = 1\n")
+    with pytest.raises(InputError, match=r"^privacy\.new-key is not a configuration key"):
+        config.load(file)
+    about = {"versions": {"fedlora": "0.3.0"}, "git_sha": None, "git_dirty": None}
+    (tmp_path / "environment.json").write_text(json.dumps(about))
+    said = rf"was written by fedlora 0\.3\.0, this is {fedlora.__version__}: read it with .*new-key"
+    with pytest.raises(InputError, match=said):
+        config.load(file)
+    same = {"versions": {"fedlora": fedlora.__version__}, "code": "f" * 64}
+    (tmp_path / "environment.json").write_text(json.dumps(about | same))
+    with pytest.raises(InputError, match=r"by fedlora at code f{12}, and this is .*new-key"):
+        config.load(file)
+    for damaged in ("[]", "{}", "no JSON"):
+        (tmp_path / "environment.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"^privacy\.new-key is not a configuration key"):
+            config.load(file)
 
 
 def test_every_key_is_described_with_its_default():

@@ -328,6 +328,23 @@ def test_a_run_that_goes_back_to_records_of_a_run_that_is_gone_is_refused(classi
     with pytest.raises(InputError, match="it goes back to the run 1 on a data"):
         start_adapter(config, work)
     start_adapter(config.replace({"privacy.epsilon": float("inf")}), work)
+    del result["run"]  # as an early version wrote it
+    (tmp_path / "second" / "result.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match="it goes back to the run 1 on a data"):
+        start_adapter(config, work)
+    gone["run"] = "second"  # the run itself, by the name that it has without an identity
+    (tmp_path / "second" / "result.json").write_text(json.dumps(result | {"origins": [gone]}))
+    start_adapter(config, work)
+
+
+def test_a_run_without_an_identity_is_merged_under_its_directorys_name(classifier, tmp_path):
+    shutil.copytree(classifier, tmp_path / "early")
+    result = read_run_file(classifier)
+    del result["run"]
+    (tmp_path / "early" / "result.json").write_text(json.dumps(result))
+    finished_run.merge(tmp_path / "early", tmp_path / "merged")
+    (this,) = model_files.origins_of_base(str(tmp_path / "merged"))
+    assert this["run"] == "early"
 
 
 def test_an_audited_run_is_no_origin(classifier, tmp_path):

@@ -341,6 +341,12 @@ def test_further_rounds_are_charged_to_the_same_ledgers_or_refused(
         assert ledger.spent() > first.privacy.epsilon
     assert not (tmp_path / "second" / "ledgers").exists()
 
+    result = tmp_path / "first" / "result.json"
+    whole = json.loads(result.read_text())
+    result.write_text(json.dumps({key: whole[key] for key in whole.keys() - {"run"}}))
+    with pytest.raises(InputError, match=r"without an identity.*start anew"):
+        continuation.values(tmp_path / "first", 2)
+    result.write_text(json.dumps(whole))
     longer = continuation.values(tmp_path / "first", 400)
     config = first.replace({**longer, "run-dir": str(tmp_path / "third")})
     with pytest.raises(InputError, match="budget exhausted: 4 of 4 institutions"):
