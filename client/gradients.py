@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from client.passes import fill_passes, packed_losses, packed_tokens, padded_losses
-from fedlora.per_sample import pop_grad_sample
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
@@ -73,8 +72,8 @@ def packed_gradients(
             dropout = batch.dropout.__getitem__
             with packed_losses(trainable, shard, rows[order], dropout, total, slots) as losses:
                 losses.sum().backward()
-            trainable.per_sample.collect()
-        row_gradients = [pop_grad_sample(name, p) for name, p in named.items()]
+            collected = trainable.per_sample.collect()
+        row_gradients = [collected[p] for p in named.values()]
         if single:
             yield of_row[order].tolist(), row_gradients
             continue
@@ -123,8 +122,8 @@ def padded_gradients(
             with trainable.per_sample.expanded(count, index, filled):
                 dropout = batch.dropout.__getitem__
                 padded_losses(trainable, batch.shard, rows, dropout, width).sum().backward()
-                trainable.per_sample.collect()
-            gradients = [pop_grad_sample(name, p)[: len(group)] for name, p in named.items()]
+                collected = trainable.per_sample.collect()
+            gradients = [collected[p][: len(group)] for p in named.values()]
             if sums is None:
                 sums = gradients
             else:

@@ -21,7 +21,6 @@ from client.passes import equal_passes, packed_losses, plain_passes
 from client.training import add_gradients, proximal_term, shuffled, training_steps
 from fedlora import lora_layers, packing
 from fedlora.adapters import AdapterState, kind
-from fedlora.per_sample import pop_grad_sample
 from fedlora.shards import Shard, concatenate
 from fedlora.streams import RandomSource
 from fedlora.trainable import Trainable
@@ -320,11 +319,11 @@ def _add_shared_gradients(
         for rows, losses, owners in passes:
             share = torch.tensor([1 / sizes[i] for i in owner[rows]], dtype=losses.dtype)
             (losses * share).sum().backward()
-            work.per_sample.collect()
+            collected = work.per_sample.collect()
             for name, parameter in named.items():
                 gradient = stacked[name].grad
                 assert gradient is not None
-                gradient.index_add_(0, numbers[owners], pop_grad_sample(name, parameter))
+                gradient.index_add_(0, numbers[owners], collected.pop(parameter))
 
 
 def _stacked(work: Trainable, adapters: Sequence[AdapterState]) -> dict[str, torch.Tensor]:

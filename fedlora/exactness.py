@@ -51,7 +51,7 @@ from fedlora.data import shard_of
 from fedlora.encoder import HEAD
 from fedlora.encoding import Encoded
 from fedlora.errors import Refusal
-from fedlora.per_sample import PerSampleAdapters, pop_grad_sample
+from fedlora.per_sample import PerSampleAdapters
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.tasks import LENGTH_DEPENDENT, Task
@@ -279,8 +279,8 @@ class _Probe:
             self.per_sample.expanded(self.count),
         ):
             self.task.losses(self.model, batch, self.labels).sum().backward()
-            self.per_sample.collect()
-        gradients = {name: pop_grad_sample(name, p) for p, name in self.names.items()}
+            collected = self.per_sample.collect()
+        gradients = {name: collected[p] for p, name in self.names.items()}
         return _Pass(gradients=gradients, inputs=inputs)
 
     @contextmanager

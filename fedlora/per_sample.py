@@ -33,11 +33,12 @@ class PerSampleAdapters:
 
         with per_sample.expanded(len(batch)):
             losses(model, batch).sum().backward()
-            per_sample.collect()  # p.grad_sample (units, *shape) of each trained parameter
+            gradients = per_sample.collect()  # (units, *shape) of each trained parameter
 
-    Guarantee: ``grad_sample[k]`` is the gradient of the summed losses of unit k's examples, as if
-    each had been computed alone, for models in which `fedlora.exactness` finds no flaw. Layers and
-    inputs for which this cannot hold are refused. What voids it: a loss that mixes examples.
+    Guarantee: entry k of ``gradients[p]`` is the gradient of the summed losses of unit k's
+    examples, as if each had been computed alone, for models in which `fedlora.exactness` finds no
+    flaw. Layers and inputs for which this cannot hold are refused. What voids it: a loss that mixes
+    examples.
 
     Args:
         model: A model with an adapter; its trained layers are changed.
@@ -133,39 +134,23 @@ class PerSampleAdapters:
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._named.items() if p.requires_grad}
 
-    def collect(self) -> None:
-        """Set ``p.grad_sample``, float32 ``(units, *shape)``, on each trained parameter.
+    def collect(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Return each trained parameter's gradients, float32 ``(units, *shape)``, and forget them.
 
         Raises:
-            Refusal: ``guard-no-gradient`` if a parameter got no gradient; nothing is set then.
+            Refusal: ``guard-no-gradient`` if a parameter got no gradient.
         """
+        found: dict[nn.Parameter, torch.Tensor] = {}
         for name, parameter in self._trained().items():
-            if parameter not in self._mode.leaves or self._mode.leaves[parameter].grad is None:
+            leaf = self._mode.leaves.get(parameter)
+            if leaf is None or leaf.grad is None:
                 raise Refusal(
                     "guard-no-gradient",
                     f"{name} got no per-example gradient; call collect after backward, inside "
                     "expanded, with a loss that depends on it",
                 )
-        for parameter, leaf in self._mode.leaves.items():
-            cast(Any, parameter).grad_sample = leaf.grad
-            leaf.grad = None
-
-
-def pop_grad_sample(name: str, parameter: nn.Parameter) -> torch.Tensor:
-    """Remove a parameter's per-example gradient and return it, float32 ``(units, *shape)``.
-
-    Args:
-        name: The parameter's name, for the error.
-        parameter: The parameter, after `PerSampleAdapters.collect`.
-
-    Raises:
-        Refusal: ``guard-no-gradient`` if there is none.
-    """
-    gradient: torch.Tensor | None = getattr(parameter, "grad_sample", None)
-    if gradient is None:
-        raise Refusal("guard-no-gradient", f"{name} has no per-example gradient")
-    del cast(Any, parameter).grad_sample
-    return gradient
+            found[parameter], leaf.grad = leaf.grad, None
+        return found
 
 
 def _couples_examples(module: nn.Module) -> bool:

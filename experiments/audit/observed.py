@@ -139,13 +139,9 @@ def gradients(work: Trainable, shard: Shard, physical_batch: int) -> torch.Tenso
         with work.per_sample.expanded(len(rows)):
             batch = work.task.collate(shard, rows)
             work.task.losses(work.model, batch, work.labels).sum().backward()
-            work.per_sample.collect()
+            collected = work.per_sample.collect()
         named = lora_layers.trained(work.model)
-        found.append(
-            torch.cat([cast(Any, p).grad_sample.flatten(1) for p in named.values()], 1).cpu()
-        )
-        for parameter in named.values():
-            cast(Any, parameter).grad_sample = None
+        found.append(torch.cat([collected[p].flatten(1) for p in named.values()], 1).cpu())
     return torch.cat(found)[np.argsort(order)]
 
 

@@ -142,8 +142,8 @@ def test_batches_padded_to_their_longest_row_would_let_others_in(minilm):
             work.per_sample.expanded(len(rows), None),
         ):
             passes.padded_losses(work, shard, np.array(rows), dropout).sum().backward()
-            work.per_sample.collect()
-        return torch.cat([p.grad_sample[0].flatten() for p in work.parameters().values()])
+            collected = work.per_sample.collect()
+        return torch.cat([collected[p][0].flatten() for p in work.parameters().values()])
 
     alone, together = gradient([short]), gradient([short, *longer])
     assert (together - alone).norm() > 1e-4 * alone.norm()
