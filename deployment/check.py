@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 import fedlora
 from deployment import keys, setup
@@ -171,12 +170,10 @@ def _folders(directory: Path) -> Check:
 
 def _institutions(folder: Path) -> Check:
     """Check the institutions' public keys and sizes as their registration will."""
-    holders: dict[bytes, str] = {}
+    holders: dict[str, str] = {}
     for file in sorted(folder.glob("*.pub")):
         try:
-            key = keys.registered(file).public_bytes(
-                serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-            )
+            key = peers.fingerprint(peers.read(file.read_bytes(), file))
             if (stated := file.with_suffix(".size")).exists():
                 keys.stated_size(stated)
         except (OSError, ValueError) as error:
@@ -224,8 +221,10 @@ def institution(path: Path) -> list[Check]:
 
 def _data(own: "Settings") -> list[Check]:
     found = [
-        _try("records", lambda: _records(own)),
-        _try("held-out records", lambda: _held_out(own)) if own.test_source else NO_HELD_OUT,
+        _try("records", lambda: _rows(own, own.source, "train")),
+        _try("held-out records", lambda: _rows(own, own.test_source, "test"))
+        if own.test_source
+        else NO_HELD_OUT,
     ]
     if passed(found):
         found.append(_try("training rows", lambda: _training(own)))
@@ -411,9 +410,9 @@ def _belongs(name: str, private: Path, certificate: Path, remedy: str) -> Check:
 def _pair(name: str, private: Path, public: Path) -> Check:
     try:
         ours = peers.read_private(private).public_key()
-        theirs = serialization.load_ssh_public_key(public.read_bytes())
-    except (OSError, ValueError) as error:
-        return Check(name, "fail", f"{public} or {private.name} cannot be read: {error}")
+        theirs = peers.read(public.read_bytes(), public)
+    except (OSError, InputError) as error:
+        return Check(name, "fail", in_words(error))
     if ours != theirs:
         remedy = f"if the institution made its own, delete {private}"
         return Check(name, "fail", f"{public} is not the public key of {private}; {remedy}")
@@ -552,34 +551,19 @@ def _shard(own: "Settings") -> "Shard":
     )
 
 
-def _records(own: "Settings") -> str:
-    """Read the records as a run does; errors that quote a record may go to the terminal."""
-    from fedlora import data
+def _rows(own: "Settings", source: str, split: str) -> str:
+    """Read a source as a run does; errors that quote a record may go to the terminal."""
+    from fedlora import rows
 
-    rows = data.count(
-        own.source,
-        text=own.text,
-        label=own.label,
-        labels=own.labels,
-        unit=own.unit,
-        form=own.csv_form,
-    )
-    return f"{rows:,} rows with a text and a label"
+    table = rows.read_table(source, own.text, own.label, {}, split, form=own.csv_form)
+    if own.labels:
+        rows.check_labels(table.labels, own.labels, source, "correct these rows")
+    return f"{len(table.texts):,} rows with a text and a label"
 
 
 def _training(own: "Settings") -> str:
-    """Take the training rows as a run does: classes and held-out texts may not leave any."""
+    """Take the training rows as a run does: each has a unit, and held-out texts leave some."""
     return f"{len(_shard(own)):,} rows"
-
-
-def _held_out(own: "Settings") -> str:
-    """Read the held-out records as a run does, with the columns and classes of the records."""
-    from fedlora import rows
-
-    table = rows.read_table(own.test_source, own.text, own.label, {}, "test", form=own.csv_form)
-    if own.labels:
-        rows.check_labels(table.labels, own.labels, own.test_source, "correct these rows")
-    return f"{len(table.texts):,} rows with a text and a label"
 
 
 def _gpu() -> str:

@@ -11,7 +11,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -38,25 +37,6 @@ class Authority:
     def private_pem(self) -> bytes:
         """The private key in PEM; for the operator alone."""
         return _private(self.key, serialization.PrivateFormat.PKCS8)
-
-
-def registered(file: Path) -> ec.EllipticCurvePublicKey:
-    """An institution's public key.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it is no public key on P-384, with the remedy.
-    """
-    try:
-        key = serialization.load_ssh_public_key(file.read_bytes())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ValueError(f"{file} is not a public key in OpenSSH's format: {error}") from None
-    remedy = "the institution makes one on P-384 with `ssh-keygen -t ecdsa -b 384 -N ''`"
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ValueError(f"{file} is not an elliptic curve key; {remedy}")
-    if not isinstance(key.curve, ec.SECP384R1):  # Flower takes any curve, `fedlora.peers` does not
-        raise ValueError(f"{file} is a key on the curve {key.curve.name}; {remedy}")
-    return key
 
 
 def stated_size(file: Path) -> int:

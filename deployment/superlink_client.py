@@ -37,6 +37,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from deployment import keys
 from deployment.errors import FlowerError, Unanswered, in_words, named
+from fedlora import peers
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.run_files import KEYS, NODES, SIZES, alone
@@ -165,7 +166,7 @@ def register(server: Server) -> dict[str, str]:
         for file in _institution_files(server, ".pub"):
             name = file.stem
             try:
-                key = public_key_to_bytes(keys.registered(file))
+                key = public_key_to_bytes(peers.read(file.read_bytes(), file))
                 if (stated := file.with_suffix(".size")).exists():
                     sizes[name] = keys.stated_size(stated)
                 own[name] = key

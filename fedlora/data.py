@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from fedlora import cache, files, plugins, schemes, sources
 from fedlora.arrays import Int64
-from fedlora.csv_files import CsvForm
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError
 from fedlora.rows import check_labels, partition_rows, read_table
@@ -145,29 +144,6 @@ def load_shard(
         "without_text": table.without_text,
         "without_label": table.without_label,
     }
-
-
-def count(
-    source: str,
-    *,
-    text: str,
-    label: str,
-    labels: tuple[str, ...],
-    unit: str,
-    form: CsvForm,
-) -> int:
-    """Rows of a source that have a text and a label, read as a run reads them.
-
-    Raises:
-        InputError: If a column is missing, a label is unknown, a row has no unit, or no row is
-            left.
-    """
-    unit_column = {} if unit == "record" else {unit: "privacy.unit"}
-    table = read_table(source, text, label, unit_column, form=form)
-    if labels:
-        check_labels(table.labels, labels, source, "correct these rows")
-    _units(table.others.get(unit), np.array([0, len(table.texts)]), unit)
-    return len(table.texts)
 
 
 def without_tokens(settings: DataConfig, *, unit: str, seed: int, task: str) -> Shard:

@@ -27,7 +27,7 @@ _SCALAR_BYTES = 47
 """One less than the order of P-384 has: any such number, plus 1, is a private key."""
 _PEM = b"-----BEGIN"
 _GROUP = 4
-_MAKE_ONE = "make one with `ssh-keygen -t ecdsa -b 384 -N ''`"
+_SSH_KEYGEN = "`ssh-keygen -t ecdsa -b 384 -N ''`"
 
 
 def read(content: bytes, source: object) -> ec.EllipticCurvePublicKey:
@@ -48,8 +48,11 @@ def read(content: bytes, source: object) -> ec.EllipticCurvePublicKey:
             f"{source} holds no public key in PEM or OpenSSH's form ({error}); ask the institution "
             "for its own again"
         ) from None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise InputError(f"{source} holds no key on the curve P-384; ask the institution for one")
+    remedy = f"the institution makes one on P-384 with {_SSH_KEYGEN}"
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise InputError(f"{source} is not an elliptic curve key; {remedy}")
+    if not isinstance(key.curve, ec.SECP384R1):  # Flower takes any curve
+        raise InputError(f"{source} is a key on the curve {key.curve.name}; {remedy}")
     return key
 
 
@@ -91,10 +94,13 @@ def read_private(path: Path) -> ec.EllipticCurvePrivateKey:
         ) from None
     except (ValueError, UnsupportedAlgorithm) as error:
         raise InputError(
-            f"key is {path}, which holds no private key in OpenSSH's form ({error}); {_MAKE_ONE}"
+            f"key is {path}, which holds no private key in OpenSSH's form ({error}); make "
+            f"one with {_SSH_KEYGEN}"
         ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise InputError(f"key is {path}, which holds no key on the curve P-384; {_MAKE_ONE}")
+        raise InputError(
+            f"key is {path}, which holds no key on the curve P-384; make one with {_SSH_KEYGEN}"
+        )
     return key
 
 

@@ -164,7 +164,7 @@ def test_keys_and_secrets_that_do_not_belong_together_are_found(made):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("b.pub", b"garbage", "is not a public key in OpenSSH's format"),
+        ("b.pub", b"garbage", "holds no public key in PEM or OpenSSH's form"),
         ("b.pub", None, "b.pub is the key of a; ask b for its own"),
         ("a.size", b"1,000", "it must be a whole number from 1"),
         ("a.size", b"\xff", "it must be a whole number from 1"),
@@ -319,8 +319,8 @@ def test_a_row_without_a_unit_is_found_before_every_order_is_refused(
     text = institution.read_text().replace(own, str(tmp_path / "records.csv"))
     institution.write_text(text.replace('unit = "record"', 'unit = "customer"'))
     found = check.institution(institution)
-    assert _failed(found) == {"records"}
-    said = _as(found, "records").details
+    assert _failed(found) == {"training rows"}
+    said = _as(found, "training rows").details
     assert said.startswith("unit is 'customer'")
     assert "1 training rows have nothing in that column" in said
 

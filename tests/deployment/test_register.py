@@ -68,8 +68,15 @@ def _nodes(here):
 
 
 def test_new_keys_are_registered_and_each_node_is_its_institutions(here, link):
+    key = peers.simulated(1, "b").public_key()
     _put(here, "a")
-    _put(here, "b")
+    _put(
+        here,
+        "b",
+        key.public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        ),
+    )
     assert superlink_client.register(here) == {"a": "registered", "b": "registered"}
     known = json.loads((here.results / KEYS).read_text())
     for name in ("a", "b"):
@@ -127,7 +134,7 @@ def test_two_institutions_with_one_key_and_a_file_without_one_are_named(here, li
     outcomes = superlink_client.register(here)
     assert outcomes["b"] == "already registered"
     assert all("is the key of b" in outcomes[name] for name in ("a", "c"))
-    assert "not a public key in OpenSSH's format" in outcomes["d"]
+    assert "no public key in PEM or OpenSSH's form" in outcomes["d"]
     assert _nodes(here) == {"b": 0}
 
 
