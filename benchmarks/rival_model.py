@@ -86,10 +86,10 @@ def endless(loader: Any) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, held_out: Sequence[Row], size: int = 64) -> float:
+def accuracy(model: nn.Module, held_out: Sequence[Row]) -> float:
     """Share of rows whose class has the highest score."""
     model.eval()
-    right = 0
+    right, size = 0, 64
     for start in range(0, len(held_out), size):
         batch = collate(held_out[start : start + size])
         labels = batch.pop("labels")

@@ -27,23 +27,26 @@ from fedlora.secure_aggregation import Terms
 from server.secure_sum import SecureRound, SecureSetup
 
 DIGEST = bytes(32)
+PARAMETERS = 75_000
+ROUNDS = 30
+"""Rounds for which keys are made."""
+MASK_PARAMETERS = 40_000_000
+MASK_PEERS = 39
 _parties: dict[str, SecureParty] = {}
 """The parties of a run; worker processes inherit them."""
 
 
-def mask_rate(parameters: int, peers: int) -> dict[str, float]:
+def mask_rate() -> str:
     """Bytes of masks per second on one core, for a vector and the keys of all peers."""
-    words = np.ones(parameters, dtype="<u8")
-    keys = [bytes([i % 256, i // 256]) * 16 for i in range(peers)]
+    words = np.ones(MASK_PARAMETERS, dtype="<u8")
+    keys = [bytes([i]) * 32 for i in range(MASK_PEERS)]
     started = time.perf_counter()
-    masks.apply(words, add=keys[: peers // 2], subtract=keys[peers // 2 :])
+    masks.apply(words, add=keys[: MASK_PEERS // 2], subtract=keys[MASK_PEERS // 2 :])
     seconds = time.perf_counter() - started
-    return {
-        "parameters": parameters,
-        "peers": peers,
-        "seconds": seconds,
-        "gb_per_second": peers * words.nbytes / seconds / 1e9,
-    }
+    return (
+        f"masks of {MASK_PEERS} peers over {MASK_PARAMETERS} parameters, all run: {seconds:.2f} s, "
+        f"{MASK_PEERS * words.nbytes / seconds / 1e9:.2f} GB/s on one core"
+    )
 
 
 def lost_of(count: int) -> int:
@@ -178,7 +181,7 @@ def one_round(run: Run, setup: SecureSetup, survivors: Sequence[str]) -> None:
     assert np.array_equal(total, plain)
 
 
-def cost(count: int, parameters: int, rounds: int, processes: int) -> dict[str, object]:
+def cost(count: int, processes: int) -> dict[str, object]:
     """Setup and one round among ``count`` institutions."""
     names = tuple(f"{i:05}" for i in range(count))
     lost = lost_of(count)
@@ -187,12 +190,11 @@ def cost(count: int, parameters: int, rounds: int, processes: int) -> dict[str, 
         names=names,
         colluding=max(1, count // 13),
         honest=max(2, count // 2),
-        rounds=rounds if count <= 300 else 1,
-        parameters=parameters,
+        rounds=ROUNDS if count <= 300 else 1,
+        parameters=PARAMETERS,
     )
     keys = {name: ec.generate_private_key(ec.SECP384R1()) for name in names}
     peers = {name: key.public_key() for name, key in keys.items()}
-    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         _parties.clear()
         for name in names:
@@ -214,15 +216,11 @@ def cost(count: int, parameters: int, rounds: int, processes: int) -> dict[str, 
     return {
         "institutions": count,
         "rounds": terms.rounds,
-        "parameters": parameters,
-        "threshold": terms.threshold,
         "lost": lost,
         "setup": setup_cost,
         "round": round_cost,
         "bytes_ratio": _ratio(terms, setup_cost, round_cost, ("up_bytes", "down_bytes")),
         "up_ratio": _ratio(terms, setup_cost, round_cost, ("up_bytes",)),
-        "wall_seconds": time.perf_counter() - started,
-        "processes": processes,
     }
 
 
@@ -267,29 +265,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--institutions", type=int, nargs="*", default=[10, 39, 100, 300, 1000])
     parser.add_argument("--flower", type=int, nargs="*", default=[10, 39])
-    parser.add_argument("--parameters", type=int, default=75_000)
-    parser.add_argument("--rounds", type=int, default=30, help="rounds for which keys are made")
-    parser.add_argument("--mask-parameters", type=int, default=40_000_000)
-    parser.add_argument("--mask-peers", type=int, default=39)
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     rows: list[dict[str, object]] = []
-    if arguments.mask_peers:
-        rate = mask_rate(arguments.mask_parameters, arguments.mask_peers)
-        print(
-            f"masks of {rate['peers']} peers over {rate['parameters']} parameters, all run: "
-            f"{rate['seconds']:.2f} s, {rate['gb_per_second']:.2f} GB/s on one core",
-            flush=True,
-        )
+    print(mask_rate(), flush=True)
     for count in arguments.institutions:
-        rows.append(cost(count, arguments.parameters, arguments.rounds, arguments.processes))
+        rows.append(cost(count, arguments.processes))
         print(table(rows[-1:]), flush=True)
     for count in arguments.flower:
         from benchmarks import rival_secagg  # loads Flower, which the other rows do without
 
         threshold = (count + max(1, count // 13)) // 2 + 1
         lost = lost_of(count)
-        figures = rival_secagg.one_round(count, arguments.parameters, lost, threshold)
+        figures = rival_secagg.one_round(count, PARAMETERS, lost, threshold)
         rows.append(
             {
                 "institutions": count,
