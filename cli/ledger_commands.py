@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from fedlora.errors import InputError, Refusal
 from fedlora.rounding import at_least, at_most
+from fedlora.run_files import ledgers
 from fedlora.terminal import Json, Terminal, clean_errors
 
 app = typer.Typer()
@@ -79,7 +80,7 @@ def _show_all(directory: Path, *, as_json: bool) -> None:
     """Show limit and spending of each ledger in a directory."""
     from client.ledger import Ledger
 
-    files = sorted(f for f in directory.glob("*.db") if not f.name.endswith(".secure.db"))
+    files = ledgers(directory)
     if not files:
         raise InputError(f"{directory} has no ledger (*.db); give the directory of ledgers")
     shown: dict[str, dict[str, Any]] = {}

@@ -28,6 +28,7 @@ from fedlora import processors
 from fedlora.config import TOGETHER_ONLY
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
+from fedlora.rounding import duration
 from fedlora.run_files import (
     CONFIG,
     ENVIRONMENT,
@@ -307,7 +308,8 @@ class _Runner:
                             f"cell {done}/{len(left)} · {cell.name} · {self._outcome(cell, error)}"
                         )
                         self._console.write_line(
-                            f"{line} · {seconds:.0f} s" + (f" · {_time(ahead)} left" * bool(rest))
+                            f"{line} · {duration(seconds)}"
+                            + (f" · {duration(ahead)} left" * bool(rest))
                         )
                         status.update(f"{done} of {len(left)} cells done")
             except BaseException:
@@ -484,7 +486,3 @@ def _reason(log: Path, code: int | None) -> str:
         if code == -signal.SIGKILL:
             ended += ", which is what Linux sends where memory runs out"
     return f"{ended} (see {log}" + (f"; its last line: {lines[-1]})" if lines else ")")
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

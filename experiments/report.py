@@ -15,7 +15,7 @@ from fedlora import joining_verdict, metrics
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.rounding import at_most
+from fedlora.rounding import at_most, duration
 from fedlora.run_files import CONFIG, ENVIRONMENT, read_records, read_run_file
 from server.privacy_statement import with_earlier_runs
 from simulation.progress import lost_rounds, skipped_rounds
@@ -107,11 +107,6 @@ def _tiles(run: opening.Run) -> dict[str, str]:
         **({"held-out rows": f"{run.held_out:,}"} if run.held_out else {}),
         "rounds": str(result["rounds"]),
     }
-
-
-def seconds(value: float) -> str:
-    """Format a duration."""
-    return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
 
 
 def _words(run: opening.Run) -> list[str]:
@@ -314,7 +309,7 @@ def _cost(run: opening.Run) -> dict[str, Any]:
     per = total / max(1, len(run.institutions))
     return {
         "words": [
-            f"The rounds took {seconds(result['seconds'])} and moved {total:.1f} MB, {per:.2f} MB "
+            f"The rounds took {duration(result['seconds'])} and moved {total:.1f} MB, {per:.2f} MB "
             "for each institution."
             + " A simulation uses no network: these are the adapters' sizes."
             * (not run.config.deployed)

@@ -18,6 +18,7 @@ from fedlora.budget import delta_of, plan_run
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import expanded
+from fedlora.run_files import ledgers
 from fedlora.shards import Federation, Shard
 from fedlora.text import MISSING, folded
 
@@ -327,8 +328,7 @@ def _other_ledgers(config: RunConfig, records: Federation) -> list[Finding]:
     if not config.privacy.ledger:
         return []
     directory, own = expanded(config.privacy.ledger), {f"{name}.db" for name in records.names}
-    files = [file for file in directory.glob("*.db") if not file.name.endswith(".secure.db")]
-    others = sorted(file.stem for file in files if file.name not in own)
+    others = [file.stem for file in ledgers(directory) if file.name not in own]
     if not others:
         return []
     return [

@@ -230,7 +230,7 @@ def by_scheme(
         try:
             for draw in source.child("flower").words(draws).tolist():
                 partitioner = _partitioner(scheme, argument, institutions, fewest, draw)
-                owner[order] = _through_flower(partitioner, {"target": dealt[order]})
+                owner[order] = _through_flower(partitioner, dealt[order])
                 if _sizes(owner[unit_of], institutions).min() >= least:
                     break
         except ValueError as error:
@@ -312,12 +312,12 @@ def _assign_held_out(
     return owners
 
 
-def _through_flower(partitioner: Any, columns: Mapping[str, Any]) -> Int64:
+def _through_flower(partitioner: Any, targets: Int64) -> Int64:
     """Return the partition of each row, int64 (n,), -1 for none, without bars and warnings."""
     datasets: Any = importlib.import_module("datasets")
-    rows = len(next(iter(columns.values())))
-    partitioner.dataset = datasets.Dataset.from_dict({**columns, "row": np.arange(rows)})
-    owner = np.full(rows, -1, dtype=np.int64)
+    rows = np.arange(len(targets))
+    partitioner.dataset = datasets.Dataset.from_dict({"target": targets, "row": rows})
+    owner = np.full(len(rows), -1, dtype=np.int64)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for index in range(partitioner.num_partitions):

@@ -21,6 +21,11 @@ def number(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.4f}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds as text, in minutes from two on."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
 def _rounded(value: float, digits: int, how: str) -> str:
     if not value or not math.isfinite(value):
         return f"{value:g}"

@@ -60,6 +60,11 @@ SIZES = "sizes.json"
 """Beside a deployment's runs: institution -> the server's bound of its number of records."""
 
 
+def ledgers(directory: Path) -> list[Path]:
+    """The ledgers in a directory, sorted, without the stores of secure aggregation beside them."""
+    return sorted(f for f in directory.glob("*.db") if not f.name.endswith(".secure.db"))
+
+
 @contextlib.contextmanager
 def alone(path: Path) -> Generator[None]:
     """Wait until no other process runs in this directory, and keep other processes out.

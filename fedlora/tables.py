@@ -39,7 +39,7 @@ _KEY = secrets.token_bytes(32)
 
 
 @contextmanager
-def hold(table: Table, wanted: Mapping[str, str], key: str = "data") -> Generator[str]:
+def hold(table: Table, wanted: Mapping[str, str], key: str) -> Generator[str]:
     """Hold the wanted columns of a table until the block ends.
 
     Args:

@@ -17,13 +17,13 @@ from fedlora.adapters import AdapterState
 from fedlora.arrays import Int64
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
-from server import institution_privacy, plugged
+from server import institution_privacy
 from server.institution_privacy import InstitutionMechanism
 from server.replies import Replies
 from server.run_directory import RunState
 from server.secure_session import SecureSession
 from strategies import STRATEGIES, noised_sum, robust
-from strategies.base import Round
+from strategies.base import Round, Strategy
 from strategies.diagnostics import Watch
 
 
@@ -110,11 +110,11 @@ class Mean(Aggregation):
     """The mean of a strategy.
 
     Args:
-        config: The run.
+        strategy: The strategy.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._strategy = plugged.strategy(config.federation)
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
 
     def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
         """The strategy's mean of the valid updates, as they arrive."""
@@ -279,7 +279,8 @@ def choose(
     config: RunConfig,
     institutions: int,
     participations: int,
-    session: SecureSession | None = None,
+    strategy: Strategy,
+    session: SecureSession | None,
 ) -> Aggregation:
     """The aggregation of a run.
 
@@ -287,6 +288,7 @@ def choose(
         config: The run.
         institutions: The number of institutions.
         participations: The most rounds for which one institution can be asked.
+        strategy: The run's strategy.
         session: The full protocol of secure aggregation, where the run has it.
 
     Raises:
@@ -297,4 +299,4 @@ def choose(
     if config.privacy.hides_institutions:
         mechanism = institution_privacy.plan(config, institutions, participations)
         return InstitutionLevel(mechanism, config.privacy.epsilon)
-    return Mean(config) if config.federation.robust == "none" else RobustRule(config)
+    return Mean(strategy) if config.federation.robust == "none" else RobustRule(config)

@@ -129,7 +129,9 @@ class Federation:
         self.strategy = plugged.strategy(config.federation)
         masks = config.privacy.masks
         self.session = SecureSession(grid, config, self.population.names) if masks else None
-        self.aggregation = aggregation.choose(config, size, self.participations, self.session)
+        self.aggregation = aggregation.choose(
+            config, size, self.participations, self.strategy, self.session
+        )
         self.spending = (
             Spending(config=config, participations=self.participations)
             if config.privacy.enabled

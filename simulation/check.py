@@ -55,7 +55,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
         )
     records = prepare(config)
     with paused_gc():
-        from server import aggregation, population, tracking
+        from server import aggregation, plugged, population, tracking
         from server.start import start_adapter
     refused: list[str] = []
 
@@ -78,7 +78,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
     ledgers = _ledgers(config, records, plans)
     unusable = [ledger["problem"] for ledger in ledgers.values() if "problem" in ledger]
     lacking = sum(not ledger["fits"] for ledger in ledgers.values())
-    chosen = attempt(aggregation.choose, config, len(records.names), cap)
+    strategy = attempt(plugged.strategy, config.federation)
+    chosen = attempt(aggregation.choose, config, len(records.names), cap, strategy, None)
     least = max(config.federation.min_updates, chosen.least_asked if chosen else 0)
     if lacking and len(records.names) - lacking < least:
         of = f"of {len(records.names)} institutions"

@@ -92,7 +92,7 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
     """Read the records, check the budgets, load the base model and start Ray.
 
     Args:
-        kind: ``ray`` or ``inline``.
+        kind: ``ray``, which `check_engine` has accepted, or ``inline``.
         config: The run.
 
     Yields:
@@ -102,10 +102,8 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
 
     Raises:
         InputError: As `prepare` and `fedlora.budget.plan_run`; also if the base model cannot be
-            loaded, there is no GPU for `engine.gpus`, Ray is not installed, or no cluster answers
-            at its address.
+            loaded, there is no GPU for `engine.gpus`, or no cluster answers at its address.
     """
-    check_engine(kind)
     if kind == "ray":
         _reach(config.engine.ray_address)
         if not config.engine.ray_address:

@@ -17,7 +17,7 @@ LOW_RATES = (0.01, 0.001)
 Bools = NDArray[np.bool_]
 
 
-def measure(scores: Floats, member: Bools, confidence: float = 0.95) -> dict[str, Any]:
+def measure(scores: Floats, member: Bools, confidence: float) -> dict[str, Any]:
     """ROC of an attack, ready for JSON.
 
     Args:

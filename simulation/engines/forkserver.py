@@ -93,14 +93,9 @@ class ForkServer:
         words = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), self._socket]
         return shlex.join(words)
 
-    @property
-    def alive(self) -> bool:
-        """Whether the server runs."""
-        return not self._has_ended(0.0)
-
     def check(self) -> None:
         """Raise a ChildProcessError if the server has ended, since no worker could start then."""
-        if not self.alive:
+        if self._has_ended(0.0):
             raise ChildProcessError(f"the fork server of the workers ended with {self._code}")
 
     def close(self) -> None:

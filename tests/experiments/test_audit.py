@@ -101,7 +101,7 @@ def test_the_most_that_canaries_can_show_is_the_bound_of_right_guesses_only():
 
 def test_membership_is_measured_as_by_hand():
     scores = np.array([3.0, 2.0, 1.0, 0.0])
-    found = membership.measure(scores, np.array([True, False, True, False]))
+    found = membership.measure(scores, np.array([True, False, True, False]), 0.95)
     assert found["auc"]["value"] == pytest.approx(0.75)  # of four pairs three are in order
     assert not found["tpr"]  # of two others none is a hundredth
 
@@ -109,10 +109,10 @@ def test_membership_is_measured_as_by_hand():
 def test_a_low_rate_needs_as_many_others():
     others, members = np.arange(100.0), np.array([98.5, 99.5, 97.0, 0.0])
     member = np.array([False] * 100 + [True] * 4)
-    found = membership.measure(np.concatenate([others, members]), member)
+    found = membership.measure(np.concatenate([others, members]), member, 0.95)
     assert found["tpr"].keys() == {"0.01"}
     assert found["tpr"]["0.01"]["value"] == pytest.approx(0.5)  # above 98, as one other is
-    found = membership.measure(np.concatenate([others[1:], members]), member[1:])
+    found = membership.measure(np.concatenate([others[1:], members]), member[1:], 0.95)
     assert not found["tpr"]
 
 
@@ -136,15 +136,16 @@ def test_lira_tells_rows_apart_where_the_loss_does_not():
     member = draw.random(400) < 0.5
     shadows = hardness + 2.0 * inside + draw.normal(0, 0.5, (16, 400))
     target = hardness + 2.0 * member + draw.normal(0, 0.5, 400)
-    plain = membership.measure(target, member)["auc"]["value"]
-    lira = membership.measure(membership.lira(target, shadows, inside), member)["auc"]["value"]
+    plain = membership.measure(target, member, 0.95)["auc"]["value"]
+    scores = membership.lira(target, shadows, inside)
+    lira = membership.measure(scores, member, 0.95)["auc"]["value"]
     assert plain < 0.7 < 0.97 < lira
     # Rows that a shadow did not measure count in the others; one that none measured says nothing.
     shadows[draw.random((16, 400)) < 0.2] = np.nan
     shadows[:, 0] = np.nan
     scores = membership.lira(target, shadows, inside)
     assert scores[0] == 0.0 and np.isfinite(scores).all()
-    assert membership.measure(scores, member)["auc"]["value"] > 0.95
+    assert membership.measure(scores, member, 0.95)["auc"]["value"] > 0.95
 
 
 def test_exposure_counts_bits():

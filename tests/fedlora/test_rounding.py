@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.rounding import at_least, at_most, number
+from fedlora.rounding import at_least, at_most, duration, number
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,7 @@ def test_a_shown_bound_holds_and_is_near(value, digits):
 
 def test_figures_that_are_not_finite_have_a_text():
     assert [number(value) for value in (0.25, "inf", None)] == ["0.2500", "inf", "–"]
+
+
+def test_durations_are_in_minutes_from_two_on():
+    assert [duration(seconds) for seconds in (0.4, 119, 150)] == ["0 s", "119 s", "2.5 min"]

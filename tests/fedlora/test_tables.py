@@ -17,7 +17,7 @@ COLUMNS = {"text": ["lost card", "late fee", ""], "label": ["card", "fee", "card
 
 
 def read(table, wanted=WANTED):
-    with tables.hold(table, wanted) as source:
+    with tables.hold(table, wanted, "data") as source:
         return source, sources.read(source, wanted)
 
 

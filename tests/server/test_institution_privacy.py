@@ -15,6 +15,7 @@ from fedlora.messages import ClientUpdate
 from fedlora.run_files import read_records
 from server import aggregation, institution_privacy, privacy_statement
 from server.run_directory import RunDirectory
+from strategies import STRATEGIES
 from strategies.base import Round
 
 
@@ -29,7 +30,8 @@ def test_the_plan_fits_the_budget_and_counts_what_was_asked(tiny_config):
 
 
 def test_it_is_off_unless_asked_for(tiny_config):
-    assert isinstance(aggregation.choose(tiny_config(), 4, 3), aggregation.Mean)
+    chosen = aggregation.choose(tiny_config(), 4, 3, STRATEGIES["fedavg"], None)
+    assert isinstance(chosen, aggregation.Mean)
 
 
 def test_a_delta_that_means_nothing_is_refused(tiny_config):

@@ -17,6 +17,7 @@ from fedlora.run_files import read_records
 from server import aggregation, limits, roster, rounds
 from server.roster import Roster, RunFailed
 from server.rounds import Federation
+from strategies import STRATEGIES
 
 
 @pytest.fixture
@@ -243,7 +244,8 @@ def test_a_robust_rule_needs_as_many_institutions_as_it_can_use(
     tiny_config, rule, byzantine, least
 ):
     values = {"federation.robust": rule, "federation.byzantine": byzantine}
-    assert aggregation.choose(tiny_config(**values), 9, 3).least_asked == least
+    config = tiny_config(**values)
+    assert aggregation.choose(config, 9, 3, STRATEGIES["fedavg"], None).least_asked == least
 
 
 @pytest.fixture
