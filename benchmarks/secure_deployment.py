@@ -23,6 +23,7 @@ from benchmarks.deployment import ROUND
 from fedlora import model_files
 from tests.conftest import write_complaints
 from tests.deployment import conftest, harness
+from tests.samples import write_csv
 
 LOCAL = {
     **ROUND,
@@ -91,7 +92,7 @@ def main() -> None:
             directory, scratch, image, *lost, volumes={}, compose=file
         ) as federation:
             for name in names:
-                conftest.write_rows(federation.folder(name) / "data" / "records.csv", own)
+                write_csv(federation.folder(name) / "data" / "records.csv", own)
                 federation.settings(
                     name, secure_aggregation=True, max_run_epsilon=9.0, max_seconds=300.0
                 )

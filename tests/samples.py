@@ -1,5 +1,6 @@
-"""Messages with ordinary values, for tests that change some of them, and a run's adapter."""
+"""Messages with ordinary values, for tests that change some of them, a run's adapter, CSV files."""
 
+import csv
 import itertools
 from pathlib import Path
 
@@ -9,6 +10,15 @@ import torch
 from fedlora import comparison
 from fedlora.adapters import PARTS, AdapterState
 from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
+
+
+def write_csv(path, rows):
+    """Write rows, mappings of the same columns, as a CSV file; its directory is made if need be."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def train_order(work=None, **changes):

@@ -27,6 +27,7 @@ from fedlora.messages import Release
 from fedlora.rounding import at_most
 from library.result import Result
 from simulation.engines.grid import identify
+from tests.samples import write_csv
 
 pytestmark = pytest.mark.usefixtures("no_ray")
 
@@ -105,13 +106,6 @@ class Bank:
             return ledger.show()["entries"]
 
 
-def _write(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 @pytest.fixture
 def bank(tmp_path, tiny_encoder, complaints, tiny_config):
     """Makes a bank with 80 records, 40 held-out rows and a ledger; values are of the run."""
@@ -131,8 +125,8 @@ def bank(tmp_path, tiny_encoder, complaints, tiny_config):
             }
         )
         made = Bank(tmp_path, config)
-        _write(tmp_path / "own.csv", rows[:80])
-        _write(tmp_path / "test.csv", rows[80:])
+        write_csv(tmp_path / "own.csv", rows[:80])
+        write_csv(tmp_path / "test.csv", rows[80:])
         made.settings.write_text("")
         made.settings.chmod(0o600)
         made.set(

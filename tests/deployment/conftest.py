@@ -25,6 +25,7 @@ from fedlora.files import write_atomic
 from fedlora.run_files import NODES, SIZES, read_records
 from fedlora.sections import INSTITUTIONS
 from tests.deployment import harness, remote
+from tests.samples import write_csv
 
 NAMES = ("a", "b", "c")
 BANKS = {"Alpha": "a", "Beta": "b", "Gamma": "c"}
@@ -128,10 +129,6 @@ class Rehearsal(harness.Federation):
             assert time.monotonic() < deadline, "waited in vain\n" + self.log("server")[-3000:]
             time.sleep(0.2)
 
-    def pause(self, seconds: float) -> None:
-        """Let a fault last."""
-        time.sleep(seconds)
-
     def answering(self, institution: str) -> bool:
         """Whether an institution works on a message now."""
         return any(
@@ -156,13 +153,6 @@ class Rehearsal(harness.Federation):
         write_atomic(file, tomli_w.dumps(known | new).encode())  # another file, as editors do
 
 
-def write_rows(path: Path, rows: list[Mapping[str, str]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["text", "label", "bank", "customer"])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def split(complaints: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Rows of the server's own to measure on, and all institutions' rows."""
     with complaints.open(newline="") as file:
@@ -178,10 +168,10 @@ def prepare(directory: Path, complaints: Path, names: tuple[str, ...] = NAMES) -
     command = [sys.executable, "-m", "cli.main", "deploy", "init", str(directory)]
     subprocess.run([*command, "--institutions", ",".join(names)], check=True, cwd=harness.ROOT)
     test, train = split(complaints)
-    write_rows(directory / "server" / "configs" / "test.csv", test)
+    write_csv(directory / "server" / "configs" / "test.csv", test)
     for name in names:
         folder = directory / "institutions" / name
-        write_rows(folder / "data" / "records.csv", [row for row in train if row["bank"] == name])
+        write_csv(folder / "data" / "records.csv", [row for row in train if row["bank"] == name])
         file = folder / "settings" / "institution.toml"
         own = {"labels": LABELS, "models": [MODEL], "without-dp": True}
         own |= {"max-run-epsilon": 5.0, "max-delta": 1e-4}
@@ -236,12 +226,10 @@ def rows(complaints, tmp_path):
     test, train = table[:60], table[60:]
     known = {row["text"] for row in test}
     train = [row for row in train if row["text"] not in known]
-    remote.write_table(tmp_path / "test.csv", test)
-    remote.write_table(tmp_path / "all.csv", train)
+    write_csv(tmp_path / "test.csv", test)
+    write_csv(tmp_path / "all.csv", train)
     for bank in remote.BANKS:
-        remote.write_table(
-            tmp_path / bank / "own.csv", [row for row in train if row["bank"] == bank]
-        )
+        write_csv(tmp_path / bank / "own.csv", [row for row in train if row["bank"] == bank])
     return tmp_path
 
 

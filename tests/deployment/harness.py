@@ -83,6 +83,13 @@ def _enter(process: int) -> list[str]:
     return ["nsenter", f"--target={process}", *user, "--net", "--mount", "--pid"]
 
 
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and only waits to be reaped does not."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def compose(environment: Mapping[str, str], file: Path = COMPOSE) -> dict[str, Any]:
     """The compose file with its variables filled in, as Compose does it.
 

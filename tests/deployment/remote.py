@@ -1,7 +1,5 @@
 """Institutions with settings of their own, in this process: no network lies between."""
 
-import csv
-
 import client.app
 from simulation.engines.inline import InlineGrid
 
@@ -17,11 +15,3 @@ class Remote(InlineGrid):
         for context, file in zip(self._contexts.values(), files, strict=True):
             context.node_config.clear()
             context.node_config["settings"] = str(file)
-
-
-def write_table(path, table):
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)

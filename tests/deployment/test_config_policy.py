@@ -25,6 +25,7 @@ from fedlora.errors import InputError, Refusal
 from fedlora.sections import INSTITUTIONS, MAX_LIST_TEXT, MIN_DELTA
 from fedlora.settings_schema import kebab
 from tests.deployment.harness import ROOT
+from tests.samples import write_csv
 
 LABELS = ["card", "fraud", "loan"]
 OWN = {
@@ -324,10 +325,7 @@ def institution(tmp_path, tiny_encoder, causal, complaints) -> Path:
     """Its settings, records and an empty ledger in a directory."""
     with complaints.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["bank"] == "Alpha"][:100]
-    with (tmp_path / "own.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(tmp_path / "own.csv", rows)
     file = tmp_path / "institution.toml"
     file.write_text(tomli_w.dumps({**OWN, "models": [str(tiny_encoder), causal]}))
     file.chmod(0o600)

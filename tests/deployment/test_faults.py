@@ -1,5 +1,7 @@
 """What breaks in a federation, and what then happens. One federation, many runs."""
 
+import time
+
 import pytest
 
 from tests.deployment.conftest import PRIVATE, rehearsal
@@ -24,9 +26,6 @@ def shared(tmp_path_factory, tiny_encoder, complaints):
 def federation(shared):
     """Everything up and well behaved, before and after."""
     yield shared
-    for name in shared.names:
-        if not shared.running(name):
-            shared.start(name)
     for name in ("a", "b", "c"):
         shared.misbehave(name)
     shared.up()
@@ -92,7 +91,7 @@ def test_a_link_that_is_cut_for_thirty_seconds_is_waited_for_and_nothing_counts_
     federation.until(lambda: len(federation.rounds("cut")) == 1)
     federation.until(lambda: federation.answering("c"))
     federation.cut("institution-c")
-    federation.pause(30)
+    time.sleep(30)
     assert len(federation.rounds("cut")) == 1
     federation.restore("institution-c")
     assert federation.ended("cut")["state"] == "completed"
@@ -123,7 +122,7 @@ def test_a_run_outlives_what_is_killed_and_restarted(federation, service):
     federation.submit(run, wait=False, **{"federation.rounds": 4})
     federation.until(lambda: len(federation.rounds(run)) == 1)
     federation.kill(service)
-    federation.pause(3)
+    time.sleep(3)
     federation.start(service)
     assert federation.ended(run)["state"] == "completed"
     records = federation.rounds(run)

@@ -1,6 +1,7 @@
 """The compose rehearsal under secure aggregation, and what is killed in it at each step."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,6 @@ def shared(tmp_path_factory, tiny_encoder, complaints):
 def federation(shared):
     """Everything up, before and after."""
     yield shared
-    for name in shared.names:
-        if not shared.running(name):
-            shared.start(name)
     shared.up()
 
 
@@ -125,7 +123,7 @@ def test_a_run_outlives_what_is_killed_at_each_step(federation, service, step):
     federation.submit(run, wait=False, **SECURE, **{"federation.rounds": 3})
     federation.until(lambda: _reached(federation, run, "c", step))
     federation.kill(service)
-    federation.pause(2)
+    time.sleep(2)
     federation.start(service)
     assert federation.ended(run)["state"] == "completed"
     records = federation.rounds(run)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -142,23 +141,15 @@ def test_nothing_outlives_it(number):
         one.send_signal(number)
         assert one.wait(30) in (128 + number, -number)
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and _alive(child):
+        while time.monotonic() < deadline and harness.alive(child):
             time.sleep(0.05)
-        assert not _alive(child)
+        assert not harness.alive(child)
 
 
 def test_when_one_ends_the_others_are_ended(capfd):
     started = time.monotonic()
     assert service.run("s", [["sleep", "60"], ["sh", "-c", "exit 5"]]) == 5
     assert time.monotonic() - started < 30
-
-
-def _alive(process):
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize(

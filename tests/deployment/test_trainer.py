@@ -1,6 +1,5 @@
 """The process that keeps an institution's base: what an app does to it costs one message."""
 
-import contextlib
 import faulthandler
 import gc
 import multiprocessing
@@ -23,6 +22,7 @@ from fedlora import records, trainable, wire
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
 from fedlora.sections import ModelConfig
+from tests.deployment import harness
 
 SECRET = "Jane Doe, account 4711"
 
@@ -340,12 +340,6 @@ def test_a_trainer_ends_with_its_launcher(tmp_path):
             time.sleep(0.05)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        while _alive(child) and time.monotonic() < deadline:
+        while harness.alive(child) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not _alive(child)
-
-
-def _alive(process):
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+        assert not harness.alive(child)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedlora.adapters import AdapterState
-from tests.deployment.conftest import LABELS, PLAIN, rehearsal, split, write_rows
+from tests.deployment.conftest import LABELS, PLAIN, rehearsal, split
+from tests.samples import write_csv
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +24,8 @@ def test_a_deployment_gives_the_adapter_of_the_simulation(
 ):
     assert federation.submit("one")["state"] == "completed"
     test, train = split(complaints)
-    write_rows(tmp_path / "test.csv", test)
-    write_rows(tmp_path / "all.csv", train)
+    write_csv(tmp_path / "test.csv", test)
+    write_csv(tmp_path / "all.csv", train)
     alike = {k: v for k, v in PLAIN.items() if not k.startswith(("data.", "model.name"))}
     simulation = tiny_config(
         **alike,

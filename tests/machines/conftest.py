@@ -11,6 +11,7 @@ from fedlora import lora_layers, trainable
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig, from_flat
 from server import exchange, roster
+from tests.samples import write_csv
 
 ROWS, BANKS = 40, ("Alpha", "Beta", "Gamma")
 LABELS = ("card", "fraud", "loan")
@@ -22,10 +23,7 @@ def few_complaints(tmp_path_factory, complaints):
     with complaints.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["bank"] in BANKS]
     path = tmp_path_factory.mktemp("few") / "few.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows[: ROWS * len(BANKS)])
+    write_csv(path, rows[: ROWS * len(BANKS)])
     return path
 
 

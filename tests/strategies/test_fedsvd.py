@@ -10,26 +10,10 @@ from fedlora.wire import ClientUpdate
 from strategies import fedavg, fedsvd, ffa, robust
 from strategies.base import Round
 from strategies.diagnostics import Watch
+from tests.strategies.random_adapters import HEAD, MAGNITUDE, A, B, normal, product, random_adapter
 
-A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
-MAGNITUDE, HEAD = "base.q.lora_magnitude_vector", "base.score.weight"
 PARTS = STRATEGY_TABLE["fedsvd"].parts_sent(1)
 EYE = {"rtol": 0, "atol": 1e-6}
-
-
-def _normal(draw, *shape):
-    return torch.from_numpy(draw.normal(size=shape)).float()
-
-
-def _state(draw, rank, d_out=14, d_in=11):
-    return AdapterState(
-        {
-            A: _normal(draw, rank, d_in),
-            B: _normal(draw, d_out, rank),
-            MAGNITUDE: _normal(draw, d_out),
-            HEAD: _normal(draw, 3, d_in),
-        }
-    )
 
 
 def _round(before, **values):
@@ -42,10 +26,6 @@ def _updates(states, weights=None):
         (ClientUpdate(institution=f"bank-{i:02}", round=1, adapter=state.only(PARTS)), weight)
         for i, (state, weight) in enumerate(zip(states, weights, strict=True))
     ]
-
-
-def _product(state):
-    return state[B].double() @ state[A].double()
 
 
 def test_two_institutions_by_hand():
@@ -74,8 +54,8 @@ def test_two_institutions_by_hand():
 )
 def test_the_product_is_the_mean_one_and_the_rows_of_a_are_orthonormal(seed, rank, count, size):
     draw = np.random.default_rng(seed)
-    before = _state(draw, rank)
-    states = [_state(draw, rank) for _ in range(count)]
+    before = random_adapter(draw, rank)
+    states = [random_adapter(draw, rank) for _ in range(count)]
     states = [state.updated({B: state[B] * size}) for state in states]
     weights = draw.uniform(1, 100, count)
     updates = _updates(states, weights)
@@ -83,7 +63,7 @@ def test_the_product_is_the_mean_one_and_the_rows_of_a_are_orthonormal(seed, ran
     new = fedsvd.aggregate(round, updates)
     mean = sum(w * s[B].double() for s, w in zip(states, weights, strict=True)) / weights.sum()
     dense = mean @ before[A].double()
-    torch.testing.assert_close(_product(new), dense, rtol=0, atol=1e-6 * float(dense.norm()))
+    torch.testing.assert_close(product(new), dense, rtol=0, atol=1e-6 * float(dense.norm()))
     torch.testing.assert_close(new[A] @ new[A].T, torch.eye(rank), **EYE)
     values = torch.linalg.svdvals(dense)[:rank]
     gram = new[B].double().T @ new[B].double()
@@ -104,10 +84,12 @@ def test_every_new_a_spans_the_space_of_the_first_so_a_step_of_b_moves_the_produ
 ):
     """A step of B along -G A^T moves B A along -G A^T A: the projection of G on A's rows."""
     draw = np.random.default_rng(seed)
-    first = state = _state(draw, rank)
+    first = state = random_adapter(draw, rank)
     projection = torch.linalg.pinv(first[A].double()) @ first[A].double()
     for _ in range(3):
-        state = state.updated(fedsvd.aggregate(_round(state), _updates([_state(draw, rank)] * 2)))
+        state = state.updated(
+            fedsvd.aggregate(_round(state), _updates([random_adapter(draw, rank)] * 2))
+        )
         span = state[A].double().T @ state[A].double()
         torch.testing.assert_close(span, projection, rtol=0, atol=1e-5)
 
@@ -117,7 +99,7 @@ def test_a_layer_whose_b_is_zero_keeps_its_a_to_the_last_bit():
     still, moved = "base.k.lora_{}.weight", "base.q.lora_{}.weight"
     before = AdapterState(
         {
-            name.format(part): _normal(draw, *shape)
+            name.format(part): normal(draw, *shape)
             for name in (still, moved)
             for part, shape in (("A", (4, 11)), ("B", (14, 4)))
         }
@@ -131,7 +113,7 @@ def test_a_layer_whose_b_is_zero_keeps_its_a_to_the_last_bit():
 
 def test_a_direction_that_nobody_uses_keeps_an_a_and_its_b_is_zero():
     draw = np.random.default_rng(5)
-    before = _state(draw, 4)
+    before = random_adapter(draw, 4)
     one = before.updated({B: before[B] * torch.tensor([1.0, 0.0, 0.0, 0.0])})
     new = fedsvd.aggregate(_round(before), _updates([one]))
     torch.testing.assert_close(new[A] @ new[A].T, torch.eye(4), **EYE)
@@ -141,16 +123,16 @@ def test_a_direction_that_nobody_uses_keeps_an_a_and_its_b_is_zero():
 
 
 def test_of_nothing_comes_nothing():
-    assert len(fedsvd.aggregate(_round(_state(np.random.default_rng(0), 2)), [])) == 0
+    assert len(fedsvd.aggregate(_round(random_adapter(np.random.default_rng(0), 2)), [])) == 0
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_averaging_is_exact_by_the_figures_of_a_round(rslora):
     draw = np.random.default_rng(2)
-    before = _state(draw, 4)
+    before = random_adapter(draw, 4)
     round = _round(before, asked=3, alpha=16.0, rslora=rslora)
     watch = Watch(round)
-    updates = _updates([_state(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0])
+    updates = _updates([random_adapter(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0])
     new = fedsvd.aggregate(round, watch.through(updates))
     assert watch.figures(new)["error"] < 1e-6
 
@@ -158,8 +140,8 @@ def test_averaging_is_exact_by_the_figures_of_a_round(rslora):
 @pytest.mark.parametrize("rule", ["krum", "multi-krum", "norm-bound"])
 def test_a_rule_that_weighs_updates_gives_the_product_that_it_gives_with_a_fixed_a(rule):
     draw = np.random.default_rng(4)
-    before = _state(draw, 4)
-    states = [before.updated({B: before[B] + 0.1 * _normal(draw, 14, 4)}) for _ in range(6)]
+    before = random_adapter(draw, 4)
+    states = [before.updated({B: before[B] + 0.1 * normal(draw, 14, 4)}) for _ in range(6)]
     states.append(before.updated({B: -50 * before[B]}))
     results = [
         robust.aggregate(
@@ -169,6 +151,6 @@ def test_a_rule_that_weighs_updates_gives_the_product_that_it_gives_with_a_fixed
     ]
     (new, out), (plain, out_too) = results
     assert out == out_too and ("bank-06" in out or rule == "norm-bound")
-    expected = _product(before.updated(plain))
-    torch.testing.assert_close(_product(new), expected, rtol=0, atol=1e-6 * float(expected.norm()))
+    expected = product(before.updated(plain))
+    torch.testing.assert_close(product(new), expected, rtol=0, atol=1e-6 * float(expected.norm()))
     torch.testing.assert_close(new[A] @ new[A].T, torch.eye(4), **EYE)

@@ -15,33 +15,34 @@ from strategies import STRATEGIES, diagnostics, exact, lowrank, pad, robust, sta
 from strategies.base import Round
 from strategies.diagnostics import Watch
 from tests.samples import updates_of
+from tests.strategies.random_adapters import (
+    D_IN,
+    D_OUT,
+    HEAD,
+    LAYER,
+    MAGNITUDE,
+    A,
+    B,
+    normal,
+    product,
+    random_adapter,
+)
 
-LAYER = "base.q"
-A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
 RA, RB = residual_names(LAYER)
-MAGNITUDE, HEAD = f"{LAYER}.lora_magnitude_vector", "base.score.weight"
-D_OUT, D_IN = 14, 11
-
-
-def _normal(draw, *shape):
-    return torch.from_numpy(draw.normal(size=shape)).float()
 
 
 def _state(draw, rank, residual=0):
-    tensors = {
-        A: _normal(draw, rank, D_IN),
-        B: _normal(draw, D_OUT, rank),
-        MAGNITUDE: _normal(draw, D_OUT),
-        HEAD: _normal(draw, 3, D_IN),
-    }
-    if residual:
-        tensors |= {RA: _normal(draw, residual, D_IN), RB: _normal(draw, D_OUT, residual)}
-    return AdapterState(tensors)
+    plain = random_adapter(draw, rank)
+    if not residual:
+        return plain
+    return AdapterState(
+        {**plain, RA: normal(draw, residual, D_IN), RB: normal(draw, D_OUT, residual)}
+    )
 
 
 def _product(round, state):
     """What the layer adds to its base weight, float64."""
-    dense = round.scale(len(state[A])) * (state[B].double() @ state[A].double())
+    dense = round.scale(len(state[A])) * product(state)
     return dense + state[RB].double() @ state[RA].double() if RA in state else dense
 
 
@@ -152,7 +153,7 @@ def test_pad_averages_the_padded_changes(seed, ranks, rslora):
 def test_pad_takes_the_step_of_an_institution_whose_scale_is_the_global_one(optimizer, rslora):
     """Of SGD the whole step; of Adam, whose steps do not see the scale, that part of B's."""
     draw = np.random.default_rng(4)
-    before, towards = _state(draw, 4), _normal(draw, D_OUT, D_IN)
+    before, towards = _state(draw, 4), normal(draw, D_OUT, D_IN)
     round = Round(number=1, asked=1, before=before, alpha=8.0, rslora=rslora)
     sent = pad.start(round, 2)
 
@@ -370,10 +371,10 @@ def test_a_loud_update_whose_product_is_zero_takes_nothing_from_the_others(name)
     draw, rank = np.random.default_rng(11), 8
 
     def orthonormal():
-        return torch.linalg.qr(_normal(draw, 40, rank))[0]
+        return torch.linalg.qr(normal(draw, 40, rank))[0]
 
     honest = [(0.25, 3e-4 * orthonormal(), orthonormal().T) for _ in range(3)]
-    b, a, tolerance = _normal(draw, 40, rank), torch.zeros(rank, 40), 1e-9
+    b, a, tolerance = normal(draw, 40, rank), torch.zeros(rank, 40), 1e-9
     if name == "opposite halves":  # each half's product is rounded to 1e-16 of its length
         b, a, tolerance = (
             torch.cat([b[:, :4], -b[:, :4]], 1),

@@ -13,24 +13,14 @@ from fedlora.strategy_table import STRATEGY_TABLE
 from strategies import STRATEGIES, fedavg, ffa, products, robust, svd
 from strategies.base import Round
 from tests.samples import updates_of
-
-A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
-MAGNITUDE, HEAD = "base.q.lora_magnitude_vector", "base.score.weight"
+from tests.strategies.random_adapters import HEAD, MAGNITUDE, A, B, random_adapter
 
 
 def _state(draw, rank=2, near=None, by=1.0):
-    def normal(name, *shape):
-        value = torch.from_numpy(draw.normal(size=shape)).float()
-        return value if near is None else near[name] + by * value
-
-    return AdapterState(
-        {
-            A: normal(A, rank, 7),
-            B: normal(B, 6, rank),
-            MAGNITUDE: normal(MAGNITUDE, 6),
-            HEAD: normal(HEAD, 3, 7),
-        }
-    )
+    drawn = random_adapter(draw, rank, d_out=6, d_in=7)
+    if near is None:
+        return drawn
+    return AdapterState({name: near[name] + by * value for name, value in drawn.items()})
 
 
 def _round(before, **values):

@@ -4,27 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapters import AdapterState
 from strategies import collected, svd
 from strategies.base import Round
 from tests.samples import updates_of
-
-A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
-MAGNITUDE, HEAD = "base.q.lora_magnitude_vector", "base.score.weight"
-
-
-def _state(draw, rank, d_out=14, d_in=11):
-    def normal(*shape):
-        return torch.from_numpy(draw.normal(size=shape)).float()
-
-    return AdapterState(
-        {
-            A: normal(rank, d_in),
-            B: normal(d_out, rank),
-            MAGNITUDE: normal(d_out),
-            HEAD: normal(3, d_in),
-        }
-    )
+from tests.strategies.random_adapters import HEAD, MAGNITUDE, A, B, product, random_adapter
 
 
 def _mean(round, updates):
@@ -41,12 +24,12 @@ def _mean(round, updates):
 
 def _still(draw, rank):
     """As a run starts: B is zero, so that nobody lacks anything of the product."""
-    state = _state(draw, rank)
+    state = random_adapter(draw, rank)
     return state.updated({B: torch.zeros_like(state[B])})
 
 
 def _product(round, state):
-    return round.scale(state[A].shape[0]) * (state[B].double() @ state[A].double())
+    return round.scale(state[A].shape[0]) * product(state)
 
 
 @settings(deadline=None)
@@ -62,7 +45,7 @@ def test_the_product_is_the_truncated_dense_svd(seed, rank, ranks, same, rslora)
     before = _still(draw, rank)
     starts = {r: _still(draw, r) for r in range(1, rank)} | {rank: before}
     ranks = [rank if same else min(r, rank) for r in ranks]
-    updates = updates_of([_state(draw, r) for r in ranks], draw.uniform(1, 100, len(ranks)))
+    updates = updates_of([random_adapter(draw, r) for r in ranks], draw.uniform(1, 100, len(ranks)))
     sent = {u.institution: starts[r] for (u, _), r in zip(updates, ranks, strict=True)}
     round = Round(number=1, asked=9, before=before, sent=sent, alpha=16.0, rslora=rslora)
     new = svd.aggregate(round, updates)
@@ -82,8 +65,8 @@ def test_the_product_is_the_truncated_dense_svd(seed, rank, ranks, same, rslora)
 @pytest.mark.parametrize("moved", [False, True])
 def test_when_all_send_the_same_factors_they_come_back(moved):
     draw = np.random.default_rng(3)
-    before = _state(draw, 4)
-    sent = _state(draw, 4) if moved else before
+    before = random_adapter(draw, 4)
+    sent = random_adapter(draw, 4) if moved else before
     if moved:
         sent = sent.updated({A: sent[A] * 2})  # so that it is nowhere too short beside the old one
     round = Round(number=1, asked=3, before=before, alpha=8.0)
@@ -96,9 +79,9 @@ def test_when_all_send_the_same_factors_they_come_back(moved):
 @settings(deadline=None)
 def test_no_other_factors_of_the_product_bring_a_nearer_to_the_mean_one(seed):
     draw = np.random.default_rng(seed)
-    before = _state(draw, 4)
+    before = random_adapter(draw, 4)
     round = Round(number=1, asked=3, before=before)
-    states, weights = [_state(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0]
+    states, weights = [random_adapter(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0]
     share = torch.tensor(weights) / sum(weights)
     mean = torch.einsum("k,kij->ij", share, torch.stack([state[A] for state in states]))
     new = svd.aggregate(round, updates_of(states, weights))
@@ -115,17 +98,17 @@ def test_no_other_factors_of_the_product_bring_a_nearer_to_the_mean_one(seed):
 @pytest.mark.parametrize("shortest", [1.0, 0.03])
 def test_where_nobody_moved_a_it_stays(shortest):
     draw = np.random.default_rng(3)
-    before = _state(draw, 4)
+    before = random_adapter(draw, 4)
     u, _, v = torch.linalg.svd(before[A], full_matrices=False)
     before = before.updated({A: u * torch.logspace(0, float(np.log10(shortest)), 4) @ v})
-    moved = [before.updated({B: _state(draw, 4)[B]}) for _ in range(3)]
+    moved = [before.updated({B: random_adapter(draw, 4)[B]}) for _ in range(3)]
     new = svd.aggregate(Round(number=1, asked=3, before=before), updates_of(moved, [1.0, 2.0, 3.0]))
     torch.testing.assert_close(new[A], before[A], rtol=0, atol=1e-6)
 
 
 def test_a_direction_that_nobody_uses_keeps_an_a_and_its_b_is_zero():
     draw = np.random.default_rng(5)
-    before = _state(draw, 4)
+    before = random_adapter(draw, 4)
     one = before.updated({B: before[B] * torch.tensor([1.0, 0.0, 0.0, 0.0])})
     round = Round(number=1, asked=1, before=before)
     new = svd.aggregate(round, updates_of([one], [1.0]))
@@ -139,7 +122,7 @@ def test_a_direction_that_nobody_uses_keeps_an_a_and_its_b_is_zero():
 
 
 def test_of_nothing_comes_nothing():
-    round = Round(number=1, asked=3, before=_state(np.random.default_rng(0), 2))
+    round = Round(number=1, asked=3, before=random_adapter(np.random.default_rng(0), 2))
     assert len(svd.aggregate(round, [])) == 0
 
 
@@ -147,7 +130,7 @@ def test_of_nothing_comes_nothing():
 def test_updates_that_wait_on_disk_come_back_the_same(in_memory, monkeypatch):
     monkeypatch.setattr(collected, "MAX_MEMORY", in_memory)
     draw = np.random.default_rng(1)
-    updates = updates_of([_state(draw, 2) for _ in range(4)], [1.0, 2.0, 3.0, 4.0])
+    updates = updates_of([random_adapter(draw, 2) for _ in range(4)], [1.0, 2.0, 3.0, 4.0])
     with collected.collect(reversed(updates)) as all_of_them:
         assert all_of_them.institutions == [u.institution for u, _ in updates]
         assert all_of_them.weights == [1.0, 2.0, 3.0, 4.0]
