@@ -33,6 +33,7 @@ from fedlora.messages import ClientUpdate
 from server import limits
 from server.aggregation import Mean
 from server.replies import Replies
+from strategies import fedavg
 from strategies.base import Round
 from tests.samples import train_order
 
@@ -135,8 +136,7 @@ def main(folder, updates, streams, layers=LAYERS):
     replies = Replies(grid, messages, names, this_round, report=(), spending=None, timeout=60.0)
     size = order.adapter.num_bytes
     del message, content, order
-    config = SimpleNamespace(federation=SimpleNamespace(strategy="fedavg", aggregate=""))
-    result = Mean(config).aggregate(this_round, replies).adapter
+    result = Mean(fedavg.STRATEGY).aggregate(this_round, replies).adapter
     peak = (memory("VmHWM") - before) / size
     assert replies.valid == updates and not replies.failed
     assert all(torch.equal(tensor, adapter(1.0, layers)[name]) for name, tensor in result.items())

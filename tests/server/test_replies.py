@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
 from flwr.clientapp import ClientApp
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedlora import accounting, composition, config, wire
@@ -161,6 +161,7 @@ ANY = st.one_of(
 
 
 @given(st.sampled_from([f.name for f in dataclasses.fields(HONEST)]), ANY)
+@example("ledger_epsilon_alone", math.inf)
 def test_whatever_is_in_a_field_the_reply_is_refused_or_the_statement_holds(field, value):
     content = wire.pack_update(UPDATE)
     content["privacy"] = ConfigRecord({**content["privacy"], field: value})
@@ -173,7 +174,9 @@ def test_whatever_is_in_a_field_the_reply_is_refused_or_the_statement_holds(fiel
         less = dataclasses.replace(PLAN, noise_multiplier=stated["noise_multiplier"])
         assert stated["epsilon"] == composition.epsilon(less.events, 1e-4, "rdp")
         assert stated["noise_multiplier"] <= PLAN.noise_multiplier
-        json.dumps(stated, allow_nan=False)
+        for record in (stated, stated.pop("institution_says")):
+            assert record.pop("ledger_epsilon_alone") >= 7.0  # also inf: its own share is nothing
+            json.dumps(record, allow_nan=False)
 
 
 @pytest.mark.parametrize("share", [0.99999, 1.005])
