@@ -344,14 +344,23 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
             of a run which another fedlora wrote, the error names that one.
     """
     file = expanded(str(path))
+    values = given(file)
     try:
-        return from_flat({**given(file), **(overrides or {})})
+        return from_flat({**values, **(overrides or {})})
     except InputError as error:
-        if not (writer := other_writer(file.parent)):
-            raise
+        if not (writer := other_writer(file.parent)) or _is_valid(values):
+            raise  # what is wrong is an override
         raise InputError(
             f"{file.parent} was written by {writer}: read it with the one that wrote it ({error})"
         ) from None
+
+
+def _is_valid(values: Mapping[str, Any]) -> bool:
+    try:
+        from_flat(values)
+    except InputError:
+        return False
+    return True
 
 
 def given(path: Path) -> dict[str, Any]:

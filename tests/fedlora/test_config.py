@@ -43,6 +43,10 @@ def test_a_run_of_another_version_that_cannot_be_read_names_that_version(tmp_pat
     (tmp_path / "environment.json").write_text(json.dumps(about | same))
     with pytest.raises(InputError, match=r"by fedlora at code f{12}, and this is .*new-key"):
         config.load(file)
+    file.write_text("seed = 1\n")
+    with pytest.raises(InputError, match=r"^sed is not a configuration key"):
+        config.load(file, {"sed": 2})
+    file.write_text("[privacy]\nnew-key = 1\n")
     for damaged in ("[]", "{}", "no JSON"):
         (tmp_path / "environment.json").write_text(damaged)
         with pytest.raises(InputError, match=r"^privacy\.new-key is not a configuration key"):
