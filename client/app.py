@@ -175,24 +175,25 @@ def _institution(context: Context) -> Institution:
 
     In a simulation the experimenter plays every institution, and the server's configuration decides
     everything. Elsewhere the institution's own settings name its records, its ledger and the runs
-    that it accepts. Only this machine decides that it simulates: the inline engine tells the app,
-    and Ray, with fedlora's engine or Flower's, runs the app in one of its workers.
+    that it accepts. Only this machine decides that it simulates: it has no settings, and the inline
+    engine tells the app, or Ray, with fedlora's engine or Flower's, runs it in one of its workers.
+    A source of records of the institution's own may use Ray too, so settings come first.
 
     Raises:
         InputError: For a configuration or settings that cannot be followed on this machine.
         Refusal: ``no-settings`` for a machine without settings; other codes for runs that the
             settings forbid.
     """
-    ray = sys.modules.get("ray")
-    if context.node_config.get("simulation") is True or (ray and ray.is_initialized()):
+    ray, path = sys.modules.get("ray"), context.node_config.get("settings")
+    told = context.node_config.get("simulation") is True
+    if path is None and (told or (ray and ray.is_initialized())):
         config = from_context(context.run_config, context.run_id)
         if config.deployed:
             raise Refusal("bad-configuration", "data.source is institutions in a simulation")
         check_threads("engine.threads", config.engine.threads)
         if config.engine.gpus:  # Ray counts the cards that torch may be unable to use
             check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
-        return Institution.locate(config, int(context.node_config.get("partition-id", -1)))
-    path = context.node_config.get("settings")
+        return Institution.locate(config, int(context.node_config["partition-id"]))
     if not isinstance(path, str):
         raise Refusal(
             "no-settings",

@@ -49,6 +49,15 @@ def test_outside_a_simulation_an_institution_without_settings_refuses(tiny_confi
     assert wire.unpack_hello(_ask(tiny_config(), simulation=True).content).institution == "Alpha"
 
 
+def test_settings_count_where_the_institution_s_own_code_began_ray(tiny_config, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    assert wire.unpack_hello(_ask(tiny_config()).content).institution == "Alpha"
+    assert _code(_ask(tiny_config(), settings="/nowhere/institution.toml")) == "bad-configuration"
+    assert (
+        _code(_ask(tiny_config(), settings="/nowhere.toml", simulation=True)) == "bad-configuration"
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "record"),
     [
