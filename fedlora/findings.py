@@ -376,9 +376,10 @@ def _delta(config: RunConfig, records: Federation) -> list[Finding]:
     above: list[str] = []
     for name, units in zip(records.names, records.units, strict=True):
         delta = delta_of(config.privacy, units)
-        bound = min(MAX_DELTA, 1 / (10 * units))
+        # Cards quote this finding, so neither it nor its absence may tell the number of units.
+        size = accounting.public_size(units)
+        bound = min(MAX_DELTA, 1 / (10 * size))
         if delta > bound:
-            size = accounting.public_size(units)  # cards quote this, and state no number of units
             above.append(f"{name} (size class {size}: {delta:g})")
     if not above:
         return []
@@ -392,7 +393,7 @@ def _delta(config: RunConfig, records: Federation) -> list[Finding]:
         Finding(
             name="delta",
             text=f"{len(above)} of {len(records.names)} institutions would get a delta above "
-            f"{MAX_DELTA:g} or 1 / (10 x units), so that the promise may fail for somebody: "
+            f"{MAX_DELTA:g} or 1 / (10 x size class), so that the promise may fail for somebody: "
             f"{some(above)}; {remedy}",
             voids=True,
         )

@@ -71,8 +71,8 @@ def test_an_ordinary_federation_has_no_finding() -> None:
         ([7, 100], 0.0, 1),  # 1e-2
         ([8, 100], 0.0, 0),  # 1e-3
         ([100, 120], 2e-3, 2),
-        ([40, 120], 9e-4, 1),  # above 1 / (10 x 120), below 1 / (10 x 40)
-        ([40, 120], 8e-4, 0),
+        ([40, 128], 9e-4, 1),  # above 1 / (10 x 128), below 1 / (10 x 32)
+        ([40, 255], 7e-4, 0),  # of the same size class: a card quotes the finding
     ],
 )
 def test_a_delta_above_the_bound_of_an_institution_voids_the_result(sizes, delta, bad) -> None:
