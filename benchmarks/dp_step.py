@@ -58,7 +58,7 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     )
 
     def ours(side: str) -> Callable[[], None]:
-        # both sides have the one of this process
+        # cached: both sides get the same model
         work = trainable.load(config, LABELS[arguments.task])
         if side == "dp":
             return lambda: private_training.train_privately(work, [participant], plan) and None
@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rows", type=int, default=64)
     made.add_argument("--tokens", type=int, default=40)
     made.add_argument("--physical-batch", type=int, default=64)
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.set_defaults(device="cpu")  # `benchmarks.gpu` measures on a card
     made.add_argument("--turns", type=int, default=15)
     return made
 

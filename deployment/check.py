@@ -399,7 +399,7 @@ def _signed(name: str, path: Path, ca: Path) -> Check:
 
 def _belongs(name: str, private: Path, certificate: Path, remedy: str) -> Check:
     try:
-        keys.read_pair(certificate.read_bytes(), private.read_bytes())
+        seal.read_pair(certificate.read_bytes(), private.read_bytes())
     except OSError as error:
         return Check(name, "fail", f"{error.filename} cannot be read: {error.strerror}; {remedy}")
     except (ValueError, TypeError) as error:
@@ -483,7 +483,7 @@ def _ledger(own: "Settings") -> Check:
     try:
         with Ledger.look(path) as ledger:
             shown, accountant = ledger.show(), ledger.accountant
-            _fits_records(own, ledger, shown)
+            _fits_records(own, ledger)
     except Refusal as refusal:
         return Check("ledger", "fail", str(refusal))
     if (private := _private("ledger", path)).outcome != "ok":  # as of a copy that was put back
@@ -508,7 +508,7 @@ def _ledger(own: "Settings") -> Check:
     return Check("ledger", "ok", spent)
 
 
-def _fits_records(own: "Settings", ledger: "Ledger", shown: Mapping[str, Any]) -> None:
+def _fits_records(own: "Settings", ledger: "Ledger") -> None:
     """Hold a ledger against the records as an order would, without binding it to them.
 
     Raises:
@@ -521,15 +521,7 @@ def _fits_records(own: "Settings", ledger: "Ledger", shown: Mapping[str, Any]) -
     except (InputError, OSError):  # the checks of the records show it
         return
     checks.check_ledger_delta(ledger, own.ledger, shard.num_units)
-    bound, given = (shown["fingerprint"], shown["unit"]), (shard.fingerprint, own.unit)
-    if bound not in ((None, None), given):
-        raise Refusal(
-            "ledger-foreign",
-            f"{own.ledger} belongs to records {bound[0][:12]} by {bound[1]}, and the settings give "
-            f"{given[0][:12]} by {given[1]}: put the old records, test-source and unit back, or "
-            "make the ledger of the new records (docs/deployment.md, 'Other records'); or an "
-            "earlier fedlora chose the rows otherwise ('Upgrade' there)",
-        )
+    ledger.is_bound(shard.fingerprint, own.unit)
 
 
 def _shard(own: "Settings") -> "Shard":

@@ -18,7 +18,7 @@ from deployment import service
 from deployment.errors import FlowerError, Unanswered, in_words
 from fedlora import logs
 from fedlora.errors import InputError
-from fedlora.terminal import ERRORS, Json, Terminal, clean_errors
+from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
 deploy = typer.Typer(
@@ -219,9 +219,7 @@ def reachable(
 @_one_line_errors
 def submit(
     config: Annotated[Path, typer.Argument(help="A TOML file with data.source institutions.")],
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE; wins over the file.")
-    ] = None,
+    assign: Overrides = None,
     name: Annotated[
         str, typer.Option(help="Name of the submission; by default the file's name and the time.")
     ] = "",

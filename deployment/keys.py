@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedlora.seal import PURPOSE
+from fedlora.seal import PURPOSE, read_pair
 
 CA_DAYS = 3650
 SERVER_DAYS = 365
@@ -69,27 +69,10 @@ def read_authority(certificate: bytes, key: bytes) -> Authority:
     """Read an authority from two PEM files.
 
     Raises:
-        ValueError: As `read_pair`.
+        ValueError: As `fedlora.seal.read_pair`.
     """
     public, private = read_pair(certificate, key)
     return Authority(certificate=public, key=private)
-
-
-def read_pair(
-    certificate: bytes, key: bytes
-) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """Read a certificate and its private key from two PEM files.
-
-    Raises:
-        ValueError: If a file is damaged, or the key is not that of the certificate.
-    """
-    private = serialization.load_pem_private_key(key, None)
-    public = x509.load_pem_x509_certificate(certificate)
-    if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise ValueError("not an elliptic curve key")
-    if private.public_key() != public.public_key():
-        raise ValueError("the key does not belong to the certificate")
-    return public, private
 
 
 def make_server(

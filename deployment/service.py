@@ -115,6 +115,8 @@ def run(
         for command in commands:
             process = _start(command, {**os.environ, **(environment or {})})
             started.append(process)
+            if stopping.is_set():  # the signal came before its handler knew of this process
+                process.terminate()
             reader = threading.Thread(
                 target=_read, args=(service, process, ended, ready), daemon=True
             )

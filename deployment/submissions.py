@@ -178,7 +178,10 @@ def find(server: Server, name: str) -> Submission:
 
 
 def names(server: Server) -> list[str]:
-    """The names of all submissions, the oldest first, also of those that `find` cannot read."""
+    """The names of all submissions, also of those that `find` cannot read.
+
+    Those come first whose directories changed longest ago: a running one's changes with each round.
+    """
     with named(server.results, "read"):
         folders = [one for one in server.results.iterdir() if RUN_NAME.fullmatch(one.name)]
     made: list[tuple[float, str]] = []

@@ -11,7 +11,7 @@ from fedlora.config import ENGINE_ONLY, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, finite, read_records, read_run_file
+from fedlora.run_files import CONFIG, PRIVACY, finite, read_records, read_run_file
 from server.privacy_statement import with_earlier_runs
 
 TITLE = "Runs compared"
@@ -44,7 +44,7 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     loaded = [read_run_file(run) for run in runs]
     configs = [load(run / CONFIG) for run in runs]
     flats = [config.flat() for config in configs]
-    promises = [read_run_file(run, "privacy.json") for run in runs]
+    promises = [read_run_file(run, PRIVACY) for run in runs]
     records = [read_records(run) for run in runs]
     figures_of: dict[str, list[Any]] = {
         name: [result.get(name) for result in loaded]

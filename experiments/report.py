@@ -16,7 +16,7 @@ from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.rounding import at_most, duration
-from fedlora.run_files import CONFIG, ENVIRONMENT, read_records, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, PRIVACY, read_records, read_run_file
 from server.privacy_statement import with_earlier_runs
 from simulation.progress import lost_rounds, skipped_rounds
 
@@ -55,7 +55,7 @@ def of_run(directory: Path) -> Page:
     run = opening.Run(
         directory=directory,
         result=read_run_file(directory),
-        privacy=read_run_file(directory, "privacy.json"),
+        privacy=read_run_file(directory, PRIVACY),
         config=load(directory / CONFIG),
         records=read_records(directory),
     )

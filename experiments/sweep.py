@@ -373,8 +373,7 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
         if training.sample_rate
         else training.batch_size * len(seen.names)
     )
-    every = config.federation.evaluate_every
-    measured = len(seen.all_held_out) * (rounds // every if every else 1)
+    measured = len(seen.all_held_out) * config.federation.evaluations
     tokens = float(seen.all_train.lengths.sum()) / max(1, len(seen.all_train))
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
     if rounds:

@@ -18,6 +18,7 @@ from fedlora.model_files import MERGED, Origin
 from fedlora.run_files import (
     CONFIG,
     HOME_CONFIG,
+    PRIVACY,
     read_run_file,
     refuse_audited,
     said_of_origins,
@@ -314,7 +315,7 @@ def merge(
         place = adapter_directory(run_dir, config, institution, own_model=True)
         said = model_card.said_of_own(place)
     else:
-        said = str(read_run_file(run_dir, "privacy.json")["protects"])
+        said = str(read_run_file(run_dir, PRIVACY)["protects"])
     result = read_run_file(run_dir)
     if not own_model and config.federation.traits.local_parts:
         said += f" {model_card.KEPT_PART}"

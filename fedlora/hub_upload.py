@@ -15,6 +15,7 @@ from fedlora.model_card import CARD, base_name
 from fedlora.released import FILE as RELEASE
 from fedlora.run_files import (
     CONFIG,
+    PRIVACY,
     UNKNOWN,
     read_run_file,
     refuse_audited,
@@ -23,8 +24,6 @@ from fedlora.run_files import (
 )
 
 log = logging.getLogger("fedlora")
-
-PRIVACY = "privacy.json"
 
 
 def push(run_dir: Path, repo: str, *, public: bool = False, unprotected: bool = False) -> str:

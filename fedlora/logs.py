@@ -39,6 +39,13 @@ def wanted() -> bool:
     return os.environ.get(_VARIABLE) == "stderr"
 
 
+def to_file(path: str) -> logging.Handler:
+    """A handler that appends lines with time and level to a file, made by its first line."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
 def to_stderr() -> None:
     """Write the log of ``fedlora`` to stderr, in the form of Flower's own log.
 

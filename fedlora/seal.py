@@ -53,12 +53,28 @@ class Signer:
         if not (folder / KEY).exists():
             return None
         pem = (folder / CERTIFICATE).read_bytes()
-        key = serialization.load_pem_private_key((folder / KEY).read_bytes(), None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError(f"{folder / KEY} is not an elliptic curve key")
-        if x509.load_pem_x509_certificate(pem).public_key() != key.public_key():
-            raise ValueError(f"{folder / KEY} does not belong to {folder / CERTIFICATE}")
+        try:
+            _, key = read_pair(pem, (folder / KEY).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{folder / KEY} and {folder / CERTIFICATE}: {error}") from None
         return cls(key, pem.decode())
+
+
+def read_pair(
+    certificate: bytes, key: bytes
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """Read a certificate and its private key from two PEM files.
+
+    Raises:
+        ValueError: If a file is damaged, or the key is not that of the certificate.
+    """
+    private = serialization.load_pem_private_key(key, None)
+    public = x509.load_pem_x509_certificate(certificate)
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ValueError("not an elliptic curve key")
+    if private.public_key() != public.public_key():
+        raise ValueError("the key does not belong to the certificate")
+    return public, private
 
 
 def sealed(statement: Mapping[str, Any], signer: Signer | None) -> dict[str, Any]:

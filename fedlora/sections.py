@@ -355,6 +355,12 @@ class FederationConfig(Section):
     )
 
     @property
+    def evaluations(self) -> int:
+        """How often a run evaluates: every so many rounds, after the last, and at least once."""
+        every = self.evaluate_every
+        return max(1, math.ceil(self.rounds / every)) if every else 1
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """The names of the figures of ``metrics``: those of the objects."""
         return tuple(re.split("[:.]", name)[-1] for name in self.metrics)

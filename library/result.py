@@ -15,7 +15,7 @@ from fedlora.errors import InputError, RecordError
 from fedlora.extras import require_page_packages
 from fedlora.files import expanded
 from fedlora.rounding import at_most, number
-from fedlora.run_files import CONFIG, read_records, read_run_file
+from fedlora.run_files import CONFIG, PRIVACY, read_records, read_run_file
 from server.privacy_statement import with_earlier_runs
 
 log = logging.getLogger("fedlora")
@@ -71,7 +71,7 @@ class Result:
     @property
     def privacy(self) -> dict[str, Any]:
         """``privacy.json``: what is promised to each institution, in words and figures."""
-        return read_run_file(self.directory, "privacy.json")
+        return read_run_file(self.directory, PRIVACY)
 
     @property
     def config(self) -> RunConfig:

@@ -26,6 +26,7 @@ from fedlora.run_files import (
     CONFIG,
     ENVIRONMENT,
     LEDGERS,
+    PRIVACY,
     RESULT,
     ROUNDS,
     SUBMISSION,
@@ -228,9 +229,12 @@ class RunDirectory:
         found = self._checkpoints()[::-1]
         for file in found[:1] if newest_only else found:
             try:
-                return self._read(file)
+                state = self._read(file)
+                records = [r for r in read_records(self.path) if r["round"] <= state.round]
             except (OSError, SafetensorError, ValueError, KeyError, TypeError):
                 continue  # a damaged file; the checkpoint before it is whole
+            self._lines(ROUNDS, records)
+            return state
         begun = any(read_lines(self.path / name) for name in (ROUNDS, ORDERS))
         if found or begun:
             raise InputError(
@@ -255,8 +259,6 @@ class RunDirectory:
             for key in keys:
                 part, _, name = key.partition("/")
                 parts[part][name] = file.get_tensor(key)
-        records = [r for r in read_records(self.path) if r["round"] <= plain["round"]]
-        self._lines(ROUNDS, records)
         return RunState(
             adapter=AdapterState(parts["adapter"]),
             moments=parts["moments"],
@@ -309,7 +311,7 @@ class RunDirectory:
         """
         encoded = _encoded(result)
         run = binding.bind(self.path, config, result=result, encoded=encoded, records=records)
-        self._json("privacy.json", seal.sealed({"run": run, **privacy}, signer))
+        self._json(PRIVACY, seal.sealed({"run": run, **privacy}, signer))
         write_atomic(self.path / RESULT, encoded)
 
     def _lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:

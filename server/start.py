@@ -7,18 +7,21 @@ from pathlib import Path
 
 import torch
 
-from fedlora import sources, tables
+from fedlora import released, sources, tables
 from fedlora.adapters import AdapterState, open_for, residual_names, saved_scale
-from fedlora.config import RunConfig, load
+from fedlora.config import INSTITUTIONS, RunConfig, from_flat, load
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
 from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS, is_private, source
 from fedlora.model_files import Origin, origins_of_base
+from fedlora.released import ReleaseFiles
 from fedlora.run_files import (
     CONFIG,
     ENVIRONMENT,
+    HOME_CONFIG,
     LEDGERS,
+    PRIVACY,
     UNKNOWN,
     is_audited,
     is_complete,
@@ -128,15 +131,29 @@ class _Origin:
     run_dir: Path
     released: bool
 
+    def config(self) -> RunConfig:
+        """The run's configuration, of models at home that which the institution followed."""
+        home = self.run_dir / HOME_CONFIG
+        return load(home if home.exists() else self.run_dir / CONFIG)
+
 
 def _origin(start: str) -> _Origin | None:
     """The run in whose directory an adapter lies, at any depth; None if it lies in none."""
     folder = expanded(start).resolve()
     for place in (folder, *folder.parents):
         near = place in (folder, folder.parent)  # farther up, a config.toml may be anybody's
+        if near and (place / HOME_CONFIG).exists():  # of `fedlora home`
+            return _Origin(run_dir=place, released=False)
         if (place / CONFIG).exists() and (near or (place / ENVIRONMENT).exists()):
             return _Origin(run_dir=place, released=folder in (place, place / "adapter"))
     return None
+
+
+def _handed_out(start: str) -> ReleaseFiles | None:
+    """A released adapter that an institution keeps, or got, outside of a run's directory."""
+    folder = expanded(start)
+    known = bool(start) and (folder / released.FILE).exists() and _origin(start) is None
+    return ReleaseFiles.open(folder) if known else None
 
 
 def origins(config: RunConfig) -> list[Origin]:
@@ -151,6 +168,9 @@ def origins(config: RunConfig) -> list[Origin]:
     start, found = config.adapter.start, origins_of_base(config.model.name)
     if start and not expanded(start).exists():
         found.append(Origin(run=UNKNOWN, source=Path(start).name, private=False))
+    if (one := _handed_out(start)) is not None:
+        private = is_private(from_flat(one.config)) and from_flat(one.config).privacy.promises
+        found.append(Origin(run=one.run, source=INSTITUTIONS, private=private))
     for earlier, origin in _lineage(config):
         complete = is_complete(origin.run_dir)
         result = read_run_file(origin.run_dir) if complete else {}
@@ -225,6 +245,14 @@ def _check_promises(config: RunConfig) -> None:
         InputError: Naming the start and the remedy.
     """
     start, privacy = f"adapter.start is {config.adapter.start}", config.privacy
+    handed_out = _handed_out(config.adapter.start)
+    promised = handed_out is None or from_flat(handed_out.config).privacy.promises
+    if handed_out and not promised and (privacy.promises or privacy.hides_institutions):
+        raise InputError(
+            f"{start}, which a run without DP ({handed_out.name}) released: it may reveal records "
+            "that this run promises to protect; start from the adapter of a run under DP, or of "
+            "one on public records"
+        )
     for earlier, origin in _lineage(config):
         if is_audited(origin.run_dir):
             raise InputError(
@@ -276,9 +304,9 @@ def _check_ledgers(config: RunConfig, earlier: RunConfig, run_dir: Path, same: s
             f"institutions in another way ({changed} is other): their ledgers would not add up "
             f"both runs; give the {changed} of that run"
         )
-    given = config.privacy.ledger
+    given = config.privacy.ledger and expanded(config.privacy.ledger)
     ledgers = Path(earlier.privacy.ledger or run_dir / LEDGERS)
-    if not ledgers.is_dir() or not given or not ledgers.samefile(given):
+    if not (given and ledgers.is_dir() and given.is_dir() and ledgers.samefile(given)):
         raise InputError(
             f"{start}, and {run_dir} spent on {same}: privacy.ledger is "
             f"{given or 'not set'}, so this run's epsilon would leave that out; set "
@@ -312,7 +340,7 @@ def _assigned_otherwise(earlier: RunConfig, config: RunConfig) -> str:
 
 def _spenders(run_dir: Path) -> list[str]:
     """The institutions that spent in a run, or may have."""
-    said = read_run_file(run_dir, "privacy.json")
+    said = read_run_file(run_dir, PRIVACY)
     return [*said["institutions"], *said.get("without_report", ())]
 
 
@@ -342,7 +370,7 @@ def _lineage(config: RunConfig) -> Iterator[tuple[RunConfig, _Origin]]:
         origin = _origin(start)
         if origin is None:
             return
-        config = load(origin.run_dir / CONFIG)
+        config = origin.config()
         yield config, origin
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
+from fedlora.run_files import PRIVACY
 
 log = logging.getLogger("fedlora.server")
 
@@ -82,17 +83,22 @@ class Tracking:
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Log one line of rounds.jsonl."""
-        try:
-            for name, value in figures(record).items():
-                if self._board is not None:
-                    self._board.add_scalar(name, value, record["round"])
-                if self._client is not None:
-                    self._client.log_metric(self._id, name, value, step=record["round"])
-            if self._board is not None:
+        number, found = record["round"], figures(record)
+        if self._board is not None:
+            try:
+                for name, value in found.items():
+                    self._board.add_scalar(name, value, number)
                 self._board.flush()
-        except Exception as error:
-            log.warning("tracking stops after round %d: %s", record["round"], error)
-            self._board = self._client = None
+            except Exception as error:
+                log.warning("TensorBoard gets nothing from round %d on: %s", number, error)
+                self._board = None
+        if self._client is not None:
+            try:
+                for name, value in found.items():
+                    self._client.log_metric(self._id, name, value, step=number)
+            except Exception as error:
+                log.warning("MLflow gets nothing from round %d on: %s", number, error)
+                self._client = None
 
     def end(self) -> None:
         """Log the run's adapter and ``privacy.json``, and mark the run as complete.
@@ -104,7 +110,7 @@ class Tracking:
                 self._board.close()
             if self._client is not None:
                 self._client.log_artifacts(self._id, str(self._directory / "adapter"), "adapter")
-                self._client.log_artifact(self._id, str(self._directory / "privacy.json"))
+                self._client.log_artifact(self._id, str(self._directory / PRIVACY))
                 if self._model:
                     _register(self._client, self._model, self._id)
                 self._client.set_terminated(self._id)

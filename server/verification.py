@@ -26,7 +26,7 @@ from fedlora.config import RunConfig, load
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import PrivacySpent
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, read_records, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, PRIVACY, RESULT, read_records, read_run_file
 from server import binding, institution_privacy, privacy_statement
 from server.spending import NOISE_TOLERANCE, Spending
 
@@ -70,7 +70,7 @@ def verify(run_dir: Path, ca: Path | None = None) -> list[Check]:
             CA is not given or cannot be read.
     """
     read_run_file(run_dir)
-    said = read_run_file(run_dir, "privacy.json")
+    said = read_run_file(run_dir, PRIVACY)
     if "run" not in said or seal.SEAL not in said:
         raise InputError(
             f"{run_dir / 'privacy.json'} is not bound to its run: an earlier version of fedlora "

@@ -244,13 +244,10 @@ def _cost(
     shards = [records.train(i) for i in range(names)]
     rows = sum(rate_of(config, shard) * len(shard) for shard in shards) * asked / names
     steps = federation.rounds * config.training.local_steps
-    every = federation.evaluate_every
-    measured = federation.rounds // every if every else 0
-    evaluations = measured + (not every or federation.rounds % every != 0)  # always at the end
     seconds = {
         "loading": loading,
         "training": steps * rows * of_row / min(workers, asked),
-        "evaluation": evaluations * len(records.all_held_out) * measured_row,
+        "evaluation": federation.evaluations * len(records.all_held_out) * measured_row,
         "home": 0.0,
     }
     if chosen := config.at_home(names):

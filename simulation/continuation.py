@@ -16,7 +16,7 @@ from fedlora import composition, records
 from fedlora.budget import plan_run
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, LEDGERS, other_writer, read_run_file
+from fedlora.run_files import CONFIG, LEDGERS, PRIVACY, other_writer, read_run_file
 
 
 def values(run_dir: Path, more: int) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def values(run_dir: Path, more: int) -> dict[str, Any]:
             f"{run_dir} was written by {other_writer(run_dir) or 'an early fedlora'}, without an "
             "identity, so that nobody knows its charges in a ledger; start anew"
         )
-    _check_ledgers(run_dir, config, result["run"])
+    _check_charges(run_dir, config, result["run"])
     return found | {
         "privacy.epsilon": _epsilon(config, more),
         "privacy.ledger": config.privacy.ledger or str(run_dir / LEDGERS),
@@ -60,9 +60,9 @@ def values(run_dir: Path, more: int) -> dict[str, Any]:
     }
 
 
-def _check_ledgers(run_dir: Path, config: RunConfig, run: str) -> None:
+def _check_charges(run_dir: Path, config: RunConfig, run: str) -> None:
     """Check that the ledger of each institution that spent in a run has the run's charges."""
-    said = read_run_file(run_dir, "privacy.json")
+    said = read_run_file(run_dir, PRIVACY)
     steps = {name: one["steps"] for name, one in said["institutions"].items()}
     without_report = said.get("without_report", {})
     for index, name in enumerate(records.load(config).names):

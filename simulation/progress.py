@@ -17,6 +17,7 @@ from fedlora.joining_verdict import Outcome
 from fedlora.rounding import at_most, number
 from fedlora.run_files import (
     CONFIG,
+    PRIVACY,
     ROUNDS,
     GrowingLines,
     ledger_alone,
@@ -62,6 +63,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
             time.monotonic() - started,
             len(records) - resumed_at,
             at_home=grid.pushed_type == wire.HOME,
+            homes=bool(config.at_home(len(list(grid.get_node_ids())))),
         )
 
     def redraw() -> None:
@@ -116,6 +118,7 @@ def describe(
     fresh: int,
     *,
     at_home: bool = False,
+    homes: bool = False,
 ) -> str:
     """Describe the progress of a run in one line.
 
@@ -127,6 +130,7 @@ def describe(
         elapsed: Seconds since this process started the run.
         fresh: Rounds that this process has finished.
         at_home: Whether the current exchange asks for models that institutions train at home.
+        homes: Whether such models follow the rounds.
     """
     if at_home:
         return f"models at home: institutions {answered}/{pushed} ({elapsed:.0f} s)"
@@ -156,8 +160,7 @@ def describe(
     if fresh > 1 and len(records) < total:
         pace = sum(r["seconds"] for r in records[-fresh:]) / fresh
         left = f"{pace * (total - len(records)):.0f} s left"
-        at_home = config.home.method != "none" and not config.deployed
-        parts.append(left + " for the rounds, then models at home" * at_home)
+        parts.append(left + " for the rounds, then models at home" * homes)
     return " · ".join(parts)
 
 
@@ -328,7 +331,7 @@ def add_privacy(
 def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> None:
     """Print the results of a run as a table, and the paths of its files."""
     run_dir = Path(config.run_dir)
-    privacy = read_run_file(run_dir, "privacy.json")
+    privacy = read_run_file(run_dir, PRIVACY)
     table = Table(title="Federated run", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -248,7 +248,7 @@ def prepare(config: RunConfig) -> "Federation":
         InputError: Naming value, bound and remedy.
     """
     from fedlora import plugins, records
-    from fedlora.files import existing_parent
+    from fedlora.files import existing_parent, expanded
 
     if config.deployed:
         raise InputError(
@@ -260,7 +260,7 @@ def prepare(config: RunConfig) -> "Federation":
         federation = records.load(config)
     if config.privacy.enabled:
         try:
-            existing_parent(Path(config.privacy.ledger or config.run_dir))
+            existing_parent(expanded(config.privacy.ledger or config.run_dir))
         except OSError as error:
             raise InputError(
                 f"privacy.ledger needs a directory to write to, but {error}; give another"
@@ -325,8 +325,7 @@ def _without_unused_ledgers(run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging_to(path: str) -> Iterator[None]:
-    handler = logging.FileHandler(path, delay=True)
-    handler.setFormatter(logs.OneLine("%(asctime)s %(levelname)s %(message)s"))
+    handler = logs.to_file(path)
     logger: Any = logging.getLogger("fedlora.client")
     logger.addHandler(handler)
     try:

@@ -41,7 +41,7 @@ from fedlora.csv_files import PLAIN
 from fedlora.errors import InputError, Refusal
 from fedlora.files import write_atomic
 from fedlora.rows import partition_rows
-from fedlora.run_files import AUDITED, CONFIG, finite, read_run_file
+from fedlora.run_files import AUDITED, CONFIG, PRIVACY, finite, read_run_file
 from fedlora.shards import Shard
 from fedlora.streams import RandomSource
 from fedlora.terminal import Terminal
@@ -257,7 +257,7 @@ def _rows(config: RunConfig, work: Trainable, file: Path) -> Shard:
 
 
 def _promise(run_dir: Path) -> dict[str, Any]:
-    result, privacy = read_run_file(run_dir), read_run_file(run_dir, "privacy.json")
+    result, privacy = read_run_file(run_dir), read_run_file(run_dir, PRIVACY)
     return {
         "epsilon": float(result["epsilon_max"]),
         **({"epsilon_alone": alone} if (alone := result.get("epsilon_alone_max")) else {}),

@@ -133,9 +133,7 @@ class _Worker:
         self._run_config = dict(run_config)
         self._records: dict[int, Any] = {}
         if log:
-            handler = logging.FileHandler(log, delay=True)
-            handler.setFormatter(logs.OneLine("%(asctime)s %(levelname)s %(message)s"))
-            logging.getLogger("fedlora").addHandler(handler)
+            logging.getLogger("fedlora").addHandler(logs.to_file(log))
         module, _, name = app.partition(":")
         with paused_gc():
             self._app = getattr(importlib.import_module(module), name)

@@ -294,12 +294,12 @@ def test_a_ledger_is_held_against_the_records(institution, gateway, complaints, 
     found("ok")
     text = institution.read_text()
     institution.write_text(text.replace('unit = "record"', 'unit = "customer"'))
-    assert "by record, and the settings give" in found("fail")
+    assert "by record, not " in found("fail")
     lines = complaints.read_text().splitlines(keepends=True)
     (tmp_path / "fewer.csv").write_text("".join(lines[:-1]))
     institution.write_text(text.replace(str(complaints), str(tmp_path / "fewer.csv")))
     said = found("fail")
-    assert "ledger-foreign" in said and "put the old records" in said and "'Other records'" in said
+    assert "ledger-foreign" in said and "put back the records" in said and "'Other records'" in said
     (tmp_path / "test.csv").write_text("".join([lines[0], lines[-1]]))
     institution.write_text(f'test-source = "{tmp_path}/test.csv"\n{text}')
     assert "ledger-foreign" in found("fail")  # its texts are not trained on

@@ -14,6 +14,16 @@ from fedlora.sections import HomeConfig
 FRAME = pandas.DataFrame({"text": ["a secret record"]})
 
 
+@pytest.mark.parametrize(
+    ("rounds", "every", "times"),
+    [(10, 4, 3), (12, 4, 3), (3, 5, 1), (10, 1, 10), (10, 0, 1), (0, 1, 1)],
+)
+def test_a_run_evaluates_every_so_often_and_at_its_end(rounds, every, times):
+    values = {"federation.rounds": rounds, "federation.evaluate-every": every}
+    values["privacy.epsilon"] = math.inf
+    assert config.from_flat(values).federation.evaluations == times
+
+
 def test_a_configuration_survives_toml_and_flowers_flat_form(tmp_path):
     made = config.from_flat(
         {

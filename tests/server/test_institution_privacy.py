@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import math
 from pathlib import Path
@@ -152,6 +153,21 @@ def test_a_damaged_newest_checkpoint_is_replaced_only_where_no_round_is_released
         directory.latest(newest_only=True)
     state = directory.latest()
     assert state is not None and state.round == 2 and older.exists()
+
+
+def test_a_disk_that_cannot_be_written_does_not_make_checkpoints_damaged(
+    tiny_config, simulate_run, monkeypatch
+):
+    config = tiny_config()
+    simulate_run(config)
+    directory = RunDirectory(Path(config.run_dir))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("server.run_directory.write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        directory.latest()
 
 
 def test_a_run_that_has_begun_does_not_begin_anew_without_its_checkpoints(

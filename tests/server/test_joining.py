@@ -6,7 +6,6 @@ import math
 import time
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -357,6 +356,9 @@ def test_progress_says_that_institutions_train_at_home(tiny_config) -> None:
     said = progress.describe(tiny_config(), records, 12, 39, 60.0, 3, at_home=True)
     assert said == "models at home: institutions 12/39 (60 s)"
     assert "at home" not in progress.describe(tiny_config(), records, 12, 39, 60.0, 3)
+    for homes in (True, False):
+        said = progress.describe(tiny_config(), records[:2], 0, 39, 60.0, 2, homes=homes)
+        assert said.endswith("1 s left" + " for the rounds, then models at home" * homes)
 
 
 def test_a_grid_tells_the_type_of_the_messages_that_it_carries() -> None:
@@ -369,7 +371,8 @@ def test_a_grid_tells_the_type_of_the_messages_that_it_carries() -> None:
 
 def test_a_log_has_a_line_for_each_tenth_that_has_trained_at_home(tiny_config, tmp_path) -> None:
     file = tmp_path / "log"
-    grid = SimpleNamespace(pushed_type=wire.HOME, pushed=39, answered=0)
+    grid = InlineGrid(ClientApp(), 39, {})
+    grid.pushed_type, grid.pushed, grid.answered = wire.HOME, 39, 0
     with file.open("w") as stream:
         console = Terminal()
         console.file = stream

@@ -11,11 +11,14 @@ import torch
 
 from client.ledger import Ledger
 from experiments import report
-from fedlora import finished_run, records, trainable
+from fedlora import finished_run, records, released, trainable
 from fedlora.adapters import AdapterState, kind, open_for
 from fedlora.errors import InputError
+from fedlora.messages import Release
+from fedlora.model_card import source
+from fedlora.model_files import Origin
 from fedlora.rounding import at_most
-from server.start import _same_records, start_adapter
+from server.start import _same_records, origins, start_adapter
 from simulation import continuation
 
 
@@ -260,13 +263,49 @@ def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
     simulate_run(before)
     (first / "config.toml").write_text(before.to_toml())
     made = trainable.load(before, records.load(before).labels)
-    for start in (own, own / ".." / "own"):
+    at_home = tmp_path / "state" / "home" / "first"  # what `fedlora home` writes
+    shutil.copytree(own, at_home / "own")
+    (at_home / "home.toml").write_text(before.to_toml())
+    (at_home / "result.json").write_text(json.dumps({"run": "abc", "origins": []}))
+    for start in (at_home / "own", own, own / ".." / "own"):
         following = before.replace({"adapter.start": str(start), "run-dir": str(tmp_path / "two")})
         with pytest.raises(InputError, match=r"an institution's own adapter of .*first, a run on"):
             start_adapter(following, made)
+    following = following.replace({"adapter.start": str(at_home / "own")})
+    assert origins(following) == [Origin(run="abc", source=source(before), private=False)]
     found = start_adapter(following.replace({"privacy.epsilon": float("inf")}), made)
     saved = AdapterState.open(own)
     assert all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("epsilon", [4.0, float("inf")])
+def test_a_released_adapter_is_known_where_an_institution_keeps_it(tiny_config, tmp_path, epsilon):
+    config = tiny_config(**{"privacy.noise": "secure"})
+    made = trainable.load(config, records.load(config).labels)
+    kept = tmp_path / "state" / "released" / "abc"
+    kept.mkdir(parents=True)
+    made.start.save(kept, made.model)
+    released.describe(
+        kept,
+        Release(run="abc", name="first", round=3, base=made.base.digest, adapter=made.start),
+        config.replace(
+            {
+                "data.source": "institutions",
+                "data.labels": list(made.labels),
+                "data.institutions": 4,
+                "privacy.epsilon": epsilon,
+            }
+        ).flat(),
+    )
+    following = config.replace({"adapter.start": str(kept)})
+    private = epsilon < float("inf")
+    assert origins(following) == [Origin(run="abc", source="institutions", private=private)]
+    if private:
+        start_adapter(following, made)
+        return
+    with pytest.raises(InputError, match=r"a run without DP \(first\) released"):
+        start_adapter(following, made)
+    start_adapter(following.replace({"privacy.epsilon": float("inf")}), made)
 
 
 def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
@@ -288,7 +327,7 @@ def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
     ledgers = tmp_path / "first" / "ledgers"
     made = trainable.load(first, records.load(first).labels)
     (tmp_path / "other").mkdir()
-    for elsewhere in ("", str(tmp_path / "other")):
+    for elsewhere in ("", str(tmp_path / "other"), str(tmp_path / "absent")):
         with pytest.raises(InputError, match=re.escape(f"set privacy.ledger to {ledgers}")):
             start_adapter(second.replace({"privacy.ledger": elsewhere}), made)
     same = second.replace({"privacy.ledger": str(ledgers)})

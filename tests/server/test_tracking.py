@@ -31,15 +31,29 @@ def test_a_tracker_that_fails_midway_is_left_alone(tiny_config, caplog):
         def add_scalar(self, *_):
             raise OSError("disk full")
 
+    class Client:
+        def __init__(self):
+            self.logged = []
+
+        def log_metric(self, run, name, value, *, step):
+            if step == 2:
+                raise OSError("no route")
+            self.logged.append(name)
+
     tracked = tracking.Tracking(tiny_config(), "run")
-    tracked._board = Board()
+    tracked._board, tracked._client = Board(), (client := Client())
     record = {"round": 1, "seconds": 1.0, "updates": 4, "aggregation_error": None}
     record |= {"epsilon_max": "inf", "institutions": {}, "metrics": {"accuracy": 0.5}}
     with caplog.at_level(logging.WARNING, "fedlora.server"):
         tracked.round(record)
-        tracked.round(record)
+        assert set(client.logged) == set(tracking.figures(record))  # the other one goes on
+        tracked.round(record | {"round": 2})
+        tracked.round(record | {"round": 3})
         tracked.end()
-    assert [r.message for r in caplog.records] == ["tracking stops after round 1: disk full"]
+    assert [r.message for r in caplog.records] == [
+        "TensorBoard gets nothing from round 1 on: disk full",
+        "MLflow gets nothing from round 2 on: no route",
+    ]
     assert tracking.figures(record) == {"seconds": 1.0, "updates": 4, "bytes": 0, "accuracy": 0.5}
 
 

@@ -3,13 +3,14 @@
 import json
 import math
 import time
-from types import SimpleNamespace
 
 import pytest
+from flwr.clientapp import ClientApp
 from rich.table import Table
 
 from fedlora.terminal import Terminal
 from simulation import progress
+from simulation.engines.inline import InlineGrid
 
 
 def record(number, accuracy=None):
@@ -77,7 +78,7 @@ def test_a_log_ends_with_the_figure_of_the_last_round_and_names_the_place_once(
 ) -> None:
     console, lines = log
     config, run_dir = tiny_config(), tmp_path / "run"
-    grid = SimpleNamespace(pushed_type="", pushed=4, answered=0)
+    grid = InlineGrid(ClientApp(), 4, {})
     run_dir.mkdir()
     with progress.progress(config, grid, console):
         time.sleep(0.4)  # no configuration yet: the run is not accepted
@@ -94,7 +95,7 @@ def test_a_log_ends_with_the_figure_of_the_last_round_and_names_the_place_once(
 
 def test_a_run_that_is_refused_names_no_place(tiny_config, log) -> None:
     console, lines = log
-    grid = SimpleNamespace(pushed_type="", pushed=4, answered=0)
+    grid = InlineGrid(ClientApp(), 4, {})
     with progress.progress(tiny_config(), grid, console):
         time.sleep(0.3)
     assert lines() == []
