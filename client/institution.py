@@ -7,6 +7,7 @@ spending (docs/threat-model.md).
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -302,7 +303,8 @@ class Institution:
                 fit; ``kept-part-unreadable``.
         """
         with processors.threads(self.config.engine.threads):
-            work, adapter = self._load(), self.released(order)
+            adapter = self.released(order)  # first: a deployed institution refuses there
+            work = self._load()
             adapter.load_into(work.model)
             if order.save:
                 adapter.save(self.directory / "adapter", work.model)
@@ -359,8 +361,13 @@ class Institution:
         """
         shard, alone = self._records(), None
         if self.simulated:
-            base = self._load().base
-            about = f"{base.digest} {base.dtype}"  # "auto" may be another dtype in another process
+            work = self._load()
+            base = work.base
+            # "auto" may be another dtype in another process, and other records may order the
+            # classes in another way
+            about = json.dumps(
+                [base.digest, base.dtype_name, records.encoding(self.config), *work.labels]
+            )
             alone = alone_models.place(self.config, about, self.name, shard)
         return Home(
             shard=shard,
@@ -502,7 +509,10 @@ class Institution:
         return records.load(self.config).train(self.index)
 
     def _load(self) -> trainable.Trainable:
-        return trainable.load(self.config, records.load(self.config).labels)
+        # A deployed institution's settings name the classes: most orders need no record yet.
+        given = self.config.data.labels
+        labels = records.load(self.config).labels if self.simulated else given
+        return trainable.load(self.config, labels)
 
     def _local_parts(self, run: str) -> LocalParts:
         return LocalParts(self.directory, run, self.config.fingerprint(*UNRELEASED))

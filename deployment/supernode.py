@@ -50,6 +50,7 @@ def main() -> None:
     """Run the SuperNode with Flower's arguments, until it ends in any way."""
     logs.keep_flower_to_one_line()
     flower_internals.use_supernode_sleep(Sleep())
+    flower_internals.hide_processing_time()
     threading.excepthook = _end_with_thread
     try:
         flower_supernode()

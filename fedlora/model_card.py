@@ -440,8 +440,9 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
     if spent:
         most = max(spent, key=lambda one: one["epsilon"])
         ledger = max(one["ledger_epsilon"] for one in spent)
+        claimed = ", as institutions report" * config.deployed
         lines += [
-            f"| largest epsilon of a ledger, all runs charged to it | {at_most(ledger)} |",
+            f"| largest epsilon of a ledger, all runs charged to it{claimed} | {at_most(ledger)} |",
         ]
         if (largest := ledger_alone(privacy)) is not None:
             collude = "the same if all others collude in runs with secure aggregation"

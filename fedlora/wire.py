@@ -5,9 +5,11 @@ Importing this module loads no torch: an engine starts its workers before torch 
 
 import contextlib
 import dataclasses
+import hmac
 import json
 import math
 import re
+import secrets
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -82,6 +84,9 @@ _PLAIN: dict[Any, str] = {
 _ADAPTER, _WORDS, _ORDER, _UPDATE = "adapter", "words", "order", "update"
 _PRIVACY, _METRICS, _REFUSED, _HELLO = "privacy", "metrics", "refused", "hello"
 _QUERY, _EVALUATION, _SECURE = "query", "evaluation", "secure"
+_NONCE = "nonce"
+"""In each record: a value that no other party knows beforehand (`_record`)."""
+_SECRET = secrets.token_bytes(32)
 _VERSION = "version"
 """In the first record of each message of the server: its version, whatever else the message has."""
 
@@ -92,7 +97,7 @@ def pack_adapter(state: "AdapterState") -> ArrayRecord:
     Flower stores and sends each array of a message as two objects, with a request for each. An
     adapter of some hundred tensors took longer to send than to train.
     """
-    data = _blob(state)
+    data = _blob(state, {_NONCE: secrets.token_hex(16)})
     return ArrayRecord({_ADAPTER: Array("uint8", (len(data),), _SAFETENSORS, data)})
 
 
@@ -147,16 +152,29 @@ def _state(blob: "bytes | mmap.mmap") -> "AdapterState":
 def _plain(package: Any, *skip: str) -> ConfigRecord:
     fields = [f.name for f in dataclasses.fields(package) if f.name not in skip]
     values = {name: getattr(package, name) for name in fields}
-    return ConfigRecord(
+    return _record(
         {k: list(typing.cast(Any, v)) if isinstance(v, tuple) else v for k, v in values.items()}
     )
+
+
+def _record(values: Mapping[str, Any]) -> ConfigRecord:
+    """A record with a nonce, the same for the same values in one process.
+
+    Flower keeps all parties' records in one store, under the hashes of their contents. Whoever
+    could tell a record beforehand could ask whether it is there, or claim its hash for another list
+    of parts, so that the store refuses the record itself.
+    """
+    known = hmac.digest(_SECRET, repr(sorted(values.items())).encode(), "sha256")
+    return ConfigRecord({**values, _NONCE: known.hex()[:32]})
 
 
 def _config(content: RecordDict, key: str) -> dict[str, Any]:
     record = content.config_records.get(key)
     if record is None:
         raise Refusal("malformed-message", f"the message has no {key!r} record")
-    return dict(typing.cast(dict[str, Any], record))
+    values = dict(typing.cast(dict[str, Any], record))
+    values.pop(_NONCE, None)
+    return values
 
 
 def check_version(content: RecordDict) -> None:
@@ -177,7 +195,7 @@ def check_version(content: RecordDict) -> None:
 
 
 def _versioned(values: Mapping[str, Any]) -> ConfigRecord:
-    return ConfigRecord({**values, _VERSION: fedlora.__version__})
+    return _record({**values, _VERSION: fedlora.__version__})
 
 
 def _asked(content: RecordDict, key: str) -> dict[str, Any]:
@@ -195,7 +213,9 @@ def pack_query(query: Query) -> RecordDict:
 def unpack_query(content: RecordDict) -> Query:
     """The `Query` in a message. Raises `Refusal` when it is not one."""
     _holds_only(content, _QUERY)
-    return _build(Query, _asked(content, _QUERY))
+    query = _build(Query, _asked(content, _QUERY))
+    _check_run(query.run)
+    return query
 
 
 def pack_hello(hello: Hello) -> RecordDict:
@@ -284,7 +304,7 @@ def unpack_release(content: RecordDict) -> Release:
 def pack_evaluation(evaluation: Evaluation) -> RecordDict:
     """An `Evaluation` as a reply."""
     values = {"institution": evaluation.institution, "metrics": json.dumps(evaluation.metrics)}
-    return RecordDict({_EVALUATION: ConfigRecord(typing.cast(Any, values))})
+    return RecordDict({_EVALUATION: _record(values)})
 
 
 def unpack_evaluation(content: RecordDict, rows: int = 0) -> Evaluation:
@@ -317,9 +337,10 @@ def pack_update(update: ClientUpdate) -> RecordDict:
     content = RecordDict(
         {
             _UPDATE: _plain(update, "adapter", "privacy", "metrics", "words"),
-            _METRICS: MetricRecord(dict(update.metrics)),
         }
     )
+    if update.metrics:
+        content[_METRICS] = MetricRecord(dict(update.metrics))
     if update.words is None:
         content[_ADAPTER] = pack_adapter(update.adapter)
     else:
@@ -355,7 +376,7 @@ def unpack_update(content: RecordDict) -> ClientUpdate:
 
 def pack_refusal(code: str) -> RecordDict:
     """A refusal: its code and nothing else."""
-    return RecordDict({_REFUSED: ConfigRecord({"code": code})})
+    return RecordDict({_REFUSED: _record({"code": code})})
 
 
 def _raise_refusal(content: RecordDict) -> None:
@@ -435,9 +456,15 @@ def _words(content: RecordDict) -> Int64:
 
 def _identified(order: _Order) -> _Order:
     """The order, if its run and round are safe in a file's name."""
-    if not re.fullmatch("[0-9A-Za-z]{1,64}", order.run) or order.round < 0:
-        raise Refusal("malformed-message", f"run {order.run!r}, round {order.round} name no round")
+    _check_run(order.run)
+    if order.round < 0:
+        raise Refusal("malformed-message", f"round {order.round} is no round")
     return order
+
+
+def _check_run(run: str) -> None:
+    if not re.fullmatch("[0-9A-Za-z]{1,64}", run):
+        raise Refusal("malformed-message", f"run {_quoted(run)} is no identity of a run")
 
 
 def _holds_only(content: RecordDict, *names: str) -> None:

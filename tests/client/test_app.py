@@ -236,9 +236,9 @@ def ask_banks(tiny_config, tmp_path):
         for index in range(len(federation.names) if config.privacy.enabled else 0):
             Institution.locate(config, index).open_ledger(create=True).close()
         calls = []
+        adapter = wire.pack_adapter(train_order(work).adapter)  # the server packs it once a round
         for bank, changes in orders:
-            order = train_order(work, **changes)
-            content = wire.pack_order(order, wire.pack_adapter(order.adapter))
+            content = wire.pack_order(train_order(work, **changes), adapter)
             context = Context(
                 run_id=1,
                 node_id=bank + 1,

@@ -80,6 +80,22 @@ def test_a_loop_of_flower_uses_nothing_of_time_but_the_sleep_that_is_replaced(
     assert set(re.findall(r"\btime\.\w+", inspect.getsource(module))) == {"time.sleep"}
 
 
+def test_a_supernode_states_no_time_of_its_messages(monkeypatch):
+    from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+
+    name = "get_message_processing_duration"
+    _restore(monkeypatch, InMemoryNodeState, name)
+    assert name in inspect.getsource(start_client_internal)
+    state = InMemoryNodeState(object_store=None)
+    monkeypatch.setattr(state, "_cleanup_old_message_times", lambda: None)  # of unknown messages
+    state.record_message_processing_start("m")
+    time.sleep(0.01)
+    state.record_message_processing_end("m")
+    assert state.get_message_processing_duration("m") > 0
+    flower_internals.hide_processing_time()
+    assert state.get_message_processing_duration("m") == 0
+
+
 def test_flwr_clientapp_uses_the_three_names_that_are_replaced(monkeypatch):
     names = ("install_from_fab", "get_project_dir", "get_load_client_app_fn")
     _restore(monkeypatch, run_clientapp, *names)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.app import Array, ArrayRecord
 
 from fedlora import wire
 from fedlora.adapters import AdapterState
@@ -17,6 +17,7 @@ from fedlora.messages import (
     EvaluateOrder,
     Evaluation,
     Hello,
+    Query,
     Release,
 )
 from tests.samples import privacy_spent, train_order
@@ -206,10 +207,30 @@ def test_a_record_is_an_adapter_and_nothing_else(spoil):
 def test_a_refusal_carries_its_code_and_nothing_else():
     content = wire.pack_refusal("budget-exhausted")
     assert list(content) == ["refused"]
-    assert content["refused"] == ConfigRecord({"code": "budget-exhausted"})
+    assert {**content["refused"], "nonce": ""} == {"code": "budget-exhausted", "nonce": ""}
     with pytest.raises(Refusal) as caught:
         wire.unpack_update(content)
     assert caught.value.code == "budget-exhausted"
+
+
+def test_nobody_else_can_tell_a_record_beforehand(monkeypatch):
+    update = dataclasses.replace(UPDATE, privacy=None, metrics={})
+
+    def made():
+        messages = (
+            wire.pack_query(Query(run="a1", first=True, participations=1)),
+            wire.pack_refusal("guard"),
+            wire.pack_update(update),
+        )
+        return [record for message in messages for record in message.config_records.values()]
+
+    here = made()
+    assert here == made()  # of one process equal messages are equal
+    assert not wire.pack_update(update).metric_records  # an empty one is the same for all
+    monkeypatch.setattr(wire, "_SECRET", bytes(32))
+    assert all(one != other for one, other in zip(here, made(), strict=True))
+    adapters = [wire.pack_adapter(STATE)["adapter"].data for _ in range(2)]
+    assert adapters[0] != adapters[1]
 
 
 def test_a_release_comes_back_and_its_name_is_a_run_s():

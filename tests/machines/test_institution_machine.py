@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import safetensors.torch
 import tomli_w
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
@@ -92,7 +93,7 @@ class Sent:
     def digest(self):
         """Everything that decides the release."""
         values = dataclasses.replace(self.order, adapter=None)
-        adapter = wire.pack_adapter(self.order.adapter)["adapter"].data
+        adapter = safetensors.torch.save(dict(self.order.adapter))
         return dataclasses.astuple(values), adapter, self.changes
 
 
@@ -416,7 +417,7 @@ class InstitutionMachine(RuleBasedStateMachine):
         assert _bytes(reply) == answer, "the same order got another answer"
 
     def _code(self, reply):
-        assert set(reply.keys()) == {"refused"} and set(reply["refused"]) == {"code"}
+        assert set(reply.keys()) == {"refused"} and set(reply["refused"]) == {"code", "nonce"}
         code = reply["refused"]["code"]
         assert REFUSED.fullmatch(code)
         return code
