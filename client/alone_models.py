@@ -55,7 +55,7 @@ def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
 
     Args:
         config: The run. Its keys `TOGETHER_ONLY` do not count.
-        base: The digest of the base model, and its dtype.
+        base: The digest of the base model, its dtype, the tokenizer and the classes in their order.
         name: The institution's name.
         shard: Its training records.
     """

@@ -11,7 +11,16 @@ from fedlora.config import ENGINE_ONLY, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, PRIVACY, finite, read_records, read_run_file
+from fedlora.run_files import (
+    CONFIG,
+    ENVIRONMENT,
+    PRIVACY,
+    commit,
+    finite,
+    read_records,
+    read_run_file,
+    void,
+)
 from server.privacy_statement import with_earlier_runs
 
 TITLE = "Runs compared"
@@ -75,6 +84,17 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     if any(seeded):
         words = "from a seed, so epsilon protects nobody"
         figures_of["noise"] = [words if one else "" for one in seeded]
+    about = [read_run_file(run, ENVIRONMENT) for run in runs]
+    for name, values in {
+        "void, because": ["; ".join(void(result)) for result in loaded],
+        "held-out rows": [result.get("n") for result in loaded],
+        "commit": [commit(one) for one in about],
+        "code": [one.get("code", "")[:12] for one in about],
+        "base model": [result["base"]["digest"][:12] for result in loaded],
+        "dtype": [result["base"]["dtype"] for result in loaded],
+    }.items():
+        if len(set(values)) > 1 or (name.startswith("void") and any(values)):
+            figures_of[name] = values
     figures_of["rounds"] = [result["rounds"] for result in loaded]
     figures_of["seconds"] = [result["seconds"] for result in loaded]
     figures_of["bytes"] = [results.bytes_moved(lines) for lines in records]

@@ -5,6 +5,7 @@ from typing import Any
 
 from experiments.pages import Section
 from experiments.results import CONFIDENCE
+from fedlora.joining_verdict import MIN_CLASS_TEXTS
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -112,7 +113,8 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
         "of models trained alone by more than the 95 % interval over seeds, and costs where they "
         "are behind by more than that."
     )
-    both = [line for line in each if line["gain_macro_f1_ci95"] is not None]
+    intervals = [line for line in each if line["gain_macro_f1_ci95"] is not None]
+    both = [line for line in intervals if not line["classes_with_few_texts"]]
     pays, costs = _clear(both, "gain_macro_f1")
     ends = [choose(each, key=lambda line: line["gain"]) for choose in (max, min)]
     words = [
@@ -126,7 +128,14 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     words.append(
         f"These are gains in accuracy. In macro-F1, which counts each class alike, joining pays in "
         f"{pays} of {len(both)} settings and costs in {costs}."
+        if both
+        else "These are gains in accuracy."
     )
+    if rare := len(intervals) - len(both):
+        words[-1] += (
+            f" Of the settings {rare} have a class with fewer than {MIN_CLASS_TEXTS} different "
+            "held-out texts in some split, so that macro-F1 cannot tell there."
+        )
     words.append(
         "Where joining makes no difference, chance still counts at most about one setting in forty "
         "as paying and as many as costing; several at once, because settings share records, and "

@@ -30,7 +30,7 @@ COLUMNS = (
 JOINING = ("alone", "shared", "own", "gain", "gain_macro_f1")
 JOINING_HEADS = ("alone, %", "shared, %", "own, %", "gain of joining", "gain in macro-F1")
 JOINING_COLUMNS = (*(f"{key}{end}" for key in JOINING for end in ("", "_ci95")),
-                   "institutions", "records", "not_compared")  # fmt: skip
+                   "institutions", "records", "not_compared", "classes_with_few_texts")  # fmt: skip
 """Further columns where institutions trained at home."""
 ALL = "(all)"
 """The institution's name in lines on the held-out rows of all institutions together.
@@ -267,6 +267,11 @@ def _joining(
         statistics.fmean(found["population"] for found in runs) if everyone else None
     )
     line["not_compared"] = sum(found["not_compared"] for found in runs) if everyone else None
+    line["classes_with_few_texts"] = (
+        max(joining["gain_macro_f1"]["classes_with_few_texts"] for joining in compared)
+        if everyone
+        else None
+    )
     held = [
         of["records"] for one in by_seed for name, of in one.items() if institution in (ALL, name)
     ]

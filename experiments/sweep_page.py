@@ -1,5 +1,6 @@
 """The page on a sweep: the cost of privacy, and each institution's gain."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,14 @@ def of(out: Path) -> Page:
             _dp([config.privacy for config in configs.values()]),
             Section(
                 title="What was compared",
-                words=_words(arms, axes, seeds, missing, generated=generated),
+                words=_words(
+                    arms,
+                    axes,
+                    seeds,
+                    missing,
+                    generated=generated,
+                    as_many_steps=_as_many_steps(about, configs),
+                ),
             ),
         ],
         tiles={} if data_sets else _tiles(pooled),
@@ -109,16 +117,19 @@ def _words(
     missing: int,
     *,
     generated: bool,
+    as_many_steps: bool,
 ) -> list[str]:
     """Describe the comparison; where answers are generated, arms answer other held-out rows."""
     varied = f" Varied: {', '.join(axes)}." if axes else ""
     many = f"{len(seeds)} seeds" if len(seeds) != 1 else "one seed, so there are no intervals"
     words = [
         f"Compared, at each setting,{'' if generated else ' on the same held-out rows,'} with the "
-        "same split and the same number of steps: "
+        f"same split{' and the same number of steps' if as_many_steps else ''}: "
         + "; ".join(ARM_MEANINGS[arm] for arm in arms)
         + f".{varied} Each case with {many}."
     ]
+    if not as_many_steps:
+        words.append("At one setting arms took different numbers of steps, by their own [set.ARM].")
     if missing:
         verb = "case is not complete and is" if missing == 1 else "cases are not complete and are"
         words.append(f"{missing} {verb} left out.")
@@ -360,6 +371,17 @@ def _configs(about: Mapping[str, Any], out: Path) -> dict[str, RunConfig]:
     return {name: load(path / CONFIG) for name, path in found.items() if is_complete(path)}
 
 
+def _as_many_steps(about: Mapping[str, Any], configs: Mapping[str, RunConfig]) -> bool:
+    """Whether all arms that train take as many steps at each setting."""
+    steps: dict[str, set[int]] = {}
+    for case in about["cases"]:
+        point = json.dumps([case["axes"], case["seed"]], sort_keys=True)
+        for config in (configs[cell] for cell in case["cells"].values() if cell in configs):
+            if taken := config.federation.rounds * config.training.local_steps:
+                steps.setdefault(point, set()).add(taken)
+    return all(len(found) == 1 for found in steps.values())
+
+
 def _data_sets(
     axes: Sequence[str], about: Mapping[str, Any], configs: Mapping[str, RunConfig]
 ) -> list[str]:
@@ -432,12 +454,17 @@ def _environment(cells: Sequence[Path]) -> list[Section]:
     found = [read_run_file(path, ENVIRONMENT) for path in cells]
     shas = sorted({commit(one) or "unknown" for one in found})
     section = environment(found[-1])
+    words: list[str] = []
     if len(shas) > 1:
-        return [
-            Section(
-                title=section.title,
-                words=[f"Cells ran at {len(shas)} commits: {', '.join(shas)}. Shown is the last."],
-                tables=section.tables,
-            )
-        ]
-    return [section]
+        words.append(f"Cells ran at {len(shas)} commits: {', '.join(shas)}.")
+    for name in ("processor", "python"):
+        if len(others := sorted({str(one[name]) for one in found})) > 1:
+            words.append(f"They differ in {name}: {', '.join(others)}.")
+    for package in dict.fromkeys(name for one in found for name in one["versions"]):
+        if len(others := sorted({str(one["versions"].get(package)) for one in found})) > 1:
+            words.append(f"They differ in {package}: {', '.join(others)}.")
+    if len(others := sorted({read_run_file(path)["base"]["dtype"] for path in cells})) > 1:
+        words.append(f"They differ in the base model's numbers: {', '.join(others)}.")
+    if words:
+        words.append("Shown is the last.")
+    return [Section(title=section.title, words=words, tables=section.tables)]

@@ -63,6 +63,7 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
         folder = origin.run_dir / "adapter"
     _check_promises(config)
     _check_recorded(config)
+    _check_split(config)
     residuals = config.federation.traits.residuals
     try:
         loaded = open_for(folder, work.start, residuals=residuals)
@@ -236,6 +237,28 @@ def _check_recorded(config: RunConfig) -> None:
                     f"{same}: what that reveals of these records would be in no figure of this "
                     "run; start from another adapter"
                 )
+
+
+def _check_split(config: RunConfig) -> None:
+    """Check that no run which this one follows trained on the rows that this one holds out.
+
+    Raises:
+        InputError: If one had the same records and other held-out rows.
+    """
+    if config.deployed:  # each institution holds its own rows out
+        return
+    now = config.flat()
+    keys = ("data.test-source", "data.text", "data.label", "data.test-fraction", "seed")
+    for earlier, _ in _lineage(config):
+        before = earlier.flat()
+        decide = keys[:2] if now["data.test-source"] else keys
+        other = next((key for key in decide if before[key] != now[key]), "")
+        if other and _same_records(earlier.data.source, config.data.source):
+            raise InputError(
+                f"adapter.start is {config.adapter.start}, which was trained on these records by "
+                f"another split ({other} {before[other]!r}, here {now[other]!r}): it knows some of "
+                f"the rows that this run holds out; give the {other} of that run"
+            )
 
 
 def _check_promises(config: RunConfig) -> None:

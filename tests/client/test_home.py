@@ -220,6 +220,23 @@ def test_whatever_makes_another_model_alone_has_another_file(banks, tmp_path, mo
     assert place(**{"adapter.start": str(tmp_path)}) is None
 
 
+def test_other_tokens_and_another_order_of_classes_make_another_model_alone(
+    banks, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(alone_models.DIRECTORY, str(tmp_path))
+    institutions, order, work, _ = banks()
+    one = institutions[0]
+    files = {one.home(order.adapter).alone, one.home(order.adapter).alone}
+    assert len(files) == 1 and None not in files
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "encoding", lambda _: "another tokenizer")
+        files.add(one.home(order.adapter).alone)
+    other = dataclasses.replace(work, labels=work.labels[::-1])
+    monkeypatch.setattr(Institution, "_load", lambda _: other)
+    files.add(one.home(order.adapter).alone)
+    assert len(files) == 3
+
+
 def test_a_model_alone_that_cannot_be_kept_costs_nothing_else(banks, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv(alone_models.DIRECTORY, str(tmp_path / "file" / "below"))

@@ -41,6 +41,24 @@ def test_only_what_differs_is_compared(two_runs, tmp_path):
     assert "adapter.rank" in shown.stdout and "large" in shown.stdout
 
 
+def test_other_rows_code_and_void_results_are_told(two_runs, tmp_path):
+    command = ["compare", *two_runs, "--out", str(tmp_path / "page.html"), "--json"]
+    told = {"void, because", "held-out rows", "commit", "code", "base model", "dtype"}
+    assert not told & json.loads(runner.invoke(app, command).stdout)["results"].keys()
+    result, about = (Path(two_runs[1]) / name for name in ("result.json", "environment.json"))
+    changed = json.loads(result.read_text())
+    changed["n"] += 1
+    changed["base"]["dtype"] = "float16"
+    changed["findings"] = [{"name": "labels", "text": "two classes are one", "voids": True}]
+    result.write_text(json.dumps(changed))
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"code": "f" * 64}))
+    found = json.loads(runner.invoke(app, command).stdout)["results"]
+    assert found["void, because"] == ["", "two classes are one"]
+    assert found["held-out rows"] == [changed["n"] - 1, changed["n"]]
+    assert found["code"][1] == "f" * 12 and found["dtype"][1] == "float16"
+    assert not {"commit", "base model"} & found.keys()
+
+
 def test_the_gain_of_joining_is_compared_where_all_runs_have_it(two_runs, tmp_path):
     page = tmp_path / "page.html"
     command = ["compare", *two_runs, "--out", str(page), "--json"]

@@ -557,7 +557,10 @@ def test_a_gain_in_exact_matches_is_not_one_against_an_accuracy(tmp_path):
     assert [x["accuracy"] for x in lines] == [0.4, 0.5]
     assert lines[1]["gain_over_local"] == pytest.approx(0.1)
     for generated in (True, False):
-        words = sweep_page._words(["local"], [], [1], 0, generated=generated)
+        words = sweep_page._words(
+            ["local"], [], [1], 0, generated=generated, as_many_steps=not generated
+        )
+        assert ("the same number of steps" in words[0]) == (not generated)
         assert ("on the same held-out rows" in words[0]) != generated
 
 
@@ -651,6 +654,8 @@ def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path
     pooled = results.summary(joined_sweep(tmp_path / "sweep"))
     pooled = [x for x in pooled if x["institution"] == results.ALL]
     values = [(0.05, 0.04), (0.03, 0.04), (0.02, 0.03), (-0.04, 0.03)]
+    assert pooled[0]["classes_with_few_texts"] == 1
+    pooled[0]["classes_with_few_texts"] = 0
     lines = [pooled[0] | {"seeds": 3, "gain": g, "gain_ci95": half} for g, half in values]
     free = lines[0] | {"arm": "federated", "gain": 0.09, "gain_ci95": 0.01}
     found = conclusion.of([*lines, free], ["holdings"])
@@ -675,6 +680,9 @@ def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path
     both = [x | {"gain_macro_f1": g, "gain_macro_f1_ci95": half} for x, (g, half) in lines_and_rare]
     said = " ".join(conclusion.of(both, ["holdings"]).words)
     assert "each class alike, joining pays in 1 of 5 settings and costs in 2." in said
+    both[0]["classes_with_few_texts"] = both[2]["classes_with_few_texts"] = 1
+    said = " ".join(conclusion.of(both, ["holdings"]).words)
+    assert "joining pays in 0 of 3 settings and costs in 1. Of the settings 2 have a class" in said
     assert conclusion.of(lines[3:], ["holdings"]).bad
     assert conclusion.of(lines[2:3], ["holdings"]).caution
     assert "Too few seeds" in " ".join(conclusion.of([lines[0] | {"seeds": 2}], []).words)

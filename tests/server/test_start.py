@@ -278,6 +278,23 @@ def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
     assert all(torch.equal(found[name], saved[name]) for name in saved)
 
 
+def test_a_start_that_knows_rows_which_are_held_out_now_is_refused(
+    tiny_config, simulate_run, tmp_path
+):
+    plain = {"privacy.epsilon": float("inf"), "federation.rounds": 1}
+    first = tiny_config(**plain, **{"run-dir": str(tmp_path / "first")})
+    simulate_run(first)
+    (tmp_path / "first" / "config.toml").write_text(first.to_toml())
+    made = trainable.load(first, records.load(first).labels)
+    following = first.replace({"adapter.start": str(tmp_path / "first")})
+    start_adapter(following, made)
+    for key, value in (("seed", 9), ("data.test-fraction", 0.4)):
+        with pytest.raises(InputError, match=f"another split \\({key} "):
+            start_adapter(following.replace({key: value}), made)
+    elsewhere = following.replace({"data.source": "package:edgartools", "seed": 9})
+    start_adapter(elsewhere, made)
+
+
 @pytest.mark.parametrize("epsilon", [4.0, float("inf")])
 def test_a_released_adapter_is_known_where_an_institution_keeps_it(tiny_config, tmp_path, epsilon):
     config = tiny_config(**{"privacy.noise": "secure"})
