@@ -172,8 +172,9 @@ def measure(case: Case, measured: Measured) -> None:
     """All figures of one model; fedlora's copy of it is dropped before a rival loads its own."""
     options = ["--model", case.path, "--quantization", case.quantization]
     options += ["--rows", str(case.rows), "--tokens", str(case.tokens)]
-    options += ["--physical-batch", str(case.rows), "--device", measured.device]
+    options += ["--physical-batch", str(case.rows)]
     arguments = dp_step.parser().parse_args(options)
+    arguments.device = measured.device
     _ours(case, measured, arguments)
     rivals = {"peft": "plain PEFT, float32", "opacus": "Opacus' hooks, float32"}
     for rival, name in rivals.items() if case.hooks else [("peft", rivals["peft"])]:

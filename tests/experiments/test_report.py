@@ -94,6 +94,7 @@ def made_up_sweep(tmp_path, tiny_config, run_directory):
                     own = {bank: value + draw.gauss(0, 0.03) for bank in BANKS}
                     result = {"accuracy": value, "macro_f1": value - 0.05, "seconds": 90.0}
                     result |= {"institutions": own, "epsilon_max": axes["privacy.epsilon"]}
+                    result["base"] = {"dtype": "float32"}
                     (folder / "result.json").write_text(json.dumps(result))
                     config = tiny_config(
                         **{"privacy.epsilon": epsilon, "privacy.noise": "secure", "seed": seed}
@@ -707,6 +708,25 @@ def test_what_an_attack_shows_if_all_others_collude_stands_beside_its_own_promis
     assert "0.3 shown by attacks: epsilon at least" in text
     assert "13.4 promised if all others collude 3.2 shown by attacks if they do" in text
     assert "show epsilon 0.3 at least" in shown(out / "run")
+
+
+def test_a_sweep_says_in_what_its_cells_differ(made_up_sweep):
+    assert "They differ in" not in shown(made_up_sweep)
+    cell = next((made_up_sweep / "cells").iterdir())
+    about, result = (
+        json.loads((cell / name).read_text()) for name in ("environment.json", "result.json")
+    )
+    torch_before = about["versions"]["torch"]
+    about["versions"]["torch"], about["processor"] = "9.9", "another one"
+    result["base"]["dtype"] = "bfloat16"
+    (cell / "environment.json").write_text(json.dumps(about))
+    (cell / "result.json").write_text(json.dumps(result))
+    text = shown(made_up_sweep)
+    assert (
+        f"They differ in torch: {torch_before}, 9.9." in text
+        and "They differ in processor: " in text
+    )
+    assert "They differ in the base model's numbers: bfloat16, float32." in text
 
 
 def test_a_sweep_begins_with_its_conclusion(made_up_sweep):
