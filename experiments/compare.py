@@ -91,7 +91,7 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         "commit": [commit(one) for one in about],
         "code": [one.get("code", "")[:12] for one in about],
         "base model": [result["base"]["digest"][:12] for result in loaded],
-        "dtype": [result["base"]["dtype"] for result in loaded],
+        "dtype": [result["base"].get("dtype", "") for result in loaded],
     }.items():
         if len(set(values)) > 1 or (name.startswith("void") and any(values)):
             figures_of[name] = values

@@ -133,7 +133,7 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     )
     if rare := len(intervals) - len(both):
         words[-1] += (
-            f" Of the settings {rare} have a class with fewer than {MIN_CLASS_TEXTS} different "
+            f" In {rare} of the settings a class has fewer than {MIN_CLASS_TEXTS} different "
             "held-out texts in some split, so that macro-F1 cannot tell there."
         )
     words.append(

@@ -158,7 +158,8 @@ def summary(out: Path) -> list[dict[str, Any]]:
         setting with the same runs, if several settings share them. Where institutions trained at
         home, ``alone``, ``shared``, ``own`` (accuracies), ``gain`` (own minus alone) and
         ``gain_macro_f1`` (the same of macro-F1, on all rows only) follow, with the number of
-        institutions of a run, the mean number of training records of those compared, and the
+        institutions of a run, the most classes of a run with too few held-out texts
+        (``classes_with_few_texts``), the mean number of training records of those compared, and the
         number of institutions of all seeds whose models could not be compared.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
@@ -268,7 +269,8 @@ def _joining(
     )
     line["not_compared"] = sum(found["not_compared"] for found in runs) if everyone else None
     line["classes_with_few_texts"] = (
-        max(joining["gain_macro_f1"]["classes_with_few_texts"] for joining in compared)
+        # runs of earlier versions did not count them
+        max(joining["gain_macro_f1"].get("classes_with_few_texts", 0) for joining in compared)
         if everyone
         else None
     )

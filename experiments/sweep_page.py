@@ -463,7 +463,14 @@ def _environment(cells: Sequence[Path]) -> list[Section]:
     for package in dict.fromkeys(name for one in found for name in one["versions"]):
         if len(others := sorted({str(one["versions"].get(package)) for one in found})) > 1:
             words.append(f"They differ in {package}: {', '.join(others)}.")
-    if len(others := sorted({read_run_file(path)["base"]["dtype"] for path in cells})) > 1:
+    if (
+        len(
+            others := sorted(
+                {read_run_file(path)["base"].get("dtype", "unknown") for path in cells}
+            )
+        )
+        > 1
+    ):
         words.append(f"They differ in the base model's numbers: {', '.join(others)}.")
     if words:
         words.append("Shown is the last.")

@@ -5,7 +5,6 @@ Importing this module loads no torch: an engine starts its workers before torch 
 
 import contextlib
 import dataclasses
-import hmac
 import json
 import math
 import re
@@ -86,7 +85,6 @@ _PRIVACY, _METRICS, _REFUSED, _HELLO = "privacy", "metrics", "refused", "hello"
 _QUERY, _EVALUATION, _SECURE = "query", "evaluation", "secure"
 _NONCE = "nonce"
 """In each record: a value that no other party knows beforehand (`_record`)."""
-_SECRET = secrets.token_bytes(32)
 _VERSION = "version"
 """In the first record of each message of the server: its version, whatever else the message has."""
 
@@ -158,14 +156,14 @@ def _plain(package: Any, *skip: str) -> ConfigRecord:
 
 
 def _record(values: Mapping[str, Any]) -> ConfigRecord:
-    """A record with a nonce, the same for the same values in one process.
+    """A record with a nonce.
 
     Flower keeps all parties' records in one store, under the hashes of their contents. Whoever
     could tell a record beforehand could ask whether it is there, or claim its hash for another list
-    of parts, so that the store refuses the record itself.
+    of parts, so that the store refuses the record itself. `pack_adapter` has a nonce too; the later
+    pieces of an adapter above 5 MB, in which Flower divides it, have none.
     """
-    known = hmac.digest(_SECRET, repr(sorted(values.items())).encode(), "sha256")
-    return ConfigRecord({**values, _NONCE: known.hex()[:32]})
+    return ConfigRecord({**values, _NONCE: secrets.token_hex(16)})
 
 
 def _config(content: RecordDict, key: str) -> dict[str, Any]:

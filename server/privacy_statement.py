@@ -49,9 +49,9 @@ BY_SIZE_CLASS = "a power of ten below 1 / size class"
 """``delta`` of an institution whose size class nobody reported."""
 STARTED = (
     " The run started from an earlier adapter (adapter.start): what that one reveals of the same "
-    'records adds to this. "ledger_epsilon" of an institution, in a deployment by its own report, '
-    'is the bound for all runs on its ledger; "ledger_epsilon_alone" is that bound if, in runs '
-    "with secure aggregation, all other institutions collude."
+    'records adds to this. "ledger_epsilon" of an institution is the bound for all runs on its '
+    'ledger; "ledger_epsilon_alone" is that bound if, in runs with secure aggregation, all other '
+    "institutions collude."
 )
 CLASSES_READ = (
     " The list of classes is taken for public: data.labels is empty, so it was read from the "

@@ -247,17 +247,25 @@ def _check_split(config: RunConfig) -> None:
     """
     if config.deployed:  # each institution holds its own rows out
         return
-    now = config.flat()
-    keys = ("data.test-source", "data.text", "data.label", "data.test-fraction", "seed")
+    start, now = f"adapter.start is {config.adapter.start}", config.flat()
+    apart = config.data.test_source
+    keys = ("data.test-source", "data.text")
+    if not apart:
+        keys += ("data.label", "data.test-fraction", "seed")
     for earlier, _ in _lineage(config):
-        before = earlier.flat()
-        decide = keys[:2] if now["data.test-source"] else keys
-        other = next((key for key in decide if before[key] != now[key]), "")
-        if other and _same_records(earlier.data.source, config.data.source):
+        if apart and _one_file(earlier.data.source, apart):
             raise InputError(
-                f"adapter.start is {config.adapter.start}, which was trained on these records by "
-                f"another split ({other} {before[other]!r}, here {now[other]!r}): it knows some of "
-                f"the rows that this run holds out; give the {other} of that run"
+                f"{start}, which was trained on data.test-source {apart}; measure on other rows"
+            )
+        before = earlier.flat()
+        other = next((key for key in keys if before[key] != now[key]), "")
+        if not apart and bool(before["data.labels"]) != bool(now["data.labels"]):
+            other = other or "data.labels"  # a list of classes lets a class's only text be held out
+        if other and _one_file(earlier.data.source, config.data.source):
+            raise InputError(
+                f"{start}, which was trained on these records by another split ({other} "
+                f"{before[other]!r}, here {now[other]!r}): it knows some of the rows that this run "
+                f"holds out; give the {other} of that run"
             )
 
 
@@ -268,14 +276,15 @@ def _check_promises(config: RunConfig) -> None:
         InputError: Naming the start and the remedy.
     """
     start, privacy = f"adapter.start is {config.adapter.start}", config.privacy
-    handed_out = _handed_out(config.adapter.start)
-    promised = handed_out is None or from_flat(handed_out.config).privacy.promises
-    if handed_out and not promised and (privacy.promises or privacy.hides_institutions):
-        raise InputError(
-            f"{start}, which a run without DP ({handed_out.name}) released: it may reveal records "
-            "that this run promises to protect; start from the adapter of a run under DP, or of "
-            "one on public records"
-        )
+    starts = [config.adapter.start, *(one.adapter.start for one, _ in _lineage(config))]
+    for handed_out in filter(None, map(_handed_out, starts)):
+        promised = from_flat(handed_out.config).privacy.promises
+        if privacy.hides_institutions or (privacy.promises and not promised):
+            raise InputError(
+                f"{start}, and the run {handed_out.name} released what it goes back to: that may "
+                "reveal records that this run promises to protect, and is in no figure of it; "
+                "start from an adapter of public records"
+            )
     for earlier, origin in _lineage(config):
         if is_audited(origin.run_dir):
             raise InputError(
@@ -365,6 +374,13 @@ def _spenders(run_dir: Path) -> list[str]:
     """The institutions that spent in a run, or may have."""
     said = read_run_file(run_dir, PRIVACY)
     return [*said["institutions"], *said.get("without_report", ())]
+
+
+def _one_file(one: str, other: str) -> bool:
+    """Whether two sources have a file in common. Nobody knows it of tables in memory."""
+    if tables.MEMORY in (one[: len(tables.MEMORY)], other[: len(tables.MEMORY)]):
+        return False
+    return one == other or bool(_contents(one) & _contents(other))
 
 
 def _same_records(one: str, other: str) -> str:

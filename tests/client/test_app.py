@@ -236,9 +236,11 @@ def ask_banks(tiny_config, tmp_path):
         for index in range(len(federation.names) if config.privacy.enabled else 0):
             Institution.locate(config, index).open_ledger(create=True).close()
         calls = []
-        adapter = wire.pack_adapter(train_order(work).adapter)  # the server packs it once a round
+        adapter = wire.pack_adapter(train_order(work).adapter)
+        packed = {}  # the server packs an order once a round
         for bank, changes in orders:
-            content = wire.pack_order(train_order(work, **changes), adapter)
+            order = train_order(work, **changes)
+            content = packed.setdefault(repr(changes), wire.pack_order(order, adapter))
             context = Context(
                 run_id=1,
                 node_id=bank + 1,

@@ -682,7 +682,7 @@ def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path
     assert "each class alike, joining pays in 1 of 5 settings and costs in 2." in said
     both[0]["classes_with_few_texts"] = both[2]["classes_with_few_texts"] = 1
     said = " ".join(conclusion.of(both, ["holdings"]).words)
-    assert "joining pays in 0 of 3 settings and costs in 1. Of the settings 2 have a class" in said
+    assert "joining pays in 0 of 3 settings and costs in 1. In 2 of the settings a class" in said
     assert conclusion.of(lines[3:], ["holdings"]).bad
     assert conclusion.of(lines[2:3], ["holdings"]).caution
     assert "Too few seeds" in " ".join(conclusion.of([lines[0] | {"seeds": 2}], []).words)

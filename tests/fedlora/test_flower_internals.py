@@ -15,7 +15,11 @@ from flwr.common.serde import message_to_proto
 from flwr.supercore import sql_mixin
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TaskType
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_children_ids_from_object_content,
+    get_object_tree,
+)
 from flwr.supercore.run import Run
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.plugin import AutoExecPlugin
@@ -346,6 +350,40 @@ def test_a_node_cannot_hold_up_the_others_by_one_object_after_the_other(
     runtime.PullObject = each_late
     (bad,) = grid.pull_messages(["1"])
     assert bad.has_error() and 2 <= len(first) < 5 and not runtime.confirmed
+
+
+def test_a_piece_under_many_numbers_is_pulled_once(identity, streaming):
+    sent, runtime, grid = _replies(identity, b"abcdabcdabcdabcd")
+    key, asked, honest = _only_array(sent[0]).object_id, [], runtime.PullObject
+    kept = runtime.objects[key]
+    ids = get_object_children_ids_from_object_content(kept)
+    assert len(ids) == 1  # Flower names equal pieces once; a stranger's array may repeat the id
+    head, body = kept.split(b"\0", 1)
+    spoilt = head.replace(ids[0].encode(), b",".join([ids[0].encode()] * 50)) + b"\0" + body
+    runtime.objects[key] = spoilt.replace(b"[0, 0, 0, 0]", str(list(range(50))).encode())
+
+    def counted(request):
+        asked.append(request.object_id)
+        return honest(request)
+
+    runtime.PullObject = counted
+    (message,) = grid.pull_messages(["1"])
+    assert bytes(_only_array(message).data) == b"abcd" * 50 and asked.count(ids[0]) == 1
+
+
+def test_a_reply_whose_parts_arrive_slowly_ends_at_its_deadline(identity, streaming):
+    flower_internals.stream_replies(10_000, 0.3)  # the bounds only
+    _, runtime, grid = _replies(identity, bytes(range(200)))
+    honest, asked = runtime.PullObject, []
+
+    def slow(request):
+        asked.append(request.object_id)
+        time.sleep(0.1)
+        return honest(request)
+
+    runtime.PullObject = slow
+    (bad,) = grid.pull_messages(["1"])
+    assert bad.has_error() and len(asked) < 10 and not runtime.confirmed
 
 
 def test_a_superlink_that_does_not_answer_is_no_fault_of_a_reply(identity, streaming):

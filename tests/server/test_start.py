@@ -293,6 +293,15 @@ def test_a_start_that_knows_rows_which_are_held_out_now_is_refused(
             start_adapter(following.replace({key: value}), made)
     elsewhere = following.replace({"data.source": "package:edgartools", "seed": 9})
     start_adapter(elsewhere, made)
+    measured = elsewhere.replace({"data.test-source": first.data.source})
+    with pytest.raises(InputError, match=r"was trained on data\.test-source"):
+        start_adapter(measured, made)
+    apart = first.replace({"data.test-source": "package:edgartools"})
+    (tmp_path / "first" / "config.toml").write_text(apart.to_toml())
+    following = apart.replace({"adapter.start": str(tmp_path / "first"), "seed": 9})
+    start_adapter(following, made)  # a source of its own decides, not the seed
+    with pytest.raises(InputError, match=r"another split \(data.text "):
+        start_adapter(following.replace({"data.text": "other"}), made)
 
 
 @pytest.mark.parametrize("epsilon", [4.0, float("inf")])
@@ -320,7 +329,7 @@ def test_a_released_adapter_is_known_where_an_institution_keeps_it(tiny_config, 
     if private:
         start_adapter(following, made)
         return
-    with pytest.raises(InputError, match=r"a run without DP \(first\) released"):
+    with pytest.raises(InputError, match="the run first released what it goes back to"):
         start_adapter(following, made)
     start_adapter(following.replace({"privacy.epsilon": float("inf")}), made)
 
