@@ -23,6 +23,7 @@ import safetensors
 import safetensors.torch
 
 from client.home_models import Setting
+from fedlora import records
 from fedlora.adapters import AdapterState
 from fedlora.config import TOGETHER_ONLY, RunConfig
 from fedlora.files import write_atomic
@@ -55,14 +56,15 @@ def place(config: RunConfig, base: str, name: str, shard: Shard) -> Path | None:
 
     Args:
         config: The run. Its keys `TOGETHER_ONLY` do not count.
-        base: The digest of the base model, its dtype, the tokenizer and the classes in their order.
+        base: The digest of the base model, its dtype and the classes in their order.
         name: The institution's name.
         shard: Its training records.
     """
     directory = os.environ.get(DIRECTORY)
     if not directory or config.adapter.start:  # a path says nothing of what is there
         return None
-    inputs = (config.fingerprint(*TOGETHER_ONLY), base, name, shard.fingerprint)
+    tokens = records.encoding(config)
+    inputs = (config.fingerprint(*TOGETHER_ONLY), base, tokens, name, shard.fingerprint)
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     return Path(directory) / f"{digest}.safetensors"
 

@@ -365,9 +365,7 @@ class Institution:
             base = work.base
             # "auto" may be another dtype in another process, and other records may order the
             # classes in another way
-            about = json.dumps(
-                [base.digest, base.dtype_name, records.encoding(self.config), *work.labels]
-            )
+            about = json.dumps([base.digest, base.dtype_name, *work.labels])
             alone = alone_models.place(self.config, about, self.name, shard)
         return Home(
             shard=shard,

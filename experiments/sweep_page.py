@@ -457,21 +457,16 @@ def _environment(cells: Sequence[Path]) -> list[Section]:
     words: list[str] = []
     if len(shas) > 1:
         words.append(f"Cells ran at {len(shas)} commits: {', '.join(shas)}.")
-    for name in ("processor", "python"):
-        if len(others := sorted({str(one[name]) for one in found})) > 1:
+    packages = dict.fromkeys(name for one in found for name in one["versions"])
+    dtypes = [read_run_file(path)["base"].get("dtype", "unknown") for path in cells]
+    of_cells: dict[str, list[Any]] = {
+        **{name: [one[name] for one in found] for name in ("processor", "python")},
+        **{name: [one["versions"].get(name) for one in found] for name in packages},
+        "the base model's numbers": dtypes,
+    }
+    for name, values in of_cells.items():
+        if len(others := sorted(set(map(str, values)))) > 1:
             words.append(f"They differ in {name}: {', '.join(others)}.")
-    for package in dict.fromkeys(name for one in found for name in one["versions"]):
-        if len(others := sorted({str(one["versions"].get(package)) for one in found})) > 1:
-            words.append(f"They differ in {package}: {', '.join(others)}.")
-    if (
-        len(
-            others := sorted(
-                {read_run_file(path)["base"].get("dtype", "unknown") for path in cells}
-            )
-        )
-        > 1
-    ):
-        words.append(f"They differ in the base model's numbers: {', '.join(others)}.")
     if words:
         words.append("Shown is the last.")
     return [Section(title=section.title, words=words, tables=section.tables)]

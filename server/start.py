@@ -170,7 +170,8 @@ def origins(config: RunConfig) -> list[Origin]:
     if start and not expanded(start).exists():
         found.append(Origin(run=UNKNOWN, source=Path(start).name, private=False))
     if (one := _handed_out(start)) is not None:
-        private = is_private(from_flat(one.config)) and from_flat(one.config).privacy.promises
+        followed = from_flat(one.config)
+        private = is_private(followed) and followed.privacy.promises
         found.append(Origin(run=one.run, source=INSTITUTIONS, private=private))
     for earlier, origin in _lineage(config):
         complete = is_complete(origin.run_dir)
@@ -378,9 +379,8 @@ def _spenders(run_dir: Path) -> list[str]:
 
 def _one_file(one: str, other: str) -> bool:
     """Whether two sources have a file in common. Nobody knows it of tables in memory."""
-    if tables.MEMORY in (one[: len(tables.MEMORY)], other[: len(tables.MEMORY)]):
-        return False
-    return one == other or bool(_contents(one) & _contents(other))
+    in_memory = one.startswith(tables.MEMORY) or other.startswith(tables.MEMORY)
+    return not in_memory and bool(_same_records(one, other))
 
 
 def _same_records(one: str, other: str) -> str:

@@ -52,6 +52,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     run_dir = Path(config.run_dir)
     lines = GrowingLines(run_dir / ROUNDS)
     resumed_at = len(lines.read())
+    homes = bool(config.at_home(len(list(grid.get_node_ids()))))
 
     def line() -> tuple[int, str]:
         records = lines.read()
@@ -63,7 +64,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
             time.monotonic() - started,
             len(records) - resumed_at,
             at_home=grid.pushed_type == wire.HOME,
-            homes=bool(config.at_home(len(list(grid.get_node_ids())))),
+            homes=homes,
         )
 
     def redraw() -> None:
