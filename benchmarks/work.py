@@ -52,6 +52,7 @@ class Work:
             "federation.rounds": self.rounds,
             "training.local-steps": self.steps,
             "seed": self.seed,
+            "adapter.head": "zero",  # as the rivals' heads
         }
         if self.private:
             values |= {

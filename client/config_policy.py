@@ -118,6 +118,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "adapter.ranks": Unused(),
     "adapter.alpha": Taken(),
     "adapter.dropout": Taken(),
+    "adapter.head": Taken(),
     "adapter.start": Unused(),
     "adapter.target-modules": Taken(
         (

@@ -113,6 +113,12 @@ class AdapterConfig(Section):
         16.0, "the scale is alpha / r, or alpha / sqrt(r) with rslora", at_least=1e-6, at_most=1e4
     )
     dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, at_most=0.99)
+    head: str = key(
+        "labels",
+        "how the head of an encoder starts: labels, as a zero-shot classifier from the words of "
+        "the labels, or zero; an adapter.start with a head of the same classes gives its own",
+        choices=("labels", "zero"),
+    )
     start: str = key(
         "",
         "a run directory, or the directory of an adapter, to start from, such as one trained on "
@@ -332,8 +338,7 @@ class FederationConfig(Section):
     )
     server_head_learning_rate: float = key(
         0.05,
-        "the same for a classification head, which starts at zero, with adam, yogi and adagrad; "
-        "0: server-learning-rate",
+        "the same for a classification head, with adam, yogi and adagrad; 0: server-learning-rate",
         at_least=0,
         at_most=1e4,
     )

@@ -18,6 +18,7 @@ from peft import PeftModel
 from fedlora import (
     adapters,
     exactness,
+    label_words,
     lora,
     lora_layers,
     model_files,
@@ -153,8 +154,6 @@ def _check_classes(name: str, model: Any, labels: Sequence[str]) -> None:
     Raises:
         InputError: If it is of others, or they stand in another order.
     """
-    if EncoderClassifier.__name__ not in (model.config.architectures or ()):
-        return
     known = [model.config.id2label[number] for number in range(len(labels))]
     if known != list(labels):
         raise InputError(
@@ -174,7 +173,11 @@ def _load(settings: _Settings) -> Trainable:
         num_labels=len(labels),
         device=settings.device,
     )
-    _check_classes(model.name, base.model, labels)
+    merged = EncoderClassifier.__name__ in (base.model.config.architectures or ())
+    if merged:
+        _check_classes(model.name, base.model, labels)
+    elif base.kind == "encoder" and adapter.head == "labels":
+        label_words.start_head(base, labels)
     peft_model = lora.attach(base, adapter, settings.seed)
     if settings.gradient_checkpointing:
         try:

@@ -42,6 +42,7 @@ class Keywords(TypedDict, total=False):
     ranks: str
     alpha: float
     dropout: float
+    head: str
     start: str | Path
     target_modules: Sequence[str]
     # [data]
