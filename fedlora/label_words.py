@@ -19,13 +19,15 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 
+from fedlora.errors import InputError
 from fedlora.models import Base
 
 MAX_TOKENS = 64
 """Tokens of a label's words that are read, at most."""
 LOGIT_SCALE = 28.0
-"""Logits of a text for a difference of 1 between the cosines of its angles to two labels, if its
-pooled vector is as long as those of labels. Half and twice of it were tried (benchmarks/LOG.md)."""
+"""The difference of two labels' logits where their cosines with a text differ by 1 and the text's
+pooled vector is as long as those of labels. Half and twice as much were tried
+(benchmarks/LOG.md)."""
 _BOUNDARY = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[\W_]+")
 
 
@@ -45,12 +47,15 @@ def start_head(base: Base, labels: Sequence[str]) -> None:
     """Set the head of an encoder that has no adapter yet; a label's row is made from its words.
 
     Row c is ``LOGIT_SCALE (e_c - mean e) / m``: e are the labels' pooled vectors divided by their
-    lengths, m is the mean length. The bias stays zero. A head starts at zero where `has_words` is
-    false: no label then has a head start for the number that it is called by.
+    lengths, m is the mean length. The bias stays zero. Where `has_words` is false the head does
+    too, since a number says nothing of its class.
 
     Args:
         base: An encoder with a head of zeros, ``(C, hidden)`` float32.
         labels: The C classes in their order.
+
+    Raises:
+        InputError: If the base fails on so short a text.
     """
     if not has_words(labels):
         return
@@ -59,8 +64,14 @@ def start_head(base: Base, labels: Sequence[str]) -> None:
     pooled: list[torch.Tensor] = []
     for label in labels:  # one by one: a row's last bits must not depend on the others' lengths
         made = tokenizer(words(label), truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        inputs = {name: made[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        pooled.append(model.pooled(**inputs)[0])
+        ids = made["input_ids"].to(model.device)
+        try:
+            pooled.append(model.pooled(ids, torch.ones_like(ids))[0])
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"adapter.head is labels, but {base.name} fails on the words of {label[:40]!r} "
+                f"({' '.join(str(error).split())[:120]}); set it to zero"
+            ) from None
     vectors = torch.stack(pooled)
     lengths = vectors.norm(dim=1)
     if not (torch.isfinite(lengths).all() and lengths.min() > 0):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fedlora import label_words, records, trainable
+from fedlora.errors import InputError
 from tests.fedlora.small_models import encoder_tokenizer, load
 
 
@@ -81,3 +82,14 @@ def test_the_start_of_a_run_has_the_head_that_was_asked_for(tiny_config, head):
     found = work.start.only(("head",))
     weight = next(t for name, t in found.items() if name.endswith("weight"))
     assert bool(weight.any()) is (head == "labels")
+
+
+def test_a_base_that_fails_on_a_label_says_which(base, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("rows of at least\n8 tokens")
+
+    monkeypatch.setattr(base.model, "pooled", fail)
+    with pytest.raises(
+        InputError, match=r"adapter.head is labels.*'A_b'.*at least 8 tokens.*set it to zero"
+    ):
+        label_words.start_head(base, ("A_b", "C-d"))
