@@ -197,7 +197,7 @@ def _ours(case: Case, measured: Measured, arguments: argparse.Namespace) -> None
     }
     config = from_flat(values)
     work = trainable.load(config, LABELS)
-    with torch.no_grad():  # at the start B and head are zero, and most gradients with them
+    with torch.no_grad():  # at the start B is zero, and most gradients with it
         for parameter in work.parameters().values():
             parameter += 0.02 * torch.randn_like(parameter)
     shard = dp_step.random_rows(arguments, config)

@@ -46,7 +46,7 @@ SINGLE_INSTITUTION = {
 }
 """Settings of a run with one institution: federation features must not change its result."""
 SPLIT_KEYS = ("seed", "data.", "model.", "training.max-length")
-"""Prefixes of keys that fix the untrained adapter and the split of the data."""
+"""Prefixes of keys that fix the factors of the untrained adapter and the split of the data."""
 MACHINE_KEYS = ("accept", "engine.", "tracking.", "federation.metrics")
 """Prefixes of further keys that count where nothing is trained."""
 
@@ -306,7 +306,7 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
     everything = {**base, **values}
     if kind == "base":
         from_flat(everything)  # also checks the keys that are dropped below
-        kept = (*SPLIT_KEYS, *MACHINE_KEYS)
+        kept = (*SPLIT_KEYS, *MACHINE_KEYS, "adapter.head")
         start = {key: value for key, value in values.items() if key.startswith(kept)}
         everything = {**base, **start, **SINGLE_INSTITUTION, "federation.rounds": 0}
     fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}

@@ -45,9 +45,13 @@ ACCEPTABLE = ("delta", "noise", "labels")
 """Findings that void a result (`fedlora.findings`), and that ``accept`` may name."""
 ENGINE_ONLY = ("run-dir", "accept", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that decide a run's place, speed and refusal, and no result."""
-UNRELEASED = ("home.", "engine.", "training.physical-batch", "data.source", "data.test-source")
+UNRELEASED = (
+    *("home.", "engine.", "adapter.head", "training.physical-batch"),
+    *("data.source", "data.test-source"),
+)
 """Keys that do not change what a round releases, so that an institution may change them between two
-tries at one order. A ledger knows the records themselves, wherever they lie."""
+tries at one order, which carries the head. A ledger knows the records themselves, wherever they
+lie."""
 TOGETHER_ONLY = ("privacy.", "federation.")
 """Keys of training together: an institution's model alone does not depend on them."""
 

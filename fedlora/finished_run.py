@@ -132,6 +132,7 @@ def _open(
     """
     own_model = own_model or made_at_home(run_dir)
     result = read_run_file(run_dir)
+    config = config.replace({"adapter.head": "zero"})  # it is replaced at once
     if (dtype := result["base"].get("dtype")) in DTYPES:  # as the run, wherever this machine is
         config = config.replace({"model.dtype": DTYPES[dtype]})
     work = trainable.load(config, tuple(result["labels"]))

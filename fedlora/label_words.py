@@ -12,70 +12,85 @@ starts from one: Wortsman et al. (2022), arXiv 2109.01903.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-import re
+import unicodedata
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
+from fedlora.data import shard_of
 from fedlora.errors import InputError
-from fedlora.models import Base
+from fedlora.tasks import Task, base_model, evaluation_mode, model_inputs
 
-MAX_TOKENS = 64
-"""Tokens of a label's words that are read, at most."""
 LOGIT_SCALE = 28.0
 """The difference of two labels' logits where their cosines with a text differ by 1 and the text's
 pooled vector is as long as those of labels. Half and twice as much were tried
 (benchmarks/LOG.md)."""
-_BOUNDARY = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[\W_]+")
+MAX_WEIGHT = 100.0
+"""The largest weight of a head; larger ones would be those of a base with tiny hidden states."""
 
 
 def words(label: str) -> str:
     """A label in words: ``CashAndDueFromBanks`` and ``cash_and-due from/banks`` become the same."""
-    return " ".join(part for part in _BOUNDARY.split(label) if part).lower()
+    text = unicodedata.normalize("NFC", label)
+    found: list[str] = []
+    for before, one, after in zip(f" {text}", text, f"{text[1:]} ", strict=False):
+        if not one.isalnum() and unicodedata.category(one)[0] != "M":  # a mark belongs to a letter
+            found.append(" ")
+            continue
+        joined = before.islower() or before.isdigit() or (before.isupper() and after.islower())
+        found.append(f" {one}" if one.isupper() and joined else one)
+    return " ".join("".join(found).lower().split())
 
 
-def has_words(labels: Sequence[str]) -> bool:
-    """Whether each label has a letter and no two have the same words."""
-    said = [words(label) for label in labels]
-    return all(re.search(r"[^\W\d_]", one) for one in said) and len(set(said)) == len(said)
-
-
-@torch.no_grad()
-def start_head(base: Base, labels: Sequence[str]) -> None:
-    """Set the head of an encoder that has no adapter yet; a label's row is made from its words.
+def head(model: nn.Module, task: Task, labels: Sequence[str]) -> torch.Tensor:
+    """The head of an encoder as a zero-shot classifier; a label's row is made from its words.
 
     Row c is ``LOGIT_SCALE (e_c - mean e) / m``: e are the labels' pooled vectors divided by their
-    lengths, m is the mean length. The bias stays zero. Where `has_words` is false the head does
-    too, since a number says nothing of its class.
+    lengths, m is the mean length.
 
     Args:
-        base: An encoder with a head of zeros, ``(C, hidden)`` float32.
+        model: The encoder, with an adapter that changes no output.
+        task: Its task, which encodes the words as it encodes texts.
         labels: The C classes in their order.
 
+    Returns:
+        The weight, float32 ``(C, hidden)``.
+
     Raises:
-        InputError: If the base fails on so short a text.
+        InputError: If a label has no word that the tokenizer knows, such as ``2``, or two have the
+            same; if the model fails on them, or its pooled vectors are too short.
     """
-    if not has_words(labels):
-        return
-    model: Any = base.model
-    tokenizer: Any = base.tokenizer
-    pooled: list[torch.Tensor] = []
-    for label in labels:  # one by one: a row's last bits must not depend on the others' lengths
-        made = tokenizer(words(label), truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        ids = made["input_ids"].to(model.device)
-        try:
-            pooled.append(model.pooled(ids, torch.ones_like(ids))[0])
-        except (IndexError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"adapter.head is labels, but {base.name} fails on the words of {label[:40]!r} "
-                f"({' '.join(str(error).split())[:120]}); set it to zero"
-            ) from None
-    vectors = torch.stack(pooled)
-    lengths = vectors.norm(dim=1)
-    if not (torch.isfinite(lengths).all() and lengths.min() > 0):
-        return
+    said = [words(label) for label in labels]
+    encoded = task.encode(said, list(labels), tuple(labels))
+    special: set[int] = set(task.encoding.tokenizer.all_special_ids)
+    seen: dict[tuple[int, ...], str] = {}
+    for label, text, ids in zip(labels, said, encoded.ids, strict=True):
+        if not any(letter.isalpha() for letter in text) or not set(ids) - special:
+            raise InputError(f"the label {label[:40]!r} has no words that the tokenizer knows")
+        if (twin := seen.setdefault(tuple(ids), label)) != label:
+            raise InputError(f"the labels {twin[:40]!r} and {label[:40]!r} have the same words")
+    shard = shard_of(encoded)
+    widths = task.widths(shard)
+    pooled: list[torch.Tensor] = [torch.empty(0)] * len(labels)
+    for width in np.unique(widths).tolist():
+        rows = np.flatnonzero(widths == width)
+        for part in np.array_split(rows, -(-len(rows) // task.physical_batch)):
+            batch = task.collate(shard, part, width)
+            try:
+                with evaluation_mode(model):
+                    made: Any = base_model(model).pooled(**model_inputs(model, batch)).cpu()
+            except (IndexError, RuntimeError, ValueError) as error:
+                why = " ".join(str(error).split())[:120]
+                raise InputError(f"the base fails on the labels' words ({why})") from None
+            for row, vector in zip(part.tolist(), made, strict=True):
+                pooled[row] = vector
+    vectors = torch.stack(pooled).clone()
     units = functional.normalize(vectors)
-    head = cast(torch.nn.Linear, model.classifier)
-    head.weight.copy_(LOGIT_SCALE * (units - units.mean(0)) / lengths.mean())
+    weight = LOGIT_SCALE * (units - units.mean(0)) / vectors.norm(dim=1).mean()
+    if not weight.abs().max() <= MAX_WEIGHT:
+        raise InputError("the base's hidden states are too small")
+    return weight

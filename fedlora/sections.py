@@ -116,7 +116,8 @@ class AdapterConfig(Section):
     head: str = key(
         "labels",
         "how the head of an encoder starts: labels, as a zero-shot classifier from the words of "
-        "the labels, or zero; an adapter.start with a head of the same classes gives its own",
+        "the labels (at zero where they have none, such as 0 and 1), or zero; a merged base and "
+        "an adapter.start have heads of their own, a causal model has none",
         choices=("labels", "zero"),
     )
     start: str = key(

@@ -7,6 +7,7 @@ Loading is the slow part of a round, so each process loads once and swaps adapte
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -37,6 +38,8 @@ from fedlora.sections import AdapterConfig, ModelConfig
 from fedlora.task_choice import choose_task
 from fedlora.tasks import Task
 
+log = logging.getLogger("fedlora")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trainable:
@@ -49,7 +52,7 @@ class Trainable:
         per_sample: The layers that give per-example gradients.
         task: Losses, predictions, metrics.
         labels: The label set; empty for sft.
-        start: The initial adapter: the same for the same seed.
+        start: The initial adapter: the same for the same seed, and its head on the same kernels.
         first_position: The position of an example's first token in a packed row; None where rows
             are padded.
     """
@@ -154,6 +157,8 @@ def _check_classes(name: str, model: Any, labels: Sequence[str]) -> None:
     Raises:
         InputError: If it is of others, or they stand in another order.
     """
+    if EncoderClassifier.__name__ not in (model.config.architectures or ()):
+        return
     known = [model.config.id2label[number] for number in range(len(labels))]
     if known != list(labels):
         raise InputError(
@@ -173,11 +178,7 @@ def _load(settings: _Settings) -> Trainable:
         num_labels=len(labels),
         device=settings.device,
     )
-    merged = EncoderClassifier.__name__ in (base.model.config.architectures or ())
-    if merged:
-        _check_classes(model.name, base.model, labels)
-    elif base.kind == "encoder" and adapter.head == "labels":
-        label_words.start_head(base, labels)
+    _check_classes(model.name, base.model, labels)
     peft_model = lora.attach(base, adapter, settings.seed)
     if settings.gradient_checkpointing:
         try:
@@ -216,15 +217,36 @@ def _load(settings: _Settings) -> Trainable:
             f"per-example gradients: {verdict.flaw}; choose other adapter.target-modules or "
             "another base model"
         )
+    start = AdapterState.read(peft_model)
+    merged = EncoderClassifier.__name__ in (base.model.config.architectures or ())
+    if adapter.head == "labels" and base.kind == "encoder" and not merged:
+        start = _with_words(start, peft_model, task, labels)
     return Trainable(
         base=base,
         model=peft_model,
         per_sample=per_sample,
         task=task,
         labels=labels,
-        start=AdapterState.read(peft_model),
+        start=start,
         first_position=verdict.first_position,
     )
+
+
+def _with_words(
+    start: AdapterState, model: Any, task: Task, labels: tuple[str, ...]
+) -> AdapterState:
+    """A fresh adapter whose head is made from the labels' words, or is zero where they have none.
+
+    It comes after the examination of the model, which must see the model's first pass.
+    """
+    (name,) = (name for name, tensor in start.only(("head",)).items() if tensor.dim() == 2)
+    try:
+        made = start.updated(AdapterState({name: label_words.head(model, task, labels)}))
+    except InputError as error:
+        log.warning("adapter.head is labels, but the head starts at zero: %s", error)
+        return start
+    made.load_into(model)
+    return made
 
 
 def _check_longest_row(model: Any, task: Task, labels: tuple[str, ...]) -> None:
@@ -258,7 +280,9 @@ def _question(settings: _Settings, base: models.Base) -> dict[str, Any]:
     return {
         "weights": base.digest,
         "configuration": cast(Any, base.model.config).to_json_string(use_diff=False),
-        "adapter": dataclasses.asdict(dataclasses.replace(settings.adapter, ranks="", start="")),
+        "adapter": dataclasses.asdict(
+            dataclasses.replace(settings.adapter, ranks="", start="", head="zero")
+        ),
         "task": (
             settings.model.task,
             settings.max_length,

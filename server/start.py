@@ -34,7 +34,8 @@ from strategies.lowrank import carried, recompressed
 def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
     """Read the adapter of ``adapter.start``: a run directory, or the directory of an adapter.
 
-    A head for other classes is left out: the head then starts fresh.
+    A head for other classes is left out: the head then starts at zero, since the labels' words are
+    read by a base without these factors.
 
     Args:
         config: The run.
@@ -70,10 +71,11 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
         scale = saved_scale(folder)
     except InputError as error:
         raise InputError(f"adapter.start is {start}: {error}") from None
-    fresh, head = work.start, work.start.only(("head",))
+    fresh = work.start
+    head = {name: torch.zeros_like(tensor) for name, tensor in fresh.only(("head",)).items()}
     shaped = all(name in loaded and loaded[name].shape == t.shape for name, t in head.items())
     if not shaped or _labels(folder) not in (None, list(work.labels)):
-        loaded = loaded.only(("A", "B", "magnitude", "residual")).updated(head)
+        loaded = loaded.only(("A", "B", "magnitude", "residual")).updated(AdapterState(head))
     if problem := loaded.validate_against(fresh, residual=residuals):
         raise InputError(
             f"adapter.start is {start}, whose adapter does not fit this run ({problem}); "

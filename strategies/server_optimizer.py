@@ -43,7 +43,7 @@ def step(
             that is trained every other round takes every other step.
         state: The state after the last step; empty at first.
         head_learning_rate: :math:`\eta` of a classification head, with adam, yogi and adagrad;
-            0: ``learning_rate``. A head starts at zero and has to reach the scale of its classes.
+            0: ``learning_rate``. A head of zeros has to reach the scale of its classes.
             A starts at a scale of its own, which the noise in steps of a large rate would drown.
 
     Returns:

@@ -93,6 +93,7 @@ def test_a_seeded_run_gives_the_recorded_adapter(
                 pytest.skip(f"the demo needs {package}: pip install -e '.[demo]'")
         # the settings that the demo had when the digests were recorded
         recorded = {
+            "adapter.head": "zero",
             "data.institutions": 6,
             "federation.server-learning-rate": 0.016,
             "federation.server-head-learning-rate": 0.0,

@@ -1,11 +1,14 @@
-import dataclasses
+import logging
 
 import pytest
 import torch
 
-from fedlora import label_words, records, trainable
+from experiments import sweep
+from fedlora import label_words, trainable
 from fedlora.errors import InputError
-from tests.fedlora.small_models import encoder_tokenizer, load
+from fedlora.tasks import base_model
+
+LABELS = ("scam_identity", "Limit", "cashback-swipe")  # in the tiny encoder's vocabulary
 
 
 @pytest.mark.parametrize(
@@ -17,7 +20,10 @@ from tests.fedlora.small_models import encoder_tokenizer, load
         ("USGaapTag", "us gaap tag"),
         ("Top5Banks", "top5 banks"),
         ("Größe_über", "größe über"),
-        ("positive", "positive"),
+        ("creditÖsterreich", "credit österreich"),
+        ("cafe\u0301", "café"),  # decomposed
+        ("ऋण_खाता", "ऋण खाता"),  # vowel signs are no letters
+        ("เงินฝาก", "เงินฝาก"),
         ("__", ""),
     ],
 )
@@ -25,71 +31,87 @@ def test_words_of_a_label(label, said):
     assert label_words.words(label) == said
 
 
+@pytest.fixture
+def work(tiny_config):
+    return trainable.load(tiny_config(), LABELS)
+
+
+def pooled(work, text):
+    ids = torch.tensor(work.task.encode([text], [LABELS[0]], LABELS).ids)
+    with torch.no_grad():
+        return base_model(work.model).pooled(ids, torch.ones_like(ids))[0]
+
+
+def test_a_text_of_a_labels_own_words_is_given_that_label(work):
+    (weight,) = (t for n, t in work.start.only(("head",)).items() if n.endswith("weight"))
+    for number, label in enumerate(LABELS):
+        assert int((weight @ pooled(work, label_words.words(label))).argmax()) == number
+
+
+def test_the_head_favours_no_label_and_has_the_documented_size(work):
+    head = work.start.only(("head",))
+    (weight,) = (t for n, t in head.items() if n.endswith("weight"))
+    (bias,) = (t for n, t in head.items() if n.endswith("bias"))
+    vectors = torch.stack([pooled(work, label_words.words(label)) for label in LABELS])
+    lengths = vectors.norm(dim=1)
+    units = vectors / lengths[:, None]
+    expected = label_words.LOGIT_SCALE * (units - units.mean(0)) / lengths.mean()
+    assert torch.allclose(weight, expected, rtol=1e-4, atol=1e-5) and weight.abs().max() > 0.01
+    assert not bias.any()
+
+
+def test_each_label_has_the_row_that_it_has_beside_others_of_its_length(work, monkeypatch):
+    whole = label_words.head(work.model, work.task, LABELS)
+    monkeypatch.setattr(work.task, "physical_batch", 1)
+    one_by_one = label_words.head(work.model, work.task, LABELS)
+    assert torch.allclose(whole, one_by_one, rtol=1e-4, atol=1e-5)
+    assert int(whole.argmax()) == int(one_by_one.argmax())
+
+
 @pytest.mark.parametrize(
-    ("labels", "expected"),
+    ("labels", "why"),
     [
-        (("positive", "negative"), True),
-        (("0", "1", "2"), False),
-        (("positive", "-1"), False),
-        (("card_lost", "card-lost"), False),
-        (("größe", "Ωmega"), True),
+        (("limit", "2"), "'2' has no words"),
+        (("limit", "unheard"), "'unheard' has no words"),
+        (("scam_limit", "scam-limit"), "'scam_limit' and 'scam-limit' have the same words"),
+        (("limit scam", "unheard scam", "unknown scam"), "'unheard scam' and 'unknown scam'"),
     ],
 )
-def test_numbers_and_twins_have_no_words(labels, expected):
-    assert label_words.has_words(labels) is expected
+def test_labels_without_words_of_their_own_leave_the_head_at_zero(
+    tiny_config, caplog, monkeypatch, labels, why
+):
+    monkeypatch.setattr(logging.getLogger("fedlora"), "propagate", True)
+    start = trainable.load(tiny_config(), labels).start
+    assert not any(tensor.any() for tensor in start.only(("head",)).values())
+    assert why in caplog.text and "starts at zero" in caplog.text
 
 
-@pytest.fixture
-def base(directories, no_tokenizer):
-    made = load(directories / "bert")
-    return dataclasses.replace(made, tokenizer=encoder_tokenizer())
+def test_a_base_that_fails_or_whose_states_are_tiny_gives_no_head(work, monkeypatch):
+    base, real = base_model(work.model), base_model(work.model).pooled
+    monkeypatch.setattr(base, "pooled", lambda *a, **k: 1e-4 * real(*a, **k))
+    with pytest.raises(InputError, match="too small"):
+        label_words.head(work.model, work.task, LABELS)
 
-
-def test_a_text_of_a_labels_own_words_is_given_that_label(base):
-    labels = ("A_b", "C-d", "eF")
-    label_words.start_head(base, labels)
-    for number, text in enumerate(("a b", "c d", "e f")):
-        made = base.tokenizer(text, return_tensors="pt")
-        with torch.no_grad():
-            logits = base.model(made["input_ids"], made["attention_mask"]).logits[0]
-        assert int(logits.argmax()) == number
-
-
-def test_the_head_favours_no_label_and_has_the_documented_size(base):
-    label_words.start_head(base, ("a_b", "c_d", "e_f"))
-    weight, pooled = base.model.classifier.weight, []
-    for text in ("a b", "c d", "e f"):
-        made = base.tokenizer(text, return_tensors="pt")
-        with torch.no_grad():
-            pooled.append(base.model.pooled(made["input_ids"], made["attention_mask"])[0])
-    lengths = torch.stack([one.norm() for one in pooled])
-    units = torch.stack([one / one.norm() for one in pooled])
-    expected = label_words.LOGIT_SCALE * (units - units.mean(0)) / lengths.mean()
-    assert torch.allclose(weight, expected, atol=1e-6) and weight.abs().max() > 0
-    assert torch.allclose(weight.sum(0), torch.zeros(weight.shape[1]), atol=1e-5)
-    assert not base.model.classifier.bias.any()
-
-
-def test_labels_without_words_leave_the_head_at_zero(base):
-    label_words.start_head(base, ("0", "1", "2"))
-    assert not base.model.classifier.weight.any()
-
-
-@pytest.mark.parametrize("head", ["labels", "zero"])
-def test_the_start_of_a_run_has_the_head_that_was_asked_for(tiny_config, head):
-    config = tiny_config(**{"adapter.head": head})
-    work = trainable.load(config, records.load(config).labels)
-    found = work.start.only(("head",))
-    weight = next(t for name, t in found.items() if name.endswith("weight"))
-    assert bool(weight.any()) is (head == "labels")
-
-
-def test_a_base_that_fails_on_a_label_says_which(base, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("rows of at least\n8 tokens")
 
-    monkeypatch.setattr(base.model, "pooled", fail)
-    with pytest.raises(
-        InputError, match=r"adapter.head is labels.*'A_b'.*at least 8 tokens.*set it to zero"
-    ):
-        label_words.start_head(base, ("A_b", "C-d"))
+    monkeypatch.setattr(base, "pooled", fail)
+    with pytest.raises(InputError, match="rows of at least 8 tokens"):
+        label_words.head(work.model, work.task, LABELS)
+
+
+def test_a_head_of_zeros_can_be_asked_for_and_nothing_else_of_the_start_differs(tiny_config, work):
+    zero = trainable.load(tiny_config(**{"adapter.head": "zero"}), LABELS).start
+    assert not any(tensor.any() for tensor in zero.only(("head",)).values())
+    parts = ("A", "B")
+    for name, tensor in zero.only(parts).items():
+        assert torch.equal(work.start[name], tensor)
+
+
+def test_the_untrained_model_of_a_sweep_has_the_head_of_its_point(tmp_path):
+    heads = {
+        config.adapter.head
+        for value in ("labels", "zero")
+        for config in [sweep._in_arm("base", {}, {"adapter.head": value, "adapter.rank": 4})]
+    }
+    assert heads == {"labels", "zero"}

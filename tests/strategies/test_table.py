@@ -53,7 +53,7 @@ def test_a_file_and_a_line_in_the_table_add_a_strategy_that_runs(tmp_path, tiny_
 
     values = {
         "privacy.epsilon": math.inf,
-        "training.local-steps": 2,  # the first one moves the head alone
+        "training.local-steps": 2,  # under a head of zeros the first one moves the head alone
         "federation.rounds": 1,
         "federation.server-optimizer": "none",
         "federation.server-learning-rate": 1.0,
