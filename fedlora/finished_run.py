@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora import data, merging, model_card, model_files, shards, trainable
+from fedlora import data, merging, model_card, model_files, models, shards, trainable
 from fedlora.adapters import open_for
 from fedlora.config import RunConfig, load
 from fedlora.encoder import EncoderClassifier
@@ -330,7 +330,8 @@ def merge(
         for licence in licences:
             shutil.copyfile(licence, new / licence.name)
         merged.save_pretrained(new, safe_serialization=True)
-        work.base.tokenizer.save_pretrained(new)
+        tokenizer: Any = models.load_tokenizer(work.base.name)  # one that was used cuts texts
+        tokenizer.save_pretrained(new)
         named = configuration(run_dir, {})  # the card names the base as the run did
         model_card.write_merged(new, named, work, said, own_model=own_model)
         content = json.dumps([this, *result.get("origins", [])])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora import mean_pooling
+from fedlora import mean_pooling, models
 from fedlora.config import RunConfig
 from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
 from fedlora.files import sync, write_atomic
@@ -49,7 +49,8 @@ def write_adapter(
         result: The content of ``result.json``.
         privacy: The content of ``privacy.json``.
     """
-    for file in cast(Any, work.base.tokenizer).save_pretrained(directory):
+    tokenizer: Any = models.load_tokenizer(work.base.name)  # one that was used cuts texts
+    for file in tokenizer.save_pretrained(directory):
         sync(Path(file))
     _write_classes(directory, work)
     parts = (

@@ -1,7 +1,9 @@
 """The Python of a card opens the base as the run had it: in its dtype, quantised alike."""
 
+import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +107,18 @@ def test_cards_name_the_quantisation_of_the_base(quantization, tiny_encoder, tin
     merged = (tmp_path / "README.md").read_text()
     assert ("does not round activations" in merged) == (quantization == "int8")
     trainable.forget()
+
+
+def test_the_tokenizer_beside_an_adapter_cuts_texts_as_the_base_does(
+    tiny_encoder, tiny_config, tmp_path
+):
+    work = trainable.load(tiny_config(**{"training.max-length": 5}), LABELS)
+    work.task.encode(["a text"], [LABELS[0]], LABELS)
+    assert work.base.tokenizer.backend_tokenizer.truncation["max_length"] == 5
+    result = {"trained_parameters": 1, "rounds": 1, "counts": {}}
+    result |= {"epsilon_max": 8.0, "delta": 1e-5}
+    privacy = {"protects": "Nobody.", "institutions": {}}
+    model_card.write_adapter(tmp_path, tiny_config(), work, result, privacy)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    of_base = json.loads((Path(tiny_encoder) / "tokenizer.json").read_text())
+    assert saved["truncation"] == of_base["truncation"] is None
