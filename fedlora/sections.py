@@ -26,6 +26,10 @@ SECURE_AGGREGATION = "secure-aggregation"
 """``privacy.trust`` where institutions add shares of noise to a sum of their vectors."""
 INSTITUTIONS = "institutions"
 """``data.source`` of a deployment: each institution brings its own records."""
+MANY_CLASSES = 20
+"""The number of classes from which ``adapter.head = "auto"`` reads their words. With 77 classes and
+noise that made the shared model right on four times as many records; with 3 and 6 it made no
+difference (benchmarks/LOG.md)."""
 MAX_LIST_TEXT = 2**15
 """Characters of a list in JSON that an institution of a deployment reads."""
 MIN_SAMPLE_RATE = 1e-6
@@ -114,11 +118,12 @@ class AdapterConfig(Section):
     )
     dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, at_most=0.99)
     head: str = key(
-        "labels",
+        "auto",
         "how the head of an encoder starts: labels, as a zero-shot classifier from the words of "
-        "the labels (at zero where they have none, such as 0 and 1), or zero; a merged base and "
-        "an adapter.start have heads of their own, a causal model has none",
-        choices=("labels", "zero"),
+        "the labels (at zero where they have none, such as 0 and 1); zero; or auto, labels from "
+        "20 classes on; a merged base and an adapter.start have heads of their own, a causal "
+        "model has none",
+        choices=("auto", "labels", "zero"),
     )
     start: str = key(
         "",
@@ -141,6 +146,10 @@ class AdapterConfig(Section):
                         f"1 to adapter.rank ({self.rank}) joined by commas: correct it, or raise "
                         "adapter.rank"
                     )
+
+    def reads_labels(self, classes: int) -> bool:
+        """Whether the head of so many classes is made from their words."""
+        return self.head == "labels" or (self.head == "auto" and classes >= MANY_CLASSES)
 
     def ranks_of(self, classes: Sequence[int]) -> list[int]:
         """The rank of each institution.

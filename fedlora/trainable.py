@@ -219,7 +219,7 @@ def _load(settings: _Settings) -> Trainable:
         )
     start = AdapterState.read(peft_model)
     merged = EncoderClassifier.__name__ in (base.model.config.architectures or ())
-    if adapter.head == "labels" and base.kind == "encoder" and not merged:
+    if adapter.reads_labels(len(labels)) and base.kind == "encoder" and not merged:
         start = _with_words(start, peft_model, task, labels)
     return Trainable(
         base=base,
@@ -243,7 +243,7 @@ def _with_words(
     try:
         made = start.updated(AdapterState({name: label_words.head(model, task, labels)}))
     except InputError as error:
-        log.warning("adapter.head is labels, but the head starts at zero: %s", error)
+        log.warning("adapter.head: the head starts at zero, since %s", error)
         return start
     made.load_into(model)
     return made

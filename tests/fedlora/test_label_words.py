@@ -6,6 +6,7 @@ import torch
 from experiments import sweep
 from fedlora import label_words, trainable
 from fedlora.errors import InputError
+from fedlora.sections import MANY_CLASSES, AdapterConfig
 from fedlora.tasks import base_model
 
 LABELS = ("scam_identity", "Limit", "cashback-swipe")  # in the tiny encoder's vocabulary
@@ -33,7 +34,7 @@ def test_words_of_a_label(label, said):
 
 @pytest.fixture
 def work(tiny_config):
-    return trainable.load(tiny_config(), LABELS)
+    return trainable.load(tiny_config(**{"adapter.head": "labels"}), LABELS)
 
 
 def pooled(work, text):
@@ -81,7 +82,7 @@ def test_labels_without_words_of_their_own_leave_the_head_at_zero(
     tiny_config, caplog, monkeypatch, labels, why
 ):
     monkeypatch.setattr(logging.getLogger("fedlora"), "propagate", True)
-    start = trainable.load(tiny_config(), labels).start
+    start = trainable.load(tiny_config(**{"adapter.head": "labels"}), labels).start
     assert not any(tensor.any() for tensor in start.only(("head",)).values())
     assert why in caplog.text and "starts at zero" in caplog.text
 
@@ -108,10 +109,16 @@ def test_a_head_of_zeros_can_be_asked_for_and_nothing_else_of_the_start_differs(
         assert torch.equal(work.start[name], tensor)
 
 
-def test_the_untrained_model_of_a_sweep_has_the_head_of_its_point(tmp_path):
-    heads = {
-        config.adapter.head
-        for value in ("labels", "zero")
-        for config in [sweep._in_arm("base", {}, {"adapter.head": value, "adapter.rank": 4})]
-    }
-    assert heads == {"labels", "zero"}
+@pytest.mark.parametrize("classes", [MANY_CLASSES - 1, MANY_CLASSES])
+def test_by_default_the_words_of_many_classes_are_read(tiny_config, classes):
+    words = ("limit", "scam", "identity", "cashback", "swipe")
+    pairs = [f"{one}_{other}" for one in words for other in words][:classes]
+    start = trainable.load(tiny_config(), tuple(pairs)).start
+    found = any(tensor.any() for tensor in start.only(("head",)).values())
+    assert found is (classes == MANY_CLASSES)
+
+
+def test_the_untrained_model_of_a_sweep_has_the_head_of_its_point():
+    for head in ("labels", "zero"):
+        config = sweep._in_arm("base", {}, {"adapter.head": head, "adapter.rank": 4})
+        assert (config.adapter.head, config.adapter.rank) == (head, AdapterConfig().rank)
