@@ -330,8 +330,7 @@ def merge(
         for licence in licences:
             shutil.copyfile(licence, new / licence.name)
         merged.save_pretrained(new, safe_serialization=True)
-        tokenizer: Any = models.load_tokenizer(work.base.name)  # one that was used cuts texts
-        tokenizer.save_pretrained(new)
+        models.save_tokenizer(work.base.tokenizer, new)
         named = configuration(run_dir, {})  # the card names the base as the run did
         model_card.write_merged(new, named, work, said, own_model=own_model)
         content = json.dumps([this, *result.get("origins", [])])

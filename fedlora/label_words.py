@@ -83,12 +83,14 @@ def head(model: nn.Module, task: Task, labels: Sequence[str]) -> torch.Tensor:
             try:
                 with evaluation_mode(model):
                     made: Any = base_model(model).pooled(**model_inputs(model, batch)).cpu()
+            except torch.OutOfMemoryError:  # which another time may not happen
+                raise
             except (IndexError, RuntimeError, ValueError) as error:
                 why = " ".join(str(error).split())[:120]
                 raise InputError(f"the base fails on the labels' words ({why})") from None
             for row, vector in zip(part.tolist(), made, strict=True):
                 pooled[row] = vector
-    vectors = torch.stack(pooled).clone()
+    vectors = torch.stack(pooled)
     units = functional.normalize(vectors)
     weight = LOGIT_SCALE * (units - units.mean(0)) / vectors.norm(dim=1).mean()
     if not weight.abs().max() <= MAX_WEIGHT:

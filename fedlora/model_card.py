@@ -49,9 +49,8 @@ def write_adapter(
         result: The content of ``result.json``.
         privacy: The content of ``privacy.json``.
     """
-    tokenizer: Any = models.load_tokenizer(work.base.name)  # one that was used cuts texts
-    for file in tokenizer.save_pretrained(directory):
-        sync(Path(file))
+    for file in models.save_tokenizer(work.base.tokenizer, directory):
+        sync(file)
     _write_classes(directory, work)
     parts = (
         _front_matter(config, "peft", private=is_private(config)),

@@ -7,12 +7,14 @@ model repository is run.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
+import copy
 import logging
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora import processors
@@ -108,6 +110,22 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> list[Path]:
+    """Save a tokenizer that cuts and pads no text by itself, whatever it encoded before.
+
+    Args:
+        tokenizer: A tokenizer of `load_tokenizer`.
+        directory: An existing directory.
+
+    Returns:
+        The files.
+    """
+    plain = copy.deepcopy(tokenizer)
+    plain.backend_tokenizer.no_truncation()
+    plain.backend_tokenizer.no_padding()
+    return [Path(file) for file in plain.save_pretrained(directory)]
 
 
 def _cannot_open(files: ModelFiles, error: Exception) -> InputError:

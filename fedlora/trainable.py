@@ -220,7 +220,14 @@ def _load(settings: _Settings) -> Trainable:
     start = AdapterState.read(peft_model)
     merged = EncoderClassifier.__name__ in (base.model.config.architectures or ())
     if adapter.reads_labels(len(labels)) and base.kind == "encoder" and not merged:
-        start = _with_words(start, peft_model, task, labels)
+        try:
+            start = _with_words(start, peft_model, task, labels)
+        except InputError as error:
+            if adapter.head == "labels":
+                raise InputError(
+                    f"adapter.head is labels, but {error}; rename that class, or set it to zero"
+                ) from None
+            log.warning("adapter.head: the head starts at zero, since %s", error)
     return Trainable(
         base=base,
         model=peft_model,
@@ -235,16 +242,15 @@ def _load(settings: _Settings) -> Trainable:
 def _with_words(
     start: AdapterState, model: Any, task: Task, labels: tuple[str, ...]
 ) -> AdapterState:
-    """A fresh adapter whose head is made from the labels' words, or is zero where they have none.
+    """A fresh adapter whose head is made from the labels' words.
 
     It comes after the examination of the model, which must see the model's first pass.
+
+    Raises:
+        InputError: As `label_words.head`.
     """
     (name,) = (name for name, tensor in start.only(("head",)).items() if tensor.dim() == 2)
-    try:
-        made = start.updated(AdapterState({name: label_words.head(model, task, labels)}))
-    except InputError as error:
-        log.warning("adapter.head: the head starts at zero, since %s", error)
-        return start
+    made = start.updated(AdapterState({name: label_words.head(model, task, labels)}))
     made.load_into(model)
     return made
 

@@ -78,13 +78,23 @@ def test_each_label_has_the_row_that_it_has_beside_others_of_its_length(work, mo
         (("limit scam", "unheard scam", "unknown scam"), "'unheard scam' and 'unknown scam'"),
     ],
 )
-def test_labels_without_words_of_their_own_leave_the_head_at_zero(
-    tiny_config, caplog, monkeypatch, labels, why
+def test_labels_without_words_of_their_own_are_refused_where_their_words_were_asked_for(
+    tiny_config, labels, why
+):
+    with pytest.raises(InputError, match=f"adapter.head is labels, but .*{why}.*set it to zero"):
+        trainable.load(tiny_config(**{"adapter.head": "labels"}), labels)
+
+
+def test_by_default_one_label_without_words_leaves_the_whole_head_at_zero(
+    tiny_config, caplog, monkeypatch
 ):
     monkeypatch.setattr(logging.getLogger("fedlora"), "propagate", True)
-    start = trainable.load(tiny_config(**{"adapter.head": "labels"}), labels).start
+    words = ("limit", "scam", "identity", "cashback", "swipe")
+    labels = (*(f"{one}_{other}" for one in words for other in words), "2")
+    assert len(labels) >= MANY_CLASSES
+    start = trainable.load(tiny_config(), labels).start
     assert not any(tensor.any() for tensor in start.only(("head",)).values())
-    assert why in caplog.text and "starts at zero" in caplog.text
+    assert "starts at zero, since the label '2' has no words" in caplog.text
 
 
 def test_a_base_that_fails_or_whose_states_are_tiny_gives_no_head(work, monkeypatch):
