@@ -130,6 +130,11 @@ def configuration(path: Path) -> PreTrainedConfig:
     return config
 
 
+def is_merged(config: PreTrainedConfig) -> bool:
+    """Whether a base of this configuration is a saved `EncoderClassifier`, with a trained head."""
+    return EncoderClassifier.__name__ in (config.architectures or ())
+
+
 def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> EncoderClassifier:
     """An encoder with a head, or a saved `EncoderClassifier` with its own.
 
@@ -143,7 +148,7 @@ def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> 
         InputError: If a saved classifier has another number of classes.
     """
     config: Any = configuration(path)
-    if EncoderClassifier.__name__ in (config.architectures or ()):  # merged: has a head
+    if is_merged(config):
         if config.num_labels != num_labels:
             raise InputError(
                 f"model.name is {name!r}, a classifier of {config.num_labels} classes, but "

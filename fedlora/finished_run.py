@@ -132,9 +132,10 @@ def _open(
     """
     own_model = own_model or made_at_home(run_dir)
     result = read_run_file(run_dir)
-    config = config.replace({"adapter.head": "zero"})  # it is replaced at once
+    values = {"adapter.head": "zero"}  # the run's own takes its place
     if (dtype := result["base"].get("dtype")) in DTYPES:  # as the run, wherever this machine is
-        config = config.replace({"model.dtype": DTYPES[dtype]})
+        values["model.dtype"] = DTYPES[dtype]
+    config = config.replace(values)
     work = trainable.load(config, tuple(result["labels"]))
     if work.base.digest != result["base"]["digest"]:
         raise InputError(

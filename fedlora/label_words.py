@@ -14,13 +14,13 @@ starts from one: Wortsman et al. (2022), arXiv 2109.01903.
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from fedlora.batches import micro_batches
 from fedlora.data import shard_of
 from fedlora.errors import InputError
 from fedlora.tasks import Task, base_model, evaluation_mode, model_inputs
@@ -75,22 +75,19 @@ def head(model: nn.Module, task: Task, labels: Sequence[str]) -> torch.Tensor:
             raise InputError(f"the labels {twin[:40]!r} and {label[:40]!r} have the same words")
     shard = shard_of(encoded)
     widths = task.widths(shard)
-    pooled: list[torch.Tensor] = [torch.empty(0)] * len(labels)
-    for width in np.unique(widths).tolist():
-        rows = np.flatnonzero(widths == width)
-        for part in np.array_split(rows, -(-len(rows) // task.physical_batch)):
-            batch = task.collate(shard, part, width)
-            try:
-                with evaluation_mode(model):
-                    made: Any = base_model(model).pooled(**model_inputs(model, batch)).cpu()
-            except torch.OutOfMemoryError:  # which another time may not happen
-                raise
-            except (IndexError, RuntimeError, ValueError) as error:
-                why = " ".join(str(error).split())[:120]
-                raise InputError(f"the base fails on the labels' words ({why})") from None
-            for row, vector in zip(part.tolist(), made, strict=True):
-                pooled[row] = vector
-    vectors = torch.stack(pooled)
+    batches = micro_batches(shard.lengths, np.arange(len(shard)), task.physical_batch)
+    pooled: list[torch.Tensor] = []
+    for rows in batches:
+        batch = task.collate(shard, rows, int(widths[rows].max()))
+        try:
+            with evaluation_mode(model):
+                pooled.append(base_model(model).pooled(**model_inputs(model, batch)).cpu())
+        except torch.OutOfMemoryError:  # which another time may not happen
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise InputError(f"the base fails on the labels' words ({why})") from None
+    vectors = torch.cat(pooled)[np.argsort(np.concatenate(batches))]
     units = functional.normalize(vectors)
     weight = LOGIT_SCALE * (units - units.mean(0)) / vectors.norm(dim=1).mean()
     if not weight.abs().max() <= MAX_WEIGHT:

@@ -30,7 +30,7 @@ from fedlora import (
 from fedlora.adapters import AdapterState
 from fedlora.config import RunConfig
 from fedlora.data import shard_of
-from fedlora.encoder import EncoderClassifier
+from fedlora.encoder import is_merged
 from fedlora.encoding import Encoded
 from fedlora.errors import InputError, Refusal
 from fedlora.per_sample import PerSampleAdapters
@@ -157,7 +157,7 @@ def _check_classes(name: str, model: Any, labels: Sequence[str]) -> None:
     Raises:
         InputError: If it is of others, or they stand in another order.
     """
-    if EncoderClassifier.__name__ not in (model.config.architectures or ()):
+    if not is_merged(model.config):
         return
     known = [model.config.id2label[number] for number in range(len(labels))]
     if known != list(labels):
@@ -218,8 +218,8 @@ def _load(settings: _Settings) -> Trainable:
             "another base model"
         )
     start = AdapterState.read(peft_model)
-    merged = EncoderClassifier.__name__ in (base.model.config.architectures or ())
-    if adapter.reads_labels(len(labels)) and base.kind == "encoder" and not merged:
+    headless = base.kind == "encoder" and not is_merged(cast(Any, base.model.config))
+    if headless and adapter.reads_labels(len(labels)):
         try:
             start = _with_words(start, peft_model, task, labels)
         except InputError as error:

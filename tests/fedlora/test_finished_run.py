@@ -367,6 +367,7 @@ def test_the_head_of_a_merged_classifier_is_trained_also_on_a_quantised_base(
 ):
     finished_run.merge(classifier, tmp_path / "merged")
     values = {"model.name": str(tmp_path / "merged"), "model.quantization": quantization}
+    values["adapter.head"] = "labels"  # for heads that are not trained yet
     config = finished_run.configuration(classifier, {}).replace(values)
     work = trainable.load(config, ("card", "fraud", "loan"))
     saved = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")

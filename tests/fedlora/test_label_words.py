@@ -5,6 +5,7 @@ import torch
 
 from experiments import sweep
 from fedlora import label_words, trainable
+from fedlora.config import UNRELEASED
 from fedlora.errors import InputError
 from fedlora.sections import MANY_CLASSES, AdapterConfig
 from fedlora.tasks import base_model
@@ -126,6 +127,13 @@ def test_by_default_the_words_of_many_classes_are_read(tiny_config, classes):
     start = trainable.load(tiny_config(), tuple(pairs)).start
     found = any(tensor.any() for tensor in start.only(("head",)).values())
     assert found is (classes == MANY_CLASSES)
+
+
+def test_an_institution_knows_a_try_again_with_another_head(tiny_config):
+    """The order carries the head, so that a ledger charged for one answers the other."""
+    one, other = (tiny_config(**{"adapter.head": head}) for head in ("labels", "zero"))
+    assert one.fingerprint(*UNRELEASED) == other.fingerprint(*UNRELEASED)
+    assert one.fingerprint() != other.fingerprint()
 
 
 def test_the_untrained_model_of_a_sweep_has_the_head_of_its_point():

@@ -64,6 +64,18 @@ def test_a_head_for_other_classes_is_left_out(work, tmp_path):
         assert torch.equal(tensor, expected)
 
 
+def test_a_head_beside_the_factors_of_other_classes_starts_at_zero_and_not_from_words(
+    tiny_config, tmp_path
+):
+    config = tiny_config(**{"adapter.head": "labels"})
+    made = trainable.load(config, ("limit", "scam", "swipe"))
+    assert all(t.any() for n, t in made.start.only(("head",)).items() if n.endswith("weight"))
+    moved(made.start).save(tmp_path / "adapter", made.model)
+    (tmp_path / "adapter" / "labels.json").write_text(json.dumps(["scam", "swipe", "limit"]))
+    found = started((config, made), tmp_path / "adapter")
+    assert not any(tensor.any() for tensor in found.only(("head",)).values())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
